@@ -1,0 +1,32 @@
+"""Compiled matmul, activation and loss kernels for small dense networks, and an MLP and a GAN built on them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from ._threads import get_num_threads
+from .backends.select import set_num_threads, show_config, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "data",
+    "get_num_threads",
+    "kernels",
+    "nn",
+    "set_num_threads",
+    "show_config",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # Submodules load on first use.
+    if name in {"data", "kernels", "nn"}:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,114 @@
+"""Checks of what callers pass: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def as_array(value: Any, name: str) -> Array:
+    """Return `value` as an ndarray: the same memory for ``__array_interface__``, the buffer protocol and DLPack."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(...)")
+    if hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(f"{name} is an array on a GPU; this backend computes on the CPU: bring it there first")
+    try:
+        if not _has_numpy_protocol(value) and hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
+        raise TypeError(f"{name} ({type(value).__name__}) cannot be read as an array: {error}") from error
+
+
+def _has_numpy_protocol(value: Any) -> bool:
+    return any(hasattr(value, p) for p in ("__array_interface__", "__array_struct__", "__array__", "__buffer__"))
+
+
+def as_floats(value: Any, name: str, dtype: np.dtype[Any] | None = None) -> Array:
+    """Return `value` as a float32 or float64 ndarray, of just `dtype` if that is given."""
+    array = as_array(value, name)
+    if array.dtype not in _FLOATS or not array.dtype.isnative:
+        kind = "byte order" if array.dtype.newbyteorder("=") in _FLOATS else "dtype"
+        raise TypeError(
+            f"{name} has {kind} {array.dtype.str if kind == 'byte order' else array.dtype}; expected float32 or float64: "
+            f"convert with {name}.astype(np.float32)"
+        )
+    if dtype is not None and array.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, the other arguments {dtype}; all must agree: "
+            f"convert with {name}.astype(np.{dtype})"
+        )
+    if not array.flags.aligned:
+        array = array.copy()
+    return array
+
+
+def check_shape(array: Array, name: str, shape: tuple[int, ...], why: str) -> None:
+    """Raise unless `array` has `shape`."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape} ({why})")
+
+
+def output(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return the memory of `out` after checking it, or a new array."""
+    if out is None:
+        return np.empty(shape, dtype)
+    array = as_array(out, name)
+    if array.dtype != dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {dtype}")
+    check_shape(array, name, shape, "the shape of the result")
+    check_writeable(array, name)
+    if type(out) is not np.ndarray and not np.may_share_memory(array, as_array(out, name)):
+        raise TypeError(f"{name} ({type(out).__name__}) does not give access to its memory")
+    return array
+
+
+def check_writeable(array: Array, name: str) -> None:
+    """Raise if `array` cannot be written, or is not laid out so that writing makes sense."""
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    if not array.flags.aligned:
+        raise ValueError(f"{name} is not aligned to its dtype")
+    if any(stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)):
+        raise ValueError(f"{name} is a broadcast view: several of its elements share one place in memory")
+
+
+def overlaps(a: Array, b: Array) -> bool:
+    """Whether two arrays share an element; where that is too hard to decide, whether their bounds overlap."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_view(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape are the same elements in the same order."""
+    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
+
+
+def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
+    """Return a finite real number within ``[low, high]``, or ``(low, high]`` if `open_low`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    result = float(value)
+    if not math.isfinite(result) or not low <= result <= high or (open_low and result == low):
+        if high < math.inf:
+            expected = f"within {'(' if open_low else '['}{low:g}, {high:g}]"
+        elif low > -math.inf:
+            expected = f"{'above' if open_low else 'at least'} {low:g}"
+        else:
+            expected = "finite"
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return result

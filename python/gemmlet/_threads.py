@@ -1,0 +1,78 @@
+"""How many threads kernels may use."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from pathlib import Path
+
+_count: int | None = None
+
+
+def _from_environment(name: str) -> int | None:
+    """The first number of a variable such as ``OMP_NUM_THREADS=4,2``; None if unset or no positive number."""
+    text = os.environ.get(name, "").split(",")[0].strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+def _processors() -> int:
+    """Processors in this process's affinity mask."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+    """Processors that the cgroup (version 2 or 1) grants; infinity where there is no limit."""
+    limits = [math.inf]
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            # Version 2: every ancestor may hold a limit.
+            folder = root / path.lstrip("/")
+            for level in (folder, *folder.parents):
+                if level.is_relative_to(root):
+                    limits.append(_read_quota(level / "cpu.max"))
+        elif "cpu" in controllers.split(","):
+            for level in (root / "cpu" / path.lstrip("/"), root / "cpu"):
+                limits.append(_read_quota(level / "cpu.cfs_quota_us", level / "cpu.cfs_period_us"))
+    return min(limits)
+
+
+def _read_quota(*files: Path) -> float:
+    try:
+        quota, period = " ".join(file.read_text() for file in files).split()
+        return float(quota) / float(period) if float(quota) > 0 and float(period) > 0 else math.inf
+    except (OSError, ValueError):  # no file, or "max"
+        return math.inf
+
+
+def get_num_threads() -> int:
+    """Return how many threads a kernel may use.
+
+    It is what `set_num_threads` set; else ``GEMMLET_NUM_THREADS``; else ``OMP_NUM_THREADS``; else the processors that the
+    affinity mask and the cgroup's quota leave.
+    """
+    global _count
+    if _count is None:
+        wanted = _from_environment("GEMMLET_NUM_THREADS") or _from_environment("OMP_NUM_THREADS")
+        _count = wanted or max(1, min(_processors(), math.ceil(min(_cgroup_quota(), 1e6))))
+    return _count
+
+
+def set_num_threads(count: int) -> None:
+    """Keep `count`; `gemmlet.set_num_threads` passes it to the backends."""
+    global _count
+    try:
+        number = operator.index(count)
+    except TypeError:
+        raise TypeError(f"count must be an integer, got {type(count).__name__}") from None
+    if number < 1:
+        raise ValueError(f"count must be at least 1, got {number}")
+    _count = min(number, 1024)

@@ -1,0 +1,122 @@
+"""The reference backend: the registry's NumPy expressions, evaluated in float64, and NumPy's own matrix product.
+
+A backend gets arrays that `gemmlet.kernels` has checked: one floating-point dtype, shapes that fit, `out` allocated and
+free of overlap except where it is an input itself. Elementwise and row functions get C-contiguous arrays; matrix products
+get any strides. Other backends derive from this one and override what they do better.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formulas.activations import Activation
+from ..formulas.losses import Loss, RowFunction, softmax_cross_entropy
+from ..formulas.optimizers import OptimizerRule, Scalars
+
+Array = NDArray[Any]
+
+
+def _f64(array: Array) -> NDArray[np.float64]:
+    return array.astype(np.float64, copy=False)
+
+
+class NumpyBackend:
+    """Computes everything with NumPy alone."""
+
+    name = "numpy"
+
+    def describe(self) -> dict[str, str]:
+        """What `gemmlet.show_config` prints about this backend."""
+        return {"backend": self.name, "isa": "NumPy's own", "threads": "1 (the matrix product: NumPy's BLAS)"}
+
+    def set_num_threads(self, count: int) -> None:
+        """Take note of the number of threads; elementwise NumPy has one, and the BLAS is the caller's to set."""
+
+    # Matrix products.
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """``out = a @ b``: (m, k) by (k, n)."""
+        np.matmul(a, b, out=out)
+
+    def linear(
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        activation: Activation | None,
+        parameter: float,
+        out: Array,
+        preactivation: Array | None,
+    ) -> None:
+        """``out = activation(x @ w + b)``; `preactivation`, if given, takes ``x @ w + b``."""
+        self.matmul(x, w, out)
+        if b is not None:
+            out += b
+        if preactivation is not None:
+            preactivation[...] = out
+        if activation is not None:
+            self.activation(activation, out, parameter, out)
+
+    def column_sum(self, x: Array, out: Array) -> None:
+        """``out[j] = sum_i x[i, j]``, any strides."""
+        out[...] = np.sum(_f64(x), axis=0)
+
+    # Elementwise and row functions.
+
+    def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
+        """``out = activation(x)``."""
+        with np.errstate(all="ignore"):
+            out[...] = activation.forward(_f64(x), parameter)
+
+    def activation_backward(
+        self, activation: Activation, grad_y: Array, saved: Array | None, parameter: float, out: Array
+    ) -> None:
+        """``out = grad_y * activation'``, `saved` being the `x` or the `y` that the formula reads, or None for neither."""
+        with np.errstate(all="ignore"):
+            kept = None if saved is None else _f64(saved)
+            out[...] = activation.backward(_f64(grad_y), kept, kept, parameter)
+
+    def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
+        """``out = function(x)``, (rows, columns), columns > 0."""
+        with np.errstate(all="ignore"):
+            out[...] = function.forward(_f64(x))
+
+    def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
+        """``out`` = the gradient with respect to the function's input."""
+        with np.errstate(all="ignore"):
+            out[...] = function.backward(_f64(grad_y), _f64(y))
+
+    # Losses: the gradient into `out`, the mean is returned.
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
+        rows, classes = logits.shape
+        targets = np.zeros(logits.shape) if labels.ndim == 1 else _f64(labels)
+        if labels.ndim == 1:
+            targets[np.arange(rows), labels] = 1.0
+        targets = (1.0 - label_smoothing) * targets + label_smoothing / classes
+        with np.errstate(all="ignore"):
+            loss, gradient = softmax_cross_entropy(_f64(logits), targets)
+            out[...] = gradient / rows
+        return float(np.mean(loss))
+
+    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
+        """Mean over all elements."""
+        with np.errstate(all="ignore"):
+            value, gradient = loss.evaluate(_f64(prediction), _f64(target), parameter)
+            out[...] = gradient / prediction.size
+            return float(np.mean(value))
+
+    # Optimizers.
+
+    def update(
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+    ) -> None:
+        """Update `param` and its state in place."""
+        with np.errstate(all="ignore"):
+            results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *scalars)
+            for target, result in zip((param, *state), results, strict=True):
+                target[...] = result

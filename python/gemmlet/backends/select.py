@@ -1,0 +1,155 @@
+"""Which backend computes: decided once, printable, and open to change.
+
+Automatic choice takes the first backend that loads, in the order of `CHOICES`, and logs once if that was not the first.
+A request by name (`GEMMLET_BACKEND`, `use_backend`) loads that backend or raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import platform
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import _threads
+
+if TYPE_CHECKING:
+    from .numpy_backend import NumpyBackend
+
+CHOICES = ("cpu", "numba", "numpy")
+
+_log = logging.getLogger("gemmlet")
+_loaded: dict[str, NumpyBackend] = {}
+_current: NumpyBackend | None = None
+
+
+def load(name: str) -> NumpyBackend:
+    """Return the backend called `name`, loading it at its first use.
+
+    Raises
+    ------
+    ValueError
+        There is no such backend.
+    RuntimeError
+        It cannot be loaded here; the message says why.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"backend {name!r} is unknown; the choices are {', '.join(CHOICES)}")
+    if name not in _loaded:
+        backend: NumpyBackend
+        if name == "cpu":
+            from .cpu_backend import CpuBackend
+
+            backend = CpuBackend()
+        elif name == "numba":
+            if importlib.util.find_spec("numba") is None:
+                raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
+            from .numba_backend import NumbaBackend
+
+            backend = NumbaBackend()
+        else:
+            from .numpy_backend import NumpyBackend
+
+            backend = NumpyBackend()
+        backend.set_num_threads(_threads.get_num_threads())
+        _loaded.setdefault(name, backend)
+    return _loaded[name]
+
+
+def _automatic() -> NumpyBackend:
+    refusals = []
+    for name in CHOICES:
+        try:
+            backend = load(name)
+        except (RuntimeError, ImportError) as error:
+            refusals.append(f"{name}: {error}")
+            continue
+        if refusals:
+            _log.warning("gemmlet computes with the %s backend (%s)", name, "; ".join(refusals))
+        return backend
+    raise AssertionError("the numpy backend always loads")
+
+
+def current() -> NumpyBackend:
+    """Return the backend in use, choosing it at the first call: `GEMMLET_BACKEND`, else the first that loads."""
+    global _current
+    if _current is None:
+        name = os.environ.get("GEMMLET_BACKEND", "")
+        _current = load(name) if name else _automatic()
+    return _current
+
+
+class use_backend:  # noqa: N801 - it is used as a function
+    """Choose the backend for the whole process: ``use_backend("numba")``, or for a while: ``with use_backend("numba"):``.
+
+    Parameters
+    ----------
+    backend : str
+        ``"cpu"``, ``"numba"`` or ``"numpy"``. A backend object, as a ``with`` block yields it, is taken too.
+
+    Raises
+    ------
+    ValueError
+        There is no such backend.
+    RuntimeError
+        It cannot be loaded here; the message says why.
+    """
+
+    def __init__(self, backend: str | NumpyBackend) -> None:
+        global _current
+        chosen = load(backend) if isinstance(backend, str) else backend
+        self._previous = _current
+        self.backend = _current = chosen
+
+    def __enter__(self) -> NumpyBackend:
+        return self.backend
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self._previous
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads a kernel may use; it never changes a result.
+
+    Parameters
+    ----------
+    count : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `count` is not an integer, or below 1.
+    """
+    _threads.set_num_threads(count)
+    for backend in _loaded.values():
+        backend.set_num_threads(count)
+
+
+def config() -> dict[str, str]:
+    """What computes here: backend, ISA, threads and versions, as text."""
+    from .. import __version__
+
+    facts = {
+        "gemmlet": __version__,
+        **current().describe(),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    return facts
+
+
+def show_config() -> None:
+    """Print what computes here: backend, ISA, threads and versions."""
+    facts = config()
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")

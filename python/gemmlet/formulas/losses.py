@@ -1,0 +1,162 @@
+"""Elementwise losses and the two row functions, one entry each, with the reference expression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss that is the mean of a function of one prediction and its target.
+
+    Attributes
+    ----------
+    name, formula, source
+        As for an activation.
+    prediction
+        The name of the first argument.
+    evaluate
+        ``evaluate(prediction, target, parameter) -> (loss, gradient)``, element by element, on float64.
+    parameter, default
+        The name of the one number it takes, if it takes one, and its default.
+    unit_interval
+        Whether a prediction outside [0, 1] is an error.
+    """
+
+    name: str
+    formula: str
+    prediction: str
+    evaluate: Callable[[Array, Array, float], tuple[Array, Array]]
+    source: str
+    parameter: str | None = None
+    default: float = 0.0
+    unit_interval: bool = False
+
+
+def _times(weight: Array, value: Array) -> Array:
+    """``weight * value``, and 0 where `weight` is 0, whatever `value` is: a sure prediction that is right costs nothing."""
+    return np.where(weight == 0, 0.0, weight * value)
+
+
+def _binary_cross_entropy_with_logits(z: Array, t: Array, parameter: float) -> tuple[Array, Array]:
+    e = np.exp(-np.abs(z))
+    loss = _times(1.0 - t, np.maximum(z, 0.0)) + _times(t, np.maximum(-z, 0.0)) + np.log1p(e)
+    return loss, np.where(z >= 0, 1.0, e) / (1.0 + e) - t
+
+
+def _binary_cross_entropy(p: Array, t: Array, parameter: float) -> tuple[Array, Array]:
+    loss = -(t * np.maximum(np.log(p), -100.0) + (1.0 - t) * np.maximum(np.log1p(-p), -100.0))
+    return loss, (p - t) / np.maximum(p * (1.0 - p), 1e-12)
+
+
+def _mean_squared_error(p: Array, t: Array, parameter: float) -> tuple[Array, Array]:
+    d = p - t
+    return d * d, 2.0 * d
+
+
+def _huber(p: Array, t: Array, delta: float) -> tuple[Array, Array]:
+    d = p - t
+    size = np.abs(d)
+    loss = np.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
+    return loss, np.clip(d, -delta, delta)
+
+
+LOSSES: dict[str, Loss] = {
+    entry.name: entry
+    for entry in (
+        Loss(
+            name="binary_cross_entropy_with_logits",
+            formula="(1 - t) * max(z, 0) + t * max(-z, 0) + log(1 + exp(-|z|))",
+            prediction="logits",
+            evaluate=_binary_cross_entropy_with_logits,
+            source="the negative log-likelihood of a Bernoulli variable, in the form that is stable for any logit",
+        ),
+        Loss(
+            name="binary_cross_entropy",
+            formula="-(t * log(p) + (1 - t) * log(1 - p)), each log at least -100, p * (1 - p) at least 1e-12",
+            prediction="p",
+            evaluate=_binary_cross_entropy,
+            source="the same of the probability; the limits are PyTorch's",
+            unit_interval=True,
+        ),
+        Loss(
+            name="mean_squared_error",
+            formula="(p - t)**2",
+            prediction="p",
+            evaluate=_mean_squared_error,
+            source="least squares",
+        ),
+        Loss(
+            name="huber",
+            formula="(p - t)**2 / 2 if |p - t| <= delta else delta * (|p - t| - delta / 2)",
+            prediction="p",
+            evaluate=_huber,
+            parameter="delta",
+            default=1.0,
+            source="Huber, 1964",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class RowFunction:
+    """A function of each row of a matrix; its gradient needs the result alone.
+
+    Attributes
+    ----------
+    forward
+        ``forward(x) -> y``, over the last axis, on float64.
+    backward
+        ``backward(grad_y, y) -> grad_x``.
+    """
+
+    name: str
+    formula: str
+    forward: Callable[[Array], Array]
+    backward: Callable[[Array, Array], Array]
+    source: str
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - np.max(x, axis=-1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+
+
+def _softmax(x: Array) -> Array:
+    e = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+ROW_FUNCTIONS: dict[str, RowFunction] = {
+    entry.name: entry
+    for entry in (
+        RowFunction(
+            name="softmax",
+            formula="exp(x_i) / sum_j exp(x_j)",
+            forward=_softmax,
+            backward=lambda grad_y, y: y * (grad_y - np.sum(grad_y * y, axis=-1, keepdims=True)),
+            source="Bridle, 1990",
+        ),
+        RowFunction(
+            name="log_softmax",
+            formula="x_i - log(sum_j exp(x_j))",
+            forward=_log_softmax,
+            backward=lambda grad_y, y: grad_y - np.exp(y) * np.sum(grad_y, axis=-1, keepdims=True),
+            source="the logarithm of softmax, without its overflow",
+        ),
+    )
+}
+
+
+def softmax_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Loss ``-sum_j t_j log_softmax(z)_j`` of each row, and its gradient ``softmax(z) * sum_j t_j - t``."""
+    log_p = _log_softmax(logits)
+    loss = -np.sum(_times(targets, log_p), axis=-1)
+    return loss, np.exp(log_p) * np.sum(targets, axis=-1, keepdims=True) - targets

@@ -1,0 +1,114 @@
+"""Optimizer rules, one entry each: how a parameter and its state change, given the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Scalars = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class OptimizerRule:
+    """One optimizer rule.
+
+    Attributes
+    ----------
+    name
+        The kernel is ``<name>_update``.
+    state
+        The names of the arrays it keeps for each parameter; they start at zero.
+    scalars
+        The names of the numbers that `apply` takes, in their order.
+    apply
+        ``apply(param, grad, *state, *scalars) -> (param, *state)``, on float64.
+    """
+
+    name: str
+    formula: str
+    state: tuple[str, ...]
+    scalars: tuple[str, ...]
+    apply: Callable[..., tuple[Array, ...]]
+    source: str
+
+
+def _sgd(p: Array, g: Array, lr: float, weight_decay: float) -> tuple[Array, ...]:
+    return (p - lr * (g + weight_decay * p),)
+
+
+def _momentum(
+    p: Array, g: Array, velocity: Array, lr: float, weight_decay: float, momentum: float, nesterov: float
+) -> tuple[Array, ...]:
+    g = g + weight_decay * p
+    velocity = momentum * velocity + g
+    return p - lr * (g + momentum * velocity if nesterov else velocity), velocity
+
+
+def _adam(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    correction: float,
+    l2: float,
+    shrink: float,
+) -> tuple[Array, ...]:
+    g = g + l2 * p
+    m = beta1 * m + (1.0 - beta1) * g
+    v = beta2 * v + (1.0 - beta2) * (g * g)
+    return shrink * p - step_size * m / (np.sqrt(v) * correction + eps), m, v
+
+
+def adam_scalars(
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
+) -> Scalars:
+    """The numbers of Adam's rule at one step (Kingma and Ba, 2015); `decoupled` is AdamW (Loshchilov and Hutter, 2019).
+
+    ``step_size = lr / (1 - beta1**step)`` and ``correction = 1 / sqrt(1 - beta2**step)`` undo the bias of moments that
+    start at zero; the weight decay goes into the gradient (Adam) or shrinks the parameter itself (AdamW).
+    """
+    step_size = lr / (1.0 - beta1**step)
+    correction = 1.0 / math.sqrt(1.0 - beta2**step)
+    l2, shrink = (0.0, 1.0 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
+    return step_size, beta1, beta2, eps, correction, l2, shrink
+
+
+OPTIMIZER_RULES: dict[str, OptimizerRule] = {
+    entry.name: entry
+    for entry in (
+        OptimizerRule(
+            name="sgd",
+            formula="p -= lr * (g + weight_decay * p)",
+            state=(),
+            scalars=("lr", "weight_decay"),
+            apply=_sgd,
+            source="Robbins and Monro, 1951",
+        ),
+        OptimizerRule(
+            name="momentum",
+            formula="g += weight_decay * p; v = momentum * v + g; p -= lr * (g + momentum * v if nesterov else v)",
+            state=("velocity",),
+            scalars=("lr", "weight_decay", "momentum", "nesterov"),
+            apply=_momentum,
+            source="Sutskever et al., 2013, in PyTorch's form",
+        ),
+        OptimizerRule(
+            name="adam",
+            formula="g += l2 * p; m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g**2; "
+            "p = shrink * p - step_size * m / (sqrt(v) * correction + eps)",
+            state=("m", "v"),
+            scalars=("step_size", "beta1", "beta2", "eps", "correction", "l2", "shrink"),
+            apply=_adam,
+            source="Kingma and Ba, 2015; Loshchilov and Hutter, 2019",
+        ),
+    )
+}

@@ -1,0 +1,788 @@
+"""The kernels: matrix products, activations, losses and optimizer updates, on whichever backend is in use.
+
+All take float32 or float64 arrays: NumPy's, or anything with ``__array_interface__``, the buffer protocol or DLPack on the
+CPU (a PyTorch tensor, say), which is read where it lies, without a copy. Every array of one call has one dtype; the result
+has it too. Nothing is cast silently, and a call that raises has written nothing.
+
+Errors common to all: `TypeError` for a dtype that is not float32 or float64, or that differs from the other arguments';
+`ValueError` for a shape that does not fit, and for an `out` that is read-only, or overlaps what a matrix product reads.
+Each names the argument.
+
+Special values are as in NumPy: NaN propagates, infinities and subnormal numbers are computed right. Where the formula
+would give inf times 0, the result is its limit. The same input gives the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _arguments as arguments
+from .backends import select
+from .formulas.activations import ACTIVATIONS, Activation
+from .formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from .formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+
+Array = NDArray[Any]
+
+_PRODUCTS = ["linear", "linear_backward", "matmul"]
+_UPDATES = ["adam_update", "adamw_update", "sgd_update"]
+_FORWARD = [*ACTIVATIONS, *ROW_FUNCTIONS]
+
+__all__ = sorted(  # noqa: PLE0605
+    [*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, "softmax_cross_entropy"]
+)
+
+
+# Arguments in the layout that backends want.
+
+
+def _refuse_overlap(out: Array, **inputs: Array | None) -> None:
+    for name, array in inputs.items():
+        if array is not None and arguments.overlaps(out, array):
+            raise ValueError(f"out overlaps {name}: a matrix product cannot write where it reads")
+
+
+def _elementwise(
+    call: Callable[..., Any], inputs: tuple[Array | None, ...], outputs: tuple[Array, ...], *, rows: bool = False
+) -> Any:
+    """``call(*inputs, *outputs)`` with every array C-contiguous and no partial overlap.
+
+    All arrays have one shape, except that with `rows` the first input alone decides. A layout that all share is used as it
+    is (a transposed array by its transpose); else inputs are copied, and outputs written through a buffer.
+    """
+    arrays = [a for a in (*inputs, *outputs) if a is not None]
+    if not all(a.flags.c_contiguous for a in arrays):
+        if not rows and all(a.flags.f_contiguous for a in arrays):
+            inputs = tuple(None if a is None else a.T for a in inputs)
+            outputs = tuple(a.T for a in outputs)
+        else:
+            inputs = tuple(None if a is None else np.ascontiguousarray(a) for a in inputs)
+    buffers = tuple(o if o.flags.c_contiguous else np.array(o, order="C") for o in outputs)
+    inputs = tuple(
+        a.copy() if a is not None and any(arguments.overlaps(a, o) and not arguments.same_view(a, o) for o in buffers) else a
+        for a in inputs
+    )
+    result = call(*inputs, *buffers)
+    for target, buffer in zip(outputs, buffers, strict=True):
+        if buffer is not target:
+            target[...] = buffer
+    return result
+
+
+def _like(x: Array, out: Any) -> Array:
+    """`out` after its checks, or a new array in the layout of `x`."""
+    return np.empty_like(x) if out is None else arguments.output(out, "out", x.shape, x.dtype)
+
+
+def _returned(out: Any, array: Array) -> Any:
+    """What a function returns: the caller's own `out`, or the new array."""
+    return array if out is None else out
+
+
+# Matrix products.
+
+
+def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
+    """Matrix product ``a @ b``.
+
+    Parameters
+    ----------
+    a : array_like, shape (..., m, k) or (k,)
+        Any strides: a transposed or sliced view is not copied.
+    b : array_like, shape (..., k, n) or (k,)
+        Any strides, the dtype of `a`. Vectors and stacks of matrices are treated as by `numpy.matmul`.
+    out : array_like, optional
+        Takes the result. It must not overlap `a` or `b`.
+
+    Returns
+    -------
+    ndarray, shape (..., m, n)
+        `out` if it was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a shape or `out` does not fit.
+
+    Notes
+    -----
+    Each element is a sum over k in the order that the backend fixes, whatever the number of threads. The error is at most
+    ``k * eps * (abs(a) @ abs(b))`` (Higham, Accuracy and Stability of Numerical Algorithms, 3.5).
+    """
+    left = arguments.as_floats(a, "a")
+    right = arguments.as_floats(b, "b", left.dtype)
+    if left.ndim == 0 or right.ndim == 0:
+        raise ValueError(f"{'a' if left.ndim == 0 else 'b'} is a scalar; expected at least one dimension")
+    matrices = left[np.newaxis, :] if left.ndim == 1 else left, right[:, np.newaxis] if right.ndim == 1 else right
+    if matrices[0].shape[-1] != matrices[1].shape[-2]:
+        raise ValueError(
+            f"b has shape {right.shape}, which does not fit a of shape {left.shape}: "
+            f"{matrices[0].shape[-1]} columns against {matrices[1].shape[-2]} rows"
+        )
+    try:
+        stack = np.broadcast_shapes(matrices[0].shape[:-2], matrices[1].shape[:-2])
+    except ValueError:
+        raise ValueError(f"the stacks of a {left.shape} and b {right.shape} do not broadcast") from None
+    full = (*stack, matrices[0].shape[-2], matrices[1].shape[-1])
+    shape = full[:-2] + full[-2:-1] * (left.ndim > 1) + full[-1:] * (right.ndim > 1)
+    result = arguments.output(out, "out", shape, left.dtype)
+    _refuse_overlap(result, a=left, b=right)
+    buffer = result if result.flags.c_contiguous else np.empty(shape, left.dtype)
+    backend = select.current()
+    if not stack:
+        backend.matmul(*matrices, buffer.reshape(full))
+    else:
+        lefts = np.broadcast_to(matrices[0], (*stack, *matrices[0].shape[-2:]))
+        rights = np.broadcast_to(matrices[1], (*stack, *matrices[1].shape[-2:]))
+        products = buffer.reshape(full)
+        for index in np.ndindex(stack):
+            backend.matmul(lefts[index], rights[index], products[index])
+    if buffer is not result:
+        result[...] = buffer
+    return _returned(out, result)
+
+
+def _activation_named(activation: Any) -> Activation | None:
+    if activation is None:
+        return None
+    if not isinstance(activation, str):
+        raise TypeError(f"activation must be a name or None, got {type(activation).__name__}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; the choices are {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[activation]
+
+
+def _activation_parameter(entry: Activation | None, value: Any, name: str) -> float:
+    if value is None:
+        return 0.0 if entry is None else entry.default
+    if entry is None or entry.parameter is None:
+        raise ValueError(f"{name} was given, but the activation {entry.name if entry else None!r} takes none")
+    return arguments.number(value, name, low=0.0, open_low=True)
+
+
+def _rows(x: Array) -> Array:
+    """`x` as a matrix, its leading dimensions run together; a view wherever there is one."""
+    rows = 1
+    for n in x.shape[:-1]:
+        rows *= n
+    return x if x.ndim == 2 else x.reshape(rows, x.shape[-1])
+
+
+def linear(
+    x: Any,
+    w: Any,
+    b: Any = None,
+    activation: str | None = None,
+    *,
+    activation_parameter: float | None = None,
+    return_preactivation: bool = False,
+    out: Any = None,
+) -> Any:
+    """Linear layer ``y = activation(x @ w + b)`` in one pass.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., in_features)
+        One-dimensional, it is one sample. Any strides.
+    w : array_like, shape (in_features, out_features)
+        Any strides.
+    b : array_like, shape (out_features,), optional
+    activation : str, optional
+        The name of an activation in this module, fused with the product.
+    activation_parameter : float, optional
+        Its number, where it takes one (`negative_slope` of leaky_relu, `alpha` of elu).
+    return_preactivation : bool
+        Whether to return ``z = x @ w + b`` as well, for activations whose gradient needs it (gelu, silu).
+    out : array_like, optional
+        Takes `y`. It must not overlap the other arrays.
+
+    Returns
+    -------
+    y : ndarray, shape (..., out_features)
+    z : ndarray, shape (..., out_features)
+        Only with `return_preactivation`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a shape, the activation or `out` does not fit.
+    """
+    x_ = arguments.as_floats(x, "x")
+    w_ = arguments.as_floats(w, "w", x_.dtype)
+    b_ = None if b is None else arguments.as_floats(b, "b", x_.dtype)
+    entry = _activation_named(activation)
+    parameter = _activation_parameter(entry, activation_parameter, "activation_parameter")
+    if x_.ndim == 0:
+        raise ValueError("x is a scalar; expected shape (..., in_features)")
+    if w_.ndim != 2 or w_.shape[0] != x_.shape[-1]:
+        raise ValueError(f"w has shape {w_.shape}, expected ({x_.shape[-1]}, out_features), as x has shape {x_.shape}")
+    if b_ is not None:
+        arguments.check_shape(b_, "b", w_.shape[1:], "out_features of w")
+        b_ = np.ascontiguousarray(b_)
+    shape = (*x_.shape[:-1], w_.shape[1])
+    y = arguments.output(out, "out", shape, x_.dtype)
+    _refuse_overlap(y, x=x_, w=w_, b=b_)
+    z = np.empty(shape, x_.dtype) if return_preactivation else None
+    buffer = y if y.flags.c_contiguous else np.empty(shape, x_.dtype)
+    select.current().linear(_rows(x_), w_, b_, entry, parameter, _rows(buffer), None if z is None else _rows(z))
+    if buffer is not y:
+        y[...] = buffer
+    return _returned(out, y) if z is None else (_returned(out, y), z)
+
+
+def linear_backward(
+    grad_y: Any,
+    x: Any,
+    w: Any,
+    y: Any = None,
+    activation: str | None = None,
+    *,
+    z: Any = None,
+    activation_parameter: float | None = None,
+    need_x: bool = True,
+    need_w: bool = True,
+    need_b: bool = True,
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of `linear`: ``grad_x, grad_w, grad_b`` from the gradient of its result.
+
+    Parameters
+    ----------
+    grad_y : array_like, shape (..., out_features)
+    x : array_like, shape (..., in_features)
+        The layer's input; None if `need_w` is false.
+    w : array_like, shape (in_features, out_features)
+        The layer's weights; None if `need_x` is false.
+    y : array_like, shape (..., out_features), optional
+        The layer's result, from which most activations' gradients follow.
+    activation, activation_parameter
+        As given to `linear`.
+    z : array_like, shape (..., out_features), optional
+        ``x @ w + b``, which gelu, gelu_tanh and silu need: their result does not determine their input.
+    need_x, need_w, need_b : bool
+        Leave a gradient out, and its cost: None stands in its place.
+
+    Returns
+    -------
+    grad_x : ndarray, shape (..., in_features), or None
+    grad_w : ndarray, shape (in_features, out_features), or None
+    grad_b : ndarray, shape (out_features,), or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype or a shape does not fit, or `y` or `z` is missing where the activation needs it.
+    """
+    grad = arguments.as_floats(grad_y, "grad_y")
+    if grad.ndim == 0:
+        raise ValueError("grad_y is a scalar; expected shape (..., out_features)")
+    entry = _activation_named(activation)
+    parameter = _activation_parameter(entry, activation_parameter, "activation_parameter")
+    w_ = arguments.as_floats(w, "w", grad.dtype) if need_x or w is not None else None
+    x_ = arguments.as_floats(x, "x", grad.dtype) if need_w or x is not None else None
+    if w_ is not None and (w_.ndim != 2 or w_.shape[1] != grad.shape[-1]):
+        raise ValueError(f"w has shape {w_.shape}, expected (in_features, {grad.shape[-1]}), as grad_y has {grad.shape}")
+    if x_ is not None and (
+        x_.ndim == 0 or x_.shape[:-1] != grad.shape[:-1] or (w_ is not None and x_.shape[-1] != w_.shape[0])
+    ):
+        features = "in_features" if w_ is None else w_.shape[0]
+        expected = ", ".join(map(str, (*grad.shape[:-1], features)))
+        raise ValueError(f"x has shape {x_.shape}, expected ({expected}), as grad_y has {grad.shape}")
+    backend = select.current()
+    if entry is not None:
+        kept, name = (z, "z") if entry.needs_x else (y, "y")
+        if kept is None:
+            hint = "; linear(..., return_preactivation=True) returns it" if entry.needs_x else ""
+            raise ValueError(f"{name} is missing: the gradient of {entry.name} is computed from it{hint}")
+        saved = arguments.as_floats(kept, name, grad.dtype)
+        arguments.check_shape(saved, name, grad.shape, "the shape of grad_y")
+        grad_z = np.empty_like(grad, order="C")
+        _elementwise(
+            lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,)
+        )
+    else:
+        grad_z = grad
+    rows = _rows(grad_z)
+    grad_x = grad_w = grad_b = None
+    if need_x:
+        assert w_ is not None
+        grad_x = np.empty((*grad.shape[:-1], w_.shape[0]), grad.dtype)
+        backend.matmul(rows, w_.T, _rows(grad_x))
+    if need_w:
+        assert x_ is not None
+        grad_w = np.empty((x_.shape[-1], grad.shape[-1]), grad.dtype)
+        backend.matmul(_rows(x_).T, rows, grad_w)
+    if need_b:
+        grad_b = np.empty(grad.shape[-1:], grad.dtype)
+        backend.column_sum(rows, grad_b)
+    return grad_x, grad_w, grad_b
+
+
+# Activations, generated from the registry.
+
+
+def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> Any:
+    x_ = arguments.as_floats(x, "x")
+    value = _activation_parameter(entry, parameter, entry.parameter or "parameter")
+    y = _like(x_, out)
+    backend = select.current()
+    _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,))
+    return _returned(out, y)
+
+
+def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
+    grad = arguments.as_floats(grad_y, "grad_y")
+    value = _activation_parameter(entry, parameter, entry.parameter or "parameter")
+    checked: dict[str, Array | None] = {}
+    for name, array in (("x", x), ("y", y)):
+        used = name == ("x" if entry.needs_x else "y")
+        if array is None:
+            if used:
+                raise ValueError(f"{name} is missing: the gradient of {entry.name} is computed from it")
+            continue
+        checked[name] = arguments.as_floats(array, name, grad.dtype)
+        arguments.check_shape(checked[name], name, grad.shape, "the shape of grad_y")
+    saved = checked["x" if entry.needs_x else "y"]
+    grad_x = _like(grad, out)
+    backend = select.current()
+    _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,))
+    return _returned(out, grad_x)
+
+
+_ARRAY = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def _signature(arrays: tuple[str, ...], entry: Activation | Loss | None) -> inspect.Signature:
+    """The arrays, the entry's own number if it takes one, and `out`."""
+    parameters = [inspect.Parameter(name, _ARRAY) for name in arrays]
+    if entry is not None and entry.parameter is not None:
+        parameters.append(inspect.Parameter(entry.parameter, _ARRAY, default=entry.default))
+    parameters.append(inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None))
+    return inspect.Signature(parameters)
+
+
+def _publish(name: str, function: Callable[..., Any], arrays: tuple[str, ...], entry: Any, doc: str) -> None:
+    """Make `function(*arrays, parameter, out)` the kernel `name`, with a signature and a docstring of its own."""
+    signature = _signature(arrays, entry if isinstance(entry, Activation | Loss) else None)
+    parameter = getattr(entry, "parameter", None)
+
+    if parameter is None and len(arrays) == 1:
+
+        def kernel(x: Any, *, out: Any = None) -> Any:
+            return function(x, None, out)
+
+    else:
+
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            return function(*(given[a] for a in arrays), given.get(parameter) if parameter else None, given.get("out"))
+
+    kernel.__name__ = kernel.__qualname__ = name
+    kernel.__doc__ = doc
+    kernel.__module__ = __name__
+    kernel.__signature__ = signature  # type: ignore[attr-defined]
+    globals()[name] = kernel
+
+
+_OUT = """out : array_like, optional
+    Takes the result; it may be one of the inputs."""
+
+
+def _number_section(entry: Activation | Loss) -> str:
+    return "" if entry.parameter is None else f"\n{entry.parameter} : float, default {entry.default:g}\n    Above 0."
+
+
+def _publish_activation(entry: Activation) -> None:
+    forward = f"""Activation {entry.name}: ``{entry.formula}``.
+
+Parameters
+----------
+x : array_like, any shape{_number_section(entry)}
+{_OUT}
+
+Returns
+-------
+ndarray, the shape and dtype of `x`
+
+Notes
+-----
+Error at most {entry.forward_accuracy}. Source: {entry.source}.
+"""
+    used, other = ("x", "y") if entry.needs_x else ("y", "x")
+    backward = f"""Gradient of {entry.name}: ``grad_y`` times its derivative.
+
+Parameters
+----------
+grad_y : array_like, any shape
+x, y : array_like, the shape of `grad_y`
+    The input and the result of {entry.name}. The gradient is computed from `{used}`; `{other}` may be None.{
+        _number_section(entry)
+    }
+{_OUT}
+
+Returns
+-------
+ndarray, the shape and dtype of `grad_y`
+
+Notes
+-----
+Error at most {entry.backward_accuracy} of the derivative, as a function of `{used}`. Source: {entry.source}.
+"""
+    _publish(entry.name, lambda x, p, out: _activation_forward(entry, x, p, out), ("x",), entry, forward)
+    _publish(
+        f"{entry.name}_backward",
+        lambda grad_y, x, y, p, out: _activation_backward(entry, grad_y, x, y, p, out),
+        ("grad_y", "x", "y"),
+        entry,
+        backward,
+    )
+
+
+# Functions of rows.
+
+
+def _row_forward(entry: RowFunction, x: Any, out: Any) -> Any:
+    x_ = arguments.as_floats(x, "x")
+    if x_.ndim == 0:
+        raise ValueError("x is a scalar; expected at least one dimension")
+    y = arguments.output(out, "out", x_.shape, x_.dtype)
+    if x_.size:
+        backend = select.current()
+        _elementwise(lambda a, o: backend.row_function(entry, _rows(a), _rows(o)), (x_,), (y,), rows=True)
+    return _returned(out, y)
+
+
+def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> Any:
+    grad = arguments.as_floats(grad_y, "grad_y")
+    if grad.ndim == 0:
+        raise ValueError("grad_y is a scalar; expected at least one dimension")
+    if y is None:
+        raise ValueError(f"y is missing: the gradient of {entry.name} is computed from it")
+    if x is not None:
+        arguments.check_shape(arguments.as_floats(x, "x", grad.dtype), "x", grad.shape, "the shape of grad_y")
+    y_ = arguments.as_floats(y, "y", grad.dtype)
+    arguments.check_shape(y_, "y", grad.shape, "the shape of grad_y")
+    grad_x = arguments.output(out, "out", grad.shape, grad.dtype)
+    if grad.size:
+        backend = select.current()
+        _elementwise(
+            lambda g, s, o: backend.row_function_backward(entry, _rows(g), _rows(s), _rows(o)),
+            (grad, y_),
+            (grad_x,),
+            rows=True,
+        )
+    return _returned(out, grad_x)
+
+
+def _publish_row_function(entry: RowFunction) -> None:
+    forward = f"""Function {entry.name} over the last axis: ``{entry.formula}``.
+
+Parameters
+----------
+x : array_like, shape (..., n)
+{_OUT}
+
+Returns
+-------
+ndarray, the shape and dtype of `x`
+
+Notes
+-----
+The largest element is taken off first, so that nothing overflows. A row that holds NaN or +inf, or only -inf, gives NaN.
+Source: {entry.source}.
+"""
+    backward = f"""Gradient of {entry.name}, over the last axis.
+
+Parameters
+----------
+grad_y : array_like, shape (..., n)
+x, y : array_like, the shape of `grad_y`
+    The input and the result of {entry.name}. The gradient is computed from `y`; `x` may be None.
+{_OUT}
+
+Returns
+-------
+ndarray, the shape and dtype of `grad_y`
+"""
+    _publish(entry.name, lambda x, p, out: _row_forward(entry, x, out), ("x",), entry, forward)
+    _publish(
+        f"{entry.name}_backward",
+        lambda grad_y, x, y, p, out: _row_backward(entry, grad_y, x, y, out),
+        ("grad_y", "x", "y"),
+        entry,
+        backward,
+    )
+
+
+# Losses.
+
+
+def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any, out: Any) -> tuple[float, Any]:
+    p = arguments.as_floats(prediction, entry.prediction)
+    t = arguments.as_floats(targets, "targets", p.dtype)
+    arguments.check_shape(t, "targets", p.shape, f"the shape of {entry.prediction}")
+    value = entry.default
+    if entry.parameter is not None and parameter is not None:
+        value = arguments.number(parameter, entry.parameter, low=0.0, open_low=True)
+    if entry.unit_interval and p.size and not (np.min(p) >= 0.0 and np.max(p) <= 1.0) and np.any((p < 0) | (p > 1)):
+        raise ValueError(f"{entry.prediction} must lie within [0, 1], got {np.nanmin(p):g} to {np.nanmax(p):g}")
+    grad = _like(p, out)
+    if not p.size:
+        return float("nan"), _returned(out, grad)
+    backend = select.current()
+    loss = _elementwise(lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,))
+    return float(loss), _returned(out, grad)
+
+
+def _publish_loss(entry: Loss) -> None:
+    doc = f"""Loss {entry.name}, the mean over all elements, and its gradient, in one pass.
+
+Element by element it is ``{entry.formula}``, with {entry.prediction} = {entry.prediction[0]} and targets = t.
+
+Parameters
+----------
+{entry.prediction} : array_like, any shape{" within [0, 1]" if entry.unit_interval else ""}
+targets : array_like, the shape of `{entry.prediction}`{_number_section(entry)}
+out : array_like, optional
+    Takes the gradient; it may be one of the inputs.
+
+Returns
+-------
+loss : float
+    Summed in float64. NaN if there are no elements.
+gradient : ndarray, the shape and dtype of `{entry.prediction}`
+    With respect to `{entry.prediction}`.
+
+Notes
+-----
+Source: {entry.source}.
+"""
+    _publish(
+        entry.name,
+        lambda p, t, parameter, out: _elementwise_loss(entry, p, t, parameter, out),
+        (entry.prediction, "targets"),
+        entry,
+        doc,
+    )
+
+
+def softmax_cross_entropy(
+    logits: Any, labels: Any, *, label_smoothing: float = 0.0, out: Any = None
+) -> tuple[float, Any]:
+    """Cross-entropy of ``softmax(logits)``, the mean over the rows, and its gradient, in one pass.
+
+    Parameters
+    ----------
+    logits : array_like, shape (rows, classes)
+    labels : array_like, shape (rows,) of any integer dtype, or (rows, classes) of the dtype of `logits`
+        Class indices, or one probability per class (one-hot or soft).
+    label_smoothing : float, within [0, 1]
+        Targets become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy et al., 2016).
+    out : array_like, optional
+        Takes the gradient; it may be `logits`.
+
+    Returns
+    -------
+    loss : float
+        ``mean_i(-sum_j t_ij * log_softmax(logits)_ij)``, summed in float64. NaN if there are no rows.
+    gradient : ndarray, shape (rows, classes)
+        ``(softmax(logits) * sum_j t_ij - t) / rows``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype or a shape does not fit, or a class index is out of range.
+    """
+    z = arguments.as_floats(logits, "logits")
+    if z.ndim != 2:
+        raise ValueError(f"logits has shape {z.shape}, expected (rows, classes)")
+    smoothing = arguments.number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
+    t = arguments.as_array(labels, "labels")
+    if t.ndim == 1:
+        if t.dtype.kind not in "iu":
+            raise TypeError(f"labels has dtype {t.dtype}; class indices must be integers: convert with labels.astype(np.int64)")
+        arguments.check_shape(t, "labels", z.shape[:1], "one index per row of logits")
+        if t.size and (int(t.min()) < 0 or int(t.max()) >= z.shape[1]):
+            raise ValueError(f"labels must lie within [0, {z.shape[1]}), got {int(t.min())} to {int(t.max())}")
+        t = np.ascontiguousarray(t, dtype=np.int64)
+    else:
+        t = arguments.as_floats(t, "labels", z.dtype)
+        arguments.check_shape(t, "labels", z.shape, "one probability per class")
+    grad = arguments.output(out, "out", z.shape, z.dtype)
+    if not z.size:
+        return float("nan"), _returned(out, grad)
+    backend = select.current()
+    inputs = (z,) if t.ndim == 1 else (z, t)
+    loss = _elementwise(
+        lambda a, *rest: backend.softmax_cross_entropy(a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
+        inputs,
+        (grad,),
+        rows=True,
+    )
+    return float(loss), _returned(out, grad)
+
+
+# Optimizer updates.
+
+
+def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalars: tuple[float, ...]) -> None:
+    rule = OPTIMIZER_RULES[rule_name]
+    p = arguments.as_floats(param, "param")
+    g = arguments.as_floats(grad, "grad", p.dtype)
+    arguments.check_shape(g, "grad", p.shape, "the shape of param")
+    written = {"param": p}
+    for name, array in state.items():
+        written[name] = arguments.as_floats(array, name, p.dtype)
+        arguments.check_shape(written[name], name, p.shape, "the shape of param")
+    for name, array in written.items():
+        arguments.check_writeable(array, name)
+        for other, array2 in {**written, "grad": g}.items():
+            if other != name and arguments.overlaps(array, array2):
+                raise ValueError(f"{name} overlaps {other}: each needs memory of its own")
+    outputs = tuple(written.values())
+    backend = select.current()
+    _elementwise(lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs)
+
+
+def sgd_update(
+    param: Any,
+    grad: Any,
+    velocity: Any = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> None:
+    """Stochastic gradient descent, in place: ``param -= lr * step``.
+
+    Parameters
+    ----------
+    param, grad : array_like, one shape
+        `param` is updated; `grad` is read.
+    velocity : array_like, the shape of `param`, optional
+        Updated as well; zeros before the first step. Needed with `momentum`.
+    lr : float
+        Learning rate, at least 0.
+    momentum : float, within [0, 1]
+        ``velocity = momentum * velocity + grad``, and the step is the velocity (Sutskever et al., 2013).
+    nesterov : bool
+        The step is ``grad + momentum * velocity`` instead.
+    weight_decay : float
+        Added to the gradient as ``weight_decay * param``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a shape or a number does not fit, arrays overlap, or `velocity` is missing.
+    """
+    rate = arguments.number(lr, "lr", low=0.0)
+    mu = arguments.number(momentum, "momentum", low=0.0, high=1.0)
+    decay = arguments.number(weight_decay, "weight_decay", low=0.0)
+    if velocity is None:
+        if mu or nesterov:
+            raise ValueError("velocity is missing: momentum and nesterov need it")
+        _update("sgd", param, grad, {}, (rate, decay))
+    else:
+        _update("momentum", param, grad, {"velocity": velocity}, (rate, decay, mu, float(bool(nesterov))))
+
+
+def _adam_numbers(
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
+) -> tuple[float, ...]:
+    if not isinstance(step, int | np.integer) or isinstance(step, bool):
+        raise TypeError(f"step must be an integer, got {type(step).__name__}")
+    if step < 1:
+        raise ValueError(f"step must be at least 1 (the first update), got {step}")
+    numbers = {
+        "lr": arguments.number(lr, "lr", low=0.0),
+        "beta1": arguments.number(beta1, "beta1", low=0.0, high=1.0),
+        "beta2": arguments.number(beta2, "beta2", low=0.0, high=1.0),
+        "eps": arguments.number(eps, "eps", low=0.0),
+        "weight_decay": arguments.number(weight_decay, "weight_decay", low=0.0),
+    }
+    for name in ("beta1", "beta2"):
+        if numbers[name] == 1.0:
+            raise ValueError(f"{name} must be below 1, got {numbers[name]:g}")
+    return adam_scalars(int(step), **numbers, decoupled=decoupled)
+
+
+def adam_update(
+    param: Any,
+    grad: Any,
+    m: Any,
+    v: Any,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """Adam (Kingma and Ba, 2015), in place.
+
+    Parameters
+    ----------
+    param, grad, m, v : array_like, one shape
+        `param` and the moments `m` and `v` are updated; `grad` is read. The moments are zeros before the first step.
+    step : int
+        1 at the first update.
+    lr, beta1, beta2, eps : float
+        Learning rate, decay of the two moments (within [0, 1)), and what is added to the root.
+    weight_decay : float
+        Added to the gradient as ``weight_decay * param``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a shape or a number does not fit, or arrays overlap.
+    """
+    _update("adam", param, grad, {"m": m, "v": v}, _adam_numbers(step, lr, beta1, beta2, eps, weight_decay, False))
+
+
+def adamw_update(
+    param: Any,
+    grad: Any,
+    m: Any,
+    v: Any,
+    *,
+    step: int,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> None:
+    """AdamW (Loshchilov and Hutter, 2019), in place: Adam whose weight decay shrinks the parameter itself.
+
+    Parameters
+    ----------
+    param, grad, m, v, step, lr, beta1, beta2, eps
+        As in `adam_update`.
+    weight_decay : float
+        The parameter is multiplied by ``1 - lr * weight_decay``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a shape or a number does not fit, or arrays overlap.
+    """
+    _update("adam", param, grad, {"m": m, "v": v}, _adam_numbers(step, lr, beta1, beta2, eps, weight_decay, True))
+
+
+for _entry in ACTIVATIONS.values():
+    _publish_activation(_entry)
+for _row_entry in ROW_FUNCTIONS.values():
+    _publish_row_function(_row_entry)
+for _loss_entry in LOSSES.values():
+    _publish_loss(_loss_entry)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., Any]:
+        """The kernels generated from the registry."""
