@@ -157,12 +157,15 @@ def _activation_named(activation: Any) -> Activation | None:
     return ACTIVATIONS[activation]
 
 
-def _activation_parameter(entry: Activation | None, value: Any, name: str) -> float:
+def _activation_parameter(entry: Activation | None, value: Any, name: str, dtype: np.dtype[Any]) -> float:
+    """The activation's number, rounded to the dtype that it computes in; its default where none was given."""
     if value is None:
-        return 0.0 if entry is None else entry.default
-    if entry is None or entry.parameter is None:
+        number = 0.0 if entry is None else entry.default
+    elif entry is None or entry.parameter is None:
         raise ValueError(f"{name} was given, but the activation {entry.name if entry else None!r} takes none")
-    return arguments.number(value, name, low=0.0, open_low=True)
+    else:
+        number = arguments.number(value, name, low=0.0, open_low=True)
+    return float(dtype.type(number))
 
 
 def _rows(x: Array) -> Array:
@@ -216,7 +219,7 @@ def linear(
     w_ = arguments.as_floats(w, "w", x_.dtype)
     b_ = None if b is None else arguments.as_floats(b, "b", x_.dtype)
     entry = _activation_named(activation)
-    parameter = _activation_parameter(entry, activation_parameter, "activation_parameter")
+    parameter = _activation_parameter(entry, activation_parameter, "activation_parameter", x_.dtype)
     if x_.ndim == 0:
         raise ValueError("x is a scalar; expected shape (..., in_features)")
     if w_.ndim != 2 or w_.shape[0] != x_.shape[-1]:
@@ -281,7 +284,7 @@ def linear_backward(
     if grad.ndim == 0:
         raise ValueError("grad_y is a scalar; expected shape (..., out_features)")
     entry = _activation_named(activation)
-    parameter = _activation_parameter(entry, activation_parameter, "activation_parameter")
+    parameter = _activation_parameter(entry, activation_parameter, "activation_parameter", grad.dtype)
     w_ = arguments.as_floats(w, "w", grad.dtype) if need_x or w is not None else None
     x_ = arguments.as_floats(x, "x", grad.dtype) if need_w or x is not None else None
     if w_ is not None and (w_.ndim != 2 or w_.shape[1] != grad.shape[-1]):
@@ -327,7 +330,7 @@ def linear_backward(
 
 def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> Any:
     x_ = arguments.as_floats(x, "x")
-    value = _activation_parameter(entry, parameter, entry.parameter or "parameter")
+    value = _activation_parameter(entry, parameter, entry.parameter or "parameter", x_.dtype)
     y = _like(x_, out)
     backend = select.current()
     _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,))
@@ -336,7 +339,7 @@ def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> 
 
 def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
     grad = arguments.as_floats(grad_y, "grad_y")
-    value = _activation_parameter(entry, parameter, entry.parameter or "parameter")
+    value = _activation_parameter(entry, parameter, entry.parameter or "parameter", grad.dtype)
     checked: dict[str, Array | None] = {}
     for name, array in (("x", x), ("y", y)):
         used = name == ("x" if entry.needs_x else "y")

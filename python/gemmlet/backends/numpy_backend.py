@@ -39,7 +39,8 @@ class NumpyBackend:
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         """``out = a @ b``: (m, k) by (k, n)."""
-        np.matmul(a, b, out=out)
+        with np.errstate(all="ignore"):
+            np.matmul(a, b, out=out)
 
     def linear(
         self,
@@ -54,7 +55,8 @@ class NumpyBackend:
         """``out = activation(x @ w + b)``; `preactivation`, if given, takes ``x @ w + b``."""
         self.matmul(x, w, out)
         if b is not None:
-            out += b
+            with np.errstate(all="ignore"):
+                out += b
         if preactivation is not None:
             preactivation[...] = out
         if activation is not None:
@@ -72,11 +74,11 @@ class NumpyBackend:
             out[...] = activation.forward(_f64(x), parameter)
 
     def activation_backward(
-        self, activation: Activation, grad_y: Array, saved: Array | None, parameter: float, out: Array
+        self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        """``out = grad_y * activation'``, `saved` being the `x` or the `y` that the formula reads, or None for neither."""
+        """``out = grad_y * activation'``, `saved` being the `x` or the `y` that the formula reads."""
         with np.errstate(all="ignore"):
-            kept = None if saved is None else _f64(saved)
+            kept = _f64(saved)
             out[...] = activation.backward(_f64(grad_y), kept, kept, parameter)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:

@@ -91,6 +91,11 @@ def _finite(x: Array) -> Array:
     return np.clip(x, -1e4, 1e4)
 
 
+def _finite_below(x: Array) -> Array:
+    """The same for factors that vanish at -inf alone."""
+    return np.maximum(x, -1e4)
+
+
 def _silu_backward(grad_y: Array, x: Array, y: Any, parameter: float) -> Array:
     return grad_y * (_sigmoid(x) * (1.0 + _finite(x) * _sigmoid(-x)))
 
@@ -155,9 +160,9 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation(
             name="gelu",
             formula="x * Phi(x), Phi the normal distribution function",
-            forward=lambda x, parameter: x * _normal_cdf(x),
+            forward=lambda x, parameter: _finite_below(x) * _normal_cdf(x),
             backward=_gelu_backward,
-            forward_accuracy=Accuracy(4, 4),
+            forward_accuracy=Accuracy(7, 7),
             backward_accuracy=Accuracy(3, 3, floor=1.0),
             needs_x=True,
             source="Hendrycks and Gimpel, 2016",
@@ -165,7 +170,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation(
             name="gelu_tanh",
             formula="x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2",
-            forward=lambda x, parameter: x * _sigmoid(_gelu_tanh_slope(x)[0]),
+            forward=lambda x, parameter: _finite_below(x) * _sigmoid(_gelu_tanh_slope(x)[0]),
             backward=_gelu_tanh_backward,
             forward_accuracy=Accuracy(4, 4, floor=1.0),
             backward_accuracy=Accuracy(4, 4, floor=1.0),
@@ -175,7 +180,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation(
             name="silu",
             formula="x / (1 + exp(-x))",
-            forward=lambda x, parameter: x * _sigmoid(x),
+            forward=lambda x, parameter: _finite_below(x) * _sigmoid(x),
             backward=_silu_backward,
             forward_accuracy=Accuracy(3, 3),
             backward_accuracy=Accuracy(3, 3, floor=1.0),

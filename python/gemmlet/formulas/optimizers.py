@@ -57,14 +57,16 @@ def _adam(
     step_size: float,
     beta1: float,
     beta2: float,
+    gain1: float,
+    gain2: float,
     eps: float,
     correction: float,
     l2: float,
     shrink: float,
 ) -> tuple[Array, ...]:
     g = g + l2 * p
-    m = beta1 * m + (1.0 - beta1) * g
-    v = beta2 * v + (1.0 - beta2) * (g * g)
+    m = beta1 * m + gain1 * g
+    v = beta2 * v + gain2 * (g * g)
     return shrink * p - step_size * m / (np.sqrt(v) * correction + eps), m, v
 
 
@@ -74,12 +76,12 @@ def adam_scalars(
     """The numbers of Adam's rule at one step (Kingma and Ba, 2015); `decoupled` is AdamW (Loshchilov and Hutter, 2019).
 
     ``step_size = lr / (1 - beta1**step)`` and ``correction = 1 / sqrt(1 - beta2**step)`` undo the bias of moments that
-    start at zero; the weight decay goes into the gradient (Adam) or shrinks the parameter itself (AdamW).
+    start at zero; ``gain = 1 - beta`` is formed here, in float64, as float32 would lose half of it; the weight decay goes into the gradient (Adam) or shrinks the parameter itself (AdamW).
     """
     step_size = lr / (1.0 - beta1**step)
     correction = 1.0 / math.sqrt(1.0 - beta2**step)
     l2, shrink = (0.0, 1.0 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
-    return step_size, beta1, beta2, eps, correction, l2, shrink
+    return step_size, beta1, beta2, 1.0 - beta1, 1.0 - beta2, eps, correction, l2, shrink
 
 
 OPTIMIZER_RULES: dict[str, OptimizerRule] = {
@@ -103,10 +105,10 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
         ),
         OptimizerRule(
             name="adam",
-            formula="g += l2 * p; m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g**2; "
+            formula="g += l2 * p; m = beta1 * m + gain1 * g; v = beta2 * v + gain2 * g**2; "
             "p = shrink * p - step_size * m / (sqrt(v) * correction + eps)",
             state=("m", "v"),
-            scalars=("step_size", "beta1", "beta2", "eps", "correction", "l2", "shrink"),
+            scalars=("step_size", "beta1", "beta2", "gain1", "gain2", "eps", "correction", "l2", "shrink"),
             apply=_adam,
             source="Kingma and Ba, 2015; Loshchilov and Hutter, 2019",
         ),

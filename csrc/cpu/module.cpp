@@ -1,0 +1,245 @@
+// The bindings: checks that protect memory, the GIL released, the call. No maths. Checks with friendlier words are in
+// python/gemmlet/_arguments.py; those here say what a caller inside the package did wrong.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using gemmlet::Index;
+using gemmlet::View;
+using OptionalArray = std::optional<py::array>;
+
+[[noreturn]] void refuse(const char* name, const char* what) {
+  throw std::invalid_argument(std::string(name) + ": " + what);
+}
+
+template <class T>
+void check_dtype(const py::array& a, const char* name) {
+  if (!py::dtype::of<T>().is(a.dtype()) && !a.dtype().equal(py::dtype::of<T>())) refuse(name, "wrong dtype");
+  if ((py::detail::array_proxy(a.ptr())->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0)
+    refuse(name, "not aligned");
+}
+
+template <class T>
+const T* contiguous(const py::array& a, Index size, const char* name) {
+  check_dtype<T>(a, name);
+  if ((a.flags() & py::array::c_style) == 0) refuse(name, "not C-contiguous");
+  if (a.size() != size) refuse(name, "wrong size");
+  return static_cast<const T*>(a.data());
+}
+
+template <class T>
+T* writable(py::array& a, Index size, const char* name) {
+  contiguous<T>(a, size, name);
+  return static_cast<T*>(a.mutable_data());  // throws if it is read-only
+}
+
+template <class T>
+View<T> view(const py::array& a, const char* name) {
+  check_dtype<T>(a, name);
+  if (a.ndim() != 2) refuse(name, "not a matrix");
+  const Index item = sizeof(T);
+  // A stride that is never taken may be anything.
+  const auto stride = [&](int axis) -> Index {
+    if (a.shape(axis) < 2) return 0;
+    if (a.strides(axis) % item != 0) refuse(name, "a stride that is no multiple of the item size");
+    return a.strides(axis) / item;
+  };
+  return {static_cast<const T*>(a.data()), a.shape(0), a.shape(1), stride(0), stride(1)};
+}
+
+int checked_index(int value, std::size_t count, const char* name) {
+  if (value < 0 || static_cast<std::size_t>(value) >= count) refuse(name, "out of range");
+  return value;
+}
+
+// call(T) for the dtype of `a`.
+template <class Call>
+auto for_dtype(const py::array& a, const char* name, Call&& call) {
+  if (a.dtype().num() == py::dtype::num_of<float>()) return call(float{});
+  if (a.dtype().num() == py::dtype::num_of<double>()) return call(double{});
+  refuse(name, "neither float32 nor float64");
+}
+
+const std::size_t activation_count = gemmlet::activation_names().size();
+const std::size_t row_function_count = gemmlet::row_function_names().size();
+const std::size_t loss_count = gemmlet::loss_names().size();
+const std::size_t rule_count = gemmlet::optimizer_rule_names().size();
+
+void linear(const py::array& x, const py::array& w, const OptionalArray& b, int activation, double parameter, py::array& y,
+            std::optional<py::array>& z) {
+  if (activation != -1) checked_index(activation, activation_count, "activation");
+  for_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const View<T> xv = view<T>(x, "x"), wv = view<T>(w, "w");
+    if (wv.rows != xv.columns) refuse("w", "rows differ from the columns of x");
+    const T* bias = b ? contiguous<T>(*b, wv.columns, "b") : nullptr;
+    T* yp = writable<T>(y, xv.rows * wv.columns, "y");
+    T* zp = z ? writable<T>(*z, xv.rows * wv.columns, "z") : nullptr;
+    const py::gil_scoped_release release;
+    gemmlet::linear<T>(xv, wv, bias, activation, static_cast<T>(parameter), yp, zp);
+  });
+}
+
+void column_sum(const py::array& x, py::array& out) {
+  for_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const View<T> xv = view<T>(x, "x");
+    T* sum = writable<T>(out, xv.columns, "out");
+    const py::gil_scoped_release release;
+    gemmlet::column_sum<T>(xv, sum);
+  });
+}
+
+void activation_forward(int activation, const py::array& x, double parameter, py::array& out) {
+  checked_index(activation, activation_count, "activation");
+  for_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const T* xp = contiguous<T>(x, x.size(), "x");
+    T* yp = writable<T>(out, x.size(), "out");
+    const Index n = x.size();
+    const py::gil_scoped_release release;
+    gemmlet::activation_forward<T>(activation, xp, static_cast<T>(parameter), yp, n);
+  });
+}
+
+void activation_backward(int activation, const py::array& grad_y, const py::array& saved, double parameter, py::array& out) {
+  checked_index(activation, activation_count, "activation");
+  for_dtype(grad_y, "grad_y", [&](auto zero) {
+    using T = decltype(zero);
+    const Index n = grad_y.size();
+    const T* gp = contiguous<T>(grad_y, n, "grad_y");
+    const T* sp = contiguous<T>(saved, n, "saved");
+    T* op = writable<T>(out, n, "out");
+    const py::gil_scoped_release release;
+    gemmlet::activation_backward<T>(activation, gp, sp, static_cast<T>(parameter), op, n);
+  });
+}
+
+// The rows and columns of a contiguous matrix that has both.
+std::pair<Index, Index> shape_of_rows(const py::array& x, const char* name) {
+  if (x.ndim() != 2 || x.shape(0) == 0 || x.shape(1) == 0) refuse(name, "not a matrix with rows and columns");
+  return {x.shape(0), x.shape(1)};
+}
+
+void row_function_forward(int function, const py::array& x, py::array& out) {
+  checked_index(function, row_function_count, "function");
+  const auto [rows, columns] = shape_of_rows(x, "x");
+  for_dtype(x, "x", [&, rows = rows, columns = columns](auto zero) {
+    using T = decltype(zero);
+    const T* xp = contiguous<T>(x, rows * columns, "x");
+    T* yp = writable<T>(out, rows * columns, "out");
+    const py::gil_scoped_release release;
+    gemmlet::row_function_forward<T>(function, xp, yp, rows, columns);
+  });
+}
+
+void row_function_backward(int function, const py::array& grad_y, const py::array& y, py::array& out) {
+  checked_index(function, row_function_count, "function");
+  const auto [rows, columns] = shape_of_rows(grad_y, "grad_y");
+  for_dtype(grad_y, "grad_y", [&, rows = rows, columns = columns](auto zero) {
+    using T = decltype(zero);
+    const T* gp = contiguous<T>(grad_y, rows * columns, "grad_y");
+    const T* yp = contiguous<T>(y, rows * columns, "y");
+    T* op = writable<T>(out, rows * columns, "out");
+    const py::gil_scoped_release release;
+    gemmlet::row_function_backward<T>(function, gp, yp, op, rows, columns);
+  });
+}
+
+double softmax_cross_entropy(const py::array& logits, const py::array& labels, double smoothing, py::array& out) {
+  const auto [rows, columns] = shape_of_rows(logits, "logits");
+  return for_dtype(logits, "logits", [&, rows = rows, columns = columns](auto zero) {
+    using T = decltype(zero);
+    const T* zp = contiguous<T>(logits, rows * columns, "logits");
+    T* gp = writable<T>(out, rows * columns, "out");
+    const Index* indices = nullptr;
+    const T* targets = nullptr;
+    if (labels.ndim() == 1) {
+      indices = contiguous<Index>(labels, rows, "labels");
+      for (Index i = 0; i < rows; ++i)
+        if (indices[i] < 0 || indices[i] >= columns) refuse("labels", "a class index that is out of range");
+    } else {
+      targets = contiguous<T>(labels, rows * columns, "labels");
+      if (targets == gp) refuse("out", "may not be the labels");
+    }
+    const py::gil_scoped_release release;
+    return gemmlet::softmax_cross_entropy<T>(zp, indices, targets, smoothing, gp, rows, columns);
+  });
+}
+
+double elementwise_loss(int loss, const py::array& prediction, const py::array& target, double parameter, py::array& out) {
+  checked_index(loss, loss_count, "loss");
+  const Index n = prediction.size();
+  if (n == 0) refuse("prediction", "no elements");
+  return for_dtype(prediction, "prediction", [&](auto zero) {
+    using T = decltype(zero);
+    const T* pp = contiguous<T>(prediction, n, "prediction");
+    const T* tp = contiguous<T>(target, n, "target");
+    T* gp = writable<T>(out, n, "out");
+    const py::gil_scoped_release release;
+    return gemmlet::elementwise_loss<T>(loss, pp, tp, static_cast<T>(parameter), gp, n);
+  });
+}
+
+void optimizer_update(int rule, py::array& param, const py::array& grad, std::vector<py::array> state,
+                      const std::vector<double>& scalars) {
+  checked_index(rule, rule_count, "rule");
+  if (static_cast<int>(state.size()) != gemmlet::optimizer_state_count(rule)) refuse("state", "wrong number of arrays");
+  if (static_cast<int>(scalars.size()) != gemmlet::optimizer_scalar_count(rule)) refuse("scalars", "wrong number");
+  for_dtype(param, "param", [&](auto zero) {
+    using T = decltype(zero);
+    const Index n = param.size();
+    T* pp = writable<T>(param, n, "param");
+    const T* gp = contiguous<T>(grad, n, "grad");
+    std::vector<T*> kept;
+    for (py::array& s : state) kept.push_back(writable<T>(s, n, "state"));
+    const py::gil_scoped_release release;
+    gemmlet::optimizer_update<T>(rule, pp, gp, kept.data(), scalars.data(), n);
+  });
+}
+
+}  // namespace
+
+// For threadpoolctl, which calls them through ctypes.
+extern "C" {
+__attribute__((visibility("default"))) void gemmlet_set_num_threads(int count) {
+  gemmlet::set_num_threads(count < 1 ? 1 : count);
+}
+__attribute__((visibility("default"))) int gemmlet_get_num_threads() { return gemmlet::get_num_threads(); }
+}
+
+PYBIND11_MODULE(GEMMLET_MODULE, m, py::mod_gil_not_used()) {
+  m.doc() = "The kernels of gemmlet, compiled for one instruction set.";
+  m.attr("compiler") = __VERSION__;
+  m.attr("vector_bytes") = GEMMLET_VECTOR_BYTES;
+  m.def("activations", &gemmlet::activation_names, "Names, in the order of their numbers.");
+  m.def("row_functions", &gemmlet::row_function_names, "Names, in the order of their numbers.");
+  m.def("losses", &gemmlet::loss_names, "Names, in the order of their numbers.");
+  m.def("optimizer_rules", &gemmlet::optimizer_rule_names, "Names, in the order of their numbers.");
+  m.def("set_num_threads", &gemmlet_set_num_threads, py::arg("count"), py::call_guard<py::gil_scoped_release>());
+  m.def("get_num_threads", &gemmlet_get_num_threads);
+  m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("b"), py::arg("activation"), py::arg("parameter"),
+        py::arg("y"), py::arg("z"));
+  m.def("column_sum", &column_sum, py::arg("x"), py::arg("out"));
+  m.def("activation_forward", &activation_forward, py::arg("activation"), py::arg("x"), py::arg("parameter"), py::arg("out"));
+  m.def("activation_backward", &activation_backward, py::arg("activation"), py::arg("grad_y"), py::arg("saved"),
+        py::arg("parameter"), py::arg("out"));
+  m.def("row_function_forward", &row_function_forward, py::arg("function"), py::arg("x"), py::arg("out"));
+  m.def("row_function_backward", &row_function_backward, py::arg("function"), py::arg("grad_y"), py::arg("y"), py::arg("out"));
+  m.def("softmax_cross_entropy", &softmax_cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("smoothing"),
+        py::arg("out"));
+  m.def("elementwise_loss", &elementwise_loss, py::arg("loss"), py::arg("prediction"), py::arg("target"),
+        py::arg("parameter"), py::arg("out"));
+  m.def("optimizer_update", &optimizer_update, py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"),
+        py::arg("scalars"));
+}

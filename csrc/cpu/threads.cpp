@@ -1,0 +1,189 @@
+#include "cpu/threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace gemmlet {
+namespace {
+
+inline void pause_processor() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Long enough to bridge the time between the phases of one call, too short to be seen in the processor's load.
+constexpr std::chrono::microseconds spin_time{30};
+
+template <class Condition>
+bool spin_until(Condition done) {
+  const auto end = std::chrono::steady_clock::now() + spin_time;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+      pause_processor();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
+}
+
+struct Job {
+  void (*call)(const void*, std::int64_t);
+  const void* context;
+  std::int64_t tasks;
+  std::atomic<std::int64_t> next{0};
+  std::mutex error_mutex;
+  std::exception_ptr error;
+
+  void work() {
+    for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      try {
+        call(context, task);
+      } catch (...) {
+        const std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  explicit Pool(int count) : wanted_(count) {}
+
+  int size() const { return wanted_.load(std::memory_order_relaxed); }
+
+  void resize(int count) {
+    const std::lock_guard entry(entry_);
+    stop_workers();
+    wanted_.store(count, std::memory_order_relaxed);
+  }
+
+  // False if another thread has the pool: then the caller does the work alone.
+  bool try_run(Job& job) {
+    const std::unique_lock entry(entry_, std::try_to_lock);
+    if (!entry.owns_lock()) return false;
+    start_workers();
+    job_ = &job;
+    joined_.fetch_and(~closed, std::memory_order_release);
+    generation_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+      const std::lock_guard lock(sleep_mutex_);
+      wake_.notify_all();
+    }
+    job.work();
+    // No worker joins from here on; those that have will soon be done.
+    joined_.fetch_or(closed, std::memory_order_acquire);
+    while (!spin_until([&] { return joined_.load(std::memory_order_acquire) == closed; })) std::this_thread::yield();
+    return true;
+  }
+
+ private:
+  static constexpr std::uint32_t closed = 1u << 31;
+
+  void start_workers() {
+    const int missing = size() - 1 - static_cast<int>(workers_.size());
+    if (missing <= 0 || refused_) return;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (int i = 0; i < missing; ++i) workers_.emplace_back([this, seen = generation_.load()] { worker(seen); });
+    } catch (const std::system_error&) {
+      refused_ = true;  // the system grants no more threads: those there are do the work
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  void stop_workers() {
+    stop_.store(true);
+    generation_.fetch_add(1);
+    {
+      const std::lock_guard lock(sleep_mutex_);
+      wake_.notify_all();
+    }
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    stop_.store(false);
+    refused_ = false;
+  }
+
+  void worker(std::uint64_t seen) {
+    while (true) {
+      const auto called = [&] { return generation_.load() != seen; };
+      if (!spin_until(called)) {
+        std::unique_lock lock(sleep_mutex_);
+        // Counted before the last look: either the caller sees a sleeper, or the sleeper sees the call.
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, called);
+        sleepers_.fetch_sub(1);
+      }
+      seen = generation_.load();
+      if (stop_.load()) return;
+      if ((joined_.fetch_add(1, std::memory_order_acquire) & closed) == 0) job_->work();
+      joined_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::atomic<int> wanted_;
+  std::mutex entry_;  // held while a call uses the pool
+  std::vector<std::thread> workers_;
+  bool refused_ = false;
+  Job* job_ = nullptr;
+  std::atomic<std::uint32_t> joined_{closed};  // workers inside the job, and whether more may join
+  std::atomic<std::uint64_t> generation_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int> sleepers_{0};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+};
+
+// Never destroyed: at exit the workers may be anywhere.
+std::atomic<Pool*> pool{nullptr};
+
+// The threads are the parent's; its mutexes may be held. What they hold is left as it is, and a new pool made.
+void forget_pool_in_child() { pool.store(new Pool(pool.load()->size())); }
+
+Pool& the_pool() {
+  static const bool registered = [] {
+    pool.store(new Pool(1));
+    pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+    return true;
+  }();
+  static_cast<void>(registered);
+  return *pool.load(std::memory_order_acquire);
+}
+
+}  // namespace
+
+void set_num_threads(int count) { the_pool().resize(count); }
+
+int get_num_threads() { return the_pool().size(); }
+
+void detail::run_tasks(std::int64_t tasks, void (*call)(const void*, std::int64_t), const void* context) {
+  if (tasks <= 0) return;
+  if (tasks == 1) return call(context, 0);
+  Pool& p = the_pool();
+  if (p.size() > 1) {
+    Job job{.call = call, .context = context, .tasks = tasks, .error_mutex = {}, .error = nullptr};
+    if (p.try_run(job)) {
+      if (job.error) std::rethrow_exception(job.error);
+      return;
+    }
+  }
+  for (std::int64_t task = 0; task < tasks; ++task) call(context, task);
+}
+
+}  // namespace gemmlet

@@ -1,0 +1,34 @@
+// Every number of the matrix product that depends on the machine.
+//
+// rows, vectors   the micro-kernel's tile: rows x vectors accumulators, one register each, beside `vectors` of w and one of x,
+//                 in 16 registers (x86-64 before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
+// depth           k is cut into runs of `depth`: a strip of w (depth x vectors, 16 KiB for float on x86-64-v3) stays in a first-
+//                 level cache of 32 KiB. It fixes the order of summation: the same for all block sizes and threads.
+// block           rows and columns of y that one task computes: its packed x and w (256 KiB each for float) stay in the second level.
+//                 Each packed number is used `block` times.
+// These follow from register counts and cache sizes; they have not been tuned by measurement.
+#pragma once
+
+#include "cpu/vector.h"
+
+namespace gemmlet {
+
+template <class T>
+struct TileSizes {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  static constexpr int rows = 12;
+#else
+  static constexpr int rows = 6;
+#endif
+  static constexpr int vectors = 2;
+  static constexpr int columns = vectors * lanes<T>;
+  static constexpr int depth = 256;
+  static constexpr int block_rows = 240;
+  static constexpr int block_columns = 256;
+  static_assert(block_rows % rows == 0 && block_columns % columns == 0);
+
+  // Below this many multiplications a second thread costs more than it saves (some 20 microseconds).
+  static constexpr double parallel_work = 500e3;
+};
+
+}  // namespace gemmlet

@@ -1,0 +1,50 @@
+// Optimizer rules: each once, for every value type.
+//
+// Contract
+//   V as in activations.h, with sqrt besides. `scalars` holds the numbers in the order of the rule's entry in
+//   python/gemmlet/formulas/optimizers.py, which is the reference; `state` holds state_count values, zero at first.
+//   apply(param, grad, state, scalars) changes param and state.
+#pragma once
+
+namespace gemmlet::optimizers {
+
+struct sgd {
+  static constexpr int state_count = 0, scalar_count = 2;
+  template <class V>
+  static void apply(V& param, V grad, V*, const V* scalars) {
+    const V lr = scalars[0], weight_decay = scalars[1];
+    param = fma(-lr, fma(weight_decay, param, grad), param);
+  }
+};
+
+struct momentum {
+  static constexpr int state_count = 1, scalar_count = 4;
+  template <class V>
+  static void apply(V& param, V grad, V* state, const V* scalars) {
+    const V lr = scalars[0], weight_decay = scalars[1], mu = scalars[2], nesterov = scalars[3];
+    const V g = fma(weight_decay, param, grad);
+    state[0] = fma(mu, state[0], g);
+    const V step = select(nesterov != V{}, fma(mu, state[0], g), state[0]);
+    param = fma(-lr, step, param);
+  }
+};
+
+struct adam {
+  static constexpr int state_count = 2, scalar_count = 9;
+  template <class V>
+  static void apply(V& param, V grad, V* state, const V* scalars) {
+    const V step_size = scalars[0], beta1 = scalars[1], beta2 = scalars[2], gain1 = scalars[3], gain2 = scalars[4];
+    const V eps = scalars[5], correction = scalars[6], l2 = scalars[7], shrink = scalars[8];
+    const V g = fma(l2, param, grad);
+    state[0] = fma(beta1, state[0], gain1 * g);
+    state[1] = fma(beta2, state[1], gain2 * (g * g));
+    param = shrink * param - step_size * state[0] / fma(sqrt(state[1]), correction, eps);
+  }
+};
+
+#define GEMMLET_OPTIMIZER_RULES(X) \
+  X(sgd)                           \
+  X(momentum)                      \
+  X(adam)
+
+}  // namespace gemmlet::optimizers

@@ -1,0 +1,204 @@
+"""The compiled backend: C++ kernels, one extension module for each instruction set, the best one loaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formulas.activations import Activation
+from ..formulas.losses import Loss, RowFunction
+from ..formulas.optimizers import OptimizerRule, Scalars
+from .numpy_backend import NumpyBackend
+
+Array = NDArray[Any]
+
+_MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "baseline": "_cpu_baseline"}
+
+
+class _Extension(Protocol):
+    """What every extension module offers; its stub is `_cpu_baseline.pyi`."""
+
+    compiler: str
+    vector_bytes: int
+
+    def activations(self) -> list[str]: ...
+    def row_functions(self) -> list[str]: ...
+    def losses(self) -> list[str]: ...
+    def optimizer_rules(self) -> list[str]: ...
+    def set_num_threads(self, count: int) -> None: ...
+    def get_num_threads(self) -> int: ...
+    def linear(
+        self, x: Array, w: Array, b: Array | None, activation: int, parameter: float, y: Array, z: Array | None
+    ) -> None: ...
+    def column_sum(self, x: Array, out: Array) -> None: ...
+    def activation_forward(self, activation: int, x: Array, parameter: float, out: Array) -> None: ...
+    def activation_backward(
+        self, activation: int, grad_y: Array, saved: Array, parameter: float, out: Array
+    ) -> None: ...
+    def row_function_forward(self, function: int, x: Array, out: Array) -> None: ...
+    def row_function_backward(self, function: int, grad_y: Array, y: Array, out: Array) -> None: ...
+    def softmax_cross_entropy(self, logits: Array, labels: Array, smoothing: float, out: Array) -> float: ...
+    def elementwise_loss(
+        self, loss: int, prediction: Array, target: Array, parameter: float, out: Array
+    ) -> float: ...
+    def optimizer_update(
+        self, rule: int, param: Array, grad: Array, state: Sequence[Array], scalars: Sequence[float]
+    ) -> None: ...
+
+
+def available_isas() -> list[str]:
+    """Return the instruction sets that were built and can run here, best first.
+
+    The processor and the operating system are asked; on arm64 there is the baseline alone, which is NEON.
+    """
+    try:
+        features = importlib.import_module("gemmlet._cpu_features")
+    except ImportError:
+        return []
+    built = [isa for isa in features.supported() if importlib.util.find_spec(f"gemmlet.{_MODULES[isa]}") is not None]
+    return cast("list[str]", built)
+
+
+def _choose(isa: str | None) -> str:
+    """The instruction set to load; `GEMMLET_ISA` may name one that is below the best, no other."""
+    available = available_isas()
+    if not available:
+        raise RuntimeError("backend 'cpu' was not compiled for this platform: no extension module is installed")
+    wanted = isa or os.environ.get("GEMMLET_ISA") or available[0]
+    if wanted not in _MODULES:
+        raise RuntimeError(f"instruction set {wanted!r} (GEMMLET_ISA) is unknown; the choices are {', '.join(_MODULES)}")
+    if wanted not in available:
+        raise RuntimeError(f"instruction set {wanted!r} (GEMMLET_ISA) cannot run here; the choices are {', '.join(available)}")
+    return wanted
+
+
+class CpuBackend(NumpyBackend):
+    """The compiled kernels.
+
+    Parameters
+    ----------
+    isa : str, optional
+        The instruction set; by default the best that can run here, or what ``GEMMLET_ISA`` lowers it to.
+
+    Raises
+    ------
+    RuntimeError
+        Nothing was compiled for this platform, or `isa` cannot run here.
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = _choose(isa)
+        module = importlib.import_module(f"gemmlet.{_MODULES[self.isa]}")
+        self._module = cast(_Extension, module)
+        self._activations = {name: number for number, name in enumerate(self._module.activations())}
+        self._row_functions = {name: number for number, name in enumerate(self._module.row_functions())}
+        self._losses = {name: number for number, name in enumerate(self._module.losses())}
+        self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
+
+    def describe(self) -> dict[str, str]:
+        """What `gemmlet.show_config` prints about this backend."""
+        isa = "baseline (NEON)" if platform.machine().lower() in {"arm64", "aarch64"} else self.isa
+        return {
+            "backend": self.name,
+            "isa": isa,
+            "vectors": f"{self._module.vector_bytes} bytes",
+            "threads": str(self._module.get_num_threads()),
+            "compiler": self._module.compiler,
+        }
+
+    def set_num_threads(self, count: int) -> None:
+        """Set how many threads the kernels use."""
+        self._module.set_num_threads(count)
+
+    # A registry entry that has no C++ formula (yet) is computed by the reference: `super()`.
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """``out = a @ b``."""
+        self._module.linear(a, b, None, -1, 0.0, out, None)
+
+    def linear(
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        activation: Activation | None,
+        parameter: float,
+        out: Array,
+        preactivation: Array | None,
+    ) -> None:
+        """``out = activation(x @ w + b)`` in one pass."""
+        number = -1 if activation is None else self._activations.get(activation.name)
+        if number is None:
+            super().linear(x, w, b, activation, parameter, out, preactivation)
+        else:
+            self._module.linear(x, w, b, number, parameter, out, preactivation)
+
+    def column_sum(self, x: Array, out: Array) -> None:
+        """``out[j] = sum_i x[i, j]``."""
+        self._module.column_sum(x, out)
+
+    def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
+        """``out = activation(x)``."""
+        number = self._activations.get(activation.name)
+        if number is None:
+            super().activation(activation, x, parameter, out)
+        else:
+            self._module.activation_forward(number, x, parameter, out)
+
+    def activation_backward(
+        self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
+    ) -> None:
+        """``out = grad_y * activation'``."""
+        number = self._activations.get(activation.name)
+        if number is None:
+            super().activation_backward(activation, grad_y, saved, parameter, out)
+        else:
+            self._module.activation_backward(number, grad_y, saved, parameter, out)
+
+    def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
+        """``out = function(x)``, row by row."""
+        number = self._row_functions.get(function.name)
+        if number is None:
+            super().row_function(function, x, out)
+        else:
+            self._module.row_function_forward(number, x, out)
+
+    def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
+        """``out`` = the gradient with respect to the function's input."""
+        number = self._row_functions.get(function.name)
+        if number is None:
+            super().row_function_backward(function, grad_y, y, out)
+        else:
+            self._module.row_function_backward(number, grad_y, y, out)
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        """Mean loss; the gradient goes to `out`."""
+        if labels.ndim == 2 and np.may_share_memory(labels, out):
+            labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
+        return self._module.softmax_cross_entropy(logits, labels, label_smoothing, out)
+
+    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
+        """Mean loss; the gradient goes to `out`."""
+        number = self._losses.get(loss.name)
+        if number is None:
+            return super().elementwise_loss(loss, prediction, target, parameter, out)
+        return self._module.elementwise_loss(number, prediction, target, parameter, out)
+
+    def update(
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+    ) -> None:
+        """Update `param` and its state in place."""
+        number = self._rules.get(rule.name)
+        if number is None:
+            super().update(rule, param, grad, state, scalars)
+        else:
+            self._module.optimizer_update(number, param, grad, state, scalars)
