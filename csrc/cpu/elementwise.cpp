@@ -27,8 +27,7 @@ void backward(const T* grad_y, const T* saved, T parameter, T* grad_x, Index n) 
     for (; i + lanes<T> <= end; i += lanes<T>) store(grad_x + i, F::backward(load(grad_y + i), load(saved + i), p));
     // The tail:
     const int rest = static_cast<int>(end - i);
-    if (rest > 0)
-      store_part(grad_x + i, F::backward(load_part(grad_y + i, rest), load_part(saved + i, rest), p), rest);
+    if (rest > 0) store_part(grad_x + i, F::backward(load_part(grad_y + i, rest), load_part(saved + i, rest), p), rest);
   });
 }
 
@@ -62,9 +61,7 @@ struct log_softmax {
     DoubleSum<T> sum;
     for_lanes<T>(columns, [&](Index j, int n) { sum.add(exp(load_lanes(x + j, n) - largest), n); });
     const Vec<T> log_total = splat<T>(static_cast<T>(std::log(sum.total())));
-    for_lanes<T>(columns, [&](Index j, int n) {
-      store_lanes(y + j, (load_lanes(x + j, n) - largest) - log_total, n);
-    });
+    for_lanes<T>(columns, [&](Index j, int n) { store_lanes(y + j, (load_lanes(x + j, n) - largest) - log_total, n); });
   }
   static void backward(const T* grad_y, const T* y, T* grad_x, Index columns) {
     DoubleSum<T> sum;
@@ -125,8 +122,7 @@ void row_function_backward(int function, const T* grad_y, const T* y, T* grad_x,
   parallel_chunks(
       rows,
       [&](Index i, Index end) {
-        for (; i < end; ++i)
-          table[function](grad_y + i * columns, y + i * columns, grad_x + i * columns, columns);
+        for (; i < end; ++i) table[function](grad_y + i * columns, y + i * columns, grad_x + i * columns, columns);
       },
       rows_per_chunk(columns));
 }
@@ -165,11 +161,11 @@ std::vector<std::string> row_function_names() {
 #undef GEMMLET_ENTRY
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                              \
-  template void activation_forward(int, const T*, T, T*, Index);                            \
-  template void activation_backward(int, const T*, const T*, T, T*, Index);                 \
-  template void row_function_forward(int, const T*, T*, Index, Index);                      \
-  template void row_function_backward(int, const T*, const T*, T*, Index, Index);           \
+#define GEMMLET_INSTANTIATE(T)                                                    \
+  template void activation_forward(int, const T*, T, T*, Index);                  \
+  template void activation_backward(int, const T*, const T*, T, T*, Index);       \
+  template void row_function_forward(int, const T*, T*, Index, Index);            \
+  template void row_function_backward(int, const T*, const T*, T*, Index, Index); \
   template void column_sum(View<T>, T*);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

@@ -41,10 +41,10 @@ std::vector<std::string> supported() {
   const Registers basic(1, 0), extended(7, 0), amd(0x80000001u, 0);
   const bool xsave = has_bits(basic.ecx, {27});
   const unsigned state = xsave ? saved_state() : 0;
-  const bool v3 = has_bits(basic.ecx, {12, 22, 28, 29})  // FMA, MOVBE, AVX, F16C
-                  && has_bits(extended.ebx, {3, 5, 8})   // BMI1, AVX2, BMI2
-                  && has_bits(amd.ecx, {5})              // LZCNT
-                  && has_bits(state, {1, 2});            // XMM and YMM
+  const bool v3 = has_bits(basic.ecx, {12, 22, 28, 29})               // FMA, MOVBE, AVX, F16C
+                  && has_bits(extended.ebx, {3, 5, 8})                // BMI1, AVX2, BMI2
+                  && has_bits(amd.ecx, {5})                           // LZCNT
+                  && has_bits(state, {1, 2});                         // XMM and YMM
   const bool v4 = v3 && has_bits(extended.ebx, {16, 17, 28, 30, 31})  // AVX-512 F, DQ, CD, BW, VL
                   && has_bits(state, {5, 6, 7});                      // masks, ZMM
   if (v4) levels.push_back("x86-64-v4");

@@ -1,9 +1,10 @@
 // The entry points below the bindings: pointers, sizes and strides, for T = float and double.
 //
 // Contract
-//   Pointers without strides are contiguous. An output of an elementwise or row function may be one of its inputs; beyond that
-//   nothing overlaps. Sizes may be 0, except the columns of a row function and of softmax_cross_entropy. Results do not
-//   depend on the number of threads. Names are looked up in the lists of csrc/formulas/ (see the *_names functions).
+//   Pointers without strides are contiguous. An output of an elementwise or row function may be one of its inputs;
+//   beyond that nothing overlaps. Sizes may be 0, except the columns of a row function and of softmax_cross_entropy.
+//   Results do not depend on the number of threads. Names are looked up in the lists of csrc/formulas/ (see the *_names
+//   functions).
 #pragma once
 
 #include <cstdint>

@@ -27,22 +27,23 @@ double evaluate(const T* prediction, const T* target, T parameter, T* gradient, 
     for_lanes<T>(end - begin, [&](Index j, int lane_count) {
       const Index i = begin + j;
       V loss, grad;
-      F::evaluate(load_lanes(prediction + i, lane_count), load_lanes(target + i, lane_count), p, loss, grad);
+      F::evaluate(load_lanes(prediction + i, lane_count), load_lanes(target + i, lane_count), p, share, loss, grad);
       total.add(loss, lane_count);
-      store_lanes(gradient + i, grad * share, lane_count);
+      store_lanes(gradient + i, grad, lane_count);
     });
     return total.total();
   });
   return sum / static_cast<double>(n);
 }
 
-// One row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `share`, with t_j = keep * target_j + spread. The
-// target is one-hot at `index` where `target` is null.
+// One row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `share`, with t_j = keep * target_j +
+// spread. The target is one-hot at `index` where `target` is null.
 template <class T>
 double cross_entropy_row(const T* z, Index index, const T* target, double keep, double spread, T share, T* gradient,
                          Index columns) {
   using V = Vec<T>;
-  const V largest = splat<T>(row_max(z, columns)), k = splat<T>(static_cast<T>(keep)), s = splat<T>(static_cast<T>(spread));
+  const V largest = splat<T>(row_max(z, columns)), k = splat<T>(static_cast<T>(keep)),
+          s = splat<T>(static_cast<T>(spread));
   const double logit_at_index =
       target == nullptr ? static_cast<double>(z[index]) - static_cast<double>(largest[0]) : 0.0;
   DoubleSum<T> exp_sum, target_sum, product_sum;
@@ -87,8 +88,9 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
   const double sum = sum_chunks(rows, chunk_elements / columns + 1, [&](Index begin, Index end) {
     double total = 0;
     for (Index i = begin; i < end; ++i)
-      total += cross_entropy_row(logits + i * columns, indices ? indices[i] : 0, targets ? targets + i * columns : nullptr,
-                                 1.0 - smoothing, spread, share, gradient + i * columns, columns);
+      total +=
+          cross_entropy_row(logits + i * columns, indices ? indices[i] : 0, targets ? targets + i * columns : nullptr,
+                            1.0 - smoothing, spread, share, gradient + i * columns, columns);
     return total;
   });
   return sum / static_cast<double>(rows);
@@ -109,8 +111,8 @@ std::vector<std::string> loss_names() {
 #undef GEMMLET_ENTRY
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                                                \
-  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index);          \
+#define GEMMLET_INSTANTIATE(T)                                                                       \
+  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index); \
   template double elementwise_loss(int, const T*, const T*, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

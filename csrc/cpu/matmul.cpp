@@ -2,7 +2,8 @@
 //
 // Contract
 //   y and z are contiguous (rows of x by columns of w) and overlap nothing. k = 0 gives activation(bias).
-//   Order of summation: runs of TileSizes::depth, each summed from its first to its last product, then added up in order.
+//   Order of summation: runs of TileSizes::depth, each summed from its first to its last product, then added up in
+//   order.
 //   It depends on nothing else: not on where an element stands in its tile, nor on blocks or threads.
 //   y is cut into blocks, one task each; a task packs what it reads, run by run.
 //   What it does not do: tiny and skinny shapes without packing.
@@ -45,8 +46,8 @@ struct Buffers {
   std::unique_ptr<T[], Free> w = make(std::size_t{Sizes::block_columns} * Sizes::depth);
 };
 
-// Copies `lines` x `depth` numbers, `width` lines at a time, so that the width of each step stands together; the last panel is
-// padded with zeros. Number (line, step) stands at data[line * line_stride + step * step_stride].
+// Copies `lines` x `depth` numbers, `width` lines at a time, so that the width of each step stands together; the last
+// panel is padded with zeros. Number (line, step) stands at data[line * line_stride + step * step_stride].
 template <int width, class T>
 void pack(const T* data, Index lines, int depth, Index line_stride, Index step_stride, T* packed) {
   for (Index first = 0; first < lines; first += width, packed += Index{width} * depth) {
@@ -67,11 +68,11 @@ void pack(const T* data, Index lines, int depth, Index line_stride, Index step_s
   }
 }
 
-// A finished or unfinished tile to y: what earlier runs of k left there is added; the last run adds the bias, keeps z, and applies
-// the epilogue. row_stride: of y and z.
+// A finished or unfinished tile to y: what earlier runs of k left there is added; the last run adds the bias, keeps z,
+// and applies the epilogue. row_stride: of y and z.
 template <class T, class Epilogue>
-[[gnu::always_inline]] inline void store_row(const Vec<T>* sum, bool first, bool last, const T* bias, const Epilogue& epilogue,
-                                             T* y, T* z, int columns) {
+[[gnu::always_inline]] inline void store_row(const Vec<T>* sum, bool first, bool last, const T* bias,
+                                             const Epilogue& epilogue, T* y, T* z, int columns) {
   for (int v = 0; v < TileSizes<T>::vectors; ++v) {
     const int n = std::min(lanes<T>, columns - v * lanes<T>);
     if (n <= 0) return;
@@ -147,7 +148,8 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
     const Index at = i * w.columns + j;
     compute_block<T>({x.data + i * x.row_stride, rows, x.columns, x.row_stride, x.column_stride},
                      {w.data + j * w.column_stride, w.rows, columns, w.row_stride, w.column_stride},
-                     bias == nullptr ? nullptr : bias + j, epilogue, y + at, z == nullptr ? nullptr : z + at, w.columns);
+                     bias == nullptr ? nullptr : bias + j, epilogue, y + at, z == nullptr ? nullptr : z + at,
+                     w.columns);
   };
   const Index tasks = blocks(x.rows, block_rows) * across;
   if (pieces > 1)

@@ -1,9 +1,10 @@
 // The tile: rows x columns of y from a packed panel of x and a packed strip of w.
 //
 // Contract
-//   x_panel holds `rows` numbers for each of `depth` steps, w_strip `columns`; both aligned to a vector, padded with zeros.
-//   accumulate adds products step by step, first to last: one fused multiply-add an element and step where the instruction set
-//   has it. All accumulators live in registers (tile_sizes.h).
+//   x_panel holds `rows` numbers for each of `depth` steps, w_strip `columns`; both aligned to a vector, padded with
+//   zeros.
+//   accumulate adds products step by step, first to last: one fused multiply-add an element and step where the
+//   instruction set has it. All accumulators live in registers (tile_sizes.h).
 #pragma once
 
 #include "cpu/tile_sizes.h"

@@ -75,8 +75,8 @@ const std::size_t row_function_count = gemmlet::row_function_names().size();
 const std::size_t loss_count = gemmlet::loss_names().size();
 const std::size_t rule_count = gemmlet::optimizer_rule_names().size();
 
-void linear(const py::array& x, const py::array& w, const OptionalArray& b, int activation, double parameter, py::array& y,
-            std::optional<py::array>& z) {
+void linear(const py::array& x, const py::array& w, const OptionalArray& b, int activation, double parameter,
+            py::array& y, std::optional<py::array>& z) {
   if (activation != -1) checked_index(activation, activation_count, "activation");
   for_dtype(x, "x", [&](auto zero) {
     using T = decltype(zero);
@@ -112,7 +112,8 @@ void activation_forward(int activation, const py::array& x, double parameter, py
   });
 }
 
-void activation_backward(int activation, const py::array& grad_y, const py::array& saved, double parameter, py::array& out) {
+void activation_backward(int activation, const py::array& grad_y, const py::array& saved, double parameter,
+                         py::array& out) {
   checked_index(activation, activation_count, "activation");
   for_dtype(grad_y, "grad_y", [&](auto zero) {
     using T = decltype(zero);
@@ -177,7 +178,8 @@ double softmax_cross_entropy(const py::array& logits, const py::array& labels, d
   });
 }
 
-double elementwise_loss(int loss, const py::array& prediction, const py::array& target, double parameter, py::array& out) {
+double elementwise_loss(int loss, const py::array& prediction, const py::array& target, double parameter,
+                        py::array& out) {
   checked_index(loss, loss_count, "loss");
   const Index n = prediction.size();
   if (n == 0) refuse("prediction", "no elements");
@@ -231,11 +233,13 @@ PYBIND11_MODULE(GEMMLET_MODULE, m, py::mod_gil_not_used()) {
   m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("b"), py::arg("activation"), py::arg("parameter"),
         py::arg("y"), py::arg("z"));
   m.def("column_sum", &column_sum, py::arg("x"), py::arg("out"));
-  m.def("activation_forward", &activation_forward, py::arg("activation"), py::arg("x"), py::arg("parameter"), py::arg("out"));
+  m.def("activation_forward", &activation_forward, py::arg("activation"), py::arg("x"), py::arg("parameter"),
+        py::arg("out"));
   m.def("activation_backward", &activation_backward, py::arg("activation"), py::arg("grad_y"), py::arg("saved"),
         py::arg("parameter"), py::arg("out"));
   m.def("row_function_forward", &row_function_forward, py::arg("function"), py::arg("x"), py::arg("out"));
-  m.def("row_function_backward", &row_function_backward, py::arg("function"), py::arg("grad_y"), py::arg("y"), py::arg("out"));
+  m.def("row_function_backward", &row_function_backward, py::arg("function"), py::arg("grad_y"), py::arg("y"),
+        py::arg("out"));
   m.def("softmax_cross_entropy", &softmax_cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("smoothing"),
         py::arg("out"));
   m.def("elementwise_loss", &elementwise_loss, py::arg("loss"), py::arg("prediction"), py::arg("target"),

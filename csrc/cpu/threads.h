@@ -1,11 +1,12 @@
 // The thread pool: one for each extension module, made at first use.
 //
 // Contract
-//   parallel_for(tasks, f) calls f(0) ... f(tasks - 1), each once, in any order, and returns when all are done. What a task
-//   computes must not depend on which thread runs it or on how many there are. The first exception of a task is thrown again
-//   in the caller, after the rest have ended.
+//   parallel_for(tasks, f) calls f(0) ... f(tasks - 1), each once, in any order, and returns when all are done. What a
+//   task computes must not depend on which thread runs it or on how many there are. The first exception of a task is
+//   thrown again in the caller, after the rest have ended.
 //   Several threads may call it at once: the pool serves one of them, the others run their tasks themselves.
-//   After fork the child has a fresh pool. Workers block all signals. Between calls they spin for some microseconds, then sleep.
+//   After fork the child has a fresh pool. Workers block all signals. Between calls they spin for some microseconds,
+//   then sleep.
 //   Not for: tasks that call parallel_for.
 #pragma once
 
@@ -22,12 +23,11 @@ void run_tasks(std::int64_t tasks, void (*call)(const void* context, std::int64_
 
 template <class F>
 void parallel_for(std::int64_t tasks, const F& f) {
-  detail::run_tasks(
-      tasks, [](const void* context, std::int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
+  detail::run_tasks(tasks, [](const void* context, std::int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
 }
 
-// For loops over n elements: chunks of a fixed size, so that sums over a chunk are the same for any number of threads, and a
-// small array is one task. f(begin, end).
+// For loops over n elements: chunks of a fixed size, so that sums over a chunk are the same for any number of threads,
+// and a small array is one task. f(begin, end).
 inline constexpr std::int64_t chunk_elements = 8192;
 
 template <class F>

@@ -1,11 +1,11 @@
 // Every number of the matrix product that depends on the machine.
 //
-// rows, vectors   the micro-kernel's tile: rows x vectors accumulators, one register each, beside `vectors` of w and one of x,
-//                 in 16 registers (x86-64 before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
-// depth           k is cut into runs of `depth`: a strip of w (depth x vectors, 16 KiB for float on x86-64-v3) stays in a first-
-//                 level cache of 32 KiB. It fixes the order of summation: the same for all block sizes and threads.
-// block           rows and columns of y that one task computes: its packed x and w (256 KiB each for float) stay in the second level.
-//                 Each packed number is used `block` times.
+// rows, vectors   the micro-kernel's tile: rows x vectors accumulators, one register each, beside `vectors` of w and
+//                 one of x, in 16 registers (x86-64 before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
+// depth           k is cut into runs of `depth`: a strip of w (depth x vectors, 16 KiB for float on x86-64-v3) stays in
+//                 a first-level cache of 32 KiB. It fixes the order of summation, for all block sizes and threads.
+// block           rows and columns of y that one task computes: its packed x and w (256 KiB each for float) stay in the
+//                 second level. Each packed number is used `block` times.
 // These follow from register counts and cache sizes; they have not been tuned by measurement.
 #pragma once
 

@@ -6,7 +6,7 @@
 //   select(m, a, b)  m is what a comparison of vectors gives. NaN compares false: `select(x <= 0, 0, x)` keeps NaN.
 //   fma(a, b, c)     one rounding where the instruction set has it, else two. Nothing else is ever contracted
 //                    (-ffp-contract=off), so that a value does not depend on what the compiler inlined around it.
-// A result depends on its own lane alone: the tail of an array goes through the same code as its body, and has the same bits.
+// A result depends on its own lane alone: the tail of an array goes through the same code as its body, same bits.
 #pragma once
 
 #include <bit>
@@ -141,7 +141,7 @@ inline V at_most(V a, V high) {
   return select(a > high, high, a);
 }
 
-// The rounding error of the product p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).
+// The rounding error of p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).
 template <class V>
 inline V product_error(V a, V b, V p) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -157,7 +157,8 @@ inline V product_error(V a, V b, V p) {
 #endif
 }
 
-// Sums of float or double vectors, lane by lane, in double; the lanes are added first to last: the order is part of the result.
+// Sums of float or double vectors, lane by lane, in double; the lanes are added first to last, which is part of the
+// result.
 template <class T>
 struct DoubleSum {
   alignas(GEMMLET_VECTOR_BYTES) double lane[lanes<T>] = {};

@@ -1,11 +1,12 @@
 // exp, expm1, log, log1p, tanh and the tail of the normal distribution, on vectors of float and of double.
 //
 // Contract
-//   Any input, NaN, infinities and subnormals included; results that are subnormal are rounded once. Errors, in ULP, from
-//   tools/sweep_float32.py (all floats) and tests/test_accuracy.py (double, against mpmath): what formulas/activations.py
-//   promises. Branch-free. expm1 ends at the largest finite exp; scaled_normal_tail takes a >= 0.
-// Polynomials are minimax, from Sollya: fpminimax(f, degree, [|SG...|] or [|D...|], interval, relative); the command stands
-// beside each.
+//   Any input, NaN, infinities and subnormals included; results that are subnormal are rounded once. Errors, in ULP,
+//   from tools/sweep_float32.py (all floats) and tests/test_accuracy.py (double, against mpmath): what
+//   formulas/activations.py promises. Branch-free. expm1 ends at the largest finite exp; scaled_normal_tail takes no
+//   negative number.
+// Polynomials are minimax, from Sollya: fpminimax(f, degree, [|SG...|] or [|D...|], interval, relative); the command
+// stands beside each.
 #pragma once
 
 #include "cpu/vector.h"
@@ -118,7 +119,7 @@ inline V log(V x) {
   const V f = m - constant<V>(1);
   const V s = f / (f + constant<V>(2));
   const V z = s * s;
-  // (log((1+sqrt(x))/(1-sqrt(x))) - 2 sqrt(x)) / (x sqrt(x)), degrees 3 and 6, [0; 0.0296], absolute: errors 1e-10, 9e-18
+  // (log((1+sqrt(x))/(1-sqrt(x))) - 2 sqrt(x)) / (x sqrt(x)), degrees 3 and 6, [0; 0.0296], absolute: 1e-10, 9e-18
   V r;
   if constexpr (single)
     r = polynomial(z, 0.666666686534881591796875, 0.3999955654144287109375, 0.2858889400959014892578125,
@@ -133,8 +134,7 @@ inline V log(V x) {
                    0.146242173172030347311080134886651649139821529388427734375);
   const V half_square = constant<V>(0.5) * f * f;
   const V tail = fma(s, fma(z, r, half_square), n * constant<V>(single ? -2.12194440e-4 : 1.90821492927058770002e-10));
-  const V result =
-      fma(n, constant<V>(single ? 0.693359375 : 6.93147180369123816490e-01), f - (half_square - tail));
+  const V result = fma(n, constant<V>(single ? 0.693359375 : 6.93147180369123816490e-01), f - (half_square - tail));
   const V infinity = constant<V>(std::numeric_limits<double>::infinity());
   V special = select(x == V{}, -infinity, constant<V>(std::numeric_limits<double>::quiet_NaN()));
   special = select(x == infinity, x, special);
@@ -150,7 +150,7 @@ inline V log1p(V x) {
   return select(u == constant<V>(std::numeric_limits<double>::infinity()), u, result);
 }
 
-// An odd polynomial below 0.35, where the quotient's three roundings are too many; else expm1(2|x|) / (expm1(2|x|) + 2).
+// An odd polynomial below 0.35, where the quotient's three roundings are too many; else e / (e + 2), e = expm1(2|x|).
 template <class V>
 inline V tanh(V x) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
@@ -177,9 +177,9 @@ inline V tanh(V x) {
   return copysign(result, x);
 }
 
-// 0.5 erfcx(a / sqrt(2)) = (1 - Phi(a)) exp(a^2 / 2): what is left of the normal distribution's tail without its Gaussian.
-// a within [0, 60]. A polynomial in u = 2t - 1, t = k / (k + a), times t: tools/fit_normal_tail.py; relative errors 1.3e-8
-// on [0, 14.5] (float), 6e-19 on [0, 39] (double); beyond, the Gaussian is 0.
+// 0.5 erfcx(a / sqrt(2)) = (1 - Phi(a)) exp(a^2 / 2): the tail of the normal distribution without its Gaussian.
+// a within [0, 60]. A polynomial in u = 2t - 1, t = k / (k + a), times t: tools/fit_normal_tail.py; relative errors
+// 1.3e-8 on [0, 14.5] (float), 6e-19 on [0, 39] (double); beyond, the Gaussian is 0.
 template <class V>
 inline V scaled_normal_tail(V a) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;

@@ -1,13 +1,13 @@
 // Activations: each formula once, for every value type.
 //
 // Contract
-//   V is a value type with arithmetic and comparisons: a SIMD vector (cpu/vector.h), or a scalar on a GPU. Whoever includes
-//   this file has declared for V: constant<V>(c), select, abs, copysign, at_least, at_most, fma, product_error, exp, exp_times,
-//   expm1, log1p, tanh, scaled_normal_tail.
+//   V is a value type with arithmetic and comparisons: a SIMD vector (cpu/vector.h), or a scalar on a GPU. Whoever
+//   includes this file has declared for V: constant<V>(c), select, abs, copysign, at_least, at_most, fma,
+//   product_error, exp, exp_times, expm1, log1p, tanh, scaled_normal_tail.
 //   forward(x, parameter) -> y
 //   backward(grad_y, saved, parameter) -> grad_x; saved is x where needs_x, else y.
-//   Special values: NaN propagates; where the formula would give inf * 0, the limit. The reference, and how accurate each
-//   must be: python/gemmlet/formulas/activations.py.
+//   Special values: NaN propagates; where the formula would give inf * 0, the limit. The reference, and how accurate
+//   each must be: python/gemmlet/formulas/activations.py.
 // To add one: a struct here, its name in GEMMLET_ACTIVATIONS, and its entry in Python.
 #pragma once
 

@@ -2,7 +2,9 @@
 //
 // Contract
 //   V as in activations.h, with log besides.
-//   evaluate(prediction, target, parameter, loss, gradient): both per element; the caller takes the mean.
+//   evaluate(prediction, target, parameter, share, loss, gradient): the loss per element; the gradient of the mean,
+//   which is `share` = 1 / n of the element's, so that a product in between does not overflow before its share is
+//   taken.
 //   Special values: a sure prediction that is right costs 0. The reference: python/gemmlet/formulas/losses.py.
 #pragma once
 
@@ -16,38 +18,38 @@ inline V times(V weight, V value) {
 
 struct binary_cross_entropy_with_logits {
   template <class V>
-  static void evaluate(V z, V t, V, V& loss, V& gradient) {
+  static void evaluate(V z, V t, V, V share, V& loss, V& gradient) {
     const V one = constant<V>(1);
     const V e = exp(-abs(z));
     loss = times(one - t, select(z < V{}, V{}, z)) + times(t, select(z > V{}, V{}, -z)) + log1p(e);
-    gradient = select(z >= V{}, one, e) / (one + e) - t;
+    gradient = (select(z >= V{}, one, e) / (one + e) - t) * share;
   }
 };
 
 struct binary_cross_entropy {
   template <class V>
-  static void evaluate(V p, V t, V, V& loss, V& gradient) {
+  static void evaluate(V p, V t, V, V share, V& loss, V& gradient) {
     const V one = constant<V>(1), floor = constant<V>(-100);
     loss = -(t * at_least(log(p), floor) + (one - t) * at_least(log1p(-p), floor));
-    gradient = (p - t) / at_least(p * (one - p), constant<V>(1e-12));
+    gradient = (p - t) / at_least(p * (one - p), constant<V>(1e-12)) * share;
   }
 };
 
 struct mean_squared_error {
   template <class V>
-  static void evaluate(V p, V t, V, V& loss, V& gradient) {
+  static void evaluate(V p, V t, V, V share, V& loss, V& gradient) {
     const V d = p - t;
     loss = d * d;
-    gradient = d + d;
+    gradient = d * (share + share);
   }
 };
 
 struct huber {
   template <class V>
-  static void evaluate(V p, V t, V delta, V& loss, V& gradient) {
+  static void evaluate(V p, V t, V delta, V share, V& loss, V& gradient) {
     const V d = p - t, size = abs(d);
     loss = select(size <= delta, constant<V>(0.5) * d * d, delta * (size - constant<V>(0.5) * delta));
-    gradient = at_most(at_least(d, -delta), delta);
+    gradient = at_most(at_least(d, -delta), delta) * share;
   }
 };
 

@@ -5,20 +5,11 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from ._threads import get_num_threads
-from .backends.select import set_num_threads, show_config, use_backend
+from .backends.select import get_num_threads, set_num_threads, show_config, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "data",
-    "get_num_threads",
-    "kernels",
-    "nn",
-    "set_num_threads",
-    "show_config",
-    "use_backend",
-]
+__all__ = ["data", "get_num_threads", "kernels", "nn", "set_num_threads", "show_config", "use_backend"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def as_array(value: Any, name: str) -> Array:
-    """Return `value` as an ndarray: the same memory for ``__array_interface__``, the buffer protocol and DLPack."""
+    """Return `value` as an ndarray, on the same memory for ``__array_interface__``, the buffer protocol and DLPack."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
@@ -38,11 +38,9 @@ def as_floats(value: Any, name: str, dtype: np.dtype[Any] | None = None) -> Arra
     """Return `value` as a float32 or float64 ndarray, of just `dtype` if that is given."""
     array = as_array(value, name)
     if array.dtype not in _FLOATS or not array.dtype.isnative:
-        kind = "byte order" if array.dtype.newbyteorder("=") in _FLOATS else "dtype"
-        raise TypeError(
-            f"{name} has {kind} {array.dtype.str if kind == 'byte order' else array.dtype}; expected float32 or float64: "
-            f"convert with {name}.astype(np.float32)"
-        )
+        foreign = array.dtype.newbyteorder("=") in _FLOATS
+        found = f"byte order {array.dtype.str}" if foreign else f"dtype {array.dtype}"
+        raise TypeError(f"{name} has {found}; expected float32 or float64: convert with {name}.astype(np.float32)")
     if dtype is not None and array.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {array.dtype}, the other arguments {dtype}; all must agree: "
@@ -79,7 +77,7 @@ def check_writeable(array: Array, name: str) -> None:
         raise ValueError(f"{name} is read-only")
     if not array.flags.aligned:
         raise ValueError(f"{name} is not aligned to its dtype")
-    if any(stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)):
+    if array.size and any(stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)):
         raise ValueError(f"{name} is a broadcast view: several of its elements share one place in memory")
 
 
@@ -88,7 +86,8 @@ def overlaps(a: Array, b: Array) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        # The stubs know the two named values of max_work alone.
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -100,7 +99,7 @@ def same_view(a: Array, b: Array) -> bool:
 
 def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     """Return a finite real number within ``[low, high]``, or ``(low, high]`` if `open_low`."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     result = float(value)
     if not math.isfinite(result) or not low <= result <= high or (open_low and result == low):

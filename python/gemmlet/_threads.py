@@ -54,11 +54,7 @@ def _read_quota(*files: Path) -> float:
 
 
 def get_num_threads() -> int:
-    """Return how many threads a kernel may use.
-
-    It is what `set_num_threads` set; else ``GEMMLET_NUM_THREADS``; else ``OMP_NUM_THREADS``; else the processors that the
-    affinity mask and the cgroup's quota leave.
-    """
+    """Return the number set, else what the environment, the affinity mask and the cgroup give."""
     global _count
     if _count is None:
         wanted = _from_environment("GEMMLET_NUM_THREADS") or _from_environment("OMP_NUM_THREADS")

@@ -1,8 +1,8 @@
 """The kernels: matrix products, activations, losses and optimizer updates, on whichever backend is in use.
 
-All take float32 or float64 arrays: NumPy's, or anything with ``__array_interface__``, the buffer protocol or DLPack on the
-CPU (a PyTorch tensor, say), which is read where it lies, without a copy. Every array of one call has one dtype; the result
-has it too. Nothing is cast silently, and a call that raises has written nothing.
+All take float32 or float64 arrays: NumPy's, or anything with ``__array_interface__``, the buffer protocol or DLPack on
+the CPU (a PyTorch tensor, say), which is read where it lies, without a copy. Every array of one call has one dtype; the
+result has it too. Nothing is cast silently, and a call that raises has written nothing.
 
 Errors common to all: `TypeError` for a dtype that is not float32 or float64, or that differs from the other arguments';
 `ValueError` for a shape that does not fit, and for an `out` that is read-only, or overlaps what a matrix product reads.
@@ -33,7 +33,7 @@ _PRODUCTS = ["linear", "linear_backward", "matmul"]
 _UPDATES = ["adam_update", "adamw_update", "sgd_update"]
 _FORWARD = [*ACTIVATIONS, *ROW_FUNCTIONS]
 
-__all__ = sorted(  # noqa: PLE0605
+__all__ = sorted(
     [*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, "softmax_cross_entropy"]
 )
 
@@ -52,8 +52,8 @@ def _elementwise(
 ) -> Any:
     """``call(*inputs, *outputs)`` with every array C-contiguous and no partial overlap.
 
-    All arrays have one shape, except that with `rows` the first input alone decides. A layout that all share is used as it
-    is (a transposed array by its transpose); else inputs are copied, and outputs written through a buffer.
+    All arrays have one shape. A layout that all share is used as it is (a transposed array by its transpose, unless the
+    function goes by `rows`); else inputs are copied, and outputs written through a buffer.
     """
     arrays = [a for a in (*inputs, *outputs) if a is not None]
     if not all(a.flags.c_contiguous for a in arrays):
@@ -64,7 +64,9 @@ def _elementwise(
             inputs = tuple(None if a is None else np.ascontiguousarray(a) for a in inputs)
     buffers = tuple(o if o.flags.c_contiguous else np.array(o, order="C") for o in outputs)
     inputs = tuple(
-        a.copy() if a is not None and any(arguments.overlaps(a, o) and not arguments.same_view(a, o) for o in buffers) else a
+        a.copy()
+        if a is not None and any(arguments.overlaps(a, o) and not arguments.same_view(a, o) for o in buffers)
+        else a
         for a in inputs
     )
     result = call(*inputs, *buffers)
@@ -111,8 +113,8 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
 
     Notes
     -----
-    Each element is a sum over k in the order that the backend fixes, whatever the number of threads. The error is at most
-    ``k * eps * (abs(a) @ abs(b))`` (Higham, Accuracy and Stability of Numerical Algorithms, 3.5).
+    Each element is a sum over k in an order that the backend fixes, whatever the number of threads. Its error is at
+    most ``k * eps * (abs(a) @ abs(b))`` (Higham, Accuracy and Stability of Numerical Algorithms, 3.5).
     """
     left = arguments.as_floats(a, "a")
     right = arguments.as_floats(b, "b", left.dtype)
@@ -288,7 +290,9 @@ def linear_backward(
     w_ = arguments.as_floats(w, "w", grad.dtype) if need_x or w is not None else None
     x_ = arguments.as_floats(x, "x", grad.dtype) if need_w or x is not None else None
     if w_ is not None and (w_.ndim != 2 or w_.shape[1] != grad.shape[-1]):
-        raise ValueError(f"w has shape {w_.shape}, expected (in_features, {grad.shape[-1]}), as grad_y has {grad.shape}")
+        raise ValueError(
+            f"w has shape {w_.shape}, expected (in_features, {grad.shape[-1]}), as grad_y has {grad.shape}"
+        )
     if x_ is not None and (
         x_.ndim == 0 or x_.shape[:-1] != grad.shape[:-1] or (w_ is not None and x_.shape[-1] != w_.shape[0])
     ):
@@ -304,9 +308,7 @@ def linear_backward(
         saved = arguments.as_floats(kept, name, grad.dtype)
         arguments.check_shape(saved, name, grad.shape, "the shape of grad_y")
         grad_z = np.empty_like(grad, order="C")
-        _elementwise(
-            lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,)
-        )
+        _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,))
     else:
         grad_z = grad
     rows = _rows(grad_z)
@@ -340,16 +342,15 @@ def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> 
 def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
     grad = arguments.as_floats(grad_y, "grad_y")
     value = _activation_parameter(entry, parameter, entry.parameter or "parameter", grad.dtype)
-    checked: dict[str, Array | None] = {}
-    for name, array in (("x", x), ("y", y)):
-        used = name == ("x" if entry.needs_x else "y")
-        if array is None:
-            if used:
-                raise ValueError(f"{name} is missing: the gradient of {entry.name} is computed from it")
-            continue
-        checked[name] = arguments.as_floats(array, name, grad.dtype)
-        arguments.check_shape(checked[name], name, grad.shape, "the shape of grad_y")
-    saved = checked["x" if entry.needs_x else "y"]
+    used = "x" if entry.needs_x else "y"
+    checked: dict[str, Array] = {}
+    for name, given in (("x", x), ("y", y)):
+        if given is not None:
+            checked[name] = arguments.as_floats(given, name, grad.dtype)
+            arguments.check_shape(checked[name], name, grad.shape, "the shape of grad_y")
+    if used not in checked:
+        raise ValueError(f"{used} is missing: the gradient of {entry.name} is computed from it")
+    saved = checked[used]
     grad_x = _like(grad, out)
     backend = select.current()
     _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,))
@@ -373,16 +374,11 @@ def _publish(name: str, function: Callable[..., Any], arrays: tuple[str, ...], e
     signature = _signature(arrays, entry if isinstance(entry, Activation | Loss) else None)
     parameter = getattr(entry, "parameter", None)
 
-    if parameter is None and len(arrays) == 1:
-
-        def kernel(x: Any, *, out: Any = None) -> Any:
-            return function(x, None, out)
-
-    else:
-
-        def kernel(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            return function(*(given[a] for a in arrays), given.get(parameter) if parameter else None, given.get("out"))
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == len(arrays) and len(kwargs) <= ("out" in kwargs):
+            return function(*args, None, kwargs.get("out"))  # the usual call, without the cost of binding
+        given = signature.bind(*args, **kwargs).arguments
+        return function(*(given[a] for a in arrays), given.get(parameter) if parameter else None, given.get("out"))
 
     kernel.__name__ = kernel.__qualname__ = name
     kernel.__doc__ = doc
@@ -495,8 +491,8 @@ ndarray, the shape and dtype of `x`
 
 Notes
 -----
-The largest element is taken off first, so that nothing overflows. A row that holds NaN or +inf, or only -inf, gives NaN.
-Source: {entry.source}.
+The largest element is taken off first, so that nothing overflows. A row that holds NaN or +inf, or only -inf, gives
+NaN. Source: {entry.source}.
 """
     backward = f"""Gradient of {entry.name}, over the last axis.
 
@@ -607,7 +603,9 @@ def softmax_cross_entropy(
     t = arguments.as_array(labels, "labels")
     if t.ndim == 1:
         if t.dtype.kind not in "iu":
-            raise TypeError(f"labels has dtype {t.dtype}; class indices must be integers: convert with labels.astype(np.int64)")
+            raise TypeError(
+                f"labels has dtype {t.dtype}; class indices must be integers: convert with labels.astype(np.int64)"
+            )
         arguments.check_shape(t, "labels", z.shape[:1], "one index per row of logits")
         if t.size and (int(t.min()) < 0 or int(t.max()) >= z.shape[1]):
             raise ValueError(f"labels must lie within [0, {z.shape[1]}), got {int(t.min())} to {int(t.max())}")

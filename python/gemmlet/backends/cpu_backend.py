@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
+from . import threadpool
 from .numpy_backend import NumpyBackend
 
 Array = NDArray[Any]
@@ -45,9 +46,7 @@ class _Extension(Protocol):
     def row_function_forward(self, function: int, x: Array, out: Array) -> None: ...
     def row_function_backward(self, function: int, grad_y: Array, y: Array, out: Array) -> None: ...
     def softmax_cross_entropy(self, logits: Array, labels: Array, smoothing: float, out: Array) -> float: ...
-    def elementwise_loss(
-        self, loss: int, prediction: Array, target: Array, parameter: float, out: Array
-    ) -> float: ...
+    def elementwise_loss(self, loss: int, prediction: Array, target: Array, parameter: float, out: Array) -> float: ...
     def optimizer_update(
         self, rule: int, param: Array, grad: Array, state: Sequence[Array], scalars: Sequence[float]
     ) -> None: ...
@@ -73,9 +72,9 @@ def _choose(isa: str | None) -> str:
         raise RuntimeError("backend 'cpu' was not compiled for this platform: no extension module is installed")
     wanted = isa or os.environ.get("GEMMLET_ISA") or available[0]
     if wanted not in _MODULES:
-        raise RuntimeError(f"instruction set {wanted!r} (GEMMLET_ISA) is unknown; the choices are {', '.join(_MODULES)}")
+        raise RuntimeError(f"instruction set {wanted!r} is unknown; GEMMLET_ISA takes {', '.join(_MODULES)}")
     if wanted not in available:
-        raise RuntimeError(f"instruction set {wanted!r} (GEMMLET_ISA) cannot run here; the choices are {', '.join(available)}")
+        raise RuntimeError(f"instruction set {wanted!r} cannot run here; GEMMLET_ISA takes {', '.join(available)}")
     return wanted
 
 
@@ -99,6 +98,7 @@ class CpuBackend(NumpyBackend):
         self.isa = _choose(isa)
         module = importlib.import_module(f"gemmlet.{_MODULES[self.isa]}")
         self._module = cast(_Extension, module)
+        threadpool.register(_MODULES.values())
         self._activations = {name: number for number, name in enumerate(self._module.activations())}
         self._row_functions = {name: number for number, name in enumerate(self._module.row_functions())}
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
@@ -118,6 +118,10 @@ class CpuBackend(NumpyBackend):
     def set_num_threads(self, count: int) -> None:
         """Set how many threads the kernels use."""
         self._module.set_num_threads(count)
+
+    def get_num_threads(self) -> int:
+        """How many threads the kernels use; threadpoolctl may have changed it."""
+        return self._module.get_num_threads()
 
     # A registry entry that has no C++ formula (yet) is computed by the reference: `super()`.
 

@@ -1,8 +1,8 @@
 """The reference backend: the registry's NumPy expressions, evaluated in float64, and NumPy's own matrix product.
 
 A backend gets arrays that `gemmlet.kernels` has checked: one floating-point dtype, shapes that fit, `out` allocated and
-free of overlap except where it is an input itself. Elementwise and row functions get C-contiguous arrays; matrix products
-get any strides. Other backends derive from this one and override what they do better.
+free of overlap except where it is an input itself. Elementwise and row functions get C-contiguous arrays; matrix
+products get any strides. Other backends derive from this one and override what they do better.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _threads
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction, softmax_cross_entropy
 from ..formulas.optimizers import OptimizerRule, Scalars
@@ -34,6 +35,10 @@ class NumpyBackend:
 
     def set_num_threads(self, count: int) -> None:
         """Take note of the number of threads; elementwise NumPy has one, and the BLAS is the caller's to set."""
+
+    def get_num_threads(self) -> int:
+        """Return what `gemmlet.get_num_threads` does."""
+        return _threads.get_num_threads()
 
     # Matrix products.
 
@@ -108,8 +113,7 @@ class NumpyBackend:
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         """Mean over all elements."""
         with np.errstate(all="ignore"):
-            value, gradient = loss.evaluate(_f64(prediction), _f64(target), parameter)
-            out[...] = gradient / prediction.size
+            value, out[...] = loss.evaluate(_f64(prediction), _f64(target), parameter, 1.0 / prediction.size)
             return float(np.mean(value))
 
     # Optimizers.

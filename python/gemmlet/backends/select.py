@@ -84,7 +84,7 @@ def current() -> NumpyBackend:
 
 
 class use_backend:  # noqa: N801 - it is used as a function
-    """Choose the backend for the whole process: ``use_backend("numba")``, or for a while: ``with use_backend("numba"):``.
+    """Choose the backend for the whole process, or in a ``with`` statement for a while.
 
     Parameters
     ----------
@@ -133,18 +133,27 @@ def set_num_threads(count: int) -> None:
         backend.set_num_threads(count)
 
 
+def get_num_threads() -> int:
+    """Return how many threads a kernel may use.
+
+    It is what `set_num_threads` set; else ``GEMMLET_NUM_THREADS``; else ``OMP_NUM_THREADS``; else the processors that
+    the affinity mask and the cgroup's quota leave. For the compiled backend, `threadpoolctl.threadpool_limits` lowers
+    it.
+    """
+    return current().get_num_threads()
+
+
 def config() -> dict[str, str]:
     """What computes here: backend, ISA, threads and versions, as text."""
     from .. import __version__
 
-    facts = {
+    return {
         "gemmlet": __version__,
         **current().describe(),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
-    return facts
 
 
 def show_config() -> None:

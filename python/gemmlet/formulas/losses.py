@@ -22,7 +22,8 @@ class Loss:
     prediction
         The name of the first argument.
     evaluate
-        ``evaluate(prediction, target, parameter) -> (loss, gradient)``, element by element, on float64.
+        ``evaluate(prediction, target, parameter, share) -> (loss, gradient)``, on float64: the loss of each element,
+        and the gradient of the mean, `share` = 1 / n being what one element counts in it.
     parameter, default
         The name of the one number it takes, if it takes one, and its default.
     unit_interval
@@ -32,7 +33,7 @@ class Loss:
     name: str
     formula: str
     prediction: str
-    evaluate: Callable[[Array, Array, float], tuple[Array, Array]]
+    evaluate: Callable[[Array, Array, float, float], tuple[Array, Array]]
     source: str
     parameter: str | None = None
     default: float = 0.0
@@ -40,31 +41,31 @@ class Loss:
 
 
 def _times(weight: Array, value: Array) -> Array:
-    """``weight * value``, and 0 where `weight` is 0, whatever `value` is: a sure prediction that is right costs nothing."""
+    """``weight * value``, and 0 where `weight` is 0: a sure prediction that is right costs nothing."""
     return np.where(weight == 0, 0.0, weight * value)
 
 
-def _binary_cross_entropy_with_logits(z: Array, t: Array, parameter: float) -> tuple[Array, Array]:
+def _binary_cross_entropy_with_logits(z: Array, t: Array, parameter: float, share: float) -> tuple[Array, Array]:
     e = np.exp(-np.abs(z))
     loss = _times(1.0 - t, np.maximum(z, 0.0)) + _times(t, np.maximum(-z, 0.0)) + np.log1p(e)
-    return loss, np.where(z >= 0, 1.0, e) / (1.0 + e) - t
+    return loss, (np.where(z >= 0, 1.0, e) / (1.0 + e) - t) * share
 
 
-def _binary_cross_entropy(p: Array, t: Array, parameter: float) -> tuple[Array, Array]:
+def _binary_cross_entropy(p: Array, t: Array, parameter: float, share: float) -> tuple[Array, Array]:
     loss = -(t * np.maximum(np.log(p), -100.0) + (1.0 - t) * np.maximum(np.log1p(-p), -100.0))
-    return loss, (p - t) / np.maximum(p * (1.0 - p), 1e-12)
+    return loss, (p - t) / np.maximum(p * (1.0 - p), 1e-12) * share
 
 
-def _mean_squared_error(p: Array, t: Array, parameter: float) -> tuple[Array, Array]:
+def _mean_squared_error(p: Array, t: Array, parameter: float, share: float) -> tuple[Array, Array]:
     d = p - t
-    return d * d, 2.0 * d
+    return d * d, d * (2.0 * share)  # in this order: 2 * d may overflow
 
 
-def _huber(p: Array, t: Array, delta: float) -> tuple[Array, Array]:
+def _huber(p: Array, t: Array, delta: float, share: float) -> tuple[Array, Array]:
     d = p - t
     size = np.abs(d)
     loss = np.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
-    return loss, np.clip(d, -delta, delta)
+    return loss, np.clip(d, -delta, delta) * share
 
 
 LOSSES: dict[str, Loss] = {
@@ -125,13 +126,25 @@ class RowFunction:
 
 
 def _log_softmax(x: Array) -> Array:
-    shifted = x - np.max(x, axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    shifted: Array = x - np.max(x, axis=-1, keepdims=True)
+    total: Array = np.sum(np.exp(shifted), axis=-1, keepdims=True)
+    return shifted - np.log(total)
+
+
+def _softmax_backward(grad_y: Array, y: Array) -> Array:
+    dot: Array = np.sum(grad_y * y, axis=-1, keepdims=True)
+    return y * (grad_y - dot)
+
+
+def _log_softmax_backward(grad_y: Array, y: Array) -> Array:
+    total: Array = np.sum(grad_y, axis=-1, keepdims=True)
+    return grad_y - np.exp(y) * total
 
 
 def _softmax(x: Array) -> Array:
-    e = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return e / np.sum(e, axis=-1, keepdims=True)
+    e: Array = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    total: Array = np.sum(e, axis=-1, keepdims=True)
+    return e / total
 
 
 ROW_FUNCTIONS: dict[str, RowFunction] = {
@@ -141,14 +154,14 @@ ROW_FUNCTIONS: dict[str, RowFunction] = {
             name="softmax",
             formula="exp(x_i) / sum_j exp(x_j)",
             forward=_softmax,
-            backward=lambda grad_y, y: y * (grad_y - np.sum(grad_y * y, axis=-1, keepdims=True)),
+            backward=_softmax_backward,
             source="Bridle, 1990",
         ),
         RowFunction(
             name="log_softmax",
             formula="x_i - log(sum_j exp(x_j))",
             forward=_log_softmax,
-            backward=lambda grad_y, y: grad_y - np.exp(y) * np.sum(grad_y, axis=-1, keepdims=True),
+            backward=_log_softmax_backward,
             source="the logarithm of softmax, without its overflow",
         ),
     )

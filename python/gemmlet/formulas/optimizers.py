@@ -76,7 +76,8 @@ def adam_scalars(
     """The numbers of Adam's rule at one step (Kingma and Ba, 2015); `decoupled` is AdamW (Loshchilov and Hutter, 2019).
 
     ``step_size = lr / (1 - beta1**step)`` and ``correction = 1 / sqrt(1 - beta2**step)`` undo the bias of moments that
-    start at zero; ``gain = 1 - beta`` is formed here, in float64, as float32 would lose half of it; the weight decay goes into the gradient (Adam) or shrinks the parameter itself (AdamW).
+    start at zero. ``gain = 1 - beta`` is formed here, in float64: float32 would lose half of it. The weight decay goes
+    into the gradient (Adam) or shrinks the parameter itself (AdamW).
     """
     step_size = lr / (1.0 - beta1**step)
     correction = 1.0 / math.sqrt(1.0 - beta2**step)

@@ -1,0 +1,134 @@
+"""Fixtures that run a test on every backend, instruction set and thread count of this machine, and in both dtypes.
+
+`GEMMLET_TEST_BACKENDS`, prefixes separated by commas ("cpu", "numba,cpu-x86-64-v3"), restricts the backends. What it
+names must load: a test fails where it would otherwise be skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import hypothesis
+import numpy as np
+import pytest
+
+import gemmlet
+from gemmlet.backends import select
+from gemmlet.backends.numpy_backend import NumpyBackend
+
+hypothesis.settings.register_profile(
+    "gemmlet",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    database=None,
+    # The backend is the same for every example of a test, so that it need not be set up anew.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("gemmlet")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A backend, as the tests name it: ``cpu-x86-64-v3-2t``, say."""
+
+    backend: str
+    isa: str | None = None
+    threads: int | None = None
+
+    def __str__(self) -> str:
+        parts = [self.backend, self.isa, f"{self.threads}t" if self.threads else None]
+        return "-".join(part for part in parts if part)
+
+    @functools.cached_property
+    def loaded(self) -> NumpyBackend:
+        return _load(self.backend, self.isa)
+
+
+@functools.cache
+def _load(backend: str, isa: str | None) -> NumpyBackend:
+    if backend != "cpu":
+        return select.load(backend)
+    from gemmlet.backends.cpu_backend import CpuBackend
+
+    return CpuBackend(isa)
+
+
+def _isas() -> list[str]:
+    try:
+        from gemmlet.backends.cpu_backend import available_isas
+    except ImportError:
+        return []
+    return available_isas()
+
+
+def _specs() -> list[Spec]:
+    specs = [Spec("numpy"), Spec("numba", threads=1), Spec("numba", threads=2)]
+    specs += [Spec("cpu", isa, threads) for isa in _isas() for threads in (1, 2)]
+    if specs[-1].backend != "cpu":
+        specs.append(Spec("cpu"))
+    wanted = [prefix for prefix in os.environ.get("GEMMLET_TEST_BACKENDS", "").split(",") if prefix]
+    if wanted:
+        chosen = [spec for spec in specs if any(str(spec).startswith(prefix) for prefix in wanted)]
+        if not chosen:
+            raise pytest.UsageError(f"GEMMLET_TEST_BACKENDS selects none of {', '.join(map(str, specs))}")
+        return chosen
+    return specs
+
+
+SPECS = _specs()
+
+
+def _loaded_or_skipped(spec: Spec) -> NumpyBackend:
+    try:
+        return spec.loaded
+    except (ImportError, RuntimeError) as error:
+        reason = f"backend {spec} cannot be loaded here: {error}"
+        if os.environ.get("GEMMLET_TEST_BACKENDS"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=SPECS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[NumpyBackend]:
+    """Each backend in turn, in use and with its number of threads."""
+    spec: Spec = request.param
+    loaded = _loaded_or_skipped(spec)
+    before = gemmlet.get_num_threads()
+    try:
+        with gemmlet.use_backend(loaded):
+            gemmlet.set_num_threads(spec.threads or 1)
+            loaded.set_num_threads(spec.threads or 1)
+            yield loaded
+    finally:
+        gemmlet.set_num_threads(before)
+        loaded.set_num_threads(before)
+
+
+@pytest.fixture(
+    params=list({(spec.backend, spec.isa): spec for spec in SPECS}.values()), ids=lambda s: s.isa or s.backend
+)
+def any_threads_backend(request: pytest.FixtureRequest) -> Iterator[NumpyBackend]:
+    """Each backend once, for tests that set the number of threads themselves; it is restored after them."""
+    spec: Spec = request.param
+    loaded = _loaded_or_skipped(spec)
+    before = gemmlet.get_num_threads()
+    try:
+        with gemmlet.use_backend(loaded):
+            yield loaded
+    finally:
+        gemmlet.set_num_threads(before)
+        loaded.set_num_threads(before)
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> np.dtype:
+    return np.dtype(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20240229)

@@ -1,0 +1,214 @@
+"""What several test files share: how errors are measured, awkward shapes, and one call of every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gemmlet import kernels
+from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+
+# Scalars, empty arrays, single elements, primes, and more dimensions than two.
+SHAPES = [(), (0,), (1,), (0, 3), (3, 0), (7,), (13, 17), (101,), (1, 1), (2, 3, 5), (257, 1), (1, 257)]
+# Every length around the widths of SIMD registers and their unrolled loops.
+LENGTHS = list(range(1, 71))
+
+
+def ulp_error(result: Any, exact: Any, low: Any = 0.0, *, floor: float = 0.0) -> Any:
+    """Errors in ULP of ``max(abs(exact), floor)``, element by element; infinite where only one of the two is NaN.
+
+    `exact` is float64, and ``exact + low`` the true value where float64 is not enough. Infinity counts as the number
+    after the largest finite one, so that a result may overflow early or late only by as many ULP as any other error.
+    """
+    result = np.asarray(result)
+    limits = np.finfo(result.dtype)
+    first_infinite = 2.0 ** (limits.maxexp - 1) * 2.0  # infinity in float64, which is told apart below
+    got, exact = result.astype(np.float64), np.asarray(exact, dtype=np.float64)
+    low = np.broadcast_to(np.asarray(low, dtype=np.float64), exact.shape)
+    with np.errstate(all="ignore"):
+        if result.dtype == np.float32:
+            got = np.where(np.isinf(got), np.copysign(first_infinite, got), got)
+            exact = np.clip(exact, -first_infinite, first_infinite)
+            size = np.maximum(np.abs(exact), floor)
+        else:
+            size = np.maximum(np.abs(np.where(np.isinf(exact), limits.max, exact)), floor)
+        _, exponent = np.frexp(size)
+        exponent = np.where(size == 0, limits.minexp + 1, np.clip(exponent, limits.minexp + 1, limits.maxexp))
+        unit = np.ldexp(1.0, exponent - 1 - limits.nmant)
+        error = np.abs((got - exact) - low) / unit
+        if result.dtype == np.float64:
+            one_overflowed = np.isinf(got) ^ np.isinf(exact)
+            largest = np.where(np.isinf(got), exact, got)
+            shy = (limits.max - np.abs(largest)) / np.ldexp(1.0, limits.maxexp - 1 - limits.nmant) + 1.0
+            error = np.where(one_overflowed, shy, error)
+            error = np.where(np.isinf(got) & (got == exact), 0.0, error)
+    error = np.where(np.isnan(got) & np.isnan(exact), 0.0, error)
+    return np.where(np.isnan(error), np.inf, error)
+
+
+def worst(error: Any, *where: Any) -> str:
+    """For messages: the largest error, and the values of the arrays `where` at its place."""
+    flat = np.ravel(error)
+    if not flat.size:
+        return "no elements"
+    at = int(np.argmax(flat))
+    return f"{flat[at]:.4g} at index {at}: " + ", ".join(repr(np.ravel(a)[at]) for a in where)
+
+
+def assert_within(result: Any, exact: Any, bound: Any) -> None:
+    """Assert ``abs(result - exact) <= bound`` everywhere, in float64; NaN matches NaN, and infinity itself."""
+    result, exact = np.asarray(result, dtype=np.float64), np.asarray(exact, dtype=np.float64)
+    assert result.shape == exact.shape
+    bound = np.broadcast_to(np.asarray(bound, dtype=np.float64), exact.shape)
+    with np.errstate(all="ignore"):
+        same = (result == exact) | (np.isnan(result) & np.isnan(exact))
+        excess = np.where(same, 0.0, np.abs(result - exact) / np.where(bound > 0, bound, np.finfo(np.float64).tiny))
+    excess = np.where(np.isnan(excess), np.inf, excess)
+    assert np.all(excess <= 1.0), f"error over bound: {worst(excess, result, exact, bound)}"
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two results are the same to the last bit (any NaN is the same as any other)."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(np.all((a == b) & (np.signbit(a) == np.signbit(b)) | (np.isnan(a) & np.isnan(b))))
+
+
+def f64(array: Any) -> Any:
+    return np.asarray(array).astype(np.float64)
+
+
+def reference_backward(entry: Any, grad_y: Any, saved: Any, parameter: float | None = None) -> Any:
+    """The registry's gradient in float64, from the array that the formula reads."""
+    value = float(np.asarray(saved).dtype.type(entry.default if parameter is None else parameter))
+    with np.errstate(all="ignore"):
+        return np.asarray(entry.backward(f64(grad_y), f64(saved), f64(saved), value))
+
+
+def reference_forward(entry: Any, x: Any, parameter: float | None = None) -> Any:
+    """The registry's expression in float64."""
+    value = float(np.asarray(x).dtype.type(entry.default if parameter is None else parameter))
+    with np.errstate(all="ignore"):
+        return np.asarray(entry.forward(f64(x), value))
+
+
+def one_call_of_each(rng: np.random.Generator, dtype: Any, rows: int, columns: int) -> dict[str, Callable[[], tuple]]:
+    """For each name in ``kernels.__all__`` a call on (rows, columns) arrays, which returns what it computed.
+
+    The inputs are drawn once: calling twice computes the same thing twice. Updates work on copies.
+    """
+
+    def normal(*shape: int) -> Any:
+        return rng.normal(size=shape).astype(dtype)
+
+    shape = (rows, columns)
+    x, grad, inner = 3 * normal(*shape), normal(*shape), normal(columns, 33)
+    unit = rng.uniform(size=shape).astype(dtype)
+    labels = rng.integers(0, columns, size=rows)
+    bias, grad_inner = normal(33), normal(rows, 33)
+    calls: dict[str, Callable[[], tuple]] = {}
+
+    def activation(name: str) -> None:
+        forward, backward = getattr(kernels, name), getattr(kernels, f"{name}_backward")
+        calls[name] = lambda: (forward(x),)
+        y = f64(x) if ACTIVATIONS[name].needs_x else reference_forward(ACTIVATIONS[name], x)
+        y = y.astype(dtype)
+        calls[f"{name}_backward"] = lambda: (backward(grad, x, y),)
+
+    def row_function(name: str) -> None:
+        forward, backward = getattr(kernels, name), getattr(kernels, f"{name}_backward")
+        calls[name] = lambda: (forward(x),)
+        with np.errstate(all="ignore"):
+            y = np.asarray(ROW_FUNCTIONS[name].forward(f64(x)) if x.size else f64(x)).astype(dtype)
+        calls[f"{name}_backward"] = lambda: (backward(grad, x, y),)
+
+    def loss(name: str) -> None:
+        prediction = unit if LOSSES[name].unit_interval else x
+        calls[name] = lambda: getattr(kernels, name)(prediction, unit[::-1].copy())
+
+    def update(name: str, states: int, **numbers: Any) -> None:
+        def call() -> tuple:
+            arrays = [x.copy(), *(unit.copy() for _ in range(states))]
+            getattr(kernels, name)(arrays[0], grad, *arrays[1:], **numbers)
+            return tuple(arrays)
+
+        calls[name] = call
+
+    for name in ACTIVATIONS:
+        activation(name)
+    for name in ROW_FUNCTIONS:
+        row_function(name)
+    for name in LOSSES:
+        loss(name)
+    calls["softmax_cross_entropy"] = lambda: kernels.softmax_cross_entropy(x, labels, label_smoothing=0.1)
+    update("sgd_update", 1, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    update("adam_update", 2, step=3, weight_decay=0.01)
+    update("adamw_update", 2, step=3)
+    calls["matmul"] = lambda: (kernels.matmul(x, inner),)
+    calls["linear"] = lambda: kernels.linear(x, inner, bias, "gelu", return_preactivation=True)
+    calls["linear_backward"] = lambda: kernels.linear_backward(grad_inner, x, inner, grad_inner, "tanh")
+    missing = set(kernels.__all__) ^ set(calls)
+    assert not missing, f"no call here for {sorted(missing)}"
+    return calls
+
+
+# Arguments of the optimizer updates that are written.
+UPDATED = ("param", "velocity", "m", "v")
+
+
+def arguments_of_each(rng: np.random.Generator, dtype: Any, rows: int, columns: int) -> dict[str, dict[str, Any]]:
+    """For each name in ``kernels.__all__`` the keyword arguments of a call that is right, every array in its own memory.
+
+    Elementwise arrays are (rows, columns). In products w is (columns, 7): x (rows, columns), and the result (rows, 7).
+    """
+
+    def normal(*shape: int) -> Any:
+        return rng.normal(size=shape).astype(dtype)
+
+    def unit() -> Any:
+        return rng.uniform(size=(rows, columns)).astype(dtype)
+
+    def forward(entry: Any, x: Any, *parameter: float) -> Any:
+        return np.asarray(entry.forward(f64(x), *parameter) if x.size else f64(x)).astype(dtype)
+
+    shape = (rows, columns)
+    result: dict[str, dict[str, Any]] = {}
+    for name, entry in ACTIVATIONS.items():
+        x = 3 * normal(*shape)
+        result[name] = {"x": x}
+        result[f"{name}_backward"] = {"grad_y": normal(*shape), "x": x.copy(), "y": forward(entry, x, entry.default)}
+    for name, function in ROW_FUNCTIONS.items():
+        x = 3 * normal(*shape)
+        result[name] = {"x": x}
+        result[f"{name}_backward"] = {"grad_y": normal(*shape), "x": x.copy(), "y": forward(function, x)}
+    for name, loss in LOSSES.items():
+        result[name] = {loss.prediction: unit() if loss.unit_interval else 3 * normal(*shape), "targets": unit()}
+    labels = rng.integers(0, max(columns, 1), size=rows)
+    result["softmax_cross_entropy"] = {"logits": 3 * normal(*shape), "labels": labels, "label_smoothing": 0.1}
+    result["matmul"] = {"a": normal(*shape), "b": normal(columns, 7)}
+    result["linear"] = {"x": normal(*shape), "w": normal(columns, 7), "b": normal(7), "activation": "gelu"}
+    result["linear_backward"] = {"grad_y": normal(rows, 7), "x": normal(*shape), "w": normal(columns, 7)}
+    result["linear_backward"] |= {"y": np.tanh(normal(rows, 7)), "activation": "tanh"}
+    result["sgd_update"] = {"param": normal(*shape), "grad": normal(*shape), "velocity": normal(*shape)}
+    result["sgd_update"] |= {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    for name in ("adam_update", "adamw_update"):
+        result[name] = {"param": normal(*shape), "grad": normal(*shape), "m": normal(*shape), "v": unit(), "step": 3}
+    assert set(result) == set(kernels.__all__), f"no arguments here for {sorted(set(kernels.__all__) ^ set(result))}"
+    return result
+
+
+def outcome(name: str, arguments: dict[str, Any]) -> list[Any]:
+    """What a call computes: the results that are not None, and the arrays that it updates, as NumPy arrays."""
+    returned = getattr(kernels, name)(**arguments)
+    results = list(returned) if isinstance(returned, tuple) else [returned]
+    results += [arguments.get(argument) for argument in UPDATED]
+    return [np.asarray(r) for r in results if r is not None]
+
+
+def copies(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments, every array a contiguous copy."""
+    return {k: v.copy(order="C") if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
