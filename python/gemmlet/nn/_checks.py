@@ -1,0 +1,69 @@
+"""Checks of what callers of `gemmlet.nn` pass, beside those of arrays and real numbers in `gemmlet._arguments`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def whole_number(value: Any, name: str, low: int) -> int:
+    """Return `value` as an int of at least `low`."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, got {number}")
+    return number
+
+
+def widths(value: Any, name: str, least: int) -> list[int]:
+    """Return layer widths as a list of at least `least` ints, each at least 1."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a list of layer widths, got {type(value).__name__}")
+    result = [whole_number(width, f"{name}[{i}]", 1) for i, width in enumerate(value)]
+    if len(result) < least:
+        raise ValueError(f"{name} must have at least {least} width{'s' * (least > 1)}, got {result}")
+    return result
+
+
+def choice(value: Any, name: str, choices: Iterable[str]) -> str:
+    """Return `value`, a string out of `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+    known = list(choices)
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown; the choices are {', '.join(known)}")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """Return `value`, a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return bool(value)
+
+
+def float_dtype(value: Any) -> np.dtype[Any]:
+    """Return `value` as the dtype float32 or float64."""
+    try:
+        # None would mean float64 to NumPy.
+        dtype = np.dtype(value) if value is not None else np.dtype(np.void)
+    except TypeError:
+        dtype = np.dtype(np.void)
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"dtype must be float32 or float64, got {value!r}")
+    return dtype
+
+
+def pair(value: Any, name: str) -> tuple[Any, Any]:
+    """Return `value` as a pair (x, y)."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 2:
+        shown = f"{len(value)} items" if isinstance(value, Sequence) else type(value).__name__
+        raise TypeError(f"{name} must be a pair (x, y), got {shown}")
+    return value[0], value[1]

@@ -1,0 +1,167 @@
+"""A stack of linear layers with activations between them, and its gradients: what the MLP and the GAN are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _arguments as arguments
+from .. import kernels
+from ..formulas.activations import ACTIVATIONS
+from . import _checks as checks
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer with its activation: ``y = activation(x @ weight + bias)``.
+
+    Attributes
+    ----------
+    weight : ndarray, shape (in_features, out_features)
+    bias : ndarray, shape (out_features,)
+    activation : str or None
+    activation_parameter : float or None
+        The activation's own number; None is its default.
+    """
+
+    weight: Array
+    bias: Array
+    activation: str | None
+    activation_parameter: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the backward pass of one layer needs of its forward pass; `z` only where the activation asks for it."""
+
+    x: Array
+    y: Array
+    z: Array | None
+
+
+class Dense:
+    """Linear layers one after the other, all hidden ones with the same activation.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        From the input to the output, at least two.
+    activation : str
+        Of the hidden layers.
+    output : str or None
+        The activation of the last layer.
+    dtype : numpy.dtype
+    rng : numpy.random.Generator
+        Draws the weights, uniformly within ±sqrt(6 / (in + out)) (Glorot and Bengio, 2010) or ±sqrt(6 / in) (He et al.,
+        2015), as the activation's registry entry says. Biases start at 0.
+    activation_parameter : float, optional
+        The number that the hidden activation takes.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        activation: str,
+        output: str | None,
+        dtype: np.dtype[Any],
+        rng: np.random.Generator,
+        activation_parameter: float | None = None,
+    ) -> None:
+        self.layers: list[Layer] = []
+        last = len(widths) - 2
+        for i, (before, after) in enumerate(pairwise(widths)):
+            name = activation if i < last else output
+            he = name is not None and ACTIVATIONS[name].initialization == "he"
+            limit = math.sqrt(6.0 / (before if he else before + after))
+            # Drawn in float64 for either dtype, so that both start from the same numbers.
+            weight = rng.uniform(-limit, limit, (before, after)).astype(dtype)
+            bias = np.zeros(after, dtype)
+            self.layers.append(Layer(weight, bias, name, activation_parameter if i < last else None))
+
+    @property
+    def parameters(self) -> list[Array]:
+        """The arrays that training changes: weight and bias of each layer in turn."""
+        return [array for layer in self.layers for array in (layer.weight, layer.bias)]
+
+    def forward(self, x: Array, depth: int | None = None) -> Array:
+        """Return the result of the last layer, or of the first `depth` ones."""
+        for layer in self.layers[:depth]:
+            x = kernels.linear(
+                x, layer.weight, layer.bias, layer.activation, activation_parameter=layer.activation_parameter
+            )
+        return x
+
+    def record(self, x: Array) -> list[Record]:
+        """Forward pass that keeps what `backward` needs; the result is the last record's `y`."""
+        records = []
+        for layer in self.layers:
+            need_z = layer.activation is not None and ACTIVATIONS[layer.activation].needs_x
+            result = kernels.linear(
+                x,
+                layer.weight,
+                layer.bias,
+                layer.activation,
+                activation_parameter=layer.activation_parameter,
+                return_preactivation=need_z,
+            )
+            y, z = result if need_z else (result, None)
+            records.append(Record(x, y, z))
+            x = y
+        return records
+
+    def backward(
+        self, grad: Array, records: Sequence[Record], *, need_input: bool = False, need_parameters: bool = True
+    ) -> tuple[Array | None, list[Array]]:
+        """Gradients from the gradient of the result.
+
+        Returns
+        -------
+        grad_x : ndarray or None
+            With respect to the input, if `need_input`.
+        gradients : list of ndarray
+            One for each of `parameters`; empty without `need_parameters`.
+        """
+        gradients: list[Array] = []
+        current: Array | None = grad
+        for i in reversed(range(len(self.layers))):
+            layer, record = self.layers[i], records[i]
+            current, grad_w, grad_b = kernels.linear_backward(
+                current,
+                record.x,
+                layer.weight,
+                record.y,
+                layer.activation,
+                z=record.z,
+                activation_parameter=layer.activation_parameter,
+                need_x=i > 0 or need_input,
+                need_w=need_parameters,
+                need_b=need_parameters,
+            )
+            if need_parameters:
+                assert grad_w is not None
+                assert grad_b is not None
+                gradients += [grad_b, grad_w]
+        gradients.reverse()
+        return current, gradients
+
+
+def activation_name(value: Any, name: str = "activation") -> str:
+    """Return `value`, the name of an activation."""
+    return checks.choice(value, name, ACTIVATIONS)
+
+
+def activation_number(activation: str, value: Any, name: str = "activation_parameter") -> float | None:
+    """Return the number for an activation that takes one, checked; None stands for its default."""
+    if value is None:
+        return None
+    if ACTIVATIONS[activation].parameter is None:
+        raise ValueError(f"{name} was given, but the activation {activation!r} takes none")
+    return arguments.number(value, name, low=0.0, open_low=True)

@@ -1,0 +1,462 @@
+"""The multilayer perceptron."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .. import _arguments as arguments
+from .. import kernels
+from . import _checks as checks
+from . import files
+from .dense import Dense, activation_name, activation_number
+from .optimizers import SGD, Optimizer, as_optimizer, make_optimizer
+from .training import CHUNK, History, Progress, Samples, StopTraining, mini_batches, slices
+
+Array = NDArray[Any]
+
+OUTPUTS = ("softmax", "sigmoid", "identity")
+
+
+class MLP:
+    """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
+
+    Parameters
+    ----------
+    layers : list of int
+        Widths from the input to the output, ``[784, 128, 10]`` say; at least two.
+    activation : str
+        Of the hidden layers: any activation of `gemmlet.kernels`.
+    output : {"softmax", "sigmoid", "identity"}
+        What the outputs mean, and with it the objective, a mean over the samples:
+
+        - softmax: one class out of several. Cross-entropy of the softmax.
+        - sigmoid: with one output, class 1 against class 0; with several, each output on its own says whether the
+          sample is of its class. The objective is the negative log-likelihood of a sample: binary
+          cross-entropy, *summed* over the outputs.
+        - identity: numbers. Mean squared error, the mean over the outputs too.
+    dtype : float32 or float64
+        Of parameters, inputs and results.
+    seed : int, at least 0
+        Draws the first weights and the order of the samples. The same seed gives the same bits.
+    activation_parameter : float, optional
+        The number that the activation takes, where it takes one (`negative_slope` of leaky_relu, `alpha` of elu).
+    default_optimizer : str or Optimizer
+        What `fit` uses if it is given none: a name, or an optimizer whose settings are taken.
+    default_batch_size : int
+        Likewise.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument does not fit.
+
+    Notes
+    -----
+    Weights are drawn uniformly by Xavier's rule (Glorot and Bengio, 2010) or He's (He et al., 2015), as the registry
+    says for the activation; biases start at 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gemmlet.nn import MLP
+    >>> x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.float32)
+    >>> model = MLP([2, 16, 2], seed=0)
+    >>> history = model.fit(x, [0, 1, 1, 0], epochs=300, batch_size=4, optimizer="adam")
+    >>> model.predict(x).tolist()
+    [0, 1, 1, 0]
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        activation: str = "tanh",
+        output: str = "softmax",
+        *,
+        dtype: DTypeLike = np.float32,
+        seed: int = 0,
+        activation_parameter: float | None = None,
+        default_optimizer: str | Optimizer = "adam",
+        default_batch_size: int = 64,
+    ) -> None:
+        self.layers = checks.widths(layers, "layers", 2)
+        self.activation = activation_name(activation)
+        self.output = checks.choice(output, "output", OUTPUTS)
+        self.dtype = checks.float_dtype(dtype)
+        self.seed = checks.whole_number(seed, "seed", 0)
+        self.activation_parameter = activation_number(activation, activation_parameter)
+        self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
+        self.default_batch_size = checks.whole_number(default_batch_size, "default_batch_size", 1)
+        if output == "softmax" and self.layers[-1] < 2:
+            raise ValueError('output "softmax" needs at least 2 outputs; for one output use "sigmoid"')
+        # Two streams, so that the order of the samples does not depend on how many weights were drawn.
+        draw, self._shuffle = (np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(2))
+        self._dense = Dense(self.layers, activation, None, self.dtype, draw, self.activation_parameter)
+
+    @classmethod
+    def classic(cls, seed: int = 0) -> MLP:
+        """Return the network of the textbook: 784-128-10, tanh, sigmoid outputs, trained with SGD at a rate of 0.1.
+
+        Its `fit` takes these settings, and mini-batches of 16, unless told otherwise.
+        """
+        return cls([784, 128, 10], "tanh", "sigmoid", seed=seed, default_optimizer=SGD(0.1), default_batch_size=16)
+
+    def __repr__(self) -> str:
+        return f"MLP({self.layers}, {self.activation!r}, {self.output!r}, dtype=np.{self.dtype}, seed={self.seed})"
+
+    @property
+    def parameters(self) -> list[Array]:
+        """The arrays that training changes: weight (in_features, out_features) and bias of each layer in turn."""
+        return self._dense.parameters
+
+    # Training.
+
+    def fit(
+        self,
+        x: Any,
+        y: Any,
+        epochs: int = 10,
+        batch_size: int | None = None,
+        optimizer: str | Optimizer | None = None,
+        validation_data: tuple[Any, Any] | None = None,
+        shuffle: bool = True,
+        verbose: bool = False,
+        callback: Callable[[Progress], object] | None = None,
+    ) -> History:
+        """Train on samples `x` and their labels `y`.
+
+        Parameters
+        ----------
+        x : array_like, shape (n, layers[0])
+            Rows of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and are
+            expanded a mini-batch at a time.
+        y : array_like
+            Class indices, integers of shape (n,); with one sigmoid output 0 or 1. With identity outputs numbers of the
+            network's dtype, shape (n,) for one output, else (n, layers[-1]).
+        epochs : int
+            How often each sample is used.
+        batch_size : int, optional
+            Samples per update; the last mini-batch of an epoch may be smaller. By default 64, or what the preset says.
+        optimizer : str or Optimizer, optional
+            A name, ``"sgd"``, ``"adam"`` or ``"adamw"``, with its default settings; or an object, whose state is
+            continued. By default ``"adam"``, or what the preset says.
+        validation_data : (x, y), optional
+            Evaluated after each epoch.
+        shuffle : bool
+            Whether each epoch takes the samples in a new random order.
+        verbose : bool
+            Whether to print a line per epoch.
+        callback : callable, optional
+            Called with a `Progress` after every mini-batch. It may raise `StopTraining`.
+
+        Returns
+        -------
+        History
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument does not fit; nothing has been trained then.
+        """
+        samples, targets = self._samples_and_targets(x, y)
+        epochs = checks.whole_number(epochs, "epochs", 1)
+        size = self.default_batch_size if batch_size is None else checks.whole_number(batch_size, "batch_size", 1)
+        rule = self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)
+        validation = None
+        if validation_data is not None:
+            names = "validation_data[0]", "validation_data[1]"
+            validation = self._samples_and_targets(*checks.pair(validation_data, "validation_data"), names)
+        rng = self._shuffle if checks.flag(shuffle, "shuffle") else None
+        verbose = checks.flag(verbose, "verbose")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+
+        history = History()
+        start = time.perf_counter()
+        batches = math.ceil(len(samples) / size)
+        for epoch in range(1, epochs + 1):
+            loss_sum, correct, seen = 0.0, 0.0, 0
+            done = False
+            try:
+                for batch, where in enumerate(mini_batches(len(samples), size, rng), 1):
+                    rows = samples.batch(where)
+                    loss, right, gradients = self._gradients(rows, targets[where])
+                    for param, grad in zip(self.parameters, gradients, strict=True):
+                        rule.update(param, grad)
+                    seen += len(rows)
+                    loss_sum += loss * len(rows)
+                    correct += right
+                    if batch == batches:
+                        done = True
+                        scores = (None, None) if validation is None else self._evaluate(*validation)
+                        self._log(history, epoch, epochs, loss_sum / seen, correct / seen, scores, verbose)
+                    else:
+                        scores = (None, None)
+                    if callback is not None:
+                        callback(
+                            Progress(epoch, epochs, batch, batches, loss_sum / seen, correct / seen, done, *scores)
+                        )
+            except StopTraining:
+                if not done:
+                    unknown = (None, None) if validation is None else (math.nan, math.nan)
+                    self._log(history, epoch, epochs, loss_sum / seen, correct / seen, unknown, verbose)
+                break
+        history.seconds = time.perf_counter() - start
+        return history
+
+    @staticmethod
+    def _log(
+        history: History,
+        epoch: int,
+        epochs: int,
+        loss: float,
+        accuracy: float,
+        scores: tuple[float | None, float | None],
+        verbose: bool,
+    ) -> None:
+        """Put an epoch into the history, and print it if wanted."""
+        history.loss.append(loss)
+        history.accuracy.append(accuracy)
+        line = f"epoch {epoch}/{epochs}  loss {loss:.4f}  accuracy {accuracy:.4f}"
+        if scores[0] is not None and scores[1] is not None:
+            history.validation_loss.append(scores[0])
+            history.validation_accuracy.append(scores[1])
+            line += f"  validation loss {scores[0]:.4f}  accuracy {scores[1]:.4f}"
+        if verbose:
+            print(line, flush=True)
+
+    def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
+        """Loss of all samples as one mini-batch, and its gradients: one array for each of `parameters`.
+
+        Parameters
+        ----------
+        x, y
+            As in `fit`.
+        """
+        samples, targets = self._samples_and_targets(x, y)
+        loss, _, gradients = self._gradients(samples.batch(slice(None)), targets)
+        return loss, gradients
+
+    def _gradients(self, rows: Array, targets: Array) -> tuple[float, float, list[Array]]:
+        """Loss, number of right answers (NaN for identity outputs) and gradients."""
+        records = self._dense.record(rows)
+        outputs = records[-1].y
+        loss, grad = self._loss(outputs, targets)
+        _, gradients = self._dense.backward(grad, records)
+        return loss, self._count_right(outputs, targets), gradients
+
+    def _loss(self, outputs: Array, targets: Array) -> tuple[float, Array]:
+        """Loss and gradient with respect to what the last layer gives."""
+        if self.output == "softmax":
+            loss, grad = kernels.softmax_cross_entropy(outputs, targets)
+        elif self.output == "sigmoid":
+            wanted = np.zeros(outputs.shape, self.dtype)
+            if outputs.shape[1] == 1:
+                wanted[:, 0] = targets
+            else:
+                wanted[np.arange(len(targets)), targets] = 1.0
+            loss, grad = kernels.binary_cross_entropy_with_logits(outputs, wanted)
+            # The kernel's mean is over all elements, the objective's over the samples.
+            loss *= outputs.shape[1]
+            grad *= outputs.shape[1]
+        else:
+            loss, grad = kernels.mean_squared_error(outputs, targets)
+        return loss, grad
+
+    def _count_right(self, outputs: Array, targets: Array) -> float:
+        if self.output == "identity":
+            return math.nan
+        return float(np.count_nonzero(self._classes(outputs) == targets))
+
+    @staticmethod
+    def _classes(logits: Array) -> Array:
+        return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else np.argmax(logits, axis=1)
+
+    # Use.
+
+    def predict(self, x: Any) -> Array:
+        """Predict the class of each sample, or the numbers that the outputs give.
+
+        Parameters
+        ----------
+        x : array_like
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray
+            Class indices, int64 of shape (n,). With identity outputs the outputs: (n,) for one, else (n, layers[-1]).
+        """
+        samples = self._samples(x)
+        if self.output == "identity":
+            outputs = self._by_chunks(samples, self.layers[-1], self._dense.forward)
+            return outputs[:, 0] if self.layers[-1] == 1 else outputs
+        classes = np.empty(len(samples), np.int64)
+        for where in slices(len(samples), CHUNK):
+            classes[where] = self._classes(self._dense.forward(samples.batch(where)))
+        return classes
+
+    def predict_proba(self, x: Any) -> Array:
+        """Probabilities that the outputs stand for.
+
+        Parameters
+        ----------
+        x : array_like
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray, shape (n, layers[-1])
+            With softmax they add up to 1 over the classes; with sigmoid each stands for itself.
+
+        Raises
+        ------
+        ValueError
+            The outputs are of the kind identity, which are no probabilities.
+        """
+        if self.output == "identity":
+            raise ValueError('predict_proba needs output "softmax" or "sigmoid", this network has "identity"')
+        to_probability = kernels.softmax if self.output == "softmax" else kernels.sigmoid
+        return self._by_chunks(
+            self._samples(x), self.layers[-1], lambda rows: to_probability(self._dense.forward(rows))
+        )
+
+    def evaluate(self, x: Any, y: Any) -> dict[str, float]:
+        """Return ``{"loss": ..., "accuracy": ...}``, means over the samples; with identity outputs the accuracy is NaN.
+
+        Parameters
+        ----------
+        x, y
+            As in `fit`.
+        """
+        loss, accuracy = self._evaluate(*self._samples_and_targets(x, y))
+        return {"loss": loss, "accuracy": accuracy}
+
+    def _evaluate(self, samples: Samples, targets: Array) -> tuple[float, float]:
+        loss_sum = right = 0.0
+        for where in slices(len(samples), CHUNK):
+            outputs = self._dense.forward(samples.batch(where))
+            loss_sum += self._loss(outputs, targets[where])[0] * len(outputs)
+            right += self._count_right(outputs, targets[where])
+        return loss_sum / len(samples), right / len(samples)
+
+    def features(self, x: Any) -> Array:
+        """Activations of the last hidden layer: what the network sees in each sample.
+
+        Parameters
+        ----------
+        x : array_like
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray, shape (n, layers[-2])
+
+        Raises
+        ------
+        ValueError
+            There is no hidden layer.
+        """
+        if len(self.layers) < 3:
+            raise ValueError(f"features needs a hidden layer, this network has the layers {self.layers}")
+        depth = len(self.layers) - 2
+        return self._by_chunks(self._samples(x), self.layers[-2], lambda rows: self._dense.forward(rows, depth))
+
+    def _by_chunks(self, samples: Samples, width: int, function: Callable[[Array], Array]) -> Array:
+        result = np.empty((len(samples), width), self.dtype)
+        for where in slices(len(samples), CHUNK):
+            result[where] = function(samples.batch(where))
+        return result
+
+    # Arguments.
+
+    def _samples(self, x: Any, name: str = "x") -> Samples:
+        return Samples(x, self.layers[0], self.dtype, name)
+
+    def _samples_and_targets(self, x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[Samples, Array]:
+        samples = self._samples(x, names[0])
+        if not len(samples):
+            raise ValueError(f"{names[0]} is empty; expected at least one sample")
+        targets = self._targets(y, names[1])
+        if len(targets) != len(samples):
+            raise ValueError(
+                f"{names[1]} has {len(targets)} entries, {names[0]} {len(samples)} samples; expected as many"
+            )
+        return samples, targets
+
+    def _targets(self, y: Any, name: str) -> Array:
+        """Class indices as int64, or numbers as rows."""
+        outputs = self.layers[-1]
+        if self.output == "identity":
+            numbers = arguments.as_floats(y, name, self.dtype)
+            if numbers.ndim == 1 and outputs == 1:
+                return numbers[:, np.newaxis]
+            if numbers.ndim != 2 or numbers.shape[1] != outputs:
+                raise ValueError(
+                    f"{name} has shape {numbers.shape}, expected (n,{'' if outputs == 1 else f' {outputs}'})"
+                )
+            return numbers
+        labels = arguments.as_array(y, name)
+        if labels.ndim != 1:
+            raise ValueError(f"{name} has shape {labels.shape}, expected (n,): a class index for each sample")
+        if labels.dtype.kind not in "iu":
+            raise TypeError(f"{name} has dtype {labels.dtype}; class indices must be integers: {name}.astype(np.int64)")
+        classes = max(outputs, 2)
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+            raise ValueError(f"{name} must lie within 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+        return labels.astype(np.int64, copy=False)
+
+    # Files.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the network to a safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            An existing file is replaced. The configuration is in the metadata, under ``gemmlet``, as JSON.
+
+        Raises
+        ------
+        ImportError
+            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
+        OSError
+            The file cannot be written.
+        """
+        config = {
+            "layers": self.layers,
+            "activation": self.activation,
+            "output": self.output,
+            "dtype": str(self.dtype),
+            "seed": self.seed,
+            "activation_parameter": self.activation_parameter,
+            "default_optimizer": self.default_optimizer.settings(),
+            "default_batch_size": self.default_batch_size,
+        }
+        files.write(path, "MLP", config, files.named_tensors(self._dense))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a network that `save` has written.
+
+        Raises
+        ------
+        ImportError
+            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
+        OSError
+            The file is missing or cannot be read.
+        ValueError
+            It is corrupt or holds something else; the message names it.
+        """
+        config, tensors = files.read(path, "MLP")
+        with files.errors_name(path, "MLP"):
+            files.check_tensors(tensors, files.expected_shapes(config["layers"]), np.dtype(config["dtype"]))
+            network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
+        files.copy_into(network._dense, tensors)
+        return network

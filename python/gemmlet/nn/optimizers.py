@@ -1,0 +1,237 @@
+"""Optimizers: how parameters change, given their gradients. Each is one kernel and the state that it keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _arguments as arguments
+from .. import kernels
+from . import _checks as checks
+
+Array = NDArray[Any]
+
+
+@dataclass
+class _State:
+    """What an optimizer keeps for one parameter. It holds the parameter, so that no other array can get its id."""
+
+    param: Array
+    arrays: tuple[Array, ...]
+    steps: int = 0
+
+
+@dataclass
+class Optimizer(ABC):
+    """Base of the optimizers.
+
+    An optimizer keeps its state (velocity, moments, number of steps) for each parameter that it has updated, and so one
+    object may serve several networks. `fit` continues with the state of an object that it is given.
+
+    Attributes
+    ----------
+    name : str
+        What `make_optimizer` and `fit` know it by.
+    lr : float
+        Learning rate, at least 0. Like the other settings it may be changed between steps.
+    """
+
+    name: ClassVar[str]
+
+    lr: float
+    _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.init and setting.name != "nesterov":
+                high = 1.0 if setting.name in ("momentum", "beta1", "beta2") else np.inf
+                number = arguments.number(getattr(self, setting.name), setting.name, low=0.0, high=high)
+                if setting.name in ("beta1", "beta2") and number == 1.0:
+                    raise ValueError(f"{setting.name} must be below 1, got 1")
+                setattr(self, setting.name, number)
+
+    def update(self, param: Array, grad: Array) -> None:
+        """Update one parameter in place.
+
+        Parameters
+        ----------
+        param : ndarray of float32 or float64
+            The same object at every step: the state belongs to it.
+        grad : ndarray, the shape and dtype of `param`
+            The gradient of the loss with respect to it; it is only read.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A dtype, a shape or a setting does not fit.
+        """
+        state = self._states.get(id(param))
+        if state is None:
+            if not isinstance(param, np.ndarray):
+                raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
+            state = _State(param, tuple(np.zeros_like(param) for _ in range(self._arrays_per_parameter)))
+        self._apply(state.param, grad, state.arrays, state.steps + 1)
+        # Only now: a step that raised leaves nothing behind.
+        state.steps += 1
+        self._states[id(param)] = state
+
+    def fresh(self) -> Self:
+        """Return an optimizer with the same settings and no state."""
+        return replace(self)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the settings, as `make_optimizer` takes them."""
+        return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    @property
+    @abstractmethod
+    def _arrays_per_parameter(self) -> int:
+        """How many arrays the kernel keeps for a parameter; they start at zero."""
+
+    @abstractmethod
+    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int) -> None:
+        """Call the kernel; `step` is 1 at the first update."""
+
+
+@dataclass
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum and weight decay if wanted (`gemmlet.kernels.sgd_update`).
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate, at least 0.
+    momentum : float, within [0, 1]
+    nesterov : bool
+        Nesterov's form of momentum (Sutskever et al., 2013), which needs `momentum` above 0.
+    weight_decay : float
+        Added to the gradient as ``weight_decay * param``.
+    """
+
+    name = "sgd"
+
+    lr: float = 0.1
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.nesterov = checks.flag(self.nesterov, "nesterov")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+
+    @property
+    def _arrays_per_parameter(self) -> int:
+        return 1 if self.momentum else 0
+
+    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int) -> None:
+        kernels.sgd_update(
+            param,
+            grad,
+            *arrays,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass
+class Adam(Optimizer):
+    """Adam (Kingma and Ba, 2015; `gemmlet.kernels.adam_update`).
+
+    Parameters
+    ----------
+    lr : float
+        Learning rate, at least 0.
+    beta1, beta2 : float, within [0, 1)
+        Decay of the two moments.
+    eps : float
+        Added to the root of the second moment.
+    weight_decay : float
+        Added to the gradient as ``weight_decay * param``.
+    """
+
+    name = "adam"
+    _kernel = staticmethod(kernels.adam_update)
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    @property
+    def _arrays_per_parameter(self) -> int:
+        return 2
+
+    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int) -> None:
+        self._kernel(
+            param,
+            grad,
+            *arrays,
+            step=step,
+            lr=self.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass
+class AdamW(Adam):
+    """AdamW (Loshchilov and Hutter, 2019; `gemmlet.kernels.adamw_update`).
+
+    Parameters
+    ----------
+    lr, beta1, beta2, eps
+        As in `Adam`.
+    weight_decay : float
+        Each step multiplies the parameter by ``1 - lr * weight_decay``.
+    """
+
+    name = "adamw"
+    _kernel = staticmethod(kernels.adamw_update)
+
+    weight_decay: float = 0.01
+
+
+OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}
+
+
+def make_optimizer(name: str, **settings: Any) -> Optimizer:
+    """Return a new optimizer by its name.
+
+    Parameters
+    ----------
+    name : str
+        ``"sgd"``, ``"adam"`` or ``"adamw"``.
+    **settings
+        What `SGD`, `Adam` or `AdamW` take: ``lr=0.01``, say.
+
+    Raises
+    ------
+    TypeError, ValueError
+        There is no such optimizer or setting, or its value does not fit.
+    """
+    kind = OPTIMIZERS[checks.choice(name, "optimizer", OPTIMIZERS)]
+    known = [f.name for f in fields(kind) if f.init]
+    for setting in settings:
+        if setting not in known:
+            raise TypeError(f"optimizer {name!r} has no setting {setting!r}; it has {', '.join(known)}")
+    return kind(**settings)
+
+
+def as_optimizer(value: Any, name: str = "optimizer") -> Optimizer:
+    """Return `value`, an optimizer or the name of one."""
+    if isinstance(value, Optimizer):
+        return value
+    if isinstance(value, str):
+        return make_optimizer(value)
+    raise TypeError(f"{name} must be a name or an optimizer of gemmlet.nn, got {type(value).__name__}")

@@ -1,0 +1,173 @@
+"""What training the networks shares: mini-batches of samples, what callbacks are told, and the histories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _arguments as arguments
+
+Array = NDArray[Any]
+
+# Rows that are computed at a time where the whole is not a mini-batch: 3 MB of float32 images.
+CHUNK = 1024
+
+
+class StopTraining(Exception):  # noqa: N818 - it is a request, not an error
+    """A callback raises it to end `fit` at once; `fit` then returns the history so far."""
+
+
+@dataclass
+class History:
+    """How training an `MLP` went: one number per epoch, and the seconds it took.
+
+    Attributes
+    ----------
+    loss, accuracy : list of float
+        Means over the epoch, each mini-batch counted as it was before its update. The accuracy of a network with
+        outputs "identity" is NaN. An epoch that was stopped counts with the mini-batches it had.
+    validation_loss, validation_accuracy : list of float
+        After the epoch; empty without validation data, NaN for an epoch that was stopped.
+    seconds : float
+        Wall-clock time of `fit`.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    validation_accuracy: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class GANHistory:
+    """How training a `GAN` went: the mean losses of each epoch, and the seconds it took.
+
+    Attributes
+    ----------
+    generator_loss, discriminator_loss : list of float
+        Means over the epoch, each mini-batch counted as it was before its update. An epoch that was stopped counts with
+        the mini-batches it had.
+    seconds : float
+        Wall-clock time of `fit`.
+    """
+
+    generator_loss: list[float] = field(default_factory=list)
+    discriminator_loss: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback of `MLP.fit` is told after every mini-batch.
+
+    Attributes
+    ----------
+    epoch, epochs, batch, batches : int
+        Which one of how many, counted from 1.
+    loss, accuracy : float
+        Means over the epoch so far.
+    epoch_done : bool
+        Whether this was the last mini-batch of the epoch.
+    validation_loss, validation_accuracy : float or None
+        After the epoch, if there is validation data.
+    """
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    loss: float
+    accuracy: float
+    epoch_done: bool = False
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class GANProgress:
+    """What a callback of `GAN.fit` is told after every mini-batch.
+
+    Attributes
+    ----------
+    epoch, epochs, batch, batches : int
+        Which one of how many, counted from 1.
+    generator_loss, discriminator_loss : float
+        Means over the epoch so far.
+    epoch_done : bool
+        Whether this was the last mini-batch of the epoch.
+    """
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    generator_loss: float
+    discriminator_loss: float
+    epoch_done: bool = False
+
+
+class Samples:
+    """Samples, given as float rows or as uint8 images; handed out as rows of `dtype`, a mini-batch at a time.
+
+    Parameters
+    ----------
+    x : array_like, shape (n, features) or (n, ...) with `features` values a sample
+        Of `dtype`, or uint8, which counts as value/255.
+    features : int
+    dtype : numpy.dtype
+        float32 or float64.
+    name : str
+        For error messages.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The dtype or the shape does not fit.
+    """
+
+    def __init__(self, x: Any, features: int, dtype: np.dtype[Any], name: str = "x") -> None:
+        array = arguments.as_array(x, name)
+        if array.dtype != np.uint8 and array.dtype != dtype:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; expected {dtype}, the network's, or uint8, which counts as "
+                f"value/255: convert with {name}.astype(np.{dtype})"
+            )
+        values = 1
+        for length in array.shape[1:]:
+            values *= length
+        if array.ndim < 2 or values != features:
+            raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row")
+        self.array = array
+        self.features = features
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def batch(self, where: slice | Array) -> Array:
+        """Return the samples at `where` as rows, shape (m, features)."""
+        rows = self.array[where]
+        rows = rows.reshape(len(rows), self.features)
+        if rows.dtype == self.dtype:
+            return rows
+        scaled = rows.astype(self.dtype)
+        scaled /= 255.0
+        return scaled
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    """Divide ``range(n)`` into slices of `size`; the last one may be shorter."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def mini_batches(n: int, size: int, rng: np.random.Generator | None) -> Iterator[slice | Array]:
+    """Divide n samples into mini-batches of `size`, in a random order if there is an `rng`; the last may be smaller."""
+    if rng is None:
+        return slices(n, size)
+    order = rng.permutation(n)
+    return (order[part] for part in slices(n, size))
