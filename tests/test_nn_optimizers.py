@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from gemmlet.nn import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, make_optimizer
+from gemmlet.nn import MLP, OPTIMIZERS, SGD, Adam, AdamW, LinearDecay, Optimizer, make_optimizer
 
 SETTINGS = {
     "sgd": (SGD(0.05), "SGD", {"lr": 0.05}),
@@ -84,6 +86,24 @@ def test_the_learning_rate_may_be_changed_between_steps() -> None:
     optimizer.lr = 0.25
     optimizer.update(param, np.ones(1))
     assert param[0] == -1.25
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_linear_decay(kind: Any, rng: np.random.Generator) -> None:
+    x, y = rng.normal(size=(10, 3)).astype(np.float32), rng.integers(0, 2, size=10)
+    optimizer = kind(0.5)
+    decay = LinearDecay(optimizer)
+    rates = []
+
+    def callback(progress: Any) -> None:
+        rates.append(optimizer.lr)  # that of the mini-batch which is done
+        decay(progress)
+
+    MLP([3, 2]).fit(x, y, epochs=2, batch_size=4, optimizer=optimizer, callback=callback)
+    assert rates == pytest.approx([0.5 * (1 - i / 6) for i in range(6)])
+    assert optimizer.lr == 0.5
+    with pytest.raises(TypeError, match="optimizer must be an optimizer"):
+        LinearDecay("adam")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

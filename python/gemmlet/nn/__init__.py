@@ -6,7 +6,7 @@ same bits on one backend, whatever the number of threads.
 
 from .gan import GAN
 from .mlp import MLP
-from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, make_optimizer
+from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, LinearDecay, Optimizer, make_optimizer
 from .training import GANHistory, GANProgress, History, Progress, StopTraining
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "GANHistory",
     "GANProgress",
     "History",
+    "LinearDecay",
     "Optimizer",
     "Progress",
     "StopTraining",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .. import _arguments as arguments
 from .. import kernels
 from . import _checks as checks
+from .training import GANProgress, Progress
 
 Array = NDArray[Any]
 
@@ -200,6 +201,30 @@ class AdamW(Adam):
     _kernel = staticmethod(kernels.adamw_update)
 
     weight_decay: float = 0.01
+
+
+class LinearDecay:
+    """A callback for `fit` that lowers the learning rate of an optimizer to 0, in equal steps over all mini-batches.
+
+    After the last one the optimizer has its first learning rate again. ``model.fit(x, y, optimizer=adam,
+    callback=LinearDecay(adam))``.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        The object that `fit` is given.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be an optimizer of gemmlet.nn, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self.first_lr = optimizer.lr
+
+    def __call__(self, progress: Progress | GANProgress) -> None:
+        """Set the learning rate of the next mini-batch."""
+        done, total = (progress.epoch - 1) * progress.batches + progress.batch, progress.epochs * progress.batches
+        self.optimizer.lr = self.first_lr * (1.0 - done / total) if done < total else self.first_lr
 
 
 OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}
