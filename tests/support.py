@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemmlet import kernels
+from gemmlet._arguments import as_array
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
 
@@ -160,45 +165,56 @@ def one_call_of_each(rng: np.random.Generator, dtype: Any, rows: int, columns: i
 UPDATED = ("param", "velocity", "m", "v")
 
 
-def arguments_of_each(rng: np.random.Generator, dtype: Any, rows: int, columns: int) -> dict[str, dict[str, Any]]:
-    """For each name in ``kernels.__all__`` the keyword arguments of a call that is right, every array in its own memory.
+def arguments_of(name: str, rng: np.random.Generator, dtype: Any, rows: int, columns: int) -> dict[str, Any]:
+    """Keyword arguments with which a kernel can be called, every array in its own memory.
 
     Elementwise arrays are (rows, columns). In products w is (columns, 7): x (rows, columns), and the result (rows, 7).
     """
+    shape = (rows, columns)
 
     def normal(*shape: int) -> Any:
         return rng.normal(size=shape).astype(dtype)
 
     def unit() -> Any:
-        return rng.uniform(size=(rows, columns)).astype(dtype)
+        return rng.uniform(size=shape).astype(dtype)
 
-    def forward(entry: Any, x: Any, *parameter: float) -> Any:
-        return np.asarray(entry.forward(f64(x), *parameter) if x.size else f64(x)).astype(dtype)
-
-    shape = (rows, columns)
-    result: dict[str, dict[str, Any]] = {}
-    for name, entry in ACTIVATIONS.items():
+    base = name.removesuffix("_backward")
+    if base in ACTIVATIONS or base in ROW_FUNCTIONS:
         x = 3 * normal(*shape)
-        result[name] = {"x": x}
-        result[f"{name}_backward"] = {"grad_y": normal(*shape), "x": x.copy(), "y": forward(entry, x, entry.default)}
-    for name, function in ROW_FUNCTIONS.items():
-        x = 3 * normal(*shape)
-        result[name] = {"x": x}
-        result[f"{name}_backward"] = {"grad_y": normal(*shape), "x": x.copy(), "y": forward(function, x)}
-    for name, loss in LOSSES.items():
-        result[name] = {loss.prediction: unit() if loss.unit_interval else 3 * normal(*shape), "targets": unit()}
-    labels = rng.integers(0, max(columns, 1), size=rows)
-    result["softmax_cross_entropy"] = {"logits": 3 * normal(*shape), "labels": labels, "label_smoothing": 0.1}
-    result["matmul"] = {"a": normal(*shape), "b": normal(columns, 7)}
-    result["linear"] = {"x": normal(*shape), "w": normal(columns, 7), "b": normal(7), "activation": "gelu"}
-    result["linear_backward"] = {"grad_y": normal(rows, 7), "x": normal(*shape), "w": normal(columns, 7)}
-    result["linear_backward"] |= {"y": np.tanh(normal(rows, 7)), "activation": "tanh"}
-    result["sgd_update"] = {"param": normal(*shape), "grad": normal(*shape), "velocity": normal(*shape)}
-    result["sgd_update"] |= {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
-    for name in ("adam_update", "adamw_update"):
-        result[name] = {"param": normal(*shape), "grad": normal(*shape), "m": normal(*shape), "v": unit(), "step": 3}
-    assert set(result) == set(kernels.__all__), f"no arguments here for {sorted(set(kernels.__all__) ^ set(result))}"
-    return result
+        if base == name:
+            return {"x": x}
+        y = x.copy()
+        if base in ROW_FUNCTIONS and x.size:
+            y = ROW_FUNCTIONS[base].forward(f64(x)).astype(dtype)
+        elif base in ACTIVATIONS and not ACTIVATIONS[base].needs_x:
+            y = reference_forward(ACTIVATIONS[base], x).astype(dtype)
+        return {"grad_y": normal(*shape), "x": x, "y": y}
+    if name in LOSSES:
+        return {
+            LOSSES[name].prediction: unit() if LOSSES[name].unit_interval else 3 * normal(*shape),
+            "targets": unit(),
+        }
+    if name == "softmax_cross_entropy":
+        labels = rng.integers(0, max(columns, 1), size=rows)
+        return {"logits": 3 * normal(*shape), "labels": labels, "label_smoothing": 0.1}
+    if name == "matmul":
+        return {"a": normal(*shape), "b": normal(columns, 7)}
+    if name == "linear":
+        return {"x": normal(*shape), "w": normal(columns, 7), "b": normal(7), "activation": "gelu"}
+    if name == "linear_backward":
+        arrays = {
+            "grad_y": normal(rows, 7),
+            "x": normal(*shape),
+            "w": normal(columns, 7),
+            "y": np.tanh(normal(rows, 7)),
+        }
+        return {**arrays, "activation": "tanh"}
+    if name == "sgd_update":
+        arrays = {"param": normal(*shape), "grad": normal(*shape), "velocity": normal(*shape)}
+        return {**arrays, "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    if name in ("adam_update", "adamw_update"):
+        return {"param": normal(*shape), "grad": normal(*shape), "m": normal(*shape), "v": unit(), "step": 3}
+    raise NotImplementedError(f"{name} is new, and has no arguments here")
 
 
 def outcome(name: str, arguments: dict[str, Any]) -> list[Any]:
@@ -206,9 +222,24 @@ def outcome(name: str, arguments: dict[str, Any]) -> list[Any]:
     returned = getattr(kernels, name)(**arguments)
     results = list(returned) if isinstance(returned, tuple) else [returned]
     results += [arguments.get(argument) for argument in UPDATED]
-    return [np.asarray(r) for r in results if r is not None]
+    return [as_array(r, "result") for r in results if r is not None]
 
 
 def copies(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same arguments, every array a contiguous copy."""
     return {k: v.copy(order="C") if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+
+
+def run_on(backend: Any, script: str, *, timeout: float = 120, **environment: str) -> str:
+    """Run a script on this backend in a process of its own, which must end well and in time; return what it prints."""
+    chosen = {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}
+    child = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **chosen, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr[-3000:]}"
+    return child.stdout

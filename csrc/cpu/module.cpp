@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <optional>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
@@ -70,6 +72,39 @@ auto for_dtype(const py::array& a, const char* name, Call&& call) {
   refuse(name, "neither float32 nor float64");
 }
 
+// Runs `call` without the GIL. Not py::gil_scoped_release, which takes it back in a destructor: where the interpreter is
+// about to end, CPython before 3.14 ends a thread that asks for the GIL by unwinding its stack, and to unwind through a
+// destructor is to terminate the process.
+template <class Call>
+auto without_gil(Call&& call) {
+  PyThreadState* state = PyEval_SaveThread();
+  decltype(call()) result;
+  try {
+    result = call();
+  } catch (...) {
+    PyEval_RestoreThread(state);
+    throw;
+  }
+  PyEval_RestoreThread(state);
+  return result;
+}
+
+template <class Call>
+  requires std::is_void_v<std::invoke_result_t<Call>>
+void without_gil(Call&& call) {
+  without_gil([&] {
+    call();
+    return 0;
+  });
+}
+
+// The number of elements of a matrix.
+Index elements(Index rows, Index columns, const char* name) {
+  Index count;
+  if (__builtin_mul_overflow(rows, columns, &count)) refuse(name, "more elements than can be counted");
+  return count;
+}
+
 const std::size_t activation_count = gemmlet::activation_names().size();
 const std::size_t row_function_count = gemmlet::row_function_names().size();
 const std::size_t loss_count = gemmlet::loss_names().size();
@@ -83,10 +118,10 @@ void linear(const py::array& x, const py::array& w, const OptionalArray& b, int 
     const View<T> xv = view<T>(x, "x"), wv = view<T>(w, "w");
     if (wv.rows != xv.columns) refuse("w", "rows differ from the columns of x");
     const T* bias = b ? contiguous<T>(*b, wv.columns, "b") : nullptr;
-    T* yp = writable<T>(y, xv.rows * wv.columns, "y");
-    T* zp = z ? writable<T>(*z, xv.rows * wv.columns, "z") : nullptr;
-    const py::gil_scoped_release release;
-    gemmlet::linear<T>(xv, wv, bias, activation, static_cast<T>(parameter), yp, zp);
+    const Index size = elements(xv.rows, wv.columns, "y");
+    T* yp = writable<T>(y, size, "y");
+    T* zp = z ? writable<T>(*z, size, "z") : nullptr;
+    without_gil([&] { gemmlet::linear<T>(xv, wv, bias, activation, static_cast<T>(parameter), yp, zp); });
   });
 }
 
@@ -95,8 +130,7 @@ void column_sum(const py::array& x, py::array& out) {
     using T = decltype(zero);
     const View<T> xv = view<T>(x, "x");
     T* sum = writable<T>(out, xv.columns, "out");
-    const py::gil_scoped_release release;
-    gemmlet::column_sum<T>(xv, sum);
+    without_gil([&] { gemmlet::column_sum<T>(xv, sum); });
   });
 }
 
@@ -107,8 +141,7 @@ void activation_forward(int activation, const py::array& x, double parameter, py
     const T* xp = contiguous<T>(x, x.size(), "x");
     T* yp = writable<T>(out, x.size(), "out");
     const Index n = x.size();
-    const py::gil_scoped_release release;
-    gemmlet::activation_forward<T>(activation, xp, static_cast<T>(parameter), yp, n);
+    without_gil([&] { gemmlet::activation_forward<T>(activation, xp, static_cast<T>(parameter), yp, n); });
   });
 }
 
@@ -121,8 +154,7 @@ void activation_backward(int activation, const py::array& grad_y, const py::arra
     const T* gp = contiguous<T>(grad_y, n, "grad_y");
     const T* sp = contiguous<T>(saved, n, "saved");
     T* op = writable<T>(out, n, "out");
-    const py::gil_scoped_release release;
-    gemmlet::activation_backward<T>(activation, gp, sp, static_cast<T>(parameter), op, n);
+    without_gil([&] { gemmlet::activation_backward<T>(activation, gp, sp, static_cast<T>(parameter), op, n); });
   });
 }
 
@@ -139,8 +171,7 @@ void row_function_forward(int function, const py::array& x, py::array& out) {
     using T = decltype(zero);
     const T* xp = contiguous<T>(x, rows * columns, "x");
     T* yp = writable<T>(out, rows * columns, "out");
-    const py::gil_scoped_release release;
-    gemmlet::row_function_forward<T>(function, xp, yp, rows, columns);
+    without_gil([&] { gemmlet::row_function_forward<T>(function, xp, yp, rows, columns); });
   });
 }
 
@@ -152,8 +183,7 @@ void row_function_backward(int function, const py::array& grad_y, const py::arra
     const T* gp = contiguous<T>(grad_y, rows * columns, "grad_y");
     const T* yp = contiguous<T>(y, rows * columns, "y");
     T* op = writable<T>(out, rows * columns, "out");
-    const py::gil_scoped_release release;
-    gemmlet::row_function_backward<T>(function, gp, yp, op, rows, columns);
+    without_gil([&] { gemmlet::row_function_backward<T>(function, gp, yp, op, rows, columns); });
   });
 }
 
@@ -169,12 +199,15 @@ double softmax_cross_entropy(const py::array& logits, const py::array& labels, d
       indices = contiguous<Index>(labels, rows, "labels");
       for (Index i = 0; i < rows; ++i)
         if (indices[i] < 0 || indices[i] >= columns) refuse("labels", "a class index that is out of range");
+      // They are read while the gradient is written.
+      const void *labels_end = indices + rows, *gradient_end = gp + rows * columns;
+      if (std::less<>{}(indices, gradient_end) && std::less<>{}(gp, labels_end)) refuse("out", "overlaps the labels");
     } else {
       targets = contiguous<T>(labels, rows * columns, "labels");
       if (targets == gp) refuse("out", "may not be the labels");
     }
-    const py::gil_scoped_release release;
-    return gemmlet::softmax_cross_entropy<T>(zp, indices, targets, smoothing, gp, rows, columns);
+    return without_gil(
+        [&] { return gemmlet::softmax_cross_entropy<T>(zp, indices, targets, smoothing, gp, rows, columns); });
   });
 }
 
@@ -188,8 +221,7 @@ double elementwise_loss(int loss, const py::array& prediction, const py::array& 
     const T* pp = contiguous<T>(prediction, n, "prediction");
     const T* tp = contiguous<T>(target, n, "target");
     T* gp = writable<T>(out, n, "out");
-    const py::gil_scoped_release release;
-    return gemmlet::elementwise_loss<T>(loss, pp, tp, static_cast<T>(parameter), gp, n);
+    return without_gil([&] { return gemmlet::elementwise_loss<T>(loss, pp, tp, static_cast<T>(parameter), gp, n); });
   });
 }
 
@@ -205,8 +237,7 @@ void optimizer_update(int rule, py::array& param, const py::array& grad, std::ve
     const T* gp = contiguous<T>(grad, n, "grad");
     std::vector<T*> kept;
     for (py::array& s : state) kept.push_back(writable<T>(s, n, "state"));
-    const py::gil_scoped_release release;
-    gemmlet::optimizer_update<T>(rule, pp, gp, kept.data(), scalars.data(), n);
+    without_gil([&] { gemmlet::optimizer_update<T>(rule, pp, gp, kept.data(), scalars.data(), n); });
   });
 }
 
@@ -228,7 +259,8 @@ PYBIND11_MODULE(GEMMLET_MODULE, m, py::mod_gil_not_used()) {
   m.def("row_functions", &gemmlet::row_function_names, "Names, in the order of their numbers.");
   m.def("losses", &gemmlet::loss_names, "Names, in the order of their numbers.");
   m.def("optimizer_rules", &gemmlet::optimizer_rule_names, "Names, in the order of their numbers.");
-  m.def("set_num_threads", &gemmlet_set_num_threads, py::arg("count"), py::call_guard<py::gil_scoped_release>());
+  // It waits for the end of a call that uses the pool.
+  m.def("set_num_threads", [](int count) { without_gil([&] { gemmlet_set_num_threads(count); }); }, py::arg("count"));
   m.def("get_num_threads", &gemmlet_get_num_threads);
   m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("b"), py::arg("activation"), py::arg("parameter"),
         py::arg("y"), py::arg("z"));

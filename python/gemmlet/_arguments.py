@@ -18,6 +18,8 @@ def as_array(value: Any, name: str) -> Array:
     """Return `value` as an ndarray, on the same memory for ``__array_interface__``, the buffer protocol and DLPack."""
     if type(value) is np.ndarray:
         return value
+    if value is None:
+        raise TypeError(f"{name} is None; expected an array")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(...)")
     if hasattr(value, "__cuda_array_interface__"):
@@ -38,9 +40,10 @@ def as_floats(value: Any, name: str, dtype: np.dtype[Any] | None = None) -> Arra
     """Return `value` as a float32 or float64 ndarray, of just `dtype` if that is given."""
     array = as_array(value, name)
     if array.dtype not in _FLOATS or not array.dtype.isnative:
-        foreign = array.dtype.newbyteorder("=") in _FLOATS
-        found = f"byte order {array.dtype.str}" if foreign else f"dtype {array.dtype}"
-        raise TypeError(f"{name} has {found}; expected float32 or float64: convert with {name}.astype(np.float32)")
+        swapped = array.dtype.kind == "f" and not array.dtype.isnative
+        found = f"byte order {array.dtype.str}" if swapped else f"dtype {array.dtype}"
+        wanted = np.dtype(np.float32) if dtype is None else dtype
+        raise TypeError(f"{name} has {found}; expected float32 or float64: convert with {name}.astype(np.{wanted})")
     if dtype is not None and array.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {array.dtype}, the other arguments {dtype}; all must agree: "
@@ -65,14 +68,22 @@ def output(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) ->
     if array.dtype != dtype:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {dtype}")
     check_shape(array, name, shape, "the shape of the result")
-    check_writeable(array, name)
-    if type(out) is not np.ndarray and not np.may_share_memory(array, as_array(out, name)):
-        raise TypeError(f"{name} ({type(out).__name__}) does not give access to its memory")
+    check_written(array, out, name)
     return array
 
 
-def check_writeable(array: Array, name: str) -> None:
-    """Raise if `array` cannot be written, or is not laid out so that writing makes sense."""
+def updated(value: Any, name: str, dtype: np.dtype[Any] | None = None) -> Array:
+    """Return the memory of `value`, a float32 or float64 array, of just `dtype` if that is given, to be written to."""
+    array = as_array(value, name)
+    as_floats(array, name, dtype)
+    check_written(array, value, name)
+    return array
+
+
+def check_written(array: Array, given: Any, name: str) -> None:
+    """Raise if `array`, which was made of `given`, cannot be written to so that `given` has it."""
+    if array is not given and array.size and not np.may_share_memory(array, as_array(given, name)):
+        raise TypeError(f"{name} ({type(given).__name__}) does not give access to its memory")
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only")
     if not array.flags.aligned:
@@ -101,7 +112,10 @@ def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.
     """Return a finite real number within ``[low, high]``, or ``(low, high]`` if `open_low`."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
     if not math.isfinite(result) or not low <= result <= high or (open_low and result == low):
         if high < math.inf:
             expected = f"within {'(' if open_low else '['}{low:g}, {high:g}]"
@@ -111,3 +125,10 @@ def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.
             expected = "finite"
         raise ValueError(f"{name} must be {expected}, got {value!r}")
     return result
+
+
+def flag(value: Any, name: str) -> bool:
+    """Return `value`, a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return bool(value)

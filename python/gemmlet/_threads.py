@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import operator
 import os
-from pathlib import Path
 
+_LARGEST = 1024
 _count: int | None = None
 
 
 def _from_environment(name: str) -> int | None:
     """The first number of a variable such as ``OMP_NUM_THREADS=4,2``; None if unset or no positive number."""
     text = os.environ.get(name, "").split(",")[0].strip()
-    return int(text) if text.isdecimal() and int(text) > 0 else None
+    return min(int(text), _LARGEST) if text.isdecimal() and int(text) > 0 else None
 
 
 def _processors() -> int:
@@ -24,30 +24,36 @@ def _processors() -> int:
         return os.cpu_count() or 1
 
 
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+def _cgroup_quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> float:
     """Processors that the cgroup (version 2 or 1) grants; infinity where there is no limit."""
     limits = [math.inf]
     try:
-        lines = membership.read_text().splitlines()
+        with open(membership) as file:
+            lines = file.read().splitlines()
     except OSError:
         return math.inf
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            # Version 2: every ancestor may hold a limit.
-            folder = root / path.lstrip("/")
-            for level in (folder, *folder.parents):
-                if level.is_relative_to(root):
-                    limits.append(_read_quota(level / "cpu.max"))
+            top, files = root, ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            for level in (root / "cpu" / path.lstrip("/"), root / "cpu"):
-                limits.append(_read_quota(level / "cpu.cfs_quota_us", level / "cpu.cfs_period_us"))
+            top, files = os.path.join(root, "cpu"), ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        # Every ancestor may hold a limit.
+        steps = [step for step in path.split("/") if step not in ("", "..")]
+        for depth in range(len(steps) + 1):
+            limits.append(_read_quota(os.path.join(top, *steps[:depth]), files))
     return min(limits)
 
 
-def _read_quota(*files: Path) -> float:
+def _read_quota(folder: str, files: list[str]) -> float:
     try:
-        quota, period = " ".join(file.read_text() for file in files).split()
+        texts = []
+        for name in files:
+            with open(os.path.join(folder, name)) as file:
+                texts.append(file.read())
+        quota, period = " ".join(texts).split()
         return float(quota) / float(period) if float(quota) > 0 and float(period) > 0 else math.inf
     except (OSError, ValueError):  # no file, or "max"
         return math.inf
@@ -71,4 +77,4 @@ def set_num_threads(count: int) -> None:
         raise TypeError(f"count must be an integer, got {type(count).__name__}") from None
     if number < 1:
         raise ValueError(f"count must be at least 1, got {number}")
-    _count = min(number, 1024)
+    _count = min(number, _LARGEST)

@@ -162,11 +162,12 @@ def _activation_named(activation: Any) -> Activation | None:
 def _activation_parameter(entry: Activation | None, value: Any, name: str, dtype: np.dtype[Any]) -> float:
     """The activation's number, rounded to the dtype that it computes in; its default where none was given."""
     if value is None:
-        number = 0.0 if entry is None else entry.default
-    elif entry is None or entry.parameter is None:
+        return 0.0 if entry is None else float(dtype.type(entry.default))
+    if entry is None or entry.parameter is None:
         raise ValueError(f"{name} was given, but the activation {entry.name if entry else None!r} takes none")
-    else:
-        number = arguments.number(value, name, low=0.0, open_low=True)
+    number = arguments.number(value, name, low=0.0, open_low=True)
+    if number > float(np.finfo(dtype).max):
+        raise ValueError(f"{name} must be finite in {dtype}, got {value!r}")
     return float(dtype.type(number))
 
 
@@ -222,17 +223,19 @@ def linear(
     b_ = None if b is None else arguments.as_floats(b, "b", x_.dtype)
     entry = _activation_named(activation)
     parameter = _activation_parameter(entry, activation_parameter, "activation_parameter", x_.dtype)
+    keep_z = arguments.flag(return_preactivation, "return_preactivation")
     if x_.ndim == 0:
         raise ValueError("x is a scalar; expected shape (..., in_features)")
     if w_.ndim != 2 or w_.shape[0] != x_.shape[-1]:
         raise ValueError(f"w has shape {w_.shape}, expected ({x_.shape[-1]}, out_features), as x has shape {x_.shape}")
     if b_ is not None:
         arguments.check_shape(b_, "b", w_.shape[1:], "out_features of w")
-        b_ = np.ascontiguousarray(b_)
     shape = (*x_.shape[:-1], w_.shape[1])
     y = arguments.output(out, "out", shape, x_.dtype)
     _refuse_overlap(y, x=x_, w=w_, b=b_)
-    z = np.empty(shape, x_.dtype) if return_preactivation else None
+    if b_ is not None:
+        b_ = np.ascontiguousarray(b_)
+    z = np.empty(shape, x_.dtype) if keep_z else None
     buffer = y if y.flags.c_contiguous else np.empty(shape, x_.dtype)
     select.current().linear(_rows(x_), w_, b_, entry, parameter, _rows(buffer), None if z is None else _rows(z))
     if buffer is not y:
@@ -287,8 +290,13 @@ def linear_backward(
         raise ValueError("grad_y is a scalar; expected shape (..., out_features)")
     entry = _activation_named(activation)
     parameter = _activation_parameter(entry, activation_parameter, "activation_parameter", grad.dtype)
-    w_ = arguments.as_floats(w, "w", grad.dtype) if need_x or w is not None else None
-    x_ = arguments.as_floats(x, "x", grad.dtype) if need_w or x is not None else None
+    need_x, need_w = arguments.flag(need_x, "need_x"), arguments.flag(need_w, "need_w")
+    need_b = arguments.flag(need_b, "need_b")
+    for needed, needed_by, array, name in ((need_x, "need_x", w, "w"), (need_w, "need_w", x, "x")):
+        if needed and array is None:
+            raise ValueError(f"{name} is missing: only with {needed_by}=False may it be None")
+    w_ = None if w is None else arguments.as_floats(w, "w", grad.dtype)
+    x_ = None if x is None else arguments.as_floats(x, "x", grad.dtype)
     if w_ is not None and (w_.ndim != 2 or w_.shape[1] != grad.shape[-1]):
         raise ValueError(
             f"w has shape {w_.shape}, expected (in_features, {grad.shape[-1]}), as grad_y has {grad.shape}"
@@ -299,14 +307,11 @@ def linear_backward(
         features = "in_features" if w_ is None else w_.shape[0]
         expected = ", ".join(map(str, (*grad.shape[:-1], features)))
         raise ValueError(f"x has shape {x_.shape}, expected ({expected}), as grad_y has {grad.shape}")
+    used = "z" if entry is not None and entry.needs_x else "y"
+    hint = "; linear(..., return_preactivation=True) returns it" if used == "z" else ""
+    saved = _saved(entry, used, {"y": y, "z": z}, grad, hint)
     backend = select.current()
     if entry is not None:
-        kept, name = (z, "z") if entry.needs_x else (y, "y")
-        if kept is None:
-            hint = "; linear(..., return_preactivation=True) returns it" if entry.needs_x else ""
-            raise ValueError(f"{name} is missing: the gradient of {entry.name} is computed from it{hint}")
-        saved = arguments.as_floats(kept, name, grad.dtype)
-        arguments.check_shape(saved, name, grad.shape, "the shape of grad_y")
         grad_z = np.empty_like(grad, order="C")
         _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,))
     else:
@@ -327,6 +332,18 @@ def linear_backward(
     return grad_x, grad_w, grad_b
 
 
+def _saved(entry: Activation | None, used: str, given: dict[str, Any], grad: Array, hint: str = "") -> Array | None:
+    """What the gradient of an activation reads, of the arrays that may be given; all of them are checked."""
+    checked: dict[str, Array] = {}
+    for name, value in given.items():
+        if value is not None:
+            checked[name] = arguments.as_floats(value, name, grad.dtype)
+            arguments.check_shape(checked[name], name, grad.shape, "the shape of grad_y")
+    if entry is not None and used not in checked:
+        raise ValueError(f"{used} is missing: the gradient of {entry.name} is computed from it{hint}")
+    return checked.get(used)
+
+
 # Activations, generated from the registry.
 
 
@@ -342,15 +359,7 @@ def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> 
 def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
     grad = arguments.as_floats(grad_y, "grad_y")
     value = _activation_parameter(entry, parameter, entry.parameter or "parameter", grad.dtype)
-    used = "x" if entry.needs_x else "y"
-    checked: dict[str, Array] = {}
-    for name, given in (("x", x), ("y", y)):
-        if given is not None:
-            checked[name] = arguments.as_floats(given, name, grad.dtype)
-            arguments.check_shape(checked[name], name, grad.shape, "the shape of grad_y")
-    if used not in checked:
-        raise ValueError(f"{used} is missing: the gradient of {entry.name} is computed from it")
-    saved = checked[used]
+    saved = _saved(entry, "x" if entry.needs_x else "y", {"x": x, "y": y}, grad)
     grad_x = _like(grad, out)
     backend = select.current()
     _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,))
@@ -378,7 +387,10 @@ def _publish(name: str, function: Callable[..., Any], arrays: tuple[str, ...], e
         if len(args) == len(arrays) and len(kwargs) <= ("out" in kwargs):
             return function(*args, None, kwargs.get("out"))  # the usual call, without the cost of binding
         given = signature.bind(*args, **kwargs).arguments
-        return function(*(given[a] for a in arrays), given.get(parameter) if parameter else None, given.get("out"))
+        number = None
+        if parameter in given:
+            number = arguments.number(given[parameter], parameter, low=0.0, open_low=True)
+        return function(*(given[a] for a in arrays), number, given.get("out"))
 
     kernel.__name__ = kernel.__qualname__ = name
     kernel.__doc__ = doc
@@ -524,16 +536,15 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
     p = arguments.as_floats(prediction, entry.prediction)
     t = arguments.as_floats(targets, "targets", p.dtype)
     arguments.check_shape(t, "targets", p.shape, f"the shape of {entry.prediction}")
-    value = entry.default
-    if entry.parameter is not None and parameter is not None:
-        value = arguments.number(parameter, entry.parameter, low=0.0, open_low=True)
+    value = entry.default if parameter is None else parameter
     if entry.unit_interval and p.size and not (np.min(p) >= 0.0 and np.max(p) <= 1.0) and np.any((p < 0) | (p > 1)):
         raise ValueError(f"{entry.prediction} must lie within [0, 1], got {np.nanmin(p):g} to {np.nanmax(p):g}")
     grad = _like(p, out)
     if not p.size:
         return float("nan"), _returned(out, grad)
     backend = select.current()
-    loss = _elementwise(lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,))
+    # `rows`: the order of the elements is that of the sum, which shall not depend on the layout.
+    loss = _elementwise(lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,), rows=True)
     return float(loss), _returned(out, grad)
 
 
@@ -609,13 +620,17 @@ def softmax_cross_entropy(
         arguments.check_shape(t, "labels", z.shape[:1], "one index per row of logits")
         if t.size and (int(t.min()) < 0 or int(t.max()) >= z.shape[1]):
             raise ValueError(f"labels must lie within [0, {z.shape[1]}), got {int(t.min())} to {int(t.max())}")
-        t = np.ascontiguousarray(t, dtype=np.int64)
+        t = np.require(t, np.int64, ["C_CONTIGUOUS", "ALIGNED"])
+    elif t.ndim == 0:
+        raise ValueError("labels is a scalar; expected one class index, or one probability per class, for each row")
     else:
         t = arguments.as_floats(t, "labels", z.dtype)
         arguments.check_shape(t, "labels", z.shape, "one probability per class")
     grad = arguments.output(out, "out", z.shape, z.dtype)
     if not z.size:
         return float("nan"), _returned(out, grad)
+    if t.ndim == 1 and arguments.overlaps(t, grad):
+        t = t.copy()
     backend = select.current()
     inputs = (z,) if t.ndim == 1 else (z, t)
     loss = _elementwise(
@@ -632,15 +647,14 @@ def softmax_cross_entropy(
 
 def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalars: tuple[float, ...]) -> None:
     rule = OPTIMIZER_RULES[rule_name]
-    p = arguments.as_floats(param, "param")
+    p = arguments.updated(param, "param")
     g = arguments.as_floats(grad, "grad", p.dtype)
     arguments.check_shape(g, "grad", p.shape, "the shape of param")
     written = {"param": p}
     for name, array in state.items():
-        written[name] = arguments.as_floats(array, name, p.dtype)
+        written[name] = arguments.updated(array, name, p.dtype)
         arguments.check_shape(written[name], name, p.shape, "the shape of param")
     for name, array in written.items():
-        arguments.check_writeable(array, name)
         for other, array2 in {**written, "grad": g}.items():
             if other != name and arguments.overlaps(array, array2):
                 raise ValueError(f"{name} overlaps {other}: each needs memory of its own")
@@ -681,6 +695,7 @@ def sgd_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, arrays overlap, or `velocity` is missing.
     """
+    nesterov = arguments.flag(nesterov, "nesterov")
     rate = arguments.number(lr, "lr", low=0.0)
     mu = arguments.number(momentum, "momentum", low=0.0, high=1.0)
     decay = arguments.number(weight_decay, "weight_decay", low=0.0)
@@ -689,7 +704,7 @@ def sgd_update(
             raise ValueError("velocity is missing: momentum and nesterov need it")
         _update("sgd", param, grad, {}, (rate, decay))
     else:
-        _update("momentum", param, grad, {"velocity": velocity}, (rate, decay, mu, float(bool(nesterov))))
+        _update("momentum", param, grad, {"velocity": velocity}, (rate, decay, mu, float(nesterov)))
 
 
 def _adam_numbers(
@@ -709,7 +724,8 @@ def _adam_numbers(
     for name in ("beta1", "beta2"):
         if numbers[name] == 1.0:
             raise ValueError(f"{name} must be below 1, got {numbers[name]:g}")
-    return adam_scalars(int(step), **numbers, decoupled=decoupled)
+    # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
+    return adam_scalars(min(int(step), 2**53), **numbers, decoupled=decoupled)
 
 
 def adam_update(

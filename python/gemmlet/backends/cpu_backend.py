@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -66,15 +65,18 @@ def available_isas() -> list[str]:
 
 
 def _choose(isa: str | None) -> str:
-    """The instruction set to load; `GEMMLET_ISA` may name one that is below the best, no other."""
+    """The instruction set to load: the best, or the one that is asked for.
+
+    What is asked for and cannot be had is a ValueError, so that no other backend silently takes its place.
+    """
     available = available_isas()
     if not available:
         raise RuntimeError("backend 'cpu' was not compiled for this platform: no extension module is installed")
     wanted = isa or os.environ.get("GEMMLET_ISA") or available[0]
     if wanted not in _MODULES:
-        raise RuntimeError(f"instruction set {wanted!r} is unknown; GEMMLET_ISA takes {', '.join(_MODULES)}")
+        raise ValueError(f"instruction set {wanted!r} is unknown; GEMMLET_ISA takes {', '.join(_MODULES)}")
     if wanted not in available:
-        raise RuntimeError(f"instruction set {wanted!r} cannot run here; GEMMLET_ISA takes {', '.join(available)}")
+        raise ValueError(f"instruction set {wanted!r} cannot run here; GEMMLET_ISA takes {', '.join(available)}")
     return wanted
 
 
@@ -89,7 +91,9 @@ class CpuBackend(NumpyBackend):
     Raises
     ------
     RuntimeError
-        Nothing was compiled for this platform, or `isa` cannot run here.
+        Nothing was compiled for this platform.
+    ValueError
+        There is no such instruction set, or it cannot run here.
     """
 
     name = "cpu"
@@ -106,6 +110,8 @@ class CpuBackend(NumpyBackend):
 
     def describe(self) -> dict[str, str]:
         """What `gemmlet.show_config` prints about this backend."""
+        import platform
+
         isa = "baseline (NEON)" if platform.machine().lower() in {"arm64", "aarch64"} else self.isa
         return {
             "backend": self.name,

@@ -7,9 +7,7 @@ A request by name (`GEMMLET_BACKEND`, `use_backend`) loads that backend or raise
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
-import platform
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 CHOICES = ("cpu", "numba", "numpy")
 
-_log = logging.getLogger("gemmlet")
 _loaded: dict[str, NumpyBackend] = {}
 _current: NumpyBackend | None = None
 
@@ -69,7 +66,10 @@ def _automatic() -> NumpyBackend:
             refusals.append(f"{name}: {error}")
             continue
         if refusals:
-            _log.warning("gemmlet computes with the %s backend (%s)", name, "; ".join(refusals))
+            import logging  # here, as few need it: importing gemmlet shall cost little
+
+            reasons = "; ".join(refusals)
+            logging.getLogger("gemmlet").warning("gemmlet computes with the %s backend (%s)", name, reasons)
         return backend
     raise AssertionError("the numpy backend always loads")
 
@@ -130,7 +130,7 @@ def set_num_threads(count: int) -> None:
     """
     _threads.set_num_threads(count)
     for backend in _loaded.values():
-        backend.set_num_threads(count)
+        backend.set_num_threads(_threads.get_num_threads())
 
 
 def get_num_threads() -> int:
@@ -145,6 +145,8 @@ def get_num_threads() -> int:
 
 def config() -> dict[str, str]:
     """What computes here: backend, ISA, threads and versions, as text."""
+    import platform
+
     from .. import __version__
 
     return {

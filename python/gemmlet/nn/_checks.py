@@ -42,13 +42,6 @@ def choice(value: Any, name: str, choices: Iterable[str]) -> str:
     return value
 
 
-def flag(value: Any, name: str) -> bool:
-    """Return `value`, a bool."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-    return bool(value)
-
-
 def float_dtype(value: Any) -> np.dtype[Any]:
     """Return `value` as the dtype float32 or float64."""
     try:

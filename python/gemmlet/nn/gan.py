@@ -229,8 +229,8 @@ class GAN:
         other = rule
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
-        rng = self._shuffle if checks.flag(shuffle, "shuffle") else None
-        verbose = checks.flag(verbose, "verbose")
+        rng = self._shuffle if arguments.flag(shuffle, "shuffle") else None
+        verbose = arguments.flag(verbose, "verbose")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 

@@ -172,8 +172,8 @@ class MLP:
         if validation_data is not None:
             names = "validation_data[0]", "validation_data[1]"
             validation = self._samples_and_targets(*checks.pair(validation_data, "validation_data"), names)
-        rng = self._shuffle if checks.flag(shuffle, "shuffle") else None
-        verbose = checks.flag(verbose, "verbose")
+        rng = self._shuffle if arguments.flag(shuffle, "shuffle") else None
+        verbose = arguments.flag(verbose, "verbose")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
 

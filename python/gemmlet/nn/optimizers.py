@@ -122,7 +122,7 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.nesterov = checks.flag(self.nesterov, "nesterov")
+        self.nesterov = arguments.flag(self.nesterov, "nesterov")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
 

@@ -1,0 +1,677 @@
+"""Bad arguments: for every argument of every kernel an error that names it, and nothing written.
+
+The functions and their arguments are taken from the signatures: a new kernel or argument fails here until it has its
+place in `support.arguments_of` and in the tables below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gemmlet
+from gemmlet import kernels
+from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from support import UPDATED, arguments_of, copies, outcome, run_on
+
+ROWS, COLUMNS = 5, 3
+
+# What each argument is; numbers with the values above their range, where it has an upper end.
+ARRAYS = {"a", "b", "x", "w", "grad_y", "y", "z", "logits", "p", "targets", "param", "grad", "velocity", "m", "v"}
+NUMBERS: dict[str, list[float]] = {
+    "lr": [],
+    "momentum": [1.5],
+    "weight_decay": [],
+    "beta1": [1, 1.5],
+    "beta2": [1, 1.5],
+    "eps": [],
+    "label_smoothing": [1.5],
+    "negative_slope": [0],
+    "alpha": [0],
+    "delta": [0],
+    "activation_parameter": [0],
+}
+FLAGS = {"nesterov", "return_preactivation", "need_x", "need_w", "need_b"}
+SIGNATURES = {name: inspect.signature(getattr(kernels, name)).parameters for name in kernels.__all__}
+CASES = [(name, argument) for name, parameters in SIGNATURES.items() for argument in parameters]
+
+# A value, the error that it must raise, and patterns that the message has besides the argument's name.
+Bad = tuple[Any, type[Exception] | tuple[type[Exception], ...], tuple[str, ...]]
+EITHER = (TypeError, ValueError)
+
+
+class OnGPU:
+    """What an array on a GPU looks like from outside."""
+
+    __cuda_array_interface__ = {"shape": (5, 3), "typestr": "<f4", "data": (1, False), "version": 3}  # noqa: RUF012
+
+
+def unaligned(array: Any) -> Any:
+    result = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    result[...] = array
+    return result
+
+
+def read_only(array: Any) -> Any:
+    result = array.copy()
+    result.flags.writeable = False
+    return result
+
+
+def other(dtype: Any) -> Any:
+    return np.dtype(np.float64 if dtype == np.float32 else np.float32)
+
+
+def bits(arguments: dict[str, Any]) -> dict[str, bytes]:
+    """The bytes of all arrays, including the memory around a view."""
+    arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray) and v.dtype != object}
+    return {k: (v if v.base is None else np.asarray(v.base)).tobytes() for k, v in arrays.items()}
+
+
+def named(argument: str) -> str:
+    """A pattern for the name of an argument; "a" is an English word besides."""
+    return rf"\b{argument}\b" if argument != "a" else r"^a\b|\bfit a of\b|\bstacks of a\b|\boverlaps a\b"
+
+
+def shown(value: Any) -> str:
+    return f"array of {value.dtype}{value.shape}" if isinstance(value, np.ndarray) else repr(value)[:40]
+
+
+def complaint(name: str, arguments: dict[str, Any], argument: str, bad: Bad) -> str | None:
+    """What is wrong with how `name` refuses the bad value; None if nothing is."""
+    value, expected, parts = bad
+    arguments = {**arguments, argument: value}
+    before = bits(arguments)
+    try:
+        getattr(kernels, name)(**arguments)
+    except Exception as error:  # a warning as well: none may come
+        message = str(error)
+        if not isinstance(error, expected):
+            faults = [f"{type(error).__name__}, not {expected}"]
+        else:
+            faults = [f"{part!r} missing" for part in (named(argument), *parts) if not re.search(part, message)]
+        faults += [f"{k} was written" for k, v in bits(arguments).items() if v != before[k]]
+        return f"{argument} = {shown(value)}: {'; '.join(faults)}, in: {message}" if faults else None
+    return f"{argument} = {shown(value)}: accepted"
+
+
+# Bad values of each kind.
+
+
+def bad_dtypes(good: Any, argument: str) -> Iterator[Bad]:
+    """Arrays of the right shape that are neither float32 nor float64."""
+    convert = rf"\b{argument}\.astype\(np\.float(32|64)\)"
+    dtypes: list[Any] = [np.int8, np.int64, np.uint64, np.float16, np.complex64, np.complex128, np.bool_, object]
+    for dtype in dtypes:
+        yield good.astype(dtype), TypeError, (rf"\b{np.dtype(dtype)}\b", "float32 or float64", convert)
+    yield good.astype("U8"), TypeError, ("<U8", "float32 or float64")
+    yield good.astype("S8"), TypeError, ("S8", "float32 or float64")
+    yield np.zeros(good.shape, "M8[s]"), TypeError, (r"datetime64\[s\]", "float32 or float64")
+    yield np.zeros(good.shape, "f4,f4"), TypeError, ("f0", "float32 or float64")
+    if np.dtype(np.longdouble).itemsize > 8:
+        yield good.astype(np.longdouble), TypeError, (str(np.dtype(np.longdouble)), "float32 or float64")
+    if hasattr(np.dtypes, "StringDType"):  # NumPy 2
+        yield good.astype("U8").astype(np.dtypes.StringDType()), TypeError, ("StringDType", "float32 or float64")
+    for dtype in (np.float32, np.float64):
+        swapped = np.dtype(dtype).newbyteorder()
+        yield good.astype(swapped), TypeError, ("byte order", re.escape(swapped.str), convert)
+
+
+def no_arrays(good: Any) -> Iterator[Bad]:
+    """What is no array on this machine at all."""
+    yield np.ma.masked_array(good, mask=good > 0), TypeError, ("masked", "filled")
+    yield OnGPU(), TypeError, ("GPU",)
+    yield [[1.0, 2.0], [3.0]], TypeError, ("list",)
+    yield object(), TypeError, ("object",)
+    yield "text", TypeError, ()
+    yield {"a": 1.0}, TypeError, ()
+
+
+def misshapen(name: str, arguments: dict[str, Any], argument: str) -> list[tuple[int, ...]]:
+    """Shapes that do not fit the other arguments."""
+    if name == "matmul":
+        return {"a": [(5, 4), (4,), (), (2, 5, 4)], "b": [(4, 7), (4,), (), (2, 4, 7)]}[argument]
+    if name == "linear":
+        return {"x": [(5, 4), (4,), ()], "w": [(4, 7), (3,), (), (1, 3, 7)], "b": [(8,), (1, 7), (7, 1), ()]}[argument]
+    if name == "linear_backward" and argument in ("x", "w"):
+        return {"x": [(6, 3), (5, 4), (3,), (1, 5, 3), ()], "w": [(3, 8), (3,), (1, 3, 7), ()]}[argument]
+    if name == "softmax_cross_entropy":
+        return [(6, 3), (3,), (1, 5, 3), ()]
+    if len([v for v in arguments.values() if isinstance(v, np.ndarray)]) == 1:
+        return [()] if name in ROW_FUNCTIONS else []
+    rows, columns = arguments[argument].shape
+    return [(rows + 1, columns), (rows, columns + 1), (columns, rows), (columns,), (1, rows, columns), (rows,), ()]
+
+
+def may_be_missing(name: str, argument: str) -> bool:
+    base = name.removesuffix("_backward")
+    if name.endswith("_backward") and base in ACTIVATIONS:
+        return argument == ("y" if ACTIVATIONS[base].needs_x else "x")
+    if name.endswith("_backward") and base in ROW_FUNCTIONS:
+        return argument == "x"
+    return (name, argument) == ("linear", "b")
+
+
+def bad_arrays(name: str, arguments: dict[str, Any], argument: str) -> Iterator[Bad]:
+    good = arguments[argument]
+    yield from bad_dtypes(good, argument)
+    yield from no_arrays(good)
+    for shape in misshapen(name, arguments, argument):
+        # The message may be about another argument, which no longer fits: then it still tells this one's shape.
+        told = re.escape(str(shape)) if shape else r"\(\)|scalar"
+        if name == "softmax_cross_entropy" and shape == (6, 3):
+            told = r"\(6,\)"  # the labels are too few
+        yield np.full(shape, 0.5, good.dtype), ValueError, (told,)
+    if not may_be_missing(name, argument):
+        yield None, EITHER, ("None|missing",)
+    if argument in UPDATED:
+        yield list(good), TypeError, ("list",)  # whose copy alone would be updated
+        yield read_only(good), ValueError, ("read-only",)
+        yield np.broadcast_to(good[:1], good.shape), ValueError, ("read-only|broadcast",)
+        yield np.lib.stride_tricks.as_strided(good, good.shape, (0, good.itemsize)), ValueError, ("broadcast",)
+        yield unaligned(good), ValueError, ("not aligned",)
+
+
+def bad_outputs(good: Any) -> Iterator[Bad]:
+    for dtype in (other(good.dtype), np.int64, np.float16, good.dtype.newbyteorder(), object, np.complex128):
+        yield good.astype(dtype), TypeError, (re.escape(str(np.dtype(dtype))), rf"\b{good.dtype}\b")
+    rows, columns = good.shape
+    for shape in [(rows + 1, columns), (columns, rows), (rows, columns + 1), (columns,), (1, rows, columns), ()]:
+        yield np.zeros(shape, good.dtype), ValueError, (re.escape(str(shape)), re.escape(str(good.shape)))
+    yield read_only(good), ValueError, ("read-only",)
+    yield memoryview(good).toreadonly(), ValueError, ("read-only",)
+    yield np.lib.stride_tricks.as_strided(good, good.shape, (0, good.itemsize)), ValueError, ("broadcast",)
+    yield np.broadcast_to(good[:1], good.shape), ValueError, ("read-only|broadcast",)
+    yield unaligned(good), ValueError, ("not aligned",)
+    yield np.ma.masked_array(good), TypeError, ("masked",)
+    yield OnGPU(), TypeError, ("GPU",)
+    yield good.tolist(), TypeError, ()
+    yield list(good), TypeError, ("list",)  # of the right dtype, so that only its memory is out of reach
+    yield 0.0, EITHER, ()
+    yield "text", TypeError, ()
+
+
+def bad_numbers(argument: str, dtype: Any) -> Iterator[Bad]:
+    for value in ("0.5", True, np.True_, 1j, np.array([0.5]), [0.5]):
+        yield value, TypeError, ("real number", type(value).__name__)
+    if argument != "activation_parameter":  # whose None is documented
+        yield None, TypeError, ("real number", "None")
+    for value in (np.nan, np.inf, -np.inf, -0.1, -1, 10**400, *NUMBERS[argument]):
+        yield value, ValueError, (re.escape(repr(value)[:20]), "must be")
+    if argument in ("negative_slope", "alpha", "activation_parameter") and dtype == np.float32:
+        yield 1e39, ValueError, ("1e.?39",)  # infinite in float32
+
+
+def bad_labels(arguments: dict[str, Any]) -> Iterator[Bad]:
+    logits, labels = arguments["logits"], arguments["labels"]
+    rows, classes = logits.shape
+    for at, value in itertools.product((0, rows - 1), (-1, classes, 127, -128)):
+        wrong = labels.astype(np.int8)
+        wrong[at] = value
+        yield wrong, ValueError, (rf"\[0, {classes}\)", str(value))
+    yield np.full(rows, 2**64 - 1, np.uint64), ValueError, (str(2**64 - 1),)
+    yield np.full(rows, np.iinfo(np.int64).min), ValueError, (str(np.iinfo(np.int64).min),)
+    for dtype in (np.float32, np.float64, np.float16, np.bool_, np.complex64, object, "U3", "m8[s]"):
+        yield labels.astype(dtype), TypeError, (re.escape(str(np.dtype(dtype))), "integer")
+    yield np.eye(classes, dtype=np.int64)[labels], TypeError, ("int64", r"labels\.astype\(np.float(32|64)\)")
+    yield np.eye(classes, dtype=other(logits.dtype))[labels], TypeError, (rf"astype\(np.{logits.dtype}\)",)
+    for shape in [(rows + 1,), (0,)]:
+        yield np.zeros(shape, np.int64), ValueError, (re.escape(str(shape)), rf"\({rows},\)")
+    for shape in [(rows, classes + 1), (rows, 1), (rows + 1, classes), (classes, rows), (1, rows, classes)]:
+        yield np.zeros(shape, logits.dtype), ValueError, (re.escape(str(shape)), rf"\({rows}, {classes}\)")
+    yield 1, EITHER, (r"\(\)|scalar|index|indices",)
+    yield None, EITHER, ("None",)
+    yield np.ma.masked_array(labels), TypeError, ("masked",)
+    yield OnGPU(), TypeError, ("GPU",)
+
+
+def bad_values(name: str, arguments: dict[str, Any], argument: str, dtype: Any) -> Iterator[Bad]:
+    if argument in ARRAYS:
+        yield from bad_arrays(name, arguments, argument)
+    elif argument == "out":
+        yield from bad_outputs(result_of(name, arguments))
+    elif argument in NUMBERS:
+        yield from bad_numbers(argument, dtype)
+    elif argument == "labels":
+        yield from bad_labels(arguments)
+    elif argument == "activation":
+        for value in ("no_such", "", "softmax", "Relu"):
+            yield value, ValueError, (repr(value), "choices", r"\brelu\b")
+        for value in (3, b"relu", kernels.relu, ACTIVATIONS["relu"], ["relu"], True):
+            yield value, TypeError, (type(value).__name__, "name or None")
+    elif argument == "step":
+        for value in (1.0, 1.5, "1", True, None, np.nan, np.array([1])):
+            yield value, TypeError, ("integer", type(value).__name__)
+        for value in (0, -1, np.int64(0)):
+            yield value, ValueError, ("at least 1", str(value))
+    elif argument in FLAGS:
+        for value in ("false", [True], np.array([True, False])):
+            yield value, TypeError, (type(value).__name__,)
+    else:
+        pytest.fail(f"{argument} of {name} has no role here")
+
+
+def result_of(name: str, arguments: dict[str, Any]) -> Any:
+    """An array such as the call returns."""
+    with gemmlet.use_backend("numpy"):
+        return next(result for result in outcome(name, copies(arguments)) if result.ndim)
+
+
+def good_arguments(name: str, argument: str, rng: Any, dtype: Any) -> dict[str, Any]:
+    arguments = arguments_of(name, rng, dtype, ROWS, COLUMNS)
+    if (name, argument) == ("linear_backward", "z"):
+        arguments |= {"activation": "gelu", "z": arguments["y"].copy()}
+    if argument == "activation_parameter":
+        arguments["activation"] = "elu"
+    return arguments
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_every_argument(name: str, argument: str, any_threads_backend: Any, dtype: Any, rng: Any) -> None:
+    arguments = good_arguments(name, argument, rng, dtype)
+    complaints = [
+        complaint(name, arguments, argument, bad) for bad in bad_values(name, copies(arguments), argument, dtype)
+    ]
+    assert complaints
+    assert not any(complaints), "\n".join(filter(None, complaints))
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_the_other_arguments_are_right(name: str, argument: str, dtype: Any, rng: Any) -> None:
+    """So that every error above is about the bad value."""
+    arguments = good_arguments(name, argument, rng, dtype)
+    if argument == "out":
+        arguments["out"] = np.empty_like(result_of(name, arguments))
+    with gemmlet.use_backend("numpy"):
+        assert all(np.isfinite(result).all() for result in outcome(name, arguments))
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_arguments_that_are_missing_or_unknown(name: str, rng: Any) -> None:
+    arguments = arguments_of(name, rng, np.float64, ROWS, COLUMNS)
+    with pytest.raises(TypeError, match="unknown"):
+        getattr(kernels, name)(**arguments, unknown=1)
+    for argument, parameter in SIGNATURES[name].items():
+        if parameter.default is parameter.empty:
+            rest = {k: v for k, v in arguments.items() if k != argument}
+            with pytest.raises(TypeError, match=rf"\b{argument}\b"):
+                getattr(kernels, name)(**rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [case for case in CASES if case[1] in ARRAYS or case == ("softmax_cross_entropy", "labels")]
+)
+def test_dtypes_must_agree(name: str, argument: str, any_threads_backend: Any, dtype: Any, rng: Any) -> None:
+    """A float64 array among float32 ones, or the other way round, is not cast."""
+    arguments = good_arguments(name, argument, rng, dtype)
+    arrays = [k for k, v in arguments.items() if isinstance(v, np.ndarray) and v.dtype == dtype]
+    if argument == "labels":
+        value = np.eye(COLUMNS, dtype=other(dtype))[arguments["labels"]]
+    elif arrays == [argument]:
+        # It is alone, but for the result.
+        arguments["out"] = result_of(name, arguments)
+        value = arguments[argument].astype(other(dtype))
+    else:
+        value = arguments[argument].astype(other(dtype))
+    # The first array decides what the others must be: its odd dtype is told as that of "the other arguments".
+    first = argument == arrays[0]
+    message = "^" if first else rf"\b{argument}\b.*astype\(np.{dtype}\)"
+    before = bits(arguments)
+    with pytest.raises(TypeError, match=message) as caught:
+        getattr(kernels, name)(**{**arguments, argument: value})
+    assert {"float32", "float64"} <= set(re.findall(r"float\d+", str(caught.value)))
+    assert bits(arguments) == before
+
+
+# Overlap.
+
+
+def two_views(dtype: Any, shift: int) -> tuple[Any, Any]:
+    """Two 4 × 4 matrices in one buffer, `shift` elements apart."""
+    buffer = np.linspace(0, 1, 64).astype(dtype)
+    return buffer[16:32].reshape(4, 4), buffer[16 + shift : 32 + shift].reshape(4, 4)
+
+
+@pytest.mark.parametrize("shift", [-15, -4, -1, 0, 1, 4, 15])
+@pytest.mark.parametrize(("name", "argument"), [("matmul", "a"), ("matmul", "b"), ("linear", "x"), ("linear", "w")])
+def test_a_product_cannot_write_where_it_reads(
+    name: str, argument: str, shift: int, any_threads_backend: Any, dtype: Any
+) -> None:
+    read, out = two_views(dtype, shift)
+    names = ("a", "b") if name == "matmul" else ("x", "w")
+    arguments = {k: np.ones((4, 4), dtype) for k in names}
+    for view in (read, read.T, read[::-1]):
+        bad = (out, ValueError, ("overlap", named(argument)))
+        problem = complaint(name, {**arguments, argument: view}, "out", bad)
+        assert problem is None, problem
+
+
+def test_a_product_cannot_write_to_its_bias(any_threads_backend: Any, dtype: Any) -> None:
+    buffer = np.zeros(32, dtype)
+    arguments = {"x": np.ones((4, 4), dtype), "w": np.ones((4, 4), dtype)}
+    for b in (buffer[:4], buffer[12:16], buffer[15:19], buffer[:8:2], buffer[3::-1]):
+        problem = complaint(
+            "linear", {**arguments, "b": b}, "out", (buffer[:16].reshape(4, 4), ValueError, ("overlap", r"\bb\b"))
+        )
+        assert problem is None, problem
+
+
+def test_interleaved_memory_is_no_overlap(any_threads_backend: Any, dtype: Any) -> None:
+    """Even and odd columns share no element, though their bounds overlap."""
+    buffer = np.arange(32).reshape(4, 8).astype(dtype)
+    before, w = buffer[:, ::2].copy(), np.full((4, 4), 2, dtype)
+    kernels.matmul(buffer[:, ::2], w, out=buffer[:, 1::2])
+    assert np.array_equal(buffer[:, ::2], before)
+    assert np.array_equal(buffer[:, 1::2], before @ w)
+
+
+@pytest.mark.parametrize("shift", [-15, -1, 0, 3, 15])
+@pytest.mark.parametrize("name", [name for name in kernels.__all__ if name.endswith("_update")])
+def test_updates_need_memory_of_their_own(
+    name: str, shift: int, any_threads_backend: Any, dtype: Any, rng: Any
+) -> None:
+    arguments = arguments_of(name, rng, dtype, 4, 4)
+    arrays = [k for k, v in arguments.items() if isinstance(v, np.ndarray)]
+    for first, second in itertools.permutations(arrays, 2):
+        a, b = two_views(dtype, shift)
+        problem = complaint(
+            name, {**arguments, first: a}, second, (b, ValueError, ("overlaps", rf"\b{first}\b", rf"\b{second}\b"))
+        )
+        assert problem is None, problem
+
+
+def test_labels_cannot_lie_in_the_gradient(any_threads_backend: Any) -> None:
+    """Class indices that a gradient overwrites would be read as numbers out of range: in a child, as it may crash."""
+    script = """
+import numpy as np
+from gemmlet import kernels
+logits, gradient = np.random.default_rng(0).normal(size=(64, 8)), np.zeros((64, 8))
+labels = gradient.reshape(-1).view(np.int64)[:64]
+expected, _ = kernels.softmax_cross_entropy(logits, labels.copy())
+try:
+    loss, _ = kernels.softmax_cross_entropy(logits, labels, out=gradient)
+    assert loss == expected, (loss, expected)
+except ValueError as error:
+    assert "out" in str(error) and "labels" in str(error), error
+"""
+    run_on(any_threads_backend, script)
+
+
+# What the signatures do not tell.
+
+
+def test_momentum_needs_velocity(any_threads_backend: Any, dtype: Any) -> None:
+    param, grad = np.ones(3, dtype), np.ones(3, dtype)
+    for numbers in ({"momentum": 0.9}, {"nesterov": True}, {"momentum": 0.9, "nesterov": True}):
+        with pytest.raises(ValueError, match=r"\bvelocity\b.*momentum"):
+            kernels.sgd_update(param, grad, lr=0.1, **numbers)
+    assert np.array_equal(param, np.ones(3))
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_linear_backward_says_what_it_needs(name: str, any_threads_backend: Any, dtype: Any) -> None:
+    grad, x, w = np.ones((4, 2), dtype), np.ones((4, 3), dtype), np.ones((3, 2), dtype)
+    if ACTIVATIONS[name].needs_x:
+        with pytest.raises(ValueError, match=rf"\bz is missing.*{name}.*return_preactivation=True"):
+            kernels.linear_backward(grad, x, w, grad, name)
+    else:
+        with pytest.raises(ValueError, match=rf"\by is missing.*{name}"):
+            kernels.linear_backward(grad, x, w, None, name, z=grad)
+
+
+def test_linear_backward_needs_what_it_multiplies(any_threads_backend: Any, dtype: Any) -> None:
+    grad, x, w = np.ones((4, 2), dtype), np.ones((4, 3), dtype), np.ones((3, 2), dtype)
+    with pytest.raises((TypeError, ValueError), match=r"\bw\b.*need_x"):
+        kernels.linear_backward(grad, x, None)
+    with pytest.raises((TypeError, ValueError), match=r"\bx\b.*need_w"):
+        kernels.linear_backward(grad, None, w)
+
+
+@pytest.mark.parametrize("argument", ["y", "z"])
+def test_linear_backward_checks_what_it_does_not_read(argument: str, any_threads_backend: Any, dtype: Any) -> None:
+    """As the gradients of activations do: a mistake shows before the activation is changed."""
+    arguments = {"grad_y": np.ones((4, 2), dtype), "x": np.ones((4, 3), dtype), "w": np.ones((3, 2), dtype)}
+    with pytest.raises(ValueError, match=rf"\b{argument}\b has shape"):
+        kernels.linear_backward(**arguments, **{argument: np.ones((5, 2), dtype)})
+    with pytest.raises(TypeError, match=rf"\b{argument}\b has dtype"):
+        kernels.linear_backward(**arguments, **{argument: np.ones((4, 2), int)})
+
+
+def test_activation_parameter_needs_an_activation_that_takes_one(any_threads_backend: Any, dtype: Any) -> None:
+    x, w = np.ones((4, 3), dtype), np.ones((3, 2), dtype)
+    for activation in (None, *(name for name, entry in ACTIVATIONS.items() if entry.parameter is None)):
+        with pytest.raises(ValueError, match=rf"\bactivation_parameter\b.*{activation}"):
+            kernels.linear(x, w, activation=activation, activation_parameter=0.1)
+        with pytest.raises(ValueError, match=rf"\bactivation_parameter\b.*{activation}"):
+            kernels.linear_backward(x[:, :2], x, w, x[:, :2], activation, z=x[:, :2], activation_parameter=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.unit_interval])
+@pytest.mark.parametrize("value", [-0.25, -1e-30, 1.0001, 2.0, np.inf, -np.inf])
+def test_probabilities_lie_within_0_and_1(name: str, value: float, any_threads_backend: Any, dtype: Any) -> None:
+    for size, at in ((1, 0), (9, 8), (300, 299), (300, 0)):
+        p, targets = np.full(size, 0.5, dtype), np.ones(size, dtype)
+        p[at] = value
+        for out in (np.full(size, 7, dtype), p):
+            bad = (p, ValueError, (r"\[0, 1\]", re.escape(f"{dtype.type(value):g}")))
+            problem = complaint(name, {"targets": targets, "out": out}, LOSSES[name].prediction, bad)
+            assert problem is None, problem
+        p[:at] = np.nan  # among which it is still found
+        with pytest.raises(ValueError, match=rf"\b{LOSSES[name].prediction}\b"):
+            getattr(kernels, name)(p, targets)
+
+
+def test_stacks_that_do_not_broadcast(any_threads_backend: Any, dtype: Any) -> None:
+    a, b = np.ones((2, 4, 3), dtype), np.ones((5, 3, 2), dtype)
+    with pytest.raises(ValueError, match=r"\ba\b.*\(2, 4, 3\).*\bb\b.*\(5, 3, 2\)"):
+        kernels.matmul(a, b)
+
+
+@pytest.mark.parametrize("name", ["adam_update", "adamw_update"])
+def test_a_step_that_no_float_holds(name: str, any_threads_backend: Any, dtype: Any) -> None:
+    """It is refused, or the corrections have come to their limit, 1."""
+    param, expected = np.ones(3, dtype), np.ones(3, dtype)
+    getattr(kernels, name)(expected, *np.ones((3, 3), dtype), step=10**9)
+    with contextlib.suppress(ValueError):
+        getattr(kernels, name)(param, *np.ones((3, 3), dtype), step=10**400)
+        assert np.array_equal(param, expected)
+
+
+def test_names_of_backends() -> None:
+    for bad in ("gpu", "", "CPU"):
+        with pytest.raises(ValueError, match=f"{bad!r}.*choices are cpu, numba, numpy"):
+            gemmlet.use_backend(bad)
+
+
+# The bindings: they protect memory, whoever calls them.
+
+
+def _modules() -> list[Any]:
+    try:
+        from gemmlet.backends.cpu_backend import _MODULES, available_isas
+    except ImportError:
+        return []
+    return [importlib.import_module(f"gemmlet.{_MODULES[isa]}") for isa in available_isas()]
+
+
+MODULES = _modules()
+GUARD = 64  # elements
+
+
+class Guarded:
+    """Arrays with elements around them that nobody may write."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Any, Any, Any]] = []
+
+    def array(self, shape: tuple[int, ...], dtype: Any, fill: float = 0.5) -> Any:
+        size = int(np.prod(shape))
+        buffer = np.full(size + 2 * GUARD, 77, dtype)
+        inside = buffer[GUARD : GUARD + size]
+        inside[:] = fill
+        self.buffers.append((buffer, size, buffer.dtype))
+        return inside.reshape(shape)
+
+    def intact(self) -> bool:
+        return all(np.all(b[:GUARD] == 77) and np.all(b[GUARD + n :] == 77) for b, n, _ in self.buffers)
+
+
+def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[str, Any]]:
+    """For each function of the module the arguments of a call that is right."""
+
+    def array(*shape: int) -> Any:
+        return guarded.array(shape, dtype)
+
+    labels = guarded.array((6,), np.int64, 1)
+    rules = {"sgd": (0, 2), "momentum": (1, 4), "adam": (2, 9)}
+    assert set(rules) == set(module.optimizer_rules())
+    rule = module.optimizer_rules().index("adam")
+    calls: dict[str, dict[str, Any]] = {
+        "linear": {"x": array(6, 5), "w": array(5, 4), "b": array(4), "activation": 0, "parameter": 0.5},
+        "column_sum": {"x": array(6, 5), "out": array(5)},
+        "activation_forward": {"activation": 0, "x": array(6, 5), "parameter": 0.5, "out": array(6, 5)},
+        "activation_backward": {"activation": 0, "grad_y": array(30), "saved": array(30), "parameter": 0.5},
+        "row_function_forward": {"function": 0, "x": array(6, 5), "out": array(6, 5)},
+        "row_function_backward": {"function": 0, "grad_y": array(6, 5), "y": array(6, 5), "out": array(6, 5)},
+        "softmax_cross_entropy": {"logits": array(6, 5), "labels": labels, "smoothing": 0.1, "out": array(6, 5)},
+        "elementwise_loss": {"loss": 0, "prediction": array(30), "target": array(30), "parameter": 0.5},
+        "optimizer_update": {"rule": rule, "param": array(30), "grad": array(30), "state": [array(30), array(30)]},
+    }
+    calls["linear"] |= {"y": array(6, 4), "z": array(6, 4)}
+    calls["activation_backward"]["out"] = array(30)
+    calls["elementwise_loss"]["out"] = array(30)
+    calls["optimizer_update"]["scalars"] = [0.1] * rules["adam"][1]
+    others = {"activations", "row_functions", "losses", "optimizer_rules", "get_num_threads", "set_num_threads"}
+    functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
+    assert functions == set(calls) | others
+    return calls
+
+
+STRIDED_IS_FINE = {("linear", "x"), ("linear", "w"), ("column_sum", "x")}
+WRITTEN = {"out", "y", "z", "param"}
+# Indices and how they name their list.
+LISTS = {"activation": "activations", "function": "row_functions", "loss": "losses", "rule": "optimizer_rules"}
+
+
+def bad_for_bindings(name: str, argument: str, good: Any, module: Any) -> Iterator[Any]:
+    if argument in LISTS:
+        count = len(getattr(module, LISTS[argument])())
+        yield from (-2, count, 2**31 - 1, -(2**31), 2**40, "relu", None, 0.5)
+        if (name, argument) != ("linear", "activation"):  # where it is none
+            yield -1
+    elif argument in ("parameter", "smoothing"):
+        yield from ("0.5", None, [0.5], 1j)
+    elif argument == "scalars":
+        yield from ([], good[:-1], [*good, 0.1], None, ["a"] * len(good), 0.1)
+    elif argument == "state":
+        yield from ([], good[:1], [*good, good[0]], None, [None, None], [good[0], good[1][:-1]], good[0])
+        yield [good[0], read_only(good[1])]
+        yield [good[0], good[1].astype(other(good[1].dtype))]
+    else:
+        yield from (good.tolist(), "text", 1.0, object(), np.zeros((0,) * good.ndim, good.dtype))
+        if (name, argument) not in {("linear", "b"), ("linear", "z")}:
+            yield None
+        yield np.concatenate([good, good], axis=-1)
+        yield good[..., :-1].copy()
+        yield unaligned(good)
+        for dtype in (other(good.dtype), np.int32, np.uint64, np.float16, good.dtype.newbyteorder(), object, bool):
+            yield good.astype(dtype)
+        if (name, argument) not in STRIDED_IS_FINE:
+            yield np.repeat(good, 2, axis=-1)[..., ::2]
+            yield good[::-1]
+        if argument in WRITTEN and (name, argument) != ("row_function_backward", "y"):
+            yield read_only(good)
+            yield np.broadcast_to(good[:1], good.shape)
+        if argument == "labels":
+            for at, value in itertools.product((0, 5), (-1, 5, 2**62, -(2**63))):
+                wrong = good.copy()
+                wrong[at] = value
+                yield wrong
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_bindings_refuse(module: Any, dtype: Any) -> None:
+    guarded = Guarded()
+    calls = binding_calls(module, dtype, guarded)
+    for name, arguments in calls.items():
+        getattr(module, name)(**arguments)
+        for argument, good in arguments.items():
+            for bad in bad_for_bindings(name, argument, good, module):
+                before = bits(arguments)
+                with pytest.raises((TypeError, ValueError)) as caught:
+                    getattr(module, name)(**{**arguments, argument: bad})
+                # The one that fails to fit may be another; pybind11's own message lists all with their types.
+                names = "|".join(arguments)
+                assert re.search(rf"^({names}|labels): |incompatible function arguments|writ", str(caught.value))
+                assert bits(arguments) == before
+        with pytest.raises(TypeError):
+            getattr(module, name)()
+    assert guarded.intact()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+@given(data=st.data())
+def test_bindings_never_write_elsewhere(module: Any, data: Any) -> None:
+    """Any mixture of right and wrong arguments is refused, or writes into its own outputs alone."""
+    dtype = np.dtype(data.draw(st.sampled_from(["float32", "float64"])))
+    guarded = Guarded()
+    calls = binding_calls(module, dtype, guarded)
+    name = data.draw(st.sampled_from(sorted(calls)))
+    arguments = dict(calls[name])
+    replaced = data.draw(st.sets(st.sampled_from(sorted(arguments)), min_size=1))
+    for argument in sorted(replaced):
+        good = arguments[argument]
+        if isinstance(good, np.ndarray):
+            shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=3)))
+            kind = data.draw(st.sampled_from([good.dtype, good.dtype, good.dtype, "float32", "float64", "int64"]))
+            array = guarded.array(shape, kind, data.draw(st.integers(-2, 6)))
+            if array.ndim and data.draw(st.booleans()):
+                array = array[:: data.draw(st.sampled_from([-1, 2, -3]))]
+            if array.ndim == 2 and data.draw(st.booleans()):
+                array = array.T
+            arguments[argument] = array
+        elif isinstance(good, list):
+            extra = guarded.array((data.draw(st.integers(0, 40)),), dtype) if argument == "state" else 0.5
+            arguments[argument] = [*good, extra][data.draw(st.integers(0, 2)) :]
+        else:
+            arguments[argument] = data.draw(st.integers(-3, 20) | st.floats())
+    with contextlib.suppress(TypeError, ValueError):
+        getattr(module, name)(**arguments)
+    assert guarded.intact()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_bindings_count_elements_without_overflow(module: Any) -> None:
+    """2**40 rows of nothing by 2**40 columns are 2**80 elements, which is 0 in 64 bits: in a child, as it may crash."""
+    script = f"""
+import numpy as np
+from {module.__name__} import linear
+try:
+    linear(np.empty((2**40, 0)), np.empty((0, 2**40)), None, -1, 0.0, np.empty(0), None)
+except ValueError:
+    pass
+else:
+    raise SystemExit("accepted")
+"""
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr[-2000:]}"
+
+
+def test_huge_products_of_nothing_are_refused(any_threads_backend: Any, dtype: Any) -> None:
+    a, b = np.empty((2**40, 0), dtype), np.empty((0, 2**40), dtype)
+    for call in (lambda: kernels.matmul(a, b), lambda: kernels.linear(a, b)):
+        with pytest.raises((ValueError, MemoryError)):
+            call()

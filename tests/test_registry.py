@@ -1,0 +1,208 @@
+"""The lists: declared once in each language, and the same in both; what is public follows from them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gemmlet
+from gemmlet import kernels, nn
+from gemmlet.backends import cpu_backend
+from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES
+
+PACKAGE = Path(gemmlet.__file__).parent
+MODULES = [cpu_backend._MODULES[isa] for isa in cpu_backend.available_isas()]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_both_languages_list_the_same(module: str) -> None:
+    extension = importlib.import_module(f"gemmlet.{module}")
+    assert set(extension.activations()) == set(ACTIVATIONS)
+    assert set(extension.row_functions()) == set(ROW_FUNCTIONS)
+    assert set(extension.losses()) == set(LOSSES)
+    assert set(extension.optimizer_rules()) == set(OPTIMIZER_RULES)
+
+
+def test_numba_has_only_what_the_registry_has() -> None:
+    pytest.importorskip("numba")
+    import numpy as np
+
+    from gemmlet.backends.numba_formulas import twins
+
+    known = {*ACTIVATIONS, *(f"{name}_backward" for name in ACTIVATIONS), *LOSSES, *OPTIMIZER_RULES, "exponential"}
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        assert not set(twins(dtype)) - known
+
+
+def test_public_names_follow_from_the_registry() -> None:
+    forward = [*ACTIVATIONS, *ROW_FUNCTIONS]
+    generated = {*forward, *(f"{name}_backward" for name in forward), *LOSSES}
+    assert generated <= set(kernels.__all__)
+    assert len(kernels.__all__) == len(set(kernels.__all__))
+    public = {
+        name
+        for name, value in vars(kernels).items()
+        if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == kernels.__name__
+    }
+    assert public == set(kernels.__all__)
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_docstrings_are_complete(name: str) -> None:
+    function = getattr(kernels, name)
+    doc = inspect.getdoc(function) or ""
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"^(\w+, )*{argument}(, \w+)*( :|$)", doc, re.MULTILINE), f"{name} leaves out {argument}"
+    for section in ("Parameters", *([] if name.endswith("_update") else ["Returns"])):
+        assert f"{section}\n{'-' * len(section)}\n" in doc
+    if name in ACTIVATIONS:
+        assert str(ACTIVATIONS[name].forward_accuracy) in doc
+        assert ACTIVATIONS[name].source in doc
+
+
+def test_every_activation_serves_in_linear_and_in_the_networks(rng: Any) -> None:
+    for name in ACTIVATIONS:
+        x = rng.normal(size=(5, 3)).astype("f4")
+        assert kernels.linear(x, x.T, activation=name).shape == (5, 5)
+        assert nn.MLP([3, 4, 2], name).predict(x).shape == (5,)
+
+
+def test_stubs_have_what_the_extension_has() -> None:
+    stub = (PACKAGE / "_cpu_baseline.pyi").read_text()
+    in_stub = set(re.findall(r"^def (\w+)", stub, re.MULTILINE)) | set(re.findall(r"^(\w+): ", stub, re.MULTILINE))
+    for module in MODULES:
+        assert (PACKAGE / f"{module}.pyi").exists()
+        extension = importlib.import_module(f"gemmlet.{module}")
+        assert {name for name in vars(extension) if not name.startswith("_")} == in_stub
+        for name in in_stub:
+            # pybind11 puts the signature into the docstring.
+            shown = re.match(rf"{name}\((.*)\) ->", getattr(extension, name).__doc__ or "")
+            if callable(getattr(extension, name)):
+                declared = re.search(rf"^def {name}\((.*?)\) ->", stub, re.MULTILINE | re.DOTALL)
+                assert shown
+                assert declared
+                assert re.findall(r"(\w+): ", shown[1]) == re.findall(r"(\w+): ", declared[1]), name
+    assert (PACKAGE / "py.typed").exists()
+
+
+# Importing.
+
+
+def _run(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True
+    )
+    return result.stdout
+
+
+def test_import_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, numpy; before = set(sys.modules); import gemmlet.kernels, gemmlet.nn, json; "
+        "print(json.dumps(list(set(sys.modules) - before)))"
+    )
+    loaded = {name.split(".")[0] for name in json.loads(_run(code))}
+    assert not loaded & {"numba", "llvmlite", "cupy", "torch", "sklearn", "scipy", "matplotlib", "typer", "rich"}
+
+
+def test_import_takes_30_ms_at_most() -> None:
+    code = (
+        "import time, numpy; start = time.perf_counter(); import gemmlet, gemmlet.kernels; "
+        "gemmlet.kernels.tanh(numpy.ones(3)); print(time.perf_counter() - start)"
+    )
+    # The least of several: the first may have to compile to bytecode, and the machine may be busy with something else.
+    seconds = [float(_run(code, GEMMLET_BACKEND="", PYTHONDONTWRITEBYTECODE="")) for _ in range(9)]
+    assert min(seconds) <= 0.030, seconds
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert version("gemmlet") == gemmlet.__version__
+
+
+# Selection.
+
+
+def test_backend_by_environment() -> None:
+    code = "import gemmlet; from gemmlet.backends import select; print(select.current().name)"
+    assert _run(code, GEMMLET_BACKEND="numpy").strip() == "numpy"
+    refused = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "GEMMLET_BACKEND": "gpu"}
+    )
+    assert "backend 'gpu' is unknown; the choices are cpu, numba, numpy" in refused.stderr
+
+
+@pytest.mark.parametrize("isa", cpu_backend.available_isas())
+def test_isa_by_environment(isa: str) -> None:
+    code = "import sys, gemmlet; gemmlet.show_config(); print([m for m in sys.modules if '_cpu_' in m])"
+    output = _run(code, GEMMLET_ISA=isa, GEMMLET_BACKEND="cpu")
+    assert re.search(rf"^isa +{isa}", output, re.MULTILINE)
+    # The module of that instruction set is loaded, and no other.
+    loaded = re.findall(r"gemmlet\.(_cpu_\w+)", output)
+    assert sorted(loaded) == sorted(["_cpu_features", cpu_backend._MODULES[isa]])
+
+
+def test_isa_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_backend, "available_isas", lambda: ["baseline"])
+    with pytest.raises(ValueError, match="'x86-64-v4' cannot run here; GEMMLET_ISA takes baseline"):
+        cpu_backend.CpuBackend("x86-64-v4")
+    with pytest.raises(ValueError, match="'sse' is unknown"):
+        cpu_backend.CpuBackend("sse")
+    monkeypatch.setattr(cpu_backend, "available_isas", list)
+    with pytest.raises(RuntimeError, match="not compiled"):
+        cpu_backend.CpuBackend()
+
+
+def test_automatic_choice_falls_back_and_says_so_once() -> None:
+    code = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+import numpy as np
+from gemmlet.backends import cpu_backend, select
+cpu_backend.available_isas = lambda: []
+sys.modules["numba"] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "numba" else found(name, *rest)
+from gemmlet import kernels
+print(kernels.tanh(np.zeros(2)), kernels.relu(np.ones(2)), select.current().name)
+"""
+    lines = _run(code, GEMMLET_BACKEND="").splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("gemmlet computes with the numpy backend (cpu: backend 'cpu' was not compiled")
+    assert "pip install 'gemmlet[numba]'" in lines[0]
+    assert lines[1] == "[0. 0.] [1. 1.] numpy"
+
+
+def test_use_backend() -> None:
+    from gemmlet.backends import select
+
+    before = select.current()
+    with gemmlet.use_backend("numpy") as chosen:
+        assert select.current() is chosen
+        assert chosen.name == "numpy"
+        with gemmlet.use_backend(before):
+            assert select.current() is before
+        assert select.current() is chosen
+    assert select.current() is before
+    with pytest.raises(ValueError, match="backend 'gpu' is unknown"):
+        gemmlet.use_backend("gpu")
+    assert select.current() is before
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    gemmlet.show_config()
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"gemmlet", "backend", "isa", "threads", "numpy", "python", "platform"} <= set(shown)
+    assert shown["gemmlet"] == gemmlet.__version__
