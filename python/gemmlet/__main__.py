@@ -1,0 +1,5 @@
+"""``python -m gemmlet`` is the command ``gemmlet``."""
+
+from .cli import main
+
+main()

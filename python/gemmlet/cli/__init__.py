@@ -1,0 +1,90 @@
+"""The command ``gemmlet``: train the networks on MNIST, and show what computes here.
+
+Typer, rich and all that the trainings need come with the extra ``train``; ``gemmlet info`` works without them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# What the extra `train` brings, by the names they are imported under.
+_EXTRA = ("typer", "rich", "matplotlib", "PIL", "sklearn", "safetensors")
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; its one line is all that is printed, and the exit status is `code`."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(" ".join(message.split()))
+        self.code = code
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    The exit status is 0 for success, 2 for options or files that cannot be used, 1 for what fails later on, and 130
+    after Ctrl-C. Errors are one line on stderr.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The words after the command's name; ``sys.argv[1:]`` by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # A letter that the terminal cannot show, é or one in the name of a folder, must not end a training.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+    except UserError as error:
+        _fail(str(error), error.code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        _forget_output()
+        if isinstance(error, BrokenPipeError):  # whoever read our output has gone: "gemmlet info | head -1"
+            sys.exit(1)
+        _fail(str(error), 1)
+    except MemoryError as error:
+        _fail(f"out of memory, try a smaller --hidden or --batch-size: {error}", 1)
+    sys.exit(status)
+
+
+def _forget_output() -> None:
+    """Drop what stdout still holds back, if it cannot be written: Python would try again at exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"gemmlet: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run(words: list[str]) -> int:
+    # These two also work without the extra.
+    if words == ["--version"]:
+        from .. import __version__
+
+        print(f"gemmlet {__version__}")
+        return 0
+    if words == ["info"]:
+        from .info import show
+
+        show()
+        return 0
+
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"this needs {', '.join(missing)}: pip install 'gemmlet[train]'", code=1)
+    from .app import run
+
+    return run(words)

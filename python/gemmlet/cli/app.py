@@ -1,0 +1,190 @@
+"""The commands and their options. What a training does is in `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import nn
+from ..backends import select
+from . import UserError, info, train
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"gemmlet {__version__}")
+        raise typer.Exit
+
+
+def _widths(defaults: train.Defaults) -> str:
+    return ",".join(map(str, defaults.hidden))
+
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder with the four MNIST files, raw or gzipped.",
+        show_default="GEMMLET_DATA_DIR, else the download, else a small sample",
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        help="Passes over the training images.", show_default=f"mlp {train.MLP.epochs}, gan {train.GAN.epochs}"
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Images in a mini-batch.",
+        show_default=f"mlp {train.MLP.batch_size}, with --classic {train.CLASSIC_MLP.batch_size}; "
+        f"gan {train.GAN.batch_size}",
+    ),
+]
+Lr = Annotated[
+    float | None,
+    typer.Option(
+        help="Learning rate; mlp without --classic lowers it to 0 over the epochs.", show_default="by the optimizer"
+    ),
+]
+OptimizerName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"One of {', '.join(nn.OPTIMIZERS)}.",
+        show_default=f"mlp {train.MLP.optimizer}, with --classic {train.CLASSIC_MLP.optimizer}; "
+        f"gan {train.GAN.optimizer}",
+    ),
+]
+Hidden = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WIDTHS",
+        help="Hidden layers, such as 128 or 256,128; a GAN's discriminator has them in reverse.",
+        show_default=f"mlp {_widths(train.MLP)}; gan {_widths(train.GAN)}",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        # Numba and NumPy leave the matrix product to a BLAS, which may add in another order with other threads.
+        help="The same seed gives the same result, with the backend cpu for any number of threads."
+    ),
+]
+BackendName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"What computes: {', '.join(select.CHOICES)}.",
+        show_default="GEMMLET_BACKEND, else the first that works",
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="Threads to use.", show_default="what gemmlet info shows")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")]
+
+app = typer.Typer(help="Compiled kernels for small dense networks.", add_completion=False, rich_markup_mode=None)
+train_app = typer.Typer(help="Train a network on MNIST.", rich_markup_mode=None)
+app.add_typer(train_app, name="train")
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@train_app.callback(invoke_without_command=True)
+def _train(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("info")
+def _info() -> None:
+    """Show backend, instruction set, threads and versions."""
+    info.show()
+
+
+@train_app.command("mlp")
+def _mlp(
+    data_dir: DataDir = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    optimizer: OptimizerName = None,
+    hidden: Hidden = None,
+    seed: Seed = 0,
+    backend: BackendName = None,
+    threads: Threads = None,
+    out: Out = Path("runs/mlp"),
+    classic: Annotated[
+        bool, typer.Option("--classic", help="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.")
+    ] = False,
+) -> int:
+    """Train a classifier of digits.
+
+    The curves show a tenth of the training images that is held out; the test images are used once, at the end. Ctrl-C
+    stops early and saves what was learnt.
+    """
+    return _uninterrupted(
+        train.train_mlp,
+        train.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
+    )
+
+
+@train_app.command("gan")
+def _gan(
+    data_dir: DataDir = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    optimizer: OptimizerName = None,
+    hidden: Hidden = None,
+    seed: Seed = 0,
+    backend: BackendName = None,
+    threads: Threads = None,
+    out: Out = Path("runs/gan"),
+    classic: Annotated[
+        bool, typer.Option("--classic", help="100-256-784 tanh generator, 784-256-1 discriminator.")
+    ] = False,
+) -> int:
+    """Train a generator of digits, and measure it with a classifier trained on the spot.
+
+    Ctrl-C stops early and saves what was learnt.
+    """
+    return _uninterrupted(
+        train.train_gan,
+        train.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
+    )
+
+
+def _uninterrupted(training: Callable[[train.Options], int], options: train.Options) -> int:
+    try:
+        return training(options)
+    except KeyboardInterrupt:
+        # Typer would make of it what depends on its version.
+        raise UserError("interrupted", code=130) from None
+
+
+def run(words: list[str]) -> int:
+    """Run the command that `words` name and return its exit status."""
+    command = typer.main.get_command(app)
+    try:
+        return int(command.main(args=words, prog_name="gemmlet", standalone_mode=False) or 0)
+    except Exception as error:
+        # Click's errors. Their class is not to be named: some versions of Typer use click, others hold a copy of it.
+        text = getattr(error, "format_message", None)
+        if text is None:
+            raise
+        raise UserError(text(), code=getattr(error, "exit_code", 2)) from error

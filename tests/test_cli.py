@@ -1,0 +1,1311 @@
+import contextlib
+import errno
+import gzip
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gemmlet
+from gemmlet import cli, nn
+from gemmlet.backends import select
+from gemmlet.cli import evaluation, files
+from gemmlet.data import load_mnist, mnist
+
+for package in ("typer", "rich", "matplotlib", "sklearn", "safetensors"):
+    pytest.importorskip(package)
+
+import scipy.linalg  # noqa: E402
+import scipy.ndimage  # noqa: E402
+import sklearn.metrics  # noqa: E402
+import threadpoolctl  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from gemmlet.cli import plots, train  # noqa: E402
+
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = mnist.SHA256
+MLP_PICTURES = {
+    "learning_curves.png": (1200, 480),
+    "confusion_matrix.png": (840, 792),
+    "roc_curves.png": (1140, 624),
+    "worst_mistakes.png": (1050, None),  # as high as there are mistakes
+}
+GAN_PICTURES = {"loss_curves.png": (840, 504), "class_shares.png": (840, 456), "samples.png": (604, 632)}
+EVERYWHERE = {"seconds", "backend", "isa", "threads", "interrupted", "epochs_done", "epochs", "seed", "data", "history"}
+
+
+def idx(values):
+    return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+
+
+def write_digits(folder, train=200, test=80, seed=0):
+    """Write the four files: of each class noise around a pattern, which some images hide, so that mistakes remain."""
+    rng = np.random.default_rng(seed)
+    patterns = rng.integers(0, 256, (10, 28, 28))
+    folder.mkdir(exist_ok=True)
+    for count, images, labels in ((train, TRAIN_IMAGES, TRAIN_LABELS), (test, TEST_IMAGES, TEST_LABELS)):
+        y = np.arange(count) % 10
+        share = rng.uniform(0.1, 0.5, (count, 1, 1))
+        x = share * patterns[y] + (1 - share) * rng.integers(0, 256, (count, 28, 28))
+        (folder / images).write_bytes(idx(x.astype(np.uint8)))
+        (folder / labels).write_bytes(idx(y.astype(np.uint8)))
+    return folder
+
+
+# What changes the results, or how rich prints them.
+VARIABLES = ("GEMMLET_DATA_DIR", "GEMMLET_BACKEND", "GEMMLET_ISA", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+
+
+@contextlib.contextmanager
+def process_restored():
+    """Undo what the command line does to the process: the backend, the threads of the kernels and of the BLAS."""
+    backend, threads, handler = select._current, gemmlet.get_num_threads(), signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, threadpoolctl.threadpool_limits():
+        for variable in VARIABLES:
+            patch.delenv(variable, raising=False)
+        # Nothing here may touch the network.
+        patch.setattr(mnist, "_download", lambda: pytest.fail("it downloads"))
+        # Ctrl-C would do nothing in tests that were started with it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            select._current = backend
+            gemmlet.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def undone(tmp_path):
+    # Not by the fixture monkeypatch: what a test patches with it must be undone before this is.
+    with process_restored(), contextlib.chdir(tmp_path):
+        yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave out the pictures, which take most of the time, for tests of something else."""
+    for name in ("learning_curves", "confusion_matrix", "roc_curves", "worst_mistakes", "gan_losses", "class_shares"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits") / "folder")
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Digits to spoil, and too few to hold some out."""
+    return write_digits(tmp_path / "few", 9, 5)
+
+
+def call(*words):
+    """Run the command in this process and return its exit status."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(word) for word in words])
+    return caught.value.code
+
+
+def error_line(capsys):
+    """The one line on stderr, which is all that an error prints."""
+    text = capsys.readouterr().err
+    assert text.startswith("gemmlet: ")
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    return text
+
+
+# With Ctrl-C as it is in a shell, however the tests were started.
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from gemmlet.cli import main; main()"
+)
+
+
+def start(*words, stdout=subprocess.PIPE, **environment):
+    """Start the command as a process of its own."""
+    # What Python prints then waits in a buffer, as it does for users.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, words)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=inherited | environment,
+    )
+
+
+def metrics_of(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def without(metrics, *names):
+    return {name: value for name, value in metrics.items() if name not in names}
+
+
+def names_in(out):
+    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+
+def check_picture(path, size=(None, None)):
+    """It has the size that is given, and is more than a blank page."""
+    with Image.open(path) as picture:
+        for length, expected in zip(picture.size, size, strict=True):
+            assert expected in (None, length)
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.min() < 100
+    assert pixels.max() == 255
+    assert (pixels != 255).mean() > 0.01
+
+
+def once(tmp_path_factory, *words):
+    """Run the command for the tests of a module; returns its results, and what it printed."""
+    out = tmp_path_factory.mktemp("results") / "new" / "folder"
+    with process_restored(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert call("train", *words, "--out", out) == 0
+    return out, printed.getvalue()
+
+
+# The MLP.
+
+
+@pytest.fixture(scope="module")
+def mlp(digits, tmp_path_factory):
+    return once(tmp_path_factory, "mlp", "--data-dir", digits, "--epochs", 3, "--seed", 5)
+
+
+def test_mlp_files(mlp):
+    out, _ = mlp
+    assert names_in(out) == {"model.safetensors", "metrics.json", *MLP_PICTURES}
+    for name, size in MLP_PICTURES.items():
+        check_picture(out / name, size)
+
+
+def test_mlp_metrics(mlp, digits):
+    metrics = metrics_of(mlp[0])
+    assert metrics.keys() >= EVERYWHERE | {"test_accuracy", "macro_precision", "macro_recall", "macro_f1", "roc_auc"}
+    for name in ("test_accuracy", "macro_precision", "macro_recall", "macro_f1", "roc_auc"):
+        assert 0.2 < metrics[name] < 1  # better than chance; not perfect, or the averages would all be the same
+    assert metrics["backend"] == select.current().describe()["backend"]
+    assert metrics["isa"] == select.current().describe()["isa"]
+    assert metrics["threads"] == gemmlet.get_num_threads()
+    assert 0 < metrics["seconds"] < 60
+    assert metrics["interrupted"] is False
+    assert metrics["epochs_done"] == metrics["epochs"] == 3
+    assert metrics["hidden"] == [256]
+    assert metrics["layers"] == [784, 256, 10]
+    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("adam", 0.001, 64)
+    assert (metrics["seed"], metrics["classic"], metrics["lr_decay"]) == (5, False, True)
+    assert (metrics["data"], metrics["training_images"], metrics["test_images"]) == (str(digits), 200, 80)
+    assert {name: len(values) for name, values in metrics["history"].items()} == {
+        "loss": 3,
+        "accuracy": 3,
+        "validation_loss": 3,
+        "validation_accuracy": 3,
+    }
+    assert metrics["history"]["loss"][2] < metrics["history"]["loss"][0]
+
+
+def test_mlp_metrics_are_those_of_the_saved_model(mlp, digits):
+    out, _ = mlp
+    metrics, data, model = metrics_of(out), load_mnist(digits), nn.MLP.load(out / "model.safetensors")
+    assert model.evaluate(data.x_test, data.y_test)["accuracy"] == metrics["test_accuracy"]
+    predicted, probabilities = model.predict(data.x_test), model.predict_proba(data.x_test)
+    precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
+        data.y_test, predicted, average="macro", zero_division=0
+    )
+    area = sklearn.metrics.roc_auc_score(data.y_test, probabilities, multi_class="ovr", average="macro")
+    assert metrics["test_accuracy"] == sklearn.metrics.accuracy_score(data.y_test, predicted)
+    assert metrics["macro_precision"] == pytest.approx(precision, rel=1e-12)
+    assert metrics["macro_recall"] == pytest.approx(recall, rel=1e-12)
+    assert metrics["macro_f1"] == pytest.approx(f1, rel=1e-12)
+    assert metrics["roc_auc"] == pytest.approx(area, rel=1e-12)
+
+
+def test_mlp_held_out_images_are_not_learnt_from(mlp, digits):
+    kept, held_out = train.hold_out(200, seed=5)
+    assert len(held_out) == 20
+    assert sorted([*kept, *held_out]) == list(range(200))
+    data, model = load_mnist(digits), nn.MLP([784, 256, 10], "relu", seed=5)
+    rule = nn.Adam(1e-3)
+    history = model.fit(data.x_train[kept], data.y_train[kept], epochs=3, optimizer=rule, callback=nn.LinearDecay(rule))
+    scores = model.evaluate(data.x_train[held_out], data.y_train[held_out])
+    shown = metrics_of(mlp[0])["history"]
+    assert history.loss == shown["loss"]
+    assert scores == {"loss": shown["validation_loss"][-1], "accuracy": shown["validation_accuracy"][-1]}
+
+
+def test_mlp_prints(mlp, digits):
+    out, printed = mlp
+    metrics = metrics_of(out)
+    assert f"Data: {digits} (200 training and 80 test images)" in printed
+    epochs = re.findall(r"^epoch (\d)/3  loss (\S+)  accuracy (\S+)  held out (\S+)$", printed, re.MULTILINE)
+    columns = [metrics["history"][name] for name in ("loss", "accuracy", "validation_accuracy")]
+    assert epochs == [(str(i), *(f"{v:.4f}" for v in row)) for i, row in enumerate(zip(*columns, strict=True), 1)]
+    for name, value in (
+        ("accuracy", f"{metrics['test_accuracy']:.2%}"),
+        ("precision (macro)", f"{metrics['macro_precision']:.2%}"),
+        ("recall (macro)", f"{metrics['macro_recall']:.2%}"),
+        ("F1 (macro)", f"{metrics['macro_f1']:.2%}"),
+        ("ROC AUC (one against the rest)", f"{metrics['roc_auc']:.5f}"),
+    ):
+        assert re.search(rf"^\W {re.escape(name)} +\W +{value} \W$", printed, re.MULTILINE)
+    assert printed.endswith(f"Model, metrics and pictures: {out}\n")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_mlp_classic(digits, tmp_path):
+    assert call("train", "mlp", "--classic", "--data-dir", digits, "--epochs", 1, "--out", tmp_path / "out") == 0
+    model, metrics = nn.MLP.load(tmp_path / "out" / "model.safetensors"), metrics_of(tmp_path / "out")
+    assert (model.layers, model.activation, model.output) == ([784, 128, 10], "tanh", "sigmoid")
+    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("sgd", 0.1, 16)
+    assert (metrics["hidden"], metrics["classic"], metrics["lr_decay"]) == ([128], True, False)
+    data, (kept, _) = load_mnist(digits), train.hold_out(200, seed=0)
+    history = nn.MLP.classic(seed=0).fit(data.x_train[kept], data.y_train[kept], epochs=1)
+    assert metrics["history"]["loss"] == history.loss
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_accuracy_where_all_sigmoids_are_one(digits, tmp_path, monkeypatch):
+    """Rounded to float32 they may be, while the numbers that go into them still tell the classes apart."""
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.MLP, "predict_proba", lambda _, x: np.ones((len(x), 10), np.float32))
+        words = "train", "mlp", "--classic", "--data-dir", digits, "--lr", 0.01, "--out", tmp_path / "out"
+        assert call(*words) == 0
+    data, model = load_mnist(digits), nn.MLP.load(tmp_path / "out" / "model.safetensors")
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["test_accuracy"] == model.evaluate(data.x_test, data.y_test)["accuracy"] > 0.2
+    assert metrics["roc_auc"] == 0.5
+
+
+def test_one_image(tmp_path, capsys):
+    """No images to hold out, no curve of any class, and none to average."""
+    folder = write_digits(tmp_path / "one", 1, 1)
+    assert call("train", "mlp", "--data-dir", folder, "--epochs", 1, "--out", tmp_path / "out") == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["roc_auc"] is None
+    assert metrics["history"]["validation_loss"] == []
+    assert re.search(r"ROC AUC \(one against the rest\) \W +- ", capsys.readouterr().out)
+    for name, size in MLP_PICTURES.items():
+        if name != "worst_mistakes.png":  # there may be none
+            check_picture(tmp_path / "out" / name, size)
+
+
+# The GAN.
+
+
+@pytest.fixture(scope="module")
+def gan(digits, tmp_path_factory):
+    return once(tmp_path_factory, "gan", "--data-dir", digits, "--epochs", 30, "--hidden", 16, "--seed", 3)
+
+
+def test_gan_files(gan):
+    out, _ = gan
+    pictures = {f"samples/epoch_{epoch:04}.png" for epoch in range(0, 31, 2)}
+    assert names_in(out) == {"model.safetensors", "metrics.json", "samples.gif", *GAN_PICTURES, *pictures}
+    for name, size in GAN_PICTURES.items():
+        check_picture(out / name, size)
+    for name in pictures:
+        check_picture(out / name, GAN_PICTURES["samples.png"])
+
+
+def test_gan_pictures_show_one_noise(gan):
+    out, _ = gan
+    model = nn.GAN.load(out / "model.safetensors")
+    drawn = np.rint(255 * (1 - model.sample(z=model.noise(100, seed=3)))).reshape(100, 28, 28)
+    page = np.asarray(Image.open(out / "samples.png"))
+    for i in (0, 1, 10, 99):
+        # Below 28 pixels of title, each pixel doubled, with two of them between the digits.
+        y, x = 28 + 2 * (2 + 30 * (i // 10)), 2 * (2 + 30 * (i % 10))
+        assert (page[y : y + 56 : 2, x : x + 56 : 2] == drawn[i]).all()
+        assert (page[y + 1 : y + 57 : 2, x + 1 : x + 57 : 2] == drawn[i]).all()
+    assert (page == np.asarray(Image.open(out / "samples" / "epoch_0030.png"))).all()
+    untrained = nn.GAN(generator=[16, 784], discriminator=[16, 1], seed=3)
+    drawn = np.rint(255 * (1 - untrained.sample(z=model.noise(100, seed=3)))).reshape(100, 28, 28)
+    assert (np.asarray(Image.open(out / "samples" / "epoch_0000.png"))[32:88:2, 4:60:2] == drawn[0]).all()
+
+
+def test_gan_animation(gan):
+    out, _ = gan
+    with Image.open(out / "samples.gif") as animation:
+        assert animation.n_frames == 16
+        assert animation.info["loop"] == 0
+        durations = []
+        for i in range(16):
+            animation.seek(i)
+            durations.append(animation.info["duration"])
+            frame = np.asarray(animation.convert("L"))
+            assert (frame == np.asarray(Image.open(out / "samples" / f"epoch_{2 * i:04}.png"))).all()
+    assert durations == [400] * 15 + [2500]
+
+
+def test_gan_metrics(gan, digits):
+    metrics = metrics_of(gan[0])
+    assert metrics.keys() >= EVERYWHERE | {"confident_share", "class_shares", "frechet_distance"}
+    assert len(metrics["class_shares"]) == 10
+    assert sum(metrics["class_shares"]) == pytest.approx(1)
+    assert all(0 <= share <= 1 for share in (*metrics["class_shares"], metrics["confident_share"]))
+    assert metrics["frechet_distance"] > metrics["frechet_distance_of_genuine_digits"] > 0
+    assert 0.2 < metrics["classifier_accuracy"] <= 1
+    assert metrics["samples_judged"] == 1000
+    assert metrics["interrupted"] is False
+    assert metrics["epochs_done"] == metrics["epochs"] == 30
+    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("adam", 0.001, 128)
+    assert metrics["lr_decay"] is False
+    assert (metrics["data"], metrics["training_images"], metrics["test_images"]) == (str(digits), 200, 80)
+    assert {name: len(v) for name, v in metrics["history"].items()} == {"generator_loss": 30, "discriminator_loss": 30}
+
+
+def test_gan_metrics_are_those_of_the_saved_model(gan, digits):
+    out, _ = gan
+    metrics, data = metrics_of(out), load_mnist(digits)
+    judge = nn.MLP([784, 128, 10], "relu", seed=3)
+    judge.fit(data.x_train, data.y_train, epochs=10, batch_size=64, optimizer="adam")
+    samples = nn.GAN.load(out / "model.safetensors").sample(1000)
+    probabilities = judge.predict_proba(samples)
+    assert metrics["classifier_accuracy"] == judge.evaluate(data.x_test, data.y_test)["accuracy"]
+    assert metrics["confident_share"] == np.mean(probabilities.max(axis=1) >= 0.9)
+    assert metrics["class_shares"] == [np.mean(probabilities.argmax(axis=1) == digit) for digit in range(10)]
+    expected = frechet_by_eigenvalues(judge.features(samples), judge.features(data.x_test))
+    assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gan_prints(gan):
+    out, printed = gan
+    metrics = metrics_of(out)
+    epochs = re.findall(r"^epoch (\d+)/30  generator loss (\S+)  discriminator loss (\S+)$", printed, re.MULTILINE)
+    columns = [metrics["history"][name] for name in ("generator_loss", "discriminator_loss")]
+    assert epochs == [(str(i), *(f"{v:.4f}" for v in row)) for i, row in enumerate(zip(*columns, strict=True), 1)]
+    assert f"classifier ({metrics['classifier_accuracy']:.2%} right on the test images) makes of 1,000 sam" in printed
+    rarest = int(np.argmin(metrics["class_shares"]))
+    for name, value in (
+        ("classified with a probability of at least 0.9", f"{metrics['confident_share']:.2%}"),
+        (f"share of the rarest digit ({rarest})", f"{min(metrics['class_shares']):.2%}"),
+        ("Fréchet distance to the test images", f"{metrics['frechet_distance']:.2f}"),
+    ):
+        assert re.search(rf"^\W {re.escape(name)} +\W +{value} \W$", printed, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_gan_classic(digits, tmp_path):
+    assert call("train", "gan", "--classic", "--data-dir", digits, "--epochs", 1, "--out", tmp_path / "out") == 0
+    model = nn.GAN.load(tmp_path / "out" / "model.safetensors")
+    assert (model.generator, model.discriminator) == ([256, 784], [256, 1])
+    assert (model.generator_activation, model.discriminator_activation) == ("tanh", "tanh")
+    assert (model.label_smoothing, model.ema_decay) == (0, 0)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_gan_replaces_the_pictures_of_an_earlier_run(digits, tmp_path):
+    words = "train", "gan", "--data-dir", digits, "--hidden", 4, "--out", tmp_path / "out"
+    assert call(*words, "--epochs", 3) == 0
+    assert call(*words, "--epochs", 1) == 0
+    assert sorted(os.listdir(tmp_path / "out" / "samples")) == ["epoch_0000.png", "epoch_0001.png"]
+
+
+# Options.
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_several_hidden_layers(digits, tmp_path):
+    for network in ("mlp", "gan"):
+        words = "train", network, "--data-dir", digits, "--epochs", 1, "--hidden", "20, 12", "--out", tmp_path / network
+        assert call(*words) == 0
+        assert metrics_of(tmp_path / network)["hidden"] == [20, 12]
+    assert nn.MLP.load(tmp_path / "mlp" / "model.safetensors").layers == [784, 20, 12, 10]
+    loaded = nn.GAN.load(tmp_path / "gan" / "model.safetensors")
+    assert (loaded.generator, loaded.discriminator) == ([20, 12, 784], [12, 20, 1])
+
+
+@pytest.mark.parametrize(
+    ("words", "lr"),
+    [("sgd", 0.1), ("adam", 0.001), ("adamw", 0.001), ("sgd --lr 0.25", 0.25), ("adamw --lr 1e-5", 1e-5)],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_optimizers(digits, tmp_path, words, lr):
+    name, *more = words.split()
+    words = "train", "mlp", "--data-dir", digits, "--epochs", 1, "--batch-size", 50, "--optimizer", name, *more
+    assert call(*words, "--out", tmp_path / "out") == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == (name, lr, 50)
+    # The network got just these settings.
+    data, model = load_mnist(digits), nn.MLP([784, 256, 10], "relu", seed=0)
+    kept, _ = train.hold_out(200, seed=0)
+    rule = nn.make_optimizer(name, lr=lr)
+    history = model.fit(
+        data.x_train[kept], data.y_train[kept], epochs=1, batch_size=50, optimizer=rule, callback=nn.LinearDecay(rule)
+    )
+    assert metrics["history"]["loss"] == history.loss
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.usefixtures("no_pictures")
+def test_seed(digits, tmp_path, network):
+    results = []
+    for i, seed in enumerate((1, 1, 2)):
+        out = tmp_path / str(i)
+        words = "train", network, "--data-dir", digits, "--epochs", 2, "--hidden", 16, "--seed", seed, "--out", out
+        assert call(*words) == 0
+        results.append(((out / "model.safetensors").read_bytes(), without(metrics_of(out), "seconds")))
+    (model, metrics), again, (other_model, other_metrics) = results
+    assert again == (model, metrics)
+    assert other_model != model
+    assert other_metrics["history"] != metrics["history"]
+
+
+def load_or_skip(backend):
+    try:
+        select.load(backend)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.usefixtures("no_pictures")
+def test_threads_change_nothing(digits, tmp_path, network):
+    load_or_skip("cpu")
+    results = []
+    for threads in (1, 2):
+        out = tmp_path / str(threads)
+        words = "train", network, "--data-dir", digits, "--epochs", 2, "--backend", "cpu", "--threads", threads
+        assert call(*words, "--out", out) == 0
+        assert metrics_of(out)["threads"] == threads
+        results.append(((out / "model.safetensors").read_bytes(), without(metrics_of(out), "seconds", "threads")))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numba", "numpy"])
+@pytest.mark.usefixtures("no_pictures")
+def test_backend(digits, tmp_path, backend, capsys):
+    load_or_skip(backend)
+    words = "train", "mlp", "--data-dir", digits, "--epochs", 2, "--threads", 1, "--backend", backend
+    assert call(*words, "--out", tmp_path / "out") == 0
+    metrics, isa = metrics_of(tmp_path / "out"), select.load(backend).describe()["isa"]
+    assert (metrics["backend"], metrics["isa"], metrics["threads"]) == (backend, isa, 1)
+    assert f"Backend: {backend}, {isa}, 1 thread\n" in capsys.readouterr().out
+    assert 0.2 < metrics["test_accuracy"] < 1
+
+
+def blas_threads():
+    return {library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("no_pictures")
+def test_threads_hold_for_the_blas_too(digits, tmp_path, threads):
+    words = "train", "mlp", "--data-dir", digits, "--epochs", 1, "--backend", "numpy", "--out", tmp_path / "out"
+    assert call(*words, "--threads", threads) == 0
+    assert blas_threads() == {threads}
+    assert metrics_of(tmp_path / "out")["threads"] == threads
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_threads_from_elsewhere_hold_for_the_blas_too(digits, tmp_path):
+    gemmlet.set_num_threads(1)  # as GEMMLET_NUM_THREADS does
+    words = "train", "mlp", "--data-dir", digits, "--epochs", 1, "--backend", "numpy", "--out", tmp_path / "out"
+    assert call(*words) == 0
+    assert blas_threads() == {1}
+    assert metrics_of(tmp_path / "out")["threads"] == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_defaults(digits, tmp_path):
+    for network in ("mlp", "gan"):
+        assert call("train", network, "--data-dir", digits, "--epochs", 1) == 0
+    assert nn.MLP.load(tmp_path / "runs" / "mlp" / "model.safetensors").layers == [784, 256, 10]
+    loaded = nn.GAN.load(tmp_path / "runs" / "gan" / "model.safetensors")
+    assert (loaded.generator, loaded.discriminator) == ([256, 512, 784], [512, 256, 1])
+    assert metrics_of(tmp_path / "runs" / "gan")["hidden"] == [256, 512]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_data_dir_from_environment(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMLET_DATA_DIR", str(digits))
+    assert call("train", "mlp", "--epochs", 1, "--out", tmp_path / "out") == 0
+    assert metrics_of(tmp_path / "out")["data"] == str(digits)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
+    def download():
+        raise mnist._NoDownloadError("no network")
+
+    monkeypatch.setattr(mnist, "_download", download)
+    assert call("train", "mlp", "--epochs", 1, "--hidden", 32, "--out", tmp_path / "out") == 0
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["data"] == "the sample embedded in gemmlet"
+    assert (metrics["training_images"], metrics["test_images"]) == (5000, 1000)
+    assert metrics["test_accuracy"] > 0.5
+    (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "(no network)" in record.getMessage()
+    assert "Data: the sample embedded in gemmlet (5,000 training and 1,000 test images)" in capsys.readouterr().out
+
+
+# What cannot be used: one line on stderr that names it, exit status 2, and nothing is written.
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--epochs 0",
+        "--epochs -1",
+        "--epochs 1.5",
+        "--epochs ten",
+        "--epochs 9999999999999999999999",
+        "--epochs",
+        "--batch-size 0",
+        "--batch-size x",
+        "--batch-size 9999999999999999999999",
+        "--lr 0",
+        "--lr -0.1",
+        "--lr nan",
+        "--lr inf",
+        "--lr fast",
+        "--optimizer rmsprop",
+        "--optimizer=",
+        "--hidden=",
+        "--hidden 0",
+        "--hidden -5",
+        "--hidden 12,,3",
+        "--hidden 12,",
+        "--hidden 1.5",
+        "--hidden ²",
+        "--hidden 1000001",
+        "--hidden 9999999999999999999999",
+        "--seed -1",
+        "--seed x",
+        "--backend cuda",
+        "--backend=",
+        "--threads 0",
+        "--threads 1025",
+        "--threads two",
+        "--threads 9999999999999999999999",
+        "--classic --hidden 5",
+        "--colour red",
+        "surplus",
+    ],
+)
+def test_bad_option(digits, tmp_path, capsys, network, words):
+    assert call("train", network, "--data-dir", digits, "--out", tmp_path / "out", *words.split()) == 2
+    assert re.split("[ =]", words)[0] in error_line(capsys)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("words", ["tain", "train cnn", "--colour", "info surplus", "info --colour"])
+def test_bad_command(capsys, words):
+    assert call(*words.split()) == 2
+    assert words.split()[-1] in error_line(capsys)
+
+
+def test_message_says_what_was_given(digits, capsys):
+    for option, value in (("--epochs", "0"), ("--lr", "-2.5"), ("--hidden", "wide"), ("--backend", "cuda")):
+        assert call("train", "mlp", "--data-dir", digits, option, value) == 2
+        assert value in error_line(capsys)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.parametrize(
+    ("name", "spoil", "found"),
+    [
+        (TRAIN_IMAGES, lambda b: b[:-1], "is truncated"),
+        (TRAIN_LABELS, lambda b: b"", "no IDX file"),
+        (TEST_IMAGES, lambda b: b"\x89PNG" + b[4:], "no IDX file"),
+        (TEST_LABELS, lambda b: b + b"\0", "is corrupt"),
+        (TRAIN_IMAGES, lambda b: gzip.compress(b)[:-9], "is truncated or corrupt"),
+        (TRAIN_LABELS, lambda b: b[:-1] + b"\x0a", "has the label 10"),
+        (TEST_LABELS, lambda b: idx(np.zeros(6, np.uint8)), "holds 6 labels"),
+    ],
+)
+def test_bad_file(few, tmp_path, capsys, network, name, spoil, found):
+    (few / name).write_bytes(spoil((few / name).read_bytes()))
+    assert call("train", network, "--data-dir", few, "--out", tmp_path / "out") == 2
+    line = error_line(capsys)
+    assert str(few / name) in line
+    assert found in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file(few, tmp_path, capsys):
+    (few / TEST_LABELS).unlink()
+    assert call("train", "mlp", "--data-dir", few, "--out", tmp_path / "out") == 2
+    assert f"{few} lacks the file {TEST_LABELS}" in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_closed_file(few, tmp_path, capsys):
+    (few / TEST_LABELS).chmod(0)
+    assert call("train", "mlp", "--data-dir", few, "--out", tmp_path / "out") == 2
+    assert TEST_LABELS in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"), [("nowhere", "does not exist"), ("file", "is not a folder"), ("~no such user/x", "home")]
+)
+def test_bad_data_folder(tmp_path, capsys, monkeypatch, folder, found):
+    (tmp_path / "file").write_bytes(b"")
+    assert call("train", "mlp", "--data-dir", folder, "--out", "out") == 2
+    line = error_line(capsys)
+    assert "--data-dir" in line
+    assert found in line
+    monkeypatch.setenv("GEMMLET_DATA_DIR", folder)
+    assert call("train", "mlp", "--out", "out") == 2
+    line = error_line(capsys)
+    assert "GEMMLET_DATA_DIR" in line
+    assert found in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_gan_needs_two_images(tmp_path, capsys):
+    for name, train_images, test_images in (("test", 9, 1), ("train", 1, 9)):
+        folder = write_digits(tmp_path / name, train_images, test_images)
+        assert call("train", "gan", "--data-dir", folder, "--out", tmp_path / "out") == 2
+        assert f"{folder} has {train_images} training and {test_images} test images" in error_line(capsys)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "file/far/below", "link", "x" * 300])
+def test_out_that_cannot_be_a_folder(digits, tmp_path, capsys, out):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "missing" / "folder")
+    assert call("train", "mlp", "--data-dir", digits, "--out", out) == 2
+    assert f"--out {out}: " in error_line(capsys)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_out_where_even_root_cannot_write(digits, capsys):
+    assert call("train", "mlp", "--data-dir", digits, "--out", "/proc/nowhere/folder") == 2
+    assert "--out /proc/nowhere/folder: " in error_line(capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_out_without_permission(digits, tmp_path, capsys):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    for mode in (0o500, 0):
+        closed.chmod(mode)
+        for out in (closed, closed / "below"):
+            assert call("train", "mlp", "--data-dir", digits, "--out", out) == 2
+            line = error_line(capsys)  # Typer's own, where it looks into folders
+            assert "--out" in line
+            assert str(out) in line
+    closed.chmod(0o700)
+    assert os.listdir(closed) == []
+
+
+def test_file_in_place_of_the_folder_of_samples(digits, tmp_path, capsys):
+    (tmp_path / "samples").write_text("kept")
+    assert call("train", "gan", "--data-dir", digits, "--out", tmp_path) == 2
+    assert f"--out {tmp_path}: " in error_line(capsys)
+    assert os.listdir(tmp_path) == ["samples"]
+
+
+@pytest.mark.parametrize("command", [["info"], ["train", "mlp"]])
+def test_backend_from_environment_that_is_none(digits, capsys, monkeypatch, command):
+    monkeypatch.setattr(select, "_current", None)
+    monkeypatch.setenv("GEMMLET_DATA_DIR", str(digits))
+    monkeypatch.setenv("GEMMLET_BACKEND", "abacus")
+    assert call(*command) == 2
+    line = error_line(capsys)
+    assert "GEMMLET_BACKEND" in line
+    assert "'abacus'" in line
+
+
+@pytest.mark.parametrize("words", ["info", "train mlp", "train mlp --backend cpu"])
+def test_isa_that_is_none(digits, capsys, monkeypatch, words):
+    monkeypatch.setattr(select, "_current", None)
+    monkeypatch.setattr(select, "_loaded", {})
+    monkeypatch.setenv("GEMMLET_DATA_DIR", str(digits))
+    monkeypatch.setenv("GEMMLET_BACKEND", "cpu")
+    monkeypatch.setenv("GEMMLET_ISA", "abacus")
+    monkeypatch.setattr("gemmlet.backends.cpu_backend.available_isas", lambda: ["baseline"])
+    assert call(*words.split()) == 2
+    line = error_line(capsys)
+    assert line.startswith("gemmlet: --backend: " if "--backend" in words else "gemmlet: GEMMLET_BACKEND: ")
+    assert "'abacus'" in line
+    assert "GEMMLET_ISA" in line
+
+
+def test_isa_that_is_none_without_a_wish_for_a_backend():
+    """It was asked for, so that no other backend takes its place."""
+    load_or_skip("cpu")
+    with start("info", GEMMLET_ISA="abacus") as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert not out
+    assert err.count("\n") == 1
+    assert "GEMMLET_ISA takes" in err
+
+
+# What fails later on: one line on stderr and exit status 1.
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.parametrize("backend", ["cpu", "numpy"])
+def test_diverging(digits, tmp_path, capsys, network, backend):
+    load_or_skip(backend)
+    (tmp_path / "model.safetensors").write_text("of an earlier run")
+    words = "train", network, "--data-dir", digits, "--backend", backend, "--lr", 1e30, "--out", tmp_path
+    assert call(*words) == 1
+    assert "diverged" in error_line(capsys)
+    assert (tmp_path / "model.safetensors").read_text() == "of an earlier run"
+    assert not (tmp_path / "metrics.json").exists()
+
+
+# With 1e15 the discriminator stays finite, and so do the losses; the generator does not.
+@pytest.mark.parametrize(("network", "lr"), [("mlp", 1e39), ("gan", 1e39), ("gan", 1e15)])
+def test_diverging_in_the_last_step(few, tmp_path, capsys, network, lr):
+    """Only one step, whose loss is that before it, and nothing held out that would show it."""
+    words = "train", network, "--data-dir", few, "--epochs", 1, "--lr", lr, "--optimizer", "sgd"
+    assert call(*words, "--out", tmp_path / "out") == 1
+    assert "diverged" in error_line(capsys)
+    # Of the GAN the picture from before the training is there, and none of what has become of it.
+    assert names_in(tmp_path / "out") == ({"samples/epoch_0000.png"} if network == "gan" else set())
+
+
+def test_file_that_cannot_be_replaced(digits, tmp_path, capsys):
+    (tmp_path / "metrics.json").mkdir()
+    assert call("train", "mlp", "--data-dir", digits, "--epochs", 1, "--out", tmp_path) == 1
+    assert "metrics.json" in error_line(capsys)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_too_large_for_the_memory(digits, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise MemoryError("Unable to allocate 7.28 TiB")
+
+    monkeypatch.setattr(train.nn, "MLP", refuse)
+    assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 1
+    line = error_line(capsys)
+    assert "--hidden" in line
+    assert "7.28 TiB" in line
+
+
+def test_full_disk():
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    with open("/dev/full", "w") as full, start("info", stdout=full) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch("gemmlet: .*No space left on device\n", err)
+
+
+def test_error_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(path, {"a": float("nan")})
+    with contextlib.suppress(ZeroDivisionError), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        assert temporary.suffix == ".json"
+        raise ZeroDivisionError
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def write_half(self, content, *_, **__):
+    """Like writing to a disk that fills up."""
+    path = content if isinstance(self, Image.Image) else self
+    with open(path, "w") as file:
+        file.write("half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("write", "owner", "method"),
+    [
+        (lambda path: files.write_json(path, {"a": 1}), Path, "write_text"),
+        (lambda path: plots.save_image(path, Image.new("L", (9, 9))), Image.Image, "save"),
+        (lambda path: plots.save_animation(path, [Image.new("L", (9, 9))] * 2), Image.Image, "save"),
+    ],
+    ids=["json", "png", "gif"],
+)
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write, owner, method):
+    path = tmp_path / "a.png"
+    path.write_text("old")
+    monkeypatch.setattr(owner, method, write_half)
+    with pytest.raises(OSError, match="No space left"):
+        write(path)
+    monkeypatch.undo()
+    assert (tmp_path / "a.png").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_full_disk_after_the_training(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", write_half)
+    assert call("train", "mlp", "--data-dir", digits, "--epochs", 1, "--out", tmp_path) == 1
+    assert "No space left on device" in error_line(capsys)
+    assert names_in(tmp_path) == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["info"], ["--help"], ["train", "mlp"]])
+def test_broken_pipe(digits, tmp_path, words, unbuffered):
+    environment = {"GEMMLET_DATA_DIR": str(digits), "PYTHONUNBUFFERED": unbuffered}
+    with start(*words, **environment) as process:
+        process.stdout.close()  # long before it prints
+        err = process.stderr.read()
+    assert (process.returncode, err) == (1, "")
+
+
+# Ctrl-C.
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_ctrl_c(digits, tmp_path, network):
+    out = tmp_path / "out"
+    with start("train", network, "--data-dir", digits, "--hidden", 16, "--epochs", 10**6, "--out", out) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 3/"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert "Interrupted: saving what was learnt" in rest
+    assert rest.endswith(f"Model, metrics and pictures: {out}\n")
+    metrics = metrics_of(out)
+    assert metrics["interrupted"] is True
+    assert 3 <= metrics["epochs_done"] < 10**6
+    for name, size in (MLP_PICTURES if network == "mlp" else GAN_PICTURES).items():
+        check_picture(out / name, size)
+    data = load_mnist(digits)
+    if network == "mlp":
+        model = nn.MLP.load(out / "model.safetensors")
+        assert model.evaluate(data.x_test, data.y_test)["accuracy"] == metrics["test_accuracy"]
+    else:
+        assert nn.GAN.load(out / "model.safetensors").steps >= 3 * 2
+        with Image.open(out / "samples.gif") as animation:
+            assert animation.n_frames == 2  # before, and at the end
+
+
+@pytest.fixture
+def press(monkeypatch):
+    """Return a function that makes Ctrl-C come with the mini-batch of that number."""
+
+    def at(batch, times=1):
+        see, seen = train._Watch.see, []
+
+        def pressed(self, progress, figures):
+            seen.append(progress)
+            if len(seen) == batch:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            see(self, progress, figures)
+
+        monkeypatch.setattr(train._Watch, "see", pressed)
+
+    return at
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_ctrl_c_in_the_first_epoch(digits, tmp_path, press, network):
+    press(2)
+    before = signal.getsignal(signal.SIGINT)
+    words = "train", network, "--data-dir", digits, "--epochs", 5, "--batch-size", 50, "--hidden", 8
+    assert call(*words, "--out", tmp_path / "out") == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    metrics = metrics_of(tmp_path / "out")
+    assert (metrics["interrupted"], metrics["epochs_done"]) == (True, 0)
+    if network == "mlp":
+        assert metrics["history"]["validation_accuracy"] == [None]
+        check_picture(tmp_path / "out" / "learning_curves.png")
+    else:
+        model = nn.GAN.load(tmp_path / "out" / "model.safetensors")
+        assert model.steps == 2
+        # The last picture is of what was learnt, not of the end of an epoch.
+        drawn = np.rint(255 * (1 - model.sample(z=model.noise(100, seed=0))))[0].reshape(28, 28)
+        assert (np.asarray(Image.open(tmp_path / "out" / "samples.png"))[32:88:2, 4:60:2] == drawn).all()
+        assert names_in(tmp_path / "out" / "samples") == {"epoch_0000.png"}
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.usefixtures("no_pictures")
+def test_ctrl_c_in_the_last_mini_batch(digits, tmp_path, press, network):
+    """Everything has been learnt then."""
+    press(8)
+    words = "train", network, "--data-dir", digits, "--epochs", 2, "--batch-size", 50, "--hidden", 8
+    assert call(*words, "--out", tmp_path / "out") == 130
+    metrics = metrics_of(tmp_path / "out")
+    assert (metrics["interrupted"], metrics["epochs_done"]) == (False, 2)
+    assert (tmp_path / "out" / "samples" / "epoch_0002.png").exists() == (network == "gan")
+
+
+@pytest.mark.parametrize(("network", "first"), [("mlp", "learning_curves.png"), ("gan", "loss_curves.png")])
+def test_second_ctrl_c(digits, tmp_path, press, capsys, monkeypatch, network, first):
+    """It ends at once; what is being written does not appear."""
+    press(2)
+    (tmp_path / first).write_text("of an earlier run")
+    savefig = plots.Figure.savefig
+
+    def pressed(self, path, **options):
+        savefig(self, path, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(plots.Figure, "savefig", pressed)
+    assert call("train", network, "--data-dir", digits, "--hidden", 8, "--out", tmp_path) == 130
+    assert error_line(capsys) == "gemmlet: interrupted\n"
+    assert (tmp_path / first).read_text() == "of an earlier run"
+    assert not list(tmp_path.glob(".*"))
+    # What came before is whole.
+    assert metrics_of(tmp_path)["interrupted"] is True
+    assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(tmp_path / "model.safetensors").seed == 0
+
+
+def test_second_ctrl_c_while_training(digits, tmp_path, press, capsys):
+    press(2, times=2)
+    assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 130
+    assert error_line(capsys) == "gemmlet: interrupted\n"
+    assert names_in(tmp_path / "out") == set()
+
+
+def test_ctrl_c_before_the_training(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_mnist", lambda _: signal.raise_signal(signal.SIGINT))
+    assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 130
+    assert error_line(capsys) == "gemmlet: interrupted\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_ctrl_c_that_is_ignored_stays_ignored(digits, tmp_path, press):
+    """As under nohup."""
+    press(2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert call("train", "mlp", "--data-dir", digits, "--epochs", 2, "--out", tmp_path / "out") == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert metrics_of(tmp_path / "out")["epochs_done"] == 2
+
+
+# What the terminal shows.
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def shown(monkeypatch, no_pictures):
+    """Return a function that runs the command on a terminal, and returns its lines, also those that others replaced."""
+
+    def run(*words, term="xterm"):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setenv("COLUMNS", "80")
+        with contextlib.redirect_stdout(Terminal()) as terminal:
+            assert call(*words) == 0
+        without_codes = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+        return re.split(r"[\r\n]+", without_codes)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("network", "figures"),
+    [("mlp", r"loss \S+  accuracy \S+  held out \S+"), ("gan", r"generator loss \S+  discriminator loss \S+")],
+    ids=["mlp", "gan"],
+)
+def test_bar_fits_the_terminal(digits, tmp_path, shown, network, figures):
+    words = "train", network, "--data-dir", digits, "--epochs", 20, "--hidden", 4, "--out", tmp_path / "out"
+    lines = shown(*words)
+    bars = [line for line in lines if line.startswith("epoch ")]
+    assert re.fullmatch(rf"epoch 20/20 ━{{5,}} {figures} \d:\d\d:\d\d", bars[-1])
+    assert max(map(len, bars)) <= 80
+    assert not any("…" in line for line in lines)
+    # The table is not folded either.
+    assert sum("│" in line for line in lines) == {"mlp": 6, "gan": 5}[network]
+
+
+def test_no_bar_where_it_cannot_be_drawn(digits, tmp_path, shown):
+    words = "train", "mlp", "--data-dir", digits, "--epochs", 3, "--hidden", 4, "--out", tmp_path / "out"
+    lines = shown(*words, term="dumb")
+    assert [line[:9] for line in lines if line.startswith("epoch ")] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_letters_that_the_terminal_lacks(digits, tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    words = "train", "gan", "--data-dir", digits, "--epochs", 1, "--hidden", 4, "--out", tmp_path / "Übung"
+    assert call(*words) == 0
+    assert b"Fr?chet distance" in written.getvalue()
+    assert written.getvalue().endswith(b"?bung\n")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_folder_is_shown_as_it_is_called(digits, tmp_path, capsys):
+    out = tmp_path / "[bold]a[" / "b] :smile: 1.5"
+    assert call("train", "mlp", "--data-dir", digits, "--epochs", 1, "--out", out) == 0
+    assert capsys.readouterr().out.endswith(f"Model, metrics and pictures: {out}\n")
+
+
+# The other commands, and the command without the extra.
+
+
+def test_info(capsys):
+    assert call("info") == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown == {name: " ".join(value.split()) for name, value in select.config().items()}
+    assert shown.keys() >= {"gemmlet", "backend", "isa", "threads", "numpy", "python"}
+    assert (shown["gemmlet"], shown["numpy"]) == (gemmlet.__version__, np.__version__)
+
+
+def test_commands_by_name(capsys):
+    (entry,) = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "gemmlet"]
+    assert entry.load() is cli.main
+    assert call("info") == 0
+    command = [sys.executable, "-m", "gemmlet", "info"]
+    environment = os.environ | {"GEMMLET_BACKEND": select.current().name}
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert without_threads(shown) == without_threads(capsys.readouterr().out)
+
+
+def without_threads(shown):
+    return [line for line in shown.splitlines() if not line.startswith("threads")]
+
+
+@pytest.mark.parametrize("words", ["--version", "--version info"])
+def test_version(capsys, words):
+    assert call(*words.split()) == 0
+    assert capsys.readouterr().out == f"gemmlet {gemmlet.__version__}\n"
+
+
+OPTIONS = (
+    "data-dir",
+    "epochs",
+    "batch-size",
+    "lr",
+    "optimizer",
+    "hidden",
+    "seed",
+    "backend",
+    "threads",
+    "out",
+    "classic",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("", ["info", "train"]),
+        ("--help", ["info", "train"]),
+        ("train", ["mlp", "gan"]),
+        ("train --help", ["mlp", "gan"]),
+        ("train mlp --help", [f"--{name}" for name in OPTIONS]),
+        ("train gan --help", [f"--{name}" for name in OPTIONS]),
+        ("info --help", ["versions"]),
+    ],
+)
+def test_help(capsys, words, named):
+    assert call(*words.split()) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "Usage: gemmlet" in shown.out
+    for name in named:
+        assert re.search(rf"^ .*{name}\b", shown.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("words", "code"), [("info", 0), ("--version", 0), ("train mlp", 1), ("", 1)])
+def test_without_the_extra(words, code):
+    extra = ["typer", "rich", "matplotlib", "PIL", "sklearn", "scipy", "safetensors", "pooch", "threadpoolctl"]
+    program = f"import sys; sys.modules.update(dict.fromkeys({extra})); from gemmlet.cli import main; main()"
+    command = [sys.executable, "-c", program, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    if code:
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert "pip install 'gemmlet[train]'" in done.stderr
+        assert "typer, rich, matplotlib" in done.stderr
+    else:
+        assert done.stderr == ""
+        assert gemmlet.__version__ in done.stdout
+
+
+# How results are measured.
+
+
+def test_roc_curves():
+    labels = np.array([0, 0, 1, 1])
+    scores = np.array([[0.9, 0.1, 0.5], [0.6, 0.4, 0.5], [0.65, 0.35, 0.5], [0.2, 0.8, 0.5]])
+    zero, one = evaluation.roc_curves(labels, scores)  # nothing is of class 2
+    assert (zero.label, one.label) == (0, 1)
+    assert (zero.auc, one.auc) == (0.75, 0.75)
+    assert one.false_positive.tolist() == [0, 0, 0.5, 0.5, 1]
+    assert one.true_positive.tolist() == [0, 0.5, 0.5, 1, 1]
+    assert evaluation.roc_curves(np.zeros(4, int), scores) == []  # nothing is of another class than 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "area"), [([0.1, 0.2, 0.8, 0.9], 1), ([0.9, 0.8, 0.2, 0.1], 0), ([0.5, 0.5, 0.5, 0.5], 0.5)]
+)
+def test_area_under_the_curve(scores, area):
+    columns = np.stack([1 - np.array(scores), scores], axis=1)
+    assert [curve.auc for curve in evaluation.roc_curves(np.array([0, 0, 1, 1]), columns)] == [area, area]
+
+
+def test_roc_curves_against_scikit_learn(rng):
+    labels = rng.integers(0, 10, 300)
+    scores = rng.random((300, 10))  # as of sigmoids, whose sum is not 1
+    scores[np.arange(300), labels] += 0.3
+    for curve in evaluation.roc_curves(labels, scores):
+        expected = sklearn.metrics.roc_auc_score(labels == curve.label, scores[:, curve.label])
+        assert curve.auc == pytest.approx(expected, rel=1e-12)
+        assert (np.diff(curve.false_positive) >= 0).all()
+
+
+def test_classification():
+    # Of class 0 two out of three are found, of class 1 one out of one; class 2 is never predicted.
+    labels, predicted = np.array([0, 0, 0, 1, 2]), np.array([0, 0, 1, 1, 1])
+    scores = evaluation.classification(labels, predicted, [evaluation.RocCurve(0, labels, labels, a) for a in (0.5, 1)])
+    assert scores == {
+        "test_accuracy": pytest.approx(3 / 5),
+        "macro_precision": pytest.approx((1 + 1 / 3 + 0) / 3),
+        "macro_recall": pytest.approx((2 / 3 + 1 + 0) / 3),
+        "macro_f1": pytest.approx((0.8 + 0.5 + 0) / 3),
+        "roc_auc": 0.75,
+    }
+    assert evaluation.classification(labels, predicted, [])["roc_auc"] is None
+
+
+def frechet_by_scipy(a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    return shift @ shift + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b))
+
+
+def frechet_by_eigenvalues(a, b):
+    """For covariances that are singular, where `scipy.linalg.sqrtm` warns."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    # Those that are 0 may come out as complex or negative, by rounding errors.
+    roots = np.sqrt(np.maximum(scipy.linalg.eigvals(cov_a @ cov_b).real, 0))
+    return shift @ shift + np.trace(cov_a + cov_b) - 2 * roots.sum()
+
+
+def test_frechet_distance_of_equals(rng):
+    a = rng.normal(size=(50, 8))
+    scale = np.trace(np.cov(a, rowvar=False))
+    assert 0 <= evaluation.frechet_distance(a, a) < 1e-12 * scale
+    assert 0 <= evaluation.frechet_distance(a, rng.permutation(a)) < 1e-12 * scale
+
+
+def test_frechet_distance_of_a_shift(rng):
+    a, shift = rng.normal(size=(50, 8)), rng.normal(size=8)
+    assert evaluation.frechet_distance(a, a + shift) == pytest.approx(shift @ shift, rel=1e-12)
+    assert evaluation.frechet_distance(a[:, :1], a[:, :1] + 3) == pytest.approx(9, rel=1e-12)
+
+
+def test_frechet_distance_of_a_stretch(rng):
+    """Of two normal distributions of one feature: the squared difference of the standard deviations."""
+    a = rng.normal(size=(50, 1))
+    assert evaluation.frechet_distance(a, 4 * (a - a.mean()) + a.mean()) == pytest.approx(9 * a.var(ddof=1), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_frechet_distance_against_scipy(rng, dtype):
+    a = (rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))).astype(dtype)
+    b = (rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 1).astype(dtype)
+    distance = evaluation.frechet_distance(a, b)
+    assert distance == pytest.approx(frechet_by_scipy(a, b), rel=1e-9)
+    assert evaluation.frechet_distance(b, a) == pytest.approx(distance, rel=1e-9)
+
+
+def test_frechet_distance_of_singular_covariances(rng):
+    """Fewer rows than features, a feature that never changes, and rows that are all the same."""
+    a, b = rng.normal(size=(5, 20)), rng.normal(size=(6, 20))
+    a[:, 0] = b[:, 0] = 1
+    assert evaluation.frechet_distance(a, b) == pytest.approx(frechet_by_eigenvalues(a, b), rel=1e-6)
+    same = np.ones((3, 4))
+    assert evaluation.frechet_distance(same, same + 2) == 16
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5, 3), (5, 4)), ((5,), (5,)), ((0, 3), (5, 3))]
+)
+def test_frechet_distance_of_bad_shapes(a, b):
+    with pytest.raises(ValueError, match=re.escape(f"a and b have shapes {a} and {b}")):
+        evaluation.frechet_distance(np.ones(a), np.ones(b))
+
+
+def test_sample_quality(rng):
+    probabilities = np.zeros((4, 10))
+    probabilities[[0, 1, 2, 3], [3, 3, 7, 0]] = [1, 0.9, 0.89, 0.4]
+    features, real = rng.normal(size=(4, 3)), rng.normal(size=(9, 3))
+    assert evaluation.sample_quality(probabilities, features, real) == {
+        "confident_share": 0.5,
+        "class_shares": [0.25, 0, 0, 0.5, 0, 0, 0, 0.25, 0, 0],
+        "frechet_distance": evaluation.frechet_distance(features, real),
+    }
+
+
+# Pictures of what seldom happens.
+
+
+@pytest.mark.parametrize(("wrong", "rows"), [(0, 1), (1, 1), (6, 2), (25, 5), (60, 5)])
+def test_worst_mistakes(tmp_path, rng, wrong, rows):
+    labels = np.arange(60) % 10
+    predicted = (labels + (np.arange(60) < wrong)) % 10
+    images = np.full((60, 784), 255, np.uint8)
+    plots.worst_mistakes(tmp_path / "a.png", images, labels, predicted, rng.random((60, 10)))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (1050, 240 * rows + 108)
+        black, _ = scipy.ndimage.label(np.asarray(picture.convert("L")) == 0)
+    # The images, which are all ink, are larger than any letter.
+    assert (np.bincount(black.ravel())[1:] > 10_000).sum() == min(wrong, 25)
+
+
+def test_worst_mistakes_are_those_it_was_surest_of(tmp_path):
+    """The only black image among white ones is the one that is shown."""
+    labels, predicted = np.array([1, 1, 1, 1]), np.array([1, 2, 2, 2])
+    probabilities = np.full((4, 3), 0.1)
+    probabilities[:, 2] = [1, 0.5, 0.8, 0.6]
+    inks = []
+    for black in range(4):
+        images = np.zeros((4, 784), np.uint8)
+        images[black] = 255
+        plots.worst_mistakes(tmp_path / "a.png", images, labels, predicted, probabilities, most=1)
+        inks.append((np.asarray(Image.open(tmp_path / "a.png").convert("L")) == 0).mean())
+    assert int(np.argmax(inks)) == 2
+    assert inks[2] > 2 * max(inks[i] for i in (0, 1, 3))
+
+
+def test_confusion_matrix_without_mistakes(tmp_path):
+    labels = np.arange(50) % 10
+    plots.confusion_matrix(tmp_path / "a.png", labels, labels)
+    check_picture(tmp_path / "a.png", MLP_PICTURES["confusion_matrix.png"])
+
+
+def test_many_epochs(tmp_path):
+    losses = np.geomspace(2, 0.1, 2000).tolist()
+    plots.gan_losses(tmp_path / "a.png", losses, losses[::-1])
+    check_picture(tmp_path / "a.png", GAN_PICTURES["loss_curves.png"])
+
+
+def test_sample_grid_of_incomplete_rows():
+    grid = plots.sample_grid(np.array([[-1.0] * 784, [2.0] * 784, [0.5] * 784]), "", columns=2, zoom=1)
+    page = np.asarray(grid)[14:]  # below the title
+    assert page.shape == (62, 62)
+    assert [page[y, x] for y, x in ((2, 2), (29, 29), (2, 32), (29, 59), (32, 2), (32, 32))] == [
+        255,
+        255,
+        0,
+        0,
+        128,
+        255,
+    ]
