@@ -205,7 +205,7 @@ def test_mlp_metrics(mlp, digits):
     assert metrics["epochs_done"] == metrics["epochs"] == 3
     assert metrics["hidden"] == [256]
     assert metrics["layers"] == [784, 256, 10]
-    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("adam", 0.001, 64)
+    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("adam", 0.003, 64)
     assert (metrics["seed"], metrics["classic"], metrics["lr_decay"]) == (5, False, True)
     assert (metrics["data"], metrics["training_images"], metrics["test_images"]) == (str(digits), 200, 80)
     assert {name: len(values) for name, values in metrics["history"].items()} == {
@@ -238,7 +238,7 @@ def test_mlp_held_out_images_are_not_learnt_from(mlp, digits):
     assert len(held_out) == 20
     assert sorted([*kept, *held_out]) == list(range(200))
     data, model = load_mnist(digits), nn.MLP([784, 256, 10], "relu", seed=5)
-    rule = nn.Adam(1e-3)
+    rule = nn.Adam(3e-3)
     history = model.fit(data.x_train[kept], data.y_train[kept], epochs=3, optimizer=rule, callback=nn.LinearDecay(rule))
     scores = model.evaluate(data.x_train[held_out], data.y_train[held_out])
     shown = metrics_of(mlp[0])["history"]
@@ -430,7 +430,7 @@ def test_several_hidden_layers(digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "lr"),
-    [("sgd", 0.1), ("adam", 0.001), ("adamw", 0.001), ("sgd --lr 0.25", 0.25), ("adamw --lr 1e-5", 1e-5)],
+    [("sgd", 0.1), ("adam", 0.003), ("adamw", 0.003), ("sgd --lr 0.25", 0.25), ("adamw --lr 1e-5", 1e-5)],
 )
 @pytest.mark.usefixtures("no_pictures")
 def test_optimizers(digits, tmp_path, words, lr):

@@ -41,7 +41,8 @@ class Defaults:
     lr_decay: bool  # whether the learning rate falls to 0 over the epochs
 
 
-_MLP_OPTIMIZERS = {"sgd": nn.SGD(0.1), "adam": nn.Adam(1e-3), "adamw": nn.AdamW(1e-3)}
+# With a rate that falls to 0, Adam may start with more than its usual 1e-3.
+_MLP_OPTIMIZERS = {"sgd": nn.SGD(0.1), "adam": nn.Adam(3e-3), "adamw": nn.AdamW(3e-3)}
 # A beta1 of 0.5: Radford et al., 2016.
 _GAN_OPTIMIZERS = {"sgd": nn.SGD(0.1), "adam": nn.Adam(1e-3, beta1=0.5), "adamw": nn.AdamW(1e-3, beta1=0.5)}
 

@@ -1,0 +1,158 @@
+"""What README and CONTRIBUTING say is true: their snippets run, what they name exists, their links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemmlet import kernels
+from gemmlet.backends import select
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
+def test_readme_snippet(number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from gemmlet.data import mnist
+
+    def no_network() -> Any:
+        raise mnist._NoDownloadError("no network in this test")
+
+    monkeypatch.setattr(mnist, "_download", no_network)
+    monkeypatch.delenv("GEMMLET_DATA_DIR", raising=False)
+    names: dict[str, Any] = {}
+    exec(compile(blocks("README.md", "python")[number], "README.md", "exec"), names)
+    if "model" in names:
+        digits = names["digits"]
+        assert names["model"].evaluate(digits.x_test, digits.y_test)["accuracy"] > 0.9
+        assert "epoch 5/5" in capsys.readouterr().out
+    elif "h" in names:
+        assert abs(names["h"] - names["np"].tanh(names["x"] @ names["w"] + names["b"])).max() < 1e-12
+    else:
+        assert names["grad_w"].shape == names["w"].shape
+
+
+def test_readme_names_kernels_and_backends_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = re.search(r"^## Kernels\n(.*?)\n\nf", text, re.MULTILINE | re.DOTALL)
+    assert table
+    listed = {name for span in re.findall(r"`([^`]*)`", table[1]) for name in span.split() if "…" not in name}
+    assert len(listed) > 20
+    assert listed <= set(kernels.__all__)
+    assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == select.CHOICES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+    # Files that are named in passing.
+    for name in re.findall(r"`((?:csrc|python|tests|tools|docs|cmake|benchmarks|backends|\.ci)/[\w./]*)`", text):
+        assert (ROOT / name).exists() or (ROOT / "python/gemmlet" / name).exists(), name
+
+
+def test_options_in_the_documents_exist() -> None:
+    typer = pytest.importorskip("typer")
+    from gemmlet.cli.app import app
+
+    command = typer.main.get_command(app)
+    shown = [line for document in DOCUMENTS for block in blocks(str(document), "sh") for line in block.splitlines()]
+    calls = [shlex.split(line.split("&&")[-1], comments=True) for line in shown if "gemmlet " in line]
+    calls = [words[1:] for words in calls if words and Path(words[0]).name == "gemmlet"]
+    assert len(calls) >= 5
+    for words in calls:
+        at = command
+        while words and words[0] in getattr(at, "commands", {}):
+            at, words = at.commands[words[0]], words[1:]
+        options = {name for parameter in at.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, words
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the package is for Linux and macOS")
+def test_an_activation_takes_three_files(tmp_path: Path) -> None:
+    """Apply the worked example of CONTRIBUTING to a copy, build it for one instruction set, and run the tests on it."""
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if files.returncode:
+        pytest.skip("no checkout of the repository")
+    copy = tmp_path / "gemmlet"
+    for name in filter(None, files.stdout.split("\0")):
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy2(ROOT / name, target)
+
+    example = (ROOT / "CONTRIBUTING.md").read_text().split("## Adding an activation in three files")[1]
+    struct, listed = re.findall(r"```cpp\n(.*?)```", example, re.DOTALL)
+    (entry,) = re.findall(r"```python\n(.*?)```", example, re.DOTALL)
+    (line,) = re.findall(r"```md\n(.*?)```", example, re.DOTALL)
+    # Each piece goes in front of something that stands in the file once.
+    edits = {
+        "csrc/formulas/activations.h": ((struct, "// The list."), (listed, "  X(relu)")),
+        "python/gemmlet/formulas/activations.py": ((entry, '        Activation(\n            name="relu"'),),
+        "CHANGELOG.md": ((line, "- `gemmlet.kernels`"),),
+    }
+    assert len(edits) == 3
+    for name, pieces in edits.items():
+        text = (copy / name).read_text()
+        for piece, place in pieces:
+            assert text.count(place) == 1, (name, place)
+            text = text.replace(place, piece + place)
+        (copy / name).write_text(text)
+
+    site = tmp_path / "site"
+    define = "--config-settings=cmake.define.GEMMLET_ONLY_ISA=baseline"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), define, str(copy)]
+    built = subprocess.run(pip, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    # An editable install of the package would come before PYTHONPATH.
+    (site / "sitecustomize.py").write_text(
+        'import sys\nsys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment.pop("GEMMLET_TEST_BACKENDS", None)
+    name = re.search(r'name="(\w+)"', entry)[1]  # type: ignore[index]
+    check = f"import gemmlet; from gemmlet import kernels; print(gemmlet.__file__); kernels.{name}_backward"
+    imported = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment, cwd=copy)
+    assert imported.stdout.startswith(str(site)), imported
+    tests = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-k",
+            f"{name} or list_the_same or public_names",
+            "-p",
+            "no:cacheprovider",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=copy,
+    )
+    assert tests.returncode == 0, tests.stdout
+    # Values, special values, accuracy, shapes, fusing, documentation ... on each backend.
+    passed = re.search(r"(\d+) passed", tests.stdout)
+    assert passed
+    assert int(passed[1]) > 50, tests.stdout

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Build the compiled modules with AddressSanitizer and UndefinedBehaviorSanitizer, and run the tests of the kernels on them.
+#
+#     tools/sanitize.sh [PYTHON]        an interpreter with the packages of the extra `test`; by default .venv/bin/python
+#
+# GCC on Linux. Leaks are not looked for: CPython itself leaves memory behind.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "${1:-.venv/bin/python}")
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+"$python" -m pip install --quiet --no-deps --target "$folder/site" \
+  --config-settings=cmake.define.GEMMLET_SANITIZE=address,undefined .
+
+# An editable install of the package would come before PYTHONPATH.
+cat > "$folder/site/sitecustomize.py" <<'PYTHON'
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]
+PYTHON
+
+# The interpreter is not built with ASan, so its runtime has to be there before anything else.
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
+export PYTHONPATH="$folder/site" GEMMLET_TEST_BACKENDS=cpu PYTHONMALLOC=malloc
+"$python" -c '
+import gemmlet, pathlib
+from gemmlet.backends import cpu_backend
+assert pathlib.Path(gemmlet.__file__).is_relative_to("'"$folder"'"), gemmlet.__file__
+print("under ASan and UBSan:", *cpu_backend.available_isas())'
+"$python" -m pytest -q -p no:cacheprovider -p no:benchmark \
+  tests/test_kernels.py tests/test_special_values.py tests/test_layouts.py tests/test_bad_input.py
