@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Build the compiled modules with AddressSanitizer and UndefinedBehaviorSanitizer, and run the tests of the kernels on them.
 #
-#     tools/sanitize.sh [PYTHON]        an interpreter with the packages of the extra `test`; by default .venv/bin/python
+#     tools/sanitize.sh [PYTHON [ISA]]
 #
+# PYTHON: an interpreter with the packages of the extra `test`; by default .venv/bin/python. ISA: the only instruction set
+# to build, such as x86_64_v3; by default all.
 # GCC on Linux. Leaks are not looked for: CPython itself leaves memory behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,7 +13,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 "$python" -m pip install --quiet --no-deps --target "$folder/site" \
-  --config-settings=cmake.define.GEMMLET_SANITIZE=address,undefined .
+  --config-settings=cmake.define.GEMMLET_SANITIZE=address,undefined \
+  --config-settings=cmake.define.GEMMLET_ONLY_ISA="${2:-}" .
 
 # An editable install of the package would come before PYTHONPATH.
 cat > "$folder/site/sitecustomize.py" <<'PYTHON'
@@ -29,5 +32,6 @@ import gemmlet, pathlib
 from gemmlet.backends import cpu_backend
 assert pathlib.Path(gemmlet.__file__).is_relative_to("'"$folder"'"), gemmlet.__file__
 print("under ASan and UBSan:", *cpu_backend.available_isas())'
-"$python" -m pytest -q -p no:cacheprovider -p no:benchmark \
-  tests/test_kernels.py tests/test_special_values.py tests/test_layouts.py tests/test_bad_input.py
+# Not captured, as what the sanitizers print before they end the process would be lost.
+"$python" -m pytest -q --capture=no -p no:cacheprovider -p no:benchmark \
+  tests/test_kernels.py tests/test_special_values.py tests/test_layouts.py tests/test_bad_input.py tests/test_threads.py

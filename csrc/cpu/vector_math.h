@@ -104,9 +104,11 @@ inline V log(V x) {
   using I = IntOf<T>;
   constexpr bool single = sizeof(T) == 4;
   constexpr int mantissa = single ? 23 : 52;
-  // Subnormal numbers are scaled up to normal ones first.
-  const auto tiny = x < constant<V>(static_cast<double>(std::numeric_limits<T>::min()));
-  const V scaled = select(tiny, x * constant<V>(single ? 0x1p24 : 0x1p54), x);
+  // Subnormal numbers are scaled up to normal ones first. (Below 0 the result is NaN, at last; the size keeps the
+  // subtraction of integers from overflowing.)
+  const V size = abs(x);
+  const auto tiny = size < constant<V>(static_cast<double>(std::numeric_limits<T>::min()));
+  const V scaled = select(tiny, size * constant<V>(single ? 0x1p24 : 0x1p54), size);
   // scaled = 2^n m with m within [sqrt(1/2), sqrt(2)): sqrt(1/2) in the units of the bits is taken off, and put back.
   const I root_half = single ? I(0x3f3504f3) : I(0x3fe6a09e667f3bcdLL);
   const IntVecOf<V> offset = bits(scaled) - root_half;
