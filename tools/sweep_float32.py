@@ -5,7 +5,7 @@
     python tools/sweep_float32.py --step 1009          # a sample: one in 1,009
 
 The gradient is taken for ``grad_y = 1``, as a function of the array that it reads. The reference is the registry's
-expression in float64. The exit status is 1 if an error is above the registry's bound. A full sweep takes some two
+expression in float64. The exit status is 1 if an error is above the registry's bound. A full sweep takes some
 minutes for each name, direction and backend.
 """
 
