@@ -13,7 +13,9 @@
 #include "cpu/network.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -201,7 +203,7 @@ struct BlockedRow {
 template <class T>
 void forward_sparse(const BlockedRow<T>* x, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
   constexpr Index n = lanes<T>;
-  const Index out = layer.out, blocks = pieces(layer.in, block_features), at_once = rows == 1 ? blocks : 2;
+  const Index out = layer.out, blocks = pieces(layer.in, block_features), at_once = rows == 1 ? blocks : 1;
   const T *w = layer.weight.value, *bias = layer.bias.value;
   if (out < n) {
     const int part = static_cast<int>(out);
@@ -601,6 +603,35 @@ void with_team(double work, const F& f) {
   f(alone);
 }
 
+// The places of the bits of a byte, lowest first; then anything.
+constexpr auto bit_places = [] {
+  std::array<std::array<std::uint8_t, 8>, 256> places{};
+  for (std::size_t mask = 0; mask < 256; ++mask)
+    for (std::size_t bit = 0, count = 0; bit < 8; ++bit)
+      if ((mask >> bit & 1) != 0) places[mask][count++] = static_cast<std::uint8_t>(bit);
+  return places;
+}();
+
+// Appends the places first ... end of bytes that are not 0 to `columns`, which has `count`; returns how many it has then.
+// It writes up to eight more. Without a branch on what the bytes are, which cannot be predicted.
+inline Index list_bytes(const std::uint8_t* bytes, Index first, Index end, std::int32_t* columns, Index count) {
+  constexpr std::uint64_t low = 0x7f7f7f7f7f7f7f7f, top = ~low;
+  for (Index k = first; k < end; k += 8) {
+    std::uint64_t eight = 0;
+    if (end - k >= 8)
+      std::memcpy(&eight, bytes + k, 8);
+    else
+      for (Index i = 0; i < end - k; ++i) eight |= std::uint64_t{bytes[k + i]} << (8 * i);
+    // The top bit of each byte that is not 0; these eight bits, side by side.
+    const std::uint64_t set = (eight | ((eight & low) + low)) & top;
+    const std::size_t mask = (set >> 7) * 0x0102040810204080 >> 56;
+    for (std::size_t i = 0; i < 8; ++i)
+      columns[count + static_cast<Index>(i)] = static_cast<std::int32_t>(k) + bit_places[mask][i];
+    count += std::popcount(mask);
+  }
+  return count;
+}
+
 // Makes samples the rows of a mini-batch.
 template <class T>
 class Feed {
@@ -616,7 +647,7 @@ class Feed {
       inputs.lists.row = zeros<std::int32_t>(numbers);
       inputs.lists.value = zeros<T>(numbers);
       if (samples.row_start == nullptr) {
-        columns_ = zeros<std::int32_t>(numbers);
+        columns_ = zeros<std::int32_t>(numbers + 8 * most_rows);
         values_ = zeros<T>(numbers);
       }
     } else if (samples.bytes != nullptr || !unchanged) {
@@ -681,32 +712,26 @@ class Feed {
       }
       return {{columns, samples_.values + at, count}, begin};
     }
-    std::int32_t* columns = columns_.get() + row * features;
+    std::int32_t* columns = columns_.get() + row * (features + 8);
     T* values = values_.get() + row * features;
     Index count = 0;
-    // Each number is written, and counts if it is not zero.
-    const auto keep = [&](Index k, T value) {
-      columns[count] = static_cast<std::int32_t>(k);
-      values[count] = value;
-      count += value != T(0);
-    };
     for (Index block = 0; block < blocks_; ++block) {
       begin[block] = static_cast<std::int32_t>(count);
-      const Index end = std::min(features, (block + 1) * block_features);
-      Index k = block * block_features;
-      if (samples_.bytes != nullptr) {
-        const std::uint8_t* from = samples_.bytes + sample * features;
-        for (; k + 8 <= end; k += 8) {
-          std::uint64_t eight;
-          std::memcpy(&eight, from + k, 8);
-          if (eight == 0) continue;
-          for (Index i = k; i < k + 8; ++i) keep(i, of_byte_[from[i]]);
+      const Index first = block * block_features, end = std::min(features, first + block_features);
+      if (samples_.bytes != nullptr)
+        count = list_bytes(samples_.bytes + sample * features, first, end, columns, count);
+      else
+        for (Index k = first; k < end; ++k) {
+          // Each number is written, and counts if it is not zero.
+          const T value = samples_.values[sample * features + k];
+          columns[count] = static_cast<std::int32_t>(k);
+          values[count] = value;
+          count += value != T(0);
         }
-        for (; k < end; ++k) keep(k, of_byte_[from[k]]);
-      } else {
-        const T* from = samples_.values + sample * features;
-        for (; k < end; ++k) keep(k, from[k]);
-      }
+    }
+    if (samples_.bytes != nullptr) {
+      const std::uint8_t* from = samples_.bytes + sample * features;
+      for (Index e = 0; e < count; ++e) values[e] = of_byte_[from[columns[e]]];
     }
     begin[blocks_] = static_cast<std::int32_t>(count);
     return {{columns, values, count}, begin};
