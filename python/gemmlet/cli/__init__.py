@@ -82,6 +82,14 @@ def _run(words: list[str]) -> int:
         show()
         return 0
 
+    if words[:1] == ["bench"]:
+        from ..bench.suite import without_blas_variables
+
+        environment = without_blas_variables(os.environ)
+        if environment is not None:
+            # NumPy's BLAS has read them when it was loaded: start once more.
+            os.execve(sys.executable, [sys.executable, "-m", "gemmlet", *words], environment)
+
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"this needs {', '.join(missing)}: pip install 'gemmlet[train]'", code=1)
