@@ -106,8 +106,8 @@ def _product(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Ca
         inputs,
         {OURS: ours, "numpy": numpy, "pytorch": pytorch, "jax": jax},
         lambda pair: pair[0].astype(np.float64) @ pair[1].astype(np.float64),
-        # The error of a sum of k products is at most k * eps * sum |a| |b| (Higham, 3.5). Rounding errors of either sign
-        # leave about its root; no |a| |b| is much above 16.
+        # The error of a sum of k products is at most k * eps * sum |a| |b| (Higham, 3.5). Errors of either sign leave
+        # about its root; no |a| |b| is much above 16.
         rtol=4 * eps,
         atol=8 * k * eps,
         flops=2.0 * m * k * n,

@@ -284,47 +284,59 @@ def mlp_flops(layers: Sequence[int]) -> float:
     return 3.0 * sum(products) - products[0]
 
 
+def mlp_case(
+    data: str,
+    inputs: Callable[[], Task],
+    layers: Sequence[int],
+    count: int,
+    batch: int,
+    dtype: str,
+    sides: Sequence[str] = tuple(MLP_SIDES),
+) -> Case:
+    """Return the case of an epoch, or with one image at a time of an image, of an MLP with tanh and SGD."""
+    single = batch == 1
+    size = float(layers[0] * np.dtype(dtype).itemsize)
+    return Case(
+        "epoch",
+        f"{data} {'-'.join(map(str, layers))} tanh, {'one image at a time' if single else f'batch {batch}'}, "
+        f"{count:,} images, {dtype}",
+        inputs,
+        {name: MLP_SIDES[name] for name in sides},
+        exact_mlp,
+        # Rounding errors grow from update to update: in float32 the peers' are up to 1e-6 after an epoch.
+        rtol=0.0,
+        atol=1e-5 if dtype == "float32" else 1e-6,
+        flops=mlp_flops(layers) * (1 if single else count),
+        bytes=size * (1 if single else count),
+        units=count if single else 1,
+        unit="image" if single else "epoch",
+        labels={"data": data, "dtype": dtype, "batch": batch},
+    )
+
+
+def digits_case(
+    settings: Settings, layers: Sequence[int], count: int, batch: int, dtype: str, sides: Sequence[str]
+) -> Case:
+    """Return the case of an MLP on images as they are in MNIST."""
+    checked = min(count, 200) if batch == 1 else None
+
+    def inputs() -> Task:
+        return task(layers, *_digits(settings, count), batch, dtype, checked)
+
+    return mlp_case("MNIST", inputs, layers, count, batch, dtype, sides)
+
+
 def epoch(settings: Settings) -> Iterator[Case]:
     """An epoch of MNIST, 784-128-10, tanh, softmax cross-entropy, SGD with 0.1."""
     count, singles = (6_400, 400) if settings.quick else (60_000, 3_000)
-    network = "784-128-10 tanh"
-
-    def digits(n: int, batch: int, dtype: str, checked: int | None = None) -> Task:
-        return task(LAYERS, *_digits(settings, n), batch, dtype, checked)
 
     def dense() -> Task:
         samples = np.random.default_rng(0).random((count, LAYERS[0]), "float32")
         return task(LAYERS, samples, _digits(settings, count)[1], BATCH, "float32")
 
-    for data, inputs in (("MNIST", partial(digits, count, BATCH, "float32")), ("dense random", dense)):
-        yield Case(
-            "epoch",
-            f"{data} {network}, {count:,} images, batch {BATCH}, float32",
-            inputs,
-            MLP_SIDES,
-            exact_mlp,
-            # Rounding errors grow over the updates.
-            rtol=0.0,
-            atol=1e-5,
-            flops=mlp_flops(LAYERS) * count,
-            bytes=float(count * LAYERS[0] * 4),
-            unit="epoch",
-            labels={"data": data, "dtype": "float32", "batch": BATCH},
-        )
-    yield Case(
-        "epoch",
-        f"MNIST {network}, one image at a time, {singles:,} images, float64",
-        partial(digits, singles, 1, "float64", checked=200),
-        {name: MLP_SIDES[name] for name in (OURS, "gemmlet-numba", "numpy")},
-        exact_mlp,
-        rtol=0.0,
-        atol=1e-6,
-        flops=mlp_flops(LAYERS),
-        bytes=float(LAYERS[0] * 8),
-        units=singles,
-        unit="image",
-        labels={"data": "MNIST", "dtype": "float64", "batch": 1},
-    )
+    yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_SIDES))
+    yield mlp_case("dense random", dense, LAYERS, count, BATCH, "float32")
+    yield digits_case(settings, LAYERS, singles, 1, "float64", (OURS, "gemmlet-numba", "numpy"))
 
 
 # Optimizer updates in NumPy, in place.
@@ -629,22 +641,26 @@ def gan_flops() -> float:
     return generator + discriminator + through
 
 
-def gan(settings: Settings) -> Iterator[Case]:
-    """Step of a GAN, generator 100-256-784, discriminator 784-256-1, Adam."""
-    steps = CHECKED_STEPS if settings.quick else 50
-    count = steps * BATCH
-    yield Case(
+def gan_case(settings: Settings, count: int) -> Case:
+    """Return the case of a step, measured over as many as `count` images give."""
+    steps = math.ceil(count / BATCH)
+    return Case(
         "gan",
-        f"step 100-256-784 and 784-256-1, batch {BATCH}, Adam, float32",
+        f"step 100-256-784 and 784-256-1, batch {min(count, BATCH)}, Adam, float32",
         lambda: gan_task(_digits(settings, count)[0]),
         GAN_SIDES,
         exact_gan,
         # Each side has noise of its own, and so losses of its own, which the mean over a few steps brings close.
         rtol=0.0,
         atol=0.05,
-        flops=gan_flops() * BATCH,
-        bytes=float(BATCH * GENERATOR[-1] * 4),
+        flops=gan_flops() * count / steps,
+        bytes=float(GENERATOR[-1] * 4 * count / steps),
         units=steps,
         unit="step",
         labels={"dtype": "float32", "batch": BATCH},
     )
+
+
+def gan(settings: Settings) -> Iterator[Case]:
+    """Step of a GAN, generator 100-256-784, discriminator 784-256-1, Adam."""
+    yield gan_case(settings, (CHECKED_STEPS if settings.quick else 50) * BATCH)
