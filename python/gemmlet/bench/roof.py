@@ -54,7 +54,7 @@ class Roof:
         return asdict(self) | {"copy": {str(size): rate for size, rate in self.copy.items()}}
 
 
-def _best(call: Callable[[], object], seconds: float = 0.01) -> float:
+def _best(call: Callable[[], object], seconds: float = 0.004) -> float:
     """Seconds of the fastest sample, of those that take about `seconds` each."""
     count = 1
     while True:

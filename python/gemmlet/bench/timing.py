@@ -29,12 +29,17 @@ class Plan:
         Each round times each side once.
     sample_seconds
         A sample is as many calls as take about this long, so that the clock's own cost does not count.
+    warm_seconds
+        Before each sample the side runs untimed for so long. The threads of the side before it still spin for some
+        milliseconds, on processors that this one needs: the first call after a change of sides took 3 ms instead of
+        0.1, with PyTorch after NumPy on two processors.
     """
 
     seconds: float = 1.0
     least_rounds: int = 5
     most_rounds: int = 200
     sample_seconds: float = 2e-3
+    warm_seconds: float = 6e-3
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def check(case: Case, name: str) -> Prepared:
 
 
 def calls_per_sample(call: Callable[[], Any], seconds: float, clock: Clock = time.perf_counter) -> int:
-    """How many calls take about `seconds`: doubled until they take half of it, which also warms everything up."""
+    """How many calls take about `seconds`: doubled until they take half of it."""
     count = 1
     while True:
         start = clock()
@@ -104,20 +109,34 @@ def calls_per_sample(call: Callable[[], Any], seconds: float, clock: Clock = tim
         count *= 2
 
 
+def _warm_up(call: Callable[[], Any], seconds: float, clock: Clock) -> None:
+    start = clock()
+    while True:
+        call()
+        if clock() - start >= seconds:
+            return
+
+
 def alternate(
     sides: Mapping[str, Prepared], plan: Plan, rng: random.Random, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
     """Seconds per call, a sample for each round and side."""
     counts: dict[str, int] = {}
+    warm: dict[str, float] = {}
     round_seconds = 0.0
     for name, side in sides.items():
         with SIDES[name].entered():
-            start = clock()
             side.call()  # the first one may still compile or allocate
+            start = clock()
+            side.call()
             once = clock() - start
-            slow = once > plan.sample_seconds or side.own_clock
+            # What takes long itself is not spoilt by some milliseconds at its start.
+            slow = side.own_clock or once > 10 * plan.warm_seconds
+            warm[name] = 0.0 if slow else plan.warm_seconds
+            if not slow:
+                _warm_up(side.call, plan.warm_seconds, clock)
             counts[name] = 1 if slow else calls_per_sample(side.call, plan.sample_seconds, clock)
-        round_seconds += max(once, plan.sample_seconds)
+        round_seconds += warm[name] + max(once, plan.sample_seconds)
     rounds = 0
     if sides:
         rounds = min(max(int(plan.seconds / round_seconds), plan.least_rounds), plan.most_rounds)
@@ -128,19 +147,19 @@ def alternate(
         for _ in range(rounds):
             for name in rng.sample(list(sides), len(sides)):
                 with SIDES[name].entered():
-                    samples[name].append(_sample(sides[name], counts[name], clock))
+                    samples[name].append(_sample(sides[name], counts[name], warm[name], clock))
     finally:
         if collecting:
             gc.enable()
     return samples
 
 
-def _sample(side: Prepared, count: int, clock: Clock) -> float:
+def _sample(side: Prepared, count: int, warm_seconds: float, clock: Clock) -> float:
     """Seconds of one call, the mean over `count` of them."""
     if side.own_clock:
         return float(side.call())
-    if count > 1:
-        side.call()  # brings this side's data into the caches again, and wakes its threads
+    if warm_seconds:
+        _warm_up(side.call, warm_seconds, clock)
     start = clock()
     for _ in range(count):
         side.call()

@@ -1,6 +1,7 @@
-"""The command ``gemmlet``: train the networks on MNIST, and show what computes here.
+"""The command ``gemmlet``: train the networks on MNIST, measure the kernels, and show what computes here.
 
-Typer, rich and all that the trainings need come with the extra ``train``; ``gemmlet info`` works without them.
+Typer, rich and all that the trainings need come with the extra ``train``, the peers that ``gemmlet bench`` knows with the
+extra ``bench``; ``gemmlet info`` works without them.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ def _run(words: list[str]) -> int:
             # NumPy's BLAS has read them when it was loaded: start once more.
             os.execve(sys.executable, [sys.executable, "-m", "gemmlet", *words], environment)
 
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    needed, extra = (_EXTRA, "train") if words[:1] != ["bench"] else ((*_EXTRA, "threadpoolctl"), "bench")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'gemmlet[train]'", code=1)
+        raise UserError(f"this needs {', '.join(missing)}: pip install 'gemmlet[{extra}]'", code=1)
     from .app import run
 
     return run(words)
