@@ -1,7 +1,7 @@
 """The command ``gemmlet``: train the networks on MNIST, measure the kernels, and show what computes here.
 
-Typer, rich and all that the trainings need come with the extra ``train``, the peers that ``gemmlet bench`` knows with the
-extra ``bench``; ``gemmlet info`` works without them.
+Typer, rich and all that the trainings need come with the extra ``train``, the peers of ``bench`` with the extra of that
+name; ``gemmlet info`` works without them.
 """
 
 from __future__ import annotations
