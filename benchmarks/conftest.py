@@ -10,7 +10,8 @@ Each result is checked against a float64 reference before it is timed. All sides
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(benchmark):  # type: ignore[no-untyped-def]
+def run(benchmark: Any) -> Callable[[Case, str], None]:
     """Check one side of a case, then time it."""
 
     def check_and_time(case: Case, side: str) -> None:

@@ -492,7 +492,10 @@ def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text
     assert "| tanh | 2.00 µs | 2.00 µs | 2.00 µs |  | ▼ 0.50 (1.00 µs) |" in text
-    assert "activations: 2 rows, one call each; 1 behind a peer" in text
+    assert "activations (one call): 2 rows, 1 behind a peer" in text
+    counts = saved("counts.json", run_of(row(gemmlet=[1000.0]), measure=results.INSTRUCTIONS))
+    assert call("--from", counts, "--markdown", page) == 2
+    assert "--markdown is for times, and these are instructions" in capsys.readouterr().err
     page.write_text("no markers")
     assert call("--from", run, "--markdown", page) == 2
     assert "once each and in this order" in capsys.readouterr().err
@@ -538,6 +541,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ("--scaling --instructions", "--scaling and --instructions exclude each other"),
         ("--scaling --markdown x.md", "leave out --compare and --markdown"),
         ("--instructions matmul", "leave out GROUP"),
+        ("--instructions --markdown x.md", "leave out --instructions"),
         ("--compare nowhere.json", "--compare nowhere.json: "),
         ("--from nowhere.json", "--from nowhere.json: "),
         ("--markdown nowhere.md", "--markdown nowhere.md: "),

@@ -39,6 +39,14 @@ def groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
         yield name, list(rows)
 
 
+def _heading(name: str, rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """The title of a group and the names of its rows, with the unit of work in the title if all have the same."""
+    units = {row.unit for row in rows}
+    if len(units) == 1:
+        return f"{name} (one {units.pop()})", [row.name for row in rows]
+    return name, [f"{row.name} (one {row.unit})" for row in rows]
+
+
 def _columns(rows: Sequence[Row]) -> list[str]:
     """The peers that any of the rows has, in one order."""
     return [name for name in SIDES if name != OURS and any(name in row.sides for row in rows)]
@@ -77,21 +85,22 @@ EXPLANATION = (
 def show(console: Console, results: Results) -> None:
     """Print a table for each group, what failed, and the targets."""
     for name, rows in groups(results):
-        table = Table(title=f"{name} (one {rows[0].unit})", title_justify="left")
+        title, names = _heading(name, rows)
+        table = Table(title=title, title_justify="left")
         table.add_column("")
         if results.measure != TIME:
             table.add_column("instructions", justify="right")
-            for row in rows:
-                table.add_row(row.name, f"{row.percentile(OURS, 50):,.0f}" if row.measured(OURS) else "failed")
+            for shown, row in zip(names, rows, strict=True):
+                table.add_row(shown, f"{row.percentile(OURS, 50):,.0f}" if row.measured(OURS) else "failed")
             console.print(table)
             continue
         peers = _columns(rows)
         for column in (*_OWN_COLUMNS, *peers):
             table.add_column(column, justify="right")
-        for row in rows:
+        for shown, row in zip(names, rows, strict=True):
             cells = [*_own_cells(row), *(_peer_cell(row, peer) for peer in peers)]
             # The sign says it too: not every terminal has colours.
-            table.add_row(row.name, *(f"[red]{cell}[/red]" if LOST in cell else cell for cell in cells))
+            table.add_row(shown, *(f"[red]{cell}[/red]" if LOST in cell else cell for cell in cells))
         console.print(table)
     for row in results.rows:
         for side, timed in row.sides.items():
@@ -201,15 +210,17 @@ def markdown(results: Results) -> str:
     lines += _markdown_table(("target", "required", "measured", ""), list(_target_cells(verdicts)))
     lines += ["", EXPLANATION, ""]
     for name, rows in groups(results):
-        peers = _columns(rows)
+        peers, (title, names) = _columns(rows), _heading(name, rows)
         lost = sum(any((row.ratio(peer) or 1.0) < 1 for peer in row.peers if peer != "gemmlet-numba") for row in rows)
         lines += [
-            f"<details><summary>{name}: {len(rows)} rows, one {rows[0].unit} each; "
-            f"{lost or 'none'} behind a peer</summary>",
+            f"<details><summary>{title}: {len(rows)} rows, {lost or 'none'} behind a peer</summary>",
             "",
             *_markdown_table(
                 (name, *_OWN_COLUMNS, *peers),
-                [(row.name, *_own_cells(row), *(_peer_cell(row, peer) for peer in peers)) for row in rows],
+                [
+                    (shown, *_own_cells(row), *(_peer_cell(row, peer) for peer in peers))
+                    for shown, row in zip(names, rows, strict=True)
+                ],
             ),
             "",
             "</details>",

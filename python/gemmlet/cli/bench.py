@@ -14,7 +14,7 @@ from .. import get_num_threads
 from ..bench import instructions, machine, report, scaling, suite
 from ..bench.case import Case, Settings
 from ..bench.cases import GROUPS
-from ..bench.results import TOLERANCES, Results, load
+from ..bench.results import TIME, TOLERANCES, Results, load
 from ..bench.sides import SIDES
 from ..bench.timing import Plan
 from . import UserError, files, info, train
@@ -99,6 +99,8 @@ def _check(options: Options) -> None:
     }
     if sum(modes.values()) > 1:
         raise UserError(f"{' and '.join(name for name, given in modes.items() if given)} exclude each other")
+    if options.instructions and options.markdown is not None:
+        raise UserError("--markdown is for times: leave out --instructions")
     if options.scaling and (options.compare or options.markdown):
         raise UserError("--scaling has curves, not rows: leave out --compare and --markdown")
     if options.instructions and (options.groups or options.filter or options.sides or options.threads):
@@ -219,6 +221,8 @@ def _save(console: Console, options: Options, results: Results) -> None:
 
 
 def _write_markdown(path: Path, results: Results) -> None:
+    if results.measure != TIME:
+        raise UserError(f"--markdown is for times, and these are {results.measure}")
     text = report.between_markers(path.read_text(), report.markdown(results))
     with files.replacing(path) as temporary:
         temporary.write_text(text)
