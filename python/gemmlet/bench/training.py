@@ -35,9 +35,10 @@ def _mnist(data_dir: Path | None) -> Mnist:
 
 
 def data_source(settings: Settings) -> str:
-    """Say in words where the images come from."""
+    """Say in words where the images come from; not by the name of a folder, which is nobody else's business."""
     data = _mnist(settings.data_dir)
-    return f"{data.source}, {len(data.x_train):,} images, repeated where more are needed"
+    source = data.source if data.is_sample else "MNIST from the folder that was given"
+    return f"{source}, {len(data.x_train):,} images, repeated where more are needed"
 
 
 def _digits(settings: Settings, count: int) -> tuple[Array, Array]:
