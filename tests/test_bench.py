@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -222,6 +223,23 @@ def test_samples_are_seconds_per_call() -> None:
     # A round takes about 0.2 s, so that there are some five.
     assert {len(samples) for samples in timed.values()} == {4}
     assert timing.calls_per_sample(clock.side(1e-5).call, 1e-3, clock) == 100
+
+
+def test_a_side_is_warmed_up_until_it_is_fast_again() -> None:
+    clock = Clock()
+    seconds = itertools.chain([1e-4] * 3, [1e-2] * 5, itertools.repeat(1e-4))
+
+    def run() -> None:
+        clock.now += next(seconds)
+
+    plan = Plan(warm_seconds=1e-3, most_warm_seconds=1.0)
+    assert timing._warm_up(run, dataclasses.replace(plan, warm_seconds=2e-4), 1.0, clock) == pytest.approx(1e-4)
+    assert timing._warm_up(run, plan, 1e-4, clock) == pytest.approx(1e-4)
+    # The five slow calls are over, though one of them was longer than the warm-up has to be.
+    assert clock.now > 5e-2
+    before = clock.now
+    timing._warm_up(run, plan, 1e-6, clock)  # it was never so fast again
+    assert clock.now - before == pytest.approx(plan.most_warm_seconds, abs=1e-3)
 
 
 def test_rounds_are_at_least_and_at_most_what_the_plan_says() -> None:

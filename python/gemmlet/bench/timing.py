@@ -6,7 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,12 @@ class Plan:
         Each round times each side once.
     sample_seconds
         A sample is as many calls as take about this long, so that the clock's own cost does not count.
-    warm_seconds
-        Before each sample the side runs untimed for so long. The threads of the side before it still spin for some
-        milliseconds, on processors that this one needs: the first call after a change of sides took 3 ms instead of
-        0.1, with PyTorch after NumPy on two processors.
+    warm_seconds, most_warm_seconds
+        Before each sample the side runs untimed: for so long, and until a call takes at most twice as long as its
+        fastest so far. The threads of the side before it still spin, on processors that this one needs: PyTorch after
+        NumPy, on two processors, took 3 ms for its first call instead of 0.1, and now and then 16 ms for each of five.
+    first_warm_seconds
+        The least before the first sample, so that a fastest call is known that none of this has spoilt.
     """
 
     seconds: float = 1.0
@@ -40,6 +42,8 @@ class Plan:
     most_rounds: int = 200
     sample_seconds: float = 2e-3
     warm_seconds: float = 6e-3
+    most_warm_seconds: float = 0.25
+    first_warm_seconds: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,17 @@ def calls_per_sample(call: Callable[[], Any], seconds: float, clock: Clock = tim
         count *= 2
 
 
-def _warm_up(call: Callable[[], Any], seconds: float, clock: Clock) -> None:
-    start = clock()
+def _warm_up(call: Callable[[], Any], plan: Plan, fastest: float, clock: Clock) -> float:
+    """Run untimed, as the plan says; returns the seconds of the fastest call, here or before."""
+    start = before = clock()
     while True:
         call()
-        if clock() - start >= seconds:
-            return
+        now = clock()
+        took, before = now - before, now
+        fastest = min(fastest, took)
+        enough = plan.warm_seconds if took <= 2 * fastest else plan.most_warm_seconds
+        if now - start >= enough:
+            return fastest
 
 
 def alternate(
@@ -122,7 +131,7 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds per call, a sample for each round and side."""
     counts: dict[str, int] = {}
-    warm: dict[str, float] = {}
+    fastest: dict[str, float] = {}  # of the sides that are warmed up
     round_seconds = 0.0
     for name, side in sides.items():
         with SIDES[name].entered():
@@ -132,11 +141,14 @@ def alternate(
             once = clock() - start
             # What takes long itself is not spoilt by some milliseconds at its start.
             slow = side.own_clock or once > 10 * plan.warm_seconds
-            warm[name] = 0.0 if slow else plan.warm_seconds
-            if not slow:
-                _warm_up(side.call, plan.warm_seconds, clock)
-            counts[name] = 1 if slow else calls_per_sample(side.call, plan.sample_seconds, clock)
-        round_seconds += warm[name] + max(once, plan.sample_seconds)
+            if slow:
+                counts[name] = 1
+                round_seconds += once
+            else:
+                first = replace(plan, warm_seconds=plan.first_warm_seconds)
+                fastest[name] = _warm_up(side.call, first, once, clock)
+                counts[name] = calls_per_sample(side.call, plan.sample_seconds, clock)
+                round_seconds += plan.warm_seconds + max(fastest[name], plan.sample_seconds)
     rounds = 0
     if sides:
         rounds = min(max(int(plan.seconds / round_seconds), plan.least_rounds), plan.most_rounds)
@@ -147,19 +159,19 @@ def alternate(
         for _ in range(rounds):
             for name in rng.sample(list(sides), len(sides)):
                 with SIDES[name].entered():
-                    samples[name].append(_sample(sides[name], counts[name], warm[name], clock))
+                    if name in fastest:
+                        fastest[name] = _warm_up(sides[name].call, plan, fastest[name], clock)
+                    samples[name].append(_sample(sides[name], counts[name], clock))
     finally:
         if collecting:
             gc.enable()
     return samples
 
 
-def _sample(side: Prepared, count: int, warm_seconds: float, clock: Clock) -> float:
+def _sample(side: Prepared, count: int, clock: Clock) -> float:
     """Seconds of one call, the mean over `count` of them."""
     if side.own_clock:
         return float(side.call())
-    if warm_seconds:
-        _warm_up(side.call, warm_seconds, clock)
     start = clock()
     for _ in range(count):
         side.call()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +22,8 @@ from . import UserError, files, info, train
 _WIDTH = 150
 
 # Seconds for a case, and the least number of rounds.
-_USUAL, _QUICK = Plan(1.0, 7), Plan(0.1, 3)
+_USUAL = Plan(1.0, 7)
+_QUICK = Plan(0.05, 3, sample_seconds=1e-3, warm_seconds=4e-3, first_warm_seconds=0.02)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _threads(options: Options) -> int:
 def _measure(console: Console, options: Options, settings: Settings, choice: suite.Choice) -> Results:
     _cases(settings, choice)
     usual = _QUICK if options.quick else _USUAL
-    plan = Plan(usual.seconds if options.seconds is None else options.seconds, usual.least_rounds)
+    plan = usual if options.seconds is None else replace(usual, seconds=options.seconds)
     try:
         with _bar(console) as bar:
             task = bar.add_task("", total=None)
