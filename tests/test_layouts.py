@@ -75,11 +75,11 @@ def laid_out(layout: str, values: Any) -> Any:
 def arguments_for(name: str, backend: Any, rng: Any, dtype: Any, rows: int = 6, columns: int = 37) -> dict[str, Any]:
     """Arguments whose result is one to the last bit, in any layout.
 
-    The compiled products add in one order whatever the strides. A BLAS may choose another for a transposed matrix,
-    and so gets numbers whose products and sums are exact.
+    A matrix product may add in another order where a matrix is transposed, and so gets numbers whose products and sums
+    are exact.
     """
     arguments = arguments_of(name, rng, dtype, rows, columns)
-    if name in PRODUCTS and backend.name != "cpu":
+    if name in PRODUCTS:
         arguments = {k: np.round(4 * v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
         if "activation" in arguments:
             arguments["activation"] = "relu"

@@ -44,6 +44,12 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
                              Index rows, Index columns);
 template <class T>
 double elementwise_loss(int loss, const T* prediction, const T* target, T parameter, T* gradient, Index n);
+// One row, on the calling thread: its loss (elementwise: the sum) is returned; the gradient is multiplied by `share`.
+template <class T>
+double softmax_cross_entropy_row(const T* logits, Index index, const T* targets, T share, T* gradient, Index columns);
+template <class T>
+double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T share, T* gradient, Index n);
+int elementwise_loss_number(const std::string& name);
 
 // optimizers.cpp: the rule's state_count arrays and scalar_count numbers.
 template <class T>

@@ -1,4 +1,6 @@
 // Losses: the mean and its gradient in one pass. Sums in double, over chunks of a fixed size, in a fixed order.
+#include <algorithm>
+
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 // After the functions that it is written on.
@@ -19,19 +21,24 @@ double sum_chunks(Index n, Index chunk, F&& f) {
 }
 
 template <class T, class F>
-double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
+double evaluate_row(const T* prediction, const T* target, T parameter, T share, T* gradient, Index n) {
   using V = Vec<T>;
-  const V p = splat<T>(parameter), share = splat<T>(static_cast<T>(1.0 / static_cast<double>(n)));
+  const V p = splat<T>(parameter), s = splat<T>(share);
+  DoubleSum<T> total;
+  for_lanes<T>(n, [&](Index i, int lane_count) {
+    V loss, grad;
+    F::evaluate(load_lanes(prediction + i, lane_count), load_lanes(target + i, lane_count), p, s, loss, grad);
+    total.add(loss, lane_count);
+    store_lanes(gradient + i, grad, lane_count);
+  });
+  return total.total();
+}
+
+template <class T, class F>
+double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
+  const T share = static_cast<T>(1.0 / static_cast<double>(n));
   const double sum = sum_chunks(n, chunk_elements, [&](Index begin, Index end) {
-    DoubleSum<T> total;
-    for_lanes<T>(end - begin, [&](Index j, int lane_count) {
-      const Index i = begin + j;
-      V loss, grad;
-      F::evaluate(load_lanes(prediction + i, lane_count), load_lanes(target + i, lane_count), p, share, loss, grad);
-      total.add(loss, lane_count);
-      store_lanes(gradient + i, grad, lane_count);
-    });
-    return total.total();
+    return evaluate_row<T, F>(prediction + begin, target + begin, parameter, share, gradient + begin, end - begin);
   });
   return sum / static_cast<double>(n);
 }
@@ -105,6 +112,26 @@ double elementwise_loss(int loss, const T* prediction, const T* target, T parame
   return table[loss](prediction, target, parameter, gradient, n);
 }
 
+template <class T>
+double softmax_cross_entropy_row(const T* logits, Index index, const T* targets, T share, T* gradient, Index columns) {
+  return cross_entropy_row(logits, index, targets, 1.0, 0.0, share, gradient, columns);
+}
+
+template <class T>
+double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T share, T* gradient,
+                            Index n) {
+  using Function = double (*)(const T*, const T*, T, T, T*, Index);
+#define GEMMLET_ENTRY(name) &evaluate_row<T, losses::name>,
+  static constexpr Function table[] = {GEMMLET_LOSSES(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+  return table[loss](prediction, target, parameter, share, gradient, n);
+}
+
+int elementwise_loss_number(const std::string& name) {
+  const std::vector<std::string> names = loss_names();
+  return static_cast<int>(std::find(names.begin(), names.end(), name) - names.begin());
+}
+
 std::vector<std::string> loss_names() {
 #define GEMMLET_ENTRY(name) #name,
   return {GEMMLET_LOSSES(GEMMLET_ENTRY)};
@@ -113,7 +140,9 @@ std::vector<std::string> loss_names() {
 
 #define GEMMLET_INSTANTIATE(T)                                                                       \
   template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index); \
-  template double elementwise_loss(int, const T*, const T*, T, T*, Index);
+  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                           \
+  template double softmax_cross_entropy_row(const T*, Index, const T*, T, T*, Index);                \
+  template double elementwise_loss_row(int, const T*, const T*, T, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)
 

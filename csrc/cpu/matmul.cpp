@@ -2,17 +2,19 @@
 //
 // Contract
 //   y and z are contiguous (rows of x by columns of w) and overlap nothing. k = 0 gives activation(bias).
-//   Order of summation: runs of TileSizes::depth, each summed from its first to its last product, then added up in
-//   order.
-//   It depends on nothing else: not on where an element stands in its tile, nor on blocks or threads.
-//   y is cut into blocks, one task each; a task packs what it reads, run by run.
-//   What it does not do: tiny and skinny shapes without packing.
+//   y is cut into tasks, each some rows by some columns. Which way a product is computed, and in which order a sum is
+//   taken, follows from shapes and strides alone, never from the number of threads or from where an element stands:
+//   - tiles: runs of TileSizes::depth, each summed from its first to its last product, then added up in order.
+//   - dots: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
+//     The order is that of micro_kernel.h.
+//   x is read where it lies. w is packed, run by run, unless a tile or two of rows is all that uses it.
 #include <algorithm>
 #include <memory>
 #include <new>
 
 #include "cpu/kernels.h"
 #include "cpu/micro_kernel.h"
+#include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "cpu/vector_math.h"
 #include "formulas/activations.h"
@@ -32,96 +34,170 @@ struct Activated {
   Vec<T> operator()(Vec<T> v) const { return F::forward(v, parameter); }
 };
 
+// Where results go; a block of columns begins at column 0 here. z and bias may be null.
+template <class T, class Epilogue>
+struct Output {
+  T *y, *z;
+  const T* bias;
+  Index row_stride;
+  Epilogue epilogue;
+
+  Output at(Index row, Index column) const {
+    const Index offset = row * row_stride + column;
+    return {y + offset, z == nullptr ? nullptr : z + offset, bias == nullptr ? nullptr : bias + column, row_stride,
+            epilogue};
+  }
+
+  // n lanes of a row: added to what earlier runs of k left there; the last run adds the bias, keeps z, and applies the
+  // epilogue.
+  [[gnu::always_inline]] void put(Index row, Index column, Vec<T> value, int n, bool first, bool last) const {
+    const Index offset = row * row_stride + column;
+    if (!first) value = load_lanes(y + offset, n) + value;
+    if (last) {
+      if (bias != nullptr) value = value + load_lanes(bias + column, n);
+      if (z != nullptr) store_lanes(z + offset, value, n);
+      value = epilogue(value);
+    }
+    store_lanes(y + offset, value, n);
+  }
+};
+
+// The sums of one tile, row after row.
 template <class T>
-struct Buffers {
-  using Sizes = TileSizes<T>;
+using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
+
+// As wide as it shall be, or as wide as registers allow.
+template <bool wide, class T>
+inline void compute_tile(int rows, const Strided<T>& x, Strip<T> strip, Index depth, Sums<T>& sums) {
+  with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
+    constexpr int vectors = wide ? vectors_beside<T>(height) : TileSizes<T>::vectors;
+    accumulate(x, strip, depth, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
+  });
+}
+
+// f(first, count) for tiles of nearly equal height, so that none is left with a single row.
+template <class T, class F>
+inline void for_tiles(Index rows, F&& f) {
+  if (rows == 0) return;
+  const Index count = (rows + TileSizes<T>::rows - 1) / TileSizes<T>::rows, height = rows / count,
+              taller = rows % count;
+  Index first = 0;
+  for (Index t = 0; t < taller; ++t, first += height + 1) f(first, static_cast<int>(height + 1));
+  for (; first < rows; first += height) f(first, static_cast<int>(height));
+}
+
+template <class T>
+T* packing_buffer() {
   struct Free {
     void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
-  static std::unique_ptr<T[], Free> make(std::size_t count) {
-    return std::unique_ptr<T[], Free>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64})));
-  }
-  // One step of slack, as tiles at the edge are padded.
-  std::unique_ptr<T[], Free> x = make(std::size_t{Sizes::block_rows} * Sizes::depth);
-  std::unique_ptr<T[], Free> w = make(std::size_t{Sizes::block_columns} * Sizes::depth);
-};
-
-// Copies `lines` x `depth` numbers, `width` lines at a time, so that the width of each step stands together; the last
-// panel is padded with zeros. Number (line, step) stands at data[line * line_stride + step * step_stride].
-template <int width, class T>
-void pack(const T* data, Index lines, int depth, Index line_stride, Index step_stride, T* packed) {
-  for (Index first = 0; first < lines; first += width, packed += Index{width} * depth) {
-    const T* panel = data + first * line_stride;
-    const int count = static_cast<int>(std::min<Index>(width, lines - first));
-    if (count < width) std::fill_n(packed, Index{width} * depth, T(0));
-    if (line_stride == 1) {
-      if (count == width)
-        for (int k = 0; k < depth; ++k) std::copy_n(panel + k * step_stride, width, packed + k * width);
-      else
-        for (int k = 0; k < depth; ++k) std::copy_n(panel + k * step_stride, count, packed + k * width);
-    } else {
-      for (int line = 0; line < count; ++line) {
-        const T* source = panel + line * line_stride;
-        for (int k = 0; k < depth; ++k) packed[k * width + line] = source[k * step_stride];
-      }
-    }
-  }
+  thread_local std::unique_ptr<T[], Free> buffer(static_cast<T*>(::operator new[](
+      std::size_t{TileSizes<T>::block_columns} * TileSizes<T>::depth * sizeof(T), std::align_val_t{64})));
+  return buffer.get();
 }
 
-// A finished or unfinished tile to y: what earlier runs of k left there is added; the last run adds the bias, keeps z,
-// and applies the epilogue. row_stride: of y and z.
-template <class T, class Epilogue>
-[[gnu::always_inline]] inline void store_row(const Vec<T>* sum, bool first, bool last, const T* bias,
-                                             const Epilogue& epilogue, T* y, T* z, int columns) {
-  for (int v = 0; v < TileSizes<T>::vectors; ++v) {
-    const int n = std::min(lanes<T>, columns - v * lanes<T>);
-    if (n <= 0) return;
-    const int j = v * lanes<T>;
-    const bool whole = n == lanes<T>;
-    Vec<T> value = sum[v];
-    if (!first) value = (whole ? load(y + j) : load_part(y + j, n)) + value;
-    if (last) {
-      if (bias != nullptr) value = value + (whole ? load(bias + j) : load_part(bias + j, n));
-      if (z != nullptr) {
-        if (whole)
-          store(z + j, value);
-        else
-          store_part(z + j, value, n);
-      }
-      value = epilogue(value);
+template <class T, class O>
+void store_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index row, Index column, Index columns,
+                bool first, bool last) {
+  const bool whole = columns - column >= vectors * lanes<T>;
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) {
+      const Index j = column + v * lanes<T>;
+      if (whole)
+        out.put(row + r, j, sums[r * vectors + v], lanes<T>, first, last);
+      else if (j < columns)
+        out.put(row + r, j, sums[r * vectors + v], static_cast<int>(std::min<Index>(lanes<T>, columns - j)), first,
+                last);
     }
-    if (whole)
-      store(y + j, value);
-    else
-      store_part(y + j, value, n);
-  }
 }
 
-template <class T, class Epilogue>
-void compute_block(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T* z, Index row_stride) {
+// What a tile will be added to or stored at is on its way while the tile is computed.
+template <class T, class O>
+void prefetch_tile(const O& out, Index row, int rows, Index column) {
+  for (int r = 0; r < rows; ++r) __builtin_prefetch(out.y + (row + r) * out.row_stride + column, 1);
+}
+
+template <class T, class O>
+void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   using Sizes = TileSizes<T>;
-  thread_local Buffers<T> buffers;
+  Sums<T> sums;
+  // Whole strips of w are used where they lie if few rows need them.
+  const bool direct = w.column_stride == 1 && x.rows < 2 * Sizes::rows;
+  const Index direct_columns = direct ? w.columns / Sizes::columns * Sizes::columns : 0;
   Index k = 0;
   do {
-    const int depth = static_cast<int>(std::min<Index>(Sizes::depth, x.columns - k));
+    const Index depth = std::min<Index>(Sizes::depth, x.columns - k);
     const bool first = k == 0, last = k + depth >= x.columns;
-    pack<Sizes::rows>(x.data + k * x.column_stride, x.rows, depth, x.row_stride, x.column_stride, buffers.x.get());
-    pack<Sizes::columns>(w.data + k * w.row_stride, w.columns, depth, w.column_stride, w.row_stride, buffers.w.get());
-    for (Index j = 0; j < w.columns; j += Sizes::columns) {
-      const int columns = static_cast<int>(std::min<Index>(Sizes::columns, w.columns - j));
-      for (Index i = 0; i < x.rows; i += Sizes::rows) {
-        const int rows = static_cast<int>(std::min<Index>(Sizes::rows, x.rows - i));
-        Tile<T> tile;
-        accumulate(tile, buffers.x.get() + i * depth, buffers.w.get() + j * depth, depth);
-        for (int r = 0; r < rows; ++r) {
-          const Index at = (i + r) * row_stride + j;
-          store_row(tile.sum[r], first, last, bias == nullptr ? nullptr : bias + j, epilogue, y + at,
-                    z == nullptr ? nullptr : z + at, columns);
-        }
+    const auto x_at = [&](Index row) {
+      return Strided<T>{x.data + row * x.row_stride + k * x.column_stride, x.row_stride, x.column_stride};
+    };
+    for_tiles<T>(direct ? x.rows : 0, [&](Index row, int height) {
+      const int wide = vectors_beside<T>(height);
+      Index j = 0;
+      while (j < direct_columns) {
+        const bool whole = direct_columns - j >= wide * lanes<T>;
+        const int vectors = whole ? wide : Sizes::vectors;
+        prefetch_tile<T>(out, row, height, j);
+        const Strip<T> strip{w.data + k * w.row_stride + j, w.row_stride, lanes<T>};
+        whole ? compute_tile<true>(height, x_at(row), strip, depth, sums)
+              : compute_tile<false>(height, x_at(row), strip, depth, sums);
+        store_tile<T>(sums, height, vectors, out, row, j, w.columns, first, last);
+        j += vectors * lanes<T>;
       }
+    });
+    for (Index block = direct_columns; block < w.columns; block += Sizes::block_columns) {
+      const Index columns = std::min<Index>(Sizes::block_columns, w.columns - block);
+      T* packed = packing_buffer<T>();
+      pack<T>({w.data + k * w.row_stride + block * w.column_stride, depth, columns, w.row_stride, w.column_stride},
+              packed);
+      for (Index j = 0; j < columns; j += Sizes::columns)
+        for_tiles<T>(x.rows, [&](Index row, int height) {
+          prefetch_tile<T>(out, row, height, block + j);
+          compute_tile<false>(height, x_at(row), Strip<T>{packed + j * depth, Sizes::columns, lanes<T>}, depth, sums);
+          store_tile<T>(sums, height, Sizes::vectors, out, row, block + j, w.columns, first, last);
+        });
     }
     k += depth;
   } while (k < x.columns);
+}
+
+// The end of the memory that a view with column_stride (or row_stride) 1 reaches to.
+template <class T>
+const T* end_of(const T* data, Index lines, Index stride, Index depth) {
+  return data + std::max<Index>(0, (lines - 1) * stride) + depth;
+}
+
+// Rows of x and columns of w are contiguous. Vectors of results run along w's columns, or, if there is one only, along
+// x's rows.
+template <class T, class O>
+void compute_by_dots(View<T> x, View<T> w, const O& out) {
+  constexpr int n = lanes<T>, most = std::max(1, TileSizes<T>::rows * TileSizes<T>::vectors * 2 / 3 / n);
+  const T *x_end = end_of(x.data, x.rows, x.row_stride, x.columns),
+          *w_end = end_of(w.data, w.columns, w.column_stride, w.rows);
+  if (w.columns == 1) {
+    for (Index i = 0; i < x.rows; i += n) {
+      const int count = static_cast<int>(std::min<Index>(n, x.rows - i));
+      Vec<T> result[1];
+      dots<1>(w.data, Index{0}, w_end, x.data + i * x.row_stride, x.row_stride, x_end, count, x.columns, result);
+      // y is one column: its rows are contiguous; each has the same bias.
+      const O column{out.y + i, out.z == nullptr ? nullptr : out.z + i, nullptr, 1, out.epilogue};
+      if (out.bias != nullptr) result[0] = result[0] + splat<T>(*out.bias);
+      column.put(0, 0, result[0], count, true, true);
+    }
+    return;
+  }
+  for (Index j = 0; j < w.columns; j += n) {
+    const int count = static_cast<int>(std::min<Index>(n, w.columns - j));
+    const auto some = [&]<int rows>(Index row, Constant<rows>) {
+      Vec<T> result[rows];
+      dots<rows>(x.data + row * x.row_stride, x.row_stride, x_end, w.data + j * w.column_stride, w.column_stride, w_end,
+                 count, x.columns, result);
+      for (int r = 0; r < rows; ++r) out.put(row + r, j, result[r], count, true, true);
+    };
+    Index row = 0;
+    for (; row + most <= x.rows; row += most) some(row, Constant<most>{});
+    for (; row < x.rows; ++row) some(row, Constant<1>{});
+  }
 }
 
 Index blocks(Index n, Index size) { return (n + size - 1) / size; }
@@ -136,23 +212,28 @@ template <class T, class Epilogue>
 void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T* z) {
   using Sizes = TileSizes<T>;
   const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(x.columns);
-  const Index pieces = work < Sizes::parallel_work ? 1 : get_num_threads();
-  // The longer side of y is cut for the threads: its blocks share what is packed of the other operand.
-  const bool tall = x.rows >= w.columns;
-  const Index block_rows = block_size(x.rows, Sizes::rows, Sizes::block_rows, tall ? pieces : 1);
-  const Index block_columns = block_size(w.columns, Sizes::columns, Sizes::block_columns, tall ? 1 : pieces);
-  const Index across = blocks(w.columns, block_columns);
+  const Index threads = work < Sizes::parallel_work ? 1 : get_num_threads();
+  const bool by_dots = x.column_stride == 1 && w.row_stride == 1 && x.columns > 1 &&
+                       (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1));
+  // Rows are cut for the threads where there are many, as each task packs the w that it uses.
+  const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * Sizes::columns;
+  const Index block_rows = block_size(x.rows, Sizes::rows, Sizes::block_rows, tall ? threads : 1);
+  const Index task_columns = block_size(w.columns, Sizes::columns, w.columns + Sizes::columns, tall ? 1 : threads);
+  const Index across = blocks(w.columns, task_columns);
+  const Output<T, Epilogue> out{y, z, bias, w.columns, epilogue};
   const auto task = [&](Index index) {
-    const Index i = index / across * block_rows, j = index % across * block_columns;
-    const Index rows = std::min(block_rows, x.rows - i), columns = std::min(block_columns, w.columns - j);
-    const Index at = i * w.columns + j;
-    compute_block<T>({x.data + i * x.row_stride, rows, x.columns, x.row_stride, x.column_stride},
-                     {w.data + j * w.column_stride, w.rows, columns, w.row_stride, w.column_stride},
-                     bias == nullptr ? nullptr : bias + j, epilogue, y + at, z == nullptr ? nullptr : z + at,
-                     w.columns);
+    const Index i = index / across * block_rows, j = index % across * task_columns;
+    const View<T> x_part{x.data + i * x.row_stride, std::min(block_rows, x.rows - i), x.columns, x.row_stride,
+                         x.column_stride};
+    const View<T> w_part{w.data + j * w.column_stride, w.rows, std::min(task_columns, w.columns - j), w.row_stride,
+                         w.column_stride};
+    if (by_dots)
+      compute_by_dots(x_part, w_part, out.at(i, j));
+    else
+      compute_by_tiles(x_part, w_part, out.at(i, j));
   };
   const Index tasks = blocks(x.rows, block_rows) * across;
-  if (pieces > 1)
+  if (threads > 1)
     parallel_for(tasks, task);
   else
     for (Index t = 0; t < tasks; ++t) task(t);

@@ -1,41 +1,276 @@
-// The tile: rows x columns of y from a packed panel of x and a packed strip of w.
+// The tiles that every matrix product here is made of: small blocks of results that live in registers.
 //
 // Contract
-//   x_panel holds `rows` numbers for each of `depth` steps, w_strip `columns`; both aligned to a vector, padded with
-//   zeros.
-//   accumulate adds products step by step, first to last: one fused multiply-add an element and step where the
-//   instruction set has it. All accumulators live in registers (tile_sizes.h).
+//   accumulate   rows x vectors results, sum += x w over `depth` steps, first to last: one fused multiply-add for an
+//                element and a step where the instruction set has it. Where x and w stand is for the caller to say, so
+//                that the same loop runs on packed panels, on matrices as they are, and on rows that lie anywhere.
+//   accumulate_sparse  the same for one row of x, of which only the numbers that are not 0 are there.
+//   dots         a vector of results, each the dot product of two contiguous rows; the sum runs in `lanes` interleaved
+//                parts, which are then added pairwise.
+//   Nothing is read outside of the arrays; load_masked reads lanes that it then drops.
 #pragma once
 
+#include <cstddef>
+#include <utility>
+
+#include "cpu/kernels.h"
 #include "cpu/tile_sizes.h"
 
 namespace gemmlet {
 
+template <int n>
+using Constant = std::integral_constant<int, n>;
+
+// f(Constant<n>{}) for the n at run time, 1 <= n <= most.
+template <int most, class F>
+[[gnu::always_inline]] inline void with_constant(int n, F&& f) {
+  if constexpr (most == 1) {
+    f(Constant<1>{});
+  } else {
+    if (n == most)
+      f(Constant<most>{});
+    else
+      with_constant<most - 1>(n, std::forward<F>(f));
+  }
+}
+
+// Where x stands: a number for a row of the tile and a step of the sum.
 template <class T>
-struct Tile {
-  using Sizes = TileSizes<T>;
-  Vec<T> sum[Sizes::rows][Sizes::vectors];
+struct Strided {
+  const T* data;
+  Index row_stride, step_stride;
+  T at(Index row, Index step) const { return data[row * row_stride + step * step_stride]; }
+};
+template <class T>
+struct RowsAnywhere {
+  const T* const* rows;
+  T at(Index row, Index step) const { return rows[row][step]; }
+};
+// The transpose: the tile's rows are columns `first` and on of rows that lie anywhere.
+template <class T>
+struct ColumnsOfRowsAnywhere {
+  const T* const* rows;
+  Index first;
+  T at(Index row, Index step) const { return rows[step][first + row]; }
 };
 
+// The vectors of w of one step begin at w + step * stride; from one to the next it is `apart`.
 template <class T>
-[[gnu::always_inline]] inline void accumulate(Tile<T>& tile, const T* x_panel, const T* w_strip, int depth) {
-  using Sizes = TileSizes<T>;
-  Tile<T> t{};
+struct Strip {
+  const T* w;
+  Index stride, apart;
+};
+
+// From 0 if `begin`, else from what is there. A function of its own, so that its loop has all registers for itself.
+template <int rows, int vectors, class T, class X>
+[[gnu::noinline]] void accumulate(const X x, const Strip<T> strip, Index depth, bool begin,
+                                  Vec<T> (&total)[rows][vectors]) {
+  Vec<T> sum[rows][vectors];
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) sum[r][v] = begin ? Vec<T>{} : total[r][v];
+  const T* w = strip.w;
   // The main loop:
-  for (int k = 0; k < depth; ++k) {
-    Vec<T> w[Sizes::vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < Sizes::vectors; ++v) w[v] = load(w_strip + v * lanes<T>);
+  for (Index k = 0; k < depth; ++k) {
+    Vec<T> w_k[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) w_k[v] = load(w + v * strip.apart);
 #pragma GCC unroll 16
-    for (int r = 0; r < Sizes::rows; ++r) {
-      const Vec<T> x = splat<T>(x_panel[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < Sizes::vectors; ++v) t.sum[r][v] = fma(x, w[v], t.sum[r][v]);
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> x_rk = splat<T>(x.at(r, k));
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x_rk, w_k[v], sum[r][v]);
     }
-    x_panel += Sizes::rows;
-    w_strip += Sizes::columns;
+    w += strip.stride;
   }
-  tile = t;
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) total[r][v] = sum[r][v];
+}
+
+// How many vectors of w go with so many rows of x: their accumulators fit the registers.
+template <class T>
+constexpr int vectors_beside(int rows) {
+  return rows == 1 ? 8 : rows <= 3 ? 4 : TileSizes<T>::vectors;
+}
+
+// Numbers and where in their row they stand.
+template <class T>
+struct SparseRow {
+  const std::int32_t* columns;
+  const T* values;
+  Index count;
+};
+
+// sum += x w: row k of w begins at w + k * stride; its vectors stand one after the other, but for the last.
+template <int vectors, class T>
+[[gnu::always_inline]] inline void accumulate_sparse(const SparseRow<T>& x, const T* w, Index stride, Index last,
+                                                     Vec<T> (&total)[vectors]) {
+  Vec<T> sum[vectors];
+  for (int v = 0; v < vectors; ++v) sum[v] = total[v];
+  // The main loop:
+  for (Index i = 0; i < x.count; ++i) {
+    const Vec<T> x_i = splat<T>(x.values[i]);
+    const T* w_i = w + x.columns[i] * stride;
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors - 1; ++v) sum[v] = fma(x_i, load(w_i + v * lanes<T>), sum[v]);
+    sum[vectors - 1] = fma(x_i, load(w_i + last), sum[vectors - 1]);
+  }
+  for (int v = 0; v < vectors; ++v) total[v] = sum[v];
+}
+
+// The first n lanes at p, the others 0. It reads a whole vector where that ends before `end`.
+template <class T>
+inline Vec<T> load_masked(const T* p, int n, const T* end) {
+  if (n == lanes<T>) return load(p);
+  if (end - p < lanes<T>) return load_part(p, n);
+  IntVecOf<Vec<T>> lane;
+  for (int i = 0; i < lanes<T>; ++i) lane[i] = static_cast<IntOf<T>>(i);
+  return select(lane < static_cast<IntOf<T>>(n), load(p), Vec<T>{});
+}
+
+namespace detail {
+
+// Each block of `block` lanes of the result: the halves of the block of `a` added, then those of the block of `b`.
+template <int block, class V, std::size_t... i>
+inline V fold(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i), half = block / 2;
+  constexpr auto low = [](int lane) { return lane % block < half ? lane : n + lane - half; };
+  constexpr auto high = [](int lane) { return lane % block < half ? lane + half : n + lane; };
+  return __builtin_shufflevector(a, b, low(static_cast<int>(i))...) +
+         __builtin_shufflevector(a, b, high(static_cast<int>(i))...);
+}
+
+template <int count, class V>
+inline V totals(V* v) {
+  if constexpr (count == 1) {
+    return v[0];
+  } else {
+    for (int i = 0; i < count / 2; ++i)
+      v[i] = fold<count>(v[i], v[i + count / 2], std::make_index_sequence<sizeof(V) / sizeof(ScalarOf<V>)>{});
+    return totals<count / 2>(v);
+  }
+}
+}  // namespace detail
+
+// The sum of the lanes of each of `lanes` vectors.
+template <class V>
+inline V lane_totals(V (&v)[sizeof(V) / sizeof(ScalarOf<V>)]) {
+  return detail::totals<sizeof(V) / sizeof(ScalarOf<V>)>(v);
+}
+
+// result[r][i] = a_r . b_i for `rows` rows of a and `count` <= lanes rows of b, the rest of the lanes 0. The arrays that
+// they are in end at a_end and b_end.
+template <int rows, class T>
+[[gnu::always_inline]] inline void dots(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride,
+                                        const T* b_end, int count, Index depth, Vec<T> (&result)[rows]) {
+  constexpr int n = lanes<T>;
+  Vec<T> sum[rows][n];
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < n; ++i) sum[r][i] = Vec<T>{};
+  Index k = 0;
+  if (count == n) {
+    // The main loop:
+    for (; k + n <= depth; k += n) {
+      Vec<T> a_k[rows];
+      for (int r = 0; r < rows; ++r) a_k[r] = load(a + r * a_stride + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        const Vec<T> b_ik = load(b + i * b_stride + k);
+        for (int r = 0; r < rows; ++r) sum[r][i] = fma(a_k[r], b_ik, sum[r][i]);
+      }
+    }
+  }
+  // The tail:
+  for (; k < depth; k += n) {
+    const int part = static_cast<int>(depth - k < n ? depth - k : n);
+    Vec<T> a_k[rows];
+    for (int r = 0; r < rows; ++r) a_k[r] = load_masked(a + r * a_stride + k, part, a_end);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i >= count) break;
+      const Vec<T> b_ik = load_masked(b + i * b_stride + k, part, b_end);
+      for (int r = 0; r < rows; ++r) sum[r][i] = fma(a_k[r], b_ik, sum[r][i]);
+    }
+  }
+  for (int r = 0; r < rows; ++r) result[r] = lane_totals(sum[r]);
+}
+
+namespace detail {
+// In each block of 2 `unit` lanes: the first half (or the second) of the block of a, then that of b.
+template <int unit, bool second, class V, std::size_t... i>
+inline V interleave(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+  constexpr auto from = [](int lane) {
+    const int block = lane / (2 * unit) * 2 * unit, within = lane % (2 * unit);
+    const int place = block + (second ? unit : 0) + within % unit;
+    return within < unit ? place : n + place;
+  };
+  return __builtin_shufflevector(a, b, from(static_cast<int>(i))...);
+}
+
+template <int unit, class V>
+inline void transpose_from(V* v) {
+  constexpr int n = sizeof(V) / sizeof(ScalarOf<V>);
+  if constexpr (unit < n) {
+    constexpr auto all = std::make_index_sequence<n>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+      if ((i & unit) == 0) {
+        const V a = v[i], b = v[i + unit];
+        v[i] = interleave<unit, false>(a, b, all);
+        v[i + unit] = interleave<unit, true>(a, b, all);
+      }
+    transpose_from<2 * unit>(v);
+  }
+}
+}  // namespace detail
+
+// Rows become columns, for `lanes` vectors: blocks of 1, 2, 4, ... lanes across the diagonal change places.
+template <class V>
+inline void transpose(V (&v)[sizeof(V) / sizeof(ScalarOf<V>)]) {
+  detail::transpose_from<1>(v);
+}
+
+// While a row of w is packed, the one so many rows on is fetched: its page is another, which the processor does not guess.
+inline constexpr Index prefetched_rows = 8;
+
+// Copies w to a strip: TileSizes::columns columns of a row stand together, those that w has not are 0. w.columns is at
+// most that.
+template <class T>
+inline void pack_strip(const View<T>& w, T* packed) {
+  constexpr int n = lanes<T>, columns = TileSizes<T>::columns;
+  for (int j = 0; j < columns; j += n, packed += n) {
+    const int count = static_cast<int>(w.columns - j < n ? (w.columns > j ? w.columns - j : 0) : n);
+    const T* from = w.data + j * w.column_stride;
+    Index k = 0;
+    if (w.column_stride == 1 && count == n) {
+      for (; k < w.rows; ++k) {
+        __builtin_prefetch(from + (k + prefetched_rows) * w.row_stride);
+        store(packed + k * columns, load(from + k * w.row_stride));
+      }
+    } else if (w.row_stride == 1 && count == n) {
+      for (; k + n <= w.rows; k += n) {
+        Vec<T> square[n];
+        for (int i = 0; i < n; ++i) square[i] = load(from + i * w.column_stride + k);
+        transpose(square);
+        for (int i = 0; i < n; ++i) store(packed + (k + i) * columns, square[i]);
+      }
+    }
+    for (; k < w.rows; ++k) {
+      T row[n] = {};
+      for (int i = 0; i < count; ++i) row[i] = from[i * w.column_stride + k * w.row_stride];
+      store(packed + k * columns, load(row));
+    }
+  }
+}
+
+// The same for any number of columns, strip after strip.
+template <class T>
+inline void pack(const View<T>& w, T* packed) {
+  constexpr Index columns = TileSizes<T>::columns;
+  for (Index j = 0; j < w.columns; j += columns, packed += w.rows * columns)
+    pack_strip<T>({w.data + j * w.column_stride, w.rows, w.columns - j < columns ? w.columns - j : columns,
+                   w.row_stride, w.column_stride},
+                  packed);
 }
 
 }  // namespace gemmlet

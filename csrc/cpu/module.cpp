@@ -1,15 +1,9 @@
 // The bindings: checks that protect memory, the GIL released, the call. No maths. Checks with friendlier words are in
 // python/gemmlet/_arguments.py; those here say what a caller inside the package did wrong.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "cpu/bindings.h"
 
 #include <functional>
-#include <optional>
-#include <stdexcept>
-#include <type_traits>
 
-#include "cpu/kernels.h"
 #include "cpu/roof.h"
 #include "cpu/threads.h"
 
@@ -19,92 +13,7 @@ namespace {
 
 using gemmlet::Index;
 using gemmlet::View;
-using OptionalArray = std::optional<py::array>;
-
-[[noreturn]] void refuse(const char* name, const char* what) {
-  throw std::invalid_argument(std::string(name) + ": " + what);
-}
-
-template <class T>
-void check_dtype(const py::array& a, const char* name) {
-  if (!py::dtype::of<T>().is(a.dtype()) && !a.dtype().equal(py::dtype::of<T>())) refuse(name, "wrong dtype");
-  if ((py::detail::array_proxy(a.ptr())->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0)
-    refuse(name, "not aligned");
-}
-
-template <class T>
-const T* contiguous(const py::array& a, Index size, const char* name) {
-  check_dtype<T>(a, name);
-  if ((a.flags() & py::array::c_style) == 0) refuse(name, "not C-contiguous");
-  if (a.size() != size) refuse(name, "wrong size");
-  return static_cast<const T*>(a.data());
-}
-
-template <class T>
-T* writable(py::array& a, Index size, const char* name) {
-  contiguous<T>(a, size, name);
-  return static_cast<T*>(a.mutable_data());  // throws if it is read-only
-}
-
-template <class T>
-View<T> view(const py::array& a, const char* name) {
-  check_dtype<T>(a, name);
-  if (a.ndim() != 2) refuse(name, "not a matrix");
-  const Index item = sizeof(T);
-  // A stride that is never taken may be anything.
-  const auto stride = [&](int axis) -> Index {
-    if (a.shape(axis) < 2) return 0;
-    if (a.strides(axis) % item != 0) refuse(name, "a stride that is no multiple of the item size");
-    return a.strides(axis) / item;
-  };
-  return {static_cast<const T*>(a.data()), a.shape(0), a.shape(1), stride(0), stride(1)};
-}
-
-int checked_index(int value, std::size_t count, const char* name) {
-  if (value < 0 || static_cast<std::size_t>(value) >= count) refuse(name, "out of range");
-  return value;
-}
-
-// call(T) for the dtype of `a`.
-template <class Call>
-auto for_dtype(const py::array& a, const char* name, Call&& call) {
-  if (a.dtype().num() == py::dtype::num_of<float>()) return call(float{});
-  if (a.dtype().num() == py::dtype::num_of<double>()) return call(double{});
-  refuse(name, "neither float32 nor float64");
-}
-
-// Runs `call` without the GIL. Not py::gil_scoped_release, which takes it back in a destructor: where the interpreter is
-// about to end, CPython before 3.14 ends a thread that asks for the GIL by unwinding its stack, and to unwind through a
-// destructor is to terminate the process.
-template <class Call>
-auto without_gil(Call&& call) {
-  PyThreadState* state = PyEval_SaveThread();
-  decltype(call()) result;
-  try {
-    result = call();
-  } catch (...) {
-    PyEval_RestoreThread(state);
-    throw;
-  }
-  PyEval_RestoreThread(state);
-  return result;
-}
-
-template <class Call>
-  requires std::is_void_v<std::invoke_result_t<Call>>
-void without_gil(Call&& call) {
-  without_gil([&] {
-    call();
-    return 0;
-  });
-}
-
-// The number of elements of a matrix.
-Index elements(Index rows, Index columns, const char* name) {
-  Index count;
-  if (__builtin_mul_overflow(rows, columns, &count)) refuse(name, "more elements than can be counted");
-  return count;
-}
+using namespace gemmlet::bindings;
 
 const std::size_t activation_count = gemmlet::activation_names().size();
 const std::size_t row_function_count = gemmlet::row_function_names().size();
@@ -286,4 +195,5 @@ PYBIND11_MODULE(GEMMLET_MODULE, m, py::mod_gil_not_used()) {
         py::arg("parameter"), py::arg("out"));
   m.def("optimizer_update", &optimizer_update, py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"),
         py::arg("scalars"));
+  bind_network(m);
 }

@@ -71,11 +71,12 @@ class Pool {
     wanted_.store(count, std::memory_order_relaxed);
   }
 
-  // False if another thread has the pool: then the caller does the work alone.
-  bool try_run(Job& job) {
+  // False if another thread has the pool: then the caller does the work alone. A team has a task for each thread.
+  bool try_run(Job& job, bool team = false) {
     const std::unique_lock entry(entry_, std::try_to_lock);
     if (!entry.owns_lock()) return false;
     start_workers();
+    if (team) job.tasks = static_cast<std::int64_t>(workers_.size()) + 1;
     job_ = &job;
     joined_.fetch_and(~closed, std::memory_order_release);
     generation_.fetch_add(1);
@@ -184,6 +185,39 @@ void detail::run_tasks(std::int64_t tasks, void (*call)(const void*, std::int64_
     }
   }
   for (std::int64_t task = 0; task < tasks; ++task) call(context, task);
+}
+
+void Member::barrier() {
+  if (count_ == 1) return;
+  // They have all arrived for the n-th time when n * count have been counted.
+  const int wanted = ++passed_ * count_;
+  if (arrived_->fetch_add(1, std::memory_order_acq_rel) + 1 == wanted) return;
+  const auto there = [&] { return arrived_->load(std::memory_order_acquire) - wanted >= 0; };
+  while (!spin_until(there)) std::this_thread::yield();
+}
+
+void detail::run_members(void (*call)(const void*, Member&), const void* context) {
+  struct Team {
+    void (*call)(const void*, Member&);
+    const void* context;
+    const Job* job;
+    std::atomic<int> arrived{0};
+  } team{call, context, nullptr};
+  Job job{.call =
+              [](const void* c, std::int64_t index) {
+                auto* t = static_cast<Team*>(const_cast<void*>(c));
+                Member member(static_cast<int>(index), static_cast<int>(t->job->tasks), &t->arrived);
+                t->call(t->context, member);
+              },
+          .context = &team,
+          .tasks = 1,
+          .error_mutex = {},
+          .error = nullptr};
+  team.job = &job;
+  Pool& p = the_pool();
+  if (p.size() > 1 && p.try_run(job, true)) return;
+  Member alone(0, 1, &team.arrived);
+  call(context, alone);
 }
 
 }  // namespace gemmlet

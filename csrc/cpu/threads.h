@@ -7,9 +7,12 @@
 //   Several threads may call it at once: the pool serves one of them, the others run their tasks themselves.
 //   After fork the child has a fresh pool. Workers block all signals. Between calls they spin for some microseconds,
 //   then sleep.
-//   Not for: tasks that call parallel_for.
+//   run_team(f) calls f(member) at the same time on as many threads as there are, the caller's among them; they meet at
+//   member.barrier(). f must not throw. Alone, where another call has the pool.
+//   Not for: tasks and members that call parallel_for or run_team.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace gemmlet {
@@ -24,6 +27,29 @@ void run_tasks(std::int64_t tasks, void (*call)(const void* context, std::int64_
 template <class F>
 void parallel_for(std::int64_t tasks, const F& f) {
   detail::run_tasks(tasks, [](const void* context, std::int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
+}
+
+class Member {
+ public:
+  Member(int index, int count, std::atomic<int>* arrived) : index_(index), count_(count), arrived_(arrived) {}
+  int index() const { return index_; }
+  int count() const { return count_; }
+  // Returns when every member has called it as often.
+  void barrier();
+
+ private:
+  int index_, count_;
+  int passed_ = 0;
+  std::atomic<int>* arrived_;
+};
+
+namespace detail {
+void run_members(void (*call)(const void* context, Member& member), const void* context);
+}
+
+template <class F>
+void run_team(const F& f) {
+  detail::run_members([](const void* context, Member& member) { (*static_cast<const F*>(context))(member); }, &f);
 }
 
 // For loops over n elements: chunks of a fixed size, so that sums over a chunk are the same for any number of threads,

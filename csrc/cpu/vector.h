@@ -6,6 +6,7 @@
 //   select(m, a, b)  m is what a comparison of vectors gives. NaN compares false: `select(x <= 0, 0, x)` keeps NaN.
 //   fma(a, b, c)     one rounding where the instruction set has it, else two. Nothing else is ever contracted
 //                    (-ffp-contract=off), so that a value does not depend on what the compiler inlined around it.
+// Everything is always inlined: left to itself, GCC calls fma as a function where much else was inlined already.
 // A result depends on its own lane alone: the tail of an array goes through the same code as its body, same bits.
 #pragma once
 
@@ -38,48 +39,48 @@ using IntVecOf = Vec<IntOf<ScalarOf<V>>>;
 
 // Every lane `value`. (Taking 0 off keeps -0.0, and compiles to nothing; adding it does neither.)
 template <class V>
-inline V constant(double value) {
+[[gnu::always_inline]] inline V constant(double value) {
   return static_cast<ScalarOf<V>>(value) - V{};
 }
 template <class T>
-inline Vec<T> splat(T value) {
+[[gnu::always_inline]] inline Vec<T> splat(T value) {
   return value - Vec<T>{};
 }
 
 template <class T>
-inline Vec<T> load(const T* p) {
+[[gnu::always_inline]] inline Vec<T> load(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <class T>
-inline void store(T* p, Vec<T> v) {
+[[gnu::always_inline]] inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
 template <class T>
-inline Vec<T> load_part(const T* p, int n, T fill = 0) {
+[[gnu::always_inline]] inline Vec<T> load_part(const T* p, int n, T fill = 0) {
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   for (int i = 0; i < lanes<T>; ++i) buffer[i] = i < n ? p[i] : fill;
   return load(buffer);
 }
 
 template <class T>
-inline void store_part(T* p, Vec<T> v, int n) {
+[[gnu::always_inline]] inline void store_part(T* p, Vec<T> v, int n) {
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
 template <class M, class V>
-inline V select(M mask, V a, V b) {
+[[gnu::always_inline]] inline V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
 // These loops over lanes become single instructions.
 template <class V>
-inline V fma(V a, V b, V c) {
+[[gnu::always_inline]] inline V fma(V a, V b, V c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   V r;
   for (int i = 0; i < lanes<ScalarOf<V>>; ++i) r[i] = __builtin_fma(a[i], b[i], c[i]);
@@ -91,7 +92,7 @@ inline V fma(V a, V b, V c) {
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 template <>
-inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+[[gnu::always_inline]] inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   Vec<float> r;
   for (int i = 0; i < lanes<float>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
@@ -99,7 +100,7 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #endif
 
 template <class V>
-inline V sqrt(V a) {
+[[gnu::always_inline]] inline V sqrt(V a) {
   V r;
   for (int i = 0; i < lanes<ScalarOf<V>>; ++i) {
     if constexpr (sizeof(ScalarOf<V>) == 4)
@@ -111,39 +112,39 @@ inline V sqrt(V a) {
 }
 
 template <class V>
-inline IntVecOf<V> bits(V a) {
+[[gnu::always_inline]] inline IntVecOf<V> bits(V a) {
   return std::bit_cast<IntVecOf<V>>(a);
 }
 
 template <class V>
-inline V from_bits(IntVecOf<V> a) {
+[[gnu::always_inline]] inline V from_bits(IntVecOf<V> a) {
   return std::bit_cast<V>(a);
 }
 
 template <class V>
-inline V abs(V a) {
+[[gnu::always_inline]] inline V abs(V a) {
   return from_bits<V>(bits(a) & std::numeric_limits<IntOf<ScalarOf<V>>>::max());
 }
 
 template <class V>
-inline V copysign(V magnitude, V sign) {
+[[gnu::always_inline]] inline V copysign(V magnitude, V sign) {
   constexpr auto mask = std::numeric_limits<IntOf<ScalarOf<V>>>::min();
   return from_bits<V>((bits(magnitude) & ~mask) | (bits(sign) & mask));
 }
 
 // Both keep NaN in `a`.
 template <class V>
-inline V at_least(V a, V low) {
+[[gnu::always_inline]] inline V at_least(V a, V low) {
   return select(a < low, low, a);
 }
 template <class V>
-inline V at_most(V a, V high) {
+[[gnu::always_inline]] inline V at_most(V a, V high) {
   return select(a > high, high, a);
 }
 
 // The rounding error of p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).
 template <class V>
-inline V product_error(V a, V b, V p) {
+[[gnu::always_inline]] inline V product_error(V a, V b, V p) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return fma(a, b, -p);
 #else

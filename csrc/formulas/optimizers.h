@@ -4,12 +4,14 @@
 //   V as in activations.h, with sqrt besides. `scalars` holds the numbers in the order of the rule's entry in
 //   python/gemmlet/formulas/optimizers.py, which is the reference; `state` holds state_count values, zero at first.
 //   apply(param, grad, state, scalars) changes param and state.
+//   idle_without_gradient(scalars): whether apply changes nothing where the gradient is 0.
 #pragma once
 
 namespace gemmlet::optimizers {
 
 struct sgd {
   static constexpr int state_count = 0, scalar_count = 2;
+  static bool idle_without_gradient(const double* scalars) { return scalars[1] == 0; }
   template <class V>
   static void apply(V& param, V grad, V*, const V* scalars) {
     const V lr = scalars[0], weight_decay = scalars[1];
@@ -19,6 +21,7 @@ struct sgd {
 
 struct momentum {
   static constexpr int state_count = 1, scalar_count = 4;
+  static bool idle_without_gradient(const double*) { return false; }
   template <class V>
   static void apply(V& param, V grad, V* state, const V* scalars) {
     const V lr = scalars[0], weight_decay = scalars[1], mu = scalars[2], nesterov = scalars[3];
@@ -31,6 +34,7 @@ struct momentum {
 
 struct adam {
   static constexpr int state_count = 2, scalar_count = 9;
+  static bool idle_without_gradient(const double*) { return false; }
   template <class V>
   static void apply(V& param, V grad, V* state, const V* scalars) {
     const V step_size = scalars[0], beta1 = scalars[1], beta2 = scalars[2], gain1 = scalars[3], gain2 = scalars[4];
@@ -41,6 +45,12 @@ struct adam {
     param = shrink * param - step_size * state[0] / fma(sqrt(state[1]), correction, eps);
   }
 };
+
+// Exponential moving average; gain = 1 - decay.
+template <class V>
+inline V moving_average(V average, V value, V decay, V gain) {
+  return decay * average + gain * value;
+}
 
 #define GEMMLET_OPTIMIZER_RULES(X) \
   X(sgd)                           \

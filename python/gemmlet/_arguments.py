@@ -54,6 +54,11 @@ def as_floats(value: Any, name: str, dtype: np.dtype[Any] | None = None) -> Arra
     return array
 
 
+def is_aligned(array: Array) -> bool:
+    """Whether every element stands at a multiple of its size."""
+    return bool(array.flags.aligned)
+
+
 def check_shape(array: Array, name: str, shape: tuple[int, ...], why: str) -> None:
     """Raise unless `array` has `shape`."""
     if array.shape != shape:

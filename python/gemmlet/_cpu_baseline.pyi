@@ -39,3 +39,37 @@ def elementwise_loss(
 def optimizer_update(
     rule: int, param: NDArray[Any], grad: NDArray[Any], state: Sequence[NDArray[Any]], scalars: Sequence[float]
 ) -> None: ...
+def train_mlp(
+    layers: Sequence[tuple[Any, ...]],
+    x: NDArray[Any],
+    row_start: NDArray[Any] | None,
+    columns: NDArray[Any] | None,
+    skip_zeros: bool,
+    targets: NDArray[Any],
+    loss: int,
+    loss_parameter: float,
+    row_weight: float,
+    order: NDArray[Any],
+    batch: int,
+    rule: int,
+    scalars: NDArray[Any],
+    loss_sum: float,
+) -> tuple[float, int]: ...
+def train_gan(
+    generator: Sequence[tuple[Any, ...]],
+    discriminator: Sequence[tuple[Any, ...]],
+    x: NDArray[Any],
+    scale: float,
+    shift: float,
+    noise: NDArray[Any],
+    real_target: float,
+    non_saturating: bool,
+    order: NDArray[Any],
+    batch: int,
+    generator_rule: int,
+    generator_scalars: NDArray[Any],
+    discriminator_rule: int,
+    discriminator_scalars: NDArray[Any],
+    decay: NDArray[Any],
+    loss_sums: tuple[float, float],
+) -> tuple[float, float]: ...

@@ -25,7 +25,7 @@ from . import _arguments as arguments
 from .backends import select
 from .formulas.activations import ACTIVATIONS, Activation
 from .formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
-from .formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+from .formulas.optimizers import OPTIMIZER_RULES, adam_numbers, sgd_numbers
 
 Array = NDArray[Any]
 
@@ -695,37 +695,8 @@ def sgd_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, arrays overlap, or `velocity` is missing.
     """
-    nesterov = arguments.flag(nesterov, "nesterov")
-    rate = arguments.number(lr, "lr", low=0.0)
-    mu = arguments.number(momentum, "momentum", low=0.0, high=1.0)
-    decay = arguments.number(weight_decay, "weight_decay", low=0.0)
-    if velocity is None:
-        if mu or nesterov:
-            raise ValueError("velocity is missing: momentum and nesterov need it")
-        _update("sgd", param, grad, {}, (rate, decay))
-    else:
-        _update("momentum", param, grad, {"velocity": velocity}, (rate, decay, mu, float(nesterov)))
-
-
-def _adam_numbers(
-    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
-) -> tuple[float, ...]:
-    if not isinstance(step, int | np.integer) or isinstance(step, bool):
-        raise TypeError(f"step must be an integer, got {type(step).__name__}")
-    if step < 1:
-        raise ValueError(f"step must be at least 1 (the first update), got {step}")
-    numbers = {
-        "lr": arguments.number(lr, "lr", low=0.0),
-        "beta1": arguments.number(beta1, "beta1", low=0.0, high=1.0),
-        "beta2": arguments.number(beta2, "beta2", low=0.0, high=1.0),
-        "eps": arguments.number(eps, "eps", low=0.0),
-        "weight_decay": arguments.number(weight_decay, "weight_decay", low=0.0),
-    }
-    for name in ("beta1", "beta2"):
-        if numbers[name] == 1.0:
-            raise ValueError(f"{name} must be below 1, got {numbers[name]:g}")
-    # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
-    return adam_scalars(min(int(step), 2**53), **numbers, decoupled=decoupled)
+    rule, scalars = sgd_numbers(velocity is not None, lr, momentum, nesterov, weight_decay)
+    _update(rule, param, grad, {} if velocity is None else {"velocity": velocity}, scalars)
 
 
 def adam_update(
@@ -759,7 +730,7 @@ def adam_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, or arrays overlap.
     """
-    _update("adam", param, grad, {"m": m, "v": v}, _adam_numbers(step, lr, beta1, beta2, eps, weight_decay, False))
+    _update("adam", param, grad, {"m": m, "v": v}, adam_numbers(step, lr, beta1, beta2, eps, weight_decay, False))
 
 
 def adamw_update(
@@ -789,7 +760,7 @@ def adamw_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, or arrays overlap.
     """
-    _update("adam", param, grad, {"m": m, "v": v}, _adam_numbers(step, lr, beta1, beta2, eps, weight_decay, True))
+    _update("adam", param, grad, {"m": m, "v": v}, adam_numbers(step, lr, beta1, beta2, eps, weight_decay, True))
 
 
 for _entry in ACTIVATIONS.values():

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import Activation
-from ..formulas.losses import Loss, RowFunction
+from ..formulas.losses import LOSSES, Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
 from . import threadpool
-from .numpy_backend import NumpyBackend
+from .numpy_backend import Feed, FusedLayer, NumpyBackend
 
 Array = NDArray[Any]
 
@@ -51,6 +51,42 @@ class _Extension(Protocol):
     def optimizer_update(
         self, rule: int, param: Array, grad: Array, state: Sequence[Array], scalars: Sequence[float]
     ) -> None: ...
+    def train_mlp(
+        self,
+        layers: Sequence[tuple[Any, ...]],
+        x: Array,
+        row_start: Array | None,
+        columns: Array | None,
+        skip_zeros: bool,
+        targets: Array,
+        loss: int,
+        loss_parameter: float,
+        row_weight: float,
+        order: Array,
+        batch: int,
+        rule: int,
+        scalars: Array,
+        loss_sum: float,
+    ) -> tuple[float, int]: ...
+    def train_gan(
+        self,
+        generator: Sequence[tuple[Any, ...]],
+        discriminator: Sequence[tuple[Any, ...]],
+        x: Array,
+        scale: float,
+        shift: float,
+        noise: Array,
+        real_target: float,
+        non_saturating: bool,
+        order: Array,
+        batch: int,
+        generator_rule: int,
+        generator_scalars: Array,
+        discriminator_rule: int,
+        discriminator_scalars: Array,
+        decay: Array,
+        loss_sums: tuple[float, float],
+    ) -> tuple[float, float]: ...
 
 
 def available_isas() -> list[str]:
@@ -214,3 +250,74 @@ class CpuBackend(NumpyBackend):
             super().update(rule, param, grad, state, scalars)
         else:
             self._module.optimizer_update(number, param, grad, state, scalars)
+
+    def fuses(self, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+        """Whether C++ has all of these formulas."""
+        known = all(name in self._activations for name in activations)
+        return known and all(self._loss_number(name) is not None for name in losses) and rule in self._rules
+
+    def _loss_number(self, name: str) -> int | None:
+        return -1 if name == "softmax_cross_entropy" else self._losses.get(name)
+
+    def _tuples(self, layers: Sequence[FusedLayer]) -> list[tuple[Any, ...]]:
+        return [
+            (
+                layer.weight,
+                layer.bias,
+                -1 if layer.activation is None else self._activations[layer.activation],
+                layer.activation_parameter,
+                layer.weight_state,
+                layer.bias_state,
+                layer.weight_average,
+                layer.bias_average,
+            )
+            for layer in layers
+        ]
+
+    def train_mlp(
+        self,
+        layers: Sequence[FusedLayer],
+        feed: Feed,
+        targets: Array,
+        loss: str,
+        row_weight: float,
+        order: NDArray[np.int64],
+        batch: int,
+        rule: str,
+        scalars: NDArray[np.float64],
+        loss_sum: float,
+    ) -> tuple[float, int]:
+        """Train a stack of layers."""
+        number = self._loss_number(loss)
+        assert number is not None
+        parameter = 0.0 if number < 0 else LOSSES[loss].default
+        return self._module.train_mlp(
+            self._tuples(layers), feed.x, feed.row_start, feed.columns, feed.skip_zeros, targets, number, parameter,
+            row_weight, order, batch, self._rules[rule], scalars, loss_sum,
+        )  # fmt: skip
+
+    def train_gan(
+        self,
+        generator: Sequence[FusedLayer],
+        discriminator: Sequence[FusedLayer],
+        feed: Feed,
+        scale: float,
+        shift: float,
+        noise: Array,
+        real_target: float,
+        non_saturating: bool,
+        order: NDArray[np.int64],
+        batch: int,
+        generator_rule: str,
+        generator_scalars: NDArray[np.float64],
+        discriminator_rule: str,
+        discriminator_scalars: NDArray[np.float64],
+        decay: NDArray[np.float64],
+        loss_sums: tuple[float, float],
+    ) -> tuple[float, float]:
+        """Train two adversarial stacks of layers."""
+        return self._module.train_gan(
+            self._tuples(generator), self._tuples(discriminator), feed.x, scale, shift, noise, real_target,
+            non_saturating, order, batch, self._rules[generator_rule], generator_scalars,
+            self._rules[discriminator_rule], discriminator_scalars, decay, loss_sums,
+        )  # fmt: skip

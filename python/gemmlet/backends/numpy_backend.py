@@ -7,6 +7,8 @@ products get any strides. Other backends derive from this one and override what 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,30 @@ Array = NDArray[Any]
 
 def _f64(array: Array) -> NDArray[np.float64]:
     return array.astype(np.float64, copy=False)
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """One layer as fused training takes it: parameters, optimizer state of each, and moving averages or None."""
+
+    weight: Array
+    bias: Array
+    activation: str | None
+    activation_parameter: float
+    weight_state: tuple[Array, ...]
+    bias_state: tuple[Array, ...]
+    weight_average: Array | None = None
+    bias_average: Array | None = None
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Samples as fused training takes them: rows (n, features), uint8 or float; or a sparse matrix's three arrays."""
+
+    x: Array
+    row_start: NDArray[np.int64] | None
+    columns: NDArray[np.int32] | None
+    skip_zeros: bool
 
 
 class NumpyBackend:
@@ -126,3 +152,47 @@ class NumpyBackend:
             results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *scalars)
             for target, result in zip((param, *state), results, strict=True):
                 target[...] = result
+
+    # Fused training: steps of a network in one call, for a backend that has it.
+
+    def fuses(self, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+        """Whether `train_mlp` and `train_gan` are there, and know these names."""
+        return False
+
+    def train_mlp(
+        self,
+        layers: Sequence[FusedLayer],
+        feed: Feed,
+        targets: Array,
+        loss: str,
+        row_weight: float,
+        order: NDArray[np.int64],
+        batch: int,
+        rule: str,
+        scalars: NDArray[np.float64],
+        loss_sum: float,
+    ) -> tuple[float, int]:
+        """Train on the mini-batches of `order`; return `loss_sum` with their losses added, and how many were right."""
+        raise NotImplementedError("ask `fuses` first")
+
+    def train_gan(
+        self,
+        generator: Sequence[FusedLayer],
+        discriminator: Sequence[FusedLayer],
+        feed: Feed,
+        scale: float,
+        shift: float,
+        noise: Array,
+        real_target: float,
+        non_saturating: bool,
+        order: NDArray[np.int64],
+        batch: int,
+        generator_rule: str,
+        generator_scalars: NDArray[np.float64],
+        discriminator_rule: str,
+        discriminator_scalars: NDArray[np.float64],
+        decay: NDArray[np.float64],
+        loss_sums: tuple[float, float],
+    ) -> tuple[float, float]:
+        """The same for two adversarial networks; the losses of generator and discriminator."""
+        raise NotImplementedError("ask `fuses` first")

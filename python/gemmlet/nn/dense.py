@@ -15,6 +15,7 @@ from .. import _arguments as arguments
 from .. import kernels
 from ..formulas.activations import ACTIVATIONS
 from . import _checks as checks
+from .memory import aligned_copy
 
 Array = NDArray[Any]
 
@@ -82,7 +83,7 @@ class Dense:
             he = name is not None and ACTIVATIONS[name].initialization == "he"
             limit = math.sqrt(6.0 / (before if he else before + after))
             # Drawn in float64 for either dtype, so that both start from the same numbers.
-            weight = rng.uniform(-limit, limit, (before, after)).astype(dtype)
+            weight = aligned_copy(rng.uniform(-limit, limit, (before, after)).astype(dtype))
             bias = np.zeros(after, dtype)
             self.layers.append(Layer(weight, bias, name, activation_parameter if i < last else None))
 

@@ -16,8 +16,9 @@ from .. import kernels
 from . import _checks as checks
 from . import files
 from .dense import Dense, Record, activation_name
+from .fused import GanNetworks, Pace, gan_steps
 from .optimizers import Adam, Optimizer, as_optimizer, make_optimizer
-from .training import CHUNK, GANHistory, GANProgress, Samples, StopTraining, mini_batches, slices
+from .training import CHUNK, GANHistory, GANProgress, Samples, StopTraining, sample_order, slices
 
 Array = NDArray[Any]
 
@@ -237,22 +238,38 @@ class GAN:
         history = GANHistory()
         start = time.perf_counter()
         batches = math.ceil(len(samples) / size)
+        steps = self._fused_steps(samples, rule, other)
+        pace = Pace()
         for epoch in range(1, epochs + 1):
-            generator_sum, discriminator_sum, seen = 0.0, 0.0, 0
+            generator_sum, discriminator_sum, seen, batch = 0.0, 0.0, 0, 0
+            order = sample_order(len(samples), rng)
             stopped = False
-            for batch, where in enumerate(mini_batches(len(samples), size, rng), 1):
-                rows = samples.batch(where)
-                losses = self._step(self._scaled(rows), rule, other)
-                seen += len(rows)
-                generator_sum += losses[0] * len(rows)
-                discriminator_sum += losses[1] * len(rows)
+            while batch < batches and not stopped:
+                if steps is None:
+                    where = order[seen : seen + size]
+                    losses = self._step(self._scaled(samples.batch(where)), rule, other)
+                    generator_sum += losses[0] * len(where)
+                    discriminator_sum += losses[1] * len(where)
+                    batch += 1
+                else:
+                    where = order[seen : seen + size * (pace.steps if callback is None else 1)]
+                    done = math.ceil(len(where) / size)
+                    noise = self._draw(self._training_noise, len(where))
+                    decay = np.array([self._decay(self.steps + i) for i in range(1, done + 1)])
+                    pace.start()
+                    generator_sum, discriminator_sum = steps(
+                        where, size, noise, decay, (generator_sum, discriminator_sum)
+                    )
+                    pace.stop()
+                    self.steps += done
+                    batch += done
+                seen += len(where)
                 if callback is not None:
                     means = generator_sum / seen, discriminator_sum / seen
                     try:
                         callback(GANProgress(epoch, epochs, batch, batches, *means, batch == batches))
                     except StopTraining:
                         stopped = True
-                        break
             history.generator_loss.append(generator_sum / seen)
             history.discriminator_loss.append(discriminator_sum / seen)
             if verbose:
@@ -280,10 +297,29 @@ class GAN:
         self._update_average()
         return generator_loss, discriminator_loss
 
+    def _fused_steps(self, samples: Samples, rule: Optimizer, other: Optimizer) -> Any:
+        """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
+        average = None if self._average is self._generator else self._average
+        scale, shift = (2.0, -1.0) if self.generator_output == "tanh" else (1.0, 0.0)
+        return gan_steps(
+            GanNetworks(self._generator, self._discriminator, average),
+            samples,
+            scale,
+            shift,
+            1.0 - self.label_smoothing,
+            self.loss == "non_saturating",
+            rule,
+            other,
+        )
+
+    def _decay(self, steps: int) -> float:
+        """Of the moving average after so many steps: at first it follows closely."""
+        return min(self.ema_decay, (1 + steps) / (10 + steps))
+
     def _update_average(self) -> None:
         if self._average is self._generator:
             return
-        decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
+        decay = self._decay(self.steps)
         for average, param in zip(self._average.parameters, self._generator.parameters, strict=True):
             average *= decay
             average += (1.0 - decay) * param

@@ -16,8 +16,9 @@ from .. import kernels
 from . import _checks as checks
 from . import files
 from .dense import Dense, activation_name, activation_number
+from .fused import Pace, mlp_steps
 from .optimizers import SGD, Optimizer, as_optimizer, make_optimizer
-from .training import CHUNK, History, Progress, Samples, StopTraining, mini_batches, slices
+from .training import CHUNK, History, Progress, Samples, StopTraining, sample_order, slices
 
 Array = NDArray[Any]
 
@@ -135,7 +136,7 @@ class MLP:
         ----------
         x : array_like, shape (n, layers[0])
             Rows of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and are
-            expanded a mini-batch at a time.
+            expanded a mini-batch at a time. Or a sparse matrix of scipy, of either dtype.
         y : array_like
             Class indices, integers of shape (n,); with one sigmoid output 0 or 1. With identity outputs numbers of the
             network's dtype, shape (n,) for one output, else (n, layers[-1]).
@@ -180,18 +181,26 @@ class MLP:
         history = History()
         start = time.perf_counter()
         batches = math.ceil(len(samples) / size)
+        steps = self._fused_steps(samples, targets, rule)
+        pace = Pace()
         for epoch in range(1, epochs + 1):
-            loss_sum, correct, seen = 0.0, 0.0, 0
+            loss_sum, correct, seen, batch = 0.0, 0.0, 0, 0
+            order = sample_order(len(samples), rng)
             done = False
             try:
-                for batch, where in enumerate(mini_batches(len(samples), size, rng), 1):
-                    rows = samples.batch(where)
-                    loss, right, gradients = self._gradients(rows, targets[where])
-                    for param, grad in zip(self.parameters, gradients, strict=True):
-                        rule.update(param, grad)
-                    seen += len(rows)
-                    loss_sum += loss * len(rows)
+                while not done:
+                    if steps is None:
+                        where = order[seen : seen + size]
+                        loss, right = self._step(samples.batch(where), targets[where], rule)
+                        loss_sum += loss * len(where)
+                    else:
+                        where = order[seen : seen + size * (pace.steps if callback is None else 1)]
+                        pace.start()
+                        loss_sum, right = steps(where, size, loss_sum)
+                        pace.stop()
+                    seen += len(where)
                     correct += right
+                    batch += math.ceil(len(where) / size)
                     if batch == batches:
                         done = True
                         scores = (None, None) if validation is None else self._evaluate(*validation)
@@ -209,6 +218,31 @@ class MLP:
                 break
         history.seconds = time.perf_counter() - start
         return history
+
+    def _step(self, rows: Array, targets: Array, rule: Optimizer) -> tuple[float, float]:
+        """One mini-batch, written with the public kernels: its loss, and the number of right answers."""
+        loss, right, gradients = self._gradients(rows, targets)
+        for param, grad in zip(self.parameters, gradients, strict=True):
+            rule.update(param, grad)
+        return loss, right
+
+    def _fused_steps(
+        self, samples: Samples, targets: Array, rule: Optimizer
+    ) -> Callable[[NDArray[np.int64], int, float], tuple[float, float]] | None:
+        """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
+        loss, row_weight = {
+            "softmax": ("softmax_cross_entropy", 1.0),
+            "sigmoid": ("binary_cross_entropy_with_logits", 1.0),
+            "identity": ("mean_squared_error", 1.0 / self.layers[-1]),
+        }[self.output]
+        steps = mlp_steps(self._dense, loss, row_weight, samples, targets, rule)
+        if steps is None or self.output != "identity":
+            return steps
+
+        def without_classes(order: NDArray[np.int64], batch: int, loss_sum: float) -> tuple[float, float]:
+            return steps(order, batch, loss_sum)[0], math.nan
+
+        return without_classes
 
     @staticmethod
     def _log(
@@ -377,7 +411,7 @@ class MLP:
     # Arguments.
 
     def _samples(self, x: Any, name: str = "x") -> Samples:
-        return Samples(x, self.layers[0], self.dtype, name)
+        return Samples(x, self.layers[0], self.dtype, name, sparse=True)
 
     def _samples_and_targets(self, x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[Samples, Array]:
         samples = self._samples(x, names[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
+from ..formulas.optimizers import adam_numbers, adam_scalars, sgd_numbers
 from . import _checks as checks
+from .memory import aligned_zeros
 from .training import GANProgress, Progress
 
 Array = NDArray[Any]
@@ -24,6 +27,15 @@ class _State:
     param: Array
     arrays: tuple[Array, ...]
     steps: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What steps to come need: the rule, its numbers (steps, numbers), and the state of each parameter."""
+
+    rule: str
+    scalars: NDArray[np.float64]
+    states: list[tuple[Array, ...]]
 
 
 @dataclass
@@ -70,15 +82,38 @@ class Optimizer(ABC):
         TypeError, ValueError
             A dtype, a shape or a setting does not fit.
         """
+        state = self._state(param)
+        self._apply(state.param, grad, state.arrays, state.steps + 1)
+        # Only now: a step that raised leaves nothing behind.
+        self._advance(state, 1)
+
+    def _state(self, param: Array) -> _State:
         state = self._states.get(id(param))
         if state is None:
             if not isinstance(param, np.ndarray):
                 raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
-            state = _State(param, tuple(np.zeros_like(param) for _ in range(self._arrays_per_parameter)))
-        self._apply(state.param, grad, state.arrays, state.steps + 1)
-        # Only now: a step that raised leaves nothing behind.
-        state.steps += 1
-        self._states[id(param)] = state
+            state = _State(param, tuple(aligned_zeros(param) for _ in range(self._arrays_per_parameter)))
+        return state
+
+    def _advance(self, state: _State, steps: int) -> None:
+        state.steps += steps
+        self._states[id(state.param)] = state
+
+    def plan(self, params: Sequence[Array], steps: int) -> Plan | None:
+        """What the next `steps` updates of all of `params` need; None if some have had more updates than others."""
+        states = [self._state(param) for param in params]
+        if len({(state.steps, len(state.arrays)) for state in states}) > 1:
+            return None
+        # So that `planned` finds them; a state with no step is as good as none.
+        for state in states:
+            self._advance(state, 0)
+        rule, scalars = self._numbers(len(states[0].arrays), states[0].steps + 1, steps)
+        return Plan(rule, scalars, [state.arrays for state in states])
+
+    def planned(self, params: Sequence[Array], steps: int) -> None:
+        """Take note that so many steps of a plan were done."""
+        for param in params:
+            self._advance(self._state(param), steps)
 
     def fresh(self) -> Self:
         """Return an optimizer with the same settings and no state."""
@@ -96,6 +131,10 @@ class Optimizer(ABC):
     @abstractmethod
     def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int) -> None:
         """Call the kernel; `step` is 1 at the first update."""
+
+    @abstractmethod
+    def _numbers(self, arrays: int, step: int, steps: int) -> tuple[str, NDArray[np.float64]]:
+        """The rule and its numbers at `steps` steps from `step` on, for parameters with so many arrays of state."""
 
 
 @dataclass
@@ -141,6 +180,10 @@ class SGD(Optimizer):
             weight_decay=self.weight_decay,
         )
 
+    def _numbers(self, arrays: int, step: int, steps: int) -> tuple[str, NDArray[np.float64]]:
+        rule, scalars = sgd_numbers(arrays > 0, self.lr, self.momentum, self.nesterov, self.weight_decay)
+        return rule, np.tile(np.array(scalars), (steps, 1))
+
 
 @dataclass
 class Adam(Optimizer):
@@ -160,6 +203,7 @@ class Adam(Optimizer):
 
     name = "adam"
     _kernel = staticmethod(kernels.adam_update)
+    _decoupled: ClassVar[bool] = False
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -184,6 +228,12 @@ class Adam(Optimizer):
             weight_decay=self.weight_decay,
         )
 
+    def _numbers(self, arrays: int, step: int, steps: int) -> tuple[str, NDArray[np.float64]]:
+        settings = self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
+        first = adam_numbers(step, *settings)  # which checks them, too
+        rest = [adam_scalars(step + i, *settings) for i in range(1, steps)]
+        return "adam", np.array([first, *rest])
+
 
 @dataclass
 class AdamW(Adam):
@@ -199,6 +249,7 @@ class AdamW(Adam):
 
     name = "adamw"
     _kernel = staticmethod(kernels.adamw_update)
+    _decoupled: ClassVar[bool] = True
 
     weight_decay: float = 0.01
 

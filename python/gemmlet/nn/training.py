@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _arguments as arguments
+from ..backends.numpy_backend import Feed
 
 Array = NDArray[Any]
 
@@ -117,12 +118,14 @@ class Samples:
     Parameters
     ----------
     x : array_like, shape (n, features) or (n, ...) with `features` values a sample
-        Of `dtype`, or uint8, which counts as value/255.
+        Of `dtype`, or uint8, which counts as value/255. A sparse matrix of scipy, if `sparse`.
     features : int
     dtype : numpy.dtype
         float32 or float64.
     name : str
         For error messages.
+    sparse : bool
+        Whether a sparse matrix will do.
 
     Raises
     ------
@@ -130,8 +133,12 @@ class Samples:
         The dtype or the shape does not fit.
     """
 
-    def __init__(self, x: Any, features: int, dtype: np.dtype[Any], name: str = "x") -> None:
-        array = arguments.as_array(x, name)
+    def __init__(self, x: Any, features: int, dtype: np.dtype[Any], name: str = "x", *, sparse: bool = False) -> None:
+        # Its attributes tell it apart without importing scipy.
+        is_sparse = hasattr(x, "tocsr") and hasattr(x, "toarray")
+        if is_sparse and not sparse:
+            raise TypeError(f"{name} is a sparse matrix; expected an array: {name}.toarray()")
+        array = x if is_sparse else arguments.as_array(x, name)
         if array.dtype != np.uint8 and array.dtype != dtype:
             raise TypeError(
                 f"{name} has dtype {array.dtype}; expected {dtype}, the network's, or uint8, which counts as "
@@ -142,16 +149,20 @@ class Samples:
             values *= length
         if array.ndim < 2 or values != features:
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row")
-        self.array = array
+        self.array: Any = _canonical(array, dtype) if is_sparse else array
+        self.is_sparse = is_sparse
         self.features = features
         self.dtype = dtype
 
     def __len__(self) -> int:
-        return len(self.array)
+        return int(self.array.shape[0])
 
     def batch(self, where: slice | Array) -> Array:
         """Return the samples at `where` as rows, shape (m, features)."""
-        rows = self.array[where]
+        if self.is_sparse:
+            dense: Array = self.array[where].toarray()
+            return dense
+        rows: Array = self.array[where]
         rows = rows.reshape(len(rows), self.features)
         if rows.dtype == self.dtype:
             return rows
@@ -159,15 +170,37 @@ class Samples:
         scaled /= 255.0
         return scaled
 
+    def feed(self, sparse_below: float) -> Feed:
+        """The samples as fused training takes them; zeros are skipped if fewer than this share is not 0."""
+        if self.is_sparse:
+            start, columns = self.array.indptr, self.array.indices
+            return Feed(self.array.data, start.astype(np.int64, copy=False), columns.astype(np.int32, copy=False), True)
+        rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
+        if not arguments.is_aligned(rows):
+            rows = rows.copy()
+        # A thousand rows, evenly spread, tell the density.
+        some = rows[:: max(1, len(rows) // 1000)]
+        dense = np.count_nonzero(some) >= sparse_below * some.size
+        return Feed(rows, None, None, not dense)
+
+
+def _canonical(matrix: Any, dtype: np.dtype[Any]) -> Any:
+    """The sparse matrix by rows, columns ascending and each once, with numbers of `dtype`."""
+    rows = matrix.tocsr()
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    if rows.dtype == np.uint8:
+        rows = rows.astype(dtype)
+        rows.data /= 255.0
+    return rows
+
 
 def slices(n: int, size: int) -> Iterator[slice]:
     """Divide ``range(n)`` into slices of `size`; the last one may be shorter."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def mini_batches(n: int, size: int, rng: np.random.Generator | None) -> Iterator[slice | Array]:
-    """Divide n samples into mini-batches of `size`, in a random order if there is an `rng`; the last may be smaller."""
-    if rng is None:
-        return slices(n, size)
-    order = rng.permutation(n)
-    return (order[part] for part in slices(n, size))
+def sample_order(n: int, rng: np.random.Generator | None) -> NDArray[np.int64]:
+    """The order in which an epoch takes n samples: random if there is an `rng`."""
+    return np.arange(n) if rng is None else rng.permutation(n)

@@ -1,0 +1,151 @@
+"""Whole mini-batches in one call, on backends that can: what the networks' own steps do, without writing gradients.
+
+The weights are those of the networks' own steps, to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backends import select
+from ..backends.numpy_backend import FusedLayer
+from ..formulas.activations import ACTIVATIONS
+from .dense import Dense
+from .optimizers import Optimizer, Plan
+from .training import Samples
+
+Array = NDArray[Any]
+Order = NDArray[np.int64]
+
+# Below this share of numbers that are not 0, to skip zeros is faster (measured by `gemmlet bench epoch` on inputs of
+# several densities: docs/performance.md).
+SPARSE_BELOW = 0.5
+
+# Between calls Python sees Ctrl-C: so long, in seconds, one should take.
+_CALL_SECONDS = 0.1
+
+
+class Pace:
+    """How many steps to take in a call, from how long the last one took."""
+
+    def __init__(self) -> None:
+        self.steps = 8
+        self._started = 0.0
+
+    def start(self) -> None:
+        """The call begins."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """It has ended."""
+        seconds = max(time.perf_counter() - self._started, 1e-6)
+        self.steps = max(1, min(int(self.steps * _CALL_SECONDS / seconds), 4 * self.steps))
+
+
+def _layers(dense: Dense, plan: Plan, average: Dense | None = None) -> list[FusedLayer]:
+    layers = []
+    for i, layer in enumerate(dense.layers):
+        parameter = layer.activation_parameter
+        if parameter is None:
+            parameter = 0.0 if layer.activation is None else ACTIVATIONS[layer.activation].default
+        layers.append(
+            FusedLayer(
+                layer.weight,
+                layer.bias,
+                layer.activation,
+                parameter,
+                plan.states[2 * i],
+                plan.states[2 * i + 1],
+                None if average is None else average.layers[i].weight,
+                None if average is None else average.layers[i].bias,
+            )
+        )
+    return layers
+
+
+def _can(denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]) -> bool:
+    backend = select.current()
+    names = [layer.activation for dense in denses for layer in dense.layers if layer.activation is not None]
+    plans = [rule.plan(dense.parameters, 1) for dense, rule in zip(denses, rules, strict=True)]
+    return all(plan is not None and backend.fuses(names, losses, plan.rule) for plan in plans)
+
+
+def mlp_steps(
+    dense: Dense, loss: str, row_weight: float, samples: Samples, targets: Array, rule: Optimizer
+) -> Callable[[Order, int, float], tuple[float, int]] | None:
+    """Return ``steps(order, batch_size, loss_sum) -> (loss_sum, right)``, or None if the backend has no such thing.
+
+    `loss` is ``"softmax_cross_entropy"`` or an elementwise one, whose sum over a row counts `row_weight` times.
+    """
+    if not _can([dense], [loss], [rule]):
+        return None
+    backend = select.current()
+    feed = samples.feed(SPARSE_BELOW)
+
+    def steps(order: Order, batch: int, loss_sum: float) -> tuple[float, int]:
+        count = -(-len(order) // batch)
+        plan = rule.plan(dense.parameters, count)
+        assert plan is not None
+        total, right = backend.train_mlp(
+            _layers(dense, plan), feed, np.ascontiguousarray(targets), loss, row_weight, order, batch, plan.rule,
+            plan.scalars, loss_sum,
+        )  # fmt: skip
+        rule.planned(dense.parameters, count)
+        return total, right
+
+    return steps
+
+
+@dataclass(frozen=True)
+class GanNetworks:
+    """The networks of a `GAN`; `average` is the generator's moving average, if there is one."""
+
+    generator: Dense
+    discriminator: Dense
+    average: Dense | None
+
+
+def gan_steps(
+    networks: GanNetworks,
+    samples: Samples,
+    scale: float,
+    shift: float,
+    real_target: float,
+    non_saturating: bool,
+    generator_rule: Optimizer,
+    discriminator_rule: Optimizer,
+) -> Callable[[Order, int, Array, NDArray[np.float64], tuple[float, float]], tuple[float, float]] | None:
+    """Return ``steps(order, batch_size, noise, decay, loss_sums) -> loss_sums``, or None as above.
+
+    `decay` has a number for each step; losses are the generator's and the discriminator's.
+    """
+    generator, discriminator = networks.generator, networks.discriminator
+    both = [generator, discriminator]
+    if not _can(both, ["binary_cross_entropy_with_logits"], [generator_rule, discriminator_rule]):
+        return None
+    backend = select.current()
+    feed = samples.feed(0.0)
+
+    def steps(
+        order: Order, batch: int, noise: Array, decay: NDArray[np.float64], loss_sums: tuple[float, float]
+    ) -> tuple[float, float]:
+        count = -(-len(order) // batch)
+        g = generator_rule.plan(generator.parameters, count)
+        d = discriminator_rule.plan(discriminator.parameters, count)
+        assert g is not None
+        assert d is not None
+        sums = backend.train_gan(
+            _layers(generator, g, networks.average), _layers(discriminator, d), feed, scale, shift, noise, real_target,
+            non_saturating, order, batch, g.rule, g.scalars, d.rule, d.scalars, decay, loss_sums,
+        )  # fmt: skip
+        generator_rule.planned(generator.parameters, count)
+        discriminator_rule.planned(discriminator.parameters, count)
+        return sums
+
+    return steps
