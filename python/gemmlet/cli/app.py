@@ -181,7 +181,7 @@ def _bench(
     sides: Annotated[
         str, typer.Option(metavar="NAMES", help="Only these sides, as in gemmlet,numpy.", show_default="all installed")
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: a minute or two.")] = False,
     threads: Threads = None,
     seconds: Annotated[
         float | None, typer.Option(help="Seconds for a case, all sides together.", show_default="1, with --quick 0.1")
