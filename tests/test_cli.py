@@ -1100,13 +1100,14 @@ OPTIONS = (
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("", ["info", "train"]),
-        ("--help", ["info", "train"]),
+        ("", ["bench", "info", "train"]),
+        ("--help", ["bench", "info", "train"]),
         ("train", ["mlp", "gan"]),
         ("train --help", ["mlp", "gan"]),
         ("train mlp --help", [f"--{name}" for name in OPTIONS]),
         ("train gan --help", [f"--{name}" for name in OPTIONS]),
         ("info --help", ["versions"]),
+        ("bench --help", ["--filter", "--quick", "--compare", "--data-dir", "--scaling", "--instructions"]),
     ],
 )
 def test_help(capsys, words, named):
@@ -1118,8 +1119,11 @@ def test_help(capsys, words, named):
         assert re.search(rf"^ .*{name}\b", shown.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("words", "code"), [("info", 0), ("--version", 0), ("train mlp", 1), ("", 1)])
-def test_without_the_extra(words, code):
+@pytest.mark.parametrize(
+    ("words", "code", "needed"),
+    [("info", 0, ""), ("--version", 0, ""), ("train mlp", 1, "train"), ("", 1, "train"), ("bench --list", 1, "bench")],
+)
+def test_without_the_extra(words, code, needed):
     extra = ["typer", "rich", "matplotlib", "PIL", "sklearn", "scipy", "safetensors", "pooch", "threadpoolctl"]
     program = f"import sys; sys.modules.update(dict.fromkeys({extra})); from gemmlet.cli import main; main()"
     command = [sys.executable, "-c", program, *words.split()]
@@ -1128,7 +1132,7 @@ def test_without_the_extra(words, code):
     if code:
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1
-        assert "pip install 'gemmlet[train]'" in done.stderr
+        assert f"pip install 'gemmlet[{needed}]'" in done.stderr
         assert "typer, rich, matplotlib" in done.stderr
     else:
         assert done.stderr == ""

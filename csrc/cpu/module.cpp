@@ -4,6 +4,7 @@
 
 #include <functional>
 
+#include "cpu/roof.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
@@ -150,6 +151,11 @@ void optimizer_update(int rule, py::array& param, const py::array& grad, std::ve
   });
 }
 
+double fma_loop(bool is_double, std::int64_t steps) {
+  if (steps < 1) refuse("steps", "below 1");
+  return without_gil([&] { return is_double ? gemmlet::fma_loop<double>(steps) : gemmlet::fma_loop<float>(steps); });
+}
+
 }  // namespace
 
 // For threadpoolctl, which calls them through ctypes.
@@ -171,6 +177,8 @@ PYBIND11_MODULE(GEMMLET_MODULE, m, py::mod_gil_not_used()) {
   // It waits for the end of a call that uses the pool.
   m.def("set_num_threads", [](int count) { without_gil([&] { gemmlet_set_num_threads(count); }); }, py::arg("count"));
   m.def("get_num_threads", &gemmlet_get_num_threads);
+  m.def("fma_loop", &fma_loop, py::arg("is_double"), py::arg("steps"));
+  m.def("mark", &gemmlet_mark);
   m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("b"), py::arg("activation"), py::arg("parameter"),
         py::arg("y"), py::arg("z"));
   m.def("column_sum", &column_sum, py::arg("x"), py::arg("out"));

@@ -1,6 +1,7 @@
-"""The command ``gemmlet``: train the networks on MNIST, and show what computes here.
+"""The command ``gemmlet``: train the networks on MNIST, measure the kernels, and show what computes here.
 
-Typer, rich and all that the trainings need come with the extra ``train``; ``gemmlet info`` works without them.
+Typer, rich and all that the trainings need come with the extra ``train``, the peers of ``bench`` with the extra of that
+name; ``gemmlet info`` works without them.
 """
 
 from __future__ import annotations
@@ -82,9 +83,18 @@ def _run(words: list[str]) -> int:
         show()
         return 0
 
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if words[:1] == ["bench"]:
+        from ..bench.suite import without_blas_variables
+
+        environment = without_blas_variables(os.environ)
+        if environment is not None:
+            # NumPy's BLAS has read them when it was loaded: start once more.
+            os.execve(sys.executable, [sys.executable, "-m", "gemmlet", *words], environment)
+
+    needed, extra = (_EXTRA, "train") if words[:1] != ["bench"] else ((*_EXTRA, "threadpoolctl"), "bench")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'gemmlet[train]'", code=1)
+        raise UserError(f"this needs {', '.join(missing)}: pip install 'gemmlet[{extra}]'", code=1)
     from .app import run
 
     return run(words)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from .. import nn
 from ..backends import select
-from . import UserError, info, train
+from ..bench.results import TOLERANCES
+from . import UserError, bench, info, train
 
 
 def _version(wanted: bool) -> None:
@@ -169,9 +170,89 @@ def _gan(
     )
 
 
-def _uninterrupted(training: Callable[[train.Options], int], options: train.Options) -> int:
+@app.command("bench")
+def _bench(
+    groups: Annotated[
+        list[str] | None, typer.Argument(metavar="[GROUP]...", help="What to measure.", show_default="everything")
+    ] = None,
+    words: Annotated[
+        str, typer.Option("--filter", metavar="TEXT", help="Only cases with all of these words, as in 'tanh float32'.")
+    ] = "",
+    sides: Annotated[
+        str, typer.Option(metavar="NAMES", help="Only these sides, as in gemmlet,numpy.", show_default="all installed")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: a minute or two.")] = False,
+    threads: Threads = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds for a case, all sides together.", show_default="1, with --quick 0.1")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with the four MNIST files, raw or gzipped.",
+            show_default="GEMMLET_DATA_DIR, else a small sample, repeated",
+        ),
+    ] = None,
+    out: Out = Path("runs/bench"),
+    only_list: Annotated[bool, typer.Option("--list", help="List the cases and their sides.")] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Curves over batch, width, depth and threads, with peak memory, instead.")
+    ] = False,
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="Count instructions with valgrind instead of timing.")
+    ] = False,
+    earlier: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="Show an earlier bench.json instead of measuring.")
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with an earlier bench.json; exit status 1 if a row got slower."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="How much slower a row may get.",
+            show_default="{seconds:.0%} of time, {instructions:.0%} of instructions".format(**TOLERANCES),
+        ),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables between the markers of a Markdown file.")
+    ] = None,
+) -> int:
+    """Check and time the kernels and the trainings beside NumPy, PyTorch, JAX, scikit-learn and numexpr.
+
+    Peers that are not installed are left out; they come with the extra bench.
+    """
+    return _uninterrupted(
+        bench.run,
+        bench.Options(
+            tuple(groups or ()),
+            words,
+            sides,
+            quick,
+            threads,
+            seconds,
+            data_dir,
+            out,
+            only_list,
+            scaling,
+            instructions,
+            earlier,
+            compare,
+            tolerance,
+            markdown,
+        ),
+    )
+
+
+Given = TypeVar("Given")
+
+
+def _uninterrupted(command: Callable[[Given], int], options: Given) -> int:
     try:
-        return training(options)
+        return command(options)
     except KeyboardInterrupt:
         # Typer would make of it what depends on its version.
         raise UserError("interrupted", code=130) from None

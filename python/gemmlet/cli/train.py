@@ -134,7 +134,7 @@ def check(options: Options, defaults: Defaults) -> Settings:
     if options.classic and options.hidden is not None:
         raise UserError("--classic is one certain network; leave out --hidden")
     hidden = defaults.hidden if options.hidden is None else _widths(options.hidden)
-    _check_folder(options.out)
+    check_folder(options.out)
     if options.backend is not None:
         try:
             use_backend(options.backend)
@@ -164,7 +164,7 @@ def _widths(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
     """Raise unless `out` is a folder that can be written to, or can become one."""
     try:
         existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
@@ -176,7 +176,7 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"--out {out}: {existing} cannot be written to")
 
 
-def _make_folder(out: Path, inside: str = ".") -> Path:
+def make_folder(out: Path, inside: str = ".") -> Path:
     """Return the folder `inside` the folder `out`, which is made unless it is there."""
     folder = out / inside
     try:
@@ -312,7 +312,7 @@ def _begin(options: Options, defaults: Defaults, console: Console, *, least: int
     images, tests = len(data.y_train), len(data.y_test)
     if min(images, tests) < least:
         raise UserError(f"{data.source} has {images} training and {tests} test images; expected at least {least} each")
-    _make_folder(settings.out)
+    make_folder(settings.out)
     console.print(f"Data: {data.source} ({images:,} training and {tests:,} test images)", soft_wrap=True)
     description, threads = select.current().describe(), get_num_threads()
     console.print(
@@ -452,7 +452,7 @@ def train_gan(options: Options) -> int:
         model = nn.GAN(
             generator=[*settings.hidden, 784], discriminator=[*reversed(settings.hidden), 1], seed=settings.seed
         )
-    pictures = _make_folder(settings.out, "samples")
+    pictures = make_folder(settings.out, "samples")
     for old in pictures.glob("epoch_*.png"):
         old.unlink()  # those of an earlier run, which may have had more epochs
     noise = model.noise(SHOWN, seed=settings.seed)

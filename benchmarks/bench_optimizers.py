@@ -1,0 +1,9 @@
+"""Optimizer updates, in place."""
+
+from collections.abc import Callable
+
+from gemmlet.bench.case import Case
+
+
+def bench_optimizers(run: Callable[[Case, str], None], case: Case, side: str) -> None:
+    run(case, side)

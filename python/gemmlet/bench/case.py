@@ -1,0 +1,120 @@
+"""What a case is: one piece of work, the sides that do it, and the result that each must have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the cases depend on.
+
+    Attributes
+    ----------
+    quick
+        Fewer shapes, and smaller ones.
+    data_dir
+        The folder with MNIST; None is ``GEMMLET_DATA_DIR``, else the embedded sample.
+    """
+
+    quick: bool = False
+    data_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One side of a case, ready to run.
+
+    Attributes
+    ----------
+    call
+        What is timed. It ends when the work is done, not when it has been queued.
+    result
+        Does the same once and returns what is checked: arrays, in a tuple if there are several.
+    own_clock
+        Whether the call returns the seconds that count, which are not all that it takes.
+    """
+
+    call: Call
+    result: Call
+    own_clock: bool = False
+
+
+Factory = Callable[[Any], Call | Prepared]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    Attributes
+    ----------
+    group, name
+        Together they are the row's key in tables and files.
+    inputs
+        Draws the arguments, the same ones every time.
+    sides
+        For each side's name a function of the inputs that returns the call; all that need not be timed happens in it.
+    exact
+        A function of the inputs that returns the right result, computed in float64.
+    rtol, atol
+        A result may be off by ``atol + rtol * abs(exact)``, element by element.
+    flops, bytes
+        The least work: floating-point operations of the products, and bytes read and written, each array once. With
+        them goes the distance to the roof; zeros where it makes no sense.
+    units, unit
+        How many of what one call does: times are given for one.
+    labels
+        What the row is, for selecting rows: kernel, dtype and so on.
+    """
+
+    group: str
+    name: str
+    inputs: Callable[[], Any]
+    sides: Mapping[str, Factory]
+    exact: Callable[[Any], Any]
+    rtol: float
+    atol: float
+    flops: float = 0.0
+    bytes: float = 0.0
+    units: int = 1
+    unit: str = "call"
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The row's key."""
+        return f"{self.group}: {self.name}"
+
+    def prepare(self, side: str, inputs: Any) -> Prepared:
+        """Return one side, ready to run on `inputs`."""
+        made = self.sides[side](inputs)
+        return made if isinstance(made, Prepared) else Prepared(made, made)
+
+    def error(self, result: Any, exact: Any) -> float:
+        """Return the largest error as a share of what is allowed: above 1, or NaN, the result is wrong."""
+        results, expected = arrays(result), arrays(exact)
+        if len(results) != len(expected):
+            raise ValueError(f"{len(results)} results instead of {len(expected)}")
+        worst = 0.0
+        for got, right in zip(results, expected, strict=True):
+            if got.shape != right.shape:
+                raise ValueError(f"a result of shape {got.shape} instead of {right.shape}")
+            if got.size:
+                error = np.abs(got.astype(np.float64) - right) / (self.atol + self.rtol * np.abs(right))
+                worst = max(worst, float(np.max(error))) if not np.isnan(error).any() else np.nan
+        return worst
+
+
+def arrays(result: Any) -> list[Array]:
+    """Return results as a list of NumPy arrays."""
+    return [np.asarray(one) for one in (result if isinstance(result, tuple | list) else (result,))]

@@ -1,0 +1,250 @@
+"""Tables: on the terminal with rich, and as Markdown for `docs/performance.md`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .results import TIME, Change, Results, Row, compare, differences
+from .sides import OURS, SIDES
+from .targets import TARGETS, Verdict, verdict
+
+LOST = "▼"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def duration(seconds: float) -> str:
+    """Return a time with three digits and its unit."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 1.0:
+            return f"{_three_digits(seconds * factor)} {unit}"
+    return f"{_three_digits(seconds * 1e9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _amount(value: float, measure: str) -> str:
+    return duration(value) if measure == TIME else f"{value:,.0f}"
+
+
+def groups(results: Results) -> Iterator[tuple[str, list[Row]]]:
+    """Yield the rows of each group."""
+    for name, rows in itertools.groupby(results.rows, key=lambda row: row.group):
+        yield name, list(rows)
+
+
+def _heading(name: str, rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """The title of a group and the names of its rows, with the unit of work in the title if all have the same."""
+    units = {row.unit for row in rows}
+    if len(units) == 1:
+        return f"{name} (one {units.pop()})", [row.name for row in rows]
+    return name, [f"{row.name} (one {row.unit})" for row in rows]
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """The peers that any of the rows has, in one order."""
+    return [name for name in SIDES if name != OURS and any(name in row.sides for row in rows)]
+
+
+def _own_cells(row: Row) -> list[str]:
+    """p20, p50, p80 and the share of the roof."""
+    ours = row.sides.get(OURS)
+    if ours is None:
+        return ["", "", "", ""]
+    if ours.failed is not None:
+        return [f"{LOST} failed", "", "", ""]
+    share = row.share_of_roof()
+    times = [duration(row.percentile(OURS, percent)) for percent in (20, 50, 80)]
+    return [*times, "" if share is None else f"{share:.0%}"]
+
+
+def _peer_cell(row: Row, peer: str) -> str:
+    if peer not in row.sides:
+        return ""
+    if row.sides[peer].failed is not None:
+        return "failed"
+    time, ratio = duration(row.percentile(peer, 50)), row.ratio(peer)
+    return time if ratio is None else f"{f'{LOST} ' if ratio < 1 else ''}{ratio:.2f} ({time})"
+
+
+_OWN_COLUMNS = ("p20", "p50", "p80", "of the roof")
+EXPLANATION = (
+    "p20, p50, p80: percentiles of gemmlet's time for one unit of work. Each peer: its median time over gemmlet's, "
+    "taken within each round, and its own median time; above 1 gemmlet is ahead. "
+    f"{LOST} marks what gemmlet loses. Of the roof: the least time that this machine's arithmetic and memory allow, "
+    "over gemmlet's."
+)
+
+
+def show(console: Console, results: Results) -> None:
+    """Print a table for each group, what failed, and the targets."""
+    for name, rows in groups(results):
+        title, names = _heading(name, rows)
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        if results.measure != TIME:
+            table.add_column("instructions", justify="right")
+            for shown, row in zip(names, rows, strict=True):
+                table.add_row(shown, f"{row.percentile(OURS, 50):,.0f}" if row.measured(OURS) else "failed")
+            console.print(table)
+            continue
+        peers = _columns(rows)
+        for column in (*_OWN_COLUMNS, *peers):
+            table.add_column(column, justify="right")
+        for shown, row in zip(names, rows, strict=True):
+            cells = [*_own_cells(row), *(_peer_cell(row, peer) for peer in peers)]
+            # The sign says it too: not every terminal has colours.
+            table.add_row(shown, *(f"[red]{cell}[/red]" if LOST in cell else cell for cell in cells))
+        console.print(table)
+    for row in results.rows:
+        for side, timed in row.sides.items():
+            if timed.failed is not None:
+                console.print(f"{side} fails in {row.key}: {timed.failed}", markup=False, soft_wrap=True)
+    if results.measure == TIME:
+        console.print(EXPLANATION)
+        verdicts = [verdict(target, results.rows) for target in TARGETS]
+        show_targets(console, verdicts, quick=bool(results.settings.get("quick")))
+    for note in results.notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def show_targets(console: Console, verdicts: Sequence[Verdict], *, quick: bool) -> None:
+    """Print what was reached of the targets that were measured."""
+    known = [v for v in verdicts if v.met is not None]
+    if not known:
+        return
+    title = "Targets" + (" (--quick: not the sizes that they name)" if quick else "")
+    table = Table("target", "required", "measured", "", title=title, title_justify="left")
+    for cells in _target_cells(known):
+        table.add_row(*cells)
+    console.print(table)
+    if len(known) < len(verdicts):
+        console.print(f"{len(verdicts) - len(known)} more targets need rows or peers that were not measured.")
+
+
+def _target_cells(verdicts: Sequence[Verdict]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the lines of a table, where what several lines are about stands once."""
+    last = None
+    for v in verdicts:
+        yield "" if v.work == last else v.work, v.required, v.measured, _word(v)
+        last = v.work
+
+
+def _word(v: Verdict) -> str:
+    return "not measured" if v.met is None else "met" if v.met else f"{LOST} missed"
+
+
+def show_changes(console: Console, old: Results, new: Results, tolerance: float) -> bool:
+    """Print how the rows changed; returns whether none is slower by more than the tolerance."""
+    changes = compare(old, new, tolerance)
+    table = Table("", "before", "now", "change", title="Compared with the earlier run, 20th percentiles")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for change in changes:
+        mark = f"{LOST} " if change.slower else ""
+        table.add_row(
+            change.key,
+            _amount(change.before, new.measure),
+            "failed" if change.after == float("inf") else _amount(change.after, new.measure),
+            f"{mark}{change.change - 1:+.1%}",
+        )
+    console.print(table)
+    for line in differences(old, new):
+        console.print(line, markup=False, soft_wrap=True)
+    slower: list[Change] = [change for change in changes if change.slower]
+    unit = "slower" if new.measure == TIME else "more instructions"
+    console.print(
+        f"{len(slower)} of {len(changes)} rows: more than {tolerance:.0%} {unit}."
+        if slower
+        else f"None of {len(changes)} rows is more than {tolerance:.0%} {unit}."
+    )
+    return not slower
+
+
+def show_scaling(console: Console, curves: Mapping[str, Sequence[Mapping[str, Any]]], sides: Sequence[str]) -> None:
+    """Print a table for each parameter: images per second, and the peak of memory."""
+    for parameter, points in curves.items():
+        table = Table(parameter, *sides, title="Images per second (peak memory in MB)", title_justify="left")
+        for point in points:
+            cells = [
+                "failed" if "failed" in m else f"{m['images_per_second']:,.0f} ({m['peak_mb']:,.0f})"
+                for m in (point["sides"][side] for side in sides)
+            ]
+            table.add_row(str(point["value"]), *cells)
+        console.print(table)
+    for parameter, points in curves.items():
+        for point in points:
+            for side, measured in point["sides"].items():
+                if "failed" in measured:
+                    console.print(f"{side} fails at {parameter} {point['value']}: {measured['failed']}", markup=False)
+
+
+# Markdown.
+
+
+def markdown(results: Results) -> str:
+    """Return the run as Markdown: the machine, the targets, and every row."""
+    machine, settings = results.machine, results.settings
+    lines = [
+        f"Measured on {settings['date'][:10]}: {machine['cpu']}, {machine['processors']} processors, "
+        f"{', '.join(machine['caches'])}; {machine['system']}; {settings['threads']} threads for every side. "
+        + ", ".join(f"{name} {version}" for name, version in results.versions.items())
+        + ".",
+        "",
+    ]
+    if flops := results.roof.get("flops"):
+        peaks = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in flops.items())
+        copies = ", ".join(
+            f"{rate / 1e9:.0f} GB/s at {int(size) / 1e6:.3g} MB" for size, rate in results.roof["copy"].items()
+        )
+        lines += [f"The roof: {peaks}; copies, read and written: {copies}.", ""]
+    for note in results.notes:
+        lines += [f"{note}.", ""]
+    verdicts = [verdict(target, results.rows) for target in TARGETS]
+    lines += _markdown_table(("target", "required", "measured", ""), list(_target_cells(verdicts)))
+    lines += ["", EXPLANATION, ""]
+    for name, rows in groups(results):
+        peers, (title, names) = _columns(rows), _heading(name, rows)
+        lost = sum(any((row.ratio(peer) or 1.0) < 1 for peer in row.peers if peer != "gemmlet-numba") for row in rows)
+        lines += [
+            f"<details><summary>{title}: {len(rows)} rows, {lost or 'none'} behind a peer</summary>",
+            "",
+            *_markdown_table(
+                (name, *_OWN_COLUMNS, *peers),
+                [
+                    (shown, *_own_cells(row), *(_peer_cell(row, peer) for peer in peers))
+                    for shown, row in zip(names, rows, strict=True)
+                ],
+            ),
+            "",
+            "</details>",
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *(line(row) for row in rows)]
+
+
+def between_markers(document: str, text: str) -> str:
+    """Return the document with `text` in place of what stands between its markers.
+
+    Raises
+    ------
+    ValueError
+        It has no such markers.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
+        raise ValueError(f"expected the lines {BEGIN} and {END}, once each and in this order")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}"

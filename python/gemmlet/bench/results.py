@@ -1,0 +1,226 @@
+"""What came out of a run: rows of samples, and what they were measured on; saved as JSON, compared with another run.
+
+Everything shown is computed from the samples, so that a file tells all that its table does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .sides import OURS
+from .timing import Timed, percentile, ratio
+
+SCHEMA = 1
+TIME, INSTRUCTIONS = "seconds", "instructions"
+# How much more than before is a regression.
+TOLERANCES = {TIME: 0.25, INSTRUCTIONS: 0.03}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and what each side took, in seconds or instructions for one `unit`.
+
+    Attributes
+    ----------
+    roof
+        The least seconds that the work takes on this machine; None where that is not known.
+    """
+
+    group: str
+    name: str
+    unit: str
+    sides: Mapping[str, Timed]
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    flops: float = 0.0
+    bytes: float = 0.0
+    roof: float | None = None
+
+    @property
+    def key(self) -> str:
+        """What the row is known by."""
+        return f"{self.group}: {self.name}"
+
+    def measured(self, side: str) -> bool:
+        """Whether there are samples of a side."""
+        return side in self.sides and bool(self.sides[side].samples)
+
+    def percentile(self, side: str, percent: float) -> float:
+        """Return a percentile of a side's samples."""
+        return percentile(self.sides[side].samples, percent)
+
+    def ratio(self, peer: str, side: str = OURS) -> float | None:
+        """How many times as long as `side` the peer takes; above 1 the side is ahead. None if one was not measured."""
+        if not (self.measured(peer) and self.measured(side)):
+            return None
+        return ratio(self.sides[side].samples, self.sides[peer].samples)
+
+    def share_of_roof(self) -> float | None:
+        """Return the share of the roof that gemmlet reaches, by its median."""
+        return self.roof / self.percentile(OURS, 50) if self.roof and self.measured(OURS) else None
+
+    @property
+    def peers(self) -> list[str]:
+        """The sides that gemmlet is compared with."""
+        return [name for name in self.sides if name != OURS]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run.
+
+    Attributes
+    ----------
+    measure
+        "seconds" or "instructions".
+    machine, versions, settings, roof
+        What it was measured on, and how.
+    notes
+        What a reader has to know besides.
+    """
+
+    measure: str
+    rows: Sequence[Row]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    roof: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the run for a JSON file."""
+        return {
+            "schema": SCHEMA,
+            "measure": self.measure,
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+            "settings": dict(self.settings),
+            "notes": list(self.notes),
+            "roof": dict(self.roof),
+            "rows": [_row_as_json(row) for row in self.rows],
+        }
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    sides: dict[str, Any] = {}
+    for name, timed in row.sides.items():
+        # Five digits: the clock has no more, and files stay small.
+        samples = [float(f"{value:.5g}") if value < 1 else value for value in timed.samples]
+        sides[name] = {"samples": samples} if timed.failed is None else {"failed": timed.failed}
+    return {
+        "group": row.group,
+        "name": row.name,
+        "unit": row.unit,
+        "labels": dict(row.labels),
+        "flops": row.flops,
+        "bytes": row.bytes,
+        "roof": row.roof,
+        "sides": sides,
+    }
+
+
+def from_json(content: Any) -> Results:
+    """Return the run that `Results.as_json` made text of.
+
+    Raises
+    ------
+    ValueError
+        It is something else.
+    """
+    if not isinstance(content, dict) or "rows" not in content:
+        raise ValueError("no results of gemmlet bench")
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"results in the schema {content.get('schema')}, expected {SCHEMA}")
+    if content.get("measure") not in TOLERANCES:
+        raise ValueError(f"results in {content.get('measure')!r}, expected one of {', '.join(TOLERANCES)}")
+    try:
+        rows = []
+        for row in content["rows"]:
+            sides = {
+                name: Timed(tuple(side.get("samples", ())), side.get("failed")) for name, side in row["sides"].items()
+            }
+            rows.append(Row(**{**row, "sides": sides}))
+        names = ("measure", "machine", "versions", "settings", "notes", "roof")
+        return Results(rows=rows, **{name: content[name] for name in names})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"results of gemmlet bench that are damaged ({error})") from error
+
+
+def load(path: Path) -> Results:
+    """Read a run from a file.
+
+    Raises
+    ------
+    OSError, ValueError
+        It cannot be read, or holds something else.
+    """
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"no JSON ({error})") from error
+
+
+# Comparing two runs.
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a row changed: `change` is what it takes now over what it took, infinite if it now fails."""
+
+    key: str
+    before: float
+    after: float
+    tolerance: float
+
+    @property
+    def change(self) -> float:
+        """The new value over the old one."""
+        return self.after / self.before
+
+    @property
+    def slower(self) -> bool:
+        """Whether it is a regression."""
+        return not self.change <= 1.0 + self.tolerance
+
+
+def compare(old: Results, new: Results, tolerance: float) -> list[Change]:
+    """Compare gemmlet's side of the rows that both runs have, by its 20th percentile, which noise moves least.
+
+    Raises
+    ------
+    ValueError
+        The runs measured different things, or share no row.
+    """
+    if old.measure != new.measure:
+        raise ValueError(f"one run counts {old.measure}, the other {new.measure}")
+    before = {row.key: row for row in old.rows if row.measured(OURS)}
+    changes = [
+        Change(
+            row.key,
+            before[row.key].percentile(OURS, 20),
+            row.percentile(OURS, 20) if row.measured(OURS) else math.inf,
+            tolerance,
+        )
+        for row in new.rows
+        if row.key in before and OURS in row.sides
+    ]
+    if not changes:
+        raise ValueError("the two runs have no row in common")
+    return changes
+
+
+def differences(old: Results, new: Results) -> list[str]:
+    """Return what makes the numbers of two runs hard to compare: another processor, compiler or number of threads."""
+    pairs: Iterable[tuple[str, Any, Any]] = (
+        ("processor", old.machine.get("cpu"), new.machine.get("cpu")),
+        ("instruction set", old.versions.get("isa"), new.versions.get("isa")),
+        ("compiler", old.versions.get("compiler"), new.versions.get("compiler")),
+        ("Python", old.versions.get("python"), new.versions.get("python")),
+        ("NumPy", old.versions.get("numpy"), new.versions.get("numpy")),
+        ("number of threads", old.settings.get("threads"), new.settings.get("threads")),
+    )
+    return [f"The {name} differs: {a} before, {b} now." for name, a, b in pairs if a != b]

@@ -1,0 +1,126 @@
+"""The sides of a comparison: gemmlet and its peers, what each needs, and how all get the same number of threads."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import gemmlet
+from gemmlet.backends import select
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes
+    ----------
+    name
+        As tables and files have it.
+    package
+        The package that it needs, as it is imported; None needs nothing beyond gemmlet.
+    backend
+        The backend of gemmlet that it runs on; None is the one in use.
+    compiles
+        Whether it compiles for seconds before its first result; ``--quick`` leaves such sides out.
+    """
+
+    name: str
+    package: str | None = None
+    backend: str | None = None
+    compiles: bool = False
+
+    def available(self) -> bool:
+        """Whether its package is installed."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Run a block on this side's backend."""
+        if self.backend is None:
+            yield
+        else:
+            with gemmlet.use_backend(self.backend):
+                yield
+
+
+# What everything is compared from.
+OURS = "gemmlet"
+
+SIDES: dict[str, Side] = {
+    side.name: side
+    for side in (
+        Side(OURS),
+        Side("gemmlet-numba", "numba", backend="numba", compiles=True),
+        Side("numpy"),
+        Side("pytorch", "torch"),
+        Side("pytorch fused", "torch"),
+        Side("pytorch compiled", "torch", compiles=True),
+        Side("jax", "jax"),
+        Side("scikit-learn", "sklearn"),
+        Side("numexpr", "numexpr"),
+    )
+}
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of peers that are not installed."""
+    return sorted({side.package for side in SIDES.values() if side.package and not side.available()})
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def same_threads(count: int, names: Iterable[str]) -> Iterator[list[str]]:
+    """Give every side `count` threads while the block runs, and yield notes about those that do not obey.
+
+    The packages of the sides `names` are imported first, as only a library that is loaded can be told.
+    """
+    import threadpoolctl
+
+    packages = {SIDES[name].package for name in names}
+    if "jax" in packages:
+        import jax
+
+        # Without it JAX computes in float32 what it is given in float64. It leaves float32 as it is.
+        jax.config.update("jax_enable_x64", True)
+    for package in sorted(package for package in packages if package):
+        importlib.import_module(package)
+    # The backend registers itself with threadpoolctl when it is loaded.
+    select.current()
+    before = gemmlet.get_num_threads()
+    restore = []
+    if "torch" in packages:
+        import torch
+
+        restore.append((torch.set_num_threads, torch.get_num_threads()))
+    if "numexpr" in packages:
+        import numexpr
+
+        restore.append((numexpr.set_num_threads, numexpr.get_num_threads()))
+    notes = []
+    if "jax" in packages and processors() != count:
+        notes.append(
+            f"JAX has a thread for each of the {processors()} processors, the other sides {count}: "
+            "it takes no number at run time"
+        )
+    with threadpoolctl.threadpool_limits(count):
+        try:
+            gemmlet.set_num_threads(count)
+            for setter, _ in restore:
+                setter(count)
+            yield notes
+        finally:
+            for setter, value in restore:
+                setter(value)
+            gemmlet.set_num_threads(before)

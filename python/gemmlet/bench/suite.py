@@ -1,0 +1,118 @@
+"""A run of the suite: the chosen cases, each checked and timed, and everything a reader needs to judge the numbers."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from . import machine, roof, timing, training
+from .case import Case, Settings
+from .cases import GROUPS
+from .results import TIME, Results, Row
+from .sides import SIDES, missing_packages, same_threads
+
+# They change which kernels NumPy's BLAS takes, or how it blocks them: a peer is measured as its users have it.
+BLAS_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+
+
+def without_blas_variables(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """Return the environment without the variables that would change a peer; None if it has none of them."""
+    if not any(name in environment for name in BLAS_VARIABLES):
+        return None
+    return {name: value for name, value in environment.items() if name not in BLAS_VARIABLES}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to run.
+
+    Attributes
+    ----------
+    groups
+        Empty is all.
+    words
+        Only cases whose key has all of them, in any case of letters.
+    sides
+        Empty is all.
+    """
+
+    groups: Sequence[str] = ()
+    words: str = ""
+    sides: Sequence[str] = ()
+
+
+def chosen_cases(settings: Settings, choice: Choice) -> list[Case]:
+    """Return the cases that are chosen, in the order of the groups."""
+    found = [case for name in choice.groups or GROUPS for case in GROUPS[name](settings)]
+    words = choice.words.lower().split()
+    return [case for case in found if all(word in case.key.lower() for word in words)]
+
+
+def chosen_sides(case: Case, settings: Settings, choice: Choice) -> list[str]:
+    """Return the sides of a case that are chosen and can be run here."""
+    return [
+        name
+        for name in case.sides
+        if SIDES[name].available()
+        and not (settings.quick and SIDES[name].compiles and name not in choice.sides)
+        and (not choice.sides or name in choice.sides)
+    ]
+
+
+def run(
+    settings: Settings,
+    choice: Choice,
+    plan: timing.Plan,
+    threads: int,
+    progress: Callable[[Case, int, int], None] = lambda case, number, count: None,
+) -> Results:
+    """Check and time the chosen cases.
+
+    Parameters
+    ----------
+    settings, choice, plan
+        Which cases, and for how long.
+    threads
+        For every side.
+    progress : callable
+        Told of each case before it runs, with its number from 0 and how many there are.
+    """
+    cases = chosen_cases(settings, choice)
+    names = {case.key: chosen_sides(case, settings, choice) for case in cases}
+    used = {name for sides in names.values() for name in sides}
+    notes = []
+    if missing := missing_packages():
+        notes.append(f"Left out, as they are not installed: {', '.join(missing)} (pip install 'gemmlet[bench]')")
+    if settings.quick:
+        left_out = [side.name for side in SIDES.values() if side.compiles and side.name not in choice.sides]
+        notes.append(f"--quick: fewer shapes and rounds, and without {' and '.join(left_out)}")
+    if any(case.group in ("epoch", "gan") for case in cases):
+        notes.append(f"Images: {training.data_source(settings)}")
+    rows = []
+    with same_threads(threads, used) as complaints:
+        notes += complaints
+        top = roof.measure(threads)
+        for number, case in enumerate(cases):
+            progress(case, number, len(cases))
+            timed = timing.run(case, names[case.key], plan, seed=number)
+            rows.append(
+                Row(case.group, case.name, case.unit, timed, case.labels, case.flops, case.bytes, top.seconds(case))
+            )
+        facts = machine.versions()
+    return Results(
+        TIME,
+        rows,
+        machine.machine(),
+        facts,
+        {
+            "threads": threads,
+            "quick": settings.quick,
+            "seconds_per_case": plan.seconds,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "load": list(os.getloadavg()),
+        },
+        notes,
+        top.as_json(),
+    )

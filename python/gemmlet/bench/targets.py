@@ -1,0 +1,186 @@
+"""What gemmlet is to reach, line by line, and what a run says about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .results import Row
+from .sides import OURS
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to reach.
+
+    Attributes
+    ----------
+    work
+        In words.
+    chosen
+        Which rows it is about.
+    peers
+        Whom to be ahead of: the fastest of them counts, row by row.
+    at_least
+        The ratio to reach.
+    mean
+        Whether the geometric mean over the rows has to reach it; else every row has to.
+    side
+        Whose time it is.
+    """
+
+    work: str
+    chosen: Callable[[Row], bool]
+    peers: tuple[str, ...]
+    at_least: float
+    mean: bool = False
+    side: str = OURS
+
+    @property
+    def required(self) -> str:
+        """What is required, in words."""
+        who = self.peers[0] if len(self.peers) == 1 else f"the better of {' and '.join(self.peers)}"
+        return f"{self.at_least:g} × {who}, {'geometric mean' if self.mean else 'every row'}"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A time to stay within."""
+
+    work: str
+    chosen: Callable[[Row], bool]
+    seconds: float
+
+    @property
+    def required(self) -> str:
+        """What is required, in words."""
+        return f"at most {self.seconds * 1e3:g} ms, median"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run says about a target.
+
+    Attributes
+    ----------
+    measured
+        In words; "not measured" where rows or peers are missing.
+    met
+        None where it was not measured.
+    """
+
+    work: str
+    required: str
+    measured: str
+    met: bool | None
+
+
+def _of(**labels: object) -> Callable[[Row], bool]:
+    """Rows with these labels; of a tuple any value will do."""
+
+    def chosen(row: Row) -> bool:
+        return all(
+            row.labels.get(name) in (value if isinstance(value, tuple) else (value,)) for name, value in labels.items()
+        )
+
+    return chosen
+
+
+def _group(name: str, chosen: Callable[[Row], bool] = lambda row: True) -> Callable[[Row], bool]:
+    return lambda row: row.group == name and chosen(row)
+
+
+_ALL_SINGLE = ("tanh", "sigmoid", "gelu")
+_BEST = ("numpy", "pytorch")
+_EPOCH = "MNIST epoch 784-128-10, batch 64, images as they are in MNIST"
+_LAYERS = "matmul over the shapes of the layers, batches 1 to 1024, float32 and float64"
+
+TARGETS: tuple[Target | Limit, ...] = (
+    *(
+        Target(_EPOCH, _group("epoch", _of(data="MNIST", dtype="float32")), (peer,), ratio)
+        for peer, ratio in (("numpy", 3.5), ("jax", 2.5), ("pytorch", 6.0), ("scikit-learn", 6.0))
+    ),
+    *(
+        Target("the same on dense random input", _group("epoch", _of(data="dense random")), (peer,), ratio)
+        for peer, ratio in (("numpy", 1.9), ("jax", 1.4))
+    ),
+    Target("one image at a time, float64", _group("epoch", _of(batch=1)), ("numpy",), 8.0),
+    *(
+        Target("GAN step 100-256-784 and 784-256-1, batch 64, Adam", _group("gan"), (peer,), ratio)
+        for peer, ratio in (("numpy", 2.5), ("jax", 1.25), ("pytorch", 2.2))
+    ),
+    Target(_LAYERS, _group("matmul", _of(set="layers")), _BEST, 1.1, mean=True),
+    Target(_LAYERS, _group("matmul", _of(set="layers")), _BEST, 0.9),
+    Target("matmul 512³ to 4096³", _group("matmul", _of(set="squares")), _BEST, 0.97),
+    *(
+        Target(
+            "linear with tanh, gelu, sigmoid: batch 64 to 1024, widths 128 to 1024", _group("linear"), (peer,), ratio
+        )
+        for peer, ratio in (("numpy", 1.3), ("pytorch compiled", 1.1))
+    ),
+    *(
+        Target(
+            f"tanh, sigmoid, gelu at 16,384 and 1 million elements, {dtype}",
+            _group("activations", _of(kernel=_ALL_SINGLE, dtype=dtype)),
+            _BEST,
+            ratio,
+        )
+        for dtype, ratio in (("float32", 1.5), ("float64", 1.3))
+    ),
+    *(
+        Target(
+            "softmax cross-entropy with gradient, 64×10 to 4096×1000",
+            _group("losses", _of(kernel="softmax_cross_entropy")),
+            (peer,),
+            ratio,
+        )
+        for peer, ratio in (("numpy", 3.0), ("pytorch", 1.5))
+    ),
+    Target("Adam update of a million parameters", _group("optimizers", _of(update="adam")), ("pytorch fused",), 1.0),
+    Limit("import gemmlet over import numpy", _group("import"), 0.030),
+    Target(
+        "backend numba, MNIST epoch",
+        _group("epoch", _of(dtype="float32", data="MNIST")),
+        ("numpy",),
+        1.0,
+        side="gemmlet-numba",
+    ),
+    Target("backend numba, every elementwise kernel", _of(elementwise=True), ("numpy",), 1.0, side="gemmlet-numba"),
+)
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """Return the geometric mean."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs))
+
+
+def verdict(target: Target | Limit, rows: Iterable[Row]) -> Verdict:
+    """Return what the rows say about a target."""
+    chosen = [row for row in rows if target.chosen(row)]
+
+    def say(measured: str, met: bool | None) -> Verdict:
+        return Verdict(target.work, target.required, measured, met)
+
+    if isinstance(target, Limit):
+        times = [row.percentile(OURS, 50) for row in chosen if row.measured(OURS)]
+        return say(f"{max(times) * 1e3:.1f} ms", max(times) <= target.seconds) if times else say("not measured", None)
+    ratios: dict[str, float] = {}
+    for row in chosen:
+        if target.side in row.sides and row.sides[target.side].failed is not None:
+            return say(f"fails: {row.name}", met=False)
+        found = [row.ratio(peer, target.side) for peer in target.peers]
+        known = [ratio for ratio in found if ratio is not None]
+        # Against the better of two, one of them says nothing.
+        if len(known) == len(found):
+            ratios[row.name] = min(known)
+    if not ratios:
+        return say("not measured", None)
+    mean, worst = geometric_mean(ratios.values()), min(ratios, key=lambda name: ratios[name])
+    words = f"{mean:.2f}"
+    if len(ratios) > 1:
+        words += f" (geometric mean of {len(ratios)} rows); worst {ratios[worst]:.2f}, {worst}"
+    if len(ratios) < len(chosen):
+        words += f"; {len(chosen) - len(ratios)} rows lack a side"
+    return say(words, (mean if target.mean else ratios[worst]) >= target.at_least)

@@ -1,0 +1,192 @@
+"""How a case is timed: the result checked, then all sides alternating in one process, in a random order each round."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .case import Case, Prepared
+from .sides import SIDES
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure.
+
+    Attributes
+    ----------
+    seconds
+        For a case, all sides together; more if `least_rounds` take longer.
+    least_rounds, most_rounds
+        Each round times each side once.
+    sample_seconds
+        A sample is as many calls as take about this long, so that the clock's own cost does not count.
+    warm_seconds, most_warm_seconds
+        Before each sample the side runs untimed: for so long, and until a call takes at most twice as long as its
+        fastest so far. The threads of the side before it still spin, on processors that this one needs: PyTorch after
+        NumPy, on two processors, took 3 ms for its first call instead of 0.1, and now and then 16 ms for each of five.
+    first_warm_seconds
+        The least before the first sample, so that a fastest call is known that none of this has spoilt.
+    """
+
+    seconds: float = 1.0
+    least_rounds: int = 5
+    most_rounds: int = 200
+    sample_seconds: float = 2e-3
+    warm_seconds: float = 6e-3
+    most_warm_seconds: float = 0.25
+    first_warm_seconds: float = 0.1
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What came out for one side: seconds for one unit of work, one number a round; or why there are none."""
+
+    samples: tuple[float, ...] = ()
+    failed: str | None = None
+
+
+def run(case: Case, names: Sequence[str], plan: Plan, seed: int = 0) -> dict[str, Timed]:
+    """Check and time the sides `names` of a case.
+
+    Returns
+    -------
+    dict
+        One entry for each side. One that cannot be run, or whose result is wrong, has `failed` and no samples.
+    """
+    inputs = case.inputs()
+    exact = case.exact(inputs)
+    results: dict[str, Timed] = {}
+    sides: dict[str, Prepared] = {}
+    for name in names:
+        try:
+            with SIDES[name].entered():
+                prepared = case.prepare(name, inputs)
+                error = case.error(prepared.result(), exact)
+        except Exception as problem:  # a peer may fail in any way, and the other sides are still to be timed
+            results[name] = Timed(failed=f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
+            continue
+        if not error <= 1.0:
+            results[name] = Timed(failed=f"wrong result: {error:.3g} times the tolerance")
+        else:
+            sides[name] = prepared
+    for name, samples in alternate(sides, plan, random.Random(seed)).items():
+        results[name] = Timed(tuple(seconds / case.units for seconds in samples))
+    return {name: results[name] for name in names}
+
+
+def check(case: Case, name: str) -> Prepared:
+    """Return the side `name` of a case, ready to be called, after a check of its result.
+
+    Raises
+    ------
+    AssertionError
+        The result is wrong.
+    """
+    inputs = case.inputs()
+    with SIDES[name].entered():
+        prepared = case.prepare(name, inputs)
+        error = case.error(prepared.result(), case.exact(inputs))
+    if not error <= 1.0:
+        raise AssertionError(f"{name}, {case.key}: {error:.3g} times the tolerance")
+    return prepared
+
+
+def calls_per_sample(call: Callable[[], Any], seconds: float, clock: Clock = time.perf_counter) -> int:
+    """How many calls take about `seconds`: doubled until they take half of it."""
+    count = 1
+    while True:
+        start = clock()
+        for _ in range(count):
+            call()
+        took = clock() - start
+        if took >= seconds / 2:
+            return max(1, round(count * seconds / took))
+        count *= 2
+
+
+def _warm_up(call: Callable[[], Any], plan: Plan, fastest: float, clock: Clock) -> float:
+    """Run untimed, as the plan says; returns the seconds of the fastest call, here or before."""
+    start = before = clock()
+    while True:
+        call()
+        now = clock()
+        took, before = now - before, now
+        fastest = min(fastest, took)
+        enough = plan.warm_seconds if took <= 2 * fastest else plan.most_warm_seconds
+        if now - start >= enough:
+            return fastest
+
+
+def alternate(
+    sides: Mapping[str, Prepared], plan: Plan, rng: random.Random, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds per call, a sample for each round and side."""
+    counts: dict[str, int] = {}
+    fastest: dict[str, float] = {}  # of the sides that are warmed up
+    round_seconds = 0.0
+    for name, side in sides.items():
+        with SIDES[name].entered():
+            side.call()  # the first one may still compile or allocate
+            start = clock()
+            side.call()
+            once = clock() - start
+            # What takes long itself is not spoilt by some milliseconds at its start.
+            slow = side.own_clock or once > 10 * plan.warm_seconds
+            if slow:
+                counts[name] = 1
+                round_seconds += once
+            else:
+                first = replace(plan, warm_seconds=plan.first_warm_seconds)
+                fastest[name] = _warm_up(side.call, first, once, clock)
+                counts[name] = calls_per_sample(side.call, plan.sample_seconds, clock)
+                round_seconds += plan.warm_seconds + max(fastest[name], plan.sample_seconds)
+    rounds = 0
+    if sides:
+        rounds = min(max(int(plan.seconds / round_seconds), plan.least_rounds), plan.most_rounds)
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in rng.sample(list(sides), len(sides)):
+                with SIDES[name].entered():
+                    if name in fastest:
+                        fastest[name] = _warm_up(sides[name].call, plan, fastest[name], clock)
+                    samples[name].append(_sample(sides[name], counts[name], clock))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _sample(side: Prepared, count: int, clock: Clock) -> float:
+    """Seconds of one call, the mean over `count` of them."""
+    if side.own_clock:
+        return float(side.call())
+    start = clock()
+    for _ in range(count):
+        side.call()
+    return (clock() - start) / count
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """Return a percentile, interpolated linearly."""
+    return float(np.percentile(np.asarray(samples), percent))
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times as long `theirs` took: the median over the rounds of the ratio within a round.
+
+    The two samples of a round were taken shortly one after the other. What slows down a whole round, such as a
+    neighbour on the same machine, cancels out, which it does not in the ratio of two medians.
+    """
+    return float(np.median(np.asarray(theirs) / np.asarray(ours)))

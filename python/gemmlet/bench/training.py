@@ -1,0 +1,667 @@
+"""Cases of whole trainings, an MLP's epoch and a GAN's step, with the loops of the peers as users write them.
+
+gemmlet is given the images as they come, uint8; the peers' conversion to floating point is not timed. NumPy's loops
+allocate their large arrays once. PyTorch's are the usual ones; "compiled", the loss of a mini-batch is. JAX's are one
+jitted `lax.scan` over the mini-batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemmlet import nn
+from gemmlet.data import Mnist, load_mnist
+from gemmlet.formulas.optimizers import adam_scalars
+
+from .case import Array, Call, Case, Prepared, Settings
+from .sides import OURS
+
+BATCH, LR = 64, 0.1
+LAYERS = (784, 128, 10)
+
+
+@functools.cache
+def _mnist(data_dir: Path | None) -> Mnist:
+    return load_mnist(data_dir, download=False)
+
+
+def data_source(settings: Settings) -> str:
+    """Say in words where the images come from; not by the name of a folder, which is nobody else's business."""
+    data = _mnist(settings.data_dir)
+    source = data.source if data.is_sample else "MNIST from the folder that was given"
+    return f"{source}, {len(data.x_train):,} images, repeated where more are needed"
+
+
+def _digits(settings: Settings, count: int) -> tuple[Array, Array]:
+    data = _mnist(settings.data_dir)
+    where = np.arange(count) % len(data.x_train)
+    return data.x_train[where], data.y_train[where]
+
+
+# The MLP.
+
+
+@dataclass(frozen=True)
+class Task:
+    """An MLP with tanh, and what it is trained on.
+
+    Attributes
+    ----------
+    given
+        The samples as gemmlet is given them: uint8 images, or floating point.
+    x
+        The same in floating point, which is what the peers are given.
+    parameters
+        The first weights and biases, in turn.
+    checked
+        The result is checked after this many samples, in their order: after many more updates with one sample each
+        even float64 forgets where it came from.
+    """
+
+    layers: tuple[int, ...]
+    given: Array
+    x: Array
+    labels: Array
+    batch: int
+    parameters: list[Array]
+    checked: int
+
+
+def task(
+    layers: Sequence[int], given: Array, labels: Array, batch: int, dtype: str, checked: int | None = None
+) -> Task:
+    """Return the task, with the first weights that gemmlet draws; without `checked` all samples are."""
+    x = given.astype(dtype) / np.dtype(dtype).type(255) if given.dtype == np.uint8 else given
+    model = nn.MLP(list(layers), "tanh", dtype=dtype)
+    parameters = [p.copy() for p in model.parameters]
+    return Task(tuple(layers), given, x, labels, batch, parameters, len(labels) if checked is None else checked)
+
+
+def gemmlet_mlp(t: Task) -> Prepared:
+    """Return an epoch of `nn.MLP.fit`."""
+    model = nn.MLP(list(t.layers), "tanh", dtype=t.x.dtype)
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": t.batch, "optimizer": nn.SGD(LR)}
+
+    def result() -> list[Array]:
+        model.fit(t.given[: t.checked], t.labels[: t.checked], shuffle=False, **settings)
+        return model.parameters
+
+    return Prepared(partial(model.fit, t.given, t.labels, **settings), result)
+
+
+def numpy_epoch(t: Task, parameters: list[Array], order: Array) -> None:
+    """One epoch in NumPy, over the samples in this order; it changes `parameters`."""
+    dtype, batch, n = parameters[0].dtype, t.batch, len(order)
+    weights, biases = parameters[::2], parameters[1::2]
+    acts = [np.empty((batch, width), dtype) for width in t.layers]
+    grads = [np.empty_like(a) for a in acts]
+    grad_w = [np.empty_like(w) for w in weights]
+    every = np.arange(batch)
+    for start in range(0, n, batch):
+        m = min(batch, n - start)
+        where = order[start : start + m]
+        a, g = [buffer[:m] for buffer in acts], [buffer[:m] for buffer in grads]
+        np.take(t.x, where, axis=0, out=a[0])
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+            np.matmul(a[i], w, out=a[i + 1])
+            a[i + 1] += b
+            if i < len(weights) - 1:
+                np.tanh(a[i + 1], out=a[i + 1])
+        # The gradient of softmax cross-entropy, times the learning rate, which then need not be applied to each weight.
+        z = a[-1]
+        np.subtract(z, z.max(axis=1, keepdims=True), out=g[-1])
+        np.exp(g[-1], out=g[-1])
+        g[-1] /= g[-1].sum(axis=1, keepdims=True)
+        g[-1][every[:m], t.labels[where]] -= 1
+        g[-1] *= dtype.type(LR / m)
+        for i in reversed(range(len(weights))):
+            np.matmul(a[i].T, g[i + 1], out=grad_w[i])
+            if i:
+                np.matmul(g[i + 1], weights[i].T, out=g[i])
+                np.multiply(a[i], a[i], out=a[i])
+                np.subtract(1, a[i], out=a[i])
+                g[i] *= a[i]
+            weights[i] -= grad_w[i]
+            biases[i] -= g[i + 1].sum(axis=0)
+
+
+def numpy_mlp(t: Task) -> Prepared:
+    """Return an epoch of the loop in NumPy."""
+    parameters = [p.copy() for p in t.parameters]
+    rng = np.random.default_rng(0)
+
+    def call() -> None:
+        numpy_epoch(t, parameters, rng.permutation(len(t.labels)))
+
+    def result() -> list[Array]:
+        numpy_epoch(t, parameters, np.arange(t.checked))
+        return parameters
+
+    return Prepared(call, result)
+
+
+def exact_mlp(t: Task) -> list[Array]:
+    """Return the parameters after an epoch without shuffling, in float64."""
+    parameters = [p.astype(np.float64) for p in t.parameters]
+    exact = replace(t, x=t.x.astype(np.float64))
+    numpy_epoch(exact, parameters, np.arange(t.checked))
+    return parameters
+
+
+def _torch_layers(widths: Sequence[int], parameters: Sequence[Array], last: Any = None) -> Any:
+    """Linear layers with tanh between them, and `last` after them, that start from these parameters."""
+    import torch
+
+    modules: list[Any] = []
+    for i, (before, after) in enumerate(pairwise(widths)):
+        layer = torch.nn.Linear(before, after)
+        layer.weight = torch.nn.Parameter(torch.from_numpy(parameters[2 * i].T.copy()))
+        layer.bias = torch.nn.Parameter(torch.from_numpy(parameters[2 * i + 1].copy()))
+        modules += [layer, torch.nn.Tanh()]
+    return torch.nn.Sequential(*modules[:-1], *([] if last is None else [last]))
+
+
+def torch_mlp(t: Task, compiled: bool = False) -> Prepared:
+    """Return an epoch of the usual loop in PyTorch."""
+    import torch
+
+    model = _torch_layers(t.layers, t.parameters)
+    x, labels = torch.from_numpy(t.x), torch.from_numpy(t.labels)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def loss(x: Any, labels: Any) -> Any:
+        return torch.nn.functional.cross_entropy(model(x), labels)
+
+    if compiled:
+        loss = torch.compile(loss, dynamic=False)
+
+    def epoch(order: Any) -> None:
+        for where in order.split(t.batch):
+            optimizer.zero_grad()
+            loss(x[where], labels[where]).backward()
+            optimizer.step()
+
+    def result() -> list[Array]:
+        epoch(torch.arange(t.checked))
+        return [p.detach().numpy().T for p in model.parameters()]
+
+    return Prepared(lambda: epoch(torch.randperm(len(labels))), result)
+
+
+def jax_mlp(t: Task) -> Prepared:
+    """Return an epoch in JAX, jitted as a whole."""
+    import jax
+    import jax.numpy as jnp
+
+    n, batch = len(t.labels), t.batch
+
+    def loss(parameters: list[Any], x: Any, labels: Any) -> Any:
+        for i, (w, b) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
+            x = x @ w + b
+            if i < len(parameters) // 2 - 1:
+                x = jnp.tanh(x)
+        return -jax.nn.log_softmax(x)[jnp.arange(len(labels)), labels].mean()
+
+    def step(parameters: list[Any], x: Any, labels: Any) -> list[Any]:
+        gradients = jax.grad(loss)(parameters, x, labels)
+        return [p - LR * g for p, g in zip(parameters, gradients, strict=True)]
+
+    @partial(jax.jit, donate_argnums=0)
+    def epoch(parameters: list[Any], x: Any, labels: Any, order: Any) -> list[Any]:
+        def body(parameters: list[Any], where: Any) -> tuple[list[Any], None]:
+            return step(parameters, x[where], labels[where]), None
+
+        full = len(order) - len(order) % batch
+        parameters, _ = jax.lax.scan(body, parameters, order[:full].reshape(-1, batch))
+        rest = order[full:]
+        return step(parameters, x[rest], labels[rest]) if len(rest) else parameters
+
+    x, labels = jnp.asarray(t.x), jnp.asarray(t.labels)
+    parameters = [jnp.array(p) for p in t.parameters]
+    rng = np.random.default_rng(0)
+
+    def run(order: Array) -> list[Any]:
+        nonlocal parameters
+        parameters = list(jax.block_until_ready(epoch(parameters, x, labels, order)))
+        return parameters
+
+    return Prepared(lambda: run(rng.permutation(n)), lambda: run(np.arange(t.checked)))
+
+
+def sklearn_mlp(t: Task) -> Prepared:
+    """Return an epoch of scikit-learn's `MLPClassifier`: `partial_fit` is one."""
+    from sklearn.neural_network import MLPClassifier
+
+    model = MLPClassifier(
+        t.layers[1:-1],
+        activation="tanh",
+        solver="sgd",
+        alpha=0.0,
+        batch_size=t.batch,
+        learning_rate_init=LR,
+        momentum=0.0,
+        nesterovs_momentum=False,
+        shuffle=False,
+        random_state=0,
+    )
+    # Once for the shapes; then it starts from the same parameters as the others.
+    model.partial_fit(t.x[: t.batch], t.labels[: t.batch], classes=np.arange(t.layers[-1]))
+    for kept, given in ((model.coefs_, t.parameters[::2]), (model.intercepts_, t.parameters[1::2])):
+        for target, value in zip(kept, given, strict=True):
+            target[...] = value
+
+    def result() -> list[Array]:
+        model.partial_fit(t.x[: t.checked], t.labels[: t.checked])
+        parameters = [p.copy() for pair in zip(model.coefs_, model.intercepts_, strict=True) for p in pair]
+        model.shuffle = True
+        return parameters
+
+    return Prepared(lambda: model.partial_fit(t.x, t.labels), result)
+
+
+MLP_SIDES: dict[str, Callable[[Task], Prepared]] = {
+    OURS: gemmlet_mlp,
+    "gemmlet-numba": gemmlet_mlp,
+    "numpy": numpy_mlp,
+    "pytorch": torch_mlp,
+    "pytorch compiled": partial(torch_mlp, compiled=True),
+    "jax": jax_mlp,
+    "scikit-learn": sklearn_mlp,
+}
+
+
+def mlp_flops(layers: Sequence[int]) -> float:
+    """Operations for one sample of a training: three products a layer, but for the gradient of the input."""
+    products = [2.0 * before * after for before, after in pairwise(layers)]
+    return 3.0 * sum(products) - products[0]
+
+
+def mlp_case(
+    data: str,
+    inputs: Callable[[], Task],
+    layers: Sequence[int],
+    count: int,
+    batch: int,
+    dtype: str,
+    sides: Sequence[str] = tuple(MLP_SIDES),
+) -> Case:
+    """Return the case of an epoch, or with one image at a time of an image, of an MLP with tanh and SGD."""
+    single = batch == 1
+    size = float(layers[0] * np.dtype(dtype).itemsize)
+    return Case(
+        "epoch",
+        f"{data} {'-'.join(map(str, layers))} tanh, {'one image at a time' if single else f'batch {batch}'}, "
+        f"{count:,} images, {dtype}",
+        inputs,
+        {name: MLP_SIDES[name] for name in sides},
+        exact_mlp,
+        # Rounding errors grow from update to update: in float32 the peers' are up to 1e-6 after an epoch.
+        rtol=0.0,
+        atol=1e-5 if dtype == "float32" else 1e-6,
+        flops=mlp_flops(layers) * (1 if single else count),
+        bytes=size * (1 if single else count),
+        units=count if single else 1,
+        unit="image" if single else "epoch",
+        labels={"data": data, "dtype": dtype, "batch": batch},
+    )
+
+
+def digits_case(
+    settings: Settings, layers: Sequence[int], count: int, batch: int, dtype: str, sides: Sequence[str]
+) -> Case:
+    """Return the case of an MLP on images as they are in MNIST."""
+    checked = min(count, 200) if batch == 1 else None
+
+    def inputs() -> Task:
+        return task(layers, *_digits(settings, count), batch, dtype, checked)
+
+    return mlp_case("MNIST", inputs, layers, count, batch, dtype, sides)
+
+
+def epoch(settings: Settings) -> Iterator[Case]:
+    """An epoch of MNIST, 784-128-10, tanh, softmax cross-entropy, SGD with 0.1."""
+    count, singles = (6_400, 400) if settings.quick else (60_000, 3_000)
+
+    def dense() -> Task:
+        samples = np.random.default_rng(0).random((count, LAYERS[0]), "float32")
+        return task(LAYERS, samples, _digits(settings, count)[1], BATCH, "float32")
+
+    yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_SIDES))
+    yield mlp_case("dense random", dense, LAYERS, count, BATCH, "float32")
+    yield digits_case(settings, LAYERS, singles, 1, "float64", (OURS, "gemmlet-numba", "numpy"))
+
+
+# Optimizer updates in NumPy, in place.
+
+
+def numpy_update(rule: str, param: Array, scalars: Sequence[float]) -> Callable[[Array], None]:
+    """Return a function of the gradient that updates `param` by a rule of the registry, with this step's numbers."""
+    update = numpy_rule(rule, param)
+    return lambda grad: update(grad, scalars)
+
+
+def numpy_rule(rule: str, param: Array) -> Callable[[Array, Sequence[float]], None]:
+    """Return a function of the gradient and the rule's numbers that updates `param` and the state it keeps."""
+    scratch, other = np.empty_like(param), np.empty_like(param)
+    first, second = np.zeros_like(param), np.zeros_like(param)
+
+    def sgd(grad: Array, numbers: Sequence[float]) -> None:
+        np.multiply(grad, numbers[0], out=scratch)
+        np.subtract(param, scratch, out=param)
+
+    def momentum(grad: Array, numbers: Sequence[float]) -> None:
+        np.multiply(first, numbers[2], out=first)
+        np.add(first, grad, out=first)
+        np.multiply(first, numbers[0], out=scratch)
+        np.subtract(param, scratch, out=param)
+
+    def adam(grad: Array, numbers: Sequence[float]) -> None:
+        step_size, beta1, beta2, gain1, gain2, eps, correction, _, shrink = numbers
+        np.multiply(first, beta1, out=first)
+        np.multiply(grad, gain1, out=scratch)
+        np.add(first, scratch, out=first)
+        np.multiply(second, beta2, out=second)
+        np.multiply(grad, grad, out=scratch)
+        np.multiply(scratch, gain2, out=scratch)
+        np.add(second, scratch, out=second)
+        np.sqrt(second, out=scratch)
+        np.multiply(scratch, correction, out=scratch)
+        np.add(scratch, eps, out=scratch)
+        np.divide(first, scratch, out=other)
+        np.multiply(other, step_size, out=other)
+        if shrink != 1.0:
+            np.multiply(param, shrink, out=param)
+        np.subtract(param, other, out=param)
+
+    return {"sgd": sgd, "momentum": momentum, "adam": adam}[rule]
+
+
+# The GAN of the textbook: all tanh, the losses of Goodfellow et al., 2014, the generator's in its non-saturating form.
+
+LATENT, GENERATOR, DISCRIMINATOR = 100, (256, 784), (256, 1)
+GAN_LR, BETA1, BETA2, EPS = 2e-4, 0.5, 0.999, 1e-8
+# What is checked: the mean losses over this many epochs of this many steps.
+CHECKED_EPOCHS, CHECKED_STEPS = 4, 16
+
+
+@dataclass(frozen=True)
+class GanTask:
+    """What a GAN is trained on.
+
+    Attributes
+    ----------
+    given, real
+        Images as gemmlet is given them, and as the peers are: floating point, from -1 to 1.
+    generator, discriminator
+        The first weights and biases, in turn.
+    """
+
+    given: Array
+    real: Array
+    generator: list[Array]
+    discriminator: list[Array]
+
+
+def gan_task(images: Array) -> GanTask:
+    """Return the task, with the first weights that gemmlet draws."""
+    model = nn.GAN.classic()
+    real = images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+    parts = (model.generator_parameters, model.discriminator_parameters)
+    generator, discriminator = ([p.copy() for p in part] for part in parts)
+    return GanTask(images, real, generator, discriminator)
+
+
+def _checked(epochs: Callable[[int], Any]) -> Call:
+    """The mean losses (generator, discriminator) of each checked epoch, from a function of the number of images."""
+
+    def result() -> Array:
+        return np.array([epochs(CHECKED_STEPS * BATCH) for _ in range(CHECKED_EPOCHS)])
+
+    return result
+
+
+def gemmlet_gan(t: GanTask) -> Prepared:
+    """Return an epoch of `nn.GAN.fit`."""
+    model = nn.GAN.classic()
+    optimizer = nn.Adam(GAN_LR, beta1=BETA1)
+
+    def epoch(n: int) -> tuple[float, float]:
+        history = model.fit(t.given[:n], epochs=1, batch_size=BATCH, optimizer=optimizer, shuffle=False)
+        return history.generator_loss[0], history.discriminator_loss[0]
+
+    return Prepared(lambda: epoch(len(t.given)), _checked(epoch))
+
+
+class NumpyGan:
+    """The loop in NumPy."""
+
+    def __init__(self, generator: Sequence[Array], discriminator: Sequence[Array], seed: int = 0) -> None:
+        self.generator = [p.copy() for p in generator]
+        self.discriminator = [p.copy() for p in discriminator]
+        self.rng = np.random.default_rng(seed)
+        self.steps = 0
+        self._updates = [numpy_rule("adam", p) for p in (*self.generator, *self.discriminator)]
+
+    def _update(self, gradients: Sequence[Array], offset: int) -> None:
+        numbers = adam_scalars(self.steps, GAN_LR, BETA1, BETA2, EPS, 0.0, False)
+        for update, grad in zip(self._updates[offset : offset + len(gradients)], gradients, strict=True):
+            update(grad, numbers)
+
+    def epoch(self, real: Array) -> tuple[float, float]:
+        """Train on samples in their order; returns the mean losses."""
+        losses = [self._step(real[start : start + BATCH]) for start in range(0, len(real), BATCH)]
+        generator, discriminator = np.mean(losses, axis=0)
+        return float(generator), float(discriminator)
+
+    def _step(self, real: Array) -> tuple[float, float]:
+        self.steps += 1
+        m, dtype = len(real), real.dtype
+        w1, b1, w2, b2 = self.generator
+        v1, c1, v2, c2 = self.discriminator
+        z = self.rng.standard_normal((m, LATENT), dtype)
+        hidden = _tanh_layer(z, w1, b1)
+        fake = _tanh_layer(hidden, w2, b2)
+
+        # The discriminator: its targets are 1 for the first half, 0 for the second.
+        both = np.concatenate([real, fake])
+        seen = _tanh_layer(both, v1, c1)
+        logits = seen @ v2 + c2
+        discriminator_loss = (np.logaddexp(0, -logits[:m]).sum() + np.logaddexp(0, logits[m:]).sum()) / m
+        grad = 1 / (1 + np.exp(-logits))
+        grad[:m] -= 1
+        grad /= m
+        grad_seen = _tanh_backward(grad @ v2.T, seen)
+        self._update([both.T @ grad_seen, grad_seen.sum(axis=0), seen.T @ grad, grad.sum(axis=0)], 4)
+
+        # The generator, through the discriminator as it is now.
+        seen = _tanh_layer(fake, v1, c1)
+        logits = seen @ v2 + c2
+        generator_loss = np.logaddexp(0, -logits).sum() / m
+        grad = (1 / (1 + np.exp(-logits)) - 1) / m
+        grad_seen = _tanh_backward(grad @ v2.T, seen)
+        grad_fake = _tanh_backward(grad_seen @ v1.T, fake)
+        grad_w2, grad_b2 = hidden.T @ grad_fake, grad_fake.sum(axis=0)
+        grad_hidden = _tanh_backward(grad_fake @ w2.T, hidden)
+        self._update([z.T @ grad_hidden, grad_hidden.sum(axis=0), grad_w2, grad_b2], 0)
+        return float(generator_loss), float(discriminator_loss)
+
+
+def _tanh_layer(x: Array, w: Array, b: Array) -> Array:
+    y = x @ w
+    y += b
+    np.tanh(y, out=y)
+    return y
+
+
+def _tanh_backward(grad_y: Array, y: Array) -> Array:
+    slope = y * y
+    np.subtract(1, slope, out=slope)
+    grad_y *= slope
+    return grad_y
+
+
+def numpy_gan(t: GanTask) -> Prepared:
+    """Return an epoch of the loop in NumPy."""
+    gan = NumpyGan(t.generator, t.discriminator)
+    return Prepared(lambda: gan.epoch(t.real), _checked(lambda n: gan.epoch(t.real[:n])))
+
+
+def torch_gan(t: GanTask) -> Prepared:
+    """Return an epoch of the usual loop in PyTorch."""
+    import torch
+
+    torch.manual_seed(0)
+    generator = _torch_layers((LATENT, *GENERATOR), t.generator, torch.nn.Tanh())
+    discriminator = _torch_layers((GENERATOR[-1], *DISCRIMINATOR), t.discriminator)
+    settings: dict[str, Any] = {"lr": GAN_LR, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
+    generator_optimizer = torch.optim.Adam(generator.parameters(), **settings)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), **settings)
+    samples = torch.from_numpy(t.real)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def epoch(n: int) -> tuple[float, float]:
+        sums = torch.zeros(2)
+        for real in samples[:n].split(BATCH):
+            m = len(real)
+            fake = generator(torch.randn(m, LATENT))
+            discriminator_optimizer.zero_grad()
+            logits = discriminator(torch.cat([real, fake.detach()]))
+            loss = entropy(logits[:m], torch.ones(m, 1)) + entropy(logits[m:], torch.zeros(m, 1))
+            loss.backward()
+            discriminator_optimizer.step()
+
+            generator_optimizer.zero_grad()
+            # Its gradients in the discriminator are not needed.
+            discriminator.requires_grad_(False)
+            generator_loss = entropy(discriminator(fake), torch.ones(m, 1))
+            generator_loss.backward()
+            discriminator.requires_grad_(True)
+            generator_optimizer.step()
+            sums += torch.stack([generator_loss.detach(), loss.detach()])
+        mean = sums / math.ceil(n / BATCH)
+        return float(mean[0]), float(mean[1])
+
+    return Prepared(lambda: epoch(len(t.real)), _checked(epoch))
+
+
+def jax_gan(t: GanTask) -> Prepared:
+    """Return an epoch in JAX, jitted as a whole."""
+    import jax
+    import jax.numpy as jnp
+
+    def dense(parameters: Any, x: Any) -> Any:
+        hidden = jnp.tanh(x @ parameters[0] + parameters[1])
+        return hidden @ parameters[2] + parameters[3]
+
+    def adam(parameters: Any, gradients: Any, moments: Any, step: Any) -> tuple[Any, Any]:
+        first = [BETA1 * m + (1 - BETA1) * g for m, g in zip(moments[0], gradients, strict=True)]
+        second = [BETA2 * v + (1 - BETA2) * g * g for v, g in zip(moments[1], gradients, strict=True)]
+        size, root = GAN_LR / (1 - BETA1**step), jnp.sqrt(1 - BETA2**step)
+        new = [p - size * m / (jnp.sqrt(v) / root + EPS) for p, m, v in zip(parameters, first, second, strict=True)]
+        return new, (first, second)
+
+    def discriminator_loss(parameters: Any, both: Any) -> Any:
+        logits = dense(parameters, both)
+        half = len(both) // 2
+        return jax.nn.softplus(-logits[:half]).mean() + jax.nn.softplus(logits[half:]).mean()
+
+    def generator_loss(parameters: Any, discriminator: Any, z: Any) -> Any:
+        return jax.nn.softplus(-dense(discriminator, jnp.tanh(dense(parameters, z)))).mean()
+
+    def step(carry: Any, real: Any) -> tuple[Any, Any]:
+        generator, discriminator, moments_g, moments_d, key, count = carry
+        key, drawn = jax.random.split(key)
+        count = count + 1
+        z = jax.random.normal(drawn, (len(real), LATENT), real.dtype)
+        fake = jnp.tanh(dense(generator, z))
+        both = jnp.concatenate([real, fake])
+        loss_d, gradients = jax.value_and_grad(discriminator_loss)(discriminator, both)
+        discriminator, moments_d = adam(discriminator, gradients, moments_d, count)
+        loss_g, gradients = jax.value_and_grad(generator_loss)(generator, discriminator, z)
+        generator, moments_g = adam(generator, gradients, moments_g, count)
+        return (generator, discriminator, moments_g, moments_d, key, count), jnp.stack([loss_g, loss_d])
+
+    @partial(jax.jit, donate_argnums=0, static_argnums=2)
+    def epoch(carry: Any, samples: Any, n: int) -> Any:
+        carry, losses = jax.lax.scan(step, carry, samples[:n].reshape(-1, BATCH, GENERATOR[-1]))
+        return carry, losses.mean(axis=0)
+
+    def zeros(parameters: Sequence[Array]) -> Any:
+        return tuple([jnp.zeros(p.shape, p.dtype) for p in parameters] for _ in range(2))
+
+    samples = jnp.asarray(t.real)
+    first = [[jnp.array(p) for p in parameters] for parameters in (t.generator, t.discriminator)]
+    carry: Any = (*first, zeros(t.generator), zeros(t.discriminator), jax.random.key(0), jnp.float32(0))
+
+    def run(n: int) -> Any:
+        nonlocal carry
+        carry, losses = jax.block_until_ready(epoch(carry, samples, n))
+        return losses
+
+    return Prepared(lambda: run(len(t.real)), _checked(run))
+
+
+def exact_gan(t: GanTask) -> Array:
+    """Return the mean losses of the checked epochs in float64, the mean over a few seeds of the noise."""
+    real = t.real.astype(np.float64)
+    parameters = [[p.astype(np.float64) for p in part] for part in (t.generator, t.discriminator)]
+    gans = [NumpyGan(parameters[0], parameters[1], seed) for seed in range(3)]
+    runs = [_checked(partial(_numpy_losses, gan, real))() for gan in gans]
+    return np.asarray(np.mean(runs, axis=0))
+
+
+def _numpy_losses(gan: NumpyGan, real: Array, n: int) -> tuple[float, float]:
+    return gan.epoch(real[:n])
+
+
+GAN_SIDES: dict[str, Callable[[GanTask], Prepared]] = {
+    OURS: gemmlet_gan,
+    "gemmlet-numba": gemmlet_gan,
+    "numpy": numpy_gan,
+    "pytorch": torch_gan,
+    "jax": jax_gan,
+}
+
+
+def gan_flops() -> float:
+    """Operations of a step for one image: both networks forward, and what each backward pass needs."""
+    g = [2.0 * a * b for a, b in pairwise((LATENT, *GENERATOR))]
+    d = [2.0 * a * b for a, b in pairwise((GENERATOR[-1], *DISCRIMINATOR))]
+    generator = 3 * sum(g) - g[0]
+    discriminator = 2 * (3 * sum(d) - d[0])  # a real and a generated image
+    through = 2 * sum(d)  # forward, and back to the generated image
+    return generator + discriminator + through
+
+
+def gan_case(settings: Settings, count: int) -> Case:
+    """Return the case of a step, measured over as many as `count` images give."""
+    steps = math.ceil(count / BATCH)
+    return Case(
+        "gan",
+        f"step 100-256-784 and 784-256-1, batch {min(count, BATCH)}, Adam, float32",
+        lambda: gan_task(_digits(settings, count)[0]),
+        GAN_SIDES,
+        exact_gan,
+        # Each side has noise of its own, and so losses of its own, which the mean over a few steps brings close.
+        rtol=0.0,
+        atol=0.05,
+        flops=gan_flops() * count / steps,
+        bytes=float(GENERATOR[-1] * 4 * count / steps),
+        units=steps,
+        unit="step",
+        labels={"dtype": "float32", "batch": BATCH},
+    )
+
+
+def gan(settings: Settings) -> Iterator[Case]:
+    """Step of a GAN, generator 100-256-784, discriminator 784-256-1, Adam."""
+    yield gan_case(settings, (CHECKED_STEPS if settings.quick else 50) * BATCH)

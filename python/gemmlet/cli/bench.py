@@ -1,0 +1,229 @@
+"""What ``gemmlet bench`` does, from checked options to the files in ``--out``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .. import get_num_threads
+from ..bench import instructions, machine, report, scaling, suite
+from ..bench.case import Case, Settings
+from ..bench.cases import GROUPS
+from ..bench.results import TIME, TOLERANCES, Results, load
+from ..bench.sides import SIDES
+from ..bench.timing import Plan
+from . import UserError, files, info, train
+
+_WIDTH = 150
+
+# Seconds for a case, and the least number of rounds.
+_USUAL = Plan(1.0, 7)
+_QUICK = Plan(0.05, 3, sample_seconds=1e-3, warm_seconds=4e-3, first_warm_seconds=0.02)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, unchecked; None where it says nothing."""
+
+    groups: tuple[str, ...] = ()
+    filter: str = ""
+    sides: str = ""
+    quick: bool = False
+    threads: int | None = None
+    seconds: float | None = None
+    data_dir: Path | None = None
+    out: Path = Path("runs/bench")
+    list: bool = False
+    scaling: bool = False
+    instructions: bool = False
+    earlier: Path | None = None
+    compare: Path | None = None
+    tolerance: float | None = None
+    markdown: Path | None = None
+
+
+def run(options: Options) -> int:
+    """Run what the options say and return the exit status: 1 if a row got slower than ``--compare`` allows."""
+    # Where there is no terminal, rich would fold the tables to 80 columns.
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
+    _check(options)
+    settings = Settings(options.quick, options.data_dir)
+    choice = suite.Choice(options.groups, options.filter, _sides(options.sides))
+    if options.list:
+        for case in _cases(settings, choice):
+            console.print(
+                f"{case.key}  [{', '.join(case.sides)}]", markup=False, soft_wrap=True, overflow="ignore", crop=False
+            )
+        return 0
+    earlier = None if options.compare is None else _load(options.compare, "--compare")
+    info.choose_backend()
+    if options.scaling:
+        return _run_scaling(console, options, choice)
+    if options.earlier is not None:
+        results = _load(options.earlier, "--from")
+    elif options.instructions:
+        results = _count(console)
+    else:
+        results = _measure(console, options, settings, choice)
+    report.show(console, results)
+    if options.earlier is None:
+        _save(console, options, results)
+    if options.markdown is not None:
+        _write_markdown(options.markdown, results)
+    if earlier is None:
+        return 0
+    tolerance = TOLERANCES[results.measure] if options.tolerance is None else options.tolerance / 100
+    try:
+        return 0 if report.show_changes(console, earlier, results, tolerance) else 1
+    except ValueError as error:
+        raise UserError(f"--compare {options.compare}: {error}") from error
+
+
+def _check(options: Options) -> None:
+    for name in options.groups:
+        if name not in GROUPS:
+            raise UserError(f"group {name!r} is unknown; the choices are {', '.join(GROUPS)}")
+    if options.threads is not None and not 1 <= options.threads <= 1024:
+        raise UserError(f"--threads must be from 1 to 1,024, got {options.threads}")
+    for option, value in (("--seconds", options.seconds), ("--tolerance", options.tolerance)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{option} must be a number above 0, got {value:g}")
+    modes = {
+        "--scaling": options.scaling,
+        "--instructions": options.instructions,
+        "--from": options.earlier is not None,
+    }
+    if sum(modes.values()) > 1:
+        raise UserError(f"{' and '.join(name for name, given in modes.items() if given)} exclude each other")
+    if options.instructions and options.markdown is not None:
+        raise UserError("--markdown is for times: leave out --instructions")
+    if options.scaling and (options.compare or options.markdown):
+        raise UserError("--scaling has curves, not rows: leave out --compare and --markdown")
+    if options.instructions and (options.groups or options.filter or options.sides or options.threads):
+        raise UserError(
+            "--instructions has a set of cases of its own: leave out GROUP, --filter, --sides and --threads"
+        )
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        raise UserError(f"--data-dir {options.data_dir} is not a folder")
+    train.check_folder(options.out)
+    if options.markdown is not None:
+        try:
+            report.between_markers(options.markdown.read_text(), "")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--markdown {options.markdown}: {error}") from error
+
+
+def _sides(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in SIDES:
+            raise UserError(f"--sides: {name!r} is unknown; the choices are {', '.join(SIDES)}")
+        if not SIDES[name].available():
+            raise UserError(f"--sides: {name} needs the package {SIDES[name].package}: pip install 'gemmlet[bench]'")
+    return names
+
+
+def _cases(settings: Settings, choice: suite.Choice) -> list[Case]:
+    cases = suite.chosen_cases(settings, choice)
+    if not cases:
+        raise UserError(f"no case matches --filter {choice.words!r}; gemmlet bench --list shows them")
+    return cases
+
+
+def _load(path: Path, option: str) -> Results:
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: {error}") from error
+
+
+def _threads(options: Options) -> int:
+    return get_num_threads() if options.threads is None else options.threads
+
+
+def _measure(console: Console, options: Options, settings: Settings, choice: suite.Choice) -> Results:
+    _cases(settings, choice)
+    usual = _QUICK if options.quick else _USUAL
+    plan = usual if options.seconds is None else replace(usual, seconds=options.seconds)
+    try:
+        with _bar(console) as bar:
+            task = bar.add_task("", total=None)
+
+            def progress(case: Case, number: int, count: int) -> None:
+                bar.update(task, total=count, completed=number, description=case.key)
+
+            return suite.run(settings, choice, plan, _threads(options), progress)
+    except (OSError, ValueError) as error:  # of the data
+        raise UserError(str(error).replace("(data_dir)", "(--data-dir)")) from error
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        MofNCompleteColumn(),
+        BarColumn(20),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        disable=not console.is_interactive,
+        transient=True,
+    )
+
+
+def _count(console: Console) -> Results:
+    try:
+        with console.status("counting instructions under valgrind, which takes most of a minute"):
+            return instructions.run()
+    except instructions.CannotCountError as error:
+        raise UserError(f"--instructions: {error}", code=1) from error
+
+
+def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> int:
+    from ..bench import plots
+
+    threads = _threads(options)
+    sides = tuple(name for name in scaling.LINES if SIDES[name].available() and name in (choice.sides or SIDES))
+    if not sides:
+        raise UserError(f"--sides: none of them is in the curves, which have {', '.join(scaling.LINES)}")
+    with _bar(console) as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(text: str, number: int, count: int) -> None:
+            bar.update(task, total=count, completed=number, description=text)
+
+        seconds = (0.1 if options.quick else 1.0) if options.seconds is None else options.seconds
+        curves = scaling.run(threads, seconds, options.quick, sides, progress)
+    report.show_scaling(console, curves, sides)
+    out = train.make_folder(options.out)
+    facts = machine.machine()
+    files.write_json(
+        out / "scaling.json",
+        {"machine": facts, "versions": machine.versions(), "settings": {"threads": threads}, "curves": curves},
+    )
+    plots.scaling(out / "scaling.png", curves, f"{facts['cpu']}, {threads} threads where not said otherwise")
+    console.print(f"Curves: {out}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _save(console: Console, options: Options, results: Results) -> None:
+    from ..bench import plots
+
+    out = train.make_folder(options.out)
+    files.write_json(out / "bench.json", results.as_json())
+    shown = f"{results.machine['cpu']}, {results.settings['threads']} threads"
+    for name, rows in report.groups(results):
+        if any(row.ratio(peer) is not None for row in rows for peer in row.peers):
+            plots.ratios(out / f"{name}.png", name, rows, shown)
+    console.print(f"Results: {out}", markup=False, soft_wrap=True)
+
+
+def _write_markdown(path: Path, results: Results) -> None:
+    if results.measure != TIME:
+        raise UserError(f"--markdown is for times, and these are {results.measure}")
+    text = report.between_markers(path.read_text(), report.markdown(results))
+    with files.replacing(path) as temporary:
+        temporary.write_text(text)
