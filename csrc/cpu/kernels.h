@@ -44,6 +44,8 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
                              Index rows, Index columns);
 template <class T>
 double elementwise_loss(int loss, const T* prediction, const T* target, T parameter, T* gradient, Index n);
+template <class T>
+bool within_unit_interval(const T* x, Index n);  // NaN passes
 
 // optimizers.cpp: the rule's state_count arrays and scalar_count numbers.
 template <class T>

@@ -105,6 +105,13 @@ double elementwise_loss(int loss, const T* prediction, const T* target, T parame
   return table[loss](prediction, target, parameter, gradient, n);
 }
 
+template <class T>
+bool within_unit_interval(const T* x, Index n) {
+  int outside = 0;
+  for (Index i = 0; i < n; ++i) outside |= (x[i] < T(0)) | (x[i] > T(1));
+  return outside == 0;
+}
+
 std::vector<std::string> loss_names() {
 #define GEMMLET_ENTRY(name) #name,
   return {GEMMLET_LOSSES(GEMMLET_ENTRY)};
@@ -113,7 +120,8 @@ std::vector<std::string> loss_names() {
 
 #define GEMMLET_INSTANTIATE(T)                                                                       \
   template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index); \
-  template double elementwise_loss(int, const T*, const T*, T, T*, Index);
+  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                           \
+  template bool within_unit_interval(const T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)
 

@@ -110,7 +110,10 @@ def same_view(a: Array, b: Array) -> bool:
 
 def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     """Return a finite real number within ``[low, high]``, or ``(low, high]`` if `open_low`."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+    if type(value) is float:  # the usual case
+        if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+            return value
+    elif isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         result = float(value)
