@@ -49,7 +49,7 @@ double cross_entropy_row(const T* z, Index index, const T* target, double keep, 
   DoubleSum<T> exp_sum, target_sum, product_sum;
   for_lanes<T>(columns, [&](Index j, int n) {
     const V shifted = load_lanes(z + j, n) - largest;
-    const V e = exp(shifted);
+    const V e = decay(shifted);
     exp_sum.add(e, n);
     if (target != nullptr || spread != 0) {
       const V t = target == nullptr ? s : fma(k, load_lanes(target + j, n), s);
