@@ -18,64 +18,85 @@ double sum_chunks(Index n, Index chunk, F&& f) {
   return total;
 }
 
+// The sum of the losses from `i` to `end`.
+template <class T, class F>
+[[gnu::flatten]] double evaluate_range(const T* prediction, const T* target, Vec<T> parameter, Vec<T> share,
+                                       T* gradient, Index i, Index end) {
+  DoubleSum<T> total;
+  for (; i < end; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
+    Vec<T> loss, slope;
+    F::evaluate(load_lanes(prediction + i, n), load_lanes(target + i, n), parameter, share, loss, slope);
+    total.add(n == lanes<T> ? loss : keep_lanes<T>(loss, 0, n));
+    store_lanes(gradient + i, slope, n);
+  }
+  return total.total();
+}
+
 template <class T, class F>
 double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
-  using V = Vec<T>;
-  const V p = splat<T>(parameter), share = splat<T>(static_cast<T>(1.0 / static_cast<double>(n)));
+  const T share = static_cast<T>(1.0 / static_cast<double>(n));
   const double sum = sum_chunks(n, chunk_elements, [&](Index begin, Index end) {
-    DoubleSum<T> total;
-    for_lanes<T>(end - begin, [&](Index j, int lane_count) {
-      const Index i = begin + j;
-      V loss, grad;
-      F::evaluate(load_lanes(prediction + i, lane_count), load_lanes(target + i, lane_count), p, share, loss, grad);
-      total.add(loss, lane_count);
-      store_lanes(gradient + i, grad, lane_count);
-    });
-    return total.total();
+    return evaluate_range<T, F>(prediction, target, splat(parameter), splat(share), gradient, begin, end);
   });
   return sum / static_cast<double>(n);
 }
 
-// One row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `share`, with t_j = keep * target_j +
-// spread. The target is one-hot at `index` where `target` is null.
-template <class T>
-double cross_entropy_row(const T* z, Index index, const T* target, double keep, double spread, T share, T* gradient,
-                         Index columns) {
+// For each row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `share`, with t_j = keep * target_j +
+// spread. The target is one-hot at the row's index where `target` is null. The sum over the first n rows.
+template <class T, class Rows>
+[[gnu::flatten]] double cross_entropy(const Rows& rows, int n, T* gradient, const T* z, const Index* indices,
+                                      const T* target, double keep, double spread, T share) {
   using V = Vec<T>;
-  const V largest = splat<T>(row_max(z, columns)), k = splat<T>(static_cast<T>(keep)),
-          s = splat<T>(static_cast<T>(spread));
-  const double logit_at_index =
-      target == nullptr ? static_cast<double>(z[index]) - static_cast<double>(largest[0]) : 0.0;
+  const V largest = rows.largest(z), k = splat(static_cast<T>(keep)), s = splat(static_cast<T>(spread));
+  double at_index[Rows::count] = {};  // the logit first, then its exponential
+  if (target == nullptr)
+    for (int r = 0; r < n; ++r)
+      at_index[r] = static_cast<double>(z[rows.at(r, indices[r])]) - static_cast<double>(rows.number(largest, r));
   DoubleSum<T> exp_sum, target_sum, product_sum;
-  for_lanes<T>(columns, [&](Index j, int n) {
-    const V shifted = load_lanes(z + j, n) - largest;
-    const V e = decay(shifted);
-    exp_sum.add(e, n);
-    if (target != nullptr || spread != 0) {
-      const V t = target == nullptr ? s : fma(k, load_lanes(target + j, n), s);
-      target_sum.add(t, n);
-      product_sum.add(select(t == V{}, V{}, t * shifted), n);  // a class of no weight costs nothing, even at -inf
+  const auto power = [&](int first, V v) {
+    const V e = decay(v - largest);
+    exp_sum.add(part<T>(e, first));
+    return e;
+  };
+  const auto weigh = [&](int first, V v, V t) {
+    target_sum.add(part<T>(t, first));
+    // A class of no weight costs nothing, even at -inf.
+    product_sum.add(part<T>(select(t == V{}, V{}, t * (v - largest)), first));
+  };
+  if (target != nullptr)
+    rows.each([&](int first, V v, V t) { weigh(first, v, fma(k, t, s)); }, z, target);
+  else if (spread != 0)
+    rows.each([&](int first, V v) { weigh(first, v, s); }, z);
+  rows.map(gradient, power, z);
+  double total[Rows::count], log_total[Rows::count], weight[Rows::count], product[Rows::count], scale[Rows::count];
+  rows.totals(exp_sum, total);
+  rows.totals(exp_sum, log_total);
+  rows.logs(log_total);
+  rows.totals(target_sum, weight);
+  rows.totals(product_sum, product);
+  double loss = 0;
+  for (int r = 0; r < Rows::count; ++r) {
+    if (target == nullptr) {
+      weight[r] += keep;
+      if (keep != 0) product[r] += keep * at_index[r];
     }
-    store_lanes(gradient + j, e, n);
-  });
-  const double total = exp_sum.total(), log_total = std::log(total);
-  double weight = target_sum.total(), product = product_sum.total();
-  if (target == nullptr) {
-    weight += keep;
-    if (keep != 0) product += keep * logit_at_index;
+    scale[r] = weight[r] / total[r];
+    if (r < n) loss += weight[r] * log_total[r] - product[r];
   }
-  const V scale = splat<T>(static_cast<T>(weight / total));
-  const double exp_at_index = target == nullptr ? static_cast<double>(gradient[index]) : 0.0;
-  for_lanes<T>(columns, [&](Index j, int n) {
-    const V t = target == nullptr ? s : fma(k, load_lanes(target + j, n), s);
-    store_lanes(gradient + j, fma(load_lanes(gradient + j, n), scale, -t) * share, n);
-  });
-  if (target == nullptr) {
+  const V factor = rows.vector(scale), of_mean = splat(share);
+  if (target != nullptr) {
+    rows.map(gradient, [&](int, V e, V t) { return fma(e, factor, -fma(k, t, s)) * of_mean; }, gradient, target);
+    return loss;
+  }
+  for (int r = 0; r < n; ++r) at_index[r] = static_cast<double>(gradient[rows.at(r, indices[r])]);
+  rows.map(gradient, [&](int, V e) { return fma(e, factor, -s) * of_mean; }, gradient);
+  for (int r = 0; r < n; ++r) {
     // In double: close to 0, where softmax is close to 1, this difference is all there is.
-    const double difference = exp_at_index * (weight / total) - (keep + spread);
-    gradient[index] = static_cast<T>(difference * static_cast<double>(share));
+    const double difference = at_index[r] * scale[r] - (keep + spread);
+    gradient[rows.at(r, indices[r])] = static_cast<T>(difference * static_cast<double>(share));
   }
-  return weight * log_total - product;
+  return loss;
 }
 
 }  // namespace
@@ -85,12 +106,23 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
                              Index rows, Index columns) {
   const double spread = smoothing / static_cast<double>(columns);
   const T share = static_cast<T>(1.0 / static_cast<double>(rows));
-  const double sum = sum_chunks(rows, chunk_elements / columns + 1, [&](Index begin, Index end) {
+  const double keep = 1.0 - smoothing;
+  const double sum = sum_chunks(rows, rows_per_chunk<T>(columns), [&](Index begin, Index end) {
     double total = 0;
-    for (Index i = begin; i < end; ++i)
-      total +=
-          cross_entropy_row(logits + i * columns, indices ? indices[i] : 0, targets ? targets + i * columns : nullptr,
-                            1.0 - smoothing, spread, share, gradient + i * columns, columns);
+    if (targets == nullptr)
+      for_rows(
+          begin, end, columns,
+          [&](const auto& layout, Index i, int n, T* to, const T* z) {
+            total += cross_entropy<T>(layout, n, to, z, indices + i, nullptr, keep, spread, share);
+          },
+          gradient, logits);
+    else
+      for_rows(
+          begin, end, columns,
+          [&](const auto& layout, Index, int n, T* to, const T* z, const T* t) {
+            total += cross_entropy<T>(layout, n, to, z, nullptr, t, keep, spread, share);
+          },
+          gradient, logits, targets);
     return total;
   });
   return sum / static_cast<double>(rows);

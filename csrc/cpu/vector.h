@@ -16,6 +16,9 @@
 #include <limits>
 #include <type_traits>
 
+// Left to itself, GCC stops inlining where a formula is long, and calls a function for each of its instructions.
+#define GEMMLET_INLINE [[gnu::always_inline]] inline
+
 namespace gemmlet {
 
 template <class T>
@@ -38,48 +41,57 @@ using IntVecOf = Vec<IntOf<ScalarOf<V>>>;
 
 // Every lane `value`. (Taking 0 off keeps -0.0, and compiles to nothing; adding it does neither.)
 template <class V>
-inline V constant(double value) {
+GEMMLET_INLINE V constant(double value) {
   return static_cast<ScalarOf<V>>(value) - V{};
 }
 template <class T>
-inline Vec<T> splat(T value) {
+GEMMLET_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};
 }
 
 template <class T>
-inline Vec<T> load(const T* p) {
+GEMMLET_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <class T>
-inline void store(T* p, Vec<T> v) {
+GEMMLET_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// v in the lanes from `first` to before `end`, zero in the others.
 template <class T>
-inline Vec<T> load_part(const T* p, int n, T fill = 0) {
+GEMMLET_INLINE Vec<T> keep_lanes(Vec<T> v, int first, int end) {
+  using I = IntOf<T>;
+  Vec<I> lane;
+  for (int i = 0; i < lanes<T>; ++i) lane[i] = I(i);
+  return (lane >= I(first) - Vec<I>{}) & (lane < I(end) - Vec<I>{}) ? v : Vec<T>{};
+}
+
+template <class T>
+GEMMLET_INLINE Vec<T> load_part(const T* p, int n, T fill = 0) {
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   for (int i = 0; i < lanes<T>; ++i) buffer[i] = i < n ? p[i] : fill;
   return load(buffer);
 }
 
 template <class T>
-inline void store_part(T* p, Vec<T> v, int n) {
+GEMMLET_INLINE void store_part(T* p, Vec<T> v, int n) {
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
 template <class M, class V>
-inline V select(M mask, V a, V b) {
+GEMMLET_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
 // These loops over lanes become single instructions.
 template <class V>
-inline V fma(V a, V b, V c) {
+GEMMLET_INLINE V fma(V a, V b, V c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   V r;
   for (int i = 0; i < lanes<ScalarOf<V>>; ++i) r[i] = __builtin_fma(a[i], b[i], c[i]);
@@ -91,7 +103,7 @@ inline V fma(V a, V b, V c) {
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 template <>
-inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+GEMMLET_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   Vec<float> r;
   for (int i = 0; i < lanes<float>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
@@ -99,7 +111,7 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #endif
 
 template <class V>
-inline V sqrt(V a) {
+GEMMLET_INLINE V sqrt(V a) {
   V r;
   for (int i = 0; i < lanes<ScalarOf<V>>; ++i) {
     if constexpr (sizeof(ScalarOf<V>) == 4)
@@ -111,39 +123,39 @@ inline V sqrt(V a) {
 }
 
 template <class V>
-inline IntVecOf<V> bits(V a) {
+GEMMLET_INLINE IntVecOf<V> bits(V a) {
   return std::bit_cast<IntVecOf<V>>(a);
 }
 
 template <class V>
-inline V from_bits(IntVecOf<V> a) {
+GEMMLET_INLINE V from_bits(IntVecOf<V> a) {
   return std::bit_cast<V>(a);
 }
 
 template <class V>
-inline V abs(V a) {
+GEMMLET_INLINE V abs(V a) {
   return from_bits<V>(bits(a) & std::numeric_limits<IntOf<ScalarOf<V>>>::max());
 }
 
 template <class V>
-inline V copysign(V magnitude, V sign) {
+GEMMLET_INLINE V copysign(V magnitude, V sign) {
   constexpr auto mask = std::numeric_limits<IntOf<ScalarOf<V>>>::min();
   return from_bits<V>((bits(magnitude) & ~mask) | (bits(sign) & mask));
 }
 
 // Both keep NaN in `a`.
 template <class V>
-inline V at_least(V a, V low) {
+GEMMLET_INLINE V at_least(V a, V low) {
   return select(a < low, low, a);
 }
 template <class V>
-inline V at_most(V a, V high) {
+GEMMLET_INLINE V at_most(V a, V high) {
   return select(a > high, high, a);
 }
 
 // The rounding error of p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).
 template <class V>
-inline V product_error(V a, V b, V p) {
+GEMMLET_INLINE V product_error(V a, V b, V p) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return fma(a, b, -p);
 #else
@@ -157,24 +169,47 @@ inline V product_error(V a, V b, V p) {
 #endif
 }
 
+// The lanes of a vector in double, in one or two vectors, and back.
+template <class T>
+struct Doubles {
+  static constexpr int parts = 8 / static_cast<int>(sizeof(T));
+  Vec<double> part[parts] = {};
+};
+
+GEMMLET_INLINE Doubles<double> to_double(Vec<double> v) { return {v}; }
+GEMMLET_INLINE Vec<double> from_double(const Doubles<double>& d) { return d.part[0]; }
+
+using HalfOfFloats = float __attribute__((vector_size(GEMMLET_VECTOR_BYTES / 2)));
+struct TwoHalves {
+  HalfOfFloats half[2];
+};
+GEMMLET_INLINE Doubles<float> to_double(Vec<float> v) {
+  const auto halves = std::bit_cast<TwoHalves>(v);
+  return {__builtin_convertvector(halves.half[0], Vec<double>), __builtin_convertvector(halves.half[1], Vec<double>)};
+}
+GEMMLET_INLINE Vec<float> from_double(const Doubles<float>& d) {
+  return std::bit_cast<Vec<float>>(
+      TwoHalves{{__builtin_convertvector(d.part[0], HalfOfFloats), __builtin_convertvector(d.part[1], HalfOfFloats)}});
+}
+
 // Sums of float or double vectors, lane by lane, in double; the lanes are added first to last, which is part of the
 // result.
 template <class T>
 struct DoubleSum {
-  alignas(GEMMLET_VECTOR_BYTES) double lane[lanes<T>] = {};
-  void add(Vec<T> v, int n) {
-    if (n == lanes<T>)
-      for (int i = 0; i < lanes<T>; ++i) lane[i] += static_cast<double>(v[i]);
-    else
-      for (int i = 0; i < n; ++i) lane[i] += static_cast<double>(v[i]);
+  Doubles<T> sum;
+  void add(Vec<T> v) {
+    const Doubles<T> d = to_double(v);
+    for (int i = 0; i < d.parts; ++i) sum.part[i] += d.part[i];
   }
   void add_product(Vec<T> v, Vec<T> w) {
-    for (int i = 0; i < lanes<T>; ++i) lane[i] += static_cast<double>(v[i]) * static_cast<double>(w[i]);
+    const Doubles<T> a = to_double(v), b = to_double(w);
+    for (int i = 0; i < a.parts; ++i) sum.part[i] += a.part[i] * b.part[i];
   }
+  double lane(int i) const { return sum.part[i / lanes<double>][i % lanes<double>]; }
   double total() const {
-    double sum = 0;
-    for (double value : lane) sum += value;
-    return sum;
+    double t = 0;
+    for (int i = 0; i < lanes<T>; ++i) t += lane(i);
+    return t;
   }
 };
 

@@ -15,7 +15,7 @@ namespace gemmlet {
 
 // Horner's rule; the coefficients from the lowest power up.
 template <class V, class... Higher>
-inline V polynomial(V x, double lowest, Higher... higher) {
+GEMMLET_INLINE V polynomial(V x, double lowest, Higher... higher) {
   if constexpr (sizeof...(higher) == 0)
     return constant<V>(lowest);
   else
@@ -42,7 +42,7 @@ inline constexpr double rounding_number(int shift) {
 
 // n + shift within the exponents of normal numbers.
 template <class V>
-inline ExpParts<V> exp_parts(V x, V magic) {
+GEMMLET_INLINE ExpParts<V> exp_parts(V x, V magic) {
   using T = ScalarOf<V>;
   constexpr bool single = sizeof(T) == 4;
   const V shifted = fma(x, constant<V>(1.4426950408889634074), magic);
@@ -75,7 +75,7 @@ inline ExpParts<V> exp_parts(V x, V magic) {
 
 // factor * exp(x) for x <= 0, rounded to a subnormal once, with no underflow on the way. factor: at most 1e4 in size.
 template <class V>
-inline V unsigned_decay_times(V x, V factor) {
+GEMMLET_INLINE V unsigned_decay_times(V x, V factor) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
   constexpr int shift = single ? 64 : 256;  // so that the power is a normal number down to exp(low)
   constexpr double low = single ? -125 : -800, back = single ? 0x1p-64 : 0x1p-256;  // 1e4 exp(low) rounds to 0
@@ -85,17 +85,17 @@ inline V unsigned_decay_times(V x, V factor) {
 }
 
 template <class V>
-inline V decay_times(V x, V factor) {
+GEMMLET_INLINE V decay_times(V x, V factor) {
   return copysign(unsigned_decay_times(x, factor), factor);  // a factor of -0.0 would lose its sign in the sum
 }
 
 template <class V>
-inline V decay(V x) {
+GEMMLET_INLINE V decay(V x) {
   return unsigned_decay_times(x, constant<V>(1));
 }
 
 template <class V>
-inline V exp(V x) {
+GEMMLET_INLINE V exp(V x) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
   constexpr int shift = single ? 64 : 256;
   constexpr double limit = single ? 125 : 800, up = single ? 0x1p64 : 0x1p256;
@@ -108,7 +108,7 @@ inline V exp(V x) {
 
 // exp(x) - 1. x up to 88 (float), 709 (double).
 template <class V>
-inline V expm1(V x) {
+GEMMLET_INLINE V expm1(V x) {
   constexpr double low = sizeof(ScalarOf<V>) == 4 ? -30 : -50;  // from there on the result is -1
   const ExpParts<V> e = exp_parts(at_least(x, constant<V>(low)), constant<V>(rounding_number<V>(0)));
   const V result = fma(e.power, e.expm1_r, e.power - constant<V>(1));
@@ -116,7 +116,7 @@ inline V expm1(V x) {
 }
 
 template <class V>
-inline V log(V x) {
+GEMMLET_INLINE V log(V x) {
   using T = ScalarOf<V>;
   using I = IntOf<T>;
   constexpr bool single = sizeof(T) == 4;
@@ -165,7 +165,7 @@ inline V log(V x) {
 
 // log(1 + x), in relative precision near 0. x within [-1, inf).
 template <class V>
-inline V log1p(V x) {
+GEMMLET_INLINE V log1p(V x) {
   const V u = constant<V>(1) + x;
   const V lost = x - (u - constant<V>(1));  // what the sum rounded away
   const V result = log(u) + select(lost == V{}, V{}, lost / u);
@@ -174,7 +174,7 @@ inline V log1p(V x) {
 
 // An odd polynomial below 0.35, where the quotient's three roundings are too many; else e / (e + 2), e = expm1(2|x|).
 template <class V>
-inline V tanh(V x) {
+GEMMLET_INLINE V tanh(V x) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
   constexpr double saturation = single ? 20 : 44;  // of 2|x|: the quotient rounds to 1
   const V a = abs(x);
@@ -203,7 +203,7 @@ inline V tanh(V x) {
 // a within [0, 60]. A polynomial in u = 2t - 1, t = k / (k + a), times t: tools/fit_normal_tail.py; relative errors
 // 1.3e-8 on [0, 14.5] (float), 1.2e-17 on [0, 39] (double); beyond, the Gaussian is 0.
 template <class V>
-inline V scaled_normal_tail(V a) {
+GEMMLET_INLINE V scaled_normal_tail(V a) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
   const V k = constant<V>(single ? 4 : 5);
   const V t = k / (k + a);
