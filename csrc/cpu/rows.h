@@ -124,7 +124,7 @@ struct Across {
   Vec<T> vector(const double* of_row) const {
     Doubles<T> d;
     for (int i = 0; i < d.parts; ++i) d.part[i] = load(of_row + i * lanes<double>);
-    return from_double(d);
+    return from_double<T>(d);
   }
 
   // Rows of a matrix to this layout, zeros where there are no more of them; and back.

@@ -176,20 +176,21 @@ struct Doubles {
   Vec<double> part[parts] = {};
 };
 
-GEMMLET_INLINE Doubles<double> to_double(Vec<double> v) { return {v}; }
-GEMMLET_INLINE Vec<double> from_double(const Doubles<double>& d) { return d.part[0]; }
-
-using HalfOfFloats = float __attribute__((vector_size(GEMMLET_VECTOR_BYTES / 2)));
-struct TwoHalves {
-  HalfOfFloats half[2];
-};
-GEMMLET_INLINE Doubles<float> to_double(Vec<float> v) {
-  const auto halves = std::bit_cast<TwoHalves>(v);
-  return {__builtin_convertvector(halves.half[0], Vec<double>), __builtin_convertvector(halves.half[1], Vec<double>)};
+// Loops over lanes, as above: GCC makes more of them than of __builtin_convertvector.
+template <class T>
+GEMMLET_INLINE Doubles<T> to_double(Vec<T> v) {
+  Doubles<T> d;
+  for (int p = 0; p < d.parts; ++p)
+    for (int i = 0; i < lanes<double>; ++i) d.part[p][i] = static_cast<double>(v[p * lanes<double> + i]);
+  return d;
 }
-GEMMLET_INLINE Vec<float> from_double(const Doubles<float>& d) {
-  return std::bit_cast<Vec<float>>(
-      TwoHalves{{__builtin_convertvector(d.part[0], HalfOfFloats), __builtin_convertvector(d.part[1], HalfOfFloats)}});
+
+template <class T>
+GEMMLET_INLINE Vec<T> from_double(const Doubles<T>& d) {
+  Vec<T> v;
+  for (int p = 0; p < d.parts; ++p)
+    for (int i = 0; i < lanes<double>; ++i) v[p * lanes<double> + i] = static_cast<T>(d.part[p][i]);
+  return v;
 }
 
 // Sums of float or double vectors, lane by lane, in double; the lanes are added first to last, which is part of the
@@ -197,12 +198,12 @@ GEMMLET_INLINE Vec<float> from_double(const Doubles<float>& d) {
 template <class T>
 struct DoubleSum {
   Doubles<T> sum;
-  void add(Vec<T> v) {
-    const Doubles<T> d = to_double(v);
+  GEMMLET_INLINE void add(Vec<T> v) {
+    const Doubles<T> d = to_double<T>(v);
     for (int i = 0; i < d.parts; ++i) sum.part[i] += d.part[i];
   }
-  void add_product(Vec<T> v, Vec<T> w) {
-    const Doubles<T> a = to_double(v), b = to_double(w);
+  GEMMLET_INLINE void add_product(Vec<T> v, Vec<T> w) {
+    const Doubles<T> a = to_double<T>(v), b = to_double<T>(w);
     for (int i = 0; i < a.parts; ++i) sum.part[i] += a.part[i] * b.part[i];
   }
   double lane(int i) const { return sum.part[i / lanes<double>][i % lanes<double>]; }

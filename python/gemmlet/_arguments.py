@@ -132,6 +132,8 @@ def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.
 
 def flag(value: Any, name: str) -> bool:
     """Return `value`, a bool."""
+    if value is True or value is False:  # the usual case
+        return value
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return bool(value)

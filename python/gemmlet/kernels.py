@@ -47,15 +47,24 @@ def _refuse_overlap(out: Array, **inputs: Array | None) -> None:
 
 
 def _elementwise(
-    call: Callable[..., Any], inputs: tuple[Array | None, ...], outputs: tuple[Array, ...], *, rows: bool = False
+    call: Callable[..., Any],
+    inputs: tuple[Array | None, ...],
+    outputs: tuple[Array, ...],
+    *,
+    rows: bool = False,
+    new: bool = False,
 ) -> Any:
     """``call(*inputs, *outputs)`` with every array C-contiguous and no partial overlap.
 
     All arrays have one shape. A layout that all share is used as it is (a transposed array by its transpose, unless the
-    function goes by `rows`); else inputs are copied, and outputs written through a buffer.
+    function goes by `rows`); else inputs are copied, and outputs written through a buffer. `new` outputs are nobody
+    else's, so that none can overlap.
     """
     arrays = [a for a in (*inputs, *outputs) if a is not None]
-    if not all(a.flags.c_contiguous for a in arrays):
+    if all([a.flags.c_contiguous for a in arrays]):  # noqa: C419 - a list is faster
+        if new:
+            return call(*inputs, *outputs)
+    else:
         if not rows and all(a.flags.f_contiguous for a in arrays):
             inputs = tuple(None if a is None else a.T for a in inputs)
             outputs = tuple(a.T for a in outputs)
@@ -332,7 +341,9 @@ def linear_backward(
     backend = select.current()
     if entry is not None:
         grad_z = np.empty_like(grad, order="C")
-        _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,))
+        _elementwise(
+            lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,), new=True
+        )
     else:
         grad_z = grad
     rows = _rows(grad_z)
@@ -379,7 +390,7 @@ def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> 
     value = _own_number(entry, parameter, x_.dtype)
     y = _like(x_, out)
     backend = select.current()
-    _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,))
+    _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,), new=out is None)
     return _returned(out, y)
 
 
@@ -389,7 +400,9 @@ def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, paramet
     saved = _saved(entry, "x" if entry.needs_x else "y", {"x": x, "y": y}, grad)
     grad_x = _like(grad, out)
     backend = select.current()
-    _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,))
+    _elementwise(
+        lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,), new=out is None
+    )
     return _returned(out, grad_x)
 
 
@@ -480,7 +493,9 @@ def _row_forward(entry: RowFunction, x: Any, out: Any) -> Any:
     y = arguments.output(out, "out", x_.shape, x_.dtype)
     if x_.size:
         backend = select.current()
-        _elementwise(lambda a, o: backend.row_function(entry, _rows(a), _rows(o)), (x_,), (y,), rows=True)
+        _elementwise(
+            lambda a, o: backend.row_function(entry, _rows(a), _rows(o)), (x_,), (y,), rows=True, new=out is None
+        )
     return _returned(out, y)
 
 
@@ -502,6 +517,7 @@ def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> 
             (grad, y_),
             (grad_x,),
             rows=True,
+            new=out is None,
         )
     return _returned(out, grad_x)
 
@@ -561,7 +577,9 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
         return float("nan"), _returned(out, grad)
     backend = select.current()
     # `rows`: the order of the elements is that of the sum, which shall not depend on the layout.
-    loss = _elementwise(lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,), rows=True)
+    loss = _elementwise(
+        lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,), rows=True, new=out is None
+    )
     return float(loss), _returned(out, grad)
 
 
@@ -658,6 +676,7 @@ def softmax_cross_entropy(
         inputs,
         (grad,),
         rows=True,
+        new=out is None,
     )
     return float(loss), _returned(out, grad)
 
@@ -733,22 +752,22 @@ def sgd_update(
 def _adam_numbers(
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
 ) -> tuple[float, ...]:
-    if not isinstance(step, int | np.integer) or isinstance(step, bool):
+    if type(step) is not int and (not isinstance(step, np.integer | int) or isinstance(step, bool)):
         raise TypeError(f"step must be an integer, got {type(step).__name__}")
     if step < 1:
         raise ValueError(f"step must be at least 1 (the first update), got {step}")
-    numbers = {
-        "lr": arguments.number(lr, "lr", low=0.0),
-        "beta1": arguments.number(beta1, "beta1", low=0.0, high=1.0),
-        "beta2": arguments.number(beta2, "beta2", low=0.0, high=1.0),
-        "eps": arguments.number(eps, "eps", low=0.0),
-        "weight_decay": arguments.number(weight_decay, "weight_decay", low=0.0),
-    }
-    for name in ("beta1", "beta2"):
-        if numbers[name] == 1.0:
-            raise ValueError(f"{name} must be below 1, got {numbers[name]:g}")
+    numbers = (
+        arguments.number(lr, "lr", low=0.0),
+        arguments.number(beta1, "beta1", low=0.0, high=1.0),
+        arguments.number(beta2, "beta2", low=0.0, high=1.0),
+        arguments.number(eps, "eps", low=0.0),
+        arguments.number(weight_decay, "weight_decay", low=0.0),
+    )
+    for name, beta in (("beta1", numbers[1]), ("beta2", numbers[2])):
+        if beta == 1.0:
+            raise ValueError(f"{name} must be below 1, got {beta:g}")
     # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
-    return adam_scalars(min(int(step), 2**53), **numbers, decoupled=decoupled)
+    return adam_scalars(min(int(step), 2**53), *numbers, decoupled)
 
 
 def adam_update(
