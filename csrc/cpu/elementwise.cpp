@@ -1,4 +1,6 @@
 // Activations over arrays, functions of rows, and column sums. Bound by memory when arrays are large, by exp when not.
+#include <algorithm>
+
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
@@ -7,69 +9,107 @@
 namespace gemmlet {
 namespace {
 
+// Elements in one task, which shall be worth handing over: some 5 microseconds. What has no exponential, root or
+// quotient in it is as fast as memory, and takes a tenth of the time of the rest.
+constexpr Index costly_chunk = serial_elements, cheap_chunk = 32768;
+
+template <class F>
+constexpr bool cheap_forward = false;
+template <>
+constexpr bool cheap_forward<activations::identity> = true;
+template <>
+constexpr bool cheap_forward<activations::relu> = true;
+template <>
+constexpr bool cheap_forward<activations::leaky_relu> = true;
+
+// Gradients in terms of y are polynomials, but for this one.
+template <class F>
+constexpr bool cheap_backward = !F::needs_x;
+template <>
+constexpr bool cheap_backward<activations::softplus> = false;
+
+// One loop for the body and the tail, so that the formula is there once.
+template <class T, class F>
+[[gnu::flatten]] void forward_range(const T* x, Vec<T> parameter, T* y, Index i, Index end) {
+  for (; i < end; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
+    store_lanes(y + i, F::forward(load_lanes(x + i, n), parameter), n);
+  }
+}
+
+template <class T, class F>
+[[gnu::flatten]] void backward_range(const T* grad_y, const T* saved, Vec<T> parameter, T* grad_x, Index i, Index end) {
+  for (; i < end; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
+    store_lanes(grad_x + i, F::backward(load_lanes(grad_y + i, n), load_lanes(saved + i, n), parameter), n);
+  }
+}
+
 template <class T, class F>
 void forward(const T* x, T parameter, T* y, Index n) {
-  const Vec<T> p = splat<T>(parameter);
-  parallel_chunks(n, [&](Index i, Index end) {
-    // The main loop:
-    for (; i + lanes<T> <= end; i += lanes<T>) store(y + i, F::forward(load(x + i), p));
-    // The tail:
-    const int rest = static_cast<int>(end - i);
-    if (rest > 0) store_part(y + i, F::forward(load_part(x + i, rest), p), rest);
-  });
+  parallel_chunks(
+      n, [&](Index i, Index end) { forward_range<T, F>(x, splat(parameter), y, i, end); },
+      cheap_forward<F> ? cheap_chunk : costly_chunk);
 }
 
 template <class T, class F>
 void backward(const T* grad_y, const T* saved, T parameter, T* grad_x, Index n) {
-  const Vec<T> p = splat<T>(parameter);
-  parallel_chunks(n, [&](Index i, Index end) {
-    // The main loop:
-    for (; i + lanes<T> <= end; i += lanes<T>) store(grad_x + i, F::backward(load(grad_y + i), load(saved + i), p));
-    // The tail:
-    const int rest = static_cast<int>(end - i);
-    if (rest > 0) store_part(grad_x + i, F::backward(load_part(grad_y + i, rest), load_part(saved + i, rest), p), rest);
-  });
+  parallel_chunks(
+      n, [&](Index i, Index end) { backward_range<T, F>(grad_y, saved, splat(parameter), grad_x, i, end); },
+      cheap_backward<F> ? cheap_chunk : costly_chunk);
 }
 
-template <class T>
 struct softmax {
-  static void forward(const T* x, T* y, Index columns) {
-    const Vec<T> largest = splat<T>(row_max(x, columns));
+  template <class T, class Rows>
+  [[gnu::flatten]] static void forward(const Rows& rows, T* y, const T* x) {
+    using V = Vec<T>;
+    const V largest = rows.largest(x);
     DoubleSum<T> sum;
-    for_lanes<T>(columns, [&](Index j, int n) {
-      const Vec<T> e = exp(load_lanes(x + j, n) - largest);
-      sum.add(e, n);
-      store_lanes(y + j, e, n);
-    });
-    const Vec<T> total = splat<T>(static_cast<T>(sum.total()));
-    for_lanes<T>(columns, [&](Index j, int n) { store_lanes(y + j, load_lanes(y + j, n) / total, n); });
+    const auto power = [&](int first, V v) {
+      const V e = decay(v - largest);
+      sum.add(part<T>(e, first));
+      return e;
+    };
+    rows.map(y, power, x);
+    double total[Rows::count];
+    rows.totals(sum, total);
+    const V divisor = rows.vector(total);
+    rows.map(y, [&](int, V e) { return e / divisor; }, y);
   }
-  static void backward(const T* grad_y, const T* y, T* grad_x, Index columns) {
+  template <class T, class Rows>
+  [[gnu::flatten]] static void backward(const Rows& rows, T* grad_x, const T* grad_y, const T* y) {
+    using V = Vec<T>;
     DoubleSum<T> dot;
-    for_lanes<T>(columns, [&](Index j, int n) { dot.add_product(load_lanes(grad_y + j, n), load_lanes(y + j, n)); });
-    const Vec<T> d = splat<T>(static_cast<T>(dot.total()));
-    for_lanes<T>(columns, [&](Index j, int n) {
-      store_lanes(grad_x + j, load_lanes(y + j, n) * (load_lanes(grad_y + j, n) - d), n);
-    });
+    rows.each([&](int first, V g, V p) { dot.add_product(part<T>(g, first), part<T>(p, first)); }, grad_y, y);
+    double total[Rows::count];
+    rows.totals(dot, total);
+    const V d = rows.vector(total);
+    rows.map(grad_x, [&](int, V g, V p) { return p * (g - d); }, grad_y, y);
   }
 };
 
-template <class T>
 struct log_softmax {
-  static void forward(const T* x, T* y, Index columns) {
-    const Vec<T> largest = splat<T>(row_max(x, columns));
+  template <class T, class Rows>
+  [[gnu::flatten]] static void forward(const Rows& rows, T* y, const T* x) {
+    using V = Vec<T>;
+    const V largest = rows.largest(x);
     DoubleSum<T> sum;
-    for_lanes<T>(columns, [&](Index j, int n) { sum.add(exp(load_lanes(x + j, n) - largest), n); });
-    const Vec<T> log_total = splat<T>(static_cast<T>(std::log(sum.total())));
-    for_lanes<T>(columns, [&](Index j, int n) { store_lanes(y + j, (load_lanes(x + j, n) - largest) - log_total, n); });
+    rows.each([&](int first, V v) { sum.add(part<T>(decay(v - largest), first)); }, x);
+    double total[Rows::count];
+    rows.totals(sum, total);
+    rows.logs(total);
+    const V log_total = rows.vector(total);
+    rows.map(y, [&](int, V v) { return (v - largest) - log_total; }, x);
   }
-  static void backward(const T* grad_y, const T* y, T* grad_x, Index columns) {
+  template <class T, class Rows>
+  [[gnu::flatten]] static void backward(const Rows& rows, T* grad_x, const T* grad_y, const T* y) {
+    using V = Vec<T>;
     DoubleSum<T> sum;
-    for_lanes<T>(columns, [&](Index j, int n) { sum.add(load_lanes(grad_y + j, n), n); });
-    const Vec<T> total = splat<T>(static_cast<T>(sum.total()));
-    for_lanes<T>(columns, [&](Index j, int n) {
-      store_lanes(grad_x + j, fma(-exp(load_lanes(y + j, n)), total, load_lanes(grad_y + j, n)), n);
-    });
+    rows.each([&](int first, V g) { sum.add(part<T>(g, first)); }, grad_y);
+    double of_row[Rows::count];
+    rows.totals(sum, of_row);
+    const V total = rows.vector(of_row);
+    rows.map(grad_x, [&](int, V g, V p) { return fma(-exp(p), total, g); }, grad_y, y);
   }
 };
 
@@ -77,7 +117,22 @@ struct log_softmax {
   X(softmax)                     \
   X(log_softmax)
 
-Index rows_per_chunk(Index columns) { return chunk_elements / columns + 1; }
+template <class T, class F>
+void rows_forward(const T* x, T* y, Index rows, Index columns) {
+  const auto call = [](const auto& layout, Index, int, T* to, const T* from) { F::forward(layout, to, from); };
+  parallel_chunks(
+      rows, [&](Index begin, Index end) { for_rows(begin, end, columns, call, y, x); }, rows_per_chunk<T>(columns));
+}
+
+template <class T, class F>
+void rows_backward(const T* grad_y, const T* y, T* grad_x, Index rows, Index columns) {
+  const auto call = [](const auto& layout, Index, int, T* to, const T* g, const T* p) {
+    F::backward(layout, to, g, p);
+  };
+  parallel_chunks(
+      rows, [&](Index begin, Index end) { for_rows(begin, end, columns, call, grad_x, grad_y, y); },
+      rows_per_chunk<T>(columns));
+}
 
 }  // namespace
 
@@ -101,30 +156,20 @@ void activation_backward(int activation, const T* grad_y, const T* saved, T para
 
 template <class T>
 void row_function_forward(int function, const T* x, T* y, Index rows, Index columns) {
-  using Function = void (*)(const T*, T*, Index);
-#define GEMMLET_ENTRY(name) &name<T>::forward,
+  using Function = void (*)(const T*, T*, Index, Index);
+#define GEMMLET_ENTRY(name) &rows_forward<T, name>,
   static constexpr Function table[] = {GEMMLET_ROW_FUNCTIONS(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-  parallel_chunks(
-      rows,
-      [&](Index i, Index end) {
-        for (; i < end; ++i) table[function](x + i * columns, y + i * columns, columns);
-      },
-      rows_per_chunk(columns));
+  table[function](x, y, rows, columns);
 }
 
 template <class T>
 void row_function_backward(int function, const T* grad_y, const T* y, T* grad_x, Index rows, Index columns) {
-  using Function = void (*)(const T*, const T*, T*, Index);
-#define GEMMLET_ENTRY(name) &name<T>::backward,
+  using Function = void (*)(const T*, const T*, T*, Index, Index);
+#define GEMMLET_ENTRY(name) &rows_backward<T, name>,
   static constexpr Function table[] = {GEMMLET_ROW_FUNCTIONS(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-  parallel_chunks(
-      rows,
-      [&](Index i, Index end) {
-        for (; i < end; ++i) table[function](grad_y + i * columns, y + i * columns, grad_x + i * columns, columns);
-      },
-      rows_per_chunk(columns));
+  table[function](grad_y, y, grad_x, rows, columns);
 }
 
 template <class T>

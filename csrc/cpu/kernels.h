@@ -26,7 +26,8 @@ struct View {
 template <class T>
 void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T* y, T* z);
 
-// elementwise.cpp
+// elementwise.cpp. Up to serial_elements the calling thread does all: a task of parallel_for may call them.
+inline constexpr Index serial_elements = 4096;
 template <class T>
 void activation_forward(int activation, const T* x, T parameter, T* y, Index n);
 template <class T>
@@ -44,9 +45,13 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
                              Index rows, Index columns);
 template <class T>
 double elementwise_loss(int loss, const T* prediction, const T* target, T parameter, T* gradient, Index n);
-// One row, on the calling thread: its loss (elementwise: the sum) is returned; the gradient is multiplied by `share`.
 template <class T>
-double softmax_cross_entropy_row(const T* logits, Index index, const T* targets, T share, T* gradient, Index columns);
+bool within_unit_interval(const T* x, Index n);  // NaN passes
+// For rows of a larger whole, on the calling thread: the loss of each (elementwise: the sum) goes to losses; the gradient
+// is multiplied by `share`. Rows of logits and gradient are `stride` apart. Either indices, or targets by row, is null.
+template <class T>
+void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, T share, T* gradient,
+                                Index stride, Index rows, Index columns, double* losses);
 template <class T>
 double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T share, T* gradient, Index n);
 int elementwise_loss_number(const std::string& name);

@@ -20,17 +20,18 @@ double sum_chunks(Index n, Index chunk, F&& f) {
   return total;
 }
 
+// The sum of the losses from `i` to `end`.
 template <class T, class F>
-double evaluate_row(const T* prediction, const T* target, T parameter, T share, T* gradient, Index n) {
-  using V = Vec<T>;
-  const V p = splat<T>(parameter), s = splat<T>(share);
+[[gnu::flatten]] double evaluate_range(const T* prediction, const T* target, Vec<T> parameter, Vec<T> share,
+                                       T* gradient, Index i, Index end) {
   DoubleSum<T> total;
-  for_lanes<T>(n, [&](Index i, int lane_count) {
-    V loss, grad;
-    F::evaluate(load_lanes(prediction + i, lane_count), load_lanes(target + i, lane_count), p, s, loss, grad);
-    total.add(loss, lane_count);
-    store_lanes(gradient + i, grad, lane_count);
-  });
+  for (; i < end; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
+    Vec<T> loss, slope;
+    F::evaluate(load_lanes(prediction + i, n), load_lanes(target + i, n), parameter, share, loss, slope);
+    total.add(n == lanes<T> ? loss : keep_lanes<T>(loss, 0, n));
+    store_lanes(gradient + i, slope, n);
+  }
   return total.total();
 }
 
@@ -38,51 +39,64 @@ template <class T, class F>
 double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
   const T share = static_cast<T>(1.0 / static_cast<double>(n));
   const double sum = sum_chunks(n, chunk_elements, [&](Index begin, Index end) {
-    return evaluate_row<T, F>(prediction + begin, target + begin, parameter, share, gradient + begin, end - begin);
+    return evaluate_range<T, F>(prediction, target, splat(parameter), splat(share), gradient, begin, end);
   });
   return sum / static_cast<double>(n);
 }
 
-// One row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `share`, with t_j = keep * target_j +
-// spread. The target is one-hot at `index` where `target` is null.
-template <class T>
-double cross_entropy_row(const T* z, Index index, const T* target, double keep, double spread, T share, T* gradient,
-                         Index columns) {
+// For each row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `share`, with t_j = keep * target_j +
+// spread. The target is one-hot at the row's index where `target` is null. The losses of the first n rows.
+template <class T, class Rows>
+[[gnu::flatten]] void cross_entropy(const Rows& rows, int n, T* gradient, const T* z, const Index* indices,
+                                    const T* target, double keep, double spread, T share, double* losses) {
   using V = Vec<T>;
-  const V largest = splat<T>(row_max(z, columns)), k = splat<T>(static_cast<T>(keep)),
-          s = splat<T>(static_cast<T>(spread));
-  const double logit_at_index =
-      target == nullptr ? static_cast<double>(z[index]) - static_cast<double>(largest[0]) : 0.0;
+  const V largest = rows.largest(z), k = splat(static_cast<T>(keep)), s = splat(static_cast<T>(spread));
+  double at_index[Rows::count] = {};  // the logit first, then its exponential
+  if (target == nullptr)
+    for (int r = 0; r < n; ++r)
+      at_index[r] = static_cast<double>(z[rows.at(r, indices[r])]) - static_cast<double>(rows.number(largest, r));
   DoubleSum<T> exp_sum, target_sum, product_sum;
-  for_lanes<T>(columns, [&](Index j, int n) {
-    const V shifted = load_lanes(z + j, n) - largest;
-    const V e = exp(shifted);
-    exp_sum.add(e, n);
-    if (target != nullptr || spread != 0) {
-      const V t = target == nullptr ? s : fma(k, load_lanes(target + j, n), s);
-      target_sum.add(t, n);
-      product_sum.add(select(t == V{}, V{}, t * shifted), n);  // a class of no weight costs nothing, even at -inf
+  const auto power = [&](int first, V v) {
+    const V e = decay(v - largest);
+    exp_sum.add(part<T>(e, first));
+    return e;
+  };
+  const auto weigh = [&](int first, V v, V t) {
+    target_sum.add(part<T>(t, first));
+    // A class of no weight costs nothing, even at -inf.
+    product_sum.add(part<T>(select(t == V{}, V{}, t * (v - largest)), first));
+  };
+  if (target != nullptr)
+    rows.each([&](int first, V v, V t) { weigh(first, v, fma(k, t, s)); }, z, target);
+  else if (spread != 0)
+    rows.each([&](int first, V v) { weigh(first, v, s); }, z);
+  rows.map(gradient, power, z);
+  double total[Rows::count], log_total[Rows::count], weight[Rows::count], product[Rows::count], scale[Rows::count];
+  rows.totals(exp_sum, total);
+  rows.totals(exp_sum, log_total);
+  rows.logs(log_total);
+  rows.totals(target_sum, weight);
+  rows.totals(product_sum, product);
+  for (int r = 0; r < Rows::count; ++r) {
+    if (target == nullptr) {
+      weight[r] += keep;
+      if (keep != 0) product[r] += keep * at_index[r];
     }
-    store_lanes(gradient + j, e, n);
-  });
-  const double total = exp_sum.total(), log_total = std::log(total);
-  double weight = target_sum.total(), product = product_sum.total();
-  if (target == nullptr) {
-    weight += keep;
-    if (keep != 0) product += keep * logit_at_index;
+    scale[r] = weight[r] / total[r];
+    if (r < n) losses[r] = weight[r] * log_total[r] - product[r];
   }
-  const V scale = splat<T>(static_cast<T>(weight / total));
-  const double exp_at_index = target == nullptr ? static_cast<double>(gradient[index]) : 0.0;
-  for_lanes<T>(columns, [&](Index j, int n) {
-    const V t = target == nullptr ? s : fma(k, load_lanes(target + j, n), s);
-    store_lanes(gradient + j, fma(load_lanes(gradient + j, n), scale, -t) * share, n);
-  });
-  if (target == nullptr) {
+  const V factor = rows.vector(scale), of_mean = splat(share);
+  if (target != nullptr) {
+    rows.map(gradient, [&](int, V e, V t) { return fma(e, factor, -fma(k, t, s)) * of_mean; }, gradient, target);
+    return;
+  }
+  for (int r = 0; r < n; ++r) at_index[r] = static_cast<double>(gradient[rows.at(r, indices[r])]);
+  rows.map(gradient, [&](int, V e) { return fma(e, factor, -s) * of_mean; }, gradient);
+  for (int r = 0; r < n; ++r) {
     // In double: close to 0, where softmax is close to 1, this difference is all there is.
-    const double difference = exp_at_index * (weight / total) - (keep + spread);
-    gradient[index] = static_cast<T>(difference * static_cast<double>(share));
+    const double difference = at_index[r] * scale[r] - (keep + spread);
+    gradient[rows.at(r, indices[r])] = static_cast<T>(difference * static_cast<double>(share));
   }
-  return weight * log_total - product;
 }
 
 }  // namespace
@@ -92,12 +106,28 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
                              Index rows, Index columns) {
   const double spread = smoothing / static_cast<double>(columns);
   const T share = static_cast<T>(1.0 / static_cast<double>(rows));
-  const double sum = sum_chunks(rows, chunk_elements / columns + 1, [&](Index begin, Index end) {
-    double total = 0;
-    for (Index i = begin; i < end; ++i)
-      total +=
-          cross_entropy_row(logits + i * columns, indices ? indices[i] : 0, targets ? targets + i * columns : nullptr,
-                            1.0 - smoothing, spread, share, gradient + i * columns, columns);
+  const double keep = 1.0 - smoothing;
+  const double sum = sum_chunks(rows, rows_per_chunk<T>(columns), [&](Index begin, Index end) {
+    double total = 0, losses[lanes<T>];
+    const auto add = [&](int n) {
+      for (int r = 0; r < n; ++r) total += losses[r];
+    };
+    if (targets == nullptr)
+      for_rows(
+          begin, end, columns,
+          [&](const auto& layout, Index i, int n, T* to, const T* z) {
+            cross_entropy<T>(layout, n, to, z, indices + i, nullptr, keep, spread, share, losses);
+            add(n);
+          },
+          gradient, logits);
+    else
+      for_rows(
+          begin, end, columns,
+          [&](const auto& layout, Index, int n, T* to, const T* z, const T* t) {
+            cross_entropy<T>(layout, n, to, z, nullptr, t, keep, spread, share, losses);
+            add(n);
+          },
+          gradient, logits, targets);
     return total;
   });
   return sum / static_cast<double>(rows);
@@ -113,18 +143,44 @@ double elementwise_loss(int loss, const T* prediction, const T* target, T parame
 }
 
 template <class T>
-double softmax_cross_entropy_row(const T* logits, Index index, const T* targets, T share, T* gradient, Index columns) {
-  return cross_entropy_row(logits, index, targets, 1.0, 0.0, share, gradient, columns);
+bool within_unit_interval(const T* x, Index n) {
+  int outside = 0;
+  for (Index i = 0; i < n; ++i) outside |= (x[i] < T(0)) | (x[i] > T(1));
+  return outside == 0;
+}
+
+template <class T>
+void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, T share, T* gradient,
+                                Index stride, Index rows, Index columns, double* losses) {
+  if (columns > Across<T>::most_columns) {
+    for (Index i = 0; i < rows; ++i)
+      cross_entropy<T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride,
+                       indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], 1.0, 0.0,
+                       share, losses + i);
+    return;
+  }
+  const Across<T> layout{columns};
+  alignas(64) T z[Across<T>::most_columns * lanes<T>], t[Across<T>::most_columns * lanes<T>];
+  for (Index i = 0; i < rows; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
+    layout.bring(logits + i * stride, n, z, stride);
+    if (targets != nullptr)
+      for (int r = 0; r < n; ++r)
+        for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
+    cross_entropy<T>(layout, n, z, z, indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : t, 1.0,
+                     0.0, share, losses + i);
+    layout.take_back(z, n, gradient + i * stride, stride);
+  }
 }
 
 template <class T>
 double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T share, T* gradient,
                             Index n) {
-  using Function = double (*)(const T*, const T*, T, T, T*, Index);
-#define GEMMLET_ENTRY(name) &evaluate_row<T, losses::name>,
+  using Function = double (*)(const T*, const T*, Vec<T>, Vec<T>, T*, Index, Index);
+#define GEMMLET_ENTRY(name) &evaluate_range<T, losses::name>,
   static constexpr Function table[] = {GEMMLET_LOSSES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-  return table[loss](prediction, target, parameter, share, gradient, n);
+  return table[loss](prediction, target, splat(parameter), splat(share), gradient, 0, n);
 }
 
 int elementwise_loss_number(const std::string& name) {
@@ -138,10 +194,12 @@ std::vector<std::string> loss_names() {
 #undef GEMMLET_ENTRY
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                                       \
-  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index); \
-  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                           \
-  template double softmax_cross_entropy_row(const T*, Index, const T*, T, T*, Index);                \
+#define GEMMLET_INSTANTIATE(T)                                                                                  \
+  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index);            \
+  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                      \
+  template bool within_unit_interval(const T*, Index);                                                          \
+  template void softmax_cross_entropy_rows(const T*, const Index*, const T* const*, T, T*, Index, Index, Index, \
+                                           double*);                                                            \
   template double elementwise_loss_row(int, const T*, const T*, T, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

@@ -9,6 +9,10 @@
 
 namespace py = pybind11;
 
+namespace gemmlet {
+void add_quick_functions(py::module_& m);  // quick.cpp
+}
+
 namespace {
 
 using gemmlet::Index;
@@ -196,4 +200,5 @@ PYBIND11_MODULE(GEMMLET_MODULE, m, py::mod_gil_not_used()) {
   m.def("optimizer_update", &optimizer_update, py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"),
         py::arg("scalars"));
   bind_network(m);
+  gemmlet::add_quick_functions(m);
 }

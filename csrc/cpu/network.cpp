@@ -578,7 +578,7 @@ class Network {
   // Pieces that an elementwise function does not divide among threads: this is inside of a task.
   template <class F>
   static void for_pieces(Index n, F&& f) {
-    for (Index at = 0; at < n; at += chunk_elements) f(at, std::min(chunk_elements, n - at));
+    for (Index at = 0; at < n; at += serial_elements) f(at, std::min(serial_elements, n - at));
   }
 
   static bool activation_needs_x(int activation) {
@@ -766,7 +766,8 @@ struct Objective {
   Index out;
   Rows<T> one_hot;
   std::vector<double> losses;
-  std::vector<Index> right;
+  std::vector<Index> right, indices;
+  std::vector<const T*> values;
 
   Objective(const Targets<T>& wanted, int loss_number, T loss_parameter, double weight, Index outputs, Index most_rows)
       : targets(wanted),
@@ -776,27 +777,41 @@ struct Objective {
         out(outputs),
         one_hot(most_rows, outputs),
         losses(static_cast<std::size_t>(most_rows)),
-        right(static_cast<std::size_t>(most_rows)) {}
+        right(static_cast<std::size_t>(most_rows)),
+        indices(static_cast<std::size_t>(most_rows)),
+        values(static_cast<std::size_t>(most_rows)) {}
 
-  void evaluate(Index sample, Index row, const T* output, T share, T* gradient) {
-    const Index index = targets.indices == nullptr ? 0 : targets.indices[sample];
-    const T* values = targets.values == nullptr ? nullptr : targets.values + sample * out;
-    const auto i = static_cast<std::size_t>(row);
-    if (loss == softmax_loss) {
-      losses[i] = softmax_cross_entropy_row(output, index, values, share, gradient, out);
-    } else {
-      if (values == nullptr) {
-        T* wanted = one_hot.row(row);
-        std::fill_n(wanted, out, T(0));
-        if (out == 1)
-          wanted[0] = static_cast<T>(index);
-        else
-          wanted[index] = T(1);
-        values = wanted;
-      }
-      losses[i] = elementwise_loss_row(loss, output, values, parameter, share, gradient, out);
+  // Rows of the mini-batch, which are samples[rows.first] and so on.
+  void evaluate(const Index* samples, Range rows, const Network<T>& network, Index slot, T share) {
+    const Rows<T>& gradients = network.output_gradients();
+    for (Index i = rows.first; i < rows.end; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      indices[at] = targets.indices == nullptr ? 0 : targets.indices[samples[i]];
+      values[at] = targets.values == nullptr ? nullptr : targets.values + samples[i] * out;
+      right[at] = targets.indices != nullptr && predicted_class(network.outputs(slot, i), out) == indices[at];
     }
-    right[i] = targets.indices != nullptr && predicted_class(output, out) == index;
+    const auto first = static_cast<std::size_t>(rows.first);
+    if (loss == softmax_loss) {
+      softmax_cross_entropy_rows(network.outputs(slot, rows.first),
+                                 targets.values != nullptr ? nullptr : &indices[first],
+                                 targets.values != nullptr ? &values[first] : nullptr, share, gradients.row(rows.first),
+                                 gradients.stride, rows.size(), out, &losses[first]);
+      return;
+    }
+    for (Index i = rows.first; i < rows.end; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      const T* wanted = values[at];
+      if (wanted == nullptr) {
+        std::fill_n(one_hot.row(i), out, T(0));
+        if (out == 1)
+          one_hot.row(i)[0] = static_cast<T>(indices[at]);
+        else
+          one_hot.row(i)[indices[at]] = T(1);
+        wanted = one_hot.row(i);
+      }
+      losses[at] =
+          elementwise_loss_row(loss, network.outputs(slot, i), wanted, parameter, share, gradients.row(i), out);
+    }
   }
 };
 
@@ -849,9 +864,7 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
         const Range rows{first, std::min(mine.end, first + most_task_rows)};
         if (columns.size() == 0) network.forward_first(inputs[slot], slot, rows, {0, layers[0].out});
         network.forward_rest(slot, rows);
-        for (Index i = rows.first; i < rows.end; ++i)
-          objective.evaluate(steps.order[start + i], i, network.outputs(slot, i), share,
-                             network.output_gradients().row(i));
+        objective.evaluate(steps.order + start, rows, network, slot, share);
         network.backward(slot, rows, batch_rows, nullptr);
       }
       bring(start + steps.batch, slot ^ 1);

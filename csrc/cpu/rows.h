@@ -1,18 +1,30 @@
-// Loops over one row of a matrix, in vectors.
+// Loops in vectors: over an array, over one row of a matrix, over several short rows at once.
+//
+// Contract
+//   Along and Across have the same members, so that a function of rows is written once, for `rows` of either type. Both
+//   read and write arrays in their own layout: Along one row of at least lanes<T> columns as it is, Across lanes<T> rows
+//   of any length, element (row r, column j) at [j * lanes<T> + r] (for_rows brings them there and back).
+//   map(out, f, in...) stores f(first, vectors of in...) throughout `out`, which may be one of the inputs;
+//   each(f, in...) does not store. The lanes below `first` are not part of the vector: sums must leave them out (part).
+//   Results do not depend on which rows stand beside a row.
 #pragma once
 
+#include <algorithm>
+#include <utility>
+
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 #include "cpu/vector_math.h"
 
 namespace gemmlet {
 
 template <class T>
-inline Vec<T> load_lanes(const T* p, int n, T fill = 0) {
+GEMMLET_INLINE Vec<T> load_lanes(const T* p, int n, T fill = 0) {
   return n == lanes<T> ? load(p) : load_part(p, n, fill);
 }
 
 template <class T>
-inline void store_lanes(T* p, Vec<T> v, int n) {
+GEMMLET_INLINE void store_lanes(T* p, Vec<T> v, int n) {
   if (n == lanes<T>)
     store(p, v);
   else
@@ -21,24 +33,137 @@ inline void store_lanes(T* p, Vec<T> v, int n) {
 
 // f(column, n): a vector of n lanes begins at each column; n is below lanes<T> at most once, at the end.
 template <class T, class F>
-inline void for_lanes(Index columns, F&& f) {
+GEMMLET_INLINE void for_lanes(Index columns, F&& f) {
   Index j = 0;
   for (; j + lanes<T> <= columns; j += lanes<T>) f(j, lanes<T>);
   if (j < columns) f(j, static_cast<int>(columns - j));
 }
 
-// NaN may be passed over: exp(NaN - max) brings it back.
+// v, but for zeros in the lanes below `first`.
 template <class T>
-inline T row_max(const T* row, Index columns) {
-  constexpr T lowest = -std::numeric_limits<T>::infinity();
-  Vec<T> largest = splat<T>(lowest);
-  for_lanes<T>(columns, [&](Index j, int n) {
-    const Vec<T> v = load_lanes(row + j, n, lowest);
-    largest = select(v > largest, v, largest);
-  });
-  T result = lowest;
-  for (int i = 0; i < lanes<T>; ++i) result = largest[i] > result ? largest[i] : result;
-  return result;
+GEMMLET_INLINE Vec<T> part(Vec<T> v, int first) {
+  if (first == 0) return v;
+  return keep_lanes<T>(v, first, lanes<T>);
+}
+
+template <class T>
+struct Along {
+  static constexpr int count = 1;
+  Index columns;
+
+  Index at(int, Index column) const { return column; }
+
+  template <class F, class... In>
+  void each(F&& f, const In*... in) const {
+    run([&](Index, int first, Vec<In>... v) { f(first, v...); }, in...);
+  }
+  template <class F, class... In>
+  void map(T* out, F&& f, const In*... in) const {
+    run([&](Index j, int first, Vec<In>... v) { store(out + j, f(first, v...)); }, in...);
+  }
+
+  // NaN may be passed over: exp(NaN - max) brings it back.
+  Vec<T> largest(const T* x) const {
+    Vec<T> most = load(x);
+    each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);
+    T result = -std::numeric_limits<T>::infinity();
+    for (int i = 0; i < lanes<T>; ++i) result = most[i] > result ? most[i] : result;
+    return splat(result);
+  }
+
+  // One number for each row: of a sum, of a vector that holds it in every lane; and a vector from them.
+  void totals(const DoubleSum<T>& sum, double* of_row) const { of_row[0] = sum.total(); }
+  void logs(double* of_row) const { of_row[0] = std::log(of_row[0]); }
+  T number(Vec<T> v, int) const { return v[0]; }
+  Vec<T> vector(const double* of_row) const { return splat(static_cast<T>(of_row[0])); }
+
+ private:
+  // The last vector ends with the row, and overlaps the one before it. It is read before anything is written, as `out`
+  // may be an input.
+  template <class F, class... In>
+  void run(F&& f, const In*... in) const {
+    const Index last = columns - lanes<T>;
+    const int rest = static_cast<int>(columns % lanes<T>);
+    [&](Vec<In>... end) {
+      for (Index j = 0; j <= last; j += lanes<T>) f(j, 0, load(in + j)...);
+      if (rest > 0) f(last, lanes<T> - rest, end...);
+    }(load(in + last)...);
+  }
+};
+
+template <class T>
+struct Across {
+  static constexpr int count = lanes<T>;
+  static constexpr Index most_columns = 64;  // longer rows are about as fast along, and need no copy
+  Index columns;
+
+  Index at(int row, Index column) const { return column * lanes<T> + row; }
+
+  template <class F, class... In>
+  void each(F&& f, const In*... in) const {
+    for (Index j = 0; j < columns * lanes<T>; j += lanes<T>) f(0, load(in + j)...);
+  }
+  template <class F, class... In>
+  void map(T* out, F&& f, const In*... in) const {
+    for (Index j = 0; j < columns * lanes<T>; j += lanes<T>) store(out + j, f(0, load(in + j)...));
+  }
+
+  Vec<T> largest(const T* x) const {
+    Vec<T> most = splat(-std::numeric_limits<T>::infinity());
+    each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);
+    return most;
+  }
+
+  void totals(const DoubleSum<T>& sum, double* of_row) const {
+    for (int i = 0; i < sum.sum.parts; ++i) store(of_row + i * lanes<double>, sum.sum.part[i]);
+  }
+  void logs(double* of_row) const {
+    for (int i = 0; i < lanes<T>; i += lanes<double>) store(of_row + i, log(load(of_row + i)));
+  }
+  T number(Vec<T> v, int row) const { return v[row]; }
+  Vec<T> vector(const double* of_row) const {
+    Doubles<T> d;
+    for (int i = 0; i < d.parts; ++i) d.part[i] = load(of_row + i * lanes<double>);
+    return from_double<T>(d);
+  }
+
+  // Rows of a matrix, `stride` apart, to this layout, zeros where there are no more of them; and back.
+  void bring(const T* x, Index rows, T* to, Index stride) const {
+    if (rows < lanes<T>) std::fill_n(to, columns * lanes<T>, T(0));
+    for (Index r = 0; r < rows; ++r)
+      for (Index j = 0; j < columns; ++j) to[j * lanes<T> + r] = x[r * stride + j];
+  }
+  void take_back(const T* from, Index rows, T* x, Index stride) const {
+    for (Index r = 0; r < rows; ++r)
+      for (Index j = 0; j < columns; ++j) x[r * stride + j] = from[j * lanes<T> + r];
+  }
+};
+
+// f(rows, i, n, out, in...) for the rows from `begin` to `end` of matrices of one shape, n of them at a time from row i
+// on, `rows` being the layout.
+template <class T, class F, class... In>
+void for_rows(Index begin, Index end, Index columns, F&& f, T* out, const In*... in) {
+  if (columns > Across<T>::most_columns) {
+    for (Index i = begin; i < end; ++i) f(Along<T>{columns}, i, 1, out + i * columns, in + i * columns...);
+    return;
+  }
+  const Across<T> rows{columns};
+  alignas(GEMMLET_VECTOR_BYTES) T buffers[sizeof...(In)][Across<T>::most_columns * lanes<T>];
+  for (Index i = begin; i < end; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
+    int b = 0;
+    (rows.bring(in + i * columns, n, buffers[b++], columns), ...);
+    [&]<std::size_t... k>(std::index_sequence<k...>) {
+      f(rows, i, n, buffers[0], static_cast<const In*>(buffers[k])...);
+    }(std::index_sequence_for<In...>{});
+    rows.take_back(buffers[0], n, out + i * columns, columns);
+  }
+}
+
+// Rows in one task: some `chunk_elements`, whole groups of those that are computed at once.
+template <class T>
+Index rows_per_chunk(Index columns) {
+  return (chunk_elements / columns / lanes<T> + 1) * lanes<T>;
 }
 
 }  // namespace gemmlet

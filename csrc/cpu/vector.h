@@ -6,7 +6,6 @@
 //   select(m, a, b)  m is what a comparison of vectors gives. NaN compares false: `select(x <= 0, 0, x)` keeps NaN.
 //   fma(a, b, c)     one rounding where the instruction set has it, else two. Nothing else is ever contracted
 //                    (-ffp-contract=off), so that a value does not depend on what the compiler inlined around it.
-// Everything is always inlined: left to itself, GCC calls fma as a function where much else was inlined already.
 // A result depends on its own lane alone: the tail of an array goes through the same code as its body, same bits.
 #pragma once
 
@@ -16,6 +15,9 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+
+// Left to itself, GCC stops inlining where a formula is long, and calls a function for each of its instructions.
+#define GEMMLET_INLINE [[gnu::always_inline]] inline
 
 namespace gemmlet {
 
@@ -39,48 +41,57 @@ using IntVecOf = Vec<IntOf<ScalarOf<V>>>;
 
 // Every lane `value`. (Taking 0 off keeps -0.0, and compiles to nothing; adding it does neither.)
 template <class V>
-[[gnu::always_inline]] inline V constant(double value) {
+GEMMLET_INLINE V constant(double value) {
   return static_cast<ScalarOf<V>>(value) - V{};
 }
 template <class T>
-[[gnu::always_inline]] inline Vec<T> splat(T value) {
+GEMMLET_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};
 }
 
 template <class T>
-[[gnu::always_inline]] inline Vec<T> load(const T* p) {
+GEMMLET_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <class T>
-[[gnu::always_inline]] inline void store(T* p, Vec<T> v) {
+GEMMLET_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// v in the lanes from `first` to before `end`, zero in the others.
 template <class T>
-[[gnu::always_inline]] inline Vec<T> load_part(const T* p, int n, T fill = 0) {
+GEMMLET_INLINE Vec<T> keep_lanes(Vec<T> v, int first, int end) {
+  using I = IntOf<T>;
+  Vec<I> lane;
+  for (int i = 0; i < lanes<T>; ++i) lane[i] = I(i);
+  return (lane >= I(first) - Vec<I>{}) & (lane < I(end) - Vec<I>{}) ? v : Vec<T>{};
+}
+
+template <class T>
+GEMMLET_INLINE Vec<T> load_part(const T* p, int n, T fill = 0) {
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   for (int i = 0; i < lanes<T>; ++i) buffer[i] = i < n ? p[i] : fill;
   return load(buffer);
 }
 
 template <class T>
-[[gnu::always_inline]] inline void store_part(T* p, Vec<T> v, int n) {
+GEMMLET_INLINE void store_part(T* p, Vec<T> v, int n) {
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
 template <class M, class V>
-[[gnu::always_inline]] inline V select(M mask, V a, V b) {
+GEMMLET_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
 // These loops over lanes become single instructions.
 template <class V>
-[[gnu::always_inline]] inline V fma(V a, V b, V c) {
+GEMMLET_INLINE V fma(V a, V b, V c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   V r;
   for (int i = 0; i < lanes<ScalarOf<V>>; ++i) r[i] = __builtin_fma(a[i], b[i], c[i]);
@@ -92,7 +103,7 @@ template <class V>
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 template <>
-[[gnu::always_inline]] inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+GEMMLET_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   Vec<float> r;
   for (int i = 0; i < lanes<float>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
@@ -100,7 +111,7 @@ template <>
 #endif
 
 template <class V>
-[[gnu::always_inline]] inline V sqrt(V a) {
+GEMMLET_INLINE V sqrt(V a) {
   V r;
   for (int i = 0; i < lanes<ScalarOf<V>>; ++i) {
     if constexpr (sizeof(ScalarOf<V>) == 4)
@@ -112,39 +123,39 @@ template <class V>
 }
 
 template <class V>
-[[gnu::always_inline]] inline IntVecOf<V> bits(V a) {
+GEMMLET_INLINE IntVecOf<V> bits(V a) {
   return std::bit_cast<IntVecOf<V>>(a);
 }
 
 template <class V>
-[[gnu::always_inline]] inline V from_bits(IntVecOf<V> a) {
+GEMMLET_INLINE V from_bits(IntVecOf<V> a) {
   return std::bit_cast<V>(a);
 }
 
 template <class V>
-[[gnu::always_inline]] inline V abs(V a) {
+GEMMLET_INLINE V abs(V a) {
   return from_bits<V>(bits(a) & std::numeric_limits<IntOf<ScalarOf<V>>>::max());
 }
 
 template <class V>
-[[gnu::always_inline]] inline V copysign(V magnitude, V sign) {
+GEMMLET_INLINE V copysign(V magnitude, V sign) {
   constexpr auto mask = std::numeric_limits<IntOf<ScalarOf<V>>>::min();
   return from_bits<V>((bits(magnitude) & ~mask) | (bits(sign) & mask));
 }
 
 // Both keep NaN in `a`.
 template <class V>
-[[gnu::always_inline]] inline V at_least(V a, V low) {
+GEMMLET_INLINE V at_least(V a, V low) {
   return select(a < low, low, a);
 }
 template <class V>
-[[gnu::always_inline]] inline V at_most(V a, V high) {
+GEMMLET_INLINE V at_most(V a, V high) {
   return select(a > high, high, a);
 }
 
 // The rounding error of p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).
 template <class V>
-[[gnu::always_inline]] inline V product_error(V a, V b, V p) {
+GEMMLET_INLINE V product_error(V a, V b, V p) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return fma(a, b, -p);
 #else
@@ -158,24 +169,48 @@ template <class V>
 #endif
 }
 
+// The lanes of a vector in double, in one or two vectors, and back.
+template <class T>
+struct Doubles {
+  static constexpr int parts = 8 / static_cast<int>(sizeof(T));
+  Vec<double> part[parts] = {};
+};
+
+// Loops over lanes, as above: GCC makes more of them than of __builtin_convertvector.
+template <class T>
+GEMMLET_INLINE Doubles<T> to_double(Vec<T> v) {
+  Doubles<T> d;
+  for (int p = 0; p < d.parts; ++p)
+    for (int i = 0; i < lanes<double>; ++i) d.part[p][i] = static_cast<double>(v[p * lanes<double> + i]);
+  return d;
+}
+
+template <class T>
+GEMMLET_INLINE Vec<T> from_double(const Doubles<T>& d) {
+  Vec<T> v;
+  for (int p = 0; p < d.parts; ++p)
+    for (int i = 0; i < lanes<double>; ++i) v[p * lanes<double> + i] = static_cast<T>(d.part[p][i]);
+  return v;
+}
+
 // Sums of float or double vectors, lane by lane, in double; the lanes are added first to last, which is part of the
 // result.
 template <class T>
 struct DoubleSum {
-  alignas(GEMMLET_VECTOR_BYTES) double lane[lanes<T>] = {};
-  void add(Vec<T> v, int n) {
-    if (n == lanes<T>)
-      for (int i = 0; i < lanes<T>; ++i) lane[i] += static_cast<double>(v[i]);
-    else
-      for (int i = 0; i < n; ++i) lane[i] += static_cast<double>(v[i]);
+  Doubles<T> sum;
+  GEMMLET_INLINE void add(Vec<T> v) {
+    const Doubles<T> d = to_double<T>(v);
+    for (int i = 0; i < d.parts; ++i) sum.part[i] += d.part[i];
   }
-  void add_product(Vec<T> v, Vec<T> w) {
-    for (int i = 0; i < lanes<T>; ++i) lane[i] += static_cast<double>(v[i]) * static_cast<double>(w[i]);
+  GEMMLET_INLINE void add_product(Vec<T> v, Vec<T> w) {
+    const Doubles<T> a = to_double<T>(v), b = to_double<T>(w);
+    for (int i = 0; i < a.parts; ++i) sum.part[i] += a.part[i] * b.part[i];
   }
+  double lane(int i) const { return sum.part[i / lanes<double>][i % lanes<double>]; }
   double total() const {
-    double sum = 0;
-    for (double value : lane) sum += value;
-    return sum;
+    double t = 0;
+    for (int i = 0; i < lanes<T>; ++i) t += lane(i);
+    return t;
   }
 };
 

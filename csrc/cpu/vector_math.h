@@ -1,4 +1,4 @@
-// exp, expm1, log, log1p, tanh and the tail of the normal distribution, on vectors of float and of double.
+// exp, decay (exp of what is not above 0), expm1, log, log1p, tanh and the tail of the normal distribution, on vectors of float and of double.
 //
 // Contract
 //   Any input, NaN, infinities and subnormals included; results that are subnormal are rounded once. Errors, in ULP,
@@ -15,27 +15,36 @@ namespace gemmlet {
 
 // Horner's rule; the coefficients from the lowest power up.
 template <class V, class... Higher>
-inline V polynomial(V x, double lowest, Higher... higher) {
+GEMMLET_INLINE V polynomial(V x, double lowest, Higher... higher) {
   if constexpr (sizeof...(higher) == 0)
     return constant<V>(lowest);
   else
     return fma(x, polynomial<V>(x, higher...), constant<V>(lowest));
 }
 
-// x = n ln 2 + r with |r| <= ln(2) / 2, and expm1(r) in relative precision.
+// x = n ln 2 + r with |r| <= ln(2) / 2: expm1(r) in relative precision, and 2^(n + shift).
 template <class V>
 struct ExpParts {
-  V expm1_r;
-  IntVecOf<V> n;
+  V expm1_r, power;
 };
 
-// x within +-170 (float), +-1400 (double): beyond every finite exp(x) * factor that the callers form.
 template <class V>
-inline ExpParts<V> exp_parts(V x) {
+inline constexpr int exponent_bias = sizeof(ScalarOf<V>) == 4 ? 127 : 1023;
+template <class V>
+inline constexpr int mantissa_bits = sizeof(ScalarOf<V>) == 4 ? 23 : 52;
+
+// Adding this leaves the nearest integer, plus the bias of a number's exponent and `shift`, in the low bits of the sum;
+// moved up past the mantissa they are the power of two, and the rest is gone. (NaN gives any power; expm1_r is NaN.)
+template <class V>
+inline constexpr double rounding_number(int shift) {
+  return (sizeof(ScalarOf<V>) == 4 ? 0x1.8p23 : 0x1.8p52) + exponent_bias<V> + shift;
+}
+
+// n + shift within the exponents of normal numbers.
+template <class V>
+GEMMLET_INLINE ExpParts<V> exp_parts(V x, V magic) {
   using T = ScalarOf<V>;
   constexpr bool single = sizeof(T) == 4;
-  // Adding 1.5 * 2^23 (2^52) leaves the nearest integer in the low bits.
-  const V magic = constant<V>(single ? 12582912.0 : 6755399441055744.0);
   const V shifted = fma(x, constant<V>(1.4426950408889634074), magic);
   const V n = shifted - magic;
   // ln 2 in two parts, the first so short that its product with n is exact even without fma (Cody and Waite, 1980).
@@ -61,45 +70,53 @@ inline ExpParts<V> exp_parts(V x) {
                    2.7620462130001534325766574494431804254190865322016179561614990234375e-7,
                    2.5068704410706059125944319596578091502436791415675543248653411865234375e-8);
   }
-  return {fma(r * r, q, r), bits(shifted) - bits(magic)};
+  return {fma(r * r, q, r), from_bits<V>(bits(shifted) << mantissa_bits<V>)};
 }
 
-// 2^n, for n within the exponents of normal numbers.
+// factor * exp(x) for x <= 0, rounded to a subnormal once, with no underflow on the way. factor: at most 1e4 in size.
 template <class V>
-inline V power_of_two(IntVecOf<V> n) {
-  constexpr int bias = sizeof(ScalarOf<V>) == 4 ? 127 : 1023, mantissa = sizeof(ScalarOf<V>) == 4 ? 23 : 52;
-  return from_bits<V>((n + bias) << mantissa);
-}
-
-// factor * exp(x), rounded to a subnormal once, with no overflow or underflow on the way. factor: at most 1e4 in size.
-template <class V>
-inline V exp_times(V x, V factor) {
-  constexpr double limit = sizeof(ScalarOf<V>) == 4 ? 170 : 1400;
-  x = at_most(at_least(x, constant<V>(-limit)), constant<V>(limit));
-  const ExpParts<V> e = exp_parts(x);
-  // Two steps, since 2^n itself need not be a normal number.
-  const IntVecOf<V> half = e.n >> 1;
-  const V result = fma(factor, e.expm1_r, factor) * power_of_two<V>(half) * power_of_two<V>(e.n - half);
-  return copysign(result, factor);  // a factor of -0.0 would lose its sign in the sum
+GEMMLET_INLINE V unsigned_decay_times(V x, V factor) {
+  constexpr bool single = sizeof(ScalarOf<V>) == 4;
+  constexpr int shift = single ? 64 : 256;  // so that the power is a normal number down to exp(low)
+  constexpr double low = single ? -125 : -800, back = single ? 0x1p-64 : 0x1p-256;  // 1e4 exp(low) rounds to 0
+  const ExpParts<V> e = exp_parts(at_least(x, constant<V>(low)), constant<V>(rounding_number<V>(shift)));
+  const V scale = factor * e.power;
+  return fma(scale, e.expm1_r, scale) * constant<V>(back);
 }
 
 template <class V>
-inline V exp(V x) {
-  return exp_times(x, constant<V>(1));
+GEMMLET_INLINE V decay_times(V x, V factor) {
+  return copysign(unsigned_decay_times(x, factor), factor);  // a factor of -0.0 would lose its sign in the sum
+}
+
+template <class V>
+GEMMLET_INLINE V decay(V x) {
+  return unsigned_decay_times(x, constant<V>(1));
+}
+
+template <class V>
+GEMMLET_INLINE V exp(V x) {
+  constexpr bool single = sizeof(ScalarOf<V>) == 4;
+  constexpr int shift = single ? 64 : 256;
+  constexpr double limit = single ? 125 : 800, up = single ? 0x1p64 : 0x1p256;
+  // As above, and for x > 0 the same towards the largest numbers.
+  const auto below = x < V{};
+  const V magic = select(below, constant<V>(rounding_number<V>(shift)), constant<V>(rounding_number<V>(-shift)));
+  const ExpParts<V> e = exp_parts(at_most(at_least(x, constant<V>(-limit)), constant<V>(limit)), magic);
+  return fma(e.power, e.expm1_r, e.power) * select(below, constant<V>(1 / up), constant<V>(up));
 }
 
 // exp(x) - 1. x up to 88 (float), 709 (double).
 template <class V>
-inline V expm1(V x) {
+GEMMLET_INLINE V expm1(V x) {
   constexpr double low = sizeof(ScalarOf<V>) == 4 ? -30 : -50;  // from there on the result is -1
-  const ExpParts<V> e = exp_parts(at_least(x, constant<V>(low)));
-  const V scale = power_of_two<V>(e.n);
-  const V result = fma(scale, e.expm1_r, scale - constant<V>(1));
+  const ExpParts<V> e = exp_parts(at_least(x, constant<V>(low)), constant<V>(rounding_number<V>(0)));
+  const V result = fma(e.power, e.expm1_r, e.power - constant<V>(1));
   return select(x == V{}, x, result);  // keeps -0.0
 }
 
 template <class V>
-inline V log(V x) {
+GEMMLET_INLINE V log(V x) {
   using T = ScalarOf<V>;
   using I = IntOf<T>;
   constexpr bool single = sizeof(T) == 4;
@@ -112,11 +129,14 @@ inline V log(V x) {
   // scaled = 2^n m with m within [sqrt(1/2), sqrt(2)): sqrt(1/2) in the units of the bits is taken off, and put back.
   const I root_half = single ? I(0x3f3504f3) : I(0x3fe6a09e667f3bcdLL);
   const IntVecOf<V> offset = bits(scaled) - root_half;
-  const IntVecOf<V> n_bits = offset >> mantissa;
   const V m = from_bits<V>((offset & ((I(1) << mantissa) - 1)) + root_half);
-  V n;
-  for (int i = 0; i < lanes<T>; ++i) n[i] = static_cast<T>(n_bits[i]);
-  n = n - select(tiny, constant<V>(single ? 24 : 54), V{});
+  // n + bias, which is above 0, becomes the mantissa of a large number: AVX2 can neither shift 64 bits with their sign
+  // nor convert them.
+  using U = std::make_unsigned_t<I>;
+  const V large = constant<V>(single ? 0x1p23 : 0x1p52);
+  const auto n_biased = std::bit_cast<Vec<U>>(offset + (I(exponent_bias<V>) << mantissa)) >> mantissa;
+  const V n = (from_bits<V>(std::bit_cast<IntVecOf<V>>(n_biased) | bits(large)) - large) -
+              select(tiny, constant<V>(exponent_bias<V> + (single ? 24 : 54)), constant<V>(exponent_bias<V>));
   // log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)), s = f / (2 + f) (Sun's fdlibm, e_log.c).
   const V f = m - constant<V>(1);
   const V s = f / (f + constant<V>(2));
@@ -145,7 +165,7 @@ inline V log(V x) {
 
 // log(1 + x), in relative precision near 0. x within [-1, inf).
 template <class V>
-inline V log1p(V x) {
+GEMMLET_INLINE V log1p(V x) {
   const V u = constant<V>(1) + x;
   const V lost = x - (u - constant<V>(1));  // what the sum rounded away
   const V result = log(u) + select(lost == V{}, V{}, lost / u);
@@ -154,7 +174,7 @@ inline V log1p(V x) {
 
 // An odd polynomial below 0.35, where the quotient's three roundings are too many; else e / (e + 2), e = expm1(2|x|).
 template <class V>
-inline V tanh(V x) {
+GEMMLET_INLINE V tanh(V x) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
   constexpr double saturation = single ? 20 : 44;  // of 2|x|: the quotient rounds to 1
   const V a = abs(x);
@@ -183,7 +203,7 @@ inline V tanh(V x) {
 // a within [0, 60]. A polynomial in u = 2t - 1, t = k / (k + a), times t: tools/fit_normal_tail.py; relative errors
 // 1.3e-8 on [0, 14.5] (float), 1.2e-17 on [0, 39] (double); beyond, the Gaussian is 0.
 template <class V>
-inline V scaled_normal_tail(V a) {
+GEMMLET_INLINE V scaled_normal_tail(V a) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
   const V k = constant<V>(single ? 4 : 5);
   const V t = k / (k + a);

@@ -3,7 +3,7 @@
 // Contract
 //   V is a value type with arithmetic and comparisons: a SIMD vector (cpu/vector.h), or a scalar on a GPU. Whoever
 //   includes this file has declared for V: constant<V>(c), select, abs, copysign, at_least, at_most, fma,
-//   product_error, exp, exp_times, expm1, log1p, tanh, scaled_normal_tail.
+//   product_error, exp, decay, decay_times, expm1, log1p, tanh, scaled_normal_tail.
 //   forward(x, parameter) -> y
 //   backward(grad_y, saved, parameter) -> grad_x; saved is x where needs_x, else y.
 //   Special values: NaN propagates; where the formula would give inf * 0, the limit. The reference, and how accurate
@@ -79,7 +79,7 @@ struct gelu {
   static V forward(V x, V) {
     const V a = at_most(abs(x), constant<V>(60));
     const Gaussian<V> g(a);
-    const V below = exp_times(g.exponent, -a * g.factor * scaled_normal_tail(a));
+    const V below = decay_times(g.exponent, -a * g.factor * scaled_normal_tail(a));
     return select(x < V{}, below, x + below);
   }
   // Phi(x) + x phi(x)
@@ -87,7 +87,7 @@ struct gelu {
   static V backward(V grad_y, V x, V) {
     const V a = at_most(abs(x), constant<V>(60));
     const Gaussian<V> g(a);
-    const V e = exp_times(g.exponent, g.factor);
+    const V e = decay_times(g.exponent, g.factor);
     const V tail = e * scaled_normal_tail(a);
     const V slope = copysign(a, x) * (e * constant<V>(0.398942280401432677940));  // 1 / sqrt(2 pi)
     return grad_y * (select(x < V{}, tail, constant<V>(1) - tail) + slope);
@@ -99,8 +99,8 @@ template <class V>
 struct SigmoidPair {
   V of_w, of_minus_w;
   explicit SigmoidPair(V w) {
-    const V t = gemmlet::exp(-abs(w));
-    const V larger = constant<V>(1) / (constant<V>(1) + t), smaller = t / (constant<V>(1) + t);
+    const V t = decay(-abs(w));
+    const V larger = constant<V>(1) / (constant<V>(1) + t), smaller = t * larger;
     of_w = select(w >= V{}, larger, smaller);
     of_minus_w = select(w >= V{}, smaller, larger);
   }
@@ -110,8 +110,8 @@ struct SigmoidPair {
 template <class V>
 inline V times_sigmoid(V x, V w) {
   const V minus_size = -abs(w);
-  const V quotient = at_least(x, constant<V>(-1e4)) / (constant<V>(1) + gemmlet::exp(minus_size));
-  return select(w >= V{}, quotient, exp_times(minus_size, quotient));
+  const V quotient = at_least(x, constant<V>(-1e4)) / (constant<V>(1) + decay(minus_size));
+  return select(w >= V{}, quotient, decay_times(minus_size, quotient));
 }
 
 // Keeps products with an exponential that has vanished finite.
@@ -156,7 +156,7 @@ struct softplus {
   static constexpr bool needs_x = false;
   template <class V>
   static V forward(V x, V) {
-    return select(x > V{}, x, V{}) + log1p(gemmlet::exp(-abs(x)));
+    return select(x > V{}, x, V{}) + log1p(decay(-abs(x)));
   }
   template <class V>
   static V backward(V grad_y, V y, V) {
@@ -180,7 +180,7 @@ struct sigmoid {
   static constexpr bool needs_x = false;
   template <class V>
   static V forward(V x, V) {
-    const V t = gemmlet::exp(-abs(x));
+    const V t = decay(-abs(x));
     return select(x >= V{}, constant<V>(1), t) / (constant<V>(1) + t);
   }
   template <class V>

@@ -20,7 +20,7 @@ struct binary_cross_entropy_with_logits {
   template <class V>
   static void evaluate(V z, V t, V, V share, V& loss, V& gradient) {
     const V one = constant<V>(1);
-    const V e = exp(-abs(z));
+    const V e = decay(-abs(z));
     loss = times(one - t, select(z < V{}, V{}, z)) + times(t, select(z > V{}, V{}, -z)) + log1p(e);
     gradient = (select(z >= V{}, one, e) / (one + e) - t) * share;
   }

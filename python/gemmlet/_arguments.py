@@ -115,7 +115,10 @@ def same_view(a: Array, b: Array) -> bool:
 
 def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     """Return a finite real number within ``[low, high]``, or ``(low, high]`` if `open_low`."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+    if type(value) is float:  # the usual case
+        if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+            return value
+    elif isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
         result = float(value)
@@ -134,6 +137,8 @@ def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.
 
 def flag(value: Any, name: str) -> bool:
     """Return `value`, a bool."""
+    if value is True or value is False:  # the usual case
+        return value
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return bool(value)

@@ -1,6 +1,6 @@
 """The compiled kernels; the modules of the other instruction sets have the same functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -39,6 +39,8 @@ def elementwise_loss(
 def optimizer_update(
     rule: int, param: NDArray[Any], grad: NDArray[Any], state: Sequence[NDArray[Any]], scalars: Sequence[float]
 ) -> None: ...
+def formula(number: int, parameter: float, takes_parameter: bool, needs_x: bool, unit_interval: bool) -> object: ...
+def quick(kind: str, formula: object) -> Callable[..., Any]: ...
 def train_mlp(
     layers: Sequence[tuple[Any, ...]],
     x: NDArray[Any],

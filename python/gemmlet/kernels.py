@@ -14,7 +14,6 @@ would give inf times 0, the result is its limit. The same input gives the same b
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +47,24 @@ def _refuse_overlap(out: Array, **inputs: Array | None) -> None:
 
 
 def _elementwise(
-    call: Callable[..., Any], inputs: tuple[Array | None, ...], outputs: tuple[Array, ...], *, rows: bool = False
+    call: Callable[..., Any],
+    inputs: tuple[Array | None, ...],
+    outputs: tuple[Array, ...],
+    *,
+    rows: bool = False,
+    new: bool = False,
 ) -> Any:
     """``call(*inputs, *outputs)`` with every array C-contiguous and no partial overlap.
 
     All arrays have one shape. A layout that all share is used as it is (a transposed array by its transpose, unless the
-    function goes by `rows`); else inputs are copied, and outputs written through a buffer.
+    function goes by `rows`); else inputs are copied, and outputs written through a buffer. `new` outputs are nobody
+    else's, so that none can overlap.
     """
     arrays = [a for a in (*inputs, *outputs) if a is not None]
-    if not all(a.flags.c_contiguous for a in arrays):
+    if all([a.flags.c_contiguous for a in arrays]):  # noqa: C419 - a list is faster
+        if new:
+            return call(*inputs, *outputs)
+    else:
         if not rows and all(a.flags.f_contiguous for a in arrays):
             inputs = tuple(None if a is None else a.T for a in inputs)
             outputs = tuple(a.T for a in outputs)
@@ -116,6 +124,9 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     Each element is a sum over k in an order that the backend fixes, whatever the number of threads. Its error is at
     most ``k * eps * (abs(a) @ abs(b))`` (Higham, Accuracy and Stability of Numerical Algorithms, 3.5).
     """
+    quick = select.current().quick.get("linear")
+    if quick is not None and (result := quick(a, b, None, None, False, out)) is not None:
+        return result
     left = arguments.as_floats(a, "a")
     right = arguments.as_floats(b, "b", left.dtype)
     if left.ndim == 0 or right.ndim == 0:
@@ -165,7 +176,10 @@ def _activation_parameter(entry: Activation | None, value: Any, name: str, dtype
         return 0.0 if entry is None else float(dtype.type(entry.default))
     if entry is None or entry.parameter is None:
         raise ValueError(f"{name} was given, but the activation {entry.name if entry else None!r} takes none")
-    number = arguments.number(value, name, low=0.0, open_low=True)
+    return _rounded(arguments.number(value, name, low=0.0, open_low=True), name, dtype, value)
+
+
+def _rounded(number: float, name: str, dtype: np.dtype[Any], value: Any) -> float:
     if number > float(np.finfo(dtype).max):
         raise ValueError(f"{name} must be finite in {dtype}, got {value!r}")
     return float(dtype.type(number))
@@ -218,6 +232,13 @@ def linear(
     TypeError, ValueError
         A dtype, a shape, the activation or `out` does not fit.
     """
+    quick = select.current().quick.get("linear")
+    if (
+        quick is not None
+        and activation_parameter is None
+        and (result := quick(x, w, b, activation, return_preactivation, out)) is not None
+    ):
+        return result
     x_ = arguments.as_floats(x, "x")
     w_ = arguments.as_floats(w, "w", x_.dtype)
     b_ = None if b is None else arguments.as_floats(b, "b", x_.dtype)
@@ -285,6 +306,13 @@ def linear_backward(
     TypeError, ValueError
         A dtype or a shape does not fit, or `y` or `z` is missing where the activation needs it.
     """
+    quick = select.current().quick.get("linear_backward")
+    if (
+        quick is not None
+        and activation_parameter is None
+        and (result := quick(grad_y, x, w, y, activation, z, need_x, need_w, need_b)) is not None
+    ):
+        return result  # type: ignore[no-any-return]
     grad = arguments.as_floats(grad_y, "grad_y")
     if grad.ndim == 0:
         raise ValueError("grad_y is a scalar; expected shape (..., out_features)")
@@ -313,7 +341,9 @@ def linear_backward(
     backend = select.current()
     if entry is not None:
         grad_z = np.empty_like(grad, order="C")
-        _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,))
+        _elementwise(
+            lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,), new=True
+        )
     else:
         grad_z = grad
     rows = _rows(grad_z)
@@ -347,56 +377,56 @@ def _saved(entry: Activation | None, used: str, given: dict[str, Any], grad: Arr
 # Activations, generated from the registry.
 
 
+def _own_number(entry: Activation | Loss, value: Any, dtype: np.dtype[Any] | None = None) -> float:
+    """The number of a kernel that takes one, rounded to the dtype if one is given."""
+    if entry.parameter is None:
+        return 0.0
+    number = arguments.number(value, entry.parameter, low=0.0, open_low=True)
+    return number if dtype is None else _rounded(number, entry.parameter, dtype, value)
+
+
 def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> Any:
     x_ = arguments.as_floats(x, "x")
-    value = _activation_parameter(entry, parameter, entry.parameter or "parameter", x_.dtype)
+    value = _own_number(entry, parameter, x_.dtype)
     y = _like(x_, out)
     backend = select.current()
-    _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,))
+    _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,), new=out is None)
     return _returned(out, y)
 
 
 def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
     grad = arguments.as_floats(grad_y, "grad_y")
-    value = _activation_parameter(entry, parameter, entry.parameter or "parameter", grad.dtype)
+    value = _own_number(entry, parameter, grad.dtype)
     saved = _saved(entry, "x" if entry.needs_x else "y", {"x": x, "y": y}, grad)
     grad_x = _like(grad, out)
     backend = select.current()
-    _elementwise(lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,))
+    _elementwise(
+        lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,), new=out is None
+    )
     return _returned(out, grad_x)
 
 
-_ARRAY = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_KERNEL = """
+def {name}({parameters}, *, out=None):
+    quick = current().quick.get("{name}")
+    result = None if quick is None else quick({arguments}, out)
+    return careful({arguments}, out) if result is None else result
+"""
 
 
-def _signature(arrays: tuple[str, ...], entry: Activation | Loss | None) -> inspect.Signature:
-    """The arrays, the entry's own number if it takes one, and `out`."""
-    parameters = [inspect.Parameter(name, _ARRAY) for name in arrays]
-    if entry is not None and entry.parameter is not None:
-        parameters.append(inspect.Parameter(entry.parameter, _ARRAY, default=entry.default))
-    parameters.append(inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None))
-    return inspect.Signature(parameters)
+def _publish(name: str, careful: Callable[..., Any], arrays: tuple[str, ...], entry: Any, doc: str) -> None:
+    """Make the kernel `name`: the backend's quick function, else ``careful(*arrays, number, out)``.
 
-
-def _publish(name: str, function: Callable[..., Any], arrays: tuple[str, ...], entry: Any, doc: str) -> None:
-    """Make `function(*arrays, parameter, out)` the kernel `name`, with a signature and a docstring of its own."""
-    signature = _signature(arrays, entry if isinstance(entry, Activation | Loss) else None)
+    It is compiled from text, so that it has the argument names of its own that the registry gives, and the cost of a
+    plain function: the binding of ``*args, **kwargs`` by hand costs more than a small kernel.
+    """
     parameter = getattr(entry, "parameter", None)
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == len(arrays) and len(kwargs) <= ("out" in kwargs):
-            return function(*args, None, kwargs.get("out"))  # the usual call, without the cost of binding
-        given = signature.bind(*args, **kwargs).arguments
-        number = None
-        if parameter in given:
-            number = arguments.number(given[parameter], parameter, low=0.0, open_low=True)
-        return function(*(given[a] for a in arrays), number, given.get("out"))
-
-    kernel.__name__ = kernel.__qualname__ = name
-    kernel.__doc__ = doc
-    kernel.__module__ = __name__
-    kernel.__signature__ = signature  # type: ignore[attr-defined]
-    globals()[name] = kernel
+    parameters = ", ".join([*arrays, *([f"{parameter}={entry.default!r}"] if parameter else [])])
+    arguments = ", ".join([*arrays, parameter or "None"])
+    scope: dict[str, Any] = {"__name__": __name__, "current": select.current, "careful": careful}
+    exec(_KERNEL.format(name=name, parameters=parameters, arguments=arguments), scope)
+    scope[name].__doc__ = doc
+    globals()[name] = scope[name]
 
 
 _OUT = """out : array_like, optional
@@ -463,7 +493,9 @@ def _row_forward(entry: RowFunction, x: Any, out: Any) -> Any:
     y = arguments.output(out, "out", x_.shape, x_.dtype)
     if x_.size:
         backend = select.current()
-        _elementwise(lambda a, o: backend.row_function(entry, _rows(a), _rows(o)), (x_,), (y,), rows=True)
+        _elementwise(
+            lambda a, o: backend.row_function(entry, _rows(a), _rows(o)), (x_,), (y,), rows=True, new=out is None
+        )
     return _returned(out, y)
 
 
@@ -485,6 +517,7 @@ def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> 
             (grad, y_),
             (grad_x,),
             rows=True,
+            new=out is None,
         )
     return _returned(out, grad_x)
 
@@ -536,7 +569,7 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
     p = arguments.as_floats(prediction, entry.prediction)
     t = arguments.as_floats(targets, "targets", p.dtype)
     arguments.check_shape(t, "targets", p.shape, f"the shape of {entry.prediction}")
-    value = entry.default if parameter is None else parameter
+    value = _own_number(entry, parameter)
     if entry.unit_interval and p.size and not (np.min(p) >= 0.0 and np.max(p) <= 1.0) and np.any((p < 0) | (p > 1)):
         raise ValueError(f"{entry.prediction} must lie within [0, 1], got {np.nanmin(p):g} to {np.nanmax(p):g}")
     grad = _like(p, out)
@@ -544,7 +577,9 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
         return float("nan"), _returned(out, grad)
     backend = select.current()
     # `rows`: the order of the elements is that of the sum, which shall not depend on the layout.
-    loss = _elementwise(lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,), rows=True)
+    loss = _elementwise(
+        lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,), rows=True, new=out is None
+    )
     return float(loss), _returned(out, grad)
 
 
@@ -607,6 +642,9 @@ def softmax_cross_entropy(
     TypeError, ValueError
         A dtype or a shape does not fit, or a class index is out of range.
     """
+    quick = select.current().quick.get("softmax_cross_entropy")
+    if quick is not None and (result := quick(logits, labels, label_smoothing, out)) is not None:
+        return result  # type: ignore[no-any-return]
     z = arguments.as_floats(logits, "logits")
     if z.ndim != 2:
         raise ValueError(f"logits has shape {z.shape}, expected (rows, classes)")
@@ -638,6 +676,7 @@ def softmax_cross_entropy(
         inputs,
         (grad,),
         rows=True,
+        new=out is None,
     )
     return float(loss), _returned(out, grad)
 
@@ -646,6 +685,9 @@ def softmax_cross_entropy(
 
 
 def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalars: tuple[float, ...]) -> None:
+    quick = select.current().quick.get(f"{rule_name}_update")
+    if quick is not None and quick(param, grad, tuple(state.values()), scalars) is not None:
+        return
     rule = OPTIMIZER_RULES[rule_name]
     p = arguments.updated(param, "param")
     g = arguments.as_floats(grad, "grad", p.dtype)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formulas.activations import Activation
+from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
 from . import threadpool
@@ -51,6 +51,10 @@ class _Extension(Protocol):
     def optimizer_update(
         self, rule: int, param: Array, grad: Array, state: Sequence[Array], scalars: Sequence[float]
     ) -> None: ...
+    def formula(
+        self, number: int, parameter: float, takes_parameter: bool, needs_x: bool, unit_interval: bool
+    ) -> object: ...
+    def quick(self, kind: str, formula: object) -> Callable[..., Any]: ...
     def train_mlp(
         self,
         layers: Sequence[tuple[Any, ...]],
@@ -145,6 +149,32 @@ class CpuBackend(NumpyBackend):
         self._row_functions = {name: number for number, name in enumerate(self._module.row_functions())}
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
+        self.quick = self._quick_functions()
+
+    def _quick_functions(self) -> dict[str, Callable[..., Any]]:
+        """A quick function (csrc/cpu/quick.cpp) for every formula that the registry and the extension both have."""
+        quick, formula = self._module.quick, self._module.formula
+        functions: dict[str, Callable[..., Any]] = {}
+        activations = {
+            name: formula(number, entry.default, entry.parameter is not None, entry.needs_x, False)
+            for name, number in self._activations.items()
+            if (entry := ACTIVATIONS.get(name)) is not None
+        }
+        rows = {name: formula(number, 0.0, False, False, False) for name, number in self._row_functions.items()}
+        for kind, formulas in (("activation", activations), ("row_function", rows)):
+            for name, made in formulas.items():
+                functions[name] = quick(kind, made)
+                functions[f"{name}_backward"] = quick(f"{kind}_backward", made)
+        for name, number in self._losses.items():
+            if (loss := LOSSES.get(name)) is not None:
+                made = formula(number, loss.default, loss.parameter is not None, False, loss.unit_interval)
+                functions[name] = quick("loss", made)
+        for name, number in self._rules.items():
+            functions[f"{name}_update"] = quick("update", formula(number, 0.0, False, False, False))
+        functions["softmax_cross_entropy"] = quick("softmax_cross_entropy", formula(0, 0.0, False, False, False))
+        functions["linear"] = quick("linear", activations)
+        functions["linear_backward"] = quick("linear_backward", activations)
+        return functions
 
     def describe(self) -> dict[str, str]:
         """What `gemmlet.show_config` prints about this backend."""

@@ -26,7 +26,7 @@ import numpy as np
 from llvmlite import binding
 from numba import njit, types
 
-from ..formulas.activations import Activation
+from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
 from .numba_formulas import twins
@@ -347,6 +347,60 @@ def _apart(array: Array, out: Array) -> Array:
     return (array.copy() if np.may_share_memory(array, out) else array).reshape(-1)
 
 
+# The usual call, which is answered without the checks of `gemmlet.kernels`: new results of C-contiguous arrays that
+# behave, too small for a second thread.
+
+
+def _quick_forward(entry: Activation) -> Callable[..., Any]:
+    loops: dict[Any, Any] = {}  # by dtypes that may be asked for, as they come
+
+    def quick(x: Any, parameter: Any, out: Any) -> Any:
+        if type(x) is not np.ndarray or out is not None or x.size >= _ELEMENTS_PER_THREAD or not x.flags.carray:
+            return None
+        if x.dtype not in loops:
+            loops[x.dtype] = _quick_loop(_forward_loop, entry.name, entry.name, x.dtype, entry)
+        loop, number, default = loops[x.dtype]
+        if loop is None or type(parameter) is not type(default) or parameter != default:
+            return None
+        y = np.empty_like(x)
+        loop(x.reshape(-1), number, y.reshape(-1))
+        return y
+
+    return quick
+
+
+def _quick_backward(entry: Activation) -> Callable[..., Any]:
+    loops: dict[Any, Any] = {}
+
+    def quick(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
+        saved, other = (x, y) if entry.needs_x else (y, x)
+        if not type(grad_y) is type(saved) is np.ndarray or out is not None or grad_y.size >= _ELEMENTS_PER_THREAD:
+            return None
+        dtype, shape = grad_y.dtype, grad_y.shape
+        if saved.dtype != dtype or saved.shape != shape or not (grad_y.flags.carray and saved.flags.carray):
+            return None
+        if other is not None and (type(other) is not np.ndarray or other.dtype != dtype or other.shape != shape):
+            return None
+        if dtype not in loops:
+            loops[dtype] = _quick_loop(_backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
+        loop, number, default = loops[dtype]
+        if loop is None or type(parameter) is not type(default) or parameter != default:
+            return None
+        grad_x = np.empty_like(grad_y)
+        loop(grad_y.reshape(-1), saved.reshape(-1), number, grad_x.reshape(-1))
+        return grad_x
+
+    return quick
+
+
+def _quick_loop(factory: Any, name: str, twin: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
+    """The loop, if there is one for the dtype, the formula's number, and the argument that stands for it."""
+    if dtype not in (np.float32, np.float64) or twin not in twins(dtype):
+        return None, None, None
+    number = float(dtype.type(entry.default))
+    return factory(name, dtype), number, None if entry.parameter is None else entry.default
+
+
 class NumbaBackend(NumpyBackend):
     """Fused passes compiled by Numba around NumPy's matrix product."""
 
@@ -354,6 +408,8 @@ class NumbaBackend(NumpyBackend):
 
     def __init__(self) -> None:
         self._threads = 1
+        self.quick = {name: _quick_forward(entry) for name, entry in ACTIVATIONS.items()}
+        self.quick |= {f"{name}_backward": _quick_backward(entry) for name, entry in ACTIVATIONS.items()}
 
     def describe(self) -> dict[str, str]:
         """What `gemmlet.show_config` prints about this backend."""

@@ -7,8 +7,9 @@ products get any strides. Other backends derive from this one and override what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,11 @@ class NumpyBackend:
     """Computes everything with NumPy alone."""
 
     name = "numpy"
+
+    # By the names of kernels: functions that take the kernel's arguments as the caller gave them, in the order of its
+    # signature, and return its result, or None where anything about the arguments is unusual, with nothing written.
+    # Of `<rule>_update` the arguments are `param`, `grad`, the tuples of states and of numbers, and the result is True.
+    quick: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
     def describe(self) -> dict[str, str]:
         """What `gemmlet.show_config` prints about this backend."""

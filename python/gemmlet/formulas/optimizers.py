@@ -141,19 +141,19 @@ def adam_numbers(
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
 ) -> tuple[float, ...]:
     """The numbers of Adam's rule (AdamW's, if `decoupled`) at one step, checked."""
-    if not isinstance(step, int | np.integer) or isinstance(step, bool):
+    if type(step) is not int and (not isinstance(step, np.integer | int) or isinstance(step, bool)):
         raise TypeError(f"step must be an integer, got {type(step).__name__}")
     if step < 1:
         raise ValueError(f"step must be at least 1 (the first update), got {step}")
-    numbers = {
-        "lr": arguments.number(lr, "lr", low=0.0),
-        "beta1": arguments.number(beta1, "beta1", low=0.0, high=1.0),
-        "beta2": arguments.number(beta2, "beta2", low=0.0, high=1.0),
-        "eps": arguments.number(eps, "eps", low=0.0),
-        "weight_decay": arguments.number(weight_decay, "weight_decay", low=0.0),
-    }
-    for name in ("beta1", "beta2"):
-        if numbers[name] == 1.0:
-            raise ValueError(f"{name} must be below 1, got {numbers[name]:g}")
+    numbers = (
+        arguments.number(lr, "lr", low=0.0),
+        arguments.number(beta1, "beta1", low=0.0, high=1.0),
+        arguments.number(beta2, "beta2", low=0.0, high=1.0),
+        arguments.number(eps, "eps", low=0.0),
+        arguments.number(weight_decay, "weight_decay", low=0.0),
+    )
+    for name, beta in (("beta1", numbers[1]), ("beta2", numbers[2])):
+        if beta == 1.0:
+            raise ValueError(f"{name} must be below 1, got {beta:g}")
     # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
-    return adam_scalars(min(int(step), 2**53), **numbers, decoupled=decoupled)
+    return adam_scalars(min(int(step), 2**53), *numbers, decoupled)
