@@ -87,25 +87,78 @@ inline void for_tiles(Index rows, F&& f) {
 }
 
 template <class T>
-T* packing_buffer() {
+struct Buffers {
+  using Sizes = TileSizes<T>;
   struct Free {
     void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
-  thread_local std::unique_ptr<T[], Free> buffer(static_cast<T*>(::operator new[](
-      std::size_t{TileSizes<T>::block_columns} * TileSizes<T>::depth * sizeof(T), std::align_val_t{64})));
-  return buffer.get();
+  using Memory = std::unique_ptr<T[], Free>;
+  static Memory make(std::size_t count) {
+    return Memory(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64})));
+  }
+  // Copied rows of x are an odd number of cache lines apart.
+  static constexpr Index x_stride = Sizes::depth + 64 / sizeof(T);
+  Memory w = make(std::size_t{Sizes::block_columns} * Sizes::depth);
+  Memory x = make(std::size_t{Sizes::block_rows} * x_stride);
+};
+
+// Whether rows of x are copied: where their distance has them share a few sets of the cache, and enough columns of w gain
+// by it.
+template <class T>
+bool copies_rows(const View<T>& x, Index columns) {
+  constexpr Index sets = 512, least_columns = 128;
+  return x.column_stride == 1 && columns >= least_columns && x.rows > TileSizes<T>::rows &&
+         x.row_stride * static_cast<Index>(sizeof(T)) % sets == 0;
+}
+
+// Whole vectors of a tile, `vectors` to a row; last: as in Output::put.
+template <int vectors, bool last, class T, class O>
+inline void store_whole(const Vec<T>* sums, int rows, const O& out, Index row, Index column, bool first) {
+  const Index at = row * out.row_stride + column;
+  Vec<T> bias[vectors] = {};
+  const bool has_bias = last && out.bias != nullptr;
+  if (has_bias)
+    for (int v = 0; v < vectors; ++v) bias[v] = load(out.bias + column + v * lanes<T>);
+  T* y = out.y + at;
+  T* z = out.z == nullptr ? nullptr : out.z + at;
+  for (int r = 0; r < rows; ++r, y += out.row_stride, sums += vectors) {
+    Vec<T> value[vectors];
+    for (int v = 0; v < vectors; ++v) value[v] = sums[v];
+    if (!first)
+      for (int v = 0; v < vectors; ++v) value[v] = load(y + v * lanes<T>) + value[v];
+    if constexpr (last) {
+      if (has_bias)
+        for (int v = 0; v < vectors; ++v) value[v] = value[v] + bias[v];
+      if (z != nullptr) {
+        for (int v = 0; v < vectors; ++v) store(z + v * lanes<T>, value[v]);
+        z += out.row_stride;
+      }
+      for (int v = 0; v < vectors; ++v) value[v] = out.epilogue(value[v]);
+    }
+    for (int v = 0; v < vectors; ++v) store(y + v * lanes<T>, value[v]);
+  }
 }
 
 template <class T, class O>
 void store_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index row, Index column, Index columns,
                 bool first, bool last) {
-  const bool whole = columns - column >= vectors * lanes<T>;
+  if (columns - column >= vectors * lanes<T>) {
+    const auto store_rows = [&]<int count>(Constant<count>) {
+      last ? store_whole<count, true, T>(sums, rows, out, row, column, first)
+           : store_whole<count, false, T>(sums, rows, out, row, column, first);
+    };
+    if (vectors == 2)
+      store_rows(Constant<2>{});
+    else if (vectors == 4)
+      store_rows(Constant<4>{});
+    else
+      store_rows(Constant<8>{});
+    return;
+  }
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) {
       const Index j = column + v * lanes<T>;
-      if (whole)
-        out.put(row + r, j, sums[r * vectors + v], lanes<T>, first, last);
-      else if (j < columns)
+      if (j < columns)
         out.put(row + r, j, sums[r * vectors + v], static_cast<int>(std::min<Index>(lanes<T>, columns - j)), first,
                 last);
     }
@@ -117,10 +170,33 @@ void prefetch_tile(const O& out, Index row, int rows, Index column) {
   for (int r = 0; r < rows; ++r) __builtin_prefetch(out.y + (row + r) * out.row_stride + column, 1);
 }
 
+// A sum of so few products that to store it is most of the work: row after row, as y lies.
+constexpr Index thin_depth = 4;
+template <class T, class O>
+void compute_thin(View<T> x, View<T> w, const O& out) {
+  with_constant<thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
+    const Index whole = w.columns / lanes<T> * lanes<T>, stride = w.row_stride;
+    for (Index i = 0; i < x.rows; ++i) {
+      Vec<T> x_i[depth];
+      for (int k = 0; k < depth; ++k) x_i[k] = splat<T>(x.data[i * x.row_stride + k * x.column_stride]);
+      const auto put = [&](Index j, int n) {
+        Vec<T> sum{};
+        for (int k = 0; k < depth; ++k) sum = fma(x_i[k], load_lanes(w.data + k * stride + j, n), sum);
+        out.put(i, j, sum, n, true, true);
+      };
+      for (Index j = 0; j < whole; j += lanes<T>) put(j, lanes<T>);
+      if (whole < w.columns) put(whole, static_cast<int>(w.columns - whole));
+    }
+  });
+}
+
 template <class T, class O>
 void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   using Sizes = TileSizes<T>;
+  if (w.column_stride == 1 && x.columns <= thin_depth) return compute_thin(x, w, out);
   Sums<T> sums;
+  thread_local Buffers<T> buffers;
+  const bool copied = copies_rows(x, w.columns);
   // Whole strips of w are used where they lie if few rows need them.
   const bool direct = w.column_stride == 1 && x.rows < 2 * Sizes::rows;
   const Index direct_columns = direct ? w.columns / Sizes::columns * Sizes::columns : 0;
@@ -128,7 +204,11 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   do {
     const Index depth = std::min<Index>(Sizes::depth, x.columns - k);
     const bool first = k == 0, last = k + depth >= x.columns;
+    if (copied)
+      for (Index i = 0; i < x.rows; ++i)
+        std::copy_n(x.data + i * x.row_stride + k, depth, buffers.x.get() + i * buffers.x_stride);
     const auto x_at = [&](Index row) {
+      if (copied) return Strided<T>{buffers.x.get() + row * buffers.x_stride, buffers.x_stride, 1};
       return Strided<T>{x.data + row * x.row_stride + k * x.column_stride, x.row_stride, x.column_stride};
     };
     for_tiles<T>(direct ? x.rows : 0, [&](Index row, int height) {
@@ -147,7 +227,7 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
     });
     for (Index block = direct_columns; block < w.columns; block += Sizes::block_columns) {
       const Index columns = std::min<Index>(Sizes::block_columns, w.columns - block);
-      T* packed = packing_buffer<T>();
+      T* const packed = buffers.w.get();
       pack<T>({w.data + k * w.row_stride + block * w.column_stride, depth, columns, w.row_stride, w.column_stride},
               packed);
       for (Index j = 0; j < columns; j += Sizes::columns)
@@ -221,6 +301,12 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
   const Index task_columns = block_size(w.columns, Sizes::columns, w.columns + Sizes::columns, tall ? 1 : threads);
   const Index across = blocks(w.columns, task_columns);
   const Output<T, Epilogue> out{y, z, bias, w.columns, epilogue};
+  if (w.columns == 1 && x.row_stride == 1 && bias == nullptr && z == nullptr && x.rows >= lanes<T>) {
+    // The transposed product: x lies as the w of one row does best.
+    run<T>({w.data, 1, w.rows, 0, w.row_stride}, {x.data, x.columns, x.rows, x.column_stride, 1}, nullptr, epilogue, y,
+           nullptr);
+    return;
+  }
   const auto task = [&](Index index) {
     const Index i = index / across * block_rows, j = index % across * task_columns;
     const View<T> x_part{x.data + i * x.row_stride, std::min(block_rows, x.rows - i), x.columns, x.row_stride,

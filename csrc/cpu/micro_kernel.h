@@ -267,10 +267,26 @@ inline void pack_strip(const View<T>& w, T* packed) {
 template <class T>
 inline void pack(const View<T>& w, T* packed) {
   constexpr Index columns = TileSizes<T>::columns;
-  for (Index j = 0; j < w.columns; j += columns, packed += w.rows * columns)
+  const Index strip_size = w.rows * columns;
+  Index j = 0;
+  if (w.column_stride == 1) {
+    // Row by row, as w lies: each row is on a page of its own.
+    const Index whole = w.columns / columns;
+    for (Index k = 0; k < w.rows; ++k) {
+      const T* from = w.data + k * w.row_stride;
+      T* to = packed + k * columns;
+      for (Index strip = 0; strip < whole; ++strip, from += columns, to += strip_size) {
+        __builtin_prefetch(from + prefetched_rows * w.row_stride);
+#pragma GCC unroll 4
+        for (int v = 0; v < columns; v += lanes<T>) store(to + v, load(from + v));
+      }
+    }
+    j = whole * columns;
+  }
+  for (; j < w.columns; j += columns)
     pack_strip<T>({w.data + j * w.column_stride, w.rows, w.columns - j < columns ? w.columns - j : columns,
                    w.row_stride, w.column_stride},
-                  packed);
+                  packed + j / columns * strip_size);
 }
 
 }  // namespace gemmlet
