@@ -75,6 +75,13 @@ inline void compute_tile(int rows, const Strided<T>& x, Strip<T> strip, Index de
   });
 }
 
+// f(first, count) for blocks of nearly equal size, at most `size`.
+template <class F>
+inline void for_blocks(Index n, Index size, F&& f) {
+  const Index count = (n + size - 1) / size;
+  for (Index i = 0; i < count; ++i) f(n * i / count, n * (i + 1) / count - n * i / count);
+}
+
 // f(first, count) for tiles of nearly equal height, so that none is left with a single row.
 template <class T, class F>
 inline void for_tiles(Index rows, F&& f) {
@@ -96,20 +103,8 @@ struct Buffers {
   static Memory make(std::size_t count) {
     return Memory(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64})));
   }
-  // Copied rows of x are an odd number of cache lines apart.
-  static constexpr Index x_stride = Sizes::depth + 64 / sizeof(T);
   Memory w = make(std::size_t{Sizes::block_columns} * Sizes::depth);
-  Memory x = make(std::size_t{Sizes::block_rows} * x_stride);
 };
-
-// Whether rows of x are copied: where their distance has them share a few sets of the cache, and enough columns of w gain
-// by it.
-template <class T>
-bool copies_rows(const View<T>& x, Index columns) {
-  constexpr Index sets = 512, least_columns = 128;
-  return x.column_stride == 1 && columns >= least_columns && x.rows > TileSizes<T>::rows &&
-         x.row_stride * static_cast<Index>(sizeof(T)) % sets == 0;
-}
 
 // Whole vectors of a tile, `vectors` to a row; last: as in Output::put.
 template <int vectors, bool last, class T, class O>
@@ -196,7 +191,6 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   if (w.column_stride == 1 && x.columns <= thin_depth) return compute_thin(x, w, out);
   Sums<T> sums;
   thread_local Buffers<T> buffers;
-  const bool copied = copies_rows(x, w.columns);
   // Whole strips of w are used where they lie if few rows need them.
   const bool direct = w.column_stride == 1 && x.rows < 2 * Sizes::rows;
   const Index direct_columns = direct ? w.columns / Sizes::columns * Sizes::columns : 0;
@@ -204,11 +198,7 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   do {
     const Index depth = std::min<Index>(Sizes::depth, x.columns - k);
     const bool first = k == 0, last = k + depth >= x.columns;
-    if (copied)
-      for (Index i = 0; i < x.rows; ++i)
-        std::copy_n(x.data + i * x.row_stride + k, depth, buffers.x.get() + i * buffers.x_stride);
     const auto x_at = [&](Index row) {
-      if (copied) return Strided<T>{buffers.x.get() + row * buffers.x_stride, buffers.x_stride, 1};
       return Strided<T>{x.data + row * x.row_stride + k * x.column_stride, x.row_stride, x.column_stride};
     };
     for_tiles<T>(direct ? x.rows : 0, [&](Index row, int height) {
@@ -230,12 +220,15 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
       T* const packed = buffers.w.get();
       pack<T>({w.data + k * w.row_stride + block * w.column_stride, depth, columns, w.row_stride, w.column_stride},
               packed);
-      for (Index j = 0; j < columns; j += Sizes::columns)
-        for_tiles<T>(x.rows, [&](Index row, int height) {
-          prefetch_tile<T>(out, row, height, block + j);
-          compute_tile<false>(height, x_at(row), Strip<T>{packed + j * depth, Sizes::columns, lanes<T>}, depth, sums);
-          store_tile<T>(sums, height, Sizes::vectors, out, row, block + j, w.columns, first, last);
-        });
+      for_blocks(x.rows, Sizes::block_rows, [&](Index first_row, Index rows) {
+        for (Index j = 0; j < columns; j += Sizes::columns)
+          for_tiles<T>(rows, [&](Index tile, int height) {
+            const Index row = first_row + tile;
+            prefetch_tile<T>(out, row, height, block + j);
+            compute_tile<false>(height, x_at(row), Strip<T>{packed + j * depth, Sizes::columns, lanes<T>}, depth, sums);
+            store_tile<T>(sums, height, Sizes::vectors, out, row, block + j, w.columns, first, last);
+          });
+      });
     }
     k += depth;
   } while (k < x.columns);
@@ -297,7 +290,7 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
                        (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1));
   // Rows are cut for the threads where there are many, as each task packs the w that it uses.
   const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * Sizes::columns;
-  const Index block_rows = block_size(x.rows, Sizes::rows, Sizes::block_rows, tall ? threads : 1);
+  const Index task_rows = block_size(x.rows, Sizes::rows, Sizes::task_rows, tall ? threads : 1);
   const Index task_columns = block_size(w.columns, Sizes::columns, w.columns + Sizes::columns, tall ? 1 : threads);
   const Index across = blocks(w.columns, task_columns);
   const Output<T, Epilogue> out{y, z, bias, w.columns, epilogue};
@@ -308,8 +301,8 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
     return;
   }
   const auto task = [&](Index index) {
-    const Index i = index / across * block_rows, j = index % across * task_columns;
-    const View<T> x_part{x.data + i * x.row_stride, std::min(block_rows, x.rows - i), x.columns, x.row_stride,
+    const Index i = index / across * task_rows, j = index % across * task_columns;
+    const View<T> x_part{x.data + i * x.row_stride, std::min(task_rows, x.rows - i), x.columns, x.row_stride,
                          x.column_stride};
     const View<T> w_part{w.data + j * w.column_stride, w.rows, std::min(task_columns, w.columns - j), w.row_stride,
                          w.column_stride};
@@ -318,7 +311,7 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
     else
       compute_by_tiles(x_part, w_part, out.at(i, j));
   };
-  const Index tasks = blocks(x.rows, block_rows) * across;
+  const Index tasks = blocks(x.rows, task_rows) * across;
   if (threads > 1)
     parallel_for(tasks, task);
   else

@@ -4,9 +4,10 @@
 //                 one of x, in 16 registers (x86-64 before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
 // depth           k is cut into runs of `depth`: a strip of w (depth x vectors, 16 KiB for float on x86-64-v3) stays in
 //                 a first-level cache of 32 KiB. It fixes the order of summation, for all block sizes and threads.
-// block_rows      rows of x that one task goes through: one run of them (240 KiB for float) stays in the second level
-//                 while strip after strip of w passes by.
-// block_columns   columns of w that are packed at a time (128 KiB for float), beside it.
+// task_rows       rows of x that one task goes through: each run of w is packed once for all of them.
+// block_rows      rows of x of which a run (144 KiB for float) stays in the second level while strip after strip of w
+//                 passes by.
+// block_columns   columns of w that are packed at a time (128 KiB for float), beside them.
 // dot_rows        up to so many rows of x, to turn w round costs more than dots do.
 #pragma once
 
@@ -24,7 +25,8 @@ struct TileSizes {
   static constexpr int vectors = 2;
   static constexpr int columns = vectors * lanes<T>;
   static constexpr int depth = 256;
-  static constexpr int block_rows = 240;
+  static constexpr int task_rows = 1152;
+  static constexpr int block_rows = 144;
   static constexpr int block_columns = 128;
   static constexpr int dot_rows = 8;
   static_assert(block_rows % rows == 0 && block_columns % columns == 0);
