@@ -231,6 +231,14 @@ def test_any_configuration(data: Any, fusing: Any) -> None:
     )
 
 
+def test_many_epochs_of_few_samples(fusing: Any, dtype: Any) -> None:
+    """Calls that are short, however many steps they might take."""
+    x, y = mlp_problem([2, 2], "softmax", 4, dtype)
+    history = MLP([2, 2], dtype=dtype).fit(x, y, 700, 2, "sgd")
+    assert history.loss[-1] < history.loss[0]
+    assert len(GAN(1, [2], [1], dtype=dtype).fit(abs(x), 700, 2).generator_loss) == 700
+
+
 GANS: dict[str, dict[str, Any]] = {
     "plain": {"ema_decay": 0.0, "label_smoothing": 0.0},
     "averaged": {"ema_decay": 0.9},
@@ -763,7 +771,6 @@ import numpy as np
 import gemmlet
 from gemmlet.nn import MLP
 from support import same_bits
-warnings.simplefilter("ignore")
 
 gemmlet.set_num_threads(2)
 rng = np.random.default_rng(0)

@@ -46,10 +46,10 @@ class Pace:
         """The call begins."""
         self._started = time.perf_counter()
 
-    def stop(self) -> None:
-        """It has ended."""
+    def stop(self, done: int) -> None:
+        """It has ended, and took so many steps: fewer than it might have, at the end of an epoch."""
         seconds = max(time.perf_counter() - self._started, 1e-6)
-        self.steps = max(1, min(int(self.steps * _CALL_SECONDS / seconds), 4 * self.steps))
+        self.steps = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self.steps))
 
 
 def _layers(dense: Dense, plan: Plan, average: Dense | None = None) -> list[FusedLayer]:

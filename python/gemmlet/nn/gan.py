@@ -259,7 +259,7 @@ class GAN:
                     except (TypeError, ValueError, MemoryError):
                         self.steps -= done
                         raise
-                    pace.stop()
+                    pace.stop(done)
                     if fused is None:
                         self.steps -= done
                 if fused is not None:

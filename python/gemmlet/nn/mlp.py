@@ -194,7 +194,7 @@ class MLP:
                         where = order[seen : seen + size * (pace.steps if callback is None else 1)]
                         pace.start()
                         fused = steps(where, size, loss_sum)
-                        pace.stop()
+                        pace.stop(math.ceil(len(where) / size))
                     if fused is not None:
                         loss_sum, right = fused
                     else:
