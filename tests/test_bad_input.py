@@ -75,10 +75,23 @@ def other(dtype: Any) -> Any:
     return np.dtype(np.float64 if dtype == np.float32 else np.float32)
 
 
+def flat(value: Any) -> Iterator[Any]:
+    """What is in a list or tuple, and in those that are in it; or the value itself."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from flat(item)
+    else:
+        yield value
+
+
 def bits(arguments: dict[str, Any]) -> dict[str, bytes]:
-    """The bytes of all arrays, including the memory around a view."""
-    arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray) and v.dtype != object}
-    return {k: (v if v.base is None else np.asarray(v.base)).tobytes() for k, v in arrays.items()}
+    """The bytes of all arrays, in lists and tuples too, including the memory around a view."""
+    result = {}
+    for name, value in arguments.items():
+        arrays = [v for v in flat(value) if isinstance(v, np.ndarray) and v.dtype != object]
+        if arrays:
+            result[name] = b"".join((v if v.base is None else np.asarray(v.base)).tobytes() for v in arrays)
+    return result
 
 
 def named(argument: str) -> str:
@@ -554,6 +567,55 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     calls["activation_backward"]["out"] = array(30)
     calls["elementwise_loss"]["out"] = array(30)
     calls["optimizer_update"]["scalars"] = [0.1] * rules["adam"][1]
+
+    def layer(inputs: int, outputs: int, activation: int, averages: bool = False) -> tuple[Any, ...]:
+        shapes = [(inputs, outputs), (outputs,)]
+        states = [[array(*shape), array(*shape)] for shape in shapes]
+        average = [array(*shape) if averages else None for shape in shapes]
+        return (*(array(*shape) for shape in shapes), activation, 0.5, *states, *average)
+
+    # Seven samples of five features, in mini-batches of three.
+    order = guarded.array((7,), np.int64)
+    order[:] = [6, 0, 5, 1, 4, 2, 3]
+    row_start = guarded.array((8,), np.int64)
+    row_start[:] = [0, 2, 2, 5, 6, 6, 6, 8]
+    columns = guarded.array((8,), np.int32)
+    columns[:] = [0, 4, 1, 2, 3, 0, 3, 4]
+    numbers = guarded.array((3, rules["adam"][1]), np.float64)
+    calls["train_mlp"] = {
+        "layers": [layer(5, 9, 0), layer(9, 4, -1)],
+        "x": array(8),
+        "row_start": row_start,
+        "columns": columns,
+        "skip_zeros": True,
+        "targets": guarded.array((7,), np.int64, 1),
+        "loss": -1,
+        "loss_parameter": 0.5,
+        "row_weight": 1.0,
+        "order": order,
+        "batch": 3,
+        "rule": rule,
+        "scalars": numbers,
+        "loss_sum": 0.0,
+    }
+    calls["train_gan"] = {
+        "generator": [layer(2, 9, 0, True), layer(9, 5, -1, True)],
+        "discriminator": [layer(5, 4, 0), layer(4, 1, -1)],
+        "x": array(7, 5),
+        "scale": 2.0,
+        "shift": -1.0,
+        "noise": array(7, 2),
+        "real_target": 0.9,
+        "non_saturating": True,
+        "order": order,
+        "batch": 3,
+        "generator_rule": rule,
+        "generator_scalars": numbers,
+        "discriminator_rule": rule,
+        "discriminator_scalars": numbers.copy(),
+        "decay": guarded.array((3,), np.float64),
+        "loss_sums": (0.0, 0.0),
+    }
     others = {"activations", "row_functions", "losses", "optimizer_rules", "get_num_threads", "set_num_threads"}
     others |= {"fma_loop", "mark"}  # in test_bench.py
     others |= {"formula", "quick"}  # see test_quick.py
@@ -568,8 +630,92 @@ WRITTEN = {"out", "y", "z", "param"}
 LISTS = {"activation": "activations", "function": "row_functions", "loss": "losses", "rule": "optimizer_rules"}
 
 
+def bad_layers(good: list[tuple[Any, ...]]) -> Iterator[Any]:
+    """Of each layer each part, and lists of layers that do not fit."""
+    yield from ([], None, "text", [()], [None], good[::-1])
+    yield [*good, good[0]]
+    for at, layer in enumerate(good):
+
+        def altered(part: int, value: Any, at: int = at, layer: Any = layer) -> list[Any]:
+            return [*good[:at], (*layer[:part], value, *layer[part + 1 :]), *good[at + 1 :]]
+
+        yield [*good[:at], layer[:-1], *good[at + 1 :]]
+        yield [*good[:at], (*layer, None), *good[at + 1 :]]
+        for part in (0, 1, 6, 7):
+            array = layer[part]
+            if array is None:
+                continue
+            strange = [array[..., :-1].copy(), array[:0], np.concatenate([array, array]), unaligned(array)]
+            strange += [array.astype(d) for d in (other(array.dtype), np.int32, np.float16, object)]
+            strange += [read_only(array), np.broadcast_to(array[:1], array.shape), "text", 1.0]
+            if array.size > 1:
+                strange.append(np.repeat(array, 2, axis=-1)[..., ::2])
+            if part < 2:  # it is no average, which may be missing
+                strange += [None, array[None], array.reshape(-1)[0]]
+            yield from (altered(part, value) for value in strange)
+        for part in (4, 5):
+            states = layer[part]
+            yield from (altered(part, value) for value in ([], states[:1], [*states, states[0]], None, [None, None]))
+            yield altered(part, [states[0], read_only(states[1])])
+            yield altered(part, [states[0], np.concatenate([states[1], states[1]])])
+            yield altered(part, [states[0].astype(other(states[0].dtype)), states[1]])
+        yield from (altered(2, value) for value in (-2, 10**4, 2**31 - 1, 2**40, "relu", None, 0.5))
+        yield from (altered(3, value) for value in ("0.5", None, 1j))
+
+
+def bad_for_training(name: str, argument: str, good: Any, module: Any) -> Iterator[Any]:
+    """Bad values of what only fused training takes."""
+    if argument in ("layers", "generator", "discriminator"):
+        yield from bad_layers(good)
+    elif argument.endswith("rule"):
+        count = len(module.optimizer_rules())
+        # Other rules have other numbers of states.
+        yield from (*(rule for rule in range(count) if rule != good), -1, count, 2**31 - 1, 2**40, "adam", None, 0.5)
+    elif argument == "batch":
+        # With other numbers of mini-batches the scalars are too many or too few.
+        yield from (0, -1, -(2**63), 2**63, 2, 7, 2**62, 2**63 - 1, None, "3", 3.5, np.nan)
+    elif argument in ("skip_zeros", "non_saturating"):
+        yield from ("yes", [True])
+    elif argument == "loss_sums":
+        yield from (None, 0.0, (0.0,), (0.0, "0"), (0.0, 0.0, 0.0))
+    elif isinstance(good, float):
+        yield from ("0.5", None, [0.5], 1j)
+    else:
+        yield from (
+            good[:-1].copy(),
+            np.concatenate([good, good], axis=-1),
+            good.tolist(),
+            "text",
+            1.0,
+            object(),
+            unaligned(good),
+        )
+        yield from (np.repeat(good, 2, axis=-1)[..., ::2], good[::-1], good[:0])
+        yield from (good.astype(d) for d in (np.uint64, np.float16, np.int16, object, good.dtype.newbyteorder()))
+        if argument not in ("row_start", "columns"):
+            yield None
+        ends = {"order": 7, "targets": 4, "columns": 5, "row_start": 9}
+        if argument in ends:
+            for at, value in itertools.product((0, len(good) - 1), (-1, ends[argument], 2**31 - 1, -(2**31))):
+                wrong = good.copy()
+                wrong[at] = value
+                yield wrong
+        if argument == "columns":
+            yield None
+            yield good[[0, 1, 3, 2, 4, 5, 6, 7]]  # not ascending
+            yield good[[0, 1, 2, 2, 4, 5, 6, 7]]  # twice the same
+        if argument == "row_start":
+            yield None
+            yield good[[0, 1, 3, 2, 4, 5, 6, 7]]
+
+
 def bad_for_bindings(name: str, argument: str, good: Any, module: Any) -> Iterator[Any]:
-    if argument in LISTS:
+    if name.startswith("train") and (name, argument) != ("train_mlp", "loss"):
+        yield from bad_for_training(name, argument, good, module)
+    elif argument == "loss" and name == "train_mlp":
+        count = len(module.losses())
+        yield from (-2, count, 2**31 - 1, -(2**31), 2**40, "softmax_cross_entropy", None, 0.5)
+    elif argument in LISTS:
         count = len(getattr(module, LISTS[argument])())
         yield from (-2, count, 2**31 - 1, -(2**31), 2**40, "relu", None, 0.5)
         if (name, argument) != ("linear", "activation"):  # where it is none
@@ -617,7 +763,8 @@ def test_bindings_refuse(module: Any, dtype: Any) -> None:
                     getattr(module, name)(**{**arguments, argument: bad})
                 # The one that fails to fit may be another; pybind11's own message lists all with their types.
                 names = "|".join(arguments)
-                assert re.search(rf"^({names}|labels): |incompatible function arguments|writ", str(caught.value))
+                message = str(caught.value)
+                assert re.search(rf"^({names}|labels|layers|rule): |incompatible function arguments|writ", message)
                 assert bits(arguments) == before
         with pytest.raises(TypeError):
             getattr(module, name)()
@@ -645,6 +792,8 @@ def test_bindings_never_write_elsewhere(module: Any, data: Any) -> None:
             if array.ndim == 2 and data.draw(st.booleans()):
                 array = array.T
             arguments[argument] = array
+        elif name.startswith("train") and argument in ("layers", "generator", "discriminator"):
+            arguments[argument] = data.draw(st.sampled_from(list(bad_layers(good))))
         elif isinstance(good, list):
             extra = guarded.array((data.draw(st.integers(0, 40)),), dtype) if argument == "state" else 0.5
             arguments[argument] = [*good, extra][data.draw(st.integers(0, 2)) :]

@@ -1,5 +1,7 @@
 // The bindings of fused training. What comes from gemmlet.nn is checked as far as memory is concerned: dtypes, sizes,
 // indices.
+#include <algorithm>
+
 #include "cpu/bindings.h"
 #include "cpu/network.h"
 
@@ -47,7 +49,8 @@ Steps checked_steps(const py::array& order, Index batch, Index samples) {
   if (batch < 1) refuse("batch", "must be at least 1");
   for (Index i = 0; i < count; ++i)
     if (indices[i] < 0 || indices[i] >= samples) refuse("order", "an index that is out of range");
-  return {indices, count, batch};
+  // More than there are would only overflow.
+  return {indices, count, std::min(batch, std::max(count, Index{1}))};
 }
 
 Index step_count(const Steps& steps) { return (steps.count + steps.batch - 1) / steps.batch; }

@@ -31,6 +31,10 @@ SPARSE_BELOW = 0.5
 _CALL_SECONDS = 0.1
 
 
+# What a call raises that has trained nothing.
+_REFUSALS = (TypeError, ValueError, MemoryError)
+
+
 class Pace:
     """How many steps to take in a call, from how long the last one took."""
 
@@ -42,10 +46,10 @@ class Pace:
         """The call begins."""
         self._started = time.perf_counter()
 
-    def stop(self) -> None:
-        """It has ended."""
+    def stop(self, done: int) -> None:
+        """It has ended, and took so many steps: fewer than it might have, at the end of an epoch."""
         seconds = max(time.perf_counter() - self._started, 1e-6)
-        self.steps = max(1, min(int(self.steps * _CALL_SECONDS / seconds), 4 * self.steps))
+        self.steps = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self.steps))
 
 
 def _layers(dense: Dense, plan: Plan, average: Dense | None = None) -> list[FusedLayer]:
@@ -78,8 +82,10 @@ def _can(denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimiz
 
 def mlp_steps(
     dense: Dense, loss: str, row_weight: float, samples: Samples, targets: Array, rule: Optimizer
-) -> Callable[[Order, int, float], tuple[float, int]] | None:
+) -> Callable[[Order, int, float], tuple[float, int] | None] | None:
     """Return ``steps(order, batch_size, loss_sum) -> (loss_sum, right)``, or None if the backend has no such thing.
+
+    `steps` itself returns None, and does nothing, where a callback has given some parameters more updates than others.
 
     `loss` is ``"softmax_cross_entropy"`` or an elementwise one, whose sum over a row counts `row_weight` times.
     """
@@ -88,16 +94,24 @@ def mlp_steps(
     backend = select.current()
     feed = samples.feed(SPARSE_BELOW)
 
-    def steps(order: Order, batch: int, loss_sum: float) -> tuple[float, int]:
+    def steps(order: Order, batch: int, loss_sum: float) -> tuple[float, int] | None:
+        batch = min(batch, len(order))
         count = -(-len(order) // batch)
         plan = rule.plan(dense.parameters, count)
-        assert plan is not None
-        total, right = backend.train_mlp(
-            _layers(dense, plan), feed, np.ascontiguousarray(targets), loss, row_weight, order, batch, plan.rule,
-            plan.scalars, loss_sum,
-        )  # fmt: skip
-        rule.planned(dense.parameters, count)
-        return total, right
+        if plan is None:
+            return None
+        layers, wanted, trained = _layers(dense, plan), np.ascontiguousarray(targets), True
+        try:
+            return backend.train_mlp(
+                layers, feed, wanted, loss, row_weight, order, batch, plan.rule, plan.scalars, loss_sum
+            )
+        except _REFUSALS:
+            trained = False
+            raise
+        finally:
+            # After Ctrl-C too: it comes as the call returns.
+            if trained:
+                rule.planned(dense.parameters, count)
 
     return steps
 
@@ -120,7 +134,7 @@ def gan_steps(
     non_saturating: bool,
     generator_rule: Optimizer,
     discriminator_rule: Optimizer,
-) -> Callable[[Order, int, Array, NDArray[np.float64], tuple[float, float]], tuple[float, float]] | None:
+) -> Callable[[Order, int, Array, NDArray[np.float64], tuple[float, float]], tuple[float, float] | None] | None:
     """Return ``steps(order, batch_size, noise, decay, loss_sums) -> loss_sums``, or None as above.
 
     `decay` has a number for each step; losses are the generator's and the discriminator's.
@@ -134,18 +148,25 @@ def gan_steps(
 
     def steps(
         order: Order, batch: int, noise: Array, decay: NDArray[np.float64], loss_sums: tuple[float, float]
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float] | None:
+        batch = min(batch, len(order))
         count = -(-len(order) // batch)
         g = generator_rule.plan(generator.parameters, count)
         d = discriminator_rule.plan(discriminator.parameters, count)
-        assert g is not None
-        assert d is not None
-        sums = backend.train_gan(
-            _layers(generator, g, networks.average), _layers(discriminator, d), feed, scale, shift, noise, real_target,
-            non_saturating, order, batch, g.rule, g.scalars, d.rule, d.scalars, decay, loss_sums,
-        )  # fmt: skip
-        generator_rule.planned(generator.parameters, count)
-        discriminator_rule.planned(discriminator.parameters, count)
-        return sums
+        if g is None or d is None:
+            return None
+        layers, trained = (_layers(generator, g, networks.average), _layers(discriminator, d)), True
+        try:
+            return backend.train_gan(
+                *layers, feed, scale, shift, noise, real_target, non_saturating, order, batch, g.rule, g.scalars,
+                d.rule, d.scalars, decay, loss_sums,
+            )  # fmt: skip
+        except _REFUSALS:
+            trained = False
+            raise
+        finally:
+            if trained:
+                generator_rule.planned(generator.parameters, count)
+                discriminator_rule.planned(discriminator.parameters, count)
 
     return steps

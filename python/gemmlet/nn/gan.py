@@ -245,25 +245,32 @@ class GAN:
             order = sample_order(len(samples), rng)
             stopped = False
             while batch < batches and not stopped:
-                if steps is None:
-                    where = order[seen : seen + size]
-                    losses = self._step(self._scaled(samples.batch(where)), rule, other)
+                where = order[seen : seen + size * (1 if steps is None or callback is not None else pace.steps)]
+                noise = self._draw(self._training_noise, len(where))
+                fused = None
+                if steps is not None:
+                    done = math.ceil(len(where) / size)
+                    decay = np.array([self._decay(self.steps + i) for i in range(1, done + 1)])
+                    # Counted before: Ctrl-C comes as the call returns, its steps done.
+                    self.steps += done
+                    pace.start()
+                    try:
+                        fused = steps(where, size, noise, decay, (generator_sum, discriminator_sum))
+                    except (TypeError, ValueError, MemoryError):
+                        self.steps -= done
+                        raise
+                    pace.stop(done)
+                    if fused is None:
+                        self.steps -= done
+                if fused is not None:
+                    generator_sum, discriminator_sum = fused
+                else:
+                    where = where[:size]
+                    losses = self._step(self._scaled(samples.batch(where)), noise[:size], rule, other)
                     generator_sum += losses[0] * len(where)
                     discriminator_sum += losses[1] * len(where)
-                    batch += 1
-                else:
-                    where = order[seen : seen + size * (pace.steps if callback is None else 1)]
-                    done = math.ceil(len(where) / size)
-                    noise = self._draw(self._training_noise, len(where))
-                    decay = np.array([self._decay(self.steps + i) for i in range(1, done + 1)])
-                    pace.start()
-                    generator_sum, discriminator_sum = steps(
-                        where, size, noise, decay, (generator_sum, discriminator_sum)
-                    )
-                    pace.stop()
-                    self.steps += done
-                    batch += done
                 seen += len(where)
+                batch += math.ceil(len(where) / size)
                 if callback is not None:
                     means = generator_sum / seen, discriminator_sum / seen
                     try:
@@ -283,9 +290,9 @@ class GAN:
         history.seconds = time.perf_counter() - start
         return history
 
-    def _step(self, real: Array, rule: Optimizer, other: Optimizer) -> tuple[float, float]:
+    def _step(self, real: Array, noise: Array, rule: Optimizer, other: Optimizer) -> tuple[float, float]:
         """One step of the discriminator and one of the generator; the losses of the two, generator first."""
-        records = self._generator.record(self._draw(self._training_noise, len(real)))
+        records = self._generator.record(noise)
         discriminator_loss, gradients = self._discriminator_gradients(real, records[-1].y)
         for param, grad in zip(self.discriminator_parameters, gradients, strict=True):
             other.update(param, grad)

@@ -189,15 +189,18 @@ class MLP:
             done = False
             try:
                 while not done:
-                    if steps is None:
+                    fused = None
+                    if steps is not None:
+                        where = order[seen : seen + size * (pace.steps if callback is None else 1)]
+                        pace.start()
+                        fused = steps(where, size, loss_sum)
+                        pace.stop(math.ceil(len(where) / size))
+                    if fused is not None:
+                        loss_sum, right = fused
+                    else:
                         where = order[seen : seen + size]
                         loss, right = self._step(samples.batch(where), targets[where], rule)
                         loss_sum += loss * len(where)
-                    else:
-                        where = order[seen : seen + size * (pace.steps if callback is None else 1)]
-                        pace.start()
-                        loss_sum, right = steps(where, size, loss_sum)
-                        pace.stop()
                     seen += len(where)
                     correct += right
                     batch += math.ceil(len(where) / size)
@@ -228,7 +231,7 @@ class MLP:
 
     def _fused_steps(
         self, samples: Samples, targets: Array, rule: Optimizer
-    ) -> Callable[[NDArray[np.int64], int, float], tuple[float, float]] | None:
+    ) -> Callable[[NDArray[np.int64], int, float], tuple[float, float] | None] | None:
         """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
         loss, row_weight = {
             "softmax": ("softmax_cross_entropy", 1.0),
@@ -239,8 +242,9 @@ class MLP:
         if steps is None or self.output != "identity":
             return steps
 
-        def without_classes(order: NDArray[np.int64], batch: int, loss_sum: float) -> tuple[float, float]:
-            return steps(order, batch, loss_sum)[0], math.nan
+        def without_classes(order: NDArray[np.int64], batch: int, loss_sum: float) -> tuple[float, float] | None:
+            fused = steps(order, batch, loss_sum)
+            return None if fused is None else (fused[0], math.nan)
 
         return without_classes
 

@@ -1,0 +1,789 @@
+"""Fused training: whole mini-batches in one call give what single steps with the public kernels give.
+
+Also: the same bits for any number of threads and whether zeros are skipped or not, sparse matrices, callbacks, Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gemmlet
+from gemmlet import kernels
+from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, LinearDecay, StopTraining, fused
+from support import assert_within, run_on, same_bits
+
+# Of float64 and float32 weights after dozens of steps, relative to the largest: rounding, as training carries it on.
+BOUNDS = {"float64": 1e-10, "float32": 1e-4}
+RULES: dict[str, Callable[[], Any]] = {
+    "sgd": lambda: SGD(0.05),
+    "sgd, weight decay": lambda: SGD(0.05, weight_decay=0.1),
+    "momentum": lambda: SGD(0.02, momentum=0.8),
+    "nesterov": lambda: SGD(0.02, momentum=0.8, nesterov=True, weight_decay=0.05),
+    "adam": lambda: Adam(3e-3, eps=1e-4),
+    "adam, weight decay": lambda: Adam(3e-3, 0.7, 0.95, eps=1e-3, weight_decay=0.1),
+    "adamw": lambda: AdamW(3e-3, eps=1e-4, weight_decay=0.3),
+}
+
+
+@pytest.fixture
+def fusing(any_threads_backend: Any) -> Any:
+    if not any_threads_backend.fuses([], [], "sgd"):
+        pytest.skip("it has no fused training")
+    return any_threads_backend
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """Within, `fit` takes single steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_can", lambda *arguments: False)
+        yield
+
+
+@contextlib.contextmanager
+def calls_of(backend: Any, name: str) -> Iterator[list[tuple[float, float]]]:
+    """The calls of a method of the backend: when each began and ended."""
+    times: list[tuple[float, float]] = []
+    method = getattr(backend, name)
+
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*arguments)
+        times.append((start, time.perf_counter()))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, name, timed)
+        yield times
+
+
+def set_threads(backend: Any, count: int) -> None:
+    gemmlet.set_num_threads(count)
+    backend.set_num_threads(count)
+
+
+def mlp_problem(layers: list[int], output: str, n: int, dtype: Any, zeros: float = 0.0) -> tuple[Any, Any]:
+    """Inputs of which a share is 0, and what they belong to."""
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(n, layers[0])).astype(dtype)
+    x[rng.uniform(size=x.shape) < zeros] = 0
+    if output == "identity":
+        return x, rng.normal(size=(n, layers[-1])).astype(dtype)
+    return x, rng.integers(0, max(layers[-1], 2), size=n)
+
+
+def weights_of(network: MLP | GAN) -> list[Any]:
+    if isinstance(network, MLP):
+        return network.parameters
+    return [*network.generator_parameters, *network.discriminator_parameters, *network._average.parameters]
+
+
+def fitted(network: Any, *data: Any, **arguments: Any) -> list[Any]:
+    """What `fit` leaves behind: all weights, then what the history says."""
+    history = vars(network.fit(*data, **arguments))
+    return [*weights_of(network), *(np.array(v) for k, v in sorted(history.items()) if k != "seconds")]
+
+
+def same(results: list[Any], expected: list[Any]) -> bool:
+    return len(results) == len(expected) and all(map(same_bits, results, expected))
+
+
+def assert_close(results: list[Any], expected: list[Any], dtype: Any) -> None:
+    assert len(results) == len(expected)
+    weights = [array for array in expected if array.ndim == 2]
+    assert all(np.isfinite(w).all() for w in weights)
+    scale = max(np.abs(w).max() for w in weights)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_within(result, wanted, BOUNDS[str(np.dtype(dtype))] * max(scale, 1.0))
+
+
+def check(make: Callable[[], Any], backend: Any, dtype: Any, *data: Any, **arguments: Any) -> None:
+    """The fused `fit` of a network and optimizer(s), single steps, and single steps with NumPy agree."""
+
+    def run() -> list[Any]:
+        called = {k: v() if callable(v) else v for k, v in arguments.items()}
+        return fitted(make(), *data, **called)
+
+    with calls_of(backend, "train_mlp") as mlp, calls_of(backend, "train_gan") as gan:
+        result = run()
+    assert mlp or gan
+    with calls_of(backend, "train_mlp") as mlp, calls_of(backend, "train_gan") as gan, one_by_one():
+        assert_close(result, run(), dtype)
+    assert not mlp
+    assert not gan
+    with gemmlet.use_backend("numpy"):
+        assert_close(result, run(), dtype)
+
+
+def check_mlp(
+    layers: list[int],
+    backend: Any,
+    dtype: Any,
+    *,
+    activation: str = "tanh",
+    output: str = "softmax",
+    rule: str = "adam",
+    n: int = 49,
+    batch: int = 16,
+    epochs: int = 8,
+    zeros: float = 0.0,
+) -> None:
+    x, y = mlp_problem(layers, output, n, dtype, zeros)
+    check(
+        lambda: MLP(layers, activation, output, dtype=dtype, seed=3),
+        backend,
+        dtype,
+        x,
+        y,
+        optimizer=RULES[rule],
+        batch_size=batch,
+        epochs=epochs,
+    )
+
+
+# The same weights as single steps.
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, fusing: Any, dtype: Any) -> None:
+    layers = [9, 4, 3] if activation == "exp" else [9, 17, 8, 3]  # exp of exp soon overflows
+    check_mlp(layers, fusing, dtype, activation=activation, rule="adam", epochs=12)
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+def test_parameters_of_activations(activation: str, fusing: Any, dtype: Any) -> None:
+    x, y = mlp_problem([9, 17, 3], "softmax", 49, dtype)
+
+    def make() -> MLP:
+        return MLP([9, 17, 3], activation, dtype=dtype, activation_parameter=0.4)
+
+    check(make, fusing, dtype, x, y, batch_size=16, epochs=5, optimizer=RULES["sgd"])
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid", "identity"])
+@pytest.mark.parametrize("width", [1, 2, 7, 10])
+def test_every_output(output: str, width: int, fusing: Any, dtype: Any) -> None:
+    width += output == "softmax"
+    for layers in ([5, width], [5, 16, width]):
+        check_mlp(layers, fusing, dtype, output=output, rule="sgd", n=20, batch=7, epochs=10)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_optimizer(rule: str, fusing: Any, dtype: Any) -> None:
+    """Also where many inputs are 0, so that some weights have no gradient."""
+    for zeros, batch in itertools.product((0.0, 0.9), (1, 16)):
+        check_mlp([33, 17, 3], fusing, dtype, rule=rule, zeros=zeros, n=41, batch=batch, epochs=3 if batch == 1 else 20)
+
+
+@pytest.mark.parametrize("depth", range(1, 6))
+def test_every_depth(depth: int, fusing: Any, dtype: Any) -> None:
+    check_mlp([10, *(12, 31, 9, 16)[: depth - 1], 3], fusing, dtype, epochs=10)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 100, 600])
+def test_awkward_widths(width: int, fusing: Any, dtype: Any) -> None:
+    """As inputs, hidden units and outputs; rows of 600 weights are packed before they are used."""
+    check_mlp([width, width, max(width, 2)], fusing, dtype, rule="momentum", epochs=3)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 15, 16, 17, 48, 49, 64, 300, 1000, 2**63 - 1, 10**30])
+def test_any_batch_size(batch: int, fusing: Any, dtype: Any) -> None:
+    """Last mini-batches that are smaller, and mini-batches of more than there is."""
+    check_mlp([10, 33, 5], fusing, dtype, rule="momentum", n=301 if batch > 7 else 30, batch=batch, epochs=3)
+
+
+@hypothesis.settings(max_examples=20)
+@given(data=st.data())
+def test_any_configuration(data: Any, fusing: Any) -> None:
+    width = st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65])
+    output = data.draw(st.sampled_from(["softmax", "sigmoid", "identity"]))
+    layers = data.draw(st.lists(width, min_size=2, max_size=5))
+    if output == "softmax":
+        layers[-1] += 1
+    set_threads(fusing, data.draw(st.integers(1, 3)))
+    check_mlp(
+        layers,
+        fusing,
+        np.dtype(data.draw(st.sampled_from(["float32", "float64"]))),
+        # Smooth ones: at a kink rounding may decide for either side.
+        activation=data.draw(st.sampled_from(["tanh", "sigmoid", "silu", "gelu", "softplus"])),
+        output=output,
+        rule=data.draw(st.sampled_from(sorted(RULES))),
+        n=data.draw(st.integers(1, 70)),
+        batch=data.draw(st.integers(1, 80)),
+        epochs=2,
+        zeros=data.draw(st.sampled_from([0.0, 0.7, 1.0])),
+    )
+
+
+def test_many_epochs_of_few_samples(fusing: Any, dtype: Any) -> None:
+    """Calls that are short, however many steps they might take."""
+    x, y = mlp_problem([2, 2], "softmax", 4, dtype)
+    history = MLP([2, 2], dtype=dtype).fit(x, y, 700, 2, "sgd")
+    assert history.loss[-1] < history.loss[0]
+    assert len(GAN(1, [2], [1], dtype=dtype).fit(np.eye(4, 2, dtype=dtype), 700, 2).generator_loss) == 700
+
+
+GANS: dict[str, dict[str, Any]] = {
+    "plain": {"ema_decay": 0.0, "label_smoothing": 0.0},
+    "averaged": {"ema_decay": 0.9},
+    "minimax": {"loss": "minimax", "ema_decay": 0.9, "label_smoothing": 0.2},
+    "sigmoid": {"generator_output": "sigmoid", "ema_decay": 0.99},
+    "sigmoid minimax": {"generator_output": "sigmoid", "loss": "minimax", "ema_decay": 0.0},
+    "deep": {"generator": [17, 5, 33], "discriminator": [9, 16, 1], "generator_activation": "silu"},
+    "shallow": {"generator": [33], "discriminator": [1]},
+}
+
+
+def small_gan(variant: str, dtype: Any) -> GAN:
+    settings = {
+        "generator": [20, 33],
+        "discriminator": [24, 1],
+        "generator_activation": "tanh",
+        "discriminator_activation": "gelu",
+    }
+    return GAN(7, dtype=dtype, seed=1, **{**settings, **GANS[variant]})
+
+
+@pytest.mark.parametrize("variant", GANS)
+@pytest.mark.parametrize("images", [False, True], ids=["float", "uint8"])
+def test_gan(variant: str, images: bool, fusing: Any, dtype: Any, rng: Any) -> None:
+    x = rng.integers(0, 256, (60, 33), np.uint8) if images else rng.uniform(size=(60, 33)).astype(dtype)
+    for batch in (1, 16, 25, 100):
+        check(
+            lambda: small_gan(variant, dtype),
+            fusing,
+            dtype,
+            x[:20] if batch == 1 else x,
+            batch_size=batch,
+            epochs=1 if batch == 1 else 6,
+            optimizer=RULES["adam"],
+        )
+
+
+def test_gan_with_an_optimizer_for_each(fusing: Any, dtype: Any, rng: Any) -> None:
+    x = rng.uniform(size=(60, 33)).astype(dtype)
+    for first, second in itertools.permutations(["sgd", "nesterov", "adamw"], 2):
+        check(
+            lambda: small_gan("averaged", dtype),
+            fusing,
+            dtype,
+            x,
+            batch_size=16,
+            epochs=3,
+            optimizer=RULES[first],
+            discriminator_optimizer=RULES[second],
+        )
+
+
+# The same bits for any number of threads.
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.9], ids=["dense", "sparse"])
+@pytest.mark.parametrize("width", [9, 40, 300, 512])
+def test_same_bits_for_any_number_of_threads(width: int, zeros: float, fusing: Any, dtype: Any) -> None:
+    """Widths with which each thread has columns of the first layer, and widths with too few."""
+    layers = [100, width, 130, 3]
+    x, y = mlp_problem(layers, "softmax", 150, dtype, zeros)
+    for batch, rule in ((60, "momentum"), (1, "sgd")):
+        expected: list[Any] = []
+        for threads in (1, 2, 3, 2):
+            set_threads(fusing, threads)
+            some = slice(30 if batch == 1 else None)
+            arguments = {"batch_size": batch, "epochs": 2, "optimizer": RULES[rule]()}
+            result = fitted(MLP(layers, dtype=dtype), x[some], y[some], **arguments)
+            expected = expected or result
+            assert same(result, expected), (threads, batch)
+
+
+def test_gan_same_bits_for_any_number_of_threads(fusing: Any, dtype: Any, rng: Any) -> None:
+    x = rng.uniform(size=(130, 200)).astype(dtype)
+    expected: list[Any] = []
+    for threads in (1, 2, 3, 2):
+        set_threads(fusing, threads)
+        result = fitted(GAN(20, [130, 200], [140, 1], dtype=dtype), x, epochs=2, batch_size=50)
+        expected = expected or result
+        assert same(result, expected), threads
+
+
+# Zeros.
+
+
+def with_zeros(kind: str, rng: Any, n: int, features: int, dtype: Any) -> Any:
+    x = rng.uniform(0.01, 1, size=(n, features))
+    if kind != "none":
+        x[rng.uniform(size=x.shape) < 0.6] = 0
+    if kind == "rows":
+        x[::3] = 0
+    if kind == "columns":
+        x[:, ::3] = 0
+    if kind == "all":
+        x[:] = 0
+    return np.ceil(x * 255).astype(np.uint8) if dtype == np.uint8 else x.astype(dtype)
+
+
+@pytest.mark.parametrize("kind", ["none", "some", "rows", "columns", "all"])
+@pytest.mark.parametrize("features", [1, 63, 64, 65, 129])
+def test_skipping_zeros_changes_no_bit(
+    features: int, kind: str, fusing: Any, dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of the first layer that are fewer than a vector, and more; optimizers that are idle without gradient."""
+    y = rng.integers(0, 2, size=35)
+    for given_dtype, width, rule in itertools.product((dtype, np.uint8), (1, 3, 33), ("sgd", "adam")):
+        x = with_zeros(kind, rng, 35, features, given_dtype)
+        for batch in (1, 16):
+            results = []
+            for below in (0, 2):
+                monkeypatch.setattr(fused, "SPARSE_BELOW", below)
+                arguments = {"batch_size": batch, "epochs": 2, "optimizer": RULES[rule]()}
+                results.append(fitted(MLP([features, width, 2], dtype=dtype), x, y, **arguments))
+            assert same(*results), (given_dtype, width, rule, batch)
+
+
+def test_zeros_are_skipped_where_there_are_many(fusing: Any, rng: Any) -> None:
+    """What decides it; the tests above set it."""
+    for share, skipped in ((0.1, True), (0.9, False)):
+        x = (rng.uniform(size=(50, 40)) < share).astype(np.float32)
+        assert fused.Samples(x, 40, np.dtype(np.float32)).feed(fused.SPARSE_BELOW).skip_zeros is skipped
+
+
+# Sparse matrices.
+
+
+def sparse_forms(dense: Any) -> dict[str, Any]:
+    """The same numbers in all forms that scipy knows, tidy and untidy."""
+    sparse = pytest.importorskip("scipy.sparse")
+    csr = sparse.csr_matrix(dense)
+    forms = {"csr": csr, "csc": csr.tocsc(), "coo": csr.tocoo(), "lil": csr.tolil(), "array": sparse.csr_array(dense)}
+
+    unsorted = csr.copy()
+    for row in range(csr.shape[0]):
+        entries = slice(csr.indptr[row], csr.indptr[row + 1])
+        unsorted.indices[entries] = csr.indices[entries][::-1]
+        unsorted.data[entries] = csr.data[entries][::-1]
+    forms["unsorted"] = sparse.csr_matrix((unsorted.data, unsorted.indices, unsorted.indptr), csr.shape)
+
+    wide = sparse.csr_matrix(dense)
+    wide.indices, wide.indptr = wide.indices.astype(np.int64), wide.indptr.astype(np.int64)
+    forms["int64"] = wide
+
+    coo = csr.tocoo()
+    rows, columns = np.concatenate([coo.row, [0, 1]]), np.concatenate([coo.col, [0, 1]])
+    forms["explicit zeros"] = sparse.csr_matrix(
+        (np.concatenate([coo.data, np.zeros(2, dense.dtype)]), (rows, columns)), csr.shape
+    )
+    half = (coo.data // 2) if dense.dtype == np.uint8 else coo.data / 2
+    parts = np.concatenate([half, coo.data - half])
+    forms["duplicates"] = sparse.coo_matrix(
+        (parts, (np.concatenate([coo.row] * 2), np.concatenate([coo.col] * 2))), csr.shape
+    )
+    by_row = np.argsort(np.concatenate([coo.row] * 2), kind="stable")
+    forms["duplicates by rows"] = sparse.csr_matrix(
+        (parts[by_row], np.concatenate([coo.col] * 2)[by_row], 2 * csr.indptr), csr.shape
+    )
+    return forms
+
+
+def memory_of(matrix: Any) -> list[bytes]:
+    return [value.tobytes() for _, value in sorted(vars(matrix).items()) if isinstance(value, np.ndarray)]
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["float", "uint8"])
+def test_sparse_matrices(images: bool, any_threads_backend: Any, dtype: Any, rng: Any) -> None:
+    """All that takes samples takes them, and gives what it gives for the dense array; they are not changed."""
+    dense = with_zeros("rows", rng, 40, 70, np.uint8 if images else dtype)
+    y = rng.integers(0, 3, size=40)
+    arguments = {"batch_size": 16, "epochs": 2, "optimizer": "adam"}
+    model = MLP([70, 20, 3], dtype=dtype)
+    expected = fitted(model, dense, y, validation_data=(dense[:9], y[:9]), **arguments)
+    for name, x in sparse_forms(dense).items():
+        before, other = memory_of(x), MLP([70, 20, 3], dtype=dtype)
+        assert (x.toarray() == dense).all(), name
+        result = fitted(other, x, y, validation_data=(x.tocsr()[:9], y[:9]), **arguments)
+        if any_threads_backend.fuses([], [], "sgd"):
+            assert same(result, expected), name
+        else:
+            assert_close(result, expected, dtype)
+        assert same_bits(model.predict(dense), model.predict(x)), name
+        assert same_bits(model.predict_proba(dense), model.predict_proba(x)), name
+        assert same_bits(model.features(dense), model.features(x)), name
+        assert model.evaluate(x, y) == model.evaluate(dense, y), name
+        assert model.loss_and_gradients(x, y)[0] == model.loss_and_gradients(dense, y)[0], name
+        assert memory_of(x) == before, name
+
+
+def test_bad_sparse_matrices(any_threads_backend: Any, dtype: Any) -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    model, y = MLP([5, 2], dtype=dtype), [0, 1, 0, 1, 1]
+    before = [w.copy() for w in model.parameters]
+    for wrong in ("float64" if dtype == np.float32 else "float32", "int64", "bool"):
+        with pytest.raises(TypeError, match=rf"\bx\b.*{wrong}.*{dtype}"):
+            model.fit(sparse.eye(5, dtype=wrong, format="csr"), y)
+        with pytest.raises(TypeError, match=rf"\bx\b.*{wrong}.*{dtype}"):
+            model.predict(sparse.eye(5, dtype=wrong, format="csc"))
+    with pytest.raises(ValueError, match=r"\bx\b.*\(5, 6\)"):
+        model.fit(sparse.eye(5, 6, dtype=dtype, format="csr"), y)
+    with pytest.raises(ValueError, match=r"\bx\b.*empty"):
+        model.fit(sparse.csr_matrix((0, 5), dtype=dtype), y)
+    with pytest.raises(TypeError, match=r"validation_data\[0\]"):
+        model.fit(np.eye(5, dtype=dtype), y, validation_data=(sparse.eye(5, dtype=np.int64), y))
+    with pytest.raises(TypeError, match=r"\bx\b.*sparse"):
+        GAN(2, [5], [1], dtype=dtype).fit(sparse.eye(5, dtype=dtype, format="csr"))
+    assert same(model.parameters, before)
+
+
+# Callbacks.
+
+
+def test_a_callback_sees_every_step(fusing: Any, dtype: Any) -> None:
+    """Its numbers and the weights at each step are those of single steps; that it is there changes no bit."""
+    layers = [6, 16, 3]
+    x, y = mlp_problem(layers, "softmax", 70, dtype)
+
+    def seen() -> tuple[list[Any], list[list[Any]]]:
+        model, progress, weights = MLP(layers, dtype=dtype), [], []
+
+        def callback(p: Any) -> None:
+            progress.append(p)
+            weights.append([w.copy() for w in model.parameters])
+
+        model.fit(x, y, 3, 16, RULES["adam"](), validation_data=(x[:5], y[:5]), callback=callback)
+        return progress, weights
+
+    progress, weights = seen()
+    with one_by_one():
+        expected_progress, expected_weights = seen()
+    steps = [(p.epoch, p.epochs, p.batch, p.batches, p.epoch_done) for p in progress]
+    assert steps == [(e, 3, b, 5, b == 5) for e in range(1, 4) for b in range(1, 6)]
+    for p, wanted, arrays, wanted_arrays in zip(progress, expected_progress, weights, expected_weights, strict=True):
+        assert p.loss == pytest.approx(wanted.loss, rel=BOUNDS[str(dtype)])
+        assert p.accuracy == pytest.approx(wanted.accuracy, abs=1e-12)
+        assert (p.validation_loss is None) == (wanted.validation_loss is None)
+        assert_close(arrays, wanted_arrays, dtype)
+    without = MLP(layers, dtype=dtype)
+    history = without.fit(x, y, 3, 16, RULES["adam"](), validation_data=(x[:5], y[:5]))
+    assert same(without.parameters, weights[-1])
+    assert history.loss == [p.loss for p in progress if p.epoch_done]
+    assert history.validation_loss == [p.validation_loss for p in progress if p.epoch_done]
+
+
+def stop_after(steps: int) -> Callable[[Any], None]:
+    left = [steps]
+
+    def callback(progress: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise StopTraining
+
+    return callback
+
+
+def test_stop_training_after_so_many_steps(fusing: Any, dtype: Any, rng: Any) -> None:
+    layers = [6, 16, 3]
+    x, y = mlp_problem(layers, "softmax", 70, dtype)
+    for steps in (1, 4, 5, 7):
+        stopped, whole, rule = MLP(layers, dtype=dtype), MLP(layers, dtype=dtype), Adam()
+        history = stopped.fit(x, y, 3, 16, rule, shuffle=False, callback=stop_after(steps))
+        assert len(history.loss) == math.ceil(steps / 5)
+        other = Adam()
+        for step in range(steps):
+            some = slice(step % 5 * 16, step % 5 * 16 + 16)
+            whole.fit(x[some], y[some], 1, 16, other, shuffle=False)
+        assert same(stopped.parameters, whole.parameters)
+        assert {s.steps for s in rule._states.values()} == {steps}
+    gan = small_gan("averaged", dtype)
+    gan.fit(rng.uniform(size=(70, 33)).astype(dtype), 3, 16, callback=stop_after(7))
+    assert gan.steps == 7
+
+
+def test_learning_rates_that_change(fusing: Any, dtype: Any, rng: Any) -> None:
+    x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
+    images = rng.uniform(size=(70, 33)).astype(dtype)
+
+    def run() -> list[list[Any]]:
+        rules = [Adam(0.01, eps=1e-4), SGD(0.1, momentum=0.5), Adam(0.01, eps=1e-4)]
+        mlp, other, gan = MLP([6, 16, 3], dtype=dtype), MLP([6, 16, 3], dtype=dtype), small_gan("averaged", dtype)
+
+        def jump(progress: Any) -> None:
+            rules[1].lr = 0.01 * progress.batch
+
+        results = [
+            fitted(mlp, x, y, epochs=3, batch_size=16, optimizer=rules[0], callback=LinearDecay(rules[0])),
+            fitted(other, x, y, epochs=3, batch_size=16, optimizer=rules[1], callback=jump),
+            fitted(gan, images, epochs=3, batch_size=16, optimizer=rules[2], callback=LinearDecay(rules[2])),
+        ]
+        assert (rules[0].lr, rules[1].lr, rules[2].lr) == (0.01, 0.05, 0.01)
+        return results
+
+    results = run()
+    with one_by_one():
+        expected = run()
+    for result, wanted in zip(results, expected, strict=True):
+        assert_close(result, wanted, dtype)
+    constant = fitted(MLP([6, 16, 3], dtype=dtype), x, y, epochs=3, batch_size=16, optimizer=Adam(0.01, eps=1e-4))
+    assert not same(constant, results[0])
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+def test_a_learning_rate_that_cannot_be(make: Any, fusing: Any, dtype: Any) -> None:
+    x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
+    for lr in (-1.0, math.nan, math.inf):
+        model, rule, weights = MLP([6, 16, 3], dtype=dtype), make(), []
+
+        def callback(progress: Any, model: Any = model, rule: Any = rule, weights: Any = weights, lr: Any = lr) -> None:
+            weights.append([w.copy() for w in model.parameters])
+            rule.lr = lr
+
+        with pytest.raises(ValueError, match=r"\blr\b"):
+            model.fit(x, y, 3, 16, rule, callback=callback)
+        assert len(weights) == 1
+        assert same(model.parameters, weights[0])
+
+
+def test_state_goes_on(fusing: Any, dtype: Any) -> None:
+    """Over several calls of `fit`, with updates by hand in between; and where parameters have had unequally many."""
+    x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
+
+    def run(unequal: bool, rule: Any) -> list[Any]:
+        model = MLP([6, 16, 3], dtype=dtype)
+        result = fitted(model, x, y, epochs=2, batch_size=16, optimizer=rule)
+        _, gradients = model.loss_and_gradients(x, y)
+        for param, grad in list(zip(model.parameters, gradients, strict=True))[: 2 if unequal else None]:
+            rule.update(param, grad)
+        return result + fitted(model, x, y, epochs=2, batch_size=16, optimizer=rule)
+
+    for unequal, rule in itertools.product((False, True), ("momentum", "adam", "adamw")):
+        with calls_of(fusing, "train_mlp") as calls:
+            result = run(unequal, RULES[rule]())
+            first = len(calls)
+            run(not unequal, RULES[rule]())
+        assert (first < len(calls) - first) is unequal  # the second `fit` of one of the two took single steps
+        with one_by_one():
+            assert_close(result, run(unequal, RULES[rule]()), dtype)
+
+
+def test_updates_by_hand_within_a_callback(fusing: Any, dtype: Any) -> None:
+    x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
+
+    def run(params: int) -> list[Any]:
+        model, rule = MLP([6, 16, 3], dtype=dtype), RULES["adam"]()
+
+        def callback(progress: Any) -> None:
+            if progress.batch == 2:
+                for param in model.parameters[:params]:
+                    rule.update(param, np.ones_like(param))
+
+        return fitted(model, x, y, epochs=2, batch_size=16, optimizer=rule, callback=callback)
+
+    for params in (4, 1):
+        result = run(params)
+        with one_by_one():
+            assert_close(result, run(params), dtype)
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import numpy as np
+from gemmlet.nn import GAN, MLP, Adam, StopTraining
+from support import same_bits
+
+rng = np.random.default_rng(0)
+x = rng.uniform(size=(20_000, 64)).astype(np.float32)
+data = (x,) if sys.argv[-1] == "gan" else (x, rng.integers(0, 10, size=len(x)))
+make = (lambda: GAN(8, [128, 64], [128, 1])) if sys.argv[-1] == "gan" else (lambda: MLP([64, 128, 10]))
+network, rule = make(), Adam()
+sent = []
+
+def interrupt():
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Timer(0.4, interrupt).start()
+try:
+    network.fit(*data, epochs=10**6, optimizer=rule)
+except KeyboardInterrupt:
+    took = time.perf_counter() - sent[0]
+assert took < 1, took
+
+# What it leaves is what so many steps give, and the optimizer knows how many they were.
+def weights(network):
+    if isinstance(network, MLP):
+        return network.parameters
+    return network.generator_parameters + network.discriminator_parameters
+
+counts = {state.steps for state in rule._states.values()}
+assert len(counts) == 1, counts
+steps = left = counts.pop()
+assert steps > 0
+
+def callback(progress):
+    global left
+    left -= 1
+    if not left:
+        raise StopTraining
+
+other = make()
+other.fit(*data, epochs=10**6, optimizer=Adam(), callback=callback)
+for a, b in zip(weights(network), weights(other)):
+    assert np.isfinite(a).all()
+    assert same_bits(a, b)
+assert getattr(network, "steps", 0) == getattr(other, "steps", 0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gan"])
+def test_ctrl_c(kind: str, fusing: Any) -> None:
+    """It ends `fit` soon, and between two steps."""
+    run_on(fusing, f"import sys\nsys.argv.append({kind!r})\n{INTERRUPTED}")
+
+
+# Layouts, and what is refused.
+
+
+def strange_layouts(x: Any) -> dict[str, Any]:
+    wide = np.repeat(x, 2, axis=1)
+    unaligned = np.zeros(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    unaligned[...] = x
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    return {
+        "every other column": wide[:, ::2],
+        "backwards": x[::-1].copy()[::-1],
+        "Fortran": np.asfortranarray(x),
+        "unaligned": unaligned,
+        "read-only": read_only,
+        "images": x.reshape(len(x), 2, -1),
+        "list": x.tolist() if x.dtype == np.float64 else x,
+    }
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["float", "uint8"])
+def test_layouts(images: bool, fusing: Any, dtype: Any, rng: Any) -> None:
+    x, y = with_zeros("none", rng, 50, 24, np.uint8 if images else dtype), rng.integers(0, 3, size=50)
+    arguments = {"epochs": 2, "batch_size": 16}
+    expected = fitted(MLP([24, 16, 3], dtype=dtype), x, y, **arguments)
+    expected_gan = fitted(GAN(3, [24], [9, 1], dtype=dtype), x, **arguments)
+    for name, strange in strange_layouts(x).items():
+        assert same(fitted(MLP([24, 16, 3], dtype=dtype), strange, y, **arguments), expected), name
+        assert same(fitted(GAN(3, [24], [9, 1], dtype=dtype), strange, **arguments), expected_gan), name
+    for labels in (y.astype(np.int32), y.astype(np.uint8), np.repeat(y, 2)[::2], y[::-1].copy()[::-1], y.tolist()):
+        assert same(fitted(MLP([24, 16, 3], dtype=dtype), x, labels, **arguments), expected)
+
+
+def test_layouts_of_numbers_to_learn(fusing: Any, dtype: Any) -> None:
+    x, y = mlp_problem([6, 4], "identity", 50, dtype)
+    expected = fitted(MLP([6, 4], output="identity", dtype=dtype), x, y, epochs=2, batch_size=16)
+    for name, strange in strange_layouts(y).items():
+        if name != "images":
+            result = fitted(MLP([6, 4], output="identity", dtype=dtype), x, strange, epochs=2, batch_size=16)
+            assert same(result, expected), name
+
+
+@pytest.mark.parametrize(("output", "outputs", "bad"), [("softmax", 3, 3), ("softmax", 3, -1), ("sigmoid", 1, 2)])
+def test_labels_out_of_range_are_refused_before_training(
+    output: str, outputs: int, bad: int, fusing: Any, dtype: Any
+) -> None:
+    x, y = mlp_problem([6, outputs], output, 300, dtype)
+    y[-1] = bad
+    model = MLP([6, outputs], output=output, dtype=dtype)
+    before = [w.copy() for w in model.parameters]
+    with pytest.raises(ValueError, match=rf"\by\b.*{bad}"):
+        model.fit(x, y, batch_size=16, shuffle=False)
+    assert same(model.parameters, before)
+
+
+# Threads.
+
+
+def test_two_threads_fit_two_models(fusing: Any, dtype: Any, rng: Any) -> None:
+    """While a third one calls kernels: all get what they get alone."""
+    set_threads(fusing, 2)
+    x, y = mlp_problem([64, 128, 10], "softmax", 1000, dtype)
+    a, b = rng.normal(size=(100, 150)).astype(dtype), rng.normal(size=(150, 200)).astype(dtype)
+    product, done = kernels.matmul(a, b), threading.Event()
+
+    def fit(seed: int) -> list[Any]:
+        return fitted(MLP([64, 128, 10], dtype=dtype, seed=seed), x, y, epochs=4)
+
+    def products() -> int:
+        count = 0
+        while not done.is_set():
+            assert same_bits(kernels.matmul(a, b), product)
+            count += 1
+        return count
+
+    expected = [fit(0), fit(1)]
+    with ThreadPoolExecutor(3) as pool:
+        futures, others = [pool.submit(fit, seed) for seed in (0, 1)], pool.submit(products)
+        try:
+            results = [future.result() for future in futures]
+        finally:
+            done.set()
+        assert others.result() > 0
+    assert same(results[0], expected[0])
+    assert same(results[1], expected[1])
+
+
+def test_other_threads_run_meanwhile(fusing: Any) -> None:
+    """Within a single call: the GIL is released."""
+    x, y = mlp_problem([256, 512, 10], "softmax", 3000, np.float32)
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    with calls_of(fusing, "train_mlp") as calls:
+        thread.start()
+        try:
+            MLP([256, 512, 10]).fit(x, y, 2, 256)
+        finally:
+            done.set()
+            thread.join()
+    start, end = max(calls, key=lambda call: call[1] - call[0])
+    quarter = (end - start) / 4
+    assert any(start + quarter < t < end - quarter for t in ticks)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fit_in_a_child_after_fit_in_its_parent(fusing: Any) -> None:
+    script = """
+import os
+import numpy as np
+import gemmlet
+from gemmlet.nn import MLP
+from support import same_bits
+
+gemmlet.set_num_threads(2)
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(500, 64)).astype(np.float32), rng.integers(0, 3, size=500)
+def fit():
+    model = MLP([64, 256, 3])
+    model.fit(x, y, epochs=2)
+    return model.parameters
+expected = fit()
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(map(same_bits, fit(), expected)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert all(map(same_bits, fit(), expected))
+"""
+    run_on(fusing, script)
