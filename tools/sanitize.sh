@@ -26,7 +26,7 @@ PYTHON
 # The interpreter is not built with ASan, so its runtime has to be there before anything else.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
-export PYTHONPATH="$folder/site" GEMMLET_TEST_BACKENDS=cpu PYTHONMALLOC=malloc
+export PYTHONPATH="$folder/site" PYTHONMALLOC=malloc GEMMLET_TEST_BACKENDS=${GEMMLET_TEST_BACKENDS:-cpu}
 "$python" -c '
 import gemmlet, pathlib
 from gemmlet.backends import cpu_backend
@@ -34,4 +34,5 @@ assert pathlib.Path(gemmlet.__file__).is_relative_to("'"$folder"'"), gemmlet.__f
 print("under ASan and UBSan:", *cpu_backend.available_isas())'
 # Not captured, as what the sanitizers print before they end the process would be lost.
 "$python" -m pytest -q --capture=no -p no:cacheprovider -p no:benchmark \
-  tests/test_kernels.py tests/test_special_values.py tests/test_layouts.py tests/test_bad_input.py tests/test_threads.py
+  tests/test_kernels.py tests/test_special_values.py tests/test_layouts.py tests/test_bad_input.py tests/test_threads.py \
+  tests/test_quick.py tests/test_fused.py

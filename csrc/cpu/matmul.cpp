@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/micro_kernel.h"
@@ -48,9 +49,13 @@ struct Output {
             epilogue};
   }
 
+  // Whether nothing is left to do with a sum.
+  bool plain() const { return std::is_same_v<Epilogue, Plain<T>> && bias == nullptr && z == nullptr; }
+
   // n lanes of a row: added to what earlier runs of k left there; the last run adds the bias, keeps z, and applies the
   // epilogue.
-  [[gnu::always_inline]] void put(Index row, Index column, Vec<T> value, int n, bool first, bool last) const {
+  // A function of its own: with a formula in it, it is long.
+  [[gnu::noinline]] void put(Index row, Index column, Vec<T> value, int n, bool first, bool last) const {
     const Index offset = row * row_stride + column;
     if (!first) value = load_lanes(y + offset, n) + value;
     if (last) {
@@ -61,19 +66,6 @@ struct Output {
     store_lanes(y + offset, value, n);
   }
 };
-
-// The sums of one tile, row after row.
-template <class T>
-using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
-
-// As wide as it shall be, or as wide as registers allow.
-template <bool wide, class T>
-inline void compute_tile(int rows, const Strided<T>& x, Strip<T> strip, Index depth, Sums<T>& sums) {
-  with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
-    constexpr int vectors = wide ? vectors_beside<T>(height) : TileSizes<T>::vectors;
-    accumulate(x, strip, depth, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
-  });
-}
 
 // f(first, count) for blocks of nearly equal size, at most `size`.
 template <class F>
@@ -106,48 +98,43 @@ struct Buffers {
   Memory w = make(std::size_t{Sizes::block_columns} * Sizes::depth);
 };
 
-// Whole vectors of a tile, `vectors` to a row; last: as in Output::put.
-template <int vectors, bool last, class T, class O>
-inline void store_whole(const Vec<T>* sums, int rows, const O& out, Index row, Index column, bool first) {
+// Whole vectors of a tile that is not finished: added to y, or stored there.
+template <class T>
+void add_tile(const Vec<T>* sums, int rows, int vectors, T* y, Index row_stride, bool first) {
+  for (int r = 0; r < rows; ++r, y += row_stride, sums += vectors)
+    for (int v = 0; v < vectors; ++v) {
+      T* to = y + v * lanes<T>;
+      store(to, first ? sums[v] : load(to) + sums[v]);
+    }
+}
+
+// Whole vectors of a tile that is: as Output::put, the formula being here once.
+template <class T, class O>
+void finish_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index row, Index column, bool first) {
   const Index at = row * out.row_stride + column;
-  Vec<T> bias[vectors] = {};
-  const bool has_bias = last && out.bias != nullptr;
-  if (has_bias)
-    for (int v = 0; v < vectors; ++v) bias[v] = load(out.bias + column + v * lanes<T>);
   T* y = out.y + at;
   T* z = out.z == nullptr ? nullptr : out.z + at;
-  for (int r = 0; r < rows; ++r, y += out.row_stride, sums += vectors) {
-    Vec<T> value[vectors];
-    for (int v = 0; v < vectors; ++v) value[v] = sums[v];
-    if (!first)
-      for (int v = 0; v < vectors; ++v) value[v] = load(y + v * lanes<T>) + value[v];
-    if constexpr (last) {
-      if (has_bias)
-        for (int v = 0; v < vectors; ++v) value[v] = value[v] + bias[v];
-      if (z != nullptr) {
-        for (int v = 0; v < vectors; ++v) store(z + v * lanes<T>, value[v]);
-        z += out.row_stride;
-      }
-      for (int v = 0; v < vectors; ++v) value[v] = out.epilogue(value[v]);
+  const T* bias = out.bias == nullptr ? nullptr : out.bias + column;
+  for (int r = 0; r < rows; ++r, y += out.row_stride)
+#pragma GCC unroll 1
+    for (int v = 0; v < vectors; ++v) {
+      const int j = v * lanes<T>;
+      Vec<T> value = *sums++;
+      if (!first) value = load(y + j) + value;
+      if (bias != nullptr) value = value + load(bias + j);
+      if (z != nullptr) store(z + r * out.row_stride + j, value);
+      store(y + j, out.epilogue(value));
     }
-    for (int v = 0; v < vectors; ++v) store(y + v * lanes<T>, value[v]);
-  }
 }
 
 template <class T, class O>
 void store_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index row, Index column, Index columns,
                 bool first, bool last) {
   if (columns - column >= vectors * lanes<T>) {
-    const auto store_rows = [&]<int count>(Constant<count>) {
-      last ? store_whole<count, true, T>(sums, rows, out, row, column, first)
-           : store_whole<count, false, T>(sums, rows, out, row, column, first);
-    };
-    if (vectors == 2)
-      store_rows(Constant<2>{});
-    else if (vectors == 4)
-      store_rows(Constant<4>{});
+    if (last && !out.plain())
+      finish_tile<T>(sums, rows, vectors, out, row, column, first);
     else
-      store_rows(Constant<8>{});
+      add_tile<T>(sums, rows, vectors, out.y + row * out.row_stride + column, out.row_stride, first);
     return;
   }
   for (int r = 0; r < rows; ++r)
@@ -171,13 +158,17 @@ template <class T, class O>
 void compute_thin(View<T> x, View<T> w, const O& out) {
   with_constant<thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
     const Index whole = w.columns / lanes<T> * lanes<T>, stride = w.row_stride;
+    const bool plain = out.plain();
     for (Index i = 0; i < x.rows; ++i) {
       Vec<T> x_i[depth];
       for (int k = 0; k < depth; ++k) x_i[k] = splat<T>(x.data[i * x.row_stride + k * x.column_stride]);
       const auto put = [&](Index j, int n) {
         Vec<T> sum{};
         for (int k = 0; k < depth; ++k) sum = fma(x_i[k], load_lanes(w.data + k * stride + j, n), sum);
-        out.put(i, j, sum, n, true, true);
+        if (plain && n == lanes<T>)
+          store(out.y + i * out.row_stride + j, sum);
+        else
+          out.put(i, j, sum, n, true, true);
       };
       for (Index j = 0; j < whole; j += lanes<T>) put(j, lanes<T>);
       if (whole < w.columns) put(whole, static_cast<int>(w.columns - whole));
@@ -209,8 +200,8 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
         const int vectors = whole ? wide : Sizes::vectors;
         prefetch_tile<T>(out, row, height, j);
         const Strip<T> strip{w.data + k * w.row_stride + j, w.row_stride, lanes<T>};
-        whole ? compute_tile<true>(height, x_at(row), strip, depth, sums)
-              : compute_tile<false>(height, x_at(row), strip, depth, sums);
+        whole ? compute_tile<true, T>(height, x_at(row), strip, depth, true, sums)
+              : compute_tile<false, T>(height, x_at(row), strip, depth, true, sums);
         store_tile<T>(sums, height, vectors, out, row, j, w.columns, first, last);
         j += vectors * lanes<T>;
       }
@@ -225,7 +216,8 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
           for_tiles<T>(rows, [&](Index tile, int height) {
             const Index row = first_row + tile;
             prefetch_tile<T>(out, row, height, block + j);
-            compute_tile<false>(height, x_at(row), Strip<T>{packed + j * depth, Sizes::columns, lanes<T>}, depth, sums);
+            compute_tile<false, T>(height, x_at(row), {packed + j * depth, Sizes::columns, lanes<T>}, depth, true,
+                                   sums);
             store_tile<T>(sums, height, Sizes::vectors, out, row, block + j, w.columns, first, last);
           });
       });

@@ -92,6 +92,18 @@ constexpr int vectors_beside(int rows) {
   return rows == 1 ? 8 : rows <= 3 ? 4 : TileSizes<T>::vectors;
 }
 
+// The sums of a tile, row after row: any height, and as wide as TileSizes says or, if `wide`, as registers allow.
+template <class T>
+using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
+
+template <bool wide, class T, class X>
+inline void compute_tile(int rows, const X& x, Strip<T> strip, Index depth, bool begin, Sums<T>& sums) {
+  with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
+    constexpr int vectors = wide ? vectors_beside<T>(height) : TileSizes<T>::vectors;
+    accumulate(x, strip, depth, begin, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
+  });
+}
+
 // Numbers and where in their row they stand.
 template <class T>
 struct SparseRow {

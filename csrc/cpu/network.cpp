@@ -345,14 +345,24 @@ void update_bias(const Layer<T>& layer, const Rows<T>& grad, Index rows, Range c
 template <class T, class OptimizerRule>
 void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad, Index rows, Range inputs,
                   Range columns, const Updating<T, OptimizerRule>& update) {
-  for_tiles<T>(inputs.size(), [&]<int height>(Index first, Constant<height>) {
-    const Index k = inputs.first + first;
+  constexpr int most = TileSizes<T>::rows;
+  const Index tiles = pieces(inputs.size(), most);
+  for (Index tile = 0; tile < tiles; ++tile) {
+    const Range part = part_of(inputs.size(), tile, tiles);
+    const Index k = inputs.first + part.first;
+    const int height = static_cast<int>(part.size());
     for_written_strips<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
-      Vec<T> sum[height][vectors];
-      accumulate(ColumnsOfRowsAnywhere<T>{x, k}, Strip<T>{grad.row(0) + j, grad.stride, second}, rows, true, sum);
-      for (int r = 0; r < height; ++r) update(layer.weight, (k + r) * layer.out + j, second, n, sum[r]);
+      Sums<T> sums;
+      const ColumnsOfRowsAnywhere<T> x_at{x, k};
+      const Strip<T> strip{grad.row(0) + j, grad.stride, second};
+      with_constant<most>(height, [&]<int rows_at_once>(Constant<rows_at_once>) {
+        accumulate(x_at, strip, rows, true, reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(sums));
+      });
+      for (int r = 0; r < height; ++r)
+        update(layer.weight, (k + r) * layer.out + j, second, n,
+               reinterpret_cast<const Vec<T>(&)[vectors]>(sums[r * vectors]));
     });
-  });
+  }
 }
 
 // The numbers of a mini-batch's sparse rows, feature by feature: those of feature k are number begin[k] and on.
