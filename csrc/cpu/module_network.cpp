@@ -2,6 +2,8 @@
 // indices.
 #include <algorithm>
 
+#include <limits>
+
 #include "cpu/bindings.h"
 #include "cpu/network.h"
 
@@ -66,9 +68,11 @@ Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros) {
   return samples;
 }
 
+constexpr Index most_places = std::numeric_limits<std::int32_t>::max();
+
 template <class T>
 Samples<T> sparse_samples(const py::array& x, const py::array& row_start, const py::array& columns, Index features,
-                          const py::array& order) {
+                          const Steps& steps) {
   const Index rows = row_start.size() - 1;
   Samples<T> samples{features,
                      contiguous<T>(x, x.size(), "x"),
@@ -79,13 +83,15 @@ Samples<T> sparse_samples(const py::array& x, const py::array& row_start, const 
                      T(0),
                      true};
   // Of the rows that are read.
-  const Index* indices = static_cast<const Index*>(order.data());
-  for (Index i = 0; i < order.size(); ++i) {
-    const Index begin = samples.row_start[indices[i]], end = samples.row_start[indices[i] + 1];
+  Index numbers = 0;
+  for (Index i = 0; i < steps.count; ++i) {
+    const Index begin = samples.row_start[steps.order[i]], end = samples.row_start[steps.order[i] + 1];
     if (begin < 0 || begin > end || end > x.size()) refuse("row_start", "out of range");
     for (Index e = begin; e < end; ++e)
       if (samples.columns[e] < (e == begin ? 0 : samples.columns[e - 1] + 1) || samples.columns[e] >= features)
         refuse("columns", "out of range, or not ascending");
+    numbers = (i % steps.batch == 0 ? 0 : numbers) + (end - begin);
+    if (numbers > most_places) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
   }
   return samples;
 }
@@ -104,8 +110,10 @@ std::pair<double, Index> train_mlp(LayerTuples layers, const py::array& x, const
     if (row_start && row_start->size() == 0) refuse("row_start", "empty");
     const Index count = row_start ? row_start->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
     const Steps steps = checked_steps(order, batch, count);
-    const Samples<T> samples = row_start ? sparse_samples<T>(x, *row_start, *columns, features, order)
-                                         : dense_samples<T>(x, features, skip_zeros);
+    Samples<T> samples = row_start ? sparse_samples<T>(x, *row_start, *columns, features, steps)
+                                   : dense_samples<T>(x, features, skip_zeros);
+    // Places in a mini-batch are counted in 32 bits.
+    if (!row_start && elements(steps.batch, features, "batch") > most_places) samples.skip_zeros = false;
     Targets<T> wanted{nullptr, nullptr};
     if (targets.dtype().num() == py::dtype::num_of<Index>()) {
       wanted.indices = contiguous<Index>(targets, count, "targets");

@@ -52,12 +52,11 @@ struct FreeAligned {
 template <class T>
 using Buffer = std::unique_ptr<T[], FreeAligned<T>>;
 
+// Not set to anything: what is never used then takes no memory.
 template <class T>
-Buffer<T> zeros(Index count) {
+Buffer<T> space(Index count) {
   const std::size_t bytes = static_cast<std::size_t>(std::max<Index>(count, 1)) * sizeof(T);
-  void* p = ::operator new[](bytes, std::align_val_t{64});
-  std::memset(p, 0, bytes);
-  return Buffer<T>(static_cast<T*>(p));
+  return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
 }
 
 // Rows of whole vectors. The distance of two rows is an odd number of cache lines, so that they do not share sets.
@@ -70,7 +69,8 @@ struct Rows {
   Rows(Index rows, Index columns) {
     constexpr Index line = 64 / sizeof(T);
     stride = (pieces(columns, line) | 1) * line;
-    data = zeros<T>(rows * stride);
+    data = space<T>(rows * stride);
+    std::fill_n(data.get(), rows * stride, T(0));
   }
   T* row(Index i) const { return data.get() + i * stride; }
   void point(const T** pointers, Index first, Index count) const {
@@ -646,19 +646,19 @@ inline Index list_bytes(const std::uint8_t* bytes, Index first, Index end, std::
 template <class T>
 class Feed {
  public:
-  Feed(const Samples<T>& samples, Index most_rows, Inputs<T>& inputs)
+  // most_numbers: that are not 0, in a mini-batch of sparse rows.
+  Feed(const Samples<T>& samples, Index most_rows, Index most_numbers, Inputs<T>& inputs)
       : samples_(samples), inputs_(inputs), blocks_(pieces(samples.features, block_features)) {
-    const Index numbers = most_rows * samples.features;
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse()) {
-      begin_ = zeros<std::int32_t>(most_rows * (blocks_ + 1));
+      begin_ = space<std::int32_t>(most_rows * (blocks_ + 1));
       inputs.sparse.resize(static_cast<std::size_t>(most_rows));
-      inputs.lists.begin = zeros<std::int32_t>(samples.features + 1);
-      inputs.lists.row = zeros<std::int32_t>(numbers);
-      inputs.lists.value = zeros<T>(numbers);
+      inputs.lists.begin = space<std::int32_t>(samples.features + 1);
+      inputs.lists.row = space<std::int32_t>(most_numbers);
+      inputs.lists.value = space<T>(most_numbers);
       if (samples.row_start == nullptr) {
-        columns_ = zeros<std::int32_t>(numbers + 8 * most_rows);
-        values_ = zeros<T>(numbers);
+        columns_ = space<std::int32_t>(most_numbers + 8 * most_rows);
+        values_ = space<T>(most_numbers);
       }
     } else if (samples.bytes != nullptr || !unchanged) {
       rows_ = Rows<T>(most_rows, samples.features);
@@ -756,6 +756,19 @@ class Feed {
   T of_byte_[256];
 };
 
+// How many numbers that are not 0 a mini-batch has at most.
+template <class T>
+Index most_numbers(const Samples<T>& samples, const Steps& steps) {
+  if (samples.row_start == nullptr) return std::min(steps.batch, steps.count) * samples.features;
+  Index most = 0, numbers = 0;
+  for (Index i = 0; i < steps.count; ++i) {
+    if (i % steps.batch == 0) numbers = 0;
+    numbers += samples.row_start[steps.order[i] + 1] - samples.row_start[steps.order[i]];
+    most = std::max(most, numbers);
+  }
+  return most;
+}
+
 // The class that a row of outputs stands for; NaN counts as the largest, as in NumPy.
 template <class T>
 Index predicted_class(const T* row, Index columns) {
@@ -835,7 +848,9 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
   const Index most_rows = std::min(steps.batch, steps.count);
   const Network<T> network(layers, most_rows, 2);
   Inputs<T> inputs[2] = {Inputs<T>(most_rows), Inputs<T>(most_rows)};
-  const Feed<T> feeds[2] = {Feed<T>(samples, most_rows, inputs[0]), Feed<T>(samples, most_rows, inputs[1])};
+  const Index numbers = most_numbers(samples, steps);
+  const Feed<T> feeds[2] = {Feed<T>(samples, most_rows, numbers, inputs[0]),
+                            Feed<T>(samples, most_rows, numbers, inputs[1])};
   Objective<T> objective(targets, loss, loss_parameter, row_weight, layers.back().out, most_rows);
   MlpOutcome outcome{loss_sum, 0};
 
@@ -906,7 +921,7 @@ GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<L
   const Network<T> g(generator, most_rows), d(discriminator, 2 * most_rows);
   // Rows of the discriminator: the samples, then what is generated.
   Inputs<T> g_inputs(most_rows), d_inputs(2 * most_rows), generated(most_rows);
-  const Feed<T> feed(samples, most_rows, d_inputs);
+  const Feed<T> feed(samples, most_rows, 0, d_inputs);
   for (Index i = 0; i < most_rows; ++i) generated.rows[static_cast<std::size_t>(i)] = g.outputs(0, i);
   std::vector<double> losses(static_cast<std::size_t>(2 * most_rows));
 

@@ -40,7 +40,7 @@ struct Samples {
   const Index* row_start;
   const std::int32_t* columns;
   T scale, shift;
-  bool skip_zeros;  // with bytes or values; needs shift 0
+  bool skip_zeros;  // with bytes or values; needs shift 0, and fewer than 2^31 numbers in a mini-batch
 };
 
 // What the rows are compared with: class indices or numbers (rows, out), one of them null.

@@ -39,7 +39,7 @@ class Pace:
     """How many steps to take in a call, from how long the last one took."""
 
     def __init__(self) -> None:
-        self.steps = 8
+        self.steps = 1
         self._started = 0.0
 
     def start(self) -> None:
