@@ -33,6 +33,6 @@ from gemmlet.backends import cpu_backend
 assert pathlib.Path(gemmlet.__file__).is_relative_to("'"$folder"'"), gemmlet.__file__
 print("under ASan and UBSan:", *cpu_backend.available_isas())'
 # Not captured, as what the sanitizers print before they end the process would be lost.
-"$python" -m pytest -q --capture=no -p no:cacheprovider -p no:benchmark \
+"$python" -m pytest -q --capture=no -p no:cacheprovider -p no:benchmark --dist=load \
   tests/test_kernels.py tests/test_special_values.py tests/test_layouts.py tests/test_bad_input.py tests/test_threads.py \
   tests/test_quick.py tests/test_fused.py
