@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Build the compiled modules with AddressSanitizer and UndefinedBehaviorSanitizer, and run the tests of the kernels on them.
 #
-#     tools/sanitize.sh [PYTHON [ISA]]
+#     tools/sanitize.sh [PYTHON [ISA [TESTS...]]]
 #
 # PYTHON: an interpreter with the packages of the extra `test`; by default .venv/bin/python. ISA: the only instruction set
-# to build, such as x86_64_v3; by default all.
+# to build, such as x86_64_v3; by default all. TESTS: what pytest shall run; by default every test of compiled code.
 # GCC on Linux. Leaks are not looked for: CPython itself leaves memory behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,6 +33,8 @@ from gemmlet.backends import cpu_backend
 assert pathlib.Path(gemmlet.__file__).is_relative_to("'"$folder"'"), gemmlet.__file__
 print("under ASan and UBSan:", *cpu_backend.available_isas())'
 # Not captured, as what the sanitizers print before they end the process would be lost.
-"$python" -m pytest -q --capture=no -p no:cacheprovider -p no:benchmark --dist=load \
-  tests/test_kernels.py tests/test_special_values.py tests/test_layouts.py tests/test_bad_input.py tests/test_threads.py \
-  tests/test_quick.py tests/test_fused.py
+tests=("${@:3}")
+if ((${#tests[@]} == 0)); then
+  tests=(tests/test_{kernels,special_values,layouts,bad_input,threads,quick,fused}.py)
+fi
+"$python" -m pytest -q --capture=no -p no:cacheprovider -p no:benchmark --dist=load "${tests[@]}"

@@ -332,9 +332,10 @@ PyObject* cross_entropy(const Formula&, Arguments a) {
         labels->dimensions[0] != rows)
       return unusual;
     indices = data<Index>(labels);
-    Index outside = 0;
-    for (Index i = 0; i < rows; ++i) outside |= indices[i] | (columns - 1 - indices[i]);  // negative, if one is
-    if (outside < 0) return unusual;
+    bool outside = false;
+    for (Index i = 0; i < rows; ++i)  // without a sign, negative ones are large
+      outside |= static_cast<std::uint64_t>(indices[i]) >= static_cast<std::uint64_t>(columns);
+    if (outside) return unusual;
   } else {
     labels = arrays.add(a[1]);
     if (labels == nullptr) return unusual;

@@ -134,7 +134,7 @@ GEMMLET_INLINE V log(V x) {
   // nor convert them.
   using U = std::make_unsigned_t<I>;
   const V large = constant<V>(single ? 0x1p23 : 0x1p52);
-  const auto n_biased = std::bit_cast<Vec<U>>(offset + (I(exponent_bias<V>) << mantissa)) >> mantissa;
+  const auto n_biased = (std::bit_cast<Vec<U>>(offset) + (U(exponent_bias<V>) << mantissa)) >> mantissa;
   const V n = (from_bits<V>(std::bit_cast<IntVecOf<V>>(n_biased) | bits(large)) - large) -
               select(tiny, constant<V>(exponent_bias<V> + (single ? 24 : 54)), constant<V>(exponent_bias<V>));
   // log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)), s = f / (2 + f) (Sun's fdlibm, e_log.c).
