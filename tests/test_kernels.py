@@ -352,6 +352,15 @@ def test_matmul_of_floats(m: int, k: int, n: int, backend: Any, dtype: Any, rng:
             assert abs(result[i, j] - math.fsum(a[i] * b[:, j])) <= 2 * bound[i, j]
 
 
+def test_matmul_of_no_products(backend: Any, dtype: Any) -> None:
+    """An empty sum is 0, whatever lies in memory where its terms would be."""
+    for m, n in ((1, 1), (1, 9), (5, 9), (40, 40)):
+        x, w = np.ones((m, 4), dtype), np.ones((4, n), dtype)
+        for a, b in ((x[:, :0], w[:0]), (x.T.copy().T[:, :0], w.T.copy().T[:0])):
+            assert np.array_equal(kernels.matmul(a, b), np.zeros((m, n))), (m, n)
+            assert np.array_equal(kernels.linear(a, b, np.full(n, 2, dtype)), np.full((m, n), 2.0)), (m, n)
+
+
 def test_matmul_propagates_nan_and_infinity(backend: Any, dtype: Any) -> None:
     a, b = np.zeros((9, 17), dtype), np.ones((17, 20), dtype)
     a[3, 5], a[6, 16] = np.nan, np.inf

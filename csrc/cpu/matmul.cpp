@@ -179,7 +179,7 @@ void compute_thin(View<T> x, View<T> w, const O& out) {
 template <class T, class O>
 void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   using Sizes = TileSizes<T>;
-  if (w.column_stride == 1 && x.columns <= thin_depth) return compute_thin(x, w, out);
+  if (w.column_stride == 1 && x.columns > 0 && x.columns <= thin_depth) return compute_thin(x, w, out);
   Sums<T> sums;
   thread_local Buffers<T> buffers;
   // Whole strips of w are used where they lie if few rows need them.
