@@ -7,7 +7,8 @@
 //   - tiles: runs of TileSizes::depth, each summed from its first to its last product, then added up in order.
 //   - dots: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
 //     The order is that of micro_kernel.h.
-//   x is read where it lies. w is packed, run by run, unless a tile or two of rows is all that uses it.
+//   w is packed, run by run, unless a tile or two of rows is all that uses it. x is read where it lies, but for products
+//   of many columns, each of which would read it again.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -85,18 +86,50 @@ inline void for_tiles(Index rows, F&& f) {
   for (; first < rows; first += height) f(first, static_cast<int>(height));
 }
 
+// Made when first needed, and kept by the thread. Rows of x are an odd number of cache lines apart: not all in one set.
 template <class T>
 struct Buffers {
   using Sizes = TileSizes<T>;
+  static constexpr Index x_stride = Sizes::depth + 64 / sizeof(T);
   struct Free {
     void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
   using Memory = std::unique_ptr<T[], Free>;
-  static Memory make(std::size_t count) {
-    return Memory(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64})));
+  Memory w, wide_w, x;
+
+  static T* get(Memory& memory, Index count) {
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+    if (memory == nullptr) memory = Memory(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
+    return memory.get();
   }
-  Memory w = make(std::size_t{Sizes::block_columns} * Sizes::depth);
 };
+
+// Copies x to contiguous rows.
+template <class T>
+void copy_rows(const View<T>& x, T* copy, Index stride) {
+  constexpr int n = lanes<T>;
+  Index row = 0;
+  if (x.row_stride == 1)
+    for (; row + n <= x.rows; row += n) {
+      Index k = 0;
+      for (; k + n <= x.columns; k += n) {
+        Vec<T> square[n];
+        for (int i = 0; i < n; ++i) square[i] = load(x.data + row + (k + i) * x.column_stride);
+        transpose(square);
+        for (int i = 0; i < n; ++i) store(copy + (row + i) * stride + k, square[i]);
+      }
+      for (; k < x.columns; ++k)
+        for (int i = 0; i < n; ++i) copy[(row + i) * stride + k] = x.data[row + i + k * x.column_stride];
+    }
+  for (; row < x.rows; ++row) {
+    const T* from = x.data + row * x.row_stride;
+    T* to = copy + row * stride;
+    if (x.column_stride == 1)
+      std::copy_n(from, x.columns, to);
+    else
+      for (Index k = 0; k < x.columns; ++k) to[k] = from[k * x.column_stride];
+  }
+}
 
 // Whole vectors of a tile that is not finished: added to y, or stored there.
 template <class T>
@@ -185,6 +218,11 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   // Whole strips of w are used where they lie if few rows need them.
   const bool direct = w.column_stride == 1 && x.rows < 2 * Sizes::rows;
   const Index direct_columns = direct ? w.columns / Sizes::columns * Sizes::columns : 0;
+  // Where a copy of x is used often enough, it pays: x may be turned round, or its rows share few sets of the cache.
+  const bool copied = !direct && w.columns >= Sizes::copied_from_columns;
+  const Index block_columns = copied ? Sizes::wide_columns : Sizes::block_columns;
+  T* const x_copy = copied ? Buffers<T>::get(buffers.x, Sizes::block_rows * Buffers<T>::x_stride) : nullptr;
+  T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * Sizes::depth);
   Index k = 0;
   do {
     const Index depth = std::min<Index>(Sizes::depth, x.columns - k);
@@ -206,18 +244,22 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
         j += vectors * lanes<T>;
       }
     });
-    for (Index block = direct_columns; block < w.columns; block += Sizes::block_columns) {
-      const Index columns = std::min<Index>(Sizes::block_columns, w.columns - block);
-      T* const packed = buffers.w.get();
+    for (Index block = direct_columns; block < w.columns; block += block_columns) {
+      const Index columns = std::min<Index>(block_columns, w.columns - block);
       pack<T>({w.data + k * w.row_stride + block * w.column_stride, depth, columns, w.row_stride, w.column_stride},
               packed);
       for_blocks(x.rows, Sizes::block_rows, [&](Index first_row, Index rows) {
+        Strided<T> x_block = x_at(first_row);
+        if (copied) {
+          copy_rows<T>({x_block.data, rows, depth, x.row_stride, x.column_stride}, x_copy, Buffers<T>::x_stride);
+          x_block = {x_copy, Buffers<T>::x_stride, 1};
+        }
         for (Index j = 0; j < columns; j += Sizes::columns)
           for_tiles<T>(rows, [&](Index tile, int height) {
             const Index row = first_row + tile;
             prefetch_tile<T>(out, row, height, block + j);
-            compute_tile<false, T>(height, x_at(row), {packed + j * depth, Sizes::columns, lanes<T>}, depth, true,
-                                   sums);
+            const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
+            compute_tile<false, T>(height, x_tile, {packed + j * depth, Sizes::columns, lanes<T>}, depth, true, sums);
             store_tile<T>(sums, height, Sizes::vectors, out, row, block + j, w.columns, first, last);
           });
       });
