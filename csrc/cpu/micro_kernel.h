@@ -10,7 +10,9 @@
 //   Nothing is read outside of the arrays; load_masked reads lanes that it then drops.
 #pragma once
 
+#include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -110,22 +112,54 @@ struct SparseRow {
   const std::int32_t* columns;
   const T* values;
   Index count;
+
+  bool empty() const { return count == 0; }
+  // f(place, number), first to last.
+  template <class F>
+  [[gnu::always_inline]] void for_each(F&& f) const {
+    for (Index i = 0; i < count; ++i) f(Index{columns[i]}, values[i]);
+  }
+};
+
+// Bytes, of which those count whose bits are set in 64-bit words; byte i * stride, which is bit i % 64 of word i / 64,
+// stands for the number numbers[byte]. The words are number `first` to `end`.
+template <class T>
+struct MaskedBytes {
+  const std::uint8_t* bytes;
+  Index stride;
+  const std::uint64_t* masks;
+  Index first, end;
+  const T* numbers;
+
+  bool empty() const {
+    std::uint64_t any = 0;
+    for (Index word = first; word < end; ++word) any |= masks[word];
+    return any == 0;
+  }
+  template <class F>
+  [[gnu::always_inline]] void for_each(F&& f) const {
+    for (Index word = first; word < end; ++word)
+      for (std::uint64_t rest = masks[word]; rest != 0; rest &= rest - 1) {
+        const Index i = word * 64 + std::countr_zero(rest);
+        f(i, numbers[bytes[i * stride]]);
+      }
+  }
 };
 
 // sum += x w: row k of w begins at w + k * stride; its vectors stand one after the other, but for the last.
-template <int vectors, class T>
-[[gnu::always_inline]] inline void accumulate_sparse(const SparseRow<T>& x, const T* w, Index stride, Index last,
+template <int vectors, class T, class Sparse>
+[[gnu::always_inline]] inline void accumulate_sparse(const Sparse& x, const T* w, Index stride, Index last,
                                                      Vec<T> (&total)[vectors]) {
   Vec<T> sum[vectors];
   for (int v = 0; v < vectors; ++v) sum[v] = total[v];
   // The main loop:
-  for (Index i = 0; i < x.count; ++i) {
-    const Vec<T> x_i = splat<T>(x.values[i]);
-    const T* w_i = w + x.columns[i] * stride;
+  x.for_each([&] [[gnu::always_inline]] (Index i, T number) {
+    const Vec<T> x_i = splat<T>(number);
+    const T* w_i = w + i * stride;
 #pragma GCC unroll 8
     for (int v = 0; v < vectors - 1; ++v) sum[v] = fma(x_i, load(w_i + v * lanes<T>), sum[v]);
     sum[vectors - 1] = fma(x_i, load(w_i + last), sum[vectors - 1]);
-  }
+  });
   for (int v = 0; v < vectors; ++v) total[v] = sum[v];
 }
 

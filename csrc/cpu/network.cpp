@@ -13,7 +13,6 @@
 #include "cpu/network.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <bit>
 #include <cstring>
@@ -186,22 +185,45 @@ inline void for_wide_blocks(Range columns, F&& f) {
                      [&](auto vectors) { f(j, vectors); });
 }
 
-// Sparse rows are used in blocks of so many columns (features): begin[b] is the first number of block b.
+// Sparse rows are used in blocks of so many columns (features), in one of two forms.
 constexpr Index block_features = 64;
+
+// Lists: begin[b] is the first number of block b.
 template <class T>
 struct BlockedRow {
-  SparseRow<T> all;
+  const std::int32_t* columns;
+  const T* values;
   const std::int32_t* begin;
 
   SparseRow<T> blocks(Index first, Index end) const {
-    return {all.columns + begin[first], all.values + begin[first], begin[end] - begin[first]};
+    return {columns + begin[first], values + begin[first], begin[end] - begin[first]};
+  }
+  void prefetch(Index block) const {
+    __builtin_prefetch(columns + begin[block]);
+    __builtin_prefetch(values + begin[block]);
   }
 };
 
-// The same for sparse rows. Two blocks of features at a time, so that what all rows use of w stays in the first-level
-// cache while they do.
+// Bytes, one word of bits for a block.
 template <class T>
-void forward_sparse(const BlockedRow<T>* x, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
+struct MaskedRow {
+  const std::uint8_t* bytes;
+  const std::uint64_t* masks;
+  const T* numbers;
+
+  MaskedBytes<T> blocks(Index first, Index end) const { return {bytes, 1, masks, first, end, numbers}; }
+  void prefetch(Index block) const { __builtin_prefetch(bytes + block * block_features); }
+};
+
+template <class T>
+inline void prefetch_row(const T* from, Index count) {
+  for (Index i = 0; i < count; i += 64 / static_cast<Index>(sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// As forward_dense, for sparse rows; one block of features at a time, so that what all rows use of w stays in the
+// first-level cache while they do.
+template <class T, class Row>
+void forward_sparse(const Row* x, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
   constexpr Index n = lanes<T>;
   const Index out = layer.out, blocks = pieces(layer.in, block_features), at_once = rows == 1 ? blocks : 1;
   const T *w = layer.weight.value, *bias = layer.bias.value;
@@ -209,9 +231,8 @@ void forward_sparse(const BlockedRow<T>* x, Index rows, const Layer<T>& layer, R
     const int part = static_cast<int>(out);
     for (Index r = 0; r < rows; ++r) {
       Vec<T> sum{};
-      const SparseRow<T>& row = x[r].all;
-      for (Index i = 0; i < row.count; ++i)
-        sum = fma(splat<T>(row.values[i]), load_part(w + row.columns[i] * out, part), sum);
+      x[r].blocks(0, blocks).for_each(
+          [&](Index k, T number) { sum = fma(splat<T>(number), load_part(w + k * out, part), sum); });
       store(y + r * y_stride, sum + load_part(bias, part));
     }
   } else {
@@ -222,6 +243,10 @@ void forward_sparse(const BlockedRow<T>* x, Index rows, const Layer<T>& layer, R
       for (Index block = 0; block < blocks; block += at_once) {
         const Index end = std::min(block + at_once, blocks);
         for (Index r = 0; r < rows; ++r) {
+          // Another thread may have written it, so that it is far away.
+          if (r + prefetched_rows / 2 < rows) x[r + prefetched_rows / 2].prefetch(block);
+          if (const Index next = end * block_features + r; r < block_features && next < layer.in)
+            prefetch_row(w + next * out + j, vectors * n);
           T* y_r = y + r * y_stride;
           Vec<T> sum[vectors] = {};
           if (block > 0)
@@ -400,11 +425,42 @@ struct FeatureLists {
   }
 };
 
+// Bit k of word i becomes bit i of word k: blocks of 32, 16, ... bits across the diagonal change places.
+inline void transpose_bits(std::uint64_t (&words)[64]) {
+  std::uint64_t low = 0xffffffff;
+  for (int size = 32; size > 0; size /= 2, low ^= low << size)
+    for (int base = 0; base < 64; base += 2 * size)
+      for (int i = base; i < base + size; ++i) {
+        const std::uint64_t change = ((words[i] >> size) ^ words[i + size]) & low;
+        words[i + size] ^= change;
+        words[i] ^= change << size;
+      }
+}
+
+// The same for masked rows, that stand `stride` apart: the bits of feature k are the words from k * words on.
+template <class T>
+struct FeatureMasks {
+  const std::uint8_t* bytes = nullptr;
+  Index stride = 0, words = 0;
+  const T* numbers = nullptr;
+  Buffer<std::uint64_t> masks;
+
+  void list(const MaskedRow<T>* x, Index rows, Index, Index block) {
+    for (Index word = 0; word < words; ++word) {
+      std::uint64_t square[64] = {};
+      for (Index i = word * 64; i < std::min(rows, word * 64 + 64); ++i) square[i % 64] = x[i].masks[block];
+      transpose_bits(square);
+      for (Index k = 0; k < block_features; ++k) masks[(block * block_features + k) * words + word] = square[k];
+    }
+  }
+
+  MaskedBytes<T> feature(Index k) const { return {bytes + k, stride, masks.get() + k * words, 0, words, numbers}; }
+};
+
 // As update_dense, for one input, from the rows of the mini-batch in which it is not 0.
-template <int vectors, class T, class OptimizerRule>
-[[gnu::always_inline]] inline void update_from(const SparseRow<T>& rows, const Layer<T>& layer, Index k,
-                                               const Rows<T>& grad, Index j, Index end,
-                                               const Updating<T, OptimizerRule>& update) {
+template <int vectors, class T, class Sparse, class OptimizerRule>
+[[gnu::always_inline]] inline void update_from(const Sparse& rows, const Layer<T>& layer, Index k, const Rows<T>& grad,
+                                               Index j, Index end, const Updating<T, OptimizerRule>& update) {
   constexpr int n = lanes<T>;
   Vec<T> sum[vectors] = {};
   accumulate_sparse(rows, grad.row(0) + j, grad.stride, (vectors - 1) * n, sum);
@@ -420,38 +476,63 @@ template <int vectors, class T, class OptimizerRule>
   }
 }
 
-template <class T, class OptimizerRule>
-void update_sparse(const Layer<T>& layer, const FeatureLists<T>& lists, const Rows<T>& grad, Range inputs,
-                   Range columns, const Updating<T, OptimizerRule>& update) {
+template <class T, class Features, class OptimizerRule>
+void update_sparse(const Layer<T>& layer, const Features& features, const Rows<T>& grad, Range inputs, Range columns,
+                   const Updating<T, OptimizerRule>& update) {
+  constexpr Index n = lanes<T>;
   for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
     for (Index k = inputs.first; k < inputs.end; ++k) {
-      const SparseRow<T> rows = lists.feature(k);
-      if (rows.count > 0 || !update.idle_without_gradient)
+      prefetch_row(layer.weight.value + std::min(k + 4, layer.in - 1) * layer.out + j, vectors * n);
+      const auto rows = features.feature(k);
+      if (!rows.empty() || !update.idle_without_gradient)
         update_from<vectors>(rows, layer, k, grad, j, columns.end, update);
     }
   });
 }
 
 // The same from a single row, for a rule that is idle without gradient.
-template <class T, class OptimizerRule>
-void update_sparse(const Layer<T>& layer, const SparseRow<T>& x, const Rows<T>& grad, Range columns,
-                   const Updating<T, OptimizerRule>& update) {
+template <class T, class Row, class OptimizerRule>
+void update_from_row(const Layer<T>& layer, const Row& x, const Rows<T>& grad, Range columns,
+                     const Updating<T, OptimizerRule>& update) {
   static constexpr std::int32_t first_row = 0;
   for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
-    for (Index e = 0; e < x.count; ++e)
-      update_from<vectors>({&first_row, x.values + e, 1}, layer, x.columns[e], grad, j, columns.end, update);
+    x.blocks(0, pieces(layer.in, block_features)).for_each([&](Index k, T number) {
+      update_from<vectors>(SparseRow<T>{&first_row, &number, 1}, layer, k, grad, j, columns.end, update);
+    });
   });
 }
 
-// What a mini-batch brings to the first layer: rows that lie anywhere; or sparse rows, and their lists.
+// Sparse rows of a mini-batch, and the same feature by feature.
+template <class T, class Row, class Features>
+struct SparseInputs {
+  std::vector<Row> rows;
+  Features features;
+};
+
+// What a mini-batch brings to the first layer: rows that lie anywhere, or sparse rows in one form or the other.
 template <class T>
 struct Inputs {
   std::vector<const T*> rows;
-  std::vector<BlockedRow<T>> sparse;  // empty if the rows are dense
-  FeatureLists<T> lists;
+  SparseInputs<T, BlockedRow<T>, FeatureLists<T>> listed;
+  SparseInputs<T, MaskedRow<T>, FeatureMasks<T>> masked;
 
   explicit Inputs(Index most_rows) : rows(static_cast<std::size_t>(most_rows)) {}
-  bool is_sparse() const { return !sparse.empty(); }
+  // f(the form that there is); false if the rows are dense.
+  template <class F>
+  bool if_sparse(F&& f) const {
+    if (!masked.rows.empty())
+      f(masked);
+    else if (!listed.rows.empty())
+      f(listed);
+    else
+      return false;
+    return true;
+  }
+  // The share of a block of features that the rows come to.
+  void list(Index rows_there, Index features, Index block) {
+    if (!masked.rows.empty()) masked.features.list(masked.rows.data(), rows_there, features, block);
+    if (!listed.rows.empty()) listed.features.list(listed.rows.data(), rows_there, features, block);
+  }
 };
 
 // The layers of one network, and the space that mini-batches need: `slots` of them at a time as far as the first layer's
@@ -481,9 +562,10 @@ class Network {
   void forward_first(const Inputs<T>& inputs, Index slot, Range rows, Range columns) const {
     const Rows<T>& target = preactivations(0);
     T* to = target.row(slot * most_rows_ + rows.first);
-    if (inputs.is_sparse())
-      forward_sparse(inputs.sparse.data() + rows.first, rows.size(), layers_[0], columns, to, target.stride);
-    else
+    const bool sparse = inputs.if_sparse([&](const auto& x) {
+      forward_sparse(x.rows.data() + rows.first, rows.size(), layers_[0], columns, to, target.stride);
+    });
+    if (!sparse)
       for (Index first = rows.first; first < rows.end; first += most_task_rows, to += most_task_rows * target.stride)
         forward_dense(inputs.rows.data() + first, std::min(most_task_rows, rows.end - first), layers_[0], columns, to,
                       target.stride);
@@ -538,20 +620,23 @@ class Network {
       const Range columns = by_columns ? first_columns : Range{0, layer.out};
       const Range inputs_part = by_columns ? Range{0, layer.in} : part_of(layer.in, index, count);
       if (by_columns || index == static_cast<Index>(l) % count) update_bias(layer, grad_[l], rows, columns, update);
-      if (l > 0 || !inputs.is_sparse()) {
+      const bool sparse = l == 0 && inputs.if_sparse([&](const auto& x) {
+        if (rows == 1 && update.idle_without_gradient) {
+          if (by_columns || index == 0) update_from_row(layer, x.rows[0], grad_[0], columns, update);
+        } else if (by_columns) {
+          update_sparse(layer, x.features, grad_[0], {0, layer.in}, columns, update);
+        } else {
+          // In turn, as they are not equally full.
+          for (Index block = index; block < pieces(layer.in, block_features); block += count) {
+            const Index first = block * block_features;
+            update_sparse(layer, x.features, grad_[0], {first, std::min(layer.in, first + block_features)}, columns,
+                          update);
+          }
+        }
+      });
+      if (!sparse) {
         const T* const* x = l == 0 ? inputs.rows.data() : y_rows_[l - 1].data() + (l == 1 ? slot * most_rows_ : 0);
         update_dense(layer, x, grad_[l], rows, inputs_part, columns, update);
-      } else if (rows == 1 && update.idle_without_gradient) {
-        if (by_columns || index == 0) update_sparse(layer, inputs.sparse[0].all, grad_[0], columns, update);
-      } else if (by_columns) {
-        update_sparse(layer, inputs.lists, grad_[0], {0, layer.in}, columns, update);
-      } else {
-        // In turn, as they are not equally full.
-        for (Index block = index; block < pieces(layer.in, block_features); block += count) {
-          const Index first = block * block_features;
-          update_sparse(layer, inputs.lists, grad_[0], {first, std::min(layer.in, first + block_features)}, columns,
-                        update);
-        }
       }
     }
   }
@@ -613,33 +698,19 @@ void with_team(double work, const F& f) {
   f(alone);
 }
 
-// The places of the bits of a byte, lowest first; then anything.
-constexpr auto bit_places = [] {
-  std::array<std::array<std::uint8_t, 8>, 256> places{};
-  for (std::size_t mask = 0; mask < 256; ++mask)
-    for (std::size_t bit = 0, count = 0; bit < 8; ++bit)
-      if ((mask >> bit & 1) != 0) places[mask][count++] = static_cast<std::uint8_t>(bit);
-  return places;
-}();
-
-// Appends the places first ... end of bytes that are not 0 to `columns`, which has `count`; returns how many it has then.
-// It writes up to eight more. Without a branch on what the bytes are, which cannot be predicted.
-inline Index list_bytes(const std::uint8_t* bytes, Index first, Index end, std::int32_t* columns, Index count) {
+// One bit for each of 64 bytes: whether it is not 0.
+inline std::uint64_t mask_of(const std::uint8_t* bytes) {
   constexpr std::uint64_t low = 0x7f7f7f7f7f7f7f7f, top = ~low;
-  for (Index k = first; k < end; k += 8) {
-    std::uint64_t eight = 0;
-    if (end - k >= 8)
-      std::memcpy(&eight, bytes + k, 8);
-    else
-      for (Index i = 0; i < end - k; ++i) eight |= std::uint64_t{bytes[k + i]} << (8 * i);
+  std::uint64_t mask = 0;
+  for (int i = 0; i < 8; ++i) {
+    std::uint64_t eight;
+    std::memcpy(&eight, bytes + 8 * i, 8);
+    if constexpr (std::endian::native == std::endian::big) eight = __builtin_bswap64(eight);
     // The top bit of each byte that is not 0; these eight bits, side by side.
     const std::uint64_t set = (eight | ((eight & low) + low)) & top;
-    const std::size_t mask = (set >> 7) * 0x0102040810204080 >> 56;
-    for (std::size_t i = 0; i < 8; ++i)
-      columns[count + static_cast<Index>(i)] = static_cast<std::int32_t>(k) + bit_places[mask][i];
-    count += std::popcount(mask);
+    mask |= ((set >> 7) * 0x0102040810204080 >> 56) << (8 * i);
   }
-  return count;
+  return mask;
 }
 
 // Makes samples the rows of a mini-batch.
@@ -650,14 +721,22 @@ class Feed {
   Feed(const Samples<T>& samples, Index most_rows, Index most_numbers, Inputs<T>& inputs)
       : samples_(samples), inputs_(inputs), blocks_(pieces(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
-    if (sparse()) {
+    if (sparse() && samples.bytes != nullptr) {
+      stride_ = (blocks_ | 1) * block_features;
+      bytes_ = space<std::uint8_t>(most_rows * stride_);
+      std::fill_n(bytes_.get(), most_rows * stride_, std::uint8_t{0});
+      masks_ = space<std::uint64_t>(most_rows * blocks_);
+      inputs.masked.rows.resize(static_cast<std::size_t>(most_rows));
+      const Index words = pieces(most_rows, 64);
+      inputs.masked.features = {bytes_.get(), stride_, words, of_byte_,
+                                space<std::uint64_t>(blocks_ * block_features * words)};
+    } else if (sparse()) {
       begin_ = space<std::int32_t>(most_rows * (blocks_ + 1));
-      inputs.sparse.resize(static_cast<std::size_t>(most_rows));
-      inputs.lists.begin = space<std::int32_t>(samples.features + 1);
-      inputs.lists.row = space<std::int32_t>(most_numbers);
-      inputs.lists.value = space<T>(most_numbers);
+      inputs.listed.rows.resize(static_cast<std::size_t>(most_rows));
+      inputs.listed.features = {space<std::int32_t>(samples.features + 1), space<std::int32_t>(most_numbers),
+                                space<T>(most_numbers)};
       if (samples.row_start == nullptr) {
-        columns_ = space<std::int32_t>(most_numbers + 8 * most_rows);
+        columns_ = space<std::int32_t>(most_numbers);
         values_ = space<T>(most_numbers);
       }
     } else if (samples.bytes != nullptr || !unchanged) {
@@ -690,8 +769,10 @@ class Feed {
   // Sample number `sample` becomes row `row` of the mini-batch.
   void bring(Index sample, Index row) const {
     const Index features = samples_.features;
-    if (sparse()) {
-      inputs_.sparse[static_cast<std::size_t>(row)] = sparse_row(sample, row);
+    if (sparse() && samples_.bytes != nullptr) {
+      inputs_.masked.rows[static_cast<std::size_t>(row)] = masked_row(sample, row);
+    } else if (sparse()) {
+      inputs_.listed.rows[static_cast<std::size_t>(row)] = listed_row(sample, row);
     } else if (rows_.stride == 0) {
       inputs_.rows[static_cast<std::size_t>(row)] = samples_.values + sample * features;
     } else {
@@ -709,7 +790,15 @@ class Feed {
   }
 
  private:
-  BlockedRow<T> sparse_row(Index sample, Index row) const {
+  MaskedRow<T> masked_row(Index sample, Index row) const {
+    std::uint8_t* bytes = bytes_.get() + row * stride_;
+    std::uint64_t* masks = masks_.get() + row * blocks_;
+    std::copy_n(samples_.bytes + sample * samples_.features, samples_.features, bytes);
+    for (Index block = 0; block < blocks_; ++block) masks[block] = mask_of(bytes + block * block_features);
+    return {bytes, masks, of_byte_};
+  }
+
+  BlockedRow<T> listed_row(Index sample, Index row) const {
     const Index features = samples_.features;
     std::int32_t* begin = begin_.get() + row * (blocks_ + 1);
     if (samples_.row_start != nullptr) {
@@ -720,31 +809,21 @@ class Feed {
         while (e < count && columns[e] < block * block_features) ++e;
         begin[block] = static_cast<std::int32_t>(e);
       }
-      return {{columns, samples_.values + at, count}, begin};
+      return {columns, samples_.values + at, begin};
     }
-    std::int32_t* columns = columns_.get() + row * (features + 8);
+    std::int32_t* columns = columns_.get() + row * features;
     T* values = values_.get() + row * features;
     Index count = 0;
-    for (Index block = 0; block < blocks_; ++block) {
-      begin[block] = static_cast<std::int32_t>(count);
-      const Index first = block * block_features, end = std::min(features, first + block_features);
-      if (samples_.bytes != nullptr)
-        count = list_bytes(samples_.bytes + sample * features, first, end, columns, count);
-      else
-        for (Index k = first; k < end; ++k) {
-          // Each number is written, and counts if it is not zero.
-          const T value = samples_.values[sample * features + k];
-          columns[count] = static_cast<std::int32_t>(k);
-          values[count] = value;
-          count += value != T(0);
-        }
-    }
-    if (samples_.bytes != nullptr) {
-      const std::uint8_t* from = samples_.bytes + sample * features;
-      for (Index e = 0; e < count; ++e) values[e] = of_byte_[from[columns[e]]];
+    for (Index k = 0; k < features; ++k) {
+      if (k % block_features == 0) begin[k / block_features] = static_cast<std::int32_t>(count);
+      // Each number is written, and counts if it is not zero.
+      const T value = samples_.values[sample * features + k];
+      columns[count] = static_cast<std::int32_t>(k);
+      values[count] = value;
+      count += value != T(0);
     }
     begin[blocks_] = static_cast<std::int32_t>(count);
-    return {{columns, values, count}, begin};
+    return {columns, values, begin};
   }
 
   const Samples<T>& samples_;
@@ -753,6 +832,9 @@ class Feed {
   Rows<T> rows_;
   Buffer<std::int32_t> columns_, begin_;
   Buffer<T> values_;
+  Index stride_ = 0;
+  Buffer<std::uint8_t> bytes_;
+  Buffer<std::uint64_t> masks_;
   T of_byte_[256];
 };
 
@@ -869,9 +951,9 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
     // What becomes of them once all members have brought theirs.
     const auto begin = [&](Index start, Index slot) {
       const Index rows = rows_from(start);
-      if (inputs[slot].is_sparse() && rows > 0)
+      if (feeds[slot].sparse() && rows > 0)
         for (Index block = me; block < pieces(samples.features, block_features); block += all)
-          inputs[slot].lists.list(inputs[slot].sparse.data(), rows, samples.features, block);
+          inputs[slot].list(rows, samples.features, block);
       if (columns.size() > 0) network.forward_first(inputs[slot], slot, {0, rows}, columns);
     };
 
