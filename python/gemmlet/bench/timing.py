@@ -31,10 +31,13 @@ class Plan:
         A sample is as many calls as take about this long, so that the clock's own cost does not count.
     warm_seconds, most_warm_seconds
         Before each sample the side runs untimed: for so long, and until a call takes at most twice as long as its
-        fastest so far. The threads of the side before it still spin, on processors that this one needs: PyTorch after
-        NumPy, on two processors, took 3 ms for its first call instead of 0.1, and now and then 16 ms for each of five.
+        fastest so far.
     first_warm_seconds
         The least before the first sample, so that a fastest call is known that none of this has spoilt.
+    most_quiet_seconds
+        Before that, the longest wait for the threads of the side before it to stop spinning on processors that
+        this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a product, and PyTorch or this
+        library, called meanwhile, has one processor of two.
     """
 
     seconds: float = 1.0
@@ -44,6 +47,7 @@ class Plan:
     warm_seconds: float = 6e-3
     most_warm_seconds: float = 0.25
     first_warm_seconds: float = 0.1
+    most_quiet_seconds: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,16 @@ def calls_per_sample(call: Callable[[], Any], seconds: float, clock: Clock = tim
         count *= 2
 
 
+def _wait_until_quiet(most_seconds: float) -> None:
+    """Sleep until this process's threads hardly run any more."""
+    end = time.perf_counter() + most_seconds
+    while time.perf_counter() < end:
+        start, used = time.perf_counter(), time.process_time()
+        time.sleep(2e-3)
+        if time.process_time() - used < 0.25 * (time.perf_counter() - start):
+            return
+
+
 def _warm_up(call: Callable[[], Any], plan: Plan, fastest: float, clock: Clock) -> float:
     """Run untimed, as the plan says; returns the seconds of the fastest call, here or before."""
     start = before = clock()
@@ -136,6 +150,7 @@ def alternate(
     for name, side in sides.items():
         with SIDES[name].entered():
             side.call()  # the first one may still compile or allocate
+            _wait_until_quiet(plan.most_quiet_seconds)
             start = clock()
             side.call()
             once = clock() - start
@@ -159,6 +174,7 @@ def alternate(
         for _ in range(rounds):
             for name in rng.sample(list(sides), len(sides)):
                 with SIDES[name].entered():
+                    _wait_until_quiet(plan.most_quiet_seconds)
                     if name in fastest:
                         fastest[name] = _warm_up(sides[name].call, plan, fastest[name], clock)
                     samples[name].append(_sample(sides[name], counts[name], clock))
