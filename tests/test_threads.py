@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -255,6 +256,48 @@ finally:
         other.join()
 check("parent that has computed")
 """
+
+
+MOVED = """
+import os, time
+import numpy as np
+import gemmlet
+from gemmlet import kernels
+
+gemmlet.set_num_threads(2)
+
+def threads():
+    return [int(name) for name in os.listdir("/proc/self/task")]
+
+def everywhere(processors):
+    for thread in threads():
+        os.sched_setaffinity(thread, processors)
+
+x, y = np.ones(400_000, np.float32), np.empty(400_000, np.float32)
+allowed = os.sched_getaffinity(0)
+here = min(allowed)
+for _ in range(20):
+    everywhere({here})
+    kernels.tanh(x, out=y)
+    time.sleep(0.01)  # the workers sleep, on the one processor that they had
+    everywhere(allowed)
+    kernels.tanh(x, out=y)
+    time.sleep(0.01)
+    assert {frozenset(os.sched_getaffinity(thread)) for thread in threads()} == {frozenset(allowed)}
+    assert (y == y[0]).all()
+os.sched_setaffinity(0, {here})  # of this thread only
+for _ in range(20):
+    kernels.tanh(x, out=y)
+    time.sleep(0.01)
+assert os.sched_getaffinity(0) == {here}
+print("done")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells where threads may run")
+def test_where_threads_may_run_is_left_as_it_was(any_threads_backend: Any) -> None:
+    """The workers are woken on another processor than the caller's; afterwards they may run anywhere again."""
+    assert run_on(any_threads_backend, MOVED) == "done\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

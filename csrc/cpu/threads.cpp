@@ -2,6 +2,11 @@
 
 #include <pthread.h>
 #include <signal.h>
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <chrono>
@@ -38,6 +43,45 @@ bool spin_until(Condition done) {
   } while (std::chrono::steady_clock::now() < end);
   return done();
 }
+
+// Where a worker sleeps, so that the caller can see to it that it does not wake up on the caller's own processor. Linux
+// wakes a thread where it was before, and while the machine is busy looks for no other processor: there it would wait until the
+// caller has done all the work.
+class Bed {
+ public:
+#if defined(__linux__)
+  // By the worker, before it sleeps.
+  void lie_down() {
+    thread_.store(static_cast<pid_t>(syscall(SYS_gettid)), std::memory_order_relaxed);
+    processor_.store(sched_getcpu(), std::memory_order_relaxed);
+  }
+  // By the caller, before it wakes the worker.
+  void clear_processor() {
+    const int mine = sched_getcpu();
+    if (mine < 0 || mine >= CPU_SETSIZE || processor_.load(std::memory_order_relaxed) != mine) return;
+    const pid_t thread = thread_.load(std::memory_order_relaxed);
+    if (sched_getaffinity(thread, sizeof allowed_, &allowed_) != 0 || !CPU_ISSET(mine, &allowed_)) return;
+    cpu_set_t others = allowed_;
+    CPU_CLR(mine, &others);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(thread, sizeof others, &others) == 0)
+      moved_.store(true, std::memory_order_release);
+  }
+  // By the worker, once awake: it may run anywhere again.
+  void get_up() {
+    if (moved_.exchange(false, std::memory_order_acquire)) sched_setaffinity(0, sizeof allowed_, &allowed_);
+  }
+
+ private:
+  std::atomic<pid_t> thread_{0};
+  std::atomic<int> processor_{-1};
+  std::atomic<bool> moved_{false};
+  cpu_set_t allowed_;
+#else
+  void lie_down() {}
+  void clear_processor() {}
+  void get_up() {}
+#endif
+};
 
 struct Job {
   void (*call)(const void*, std::int64_t);
@@ -82,6 +126,7 @@ class Pool {
     generation_.fetch_add(1);
     if (sleepers_.load() > 0) {
       const std::lock_guard lock(sleep_mutex_);
+      for (Bed* bed : beds_) bed->clear_processor();
       wake_.notify_all();
     }
     job.work();
@@ -122,14 +167,20 @@ class Pool {
   }
 
   void worker(std::uint64_t seen) {
+    Bed bed;
     while (true) {
       const auto called = [&] { return generation_.load() != seen; };
       if (!spin_until(called)) {
         std::unique_lock lock(sleep_mutex_);
         // Counted before the last look: either the caller sees a sleeper, or the sleeper sees the call.
         sleepers_.fetch_add(1);
+        bed.lie_down();
+        beds_.push_back(&bed);
         wake_.wait(lock, called);
+        std::erase(beds_, &bed);
         sleepers_.fetch_sub(1);
+        lock.unlock();
+        bed.get_up();
       }
       seen = generation_.load();
       if (stop_.load()) return;
@@ -148,6 +199,7 @@ class Pool {
   std::atomic<bool> stop_{false};
   std::atomic<int> sleepers_{0};
   std::mutex sleep_mutex_;
+  std::vector<Bed*> beds_;  // of those that sleep
   std::condition_variable wake_;
 };
 
