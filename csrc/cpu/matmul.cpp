@@ -219,7 +219,8 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   const bool direct = w.column_stride == 1 && x.rows < 2 * Sizes::rows;
   const Index direct_columns = direct ? w.columns / Sizes::columns * Sizes::columns : 0;
   // Where a copy of x is used often enough, it pays: x may be turned round, or its rows share few sets of the cache.
-  const bool copied = !direct && w.columns >= Sizes::copied_from_columns;
+  const bool copied =
+      !direct && w.columns >= (x.column_stride == 1 ? Sizes::copied_from_columns : Sizes::turned_from_columns);
   const Index block_columns = copied ? Sizes::wide_columns : Sizes::block_columns;
   T* const x_copy = copied ? Buffers<T>::get(buffers.x, Sizes::block_rows * Buffers<T>::x_stride) : nullptr;
   T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * Sizes::depth);

@@ -8,8 +8,10 @@
 // block_rows      rows of x of which a run (144 KiB for float) stays in the second level while strip after strip of w
 //                 passes by.
 // block_columns   columns of w that are packed at a time (128 KiB for float), beside them.
-// copied_from_columns   so many columns of w pay for a copy of a run of block_rows of x; wide_columns of w are then packed
-//                 at a time (1 MiB for float), in the third level: each strip comes from there once for block_rows.
+// copied_from_columns, turned_from_columns   so many columns of w pay for a copy of a run of block_rows of x; for one that
+//                 turns x round, where it lies column by column.
+// wide_columns    of w are then packed at a time (1 MiB for float), in the third level: each strip comes from there once
+//                 for block_rows.
 // dot_rows        up to so many rows of x, to turn w round costs more than dots do.
 #pragma once
 
@@ -30,7 +32,8 @@ struct TileSizes {
   static constexpr int task_rows = 1152;
   static constexpr int block_rows = 144;
   static constexpr int block_columns = 128;
-  static constexpr int copied_from_columns = 512, wide_columns = 1024;
+  static constexpr int copied_from_columns = 512, turned_from_columns = 128;
+  static constexpr int wide_columns = 1024;
   static constexpr int dot_rows = 8;
   static_assert(block_rows % rows == 0 && block_columns % columns == 0 && wide_columns % columns == 0);
 
