@@ -355,6 +355,21 @@ def test_skipping_zeros_changes_no_bit(
             assert same(*results), (given_dtype, width, rule, batch)
 
 
+@pytest.mark.parametrize("batch", [63, 64, 65, 150, 400])
+def test_skipping_zeros_in_long_mini_batches(
+    batch: int, fusing: Any, dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bytes, 64 rows are looked at together; the last mini-batch is shorter."""
+    x, y = with_zeros("some", rng, 333, 70, np.uint8), rng.integers(0, 2, size=333)
+    results = []
+    for below in (0, 2):
+        monkeypatch.setattr(fused, "SPARSE_BELOW", below)
+        results.append(
+            fitted(MLP([70, 33, 2], dtype=dtype), x, y, batch_size=batch, epochs=2, optimizer=RULES["sgd"]())
+        )
+    assert same(*results)
+
+
 def test_zeros_are_skipped_where_there_are_many(fusing: Any, rng: Any) -> None:
     """What decides it; the tests above set it."""
     for share, skipped in ((0.1, True), (0.9, False)):

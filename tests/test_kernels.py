@@ -310,7 +310,9 @@ def test_matmul_is_exact_on_integers(m: int, backend: Any, dtype: Any, rng: Any)
         assert np.array_equal(result, f64(a) @ f64(b)), (m, k, n)
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (7, 5, 9), (33, 70, 18), (1, 99, 37), (99, 1, 3), (130, 64, 65)])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 1, 1), (7, 5, 9), (33, 70, 18), (1, 99, 37), (99, 1, 3), (130, 64, 65), (29, 37, 133)]
+)
 def test_matmul_takes_any_strides(m: int, k: int, n: int, backend: Any, dtype: Any, rng: Any) -> None:
     for (how_a, a), (how_b, b) in itertools.product(
         layouts(rng, m, k, dtype).items(), layouts(rng, k, n, dtype).items()

@@ -446,6 +446,10 @@ struct FeatureMasks {
   Buffer<std::uint64_t> masks;
 
   void list(const MaskedRow<T>* x, Index rows, Index, Index block) {
+    if (words == 1 && rows == 1) {
+      for (Index k = 0; k < block_features; ++k) masks[block * block_features + k] = x[0].masks[block] >> k & 1;
+      return;
+    }
     for (Index word = 0; word < words; ++word) {
       std::uint64_t square[64] = {};
       for (Index i = word * 64; i < std::min(rows, word * 64 + 64); ++i) square[i % 64] = x[i].masks[block];
@@ -705,7 +709,6 @@ inline std::uint64_t mask_of(const std::uint8_t* bytes) {
   for (int i = 0; i < 8; ++i) {
     std::uint64_t eight;
     std::memcpy(&eight, bytes + 8 * i, 8);
-    if constexpr (std::endian::native == std::endian::big) eight = __builtin_bswap64(eight);
     // The top bit of each byte that is not 0; these eight bits, side by side.
     const std::uint64_t set = (eight | ((eight & low) + low)) & top;
     mask |= ((set >> 7) * 0x0102040810204080 >> 56) << (8 * i);

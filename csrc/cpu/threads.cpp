@@ -45,37 +45,36 @@ bool spin_until(Condition done) {
 }
 
 // Where a worker sleeps, so that the caller can see to it that it does not wake up on the caller's own processor. Linux
-// wakes a thread where it was before, and while the machine is busy looks for no other processor: there it would wait until the
-// caller has done all the work.
+// wakes a thread where it was before, and while the machine is busy looks for no other processor: there it would wait
+// until the caller has done all the work. All but get_up is called with the pool's sleep_mutex_ held.
 class Bed {
  public:
 #if defined(__linux__)
   // By the worker, before it sleeps.
   void lie_down() {
-    thread_.store(static_cast<pid_t>(syscall(SYS_gettid)), std::memory_order_relaxed);
-    processor_.store(sched_getcpu(), std::memory_order_relaxed);
+    thread_ = static_cast<pid_t>(syscall(SYS_gettid));
+    processor_ = sched_getcpu();
   }
-  // By the caller, before it wakes the worker.
+  // By the caller, before it wakes the worker; once only, if it calls again before the worker is up.
   void clear_processor() {
     const int mine = sched_getcpu();
-    if (mine < 0 || mine >= CPU_SETSIZE || processor_.load(std::memory_order_relaxed) != mine) return;
-    const pid_t thread = thread_.load(std::memory_order_relaxed);
-    if (sched_getaffinity(thread, sizeof allowed_, &allowed_) != 0 || !CPU_ISSET(mine, &allowed_)) return;
+    if (moved_ || mine < 0 || mine >= CPU_SETSIZE || processor_ != mine) return;
+    if (sched_getaffinity(thread_, sizeof allowed_, &allowed_) != 0 || !CPU_ISSET(mine, &allowed_)) return;
     cpu_set_t others = allowed_;
     CPU_CLR(mine, &others);
-    if (CPU_COUNT(&others) > 0 && sched_setaffinity(thread, sizeof others, &others) == 0)
-      moved_.store(true, std::memory_order_release);
+    moved_ = CPU_COUNT(&others) > 0 && sched_setaffinity(thread_, sizeof others, &others) == 0;
   }
-  // By the worker, once awake: it may run anywhere again.
+  // By the worker, once the caller does not see it any more: it may run anywhere again.
   void get_up() {
-    if (moved_.exchange(false, std::memory_order_acquire)) sched_setaffinity(0, sizeof allowed_, &allowed_);
+    if (moved_) sched_setaffinity(0, sizeof allowed_, &allowed_);
+    moved_ = false;
   }
 
  private:
-  std::atomic<pid_t> thread_{0};
-  std::atomic<int> processor_{-1};
-  std::atomic<bool> moved_{false};
-  cpu_set_t allowed_;
+  pid_t thread_ = 0;
+  int processor_ = -1;
+  bool moved_ = false;
+  cpu_set_t allowed_;  // of a worker that was moved
 #else
   void lie_down() {}
   void clear_processor() {}
@@ -146,6 +145,10 @@ class Pool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
+      {
+        const std::lock_guard lock(sleep_mutex_);
+        beds_.reserve(static_cast<std::size_t>(size()));  // a worker that is refused memory would end the process
+      }
       for (int i = 0; i < missing; ++i) workers_.emplace_back([this, seen = generation_.load()] { worker(seen); });
     } catch (const std::system_error&) {
       refused_ = true;  // the system grants no more threads: those there are do the work
