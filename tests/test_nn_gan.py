@@ -154,7 +154,7 @@ def ring(rng: np.random.Generator, n: int) -> Any:
 
 
 @pytest.mark.parametrize("loss", ["non_saturating", "minimax"])
-def test_learns_a_ring(loss: str, backend: object, rng: np.random.Generator) -> None:
+def test_learns_a_ring(loss: str, any_threads_backend: object, rng: np.random.Generator) -> None:
     x = ring(rng, 2048)
     gan = GAN(8, [64, 64, 2], [64, 64, 1], loss=loss, ema_decay=0.99)
     before = gan.sample(1000)
