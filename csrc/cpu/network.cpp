@@ -322,6 +322,13 @@ struct Updating {
     for (int s = 0; s < OptimizerRule::scalar_count; ++s) numbers[s] = constant<Vec<T>>(scalars[s]);
   }
 
+  // Has the cache fetch what holds element `at`.
+  [[gnu::always_inline]] void prefetch(const Parameter<T>& p, Index at) const {
+    __builtin_prefetch(p.value + at, 1);
+    for (int s = 0; s < OptimizerRule::state_count; ++s) __builtin_prefetch(p.state[s] + at, 1);
+    if (p.average != nullptr) __builtin_prefetch(p.average + at, 1);
+  }
+
   // Vector v begins at `at + v * second` and has n lanes. All is loaded before any is stored, as the vectors may overlap.
   template <int vectors>
   [[gnu::always_inline]] void operator()(const Parameter<T>& p, Index at, Index second, int n,
@@ -377,6 +384,9 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
     const Index k = inputs.first + part.first;
     const int height = static_cast<int>(part.size());
     for_written_strips<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
+      // The next strip of the parameter and its state comes from far away, but has the time of this strip's sums.
+      const Index last = std::min(j + 4 * lanes<T>, columns.end) - 1;
+      for (int r = 0; r < height; ++r) update.prefetch(layer.weight, (k + r) * layer.out + last);
       Sums<T> sums;
       const ColumnsOfRowsAnywhere<T> x_at{x, k};
       const Strip<T> strip{grad.row(0) + j, grad.stride, second};
