@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,14 +119,37 @@ def calls_per_sample(call: Callable[[], Any], seconds: float, clock: Clock = tim
         count *= 2
 
 
+_TASKS = Path("/proc/self/task")
+
+
+def _others_run(seconds: float) -> bool:
+    """Whether any other thread of this process runs, or waits for a processor; the answer may take `seconds`.
+
+    Linux says so for each thread. Elsewhere the time that the process has used tells, over no less than some ticks of
+    the system's clock: what a running thread has used is added at ticks alone.
+    """
+    if _TASKS.is_dir():
+        time.sleep(seconds / 10)
+        me = str(threading.get_native_id())
+        return any(_state(task) == "R" for task in _TASKS.iterdir() if task.name != me)
+    start, used = time.perf_counter(), time.process_time()
+    time.sleep(seconds)
+    return time.process_time() - used >= 0.25 * (time.perf_counter() - start)
+
+
+def _state(task: Path) -> str:
+    """The state of a thread, as in proc(5); nothing if it has ended."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
 def _wait_until_quiet(most_seconds: float) -> None:
-    """Sleep until this process's threads hardly run any more."""
+    """Sleep until no other thread of this process runs any more."""
     end = time.perf_counter() + most_seconds
-    while time.perf_counter() < end:
-        start, used = time.perf_counter(), time.process_time()
-        time.sleep(2e-3)
-        if time.process_time() - used < 0.25 * (time.perf_counter() - start):
-            return
+    while time.perf_counter() < end and _others_run(2e-2):
+        pass
 
 
 def _warm_up(call: Callable[[], Any], plan: Plan, fastest: float, clock: Clock) -> float:
