@@ -347,23 +347,33 @@ def _apart(array: Array, out: Array) -> Array:
     return (array.copy() if np.may_share_memory(array, out) else array).reshape(-1)
 
 
-# The usual call, which is answered without the checks of `gemmlet.kernels`: new results of C-contiguous arrays that
-# behave, too small for a second thread.
+# The usual call, which is answered without the checks of `gemmlet.kernels`: C-contiguous arrays that behave, too small
+# for a second thread.
+
+
+def _quick_result(out: Any, like: Array, *inputs: Array) -> Any:
+    """A new array, or `out` if it needs no care: None else."""
+    if out is None:
+        return np.empty_like(like)
+    if type(out) is not np.ndarray or out.dtype != like.dtype or out.shape != like.shape or not out.flags.carray:
+        return None
+    return None if any(np.may_share_memory(out, array) for array in inputs) else out
 
 
 def _quick_forward(entry: Activation) -> Callable[..., Any]:
     loops: dict[Any, Any] = {}  # by dtypes that may be asked for, as they come
 
     def quick(x: Any, parameter: Any, out: Any) -> Any:
-        if type(x) is not np.ndarray or out is not None or x.size >= _ELEMENTS_PER_THREAD or not x.flags.carray:
+        if type(x) is not np.ndarray or x.size >= _ELEMENTS_PER_THREAD or not x.flags.carray:
             return None
         if x.dtype not in loops:
             loops[x.dtype] = _quick_loop(_forward_loop, entry.name, entry.name, x.dtype, entry)
         loop, number, default = loops[x.dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
-        y = np.empty_like(x)
-        loop(x.reshape(-1), number, y.reshape(-1))
+        y = _quick_result(out, x, x)
+        if y is not None:
+            loop(x.reshape(-1), number, y.reshape(-1))
         return y
 
     return quick
@@ -374,7 +384,7 @@ def _quick_backward(entry: Activation) -> Callable[..., Any]:
 
     def quick(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
         saved, other = (x, y) if entry.needs_x else (y, x)
-        if not type(grad_y) is type(saved) is np.ndarray or out is not None or grad_y.size >= _ELEMENTS_PER_THREAD:
+        if not type(grad_y) is type(saved) is np.ndarray or grad_y.size >= _ELEMENTS_PER_THREAD:
             return None
         dtype, shape = grad_y.dtype, grad_y.shape
         if saved.dtype != dtype or saved.shape != shape or not (grad_y.flags.carray and saved.flags.carray):
@@ -386,8 +396,9 @@ def _quick_backward(entry: Activation) -> Callable[..., Any]:
         loop, number, default = loops[dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
-        grad_x = np.empty_like(grad_y)
-        loop(grad_y.reshape(-1), saved.reshape(-1), number, grad_x.reshape(-1))
+        grad_x = _quick_result(out, grad_y, grad_y, saved)
+        if grad_x is not None:
+            loop(grad_y.reshape(-1), saved.reshape(-1), number, grad_x.reshape(-1))
         return grad_x
 
     return quick
