@@ -176,13 +176,18 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
     for (Index r = 0; r < rows; ++r) std::fill(y + r * y_stride + out, y + (r + 1) * y_stride, T(0));
 }
 
-// f(first, vectors) for blocks of up to eight vectors that cover some columns; the last may reach beyond them.
+// f(first, vectors) for blocks of eight, four, two or one vectors that cover some columns; the last may reach beyond them.
 template <class T, class F>
 inline void for_wide_blocks(Range columns, F&& f) {
   constexpr Index n = lanes<T>;
-  for (Index j = columns.first; j < columns.end; j += 8 * n)
-    with_constant<8>(static_cast<int>(std::min<Index>(8, pieces(columns.end - j, n))),
-                     [&](auto vectors) { f(j, vectors); });
+  Index j = columns.first;
+  const auto blocks_of = [&]<int vectors>(Constant<vectors> count) {
+    for (; pieces(columns.end - j, n) >= vectors; j += vectors * n) f(j, count);
+  };
+  blocks_of(Constant<8>{});
+  blocks_of(Constant<4>{});
+  blocks_of(Constant<2>{});
+  blocks_of(Constant<1>{});
 }
 
 // Sparse rows are used in blocks of so many columns (features), in one of two forms.
@@ -322,11 +327,13 @@ struct Updating {
     for (int s = 0; s < OptimizerRule::scalar_count; ++s) numbers[s] = constant<Vec<T>>(scalars[s]);
   }
 
-  // Has the cache fetch what holds element `at`.
-  [[gnu::always_inline]] void prefetch(const Parameter<T>& p, Index at) const {
-    __builtin_prefetch(p.value + at, 1);
-    for (int s = 0; s < OptimizerRule::state_count; ++s) __builtin_prefetch(p.state[s] + at, 1);
-    if (p.average != nullptr) __builtin_prefetch(p.average + at, 1);
+  // Has the cache fetch elements `first` to `end`, if there are any. The line that `first` is in may be there already.
+  [[gnu::always_inline]] void prefetch(const Parameter<T>& p, Index first, Index end) const {
+    for (Index at = end - 1; at >= first; at -= 64 / static_cast<Index>(sizeof(T))) {
+      __builtin_prefetch(p.value + at, 1);
+      for (int s = 0; s < OptimizerRule::state_count; ++s) __builtin_prefetch(p.state[s] + at, 1);
+      if (p.average != nullptr) __builtin_prefetch(p.average + at, 1);
+    }
   }
 
   // Vector v begins at `at + v * second` and has n lanes. All is loaded before any is stored, as the vectors may overlap.
@@ -385,8 +392,11 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
     const int height = static_cast<int>(part.size());
     for_written_strips<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
       // The next strip of the parameter and its state comes from far away, but has the time of this strip's sums.
-      const Index last = std::min(j + 4 * lanes<T>, columns.end) - 1;
-      for (int r = 0; r < height; ++r) update.prefetch(layer.weight, (k + r) * layer.out + last);
+      const Index next = j + 2 * lanes<T>, next_end = std::min(next + 2 * lanes<T>, columns.end);
+      for (int r = 0; r < height; ++r) {
+        const Index row = (k + r) * layer.out;
+        update.prefetch(layer.weight, row + next, row + next_end);
+      }
       Sums<T> sums;
       const ColumnsOfRowsAnywhere<T> x_at{x, k};
       const Strip<T> strip{grad.row(0) + j, grad.stride, second};
@@ -635,9 +645,13 @@ class Network {
       const Range inputs_part = by_columns ? Range{0, layer.in} : part_of(layer.in, index, count);
       if (by_columns || index == static_cast<Index>(l) % count) update_bias(layer, grad_[l], rows, columns, update);
       const bool sparse = l == 0 && inputs.if_sparse([&](const auto& x) {
-        if (rows == 1 && update.idle_without_gradient) {
-          if (by_columns || index == 0) update_from_row(layer, x.rows[0], grad_[0], columns, update);
-        } else if (by_columns) {
+        // A rule with state is never idle.
+        if constexpr (OptimizerRule::state_count == 0)
+          if (rows == 1 && update.idle_without_gradient) {
+            if (by_columns || index == 0) update_from_row(layer, x.rows[0], grad_[0], columns, update);
+            return;
+          }
+        if (by_columns) {
           update_sparse(layer, x.features, grad_[0], {0, layer.in}, columns, update);
         } else {
           // In turn, as they are not equally full.

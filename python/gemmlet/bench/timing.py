@@ -122,18 +122,18 @@ def calls_per_sample(call: Callable[[], Any], seconds: float, clock: Clock = tim
 _TASKS = Path("/proc/self/task")
 
 
-def _others_run(seconds: float) -> bool:
-    """Whether any other thread of this process runs, or waits for a processor; the answer may take `seconds`.
+def _others_run() -> bool:
+    """Whether any other thread of this process runs, or waits for a processor. It takes some milliseconds.
 
     Linux says so for each thread. Elsewhere the time that the process has used tells, over no less than some ticks of
     the system's clock: what a running thread has used is added at ticks alone.
     """
     if _TASKS.is_dir():
-        time.sleep(seconds / 10)
+        time.sleep(2e-3)
         me = str(threading.get_native_id())
         return any(_state(task) == "R" for task in _TASKS.iterdir() if task.name != me)
     start, used = time.perf_counter(), time.process_time()
-    time.sleep(seconds)
+    time.sleep(2e-2)
     return time.process_time() - used >= 0.25 * (time.perf_counter() - start)
 
 
@@ -148,7 +148,7 @@ def _state(task: Path) -> str:
 def _wait_until_quiet(most_seconds: float) -> None:
     """Sleep until no other thread of this process runs any more."""
     end = time.perf_counter() + most_seconds
-    while time.perf_counter() < end and _others_run(2e-2):
+    while time.perf_counter() < end and _others_run():
         pass
 
 
