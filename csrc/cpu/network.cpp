@@ -327,13 +327,11 @@ struct Updating {
     for (int s = 0; s < OptimizerRule::scalar_count; ++s) numbers[s] = constant<Vec<T>>(scalars[s]);
   }
 
-  // Has the cache fetch elements `first` to `end`, if there are any. The line that `first` is in may be there already.
-  [[gnu::always_inline]] void prefetch(const Parameter<T>& p, Index first, Index end) const {
-    for (Index at = end - 1; at >= first; at -= 64 / static_cast<Index>(sizeof(T))) {
-      __builtin_prefetch(p.value + at, 1);
-      for (int s = 0; s < OptimizerRule::state_count; ++s) __builtin_prefetch(p.state[s] + at, 1);
-      if (p.average != nullptr) __builtin_prefetch(p.average + at, 1);
-    }
+  // Has the cache fetch what holds element `at`.
+  [[gnu::always_inline]] void prefetch(const Parameter<T>& p, Index at) const {
+    __builtin_prefetch(p.value + at, 1);
+    for (int s = 0; s < OptimizerRule::state_count; ++s) __builtin_prefetch(p.state[s] + at, 1);
+    if (p.average != nullptr) __builtin_prefetch(p.average + at, 1);
   }
 
   // Vector v begins at `at + v * second` and has n lanes. All is loaded before any is stored, as the vectors may overlap.
@@ -392,10 +390,13 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
     const int height = static_cast<int>(part.size());
     for_written_strips<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
       // The next strip of the parameter and its state comes from far away, but has the time of this strip's sums.
-      const Index next = j + 2 * lanes<T>, next_end = std::min(next + 2 * lanes<T>, columns.end);
-      for (int r = 0; r < height; ++r) {
+      // Its first line may be here already, so that it is fetched from its end, a line or two of a row.
+      constexpr Index strip_size = 2 * lanes<T>, line = 64 / static_cast<Index>(sizeof(T));
+      const Index next = j + strip_size, last = std::min(next + strip_size, columns.end) - 1;
+      for (int r = 0; r < height && next <= last; ++r) {
         const Index row = (k + r) * layer.out;
-        update.prefetch(layer.weight, row + next, row + next_end);
+        update.prefetch(layer.weight, row + last);
+        if constexpr (strip_size > line) update.prefetch(layer.weight, row + std::max(next, last - line));
       }
       Sums<T> sums;
       const ColumnsOfRowsAnywhere<T> x_at{x, k};
