@@ -11,7 +11,8 @@ namespace py = pybind11;
 
 namespace gemmlet {
 void add_quick_functions(py::module_& m);  // quick.cpp
-}
+extern const int vector_bytes;             // isa.cpp
+}  // namespace gemmlet
 
 namespace {
 
@@ -170,10 +171,11 @@ __attribute__((visibility("default"))) void gemmlet_set_num_threads(int count) {
 __attribute__((visibility("default"))) int gemmlet_get_num_threads() { return gemmlet::get_num_threads(); }
 }
 
-PYBIND11_MODULE(GEMMLET_MODULE, m, py::mod_gil_not_used()) {
+// Python finds it under the name in isa.cpp.
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "The kernels of gemmlet, compiled for one instruction set.";
   m.attr("compiler") = __VERSION__;
-  m.attr("vector_bytes") = GEMMLET_VECTOR_BYTES;
+  m.attr("vector_bytes") = gemmlet::vector_bytes;
   m.def("activations", &gemmlet::activation_names, "Names, in the order of their numbers.");
   m.def("row_functions", &gemmlet::row_function_names, "Names, in the order of their numbers.");
   m.def("losses", &gemmlet::loss_names, "Names, in the order of their numbers.");
