@@ -44,41 +44,33 @@ bool spin_until(Condition done) {
   return done();
 }
 
-// Where a worker sleeps, so that the caller can see to it that it does not wake up on the caller's own processor. Linux
-// wakes a thread where it was before, and while the machine is busy looks for no other processor: there it would wait
-// until the caller has done all the work. All but get_up is called with the pool's sleep_mutex_ held.
+// Where a worker sleeps. Linux wakes a thread where it ran before, or where the one that wakes it runs, and on many a
+// machine it looks for no other processor: there the worker would wait until the caller has done all the work. So it may
+// run anywhere but on the processor of the caller that woke it last. Used with the pool's sleep_mutex_ held.
 class Bed {
  public:
 #if defined(__linux__)
-  // By the worker, before it sleeps.
-  void lie_down() {
-    thread_ = static_cast<pid_t>(syscall(SYS_gettid));
-    processor_ = sched_getcpu();
-  }
-  // By the caller, before it wakes the worker; once only, if it calls again before the worker is up.
-  void clear_processor() {
+  Bed() : thread_(static_cast<pid_t>(syscall(SYS_gettid))) { CPU_ZERO(&set_); }
+  // By the caller, before it wakes the worker.
+  void keep_off_my_processor() {
     const int mine = sched_getcpu();
-    if (moved_ || mine < 0 || mine >= CPU_SETSIZE || processor_ != mine) return;
-    if (sched_getaffinity(thread_, sizeof allowed_, &allowed_) != 0 || !CPU_ISSET(mine, &allowed_)) return;
+    if (mine == avoided_ || mine < 0 || mine >= CPU_SETSIZE) return;
+    cpu_set_t now;
+    if (sched_getaffinity(thread_, sizeof now, &now) != 0) return;
+    if (!CPU_EQUAL(&now, &set_)) allowed_ = now;  // as it was at the start, or as somebody else set it
     cpu_set_t others = allowed_;
     CPU_CLR(mine, &others);
-    moved_ = CPU_COUNT(&others) > 0 && sched_setaffinity(thread_, sizeof others, &others) == 0;
-  }
-  // By the worker, once the caller does not see it any more: it may run anywhere again.
-  void get_up() {
-    if (moved_) sched_setaffinity(0, sizeof allowed_, &allowed_);
-    moved_ = false;
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(thread_, sizeof others, &others) != 0) return;
+    avoided_ = mine;
+    set_ = others;
   }
 
  private:
-  pid_t thread_ = 0;
-  int processor_ = -1;
-  bool moved_ = false;
-  cpu_set_t allowed_;  // of a worker that was moved
+  const pid_t thread_;
+  int avoided_ = -1;
+  cpu_set_t allowed_, set_;  // by the process; by us
 #else
-  void lie_down() {}
-  void clear_processor() {}
-  void get_up() {}
+  void keep_off_my_processor() {}
 #endif
 };
 
@@ -125,7 +117,7 @@ class Pool {
     generation_.fetch_add(1);
     if (sleepers_.load() > 0) {
       const std::lock_guard lock(sleep_mutex_);
-      for (Bed* bed : beds_) bed->clear_processor();
+      for (Bed* bed : beds_) bed->keep_off_my_processor();
       wake_.notify_all();
     }
     job.work();
@@ -177,13 +169,10 @@ class Pool {
         std::unique_lock lock(sleep_mutex_);
         // Counted before the last look: either the caller sees a sleeper, or the sleeper sees the call.
         sleepers_.fetch_add(1);
-        bed.lie_down();
         beds_.push_back(&bed);
         wake_.wait(lock, called);
         std::erase(beds_, &bed);
         sleepers_.fetch_sub(1);
-        lock.unlock();
-        bed.get_up();
       }
       seen = generation_.load();
       if (stop_.load()) return;
