@@ -4,7 +4,7 @@
 //   y and z are contiguous (rows of x by columns of w) and overlap nothing. k = 0 gives activation(bias).
 //   y is cut into tasks, each some rows by some columns. Which way a product is computed, and in which order a sum is
 //   taken, follows from shapes and strides alone, never from the number of threads or from where an element stands:
-//   - tiles: runs of TileSizes::depth, each summed from its first to its last product, then added up in order.
+//   - tiles: runs of at most TileSizes::depth, each summed from its first to its last product, then added up in order.
 //   - dots: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
 //     The order is that of micro_kernel.h.
 //   w is packed, run by run, unless a tile or two of rows is all that uses it. x is read where it lies, but for products
@@ -68,10 +68,18 @@ struct Output {
   }
 };
 
+Index blocks(Index n, Index size) { return (n + size - 1) / size; }
+
+// The largest multiple of `unit`, up to `limit`, that cuts n into at least `pieces`.
+Index block_size(Index n, Index unit, Index limit, Index pieces) {
+  const Index even = blocks(blocks(n, pieces), unit) * unit;
+  return std::clamp(even, unit, limit);
+}
+
 // f(first, count) for blocks of nearly equal size, at most `size`.
 template <class F>
 inline void for_blocks(Index n, Index size, F&& f) {
-  const Index count = (n + size - 1) / size;
+  const Index count = blocks(n, size);
   for (Index i = 0; i < count; ++i) f(n * i / count, n * (i + 1) / count - n * i / count);
 }
 
@@ -114,7 +122,11 @@ void copy_rows(const View<T>& x, T* copy, Index stride) {
       Index k = 0;
       for (; k + n <= x.columns; k += n) {
         Vec<T> square[n];
-        for (int i = 0; i < n; ++i) square[i] = load(x.data + row + (k + i) * x.column_stride);
+        for (int i = 0; i < n; ++i) {
+          const T* from = x.data + row + (k + i) * x.column_stride;
+          square[i] = load(from);
+          __builtin_prefetch(from + 2 * n * x.column_stride + n - 1);
+        }
         transpose(square);
         for (int i = 0; i < n; ++i) store(copy + (row + i) * stride + k, square[i]);
       }
@@ -179,10 +191,15 @@ void store_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index r
     }
 }
 
-// What a tile will be added to or stored at is on its way while the tile is computed.
+// What a tile will be added to or stored at is on its way while the tile is computed. Its rows rarely begin with a cache
+// line: NumPy aligns arrays to 16 bytes.
 template <class T, class O>
 void prefetch_tile(const O& out, Index row, int rows, Index column) {
-  for (int r = 0; r < rows; ++r) __builtin_prefetch(out.y + (row + r) * out.row_stride + column, 1);
+  for (int r = 0; r < rows; ++r) {
+    const T* y = out.y + (row + r) * out.row_stride + column;
+    __builtin_prefetch(y, 1);
+    __builtin_prefetch(y + TileSizes<T>::columns - 1, 1);
+  }
 }
 
 // A sum of so few products that to store it is most of the work: row after row, as y lies.
@@ -224,9 +241,12 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   const Index block_columns = copied ? Sizes::wide_columns : Sizes::block_columns;
   T* const x_copy = copied ? Buffers<T>::get(buffers.x, Sizes::block_rows * Buffers<T>::x_stride) : nullptr;
   T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * Sizes::depth);
+  // Runs of nearly equal depth.
+  const Index run =
+      block_size(x.columns, 2 * lanes<T>, Sizes::depth, std::max<Index>(1, blocks(x.columns, Sizes::depth)));
   Index k = 0;
   do {
-    const Index depth = std::min<Index>(Sizes::depth, x.columns - k);
+    const Index depth = std::min(run, x.columns - k);
     const bool first = k == 0, last = k + depth >= x.columns;
     const auto x_at = [&](Index row) {
       return Strided<T>{x.data + row * x.row_stride + k * x.column_stride, x.row_stride, x.column_stride};
@@ -306,14 +326,6 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
     for (; row + most <= x.rows; row += most) some(row, Constant<most>{});
     for (; row < x.rows; ++row) some(row, Constant<1>{});
   }
-}
-
-Index blocks(Index n, Index size) { return (n + size - 1) / size; }
-
-// The largest multiple of `unit`, up to `limit`, that cuts n into at least `pieces`.
-Index block_size(Index n, Index unit, Index limit, Index pieces) {
-  const Index even = blocks(blocks(n, pieces), unit) * unit;
-  return std::clamp(even, unit, limit);
 }
 
 template <class T, class Epilogue>

@@ -65,10 +65,12 @@ struct Strip {
 
 // From 0 if `begin`, else from what is there. A function of its own, so that its loop has all registers for itself.
 template <int rows, int vectors, class T, class X>
-[[gnu::noinline]] void accumulate(const X x, const Strip<T> strip, Index depth, bool begin,
+[[gnu::noinline]] void accumulate(const X& x, const Strip<T>& strip, Index depth, bool begin,
                                   Vec<T> (&total)[rows][vectors]) {
   Vec<T> sum[rows][vectors];
+#pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = begin ? Vec<T>{} : total[r][v];
   const T* w = strip.w;
   // The main loop:
@@ -84,7 +86,9 @@ template <int rows, int vectors, class T, class X>
     }
     w += strip.stride;
   }
+#pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) total[r][v] = sum[r][v];
 }
 
@@ -99,7 +103,7 @@ template <class T>
 using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
 
 template <bool wide, class T, class X>
-inline void compute_tile(int rows, const X& x, Strip<T> strip, Index depth, bool begin, Sums<T>& sums) {
+inline void compute_tile(int rows, const X& x, const Strip<T>& strip, Index depth, bool begin, Sums<T>& sums) {
   with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
     constexpr int vectors = wide ? vectors_beside<T>(height) : TileSizes<T>::vectors;
     accumulate(x, strip, depth, begin, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));

@@ -2,16 +2,17 @@
 //
 // rows, vectors   the micro-kernel's tile: rows x vectors accumulators, one register each, beside `vectors` of w and
 //                 one of x, in 16 registers (x86-64 before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
-// depth           k is cut into runs of `depth`: a strip of w (depth x vectors, 16 KiB for float on x86-64-v3) stays in
-//                 a first-level cache of 32 KiB. It fixes the order of summation, for all block sizes and threads.
+// depth           k is cut into nearly equal runs of at most `depth`: a strip of w (depth x vectors, 26 KiB for float on
+//                 x86-64-v3) stays in a first-level cache of 32 KiB. It fixes the order of summation, for all block sizes
+//                 and threads.
 // task_rows       rows of x that one task goes through: each run of w is packed once for all of them.
-// block_rows      rows of x of which a run (144 KiB for float) stays in the second level while strip after strip of w
+// block_rows      rows of x of which a run (156 KiB for float) stays in the second level while strip after strip of w
 //                 passes by.
-// block_columns   columns of w that are packed at a time (128 KiB for float), beside them.
-// copied_from_columns, turned_from_columns   so many columns of w pay for a copy of a run of block_rows of x; for one that
-//                 turns x round, where it lies column by column.
-// wide_columns    of w are then packed at a time (1 MiB for float), in the third level: each strip comes from there once
-//                 for block_rows.
+// block_columns   columns of w that are packed at a time (208 KiB for float), beside them.
+// copied_from_columns, turned_from_columns   so many columns of w pay for a copy of a run of block_rows of x; for one
+//                 that turns x round, where it lies column by column.
+// wide_columns    of w are then packed at a time (1.6 MiB for float), in the third level: each strip comes from there
+//                 once for block_rows.
 // dot_rows        up to so many rows of x, to turn w round costs more than dots do.
 #pragma once
 
@@ -28,9 +29,9 @@ struct TileSizes {
 #endif
   static constexpr int vectors = 2;
   static constexpr int columns = vectors * lanes<T>;
-  static constexpr int depth = 256;
+  static constexpr int depth = 416;
   static constexpr int task_rows = 1152;
-  static constexpr int block_rows = 144;
+  static constexpr int block_rows = 96;
   static constexpr int block_columns = 128;
   static constexpr int copied_from_columns = 512, turned_from_columns = 128;
   static constexpr int wide_columns = 1024;
