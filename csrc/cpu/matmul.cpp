@@ -202,36 +202,71 @@ void prefetch_tile(const O& out, Index row, int rows, Index column) {
   }
 }
 
-// A sum of so few products that to store it is most of the work: row after row, as y lies.
-constexpr Index thin_depth = 4;
-template <class T, class O>
-void compute_thin(View<T> x, View<T> w, const O& out) {
+// How many elements p stands after the place of a whole vector.
+template <class T>
+Index misplaced(const T* p) {
+  return static_cast<Index>(reinterpret_cast<std::uintptr_t>(p) % sizeof(Vec<T>) / sizeof(T));
+}
+
+// A sum of so few products that to store it is most of the work: row after row, as y lies. Vectors begin where y's cache
+// lines do; the first and the last of a row overlap their neighbours.
+constexpr Index thin_depth = 10, thin_rows = 4;
+template <class T>
+void thin_sums(View<T> x, View<T> w, T* y, Index row_stride) {
+  constexpr int n = lanes<T>;
   with_constant<thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
-    const Index whole = w.columns / lanes<T> * lanes<T>, stride = w.row_stride;
-    const bool plain = out.plain();
-    for (Index i = 0; i < x.rows; ++i) {
+    for (Index i = 0; i < x.rows; ++i, y += row_stride) {
       Vec<T> x_i[depth];
+#pragma GCC unroll 16
       for (int k = 0; k < depth; ++k) x_i[k] = splat<T>(x.data[i * x.row_stride + k * x.column_stride]);
-      const auto put = [&](Index j, int n) {
+      const auto put = [&] [[gnu::always_inline]] (Index j, int count) {
         Vec<T> sum{};
-        for (int k = 0; k < depth; ++k) sum = fma(x_i[k], load_lanes(w.data + k * stride + j, n), sum);
-        if (plain && n == lanes<T>)
-          store(out.y + i * out.row_stride + j, sum);
-        else
-          out.put(i, j, sum, n, true, true);
+#pragma GCC unroll 16
+        for (int k = 0; k < depth; ++k) sum = fma(x_i[k], load_lanes(w.data + k * w.row_stride + j, count), sum);
+        store_lanes(y + j, sum, count);
       };
-      for (Index j = 0; j < whole; j += lanes<T>) put(j, lanes<T>);
-      if (whole < w.columns) put(whole, static_cast<int>(w.columns - whole));
+      if (w.columns < n) {
+        put(0, static_cast<int>(w.columns));
+        continue;
+      }
+      put(0, n);
+      for (Index j = n - misplaced(y); j + n <= w.columns; j += n) put(j, n);
+      put(w.columns - n, n);
     }
   });
 }
 
 template <class T, class O>
+void compute_thin(View<T> x, View<T> w, const O& out) {
+  if (out.plain()) return thin_sums(x, w, out.y, out.row_stride);
+  for (Index i = 0; i < x.rows; ++i) {
+    T* const y = out.y + i * out.row_stride;
+    thin_sums({x.data + i * x.row_stride, 1, x.columns, x.row_stride, x.column_stride}, w, y, out.row_stride);
+    for (Index j = 0; j < w.columns; j += lanes<T>) {
+      const int n = static_cast<int>(std::min<Index>(lanes<T>, w.columns - j));
+      out.put(i, j, load_lanes(y + j, n), n, true, true);
+    }
+  }
+}
+
+template <class T, class O>
 void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   using Sizes = TileSizes<T>;
-  if (w.column_stride == 1 && x.columns > 0 && x.columns <= thin_depth) return compute_thin(x, w, out);
-  Sums<T> sums;
   thread_local Buffers<T> buffers;
+  if (x.columns > 0 && x.columns <= thin_depth) {
+    if (w.column_stride == 1) return compute_thin(x, w, out);
+    constexpr Index n = lanes<T>, most = Sizes::block_columns * Sizes::depth / thin_depth / n * n - n;
+    for_blocks(w.columns, most, [&](Index first, Index columns) {
+      const O part = out.at(0, first);
+      // Vectors of it begin where those of y do.
+      T* const rows = Buffers<T>::get(buffers.w, Sizes::block_columns * Sizes::depth) + misplaced(part.y);
+      const Index stride = blocks(columns, n) * n;
+      copy_rows<T>({w.data + first * w.column_stride, w.rows, columns, w.row_stride, w.column_stride}, rows, stride);
+      compute_thin<T>(x, {rows, w.rows, columns, stride, 1}, part);
+    });
+    return;
+  }
+  Sums<T> sums;
   // Whole strips of w are used where they lie if few rows need them.
   const bool direct = w.column_stride == 1 && x.rows < 2 * Sizes::rows;
   const Index direct_columns = direct ? w.columns / Sizes::columns * Sizes::columns : 0;
@@ -331,10 +366,13 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
 template <class T, class Epilogue>
 void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T* z) {
   using Sizes = TileSizes<T>;
-  const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(x.columns);
+  // Of a thin product, what is stored counts.
+  const Index depth = std::max(x.columns, static_cast<Index>(sizeof(T)));
+  const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(depth);
   const Index threads = work < Sizes::parallel_work ? 1 : get_num_threads();
   const bool by_dots = x.column_stride == 1 && w.row_stride == 1 && x.columns > 1 &&
-                       (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1));
+                       (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1 &&
+                                           (x.columns > thin_depth || x.rows < thin_rows)));
   // Rows are cut for the threads where there are many, as each task packs the w that it uses.
   const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * Sizes::columns;
   const Index task_rows = block_size(x.rows, Sizes::rows, Sizes::task_rows, tall ? threads : 1);
