@@ -305,7 +305,7 @@ print("done")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells where threads may run")
 def test_where_threads_may_run(any_threads_backend: Any) -> None:
-    """The workers keep off the caller's processor, and to those that they were given; the caller's own are left alone."""
+    """The workers keep off the caller's processor, and to those that they were given."""
     assert run_on(any_threads_backend, MOVED) == "done\n"
 
 

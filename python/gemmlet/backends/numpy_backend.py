@@ -8,9 +8,8 @@ products get any strides. Other backends derive from this one and override what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,7 @@ def _f64(array: Array) -> NDArray[np.float64]:
     return array.astype(np.float64, copy=False)
 
 
-@dataclass(frozen=True)
-class FusedLayer:
+class FusedLayer(NamedTuple):
     """One layer as fused training takes it: parameters, optimizer state of each, and moving averages or None."""
 
     weight: Array
@@ -41,8 +39,7 @@ class FusedLayer:
     bias_average: Array | None = None
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(NamedTuple):
     """Samples as fused training takes them: rows (n, features), uint8 or float; or a sparse matrix's three arrays."""
 
     x: Array

