@@ -114,7 +114,7 @@ struct Buffers {
 
 // Copies x to contiguous rows.
 template <class T>
-void copy_rows(const View<T>& x, T* copy, Index stride) {
+[[gnu::noinline]] void copy_rows(const View<T>& x, T* copy, Index stride) {
   constexpr int n = lanes<T>;
   Index row = 0;
   if (x.row_stride == 1)
@@ -330,6 +330,13 @@ const T* end_of(const T* data, Index lines, Index stride, Index depth) {
   return data + std::max<Index>(0, (lines - 1) * stride) + depth;
 }
 
+// Compiled once for all epilogues.
+template <int rows, class T>
+[[gnu::noinline]] void some_dots(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride, const T* b_end,
+                                 int count, Index depth, Vec<T> (&result)[rows]) {
+  dots<rows>(a, a_stride, a_end, b, b_stride, b_end, count, depth, result);
+}
+
 // Rows of x and columns of w are contiguous. Vectors of results run along w's columns, or, if there is one only, along
 // x's rows.
 template <class T, class O>
@@ -341,7 +348,7 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
     for (Index i = 0; i < x.rows; i += n) {
       const int count = static_cast<int>(std::min<Index>(n, x.rows - i));
       Vec<T> result[1];
-      dots<1>(w.data, Index{0}, w_end, x.data + i * x.row_stride, x.row_stride, x_end, count, x.columns, result);
+      some_dots<1>(w.data, Index{0}, w_end, x.data + i * x.row_stride, x.row_stride, x_end, count, x.columns, result);
       // y is one column: its rows are contiguous; each has the same bias.
       const O column{out.y + i, out.z == nullptr ? nullptr : out.z + i, nullptr, 1, out.epilogue};
       if (out.bias != nullptr) result[0] = result[0] + splat<T>(*out.bias);
@@ -353,8 +360,8 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
     const int count = static_cast<int>(std::min<Index>(n, w.columns - j));
     const auto some = [&]<int rows>(Index row, Constant<rows>) {
       Vec<T> result[rows];
-      dots<rows>(x.data + row * x.row_stride, x.row_stride, x_end, w.data + j * w.column_stride, w.column_stride, w_end,
-                 count, x.columns, result);
+      some_dots<rows>(x.data + row * x.row_stride, x.row_stride, x_end, w.data + j * w.column_stride, w.column_stride,
+                      w_end, count, x.columns, result);
       for (int r = 0; r < rows; ++r) out.put(row + r, j, result[r], count, true, true);
     };
     Index row = 0;

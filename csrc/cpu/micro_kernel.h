@@ -315,7 +315,7 @@ inline void pack_strip(const View<T>& w, T* packed) {
 
 // The same for any number of columns, strip after strip.
 template <class T>
-inline void pack(const View<T>& w, T* packed) {
+[[gnu::noinline]] void pack(const View<T>& w, T* packed) {
   constexpr Index columns = TileSizes<T>::columns;
   const Index strip_size = w.rows * columns;
   Index j = 0;
