@@ -91,7 +91,7 @@ def test_every_kernel_is_timed() -> None:
 
 
 def test_a_new_activation_appears_without_an_edit(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = dataclasses.replace(ACTIVATIONS["tanh"], name="new")
+    entry = ACTIVATIONS["tanh"]._replace(name="new")
     monkeypatch.setitem(ACTIVATIONS, "new", entry)
     monkeypatch.setattr(kernels, "new", kernels.tanh, raising=False)
     monkeypatch.setattr(kernels, "new_backward", kernels.tanh_backward, raising=False)
