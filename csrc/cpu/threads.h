@@ -6,7 +6,7 @@
 //   thrown again in the caller, after the rest have ended.
 //   Several threads may call it at once: the pool serves one of them, the others run their tasks themselves.
 //   After fork the child has a fresh pool. Workers block all signals. Between calls they spin for some microseconds,
-//   then sleep.
+//   then sleep. On Linux a worker keeps off the processor of the caller that woke it last; the caller may run anywhere.
 //   run_team(f) calls f(member) at the same time on as many threads as there are, the caller's among them; they meet at
 //   member.barrier(). f must not throw. Alone, where another call has the pool.
 //   Not for: tasks and members that call parallel_for or run_team.
