@@ -85,6 +85,28 @@ def test_activation_parameter(name: str, backend: Any, dtype: Any, rng: Any) -> 
         check_activation(fused[:, 0], reference_forward(entry, x, value), entry.forward_accuracy)
 
 
+@pytest.mark.parametrize("columns", [1, 3, 7, 8, 9, 17, 40])
+def test_a_product_of_few_steps_wherever_it_lies(columns: int, backend: Any, dtype: Any, rng: Any) -> None:
+    """The compiled product goes by where the result lies: the bits are the same, and nothing beside it changes."""
+    for rows, steps in itertools.product([1, 5], [1, 2, 7, 10, 11]):
+        x, w, b = (rng.normal(size=shape).astype(dtype) for shape in ((rows, steps), (steps, columns), columns))
+        exact = f64(x) @ f64(w)
+        for weights, bias in itertools.product([w, np.asfortranarray(w)], [None, b]):
+            wanted = exact if bias is None else exact + f64(bias)
+            bound = (steps + 1) * np.finfo(dtype).eps * (np.abs(f64(x)) @ np.abs(f64(w)) + np.abs(wanted))
+            results = []
+            for start in range(1, 18):
+                memory = np.full(start + rows * columns + 16, -7, dtype)
+                out = memory[start : start + rows * columns].reshape(rows, columns)
+                kernels.linear(x, weights, bias, out=out)
+                assert_within(out, wanted, bound)
+                assert (memory[:start] == -7).all()
+                assert (memory[start + out.size :] == -7).all()
+                results.append(out)
+            if backend.name == "cpu":  # the others have NumPy's product
+                assert all(same_bits(result, results[0]) for result in results)
+
+
 @pytest.mark.parametrize("name", ACTIVATION_NAMES)
 def test_activation_gives_one_value_wherever_it_lies(name: str, backend: Any, dtype: Any, rng: Any) -> None:
     """The bits do not depend on position, length, strides or alignment of the array."""

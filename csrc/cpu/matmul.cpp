@@ -7,6 +7,7 @@
 //   - tiles: runs of at most TileSizes::depth, each summed from its first to its last product, then added up in order.
 //   - dots: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
 //     The order is that of micro_kernel.h.
+//   - thin: where k is so short that y is most of the work. The order is that of tiles.
 //   w is packed, run by run, unless a tile or two of rows is all that uses it. x is read where it lies, but for products
 //   of many columns, each of which would read it again.
 #include <algorithm>
@@ -208,13 +209,13 @@ Index misplaced(const T* p) {
   return static_cast<Index>(reinterpret_cast<std::uintptr_t>(p) % sizeof(Vec<T>) / sizeof(T));
 }
 
-// A sum of so few products that to store it is most of the work: row after row, as y lies. Vectors begin where y's cache
-// lines do; the first and the last of a row overlap their neighbours.
-constexpr Index thin_depth = 10, thin_rows = 4;
+// A sum of so few products that to store it is most of the work: row after row, as y lies. Vectors of y begin
+// at multiples of their size, so that none lies in two cache lines, but the first and the last of a row, which overlap
+// their neighbours.
 template <class T>
 void thin_sums(View<T> x, View<T> w, T* y, Index row_stride) {
   constexpr int n = lanes<T>;
-  with_constant<thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
+  with_constant<TileSizes<T>::thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
     for (Index i = 0; i < x.rows; ++i, y += row_stride) {
       Vec<T> x_i[depth];
 #pragma GCC unroll 16
@@ -253,9 +254,9 @@ template <class T, class O>
 void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   using Sizes = TileSizes<T>;
   thread_local Buffers<T> buffers;
-  if (x.columns > 0 && x.columns <= thin_depth) {
+  if (x.columns > 0 && x.columns <= Sizes::thin_depth) {
     if (w.column_stride == 1) return compute_thin(x, w, out);
-    constexpr Index n = lanes<T>, most = Sizes::block_columns * Sizes::depth / thin_depth / n * n - n;
+    constexpr Index n = lanes<T>, most = Sizes::block_columns * Sizes::depth / Sizes::thin_depth / n * n - n;
     for_blocks(w.columns, most, [&](Index first, Index columns) {
       const O part = out.at(0, first);
       // Vectors of it begin where those of y do.
@@ -278,7 +279,7 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * Sizes::depth);
   // Runs of nearly equal depth.
   const Index run =
-      block_size(x.columns, 2 * lanes<T>, Sizes::depth, std::max<Index>(1, blocks(x.columns, Sizes::depth)));
+      block_size(x.columns, Sizes::columns, Sizes::depth, std::max<Index>(1, blocks(x.columns, Sizes::depth)));
   Index k = 0;
   do {
     const Index depth = std::min(run, x.columns - k);
@@ -379,7 +380,7 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
   const Index threads = work < Sizes::parallel_work ? 1 : get_num_threads();
   const bool by_dots = x.column_stride == 1 && w.row_stride == 1 && x.columns > 1 &&
                        (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1 &&
-                                           (x.columns > thin_depth || x.rows < thin_rows)));
+                                           (x.columns > Sizes::thin_depth || x.rows < Sizes::thin_rows)));
   // Rows are cut for the threads where there are many, as each task packs the w that it uses.
   const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * Sizes::columns;
   const Index task_rows = block_size(x.rows, Sizes::rows, Sizes::task_rows, tall ? threads : 1);

@@ -14,6 +14,8 @@
 // wide_columns    of w are then packed at a time (1.6 MiB for float), in the third level: each strip comes from there
 //                 once for block_rows.
 // dot_rows        up to so many rows of x, to turn w round costs more than dots do.
+// thin_depth, thin_rows   up to so many steps of k, to store y is most of the work; from so many rows on, that holds where
+//                 w has to be turned round as well.
 #pragma once
 
 #include "cpu/vector.h"
@@ -36,6 +38,8 @@ struct TileSizes {
   static constexpr int copied_from_columns = 512, turned_from_columns = 128;
   static constexpr int wide_columns = 1024;
   static constexpr int dot_rows = 8;
+  static constexpr int thin_depth = 10, thin_rows = 4;
+  static_assert(depth % columns == 0);
   static_assert(block_rows % rows == 0 && block_columns % columns == 0 && wide_columns % columns == 0);
 
   // Below this many multiplications a second thread costs more than it saves (some 20 microseconds).
