@@ -104,7 +104,7 @@ struct Buffers {
     void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
   using Memory = std::unique_ptr<T[], Free>;
-  Memory w, wide_w, x;
+  Memory w, wide_w, x, turned;
 
   static T* get(Memory& memory, Index count) {
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
@@ -183,12 +183,18 @@ void store_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index r
       add_tile<T>(sums, rows, vectors, out.y + row * out.row_stride + column, out.row_stride, first);
     return;
   }
+  const bool plain = !last || out.plain();
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) {
       const Index j = column + v * lanes<T>;
-      if (j < columns)
-        out.put(row + r, j, sums[r * vectors + v], static_cast<int>(std::min<Index>(lanes<T>, columns - j)), first,
-                last);
+      if (j >= columns) break;
+      const Vec<T> sum = sums[r * vectors + v];
+      const int n = static_cast<int>(std::min<Index>(lanes<T>, columns - j));
+      T* const y = out.y + (row + r) * out.row_stride + j;
+      if (plain)
+        store_lanes(y, first ? sum : load_lanes(y, n) + sum, n);
+      else
+        out.put(row + r, j, sum, n, first, last);
     }
 }
 
@@ -209,31 +215,42 @@ Index misplaced(const T* p) {
   return static_cast<Index>(reinterpret_cast<std::uintptr_t>(p) % sizeof(Vec<T>) / sizeof(T));
 }
 
-// A sum of so few products that to store it is most of the work: row after row, as y lies. Vectors of y begin
-// at multiples of their size, so that none lies in two cache lines, but the first and the last of a row, which overlap
-// their neighbours.
+// Some rows of sums of so few products that to store them is most of the work: vector after vector, as y lies. Vectors of
+// its first row begin at multiples of their size, so that none lies in two cache lines, but the first and the last of
+// a row, which overlap their neighbours.
+template <int depth, int rows, class T>
+[[gnu::always_inline]] inline void thin_rows(const View<T>& x, Index row, const View<T>& w, T* y, Index row_stride) {
+  constexpr int n = lanes<T>;
+  Vec<T> x_r[rows][depth];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
+    for (int k = 0; k < depth; ++k) x_r[r][k] = splat<T>(x.data[(row + r) * x.row_stride + k * x.column_stride]);
+  const auto put = [&] [[gnu::always_inline]] (Index j, int count) {
+    Vec<T> sum[rows] = {};
+#pragma GCC unroll 16
+    for (int k = 0; k < depth; ++k) {
+      const Vec<T> w_k = load_lanes(w.data + k * w.row_stride + j, count);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) sum[r] = fma(x_r[r][k], w_k, sum[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) store_lanes(y + r * row_stride + j, sum[r], count);
+  };
+  if (w.columns < n) return put(0, static_cast<int>(w.columns));
+  put(0, n);
+  for (Index j = n - misplaced(y); j + n <= w.columns; j += n) put(j, n);
+  put(w.columns - n, n);
+}
+
 template <class T>
 void thin_sums(View<T> x, View<T> w, T* y, Index row_stride) {
-  constexpr int n = lanes<T>;
   with_constant<TileSizes<T>::thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
-    for (Index i = 0; i < x.rows; ++i, y += row_stride) {
-      Vec<T> x_i[depth];
-#pragma GCC unroll 16
-      for (int k = 0; k < depth; ++k) x_i[k] = splat<T>(x.data[i * x.row_stride + k * x.column_stride]);
-      const auto put = [&] [[gnu::always_inline]] (Index j, int count) {
-        Vec<T> sum{};
-#pragma GCC unroll 16
-        for (int k = 0; k < depth; ++k) sum = fma(x_i[k], load_lanes(w.data + k * w.row_stride + j, count), sum);
-        store_lanes(y + j, sum, count);
-      };
-      if (w.columns < n) {
-        put(0, static_cast<int>(w.columns));
-        continue;
-      }
-      put(0, n);
-      for (Index j = n - misplaced(y); j + n <= w.columns; j += n) put(j, n);
-      put(w.columns - n, n);
-    }
+    constexpr Index block = TileSizes<T>::thin_block;
+    Index row = 0;
+    for (; row + block <= x.rows; row += block)
+      thin_rows<depth, static_cast<int>(block)>(x, row, w, y + row * row_stride, row_stride);
+    for (; row < x.rows; ++row) thin_rows<depth, 1>(x, row, w, y + row * row_stride, row_stride);
   });
 }
 
@@ -246,6 +263,27 @@ void compute_thin(View<T> x, View<T> w, const O& out) {
     for (Index j = 0; j < w.columns; j += lanes<T>) {
       const int n = static_cast<int>(std::min<Index>(lanes<T>, w.columns - j));
       out.put(i, j, load_lanes(y + j, n), n, true, true);
+    }
+  }
+}
+
+template <class T>
+View<T> turned(View<T> a) {
+  return {a.data, a.columns, a.rows, a.column_stride, a.row_stride};
+}
+
+// Columns of out are the rows of y, which are contiguous.
+template <class T, class O>
+void store_turned(const T* y, Index columns, Index rows, const O& out) {
+  constexpr Index n = lanes<T>;
+  for (Index j = 0; j < columns; j += n) {
+    const int count = static_cast<int>(std::min(n, columns - j));
+    for (Index i = 0; i < rows; i += n) {
+      const int height = static_cast<int>(std::min(n, rows - i));
+      Vec<T> square[n] = {};
+      for (int c = 0; c < count; ++c) square[c] = load_lanes(y + (j + c) * rows + i, height);
+      transpose(square);
+      for (int r = 0; r < height; ++r) out.put(i + r, j, square[r], count, true, true);
     }
   }
 }
@@ -267,10 +305,17 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
     });
     return;
   }
+  if (x.row_stride == 1 && x.column_stride != 1 && x.rows >= Sizes::columns && w.columns < Sizes::columns &&
+      w.columns % lanes<T> != 0) {
+    // The product turned round: its vectors run along x's columns, and are full.
+    T* const y = Buffers<T>::get(buffers.turned, Sizes::task_rows * Sizes::columns);
+    compute_by_tiles<T>(turned(w), turned(x), Output<T, Plain<T>>{y, nullptr, nullptr, x.rows, {}});
+    return store_turned(y, w.columns, x.rows, out);
+  }
   Sums<T> sums;
-  // Whole strips of w are used where they lie if few rows need them.
-  const bool direct = w.column_stride == 1 && x.rows < 2 * Sizes::rows;
-  const Index direct_columns = direct ? w.columns / Sizes::columns * Sizes::columns : 0;
+  // Whole vectors of w are used where they lie if few rows need them; parts, too, where that costs no more.
+  const bool direct = w.column_stride == 1 && (x.rows < 2 * Sizes::rows || (masks_are_cheap && w.columns <= lanes<T>));
+  const Index direct_columns = !direct ? 0 : masks_are_cheap ? w.columns : w.columns / lanes<T> * lanes<T>;
   // Where a copy of x is used often enough, it pays: x may be turned round, or its rows share few sets of the cache.
   const bool copied =
       !direct && w.columns >= (x.column_stride == 1 ? Sizes::copied_from_columns : Sizes::turned_from_columns);
@@ -288,18 +333,26 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
       return Strided<T>{x.data + row * x.row_stride + k * x.column_stride, x.row_stride, x.column_stride};
     };
     for_tiles<T>(direct ? x.rows : 0, [&](Index row, int height) {
-      const int wide = vectors_beside<T>(height);
       Index j = 0;
-      while (j < direct_columns) {
-        const bool whole = direct_columns - j >= wide * lanes<T>;
-        const int vectors = whole ? wide : Sizes::vectors;
+      const auto tile = [&]<Width width>(const auto& strip) {
+        const int vectors = vectors_in<T>(width, height);
         prefetch_tile<T>(out, row, height, j);
-        const Strip<T> strip{w.data + k * w.row_stride + j, w.row_stride, lanes<T>};
-        whole ? compute_tile<true, T>(height, x_at(row), strip, depth, true, sums)
-              : compute_tile<false, T>(height, x_at(row), strip, depth, true, sums);
+        compute_tile<width, T>(height, x_at(row), strip, depth, sums);
         store_tile<T>(sums, height, vectors, out, row, j, w.columns, first, last);
         j += vectors * lanes<T>;
-      }
+      };
+      const T* const w_k = w.data + k * w.row_stride;
+      const auto whole_strips = [&]<Width width>() {
+        while (direct_columns - j >= vectors_in<T>(width, height) * lanes<T>)
+          tile.template operator()<width>(Strip<T>{w_k + j, w.row_stride, lanes<T>});
+      };
+      whole_strips.template operator()<Width::wide>();
+      whole_strips.template operator()<Width::usual>();
+      whole_strips.template operator()<Width::one>();
+      if constexpr (masks_are_cheap)
+        if (j < direct_columns)
+          tile.template operator()<Width::one>(
+              PartOfStrip<T>{w_k + j, w.row_stride, static_cast<int>(direct_columns - j)});
     });
     for (Index block = direct_columns; block < w.columns; block += block_columns) {
       const Index columns = std::min<Index>(block_columns, w.columns - block);
@@ -311,14 +364,18 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
           copy_rows<T>({x_block.data, rows, depth, x.row_stride, x.column_stride}, x_copy, Buffers<T>::x_stride);
           x_block = {x_copy, Buffers<T>::x_stride, 1};
         }
-        for (Index j = 0; j < columns; j += Sizes::columns)
-          for_tiles<T>(rows, [&](Index tile, int height) {
-            const Index row = first_row + tile;
+        for_tiles<T>(rows, [&](Index tile, int height) {
+          const Index row = first_row + tile;
+          const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
+          for (Index j = 0; j < columns; j += Sizes::columns) {
             prefetch_tile<T>(out, row, height, block + j);
-            const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
-            compute_tile<false, T>(height, x_tile, {packed + j * depth, Sizes::columns, lanes<T>}, depth, true, sums);
-            store_tile<T>(sums, height, Sizes::vectors, out, row, block + j, w.columns, first, last);
-          });
+            const Strip<T> strip{packed + j * depth, Sizes::columns, lanes<T>};
+            const bool one = columns - j <= lanes<T>;
+            one ? compute_tile<Width::one, T>(height, x_tile, strip, depth, sums)
+                : compute_tile<Width::usual, T>(height, x_tile, strip, depth, sums);
+            store_tile<T>(sums, height, one ? 1 : Sizes::vectors, out, row, block + j, w.columns, first, last);
+          }
+        });
       });
     }
     k += depth;
@@ -342,7 +399,8 @@ template <int rows, class T>
 // x's rows.
 template <class T, class O>
 void compute_by_dots(View<T> x, View<T> w, const O& out) {
-  constexpr int n = lanes<T>, most = std::max(1, TileSizes<T>::rows * TileSizes<T>::vectors * 2 / 3 / n);
+  using Sizes = TileSizes<T>;
+  constexpr int n = lanes<T>;
   const T *x_end = end_of(x.data, x.rows, x.row_stride, x.columns),
           *w_end = end_of(w.data, w.columns, w.column_stride, w.rows);
   if (w.columns == 1) {
@@ -357,18 +415,36 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
     }
     return;
   }
-  for (Index j = 0; j < w.columns; j += n) {
-    const int count = static_cast<int>(std::min<Index>(n, w.columns - j));
-    const auto some = [&]<int rows>(Index row, Constant<rows>) {
-      Vec<T> result[rows];
-      some_dots<rows>(x.data + row * x.row_stride, x.row_stride, x_end, w.data + j * w.column_stride, w.column_stride,
-                      w_end, count, x.columns, result);
-      for (int r = 0; r < rows; ++r) out.put(row + r, j, result[r], count, true, true);
-    };
-    Index row = 0;
-    for (; row + most <= x.rows; row += most) some(row, Constant<most>{});
-    for (; row < x.rows; ++row) some(row, Constant<1>{});
-  }
+  const auto row_by_row = [&](Index first_row, Index end_row, Index first_column) {
+    for (Index j = first_column; j < w.columns; j += n) {
+      const int count = static_cast<int>(std::min<Index>(n, w.columns - j));
+      for (Index i = first_row; i < end_row; ++i) {
+        Vec<T> result[1];
+        some_dots<1>(x.data + i * x.row_stride, Index{0}, x_end, w.data + j * w.column_stride, w.column_stride, w_end,
+                     count, x.columns, result);
+        out.put(i, j, result[0], count, true, true);
+      }
+    }
+  };
+  // Blocks of results, and the columns beside them that are left.
+  Index row = 0;
+  const auto by_blocks = [&]<int block_rows>(Constant<block_rows>) {
+    constexpr int block_columns = std::min(Sizes::dot_block / block_rows, n);
+    const Index first_row = row, whole = w.columns / block_columns * block_columns;
+    if (whole > 0) row += (x.rows - row) / block_rows * block_rows;
+    for (Index j = 0; j < whole; j += block_columns)
+      for (Index i = first_row; i < row; i += block_rows) {
+        T block[block_rows * block_columns];
+        dot_block<block_rows, block_columns>(x.data + i * x.row_stride, x.row_stride, x_end,
+                                             w.data + j * w.column_stride, w.column_stride, w_end, x.columns, block);
+        for (int r = 0; r < block_rows; ++r)
+          out.put(i + r, j, load_lanes(block + r * block_columns, block_columns), block_columns, true, true);
+      }
+    if (whole < w.columns) row_by_row(first_row, row, whole);
+  };
+  by_blocks(Constant<4>{});
+  by_blocks(Constant<2>{});
+  row_by_row(row, x.rows, 0);
 }
 
 template <class T, class Epilogue>

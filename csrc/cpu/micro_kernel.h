@@ -36,55 +36,127 @@ template <int most, class F>
   }
 }
 
-// Where x stands: a number for a row of the tile and a step of the sum.
+// The compiler takes p as it is: it does not compute it from another pointer, nor keep sums of it and an offset. Left to
+// itself, GCC has a register for each row of a tile, and fetches those that do not fit from vector registers, which costs
+// a sixth of the time.
+template <class T>
+[[gnu::always_inline]] inline void keep(const T*& p) {
+  asm("" : "+r"(p));
+}
+
+// Where x stands. steps<rows>() goes through the steps of the sum: enter() one, at(row) is a number of it, next().
 template <class T>
 struct Strided {
   const T* data;
   Index row_stride, step_stride;
-  T at(Index row, Index step) const { return data[row * row_stride + step * step_stride]; }
+
+  template <int rows>
+  struct Steps {
+    // So many rows share a pointer: for their offsets there are registers.
+    static constexpr int together = rows <= 6 ? rows : 3, groups = (rows + together - 1) / together;
+    const T* group[groups];
+    Index row_stride, step_stride;
+
+    void enter() {}
+    T at(int row) const { return group[row / together][row % together * row_stride]; }
+    void next() {
+#pragma GCC unroll 16
+      for (const T*& p : group) {
+        p += step_stride;
+        if constexpr (groups > 1) keep(p);
+      }
+    }
+  };
+  template <int rows>
+  Steps<rows> steps() const {
+    Steps<rows> first{{}, row_stride, step_stride};
+    for (int g = 0; g < first.groups; ++g) first.group[g] = data + g * first.together * row_stride;
+    return first;
+  }
 };
 template <class T>
 struct RowsAnywhere {
   const T* const* rows;
-  T at(Index row, Index step) const { return rows[row][step]; }
+
+  struct Steps {
+    // Each is loaded when it is needed: there are not registers enough.
+    const T* const volatile* rows;
+    Index step;
+    void enter() {}
+    T at(int row) const { return rows[row][step]; }
+    void next() { ++step; }
+  };
+  template <int>
+  Steps steps() const {
+    return {rows, 0};
+  }
 };
 // The transpose: the tile's rows are columns `first` and on of rows that lie anywhere.
 template <class T>
 struct ColumnsOfRowsAnywhere {
   const T* const* rows;
   Index first;
-  T at(Index row, Index step) const { return rows[step][first + row]; }
+
+  struct Steps {
+    const T* const* rows;
+    Index first;
+    const T* now;
+    void enter() {
+      now = *rows + first;
+      keep(now);
+    }
+    T at(int row) const { return now[row]; }
+    void next() { ++rows; }
+  };
+  template <int>
+  Steps steps() const {
+    return {rows, first, nullptr};
+  }
 };
 
 // The vectors of w of one step begin at w + step * stride; from one to the next it is `apart`.
 template <class T>
 struct Strip {
+  using Number = T;
   const T* w;
   Index stride, apart;
+  Vec<T> vector(const T* w_k, int v) const { return load(w_k + v * apart); }
+};
+// One vector, of which w has the first `count` lanes.
+template <class T>
+struct PartOfStrip {
+  using Number = T;
+  const T* w;
+  Index stride;
+  int count;
+  Vec<T> vector(const T* w_k, int) const { return load_part(w_k, count); }
 };
 
 // From 0 if `begin`, else from what is there. A function of its own, so that its loop has all registers for itself.
-template <int rows, int vectors, class T, class X>
-[[gnu::noinline]] void accumulate(const X& x, const Strip<T>& strip, Index depth, bool begin,
-                                  Vec<T> (&total)[rows][vectors]) {
+template <int rows, int vectors, class X, class W, class T = typename W::Number>
+[[gnu::noinline]] void accumulate(const X& x, const W& strip, Index depth, bool begin,
+                                  Vec<typename W::Number> (&total)[rows][vectors]) {
   Vec<T> sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = begin ? Vec<T>{} : total[r][v];
   const T* w = strip.w;
+  auto x_k = x.template steps<rows>();
   // The main loop:
   for (Index k = 0; k < depth; ++k) {
+    x_k.enter();
     Vec<T> w_k[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w_k[v] = load(w + v * strip.apart);
+    for (int v = 0; v < vectors; ++v) w_k[v] = strip.vector(w, v);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const Vec<T> x_rk = splat<T>(x.at(r, k));
+      const Vec<T> x_rk = splat<T>(x_k.at(r));
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x_rk, w_k[v], sum[r][v]);
     }
     w += strip.stride;
+    x_k.next();
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -98,15 +170,23 @@ constexpr int vectors_beside(int rows) {
   return rows == 1 ? 8 : rows <= 3 ? 4 : TileSizes<T>::vectors;
 }
 
-// The sums of a tile, row after row: any height, and as wide as TileSizes says or, if `wide`, as registers allow.
+// The sums of a tile, row after row: any height and width.
 template <class T>
 using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
 
-template <bool wide, class T, class X>
-inline void compute_tile(int rows, const X& x, const Strip<T>& strip, Index depth, bool begin, Sums<T>& sums) {
+// One vector, as wide as TileSizes says, or as registers allow.
+enum class Width { one, usual, wide };
+
+template <class T>
+constexpr int vectors_in(Width width, int rows) {
+  return width == Width::one ? 1 : width == Width::usual ? TileSizes<T>::vectors : vectors_beside<T>(rows);
+}
+
+template <Width width, class T, class X, class W>
+inline void compute_tile(int rows, const X& x, const W& strip, Index depth, Sums<T>& sums) {
   with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
-    constexpr int vectors = wide ? vectors_beside<T>(height) : TileSizes<T>::vectors;
-    accumulate(x, strip, depth, begin, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
+    constexpr int vectors = vectors_in<T>(width, height);
+    accumulate(x, strip, depth, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
   });
 }
 
@@ -171,7 +251,7 @@ template <int vectors, class T, class Sparse>
 template <class T>
 inline Vec<T> load_masked(const T* p, int n, const T* end) {
   if (n == lanes<T>) return load(p);
-  if (end - p < lanes<T>) return load_part(p, n);
+  if (masks_are_cheap || end - p < lanes<T>) return load_part(p, n);
   IntVecOf<Vec<T>> lane;
   for (int i = 0; i < lanes<T>; ++i) lane[i] = static_cast<IntOf<T>>(i);
   return select(lane < static_cast<IntOf<T>>(n), load(p), Vec<T>{});
@@ -244,6 +324,44 @@ template <int rows, class T>
   for (int r = 0; r < rows; ++r) result[r] = lane_totals(sum[r]);
 }
 
+// result[r * columns + c] = a_r . b_c, summed in the same order: a block of both needs fewer loads than rows of results do.
+// rows * columns is a multiple of `lanes`.
+template <int rows, int columns, class T>
+[[gnu::noinline]] void dot_block(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride, const T* b_end,
+                                 Index depth, T (&result)[rows * columns]) {
+  constexpr int n = lanes<T>;
+  static_assert(rows * columns % n == 0);
+  Vec<T> sum[rows * columns];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows * columns; ++i) sum[i] = Vec<T>{};
+  // The main loop; the last round may be a part of a vector.
+  for (Index k = 0; k < depth; k += n) {
+    Vec<T> a_k[rows], b_k[columns];
+    if (const Index part = depth - k; part >= n) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) a_k[r] = load(a + r * a_stride + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) b_k[c] = load(b + c * b_stride + k);
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) a_k[r] = load_masked(a + r * a_stride + k, static_cast<int>(part), a_end);
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) b_k[c] = load_masked(b + c * b_stride + k, static_cast<int>(part), b_end);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; ++c) sum[r * columns + c] = fma(a_k[r], b_k[c], sum[r * columns + c]);
+  }
+#pragma GCC unroll 8
+  for (int first = 0; first < rows * columns; first += n) {
+    Vec<T> group[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) group[i] = sum[first + i];
+    store(result + first, lane_totals(group));
+  }
+}
+
 namespace detail {
 // In each block of 2 `unit` lanes: the first half (or the second) of the block of a, then that of b.
 template <int unit, bool second, class V, std::size_t... i>
@@ -297,10 +415,10 @@ inline void pack_strip(const View<T>& w, T* packed) {
         __builtin_prefetch(from + (k + prefetched_rows) * w.row_stride);
         store(packed + k * columns, load(from + k * w.row_stride));
       }
-    } else if (w.row_stride == 1 && count == n) {
+    } else if (w.row_stride == 1) {
       for (; k + n <= w.rows; k += n) {
-        Vec<T> square[n];
-        for (int i = 0; i < n; ++i) square[i] = load(from + i * w.column_stride + k);
+        Vec<T> square[n] = {};
+        for (int i = 0; i < count; ++i) square[i] = load(from + i * w.column_stride + k);
         transpose(square);
         for (int i = 0; i < n; ++i) store(packed + (k + i) * columns, square[i]);
       }

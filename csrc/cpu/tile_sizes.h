@@ -14,8 +14,10 @@
 // wide_columns    of w are then packed at a time (1.6 MiB for float), in the third level: each strip comes from there
 //                 once for block_rows.
 // dot_rows        up to so many rows of x, to turn w round costs more than dots do.
+// dot_block       dot products that are computed at a time, one register each.
 // thin_depth, thin_rows   up to so many steps of k, to store y is most of the work; from so many rows on, that holds where
 //                 w has to be turned round as well.
+// thin_block      rows that then share what is loaded of w: thin_depth of x and a sum each.
 #pragma once
 
 #include "cpu/vector.h"
@@ -25,9 +27,9 @@ namespace gemmlet {
 template <class T>
 struct TileSizes {
 #if defined(__AVX512F__) || defined(__aarch64__)
-  static constexpr int rows = 12;
+  static constexpr int rows = 12, dot_rows = 16, dot_block = 16, thin_block = 2;
 #else
-  static constexpr int rows = 6;
+  static constexpr int rows = 6, dot_rows = 8, dot_block = 8, thin_block = 1;
 #endif
   static constexpr int vectors = 2;
   static constexpr int columns = vectors * lanes<T>;
@@ -37,7 +39,6 @@ struct TileSizes {
   static constexpr int block_columns = 128;
   static constexpr int copied_from_columns = 512, turned_from_columns = 128;
   static constexpr int wide_columns = 1024;
-  static constexpr int dot_rows = 8;
   static constexpr int thin_depth = 10, thin_rows = 4;
   static_assert(depth % columns == 0);
   static_assert(block_rows % rows == 0 && block_columns % columns == 0 && wide_columns % columns == 0);

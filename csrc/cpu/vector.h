@@ -16,6 +16,10 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 // Left to itself, GCC stops inlining where a formula is long, and calls a function for each of its instructions.
 #define GEMMLET_INLINE [[gnu::always_inline]] inline
 
@@ -70,19 +74,53 @@ GEMMLET_INLINE Vec<T> keep_lanes(Vec<T> v, int first, int end) {
   return (lane >= I(first) - Vec<I>{}) & (lane < I(end) - Vec<I>{}) ? v : Vec<T>{};
 }
 
+// Whether a part of a vector is loaded as fast as all of it.
+#if defined(__AVX2__)
+inline constexpr bool masks_are_cheap = true;
+#else
+inline constexpr bool masks_are_cheap = false;
+#endif
+
+#if defined(__AVX512F__)
+// The first n lanes.
+template <class T>
+GEMMLET_INLINE auto first_lanes(int n) {
+  return static_cast<std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>>((1u << n) - 1);
+}
+GEMMLET_INLINE Vec<float> load_part(const float* p, int n, float fill = 0) {
+  return _mm512_mask_loadu_ps(splat(fill), first_lanes<float>(n), p);
+}
+GEMMLET_INLINE Vec<double> load_part(const double* p, int n, double fill = 0) {
+  return _mm512_mask_loadu_pd(splat(fill), first_lanes<double>(n), p);
+}
+GEMMLET_INLINE void store_part(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, first_lanes<float>(n), v); }
+GEMMLET_INLINE void store_part(double* p, Vec<double> v, int n) { _mm512_mask_storeu_pd(p, first_lanes<double>(n), v); }
+#else
 template <class T>
 GEMMLET_INLINE Vec<T> load_part(const T* p, int n, T fill = 0) {
+#if defined(__AVX2__)
+  Vec<IntOf<T>> lane;
+  for (int i = 0; i < lanes<T>; ++i) lane[i] = static_cast<IntOf<T>>(i);
+  const auto wanted = lane < static_cast<IntOf<T>>(n) - Vec<IntOf<T>>{};
+  if constexpr (sizeof(T) == 4)
+    return wanted ? Vec<T>(_mm256_maskload_ps(p, std::bit_cast<__m256i>(wanted))) : splat(fill);
+  else
+    return wanted ? Vec<T>(_mm256_maskload_pd(p, std::bit_cast<__m256i>(wanted))) : splat(fill);
+#else
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   for (int i = 0; i < lanes<T>; ++i) buffer[i] = i < n ? p[i] : fill;
   return load(buffer);
+#endif
 }
 
+// Masked stores of AVX2 take longer than these on AMD's processors.
 template <class T>
 GEMMLET_INLINE void store_part(T* p, Vec<T> v, int n) {
   alignas(GEMMLET_VECTOR_BYTES) T buffer[lanes<T>];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
+#endif
 
 template <class M, class V>
 GEMMLET_INLINE V select(M mask, V a, V b) {
