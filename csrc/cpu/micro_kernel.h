@@ -205,12 +205,11 @@ struct SparseRow {
   }
 };
 
-// Bytes, of which those count whose bits are set in 64-bit words; byte i * stride, which is bit i % 64 of word i / 64,
-// stands for the number numbers[byte]. The words are number `first` to `end`.
+// Bytes, of which those count whose bits are set in 64-bit words; byte i, which is bit i % 64 of word i / 64, stands for
+// the number numbers[byte]. The words are number `first` to `end`.
 template <class T>
 struct MaskedBytes {
   const std::uint8_t* bytes;
-  Index stride;
   const std::uint64_t* masks;
   Index first, end;
   const T* numbers;
@@ -225,7 +224,7 @@ struct MaskedBytes {
     for (Index word = first; word < end; ++word)
       for (std::uint64_t rest = masks[word]; rest != 0; rest &= rest - 1) {
         const Index i = word * 64 + std::countr_zero(rest);
-        f(i, numbers[bytes[i * stride]]);
+        f(i, numbers[bytes[i]]);
       }
   }
 };
@@ -234,17 +233,14 @@ struct MaskedBytes {
 template <int vectors, class T, class Sparse>
 [[gnu::always_inline]] inline void accumulate_sparse(const Sparse& x, const T* w, Index stride, Index last,
                                                      Vec<T> (&total)[vectors]) {
-  Vec<T> sum[vectors];
-  for (int v = 0; v < vectors; ++v) sum[v] = total[v];
   // The main loop:
   x.for_each([&] [[gnu::always_inline]] (Index i, T number) {
     const Vec<T> x_i = splat<T>(number);
     const T* w_i = w + i * stride;
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors - 1; ++v) sum[v] = fma(x_i, load(w_i + v * lanes<T>), sum[v]);
-    sum[vectors - 1] = fma(x_i, load(w_i + last), sum[vectors - 1]);
+    for (int v = 0; v < vectors - 1; ++v) total[v] = fma(x_i, load(w_i + v * lanes<T>), total[v]);
+    total[vectors - 1] = fma(x_i, load(w_i + last), total[vectors - 1]);
   });
-  for (int v = 0; v < vectors; ++v) total[v] = sum[v];
 }
 
 // The first n lanes at p, the others 0. It reads a whole vector where that ends before `end`.

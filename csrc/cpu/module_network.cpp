@@ -36,7 +36,8 @@ std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, const char* 
     if (!layers.empty() && layers.back().out != weight.shape(0)) refuse(name, "widths do not fit");
     if (activation != -1) checked_index(activation, activation_names().size(), name);
     layers.push_back({weight.shape(0), weight.shape(1), parameter<T>(weight, weight_states, weight_average, rule),
-                      parameter<T>(bias, bias_states, bias_average, rule), activation, static_cast<T>(number)});
+                      parameter<T>(bias, bias_states, bias_average, rule), weight.shape(1), activation,
+                      static_cast<T>(number)});
   }
   return layers;
 }

@@ -42,6 +42,11 @@ constexpr Index packed_depth = 256;
 // Mini-batches of fewer rows go back through a layer by dots: to turn its weights round would cost more.
 constexpr Index tiles_from_rows = 16;
 
+// So many blocks of features of a sparse mini-batch go through its rows at a time: what they use of w stays in the cache.
+constexpr Index sparse_blocks = 2;
+// From so many mini-batches in a call, a thread that always has the same columns of the first layer copies them.
+constexpr Index own_from_steps = 8;
+
 Index pieces(Index n, Index size) { return (n + size - 1) / size; }
 
 template <class T>
@@ -121,7 +126,7 @@ struct Packed {
 template <class T>
 void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
   constexpr int n = lanes<T>;
-  const Index out = layer.out;
+  const Index out = layer.out, stride = layer.stride;
   const T *w = layer.weight.value, *bias = layer.bias.value;
   const bool narrow = out < n;
   thread_local Packed<T> packed;
@@ -138,10 +143,10 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
   };
 
   const auto strip = [&]<int vectors>(Index j, Index second, Constant<vectors>) {
-    if (!narrow && (out * static_cast<Index>(sizeof(T)) < packed_from_stride || rows < 2 * TileSizes<T>::rows)) {
+    if (!narrow && (stride * static_cast<Index>(sizeof(T)) < packed_from_stride || rows < 2 * TileSizes<T>::rows)) {
       for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][vectors];
-        accumulate(RowsAnywhere<T>{x + row}, Strip<T>{w + j, out, second}, layer.in, true, sum);
+        accumulate(RowsAnywhere<T>{x + row}, Strip<T>{w + j, stride, second}, layer.in, true, sum);
         finish(sum, row, j, second);
       });
       return;
@@ -150,7 +155,7 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
       const Index depth = std::min(packed_depth, layer.in - k);
       for (Index i = 0; i < depth; ++i)
         for (int v = 0; v < vectors; ++v) {
-          const T* source = w + (k + i) * out + j + v * second;
+          const T* source = w + (k + i) * stride + j + v * second;
           store(packed.w + (i * vectors + v) * n, narrow ? load_part(source, static_cast<int>(out)) : load(source));
         }
       for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
@@ -216,7 +221,7 @@ struct MaskedRow {
   const std::uint64_t* masks;
   const T* numbers;
 
-  MaskedBytes<T> blocks(Index first, Index end) const { return {bytes, 1, masks, first, end, numbers}; }
+  MaskedBytes<T> blocks(Index first, Index end) const { return {bytes, masks, first, end, numbers}; }
   void prefetch(Index block) const { __builtin_prefetch(bytes + block * block_features); }
 };
 
@@ -225,40 +230,58 @@ inline void prefetch_row(const T* from, Index count) {
   for (Index i = 0; i < count; i += 64 / static_cast<Index>(sizeof(T))) __builtin_prefetch(from + i);
 }
 
+// y += x w, or y = x w to begin with, for some columns; at last, with a bias. A function of its own, so that its loop has
+// all registers for itself.
+template <int vectors, class T, class Sparse>
+[[gnu::noinline]] void add_sparse(const Sparse& x, const T* w, Index stride, Index last, T* y, bool begin,
+                                  const T* bias) {
+  constexpr Index n = lanes<T>;
+  Vec<T> sum[vectors];
+  if (begin) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[v] = Vec<T>{};
+  } else {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[v] = load(y + (v + 1 < vectors ? v * n : last));
+  }
+  accumulate_sparse(x, w, stride, last, sum);
+  if (bias != nullptr) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[v] = sum[v] + load(bias + (v + 1 < vectors ? v * n : last));
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; ++v) store(y + (v + 1 < vectors ? v * n : last), sum[v]);
+}
+
 // As forward_dense, for sparse rows; one block of features at a time, so that what all rows use of w stays in the
 // first-level cache while they do.
 template <class T, class Row>
 void forward_sparse(const Row* x, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
   constexpr Index n = lanes<T>;
-  const Index out = layer.out, blocks = pieces(layer.in, block_features), at_once = rows == 1 ? blocks : 1;
+  const Index out = layer.out, stride = layer.stride, blocks = pieces(layer.in, block_features),
+              at_once = rows == 1 ? blocks : sparse_blocks;
   const T *w = layer.weight.value, *bias = layer.bias.value;
   if (out < n) {
     const int part = static_cast<int>(out);
     for (Index r = 0; r < rows; ++r) {
       Vec<T> sum{};
       x[r].blocks(0, blocks).for_each(
-          [&](Index k, T number) { sum = fma(splat<T>(number), load_part(w + k * out, part), sum); });
+          [&](Index k, T number) { sum = fma(splat<T>(number), load_part(w + k * stride, part), sum); });
       store(y + r * y_stride, sum + load_part(bias, part));
     }
   } else {
     for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
       // The last vector is moved back to end with the columns. What it shares with others has the same values there.
       const Index last = std::min((vectors - 1) * n, columns.end - n - j);
-      const auto place = [&](int v) { return j + (v + 1 < vectors ? v * n : last); };
       for (Index block = 0; block < blocks; block += at_once) {
         const Index end = std::min(block + at_once, blocks);
         for (Index r = 0; r < rows; ++r) {
           // Another thread may have written it, so that it is far away.
           if (r + prefetched_rows / 2 < rows) x[r + prefetched_rows / 2].prefetch(block);
           if (const Index next = end * block_features + r; r < block_features && next < layer.in)
-            prefetch_row(w + next * out + j, vectors * n);
-          T* y_r = y + r * y_stride;
-          Vec<T> sum[vectors] = {};
-          if (block > 0)
-            for (int v = 0; v < vectors; ++v) sum[v] = load(y_r + place(v));
-          accumulate_sparse(x[r].blocks(block, end), w + j, out, last, sum);
-          for (int v = 0; v < vectors; ++v)
-            store(y_r + place(v), end == blocks ? sum[v] + load(bias + place(v)) : sum[v]);
+            prefetch_row(w + next * stride + j, vectors * n);
+          add_sparse<vectors>(x[r].blocks(block, end), w + j, stride, last, y + r * y_stride + j, block == 0,
+                              end == blocks ? bias + j : nullptr);
         }
       }
     });
@@ -271,12 +294,12 @@ void forward_sparse(const Row* x, Index rows, const Layer<T>& layer, Range colum
 template <class T>
 void backward_by_dots(const T* grad_y, Index y_stride, Index rows, const Layer<T>& layer, T* grad_x, Index x_stride) {
   constexpr int n = lanes<T>, height = std::max(1, TileSizes<T>::rows * TileSizes<T>::vectors * 2 / 3 / n);
-  const T *w = layer.weight.value, *end = w + layer.in * layer.out, *grad_end = grad_y + rows * y_stride;
+  const T *w = layer.weight.value, *end = w + layer.in * layer.stride, *grad_end = grad_y + rows * y_stride;
   for (Index k = 0; k < layer.in; k += n) {
     const int count = static_cast<int>(std::min<Index>(n, layer.in - k));
     const auto some = [&]<int rows_at_once>(Index row, Constant<rows_at_once>) {
       Vec<T> result[rows_at_once];
-      dots<rows_at_once>(grad_y + row * y_stride, y_stride, grad_end, w + k * layer.out, layer.out, end, count,
+      dots<rows_at_once>(grad_y + row * y_stride, y_stride, grad_end, w + k * layer.stride, layer.stride, end, count,
                          layer.out, result);
       for (int r = 0; r < rows_at_once; ++r) store(grad_x + (row + r) * x_stride + k, result[r]);
     };
@@ -294,7 +317,7 @@ void backward_by_tiles(const T* grad_y, Index y_stride, Index rows, const Layer<
     const Index inputs = std::min<Index>(2 * n, layer.in - k);
     for (Index j = 0; j < layer.out; j += packed_depth) {
       const Index depth = std::min(packed_depth, layer.out - j);
-      pack_strip<T>({layer.weight.value + k * layer.out + j, depth, inputs, 1, layer.out}, packed.w);
+      pack_strip<T>({layer.weight.value + k * layer.stride + j, depth, inputs, 1, layer.stride}, packed.w);
       for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][2];
         T* to = grad_x + row * x_stride + k;
@@ -339,18 +362,23 @@ struct Updating {
   [[gnu::always_inline]] void operator()(const Parameter<T>& p, Index at, Index second, int n,
                                          const Vec<T> (&gradient)[vectors]) const {
     constexpr int states = OptimizerRule::state_count;
-    Vec<T> value[vectors], state[vectors][std::max(states, 1)], average[vectors] = {};
+    Vec<T> value[vectors], state[vectors][std::max(states, 1)];
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       value[v] = load_lanes(p.value + at + v * second, n);
       for (int s = 0; s < states; ++s) state[v][s] = load_lanes(p.state[s] + at + v * second, n);
       OptimizerRule::apply(value[v], gradient[v], state[v], numbers);
-      if (p.average != nullptr)
-        average[v] = optimizers::moving_average(load_lanes(p.average + at + v * second, n), value[v], decay, gain);
     }
+    if (p.average != nullptr) {
+      Vec<T> average[vectors];
+      for (int v = 0; v < vectors; ++v)
+        average[v] = optimizers::moving_average(load_lanes(p.average + at + v * second, n), value[v], decay, gain);
+      for (int v = 0; v < vectors; ++v) store_lanes(p.average + at + v * second, average[v], n);
+    }
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       store_lanes(p.value + at + v * second, value[v], n);
       for (int s = 0; s < states; ++s) store_lanes(p.state[s] + at + v * second, state[v][s], n);
-      if (p.average != nullptr) store_lanes(p.average + at + v * second, average[v], n);
     }
   }
 };
@@ -394,7 +422,7 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
       constexpr Index strip_size = 2 * lanes<T>, line = 64 / static_cast<Index>(sizeof(T));
       const Index next = j + strip_size, last = std::min(next + strip_size, columns.end) - 1;
       for (int r = 0; r < height && next <= last; ++r) {
-        const Index row = (k + r) * layer.out;
+        const Index row = (k + r) * layer.stride;
         update.prefetch(layer.weight, row + last);
         if constexpr (strip_size > line) update.prefetch(layer.weight, row + std::max(next, last - line));
       }
@@ -405,7 +433,7 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
         accumulate(x_at, strip, rows, true, reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(sums));
       });
       for (int r = 0; r < height; ++r)
-        update(layer.weight, (k + r) * layer.out + j, second, n,
+        update(layer.weight, (k + r) * layer.stride + j, second, n,
                reinterpret_cast<const Vec<T>(&)[vectors]>(sums[r * vectors]));
     });
   }
@@ -446,40 +474,66 @@ struct FeatureLists {
   }
 };
 
-// Bit k of word i becomes bit i of word k: blocks of 32, 16, ... bits across the diagonal change places.
-inline void transpose_bits(std::uint64_t (&words)[64]) {
-  std::uint64_t low = 0xffffffff;
-  for (int size = 32; size > 0; size /= 2, low ^= low << size)
-    for (int base = 0; base < 64; base += 2 * size)
-      for (int i = base; i < base + size; ++i) {
-        const std::uint64_t change = ((words[i] >> size) ^ words[i + size]) & low;
-        words[i + size] ^= change;
-        words[i] ^= change << size;
-      }
+typedef std::uint8_t Bytes16 __attribute__((vector_size(16)));
+
+// 16 rows of 16 bytes become columns: four times each row is interleaved with the one eight below.
+inline void transpose(Bytes16 (&v)[16]) {
+  for (int round = 0; round < 4; ++round) {
+    Bytes16 next[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      next[2 * i] = __builtin_shufflevector(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] =
+          __builtin_shufflevector(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) v[i] = next[i];
+  }
 }
 
-// The same for masked rows, that stand `stride` apart: the bits of feature k are the words from k * words on.
+// The same for masked rows: the bytes of feature k, one for each row, begin at k * words * 64, its masks at k * words.
 template <class T>
 struct FeatureMasks {
-  const std::uint8_t* bytes = nullptr;
-  Index stride = 0, words = 0;
+  Index words = 0;
   const T* numbers = nullptr;
+  Buffer<std::uint8_t> bytes;
   Buffer<std::uint64_t> masks;
 
-  void list(const MaskedRow<T>* x, Index rows, Index, Index block) {
-    if (words == 1 && rows == 1) {
-      for (Index k = 0; k < block_features; ++k) masks[block * block_features + k] = x[0].masks[block] >> k & 1;
+  void list(const MaskedRow<T>* x, Index rows, Index features, Index block) {
+    const Index first = block * block_features, end = std::min(features, first + block_features), stride = words * 64;
+    if (rows == 1) {
+      for (Index k = first; k < end; ++k) {
+        bytes[k * stride] = x[0].bytes[k];
+        masks[k * words] = x[0].bytes[k] != 0;
+        for (Index word = 1; word < words; ++word) masks[k * words + word] = 0;
+      }
       return;
     }
-    for (Index word = 0; word < words; ++word) {
-      std::uint64_t square[64] = {};
-      for (Index i = word * 64; i < std::min(rows, word * 64 + 64); ++i) square[i % 64] = x[i].masks[block];
-      transpose_bits(square);
-      for (Index k = 0; k < block_features; ++k) masks[(block * block_features + k) * words + word] = square[k];
+    for (Index k = first; k < end; k += 16)
+      end - k >= 16 ? turn(x, rows, k, 16) : turn(x, rows, k, static_cast<std::size_t>(end - k));
+    for (Index word = first * words; word < end * words; ++word) masks[word] = mask_of_bytes(bytes.get() + word * 64);
+  }
+
+  // `count` features from k on, at most 16.
+  [[gnu::always_inline]] void turn(const MaskedRow<T>* x, Index rows, Index k, std::size_t count) {
+    const Index stride = words * 64;
+    for (Index i = 0; i < stride; i += 16) {
+      Bytes16 square[16] = {};
+      if (rows - i >= 16)
+#pragma GCC unroll 16
+        for (Index r = 0; r < 16; ++r) std::memcpy(&square[r], x[i + r].bytes + k, count);
+      else
+        for (Index r = 0; r < rows - i; ++r) std::memcpy(&square[r], x[i + r].bytes + k, count);
+      transpose(square);
+#pragma GCC unroll 16
+      for (std::size_t c = 0; c < 16; ++c)
+        if (c < count) std::memcpy(bytes.get() + (k + static_cast<Index>(c)) * stride + i, &square[c], 16);
     }
   }
 
-  MaskedBytes<T> feature(Index k) const { return {bytes + k, stride, masks.get() + k * words, 0, words, numbers}; }
+  MaskedBytes<T> feature(Index k) const {
+    return {bytes.get() + k * words * 64, masks.get() + k * words, 0, words, numbers};
+  }
 };
 
 // As update_dense, for one input, from the rows of the mini-batch in which it is not 0.
@@ -489,15 +543,17 @@ template <int vectors, class T, class Sparse, class OptimizerRule>
   constexpr int n = lanes<T>;
   Vec<T> sum[vectors] = {};
   accumulate_sparse(rows, grad.row(0) + j, grad.stride, (vectors - 1) * n, sum);
-  const Index at = k * layer.out + j;
-  int v = 0;
-  for (; v + 1 < vectors && j + (v + 2) * n <= end; v += 2) {
-    const Vec<T> two[2] = {sum[v], sum[v + 1]};
-    update(layer.weight, at + v * n, n, n, two);
+  const Index at = k * layer.stride + j;
+  if (j + vectors * n <= end) {
+    constexpr int together = std::min(vectors, 2);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v += together)
+      update(layer.weight, at + v * n, n, n, reinterpret_cast<const Vec<T>(&)[together]>(sum[v]));
+    return;
   }
-  for (; v < vectors; ++v) {
+  for (int v = 0; v < vectors; ++v) {
     const Vec<T> one[1] = {sum[v]};
-    update(layer.weight, at + v * n, n, static_cast<int>(std::min<Index>(n, end - j - v * n)), one);
+    update(layer.weight, at + v * n, n, static_cast<int>(std::clamp<Index>(end - j - v * n, 0, n)), one);
   }
 }
 
@@ -507,7 +563,7 @@ void update_sparse(const Layer<T>& layer, const Features& features, const Rows<T
   constexpr Index n = lanes<T>;
   for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
     for (Index k = inputs.first; k < inputs.end; ++k) {
-      prefetch_row(layer.weight.value + std::min(k + 4, layer.in - 1) * layer.out + j, vectors * n);
+      prefetch_row(layer.weight.value + std::min(k + 4, layer.in - 1) * layer.stride + j, vectors * n);
       const auto rows = features.feature(k);
       if (!rows.empty() || !update.idle_without_gradient)
         update_from<vectors>(rows, layer, k, grad, j, columns.end, update);
@@ -560,6 +616,57 @@ struct Inputs {
   }
 };
 
+// A layer of which some columns of the weights, and of what belongs to them, stand in memory of their own, so that no
+// cache line and no guess of a processor's prefetching is shared with who has the other columns. All offsets stay as
+// they are but for `stride`. Where there is no memory it is the layer itself.
+template <class T>
+class OwnColumns {
+ public:
+  OwnColumns(const Layer<T>& layer, Range columns, bool wanted) : whole_(layer), layer_(layer), columns_(columns) {
+    const std::size_t count = static_cast<std::size_t>(columns.first + layer.in * columns.size());
+    if (!wanted) return;
+    for_arrays([&](Buffer<T>& own, T*, T*&) {
+      own.reset(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64}, std::nothrow)));
+    });
+    bool there = true;
+    for_arrays([&](Buffer<T>& own, T*, T*&) { there = there && own != nullptr; });
+    if (!there) return;
+    layer_.stride = columns.size();
+    for_arrays([&](Buffer<T>& own, T* from, T*& used) {
+      used = own.get();
+      for_rows([&](Index there_at, Index here_at) { std::copy_n(from + there_at, columns_.size(), used + here_at); });
+    });
+  }
+  OwnColumns(const OwnColumns&) = delete;
+  OwnColumns& operator=(const OwnColumns&) = delete;
+  ~OwnColumns() {
+    if (layer_.stride == whole_.stride) return;
+    for_arrays([&](Buffer<T>&, T* to, T*& used) {
+      for_rows([&](Index there_at, Index here_at) { std::copy_n(used + here_at, columns_.size(), to + there_at); });
+    });
+  }
+  const Layer<T>& layer() const { return layer_; }
+
+ private:
+  // f(memory, the layer's array, what is used) for the weights, their states and their average, as far as they are there.
+  template <class F>
+  void for_arrays(F&& f) {
+    f(own_[0], whole_.weight.value, layer_.weight.value);
+    for (int s = 0; s < most_states; ++s)
+      if (whole_.weight.state[s] != nullptr) f(own_[1 + s], whole_.weight.state[s], layer_.weight.state[s]);
+    if (whole_.weight.average != nullptr) f(own_[1 + most_states], whole_.weight.average, layer_.weight.average);
+  }
+  template <class F>
+  void for_rows(F&& f) const {
+    for (Index k = 0; k < whole_.in; ++k) f(k * whole_.stride + columns_.first, k * columns_.size() + columns_.first);
+  }
+
+  const Layer<T>& whole_;
+  Layer<T> layer_;
+  Range columns_;
+  Buffer<T> own_[2 + most_states];
+};
+
 // The layers of one network, and the space that mini-batches need: `slots` of them at a time as far as the first layer's
 // results are concerned, one beyond.
 template <class T>
@@ -583,16 +690,18 @@ class Network {
   }
   const Rows<T>& output_gradients() const { return grad_.back(); }
 
-  // The first layer's preactivations of some rows, in some columns.
-  void forward_first(const Inputs<T>& inputs, Index slot, Range rows, Range columns) const {
+  const Layer<T>& first_layer() const { return layers_[0]; }
+
+  // The first layer's preactivations of some rows, in some columns, which `layer` has: first_layer() or OwnColumns.
+  void forward_first(const Layer<T>& layer, const Inputs<T>& inputs, Index slot, Range rows, Range columns) const {
     const Rows<T>& target = preactivations(0);
     T* to = target.row(slot * most_rows_ + rows.first);
     const bool sparse = inputs.if_sparse([&](const auto& x) {
-      forward_sparse(x.rows.data() + rows.first, rows.size(), layers_[0], columns, to, target.stride);
+      forward_sparse(x.rows.data() + rows.first, rows.size(), layer, columns, to, target.stride);
     });
     if (!sparse)
       for (Index first = rows.first; first < rows.end; first += most_task_rows, to += most_task_rows * target.stride)
-        forward_dense(inputs.rows.data() + first, std::min(most_task_rows, rows.end - first), layers_[0], columns, to,
+        forward_dense(inputs.rows.data() + first, std::min(most_task_rows, rows.end - first), layer, columns, to,
                       target.stride);
   }
 
@@ -636,11 +745,11 @@ class Network {
   // Part `index` of `count` of all weights is updated from the inputs, activations and gradients of `rows` rows; the
   // first layer's part is given by columns, if there are any.
   template <class OptimizerRule>
-  void update(const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count, Range first_columns,
-              const double* scalars, double average_decay) const {
+  void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count,
+              Range first_columns, const double* scalars, double average_decay) const {
     const Updating<T, OptimizerRule> update(scalars, average_decay);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
-      const Layer<T>& layer = layers_[l];
+      const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
       const bool by_columns = l == 0 && first_columns.size() > 0;
       const Range columns = by_columns ? first_columns : Range{0, layer.out};
       const Range inputs_part = by_columns ? Range{0, layer.in} : part_of(layer.in, index, count);
@@ -670,14 +779,14 @@ class Network {
     }
   }
 
-  void update(int rule, const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count, Range first_columns,
-              const double* scalars, double average_decay) const {
-    using Function =
-        void (Network::*)(const Inputs<T>&, Index, Index, Index, Index, Range, const double*, double) const;
+  void update(int rule, const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index,
+              Index count, Range first_columns, const double* scalars, double average_decay) const {
+    using Function = void (Network::*)(const Layer<T>&, const Inputs<T>&, Index, Index, Index, Index, Range,
+                                       const double*, double) const;
 #define GEMMLET_ENTRY(name) &Network::update<optimizers::name>,
     static constexpr Function table[] = {GEMMLET_OPTIMIZER_RULES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-    (this->*table[rule])(inputs, slot, rows, index, count, first_columns, scalars, average_decay);
+    (this->*table[rule])(first_layer, inputs, slot, rows, index, count, first_columns, scalars, average_decay);
   }
 
   // Multiply-adds of one row, forward.
@@ -727,20 +836,6 @@ void with_team(double work, const F& f) {
   f(alone);
 }
 
-// One bit for each of 64 bytes: whether it is not 0.
-inline std::uint64_t mask_of(const std::uint8_t* bytes) {
-  constexpr std::uint64_t low = 0x7f7f7f7f7f7f7f7f, top = ~low;
-  std::uint64_t mask = 0;
-  for (int i = 0; i < 8; ++i) {
-    std::uint64_t eight;
-    std::memcpy(&eight, bytes + 8 * i, 8);
-    // The top bit of each byte that is not 0; these eight bits, side by side.
-    const std::uint64_t set = (eight | ((eight & low) + low)) & top;
-    mask |= ((set >> 7) * 0x0102040810204080 >> 56) << (8 * i);
-  }
-  return mask;
-}
-
 // Makes samples the rows of a mini-batch.
 template <class T>
 class Feed {
@@ -750,14 +845,10 @@ class Feed {
       : samples_(samples), inputs_(inputs), blocks_(pieces(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse() && samples.bytes != nullptr) {
-      stride_ = (blocks_ | 1) * block_features;
-      bytes_ = space<std::uint8_t>(most_rows * stride_);
-      std::fill_n(bytes_.get(), most_rows * stride_, std::uint8_t{0});
       masks_ = space<std::uint64_t>(most_rows * blocks_);
       inputs.masked.rows.resize(static_cast<std::size_t>(most_rows));
-      const Index words = pieces(most_rows, 64);
-      inputs.masked.features = {bytes_.get(), stride_, words, of_byte_,
-                                space<std::uint64_t>(blocks_ * block_features * words)};
+      const Index words = pieces(most_rows, 64), count = samples.features * words;
+      inputs.masked.features = {words, of_byte_, space<std::uint8_t>(count * 64), space<std::uint64_t>(count)};
     } else if (sparse()) {
       begin_ = space<std::int32_t>(most_rows * (blocks_ + 1));
       inputs.listed.rows.resize(static_cast<std::size_t>(most_rows));
@@ -819,10 +910,15 @@ class Feed {
 
  private:
   MaskedRow<T> masked_row(Index sample, Index row) const {
-    std::uint8_t* bytes = bytes_.get() + row * stride_;
+    const std::uint8_t* bytes = samples_.bytes + sample * samples_.features;
     std::uint64_t* masks = masks_.get() + row * blocks_;
-    std::copy_n(samples_.bytes + sample * samples_.features, samples_.features, bytes);
-    for (Index block = 0; block < blocks_; ++block) masks[block] = mask_of(bytes + block * block_features);
+    const Index whole = samples_.features / block_features, rest = samples_.features - whole * block_features;
+    for (Index block = 0; block < whole; ++block) masks[block] = mask_of_bytes(bytes + block * block_features);
+    if (rest > 0) {
+      std::uint8_t last[block_features] = {};
+      std::copy_n(bytes + whole * block_features, rest, last);
+      masks[whole] = mask_of_bytes(last);
+    }
     return {bytes, masks, of_byte_};
   }
 
@@ -860,10 +956,18 @@ class Feed {
   Rows<T> rows_;
   Buffer<std::int32_t> columns_, begin_;
   Buffer<T> values_;
-  Index stride_ = 0;
-  Buffer<std::uint8_t> bytes_;
   Buffer<std::uint64_t> masks_;
   T of_byte_[256];
+};
+
+// A mini-batch, and what brings it.
+template <class T>
+struct Slot {
+  Inputs<T> inputs;
+  Feed<T> feed;
+
+  Slot(const Samples<T>& samples, Index most_rows, Index most_numbers)
+      : inputs(most_rows), feed(samples, most_rows, most_numbers, inputs) {}
 };
 
 // How many numbers that are not 0 a mini-batch has at most.
@@ -957,32 +1061,41 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
   if (steps.count == 0) return {loss_sum, 0};
   const Index most_rows = std::min(steps.batch, steps.count);
   const Network<T> network(layers, most_rows, 2);
-  Inputs<T> inputs[2] = {Inputs<T>(most_rows), Inputs<T>(most_rows)};
-  const Index numbers = most_numbers(samples, steps);
-  const Feed<T> feeds[2] = {Feed<T>(samples, most_rows, numbers, inputs[0]),
-                            Feed<T>(samples, most_rows, numbers, inputs[1])};
+  // Two mini-batches, for each thread where to bring a row is less work than to fetch from another thread what it brought.
+  const bool cheap = samples.skip_zeros && samples.bytes != nullptr;
+  const Index numbers = most_numbers(samples, steps), copies = cheap ? get_num_threads() : 1;
+  std::vector<std::unique_ptr<Slot<T>>> slots;
+  for (Index i = 0; i < 2 * copies; ++i) slots.push_back(std::make_unique<Slot<T>>(samples, most_rows, numbers));
   Objective<T> objective(targets, loss, loss_parameter, row_weight, layers.back().out, most_rows);
   MlpOutcome outcome{loss_sum, 0};
 
   const auto train = [&](Member& member) {
     const Index me = member.index(), all = member.count();
     const Range columns = network.first_columns(me, all);
+    const OwnColumns<T> own(network.first_layer(), columns,
+                            all > 1 && columns.size() > 0 && steps.count > own_from_steps * steps.batch);
+    const Layer<T>& first_layer = own.layer();
     const auto rows_from = [&](Index start) { return std::clamp<Index>(steps.count - start, 0, steps.batch); };
+    const bool own_slots = columns.size() > 0 && all <= copies;
+    const Index number = own_slots ? 0 : me, share_of = own_slots ? 1 : all;
+    const std::unique_ptr<Slot<T>>* const slot_at = &slots[static_cast<std::size_t>(own_slots ? 2 * me : 0)];
     // This member's rows of the mini-batch that begins at `start`.
     const auto bring = [&](Index start, Index slot) {
-      const Range rows = part_of(rows_from(start), me, all);
+      const Range rows = part_of(rows_from(start), number, share_of);
+      const Feed<T>& feed = slot_at[slot]->feed;
       for (Index i = rows.first; i < rows.end; ++i) {
-        feeds[slot].bring(steps.order[start + i], i);
-        if (start + steps.batch + i < steps.count) feeds[slot].prefetch(steps.order[start + steps.batch + i]);
+        feed.bring(steps.order[start + i], i);
+        if (start + steps.batch + i < steps.count) feed.prefetch(steps.order[start + steps.batch + i]);
       }
     };
     // What becomes of them once all members have brought theirs.
     const auto begin = [&](Index start, Index slot) {
       const Index rows = rows_from(start);
-      if (feeds[slot].sparse() && rows > 0)
-        for (Index block = me; block < pieces(samples.features, block_features); block += all)
-          inputs[slot].list(rows, samples.features, block);
-      if (columns.size() > 0) network.forward_first(inputs[slot], slot, {0, rows}, columns);
+      Inputs<T>& inputs = slot_at[slot]->inputs;
+      if (slot_at[slot]->feed.sparse() && rows > 0)
+        for (Index block = number; block < pieces(samples.features, block_features); block += share_of)
+          inputs.list(rows, samples.features, block);
+      if (columns.size() > 0) network.forward_first(first_layer, inputs, slot, {0, rows}, columns);
     };
 
     bring(0, 0);
@@ -997,7 +1110,8 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
       const T share = static_cast<T>(row_weight / static_cast<double>(batch_rows));
       for (Index first = mine.first; first < mine.end; first += most_task_rows) {
         const Range rows{first, std::min(mine.end, first + most_task_rows)};
-        if (columns.size() == 0) network.forward_first(inputs[slot], slot, rows, {0, layers[0].out});
+        if (columns.size() == 0)
+          network.forward_first(first_layer, slot_at[slot]->inputs, slot, rows, {0, layers[0].out});
         network.forward_rest(slot, rows);
         objective.evaluate(steps.order + start, rows, network, slot, share);
         network.backward(slot, rows, batch_rows, nullptr);
@@ -1005,7 +1119,7 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
       bring(start + steps.batch, slot ^ 1);
       member.barrier();
 
-      network.update(rule.rule, inputs[slot], slot, batch_rows, me, all, columns, scalars, 0.0);
+      network.update(rule.rule, first_layer, slot_at[slot]->inputs, slot, batch_rows, me, all, columns, scalars, 0.0);
       scalars += optimizer_scalar_count(rule.rule);
       if (me == 0)
         for (std::size_t i = 0; i < static_cast<std::size_t>(batch_rows); ++i) {
@@ -1051,7 +1165,7 @@ GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<L
           f(Range{first, std::min(mine.end, first + most_task_rows)});
       };
       const auto forward = [](const Network<T>& network, const Inputs<T>& inputs, Range rows, Index out) {
-        network.forward_first(inputs, 0, rows, {0, out});
+        network.forward_first(network.first_layer(), inputs, 0, rows, {0, out});
         network.forward_rest(0, rows);
       };
       const Index g_out = generator.front().out, d_out = discriminator.front().out;
@@ -1073,7 +1187,7 @@ GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<L
         }
       });
       member.barrier();
-      d.update(discriminator_rule.rule, d_inputs, 0, 2 * batch_rows, me, all, {0, 0}, d_scalars, 0.0);
+      d.update(discriminator_rule.rule, d.first_layer(), d_inputs, 0, 2 * batch_rows, me, all, {0, 0}, d_scalars, 0.0);
       d_scalars += optimizer_scalar_count(discriminator_rule.rule);
       if (me == 0)
         for (Index i = 0; i < 2 * batch_rows; ++i) outcome.discriminator_loss += losses[static_cast<std::size_t>(i)];
@@ -1089,7 +1203,7 @@ GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<L
         g.backward(0, rows, batch_rows, nullptr);
       });
       member.barrier();
-      g.update(generator_rule.rule, g_inputs, 0, batch_rows, me, all, {0, 0}, g_scalars, *d_decay++);
+      g.update(generator_rule.rule, g.first_layer(), g_inputs, 0, batch_rows, me, all, {0, 0}, g_scalars, *d_decay++);
       g_scalars += optimizer_scalar_count(generator_rule.rule);
       if (me == 0)
         for (Index i = 0; i < batch_rows; ++i) {

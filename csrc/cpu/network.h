@@ -26,6 +26,7 @@ template <class T>
 struct Layer {
   Index in, out;
   Parameter<T> weight, bias;  // (in, out), (out)
+  Index stride;               // from one row of the weights, and of all that belongs to them, to the next
   int activation;             // -1 is none
   T activation_parameter;
 };

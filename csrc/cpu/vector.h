@@ -16,7 +16,7 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -158,6 +158,31 @@ GEMMLET_INLINE V sqrt(V a) {
       r[i] = __builtin_sqrt(a[i]);
   }
   return r;
+}
+
+// One bit for each of 64 bytes: whether it is not 0.
+GEMMLET_INLINE std::uint64_t mask_of_bytes(const std::uint8_t* bytes) {
+  std::uint64_t mask = 0;
+#if defined(__AVX512BW__)
+  const __m512i all = _mm512_loadu_si512(bytes);
+  mask = _mm512_test_epi8_mask(all, all);
+#elif defined(__SSE2__)
+  for (int i = 0; i < 64; i += 16) {
+    const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
+    const int zero = _mm_movemask_epi8(_mm_cmpeq_epi8(some, _mm_setzero_si128()));
+    mask |= static_cast<std::uint64_t>(~zero & 0xffff) << i;
+  }
+#else
+  constexpr std::uint64_t low = 0x7f7f7f7f7f7f7f7f, top = ~low;
+  for (int i = 0; i < 64; i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, bytes + i, 8);
+    // The top bit of each byte that is not 0; these eight bits, side by side.
+    const std::uint64_t set = (eight | ((eight & low) + low)) & top;
+    mask |= ((set >> 7) * 0x0102040810204080 >> 56) << i;
+  }
+#endif
+  return mask;
 }
 
 template <class V>
