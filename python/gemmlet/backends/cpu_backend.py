@@ -281,7 +281,7 @@ class CpuBackend(NumpyBackend):
         else:
             self._module.optimizer_update(number, param, grad, state, scalars)
 
-    def fuses(self, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
         """Whether C++ has all of these formulas."""
         known = all(name in self._activations for name in activations)
         return known and all(self._loss_number(name) is not None for name in losses) and rule in self._rules

@@ -158,8 +158,8 @@ class NumpyBackend:
 
     # Fused training: steps of a network in one call, for a backend that has it.
 
-    def fuses(self, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
-        """Whether `train_mlp` and `train_gan` are there, and know these names."""
+    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+        """Whether ``train_<network>`` is there, ``"mlp"`` or ``"gan"``, and knows these names."""
         return False
 
     def train_mlp(

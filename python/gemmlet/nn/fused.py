@@ -73,11 +73,11 @@ def _layers(dense: Dense, plan: Plan, average: Dense | None = None) -> list[Fuse
     return layers
 
 
-def _can(denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]) -> bool:
+def _can(network: str, denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]) -> bool:
     backend = select.current()
     names = [layer.activation for dense in denses for layer in dense.layers if layer.activation is not None]
     plans = [rule.plan(dense.parameters, 1) for dense, rule in zip(denses, rules, strict=True)]
-    return all(plan is not None and backend.fuses(names, losses, plan.rule) for plan in plans)
+    return all(plan is not None and backend.fuses(network, names, losses, plan.rule) for plan in plans)
 
 
 def mlp_steps(
@@ -89,7 +89,7 @@ def mlp_steps(
 
     `loss` is ``"softmax_cross_entropy"`` or an elementwise one, whose sum over a row counts `row_weight` times.
     """
-    if not _can([dense], [loss], [rule]):
+    if not _can("mlp", [dense], [loss], [rule]):
         return None
     backend = select.current()
     feed = samples.feed(SPARSE_BELOW)
@@ -141,7 +141,7 @@ def gan_steps(
     """
     generator, discriminator = networks.generator, networks.discriminator
     both = [generator, discriminator]
-    if not _can(both, ["binary_cross_entropy_with_logits"], [generator_rule, discriminator_rule]):
+    if not _can("gan", both, ["binary_cross_entropy_with_logits"], [generator_rule, discriminator_rule]):
         return None
     backend = select.current()
     feed = samples.feed(0.0)
