@@ -5,6 +5,7 @@
 //   y is cut into tasks, each some rows by some columns. Which way a product is computed, and in which order a sum is
 //   taken, follows from shapes and strides alone, never from the number of threads or from where an element stands:
 //   - tiles: runs of at most TileSizes::depth, each summed from its first to its last product, then added up in order.
+//     A product of few columns, whose x lies column by column, is computed turned round, in the same order.
 //   - dots: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
 //     The order is that of micro_kernel.h.
 //   - thin: where k is so short that y is most of the work. The order is that of tiles.
@@ -314,7 +315,8 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
   }
   Sums<T> sums;
   // Whole vectors of w are used where they lie if few rows need them; parts, too, where that costs no more.
-  const bool direct = w.column_stride == 1 && (x.rows < 2 * Sizes::rows || (masks_are_cheap && w.columns <= lanes<T>));
+  const bool direct =
+      w.column_stride == 1 && (x.rows < 2 * Sizes::rows || (masks_are_cheap && w.columns <= Sizes::columns));
   const Index direct_columns = !direct ? 0 : masks_are_cheap ? w.columns : w.columns / lanes<T> * lanes<T>;
   // Where a copy of x is used often enough, it pays: x may be turned round, or its rows share few sets of the cache.
   const bool copied =
@@ -348,11 +350,17 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
       };
       whole_strips.template operator()<Width::wide>();
       whole_strips.template operator()<Width::usual>();
-      whole_strips.template operator()<Width::one>();
-      if constexpr (masks_are_cheap)
-        if (j < direct_columns)
-          tile.template operator()<Width::one>(
-              PartOfStrip<T>{w_k + j, w.row_stride, static_cast<int>(direct_columns - j)});
+      if constexpr (masks_are_cheap) {
+        const int rest = static_cast<int>(direct_columns - j), count = rest % lanes<T>;
+        if (rest > lanes<T>)
+          tile.template operator()<Width::usual>(PartOfStrip<T, 1>{w_k + j, w.row_stride, count});
+        else if (count > 0)
+          tile.template operator()<Width::one>(PartOfStrip<T, 0>{w_k + j, w.row_stride, count});
+        else if (rest > 0)
+          tile.template operator()<Width::one>(Strip<T>{w_k + j, w.row_stride, lanes<T>});
+      } else {
+        whole_strips.template operator()<Width::one>();
+      }
     });
     for (Index block = direct_columns; block < w.columns; block += block_columns) {
       const Index columns = std::min<Index>(block_columns, w.columns - block);

@@ -122,14 +122,17 @@ struct Strip {
   Index stride, apart;
   Vec<T> vector(const T* w_k, int v) const { return load(w_k + v * apart); }
 };
-// One vector, of which w has the first `count` lanes.
-template <class T>
+// The same side by side, so many whole ones and then one of which w has the first `count` lanes.
+template <class T, int whole>
 struct PartOfStrip {
   using Number = T;
   const T* w;
   Index stride;
   int count;
-  Vec<T> vector(const T* w_k, int) const { return load_part(w_k, count); }
+  Vec<T> vector(const T* w_k, int v) const {
+    const T* at = w_k + v * lanes<T>;
+    return v < whole ? load(at) : load_part(at, count);
+  }
 };
 
 // From 0 if `begin`, else from what is there. A function of its own, so that its loop has all registers for itself.
