@@ -20,12 +20,14 @@ namespace gemmlet {
 
 template <class T>
 GEMMLET_INLINE Vec<T> load_lanes(const T* p, int n, T fill = 0) {
-  return n == lanes<T> ? load(p) : load_part(p, n, fill);
+  if (n == lanes<T>) [[likely]]
+    return load(p);
+  return load_part(p, n, fill);
 }
 
 template <class T>
 GEMMLET_INLINE void store_lanes(T* p, Vec<T> v, int n) {
-  if (n == lanes<T>)
+  if (n == lanes<T>) [[likely]]
     store(p, v);
   else
     store_part(p, v, n);
