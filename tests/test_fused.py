@@ -176,6 +176,8 @@ def check_mlp(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str, fusing: Any, dtype: Any) -> None:
+    if not fusing.fuses("mlp", [activation], [], "sgd"):
+        pytest.skip("Numba has no twin of it, so that the reference computes it, step by step")
     layers = [9, 4, 3] if activation == "exp" else [9, 17, 8, 3]  # exp of exp soon overflows
     check_mlp(layers, fusing, dtype, activation=activation, rule="adam", epochs=12)
 
