@@ -328,6 +328,25 @@ def test_same_bits_for_any_number_of_threads(width: int, zeros: float, fusing: A
             assert same(result, expected), (threads, batch)
 
 
+@pytest.mark.parametrize("kind", ["dense", "sparse", "bytes"])
+def test_same_bits_over_many_steps(kind: str, fusing: Any, dtype: Any) -> None:
+    """Calls so long that a thread has the columns it works on in memory of its own, with states; and short ones."""
+    x, y = mlp_problem([100, 3], "softmax", 800, dtype, 0.0 if kind == "dense" else 0.9)
+    if kind == "bytes":
+        x = np.clip(np.abs(x) * 100, 0, 255).astype(np.uint8)
+
+    def run(threads: int, rule: str, callback: Any = None) -> list[Any]:
+        set_threads(fusing, threads)
+        arguments = {"batch_size": 60, "epochs": 3, "optimizer": RULES[rule](), "callback": callback}
+        return fitted(MLP([100, 512, 3], dtype=dtype), x, y, **arguments)
+
+    for rule in ("sgd", "momentum", "adam"):
+        expected = run(1, rule)
+        for threads in (2, 3, 5):
+            assert same(run(threads, rule), expected), (rule, threads)
+        assert same(run(2, rule, lambda progress: None), expected), rule
+
+
 def test_gan_same_bits_for_any_number_of_threads(fusing_gan: Any, dtype: Any, rng: Any) -> None:
     x = rng.uniform(size=(130, 200)).astype(dtype)
     expected: list[Any] = []

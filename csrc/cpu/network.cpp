@@ -46,6 +46,8 @@ constexpr Index tiles_from_rows = 16;
 constexpr Index sparse_blocks = 2;
 // From so many mini-batches in a call, a thread that always has the same columns of the first layer copies them.
 constexpr Index own_from_steps = 8;
+// Up to so many threads, and rows of a mini-batch, each thread prepares all rows of bytes for itself.
+constexpr Index most_own_threads = 4, most_own_rows = 1024;
 
 Index pieces(Index n, Index size) { return (n + size - 1) / size; }
 
@@ -1061,9 +1063,10 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
   if (steps.count == 0) return {loss_sum, 0};
   const Index most_rows = std::min(steps.batch, steps.count);
   const Network<T> network(layers, most_rows, 2);
-  // Two mini-batches, for each thread where to bring a row is less work than to fetch from another thread what it brought.
-  const bool cheap = samples.skip_zeros && samples.bytes != nullptr;
-  const Index numbers = most_numbers(samples, steps), copies = cheap ? get_num_threads() : 1;
+  // Two mini-batches; or two for each thread, where to bring a row is less work than to fetch what another thread brought.
+  const bool each = samples.skip_zeros && samples.bytes != nullptr && most_rows <= most_own_rows &&
+                    get_num_threads() <= most_own_threads;
+  const Index numbers = most_numbers(samples, steps), copies = each ? get_num_threads() : 1;
   std::vector<std::unique_ptr<Slot<T>>> slots;
   for (Index i = 0; i < 2 * copies; ++i) slots.push_back(std::make_unique<Slot<T>>(samples, most_rows, numbers));
   Objective<T> objective(targets, loss, loss_parameter, row_weight, layers.back().out, most_rows);

@@ -300,5 +300,5 @@ class NumbaBackend(NumpyBackend):
         """Train a stack of layers."""
         with numba_training.whole_steps():
             return numba_training.train_mlp(
-                layers, feed, targets, loss, row_weight, order, batch, rule, scalars, loss_sum
+                layers, feed, targets, loss, row_weight, order, batch, rule, scalars, loss_sum, self._split
             )

@@ -28,6 +28,8 @@ from ..formulas.losses import LOSSES
 from .numba_loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 from .numpy_backend import Array, Feed, FusedLayer
 
+Split = Callable[[int, int, Callable[[slice], None]], None]
+
 # Sums of products may be fused, as the BLAS does.
 _compile = njit(error_model="numpy", nogil=True, fastmath={"contract"})
 
@@ -245,7 +247,8 @@ class _Sparse:
 class _Layer:
     """The arrays of a layer: its parameters, and space for a mini-batch."""
 
-    def __init__(self, layer: FusedLayer, batch: int) -> None:
+    def __init__(self, layer: FusedLayer, batch: int, split: Split) -> None:
+        self.split = split
         dtype, out = layer.weight.dtype, layer.weight.shape[1]
         activation = ACTIVATIONS["identity" if layer.activation is None else layer.activation]
         self.weight, self.bias = layer.weight, layer.bias
@@ -262,18 +265,25 @@ class _Layer:
 
     def finish_forward(self, rows: int) -> None:
         """Bias and activation, in place."""
-        self.epilogue(
-            self.y[:rows].reshape(-1), self.y.shape[1], self.bias, self.parameter, self.z[:rows].reshape(-1)
+        y, z, columns = self.y[:rows].reshape(-1), self.z[:rows].reshape(-1), self.y.shape[1]
+        self.split(
+            y.size, columns, lambda part: self.epilogue(y[part], columns, self.bias, self.parameter, z[part])
         )  # fmt: skip
 
     def begin_backward(self, rows: int) -> Array:
         """The gradient of the preactivation."""
-        if self.backward is not None:
-            self.backward(
-                self.grad_y[:rows].reshape(-1), self.saved[:rows].reshape(-1), self.parameter,
-                self.grad_z[:rows].reshape(-1),
+        backward = self.backward
+        if backward is not None:
+            grad_y, saved, grad_z = (a[:rows].reshape(-1) for a in (self.grad_y, self.saved, self.grad_z))
+            self.split(
+                grad_z.size, 1, lambda part: backward(grad_y[part], saved[part], self.parameter, grad_z[part])
             )  # fmt: skip
         return self.grad_z[:rows]
+
+    def update_weight(self, update: Callable[..., None], numbers: tuple[float, ...]) -> None:
+        """A step of the rule with `grad_weight`."""
+        arrays = [a.reshape(-1) for a in (self.weight, self.grad_weight, *self.weight_state)]
+        self.split(arrays[0].size, 1, lambda part: update(*(a[part] for a in arrays), numbers))
 
 
 def train_mlp(
@@ -287,11 +297,16 @@ def train_mlp(
     rule: str,
     scalars: NDArray[np.float64],
     loss_sum: float,
+    split: Split,
 ) -> tuple[float, int]:
-    """Train on the mini-batches of `order`: see `NumpyBackend.train_mlp`."""
+    """Train on the mini-batches of `order`: see `NumpyBackend.train_mlp`.
+
+    ``split(size, unit, run)`` calls `run` on slices of whole units that cover `size` elements, in several threads if
+    there are many.
+    """
     batch = min(batch, len(order))
     dtype, features = layers[0].weight.dtype, layers[0].weight.shape[0]
-    stack = [_Layer(layer, batch) for layer in layers]
+    stack = [_Layer(layer, batch, split) for layer in layers]
     first, last, width = stack[0], stack[-1], stack[-1].y.shape[1]
     sparse = _Sparse(feed, features, batch, order, dtype) if feed.skip_zeros else None
     x = np.empty((0 if sparse else batch, features), dtype)
@@ -363,8 +378,5 @@ def train_mlp(
                     )  # fmt: skip
                     continue
                 np.matmul((inputs if i == 0 else stack[i - 1].y[:rows]).T, grad, out=layer.grad_weight)
-                update(
-                    layer.weight.reshape(-1), layer.grad_weight.reshape(-1),
-                    *(state.reshape(-1) for state in layer.weight_state), numbers,
-                )  # fmt: skip
+                layer.update_weight(update, numbers)
     return loss_sum, int(right)
