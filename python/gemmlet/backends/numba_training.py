@@ -23,6 +23,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .._memory import aligned_zeros
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.losses import LOSSES
 from .numba_loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
@@ -256,11 +257,11 @@ class _Layer:
         self.parameter = layer.activation_parameter
         self.epilogue = epilogue_loop(activation.name, dtype)
         self.backward = None if layer.activation is None else backward_loop(activation.name, dtype)
-        self.y, self.grad_y = np.empty((batch, out), dtype), np.empty((batch, out), dtype)
-        self.z = np.empty((batch, out), dtype) if activation.needs_x else np.empty((0, out), dtype)
+        self.y, self.grad_y = (aligned_zeros((batch, out), dtype) for _ in range(2))
+        self.z = aligned_zeros((batch if activation.needs_x else 0, out), dtype)
         self.saved = self.z if activation.needs_x else self.y
-        self.grad_z = self.grad_y if self.backward is None else np.empty((batch, out), dtype)
-        self.grad_weight, self.grad_bias = np.empty_like(layer.weight), np.empty_like(layer.bias)
+        self.grad_z = self.grad_y if self.backward is None else aligned_zeros((batch, out), dtype)
+        self.grad_weight, self.grad_bias = np.empty_like(layer.weight), aligned_zeros((out,), dtype)
         self.sums = np.empty(out)
 
     def finish_forward(self, rows: int) -> None:

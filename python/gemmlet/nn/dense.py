@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
+from .._memory import aligned_copy
 from ..formulas.activations import ACTIVATIONS
 from . import _checks as checks
-from .memory import aligned_copy
 
 Array = NDArray[Any]
 

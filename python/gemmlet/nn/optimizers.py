@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
+from .._memory import aligned_zeros
 from ..formulas.optimizers import adam_numbers, adam_scalars, sgd_numbers
 from . import _checks as checks
-from .memory import aligned_zeros
 from .training import GANProgress, Progress
 
 Array = NDArray[Any]
@@ -92,7 +92,9 @@ class Optimizer(ABC):
         if state is None:
             if not isinstance(param, np.ndarray):
                 raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
-            state = _State(param, tuple(aligned_zeros(param) for _ in range(self._arrays_per_parameter)))
+            state = _State(
+                param, tuple(aligned_zeros(param.shape, param.dtype) for _ in range(self._arrays_per_parameter))
+            )
         return state
 
     def _advance(self, state: _State, steps: int) -> None:
