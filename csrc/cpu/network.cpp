@@ -37,7 +37,7 @@ constexpr Index most_task_rows = 48;
 constexpr double parallel_work = 200e3;
 // Weights whose rows are further apart than this many bytes are packed before several rows use them: each row is on a
 // page of its own, and too many of them share a set of the cache.
-constexpr Index packed_from_stride = 2048;
+constexpr Index packed_from_stride = 4096;
 constexpr Index packed_depth = 256;
 // Mini-batches of fewer rows go back through a layer by dots: to turn its weights round would cost more.
 constexpr Index tiles_from_rows = 16;
