@@ -458,9 +458,7 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
 template <class T, class Epilogue>
 void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T* z) {
   using Sizes = TileSizes<T>;
-  // Of a thin product, what is stored counts.
-  const Index depth = std::max(x.columns, static_cast<Index>(sizeof(T)));
-  const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(depth);
+  const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(x.columns);
   const Index threads = work < Sizes::parallel_work ? 1 : get_num_threads();
   const bool by_dots = x.column_stride == 1 && w.row_stride == 1 && x.columns > 1 &&
                        (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1 &&
