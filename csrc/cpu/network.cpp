@@ -255,7 +255,7 @@ template <int vectors, class T, class Sparse>
   for (int v = 0; v < vectors; ++v) store(y + (v + 1 < vectors ? v * n : last), sum[v]);
 }
 
-// As forward_dense, for sparse rows; one block of features at a time, so that what all rows use of w stays in the
+// As forward_dense, for sparse rows; sparse_blocks of features at a time, so that what all rows use of w stays in the
 // first-level cache while they do.
 template <class T, class Row>
 void forward_sparse(const Row* x, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
@@ -278,7 +278,7 @@ void forward_sparse(const Row* x, Index rows, const Layer<T>& layer, Range colum
       for (Index block = 0; block < blocks; block += at_once) {
         const Index end = std::min(block + at_once, blocks);
         for (Index r = 0; r < rows; ++r) {
-          // Another thread may have written it, so that it is far away.
+          // It lies among the samples, or another thread has written it, so that it is far away.
           if (r + prefetched_rows / 2 < rows) x[r + prefetched_rows / 2].prefetch(block);
           if (const Index next = end * block_features + r; r < block_features && next < layer.in)
             prefetch_row(w + next * stride + j, vectors * n);

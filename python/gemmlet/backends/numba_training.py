@@ -47,6 +47,11 @@ def _values(samples, where, of_byte, out):
             to[k] = of_byte[row[k]]
 
 
+def _values_of_bytes(dtype: np.dtype[Any]) -> Array:
+    values: Array = np.arange(256, dtype=dtype) / dtype.type(255)
+    return values
+
+
 # Numbers that are looked at together, as most are 0.
 _TOGETHER = 16
 
@@ -222,7 +227,7 @@ class _Sparse:
         self.columns, self.feature_rows = np.empty(most, np.int32), np.empty(most, np.int32)
         self.numbers, self.feature_numbers = np.empty(most, dtype), np.empty(most, dtype)
         self.begin, self.feature_begin = np.empty(batch + 1, np.int64), np.empty(features + 1, np.int64)
-        self.of_byte = np.arange(256, dtype=dtype) / dtype.type(255)
+        self.of_byte = _values_of_bytes(dtype)
 
     def bring(self, where: NDArray[np.int64]) -> None:
         """Take the samples at `where`."""
@@ -311,7 +316,7 @@ def train_mlp(
     first, last, width = stack[0], stack[-1], stack[-1].y.shape[1]
     sparse = _Sparse(feed, features, batch, order, dtype) if feed.skip_zeros else None
     x = np.empty((0 if sparse else batch, features), dtype)
-    of_byte = np.arange(256, dtype=dtype) / dtype.type(255)
+    of_byte = _values_of_bytes(dtype)
     settings = dtype, len(first.weight_state), scalars.shape[1]
     update, sparse_update = update_loop(rule, *settings), _sparse_update_loop(rule, *settings)
     losses, wanted = np.empty(max(batch, -(-batch * width // BLOCK))), np.empty((batch, width), dtype)
