@@ -11,8 +11,8 @@
 // copied_from_columns, turned_from_columns   so many columns of w pay for a copy of a run of block_rows of x; for one
 //                 that turns x round, where it lies column by column.
 // wide_columns    of w are then packed at a time (1.6 MiB for float), in the third level: each strip comes from there for
-//                 each tile, in the order that it lies in, which was 3 to 5 % faster than to go through the tiles of
-//                 block_rows for each strip.
+//                 each tile, in the order that it lies in, which was faster than to go through the tiles of block_rows
+//                 for each strip.
 // dot_rows        up to so many rows of x, to turn w round costs more than dots do.
 // dot_block       dot products that are computed at a time, one register each.
 // thin_depth, thin_rows   up to so many steps of k, to store y is most of the work; from so many rows on, that holds where
