@@ -20,8 +20,8 @@
 #include "cpu/micro_kernel.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
-#include "cpu/vector_math.h"
 #include "formulas/activations.h"
+#include "formulas/math.h"
 
 namespace gemmlet {
 namespace {

@@ -23,8 +23,8 @@
 #include "cpu/micro_kernel.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
-#include "cpu/vector_math.h"
 #include "formulas/activations.h"
+#include "formulas/math.h"
 // After the functions that it is written on.
 #include "formulas/optimizers.h"
 

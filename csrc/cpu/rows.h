@@ -14,7 +14,8 @@
 
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
-#include "cpu/vector_math.h"
+#include "cpu/vector.h"
+#include "formulas/math.h"
 
 namespace gemmlet {
 

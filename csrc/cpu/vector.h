@@ -195,25 +195,11 @@ GEMMLET_INLINE V from_bits(IntVecOf<V> a) {
   return std::bit_cast<V>(a);
 }
 
-template <class V>
-GEMMLET_INLINE V abs(V a) {
-  return from_bits<V>(bits(a) & std::numeric_limits<IntOf<ScalarOf<V>>>::max());
-}
-
-template <class V>
-GEMMLET_INLINE V copysign(V magnitude, V sign) {
-  constexpr auto mask = std::numeric_limits<IntOf<ScalarOf<V>>>::min();
-  return from_bits<V>((bits(magnitude) & ~mask) | (bits(sign) & mask));
-}
-
-// Both keep NaN in `a`.
-template <class V>
-GEMMLET_INLINE V at_least(V a, V low) {
-  return select(a < low, low, a);
-}
-template <class V>
-GEMMLET_INLINE V at_most(V a, V high) {
-  return select(a > high, high, a);
+// (a + b) >> count, all unsigned: sums wrap round, and zeros come in at the top.
+template <class I>
+GEMMLET_INLINE I sum_shifted_right(I a, ScalarOf<I> b, int count) {
+  using U = Vec<std::make_unsigned_t<ScalarOf<I>>>;
+  return std::bit_cast<I>((std::bit_cast<U>(a) + static_cast<ScalarOf<U>>(b)) >> count);
 }
 
 // The rounding error of p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).

@@ -16,11 +16,11 @@ namespace gemmlet::activations {
 struct identity {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     return x;
   }
   template <class V>
-  static V backward(V grad_y, V, V) {
+  static constexpr V backward(V grad_y, V, V) {
     return grad_y;
   }
 };
@@ -28,11 +28,11 @@ struct identity {
 struct relu {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     return select(x <= V{}, V{}, x);
   }
   template <class V>
-  static V backward(V grad_y, V y, V) {
+  static constexpr V backward(V grad_y, V y, V) {
     return select(y > V{}, grad_y, V{} * y);
   }
 };
@@ -40,11 +40,11 @@ struct relu {
 struct leaky_relu {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V slope) {
+  static constexpr V forward(V x, V slope) {
     return select(x > V{}, x, slope * x);
   }
   template <class V>
-  static V backward(V grad_y, V y, V slope) {
+  static constexpr V backward(V grad_y, V y, V slope) {
     return grad_y * select(y > V{}, constant<V>(1), select(y <= V{}, slope, y));
   }
 };
@@ -52,11 +52,11 @@ struct leaky_relu {
 struct elu {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V alpha) {
+  static constexpr V forward(V x, V alpha) {
     return select(x > V{}, x, alpha * expm1(at_most(x, V{})));
   }
   template <class V>
-  static V backward(V grad_y, V y, V alpha) {
+  static constexpr V backward(V grad_y, V y, V alpha) {
     return grad_y * select(y > V{}, constant<V>(1), y + alpha);
   }
 };
@@ -65,7 +65,7 @@ struct elu {
 template <class V>
 struct Gaussian {
   V exponent, factor;
-  explicit Gaussian(V a) {
+  constexpr explicit Gaussian(V a) {
     const V square = a * a;
     exponent = constant<V>(-0.5) * square;
     factor = fma(constant<V>(-0.5), product_error(a, a, square), constant<V>(1));
@@ -76,7 +76,7 @@ struct gelu {
   static constexpr bool needs_x = true;
   // x Phi(x) = max(x, 0) - |x| (1 - Phi(|x|))
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     const V a = at_most(abs(x), constant<V>(60));
     const Gaussian<V> g(a);
     const V below = decay_times(g.exponent, -a * g.factor * scaled_normal_tail(a));
@@ -84,7 +84,7 @@ struct gelu {
   }
   // Phi(x) + x phi(x)
   template <class V>
-  static V backward(V grad_y, V x, V) {
+  static constexpr V backward(V grad_y, V x, V) {
     const V a = at_most(abs(x), constant<V>(60));
     const Gaussian<V> g(a);
     const V e = decay_times(g.exponent, g.factor);
@@ -98,7 +98,7 @@ struct gelu {
 template <class V>
 struct SigmoidPair {
   V of_w, of_minus_w;
-  explicit SigmoidPair(V w) {
+  constexpr explicit SigmoidPair(V w) {
     const V t = decay(-abs(w));
     const V larger = constant<V>(1) / (constant<V>(1) + t), smaller = t * larger;
     of_w = select(w >= V{}, larger, smaller);
@@ -108,7 +108,7 @@ struct SigmoidPair {
 
 // x sigmoid(w), where w has the sign of x. Where sigmoid(w) is 0, so is the product.
 template <class V>
-inline V times_sigmoid(V x, V w) {
+constexpr V times_sigmoid(V x, V w) {
   const V minus_size = -abs(w);
   const V quotient = at_least(x, constant<V>(-1e4)) / (constant<V>(1) + decay(minus_size));
   return select(w >= V{}, quotient, decay_times(minus_size, quotient));
@@ -116,7 +116,7 @@ inline V times_sigmoid(V x, V w) {
 
 // Keeps products with an exponential that has vanished finite.
 template <class V>
-inline V finite(V x) {
+constexpr V finite(V x) {
   return at_most(at_least(x, constant<V>(-1e4)), constant<V>(1e4));
 }
 
@@ -125,12 +125,12 @@ struct gelu_tanh {
   static constexpr double two_root = 1.59576912160573071176, cubic = 0.044715;  // 2 sqrt(2 / pi)
   // (1 + tanh(u)) / 2 = sigmoid(2 u)
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     const V w = constant<V>(two_root) * x * fma(constant<V>(cubic) * x, x, constant<V>(1));
     return times_sigmoid(x, w);
   }
   template <class V>
-  static V backward(V grad_y, V x, V) {
+  static constexpr V backward(V grad_y, V x, V) {
     const V xf = finite(x);
     const V square = constant<V>(cubic) * xf * xf;
     const SigmoidPair<V> s(constant<V>(two_root) * xf * (constant<V>(1) + square));
@@ -142,11 +142,11 @@ struct gelu_tanh {
 struct silu {
   static constexpr bool needs_x = true;
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     return times_sigmoid(x, x);
   }
   template <class V>
-  static V backward(V grad_y, V x, V) {
+  static constexpr V backward(V grad_y, V x, V) {
     const SigmoidPair<V> s(x);
     return grad_y * (s.of_w * fma(finite(x), s.of_minus_w, constant<V>(1)));
   }
@@ -155,11 +155,11 @@ struct silu {
 struct softplus {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     return select(x > V{}, x, V{}) + log1p(decay(-abs(x)));
   }
   template <class V>
-  static V backward(V grad_y, V y, V) {
+  static constexpr V backward(V grad_y, V y, V) {
     return grad_y * -expm1(-y);
   }
 };
@@ -167,11 +167,11 @@ struct softplus {
 struct tanh {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     return gemmlet::tanh(x);
   }
   template <class V>
-  static V backward(V grad_y, V y, V) {
+  static constexpr V backward(V grad_y, V y, V) {
     return grad_y * ((constant<V>(1) - y) * (constant<V>(1) + y));
   }
 };
@@ -179,12 +179,12 @@ struct tanh {
 struct sigmoid {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     const V t = decay(-abs(x));
     return select(x >= V{}, constant<V>(1), t) / (constant<V>(1) + t);
   }
   template <class V>
-  static V backward(V grad_y, V y, V) {
+  static constexpr V backward(V grad_y, V y, V) {
     return grad_y * (y * (constant<V>(1) - y));
   }
 };
@@ -192,11 +192,11 @@ struct sigmoid {
 struct exp {
   static constexpr bool needs_x = false;
   template <class V>
-  static V forward(V x, V) {
+  static constexpr V forward(V x, V) {
     return gemmlet::exp(x);
   }
   template <class V>
-  static V backward(V grad_y, V y, V) {
+  static constexpr V backward(V grad_y, V y, V) {
     return grad_y * y;
   }
 };

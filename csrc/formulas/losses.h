@@ -12,13 +12,13 @@ namespace gemmlet::losses {
 
 // weight * value, and 0 where weight is 0, whatever value is.
 template <class V>
-inline V times(V weight, V value) {
+constexpr V times(V weight, V value) {
   return select(weight == V{}, V{}, weight * value);
 }
 
 struct binary_cross_entropy_with_logits {
   template <class V>
-  static void evaluate(V z, V t, V, V share, V& loss, V& gradient) {
+  static constexpr void evaluate(V z, V t, V, V share, V& loss, V& gradient) {
     const V one = constant<V>(1);
     const V e = decay(-abs(z));
     loss = times(one - t, select(z < V{}, V{}, z)) + times(t, select(z > V{}, V{}, -z)) + log1p(e);
@@ -28,7 +28,7 @@ struct binary_cross_entropy_with_logits {
 
 struct binary_cross_entropy {
   template <class V>
-  static void evaluate(V p, V t, V, V share, V& loss, V& gradient) {
+  static constexpr void evaluate(V p, V t, V, V share, V& loss, V& gradient) {
     const V one = constant<V>(1), floor = constant<V>(-100);
     loss = -(t * at_least(log(p), floor) + (one - t) * at_least(log1p(-p), floor));
     gradient = (p - t) / at_least(p * (one - p), constant<V>(1e-12)) * share;
@@ -37,7 +37,7 @@ struct binary_cross_entropy {
 
 struct mean_squared_error {
   template <class V>
-  static void evaluate(V p, V t, V, V share, V& loss, V& gradient) {
+  static constexpr void evaluate(V p, V t, V, V share, V& loss, V& gradient) {
     const V d = p - t;
     loss = d * d;
     gradient = d * (share + share);
@@ -46,7 +46,7 @@ struct mean_squared_error {
 
 struct huber {
   template <class V>
-  static void evaluate(V p, V t, V delta, V share, V& loss, V& gradient) {
+  static constexpr void evaluate(V p, V t, V delta, V share, V& loss, V& gradient) {
     const V d = p - t, size = abs(d);
     loss = select(size <= delta, constant<V>(0.5) * d * d, delta * (size - constant<V>(0.5) * delta));
     gradient = at_most(at_least(d, -delta), delta) * share;

@@ -11,9 +11,9 @@ namespace gemmlet::optimizers {
 
 struct sgd {
   static constexpr int state_count = 0, scalar_count = 2;
-  static bool idle_without_gradient(const double* scalars) { return scalars[1] == 0; }
+  static constexpr bool idle_without_gradient(const double* scalars) { return scalars[1] == 0; }
   template <class V>
-  static void apply(V& param, V grad, V*, const V* scalars) {
+  static constexpr void apply(V& param, V grad, V*, const V* scalars) {
     const V lr = scalars[0], weight_decay = scalars[1];
     param = fma(-lr, fma(weight_decay, param, grad), param);
   }
@@ -21,9 +21,9 @@ struct sgd {
 
 struct momentum {
   static constexpr int state_count = 1, scalar_count = 4;
-  static bool idle_without_gradient(const double*) { return false; }
+  static constexpr bool idle_without_gradient(const double*) { return false; }
   template <class V>
-  static void apply(V& param, V grad, V* state, const V* scalars) {
+  static constexpr void apply(V& param, V grad, V* state, const V* scalars) {
     const V lr = scalars[0], weight_decay = scalars[1], mu = scalars[2], nesterov = scalars[3];
     const V g = fma(weight_decay, param, grad);
     state[0] = fma(mu, state[0], g);
@@ -34,9 +34,9 @@ struct momentum {
 
 struct adam {
   static constexpr int state_count = 2, scalar_count = 9;
-  static bool idle_without_gradient(const double*) { return false; }
+  static constexpr bool idle_without_gradient(const double*) { return false; }
   template <class V>
-  static void apply(V& param, V grad, V* state, const V* scalars) {
+  static constexpr void apply(V& param, V grad, V* state, const V* scalars) {
     const V step_size = scalars[0], beta1 = scalars[1], beta2 = scalars[2], gain1 = scalars[3], gain2 = scalars[4];
     const V eps = scalars[5], correction = scalars[6], l2 = scalars[7], shrink = scalars[8];
     const V g = fma(l2, param, grad);
@@ -48,7 +48,7 @@ struct adam {
 
 // Exponential moving average; gain = 1 - decay.
 template <class V>
-inline V moving_average(V average, V value, V decay, V gain) {
+constexpr V moving_average(V average, V value, V decay, V gain) {
   return decay * average + gain * value;
 }
 

@@ -1,6 +1,9 @@
-// exp, decay (exp of what is not above 0), expm1, log, log1p, tanh and the tail of the normal distribution, on vectors of float and of double.
+// exp, decay (exp of what is not above 0), expm1, log, log1p, tanh and the tail of the normal distribution, for vectors
+// and scalars of float and of double.
 //
 // Contract
+//   Whoever includes this file has declared for V (a SIMD vector: cpu/vector.h; a scalar on a GPU: cuda/value.cuh) the
+//   types ScalarOf<V> and IntVecOf<V>, and constant, select, fma, product_error, bits, from_bits, sum_shifted_right.
 //   Any input, NaN, infinities and subnormals included; results that are subnormal are rounded once. Errors, in ULP,
 //   from tools/sweep_float32.py (all floats) and tests/test_accuracy.py (double, against mpmath): what
 //   formulas/activations.py promises. Branch-free. expm1 ends at the largest finite exp; scaled_normal_tail takes no
@@ -9,9 +12,43 @@
 // stands beside each.
 #pragma once
 
-#include "cpu/vector.h"
-
 namespace gemmlet {
+
+// 1 in the sign's place alone.
+template <class V>
+inline constexpr auto sign_bit =
+    static_cast<IntOf<ScalarOf<V>>>(sizeof(ScalarOf<V>) == 4 ? 0x80000000u : 0x8000000000000000u);
+
+template <class V>
+GEMMLET_INLINE V abs(V a) {
+  return from_bits<V>(bits(a) & ~sign_bit<V>);
+}
+
+template <class V>
+GEMMLET_INLINE V copysign(V magnitude, V sign) {
+  return from_bits<V>((bits(magnitude) & ~sign_bit<V>) | (bits(sign) & sign_bit<V>));
+}
+
+// Both keep NaN in `a`.
+template <class V>
+GEMMLET_INLINE V at_least(V a, V low) {
+  return select(a < low, low, a);
+}
+template <class V>
+GEMMLET_INLINE V at_most(V a, V high) {
+  return select(a > high, high, a);
+}
+
+template <class V>
+GEMMLET_INLINE V infinity() {
+  return from_bits<V>(bits(constant<V>(0)) |
+                      static_cast<IntOf<ScalarOf<V>>>(sizeof(ScalarOf<V>) == 4 ? 0x7f800000 : 0x7ff0000000000000));
+}
+template <class V>
+GEMMLET_INLINE V not_a_number() {
+  return from_bits<V>(bits(constant<V>(0)) |
+                      static_cast<IntOf<ScalarOf<V>>>(sizeof(ScalarOf<V>) == 4 ? 0x7fc00000 : 0x7ff8000000000000));
+}
 
 // Horner's rule; the coefficients from the lowest power up.
 template <class V, class... Higher>
@@ -124,7 +161,7 @@ GEMMLET_INLINE V log(V x) {
   // Subnormal numbers are scaled up to normal ones first. (Below 0 the result is NaN, at last; the size keeps the
   // subtraction of integers from overflowing.)
   const V size = abs(x);
-  const auto tiny = size < constant<V>(static_cast<double>(std::numeric_limits<T>::min()));
+  const auto tiny = size < constant<V>(single ? 0x1p-126 : 0x1p-1022);
   const V scaled = select(tiny, size * constant<V>(single ? 0x1p24 : 0x1p54), size);
   // scaled = 2^n m with m within [sqrt(1/2), sqrt(2)): sqrt(1/2) in the units of the bits is taken off, and put back.
   const I root_half = single ? I(0x3f3504f3) : I(0x3fe6a09e667f3bcdLL);
@@ -132,10 +169,9 @@ GEMMLET_INLINE V log(V x) {
   const V m = from_bits<V>((offset & ((I(1) << mantissa) - 1)) + root_half);
   // n + bias, which is above 0, becomes the mantissa of a large number: AVX2 can neither shift 64 bits with their sign
   // nor convert them.
-  using U = std::make_unsigned_t<I>;
   const V large = constant<V>(single ? 0x1p23 : 0x1p52);
-  const auto n_biased = (std::bit_cast<Vec<U>>(offset) + (U(exponent_bias<V>) << mantissa)) >> mantissa;
-  const V n = (from_bits<V>(std::bit_cast<IntVecOf<V>>(n_biased) | bits(large)) - large) -
+  const IntVecOf<V> n_biased = sum_shifted_right(offset, I(exponent_bias<V>) << mantissa, mantissa);
+  const V n = (from_bits<V>(n_biased | bits(large)) - large) -
               select(tiny, constant<V>(exponent_bias<V> + (single ? 24 : 54)), constant<V>(exponent_bias<V>));
   // log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)), s = f / (2 + f) (Sun's fdlibm, e_log.c).
   const V f = m - constant<V>(1);
@@ -157,10 +193,9 @@ GEMMLET_INLINE V log(V x) {
   const V half_square = constant<V>(0.5) * f * f;
   const V tail = fma(s, fma(z, r, half_square), n * constant<V>(single ? -2.12194440e-4 : 1.90821492927058770002e-10));
   const V result = fma(n, constant<V>(single ? 0.693359375 : 6.93147180369123816490e-01), f - (half_square - tail));
-  const V infinity = constant<V>(std::numeric_limits<double>::infinity());
-  V special = select(x == V{}, -infinity, constant<V>(std::numeric_limits<double>::quiet_NaN()));
-  special = select(x == infinity, x, special);
-  return select((x > V{}) & (x < infinity), result, special);
+  V special = select(x == V{}, -infinity<V>(), not_a_number<V>());
+  special = select(x == infinity<V>(), x, special);
+  return select((x > V{}) & (x < infinity<V>()), result, special);
 }
 
 // log(1 + x), in relative precision near 0. x within [-1, inf).
@@ -169,7 +204,7 @@ GEMMLET_INLINE V log1p(V x) {
   const V u = constant<V>(1) + x;
   const V lost = x - (u - constant<V>(1));  // what the sum rounded away
   const V result = log(u) + select(lost == V{}, V{}, lost / u);
-  return select(u == constant<V>(std::numeric_limits<double>::infinity()), u, result);
+  return select(u == infinity<V>(), u, result);
 }
 
 // An odd polynomial below 0.35, where the quotient's three roundings are too many; else e / (e + 2), e = expm1(2|x|).
