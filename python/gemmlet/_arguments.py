@@ -9,21 +9,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _arrays as arrays
+
 Array = NDArray[Any]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_GPU_FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
 def as_array(value: Any, name: str) -> Array:
-    """Return `value` as an ndarray, on the same memory for ``__array_interface__``, the buffer protocol and DLPack."""
+    """Return `value` as an ndarray, on the same memory for ``__array_interface__``, the buffer protocol and DLPack.
+
+    What is on a GPU becomes a `cupy.ndarray`, on the same memory too.
+    """
     if type(value) is np.ndarray:
         return value
     if value is None:
         raise TypeError(f"{name} is None; expected an array")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(...)")
-    if hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(f"{name} is an array on a GPU; this backend computes on the CPU: bring it there first")
+    on_gpu = arrays.from_gpu_object(value, name)
+    if on_gpu is not None:
+        if on_gpu.data.ptr % on_gpu.itemsize:
+            raise TypeError(f"{name} is not aligned to its dtype")
+        return on_gpu  # type: ignore[no-any-return]
     try:
         if not _has_numpy_protocol(value) and hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
@@ -36,22 +45,38 @@ def _has_numpy_protocol(value: Any) -> bool:
     return any(hasattr(value, p) for p in ("__array_interface__", "__array_struct__", "__array__", "__buffer__"))
 
 
-def as_floats(value: Any, name: str, dtype: np.dtype[Any] | None = None) -> Array:
-    """Return `value` as a float32 or float64 ndarray, of just `dtype` if that is given."""
+def as_floats(value: Any, name: str, like: Array | np.dtype[Any] | None = None) -> Array:
+    """Return `value` as a floating-point array: float32 or float64, and on a GPU float16 or bfloat16 too.
+
+    `like` is a dtype that it must have, or an array whose dtype and place it must have.
+    """
     array = as_array(value, name)
-    if array.dtype not in _FLOATS or not array.dtype.isnative:
+    dtype = like if like is None or isinstance(like, np.dtype) else like.dtype
+    on_gpu = arrays.is_on_gpu(array)
+    if (array.dtype.name not in _GPU_FLOATS) if on_gpu else (array.dtype not in _FLOATS or not array.dtype.isnative):
         swapped = array.dtype.kind == "f" and not array.dtype.isnative
         found = f"byte order {array.dtype.str}" if swapped else f"dtype {array.dtype}"
         wanted = np.dtype(np.float32) if dtype is None else dtype
-        raise TypeError(f"{name} has {found}; expected float32 or float64: convert with {name}.astype(np.{wanted})")
+        known = ", ".join(_GPU_FLOATS[:-1]) + " or bfloat16" if on_gpu else "float32 or float64"
+        raise TypeError(f"{name} has {found}; expected {known}: convert with {name}.astype(np.{wanted})")
     if dtype is not None and array.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {array.dtype}, the other arguments {dtype}; all must agree: "
             f"convert with {name}.astype(np.{dtype})"
         )
-    if not array.flags.aligned:
+    check_place(array, name, like)
+    if not on_gpu and not array.flags.aligned:
         array = array.copy()
     return array
+
+
+def check_place(array: Array, name: str, like: Array | np.dtype[Any] | None) -> None:
+    """Raise unless `array` is on the CPU, or the GPU, where `like` is."""
+    if like is None or isinstance(like, np.dtype) or type(array) is type(like) is np.ndarray:
+        return
+    here, there = arrays.place(array), arrays.place(like)
+    if here != there:
+        raise ValueError(f"{name} is on {here}, the other arguments on {there}; all must be in one place")
 
 
 def is_aligned(array: Array) -> bool:
@@ -65,40 +90,43 @@ def check_shape(array: Array, name: str, shape: tuple[int, ...], why: str) -> No
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} ({why})")
 
 
-def output(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return the memory of `out` after checking it, or a new array."""
+def output(out: Any, name: str, shape: tuple[int, ...], like: Array) -> Array:
+    """Return the memory of `out` after checking it, or a new array, of the dtype and in the place of `like`."""
     if out is None:
-        return np.empty(shape, dtype)
+        return arrays.empty(shape, like.dtype, like)
     array = as_array(out, name)
-    if array.dtype != dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}, expected {dtype}")
+    if array.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {like.dtype}")
+    check_place(array, name, like)
     check_shape(array, name, shape, "the shape of the result")
     check_written(array, out, name)
     return array
 
 
-def updated(value: Any, name: str, dtype: np.dtype[Any] | None = None) -> Array:
-    """Return the memory of `value`, a float32 or float64 array, of just `dtype` if that is given, to be written to."""
+def updated(value: Any, name: str, like: Array | None = None) -> Array:
+    """Return the memory of `value`, an array as `as_floats` takes it, to be written to."""
     array = as_array(value, name)
-    as_floats(array, name, dtype)
+    as_floats(array, name, like)
     check_written(array, value, name)
     return array
 
 
 def check_written(array: Array, given: Any, name: str) -> None:
     """Raise if `array`, which was made of `given`, cannot be written to so that `given` has it."""
-    if array is not given and array.size and not np.may_share_memory(array, as_array(given, name)):
-        raise TypeError(f"{name} ({type(given).__name__}) does not give access to its memory")
-    if not array.flags.writeable:
-        raise ValueError(f"{name} is read-only")
-    if not array.flags.aligned:
-        raise ValueError(f"{name} is not aligned to its dtype")
+    if not arrays.is_on_gpu(array):
+        if array is not given and array.size and not np.may_share_memory(array, as_array(given, name)):
+            raise TypeError(f"{name} ({type(given).__name__}) does not give access to its memory")
+        if not array.flags.writeable:
+            raise ValueError(f"{name} is read-only")
+        if not array.flags.aligned:
+            raise ValueError(f"{name} is not aligned to its dtype")
     if array.size and any(stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)):
         raise ValueError(f"{name} is a broadcast view: several of its elements share one place in memory")
 
 
 def overlaps(a: Array, b: Array) -> bool:
     """Whether two arrays share an element; where that is too hard to decide, whether their bounds overlap."""
+    a, b = arrays.addresses(a), arrays.addresses(b)
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -110,6 +138,7 @@ def overlaps(a: Array, b: Array) -> bool:
 
 def same_view(a: Array, b: Array) -> bool:
     """Whether two arrays of one shape are the same elements in the same order."""
+    a, b = arrays.addresses(a), arrays.addresses(b)
     return a.ctypes.data == b.ctypes.data and a.strides == b.strides
 
 

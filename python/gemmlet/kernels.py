@@ -4,9 +4,14 @@ All take float32 or float64 arrays: NumPy's, or anything with ``__array_interfac
 the CPU (a PyTorch tensor, say), which is read where it lies, without a copy. Every array of one call has one dtype; the
 result has it too. Nothing is cast silently, and a call that raises has written nothing.
 
-Errors common to all: `TypeError` for a dtype that is not float32 or float64, or that differs from the other arguments';
-`ValueError` for a shape that does not fit, and for an `out` that is read-only, or overlaps what a matrix product reads.
-Each names the argument.
+Arrays on a GPU, CuPy's or anything with ``__cuda_array_interface__`` or DLPack, are computed there by the CUDA kernels,
+on CuPy's current stream; results are CuPy's. They may be float16 or bfloat16 too, which are computed in float32 and
+rounded once. All arrays of a call are in one place. A loss is waited for, as it is a Python float, and so are class
+indices, to be checked; everything else returns at once.
+
+Errors common to all: `TypeError` for a dtype that is none of these, or that differs from the other arguments';
+`ValueError` for a shape that does not fit, for arrays in different places, and for an `out` that is read-only, or
+overlaps what a matrix product reads. Each names the argument.
 
 Special values are as in NumPy: NaN propagates, infinities and subnormal numbers are computed right. Where the formula
 would give inf times 0, the result is its limit. The same input gives the same bits for any number of threads.
@@ -21,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _arguments as arguments
+from . import _arrays as arrays
 from .backends import select
 from .formulas.activations import ACTIVATIONS, Activation
 from .formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
@@ -60,19 +66,19 @@ def _elementwise(
     function goes by `rows`); else inputs are copied, and outputs written through a buffer. `new` outputs are nobody
     else's, so that none can overlap.
     """
-    arrays = [a for a in (*inputs, *outputs) if a is not None]
-    if all([a.flags.c_contiguous for a in arrays]):  # noqa: C419 - a list is faster
+    all_of_them = [a for a in (*inputs, *outputs) if a is not None]
+    if all([a.flags.c_contiguous for a in all_of_them]):  # noqa: C419 - a list is faster
         if new:
             return call(*inputs, *outputs)
     else:
-        if not rows and all(a.flags.f_contiguous for a in arrays):
+        if not rows and all(a.flags.f_contiguous for a in all_of_them):
             inputs = tuple(None if a is None else a.T for a in inputs)
             outputs = tuple(a.T for a in outputs)
         else:
-            inputs = tuple(None if a is None else np.ascontiguousarray(a) for a in inputs)
-    buffers = tuple(o if o.flags.c_contiguous else np.array(o, order="C") for o in outputs)
+            inputs = tuple(None if a is None else arrays.contiguous(a) for a in inputs)
+    buffers = tuple(o if o.flags.c_contiguous else arrays.copy(o) for o in outputs)
     inputs = tuple(
-        a.copy()
+        arrays.copy(a)
         if a is not None and any(arguments.overlaps(a, o) and not arguments.same_view(a, o) for o in buffers)
         else a
         for a in inputs
@@ -80,13 +86,13 @@ def _elementwise(
     result = call(*inputs, *buffers)
     for target, buffer in zip(outputs, buffers, strict=True):
         if buffer is not target:
-            target[...] = buffer
+            arrays.assign(target, buffer)
     return result
 
 
 def _like(x: Array, out: Any) -> Array:
     """`out` after its checks, or a new array in the layout of `x`."""
-    return np.empty_like(x) if out is None else arguments.output(out, "out", x.shape, x.dtype)
+    return arrays.empty_like(x) if out is None else arguments.output(out, "out", x.shape, x)
 
 
 def _returned(out: Any, array: Array) -> Any:
@@ -128,7 +134,7 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     if quick is not None and (result := quick(a, b, None, None, False, out)) is not None:
         return result
     left = arguments.as_floats(a, "a")
-    right = arguments.as_floats(b, "b", left.dtype)
+    right = arguments.as_floats(b, "b", left)
     if left.ndim == 0 or right.ndim == 0:
         raise ValueError(f"{'a' if left.ndim == 0 else 'b'} is a scalar; expected at least one dimension")
     matrices = left[np.newaxis, :] if left.ndim == 1 else left, right[:, np.newaxis] if right.ndim == 1 else right
@@ -143,20 +149,20 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
         raise ValueError(f"the stacks of a {left.shape} and b {right.shape} do not broadcast") from None
     full = (*stack, matrices[0].shape[-2], matrices[1].shape[-1])
     shape = full[:-2] + full[-2:-1] * (left.ndim > 1) + full[-1:] * (right.ndim > 1)
-    result = arguments.output(out, "out", shape, left.dtype)
+    result = arguments.output(out, "out", shape, left)
     _refuse_overlap(result, a=left, b=right)
-    buffer = result if result.flags.c_contiguous else np.empty(shape, left.dtype)
-    backend = select.current()
+    buffer = result if result.flags.c_contiguous else arrays.empty(shape, left.dtype, left)
+    backend = select.of(left)
     if not stack:
         backend.matmul(*matrices, buffer.reshape(full))
     else:
-        lefts = np.broadcast_to(matrices[0], (*stack, *matrices[0].shape[-2:]))
-        rights = np.broadcast_to(matrices[1], (*stack, *matrices[1].shape[-2:]))
+        lefts = arrays.broadcast_to(matrices[0], (*stack, *matrices[0].shape[-2:]))
+        rights = arrays.broadcast_to(matrices[1], (*stack, *matrices[1].shape[-2:]))
         products = buffer.reshape(full)
         for index in np.ndindex(stack):
             backend.matmul(lefts[index], rights[index], products[index])
     if buffer is not result:
-        result[...] = buffer
+        arrays.assign(result, buffer)
     return _returned(out, result)
 
 
@@ -173,24 +179,17 @@ def _activation_named(activation: Any) -> Activation | None:
 def _activation_parameter(entry: Activation | None, value: Any, name: str, dtype: np.dtype[Any]) -> float:
     """The activation's number, rounded to the dtype that it computes in; its default where none was given."""
     if value is None:
-        return 0.0 if entry is None else float(dtype.type(entry.default))
+        return 0.0 if entry is None else float(arrays.computed_in(dtype).type(entry.default))
     if entry is None or entry.parameter is None:
         raise ValueError(f"{name} was given, but the activation {entry.name if entry else None!r} takes none")
     return _rounded(arguments.number(value, name, low=0.0, open_low=True), name, dtype, value)
 
 
 def _rounded(number: float, name: str, dtype: np.dtype[Any], value: Any) -> float:
-    if number > float(np.finfo(dtype).max):
-        raise ValueError(f"{name} must be finite in {dtype}, got {value!r}")
-    return float(dtype.type(number))
-
-
-def _rows(x: Array) -> Array:
-    """`x` as a matrix, its leading dimensions run together; a view wherever there is one."""
-    rows = 1
-    for n in x.shape[:-1]:
-        rows *= n
-    return x if x.ndim == 2 else x.reshape(rows, x.shape[-1])
+    computed = arrays.computed_in(dtype)
+    if number > float(np.finfo(computed).max):
+        raise ValueError(f"{name} must be finite in {computed}, got {value!r}")
+    return float(computed.type(number))
 
 
 def linear(
@@ -240,8 +239,8 @@ def linear(
     ):
         return result
     x_ = arguments.as_floats(x, "x")
-    w_ = arguments.as_floats(w, "w", x_.dtype)
-    b_ = None if b is None else arguments.as_floats(b, "b", x_.dtype)
+    w_ = arguments.as_floats(w, "w", x_)
+    b_ = None if b is None else arguments.as_floats(b, "b", x_)
     entry = _activation_named(activation)
     parameter = _activation_parameter(entry, activation_parameter, "activation_parameter", x_.dtype)
     keep_z = arguments.flag(return_preactivation, "return_preactivation")
@@ -252,15 +251,17 @@ def linear(
     if b_ is not None:
         arguments.check_shape(b_, "b", w_.shape[1:], "out_features of w")
     shape = (*x_.shape[:-1], w_.shape[1])
-    y = arguments.output(out, "out", shape, x_.dtype)
+    y = arguments.output(out, "out", shape, x_)
     _refuse_overlap(y, x=x_, w=w_, b=b_)
     if b_ is not None:
-        b_ = np.ascontiguousarray(b_)
-    z = np.empty(shape, x_.dtype) if keep_z else None
-    buffer = y if y.flags.c_contiguous else np.empty(shape, x_.dtype)
-    select.current().linear(_rows(x_), w_, b_, entry, parameter, _rows(buffer), None if z is None else _rows(z))
+        b_ = arrays.contiguous(b_)
+    z = arrays.empty(shape, x_.dtype, x_) if keep_z else None
+    buffer = y if y.flags.c_contiguous else arrays.empty(shape, x_.dtype, x_)
+    select.of(x_).linear(
+        arrays.rows(x_), w_, b_, entry, parameter, arrays.rows(buffer), None if z is None else arrays.rows(z)
+    )
     if buffer is not y:
-        y[...] = buffer
+        arrays.assign(y, buffer)
     return _returned(out, y) if z is None else (_returned(out, y), z)
 
 
@@ -323,8 +324,8 @@ def linear_backward(
     for needed, needed_by, array, name in ((need_x, "need_x", w, "w"), (need_w, "need_w", x, "x")):
         if needed and array is None:
             raise ValueError(f"{name} is missing: only with {needed_by}=False may it be None")
-    w_ = None if w is None else arguments.as_floats(w, "w", grad.dtype)
-    x_ = None if x is None else arguments.as_floats(x, "x", grad.dtype)
+    w_ = None if w is None else arguments.as_floats(w, "w", grad)
+    x_ = None if x is None else arguments.as_floats(x, "x", grad)
     if w_ is not None and (w_.ndim != 2 or w_.shape[1] != grad.shape[-1]):
         raise ValueError(
             f"w has shape {w_.shape}, expected (in_features, {grad.shape[-1]}), as grad_y has {grad.shape}"
@@ -338,26 +339,26 @@ def linear_backward(
     used = "z" if entry is not None and entry.needs_x else "y"
     hint = "; linear(..., return_preactivation=True) returns it" if used == "z" else ""
     saved = _saved(entry, used, {"y": y, "z": z}, grad, hint)
-    backend = select.current()
+    backend = select.of(grad)
     if entry is not None:
-        grad_z = np.empty_like(grad, order="C")
+        grad_z = arrays.empty_like(grad, "C")
         _elementwise(
             lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,), new=True
         )
     else:
         grad_z = grad
-    rows = _rows(grad_z)
+    rows = arrays.rows(grad_z)
     grad_x = grad_w = grad_b = None
     if need_x:
         assert w_ is not None
-        grad_x = np.empty((*grad.shape[:-1], w_.shape[0]), grad.dtype)
-        backend.matmul(rows, w_.T, _rows(grad_x))
+        grad_x = arrays.empty((*grad.shape[:-1], w_.shape[0]), grad.dtype, grad)
+        backend.matmul(rows, w_.T, arrays.rows(grad_x))
     if need_w:
         assert x_ is not None
-        grad_w = np.empty((x_.shape[-1], grad.shape[-1]), grad.dtype)
-        backend.matmul(_rows(x_).T, rows, grad_w)
+        grad_w = arrays.empty((x_.shape[-1], grad.shape[-1]), grad.dtype, grad)
+        backend.matmul(arrays.rows(x_).T, rows, grad_w)
     if need_b:
-        grad_b = np.empty(grad.shape[-1:], grad.dtype)
+        grad_b = arrays.empty(grad.shape[-1:], grad.dtype, grad)
         backend.column_sum(rows, grad_b)
     return grad_x, grad_w, grad_b
 
@@ -367,7 +368,7 @@ def _saved(entry: Activation | None, used: str, given: dict[str, Any], grad: Arr
     checked: dict[str, Array] = {}
     for name, value in given.items():
         if value is not None:
-            checked[name] = arguments.as_floats(value, name, grad.dtype)
+            checked[name] = arguments.as_floats(value, name, grad)
             arguments.check_shape(checked[name], name, grad.shape, "the shape of grad_y")
     if entry is not None and used not in checked:
         raise ValueError(f"{used} is missing: the gradient of {entry.name} is computed from it{hint}")
@@ -389,7 +390,7 @@ def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> 
     x_ = arguments.as_floats(x, "x")
     value = _own_number(entry, parameter, x_.dtype)
     y = _like(x_, out)
-    backend = select.current()
+    backend = select.of(x_)
     _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,), new=out is None)
     return _returned(out, y)
 
@@ -399,7 +400,7 @@ def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, paramet
     value = _own_number(entry, parameter, grad.dtype)
     saved = _saved(entry, "x" if entry.needs_x else "y", {"x": x, "y": y}, grad)
     grad_x = _like(grad, out)
-    backend = select.current()
+    backend = select.of(grad)
     _elementwise(
         lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,), new=out is None
     )
@@ -490,11 +491,15 @@ def _row_forward(entry: RowFunction, x: Any, out: Any) -> Any:
     x_ = arguments.as_floats(x, "x")
     if x_.ndim == 0:
         raise ValueError("x is a scalar; expected at least one dimension")
-    y = arguments.output(out, "out", x_.shape, x_.dtype)
+    y = arguments.output(out, "out", x_.shape, x_)
     if x_.size:
-        backend = select.current()
+        backend = select.of(x_)
         _elementwise(
-            lambda a, o: backend.row_function(entry, _rows(a), _rows(o)), (x_,), (y,), rows=True, new=out is None
+            lambda a, o: backend.row_function(entry, arrays.rows(a), arrays.rows(o)),
+            (x_,),
+            (y,),
+            rows=True,
+            new=out is None,
         )
     return _returned(out, y)
 
@@ -506,14 +511,14 @@ def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> 
     if y is None:
         raise ValueError(f"y is missing: the gradient of {entry.name} is computed from it")
     if x is not None:
-        arguments.check_shape(arguments.as_floats(x, "x", grad.dtype), "x", grad.shape, "the shape of grad_y")
-    y_ = arguments.as_floats(y, "y", grad.dtype)
+        arguments.check_shape(arguments.as_floats(x, "x", grad), "x", grad.shape, "the shape of grad_y")
+    y_ = arguments.as_floats(y, "y", grad)
     arguments.check_shape(y_, "y", grad.shape, "the shape of grad_y")
-    grad_x = arguments.output(out, "out", grad.shape, grad.dtype)
+    grad_x = arguments.output(out, "out", grad.shape, grad)
     if grad.size:
-        backend = select.current()
+        backend = select.of(grad)
         _elementwise(
-            lambda g, s, o: backend.row_function_backward(entry, _rows(g), _rows(s), _rows(o)),
+            lambda g, s, o: backend.row_function_backward(entry, arrays.rows(g), arrays.rows(s), arrays.rows(o)),
             (grad, y_),
             (grad_x,),
             rows=True,
@@ -567,15 +572,17 @@ ndarray, the shape and dtype of `grad_y`
 
 def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any, out: Any) -> tuple[float, Any]:
     p = arguments.as_floats(prediction, entry.prediction)
-    t = arguments.as_floats(targets, "targets", p.dtype)
+    t = arguments.as_floats(targets, "targets", p)
     arguments.check_shape(t, "targets", p.shape, f"the shape of {entry.prediction}")
     value = _own_number(entry, parameter)
-    if entry.unit_interval and p.size and not (np.min(p) >= 0.0 and np.max(p) <= 1.0) and np.any((p < 0) | (p > 1)):
-        raise ValueError(f"{entry.prediction} must lie within [0, 1], got {np.nanmin(p):g} to {np.nanmax(p):g}")
+    if entry.unit_interval and p.size:
+        low, high = arrays.value_range(p)
+        if low < 0 or high > 1:
+            raise ValueError(f"{entry.prediction} must lie within [0, 1], got {low:g} to {high:g}")
     grad = _like(p, out)
     if not p.size:
         return float("nan"), _returned(out, grad)
-    backend = select.current()
+    backend = select.of(p)
     # `rows`: the order of the elements is that of the sum, which shall not depend on the layout.
     loss = _elementwise(
         lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,), rows=True, new=out is None
@@ -656,20 +663,21 @@ def softmax_cross_entropy(
                 f"labels has dtype {t.dtype}; class indices must be integers: convert with labels.astype(np.int64)"
             )
         arguments.check_shape(t, "labels", z.shape[:1], "one index per row of logits")
-        if t.size and (int(t.min()) < 0 or int(t.max()) >= z.shape[1]):
-            raise ValueError(f"labels must lie within [0, {z.shape[1]}), got {int(t.min())} to {int(t.max())}")
-        t = np.require(t, np.int64, ["C_CONTIGUOUS", "ALIGNED"])
+        arguments.check_place(t, "labels", z)
+        t, low, high = arrays.as_indices(t)
+        if t.size and (low < 0 or high >= z.shape[1]):
+            raise ValueError(f"labels must lie within [0, {z.shape[1]}), got {low} to {high}")
     elif t.ndim == 0:
         raise ValueError("labels is a scalar; expected one class index, or one probability per class, for each row")
     else:
-        t = arguments.as_floats(t, "labels", z.dtype)
+        t = arguments.as_floats(t, "labels", z)
         arguments.check_shape(t, "labels", z.shape, "one probability per class")
-    grad = arguments.output(out, "out", z.shape, z.dtype)
+    grad = arguments.output(out, "out", z.shape, z)
     if not z.size:
         return float("nan"), _returned(out, grad)
     if t.ndim == 1 and arguments.overlaps(t, grad):
-        t = t.copy()
-    backend = select.current()
+        t = arrays.copy(t)
+    backend = select.of(z)
     inputs = (z,) if t.ndim == 1 else (z, t)
     loss = _elementwise(
         lambda a, *rest: backend.softmax_cross_entropy(a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
@@ -690,18 +698,18 @@ def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalar
         return
     rule = OPTIMIZER_RULES[rule_name]
     p = arguments.updated(param, "param")
-    g = arguments.as_floats(grad, "grad", p.dtype)
+    g = arguments.as_floats(grad, "grad", p)
     arguments.check_shape(g, "grad", p.shape, "the shape of param")
     written = {"param": p}
     for name, array in state.items():
-        written[name] = arguments.updated(array, name, p.dtype)
+        written[name] = arguments.updated(array, name, p)
         arguments.check_shape(written[name], name, p.shape, "the shape of param")
     for name, array in written.items():
         for other, array2 in {**written, "grad": g}.items():
             if other != name and arguments.overlaps(array, array2):
                 raise ValueError(f"{name} overlaps {other}: each needs memory of its own")
     outputs = tuple(written.values())
-    backend = select.current()
+    backend = select.of(p)
     _elementwise(lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs)
 
 

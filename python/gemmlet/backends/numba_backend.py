@@ -42,6 +42,7 @@ from .numba_loops import (
     update_loop,
 )
 from .numpy_backend import Array, Feed, FusedLayer, NumpyBackend
+from .whole_steps import whole_steps
 
 # The least work worth a thread, in elements: handing over a task costs about as much as 20,000 elements of the cheapest
 # pass.
@@ -298,7 +299,7 @@ class NumbaBackend(NumpyBackend):
         loss_sum: float,
     ) -> tuple[float, int]:
         """Train a stack of layers."""
-        with numba_training.whole_steps():
+        with whole_steps():
             return numba_training.train_mlp(
                 layers, feed, targets, loss, row_weight, order, batch, rule, scalars, loss_sum, self._split
             )

@@ -10,13 +10,9 @@ than a product.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -190,27 +186,6 @@ def _count_right(outputs, classes):
                 best = j
         right += best == classes[i]
     return right
-
-
-@contextlib.contextmanager
-def whole_steps() -> Iterator[None]:
-    """Ctrl-C within takes effect at the end: the optimizer has to know how many steps were done.
-
-    Numba compiles within the first call, a few seconds; what it would raise there is no KeyboardInterrupt.
-    """
-    caught: list[tuple[int, FrameType | None]] = []
-    handler = signal.getsignal(signal.SIGINT)
-    # Python runs handlers in the main thread alone, and cannot put back one that it did not set.
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    for number, frame in caught[:1]:
-        handler(number, frame)
 
 
 class _Sparse:

@@ -40,7 +40,10 @@ class FusedLayer(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """Samples as fused training takes them: rows (n, features), uint8 or float; or a sparse matrix's three arrays."""
+    """Samples as fused training takes them: rows (n, features), uint8 or float; or a sparse matrix's three arrays.
+
+    Rows may be on a GPU, for a backend that computes there.
+    """
 
     x: Array
     row_start: NDArray[np.int64] | None
@@ -161,6 +164,10 @@ class NumpyBackend:
     def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
         """Whether ``train_<network>`` is there, ``"mlp"`` or ``"gan"``, and knows these names."""
         return False
+
+    def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
+        """Samples, and their targets if there are any, as the calls to come want them."""
+        return feed, targets
 
     def train_mlp(
         self,

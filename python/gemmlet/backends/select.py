@@ -1,7 +1,7 @@
 """Which backend computes: decided once, printable, and open to change.
 
-Automatic choice takes the first backend that loads, in the order of `CHOICES`, and logs once if that was not the first.
-A request by name (`GEMMLET_BACKEND`, `use_backend`) loads that backend or raises.
+Automatic choice takes the first backend that loads, in the order of `_AUTOMATIC`, and logs once if that was not the
+first. A request by name (`GEMMLET_BACKEND`, `use_backend`) loads that backend or raises.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from .. import _threads
 if TYPE_CHECKING:
     from .numpy_backend import NumpyBackend
 
-CHOICES = ("cpu", "numba", "numpy")
+CHOICES = ("cpu", "cuda", "numba", "numpy")
+# In this order without a request by name. Arrays on a GPU go to "cuda" in any case.
+_AUTOMATIC = ("cpu", "numba", "numpy")
 
 _loaded: dict[str, NumpyBackend] = {}
 _current: NumpyBackend | None = None
@@ -48,6 +50,10 @@ def load(name: str) -> NumpyBackend:
             from .numba_backend import NumbaBackend
 
             backend = NumbaBackend()
+        elif name == "cuda":
+            from .cuda_backend import CudaBackend
+
+            backend = CudaBackend()
         else:
             from .numpy_backend import NumpyBackend
 
@@ -59,7 +65,7 @@ def load(name: str) -> NumpyBackend:
 
 def _automatic() -> NumpyBackend:
     refusals = []
-    for name in CHOICES:
+    for name in _AUTOMATIC:
         try:
             backend = load(name)
         except (RuntimeError, ImportError) as error:
@@ -83,13 +89,22 @@ def current() -> NumpyBackend:
     return _current
 
 
+def of(array: Any) -> NumpyBackend:
+    """Return the backend for this array: the one in use, but `cuda` if it is on a GPU."""
+    if type(array) is np.ndarray:
+        return current()
+    return load("cuda")
+
+
 class use_backend:  # noqa: N801 - it is used as a function
     """Choose the backend for the whole process, or in a ``with`` statement for a while.
 
     Parameters
     ----------
     backend : str
-        ``"cpu"``, ``"numba"`` or ``"numpy"``. A backend object, as a ``with`` block yields it, is taken too.
+        ``"cpu"``, ``"numba"``, ``"numpy"`` or ``"cuda"``. A backend object, as a ``with`` block yields it, is taken
+        too. Arrays on a GPU are computed there whatever is chosen; with ``"cuda"`` NumPy arrays are as well, and
+        copied there and back.
 
     Raises
     ------

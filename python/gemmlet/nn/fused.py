@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import select
-from ..backends.numpy_backend import FusedLayer
+from ..backends.numpy_backend import FusedLayer, NumpyBackend
 from ..formulas.activations import ACTIVATIONS
 from .dense import Dense
 from .optimizers import Optimizer, Plan
@@ -73,8 +73,9 @@ def _layers(dense: Dense, plan: Plan, average: Dense | None = None) -> list[Fuse
     return layers
 
 
-def _can(network: str, denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]) -> bool:
-    backend = select.current()
+def _can(
+    backend: NumpyBackend, network: str, denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]
+) -> bool:
     names = [layer.activation for dense in denses for layer in dense.layers if layer.activation is not None]
     plans = [rule.plan(dense.parameters, 1) for dense, rule in zip(denses, rules, strict=True)]
     return all(plan is not None and backend.fuses(network, names, losses, plan.rule) for plan in plans)
@@ -89,10 +90,10 @@ def mlp_steps(
 
     `loss` is ``"softmax_cross_entropy"`` or an elementwise one, whose sum over a row counts `row_weight` times.
     """
-    if not _can("mlp", [dense], [loss], [rule]):
+    backend = select.of(samples.array) if samples.on_gpu else select.current()
+    if not _can(backend, "mlp", [dense], [loss], [rule]):
         return None
-    backend = select.current()
-    feed = samples.feed(SPARSE_BELOW)
+    feed, wanted = backend.hold(samples.feed(SPARSE_BELOW), np.ascontiguousarray(targets))
 
     def steps(order: Order, batch: int, loss_sum: float) -> tuple[float, int] | None:
         batch = min(batch, len(order))
@@ -100,7 +101,7 @@ def mlp_steps(
         plan = rule.plan(dense.parameters, count)
         if plan is None:
             return None
-        layers, wanted, trained = _layers(dense, plan), np.ascontiguousarray(targets), True
+        layers, trained = _layers(dense, plan), True
         try:
             return backend.train_mlp(
                 layers, feed, wanted, loss, row_weight, order, batch, plan.rule, plan.scalars, loss_sum
@@ -141,10 +142,10 @@ def gan_steps(
     """
     generator, discriminator = networks.generator, networks.discriminator
     both = [generator, discriminator]
-    if not _can("gan", both, ["binary_cross_entropy_with_logits"], [generator_rule, discriminator_rule]):
+    backend = select.of(samples.array) if samples.on_gpu else select.current()
+    if not _can(backend, "gan", both, ["binary_cross_entropy_with_logits"], [generator_rule, discriminator_rule]):
         return None
-    backend = select.current()
-    feed = samples.feed(0.0)
+    feed, _ = backend.hold(samples.feed(0.0), None)
 
     def steps(
         order: Order, batch: int, noise: Array, decay: NDArray[np.float64], loss_sums: tuple[float, float]

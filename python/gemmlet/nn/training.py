@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _arguments as arguments
+from .. import _arrays as arrays
 from ..backends.numpy_backend import Feed
 
 Array = NDArray[Any]
@@ -115,10 +116,12 @@ class GANProgress:
 class Samples:
     """Samples, given as float rows or as uint8 images; handed out as rows of `dtype`, a mini-batch at a time.
 
+    What is handed out is on the CPU. Fused training takes an array on a GPU where it is.
+
     Parameters
     ----------
     x : array_like, shape (n, features) or (n, ...) with `features` values a sample
-        Of `dtype`, or uint8, which counts as value/255. A sparse matrix of scipy, if `sparse`.
+        Of `dtype`, or uint8, which counts as value/255; on the CPU or on a GPU. A sparse matrix of scipy, if `sparse`.
     features : int
     dtype : numpy.dtype
         float32 or float64.
@@ -151,6 +154,8 @@ class Samples:
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row")
         self.array: Any = _canonical(array, dtype) if is_sparse else array
         self.is_sparse = is_sparse
+        self.on_gpu = not is_sparse and arrays.is_on_gpu(array)
+        self._on_cpu: Any = None  # of an array on a GPU, once it is wanted
         self.features = features
         self.dtype = dtype
 
@@ -162,7 +167,9 @@ class Samples:
         if self.is_sparse:
             dense: Array = self.array[where].toarray()
             return dense
-        rows: Array = self.array[where]
+        if self.on_gpu and self._on_cpu is None:
+            self._on_cpu = arrays.to_cpu(self.array)
+        rows: Array = (self._on_cpu if self.on_gpu else self.array)[where]
         rows = rows.reshape(len(rows), self.features)
         if rows.dtype == self.dtype:
             return rows
@@ -175,6 +182,8 @@ class Samples:
         if self.is_sparse:
             start, columns = self.array.indptr, self.array.indices
             return Feed(self.array.data, start.astype(np.int64, copy=False), columns.astype(np.int32, copy=False), True)
+        if self.on_gpu:
+            return Feed(arrays.contiguous(self.array).reshape(len(self), self.features), None, None, False)
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
         if not arguments.is_aligned(rows):
             rows = rows.copy()

@@ -1,0 +1,146 @@
+// The scalar value types of a GPU: what csrc/formulas/ asks for, on float and double; and the types that are stored.
+//
+// Contract
+//   Compiled by NVRTC (the product), nvcc (a second opinion) and g++ (the tests, on the CPU); no header of theirs.
+//   Numbers are stored as float, double, float16 or bfloat16, and computed in Compute<T>: float for the last two.
+//   Nothing is contracted but what is written as fma (-fmad=false), and nothing is flushed to zero: an elementwise
+//   result in float or double has the bits of the CPU's.
+#pragma once
+
+#if defined(__CUDACC__)
+#define GEMMLET_INLINE __host__ __device__ __forceinline__
+#else
+#define GEMMLET_INLINE [[gnu::always_inline]] inline
+#endif
+
+namespace gemmlet {
+
+using Index = long long;
+
+struct float16 {
+  unsigned short bits;
+};
+struct bfloat16 {
+  unsigned short bits;
+};
+
+template <class A, class B>
+inline constexpr bool same_type = false;
+template <class A>
+inline constexpr bool same_type<A, A> = true;
+
+template <class V>
+struct Scalar;
+template <>
+struct Scalar<float> {
+  using Int = int;
+  using Unsigned = unsigned;
+};
+template <>
+struct Scalar<double> {
+  using Int = long long;
+  using Unsigned = unsigned long long;
+};
+template <>
+struct Scalar<int> {
+  using Unsigned = unsigned;
+};
+template <>
+struct Scalar<long long> {
+  using Unsigned = unsigned long long;
+};
+
+// As cpu/vector.h has them for vectors; a scalar is a vector of one.
+template <class V>
+using ScalarOf = V;
+template <class T>
+using IntOf = typename Scalar<T>::Int;
+template <class V>
+using IntVecOf = typename Scalar<V>::Int;
+
+template <class V>
+GEMMLET_INLINE constexpr V constant(double value) {
+  return static_cast<V>(value);
+}
+
+template <class V>
+GEMMLET_INLINE V select(bool mask, V a, V b) {
+  return mask ? a : b;
+}
+
+GEMMLET_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+GEMMLET_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+GEMMLET_INLINE float sqrt(float a) { return ::sqrtf(a); }
+GEMMLET_INLINE double sqrt(double a) { return ::sqrt(a); }
+
+// The same bytes as another type.
+template <class To, class From>
+GEMMLET_INLINE To reinterpreted(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+GEMMLET_INLINE IntVecOf<V> bits(V a) {
+  return reinterpreted<IntVecOf<V>>(a);
+}
+template <class V>
+GEMMLET_INLINE V from_bits(IntVecOf<V> a) {
+  return reinterpreted<V>(a);
+}
+
+// (a + b) >> count, all unsigned: sums wrap round, and zeros come in at the top.
+template <class I>
+GEMMLET_INLINE I sum_shifted_right(I a, I b, int count) {
+  using U = typename Scalar<I>::Unsigned;
+  return static_cast<I>((static_cast<U>(a) + static_cast<U>(b)) >> count);
+}
+
+// The rounding error of p = a * b, exactly.
+template <class V>
+GEMMLET_INLINE V product_error(V a, V b, V p) {
+  return fma(a, b, -p);
+}
+
+}  // namespace gemmlet
+
+#include "formulas/math.h"
+// After the functions that they are written on.
+#include "cuda/ptx.cuh"
+#include "formulas/activations.h"
+#include "formulas/losses.h"
+#include "formulas/optimizers.h"
+
+namespace gemmlet {
+
+template <class T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+// What numbers of type T are computed in.
+template <class T>
+using Compute = typename ComputeType<T>::type;
+
+GEMMLET_INLINE float widen(float x) { return x; }
+GEMMLET_INLINE double widen(double x) { return x; }
+GEMMLET_INLINE float widen(float16 x) { return ptx::float_of_half(x.bits); }
+GEMMLET_INLINE float widen(bfloat16 x) { return reinterpreted<float>(static_cast<unsigned>(x.bits) << 16); }
+
+// Rounds to nearest, ties to even.
+template <class T>
+GEMMLET_INLINE T narrow(Compute<T> x) {
+  if constexpr (same_type<T, float16>)
+    return {ptx::half_of_float(x)};
+  else if constexpr (same_type<T, bfloat16>)
+    return {ptx::bfloat_of_float(x)};
+  else
+    return x;
+}
+
+}  // namespace gemmlet

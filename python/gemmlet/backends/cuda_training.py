@@ -1,0 +1,904 @@
+"""Mini-batches of a multilayer perceptron, and of two adversarial networks, in one call on the GPU.
+
+At the start of a call all that it needs goes to the GPU as one copy: parameters, optimizer states, the order of the
+samples, the rules' numbers. At its end parameters and losses come back as another. In between, a step is a handful of
+launches (csrc/cuda/network.cuh), recorded once for each number of rows as a graph that knows from a counter on the GPU
+which step it is. The samples stay on the GPU from call to call, in what `hold` returns; so do the graphs.
+
+Results do not depend on the GPU: which kernels compute a step follows from its sizes alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formulas.activations import ACTIVATIONS
+from ..formulas.losses import LOSSES
+from ..formulas.optimizers import OPTIMIZER_RULES
+from . import cuda_compile
+from .cuda_device import Device, Graph
+from .numpy_backend import Array, Feed, FusedLayer
+from .whole_steps import whole_steps
+
+SOURCE = "network.cuh"
+
+# So many tiles keep a GPU busy: then larger ones, which read less, are faster. By occupancy arithmetic (the
+# multiprocessors of a large GPU, not all of which need work); not measured yet.
+ENOUGH_TILES = 96
+
+# The last layer goes with the loss in one kernel if it has so few outputs, and if reading its weights anew for each row
+# comes to no more bytes than that: some microseconds of the L2 cache, as long as the launches that are saved. By
+# arithmetic; not measured yet.
+MOST_TOP_OUTPUTS = 64
+MOST_TOP_BYTES = 8 << 20
+
+# Steps in a graph, where there are as many: between graphs a GPU waits longer than within one. Not measured yet.
+STEPS_TOGETHER = 8
+
+# Whether all steps of a call of a small multilayer perceptron are one cooperative kernel, whose blocks wait for each
+# other, instead of graphs. Not measured yet.
+ONE_KERNEL = False
+
+# As in network.cuh and small_product.cuh.
+_MOST_LAYERS = 8
+_TOP_COLUMNS = 16
+_LOSS_THREADS = 128
+_EXPAND_THREADS = _BEGIN_THREADS = 256
+_WIDE_THREADS, _WIDE_NUMBERS = 256, 128 * 36
+_WIDE_SIDE = 32
+_MOST_NUMBERS = 11
+
+
+#
+# What the kernels take, as network.cuh declares it
+#
+
+
+def _struct(*fields: tuple[Any, ...]) -> np.dtype[Any]:
+    return np.dtype(list(fields), align=True)
+
+
+def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
+    """A struct with these members; 0 what is not named."""
+    record = np.zeros(1, dtype)
+    for name, value in values.items():
+        record[name] = value
+    result: np.void = record[0]
+    return result
+
+
+_PROGRESS = _struct(
+    ("order", "u8"),
+    ("numbers", "u8", (2,)),
+    ("decay", "u8"),
+    ("noise", "u8"),
+    ("batch", "i8"),
+    ("next", "i8"),
+    ("step", "i8"),
+    ("loss", "f8", (2,)),
+    ("right", "i8"),
+)
+_INPUT = _struct(("rows", "u8"), ("stride", "i8"), ("samples", "u8"))
+_LAYER = _struct(("parameters", "u8"), ("in", "i4"), ("out", "i4"))
+_BROUGHT = _struct(
+    ("progress", "u8"),
+    ("rows", "i4"),
+    ("samples", "u8"),
+    ("indices", "u8"),
+    ("labels", "u8"),
+    ("numbers", "u8"),
+    ("number_counts", "i4", (2,)),
+    ("averages", "?"),
+)
+_EXPAND = _struct(("values", "u8"), ("row_start", "u8"), ("columns", "u8"), ("features", "i4"), ("rows", "u8"))
+_UPDATED_LAYER = _struct(
+    ("first_block", "i4"), ("in", "i4"), ("out", "i4"), ("parameters", "u8"), ("x", "u8"), ("grad", "u8")
+)
+_UPDATE = _struct(
+    ("layers", _UPDATED_LAYER, (_MOST_LAYERS,)),
+    ("layer_count", "i4"),
+    ("blocks", "i4"),
+    ("has_first", "?"),
+    ("input", _INPUT),
+    ("rows", "i4"),
+    ("plane", "i8"),
+    ("averages", "?"),
+    ("numbers", "u8"),
+    ("network", "i4"),
+    ("losses", "u8"),
+    ("right", "u8"),
+    ("loss_rows", "i4"),
+    ("weight", "f8"),
+    ("closes", "?"),
+    ("progress", "u8"),
+)
+
+
+class _Structs:
+    """Those that hold numbers of the network's type."""
+
+    def __init__(self, t: np.dtype[Any]) -> None:
+        self.activation = _struct(("number", "i4"), ("parameter", t))
+        self.below = _struct(("activation", self.activation), ("saved", "u8"), ("grad", "u8"))
+        self.objective = _struct(
+            ("loss", "i4"),
+            ("parameter", t),
+            ("share", t),
+            ("labels", "u8"),
+            ("values", "u8"),
+            ("samples", "u8"),
+            ("first", t),
+            ("second", t),
+            ("boundary", "i4"),
+            ("losses", "u8"),
+            ("right", "u8"),
+        )
+        self.forward = _struct(
+            ("input", _INPUT),
+            ("layer", _LAYER),
+            ("activation", self.activation),
+            ("y", "u8"),
+            ("z", "u8"),
+            ("rows", "i4"),
+        )
+        self.backward = _struct(("grad", "u8"), ("layer", _LAYER), ("below", self.below), ("rows", "i4"))
+        self.loss = _struct(
+            ("y", "u8"),
+            ("z", "u8"),
+            ("out", "i4"),
+            ("activation", self.activation),
+            ("objective", self.objective),
+            ("grad", "u8"),
+            ("rows", "i4"),
+        )
+        self.top = _struct(
+            ("x", "u8"),
+            ("layer", _LAYER),
+            ("activation", self.activation),
+            ("objective", self.objective),
+            ("grad", "u8"),
+            ("below", self.below),
+        )
+        between = (_MOST_LAYERS - 2,)
+        self.steps = _struct(
+            ("first", self.forward),
+            ("brought", _BROUGHT),
+            ("forward", self.forward, between),
+            ("top", self.top),
+            ("backward", self.backward, between),
+            ("update", _UPDATE),
+            ("between", "i4"),
+            ("arrived", "u8"),
+        )
+        self.gather = _struct(("samples", "u8"), ("features", "i4"), ("scale", t), ("shift", t), ("rows", "u8"))
+
+
+_structs = functools.cache(_Structs)
+
+_CPP_TYPES = {"float32": "float", "float64": "double", "uint8": "unsigned char"}
+# The tiles of small_product.cuh, and the rows and columns of each.
+_TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
+
+
+@functools.cache
+def _places(kind: str) -> dict[str, int]:
+    """The numbers by which kernels know activations or losses: their places in C++'s list."""
+    text = cuda_compile.sources()[f"formulas/{kind}.h"]
+    declared = re.search(rf"#define GEMMLET_{kind.upper()}\(X\)((?:.*\\\n)*.*)", text)
+    assert declared is not None
+    return {name: place for place, name in enumerate(re.findall(r"X\((\w+)\)", declared[1]))}
+
+
+def expressions() -> dict[str, list[str]]:
+    """Every kernel that this module launches, by source file: for compiling ahead of time, and for tests."""
+    names = [f"begin<{_BEGIN_THREADS}>"]
+    for t in ("float", "double"):
+        names += [f"loss<{t}>", f"top<{t}>", f"expand<{t}>"]
+        names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
+        names += [f"forward<{t}, gemmlet::{tile}>" for tile in _TILES]
+        for n in (t, "unsigned char"):
+            for kernel in ("first_forward", "first_forward_and_gather"):
+                names += [f"{kernel}<{t}, {n}, gemmlet::{tile}>" for tile in _TILES]
+            for rule in OPTIMIZER_RULES:
+                names += [f"{kernel}<{t}, {n}, gemmlet::optimizers::{rule}>" for kernel in ("update", "train")]
+    return {SOURCE: [f"gemmlet::{name}" for name in names]}
+
+
+def fuses(activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+    """Whether C++ has all of these formulas."""
+    known_losses = {"softmax_cross_entropy", *_places("losses")}
+    return (
+        all(name in _places("activations") for name in activations)
+        and all(name in known_losses for name in losses)
+        and rule in OPTIMIZER_RULES
+    )
+
+
+#
+# What stays on the GPU between calls
+#
+
+
+class ResidentFeed(Feed):
+    """A feed whose arrays are on a GPU, and what training on it has made there."""
+
+    sessions: dict[Any, _Session]
+
+
+def hold(device: Device, feed: Feed, targets: Any = None) -> tuple[ResidentFeed, Any]:
+    """Return samples and targets as they are on the GPU: copies, or themselves where they are there already."""
+
+    def resident(array: Any) -> Any:
+        if not isinstance(array, np.ndarray):
+            return array
+        return device.upload(np.ascontiguousarray(array))
+
+    held = ResidentFeed(resident(feed.x), resident(feed.row_start), resident(feed.columns), feed.skip_zeros)
+    held.sessions = {}
+    return held, resident(targets)
+
+
+class _Launch(NamedTuple):
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    arguments: tuple[Any, ...]
+    shared: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's, without its types."""
+        return self.kernel.removeprefix("gemmlet::").partition("<")[0]
+
+
+def _stride(width: int) -> int:
+    """From one row of a matrix to the next."""
+    return -(-width // 4) * 4
+
+
+def _pieces(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _address(array: Any) -> int:
+    return int(0 if array is None else array.data.ptr)
+
+
+class _Input(NamedTuple):
+    """The inputs of a layer."""
+
+    type: str  # of their numbers, in C++
+    value: np.void
+
+
+class _Tiles(NamedTuple):
+    """How a product is launched."""
+
+    kind: str  # in C++
+    grid: tuple[int, int]
+    block: int
+    shared: int
+
+
+def _kind_of_tile(rows: int, columns: int) -> str:
+    """The largest kind of tile of which there are enough, or the smallest."""
+    for kind in ("WideTile", "SmallTile<16>"):
+        if _pieces(rows, _TILES[kind]) * _pieces(columns, _TILES[kind]) >= ENOUGH_TILES:
+            return kind
+    return "SmallTile<8>"
+
+
+class _Stack:
+    """One network on the GPU: its parameters' place in the state, and its matrices of so many rows."""
+
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[FusedLayer],
+        rule: str,
+        rows: int,
+        state_offset: int,
+        *,
+        output: Any = None,
+        averages: bool = False,
+    ) -> None:
+        self.rule, self.averages = rule, averages
+        self.dtype = dtype = layers[0].weight.dtype
+        self.widths = [layers[0].weight.shape[0], *(layer.weight.shape[1] for layer in layers)]
+        self.activations = [_filled(_structs(dtype).activation, **_activation(layer)) for layer in layers]
+        self.planes = 1 + len(OPTIMIZER_RULES[rule].state) + averages
+        self._sizes = [(layer.weight.shape[0] + 1) * _stride(layer.weight.shape[1]) for layer in layers]
+        self.plane = sum(self._sizes)
+        self.state_offset, self.state_bytes = state_offset, self.planes * self.plane * dtype.itemsize
+
+        def matrix(width: int, wanted: bool = True) -> Any:
+            return device.empty((rows, _stride(width)), dtype) if wanted else None
+
+        needs_x = [layer.activation is not None and ACTIVATIONS[layer.activation].needs_x for layer in layers]
+        self.y = [matrix(width) for width in self.widths[1:-1]] + [
+            matrix(self.widths[-1]) if output is None else output
+        ]
+        self.z = [matrix(width, needed) for width, needed in zip(self.widths[1:], needs_x, strict=True)]
+        self.grad = [matrix(width) for width in self.widths[1:]]
+
+    def parameters(self, state: int, layer: int) -> int:
+        """The address of a layer's parameters, the state's being `state`."""
+        return state + self.state_offset + int(sum(self._sizes[:layer])) * self.dtype.itemsize
+
+    def layer(self, state: int, layer: int) -> np.void:
+        """A layer, as kernels take it."""
+        parameters = self.parameters(state, layer)
+        return _filled(_LAYER, **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
+
+    def below(self, layer: int) -> np.void:
+        """A layer as the one below another."""
+        saved = self.y[layer] if self.z[layer] is None else self.z[layer]
+        return _filled(
+            _structs(self.dtype).below,
+            activation=self.activations[layer],
+            saved=_address(saved),
+            grad=_address(self.grad[layer]),
+        )
+
+    def copies(self, layers: Sequence[FusedLayer], state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
+        """Each array of `layers`, and the view of a copy of the state on the CPU that belongs to it."""
+        own = state[self.state_offset : self.state_offset + self.state_bytes].view(self.dtype)
+        for p, plane in enumerate(own.reshape(self.planes, self.plane)):
+            start = 0
+            for layer, size in zip(layers, self._sizes, strict=True):
+                inputs, outputs = layer.weight.shape
+                matrix = plane[start : start + size].reshape(inputs + 1, -1)[:, :outputs]
+                weights: list[Any] = [layer.weight, *layer.weight_state, layer.weight_average]
+                biases: list[Any] = [layer.bias, *layer.bias_state, layer.bias_average]
+                yield weights[p], matrix[:inputs]
+                yield biases[p], matrix[inputs]
+                start += size
+
+
+def _activation(layer: FusedLayer) -> dict[str, Any]:
+    name = "identity" if layer.activation is None else layer.activation
+    return {"number": _places("activations")[name], "parameter": layer.activation_parameter}
+
+
+class _Session:
+    """Networks on the GPU, which share one state behind a `_PROGRESS`, and the steps that are recorded for them."""
+
+    def __init__(self, device: Device, dtype: np.dtype[Any], rows: int) -> None:
+        self.device, self.dtype, self.capacity = device, dtype, rows
+        self.structs, self.type = _structs(dtype), _CPP_TYPES[dtype.name]
+        self.stacks: list[_Stack] = []
+        self._state_bytes = _pieces(_PROGRESS.itemsize, 256) * 256
+        self._steps: dict[int, list[_Launch]] = {}
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._launches: list[_Launch] = []
+
+    # Putting it together.
+
+    def stack(self, layers: Sequence[FusedLayer], rule: str, rows: int, **settings: Any) -> _Stack:
+        """Add a network."""
+        stack = _Stack(self.device, layers, rule, rows, self._state_bytes, **settings)
+        self.stacks.append(stack)
+        self._state_bytes += _pieces(stack.state_bytes, 256) * 256
+        return stack
+
+    def complete(self) -> None:
+        """Make the state, when all networks are there."""
+        empty = self.device.empty
+        self._state = empty((self._state_bytes,), np.dtype(np.uint8))
+        self.state = self.progress = _address(self._state)
+        self._host = np.zeros(self._state_bytes, np.uint8)
+        # What is brought for a step.
+        self.samples = empty((self.capacity,), np.dtype(np.int64))
+        self.labels = empty((self.capacity,), np.dtype(np.int32))
+        self._numbers = empty((2, _MOST_NUMBERS), self.dtype)
+
+    def launches(self, rows: int) -> None:
+        """Those of a step of so many rows, by `add` and what calls it."""
+        raise NotImplementedError
+
+    def add(self, kernel: str, grid: tuple[int, int], block: int, *arguments: np.generic, shared: int = 0) -> None:
+        self._launches.append(_Launch(f"gemmlet::{kernel}", (*grid, 1), block, arguments, shared))
+
+    def _tiles(self, rows: int, columns: int, depth: int) -> _Tiles:
+        """The tiles of a product."""
+        kind = _kind_of_tile(rows, columns)
+        side = _TILES[kind]
+        threads, numbers = _WIDE_THREADS, _WIDE_NUMBERS
+        if kind != "WideTile":
+            # Each warp takes so many numbers of the depth at a time: as few turns as the largest block allows, and no
+            # more warps than that. One for each of its results a block must have.
+            at_a_time, most_warps = (16, 16) if side == 8 else (8, 8)
+            turns = _pieces(depth, at_a_time * most_warps)
+            warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns))
+            threads, numbers = 32 * warps, warps * side * side
+        grid = _pieces(rows, side), _pieces(columns, side)
+        return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * self.dtype.itemsize)
+
+    def input_of_samples(self, x: Any) -> _Input:
+        """Rows of x, those of the mini-batch."""
+        rows, stride, samples = _address(x), x.shape[1], _address(self.samples)
+        return _Input(_CPP_TYPES[x.dtype.name], _filled(_INPUT, rows=rows, stride=stride, samples=samples))
+
+    def input_of_rows(self, matrix: Any) -> _Input:
+        """Rows of a matrix, all of them."""
+        return _Input(self.type, _filled(_INPUT, rows=_address(matrix), stride=matrix.shape[1]))
+
+    def input_of_noise(self, width: int) -> _Input:
+        """Rows of the call's noise, those of the mini-batch."""
+        return _Input(self.type, _filled(_INPUT, stride=width))
+
+    def brought(self, rows: int, indices: Any = None) -> np.void:
+        """What the kernel that opens a step brings; of class indices, the mini-batch's."""
+        counts = [len(OPTIMIZER_RULES[stack.rule].scalars) for stack in self.stacks]
+        return _filled(
+            _BROUGHT,
+            progress=self.progress,
+            rows=rows,
+            samples=_address(self.samples),
+            indices=_address(indices),
+            labels=_address(self.labels),
+            numbers=_address(self._numbers),
+            number_counts=[*counts, 0][:2],
+            averages=self.stacks[0].averages,
+        )
+
+    def forward_arguments(self, stack: _Stack, layer: int, given: _Input, rows: int) -> tuple[_Tiles, np.void]:
+        """How one layer is launched, and what of itself it is told."""
+        inputs, outputs = stack.widths[layer : layer + 2]
+        return self._tiles(rows, outputs, inputs), _filled(
+            self.structs.forward,
+            input=given.value,
+            layer=stack.layer(self.state, layer),
+            activation=stack.activations[layer],
+            y=_address(stack.y[layer]),
+            z=_address(stack.z[layer]),
+            rows=rows,
+        )
+
+    def forward(self, stack: _Stack, layer: int, given: Any, rows: int) -> None:
+        """One layer, from a matrix."""
+        tiles, p = self.forward_arguments(stack, layer, self.input_of_rows(given), rows)
+        self.add(f"forward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+
+    def backward(self, stack: _Stack, layer: int, below: np.void, rows: int) -> None:
+        """The gradient of one layer's preactivations becomes that of those below."""
+        inputs, outputs = stack.widths[layer : layer + 2]
+        tiles = self._tiles(rows, inputs, outputs)
+        p = _filled(
+            self.structs.backward,
+            grad=_address(stack.grad[layer]),
+            layer=stack.layer(self.state, layer),
+            below=below,
+            rows=rows,
+        )
+        self.add(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+
+    def has_top(self, stack: _Stack, rows: int) -> bool:
+        """Whether the last layer goes with the loss in one kernel."""
+        inputs, outputs = stack.widths[-2:]
+        size = rows * inputs * _stride(outputs) * self.dtype.itemsize
+        return len(stack.y) > 1 and outputs <= MOST_TOP_OUTPUTS and size <= MOST_TOP_BYTES
+
+    def rest_and_back(self, stack: _Stack, rows: int, objective: np.void) -> None:
+        """From the results of the first layer to the loss, and to the gradients of all preactivations."""
+        last, top = len(stack.y) - 1, self.has_top(stack, rows)
+        for layer in range(1, last + 1 - top):
+            self.forward(stack, layer, stack.y[layer - 1], rows)
+        common = {"activation": stack.activations[last], "objective": objective, "grad": _address(stack.grad[last])}
+        outputs = stack.widths[-1]
+        if top:
+            inputs = stack.widths[-2]
+            block = min(256, _pieces(inputs, 32) * 32)
+            numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
+            p = _filled(
+                self.structs.top,
+                x=_address(stack.y[last - 1]),
+                layer=stack.layer(self.state, last),
+                below=stack.below(last - 1),
+                **common,
+            )
+            self.add(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
+        else:
+            y, z = _address(stack.y[last]), _address(stack.z[last])
+            p = _filled(self.structs.loss, y=y, z=z, out=outputs, rows=rows, **common)
+            self.add(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
+        for layer in range(last - top, 0, -1):
+            self.backward(stack, layer, stack.below(layer - 1), rows)
+
+    def update(
+        self,
+        stack: _Stack,
+        given: _Input,
+        rows: int,
+        *,
+        losses: Any,
+        right: Any = None,
+        weight: float = 1.0,
+        closes: bool = False,
+    ) -> None:
+        """All weights of a network, and the sums of the losses."""
+        number = self.stacks.index(stack)
+        count = len(stack.y)
+        for first in range(0, count, _MOST_LAYERS):
+            end = min(first + _MOST_LAYERS, count)
+            updated = np.zeros(_MOST_LAYERS, _UPDATED_LAYER)
+            blocks = 0
+            for place, layer in enumerate(range(first, end)):
+                inputs, outputs = stack.widths[layer : layer + 2]
+                updated[place] = (
+                    blocks,
+                    inputs,
+                    outputs,
+                    stack.parameters(self.state, layer),
+                    _address(stack.y[layer - 1]) if layer else 0,
+                    _address(stack.grad[layer]),
+                )
+                blocks += _pieces(inputs + 1, _WIDE_SIDE) * _pieces(outputs, _WIDE_SIDE)
+            last = end == count
+            p = _filled(
+                _UPDATE,
+                layers=updated,
+                layer_count=end - first,
+                blocks=blocks,
+                has_first=first == 0,
+                input=given.value,
+                rows=rows,
+                plane=stack.plane,
+                averages=stack.averages,
+                numbers=_address(self._numbers) + number * _MOST_NUMBERS * self.dtype.itemsize,
+                network=number,
+                losses=_address(losses),
+                right=_address(right),
+                loss_rows=rows if last else 0,
+                weight=weight,
+                closes=closes and last,
+                progress=self.progress,
+            )
+            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{stack.rule}>"
+            self.add(kernel, (blocks + 1, 1), _WIDE_THREADS, p, shared=_WIDE_NUMBERS * self.dtype.itemsize)
+
+    # Using it.
+
+    def train(
+        self,
+        networks: Sequence[Sequence[FusedLayer]],
+        order: NDArray[np.int64],
+        batch: int,
+        numbers: Sequence[NDArray[np.float64]],
+        losses: Sequence[float],
+        noise: Array | None = None,
+        decay: NDArray[np.float64] | None = None,
+    ) -> tuple[list[float], int]:
+        """All steps of a call; the sums of the losses, those given included, and how many rows were right."""
+        full, rest = divmod(len(order), batch)
+        # Before anything is sent, as it takes time, and may fail.
+        runs = self._runs(batch, full) + self._runs(rest, 1 if rest else 0)
+        extras = [order, *numbers, *(a for a in (noise, decay) if a is not None)]
+        places, end = [], self._state_bytes
+        for array in extras:
+            places.append(end)
+            end += _pieces(array.nbytes, 16) * 16
+        if len(self._host) < end:
+            self._host = np.zeros(end, np.uint8)
+        for array, place in zip(extras, places, strict=True):
+            flat = self._host[place : place + array.nbytes].view(array.dtype)
+            flat[...] = array.reshape(-1)
+        state = self._host[: self._state_bytes]
+        for stack, layers in zip(self.stacks, networks, strict=True):
+            for array, copy in stack.copies(layers, state):
+                copy[...] = array
+        progress = state[: _PROGRESS.itemsize].view(_PROGRESS)
+        progress["order"], progress["batch"], progress["next"], progress["right"] = places[0], batch, 0, 0
+        progress["numbers"][0, : len(numbers)] = places[1 : 1 + len(numbers)]
+        if noise is not None:
+            progress["noise"], progress["decay"] = places[-2:]
+        progress["loss"][0, : len(losses)] = losses
+
+        (begin,) = self.device.kernels(SOURCE, [f"gemmlet::begin<{_BEGIN_THREADS}>"])
+        sent = self.device.upload(self._host[:end])
+        packs = self._state_bytes // 16
+        arguments = np.uint64(_address(sent)), np.uint64(self.state), np.int64(packs)
+        blocks = min(_pieces(packs, _BEGIN_THREADS), 1024)
+        self.device.launch(begin, (blocks, 1, 1), _BEGIN_THREADS, arguments)
+        for graph, times in runs:
+            graph.replay(times)
+        self.device.download(self._state, state)
+        for stack, layers in zip(self.stacks, networks, strict=True):
+            for array, copy in stack.copies(layers, state):
+                array[...] = copy
+        return [float(value) for value in progress["loss"][0, : len(losses)]], int(progress["right"][0])
+
+    def _runs(self, rows: int, steps: int) -> list[tuple[Graph, int]]:
+        """What does so many steps of so many rows, and how often."""
+        if not steps:
+            return []
+        if rows not in self._steps:
+            self._launches = []
+            self.launches(rows)
+            self._steps[rows] = self._launches
+        launches = self._steps[rows]
+        if ONE_KERNEL and _fit_one_kernel(launches):
+            if (rows, 0) not in self._graphs:
+                self._graphs[rows, 0] = _OneKernel(self.device, self.structs.steps, launches)
+            return [(self._graphs[rows, 0], steps)]
+        runs = []
+        for together, times in ((STEPS_TOGETHER, steps // STEPS_TOGETHER), (1, steps % STEPS_TOGETHER)):
+            if times and (rows, together) not in self._graphs:
+                self._graphs[rows, together] = self._recorded(launches, together)
+            if times:
+                runs.append((self._graphs[rows, together], times))
+        return runs
+
+    def _recorded(self, launches: Sequence[_Launch], times: int) -> Graph:
+        device = self.device
+        # They are compiled first: not while a stream is recorded. Each on its own, as many networks share it.
+        kernels = [device.kernels(SOURCE, [launch.kernel])[0] for launch in launches]
+
+        def record() -> None:
+            for _ in range(times):
+                for kernel, launch in zip(kernels, launches, strict=True):
+                    device.launch(kernel, launch.grid, launch.block, launch.arguments, launch.shared)
+
+        return device.record(record)
+
+
+def _fit_one_kernel(launches: Sequence[_Launch]) -> bool:
+    """Whether `_OneKernel` can do them."""
+    names = [launch.name for launch in launches]
+    between = names.count("forward")
+    expected = ["first_forward", *["forward"] * between, "top", *["backward"] * between, "update"]
+    tiles = [launch.kernel for launch in launches if launch.name not in ("top", "update")]
+    return names == expected and between + 2 <= _MOST_LAYERS and all("SmallTile<8>" in kernel for kernel in tiles)
+
+
+class _OneKernel:
+    """Steps of so many rows as one cooperative launch."""
+
+    def __init__(self, device: Device, struct: np.dtype[Any], launches: Sequence[_Launch]) -> None:
+        self._device = device
+        self._arrived = device.empty((1,), np.dtype(np.uint32))
+        between = len(launches) // 2 - 1
+        given = [launch.arguments[0] for launch in launches]
+        p = np.zeros(1, struct)
+        p["first"], p["top"], p["update"] = given[0], given[between + 1], given[-1]
+        p["brought"] = launches[0].arguments[1]
+        for place in range(between):
+            p["forward"][0, place], p["backward"][0, place] = given[1 + place], given[between + 2 + place]
+        p["between"], p["arrived"] = between, _address(self._arrived)
+        self._p: np.void = p[0]
+        update = launches[-1]
+        (self._kernel,) = device.kernels(SOURCE, [update.kernel.replace("update<", "train<")])
+        self._shared = max(launch.shared for launch in launches)
+        # One block a multiprocessor, as far as there is work in any phase.
+        self._blocks = min(device.multiprocessors, max(launch.grid[0] * launch.grid[1] for launch in launches))
+
+    def replay(self, count: int = 1) -> None:
+        """Do so many steps."""
+        self._device.zero(self._arrived)
+        arguments = self._p, np.int64(count)
+        self._device.launch(
+            self._kernel, (self._blocks, 1, 1), _WIDE_THREADS, arguments, self._shared, cooperative=True
+        )  # fmt: skip
+
+
+def _session(feed: ResidentFeed, key: tuple[Any, ...], rows: int, make: Callable[[], _Session]) -> _Session:
+    """The session for these settings on this feed, if it has space for so many rows; else a new one."""
+    session = feed.sessions.get(key)
+    if session is None or session.capacity < rows:
+        # First of all the old one's memory is given back.
+        feed.sessions.pop(key, None)
+        session = feed.sessions[key] = make()
+    return session
+
+
+def _shape(layers: Sequence[FusedLayer]) -> tuple[Any, ...]:
+    """What kernels are told of layers."""
+    return tuple(
+        (layer.weight.shape, layer.weight.dtype, layer.activation, layer.activation_parameter) for layer in layers
+    )
+
+
+class _MlpSession(_Session):
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[FusedLayer],
+        feed: ResidentFeed,
+        targets: Any,
+        loss: str,
+        row_weight: float,
+        rule: str,
+        rows: int,
+    ) -> None:
+        super().__init__(device, layers[0].weight.dtype, rows)
+        # (Not what holds this session: it would hold itself.)
+        self.feed, self.targets, self.loss, self.row_weight = Feed(*feed), targets, loss, row_weight
+        self.network = self.stack(layers, rule, rows)
+        features = self.network.widths[0]
+        self.dense = None if feed.row_start is None else device.empty((rows, _stride(features)), self.dtype)
+        self.losses, self.right = device.empty((rows,), np.dtype(np.float64)), device.empty((rows,), np.dtype(np.int32))
+        self.complete()
+
+    def launches(self, rows: int) -> None:
+        feed, network = self.feed, self.network
+        classes = self.targets.dtype == np.int64
+        brought = self.brought(rows, self.targets if classes else None)
+        if self.dense is None:
+            given = self.input_of_samples(feed.x)
+            tiles, p = self.forward_arguments(network, 0, given, rows)
+            kernel, grid = f"first_forward<{self.type}, {given.type}, {tiles.kind}>", (tiles.grid[0], tiles.grid[1] + 1)
+            self.add(kernel, grid, tiles.block, p, brought, shared=tiles.shared)
+        else:
+            given = self.input_of_rows(self.dense)
+            p = _filled(
+                _EXPAND,
+                values=_address(feed.x),
+                row_start=_address(feed.row_start),
+                columns=_address(feed.columns),
+                features=network.widths[0],
+                rows=_address(self.dense),
+            )
+            self.add(f"expand<{self.type}>", (rows + 1, 1), _EXPAND_THREADS, p, brought)
+            self.forward(network, 0, self.dense, rows)
+        softmax = self.loss == "softmax_cross_entropy"
+        objective = _filled(
+            self.structs.objective,
+            loss=-1 if softmax else _places("losses")[self.loss],
+            parameter=0.0 if softmax else LOSSES[self.loss].default,
+            share=self.row_weight / rows,
+            labels=_address(self.labels) if classes else 0,
+            values=0 if classes else _address(self.targets),
+            samples=_address(self.samples),
+            losses=_address(self.losses),
+            right=_address(self.right),
+        )
+        self.rest_and_back(network, rows, objective)
+        losses = {"losses": self.losses, "right": self.right, "weight": self.row_weight}
+        self.update(network, given, rows, **losses, closes=True)
+
+
+@whole_steps()
+def train_mlp(
+    device: Device,
+    layers: Sequence[FusedLayer],
+    feed: Feed,
+    targets: Any,
+    loss: str,
+    row_weight: float,
+    order: NDArray[np.int64],
+    batch: int,
+    rule: str,
+    scalars: NDArray[np.float64],
+    loss_sum: float,
+) -> tuple[float, int]:
+    """Train on the mini-batches of `order`: see `NumpyBackend.train_mlp`."""
+    if not len(order):
+        return loss_sum, 0
+    if not isinstance(feed, ResidentFeed):
+        feed, targets = hold(device, feed, targets)
+    held, batch = feed, min(batch, len(order))
+    session = _session(
+        held,
+        (_shape(layers), _address(targets), loss, row_weight, rule),
+        batch,
+        lambda: _MlpSession(device, layers, held, targets, loss, row_weight, rule, batch),
+    )
+    losses, right = session.train([layers], order, batch, [scalars], [loss_sum])
+    return losses[0], right
+
+
+class _GanSession(_Session):
+    def __init__(
+        self,
+        device: Device,
+        generator: Sequence[FusedLayer],
+        discriminator: Sequence[FusedLayer],
+        feed: ResidentFeed,
+        scaling: tuple[float, float],
+        real_target: float,
+        non_saturating: bool,
+        rules: tuple[str, str],
+        rows: int,
+    ) -> None:
+        super().__init__(device, generator[0].weight.dtype, rows)
+        self.x, self.scaling, self.real_target, self.non_saturating = feed.x, scaling, real_target, non_saturating
+        features = discriminator[0].weight.shape[0]
+        # What the discriminator sees: first what is generated, then as many samples.
+        self.seen = device.empty((2 * rows, _stride(features)), self.dtype)
+        averages = generator[0].weight_average is not None
+        self.generator = self.stack(generator, rules[0], rows, output=self.seen, averages=averages)
+        self.discriminator = self.stack(discriminator, rules[1], 2 * rows)
+        self.losses = device.empty((2 * rows,), np.dtype(np.float64))
+        self.complete()
+
+    def _objective(self, share: float, targets: tuple[float, float], boundary: int) -> np.void:
+        return _filled(
+            self.structs.objective,
+            loss=_places("losses")["binary_cross_entropy_with_logits"],
+            share=share,
+            first=targets[0],
+            second=targets[1],
+            boundary=boundary,
+            losses=_address(self.losses),
+        )
+
+    def launches(self, rows: int) -> None:
+        g, d = self.generator, self.discriminator
+        noise, seen = self.input_of_noise(g.widths[0]), self.input_of_rows(self.seen)
+        samples = _filled(
+            self.structs.gather,
+            samples=_address(self.x),
+            features=d.widths[0],
+            scale=self.scaling[0],
+            shift=self.scaling[1],
+            rows=_address(self.seen[rows:]),
+        )
+        tiles, p = self.forward_arguments(g, 0, noise, rows)
+        tile_rows, tile_columns = tiles.grid
+        grid = tile_rows, tile_columns + _pieces(rows + 1, tile_rows)
+        kernel = f"first_forward_and_gather<{self.type}, {_CPP_TYPES[self.x.dtype.name]}, {tiles.kind}>"
+        arguments = p, self.brought(rows), samples, np.int32(tile_columns)
+        self.add(kernel, grid, tiles.block, *arguments, shared=tiles.shared)
+        for layer in range(1, len(g.y)):
+            self.forward(g, layer, g.y[layer - 1], rows)
+
+        # A step of the discriminator.
+        self.forward(d, 0, self.seen, 2 * rows)
+        self.rest_and_back(d, 2 * rows, self._objective(1.0 / rows, (0.0, self.real_target), rows))
+        self.update(d, seen, 2 * rows, losses=self.losses)
+
+        # One of the generator, whose loss goes through the discriminator as it is now. minimax: log(1 - D) shall become
+        # small, so that loss and gradient of the target 0 change their sign.
+        sign, target = (1.0, 1.0) if self.non_saturating else (-1.0, 0.0)
+        self.forward(d, 0, self.seen, rows)
+        self.rest_and_back(d, rows, self._objective(sign / rows, (target, target), 0))
+        last = len(g.y) - 1
+        self.backward(d, 0, g.below(last), rows)
+        for layer in range(last, 0, -1):
+            self.backward(g, layer, g.below(layer - 1), rows)
+        self.update(g, noise, rows, losses=self.losses, weight=sign, closes=True)
+
+
+@whole_steps()
+def train_gan(
+    device: Device,
+    generator: Sequence[FusedLayer],
+    discriminator: Sequence[FusedLayer],
+    feed: Feed,
+    scale: float,
+    shift: float,
+    noise: Array,
+    real_target: float,
+    non_saturating: bool,
+    order: NDArray[np.int64],
+    batch: int,
+    generator_rule: str,
+    generator_scalars: NDArray[np.float64],
+    discriminator_rule: str,
+    discriminator_scalars: NDArray[np.float64],
+    decay: NDArray[np.float64],
+    loss_sums: tuple[float, float],
+) -> tuple[float, float]:
+    """The same for two adversarial networks: see `NumpyBackend.train_gan`."""
+    if not len(order):
+        return loss_sums
+    if not isinstance(feed, ResidentFeed):
+        feed, _ = hold(device, feed)
+    held, batch, rules = feed, min(batch, len(order)), (generator_rule, discriminator_rule)
+    averages = generator[0].weight_average is not None
+    settings = ((scale, shift), real_target, non_saturating, rules)
+    session = _session(
+        held,
+        (_shape(generator), _shape(discriminator), averages, settings),
+        batch,
+        lambda: _GanSession(device, generator, discriminator, held, *settings, batch),
+    )
+    numbers = [generator_scalars, discriminator_scalars]
+    losses, _ = session.train([generator, discriminator], order, batch, numbers, loss_sums, noise, decay)
+    return losses[0], losses[1]
