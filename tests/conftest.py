@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 
+import cuda_on_host.backend
 import gemmlet
 from gemmlet.backends import select
 from gemmlet.backends.numpy_backend import NumpyBackend
@@ -50,6 +51,8 @@ class Spec:
 
 @functools.cache
 def _load(backend: str, isa: str | None) -> NumpyBackend:
+    if backend == "cuda":
+        return cuda_on_host.backend.load()
     if backend != "cpu":
         return select.load(backend)
     from gemmlet.backends.cpu_backend import CpuBackend
@@ -70,6 +73,7 @@ def _specs() -> list[Spec]:
     specs += [Spec("cpu", isa, threads) for isa in _isas() for threads in (1, 2)]
     if specs[-1].backend != "cpu":
         specs.append(Spec("cpu"))
+    specs.append(Spec("cuda"))
     wanted = [prefix for prefix in os.environ.get("GEMMLET_TEST_BACKENDS", "").split(",") if prefix]
     if wanted:
         chosen = [spec for spec in specs if any(str(spec).startswith(prefix) for prefix in wanted)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -99,6 +100,16 @@ def reference_forward(entry: Any, x: Any, parameter: float | None = None) -> Any
     value = float(np.asarray(x).dtype.type(entry.default if parameter is None else parameter))
     with np.errstate(all="ignore"):
         return np.asarray(entry.forward(f64(x), value))
+
+
+def row_bounds(x: Any, eps: float) -> tuple[Any, Any]:
+    """Relative error of softmax, and absolute error of log_softmax, to first order.
+
+    The error of exp(x - max) is that of the difference; the sum adds one rounding per column at most.
+    """
+    shifted = np.abs(f64(x) - np.max(f64(x), axis=-1, keepdims=True))
+    relative = (shifted + x.shape[-1] + 8) * eps
+    return relative, (2 * shifted + x.shape[-1] + 8 + math.log(x.shape[-1] + 1)) * eps
 
 
 def one_call_of_each(rng: np.random.Generator, dtype: Any, rows: int, columns: int) -> dict[str, Callable[[], tuple]]:
@@ -233,6 +244,8 @@ def copies(arguments: dict[str, Any]) -> dict[str, Any]:
 def run_on(backend: Any, script: str, *, timeout: float = 120, **environment: str) -> str:
     """Run a script on this backend in a process of its own, which must end well and in time; return what it prints."""
     chosen = {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}
+    if backend.name == "cuda":  # or what stands in for a GPU
+        script = f"import cuda_on_host.backend\ncuda_on_host.backend.load()\n{script}"
     child = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **chosen, **environment},

@@ -505,7 +505,7 @@ def test_a_step_that_no_float_holds(name: str, any_threads_backend: Any, dtype: 
 
 def test_names_of_backends() -> None:
     for bad in ("gpu", "", "CPU"):
-        with pytest.raises(ValueError, match=f"{bad!r}.*choices are cpu, numba, numpy"):
+        with pytest.raises(ValueError, match=f"{bad!r}.*choices are cpu, cuda, numba, numpy"):
             gemmlet.use_backend(bad)
 
 

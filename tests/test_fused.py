@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gemmlet
+from cuda_on_host.backend import skip_long
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, LinearDecay, StopTraining, fused
@@ -44,6 +45,7 @@ RULES: dict[str, Callable[[], Any]] = {
 def fusing(any_threads_backend: Any) -> Any:
     if not any_threads_backend.fuses("mlp", [], [], "sgd"):
         pytest.skip("it has no fused training")
+    skip_long(any_threads_backend)  # test_cuda_training.py has some of it
     return any_threads_backend
 
 
@@ -51,6 +53,7 @@ def fusing(any_threads_backend: Any) -> Any:
 def fusing_gan(any_threads_backend: Any) -> Any:
     if not any_threads_backend.fuses("gan", [], [], "sgd"):
         pytest.skip("it has no fused training of a GAN")
+    skip_long(any_threads_backend)
     return any_threads_backend
 
 
@@ -819,6 +822,8 @@ def test_other_threads_run_meanwhile(fusing: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fit_in_a_child_after_fit_in_its_parent(fusing: Any) -> None:
+    if fusing.name == "cuda":
+        pytest.skip("CUDA cannot be used in a child")
     script = """
 import os
 import numpy as np

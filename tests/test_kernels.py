@@ -26,6 +26,7 @@ from support import (
     f64,
     reference_backward,
     reference_forward,
+    row_bounds,
     same_bits,
     ulp_error,
     worst,
@@ -122,14 +123,7 @@ def test_activation_gives_one_value_wherever_it_lies(name: str, backend: Any, dt
     assert same_bits(forward(np.broadcast_to(x, (3, 67))), np.broadcast_to(y, (3, 67)))
 
 
-# Row functions. The error of exp(x - max) is that of the difference; the sum adds one rounding per column at most.
-
-
-def row_bounds(x: Any, eps: float) -> tuple[Any, Any]:
-    """Relative error of softmax, and absolute error of log_softmax, to first order."""
-    shifted = np.abs(f64(x) - np.max(f64(x), axis=-1, keepdims=True))
-    relative = (shifted + x.shape[-1] + 8) * eps
-    return relative, (2 * shifted + x.shape[-1] + 8 + math.log(x.shape[-1] + 1)) * eps
+# Row functions.
 
 
 @pytest.mark.parametrize("name", list(ROW_FUNCTIONS))

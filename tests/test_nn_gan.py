@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuda_on_host.backend import skip_long
 from gemmlet.nn import GAN, MLP, SGD, Adam, GANProgress, StopTraining
 from support import same_bits
 
@@ -155,6 +156,7 @@ def ring(rng: np.random.Generator, n: int) -> Any:
 
 @pytest.mark.parametrize("loss", ["non_saturating", "minimax"])
 def test_learns_a_ring(loss: str, any_threads_backend: object, rng: np.random.Generator) -> None:
+    skip_long(any_threads_backend)
     x = ring(rng, 2048)
     gan = GAN(8, [64, 64, 2], [64, 64, 1], loss=loss, ema_decay=0.99)
     before = gan.sample(1000)

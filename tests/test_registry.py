@@ -142,7 +142,7 @@ def test_backend_by_environment() -> None:
     refused = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "GEMMLET_BACKEND": "gpu"}
     )
-    assert "backend 'gpu' is unknown; the choices are cpu, numba, numpy" in refused.stderr
+    assert "backend 'gpu' is unknown; the choices are cpu, cuda, numba, numpy" in refused.stderr
 
 
 @pytest.mark.parametrize("isa", cpu_backend.available_isas())

@@ -312,6 +312,8 @@ def test_where_threads_may_run(any_threads_backend: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork(any_threads_backend: Any) -> None:
     """All kernels work in a child, with the same bits; a hang is ended and told."""
+    if any_threads_backend.name == "cuda":
+        pytest.skip("CUDA cannot be used in a child")
     run_on(any_threads_backend, FORK, timeout=200)
 
 
@@ -495,6 +497,8 @@ def test_the_environment_is_read_in_a_new_process(any_threads_backend: Any) -> N
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
 def test_affinity(any_threads_backend: Any) -> None:
+    if any_threads_backend.name == "cuda":
+        pytest.skip("gemmlet is imported before the script begins")
     script = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

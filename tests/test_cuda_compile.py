@@ -1,0 +1,232 @@
+"""CUDA C++ to machine code without a GPU: every kernel for every architecture, the cache, and what goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cupy")
+from gemmlet.backends import cuda_backend, cuda_compile
+from gemmlet.backends.cuda_compile import ARCHITECTURES, OPTIONS, compile_cubin, cubin
+
+ROOT = Path(__file__).parents[1]
+
+try:
+    cuda_compile.nvrtc_version()
+except RuntimeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+# ptxas aims at a number of threads a multiprocessor, and may put a register or two of a long kernel aside for it.
+SPILLED_BYTES = 32
+
+KERNEL = "gemmlet::activation_forward<gemmlet::activations::relu, float>"
+
+
+def spills(log: str) -> dict[str, int]:
+    """Bytes that each kernel puts aside for want of registers, by its name in the cubin."""
+    entries = re.findall(r"entry function '(\w+)' for '\w+'\n.*\n\D+\d+ bytes stack frame, (\d+) bytes spill", log)
+    return {name: int(count) for name, count in entries}
+
+
+# An activation is a small part of a product's kernel, at its end: the longest one is enough.
+KERNELS = cuda_backend.expressions(fused=["gelu"])
+# The oldest architecture, and the one that has instructions of its own. For the others, for time's sake, a third of the
+# kernels, unless GEMMLET_TEST_ALL_KERNELS is set: the code is the same for all.
+IN_FULL = ARCHITECTURES if os.environ.get("GEMMLET_TEST_ALL_KERNELS") else ("sm_80", "sm_90a")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", KERNELS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles(arch: str, source: str) -> None:
+    expressions = KERNELS[source][:: 1 if arch in IN_FULL else 3]
+    made, log = compile_cubin(source, expressions, arch, (*OPTIONS, "--ptxas-options=-v"))
+    assert made.image[:4] == b"\x7fELF"
+    assert set(made.names) == set(expressions)
+    spilled = spills(log)
+    assert set(spilled) == set(made.names.values())
+    assert max(spilled.values()) <= SPILLED_BYTES, {n: b for n, b in spilled.items() if b > SPILLED_BYTES}
+
+
+def test_a_spill_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kernel that holds 128 numbers at once, and may have 64 registers."""
+    text = """
+template <class T> __global__ void __launch_bounds__(1024, 1) greedy(T* x) {
+  T held[128];
+#pragma unroll
+  for (int i = 0; i < 128; ++i) held[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 128; ++i) x[threadIdx.x * 128 + i] = held[i] * held[(i + 1) % 128];
+}
+"""
+    with_greedy = {**cuda_compile.sources(), "cuda/greedy.cuh": text}
+    monkeypatch.setattr(cuda_compile, "sources", lambda: with_greedy)
+    _, log = compile_cubin("greedy.cuh", ["greedy<float>"], "sm_80", (*OPTIONS, "--ptxas-options=-v"))
+    (spilled,) = spills(log).values()
+    assert spilled > SPILLED_BYTES
+
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="a second opinion, where there is one")
+def test_nvcc_agrees() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/nvcc_check.py"), "--nvcc", str(NVCC)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# The cache.
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GEMMLET_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The architectures compiled for, in turn."""
+    done: list[str] = []
+
+    def compile_(source: str, expressions: Any, arch: str) -> Any:
+        done.append(arch)
+        return compile_cubin(source, expressions, arch)
+
+    monkeypatch.setattr(cuda_compile, "compile_cubin", compile_)
+    return done
+
+
+def test_kernels_are_compiled_once(cache: Path, compilations: list[str]) -> None:
+    first = cubin("elementwise.cuh", [KERNEL], "sm_80")
+    assert cubin("elementwise.cuh", [KERNEL], "sm_80") == first
+    assert compilations == ["sm_80"]
+    (file,) = cache.iterdir()
+    assert file.stat().st_mode & stat.S_IRUSR
+    cubin("elementwise.cuh", [KERNEL], "sm_90a")
+    assert compilations == ["sm_80", "sm_90a"]
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_a_damaged_file_is_compiled_anew(damage: bytes | None, cache: Path, compilations: list[str]) -> None:
+    first = cubin("elementwise.cuh", [KERNEL], "sm_80")
+    (file,) = cache.iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content) if damage is None else damage)
+    assert cubin("elementwise.cuh", [KERNEL], "sm_80") == first
+    assert cubin("elementwise.cuh", [KERNEL], "sm_80") == first
+    assert compilations == ["sm_80", "sm_80"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a file where the folder should be"
+    file.write_text("")
+    monkeypatch.setenv("GEMMLET_CACHE_DIR", str(file))
+    assert cubin("elementwise.cuh", [KERNEL], "sm_80").image[:4] == b"\x7fELF"
+    assert file.read_text() == ""
+
+
+def test_the_key_is_of_the_sources_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(source: str = "elementwise.cuh", kernel: str = KERNEL, arch: str = "sm_80") -> str:
+        return cuda_compile.key(source, [kernel], arch)
+
+    keys = {key(), key("losses.cuh"), key(kernel=KERNEL.replace("relu", "tanh")), key(arch="sm_86")}
+    before = cuda_compile.sources()
+    assert all(name.startswith(("cuda/", "formulas/")) for name in before)
+    monkeypatch.setattr(cuda_compile, "OPTIONS", (*OPTIONS, "-G"))
+    keys.add(key())
+    monkeypatch.setattr(cuda_compile, "OPTIONS", OPTIONS)
+    # A header that is only included counts.
+    changed = {**before, "formulas/math.h": before["formulas/math.h"] + "\n"}
+    monkeypatch.setattr(cuda_compile, "sources", lambda: changed)
+    keys.add(key())
+    monkeypatch.setattr(cuda_compile, "sources", lambda: before)
+    monkeypatch.setattr(cuda_compile, "nvrtc_version", lambda: "99.9")
+    keys.add(key())
+    assert len(keys) == 7
+    assert all(re.fullmatch("[0-9a-f]{64}", k) for k in keys)
+
+
+def test_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("GEMMLET_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cuda_compile.cache_folder() == tmp_path / "gemmlet"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cuda_compile.cache_folder() == Path.home() / ".cache" / "gemmlet"
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_replace(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", no_replace)
+    with pytest.raises(OSError, match="disk full"):
+        cuda_compile.write(tmp_path / "x.cubin", cuda_compile.Cubin(b"image", {"a": "b"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Errors.
+
+
+def test_a_compiler_error_shows_its_log() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)elementwise\.cuh cannot be compiled for sm_80.*no_such_activation"):
+        compile_cubin("elementwise.cuh", [KERNEL.replace("relu", "no_such_activation")], "sm_80")
+
+
+def test_an_unknown_architecture() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)sm_999.*newer"):
+        compile_cubin("elementwise.cuh", [KERNEL], "sm_999")
+
+
+def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cupy" else find(name))
+    with pytest.raises(RuntimeError, match=r"CuPy.*gemmlet\[cuda12\]"):
+        cuda_compile.import_cupy()
+
+
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        @staticmethod
+        def getVersion() -> None:  # noqa: N802 - CuPy's name
+            raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
+
+    class Cuda:
+        nvrtc = Missing
+
+    class Cupy:
+        cuda = Cuda
+
+    cuda_compile._nvrtc.cache_clear()
+    monkeypatch.setattr(cuda_compile, "import_cupy", lambda: Cupy)
+    with pytest.raises(RuntimeError, match=r"NVRTC.*gemmlet\[cuda12\]"):
+        cuda_compile.nvrtc_version()
+    monkeypatch.undo()
+    assert cuda_compile.nvrtc_version()
+
+
+def test_capabilities() -> None:
+    assert [cuda_compile.architecture(c) for c in ("75", "80", "90", "100", "103", "120")] == [
+        "sm_75", "sm_80", "sm_90a", "sm_100a", "sm_103", "sm_120"]  # fmt: skip
+
+
+def test_two_cubins_of_one_source_are_alike() -> None:
+    """Or the key would promise what the compiler does not keep."""
+    digests = {hashlib.sha256(compile_cubin("elementwise.cuh", [KERNEL], "sm_80")[0].image).digest() for _ in range(2)}
+    assert len(digests) == 1

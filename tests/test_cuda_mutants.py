@@ -1,0 +1,510 @@
+"""Errors planted in the CUDA kernels are found: what the tests look at would not be right by chance.
+
+A mutant is a file of csrc/cuda/ with one text replaced. It must give wrong results, or be reported by what runs the
+kernels on the CPU, in one of the orders of threads; or, where those keep to an order that threads of a GPU need not
+keep, ThreadSanitizer must report a data race.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy")
+
+import test_cuda_training
+from cuda_on_host.device import COMPILER, ROOT, THREAD_ORDERS, CompileError, HostDevice, sanitized_environment
+from gemmlet.backends import cuda_backend, cuda_matmul
+from gemmlet.backends.cuda_backend import CudaBackend
+from gemmlet.backends.numpy_backend import NumpyBackend
+from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES
+
+if shutil.which(COMPILER) is None:
+    pytest.skip(f"there is no {COMPILER}", allow_module_level=True)
+if os.environ.get("GEMMLET_CUDA_HOST_SANITIZE") and __name__ != "__main__":
+    pytest.skip("a sanitizer would end the process", allow_module_level=True)
+
+
+class Run:
+    """Methods of the backend on one device, next to those of the reference; `quick`, where each product takes long."""
+
+    def __init__(self, device: HostDevice, quick: bool = False) -> None:
+        self.device = device
+        self.quick = quick
+        self.backend = CudaBackend([device])
+        self.reference = NumpyBackend()
+        self.rng = np.random.default_rng(7)
+
+    def normal(self, *shape: int, dtype: Any = np.float32) -> Any:
+        return self.rng.normal(size=shape).astype(dtype)
+
+    def place(self, array: Any, offset: int) -> Any:
+        """A copy on the device that begins `offset` elements behind a multiple of 256 bytes."""
+        memory = self.device.empty((array.size + offset,), array.dtype)
+        copy = memory[offset:].reshape(array.shape)
+        self.device.view(copy)[...] = array
+        return copy
+
+    def compare(self, method: str, *arguments: Any, offset: int = 0) -> None:
+        """What a method returns and does to its arguments, arrays and tuples of arrays among them."""
+
+        def each(change: Callable[[Any], Any]) -> list[Any]:
+            def changed(argument: Any) -> Any:
+                if isinstance(argument, tuple) and all(isinstance(a, np.ndarray) for a in argument):
+                    return tuple(map(changed, argument))
+                return change(argument) if isinstance(argument, np.ndarray) else argument
+
+            return list(map(changed, arguments))
+
+        expected = each(np.copy)
+        got = each(lambda array: self.place(array, offset))
+        value = getattr(self.reference, method)(*expected)
+        result = getattr(self.backend, method)(*got)
+        if value is not None:
+            np.testing.assert_allclose(result, value, rtol=1e-4)
+        for ours, right in zip(got, expected, strict=True):
+            pairs = zip(ours, right, strict=True) if isinstance(right, tuple) else [(ours, right)]
+            for a, b in pairs:
+                if isinstance(b, np.ndarray):
+                    tolerance = {2: 2e-2, 4: 2e-5, 8: 1e-12}[b.itemsize]
+                    view = self.device.view(a).astype(np.float64)
+                    np.testing.assert_allclose(view, b.astype(np.float64), rtol=tolerance, atol=tolerance)
+
+
+def poison(array: Any) -> Any:
+    return np.full_like(array, np.nan)
+
+
+#
+# Checks: a few calls each, of all that the kernels of a file must get right.
+#
+
+
+def elementwise(run: Run) -> None:
+    for n, offset in ((1, 0), (1023, 0), (1024, 0), (1030, 1)):
+        x = run.normal(n)
+        run.compare("activation", ACTIVATIONS["relu"], x, 0.0, poison(x), offset=offset)
+        run.compare("activation_backward", ACTIVATIONS["gelu"], run.normal(n), x, 0.0, poison(x), offset=offset)
+
+
+def copies(run: Run) -> None:
+    for x in (run.normal(5, 7).T, run.normal(4, 6, 8)[::-1, ::2, 1:], run.normal(300, 2)[:, :1]):
+        target = run.device.array(poison(x))
+        run.backend.assign(target, run.device.array(x))
+        np.testing.assert_array_equal(run.device.view(target), x)
+
+
+def rows_by_lanes(run: Run) -> None:
+    for rows in (1, 70, 200):
+        for function in ROW_FUNCTIONS.values():
+            x = run.normal(rows, 30) * 40 - 200
+            y = poison(x)
+            run.compare("row_function", function, x, y)
+            run.reference.row_function(function, x, y)
+            run.compare("row_function_backward", function, run.normal(rows, 30), y, poison(x))
+
+
+def rows_by_blocks(run: Run) -> None:
+    for columns in (1500, 9000):
+        function = ROW_FUNCTIONS["softmax"]
+        x = run.normal(7, columns)
+        y = poison(x)
+        run.compare("row_function", function, x, y)
+        run.reference.row_function(function, x, y)
+        run.compare("row_function_backward", function, run.normal(7, columns), y, poison(x))
+
+
+def cross_entropy(run: Run) -> None:
+    for rows, columns in ((1, 10), (70, 10), (9, 300)):
+        z = run.normal(rows, columns)
+        run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.1, poison(z))
+        soft = run.rng.dirichlet(np.ones(columns), rows).astype(np.float32)
+        run.compare("softmax_cross_entropy", z, soft, 0.0, poison(z))
+        run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
+
+
+def elementwise_losses(run: Run) -> None:
+    for n, offset in ((1, 0), (7000, 0), (7001, 0), (70, 1)):
+        x = run.normal(n)
+        run.compare("elementwise_loss", LOSSES["mean_squared_error"], x, run.normal(n), 0.0, poison(x), offset=offset)
+
+
+def columns(run: Run) -> None:
+    for shape in ((1, 1), (70, 40), (3001, 8)):
+        x = run.normal(*shape)
+        for array in (x, x.T.copy().T):
+            out = run.device.array(np.full(shape[1], np.nan, np.float32))
+            run.backend.column_sum(run.device.array(array), out)
+            np.testing.assert_allclose(run.device.view(out), x.sum(0, dtype=np.float64), rtol=1e-4, atol=1e-4)
+
+
+def ranges(run: Run) -> None:
+    for n in (1, 1000, 9000):
+        x = run.rng.integers(-100, 100, n).astype(np.int8)
+        for at in range(0, n, 500):
+            x[at] = 120
+            copy, low, high = run.backend.as_indices(run.device.upload(x))
+            np.testing.assert_array_equal(run.device.view(copy), x)
+            assert (low, high) == (x.min(), 120)
+            x[at] = 0
+
+
+def optimizers(run: Run) -> None:
+    for n, offset in ((1, 0), (1030, 0), (1030, 1)):
+        p, g, m, v = (run.normal(n) for _ in range(4))
+        scalars = tuple(np.linspace(0.1, 0.9, len(OPTIMIZER_RULES["adam"].scalars)))
+        run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), scalars, offset=offset)
+
+
+def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:
+    """Products of small integers, exact, by the kernel's smallest tile: several tiles and steps, and parts of both."""
+
+    def check(run: Run) -> None:
+        run.device.multiprocessors = 64  # so that it may pay to divide k
+        shapes = [(150, 3, 300), (1, 300, 70)] if kernel == "thin" else [(70, 45, 300), (72, 48, 304)]
+        for m, n, k in shapes[-1:] if run.quick else shapes:
+            x, w, b = (run.rng.integers(-4, 5, shape).astype(dtype) for shape in ((m, k), (k, n), (n,)))
+            z = x.astype(np.float64) @ w.astype(np.float64) + b.astype(np.float64)
+            for order, offset in (("CC", 0), ("FF", 0), ("CF", 1))[: 1 if run.quick else None]:
+                arrays = [np.asarray(array, order=o) for array, o in zip((x, w), order, strict=True)]
+                arrays = [run.place(a.T, offset).T if a.flags.f_contiguous else run.place(a, offset) for a in arrays]
+                choices = cuda_matmul.choose(run.device, *arrays, tf32)
+                tile = min((choice.tile for choice in choices), key=lambda tile: tile.rows * tile.columns)
+                for splits in {choice.splits for choice in choices if choice.tile == tile} & (
+                    {1} if run.quick else {1, 2}
+                ):
+                    out, kept = (run.place(np.full((m, n), np.nan, dtype), offset) for _ in range(2))
+                    cuda_matmul.linear(
+                        run.device, *arrays, run.place(b, offset), ACTIVATIONS["relu"], 0.0, out, kept,
+                        tf32=tf32, choice=cuda_matmul.Choice(tile, splits),
+                    )  # fmt: skip
+                    np.testing.assert_array_equal(run.device.view(kept), z.astype(dtype))
+                    np.testing.assert_array_equal(run.device.view(out), np.maximum(z, 0).astype(dtype))
+
+    check.__name__ = f"{kernel}_{'tf32' if tf32 else dtype}"
+    return check
+
+
+@functools.cache
+def trained(name: str) -> list[Any]:
+    """What training gives without a mutant, which tests/test_cuda_training.py compares with the CPU's."""
+    return call_of_training(name).on(HostDevice())
+
+
+def call_of_training(name: str) -> Any:
+    if name == "gan":
+        return test_cuda_training.Gan(np.float32, count=20, batch=9)
+    kind = "sparse" if name == "mlp_of_sparse" else "floats"
+    return test_cuda_training.Mlp((20, 37, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
+
+
+def training(name: str, plan: str) -> Callable[[Run], None]:
+    def check(run: Run) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            test_cuda_training.use_plan(plan, patch)
+            result, expected = call_of_training(name).on(run.device), trained(name)
+        test_cuda_training.assert_close(result, expected, np.dtype(np.float32))
+
+    check.__name__ = name
+    return check
+
+
+CHECKS: dict[str, Callable[[Run], None]] = {
+    check.__name__: check
+    for check in (
+        elementwise,
+        copies,
+        rows_by_lanes,
+        rows_by_blocks,
+        cross_entropy,
+        elementwise_losses,
+        columns,
+        ranges,
+        optimizers,
+        products("simt", "float32"),
+        products("thin", "float32"),
+        products("mma", "float16"),
+        products("mma", "float32", tf32=True),
+        training("mlp", "small"),
+        training("mlp_of_sparse", "small"),
+        training("mlp_in_tiles", "wide"),
+        training("mlp_at_once", "one kernel"),
+        training("gan", "small"),
+    )
+}
+
+
+#
+# Mutants
+#
+
+
+class Mutant(NamedTuple):
+    """A text of a file, once in there, what it is replaced by, and the checks one of which must fail."""
+
+    file: str
+    text: str
+    instead: str
+    checks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.text!r} -> {self.instead!r}"
+
+
+def mutants(file: str, *changes: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(f"{file}.cuh", text, instead, tuple(checks.split())) for text, instead, checks in changes]
+
+
+BARRIER, FENCE = "__syncthreads();", "__threadfence();"
+
+# Found by what is computed, or reported.
+WRONG = [
+    *mutants(
+        "elementwise",
+        ("thread < whole", "thread <= whole", "elementwise"),
+        ("} else if (thread == whole) {", "} else if (thread == whole + 1) {", "elementwise"),
+        ("i = whole * N; i < n", "i = whole * N; i <= n", "elementwise"),
+        ("is_aligned(out) && (is_aligned(in) && ...)", "true", "elementwise"),
+        ("+ j * static_cast<Index>(blockDim.x)", "+ j", "elementwise"),
+        ("if (i < n) out[i]", "if (i <= n) out[i]", "elementwise"),
+        ("if (i >= n) return;", "if (i >= n - 1) return;", "copies"),
+        ("int d = dimensions - 1; d >= 0", "int d = dimensions - 1; d > 0", "copies"),
+        ("at * layout.to[d]", "at * layout.from[d]", "copies"),
+    ),
+    *mutants(
+        "reduce",
+        ("int distance = Lanes / 2; distance > 0", "int distance = Lanes / 2; distance > 1", "rows_by_lanes"),
+        ("return a > b || b != b ? a : b;", "return a < b || b != b ? a : b;", "ranges"),
+        ("unsigned warp = 1; warp < blockDim.x / 32", "unsigned warp = 1; warp < blockDim.x / 32 - 1", "ranges"),
+        ("partial[threadIdx.x / 32] = v;\n  " + BARRIER, "partial[threadIdx.x / 32] = v;", "rows_by_blocks ranges"),
+        ("v = op(v, partial[warp]);\n  " + BARRIER, "v = op(v, partial[warp]);", "rows_by_blocks ranges"),
+        ("== blocks - 1;", ">= blocks - 2;", "ranges columns"),
+    ),
+    *mutants(
+        "rows",
+        ("i >= columns_) continue;\n        Pack", "i > columns_) continue;\n        Pack", "rows_by_lanes"),
+        ("larger = Largest{}(larger, widen(pack.value[k]));", "", "rows_by_blocks"),
+        ("total *= share_of(largest, larger);", "", "rows_by_blocks"),
+        ("V largest = -infinity<V>(), total = 0;", "V largest = 0, total = 0;", "rows_by_lanes"),
+        ("column / N % Team::size == Team::thread()", "column % Team::size == Team::thread()", "cross_entropy"),
+        ("s += f(i, v, slot);", "s = f(i, v, slot);", "rows_by_blocks"),
+    ),
+    *mutants(
+        "losses",
+        (
+            "if (threadIdx.x == 0) partial[blockIdx.x] = total;",
+            "partial[blockIdx.x] = total / 2;",
+            "elementwise_losses",
+        ),
+        ("total = 0;\n  for (unsigned i", "for (unsigned i", "elementwise_losses"),
+        ("i += threads * N", "i += threads", "elementwise_losses"),
+        ("Index i = packed + thread; i < n", "Index i = packed + thread; i <= n", "elementwise_losses"),
+        ("aligned ? n / N * N : 0", "n / N * N", "elementwise_losses"),
+        ("if (!z_.has(label)) return;", "if (!z_.has(label + 1)) return;", "cross_entropy"),
+        ("product += t == V(0) ? V(0) : t * (v - e_.largest);", "product += t;", "cross_entropy"),
+        ("if (present && Team::thread() == 0) total", "if (Team::thread() == 0) total", "cross_entropy"),
+        ("if (present && Team::thread() == 0) total", "if (present) total", "cross_entropy"),
+    ),
+    *mutants(
+        "reductions",
+        ("int w = 1; w < warps", "int w = 1; w < warps - 1", "columns"),
+        ("(rows + gridDim.y - 1) / gridDim.y", "rows / gridDim.y", "columns"),
+        ("end = begin + share < rows ? begin + share : rows", "end = begin + share", "columns"),
+        ("column < columns && (Down ? lane : warp) == 0", "(Down ? lane : warp) == 0", "columns"),
+        ("of_warps[warp][lane] = sum;\n    " + BARRIER, "of_warps[warp][lane] = sum;", "columns"),
+        ("unsigned part = 1; part < gridDim.y", "unsigned part = 0; part < gridDim.y", "columns"),
+        ("highs[i]);\n  }\n  low", "lows[i]);\n  }\n  low", "ranges"),
+        ("if (copy != nullptr) copy[i] = v;", "if (copy != nullptr) copy[i] = low;", "ranges"),
+    ),
+    *mutants(
+        "optimizers",
+        ("thread < whole", "thread <= whole", "optimizers"),
+        ("store_pack(state[j] + thread * N, s[j]);", ";", "optimizers"),
+        (
+            "state0 + i, state1 + i});\n    }\n    return;",
+            "state1 + i, state0 + i});\n    }\n    return;",
+            "optimizers",
+        ),
+        ("is_aligned(param) && is_aligned(grad) && is_aligned(state0) && is_aligned(state1)", "true", "optimizers"),
+        ("if (i < n) one(", "one(", "optimizers"),
+    ),
+    *mutants(
+        "matmul",
+        ("min(row_tiles - group * group_rows, group_rows)", "group_rows", "simt_float32"),
+        ("last < k ? last : k", "last", "simt_float32"),
+        ("count / depth + (count % depth > 0)", "count / depth", "simt_float32"),
+        ("row >= m || column >= n) return;\n    Pack", "row > m || column >= n) return;\n    Pack", "simt_float32"),
+        ("if (column + j >= n) break;", "if (column + j > n) break;", "simt_float32"),
+        ("if (column + j < n) to[j] = sum[j];", "if (column + j <= n) to[j] = sum[j];", "simt_float32"),
+        ("thread >= static_cast<Index>(m) * packs", "thread >= static_cast<Index>(m) * packs - 1", "simt_float32"),
+        ("int slice = 1; slice < slices", "int slice = 1; slice < slices - 1", "simt_float32"),
+    ),
+    *mutants(
+        "matmul_simt",
+        ("lines_left_ > 0 && step < steps_left_ ? 16 : 0", "lines_left_ > 0 ? 16 : 0", "simt_float32"),
+        ("line < lines_left_ && step < steps_left_", "line < lines_left_", "simt_float32"),
+        ("wait_for_copies<Tile::stages - 2>();\n  " + BARRIER, "wait_for_copies<3>();\n  " + BARRIER, "simt_float32"),
+        ("wait_for_copies<Tile::stages - 2>();\n        _", "wait_for_copies<3>();\n        _", "simt_float32"),
+        (BARRIER + "\n        read", "read", "simt_float32"),
+        (BARRIER + "\n    constexpr int height", "constexpr int height", "simt_float32"),
+        ("read = next_stage(read)", "read = next_stage(next_stage(read))", "simt_float32"),
+        ("fma(a_now[step % 2]", "fma(a_now[(step + 1) % 2]", "simt_float32"),
+    ),
+    *mutants(
+        "matmul_thin",
+        ("step < steps.last; ++step", "step < steps.last - 1; ++step", "thin_float32"),
+        ("step <= last - size - (batch - 1) * apart", "step <= last - size", "thin_float32"),
+        ("lanes >= first", "lanes > first", "thin_float32"),
+        ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "thin_float32"),
+        ("int warp = 1; warp < warps", "int warp = 2; warp < warps", "thin_float32"),
+    ),
+    *mutants(
+        "matmul_mma",
+        ("i * apart < outer_left_ ? valid * size : 0", "valid * size", "mma_float16"),
+        ("low = j < valid ?", "low = j <= valid ?", "mma_float16"),
+        ("j < valid ? 4 : 0", "4", "mma_tf32"),
+        ("wait_for_copies<Tile::stages - 2>();\n  " + BARRIER, "wait_for_copies<3>();\n  " + BARRIER, "mma_float16"),
+        ("wait_for_copies<Tile::stages - 2>();\n        _", "wait_for_copies<3>();\n        _", "mma_float16"),
+        (BARRIER + "\n        read", "read", "mma_float16"),
+        (BARRIER + "\n  finish_rows", "finish_rows", "mma_float16"),
+        ("b_now[step % 2][j][2 * half + 1]", "b_now[step % 2][j][2 * half]", "mma_tf32"),
+        ("upper(lane / 8, is_b) * 8", "upper(lane / 8, !is_b) * 8", "mma_float16"),
+    ),
+    *mutants(
+        "small_product",
+        ("column < 0 ? T(1)", "column < 0 ? T(0)", "mlp"),
+        ("upper ? sum[i + kept / 2] : sum[i], give", "upper ? sum[i] : sum[i], give", "mlp"),
+        ("k < depth; k += static_cast<int>(blockDim.x)", "k < depth - 1; k += static_cast<int>(blockDim.x)", "mlp"),
+        ("unsigned warp = 1; warp <", "unsigned warp = 2; warp <", "mlp"),
+        ("= sum[s];\n    }\n    " + BARRIER, "= sum[s];\n    }", "mlp"),
+        ("if (k < depth) line.load", "if (k <= depth) line.load", "mlp_in_tiles"),
+        ("b_share.put(b_memory);\n      " + BARRIER, "b_share.put(b_memory);", "mlp_in_tiles"),
+        ("}\n      " + BARRIER + "\n    }", "}\n    }", "mlp_in_tiles"),
+        ("sum[s]);\n    " + BARRIER, "sum[s]);", "mlp_in_tiles"),
+        ("int g = 1; g < groups", "int g = 2; g < groups", "mlp_in_tiles"),
+    ),
+    *mutants(
+        "network",
+        ("int warp = 1; warp < threads / 32", "int warp = 2; warp < threads / 32", "mlp"),
+        (BARRIER + "\n  for (int j = thread", "for (int j = thread", "mlp"),
+        (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),
+        (BARRIER + "\n  const Index below_row", "const Index below_row", "mlp"),
+        ("T(0);\n  " + BARRIER, "T(0);", "mlp_of_sparse"),
+        ("if (p.closes) ++p.progress->next;", "", "mlp"),
+        ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
+        ("+= p.weight * loss", "+= loss", "mlp"),
+        ("k < p.features; k += static_cast", "k < p.features - 1; k += static_cast", "gan"),
+        ("(20);\n  }\n  " + BARRIER, "(20);\n  }", "mlp_at_once"),
+        ("f(n);\n    " + BARRIER, "f(n);", "mlp_at_once"),
+        ("memory); });\n    wait_for_grid(p.arrived, expected);", "memory); });", "mlp_at_once"),
+    ),
+]
+
+# Races that no order of a CPU's threads shows, or not in every run.
+RACES = [
+    *mutants(
+        "reduce",
+        ("__shared__ bool last;\n  " + FENCE, "__shared__ bool last;", "elementwise_losses"),
+        ("== blocks - 1;\n    " + FENCE, "== blocks - 1;", "elementwise_losses"),
+        (FENCE + "\n  " + BARRIER, FENCE, "columns"),
+        ("partial[threadIdx.x / 32] = v;\n  " + BARRIER, "partial[threadIdx.x / 32] = v;", "ranges"),
+        ("v = op(v, partial[warp]);\n  " + BARRIER, "v = op(v, partial[warp]);", "ranges"),
+    ),
+    *mutants("reduce", ("gridDim.x * gridDim.y * gridDim.z", "gridDim.x", "columns")),
+    *mutants("losses", ("if (!is_last_block(counter)) return;", "is_last_block(counter);", "elementwise_losses")),
+    *mutants("reductions", ("of_warps[warp][lane] = sum;\n    " + BARRIER, "of_warps[warp][lane] = sum;", "columns")),
+    *mutants("matmul_simt", (BARRIER + "\n        read", "read", "simt_float32")),
+    *mutants("matmul_thin", ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "thin_float32")),
+    *mutants(
+        "matmul_mma",
+        (BARRIER + "\n        read", "read", "mma_float16"),
+        (BARRIER + "\n  float* const sums", "float* const sums", "mma_float16"),
+    ),
+    *mutants(
+        "network",
+        (FENCE + "\n    atomicAdd(arrived", "atomicAdd(arrived", "mlp_at_once"),
+        ("f(n);\n    " + BARRIER, "f(n);", "mlp_at_once"),
+    ),
+]
+
+
+def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
+    """A root for `HostDevice` that has the mutant's file."""
+    text = (ROOT / "csrc/cuda" / mutant.file).read_text()
+    assert text.count(mutant.text) == 1, f"{mutant.file} has {mutant.text!r} {text.count(mutant.text)} times"
+    path = folder / "csrc/cuda" / mutant.file
+    path.parent.mkdir(parents=True)
+    path.write_text(text.replace(mutant.text, mutant.instead))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that blocks go round."""
+    monkeypatch.setattr(cuda_backend, "MOST_PARTS", 3)
+
+
+@pytest.mark.parametrize("order", THREAD_ORDERS)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_the_kernels_pass(check: Callable[[Run], None], order: str) -> None:
+    check(Run(HostDevice(thread_order=order)))
+
+
+@pytest.mark.parametrize("mutant", WRONG, ids=str)
+def test_a_mutant_fails(mutant: Mutant, tmp_path: pathlib.Path) -> None:
+    root = planted(mutant, tmp_path)
+    for check in mutant.checks:
+        for order in THREAD_ORDERS:
+            try:
+                CHECKS[check](Run(HostDevice(root, order)))
+            except CompileError:
+                raise
+            except (AssertionError, RuntimeError):
+                return
+    pytest.fail("nothing was found")
+
+
+def under_thread_sanitizer() -> None:
+    """Run the checks of all races, without a mutant and then with each."""
+    cuda_backend.MOST_PARTS = 3
+    for name in sorted({name for mutant in RACES for name in mutant.checks}):
+        CHECKS[name](Run(HostDevice(), quick=True))
+    for mutant in RACES:
+        with tempfile.TemporaryDirectory() as folder:
+            root = planted(mutant, pathlib.Path(folder))
+            for name in mutant.checks:
+                try:
+                    CHECKS[name](Run(HostDevice(root), quick=True))
+                    print("FOUND NOTHING:", mutant)
+                except AssertionError as error:
+                    print("FOUND NO RACE:", mutant, error)
+                except RuntimeError as error:
+                    if "ThreadSanitizer reports a data race" not in str(error):
+                        raise
+
+
+def test_thread_sanitizer_reports_races() -> None:
+    environment = sanitized_environment("thread")
+    if environment is None:
+        pytest.skip(f"{COMPILER} has no library for it")
+    environment["TSAN_OPTIONS"] += ":exitcode=0:symbolize=0"  # which takes long
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("ThreadSanitizer: data race") >= len(RACES)
+
+
+if __name__ == "__main__":
+    under_thread_sanitizer()

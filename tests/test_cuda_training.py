@@ -1,0 +1,495 @@
+"""Fused training by CUDA kernels gives the CPU's weights, whatever kernels a step is made of.
+
+Also: the same bits on every run, in every order of threads, and however the steps are divided into calls. What
+`gemmlet.nn` makes of it is in test_fused.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy")
+
+import cuda_on_host.backend
+from cuda_on_host.device import COMPILER, THREAD_ORDERS, HostDevice
+from gemmlet.backends import cuda_training, select
+from gemmlet.backends.numpy_backend import Feed, FusedLayer
+from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.formulas.losses import LOSSES
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+from support import assert_within, same_bits
+
+if shutil.which(COMPILER) is None:
+    pytest.skip(f"there is no {COMPILER}", allow_module_level=True)
+
+# Of weights after some steps, and losses, relative to the largest: rounding, as training carries it on.
+BOUNDS = {"float64": 1e-11, "float32": 2e-5}
+
+# What steps are made of: tiles of one kind; whether the last layer goes with the loss in one kernel, and all steps do.
+PLANS = {
+    "small": ("SmallTile<8>", True, False),
+    "medium": ("SmallTile<16>", False, False),
+    "wide": ("WideTile", True, False),
+    "one kernel": ("SmallTile<8>", True, True),
+}
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Any:
+    try:
+        return select.load("cpu")
+    except (RuntimeError, ImportError) as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def device() -> Any:
+    return cuda_on_host.backend.load()._first
+
+
+def use_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, top, one_kernel = PLANS[name]
+    monkeypatch.setattr(cuda_training, "_kind_of_tile", lambda rows, columns: kind)
+    monkeypatch.setattr(cuda_training, "ONE_KERNEL", one_kernel)
+    if not top:
+        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+
+
+@pytest.fixture(params=PLANS)
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use_plan(request.param, monkeypatch)
+    return str(request.param)
+
+
+def network(
+    widths: Sequence[int],
+    dtype: Any,
+    rule: str = "sgd",
+    *,
+    hidden: str = "tanh",
+    output: str | None = None,
+    averaged: bool = False,
+    seed: int = 0,
+) -> list[FusedLayer]:
+    """A network in the middle of its training: states are not 0."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> Any:
+        return (0.6 * rng.normal(size=shape)).astype(dtype)
+
+    def states(*shape: int) -> tuple[Any, ...]:
+        return tuple(0.1 * draw(*shape) ** 2 for _ in OPTIMIZER_RULES[rule].state)
+
+    layers = []
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        activation = hidden if i + 2 < len(widths) else output
+        parameter = 0.0 if activation is None else ACTIVATIONS[activation].default
+        average = (draw(before, after), draw(after)) if averaged else (None, None)
+        arrays = draw(before, after) / np.sqrt(before, dtype=dtype), draw(after)
+        layers.append(FusedLayer(*arrays, activation, parameter, states(before, after), states(after), *average))
+    return layers
+
+
+def numbers(rule: str, steps: int, lr: float = 0.05) -> Any:
+    """The rule's numbers, other ones in each step."""
+    rates = lr * (1 - 0.05 * np.arange(steps))
+    if rule == "adam":
+        return np.array([adam_scalars(7 + s, r / 5, 0.8, 0.95, 1e-3, 0.1, s % 2 == 0) for s, r in enumerate(rates)])
+    rest = {"sgd": (0.03,), "momentum": (0.03, 0.8)}[rule]
+    return np.array([(r, *rest, *([float(s % 2)] if rule == "momentum" else [])) for s, r in enumerate(rates)])
+
+
+def arrays_of(layers: Sequence[FusedLayer]) -> list[Any]:
+    found: list[Any] = []
+    for layer in layers:
+        averages = [a for a in (layer.weight_average, layer.bias_average) if a is not None]
+        found += [layer.weight, layer.bias, *layer.weight_state, *layer.bias_state, *averages]
+    return found
+
+
+def assert_close(results: Sequence[Any], expected: Sequence[Any], dtype: Any) -> None:
+    for result, wanted in zip(results, expected, strict=True):
+        assert np.isfinite(wanted).all()
+        assert_within(result, wanted, BOUNDS[str(dtype)] * max(1.0, float(np.abs(wanted).max())))
+
+
+def samples(n: int, features: int, dtype: Any, kind: str = "floats") -> Feed:
+    rng = np.random.default_rng(n)
+    if kind == "bytes":
+        return Feed(rng.integers(0, 256, (n, features), np.uint8), None, None, False)
+    x = rng.normal(size=(n, features)).astype(dtype)
+    if kind == "floats":
+        return Feed(x, None, None, False)
+    there = rng.uniform(size=x.shape) < 0.3
+    there[1] = False
+    start = np.concatenate([[0], np.cumsum(there.sum(1))])
+    return Feed(x[there], start, np.nonzero(there)[1].astype(np.int32), True)
+
+
+def some_order(n: int, count: int) -> Any:
+    return np.random.default_rng(count).integers(0, n, count)
+
+
+class Mlp:
+    """A call of train_mlp, which can be done again from the same start."""
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        dtype: Any,
+        *,
+        loss: str = "softmax_cross_entropy",
+        classes: bool = True,
+        rule: str = "sgd",
+        n: int = 50,
+        count: int = 43,
+        batch: int = 16,
+        kind: str = "floats",
+        **settings: Any,
+    ) -> None:
+        self.layers = network(widths, dtype, rule, **settings)
+        self.feed = samples(n, widths[0], dtype, kind)
+        rng, out = np.random.default_rng(5), widths[-1]
+        self.targets = (
+            rng.integers(0, 2 if out == 1 else out, n) if classes else rng.uniform(size=(n, out)).astype(dtype)
+        )
+        self.order, self.batch, self.rule, self.loss = some_order(n, count), batch, rule, loss
+        self.numbers = numbers(rule, -(-count // batch))
+
+    def run(self, train: Any) -> list[Any]:
+        """All arrays, the loss, and how many were right. `train` is that of a backend."""
+        layers = copy.deepcopy(self.layers)
+        settings = self.loss, 0.3, self.order, self.batch, self.rule, self.numbers, 2.5
+        loss, right = train(layers, self.feed, self.targets, *settings)
+        return [*arrays_of(layers), np.array(loss), np.array(right)]
+
+    def on(self, device: Any) -> list[Any]:
+        return self.run(partial(cuda_training.train_mlp, device))
+
+    def check(self, device: Any, cpu: Any) -> list[Any]:
+        result, expected = self.on(device), self.run(cpu.train_mlp)
+        assert_close(result, expected, self.layers[0].weight.dtype)
+        assert result[-1] == expected[-1]
+        assert not same_bits(result[0], self.layers[0].weight)
+        return result
+
+
+class Gan:
+    """The same of train_gan."""
+
+    def __init__(
+        self,
+        dtype: Any,
+        *,
+        generator: Sequence[int] = (7, 20, 33),
+        discriminator: Sequence[int] = (33, 24, 1),
+        output: str = "tanh",
+        averaged: bool = True,
+        non_saturating: bool = True,
+        rules: tuple[str, str] = ("adam", "adam"),
+        count: int = 43,
+        batch: int = 16,
+        kind: str = "bytes",
+    ) -> None:
+        self.generator = network(generator, dtype, rules[0], hidden="relu", output=output, averaged=averaged)
+        self.discriminator = network(discriminator, dtype, rules[1], hidden="leaky_relu", seed=1)
+        self.feed, self.order, self.batch = samples(50, generator[-1], dtype, kind), some_order(50, count), batch
+        self.noise = np.random.default_rng(6).normal(size=(count, generator[0])).astype(dtype)
+        steps = -(-count // batch)
+        self.settings = non_saturating, rules, (numbers(rules[0], steps), numbers(rules[1], steps, 0.02))
+        self.decay = np.linspace(0.2, 0.7, steps)
+
+    def run(self, train: Any) -> list[Any]:
+        generator, discriminator = copy.deepcopy(self.generator), copy.deepcopy(self.discriminator)
+        non_saturating, rules, (g, d) = self.settings
+        losses = train(
+            generator, discriminator, self.feed, 2.0, -1.0, self.noise, 0.9, non_saturating, self.order, self.batch,
+            rules[0], g, rules[1], d, self.decay, (1.0, 2.0),
+        )  # fmt: skip
+        return [*arrays_of(generator), *arrays_of(discriminator), *map(np.array, losses)]
+
+    def on(self, device: Any) -> list[Any]:
+        return self.run(partial(cuda_training.train_gan, device))
+
+    def check(self, device: Any, cpu: Any) -> None:
+        assert_close(self.on(device), self.run(cpu.train_gan), self.generator[0].weight.dtype)
+
+
+def same(results: Sequence[Any], expected: Sequence[Any]) -> bool:
+    return len(results) == len(expected) and all(map(same_bits, results, expected))
+
+
+# The weights of the CPU.
+
+
+@pytest.mark.parametrize("widths", [(37, 45, 19, 5), (5, 3), (70, 65, 1), (1, 1, 1, 1), (9, 8, 100)], ids=str)
+def test_mlp(widths: Sequence[int], plan: str, device: Any, cpu: Any, dtype: Any) -> None:
+    """Also widths of one, a last layer too wide to go with the loss, a last mini-batch that is smaller."""
+    loss = "softmax_cross_entropy" if widths[-1] > 1 else "binary_cross_entropy_with_logits"
+    for kind, count, batch in (("bytes", 43, 16), ("floats", 7, 7), ("floats", 5, 1), ("sparse", 43, 21)):
+        Mlp(widths, dtype, loss=loss, kind=kind, count=count, batch=batch, rule="momentum").check(device, cpu)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hidden layers and of the last one, which networks of gemmlet.nn have without."""
+    Mlp([9, 17, 8, 3], dtype, hidden=activation, output=activation).check(device, cpu)
+    use_plan("medium", monkeypatch)
+    Mlp([9, 17, 8, 3], dtype, hidden=activation, output=activation).check(device, cpu)
+
+
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("loss", ["softmax_cross_entropy", *LOSSES])
+def test_every_loss(loss: str, top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not top:
+        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+    for out, classes in itertools.product((1, 2, 10, 40), (True, False)):
+        if loss == "softmax_cross_entropy" and out == 1:
+            continue
+        output = "sigmoid" if loss == "binary_cross_entropy" else None
+        Mlp([6, 9, out], dtype, loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
+
+
+@pytest.mark.parametrize("rule", OPTIMIZER_RULES)
+def test_every_rule(rule: str, device: Any, cpu: Any, dtype: Any) -> None:
+    for kind in ("floats", "bytes", "sparse"):
+        Mlp([70, 40, 3], dtype, rule=rule, kind=kind, count=60, batch=7).check(device, cpu)
+
+
+def test_many_layers(plan: str, device: Any, cpu: Any, dtype: Any) -> None:
+    """More than an update, or a kernel for all steps, takes at once."""
+    for depth in (8, 9, 17):
+        Mlp([5] * depth + [3], dtype, batch=9, rule="momentum").check(device, cpu)
+
+
+def test_long_sums(plan: str, device: Any, cpu: Any, dtype: Any) -> None:
+    """Of more numbers than a block takes at once: many inputs, and many rows."""
+    Mlp([700, 9, 3], dtype, kind="bytes", count=9, batch=5).check(device, cpu)
+    Mlp([4, 9, 300, 3], dtype, count=300, batch=150, rule="adam").check(device, cpu)
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_which_answers_are_right(top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in NumPy: of equal outputs the first counts, and what is not a number as the largest."""
+    if not top:
+        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+    for out in (1, 3, 40):
+        mlp = Mlp([2, 4, out], dtype, loss="mean_squared_error", n=120, count=120, batch=120)
+        mlp.order = np.arange(120)
+        mlp.targets[:80], mlp.targets[80:] = 7 % max(out, 2), 0
+        mlp.feed.x[::3, 0] = np.nan
+        mlp.layers[-1].weight[:] = 0  # whose product with NaN is NaN, too
+        mlp.layers[-1].bias[:] = 0
+        mlp.layers[-1].bias[[7 % out, 32 % out]] = 1  # (the second is the first lane's)
+        right = [mlp.run(train)[-1] for train in (partial(cuda_training.train_mlp, device), cpu.train_mlp)]
+        assert right[0] == right[1] > 0
+
+
+GANS: dict[str, dict[str, Any]] = {
+    "averaged": {},
+    "minimax": {"non_saturating": False, "averaged": False},
+    "floats": {"kind": "floats", "rules": ("momentum", "sgd"), "output": "sigmoid"},
+    "deep": {"generator": (3, 17, 5, 33), "discriminator": (33, 9, 16, 1), "output": "silu"},
+    "shallow": {"generator": (4, 33), "discriminator": (33, 1), "batch": 7},
+    "one by one": {"generator": (1, 1), "discriminator": (1, 2, 1), "batch": 1, "count": 5},
+}
+
+
+@pytest.mark.parametrize("variant", GANS)
+def test_gan(variant: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None:
+    Gan(dtype, **GANS[variant]).check(device, cpu)
+
+
+# The same bits.
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_plan(name, monkeypatch)
+    mlp = Mlp([37, 45, 19, 5], dtype, kind="bytes", rule="adam")
+    expected = mlp.on(HostDevice()), Gan(dtype).on(HostDevice())
+    for order in THREAD_ORDERS:
+        device = HostDevice(thread_order=order)
+        assert same(mlp.on(device), expected[0]), order
+        assert same(Gan(dtype).on(device), expected[1]), order
+
+
+def test_a_sparse_matrix_gives_the_bits_of_the_dense_one(device: Any, dtype: Any) -> None:
+    mlp = Mlp([37, 19, 5], dtype, kind="sparse")
+    expected = mlp.on(device)
+    x, start, columns, _ = mlp.feed
+    assert start is not None
+    dense = np.zeros((len(start) - 1, 37), dtype)
+    dense[np.repeat(np.arange(len(dense)), np.diff(start)), columns] = x
+    mlp.feed = Feed(dense, None, None, False)
+    assert same(mlp.on(device), expected)
+
+
+def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
+    """Rounded as NumPy's division is."""
+    mlp = Mlp([256, 4], dtype, kind="bytes")
+    mlp.feed.x[:] = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), (50, 1)), axis=1)
+    expected = mlp.on(device)
+    mlp.feed = mlp.feed._replace(x=mlp.feed.x.astype(dtype) / dtype.type(255))
+    assert same(mlp.on(device), expected)
+
+
+@pytest.mark.parametrize("network", ["mlp", "mlp in one kernel", "gan"])
+def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into single steps, which are recorded once and find what the last call left; losses are added up all the same."""
+    monkeypatch.setattr(cuda_training, "STEPS_TOGETHER", 3)
+    monkeypatch.setattr(cuda_training, "ONE_KERNEL", "one kernel" in network)
+    count, batch, is_mlp = 75, 8, network != "gan"
+    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", count=count, batch=batch) if is_mlp else Gan(
+        dtype, count=count, batch=batch
+    )  # fmt: skip
+    expected = problem.on(device)
+    recorded = Counter[str]()
+    record, upload = type(device).record, type(device).upload
+    monkeypatch.setattr(type(device), "record", lambda *a: recorded.update(["record"]) or record(*a))
+    monkeypatch.setattr(type(device), "upload", lambda *a: recorded.update(["upload"]) or upload(*a))
+
+    feed, targets = cuda_training.hold(device, problem.feed, getattr(problem, "targets", None))
+    assert recorded.pop("upload") == (2 if is_mlp else 1)
+    pieces = [slice(0, 1), slice(1, 2), slice(2, 6), slice(6, 9), slice(9, 10)]
+
+    def by_steps(train: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            arguments = list(arguments)
+            sums = arguments.pop()
+            for steps in pieces:
+                some = list(arguments)
+                rows = slice(steps.start * batch, steps.stop * batch)
+                if is_mlp:
+                    some[1], some[2], some[5], some[8] = feed, targets, some[5][rows], some[8][steps]
+                    sums, right = train(device, *some, sums)
+                    total[0] += right
+                else:
+                    some[2], some[5], some[8] = feed, some[5][rows], some[8][rows]
+                    for place in (11, 13, 14):
+                        some[place] = some[place][steps]
+                    sums = train(device, *some, sums)
+            return (sums, total[0]) if is_mlp else sums
+
+        total = [0]
+        return run
+
+    result = problem.run(by_steps(cuda_training.train_mlp if is_mlp else cuda_training.train_gan))
+    assert same(result, expected)
+    # For mini-batches alone and in threes, and for the last one.
+    assert recorded == {"upload": len(pieces)} | ({} if "one kernel" in network else {"record": 3})
+    assert len(feed.sessions) == 1
+
+
+# What is launched.
+
+
+class Counting:
+    """A device that takes note of the kernels that it launches."""
+
+    def __init__(self, device: Any) -> None:
+        self._device, self._names, self.launched = device, {}, list[str]()
+
+    def kernels(self, source: str, names: Sequence[str]) -> list[Any]:
+        found: list[Any] = self._device.kernels(source, names)
+        self._names |= dict(zip(map(id, found), names, strict=True))
+        assert set(names) <= set(cuda_training.expressions()[source])
+        return found
+
+    def launch(self, kernel: Any, *arguments: Any, **how: Any) -> None:
+        self.launched.append(self._names[id(kernel)].removeprefix("gemmlet::").partition("<")[0])
+        self._device.launch(kernel, *arguments, **how)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+
+def test_steps_are_few_launches(device: Any) -> None:
+    dtype = np.dtype(np.float32)
+    counting = Counting(device)
+    Mlp([20, 12, 3], dtype, count=4, batch=4).on(counting)
+    assert counting.launched == ["first_forward", "top", "update", "begin"]
+    counting = Counting(device)
+    Mlp([20, 12, 9, 3], dtype, count=4, batch=4, kind="sparse").on(counting)
+    assert counting.launched == ["expand", "forward", "forward", "top", "backward", "update", "begin"]
+    counting = Counting(device)
+    Gan(dtype, count=4, batch=4).on(counting)
+    assert counting.launched == [
+        *("first_forward_and_gather", "forward"),
+        *("forward", "top", "update"),
+        *("forward", "top", "backward", "backward", "update"),
+        "begin",
+    ]
+
+
+def test_steps_in_one_kernel(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few layers, which are small, and not sparse."""
+    monkeypatch.setattr(cuda_training, "ONE_KERNEL", True)
+
+    def launched(*widths: int, **settings: Any) -> set[str]:
+        counting = Counting(device)
+        Mlp([*widths, 3], np.dtype(np.float32), count=20, batch=4, **settings).on(counting)
+        return set(counting.launched)
+
+    assert launched(20, 12) == launched(*[4] * 7) == {"begin", "train"}
+    for launches in (launched(20), launched(*[4] * 8, 3), launched(9, 8, kind="sparse")):
+        assert "train" not in launches
+    monkeypatch.setattr(cuda_training, "ENOUGH_TILES", 1)
+    assert "train" not in launched(20, 12)
+
+
+def test_large_products_have_large_tiles() -> None:
+    kinds = [cuda_training._kind_of_tile(*size) for size in ((64, 128), (128, 256), (64, 784), (1024, 128))]
+    assert kinds == ["SmallTile<8>", "SmallTile<16>", "SmallTile<16>", "WideTile"]
+
+
+# Names, and what goes wrong.
+
+
+def test_fuses_what_there_is() -> None:
+    for rule in OPTIMIZER_RULES:
+        assert cuda_training.fuses(ACTIVATIONS, ["softmax_cross_entropy", *LOSSES], rule)
+    assert not cuda_training.fuses(["hardtanh"], [], "sgd")
+    assert not cuda_training.fuses([], ["hinge"], "sgd")
+    assert not cuda_training.fuses([], [], "lion")
+
+
+def test_without_memory_nothing_is_written(device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it ends."""
+    mlp, calls = Mlp([9, 8, 3], dtype), itertools.count()
+    fails_at = 0
+    for name in ("empty", "upload"):
+        method = getattr(type(device), name)
+
+        def limited(*arguments: Any, method: Any = method) -> Any:
+            if next(calls) == fails_at:
+                raise MemoryError("no more")
+            return method(*arguments)
+
+        monkeypatch.setattr(type(device), name, limited)
+    layers = copy.deepcopy(mlp.layers)
+    settings = mlp.loss, 1.0, mlp.order, mlp.batch, mlp.rule, mlp.numbers, 0.0
+    for fails_at in range(50):  # noqa: B007 - `limited` reads it
+        calls = itertools.count()
+        try:
+            cuda_training.train_mlp(device, layers, mlp.feed, mlp.targets, *settings)
+        except MemoryError:
+            assert same(arrays_of(layers), arrays_of(mlp.layers))
+        else:
+            break
+    assert fails_at > 5
+    assert not same(arrays_of(layers), arrays_of(mlp.layers))
+
+
+def test_no_mini_batches(device: Any, dtype: Any) -> None:
+    mlp = Mlp([9, 8, 3], dtype, count=0)
+    assert mlp.on(device)[-2:] == [2.5, 0]

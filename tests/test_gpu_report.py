@@ -1,0 +1,659 @@
+"""`benchmarks/gpu_report.py` without a GPU: its cases run on the CPU, its tables come out of made-up runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+for package in ("cupy", "rich", "torch", "jax"):
+    pytest.importorskip(package)
+
+import cuda_on_host.backend  # noqa: E402
+import gemmlet  # noqa: E402
+from gemmlet.backends import select  # noqa: E402
+from gemmlet.bench import training as bench  # noqa: E402
+from gemmlet.bench.results import Row  # noqa: E402
+from gemmlet.bench.timing import Timed  # noqa: E402
+from gemmlet.data import load_mnist  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import gpu_cases  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_sanitized  # noqa: E402
+import gpu_tables  # noqa: E402
+import gpu_timing  # noqa: E402
+import gpu_training  # noqa: E402
+from gpu_timing import Case, Gpu, Side  # noqa: E402
+
+try:
+    BACKEND = cuda_on_host.backend.load()
+except RuntimeError as problem:
+    pytest.skip(f"no backend cuda: {problem}", allow_module_level=True)
+
+
+class OnCpu(Gpu):
+    """The CPU in place of a GPU: NumPy's arrays for CuPy's, and nothing is recorded."""
+
+    torch_device = "cpu"
+    l2_bytes = 10_000
+    copy_rate = 1e10
+
+    def __init__(self) -> None:
+        import jax
+        import torch
+
+        self.xp, self.torch, self.jax = np, torch, jax
+        self.notes, self.product_rates = [], {}
+        self.lost = False
+
+    def product_rate(self, kind: str) -> float:
+        return 1e11
+
+    def normal(self, shape: tuple[int, ...], dtype: str = "float32", *, seed: int, scale: float = 1.0) -> Any:
+        return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+    def wide(self, array: Any) -> Any:
+        return array.astype(np.float64)
+
+    def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
+        return np.full(shape, np.nan, np.float32)
+
+    def poison(self, array: Any) -> None:
+        array.fill(np.nan)
+
+    def upload(self, array: np.ndarray) -> Any:
+        return array.copy()
+
+    def numpy(self, array: Any) -> np.ndarray:
+        return array
+
+    def tensor(self, array: Any) -> Any:
+        return self.torch.from_numpy(array)
+
+    def array(self, tensor: Any) -> Any:
+        return tensor.detach().numpy()
+
+    def bias_activation(self, activation: str) -> Callable[[Any, Any], None]:
+        def call(y: Any, b: Any) -> None:
+            y += b
+            y[...] = np.tanh(y) if activation == "tanh" else np.maximum(y, 0)
+
+        return call
+
+    def tf32_product(self, a: Any, b: Any, out: Any) -> None:
+        gemmlet.kernels.matmul(a, b, out=out)
+
+    @property
+    def unwaited(self) -> Any:
+        return select.current()
+
+    def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        call()
+        return call
+
+    def torch_graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        for _ in range(3):
+            call()
+        return call
+
+    def synchronize(self) -> None:
+        pass
+
+    def alive(self) -> bool:
+        return not self.lost
+
+    def free(self) -> None:
+        pass
+
+    def seconds(self, call: Callable[[], Any], count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count
+
+
+@pytest.fixture
+def gpu() -> OnCpu:
+    return OnCpu()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few elements, images and rounds; networks on the CPU, as the twin of the GPU takes too long for them."""
+    monkeypatch.setattr(gpu_training, "BACKEND", "cpu")
+    monkeypatch.setattr(gpu_cases, "ELEMENTS", 30_000)
+    monkeypatch.setattr(gpu_training, "SAMPLES", 160)
+    monkeypatch.setattr(gpu_training, "CHECKED_STEPS", 2)
+    monkeypatch.setattr(gpu_training, "GAN_STEPS", 16)
+    monkeypatch.setattr(gpu_training, "MORE_EPOCHS", 1)
+    monkeypatch.setattr(gpu_timing, "SAMPLE_SECONDS", 1e-5)
+    monkeypatch.setattr(gpu_timing, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(gpu_timing, "MOST_ROUNDS", 2)
+    with gemmlet.use_backend(select.current()):
+        yield
+
+
+def timed(gpu: Gpu, case: Case) -> Row:
+    row = gpu_timing.run(gpu, case, 0.01)
+    for name, side in row.sides.items():
+        assert side.failed is None, (case.key, name, side.failed)
+        assert len(side.samples) == 2
+        # (An epoch of gemmlet is a difference, which is nothing but noise for a few samples.)
+        assert min(side.samples) > 0 or case.group in ("epoch", "gan")
+    assert list(row.sides) == list(case.sides)
+    return row
+
+
+# The cases.
+
+
+def small_products() -> Iterator[Case]:
+    sides = list(gpu_cases.LINEAR_SIDES)
+    for activation in ("tanh", "relu"):
+        yield gpu_cases.linear_case(6, 11, 7, activation, "layers", sides)
+    for kind in ("bfloat16", "float16", "tf32"):
+        yield gpu_cases.matmul_case(24, kind)
+    yield from gpu_cases.overheads()
+
+
+@pytest.mark.parametrize("case", list(small_products()), ids=lambda case: case.key)
+def test_products(gpu: OnCpu, case: Case) -> None:
+    row = timed(gpu, case)
+    assert (row.roof is None) is (row.group == "overhead")
+
+
+@pytest.mark.parametrize("family", ["elementwise", "losses", "optimizers"])
+def test_elements(gpu: OnCpu, family: str) -> None:
+    for case in gpu_cases.cases(family):
+        assert timed(gpu, case).share_of_roof() is not None
+
+
+def test_families_have_the_cases_of_the_targets() -> None:
+    cases = [case for family in ("matmul", "elementwise", "losses", "optimizers") for case in gpu_cases.cases(family)]
+    cases += gpu_cases.cases("training")
+    assert len({case.key for case in cases}) == len(cases)
+    assert set(gpu_cases.FAMILIES) | set(gpu_report.STAGES) == set(gpu_report.SECONDS)
+    rows = [Row(c.group, c.name, c.unit, {n: Timed((1.0, 1.0)) for n in c.sides}, c.labels, roof=1.0) for c in cases]
+    report = {"rows": gpu_cases.rows_as_json(rows)}
+    found = {v.work: v for v in gpu_tables.verdicts(report)}
+    for target in gpu_tables.TARGETS:
+        assert found[target.work].met is not None, target.work
+    # The 100 million elements are more than twice the L2 cache of any GPU.
+    assert 4 * 100_000_000 > 2 * 128 * 2**20
+    layers = [case for case in cases if case.labels.get("set") == "layers"]
+    assert len(layers) == 36
+
+
+def test_a_wrong_or_broken_side_is_not_timed(gpu: OnCpu) -> None:
+    def side(value: float) -> Callable[[Gpu, Any], Side]:
+        return lambda gpu, inputs: Side(lambda: None, lambda: value)
+
+    def broken(gpu: Gpu, inputs: Any) -> Side:
+        raise RuntimeError("some\nthing")
+
+    sides = {"gemmlet": side(0.5), "wrong": side(2.0), "nan": side(np.nan), "broken": broken}
+    row = gpu_timing.run(gpu, Case("g", "n", lambda gpu: None, sides, lambda gpu, inputs, result: result), 0.01)
+    assert row.sides["gemmlet"].failed is None
+    assert row.sides["wrong"].failed == "wrong result: 2 times the tolerance"
+    assert row.sides["nan"].failed == "wrong result: nan times the tolerance"
+    assert row.sides["broken"].failed == "RuntimeError: some thing"
+    assert "FAILED RuntimeError" in gpu_cases.summary(row)
+    gpu.torch = None
+    for case in (gpu_cases.linear_case(6, 11, 7, "tanh", "layers", list(gpu_cases.LINEAR_SIDES)),):
+        assert list(gpu_timing.run(gpu, case, 0.01).sides) == ["gemmlet", "cupy", "jax"]
+
+
+def test_an_element_that_is_not_written_is_seen(gpu: OnCpu) -> None:
+    case = gpu_cases.elementwise_case("tanh", "float32")
+    inputs = case.inputs(gpu)
+    result = np.tanh(inputs.inputs[0])
+    assert case.error(gpu, inputs, result) < 1
+    result[15_000] = np.nan
+    assert not case.error(gpu, inputs, result) <= 1
+    p = gpu_cases.product(gpu, 5, 6, 7, "float32", "tanh", 3)
+    assert 1 < len(p.sets) <= 3
+    good = np.tanh(p.sets[0].x @ p.sets[0].w + p.sets[0].b)
+    assert gpu_cases.product_error(gpu, p, good) < 1
+    assert not gpu_cases.product_error(gpu, p, np.where(np.arange(7) == 3, np.nan, good)) <= 1
+    assert gpu_cases.product_error(gpu, p, good * (1 + 1e-4)) > 1
+
+
+def test_another_process_goes_on_after_the_gpu_is_lost(
+    gpu: OnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def case(name: str, *, loses: bool = False, raises: bool = False) -> Case:
+        def prepare(gpu: Any, inputs: Any) -> Side:
+            gpu.lost = loses
+            return Side(lambda: None, lambda: 0.0)
+
+        def inputs(gpu: Any) -> None:
+            if raises:
+                raise MemoryError("of the GPU")
+
+        return Case("g", name, inputs, {"gemmlet": prepare}, lambda gpu, inputs, result: 0.0)
+
+    chosen = [case("first"), case("no memory", raises=True), case("second", loses=True), case("third")]
+    monkeypatch.setattr(gpu_cases, "Gpu", lambda peers: OnCpu())
+    monkeypatch.setitem(gpu_cases._CASES, "losses", lambda: iter(chosen))
+    kept = tmp_path / "rows"
+    assert gpu_cases.main(["losses", str(kept), "--seconds-per-row", "0.01"]) == gpu_cases.LOST_STATUS
+    assert gpu_cases.known(kept) == {"g: first", "g: no memory", "g: second"}
+    assert gpu_cases.main(["losses", str(kept), "--seconds-per-row", "0.01"]) == 0
+    entries = list(gpu_report._entries(kept))
+    assert [entry["row"]["name"] for entry in entries if "row" in entry] == ["first", "third"]
+    notes = [entry["note"] for entry in entries if "note" in entry]
+    assert notes[0] == "g: no memory failed: MemoryError: of the GPU"
+    assert "the GPU was lost in g: second, gemmlet" in notes[1]
+    assert gpu_cases.main(["losses", str(tmp_path / "other"), "--seconds", "0"]) == 0
+    assert "4 rows are left out" in capsys.readouterr().out
+
+
+# Training.
+
+
+@pytest.fixture(scope="module")
+def digits() -> Any:
+    return load_mnist(download=False)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_epochs(gpu: OnCpu, rule: str, digits: Any) -> None:
+    """Each side's weights are checked; the last mini-batch is smaller than the others."""
+    row = timed(gpu, gpu_training.mlp_case(rule, lambda: gpu_training.mlp_task(digits.x_train, digits.y_train)))
+    assert row.unit == "epoch"
+
+
+def test_gan_steps(gpu: OnCpu, digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CHECKED_EPOCHS", 2)
+    monkeypatch.setattr(bench, "CHECKED_STEPS", 8)
+    timed(gpu, gpu_training.gan_case(lambda: digits.x_train))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_recorded_steps_begin_where_the_loop_does(gpu: OnCpu, rule: str, digits: Any) -> None:
+    """What is run to record a graph leaves nothing behind, and the graph takes the same samples."""
+    task = gpu_training.mlp_task(digits.x_train, digits.y_train, 160)
+    torch = gpu.torch
+    order = torch.from_numpy(np.random.default_rng(0).permutation(160))
+    weights = []
+    for graph in (False, True):
+        side = gpu_training.TorchMlp(gpu, task, rule, graph)
+        for epoch_order in (order, torch.flip(order, (0,))):
+            side.epoch(epoch_order)
+        weights.append(side.parameters())
+        for first, trained in zip(task.parameters, weights[-1], strict=True):
+            assert not np.array_equal(first, trained)
+    for a, b in zip(*weights, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_recorded_gan_steps(gpu: OnCpu, digits: Any) -> None:
+    task = bench.gan_task(digits.x_train[: 3 * 64])
+    losses = []
+    for graph in (False, True):
+        side = gpu_training.TorchGan(gpu, task, graph)
+        gpu.torch.manual_seed(7)
+        losses.append([side.losses(3 * 64) for _ in range(2)])
+    assert np.array_equal(*losses)
+
+
+def test_what_is_checked_of_training(monkeypatch: pytest.MonkeyPatch, digits: Any) -> None:
+    class Few:
+        x_train, y_train, x_test, y_test = digits.x_train[:150], digits.y_train[:150], digits.x_test, digits.y_test
+        source, is_sample = "a few", True
+
+    monkeypatch.setattr(gpu_training, "_data", lambda data_dir: Few)
+    monkeypatch.setattr(gpu_training, "EPOCHS", 1)
+    found = dict(gpu_training.check(None, "numpy"))
+    assert found["same_bits"]
+    assert found["gan_finite"]
+    assert not found["full"]
+    assert found["weights_sgd"] <= gpu_tables.WEIGHTS["sgd"]
+    assert found["weights_adam"] <= gpu_tables.WEIGHTS["adam"]
+    assert 0 <= found["mlp_accuracy"] <= 1
+    assert json.loads(json.dumps(found)) == found
+
+
+# The small set for the sanitizer.
+
+
+def test_sanitized_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    device, rng = BACKEND._first, np.random.default_rng(0)
+    checks = list(gpu_sanitized.checks(device))
+    names = [name for name, _ in checks]
+    assert len(names) == len(set(names))
+    for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "thin", "simt", "mma", "transposed"):
+        assert any(part in name for name in names), part
+    some = [*list(gpu_sanitized.trainings(rng))[:1], *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
+    assert gpu_sanitized.run(some, 60.0)
+    assert capsys.readouterr().out == "7 of 7 checks, 0 wrong\n"
+
+
+def test_sanitized_checks_that_fail(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong() -> None:
+        gpu_sanitized._close([1.0, np.nan], [1.0, 1.0], 1e-3)
+
+    def broken() -> None:
+        raise RuntimeError("illegal address")
+
+    def fine() -> None:
+        gpu_sanitized._close([1.0, 2.0001], [1.0, 2.0], 1e-3)
+
+    assert not gpu_sanitized.run([("a", wrong), ("b", fine)], 60.0)
+    assert not gpu_sanitized.run([("a", broken), ("b", fine)], 60.0)
+    assert gpu_sanitized.run([("a", fine), ("b", fine)], 0.0)
+    out = capsys.readouterr().out
+    assert "WRONG a: an error of nan" in out
+    assert "2 of 2 checks, 1 wrong" in out
+    assert "FAILED a: RuntimeError: illegal address" in out
+    assert "1 of 2 checks, 0 wrong" in out
+
+
+# Stages.
+
+
+def runner(tmp_path: Path, seconds: float = 60.0) -> gpu_report.Runner:
+    return gpu_report.Runner(tmp_path / "output.log", seconds)
+
+
+def test_commands_are_shown_logged_and_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = gpu_report.environment()
+    script = "print('one'); print('two', flush=True); raise SystemExit(5)"
+    ended = runner(tmp_path).run([sys.executable, "-c", script], 30, environment, lambda line: line != "two")
+    assert (ended.status, ended.lines, ended.how) == (5, ["one", "two"], "exit status 5")
+    assert capsys.readouterr().out == "one\n"
+    script = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen(['sleep', '60'])\n"
+        "print('started', flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
+    )
+    start = time.monotonic()
+    ended = runner(tmp_path).run([sys.executable, "-c", script], 2.0, environment)
+    assert time.monotonic() - start < 20
+    assert ended.status is None
+    assert ended.lines == ["started", "interrupted"]
+    assert ended.how.startswith("stopped after")
+    assert (tmp_path / "output.log").read_text() == "one\ntwo\nstarted\ninterrupted\n"
+
+
+def job(tmp_path: Path, *words: str, seconds: float = 60.0) -> gpu_report.Job:
+    options = gpu_report.parse(["--out", str(tmp_path), *words])
+    report: dict[str, Any] = {"stages": {}, "rows": [], "notes": [], "roof": {}, "settings": {}}
+    return gpu_report.Job(runner(tmp_path, seconds), options, report)
+
+
+def test_a_stage_has_its_share_of_the_time(tmp_path: Path) -> None:
+    total = sum(gpu_report.SECONDS.values())
+    assert total <= 60 * gpu_report.parse([]).minutes < 480
+    whole = job(tmp_path, seconds=total)
+    assert whole.limit("build") == pytest.approx(gpu_report.SECONDS["build"], abs=1)
+    assert whole.limit("training") == pytest.approx(total, abs=1)
+    assert job(tmp_path, seconds=total / 2).limit("tests") < gpu_report.SECONDS["tests"]
+    assert job(tmp_path, "--only", "losses", seconds=100).limit("losses") == pytest.approx(100, abs=1)
+
+
+def test_stages_fail_softly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def good(job: gpu_report.Job) -> gpu_report.Stage:
+        return gpu_report.Stage(True, "fine")
+
+    def bad(job: gpu_report.Job) -> gpu_report.Stage:
+        raise OSError("no such thing")
+
+    facts = {"name": "Some GPU", "driver": "1.2", "multiprocessors": 3, "l2_bytes": 2**20, "nvrtc": "13.0"}
+    monkeypatch.setattr(gpu_report, "gpu_facts", lambda: dict(facts))
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_report, "STAGES", {"build": good, "tests": bad, "sanitizer": good, "train": good})
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu_report.signal, "signal", lambda *arguments: None)
+        out = str(tmp_path / "out")
+        assert gpu_report.main(["--out", out, "--only", "build,tests"]) == 1
+        assert gpu_report.main(["--out", out, "--only", "build"]) == 0
+        monkeypatch.setitem(gpu_report.STAGES, "build", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert gpu_report.main(["--out", out, "--only", "build"]) == 1
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["gpu"]["name"] == "Some GPU"
+    assert written["notes"] == ["stopped before its end"]
+    printed = capsys.readouterr().out
+    assert "== tests: FAILED, 0 s; OSError: no such thing" in printed
+    assert "build: ok" in printed
+    assert (tmp_path / "out" / "report.txt").exists()
+
+
+def test_rows_of_processes_that_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
+    row = gpu_cases.rows_as_json([Row("losses", "a", "call", {"gemmlet": Timed((1.0,))})])[0]
+    lines = [{"note": "jax is not installed"}, {"roof": {"copy": 1e12}}, {"tried": "losses: a"}, {"row": row}]
+    statuses = iter([-6, 3, 0])
+
+    def run(self: Any, command: Any, limit: float, environment: Any, show: Any = None) -> gpu_report.Ended:
+        status = next(statuses)
+        with Path(command[3]).open("a") as file:
+            file.write(
+                ("" if status else "\n".join(map(json.dumps, lines)) + "\n") + ('{"row": {"gr' if status else "")
+            )
+            file.write("\n")
+        return gpu_report.Ended(status, 1.0, ["last line"])
+
+    monkeypatch.setattr(gpu_report.Runner, "run", run)
+    found = job(tmp_path)
+    stage = gpu_report.timed(found, "losses")
+    assert not stage.ok
+    assert stage.summary == "1 rows, done, 3 processes"
+    assert found.report["rows"] == [row]
+    assert found.report["notes"] == ["losses: jax is not installed"]
+    assert found.report["roof"] == {"copy": 1e12}
+
+
+def test_what_pytest_says(tmp_path: Path) -> None:
+    lines = ["....F [ 50%]", "FAILED tests/test_a.py::test_b - assert 1", "1 failed, 12 passed, 3 skipped in 33.21s"]
+    stage = gpu_report.tests_stage(gpu_report.Ended(1, 34.0, lines))
+    assert not stage.ok
+    assert stage.summary == "1 failed, 12 passed, 3 skipped in 33.21s"
+    assert stage.failures == [lines[1]]
+    stage = gpu_report.tests_stage(gpu_report.Ended(0, 34.0, ["", "===== 12 passed in 133.21s (0:02:13) ====="]))
+    assert stage.ok
+    assert stage.summary == "12 passed in 133.21s (0:02:13)"
+    stage = gpu_report.tests_stage(gpu_report.Ended(None, 34.0, ["12 passed in 3.21s"]))
+    assert not stage.ok
+    assert stage.summary == "12 passed in 3.21s (stopped after 34 s)"
+    assert not gpu_report.tests_stage(gpu_report.Ended(4, 1.0, ["ERROR: usage"])).ok
+
+
+def test_the_test_command_collects(tmp_path: Path) -> None:
+    command = gpu_report.test_command()
+    files = {Path(word).name for word in command if word.endswith(".py")}
+    assert {"test_kernels.py", "test_cuda.py", "test_cuda_training.py", "test_fused.py", "test_nn_gan.py"} <= files
+    assert not files & set(gpu_report.WITHOUT_GPU)
+    for name in gpu_report.WITHOUT_GPU:
+        assert (ROOT / "tests" / name).exists(), name
+    command = [word for word in command if not word.endswith(".py")]
+    command += [str(ROOT / "tests" / "test_registry.py"), "--collect-only", "-p", "no:randomly"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_the_sanitizer_says() -> None:
+    clean = ["148 of 148 checks, 0 wrong", "========= ERROR SUMMARY: 0 errors"]
+    stage = gpu_report.sanitizer_result(gpu_report.Ended(0, 9.0, clean))
+    assert stage.ok
+    assert stage.summary == "ERROR SUMMARY: 0 errors; 148 of 148 checks"
+    race = ["9 of 148 checks, 0 wrong", "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"]
+    stage = gpu_report.sanitizer_result(gpu_report.Ended(0, 9.0, race))
+    assert not stage.ok
+    assert "2 hazards" in stage.summary
+    assert not gpu_report.sanitizer_result(gpu_report.Ended(1, 9.0, clean)).ok
+    assert not gpu_report.sanitizer_result(gpu_report.Ended(None, 9.0, clean[:1])).ok
+
+
+def test_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu_report.parse(["--only", " train,build"]).only == ["build", "train"]
+    assert gpu_report.parse([]).only == list(gpu_report.SECONDS)
+    for words, message in (
+        ("--only nothing", "'nothing' is unknown"),
+        ("--seconds-per-row 0", "--seconds-per-row must be a number above 0"),
+        ("--minutes nan", "--minutes must be"),
+        (f"--data-dir {tmp_path}/none", "is not a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu_report.parse(words.split())
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(BACKEND._first, "view"), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_report.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith("no GPU: ")
+    assert not (tmp_path / "out").exists()
+
+
+# Tables.
+
+
+def made_up() -> dict[str, Any]:
+    """A report as a run writes it, in which every family has rows."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for family in gpu_cases.FAMILIES:
+        for case in gpu_cases.cases(family):
+            sides = {name: Timed(tuple(1e-3 * rng.uniform(0.9, 1.1, 9))) for name in case.sides}
+            roof = 9e-4 if case.bytes else None
+            rows.append(Row(case.group, case.name, case.unit, sides, dict(case.labels), case.flops, case.bytes, roof))
+    rows[2] = Row("linear", rows[2].name, "call", {**rows[2].sides, "jax": Timed(failed="broken | in parts")})
+    stage = {"ok": True, "seconds": 31.0, "summary": "fine", "failures": []}
+    return {
+        "date": "2026-02-03T04:05:06+00:00",
+        "gpu": {"name": "Some GPU", "driver": "580.1", "multiprocessors": 132, "l2_bytes": 50 * 2**20},
+        "versions": {"python": "3.12.3", "torch": "2.11"},
+        "settings": {"only": list(gpu_report.SECONDS)},
+        "roof": {"copy": 3e12, "products": {"float32": 5e13, "bfloat16": 8e14, "tf32": None}},
+        "stages": {name: dict(stage) for name in gpu_report.SECONDS},
+        "sanitizers": {tool: {"ok": True, "summary": "ERROR SUMMARY: 0 errors"} for tool in gpu_report.TOOLS},
+        "trained": {"full": True, "mlp_accuracy": 0.9789, "same_bits": True, "weights_sgd": 3e-7, "weights_adam": 2e-5},
+        "rows": gpu_cases.rows_as_json(rows),
+        "notes": ["matmul: 3 rows left out"],
+    }
+
+
+def test_text() -> None:
+    report = made_up()
+    text = gpu_tables.text(json.loads(json.dumps(report)))
+    assert len(text) < 10_000
+    assert "Some GPU, 132 multiprocessors, L2 50 MiB" in text
+    assert "copies at 3,000 GB/s" in text
+    assert "bfloat16 800 TFLOP/s" in text
+    assert "jax fails in linear: 4096x4096->4096 tanh: broken | in parts" in text
+    for row in report["rows"]:
+        assert row["name"] in text
+    assert re.search(r"MLP on MNIST, accuracy +97.5% +97.89% +met", text)
+    assert re.search(r"linear float32, layers, batch 64 to 4096 +1.2 × cuBLAS, every row +1.0.*▼ missed", text)
+    assert text.rstrip().splitlines()[-1].startswith("GAN step, batch 64")
+
+
+def test_targets() -> None:
+    report = made_up()
+    report["trained"]["full"] = False
+    report["stages"]["tests"].update(ok=False, summary="1 failed")
+    found = {(v.work, v.required): v for v in gpu_tables.verdicts(report)}
+    by_work = {work: v.met for (work, _), v in found.items()}
+    assert by_work["the tests with cuda"] is False
+    assert by_work["compute-sanitizer racecheck"] is True
+    assert by_work["MLP on MNIST, accuracy"] is None  # not of the whole set
+    assert by_work["weights after 100 steps (sgd), off the CPU's"] is True
+    assert by_work["elementwise, 100 million elements"] is True
+    assert by_work["linear float32, layers, batch 64 to 4096"] is False
+    rows = report["rows"]
+    slow = next(row for row in rows if row["group"] == "losses" and not row["labels"].get("waited"))
+    slow["sides"]["gemmlet"]["samples"] = [2e-3] * 9
+    broken = next(row for row in rows if row["group"] == "elementwise")
+    broken["sides"]["gemmlet"] = {"failed": "wrong"}
+    waited = next(row for row in rows if row["labels"].get("waited"))
+    waited["sides"]["gemmlet"]["samples"] = [9.0] * 9
+    by_work = {v.work: v for v in gpu_tables.verdicts(report)}
+    assert by_work["losses and functions of rows, 100 million elements"].measured.startswith("0.45, softmax_cross")
+    assert by_work["elementwise, 100 million elements"].measured == f"fails: {broken['name']}"
+    nothing = gpu_tables.verdicts({})
+    assert all(v.met is None for v in nothing)
+    assert len({(v.work, v.required) for v in nothing}) == len(nothing)
+
+
+def test_reports_of_one_gpu_are_put_together() -> None:
+    first, second = made_up(), made_up()
+    assert gpu_tables.merged([first]) == first
+    first["stages"]["tests"]["ok"] = False
+    first["rows"] = first["rows"][:-1]
+    second["stages"] = {"tests": second["stages"]["tests"]}
+    second["settings"] = {"only": ["tests"]}
+    second["rows"] = second["rows"][-2:]
+    del second["trained"]
+    both = gpu_tables.merged([first, second])
+    assert both["stages"]["tests"]["ok"]
+    assert set(both["stages"]) == set(gpu_report.SECONDS)
+    assert both["settings"]["only"] == list(gpu_report.SECONDS)
+    assert len(both["rows"]) == len(made_up()["rows"])
+    assert both["trained"] == first["trained"]
+    second["gpu"] = {**second["gpu"], "name": "Another GPU"}
+    with pytest.raises(ValueError, match="different GPUs"):
+        gpu_tables.merged([first, second])
+
+
+def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, page = tmp_path / "report.json", tmp_path / "page.md"
+    kept.write_text(json.dumps(made_up()))
+    page.write_text(f"before\n{gpu_tables.BEGIN}\nold\n{gpu_tables.END}\nafter\n")
+    for _ in range(2):  # what it wrote it replaces
+        assert gpu_report.main(["--from", str(kept), "--markdown", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{gpu_tables.BEGIN}\nMeasured on 2026-02-03: Some GPU, ")
+    assert text.endswith(f"{gpu_tables.END}\nafter\n")
+    assert "old" not in text
+    assert r"broken | in parts" in text
+    assert "| MLP on MNIST, accuracy | 97.5% | 97.89% | met |" in text
+    for name, rows in itertools.groupby(sorted(row["group"] for row in made_up()["rows"])):
+        assert f"<summary>{name} (one " in text
+        assert f"): {len(list(rows))} rows, " in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    for table in tables:
+        assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="once each and in this order"):
+        gpu_report.main(["--from", str(kept), "--markdown", str(page)])
+
+
+def test_the_document_shows_commands_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "docs" / "performance.md").read_text().split("## On a GPU")[1]
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[:2] == ["python", "benchmarks/gpu_report.py"]
+        gpu_report.parse(words[2:])
+
+
+def test_the_document_has_the_section() -> None:
+    """Until there has been a run it says so; the command that writes the other tables leaves it as it is."""
+    from gemmlet.bench import report
+
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert gpu_tables.between_markers(text, "x\n") != text
+    section = text.split(gpu_tables.BEGIN)[1].split(gpu_tables.END)[0]
+    assert section.strip() == gpu_tables.EMPTY.strip() or section.strip().startswith("Measured on ")
+    assert section in report.between_markers(text, "other tables\n")

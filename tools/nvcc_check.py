@@ -1,0 +1,63 @@
+"""Compile every CUDA kernel with nvcc, warnings being errors: a second opinion on what NVRTC compiles for users.
+
+    python tools/nvcc_check.py [--arch sm_90a] [--nvcc /usr/local/cuda/bin/nvcc]
+
+The kernels are those that the backend lists; nothing is run, so that no GPU is needed. CMake's target `nvcc_check`
+calls it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Those of NVRTC (backends/cuda_compile.py) as nvcc spells them; formulas are constexpr, for host and device.
+OPTIONS = ("-std=c++17", "--expt-relaxed-constexpr", "-fmad=false", "-Werror", "all-warnings", "-cubin")
+
+
+def source(expressions: dict[str, list[str]]) -> str:
+    """A translation unit that has every kernel."""
+    lines = [f'#include "cuda/{name}"' for name in expressions]
+    kernels = [kernel for some in expressions.values() for kernel in some]
+    return "\n".join([*lines, "const void* kernels[] = {", *(f"    (const void*){k}," for k in kernels), "};", ""])
+
+
+def check(nvcc: str, arch: str) -> subprocess.CompletedProcess[str]:
+    """Compile them all; the result has nvcc's messages."""
+    from gemmlet.backends import cuda_backend
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.cu"
+        # An activation is a small part of a product's kernel, at its end: the longest one is enough.
+        file.write_text(source(cuda_backend.expressions(fused=["gelu"])))
+        command = [
+            nvcc,
+            *OPTIONS,
+            f"-arch={arch}",
+            "-I",
+            str(ROOT / "csrc"),
+            "-o",
+            str(Path(folder) / "out"),
+            str(file),
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def main() -> int:
+    """Compile, and say so; the exit status is nvcc's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nvcc", default="nvcc")
+    parser.add_argument("--arch", default="sm_90a")
+    arguments = parser.parse_args()
+    done = check(arguments.nvcc, arguments.arch)
+    print(done.stdout + done.stderr, end="")
+    print("nvcc compiles every kernel" if done.returncode == 0 else "nvcc refuses")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
