@@ -246,9 +246,11 @@ def run_on(backend: Any, script: str, *, timeout: float = 120, **environment: st
     chosen = {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}
     if backend.name == "cuda":  # or what stands in for a GPU
         script = f"import cuda_on_host.backend\ncuda_on_host.backend.load()\n{script}"
+    # The package may be where this process was told to look.
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **chosen, **environment},
+        env={**os.environ, "PYTHONPATH": path, **chosen, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
