@@ -586,7 +586,7 @@ def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
         "--hidden 9999999999999999999999",
         "--seed -1",
         "--seed x",
-        "--backend cuda",
+        "--backend gpu",
         "--backend=",
         "--threads 0",
         "--threads 1025",
@@ -610,7 +610,7 @@ def test_bad_command(capsys, words):
 
 
 def test_message_says_what_was_given(digits, capsys):
-    for option, value in (("--epochs", "0"), ("--lr", "-2.5"), ("--hidden", "wide"), ("--backend", "cuda")):
+    for option, value in (("--epochs", "0"), ("--lr", "-2.5"), ("--hidden", "wide"), ("--backend", "gpu")):
         assert call("train", "mlp", "--data-dir", digits, option, value) == 2
         assert value in error_line(capsys)
 

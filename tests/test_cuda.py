@@ -19,7 +19,8 @@ import gemmlet
 from cuda_on_host import backend as place
 from cuda_on_host.backend import to_cpu, to_gpu
 from gemmlet import kernels
-from gemmlet.backends.cuda_backend import MOST_PARTS, ROW_TEAMS
+from gemmlet.backends import cuda_backend
+from gemmlet.backends.cuda_backend import ROW_TEAMS
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, softmax_cross_entropy
 from support import (
@@ -184,12 +185,13 @@ COLUMNS = sorted({max(1, most + d) for most, _, _ in ROW_TEAMS[:-1] for d in (-1
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_rows_of_every_length(columns: int, any_dtype: Any, rng: Any) -> None:
+def test_rows_of_every_length(columns: int, any_dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed in float32 at least, and rounded to 16 bits, or to zero, once."""
     eps, computed = EPS[any_dtype.name], min(EPS[any_dtype.name], 2.0**-23)
     rounding, tiny = (eps, TINY[any_dtype.name]) if eps > computed else (0.0, 0.0)
-    # More rows than one round of the grid takes, where rows are short.
-    rows = 3 if columns > 4 else 64 * MOST_PARTS + 5
+    # More rows than one round of the grid takes.
+    monkeypatch.setattr(cuda_backend, "MOST_PARTS", 2)
+    rows = 2 * 2 * 128 + 5 if columns < 10 else 3 if columns > 512 else 70
     x, grad = rng.normal(scale=3, size=(2, rows, columns)).astype(any_dtype)
     relative, absolute = row_bounds(x, computed)
     for name, entry in ROW_FUNCTIONS.items():
@@ -225,9 +227,10 @@ def test_rows_of_every_length(columns: int, any_dtype: Any, rng: Any) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_of_many_elements(name: str, any_dtype: Any, rng: Any) -> None:
+def test_losses_of_many_elements(name: str, any_dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the grid takes in one round, and a few that fill no pack; the same bits again."""
-    p, t = rng.uniform(0.1, 0.9, size=(2, 4 * 256 * MOST_PARTS + 7)).astype(any_dtype)
+    monkeypatch.setattr(cuda_backend, "MOST_PARTS", 8)
+    p, t = rng.uniform(0.1, 0.9, size=(2, 8 * 256 * 8 * 2 + 7)).astype(any_dtype)
     loss, grad = getattr(kernels, name)(to_gpu(p), to_gpu(t))
     exact, exact_grad = getattr(kernels, name)(f64(p), f64(t))
     assert abs(loss - exact) <= 1e-6 * abs(exact)

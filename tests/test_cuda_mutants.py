@@ -416,9 +416,9 @@ WRONG = [
 RACES = [
     *mutants(
         "reduce",
-        ("__shared__ bool last;\n  " + FENCE, "__shared__ bool last;", "elementwise_losses"),
+        (FENCE + "\n    last", "last", "elementwise_losses"),
         ("== blocks - 1;\n    " + FENCE, "== blocks - 1;", "elementwise_losses"),
-        (FENCE + "\n  " + BARRIER, FENCE, "columns"),
+        ("__shared__ bool last;\n  " + BARRIER, "__shared__ bool last;", "columns"),
         ("partial[threadIdx.x / 32] = v;\n  " + BARRIER, "partial[threadIdx.x / 32] = v;", "ranges"),
         ("v = op(v, partial[warp]);\n  " + BARRIER, "v = op(v, partial[warp]);", "ranges"),
     ),

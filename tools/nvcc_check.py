@@ -1,6 +1,6 @@
 """Compile every CUDA kernel with nvcc, warnings being errors: a second opinion on what NVRTC compiles for users.
 
-    python tools/nvcc_check.py [--arch sm_90a] [--nvcc /usr/local/cuda/bin/nvcc]
+    python tools/nvcc_check.py [--arch sm_90a] [--nvcc /usr/local/cuda/bin/nvcc] [--only REGEX]
 
 The kernels are those that the backend lists; nothing is run, so that no GPU is needed. CMake's target `nvcc_check`
 calls it too.
@@ -9,6 +9,7 @@ calls it too.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,21 +20,21 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = ("-std=c++17", "--expt-relaxed-constexpr", "-fmad=false", "-Werror", "all-warnings", "-cubin")
 
 
-def source(expressions: dict[str, list[str]]) -> str:
-    """A translation unit that has every kernel."""
+def source(expressions: dict[str, list[str]], only: str) -> str:
+    """A translation unit that has every kernel whose name fits `only`."""
     lines = [f'#include "cuda/{name}"' for name in expressions]
-    kernels = [kernel for some in expressions.values() for kernel in some]
+    kernels = [kernel for some in expressions.values() for kernel in some if re.search(only, kernel)]
     return "\n".join([*lines, "const void* kernels[] = {", *(f"    (const void*){k}," for k in kernels), "};", ""])
 
 
-def check(nvcc: str, arch: str) -> subprocess.CompletedProcess[str]:
+def check(nvcc: str, arch: str, only: str) -> subprocess.CompletedProcess[str]:
     """Compile them all; the result has nvcc's messages."""
     from gemmlet.backends import cuda_backend
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cu"
         # An activation is a small part of a product's kernel, at its end: the longest one is enough.
-        file.write_text(source(cuda_backend.expressions(fused=["gelu"])))
+        file.write_text(source(cuda_backend.expressions(fused=["gelu"]), only))
         command = [
             nvcc,
             *OPTIONS,
@@ -52,10 +53,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvcc", default="nvcc")
     parser.add_argument("--arch", default="sm_90a")
+    parser.add_argument("--only", default="", metavar="REGEX", help="kernels whose names fit")
     arguments = parser.parse_args()
-    done = check(arguments.nvcc, arguments.arch)
+    done = check(arguments.nvcc, arguments.arch, arguments.only)
     print(done.stdout + done.stderr, end="")
-    print("nvcc compiles every kernel" if done.returncode == 0 else "nvcc refuses")
+    print("nvcc compiles them" if done.returncode == 0 else "nvcc refuses")
     return done.returncode
 
 

@@ -3,10 +3,10 @@
 #
 #     tools/sanitize_cuda.sh PYTHON SANITIZERS [PYTEST'S ARGUMENTS...]
 #
-# PYTHON: an interpreter with the packages of the extras `test` and `cuda12`. SANITIZERS: `address,undefined` finds stray
-# accesses of memory, and ends at the first one; `thread` finds a missing barrier, as a data race between threads of a block
-# or between blocks, and lets the test fail. ARGUMENTS: which tests, such as `tests/test_kernels.py -k softmax`; by default
-# those of what runs the kernels, and of the kernels. GCC on Linux.
+# PYTHON: an interpreter with the packages of the extras `test` and `cuda12`. SANITIZERS: `address,undefined` finds
+# stray accesses of memory, and ends at the first one; `thread` finds a missing barrier, as a data race between threads
+# of a block or between blocks, and lets the test fail. ARGUMENTS: which tests, as `tests/test_kernels.py -k softmax`;
+# by default all that are of CUDA alone, for a quarter of an hour. GCC on Linux.
 set -euo pipefail
 if (($# < 2)); then
   sed -n '2,9s/^# \{0,1\}//p' "$0"
@@ -16,12 +16,12 @@ cd "$(dirname "$0")/.."
 python=$(realpath -s "$1")
 tests=("${@:3}")
 if ((${#tests[@]} == 0)); then
-  tests=(tests/test_{cuda_on_host,kernels,special_values,layouts}.py)
+  tests=(tests/test_cuda{,_on_host,_matmul,_training}.py)
 fi
 
 # Not captured, as what the sanitizers print before they end the process would be lost.
-GEMMLET_TEST_BACKENDS=cuda PYTHONPATH=tests exec "$python" - "$2" -n 0 -q --capture=no -p no:cacheprovider -p no:benchmark \
-  "${tests[@]}" <<'PYTHON'
+export GEMMLET_TEST_BACKENDS=cuda PYTHONPATH=tests
+exec "$python" - "$2" -n 0 -q --capture=no -p no:cacheprovider -p no:benchmark "${tests[@]}" <<'PYTHON'
 import os
 import sys
 

@@ -55,10 +55,11 @@ __device__ __forceinline__ V reduce_block(V v, Op op, V* partial) {
 // for it to read. `counter` is 0 before the launch, and again after it.
 __device__ inline bool is_last_block(unsigned* counter) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
+    // After the barrier it counts for what the whole block has written.
+    __threadfence();
     last = atomicInc(counter, blocks - 1) == blocks - 1;
     __threadfence();
   }

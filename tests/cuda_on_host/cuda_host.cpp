@@ -3,8 +3,8 @@
 // Contract
 //   Compiled once, without the sanitizers that the kernels are compiled with (-DCUDA_HOST_ADDRESS, -DCUDA_HOST_THREAD
 //   and -DCUDA_HOST_UNDEFINED say which those are), so that what is done here is no part of the program under test.
-//   Linux. On x86-64 a switch between fibers takes some nanoseconds; elsewhere, or with -DCUDA_HOST_UCONTEXT, it is ucontext's,
-//   with a system call.
+//   Linux. On x86-64 a switch between fibers takes some nanoseconds; elsewhere, or with -DCUDA_HOST_UCONTEXT, it is
+//   ucontext's, with a system call.
 #include "cuda_host.h"
 
 #include <link.h>
@@ -129,8 +129,8 @@ void copy_unseen(void* to, const void* from, Size bytes) {
 // Memory with a guard on both sides
 //
 
-// What guards are filled with: 16-bit words that are NaN, alone or as part of a float or a double, and that depend on the
-// address, so that a copy of what was read beside one array is seen beside another.
+// What guards are filled with: 16-bit words that are NaN, alone or as part of a float or a double, and that depend on
+// the address, so that a copy of what was read beside one array is seen beside another.
 struct GuardBytes {
   static constexpr Size period = 2 * 4099;  // a prime, as addresses of arrays are often alike
   unsigned char bytes[period + guard_bytes];

@@ -4,18 +4,19 @@
 //   Each thread of a block is a fiber; blocks are spread over OS threads. The order of the fibers can be chosen, and a
 //   correct kernel computes the same in every one. cuda_host.cpp has the scheduler; a kernel's source is compiled with
 //   this file in front of it and CUDA_HOST_KERNEL for each kernel behind it, and device.py launches them.
-//   There are: threadIdx blockIdx blockDim gridDim, static and dynamic shared memory, barriers of a block and of a warp,
-//   shuffles, votes, atomics on integers, what asynchronous copies and cooperative launches need, and of the functions
-//   of C those declared below, no others: what else a kernel calls does not compile.
+//   There are: threadIdx blockIdx blockDim gridDim, static and dynamic shared memory, barriers of a block and of a
+//   warp, shuffles, votes, atomics on integers, what asynchronous copies and cooperative launches need, and of the
+//   functions of C those declared below, no others: what else a kernel calls does not compile.
 //   All shared memory is 0xFF in every byte (NaN) before each block. A cooperative launch has all of its blocks'
 //   fibers in one OS thread; its kernel should have dynamic shared memory only, as static shared memory changes hands
 //   there, and ThreadSanitizer takes it for all blocks' in common.
 //   Found and reported, as an error of the launch: a barrier that not all can reach, a barrier in divergent code, lanes
 //   of a warp at different exchanges, misaligned addresses and indices outside of arrays of known size (by GCC's
-//   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack (64
-//   KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a thread that spins for
-//   ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, a missing __threadfence too,
-//   and the launch is given up after the first one; with -fsanitize=address every stray access ends the process.
+//   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
+//   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a thread that spins
+//   for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a missing
+//   __threadfence, and the launch is given up after the first one; with -fsanitize=address every stray access ends the
+//   process.
 //   Not found: what depends on a GPU's weak memory order, on the number of registers, on time. Lanes named in a mask
 //   must be all that there are: parts of a warp cannot shuffle alone.
 #pragma once
@@ -133,8 +134,8 @@ void yield(Place place);
 // Of 16 bytes, but not of 32.
 inline void* dynamic_shared() { return self->block->dynamic; }
 
-// __threadfence. ThreadSanitizer knows no fences, so it is told: what a thread does before an atomic operation is seen by
-// others only if there was a fence; and it sees what others did before theirs only after the next fence.
+// __threadfence. ThreadSanitizer knows no fences, so it is told: what a thread does before an atomic operation is seen
+// by others only if there was a fence; and it sees what others did before theirs only after the next fence.
 void fence();
 void before_atomic(void* p);
 

@@ -30,7 +30,7 @@ inline unsigned short half_of_float(float x) {
   if (size > 0x7f800000u) return 0x7fff;
   if (size >= 0x47800000u) return static_cast<unsigned short>(sign | 0x7c00u);  // from 2^16 on
   if (size >= 0x38800000u) return static_cast<unsigned short>(sign | rounded_off(size - (112u << 23), 13));
-  // Below 2^-14. What is added has 2^-24, the smallest subnormal number, in its last place, and the sum is rounded to it.
+  // Below 2^-14. What is added has 2^-24, the smallest subnormal number, in its last place: the sum is rounded to it.
   const float sum = reinterpreted<float>(size) + 0.5f;
   return static_cast<unsigned short>(sign | (reinterpreted<unsigned>(sum) - reinterpreted<unsigned>(0.5f)));
 }

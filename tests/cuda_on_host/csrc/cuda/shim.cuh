@@ -106,8 +106,8 @@ __global__ void stray_index(int* y, int last) {
 
 __global__ void misaligned(float* y, int offset) { gemmlet::store_pack<4>(y + offset, {{1, 2, 3, 4}}); }
 
-// y = x by asynchronous copies, one ahead, but for zeros in every second place in the end. All but the `Wait` newest ones are
-// waited for.
+// y = x by asynchronous copies, one ahead, but for zeros in every second place in the end. All but the `Wait` newest
+// ones are waited for.
 template <int Buffers, int Wait>
 __global__ void copies(const float* x, float* y, int turns) {
   float* buffers = dynamic_shared<float>();
@@ -125,8 +125,8 @@ __global__ void copies(const float* x, float* y, int turns) {
   }
 }
 
-// Passes sums round: in each of the turns a block reads what its neighbour wrote in the turn before. The blocks wait for
-// each other, by a counter that only goes up.
+// Passes sums round: in each of the turns a block reads what its neighbour wrote in the turn before. The blocks wait
+// for each other, by a counter that only goes up.
 template <bool Static, bool Wait>
 __global__ void ring(int* values, unsigned* counter, int turns) {
   int* mine = dynamic_shared<int>();
