@@ -33,8 +33,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gemmlet")
 
 
-# Kernels for GPUs are tested where there is a GPU, or where it is asked for: without one they run on the CPU, which takes
-# long, and wants a process without the other libraries that these tests load (.ci/run).
+# Kernels for GPUs are tested where there is a GPU, or where it is asked for: without one they run on the CPU, which
+# takes long, and wants a process without the other libraries that these tests load (.ci/run).
 WITH_CUDA = "cuda" in os.environ.get("GEMMLET_TEST_BACKENDS", "") or Path("/dev/nvidia0").exists()
 collect_ignore_glob = [] if WITH_CUDA else ["test_cuda*.py", "test_gpu_report.py"]
 
