@@ -33,12 +33,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gemmlet")
 
 
-# Kernels for GPUs are tested where there is a GPU, or where it is asked for: without one they run on the CPU, which
-# takes long, and wants a process without the other libraries that these tests load (.ci/run).
-WITH_CUDA = "cuda" in os.environ.get("GEMMLET_TEST_BACKENDS", "") or Path("/dev/nvidia0").exists()
-collect_ignore_glob = [] if WITH_CUDA else ["test_cuda*.py", "test_gpu_report.py"]
-
-
 @dataclass(frozen=True)
 class Spec:
     """A backend, as the tests name it: ``cpu-x86-64-v3-2t``, say."""
@@ -80,7 +74,8 @@ def _specs() -> list[Spec]:
     specs += [Spec("cpu", isa, threads) for isa in _isas() for threads in (1, 2)]
     if specs[-1].backend != "cpu":
         specs.append(Spec("cpu"))
-    if WITH_CUDA:
+    # Without a GPU it takes long, and test_cuda*.py has the most of it: only if it is asked for.
+    if "cuda" in os.environ.get("GEMMLET_TEST_BACKENDS", "") or Path("/dev/nvidia0").exists():
         specs.append(Spec("cuda"))
     wanted = [prefix for prefix in os.environ.get("GEMMLET_TEST_BACKENDS", "").split(",") if prefix]
     if wanted:

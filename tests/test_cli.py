@@ -19,6 +19,7 @@ import pytest
 import gemmlet
 from gemmlet import cli, nn
 from gemmlet.backends import select
+from gemmlet.bench.suite import BLAS_VARIABLES
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
 
@@ -108,6 +109,13 @@ def digits(tmp_path_factory):
 def few(tmp_path):
     """Digits to spoil, and too few to hold some out."""
     return write_digits(tmp_path / "few", 9, 5)
+
+
+@pytest.fixture(autouse=True)
+def no_new_start(monkeypatch):
+    """`gemmlet bench` starts anew where these are set, which would end this process."""
+    for name in BLAS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def call(*words):

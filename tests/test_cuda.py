@@ -18,7 +18,7 @@ pytest.importorskip("cupy")
 import gemmlet
 from cuda_on_host import backend as place
 from cuda_on_host.backend import to_cpu, to_gpu
-from gemmlet import kernels
+from gemmlet import kernels, nn
 from gemmlet.backends import cuda_backend
 from gemmlet.backends.cuda_backend import ROW_TEAMS
 from gemmlet.formulas.activations import ACTIVATIONS
@@ -287,9 +287,8 @@ def test_arrays_in_different_places(name: str, argument: str, rng: Any) -> None:
     for mixed in (on_gpu(host) | {argument: host[argument]}, host | {argument: to_gpu(host[argument])}):
         with pytest.raises(ValueError, match=rf"^{argument} is on (the CPU|GPU 0), the other arguments on"):
             getattr(kernels, name)(**mixed)
-    for array in host.values():
-        if isinstance(array, np.ndarray) and argument == "out":
-            assert not np.any(host["out"])
+    if argument == "out":
+        assert not np.any(host["out"])
 
 
 def test_dtypes_that_are_none() -> None:
@@ -330,6 +329,29 @@ def test_more_dimensions_than_two(rng: Any) -> None:
         assert_within(to_cpu(kernels.tanh(to_gpu(array))), np.tanh(array), 1e-15)
     stack = rng.normal(size=(3, 5, 2))
     assert_within(to_cpu(kernels.matmul(to_gpu(x), to_gpu(stack))), x @ stack, 1e-13)
+
+
+@pytest.mark.parametrize("kind", ["float", "bytes"])
+def test_fit_on_samples_that_are_on_a_gpu(kind: str, rng: Any) -> None:
+    """They are trained on there, whatever backend is in use, with the bits of samples that are brought there."""
+    x, y = rng.uniform(size=(90, 12)).astype(np.float32), rng.integers(0, 3, size=90)
+    if kind == "bytes":
+        x = (255 * x).astype(np.uint8)
+
+    def fit(samples: Any, labels: Any) -> tuple[nn.MLP, nn.GAN]:
+        mlp, gan = nn.MLP([12, 8, 3], seed=1), nn.GAN(4, [8, 12], [8, 1], seed=1)
+        mlp.fit(samples, labels, epochs=2, batch_size=20)
+        gan.fit(samples, epochs=1, batch_size=20)
+        return mlp, gan
+
+    with gemmlet.use_backend(BACKEND):
+        brought = fit(x, y)
+    there = fit(to_gpu(x), to_gpu(y))
+    for a, b in zip(brought, there, strict=True):
+        parameters = [n.parameters if isinstance(n, nn.MLP) else n.generator_parameters for n in (a, b)]
+        assert all(same_bits(p, q) for p, q in zip(*parameters, strict=True))
+    assert np.array_equal(there[0].predict(to_gpu(x)), there[0].predict(x))
+    assert there[0].evaluate(to_gpu(x), to_gpu(y)) == there[0].evaluate(x, y)
 
 
 @pytest.mark.skipif(IS_GPU, reason="there is a GPU")

@@ -22,6 +22,7 @@ from ..formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
 from ..formulas.optimizers import OPTIMIZER_RULES, OptimizerRule, Scalars
 from . import cuda_compile, cuda_matmul, cuda_training
 from .cuda_device import CudaDevice, Device
+from .cuda_types import CPP_TYPES, FLOATS, INTEGERS, SIZES, number, pointer
 from .numpy_backend import Feed, FusedLayer, NumpyBackend
 
 Array = NDArray[Any]
@@ -50,29 +51,6 @@ ROW_TEAMS = (
 # shall not depend on the GPU.
 MOST_PARTS = 2048
 
-CPP_TYPES = {"float32": "float", "float64": "double", "float16": "gemmlet::float16", "bfloat16": "gemmlet::bfloat16"}
-_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-_INTEGERS = {
-    "int8": "signed char",
-    "uint8": "unsigned char",
-    "int16": "short",
-    "uint16": "unsigned short",
-    "int32": "int",
-    "uint32": "unsigned",
-    "int64": "long long",
-    "uint64": "unsigned long long",
-}
-
-
-def pointer(array: Any) -> np.uint64:
-    """The address of an array's first element, as a kernel takes it; 0 for None."""
-    return np.uint64(0 if array is None else array.data.ptr)
-
-
-def number(value: float, dtype: np.dtype[Any]) -> np.floating[Any]:
-    """A number in the type that elements of `dtype` are computed in."""
-    return np.float64(value) if dtype.name == "float64" else np.float32(value)
-
 
 class Team(NamedTuple):
     """Template arguments of kernels that go by rows: threads, numbers of each, and how many at an access of memory."""
@@ -84,7 +62,7 @@ class Team(NamedTuple):
 
 def _pack(dtype: str, values: int) -> int:
     """How many numbers of a row are moved at once, where all rows begin at multiples of as many."""
-    whole = 16 // _SIZES[dtype]
+    whole = 16 // SIZES[dtype]
     return min(whole, values) if values else whole
 
 
@@ -132,7 +110,7 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
     Products have the activations of `fused`; of the kernels of `fit`, those of usual networks are there.
     """
     elementwise, rows, losses, optimizers, reductions = [], [], [], [], []
-    for dtype, cpp in CPP_TYPES.items():
+    for dtype, cpp in FLOATS.items():
         for direction in ("forward", "backward"):
             elementwise += [_activation_kernel(direction, name, dtype) for name in ACTIVATIONS]
             rows += [_row_kernel(direction, name, dtype, team) for name in ROW_FUNCTIONS for team in _teams(dtype)]
@@ -142,8 +120,8 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
         optimizers += [_update_kernel(name, dtype) for name in OPTIMIZER_RULES]
         reductions += [f"gemmlet::column_sum<{cpp}, {down}>" for down in ("true", "false")]
         reductions.append(f"gemmlet::value_range<{cpp}, double>")
-    elementwise += [f"gemmlet::strided_copy<long long, {cpp}>" for cpp in _INTEGERS.values()]
-    reductions += [f"gemmlet::value_range<{cpp}, long long>" for cpp in _INTEGERS.values()]
+    elementwise += [f"gemmlet::strided_copy<long long, {cpp}>" for cpp in INTEGERS.values()]
+    reductions += [f"gemmlet::value_range<{cpp}, long long>" for cpp in INTEGERS.values()]
     return {
         "elementwise.cuh": elementwise,
         "rows.cuh": rows,
@@ -195,10 +173,10 @@ class CudaBackend(NumpyBackend):
 
     def device_of(self, array: Any) -> Device:
         """The GPU that an array is on."""
-        number = int(array.data.device_id)
-        if number not in self._devices:
-            self._devices[number] = CudaDevice(number)
-        return self._devices[number]
+        id_ = int(array.data.device_id)
+        if id_ not in self._devices:
+            self._devices[id_] = CudaDevice(id_)
+        return self._devices[id_]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], beside: Any) -> Any:
         """Return a new array on the GPU where `beside` is."""
@@ -258,7 +236,7 @@ class CudaBackend(NumpyBackend):
             raise ValueError(f"an array of {target.ndim} dimensions is not supported on a GPU, at most 8 are")
         for d, (length, from_stride, to_stride) in enumerate(merged):
             layout[:, d] = length, from_stride // source.itemsize, to_stride // target.itemsize
-        cpp = CPP_TYPES.get(source.dtype.name) or _INTEGERS[source.dtype.name]
+        cpp = CPP_TYPES[source.dtype.name]
         (kernel,) = device.kernels("elementwise.cuh", [f"gemmlet::strided_copy<{cpp}, {cpp}>"])
         arguments = (pointer(source), pointer(target), np.void(layout.tobytes()), np.int32(len(merged)))
         device.launch(kernel, (-(-source.size // THREADS), 1, 1), THREADS, (*arguments, np.int64(source.size)))
@@ -284,7 +262,7 @@ class CudaBackend(NumpyBackend):
 
     def _range(self, array: Any, dtype: np.dtype[Any], copy: Any) -> tuple[Any, Any]:
         device = self.device_of(array)
-        cpp = CPP_TYPES.get(array.dtype.name) or _INTEGERS[array.dtype.name]
+        cpp = CPP_TYPES[array.dtype.name]
         to = "double" if dtype == np.float64 else "long long"
         blocks = min(MOST_PARTS, -(-array.size // (4 * THREADS)))
         found = device.empty((2, blocks + 1), dtype)

@@ -13,15 +13,7 @@ import numpy as np
 
 from ..formulas.activations import ACTIVATIONS, Activation
 from .cuda_device import Device
-
-# What C++ calls a type, and its Compute<T>.
-_TYPES = {
-    "float32": ("float", "float"),
-    "float64": ("double", "double"),
-    "float16": ("gemmlet::float16", "float"),
-    "bfloat16": ("gemmlet::bfloat16", "float"),
-}
-_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+from .cuda_types import COMPUTED, FLOATS, SIZES, address, pointer
 
 # The kernels count lines and steps in an int, and look a little beyond the last one.
 LARGEST = 2**31 - 1024
@@ -89,7 +81,7 @@ def simt(
     busy: float = 1.0,
 ) -> Tile:
     """Return ``SimtTile<...>``."""
-    size = _SIZES[dtype]
+    size = SIZES[dtype]
     pad = 16 // size
     threads = 32 * (rows // (4 * thread_rows)) * (columns // (8 * thread_columns)) * slices
     loading = stages * depth * (rows + columns + 2 * pad)
@@ -112,7 +104,7 @@ def mma(
     busy: float = 1.0,
 ) -> Tile:
     """Return ``MmaTile<...>``."""
-    size = _SIZES[dtype]
+    size = SIZES[dtype]
     pad = 32 if size == 4 else 16
 
     def operand(lines: int) -> int:
@@ -128,7 +120,7 @@ def mma(
 def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
     """Return what ``matmul_thin<count>`` does with so many lines a block, of the operand that has many."""
     rows, columns = (lines, count) if lines_are_rows else (count, lines)
-    step = lines * _SIZES[dtype] / _THIN_BYTES
+    step = lines * SIZES[dtype] / _THIN_BYTES
     return Tile("thin", rows, columns, 256, 256, 0, _THIN_START, step, _THIN_BUSY[count], (count,))
 
 
@@ -254,7 +246,7 @@ def candidates(
         count = next(count for count in _THIN_COUNTS if few <= count)
         found = [thin(dtype, thin_lines[0] if n <= m else thin_lines[1], count, n <= m)]
     choices = [Choice(tile, splits) for tile in found for splits in splits_of(tile, m, n, k, multiprocessors)]
-    return sorted(choices, key=lambda choice: estimate(choice, m, n, k, _SIZES[dtype], multiprocessors))
+    return sorted(choices, key=lambda choice: estimate(choice, m, n, k, SIZES[dtype], multiprocessors))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -264,7 +256,7 @@ def _choice(*arguments: Any) -> Choice:
 
 def thin_lines(dtype: str, along_lines: bool) -> int:
     """Return ``thin_lines<T>(along_lines)``."""
-    return 8 * (16 // _SIZES[dtype]) if along_lines else 32
+    return 8 * (16 // SIZES[dtype]) if along_lines else 32
 
 
 def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
@@ -281,7 +273,7 @@ def _facts(device: Device, a: Any, first: _Operand, second: _Operand, tf32: bool
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
     """Return the source and the name of a kernel."""
-    name = _TYPES[dtype][0]
+    name = FLOATS[dtype]
     numbers = ", ".join(map(str, tile.parameters))
     if tile.kernel == "simt":
         return "matmul_simt.cuh", f"gemmlet::matmul_simt<gemmlet::SimtTile<{name}, {numbers}>, {epilogue}>"
@@ -293,12 +285,12 @@ def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str
 
 def linear_epilogue(dtype: str, activation: str) -> str:
     """Return the name of the epilogue that finishes a layer."""
-    return f"gemmlet::LinearEpilogue<{_TYPES[dtype][0]}, gemmlet::activations::{activation}>"
+    return f"gemmlet::LinearEpilogue<{FLOATS[dtype]}, gemmlet::activations::{activation}>"
 
 
 def partial_epilogue(dtype: str) -> str:
     """Return the name of the epilogue that keeps the sums over a part of k."""
-    return f"gemmlet::PartialEpilogue<{_TYPES[dtype][1]}>"
+    return f"gemmlet::PartialEpilogue<{COMPUTED[dtype]}>"
 
 
 def combine_kernel(epilogue: str) -> tuple[str, str]:
@@ -317,7 +309,7 @@ def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]
         source, name = kernel
         found.setdefault(source, {})[name] = None
 
-    for dtype in _TYPES:
+    for dtype in FLOATS:
         finals = [linear_epilogue(dtype, name) for name in activations]
         for epilogue in finals:
             add(combine_kernel(epilogue))
@@ -389,11 +381,11 @@ def linear(
     if choice is None:
         choice = _choice(*_facts(device, x, first, second, tf32))
     tile, splits = choice
-    addresses = [0 if array is None else array.data.ptr for array in (out, preactivation, b)]
+    addresses = [address(array) for array in (out, preactivation, b)]
     per_pack = 16 // x.dtype.itemsize
     packed = n % per_pack == 0 and addresses[0] % 16 == 0 and addresses[1] % 16 == 0
     final = linear_epilogue(dtype, "identity" if activation is None else activation.name)
-    final_data = np.void(_LINEAR[_TYPES[dtype][1]].pack(*addresses, m, n, parameter, packed))
+    final_data = np.void(_LINEAR[COMPUTED[dtype]].pack(*addresses, m, n, parameter, packed))
 
     steps = -(-k // (tile.depth * splits)) * tile.depth
     if splits > 1:
@@ -417,5 +409,5 @@ def linear(
     if splits > 1:
         source, name = combine_kernel(final)
         threads = m * -(-n // (16 // sums.itemsize))
-        arguments = [np.uint64(parts.data.ptr), np.int32(splits), final_data]
+        arguments = [pointer(parts), np.int32(splits), final_data]
         device.launch(device.kernels(source, [name])[0], (-(-threads // 256), 1, 1), 256, arguments)

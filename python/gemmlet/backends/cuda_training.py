@@ -23,6 +23,7 @@ from ..formulas.losses import LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES
 from . import cuda_compile
 from .cuda_device import Device, Graph
+from .cuda_types import CPP_TYPES, address
 from .numpy_backend import Array, Feed, FusedLayer
 from .whole_steps import whole_steps
 
@@ -181,7 +182,6 @@ class _Structs:
 
 _structs = functools.cache(_Structs)
 
-_CPP_TYPES = {"float32": "float", "float64": "double", "uint8": "unsigned char"}
 # The tiles of small_product.cuh, and the rows and columns of each.
 _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
 
@@ -266,10 +266,6 @@ def _pieces(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def _address(array: Any) -> int:
-    return int(0 if array is None else array.data.ptr)
-
-
 class _Input(NamedTuple):
     """The inputs of a layer."""
 
@@ -342,8 +338,8 @@ class _Stack:
         return _filled(
             _structs(self.dtype).below,
             activation=self.activations[layer],
-            saved=_address(saved),
-            grad=_address(self.grad[layer]),
+            saved=address(saved),
+            grad=address(self.grad[layer]),
         )
 
     def copies(self, layers: Sequence[FusedLayer], state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
@@ -371,7 +367,7 @@ class _Session:
 
     def __init__(self, device: Device, dtype: np.dtype[Any], rows: int) -> None:
         self.device, self.dtype, self.capacity = device, dtype, rows
-        self.structs, self.type = _structs(dtype), _CPP_TYPES[dtype.name]
+        self.structs, self.type = _structs(dtype), CPP_TYPES[dtype.name]
         self.stacks: list[_Stack] = []
         self._state_bytes = _pieces(_PROGRESS.itemsize, 256) * 256
         self._steps: dict[int, list[_Launch]] = {}
@@ -391,7 +387,7 @@ class _Session:
         """Make the state, when all networks are there."""
         empty = self.device.empty
         self._state = empty((self._state_bytes,), np.dtype(np.uint8))
-        self.state = self.progress = _address(self._state)
+        self.state = self.progress = address(self._state)
         self._host = np.zeros(self._state_bytes, np.uint8)
         # What is brought for a step.
         self.samples = empty((self.capacity,), np.dtype(np.int64))
@@ -422,12 +418,12 @@ class _Session:
 
     def input_of_samples(self, x: Any) -> _Input:
         """Rows of x, those of the mini-batch."""
-        rows, stride, samples = _address(x), x.shape[1], _address(self.samples)
-        return _Input(_CPP_TYPES[x.dtype.name], _filled(_INPUT, rows=rows, stride=stride, samples=samples))
+        rows, stride, samples = address(x), x.shape[1], address(self.samples)
+        return _Input(CPP_TYPES[x.dtype.name], _filled(_INPUT, rows=rows, stride=stride, samples=samples))
 
     def input_of_rows(self, matrix: Any) -> _Input:
         """Rows of a matrix, all of them."""
-        return _Input(self.type, _filled(_INPUT, rows=_address(matrix), stride=matrix.shape[1]))
+        return _Input(self.type, _filled(_INPUT, rows=address(matrix), stride=matrix.shape[1]))
 
     def input_of_noise(self, width: int) -> _Input:
         """Rows of the call's noise, those of the mini-batch."""
@@ -440,10 +436,10 @@ class _Session:
             _BROUGHT,
             progress=self.progress,
             rows=rows,
-            samples=_address(self.samples),
-            indices=_address(indices),
-            labels=_address(self.labels),
-            numbers=_address(self._numbers),
+            samples=address(self.samples),
+            indices=address(indices),
+            labels=address(self.labels),
+            numbers=address(self._numbers),
             number_counts=[*counts, 0][:2],
             averages=self.stacks[0].averages,
         )
@@ -456,8 +452,8 @@ class _Session:
             input=given.value,
             layer=stack.layer(self.state, layer),
             activation=stack.activations[layer],
-            y=_address(stack.y[layer]),
-            z=_address(stack.z[layer]),
+            y=address(stack.y[layer]),
+            z=address(stack.z[layer]),
             rows=rows,
         )
 
@@ -472,7 +468,7 @@ class _Session:
         tiles = self._tiles(rows, inputs, outputs)
         p = _filled(
             self.structs.backward,
-            grad=_address(stack.grad[layer]),
+            grad=address(stack.grad[layer]),
             layer=stack.layer(self.state, layer),
             below=below,
             rows=rows,
@@ -490,7 +486,7 @@ class _Session:
         last, top = len(stack.y) - 1, self.has_top(stack, rows)
         for layer in range(1, last + 1 - top):
             self.forward(stack, layer, stack.y[layer - 1], rows)
-        common = {"activation": stack.activations[last], "objective": objective, "grad": _address(stack.grad[last])}
+        common = {"activation": stack.activations[last], "objective": objective, "grad": address(stack.grad[last])}
         outputs = stack.widths[-1]
         if top:
             inputs = stack.widths[-2]
@@ -498,14 +494,14 @@ class _Session:
             numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
             p = _filled(
                 self.structs.top,
-                x=_address(stack.y[last - 1]),
+                x=address(stack.y[last - 1]),
                 layer=stack.layer(self.state, last),
                 below=stack.below(last - 1),
                 **common,
             )
             self.add(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
         else:
-            y, z = _address(stack.y[last]), _address(stack.z[last])
+            y, z = address(stack.y[last]), address(stack.z[last])
             p = _filled(self.structs.loss, y=y, z=z, out=outputs, rows=rows, **common)
             self.add(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
         for layer in range(last - top, 0, -1):
@@ -536,8 +532,8 @@ class _Session:
                     inputs,
                     outputs,
                     stack.parameters(self.state, layer),
-                    _address(stack.y[layer - 1]) if layer else 0,
-                    _address(stack.grad[layer]),
+                    address(stack.y[layer - 1]) if layer else 0,
+                    address(stack.grad[layer]),
                 )
                 blocks += _pieces(inputs + 1, _WIDE_SIDE) * _pieces(outputs, _WIDE_SIDE)
             last = end == count
@@ -551,10 +547,10 @@ class _Session:
                 rows=rows,
                 plane=stack.plane,
                 averages=stack.averages,
-                numbers=_address(self._numbers) + number * _MOST_NUMBERS * self.dtype.itemsize,
+                numbers=address(self._numbers) + number * _MOST_NUMBERS * self.dtype.itemsize,
                 network=number,
-                losses=_address(losses),
-                right=_address(right),
+                losses=address(losses),
+                right=address(right),
                 loss_rows=rows if last else 0,
                 weight=weight,
                 closes=closes and last,
@@ -603,7 +599,7 @@ class _Session:
         (begin,) = self.device.kernels(SOURCE, [f"gemmlet::begin<{_BEGIN_THREADS}>"])
         sent = self.device.upload(self._host[:end])
         packs = self._state_bytes // 16
-        arguments = np.uint64(_address(sent)), np.uint64(self.state), np.int64(packs)
+        arguments = np.uint64(address(sent)), np.uint64(self.state), np.int64(packs)
         blocks = min(_pieces(packs, _BEGIN_THREADS), 1024)
         self.device.launch(begin, (blocks, 1, 1), _BEGIN_THREADS, arguments)
         for graph, times in runs:
@@ -670,7 +666,7 @@ class _OneKernel:
         p["brought"] = launches[0].arguments[1]
         for place in range(between):
             p["forward"][0, place], p["backward"][0, place] = given[1 + place], given[between + 2 + place]
-        p["between"], p["arrived"] = between, _address(self._arrived)
+        p["between"], p["arrived"] = between, address(self._arrived)
         self._p: np.void = p[0]
         update = launches[-1]
         (self._kernel,) = device.kernels(SOURCE, [update.kernel.replace("update<", "train<")])
@@ -738,11 +734,11 @@ class _MlpSession(_Session):
             given = self.input_of_rows(self.dense)
             p = _filled(
                 _EXPAND,
-                values=_address(feed.x),
-                row_start=_address(feed.row_start),
-                columns=_address(feed.columns),
+                values=address(feed.x),
+                row_start=address(feed.row_start),
+                columns=address(feed.columns),
                 features=network.widths[0],
-                rows=_address(self.dense),
+                rows=address(self.dense),
             )
             self.add(f"expand<{self.type}>", (rows + 1, 1), _EXPAND_THREADS, p, brought)
             self.forward(network, 0, self.dense, rows)
@@ -752,11 +748,11 @@ class _MlpSession(_Session):
             loss=-1 if softmax else _places("losses")[self.loss],
             parameter=0.0 if softmax else LOSSES[self.loss].default,
             share=self.row_weight / rows,
-            labels=_address(self.labels) if classes else 0,
-            values=0 if classes else _address(self.targets),
-            samples=_address(self.samples),
-            losses=_address(self.losses),
-            right=_address(self.right),
+            labels=address(self.labels) if classes else 0,
+            values=0 if classes else address(self.targets),
+            samples=address(self.samples),
+            losses=address(self.losses),
+            right=address(self.right),
         )
         self.rest_and_back(network, rows, objective)
         losses = {"losses": self.losses, "right": self.right, "weight": self.row_weight}
@@ -785,7 +781,7 @@ def train_mlp(
     held, batch = feed, min(batch, len(order))
     session = _session(
         held,
-        (_shape(layers), _address(targets), loss, row_weight, rule),
+        (_shape(layers), address(targets), loss, row_weight, rule),
         batch,
         lambda: _MlpSession(device, layers, held, targets, loss, row_weight, rule, batch),
     )
@@ -825,7 +821,7 @@ class _GanSession(_Session):
             first=targets[0],
             second=targets[1],
             boundary=boundary,
-            losses=_address(self.losses),
+            losses=address(self.losses),
         )
 
     def launches(self, rows: int) -> None:
@@ -833,16 +829,16 @@ class _GanSession(_Session):
         noise, seen = self.input_of_noise(g.widths[0]), self.input_of_rows(self.seen)
         samples = _filled(
             self.structs.gather,
-            samples=_address(self.x),
+            samples=address(self.x),
             features=d.widths[0],
             scale=self.scaling[0],
             shift=self.scaling[1],
-            rows=_address(self.seen[rows:]),
+            rows=address(self.seen[rows:]),
         )
         tiles, p = self.forward_arguments(g, 0, noise, rows)
         tile_rows, tile_columns = tiles.grid
         grid = tile_rows, tile_columns + _pieces(rows + 1, tile_rows)
-        kernel = f"first_forward_and_gather<{self.type}, {_CPP_TYPES[self.x.dtype.name]}, {tiles.kind}>"
+        kernel = f"first_forward_and_gather<{self.type}, {CPP_TYPES[self.x.dtype.name]}, {tiles.kind}>"
         arguments = p, self.brought(rows), samples, np.int32(tile_columns)
         self.add(kernel, grid, tiles.block, *arguments, shared=tiles.shared)
         for layer in range(1, len(g.y)):

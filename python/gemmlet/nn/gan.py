@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
+from .. import _arrays as arrays
 from .. import kernels
 from . import _checks as checks
 from . import files
@@ -197,7 +198,7 @@ class GAN:
         ----------
         x : array_like, shape (n, features)
             Rows within [0, 1] of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as
-            value/255 and are expanded a mini-batch at a time.
+            value/255 and are expanded a mini-batch at a time. On a GPU, they are trained on there.
         epochs : int
             How often each sample is used.
         batch_size : int, optional
@@ -447,7 +448,8 @@ class GAN:
         if not len(samples):
             raise ValueError("x is empty; expected at least one sample")
         if samples.array.dtype != np.uint8:
-            low, high = samples.array.min(), samples.array.max()
+            numbers = arrays.to_cpu(samples.array)
+            low, high = numbers.min(), numbers.max()
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
         return samples

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
+from .. import _arrays as arrays
 from .. import kernels
 from . import _checks as checks
 from . import files
@@ -136,7 +137,8 @@ class MLP:
         ----------
         x : array_like, shape (n, layers[0])
             Rows of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and are
-            expanded a mini-batch at a time. Or a sparse matrix of scipy, of either dtype.
+            expanded a mini-batch at a time. Or a sparse matrix of scipy, of either dtype. On a GPU (CuPy's, or anything
+            with DLPack), they are trained on there; `y` may be there too. Results are NumPy's in any case.
         y : array_like
             Class indices, integers of shape (n,); with one sigmoid output 0 or 1. With identity outputs numbers of the
             network's dtype, shape (n,) for one output, else (n, layers[-1]).
@@ -432,7 +434,7 @@ class MLP:
         """Class indices as int64, or numbers as rows."""
         outputs = self.layers[-1]
         if self.output == "identity":
-            numbers = arguments.as_floats(y, name, self.dtype)
+            numbers = arrays.to_cpu(arguments.as_floats(y, name, self.dtype))
             if numbers.ndim == 1 and outputs == 1:
                 return numbers[:, np.newaxis]
             if numbers.ndim != 2 or numbers.shape[1] != outputs:
@@ -440,7 +442,7 @@ class MLP:
                     f"{name} has shape {numbers.shape}, expected (n,{'' if outputs == 1 else f' {outputs}'})"
                 )
             return numbers
-        labels = arguments.as_array(y, name)
+        labels = arrays.to_cpu(arguments.as_array(y, name))
         if labels.ndim != 1:
             raise ValueError(f"{name} has shape {labels.shape}, expected (n,): a class index for each sample")
         if labels.dtype.kind not in "iu":
