@@ -10,7 +10,6 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -74,9 +73,7 @@ def _specs() -> list[Spec]:
     specs += [Spec("cpu", isa, threads) for isa in _isas() for threads in (1, 2)]
     if specs[-1].backend != "cpu":
         specs.append(Spec("cpu"))
-    # Without a GPU it takes long, and test_cuda*.py has the most of it: only if it is asked for.
-    if "cuda" in os.environ.get("GEMMLET_TEST_BACKENDS", "") or Path("/dev/nvidia0").exists():
-        specs.append(Spec("cuda"))
+    specs.append(Spec("cuda"))
     wanted = [prefix for prefix in os.environ.get("GEMMLET_TEST_BACKENDS", "").split(",") if prefix]
     if wanted:
         chosen = [spec for spec in specs if any(str(spec).startswith(prefix) for prefix in wanted)]

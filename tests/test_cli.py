@@ -19,7 +19,6 @@ import pytest
 import gemmlet
 from gemmlet import cli, nn
 from gemmlet.backends import select
-from gemmlet.bench.suite import BLAS_VARIABLES
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
 
@@ -32,6 +31,7 @@ import sklearn.metrics  # noqa: E402
 import threadpoolctl  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from gemmlet.bench.suite import BLAS_VARIABLES  # noqa: E402
 from gemmlet.cli import plots, train  # noqa: E402
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = mnist.SHA256
