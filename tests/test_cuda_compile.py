@@ -177,8 +177,55 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "replace", no_replace)
     with pytest.raises(OSError, match="disk full"):
-        cuda_compile.write(tmp_path / "x.cubin", cuda_compile.Cubin(b"image", {"a": "b"}))
+        cuda_compile.write(tmp_path / "x.cubin", b"content")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package with the cubins that a release brings, but for most kernels."""
+    folder = tmp_path_factory.mktemp("package")
+    tool = [sys.executable, str(ROOT / "tools/build_cubins.py")]
+    command = [*tool, "--arch", "sm_80", "--out", str(folder / "cubins"), "--only", KERNEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("sm_80: 1 cubins, 0.0 MB")
+    return folder
+
+
+def test_a_release_brings_cubins(
+    package: Path, cache: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_compile, "PACKAGE", package)
+    brought = cubin("elementwise.cuh", [KERNEL], "sm_80")
+    assert compilations == []
+    assert brought == compile_cubin("elementwise.cuh", [KERNEL], "sm_80")[0]
+    # From then on it is in the cache.
+    monkeypatch.setattr(cuda_compile, "PACKAGE", cache)
+    assert cubin("elementwise.cuh", [KERNEL], "sm_80") == brought
+    assert compilations == []
+    # Others are compiled: of another architecture, of a source without an archive, of a key that it does not have.
+    monkeypatch.setattr(cuda_compile, "PACKAGE", package)
+    cubin("elementwise.cuh", [KERNEL], "sm_86")
+    cubin("optimizers.cuh", [next(iter(KERNELS["optimizers.cuh"]))], "sm_80")
+    cubin("elementwise.cuh", [KERNEL.replace("relu", "tanh")], "sm_80")
+    assert compilations == ["sm_86", "sm_80", "sm_80"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "turned", "not an archive"])
+def test_a_damaged_archive_is_passed_over(
+    damage: str, package: Path, tmp_path: Path, cache: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = cuda_compile.archive(package / "cubins", "elementwise.cuh", "sm_80").read_bytes()
+    half = len(content) // 2
+    damaged = {
+        "cut": content[:half],
+        "turned": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
+        "not an archive": b"x" * 1000,
+    }
+    cuda_compile.write(cuda_compile.archive(tmp_path / "cubins", "elementwise.cuh", "sm_80"), damaged[damage])
+    monkeypatch.setattr(cuda_compile, "PACKAGE", tmp_path)
+    assert cubin("elementwise.cuh", [KERNEL], "sm_80").image[:4] == b"\x7fELF"
+    assert compilations == ["sm_80"]
 
 
 # Errors.

@@ -3,6 +3,9 @@
 The sources travel with the package, so that a user needs a driver and NVRTC, and no nvcc. What is compiled is a file of
 ``csrc/cuda`` and the names of the kernels wanted from it; a cubin's key is a SHA-256 of every source, the options, the
 names, the version of NVRTC and the architecture, and no path.
+
+A release brings cubins along: for each architecture and source an archive, in which kernels that are alike are
+compressed together. What is wanted of it goes to the cache, as if it had been compiled.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +30,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 # (Subnormal numbers, divisions and square roots are NVRTC's defaults: kept, and correctly rounded.)
 OPTIONS = ("-std=c++17", "-default-device", "-fmad=false", "-DNDEBUG")
 
-_PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 
 
 class Cubin(NamedTuple):
@@ -51,7 +55,7 @@ def sources() -> Mapping[str, str]:
         They were not installed with the package.
     """
     # In a checkout that is installed as editable they stay where they are.
-    for root in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc"):
+    for root in (PACKAGE / "csrc", PACKAGE.parents[1] / "csrc"):
         if (root / "cuda").is_dir():
             files = [*root.glob("cuda/*.cuh"), *root.glob("formulas/*.h")]
             return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in sorted(files)}
@@ -144,25 +148,39 @@ def cache_folder() -> Path:
 def cubin(source: str, expressions: Sequence[str], arch: str) -> Cubin:
     """Kernels of ``csrc/cuda/<source>``: from the package, from the cache, or compiled, and kept if that can be."""
     name = f"{key(source, expressions, arch)}.cubin"
-    for folder in (_PACKAGE / "cubins", cache_folder()):
-        kept = _read(folder / name)
-        if kept is not None:
-            return kept
-    made, _ = compile_cubin(source, expressions, arch)
+    kept = _read(cache_folder() / name)
+    if kept is not None:
+        return kept
+    made = _shipped(archive(PACKAGE / "cubins", source, arch), name)
+    if made is None:
+        made, _ = compile_cubin(source, expressions, arch)
     # A cache that cannot be written to costs time, and nothing else.
     with contextlib.suppress(OSError):
-        write(cache_folder() / name, made)
+        write(cache_folder() / name, to_bytes(made))
     return made
 
 
-def write(path: Path, made: Cubin) -> None:
-    """Write a cubin, whole or not at all: its SHA-256, the names as a line of JSON, and the machine code."""
+def to_bytes(made: Cubin) -> bytes:
+    """A cubin as a file holds it: its SHA-256, the names as a line of JSON, and the machine code."""
     content = json.dumps(dict(made.names)).encode() + b"\n" + made.image
+    return hashlib.sha256(content).digest() + content
+
+
+def _of_bytes(content: bytes) -> Cubin | None:
+    """What `to_bytes` has made; None if it is something else."""
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    names, image = content[32:].split(b"\n", 1)
+    return Cubin(image, json.loads(names))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(content).digest() + content)
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -171,12 +189,22 @@ def write(path: Path, made: Cubin) -> None:
 
 
 def _read(path: Path) -> Cubin | None:
-    """What `write` has written; None if nothing is there, or something else."""
+    """The cubin in a file; None if nothing is there, or something else."""
     try:
-        content = path.read_bytes()
+        return _of_bytes(path.read_bytes())
     except OSError:
         return None
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        return None
-    names, image = content[32:].split(b"\n", 1)
-    return Cubin(image, json.loads(names))
+
+
+def archive(folder: Path, source: str, arch: str) -> Path:
+    """Where a release has the cubins of a source for an architecture."""
+    return folder / arch / f"{Path(source).stem}.tar.xz"
+
+
+def _shipped(path: Path, name: str) -> Cubin | None:
+    """The cubin of that name in an archive; None if there is none."""
+    # Whatever is wrong with it, the kernel can be compiled.
+    with contextlib.suppress(Exception), tarfile.open(path) as members:
+        file = members.extractfile(name)
+        return None if file is None else _of_bytes(file.read())
+    return None
