@@ -123,15 +123,16 @@ class HostDevice:
         Has files of ``csrc/`` that come before the project's own.
     thread_order : str, optional
         A key of `THREAD_ORDERS`; also an attribute, to be changed between launches.
+    number : int
+        CUDA's, of the GPU that it stands for.
     """
 
-    id = 0
     name = "CPU (CUDA kernels compiled by g++)"
     arch = "host"
     multiprocessors = 4  # few, so that loops over a grid go round more than once
 
-    def __init__(self, root: pathlib.Path = ROOT, thread_order: str | None = None) -> None:
-        self.root = root
+    def __init__(self, root: pathlib.Path = ROOT, thread_order: str | None = None, number: int = 0) -> None:
+        self.root, self.id = root, number
         self.thread_order = thread_order or os.environ.get("GEMMLET_CUDA_HOST_ORDER", "forward")
         processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
         threads = os.environ.get("GEMMLET_CUDA_HOST_THREADS", max(1, (os.cpu_count() or 1) // processes))
@@ -189,7 +190,7 @@ class HostDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         dtype = np.dtype(dtype)
-        memory = _allocate(math.prod(shape) * dtype.itemsize)
+        memory = _allocate(math.prod(shape) * dtype.itemsize, self.id)
         array = cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
         if hasattr(self._recording, "launches"):
             self._recording.memory.append(array)
@@ -242,13 +243,13 @@ class HostDevice:
         reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
         before = -sum(r for r in reach if r < 0) if array.size else 0
         after = sum(r for r in reach if r > 0) + array.itemsize if array.size else 0
-        pointer = cupy.cuda.MemoryPointer(_allocate(before + after), before)
+        pointer = cupy.cuda.MemoryPointer(_allocate(before + after, self.id), before)
         copy = cupy.ndarray(array.shape, array.dtype, memptr=pointer, strides=array.strides)
         self.view(copy)[...] = array
         return copy
 
 
-def _allocate(size: int) -> Any:
+def _allocate(size: int, device: int) -> Any:
     """Return memory, poisoned, with guards around it, that is given back with the last array on it."""
     runtime = _runtime()
     address = runtime.cuda_host_allocate(ctypes.c_size_t(size))
@@ -256,7 +257,7 @@ def _allocate(size: int) -> Any:
         raise MemoryError(f"{size} bytes")
     owner = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(owner, runtime.cuda_host_free, ctypes.c_void_p(address)).atexit = False
-    return cupy.cuda.UnownedMemory(address, size, owner, 0)
+    return cupy.cuda.UnownedMemory(address, size, owner, device)
 
 
 def _check_arguments(kernel: Kernel, arguments: Sequence[np.generic]) -> None:
