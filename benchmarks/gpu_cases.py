@@ -29,6 +29,7 @@ import numpy as np
 from gpu_timing import Case, Gpu, LostError, Side, run
 
 from gemmlet import kernels
+from gemmlet.backends import cuda_matmul
 from gemmlet.bench.report import duration
 from gemmlet.bench.results import Results, Row
 from gemmlet.formulas.activations import ACTIVATIONS
@@ -236,6 +237,17 @@ def matmul_ours(gpu: Gpu, p: Product) -> Side:
     return Side(call, p.result(gpu, call), p.calls)
 
 
+def matmul_by(tile: cuda_matmul.Tile, gpu: Gpu, p: Product) -> Side:
+    """Return a product by a tile that the backend does not take before it has been timed (`cuda_matmul.WGMMA`)."""
+
+    def calls() -> None:
+        for o in p.turns:
+            gpu.tile_product(tile, o.x, o.w, o.y)
+
+    call = gpu.graph(calls)
+    return Side(call, p.result(gpu, call), p.calls)
+
+
 def matmul_cublas(gpu: Gpu, p: Product) -> Side:
     """Return `torch.mm`."""
     operands = [tuple(gpu.tensor(a) for a in (o.x, o.w, o.y)) for o in p.sets]
@@ -253,11 +265,15 @@ def matmul_case(side: int, kind: str) -> Case:
     """Return the case of a square product."""
     flops = 2.0 * side**3
     calls = 10 if flops < 1e11 else 3
+    sides: dict[str, Callable[[Gpu, Product], Side]] = {"gemmlet": matmul_ours, "cuBLAS": matmul_cublas}
+    if kind != "tf32":
+        for tile in cuda_matmul.WGMMA_TILES:
+            sides[f"wgmma {tile.rows}x{tile.columns}"] = functools.partial(matmul_by, tile)
     return Case(
         "matmul",
         f"{side}³ {kind}",
         lambda gpu: product(gpu, side, side, side, kind, None, calls),
-        {"gemmlet": matmul_ours, "cuBLAS": matmul_cublas},
+        sides,
         product_error,
         flops,
         3.0 * side * side * (4 if kind == "tf32" else 2),

@@ -45,16 +45,14 @@ DTYPES = {
 }
 RELU = ACTIVATIONS["relu"]
 
-# Tiles that are not among those of the backend, which they may replace. Of float32 such that a thread has 16 x 8 sums:
-# for every step of k, 6 loads of 16 bytes from shared memory for 128 multiply-adds, not 4 for 64.
+# Tiles that are not among those of the backend, which they may replace. Of float32 those that tools/simt_slots.py finds
+# cheap: fewer loads from shared memory for a multiply-add, or registers that are less often in one bank.
 MORE_TILES: dict[str, tuple[Tile, ...]] = {
     "float32": (
-        simt("float32", 128, 128, 16, 16, 8, 1, 3, 1800.0, 88.0),
-        simt("float32", 256, 128, 16, 16, 8, 1, 3, 2600.0, 176.0),
-        simt("float32", 128, 64, 16, 16, 8, 2, 4, 2700.0, 47.0),
-        simt("float32", 64, 64, 32, 16, 8, 4, 4, 2700.0, 24.5),
-        simt("float32", 64, 64, 32, 8, 8, 2, 3, 2700.0, 24.5, 1.15),
-        simt("float32", 128, 128, 16, 8, 8, 1, 4, 1800.0, 90.5),
+        simt("float32", 128, 256, 16, 8, 16, 1, 3, 2600.0, 160.0),
+        simt("float32", 64, 128, 16, 8, 8, 1, 4, 1800.0, 42.0, 1.5),
+        simt("float32", 64, 128, 32, 8, 16, 2, 3, 2700.0, 41.0, 1.5),
+        simt("float32", 64, 64, 32, 8, 8, 2, 3, 2700.0, 22.0, 1.5),
     ),
     "bfloat16": (
         mma("bfloat16", 256, 128, 32, 4, 2, 1, 4, 2600.0, 20.0),
@@ -96,7 +94,7 @@ LAYOUTS = [Shape(2048, 2048, 2048, layouts) for layouts in ("nt", "tn", "tt")]
 SHAPES = {
     "float32": SQUARES + LAYERS + BACKWARD + THIN + LAYOUTS,
     "bfloat16": [*SQUARES, Shape(8192, 8192, 8192), *LAYERS[::3], *BACKWARD[1:3], *THIN[:5], *LAYOUTS],
-    "float16": [*SQUARES[-1:], *LAYERS[:2]],
+    "float16": [*SQUARES[1:], Shape(8192, 8192, 8192), *LAYERS[:2]],
     "tf32": [*SQUARES, *LAYERS[:2], *LAYOUTS[:1]],
     "float64": [*SQUARES[:2], *LAYERS[:2], *THIN[:1]],
 }
@@ -362,7 +360,8 @@ def compile_all(device: CudaDevice, kinds: Sequence[str]) -> int:
         epilogues = cuda_matmul.linear_epilogue(name, "relu"), cuda_matmul.partial_epilogue(name)
         wanted[cuda_matmul.combine_kernel(epilogues[0])] = device.arch
         for epilogue, layouts in itertools.product(epilogues, itertools.product((False, True), repeat=2)):
-            found = [*cuda_matmul.tiles(name, kind == "tf32"), *(cuda_matmul.thin(name, 32, n, False) for n in (1, 4))]
+            found = [*cuda_matmul.tiles(name, kind == "tf32", device.arch)]
+            found += [cuda_matmul.thin(name, 32, n, False) for n in (1, 4)]
             if layouts == (False, True):
                 found += more_tiles(device, kind, "nn")
             for tile in found:

@@ -122,6 +122,13 @@ class Gpu:
 
     # Facts.
 
+    def has(self, side: str) -> bool:
+        """Return whether there is what a side needs."""
+        if side.startswith("wgmma"):
+            return self.device.arch in cuda_matmul.ARCHITECTURES["matmul_wgmma.cuh"]
+        package = PACKAGES.get(side)
+        return package is None or getattr(self, package) is not None
+
     @cached_property
     def l2_bytes(self) -> int:
         """Of the L2 cache."""
@@ -254,6 +261,11 @@ class Gpu:
     def tf32_product(self, a: Any, b: Any, out: Any) -> None:
         """gemmlet's product of float32 in TF32."""
         cuda_matmul.linear(self.device, a, b, None, None, 0.0, out, None, tf32=True)
+
+    def tile_product(self, tile: cuda_matmul.Tile, a: Any, b: Any, out: Any) -> None:
+        """gemmlet's product by this tile, whichever the backend would take."""
+        choice = next(choice for choice in cuda_matmul.choose(self.device, a, b) if choice.tile == tile)
+        cuda_matmul.linear(self.device, a, b, None, None, 0.0, out, None, choice=choice)
 
     @cached_property
     def device(self) -> Any:
@@ -434,8 +446,7 @@ def run(gpu: Gpu, case: Case, seconds: float, seed: int = 0) -> Row:
     sides: dict[str, Side] = {}
     timed: dict[str, Timed] = {}
     for name, make in case.sides.items():
-        package = PACKAGES.get(name)
-        if package is not None and getattr(gpu, package) is None:
+        if not gpu.has(name):
             continue
         try:
             side = make(gpu, inputs)

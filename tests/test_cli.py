@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cuda_on_host.backend
 import gemmlet
 from gemmlet import cli, nn
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
+from gemmlet.nn import fused
 
 for package in ("typer", "rich", "matplotlib", "sklearn", "safetensors"):
     pytest.importorskip(package)
@@ -246,8 +248,8 @@ def test_mlp_held_out_images_are_not_learnt_from(mlp, digits):
     assert len(held_out) == 20
     assert sorted([*kept, *held_out]) == list(range(200))
     data, model = load_mnist(digits), nn.MLP([784, 256, 10], "relu", seed=5)
-    rule = nn.Adam(3e-3)
-    history = model.fit(data.x_train[kept], data.y_train[kept], epochs=3, optimizer=rule, callback=nn.LinearDecay(rule))
+    some = data.x_train[kept], data.y_train[kept]
+    history = model.fit(*some, epochs=3, optimizer=nn.Adam(3e-3), lr_schedule=nn.linear_decay)
     scores = model.evaluate(data.x_train[held_out], data.y_train[held_out])
     shown = metrics_of(mlp[0])["history"]
     assert history.loss == shown["loss"]
@@ -450,10 +452,8 @@ def test_optimizers(digits, tmp_path, words, lr):
     # The network got just these settings.
     data, model = load_mnist(digits), nn.MLP([784, 256, 10], "relu", seed=0)
     kept, _ = train.hold_out(200, seed=0)
-    rule = nn.make_optimizer(name, lr=lr)
-    history = model.fit(
-        data.x_train[kept], data.y_train[kept], epochs=1, batch_size=50, optimizer=rule, callback=nn.LinearDecay(rule)
-    )
+    some, rule = (data.x_train[kept], data.y_train[kept]), nn.make_optimizer(name, lr=lr)
+    history = model.fit(*some, epochs=1, batch_size=50, optimizer=rule, lr_schedule=nn.linear_decay)
     assert metrics["history"]["loss"] == history.loss
 
 
@@ -474,7 +474,7 @@ def test_seed(digits, tmp_path, network):
 
 def load_or_skip(backend):
     try:
-        select.load(backend)
+        cuda_on_host.backend.load() if backend == "cuda" else select.load(backend)
     except (ImportError, RuntimeError) as error:
         pytest.skip(str(error))
 
@@ -493,7 +493,7 @@ def test_threads_change_nothing(digits, tmp_path, network):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numba", "numpy"])
+@pytest.mark.parametrize("backend", select.CHOICES)
 @pytest.mark.usefixtures("no_pictures")
 def test_backend(digits, tmp_path, backend, capsys):
     load_or_skip(backend)
@@ -902,7 +902,8 @@ def test_ctrl_c(digits, tmp_path, network):
 
 @pytest.fixture
 def press(monkeypatch):
-    """Return a function that makes Ctrl-C come with the mini-batch of that number."""
+    """Return a function that makes Ctrl-C come with the mini-batch of that number, each being a call by itself."""
+    monkeypatch.setattr(fused.Pace, "stop", lambda pace, done: None)
 
     def at(batch, times=1):
         see, seen = train._Watch.see, []

@@ -110,7 +110,7 @@ def test_arrays_of_two_gpus_are_refused(gpus: list[OneOfSeveral]) -> None:
     assert gpus[0].launches == gpus[1].launches == 0
 
 
-def test_fit_trains_where_the_samples_are(gpus: list[OneOfSeveral], rng: np.random.Generator) -> None:
+def test_networks_compute_where_the_samples_are(gpus: list[OneOfSeveral], rng: np.random.Generator) -> None:
     images, labels = rng.integers(0, 256, (20, 12)).astype(np.uint8), rng.integers(0, 3, 20)
     weights = []
     for gpu in gpus:
@@ -119,6 +119,11 @@ def test_fit_trains_where_the_samples_are(gpus: list[OneOfSeveral], rng: np.rand
         model = nn.MLP([12, 9, 3], "tanh", seed=0)
         model.fit(gpu.array(images), gpu.array(labels), epochs=2, batch_size=8)
         weights.append(model.parameters)
+        results = model.predict(gpu.array(images)), model.predict_proba(gpu.array(images))
+        assert all(result.data.device_id == gpu.id for result in results)
+        model.evaluate(gpu.array(images), labels)
+        gan = nn.GAN(4, [8, 12], [8, 1], seed=0)
+        assert gan.sample(z=gpu.array(gan.noise(5))).data.device_id == gpu.id
         assert gpu.launches > 0
         assert all(other.launches == 0 for other in gpus if other is not gpu)
     assert all(same_bits(a, b) for a, b in zip(*weights, strict=True))

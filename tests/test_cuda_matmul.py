@@ -131,8 +131,8 @@ def choices(kind: str, a: Any, b: Any) -> Iterator[Choice]:
     """Every tile, once with whole sums and once with k in as many parts as there may be.
 
     But for what would be compiled to test the same again: the kernels of float16 differ from those of bfloat16 by one
-    instruction, so one tile does; and kernels of tensor cores are compiled for each pair of layouts, of which the ends
-    of sums know nothing, so k is split where both operands are alike.
+    instruction, so one tile of a kernel does; and kernels of tensor cores are compiled for each pair of layouts, of
+    which the ends of sums know nothing, so k is split where both operands are alike.
     """
     found: dict[tuple[Any, bool], Choice] = {}
     candidates = cuda_matmul.choose(device(), a, b, kind == "tf32")
@@ -140,9 +140,9 @@ def choices(kind: str, a: Any, b: Any) -> Iterator[Choice]:
     alike = (a.strides[1] == a.itemsize) == (b.strides[1] == b.itemsize)
     for choice in candidates:
         key = choice.tile, choice.splits > 1
-        if kind == "float16" and choice.tile != smallest:
+        if kind == "float16" and choice.tile not in (smallest, *cuda_matmul.WGMMA_TILES):
             continue
-        if choice.tile.kernel == "mma" and choice.splits > 1 and not alike:
+        if choice.tile.kernel in ("mma", "wgmma") and choice.splits > 1 and not alike:
             continue
         if key not in found or choice.splits > found[key].splits:
             found[key] = choice
@@ -311,14 +311,14 @@ def test_too_large_a_dimension_is_named() -> None:
 
 def all_tiles() -> Iterator[tuple[str, cuda_matmul.Tile]]:
     for kind, dtype in DTYPES.items():
-        for tile in cuda_matmul.tiles(np.dtype(dtype).name, kind == "tf32"):
+        for tile in cuda_matmul.tiles(np.dtype(dtype).name, kind == "tf32", "host"):
             yield np.dtype(dtype).name, tile
 
 
 def test_python_and_cpp_agree_on_tiles() -> None:
     cpp = {"float32": "float", "float64": "double", "float16": "gemmlet::float16", "bfloat16": "gemmlet::bfloat16"}
     lines = ['#include "cuda_host.h"', '#include "cuda/matmul_simt.cuh"', '#include "cuda/matmul_mma.cuh"']
-    lines.append('#include "cuda/matmul_thin.cuh"')
+    lines += ['#include "cuda/matmul_thin.cuh"', '#include "cuda/matmul_wgmma.cuh"']
     for dtype, tile in all_tiles():
         numbers = ", ".join(map(str, tile.parameters))
         name = f"gemmlet::{tile.kernel.title()}Tile<{cpp[dtype]}, {numbers}>"
@@ -340,6 +340,22 @@ def test_tiles_fit_into_shared_memory(arch: str, kib: int) -> None:
             found = cuda_matmul.candidates(m, n, k, np.dtype(dtype).name, kind == "tf32", (32, 32), arch, 132)
             assert found
             assert all(choice.tile.shared <= 1024 * kib for choice in found)
+
+
+@pytest.mark.parametrize("proven", [False, True])
+def test_wgmma_is_chosen_where_it_is_and_only_if_proven(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_matmul, "WGMMA", proven)
+    for dtype, arch, there in [
+        ("bfloat16", "sm_90a", True),
+        ("float16", "sm_90a", True),
+        ("float32", "sm_90a", False),
+        ("bfloat16", "sm_80", False),
+        ("bfloat16", "sm_100a", False),
+    ]:
+        found = cuda_matmul.candidates(4096, 4096, 4096, dtype, dtype == "float32", (32, 32), arch, 132)
+        kernels = [choice.tile.kernel for choice in found]
+        assert ("wgmma" in kernels) == there
+        assert kernels[0] == ("wgmma" if there and proven else "mma")
 
 
 def test_no_part_of_k_is_empty() -> None:

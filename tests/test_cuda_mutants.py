@@ -95,7 +95,7 @@ def poison(array: Any) -> Any:
 
 
 def elementwise(run: Run) -> None:
-    for n, offset in ((1, 0), (1023, 0), (1024, 0), (1030, 1)):
+    for n, offset in ((1, 0), (2047, 0), (2048, 0), (4099, 0), (2060, 1)):
         x = run.normal(n)
         run.compare("activation", ACTIVATIONS["relu"], x, 0.0, poison(x), offset=offset)
         run.compare("activation_backward", ACTIVATIONS["gelu"], run.normal(n), x, 0.0, poison(x), offset=offset)
@@ -119,7 +119,7 @@ def rows_by_lanes(run: Run) -> None:
 
 
 def rows_by_blocks(run: Run) -> None:
-    for columns in (1500, 9000):
+    for columns in (1500, 10300):
         function = ROW_FUNCTIONS["softmax"]
         x = run.normal(7, columns)
         y = poison(x)
@@ -133,7 +133,7 @@ def cross_entropy(run: Run) -> None:
         z = run.normal(rows, columns)
         run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.1, poison(z))
         soft = run.rng.dirichlet(np.ones(columns), rows).astype(np.float32)
-        run.compare("softmax_cross_entropy", z, soft, 0.0, poison(z))
+        run.compare("softmax_cross_entropy", z, soft, 0.1, poison(z))
         run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
 
 
@@ -171,19 +171,22 @@ def optimizers(run: Run) -> None:
 
 
 def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:
-    """Products of small integers, exact, by the kernel's smallest tile: several tiles and steps, and parts of both."""
+    """Products of small integers, exact, by one tile of a kernel: several tiles and steps, and parts of both."""
+    sizes = {"thin": [(150, 3, 300), (1, 300, 70)], "wgmma": [(150, 300, 300), (152, 264, 304)]}
+    # The smallest; but of wgmma's two the one where some threads copy nothing.
+    first = max if kernel == "wgmma" else min
 
     def check(run: Run) -> None:
         run.device.multiprocessors = 64  # so that it may pay to divide k
-        shapes = [(150, 3, 300), (1, 300, 70)] if kernel == "thin" else [(70, 45, 300), (72, 48, 304)]
+        shapes = sizes.get(kernel, [(70, 45, 300), (72, 48, 304)])
         for m, n, k in shapes[-1:] if run.quick else shapes:
             x, w, b = (run.rng.integers(-4, 5, shape).astype(dtype) for shape in ((m, k), (k, n), (n,)))
             z = x.astype(np.float64) @ w.astype(np.float64) + b.astype(np.float64)
             for order, offset in (("CC", 0), ("FF", 0), ("CF", 1))[: 1 if run.quick else None]:
                 arrays = [np.asarray(array, order=o) for array, o in zip((x, w), order, strict=True)]
                 arrays = [run.place(a.T, offset).T if a.flags.f_contiguous else run.place(a, offset) for a in arrays]
-                choices = cuda_matmul.choose(run.device, *arrays, tf32)
-                tile = min((choice.tile for choice in choices), key=lambda tile: tile.rows * tile.columns)
+                choices = [c for c in cuda_matmul.choose(run.device, *arrays, tf32) if c.tile.kernel == kernel]
+                tile = first((choice.tile for choice in choices), key=lambda tile: tile.rows * tile.columns)
                 for splits in {choice.splits for choice in choices if choice.tile == tile} & (
                     {1} if run.quick else {1, 2}
                 ):
@@ -239,6 +242,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         products("thin", "float32"),
         products("mma", "float16"),
         products("mma", "float32", tf32=True),
+        products("wgmma", "float16"),
         training("mlp", "small"),
         training("mlp_of_sparse", "small"),
         training("mlp_in_tiles", "wide"),
@@ -275,12 +279,11 @@ BARRIER, FENCE = "__syncthreads();", "__threadfence();"
 WRONG = [
     *mutants(
         "elementwise",
-        ("thread < whole", "thread <= whole", "elementwise"),
-        ("} else if (thread == whole) {", "} else if (thread == whole + 1) {", "elementwise"),
-        ("i = whole * N; i < n", "i = whole * N; i <= n", "elementwise"),
+        ("first + share <= n", "first + share <= n + 1", "elementwise"),
         ("is_aligned(out) && (is_aligned(in) && ...)", "true", "elementwise"),
-        ("+ j * static_cast<Index>(blockDim.x)", "+ j", "elementwise"),
-        ("if (i < n) out[i]", "if (i <= n) out[i]", "elementwise"),
+        ("at = first + threadIdx.x * N", "at = first + threadIdx.x", "elementwise"),
+        ("apart = map_threads * N", "apart = map_threads", "elementwise"),
+        ("if (N > 1 || i < n) store_pack", "if (N > 1 || i <= n) store_pack", "elementwise"),
         ("if (i >= n) return;", "if (i >= n - 1) return;", "copies"),
         ("int d = dimensions - 1; d >= 0", "int d = dimensions - 1; d > 0", "copies"),
         ("at * layout.to[d]", "at * layout.from[d]", "copies"),
@@ -290,16 +293,19 @@ WRONG = [
         ("int distance = Lanes / 2; distance > 0", "int distance = Lanes / 2; distance > 1", "rows_by_lanes"),
         ("return a > b || b != b ? a : b;", "return a < b || b != b ? a : b;", "ranges"),
         ("unsigned warp = 1; warp < blockDim.x / 32", "unsigned warp = 1; warp < blockDim.x / 32 - 1", "ranges"),
-        ("partial[threadIdx.x / 32] = v;\n  " + BARRIER, "partial[threadIdx.x / 32] = v;", "rows_by_blocks ranges"),
-        ("v = op(v, partial[warp]);\n  " + BARRIER, "v = op(v, partial[warp]);", "rows_by_blocks ranges"),
+        (BARRIER + "\n  v = partial[0];", "v = partial[0];", "ranges"),
+        (BARRIER + "\n  v = reduce_lanes<Threads", "v = reduce_lanes<Threads", "rows_by_blocks"),
+        ("(Threads / 32)], op);\n  " + BARRIER, "(Threads / 32)], op);", "rows_by_blocks"),
         ("== blocks - 1;", ">= blocks - 2;", "ranges columns"),
     ),
     *mutants(
         "rows",
-        ("i >= columns_) continue;\n        Pack", "i > columns_) continue;\n        Pack", "rows_by_lanes"),
-        ("larger = Largest{}(larger, widen(pack.value[k]));", "", "rows_by_blocks"),
-        ("total *= share_of(largest, larger);", "", "rows_by_blocks"),
-        ("V largest = -infinity<V>(), total = 0;", "V largest = 0, total = 0;", "rows_by_lanes"),
+        ("if (column(j) < end_) pack", "if (column(j) <= end_) pack", "rows_by_lanes"),
+        ("if (column(j) < end_) store_pack", "if (column(j) <= end_) store_pack", "rows_by_lanes"),
+        ("j / N * N * Team::size >= width_", "j * N * Team::size >= width_", "cross_entropy"),
+        ("larger = Largest{}(larger, number[k]);", "", "rows_by_blocks"),
+        ("total *= share_of<T>(most, larger);", "", "rows_by_blocks"),
+        ("least = Largest{}(least, v);", "least = v;", "rows_by_lanes"),
         ("column / N % Team::size == Team::thread()", "column % Team::size == Team::thread()", "cross_entropy"),
         ("s += f(i, v, slot);", "s = f(i, v, slot);", "rows_by_blocks"),
     ),
@@ -310,12 +316,16 @@ WRONG = [
             "partial[blockIdx.x] = total / 2;",
             "elementwise_losses",
         ),
-        ("total = 0;\n  for (unsigned i", "for (unsigned i", "elementwise_losses"),
+        ("total = 0;\n  // Many", "// Many", "elementwise_losses"),
         ("i += threads * N", "i += threads", "elementwise_losses"),
         ("Index i = packed + thread; i < n", "Index i = packed + thread; i <= n", "elementwise_losses"),
         ("aligned ? n / N * N : 0", "n / N * N", "elementwise_losses"),
-        ("if (!z_.has(label)) return;", "if (!z_.has(label + 1)) return;", "cross_entropy"),
-        ("product += t == V(0) ? V(0) : t * (v - e_.largest);", "product += t;", "cross_entropy"),
+        ("is_label(i, slot) ? -infinity<V>() : v", "v", "cross_entropy"),
+        ("? -others.total :", "? others.total :", "cross_entropy"),
+        ("others.total + decay(z_label - others.largest)", "others.total", "cross_entropy"),
+        ("t == V(0) ? V(0) : t * shifted", "t", "cross_entropy"),
+        ("i < columns ? (i == label ? k + s : s) : V(0)", "i == label ? k + s : s", "cross_entropy"),
+        ("i < columns ? fma(k, t.at(i, slot), s) : V(0)", "fma(k, t.at(i, slot), s)", "cross_entropy"),
         ("if (present && Team::thread() == 0) total", "if (Team::thread() == 0) total", "cross_entropy"),
         ("if (present && Team::thread() == 0) total", "if (present) total", "cross_entropy"),
     ),
@@ -376,6 +386,7 @@ WRONG = [
         "matmul_mma",
         ("i * apart < outer_left_ ? valid * size : 0", "valid * size", "mma_float16"),
         ("low = j < valid ?", "low = j <= valid ?", "mma_float16"),
+        ("if (copying < Tile::threads && threadIdx.x >= copying) return;", "", "wgmma_float16"),
         ("j < valid ? 4 : 0", "4", "mma_tf32"),
         ("wait_for_copies<Tile::stages - 2>();\n  " + BARRIER, "wait_for_copies<3>();\n  " + BARRIER, "mma_float16"),
         ("wait_for_copies<Tile::stages - 2>();\n        _", "wait_for_copies<3>();\n        _", "mma_float16"),
@@ -383,6 +394,24 @@ WRONG = [
         (BARRIER + "\n  finish_rows", "finish_rows", "mma_float16"),
         ("b_now[step % 2][j][2 * half + 1]", "b_now[step % 2][j][2 * half]", "mma_tf32"),
         ("upper(lane / 8, is_b) * 8", "upper(lane / 8, !is_b) * 8", "mma_float16"),
+    ),
+    *mutants(
+        "matmul_wgmma",
+        ("(pack % 8 ^ row % 8)", "(pack % 8)", "wgmma_float16"),
+        ("& (Tile::alignment - 1)", "& 15", "wgmma_float16"),
+        ("lines_apart >> 4 << 16 | eight_rows >> 4", "eight_rows >> 4 << 16 | lines_apart >> 4", "wgmma_float16"),
+        ("step * (along_lines ? 16 * 128 : 32)", "step * (along_lines ? 8 * 128 : 32)", "wgmma_float16"),
+        ("threadIdx.x / 128 * Tile::operand_bytes(64)", "threadIdx.x / 32 * Tile::operand_bytes(16)", "wgmma_float16"),
+        ("wait_for_copies<ahead - 1>", "wait_for_copies<ahead>", "wgmma_float16"),
+        ("ptx::fence_proxy_async();", "", "wgmma_float16"),
+        ("ptx::fence_proxy_async();\n    " + BARRIER, BARRIER + "ptx::fence_proxy_async();", "wgmma_float16"),
+        (BARRIER + "\n    ptx::fence_products", "ptx::fence_products", "wgmma_float16"),
+        ("ptx::fence_products();", "", "wgmma_float16"),
+        ("wait_for_products<1>", "wait_for_products<2>", "wgmma_float16"),
+        ("ptx::finish_products(sum);", "ptx::wait_for_products<1>();", "wgmma_float16"),
+        ("ahead = stages - 2", "ahead = stages - 1", "wgmma_float16"),
+        (BARRIER + "\n  finish_rows", "finish_rows", "wgmma_float16"),
+        ("+ 8 * Tile::out_row", "+ Tile::out_row", "wgmma_float16"),
     ),
     *mutants(
         "small_product",
@@ -421,8 +450,10 @@ RACES = [
         (FENCE + "\n    last", "last", "elementwise_losses"),
         ("== blocks - 1;\n    " + FENCE, "== blocks - 1;", "elementwise_losses"),
         ("__shared__ bool last;\n  " + BARRIER, "__shared__ bool last;", "columns"),
-        ("partial[threadIdx.x / 32] = v;\n  " + BARRIER, "partial[threadIdx.x / 32] = v;", "ranges"),
+        (BARRIER + "\n  v = partial[0];", "v = partial[0];", "ranges"),
         ("v = op(v, partial[warp]);\n  " + BARRIER, "v = op(v, partial[warp]);", "ranges"),
+        (BARRIER + "\n  v = reduce_lanes<Threads", "v = reduce_lanes<Threads", "rows_by_blocks"),
+        ("(Threads / 32)], op);\n  " + BARRIER, "(Threads / 32)], op);", "rows_by_blocks"),
     ),
     *mutants("reduce", ("gridDim.x * gridDim.y * gridDim.z", "gridDim.x", "columns")),
     *mutants("losses", ("if (!is_last_block(counter)) return;", "is_last_block(counter);", "elementwise_losses")),
@@ -433,6 +464,11 @@ RACES = [
         "matmul_mma",
         (BARRIER + "\n        read", "read", "mma_float16"),
         (BARRIER + "\n  float* const sums", "float* const sums", "mma_float16"),
+    ),
+    *mutants(
+        "matmul_wgmma",
+        (BARRIER + "\n    ptx::fence_products", "ptx::fence_products", "wgmma_float16"),
+        (BARRIER + "\n  float* const sums", "float* const sums", "wgmma_float16"),
     ),
     *mutants(
         "network",
@@ -455,7 +491,8 @@ def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that blocks go round."""
-    monkeypatch.setattr(cuda_backend, "MOST_PARTS", 3)
+    for name in ("MOST_PARTS", "MOST_BLOCKS"):
+        monkeypatch.setattr(cuda_backend, name, 3)
 
 
 @pytest.mark.parametrize("order", THREAD_ORDERS)
@@ -479,7 +516,7 @@ def found(mutant: Mutant, folder: pathlib.Path) -> bool:
 
 def each_in_a_child() -> None:
     """Print for each mutant how a process ended that has run its checks: they may write anywhere."""
-    cuda_backend.MOST_PARTS = 3
+    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = 3
     for number, mutant in enumerate(WRONG):
         child = os.fork()
         if child == 0:
@@ -513,7 +550,7 @@ def test_a_mutant_fails(number: int, ends: tuple[dict[int, int], str]) -> None:
 
 def under_thread_sanitizer() -> None:
     """Run the checks of all races, without a mutant and then with each."""
-    cuda_backend.MOST_PARTS = 3
+    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = 3
     for name in sorted({name for mutant in RACES for name in mutant.checks}):
         CHECKS[name](Run(HostDevice(), quick=True))
     for mutant in RACES:

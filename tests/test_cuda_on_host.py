@@ -57,6 +57,7 @@ EXPRESSIONS = [
     "large_frame",
     "faults",
     "counts",
+    "quotients",
     *(f"{name}<gemmlet::{kind}16>" for name in ("round_trip", "rounded") for kind in ("float", "bfloat")),
 ]
 
@@ -330,6 +331,18 @@ def test_16_bit_conversions_have_the_bits_of_numpy(kind: str, rng: np.random.Gen
     with np.errstate(over="ignore", invalid="ignore"):
         expected = floats.astype(dtype).view(np.uint16)
     np.testing.assert_array_equal(device.view(y).view(np.uint16), np.where(np.isnan(floats), 0x7FFF, expected))
+
+
+def test_quotients_are_rounded_once(rng: np.random.Generator):
+    """However far off the reciprocal that they are made of is, of numbers that the formulas divide by."""
+    device = HostDevice(ROOT)
+    a, b = rng.uniform(-1, 1, 300_000).astype(np.float32), rng.uniform(1, 2, 300_000).astype(np.float32)
+    b[100_000:] *= np.float32(2.0) ** rng.integers(-30, 30, 200_000).astype(np.float32)
+    a[::3] = rng.choice([0.0, 1.0, 4.0, 1e4, np.nan], a[::3].size)
+    b[:1000] = np.arange(1000) * np.float32(2.0**-23) + 1
+    q = device.empty(a.shape, np.float32)
+    launch(device, "quotients", -(-a.size // 256), 256, device.upload(a), device.upload(b), q, a.size)
+    np.testing.assert_array_equal(device.view(q), a / b)
 
 
 def test_arrays(rng: np.random.Generator):

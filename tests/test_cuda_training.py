@@ -10,7 +10,8 @@ import copy
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ pytest.importorskip("cupy")
 import cuda_on_host.backend
 from cuda_on_host.device import COMPILER, THREAD_ORDERS, HostDevice
 from gemmlet.backends import cuda_training, select
-from gemmlet.backends.numpy_backend import Feed, FusedLayer
+from gemmlet.backends.numpy_backend import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
@@ -167,10 +168,13 @@ class Mlp:
 
     def run(self, train: Any) -> list[Any]:
         """All arrays, the loss, and how many were right. `train` is that of a backend."""
-        layers = copy.deepcopy(self.layers)
-        settings = self.loss, 0.3, self.order, self.batch, self.rule, self.numbers, 2.5
-        loss, right = train(layers, self.feed, self.targets, *settings)
-        return [*arrays_of(layers), np.array(loss), np.array(right)]
+        run = self.call()
+        loss, right = train(run)
+        return [*arrays_of(run.network.layers), np.array(loss), np.array(right)]
+
+    def call(self) -> MlpRun:
+        network = FusedNetwork(copy.deepcopy(self.layers), self.rule, self.numbers)
+        return MlpRun(network, self.feed, self.targets, self.loss, 0.3, self.order, self.batch, 2.5)
 
     def on(self, device: Any) -> list[Any]:
         return self.run(partial(cuda_training.train_mlp, device))
@@ -209,13 +213,16 @@ class Gan:
         self.decay = np.linspace(0.2, 0.7, steps)
 
     def run(self, train: Any) -> list[Any]:
-        generator, discriminator = copy.deepcopy(self.generator), copy.deepcopy(self.discriminator)
-        non_saturating, rules, (g, d) = self.settings
-        losses = train(
-            generator, discriminator, self.feed, 2.0, -1.0, self.noise, 0.9, non_saturating, self.order, self.batch,
-            rules[0], g, rules[1], d, self.decay, (1.0, 2.0),
-        )  # fmt: skip
-        return [*arrays_of(generator), *arrays_of(discriminator), *map(np.array, losses)]
+        run = self.call()
+        losses = train(run)
+        return [*arrays_of(run.generator.layers), *arrays_of(run.discriminator.layers), *map(np.array, losses)]
+
+    def call(self) -> GanRun:
+        non_saturating, rules, numbers = self.settings
+        layers = copy.deepcopy(self.generator), copy.deepcopy(self.discriminator)
+        networks = map(FusedNetwork, layers, rules, numbers)
+        settings = 0.9, non_saturating, self.order, self.batch, self.decay, (1.0, 2.0)
+        return GanRun(*networks, self.feed, 2.0, -1.0, self.noise, *settings)
 
     def on(self, device: Any) -> list[Any]:
         return self.run(partial(cuda_training.train_gan, device))
@@ -362,29 +369,28 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
     assert recorded.pop("upload") == (2 if is_mlp else 1)
     pieces = [slice(0, 1), slice(1, 2), slice(2, 6), slice(6, 9), slice(9, 10)]
 
-    def by_steps(train: Any) -> Any:
-        def run(*arguments: Any) -> Any:
-            arguments = list(arguments)
-            sums = arguments.pop()
-            for steps in pieces:
-                some = list(arguments)
-                rows = slice(steps.start * batch, steps.stop * batch)
-                if is_mlp:
-                    some[1], some[2], some[5], some[8] = feed, targets, some[5][rows], some[8][steps]
-                    sums, right = train(device, *some, sums)
-                    total[0] += right
-                else:
-                    some[2], some[5], some[8] = feed, some[5][rows], some[8][rows]
-                    for place in (11, 13, 14):
-                        some[place] = some[place][steps]
-                    sums = train(device, *some, sums)
-            return (sums, total[0]) if is_mlp else sums
+    def parts(run: Any, networks: Sequence[str], *of_steps: str) -> Iterator[Any]:
+        for steps in pieces:
+            rows = slice(steps.start * batch, steps.stop * batch)
+            changes = {name: getattr(run, name)[steps] for name in of_steps}
+            for name in networks:
+                changes[name] = getattr(run, name)._replace(scalars=getattr(run, name).scalars[steps])
+            yield replace(run, feed=feed, order=run.order[rows], **changes), rows
 
-        total = [0]
-        return run
+    def mlp_by_steps(run: MlpRun) -> tuple[float, int]:
+        loss, right = run.loss_sum, 0
+        for part, _ in parts(run, ["network"]):
+            loss, more = cuda_training.train_mlp(device, replace(part, targets=targets, loss_sum=loss))
+            right += more
+        return loss, right
 
-    result = problem.run(by_steps(cuda_training.train_mlp if is_mlp else cuda_training.train_gan))
-    assert same(result, expected)
+    def gan_by_steps(run: GanRun) -> tuple[float, float]:
+        losses = run.loss_sums
+        for part, rows in parts(run, ["generator", "discriminator"], "decay"):
+            losses = cuda_training.train_gan(device, replace(part, noise=run.noise[rows], loss_sums=losses))
+        return losses
+
+    assert same(problem.run(mlp_by_steps if is_mlp else gan_by_steps), expected)
     # For mini-batches alone and in threes, and for the last one.
     assert recorded == {"upload": len(pieces)} | ({} if "one kernel" in network else {"record": 3})
     assert len(feed.sessions) == 1
@@ -476,12 +482,12 @@ def test_without_memory_nothing_is_written(device: Any, dtype: Any, monkeypatch:
             return method(*arguments)
 
         monkeypatch.setattr(type(device), name, limited)
-    layers = copy.deepcopy(mlp.layers)
-    settings = mlp.loss, 1.0, mlp.order, mlp.batch, mlp.rule, mlp.numbers, 0.0
+    run = mlp.call()
+    layers = run.network.layers
     for fails_at in range(50):  # noqa: B007 - `limited` reads it
         calls = itertools.count()
         try:
-            cuda_training.train_mlp(device, layers, mlp.feed, mlp.targets, *settings)
+            cuda_training.train_mlp(device, run)
         except MemoryError:
             assert same(arrays_of(layers), arrays_of(mlp.layers))
         else:

@@ -25,7 +25,7 @@ import gemmlet
 from cuda_on_host.backend import skip_long
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, LinearDecay, StopTraining, fused
+from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, StopTraining, fused, linear_decay
 from support import assert_within, run_on, same_bits
 
 # Of float64 and float32 weights after dozens of steps, relative to the largest: rounding, as training carries it on.
@@ -570,18 +570,17 @@ def test_learning_rates_that_change(fusing: Any, dtype: Any, rng: Any) -> None:
     images = rng.uniform(size=(70, 33)).astype(dtype)
 
     def run() -> list[list[Any]]:
-        rules = [Adam(0.01, eps=1e-4), SGD(0.1, momentum=0.5), Adam(0.01, eps=1e-4)]
-        mlp, other, gan = MLP([6, 16, 3], dtype=dtype), MLP([6, 16, 3], dtype=dtype), small_gan("averaged", dtype)
+        rules = [SGD(0.1, momentum=0.5), Adam(0.01, eps=1e-4)]
 
         def jump(progress: Any) -> None:
-            rules[1].lr = 0.01 * progress.batch
+            for rule in rules:
+                rule.lr = 0.01 * progress.batch
 
         results = [
-            fitted(mlp, x, y, epochs=3, batch_size=16, optimizer=rules[0], callback=LinearDecay(rules[0])),
-            fitted(other, x, y, epochs=3, batch_size=16, optimizer=rules[1], callback=jump),
-            fitted(gan, images, epochs=3, batch_size=16, optimizer=rules[2], callback=LinearDecay(rules[2])),
+            fitted(MLP([6, 16, 3], dtype=dtype), x, y, epochs=3, batch_size=16, optimizer=rules[0], callback=jump),
+            fitted(small_gan("averaged", dtype), images, epochs=3, batch_size=16, optimizer=rules[1], callback=jump),
         ]
-        assert (rules[0].lr, rules[1].lr, rules[2].lr) == (0.01, 0.05, 0.01)
+        assert (rules[0].lr, rules[1].lr) == (0.05, 0.05)
         return results
 
     results = run()
@@ -589,8 +588,90 @@ def test_learning_rates_that_change(fusing: Any, dtype: Any, rng: Any) -> None:
         expected = run()
     for result, wanted in zip(results, expected, strict=True):
         assert_close(result, wanted, dtype)
-    constant = fitted(MLP([6, 16, 3], dtype=dtype), x, y, epochs=3, batch_size=16, optimizer=Adam(0.01, eps=1e-4))
-    assert not same(constant, results[0])
+
+
+@pytest.mark.parametrize("schedule", [linear_decay, lambda done: 0.5 if done < 0.4 else 0.0], ids=["linear", "steps"])
+@pytest.mark.parametrize("rule", ["momentum", "adam", "adamw"])
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_schedules(network: str, rule: str, schedule: Any, fusing: Any, dtype: Any, rng: Any) -> None:
+    """In calls of many steps they give the weights of single steps, and of a rate that a callback sets at each step."""
+    x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
+    images = rng.uniform(size=(70, 33)).astype(dtype)
+
+    def run(**settings: Any) -> list[Any]:
+        optimizer = RULES[rule]()
+        if settings.pop("by_hand", False):
+            first, steps = optimizer.lr, itertools.count(1)
+            optimizer.lr = first * schedule(0.0)
+            settings["callback"] = lambda p: setattr(optimizer, "lr", first * schedule(next(steps) / 15))
+        else:
+            settings["lr_schedule"] = schedule
+        made: Any = MLP([6, 16, 3], dtype=dtype) if network == "mlp" else small_gan("averaged", dtype)
+        data = (x, y) if network == "mlp" else (images,)
+        rate = optimizer.lr
+        result = fitted(made, *data, epochs=3, batch_size=16, optimizer=optimizer, **settings)
+        if "lr_schedule" in settings:
+            assert optimizer.lr == rate
+        return result
+
+    with calls_of(fusing, f"train_{network}") as calls:
+        result = run()
+    if network == "mlp":
+        assert 3 <= len(calls) < 15
+    with one_by_one():
+        assert_close(result, run(), dtype)
+    assert_close(result, run(by_hand=True), dtype)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_a_schedule_that_cannot_be(network: str, fusing: Any, dtype: Any, rng: Any) -> None:
+    """What it returns is checked before the steps that it is for."""
+    x, y = mlp_problem([33, 16, 3], "softmax", 70, dtype)
+    data = (x, y) if network == "mlp" else (rng.uniform(size=(70, 33)).astype(dtype),)
+    for value, error in ((-0.5, ValueError), (math.nan, ValueError), ("fast", TypeError)):
+        made: Any = MLP([33, 16, 3], dtype=dtype) if network == "mlp" else small_gan("averaged", dtype)
+        before = [w.copy() for w in weights_of(made)]
+        with pytest.raises(error, match="what lr_schedule returns must be"):
+            made.fit(*data, 3, 16, lr_schedule=lambda done, value=value: value)
+        assert same(weights_of(made), before)
+        with pytest.raises(TypeError, match="lr_schedule must be callable, got float"):
+            made.fit(*data, 3, 16, lr_schedule=0.5)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_when_a_callback_is_called(network: str, fusing: Any, dtype: Any, rng: Any) -> None:
+    """After mini-batches, calls or epochs; the result is one."""
+    x, y = mlp_problem([6, 16, 3], "softmax", 150, dtype)
+    data = (x, y) if network == "mlp" else (rng.uniform(size=(150, 33)).astype(dtype),)
+    results, told = [], {}
+    for every in ("batch", "call", "epoch"):
+        made: Any = MLP([6, 16, 3], dtype=dtype) if network == "mlp" else small_gan("averaged", dtype)
+        steps = told[every] = []
+        with calls_of(fusing, f"train_{network}") as calls:
+            arguments = {"epochs": 3, "batch_size": 16, "callback": steps.append, "callback_every": every}
+            results.append(fitted(made, *data, **arguments))
+        assert len(calls) in (0, len(steps)) or every == "epoch"
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+    steps = {every: [(p.epoch, p.batch) for p in seen] for every, seen in told.items()}
+    assert steps["batch"] == [(epoch, batch) for epoch in range(1, 4) for batch in range(1, 11)]
+    assert steps["epoch"] == [(epoch, 10) for epoch in range(1, 4)]
+    assert set(steps["epoch"]) < set(steps["call"]) <= set(steps["batch"])
+    assert len(steps["call"]) == len(set(steps["call"]))
+    # What they are told is the same, too.
+    of_step = dict(zip(steps["batch"], told["batch"], strict=True))
+    for every in ("call", "epoch"):
+        assert [of_step[step] for step in steps[every]] == told[every]
+
+
+def test_stop_training_after_a_call(fusing: Any, dtype: Any) -> None:
+    x, y = mlp_problem([6, 16, 3], "softmax", 150, dtype)
+    for every in ("call", "epoch"):
+        model, rule = MLP([6, 16, 3], dtype=dtype), Adam()
+        history = model.fit(x, y, 3, 16, rule, callback=stop_after(2), callback_every=every)
+        (steps,) = {state.steps for state in rule._states.values()}
+        assert steps == 20 if every == "epoch" else 2 <= steps <= 20
+        assert len(history.loss) == math.ceil(steps / 10)
 
 
 @pytest.mark.parametrize("make", [SGD, Adam])

@@ -463,6 +463,8 @@ X = np.zeros((3, 4), np.float32)
         ({"shuffle": None}, TypeError, "shuffle must be True or False, got NoneType"),
         ({"verbose": 1}, TypeError, "verbose must be True or False, got int"),
         ({"callback": []}, TypeError, "callback must be callable, got list"),
+        ({"callback_every": None}, TypeError, "callback_every must be a string, got NoneType"),
+        ({"lr_schedule": 0.5}, TypeError, "lr_schedule must be callable, got float"),
     ],
 )
 def test_bad_arguments_of_fit(changes: dict[str, Any], error: type[Exception], message: str) -> None:

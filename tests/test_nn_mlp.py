@@ -652,6 +652,9 @@ X, Y = np.zeros((3, 4), np.float32), np.array([0, 1, 2])
         ({"shuffle": "yes"}, TypeError, "shuffle must be True or False, got str"),
         ({"verbose": 2}, TypeError, "verbose must be True or False, got int"),
         ({"callback": 3}, TypeError, "callback must be callable, got int"),
+        ({"callback_every": "step"}, ValueError, "callback_every 'step' is unknown; the choices are batch,"),
+        ({"callback_every": 10}, TypeError, "callback_every must be a string, got int"),
+        ({"lr_schedule": "linear"}, TypeError, "lr_schedule must be callable, got str"),
     ],
 )
 def test_bad_arguments_of_fit(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemmlet.nn import MLP, OPTIMIZERS, SGD, Adam, AdamW, LinearDecay, Optimizer, make_optimizer
+from gemmlet.nn import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, linear_decay, make_optimizer
+from gemmlet.nn.optimizers import lr_factors
 
 SETTINGS = {
     "sgd": (SGD(0.05), "SGD", {"lr": 0.05}),
@@ -89,21 +90,28 @@ def test_the_learning_rate_may_be_changed_between_steps() -> None:
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])
-def test_linear_decay(kind: Any, rng: np.random.Generator) -> None:
-    x, y = rng.normal(size=(10, 3)).astype(np.float32), rng.integers(0, 2, size=10)
-    optimizer = kind(0.5)
-    decay = LinearDecay(optimizer)
-    rates = []
-
-    def callback(progress: Any) -> None:
-        rates.append(optimizer.lr)  # that of the mini-batch which is done
-        decay(progress)
-
-    MLP([3, 2]).fit(x, y, epochs=2, batch_size=4, optimizer=optimizer, callback=callback)
-    assert rates == pytest.approx([0.5 * (1 - i / 6) for i in range(6)])
+def test_a_factor_of_the_learning_rate_is_for_one_step(kind: Any) -> None:
+    optimizer, by_hand = kind(0.5), kind(0.5)
+    params = np.zeros(3), np.zeros(3)
+    for factor in (1.0, 0.25, 0.0, 2.0):
+        optimizer.update(params[0], np.arange(3.0), lr_factor=factor)
+        by_hand.lr = 0.5 * factor
+        by_hand.update(params[1], np.arange(3.0))
+    np.testing.assert_array_equal(*params)
     assert optimizer.lr == 0.5
-    with pytest.raises(TypeError, match="optimizer must be an optimizer"):
-        LinearDecay("adam")
+    with pytest.raises(ValueError, match=r"lr must be at least 0, got -0\.5"):
+        optimizer.update(params[0], np.ones(3), lr_factor=-1.0)
+    optimizer.lr = 1e200
+    with pytest.raises(ValueError, match="lr must be at least 0, got inf"):
+        optimizer.update(params[0], np.ones(3), lr_factor=1e200)
+    np.testing.assert_array_equal(*params)
+
+
+def test_linear_decay() -> None:
+    """From 1 to 0, which it would reach after the last step."""
+    np.testing.assert_array_equal(lr_factors(linear_decay, 0, 6, 6), [1 - i / 6 for i in range(6)])
+    np.testing.assert_array_equal(lr_factors(linear_decay, 4, 2, 8), [0.5, 0.375])
+    np.testing.assert_array_equal(lr_factors(None, 4, 2, 8), [1, 1])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

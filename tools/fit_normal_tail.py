@@ -1,4 +1,4 @@
-"""Print the polynomials of `scaled_normal_tail` in csrc/cpu/vector_math.h, and their errors.
+"""Print the polynomials of `scaled_normal_tail` in csrc/formulas/math.h, and their errors.
 
     python tools/fit_normal_tail.py
 

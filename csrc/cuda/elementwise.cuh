@@ -2,11 +2,11 @@
 //
 // Contract
 //   activation_forward, activation_backward: contiguous arrays of n elements, any alignment; where all begin at a
-//   multiple of 16 bytes, a thread moves 16 bytes at a time. An output may be one of the inputs. Any grid that has a
-//   thread for every pack (`elements_per_block`).
+//   multiple of 16 bytes, whole blocks move 16 bytes at a time. An output may be one of the inputs. A thread for every
+//   `map_numbers` elements.
 //   strided_copy: arrays of up to 8 dimensions, strides in elements; converts between types as narrow() rounds. The
 //   arrays do not overlap.
-//   Accuracy and special values: formulas/activations.h, which computes in Compute<T>; 16-bit types round once more.
+//   Accuracy and special values: formulas/activations.h, computed in Sufficient<T>; 16-bit types round once more.
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -14,45 +14,70 @@
 
 namespace gemmlet {
 
-// out[i] = f(in[i]...) for this thread's share of the n elements.
+inline constexpr int map_threads = 256;
+
+// How many numbers a thread of map() takes: two packs, so that it pays for the addresses.
+template <class T>
+inline constexpr int map_numbers = 2 * pack_size<T>;
+
+// A thread's numbers, as packs of N that are `apart` from each other.
+template <class T, int N>
+struct Share {
+  Pack<T, N> pack[map_numbers<T> / N];
+};
+
+// out[i] = f(in[i]...) from `first` on for this block's share, all of which is there unless N = 1.
+template <int N, class T, class F, class... In>
+__device__ __forceinline__ void map_share(Index first, Index n, F f, T* out, const In*... in) {
+  constexpr int packs = map_numbers<T> / N;
+  const Index at = first + threadIdx.x * N;
+  constexpr int apart = map_threads * N;
+  const auto load = [=](const T* p) {
+    Share<T, N> x;
+#pragma unroll
+    for (int j = 0; j < packs; ++j) {
+      const Index i = at + j * apart;
+      x.pack[j] = N > 1 || i < n ? load_pack<N>(p + i) : Pack<T, N>{};
+    }
+    return x;
+  };
+  [&](const Share<In, N>&... x) {
+#pragma unroll
+    for (int j = 0; j < packs; ++j) {
+      Compute<T> result[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) result[k] = f(widen(x.pack[j], k)...);
+      const Index i = at + j * apart;
+      if (N > 1 || i < n) store_pack(out + i, narrowed<T>(result));
+    }
+  }(load(in)...);
+}
+
+// out[i] = f(in[i]...) for this block's share of the n elements.
 template <class T, class F, class... In>
 __device__ __forceinline__ void map(Index n, F f, T* out, const In*... in) {
-  constexpr int N = pack_size<T>;
-  const Index thread = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (is_aligned(out) && (is_aligned(in) && ...)) {
-    const Index whole = n / N;
-    if (thread < whole) {
-      Pack<T, N> result;
-      [&](const Pack<In, N>&... pack) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) result.value[i] = narrow<T>(f(widen(pack.value[i])...));
-      }(load_pack<N>(in + thread * N)...);
-      store_pack(out + thread * N, result);
-    } else if (thread == whole) {
-      // The tail:
-      for (Index i = whole * N; i < n; ++i) out[i] = narrow<T>(f(widen(in[i])...));
-    }
-    return;
-  }
-  // The same elements for the block, but one by one, neighbours by neighbouring threads.
-  const Index first = static_cast<Index>(blockIdx.x) * blockDim.x * N + threadIdx.x;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const Index i = first + j * static_cast<Index>(blockDim.x);
-    if (i < n) out[i] = narrow<T>(f(widen(in[i])...));
-  }
+  constexpr Index share = map_threads * map_numbers<T>;
+  const Index first = blockIdx.x * share;
+  if (first + share <= n && is_aligned(out) && (is_aligned(in) && ...))
+    map_share<pack_size<T>>(first, n, f, out, in...);
+  else
+    map_share<1>(first, n, f, out, in...);
 }
 
 template <class F, class T>
-__global__ void __launch_bounds__(256) activation_forward(const T* x, T* y, Compute<T> parameter, Index n) {
-  map(n, [=](Compute<T> v) { return F::forward(v, parameter); }, y, x);
+__global__ void __launch_bounds__(map_threads) activation_forward(const T* x, T* y, Compute<T> parameter, Index n) {
+  using V = Sufficient<T>;
+  map(n, [=](Compute<T> v) { return static_cast<Compute<T>>(F::forward(V(v), V(parameter))); }, y, x);
 }
 
 // saved: x where the formula needs it, else y.
 template <class F, class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(map_threads)
     activation_backward(const T* grad_y, const T* saved, T* grad_x, Compute<T> parameter, Index n) {
-  map(n, [=](Compute<T> g, Compute<T> s) { return F::backward(g, s, parameter); }, grad_x, grad_y, saved);
+  using V = Sufficient<T>;
+  map(
+      n, [=](Compute<T> g, Compute<T> s) { return static_cast<Compute<T>>(F::backward(V(g), V(s), V(parameter))); },
+      grad_x, grad_y, saved);
 }
 
 struct Layout {

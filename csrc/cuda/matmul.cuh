@@ -2,7 +2,8 @@
 //
 // Contract
 //   out (m x n) = epilogue(a (m x k) @ b (k x n)). The kernels: matmul_simt.cuh (float, double), matmul_mma.cuh (tensor
-//   cores: float16, bfloat16, and float rounded to TF32), matmul_thin.cuh (at most four rows or columns).
+//   cores: float16, bfloat16, and float rounded to TF32), matmul_wgmma.cuh (Hopper's: float16 and bfloat16),
+//   matmul_thin.cuh (at most four rows or columns).
 //   Operands: any strides, in elements, also 0 and negative; any alignment of a number. Nothing is read outside of them,
 //   and what a tile has beyond them counts as 0, and is dropped. m, n and k are at most 2^31 - 1024, offsets need not be.
 //   out and preactivation: C-contiguous, any alignment; they overlap nothing that is read.

@@ -371,12 +371,12 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
   double loss = 0;
   if (p.loss == softmax_loss) {
     using Lanes = Team<32>;
-    const Row<T, Lanes, 0> row(y, out, true);
-    const CrossEntropy<Row<T, Lanes, 0>> entropy(row, p.share);
-    const auto write = [&](auto f) { row.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); }); };
-    loss = target.values != nullptr
-               ? entropy.of_targets([&](int j, int) { return target.values[j]; }, -1, T(0), 1.0, write, end)
-               : entropy.of_class(target.label, y[target.label], 1.0, write, end);
+    Row<T, Lanes, 0> row(y, out, true, 0);
+    const auto write = [&](const auto& of, auto f) { of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); }); };
+    loss = static_cast<double>(target.values != nullptr
+                                   ? cross_entropy_of_targets(
+                                         row, [&](int j, int) { return target.values[j]; }, p.share, write)
+                                   : cross_entropy_of_class(row, target.label, y[target.label], p.share, write));
   } else {
     for (int j = lane; j < out; j += 32) {
       T of_output = 0, gradient = 0;
@@ -795,6 +795,19 @@ __global__ void __launch_bounds__(WideTile::most_threads, 1) train(const __grid_
     });
     wait_for_grid(p.arrived, expected);
   }
+}
+
+//
+// Beside training
+//
+
+inline constexpr int scaled_threads = 256;
+
+// Samples as a network takes them: to[i] = from[i] * scale + shift, of n numbers or bytes. Grid: a thread for each.
+template <class T, class N>
+__global__ void __launch_bounds__(scaled_threads) scaled(const N* from, T* to, T scale, T shift, Index n) {
+  const Index i = static_cast<Index>(blockIdx.x) * scaled_threads + threadIdx.x;
+  if (i < n) to[i] = number<T>(from[i]) * scale + shift;
 }
 
 //

@@ -28,6 +28,35 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
+// Number i of a pack, which should be known to the compiler: each half of a word takes one instruction.
+template <class T, int N>
+__device__ __forceinline__ Compute<T> widen(const Pack<T, N>& pack, int i) {
+  if constexpr (same_type<T, bfloat16> && N % 2 == 0) {
+    unsigned pair;
+    memcpy(&pair, &pack.value[i / 2 * 2], sizeof pair);
+    return reinterpreted<float>(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+  } else {
+    return widen(pack.value[i]);
+  }
+}
+
+// Numbers as narrow() rounds them, those of 16 bits in pairs.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> narrowed(const Compute<T> (&x)[N]) {
+  Pack<T, N> pack;
+  constexpr bool half = same_type<T, float16>, pairs = (half || same_type<T, bfloat16>) && N % 2 == 0;
+#pragma unroll
+  for (int i = 0; i < N; i += pairs ? 2 : 1) {
+    if constexpr (pairs) {
+      const unsigned pair = half ? ptx::halves_of_floats(x[i], x[i + 1]) : ptx::bfloats_of_floats(x[i], x[i + 1]);
+      memcpy(&pack.value[i], &pair, sizeof pair);
+    } else {
+      pack.value[i] = narrow<T>(x[i]);
+    }
+  }
+  return pack;
+}
+
 // Whether p may be the address of a pack of 16 bytes.
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<unsigned long long>(p) % 16 == 0; }
 

@@ -31,6 +31,73 @@ __device__ __forceinline__ unsigned short bfloat_of_float(float x) {
   return h;
 }
 
+// cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32 (sm_80): likewise, two at once, `low` to the low bits.
+__device__ __forceinline__ unsigned halves_of_floats(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ unsigned bfloats_of_floats(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+//
+// Arithmetic
+//
+
+// abs.f32.
+__device__ __forceinline__ float abs(float x) {
+  float result;
+  asm("abs.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// copysign.f32.
+__device__ __forceinline__ float copysign(float magnitude, float sign) {
+  float result;
+  asm("copysign.f32 %0, %1, %2;" : "=f"(result) : "f"(sign), "f"(magnitude));
+  return result;
+}
+
+// max.f32: the other one where one is NaN.
+__device__ __forceinline__ float larger(float a, float b) {
+  float result;
+  asm("max.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// rcp.approx.ftz.f32: 1 / x, off by 1 ULP at most. Subnormal numbers are zeros to it, as `x` and as the result.
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// ex2.approx.f32, ex2.approx.ftz.f32: 2^x, off by 2^-22 of it; what would be subnormal is 0 to the second.
+__device__ __forceinline__ float exp2(float x) {
+  float result;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float exp2_flushed(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// lg2.approx.ftz.f32: the logarithm to base 2, off by 2^-22 within [0.5, 2], else by 2^-22 of it. Of subnormal numbers -inf.
+__device__ __forceinline__ float log2_flushed(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+//
+// Waiting for other blocks
+//
+
 // nanosleep.u32: lets some time pass, in a loop that waits for another block.
 __device__ __forceinline__ void nanosleep(unsigned nanoseconds) {
   asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
@@ -138,6 +205,80 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
+
+//
+// Products of a warpgroup, 4 warps from a multiple of 4 on (sm_90a): they read shared memory, and change registers,
+// until they are waited for. They are groups of the thread's, like copies, and count apart from them.
+//
+
+// The bits of an address in shared memory, for a matrix descriptor.
+__device__ __forceinline__ unsigned address_bits(SharedAddress address) { return address; }
+
+// fence.proxy.async (sm_90): what the thread has written to shared memory, copies that it has waited for included, is
+// there for its products, and after the next barrier for everyone's.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// wgmma.fence: between any other access of a product's registers and the product.
+__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// wgmma.commit_group: the products since the last one become a group.
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// wgmma.wait_group: waits for all groups but the newest ones, so many.
+template <int newest>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(newest) : "memory");
+}
+
+// Of 128 registers d: operands of an asm, and what it calls them. They are undefined again below.
+#define GEMMLET_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define GEMMLET_D16(i) GEMMLET_D4(i), GEMMLET_D4(i + 4), GEMMLET_D4(i + 8), GEMMLET_D4(i + 12)
+#define GEMMLET_D64(i) GEMMLET_D16(i), GEMMLET_D16(i + 16), GEMMLET_D16(i + 32), GEMMLET_D16(i + 48)
+#define GEMMLET_D128 GEMMLET_D64(0), GEMMLET_D64(64)
+#define GEMMLET_D_NAMES                                                                          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+// wgmma.wait_group 0: waits for all products, after which d, the registers of some of them, can be read.
+__device__ __forceinline__ void finish_products(float (&d)[128]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : GEMMLET_D128::"memory");
+}
+
+// wgmma.mma_async.m64n256k16: d (64 x 256) += a @ b in float. A lane of the warpgroup's w-th warp holds rows 16w + g
+// and 16w + g + 8: d[4j] and d[4j + 1] are of the first, columns 8j + 2t and 8j + 2t + 1; the next two of the second.
+// Matrix descriptors tell where a and b are in shared memory: in bits 0 to 13 the address of the first number, in 16 to
+// 29 and 32 to 45 two distances, all three in units of 16 bytes; and in bits 62 and 63 how it is swizzled. That is 1
+// here: bits 7 to 9 of an address are XORed into bits 4 to 6. A row of 128 bytes is then 64 steps of a line, 8 rows are
+// next to each other, and from 8 lines to the next ones it is the second distance. Or, if transposed, a row is 64 lines
+// of a step, from 8 steps to the next ones it is the second distance, and from 64 lines to the next ones the first.
+template <bool a_transposed, bool b_transposed>
+__device__ __forceinline__ void wgmma_f16(float (&d)[128], unsigned long long a, unsigned long long b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" GEMMLET_D_NAMES
+               "}, %128, %129, 1, 1, 1, %130, %131;"
+               : GEMMLET_D128
+               : "l"(a), "l"(b), "n"(a_transposed), "n"(b_transposed)
+               : "memory");
+}
+template <bool a_transposed, bool b_transposed>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[128], unsigned long long a, unsigned long long b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" GEMMLET_D_NAMES
+               "}, %128, %129, 1, 1, 1, %130, %131;"
+               : GEMMLET_D128
+               : "l"(a), "l"(b), "n"(a_transposed), "n"(b_transposed)
+               : "memory");
+}
+
+#undef GEMMLET_D4
+#undef GEMMLET_D16
+#undef GEMMLET_D64
+#undef GEMMLET_D128
+#undef GEMMLET_D_NAMES
 
 }  // namespace gemmlet::ptx
 #endif

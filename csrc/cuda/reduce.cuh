@@ -22,6 +22,7 @@ struct Largest {
   __device__ __forceinline__ V operator()(V a, V b) const {
     return a > b || b != b ? a : b;
   }
+  __device__ __forceinline__ float operator()(float a, float b) const { return ptx::larger(a, b); }
 };
 struct Smallest {
   template <class V>
@@ -47,6 +48,17 @@ __device__ __forceinline__ V reduce_block(V v, Op op, V* partial) {
   __syncthreads();
   v = partial[0];
   for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) v = op(v, partial[warp]);
+  __syncthreads();
+  return v;
+}
+
+// The same for a block of `Threads` threads, a power of two, in fewer steps.
+template <int Threads, class V, class Op>
+__device__ __forceinline__ V reduce_block(V v, Op op, V* partial) {
+  v = reduce_lanes<32>(v, op);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = reduce_lanes<Threads / 32>(partial[threadIdx.x % (Threads / 32)], op);
   __syncthreads();
   return v;
 }

@@ -6,7 +6,7 @@
 //   block; or, where the row is too long for that (Values = 0), a block that reads the row again in every pass.
 //   N neighbouring numbers are one access of memory: columns is a multiple of N, and rows begin at multiples of their N
 //   numbers' size.
-//   Teams go over the rows in strides of the grid, of any size. Blocks have `row_threads` threads.
+//   Teams go over the rows in strides of the grid, of any size. Blocks have `row_threads` threads, or one team.
 //   Accuracy: the largest number is taken off first; sums of n numbers have an error of n ULP at most, and less with
 //   every thread that shares them. A row that holds NaN or +inf, or only -inf, gives NaN.
 #pragma once
@@ -17,12 +17,14 @@
 
 namespace gemmlet {
 
-inline constexpr int row_threads = 256;
+// Of a block whose teams are of so many.
+template <int Threads>
+inline constexpr int row_threads = Threads > 256 ? Threads : 256;
 
 // `Threads` neighbouring threads that share a row, a power of two up to a warp, or the whole block.
 template <int Threads>
 struct Team {
-  static constexpr int size = Threads, per_block = row_threads / Threads;
+  static constexpr int size = Threads, per_block = row_threads<Threads> / Threads;
 
   __device__ static int thread() { return threadIdx.x % Threads; }
   // Which of the grid's teams this is, and how many there are.
@@ -35,15 +37,21 @@ struct Team {
       return reduce_lanes<Threads>(v, op);
     } else {
       __shared__ V partial[32];
-      return reduce_block(v, op, partial);
+      return reduce_block<Threads>(v, op, partial);
     }
   }
 };
 
+// exp(x) for x <= 0, as the terms of a sum and numbers of type T need it.
+template <class T>
+__device__ __forceinline__ Compute<T> term(Compute<T> x) {
+  return static_cast<Compute<T>>(decay(Sufficient<T>(x)));
+}
+
 // exp(x - largest) for x <= largest, which may be -inf for both: 1.
-template <class V>
-__device__ __forceinline__ V share_of(V x, V largest) {
-  return x == largest ? V(1) : decay(x - largest);
+template <class T>
+__device__ __forceinline__ Compute<T> share_of(Compute<T> x, Compute<T> largest) {
+  return x == largest ? Compute<T>(1) : term<T>(x - largest);
 }
 
 // A thread's share of a row, N neighbouring numbers at a time.
@@ -53,76 +61,87 @@ class Row {
 
  public:
   using V = Compute<T>;
+  using Number = T;
   using Threads = Team;
+  static constexpr bool held = Values > 0;
 
-  // `present` is false for a team that has no row left, and only takes part in the reductions.
-  __device__ Row(const T* row, int columns, bool present) : row_(row), columns_(present ? columns : 0) {
+  // width: of the matrix. `present` is false for a team that has no row left, and only takes part in the reductions.
+  // absent: what is held in place of numbers that are not there.
+  __device__ Row(const T* row, int width, bool present, V absent)
+      : row_(row), width_(width), end_(present ? width : 0) {
+    each_slot([&](int j) {
+      Pack<T, N> pack;
 #pragma unroll
-    for (int j = 0; j < Values; j += N) {
-      const int i = column(j);
-      if (i >= columns_) continue;
-      const Pack<T, N> pack = load_pack<N>(row + i);
+      for (int k = 0; k < N; ++k) pack.value[k] = narrow<T>(absent);
+      if (column(j) < end_) pack = load_pack<N>(row + column(j));
 #pragma unroll
-      for (int k = 0; k < N; ++k) value_[j + k] = widen(pack.value[k]);
-    }
+      for (int k = 0; k < N; ++k) value_[j + k] = widen(pack, k);
+    });
   }
 
-  // f(column, number, slot) for each; `at` has the number of another row in that column and slot.
+  // f(column, number, slot) for each, `absent` ones included; `at` has the number of another row in that column and slot.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
-    if constexpr (Values > 0) {
+    if constexpr (held) {
+      each_slot([&](int j) {
 #pragma unroll
-      for (int j = 0; j < Values; j += N) {
-        const int i = column(j);
-        if (i >= columns_) continue;
-#pragma unroll
-        for (int k = 0; k < N; ++k) f(i + k, value_[j + k], j + k);
-      }
+        for (int k = 0; k < N; ++k) f(column(j) + k, value_[j + k], j + k);
+      });
     } else {
-      for (int i = Team::thread() * N; i < columns_; i += Team::size * N) {
+      for (int i = Team::thread() * N; i < end_; i += Team::size * N) {
         const Pack<T, N> pack = load_pack<N>(row_ + i);
 #pragma unroll
-        for (int k = 0; k < N; ++k) f(i + k, widen(pack.value[k]), 0);
+        for (int k = 0; k < N; ++k) f(i + k, widen(pack, k), 0);
       }
     }
   }
 
-  // to[column] = f(column, number, slot) for each. `to` may be the row itself.
+  // to[column] = f(column, number, slot) for each. `to` may be the row itself. Of held rows all is computed before it is
+  // written, so that what a warp writes to one place comes at one time.
   template <class F>
   __device__ __forceinline__ void map(T* to, F f) const {
-    if constexpr (Values > 0) {
+    if constexpr (held) {
+      Pack<T, N> result[Values / N];
+      each_slot([&](int j) {
+        V numbers[N];
 #pragma unroll
-      for (int j = 0; j < Values; j += N) {
-        const int i = column(j);
-        if (i >= columns_) continue;
-        Pack<T, N> result;
-#pragma unroll
-        for (int k = 0; k < N; ++k) result.value[k] = narrow<T>(f(i + k, value_[j + k], j + k));
-        store_pack(to + i, result);
-      }
+        for (int k = 0; k < N; ++k) numbers[k] = f(column(j) + k, value_[j + k], j + k);
+        result[j / N] = narrowed<T>(numbers);
+      });
+      each_slot([&](int j) {
+        if (column(j) < end_) store_pack(to + column(j), result[j / N]);
+      });
     } else {
-      for (int i = Team::thread() * N; i < columns_; i += Team::size * N) {
-        Pack<T, N> pack = load_pack<N>(row_ + i);
+      for (int i = Team::thread() * N; i < end_; i += Team::size * N) {
+        const Pack<T, N> pack = load_pack<N>(row_ + i);
+        V numbers[N];
 #pragma unroll
-        for (int k = 0; k < N; ++k) pack.value[k] = narrow<T>(f(i + k, widen(pack.value[k]), 0));
-        store_pack(to + i, pack);
+        for (int k = 0; k < N; ++k) numbers[k] = f(i + k, widen(pack, k), 0);
+        store_pack(to + i, narrowed<T>(numbers));
       }
     }
   }
 
   __device__ __forceinline__ V at(int column, int slot) const {
-    if constexpr (Values > 0)
+    if constexpr (held)
       return value_[slot];
     else
       return widen(row_[column]);
   }
 
-  // Whether the thread has this column.
-  __device__ __forceinline__ bool has(int column) const {
-    return column < columns_ && column / N % Team::size == Team::thread();
+  // Whether a number of the thread is that of this column.
+  struct Is {
+    int column, slot;
+    __device__ __forceinline__ bool operator()(int other, int other_slot) const {
+      return held ? other_slot == slot : other == column;
+    }
+  };
+  __device__ static Is is(int column) {
+    const bool own = column / N % Team::size == Team::thread();
+    return {column, own ? column / (N * Team::size) * N + column % N : -1};
   }
 
-  // The sum of f(column, number, slot) over the row.
+  // The sum of f(column, number, slot) over the row, `absent` numbers included.
   template <class F>
   __device__ __forceinline__ V sum(F f) const {
     V s = 0;
@@ -130,94 +149,176 @@ class Row {
     return Team::reduce(s, Sum{});
   }
 
-  // The largest number, and the sum of exp(number - largest).
+  // The largest number, at least `least`, where seen(column, number, slot) stands for the number, and is held from then on.
+  template <class F>
+  __device__ __forceinline__ V largest(V least, F seen) {
+    if constexpr (held)
+      turn_into([&](int i, V v, int slot) {
+        v = seen(i, v, slot);
+        least = Largest{}(least, v);
+        return v;
+      });
+    else
+      each([&](int i, V v, int slot) { least = Largest{}(least, seen(i, v, slot)); });
+    return Team::reduce(least, Largest{});
+  }
+
+  // f(column, number, slot) for each, which held numbers turn into.
+  template <class F>
+  __device__ __forceinline__ void turn_into(F f) {
+    if constexpr (held)
+      each_slot([&](int j) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) value_[j + k] = f(column(j) + k, value_[j + k], j + k);
+      });
+    else
+      each(f);
+  }
+
+  // The largest number, as above, and the sum of exp(number - largest). Held numbers, `absent` ones being -inf, turn into
+  // these exponentials.
   struct Exponentials {
     V largest, total;
   };
-  __device__ __forceinline__ Exponentials exponentials() const {
-    V largest = -infinity<V>(), total = 0;
-    if constexpr (Values > 0) {
-      each([&](int, V v, int) { largest = Largest{}(largest, v); });
-      largest = Team::reduce(largest, Largest{});
-      each([&](int, V v, int) { total += decay(v - largest); });
+  template <class F>
+  __device__ __forceinline__ Exponentials exponentials(V least, F seen) {
+    V total = 0;
+    if constexpr (held) {
+      const V most = largest(least, seen);
+      turn_into([&](int, V v, int) {
+        const V e = term<T>(v - most);
+        total += e;
+        return e;
+      });
+      return {most, Team::reduce(total, Sum{})};
     } else {
       // One pass: what was added up is scaled down wherever a larger number comes.
-      for (int i = Team::thread() * N; i < columns_; i += Team::size * N) {
+      V most = least;
+      for (int i = Team::thread() * N; i < end_; i += Team::size * N) {
         const Pack<T, N> pack = load_pack<N>(row_ + i);
-        V larger = largest;
+        V number[N], larger = most;
 #pragma unroll
-        for (int k = 0; k < N; ++k) larger = Largest{}(larger, widen(pack.value[k]));
-        total *= share_of(largest, larger);
+        for (int k = 0; k < N; ++k) {
+          number[k] = seen(i + k, widen(pack, k), 0);
+          larger = Largest{}(larger, number[k]);
+        }
+        total *= share_of<T>(most, larger);
 #pragma unroll
-        for (int k = 0; k < N; ++k) total += share_of(widen(pack.value[k]), larger);
-        largest = larger;
+        for (int k = 0; k < N; ++k) total += share_of<T>(number[k], larger);
+        most = larger;
       }
-      const V of_thread = largest;
-      largest = Team::reduce(largest, Largest{});
+      const V of_thread = most;
+      most = Team::reduce(most, Largest{});
       // A thread without any number has the sum 0; where the largest is infinite comes NaN, as of held rows.
-      total *= share_of(of_thread, largest);
-      if (!(abs(largest) < infinity<V>())) total = not_a_number<V>();
+      total *= share_of<T>(of_thread, most);
+      if (!(abs(most) < infinity<V>())) total = not_a_number<V>();
+      return {most, Team::reduce(total, Sum{})};
     }
-    return {largest, Team::reduce(total, Sum{})};
+  }
+  __device__ __forceinline__ Exponentials exponentials() {
+    return exponentials(-infinity<V>(), [](int, V v, int) { return v; });
+  }
+
+  // exp(v - largest) of a number v that `map` or `each` gives when held ones have turned into that.
+  __device__ __forceinline__ static V exponential(V v, V largest) {
+    if constexpr (held)
+      return v;
+    else
+      return term<T>(v - largest);
   }
 
  private:
+  // The column of a slot, the first of a pack.
   __device__ static constexpr int column(int slot) { return (slot / N * Team::size + Team::thread()) * N; }
 
+  // f(slot) for the first slot of each pack. Slots go in groups, which all threads of the grid leave out where they are
+  // beyond the width; a group is worth a branch.
+  template <class F>
+  __device__ __forceinline__ void each_slot(F f) const {
+    constexpr int group = Values % 8 == 0 ? 8 : Values;
+#pragma unroll
+    for (int j = 0; j < Values; j += N) {
+      if (j > 0 && j % group == 0 && j / N * N * Team::size >= width_) break;
+      f(j);
+    }
+  }
+
   const T* row_;
-  int columns_;
-  V value_[Values > 0 ? Values : 1];
+  int width_, end_;
+  V value_[held ? Values : 1];
 };
 
 struct softmax {
-  template <class V, class R, class T>
-  __device__ static void forward(const R& x, T* y) {
+  template <class R, class T>
+  __device__ static void forward(R& x, T* y) {
+    using V = Compute<T>;
     const auto e = x.exponentials();
     const V scale = V(1) / e.total;
-    x.map(y, [=](int, V v, int) { return decay(v - e.largest) * scale; });
+    x.map(y, [=](int, V v, int) { return R::exponential(v, e.largest) * scale; });
   }
-  template <class V, class R, class T>
+  template <class R, class T>
   __device__ static void backward(const R& grad_y, const R& y, T* grad_x) {
+    using V = Compute<T>;
     const V dot = grad_y.sum([&](int i, V g, int slot) { return g * y.at(i, slot); });
     grad_y.map(grad_x, [&](int i, V g, int slot) { return y.at(i, slot) * (g - dot); });
   }
 };
 
 struct log_softmax {
-  template <class V, class R, class T>
+  template <class R, class T>
   __device__ static void forward(const R& x, T* y) {
-    const auto e = x.exponentials();
+    using V = Compute<T>;
+    R exponentials = x;
+    const auto e = exponentials.exponentials();
     const V log_total = log(e.total);
     x.map(y, [=](int, V v, int) { return (v - e.largest) - log_total; });
   }
-  template <class V, class R, class T>
+  template <class R, class T>
   __device__ static void backward(const R& grad_y, const R& y, T* grad_x) {
+    using V = Compute<T>;
+    using E = Sufficient<T>;
     const V total = grad_y.sum([](int, V g, int) { return g; });
-    grad_y.map(grad_x, [&](int i, V g, int slot) { return fma(-exp(y.at(i, slot)), total, g); });
+    grad_y.map(grad_x, [&](int i, V g, int slot) { return fma(-static_cast<V>(exp(E(y.at(i, slot)))), total, g); });
   }
 };
 
+// What a thread needs besides the numbers that it holds, as found by compiling for each architecture.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr int other_numbers = 72;
+#else
+inline constexpr int other_numbers = 40;
+#endif
+
+// Blocks for whose threads a multiprocessor has the registers that hold `Values` numbers of so many rows, and the others.
+template <class T, int Threads, int Values, int rows>
+inline constexpr int row_blocks = [] {
+  constexpr int numbers = rows * Values + other_numbers, words = numbers * static_cast<int>(sizeof(Compute<T>)) / 4;
+  constexpr int blocks = 65536 / row_threads<Threads> / words;
+  return Values > 0 && blocks > 0 ? blocks : 1;
+}();
+
 template <class F, class T, int Threads, int Values, int N>
-__global__ void __launch_bounds__(row_threads) row_forward(const T* x, T* y, Index rows, int columns) {
+__global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 1>))
+    row_forward(const T* x, T* y, Index rows, int columns) {
   using Team = gemmlet::Team<Threads>;
   // Every team goes round as often as the first of its block: reductions take all threads.
   for (Index r = Team::index(); r - threadIdx.x / Threads < rows; r += Team::count()) {
     const bool present = r < rows;
     const Index at = present ? r * columns : 0;
-    const Row<T, Team, Values, N> row(x + at, columns, present);
-    F::template forward<Compute<T>>(row, y + at);
+    Row<T, Team, Values, N> row(x + at, columns, present, -infinity<Compute<T>>());
+    F::forward(row, y + at);
   }
 }
 
 template <class F, class T, int Threads, int Values, int N>
-__global__ void __launch_bounds__(row_threads)
+__global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 2>))
     row_backward(const T* grad_y, const T* y, T* grad_x, Index rows, int columns) {
   using Team = gemmlet::Team<Threads>;
   for (Index r = Team::index(); r - threadIdx.x / Threads < rows; r += Team::count()) {
     const bool present = r < rows;
     const Index at = present ? r * columns : 0;
-    const Row<T, Team, Values, N> grad(grad_y + at, columns, present), result(y + at, columns, present);
-    F::template backward<Compute<T>>(grad, result, grad_x + at);
+    const Row<T, Team, Values, N> grad(grad_y + at, columns, present, 0), result(y + at, columns, present, 0);
+    F::backward(grad, result, grad_x + at);
   }
 }
 

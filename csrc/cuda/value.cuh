@@ -2,7 +2,8 @@
 //
 // Contract
 //   Compiled by NVRTC (the product), nvcc (a second opinion) and g++ (the tests, on the CPU); no header of theirs.
-//   Numbers are stored as float, double, float16 or bfloat16, and computed in Compute<T>: float for the last two.
+//   Numbers are stored as float, double, float16 or bfloat16, and computed in Compute<T>: float for the last two; or in
+//   Sufficient<T> (coarse.cuh) where a result is rounded to them at once.
 //   Nothing is contracted but what is written as fma (-fmad=false), and nothing is flushed to zero: an elementwise
 //   result in float or double has the bits of the CPU's.
 #pragma once
@@ -106,9 +107,30 @@ GEMMLET_INLINE V product_error(V a, V b, V p) {
 
 }  // namespace gemmlet
 
-#include "formulas/math.h"
-// After the functions that they are written on.
 #include "cuda/ptx.cuh"
+
+namespace gemmlet {
+
+// One instruction each, where math.h has some for any type.
+GEMMLET_INLINE float abs(float a) { return ptx::abs(a); }
+GEMMLET_INLINE float copysign(float magnitude, float sign) { return ptx::copysign(magnitude, sign); }
+
+// a / b to the last bit, by the steps that the operator takes when it has found no number that they are not for (Markstein,
+// 1990: from a reciprocal and a rest a - q b that are rounded right comes a quotient that is). |b| is within
+// [2^-60, 2^60], or NaN; a is finite, or NaN; and the result is 0 or not below 2^-100, or b is a power of 2.
+GEMMLET_INLINE float quotient(float a, float b) {
+  const float guess = ptx::reciprocal(b), r = fma(guess, fma(-b, guess, 1.0f), guess), q = a * r;
+  return fma(r, fma(-b, q, a), q);
+}
+GEMMLET_INLINE double quotient(double a, double b) { return a / b; }
+
+}  // namespace gemmlet
+
+// Each after the functions that it is written on.
+#include "formulas/math.h"
+
+#include "cuda/coarse.cuh"
+
 #include "formulas/activations.h"
 #include "formulas/losses.h"
 #include "formulas/optimizers.h"
@@ -126,6 +148,22 @@ struct ComputeType<double> {
 // What numbers of type T are computed in.
 template <class T>
 using Compute = typename ComputeType<T>::type;
+
+template <class T>
+struct SufficientType {
+  using type = Coarse;
+};
+template <>
+struct SufficientType<float> {
+  using type = float;
+};
+template <>
+struct SufficientType<double> {
+  using type = double;
+};
+// What is enough for a formula whose result is kept as T.
+template <class T>
+using Sufficient = typename SufficientType<T>::type;
 
 GEMMLET_INLINE float widen(float x) { return x; }
 GEMMLET_INLINE double widen(double x) { return x; }

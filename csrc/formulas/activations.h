@@ -2,8 +2,9 @@
 //
 // Contract
 //   V is a value type with arithmetic and comparisons: a SIMD vector (cpu/vector.h), or a scalar on a GPU. Whoever
-//   includes this file has declared for V: constant<V>(c), select, abs, copysign, at_least, at_most, fma,
-//   product_error, exp, decay, decay_times, expm1, log1p, tanh, scaled_normal_tail.
+//   includes this file has declared for V: constant<V>(c), select, abs, copysign, at_least, at_most, fma, quotient,
+//   product_error, one_less_half, exp, decay, decay_times, unsigned_decay_times, expm1, log1p_of_share, tanh,
+//   scaled_normal_tail.
 //   forward(x, parameter) -> y
 //   backward(grad_y, saved, parameter) -> grad_x; saved is x where needs_x, else y.
 //   Special values: NaN propagates; where the formula would give inf * 0, the limit. The reference, and how accurate
@@ -68,7 +69,7 @@ struct Gaussian {
   constexpr explicit Gaussian(V a) {
     const V square = a * a;
     exponent = constant<V>(-0.5) * square;
-    factor = fma(constant<V>(-0.5), product_error(a, a, square), constant<V>(1));
+    factor = one_less_half(product_error(a, a, square));
   }
 };
 
@@ -79,7 +80,8 @@ struct gelu {
   static constexpr V forward(V x, V) {
     const V a = at_most(abs(x), constant<V>(60));
     const Gaussian<V> g(a);
-    const V below = decay_times(g.exponent, -a * g.factor * scaled_normal_tail(a));
+    // A factor of -0.0 keeps its sign, as the exponent is 0 then.
+    const V below = unsigned_decay_times(g.exponent, -a * g.factor * scaled_normal_tail(a));
     return select(x < V{}, below, x + below);
   }
   // Phi(x) + x phi(x)
@@ -87,7 +89,7 @@ struct gelu {
   static constexpr V backward(V grad_y, V x, V) {
     const V a = at_most(abs(x), constant<V>(60));
     const Gaussian<V> g(a);
-    const V e = decay_times(g.exponent, g.factor);
+    const V e = unsigned_decay_times(g.exponent, g.factor);
     const V tail = e * scaled_normal_tail(a);
     const V slope = copysign(a, x) * (e * constant<V>(0.398942280401432677940));  // 1 / sqrt(2 pi)
     return grad_y * (select(x < V{}, tail, constant<V>(1) - tail) + slope);
@@ -100,7 +102,7 @@ struct SigmoidPair {
   V of_w, of_minus_w;
   constexpr explicit SigmoidPair(V w) {
     const V t = decay(-abs(w));
-    const V larger = constant<V>(1) / (constant<V>(1) + t), smaller = t * larger;
+    const V larger = quotient(constant<V>(1), constant<V>(1) + t), smaller = t * larger;
     of_w = select(w >= V{}, larger, smaller);
     of_minus_w = select(w >= V{}, smaller, larger);
   }
@@ -156,7 +158,7 @@ struct softplus {
   static constexpr bool needs_x = false;
   template <class V>
   static constexpr V forward(V x, V) {
-    return select(x > V{}, x, V{}) + log1p(decay(-abs(x)));
+    return select(x > V{}, x, V{}) + log1p_of_share(decay(-abs(x)));
   }
   template <class V>
   static constexpr V backward(V grad_y, V y, V) {
@@ -181,7 +183,7 @@ struct sigmoid {
   template <class V>
   static constexpr V forward(V x, V) {
     const V t = decay(-abs(x));
-    return select(x >= V{}, constant<V>(1), t) / (constant<V>(1) + t);
+    return quotient(select(x >= V{}, constant<V>(1), t), constant<V>(1) + t);
   }
   template <class V>
   static constexpr V backward(V grad_y, V y, V) {

@@ -1,7 +1,7 @@
 // Losses of one prediction and its target: each formula once, for every value type.
 //
 // Contract
-//   V as in activations.h, with log besides.
+//   V as in activations.h, with log and log1p besides.
 //   evaluate(prediction, target, parameter, share, loss, gradient): the loss per element; the gradient of the mean,
 //   which is `share` = 1 / n of the element's, so that a product in between does not overflow before its share is
 //   taken.
@@ -21,8 +21,8 @@ struct binary_cross_entropy_with_logits {
   static constexpr void evaluate(V z, V t, V, V share, V& loss, V& gradient) {
     const V one = constant<V>(1);
     const V e = decay(-abs(z));
-    loss = times(one - t, select(z < V{}, V{}, z)) + times(t, select(z > V{}, V{}, -z)) + log1p(e);
-    gradient = (select(z >= V{}, one, e) / (one + e) - t) * share;
+    loss = times(one - t, select(z < V{}, V{}, z)) + times(t, select(z > V{}, V{}, -z)) + log1p_of_share(e);
+    gradient = (quotient(select(z >= V{}, one, e), one + e) - t) * share;
   }
 };
 

@@ -3,11 +3,12 @@
 //
 // Contract
 //   Whoever includes this file has declared for V (a SIMD vector: cpu/vector.h; a scalar on a GPU: cuda/value.cuh) the
-//   types ScalarOf<V> and IntVecOf<V>, and constant, select, fma, product_error, bits, from_bits, sum_shifted_right.
+//   types ScalarOf<V> and IntVecOf<V>, and constant, select, fma, quotient, product_error, bits, from_bits,
+//   sum_shifted_right.
 //   Any input, NaN, infinities and subnormals included; results that are subnormal are rounded once. Errors, in ULP,
 //   from tools/sweep_float32.py (all floats) and tests/test_accuracy.py (double, against mpmath): what
 //   formulas/activations.py promises. Branch-free. expm1 ends at the largest finite exp; scaled_normal_tail takes no
-//   negative number.
+//   negative number; log1p_of_share takes [0, 1].
 // Polynomials are minimax, from Sollya: fpminimax(f, degree, [|SG...|] or [|D...|], interval, relative); the command
 // stands beside each.
 #pragma once
@@ -48,6 +49,12 @@ template <class V>
 GEMMLET_INLINE V not_a_number() {
   return from_bits<V>(bits(constant<V>(0)) |
                       static_cast<IntOf<ScalarOf<V>>>(sizeof(ScalarOf<V>) == 4 ? 0x7fc00000 : 0x7ff8000000000000));
+}
+
+// 1 - a / 2.
+template <class V>
+GEMMLET_INLINE V one_less_half(V a) {
+  return fma(constant<V>(-0.5), a, constant<V>(1));
 }
 
 // Horner's rule; the coefficients from the lowest power up.
@@ -110,7 +117,8 @@ GEMMLET_INLINE ExpParts<V> exp_parts(V x, V magic) {
   return {fma(r * r, q, r), from_bits<V>(bits(shifted) << mantissa_bits<V>)};
 }
 
-// factor * exp(x) for x <= 0, rounded to a subnormal once, with no underflow on the way. factor: at most 1e4 in size.
+// factor * exp(x) for x <= 0, rounded to a subnormal once, with no underflow on the way. factor: at most 1e4 in size; a
+// factor of -0.0 may lose its sign in the sum.
 template <class V>
 GEMMLET_INLINE V unsigned_decay_times(V x, V factor) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
@@ -123,7 +131,7 @@ GEMMLET_INLINE V unsigned_decay_times(V x, V factor) {
 
 template <class V>
 GEMMLET_INLINE V decay_times(V x, V factor) {
-  return copysign(unsigned_decay_times(x, factor), factor);  // a factor of -0.0 would lose its sign in the sum
+  return copysign(unsigned_decay_times(x, factor), factor);
 }
 
 template <class V>
@@ -175,7 +183,7 @@ GEMMLET_INLINE V log(V x) {
               select(tiny, constant<V>(exponent_bias<V> + (single ? 24 : 54)), constant<V>(exponent_bias<V>));
   // log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)), s = f / (2 + f) (Sun's fdlibm, e_log.c).
   const V f = m - constant<V>(1);
-  const V s = f / (f + constant<V>(2));
+  const V s = quotient(f, f + constant<V>(2));
   const V z = s * s;
   // (log((1+sqrt(x))/(1-sqrt(x))) - 2 sqrt(x)) / (x sqrt(x)), degrees 3 and 6, [0; 0.0296], absolute: 1e-10, 9e-18
   V r;
@@ -207,6 +215,21 @@ GEMMLET_INLINE V log1p(V x) {
   return select(u == infinity<V>(), u, result);
 }
 
+// log(1 + x), likewise, for x within [0, 1], such as an exponential that is one of two shares.
+template <class V>
+GEMMLET_INLINE V log1p_of_share(V x) {
+  if constexpr (sizeof(ScalarOf<V>) == 4) {
+    // (log1p(x) - x) / x^2, degree 8, [0; 1], by fpminimax(log1p(x), [|2,...,10|], [|SG...|], [0; 1], relative, x): 5e-9
+    const V q = polynomial(x, -0.4999993145465850830078125, 0.3333047926425933837890625, -0.24958293139934539794921875,
+                           0.196940243244171142578125, -0.15351717174053192138671875, 0.1067469418048858642578125,
+                           -5.760939419269561767578125e-2, 2.017644606530666351318359375e-2,
+                           -3.31243476830422878265380859375e-3);
+    return fma(x * x, q, x);
+  } else {
+    return log1p(x);
+  }
+}
+
 // An odd polynomial below 0.35, where the quotient's three roundings are too many; else e / (e + 2), e = expm1(2|x|).
 template <class V>
 GEMMLET_INLINE V tanh(V x) {
@@ -230,7 +253,7 @@ GEMMLET_INLINE V tanh(V x) {
                    -1.4544549452122530752706808243601699359714984893798828125e-3,
                    5.790926388751726351182346768467823494574986398220062255859375e-4,
                    -1.9093008996974448056131723472361727544921450316905975341796875e-4);
-  const V result = select(a < constant<V>(0.35), fma(a, z * p, a), e / (e + constant<V>(2)));
+  const V result = select(a < constant<V>(0.35), fma(a, z * p, a), quotient(e, e + constant<V>(2)));
   return copysign(result, x);
 }
 
@@ -241,7 +264,7 @@ template <class V>
 GEMMLET_INLINE V scaled_normal_tail(V a) {
   constexpr bool single = sizeof(ScalarOf<V>) == 4;
   const V k = constant<V>(single ? 4 : 5);
-  const V t = k / (k + a);
+  const V t = quotient(k, k + a);
   const V u = t + t - constant<V>(1);
   if constexpr (single)
     return t * polynomial(u, 0.188821284627592637, 0.151974151518452288, 0.0967841699486766563, 0.0466307514743469125,

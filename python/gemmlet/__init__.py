@@ -5,11 +5,22 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from ._precision import get_float32_matmul_precision, set_float32_matmul_precision
 from .backends.select import get_num_threads, set_num_threads, show_config, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["data", "get_num_threads", "kernels", "nn", "set_num_threads", "show_config", "use_backend"]
+__all__ = [
+    "data",
+    "get_float32_matmul_precision",
+    "get_num_threads",
+    "kernels",
+    "nn",
+    "set_float32_matmul_precision",
+    "set_num_threads",
+    "show_config",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

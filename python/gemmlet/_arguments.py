@@ -53,7 +53,11 @@ def as_floats(value: Any, name: str, like: Array | np.dtype[Any] | None = None) 
     array = as_array(value, name)
     dtype = like if like is None or isinstance(like, np.dtype) else like.dtype
     on_gpu = arrays.is_on_gpu(array)
-    if (array.dtype.name not in _GPU_FLOATS) if on_gpu else (array.dtype not in _FLOATS or not array.dtype.isnative):
+    if (
+        (arrays.name_of(array.dtype) not in _GPU_FLOATS)
+        if on_gpu
+        else (array.dtype not in _FLOATS or not array.dtype.isnative)
+    ):
         swapped = array.dtype.kind == "f" and not array.dtype.isnative
         found = f"byte order {array.dtype.str}" if swapped else f"dtype {array.dtype}"
         wanted = np.dtype(np.float32) if dtype is None else dtype
@@ -72,10 +76,10 @@ def as_floats(value: Any, name: str, like: Array | np.dtype[Any] | None = None) 
 
 def check_place(array: Array, name: str, like: Array | np.dtype[Any] | None) -> None:
     """Raise unless `array` is on the CPU, or the GPU, where `like` is."""
-    if like is None or isinstance(like, np.dtype) or type(array) is type(like) is np.ndarray:
+    if like is None or type(array) is type(like) is np.ndarray or isinstance(like, np.dtype):
         return
-    here, there = arrays.place(array), arrays.place(like)
-    if here != there:
+    if not arrays.in_one_place(array, like):
+        here, there = arrays.place(array), arrays.place(like)
         raise ValueError(f"{name} is on {here}, the other arguments on {there}; all must be in one place")
 
 
@@ -120,13 +124,19 @@ def check_written(array: Array, given: Any, name: str) -> None:
             raise ValueError(f"{name} is read-only")
         if not array.flags.aligned:
             raise ValueError(f"{name} is not aligned to its dtype")
-    if array.size and any(stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)):
+    if array.flags.c_contiguous or not array.size:
+        return
+    if any(stride == 0 and n > 1 for stride, n in zip(array.strides, array.shape, strict=True)):
         raise ValueError(f"{name} is a broadcast view: several of its elements share one place in memory")
 
 
 def overlaps(a: Array, b: Array) -> bool:
     """Whether two arrays share an element; where that is too hard to decide, whether their bounds overlap."""
-    a, b = arrays.addresses(a), arrays.addresses(b)
+    if arrays.is_on_gpu(a):
+        (low, high), (other_low, other_high) = arrays.bounds(a), arrays.bounds(b)
+        if low >= other_high or other_low >= high:
+            return False
+        a, b = arrays.addresses(a), arrays.addresses(b)
     if not np.may_share_memory(a, b):
         return False
     try:

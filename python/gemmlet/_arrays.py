@@ -6,11 +6,15 @@ CuPy computes nothing here: what moves on a GPU is moved by the CUDA backend's o
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .backends import select
 
 if TYPE_CHECKING:
     from .backends.cuda_backend import CudaBackend
@@ -58,11 +62,22 @@ def place(array: Any) -> str:
     return f"GPU {array.data.device_id}" if is_on_gpu(array) else "the CPU"
 
 
+def in_one_place(array: Any, other: Any) -> bool:
+    """Whether both are on the CPU, or on one GPU."""
+    if not is_on_gpu(array):
+        return not is_on_gpu(other)
+    return is_on_gpu(other) and array.data.device_id == other.data.device_id
+
+
 def _gpu() -> CudaBackend:
     """The CUDA backend."""
-    from .backends import select
-
     return cast("CudaBackend", select.load("cuda"))
+
+
+@functools.cache
+def name_of(dtype: np.dtype[Any]) -> str:
+    """Its name, which NumPy puts together anew each time, in a microsecond."""
+    return dtype.name
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any], beside: Any) -> Array:
@@ -76,7 +91,7 @@ def empty_like(array: Any, order: str = "K") -> Array:
         return np.empty_like(array, order=cast(Any, order))
     if order == "K" and array.flags.f_contiguous and not array.flags.c_contiguous:
         return empty(array.shape[::-1], array.dtype, array).T
-    return empty(array.shape, array.dtype, array)
+    return _gpu().empty(array.shape, array.dtype, array)  # type: ignore[no-any-return]
 
 
 def to_cpu(array: Any) -> Array:
@@ -101,16 +116,46 @@ def copy(array: Any) -> Array:
 
 
 def assign(target: Any, source: Any) -> None:
-    """``target[...] = source``, of one shape and dtype."""
+    """``target[...] = source``, of one shape and dtype; what is on a GPU may be assigned to an array on the CPU."""
     if is_on_gpu(target):
         _gpu().assign(target, source)
     else:
-        target[...] = source
+        target[...] = to_cpu(source)
+
+
+def beside(array: Any, other: Any) -> Array:
+    """Return the array, or a copy of it on the GPU where `other` is."""
+    return _gpu().bring(array, other) if is_on_gpu(other) else array  # type: ignore[no-any-return]
+
+
+def scaled(array: Any, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Array:
+    """Return ``scale * array + shift``: numbers of `dtype`, or bytes, which count as value/255; C-contiguous."""
+    if is_on_gpu(array):
+        return _gpu().scaled(contiguous(array), dtype, scale, shift)  # type: ignore[no-any-return]
+    numbers: Array = array.astype(dtype, order="C")
+    if array.dtype == np.uint8:
+        numbers /= 255.0
+    if (scale, shift) != (1.0, 0.0):
+        numbers *= scale
+        numbers += shift
+    return numbers
 
 
 def value_range(array: Any) -> tuple[float, float]:
     """The smallest and the largest of at least one element, NaN passed over."""
     return _gpu().value_range(array) if is_on_gpu(array) else (np.fmin.reduce(array, None), np.fmax.reduce(array, None))
+
+
+def extremes(array: Any) -> tuple[float, float]:
+    """The smallest and the largest of at least one number of an array (n, ...); NaN where there is one."""
+    if not is_on_gpu(array):
+        return float(array.min()), float(array.max())
+    low, high = value_range(array)
+    # There a NaN is not passed over.
+    numbers = contiguous(array).reshape(len(array), -1)
+    sums = empty(numbers.shape[1:], array.dtype, array)
+    _gpu().column_sum(numbers, sums)
+    return (math.nan, math.nan) if np.isnan(to_cpu(sums)).any() else (low, high)
 
 
 def as_indices(array: Any) -> tuple[Array, int, int]:
@@ -143,6 +188,15 @@ def broadcast_to(array: Any, shape: tuple[int, ...]) -> Array:
 def addresses(array: Any) -> Array:
     """A NumPy array at the same addresses, to ask NumPy what overlaps; on a GPU it must not be read."""
     return np.asarray(_Addresses(array)) if is_on_gpu(array) else array
+
+
+def bounds(array: Any) -> tuple[int, int]:
+    """The addresses of an array's first byte on a GPU, and of the one behind its last."""
+    first = array.data.ptr
+    if array.flags.c_contiguous:
+        return first, first + array.nbytes
+    reach = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
+    return first + sum(r for r in reach if r < 0), first + sum(r for r in reach if r > 0) + array.itemsize
 
 
 class _Addresses:

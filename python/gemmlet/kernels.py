@@ -19,6 +19,7 @@ would give inf times 0, the result is its limit. The same input gives the same b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,8 @@ def _elementwise(
     """``call(*inputs, *outputs)`` with every array C-contiguous and no partial overlap.
 
     All arrays have one shape. A layout that all share is used as it is (a transposed array by its transpose, unless the
-    function goes by `rows`); else inputs are copied, and outputs written through a buffer. `new` outputs are nobody
-    else's, so that none can overlap.
+    function goes by `rows`); else inputs are copied, and outputs written through a buffer. `new` outputs are known to
+    overlap nothing.
     """
     all_of_them = [a for a in (*inputs, *outputs) if a is not None]
     if all([a.flags.c_contiguous for a in all_of_them]):  # noqa: C419 - a list is faster
@@ -150,7 +151,8 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     full = (*stack, matrices[0].shape[-2], matrices[1].shape[-1])
     shape = full[:-2] + full[-2:-1] * (left.ndim > 1) + full[-1:] * (right.ndim > 1)
     result = arguments.output(out, "out", shape, left)
-    _refuse_overlap(result, a=left, b=right)
+    if out is not None:
+        _refuse_overlap(result, a=left, b=right)
     buffer = result if result.flags.c_contiguous else arrays.empty(shape, left.dtype, left)
     backend = select.of(left)
     if not stack:
@@ -252,7 +254,8 @@ def linear(
         arguments.check_shape(b_, "b", w_.shape[1:], "out_features of w")
     shape = (*x_.shape[:-1], w_.shape[1])
     y = arguments.output(out, "out", shape, x_)
-    _refuse_overlap(y, x=x_, w=w_, b=b_)
+    if out is not None:
+        _refuse_overlap(y, x=x_, w=w_, b=b_)
     if b_ is not None:
         b_ = arrays.contiguous(b_)
     z = arrays.empty(shape, x_.dtype, x_) if keep_z else None
@@ -675,7 +678,7 @@ def softmax_cross_entropy(
     grad = arguments.output(out, "out", z.shape, z)
     if not z.size:
         return float("nan"), _returned(out, grad)
-    if t.ndim == 1 and arguments.overlaps(t, grad):
+    if t.ndim == 1 and out is not None and arguments.overlaps(t, grad):
         t = arrays.copy(t)
     backend = select.of(z)
     inputs = (z,) if t.ndim == 1 else (z, t)
@@ -704,13 +707,12 @@ def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalar
     for name, array in state.items():
         written[name] = arguments.updated(array, name, p)
         arguments.check_shape(written[name], name, p.shape, "the shape of param")
-    for name, array in written.items():
-        for other, array2 in {**written, "grad": g}.items():
-            if other != name and arguments.overlaps(array, array2):
-                raise ValueError(f"{name} overlaps {other}: each needs memory of its own")
+    for (name, array), (other, array2) in itertools.combinations([*written.items(), ("grad", g)], 2):
+        if arguments.overlaps(array, array2):
+            raise ValueError(f"{name} overlaps {other}: each needs memory of its own")
     outputs = tuple(written.values())
     backend = select.of(p)
-    _elementwise(lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs)
+    _elementwise(lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs, new=True)
 
 
 def sgd_update(

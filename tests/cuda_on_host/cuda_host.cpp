@@ -53,10 +53,27 @@ struct Configuration {
   unsigned os_threads;
 };
 
-struct CopyQueue {
-  std::deque<Copy> copies;
+template <class Item>
+struct Queue {
+  std::deque<Item> items;
   std::deque<unsigned> groups;  // sizes, the oldest first; what belongs to no group is behind them
+
+  void clear() {
+    items.clear();
+    groups.clear();
+  }
+  void commit() { groups.push_back(items.size() - std::accumulate(groups.begin(), groups.end(), Size{0})); }
+  bool next(unsigned newest_groups, Item& item) {
+    while (groups.size() > newest_groups && groups.front() == 0) groups.pop_front();
+    if (groups.size() <= newest_groups) return false;
+    item = items.front();
+    items.pop_front();
+    --groups.front();
+    return true;
+  }
 };
+struct CopyQueue : Queue<Copy> {};
+struct ProductQueue : Queue<Product> {};
 
 namespace {
 
@@ -253,6 +270,7 @@ struct Worker {
   std::vector<Warp> warps;
   std::vector<Block> blocks;
   std::vector<CopyQueue> copies;
+  std::vector<ProductQueue> products;
   std::vector<Fiber*> ready;  // a ring
   unsigned first_ready = 0, ready_count = 0, live = 0, idle_yields = 0;
   unsigned random = 0;
@@ -277,7 +295,7 @@ struct Worker {
     }
   }
 
-  explicit Worker(unsigned threads) : fibers(threads), copies(threads), ready(threads) {
+  explicit Worker(unsigned threads) : fibers(threads), copies(threads), products(threads), ready(threads) {
     void* memory = mmap(nullptr, threads * stack_distance, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
@@ -289,6 +307,7 @@ struct Worker {
       mprotect(stacks + i * stack_distance, page, PROT_NONE);
       fibers[i].stack = stacks + i * stack_distance + page;
       fibers[i].copies = &copies[i];
+      fibers[i].products = &products[i];
 #if defined(CUDA_HOST_THREAD)
       fibers[i].tsan = __tsan_create_fiber(0);
 #endif
@@ -440,7 +459,8 @@ extern "C" void cuda_host_begin() {
 #endif
   acquire(&worker->begins);
   worker->launch->kernel->run(worker->launch->arguments);
-  if (!self->copies->copies.empty()) fail("ends, and has not waited for all its asynchronous copies");
+  if (!self->copies->items.empty()) fail("ends, and has not waited for all its asynchronous copies");
+  if (!self->products->items.empty()) fail("ends, and has not waited for all its products");
   release(&worker->ends);
   worker->exit();
 }
@@ -453,6 +473,7 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
   block.grid = {c.grid[0], c.grid[1], c.grid[2]};
   block.barrier = {};
   block.barrier.expected = threads;
+  block.unfenced = false;
   memset(block.dynamic, 0xFF, c.shared_bytes);
   memset(block.statics ? block.statics : statics, 0xFF, static_bytes);
   for (unsigned i = 0; i < threads; i += 32) {
@@ -466,10 +487,10 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
     f.lane = i % 32;
     f.block = &block;
     f.warp = &warp[i / 32];
-    f.waits = f.fenced = false;
+    f.waits = f.fenced = f.unfenced = f.products_fenced = false;
     f.last_atomic = nullptr;
-    f.copies->copies.clear();
-    f.copies->groups.clear();
+    f.copies->clear();
+    f.products->clear();
     prepare(&f);
   }
   unsigned step = std::abs(c.step), i = c.step < 0 ? threads - 1 : 0;
@@ -663,6 +684,7 @@ void wait(Barrier& barrier, Place place, bool orders_memory) {
   if (barrier.arrived && !is_same(barrier.place, place))
     fail("comes to %s, while another waits in %s", text(place).c_str(), text(barrier.place).c_str());
   barrier.place = place;
+  if (self->unfenced && &barrier == &self->block->barrier) self->block->unfenced = true;
   unsigned char* edge = &barrier.edge[barrier.phase % 2];
   if (orders_memory) release(edge);
   if (++barrier.arrived == barrier.expected) {
@@ -706,22 +728,13 @@ void check_mask(unsigned mask, Place place) {
     fail("%s: the mask %08x does not name the %u lanes of the warp", text(place).c_str(), mask, lanes);
 }
 
-void queue_copy(const Copy& copy) { self->copies->copies.push_back(copy); }
+void queue_copy(const Copy& copy) { self->copies->items.push_back(copy); }
+void commit_copies() { self->copies->commit(); }
+bool next_copy(unsigned newest_groups, Copy& copy) { return self->copies->next(newest_groups, copy); }
 
-void commit_copies() {
-  CopyQueue& queue = *self->copies;
-  queue.groups.push_back(queue.copies.size() - std::accumulate(queue.groups.begin(), queue.groups.end(), Size{0}));
-}
-
-bool next_copy(unsigned newest_groups, Copy& copy) {
-  CopyQueue& queue = *self->copies;
-  while (queue.groups.size() > newest_groups && queue.groups.front() == 0) queue.groups.pop_front();
-  if (queue.groups.size() <= newest_groups) return false;
-  copy = queue.copies.front();
-  queue.copies.pop_front();
-  --queue.groups.front();
-  return true;
-}
+void queue_product(const Product& product) { self->products->items.push_back(product); }
+void commit_products() { self->products->commit(); }
+bool next_product(unsigned newest_groups, Product& product) { return self->products->next(newest_groups, product); }
 
 }  // namespace cuda_host
 

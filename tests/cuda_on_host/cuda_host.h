@@ -13,10 +13,11 @@
 //   Found and reported, as an error of the launch: a barrier that not all can reach, a barrier in divergent code, lanes
 //   of a warp at different exchanges, misaligned addresses and indices outside of arrays of known size (by GCC's
 //   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
-//   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a thread that spins
-//   for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a missing
-//   __threadfence, and the launch is given up after the first one; with -fsanitize=address every stray access ends the
-//   process.
+//   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a product of a
+//   warpgroup from shared memory that was written and not fenced (it is computed as late as it may be), a thread that
+//   spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
+//   missing __threadfence, and the launch is given up after the first one; with -fsanitize=address every stray access
+//   ends the process.
 //   Not found: what depends on a GPU's weak memory order, on the number of registers, on time. Lanes named in a mask
 //   must be all that there are: parts of a warp cannot shuffle alone.
 #pragma once
@@ -94,11 +95,13 @@ struct Block {
   dim3 size, grid;
   Barrier barrier;
   void* dynamic;            // shared memory, with guards around it
+  bool unfenced;            // whether a thread has come to the block's barrier so
   void* statics = nullptr;  // static shared memory, while another block of a cooperative launch runs
 };
 
-// Copies of a thread that wait to be waited for; cuda_host.cpp has the definition.
+// Copies and products of a thread that wait to be waited for; cuda_host.cpp has the definitions.
 struct CopyQueue;
+struct ProductQueue;
 
 struct Fiber {
   uint3 thread;
@@ -106,6 +109,9 @@ struct Fiber {
   Block* block;
   Warp* warp;
   CopyQueue* copies;
+  ProductQueue* products;
+  bool unfenced;         // what it wrote to shared memory is not there for products
+  bool products_fenced;  // registers can be theirs
   // For the order of memory between blocks.
   bool fenced;
   void* last_atomic;
@@ -219,8 +225,25 @@ inline void wait_for_copies(unsigned newest_groups) {
         fail("what an asynchronous copy fills, at %p, was written to while nobody had waited for the copy", copy.to);
     memcpy(copy.to, copy.from, copy.from_bytes);
     memset(static_cast<char*>(copy.to) + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
+    self->unfenced = true;
   }
 }
+
+//
+// Products of a warpgroup (wgmma): done no earlier than they are waited for, from shared memory as it is then
+//
+
+struct Product {
+  void (*compute)(float* d, unsigned long long a, unsigned long long b);
+  float* d;
+  unsigned long long a, b;
+};
+
+void queue_product(const Product& product);
+// The products since the last commit become a group.
+void commit_products();
+// Takes the oldest product out of the queue that is not in one of the `groups` newest groups.
+bool next_product(unsigned groups, Product& product);
 
 //
 // What a library of kernels exports

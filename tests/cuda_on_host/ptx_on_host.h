@@ -41,6 +41,44 @@ inline unsigned short bfloat_of_float(float x) {
   return static_cast<unsigned short>(rounded_off(bits, 16));
 }
 
+inline unsigned halves_of_floats(float low, float high) { return half_of_float(low) | half_of_float(high) << 16; }
+inline unsigned bfloats_of_floats(float low, float high) { return bfloat_of_float(low) | bfloat_of_float(high) << 16; }
+
+//
+// Arithmetic. What is not exact is off by as much as the manual allows, up or down as the bits of the argument have it, and
+// so that no test can do with less.
+//
+
+inline float abs(float x) { return __builtin_fabsf(x); }
+inline float copysign(float magnitude, float sign) { return __builtin_copysignf(magnitude, sign); }
+inline float larger(float a, float b) { return __builtin_fmaxf(a, b); }
+
+inline bool errs_upwards(float argument) { return (reinterpreted<unsigned>(argument) * 2654435761u) >> 31; }
+inline float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0, x) : x; }
+
+inline float reciprocal(float x) {
+  x = flushed(x);
+  const float nearest = 1 / x;
+  if (!(__builtin_fabsf(nearest) > 0 && __builtin_fabsf(nearest) < __builtin_inff())) return nearest;
+  // The neighbour on the other side of 1 / x, or either where that is exact.
+  const float missing = __builtin_fmaf(-x, nearest, 1);
+  if (missing != 0 && errs_upwards(x)) return flushed(nearest);
+  const bool larger = missing > 0 || (missing == 0 && errs_upwards(x));
+  return flushed(reinterpreted<float>(reinterpreted<unsigned>(nearest) + (larger ? 1u : ~0u)));
+}
+
+inline float exp2(float x) {
+  const double off = errs_upwards(x) ? 0x1p-22 : -0x1p-22;
+  return static_cast<float>(__builtin_exp2(x) * (1 + off));
+}
+inline float exp2_flushed(float x) { return flushed(exp2(flushed(x))); }
+
+inline float log2_flushed(float x) {
+  x = flushed(x);
+  const double exact = __builtin_log2(x), off = errs_upwards(x) ? 0x1p-22 : -0x1p-22;
+  return static_cast<float>(x >= 0.5f && x <= 2 ? exact + off : exact * (1 + off));
+}
+
 //
 // Waiting for other blocks
 //
@@ -89,6 +127,7 @@ inline unsigned load_shared(SharedAddress from) {
 inline void store_shared(SharedAddress to, const unsigned (&words)[4]) {
   check_aligned(to, 16);
   memcpy(to, words, sizeof words);
+  cuda_host::self->unfenced = true;
 }
 
 //
@@ -154,6 +193,109 @@ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsi
                      const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   const auto number = [](unsigned word, int) { return reinterpreted<float>(word & ~0x1fffu); };
   mma<1>(d, a, b_low, b_high, number, file, line);
+}
+
+//
+// Products of a warpgroup
+//
+
+// As if dynamic shared memory began here: at a multiple of 16, and of no more, as no more is promised.
+constexpr unsigned first_address = 1024 + 16;
+
+inline unsigned address_bits(SharedAddress address) {
+  return first_address + static_cast<unsigned>(address - shared_address(cuda_host::dynamic_shared()));
+}
+inline SharedAddress shared_memory_at(unsigned bits) {
+  return shared_address(cuda_host::dynamic_shared()) + static_cast<int>(bits - first_address);
+}
+
+inline void fence_proxy_async() { cuda_host::self->unfenced = false; }
+
+// What all lanes of a warp do together.
+inline void meet(const char* what, const char* file, int line) {
+  cuda_host::wait(cuda_host::self->warp->barrier, {what, file, line}, false);
+}
+
+inline void fence_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  meet("wgmma.fence", file, line);
+  cuda_host::self->products_fenced = true;
+}
+
+inline void commit_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  meet("wgmma.commit_group", file, line);
+  cuda_host::commit_products();
+}
+
+template <int newest>
+inline void wait_for_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  meet("wgmma.wait_group", file, line);
+  cuda_host::Product product;
+  while (cuda_host::next_product(newest, product)) product.compute(product.d, product.a, product.b);
+}
+
+inline void finish_products(float (&)[128], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  wait_for_products<0>(file, line);
+}
+
+// The matrix descriptor's number of a line and a step, with swizzling of 128 bytes (PTX ISA, 9.7.15.5.1).
+template <bool transposed>
+inline unsigned short number_of(unsigned long long descriptor, unsigned line, unsigned step) {
+  const auto field = [=](int bit) { return static_cast<unsigned>(descriptor >> bit & 0x3fff) << 4; };
+  const unsigned start = field(0), leading = field(16), stride = field(32);
+  const unsigned place = transposed
+                             ? line / 64 * leading + step / 8 * stride + step % 8 * 128 + line % 64 * sizeof(short)
+                             : line / 8 * stride + line % 8 * 128 + step * sizeof(short);
+  const unsigned address = start + place, swizzled = address ^ (address >> 7 & 7) << 4;
+  unsigned short number;
+  memcpy(&number, shared_memory_at(swizzled), sizeof number);
+  return number;
+}
+
+// What a thread has of the product: products of numbers are exact in float; their sum is rounded after each.
+template <bool a_transposed, bool b_transposed, float (*number)(unsigned short)>
+inline void part_of_product(float* d, unsigned long long a, unsigned long long b) {
+  const unsigned warp = cuda_host::self->index / 32 % 4, g = cuda_host::self->lane / 4, t = cuda_host::self->lane % 4;
+  float rows[2][16], column[16];
+  for (unsigned half = 0; half < 2; ++half)
+    for (unsigned k = 0; k < 16; ++k) rows[half][k] = number(number_of<a_transposed>(a, 16 * warp + 8 * half + g, k));
+  for (unsigned j = 0; j < 64; ++j) {
+    for (unsigned k = 0; k < 16; ++k) column[k] = number(number_of<b_transposed>(b, j / 2 * 8 + 2 * t + j % 2, k));
+    for (unsigned half = 0; half < 2; ++half) {
+      float& sum = d[j / 2 * 4 + 2 * half + j % 2];
+      for (unsigned k = 0; k < 16; ++k) sum += rows[half][k] * column[k];
+    }
+  }
+}
+
+struct Descriptors {
+  unsigned long long of[2];
+};
+
+template <bool a_transposed, bool b_transposed, float (*number)(unsigned short)>
+inline void wgmma(float (&d)[128], unsigned long long a, unsigned long long b, const char* file, int line) {
+  const Descriptors mine{{a, b}};
+  const Descriptors first = cuda_host::warp_exchange(mine, "wgmma", file, line)[0];
+  if (first.of[0] != a || first.of[1] != b) cuda_host::fail("wgmma: the matrix descriptors of a warp's lanes differ");
+  for (const unsigned long long descriptor : mine.of)
+    if ((descriptor & ~0x3fff3fff3fffull) != 1ull << 62)
+      cuda_host::fail("wgmma: the matrix descriptor %016llx is none of swizzling by 128 bytes", descriptor);
+  if (!cuda_host::self->products_fenced) cuda_host::fail("wgmma: there was no wgmma.fence");
+  if (cuda_host::self->unfenced || cuda_host::self->block->unfenced)
+    cuda_host::fail("wgmma: shared memory was written, and there was no fence.proxy.async before the barrier");
+  cuda_host::queue_product({part_of_product<a_transposed, b_transposed, number>, d, a, b});
+}
+
+inline float float_of_bfloat(unsigned short h) { return reinterpreted<float>(static_cast<unsigned>(h) << 16); }
+
+template <bool a_transposed, bool b_transposed>
+inline void wgmma_f16(float (&d)[128], unsigned long long a, unsigned long long b, const char* file = __builtin_FILE(),
+                      int line = __builtin_LINE()) {
+  wgmma<a_transposed, b_transposed, float_of_half>(d, a, b, file, line);
+}
+template <bool a_transposed, bool b_transposed>
+inline void wgmma_bf16(float (&d)[128], unsigned long long a, unsigned long long b, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  wgmma<a_transposed, b_transposed, float_of_bfloat>(d, a, b, file, line);
 }
 
 }  // namespace gemmlet::ptx

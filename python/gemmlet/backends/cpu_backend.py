@@ -15,7 +15,7 @@ from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
 from . import threadpool
-from .numpy_backend import Feed, FusedLayer, NumpyBackend
+from .numpy_backend import FusedLayer, GanRun, MlpRun, NumpyBackend
 
 Array = NDArray[Any]
 
@@ -304,50 +304,22 @@ class CpuBackend(NumpyBackend):
             for layer in layers
         ]
 
-    def train_mlp(
-        self,
-        layers: Sequence[FusedLayer],
-        feed: Feed,
-        targets: Array,
-        loss: str,
-        row_weight: float,
-        order: NDArray[np.int64],
-        batch: int,
-        rule: str,
-        scalars: NDArray[np.float64],
-        loss_sum: float,
-    ) -> tuple[float, int]:
+    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
         """Train a stack of layers."""
-        number = self._loss_number(loss)
+        network, feed = run.network, run.feed
+        number = self._loss_number(run.loss)
         assert number is not None
-        parameter = 0.0 if number < 0 else LOSSES[loss].default
+        parameter = 0.0 if number < 0 else LOSSES[run.loss].default
         return self._module.train_mlp(
-            self._tuples(layers), feed.x, feed.row_start, feed.columns, feed.skip_zeros, targets, number, parameter,
-            row_weight, order, batch, self._rules[rule], scalars, loss_sum,
+            self._tuples(network.layers), *feed, run.targets, number, parameter, run.row_weight, run.order, run.batch,
+            self._rules[network.rule], network.scalars, run.loss_sum,
         )  # fmt: skip
 
-    def train_gan(
-        self,
-        generator: Sequence[FusedLayer],
-        discriminator: Sequence[FusedLayer],
-        feed: Feed,
-        scale: float,
-        shift: float,
-        noise: Array,
-        real_target: float,
-        non_saturating: bool,
-        order: NDArray[np.int64],
-        batch: int,
-        generator_rule: str,
-        generator_scalars: NDArray[np.float64],
-        discriminator_rule: str,
-        discriminator_scalars: NDArray[np.float64],
-        decay: NDArray[np.float64],
-        loss_sums: tuple[float, float],
-    ) -> tuple[float, float]:
+    def train_gan(self, run: GanRun) -> tuple[float, float]:
         """Train two adversarial stacks of layers."""
+        g, d = run.generator, run.discriminator
         return self._module.train_gan(
-            self._tuples(generator), self._tuples(discriminator), feed.x, scale, shift, noise, real_target,
-            non_saturating, order, batch, self._rules[generator_rule], generator_scalars,
-            self._rules[discriminator_rule], discriminator_scalars, decay, loss_sums,
+            self._tuples(g.layers), self._tuples(d.layers), run.feed.x, run.scale, run.shift, run.noise,
+            run.real_target, run.non_saturating, run.order, run.batch, self._rules[g.rule], g.scalars,
+            self._rules[d.rule], d.scalars, run.decay, run.loss_sums,
         )  # fmt: skip

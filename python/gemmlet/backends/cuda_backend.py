@@ -6,50 +6,61 @@ backend was chosen by name, are copied to the first GPU and back.
 
 from __future__ import annotations
 
+import functools
+import struct
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _arrays as arrays
-from .. import _threads
+from .. import _precision, _threads
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
 from ..formulas.optimizers import OPTIMIZER_RULES, OptimizerRule, Scalars
 from . import cuda_compile, cuda_matmul, cuda_training
 from .cuda_device import CudaDevice, Device
 from .cuda_types import CPP_TYPES, FLOATS, INTEGERS, SIZES, number, pointer
-from .numpy_backend import Feed, FusedLayer, NumpyBackend
+from .numpy_backend import Feed, GanRun, MlpRun, NumpyBackend
 
 Array = NDArray[Any]
 
 # Threads of the blocks of all kernels here; csrc/cuda says the same (row_threads, __launch_bounds__).
 THREADS = 256
 
+# Packs of 16 bytes that a thread of an activation's kernel takes; csrc/cuda/elementwise.cuh says the same.
+MAP_PACKS = 2
+
 # Who takes a row of so many columns at most: how many threads, with how many numbers each in registers. 0: any number
-# of columns, read from memory in every pass. Ten columns, the usual number of classes, leave no lane idle.
+# of columns, read from memory in every pass. Few threads with many numbers each have more of them on their way from
+# memory at a time, and fewer exchanges; 10 is the usual number of classes. By a count of instructions, to be measured.
 ROW_TEAMS = (
-    (4, 2, 2),
-    (10, 2, 5),
-    (16, 4, 4),
-    (32, 8, 4),
-    (64, 16, 4),
-    (128, 32, 4),
-    (256, 32, 8),
+    (4, 1, 4),
+    (10, 1, 10),
+    (16, 2, 8),
+    (32, 4, 8),
+    (64, 4, 16),
+    (128, 8, 16),
+    (256, 16, 16),
     (512, 32, 16),
     (1024, 32, 32),
     (4096, THREADS, 16),
-    (8192, THREADS, 32),
+    (10240, 512, 20),
     (2**31 - 1, THREADS, 0),
 )
+
+# As many numbers as an optimizer's rule may have.
+_NUMBERS = struct.Struct("9d")
 
 # Blocks whose sums the last one adds: enough for two rounds of the largest GPUs. It is part of the result, whose bits
 # shall not depend on the GPU.
 MOST_PARTS = 2048
+
+# The same of those that go over rows and the elements of a loss: many short ones, so that none is waited for long.
+MOST_BLOCKS = 8192
 
 
 class Team(NamedTuple):
@@ -60,48 +71,64 @@ class Team(NamedTuple):
     at_once: int
 
 
+def _held(dtype: str, threads: int, values: int) -> tuple[int, int]:
+    """Threads and numbers of an entry of `ROW_TEAMS`; for more than 16 of float64 there are too few registers."""
+    if dtype != "float64" or values <= 16:
+        return threads, values
+    return THREADS, 16 if threads < THREADS else 0
+
+
 def _pack(dtype: str, values: int) -> int:
     """How many numbers of a row are moved at once, where all rows begin at multiples of as many."""
     whole = 16 // SIZES[dtype]
-    return min(whole, values) if values else whole
+    return min(whole, values & -values) if values else whole
 
 
 def _team(columns: int, *matrices: Any) -> Team:
     """Who takes the rows of these matrices; None among them is none."""
-    threads, values = next((threads, values) for most, threads, values in ROW_TEAMS if columns <= most)
-    together = _pack(matrices[0].dtype.name, values)
+    dtype = arrays.name_of(matrices[0].dtype)
+    threads, values = next(_held(dtype, threads, values) for most, threads, values in ROW_TEAMS if columns <= most)
+    together = _pack(dtype, values)
     bytes_ = together * matrices[0].itemsize
-    # Short rows are read by few threads, whose accesses are one as they are.
-    fits = threads >= 32 and columns % together == 0
-    if not fits or any(matrix is not None and matrix.data.ptr % bytes_ for matrix in matrices):
+    if columns % together or any(matrix is not None and matrix.data.ptr % bytes_ for matrix in matrices):
         together = 1
     return Team(threads, values, together)
 
 
 def _teams(dtype: str) -> list[Team]:
     """All that `_team` may return."""
-    found = [Team(threads, values, 1) for _, threads, values in ROW_TEAMS]
-    return found + [Team(t, v, _pack(dtype, v)) for _, t, v in ROW_TEAMS if t >= 32]
+    held = dict.fromkeys(_held(dtype, threads, values) for _, threads, values in ROW_TEAMS)
+    return [Team(threads, values, n) for threads, values in held for n in (1, _pack(dtype, values))]
 
 
+@functools.cache
 def _activation_kernel(direction: str, name: str, dtype: str) -> str:
     return f"gemmlet::activation_{direction}<gemmlet::activations::{name}, {CPP_TYPES[dtype]}>"
 
 
+@functools.cache
 def _row_kernel(direction: str, name: str, dtype: str, team: Team) -> str:
     return f"gemmlet::row_{direction}<gemmlet::{name}, {CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
 
 
-def _cross_entropy_kernel(dtype: str, team: Team) -> str:
-    return f"gemmlet::softmax_cross_entropy<{CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
+@functools.cache
+def _cross_entropy_kernel(dtype: str, whole: bool, team: Team) -> str:
+    return f"gemmlet::softmax_cross_entropy<{CPP_TYPES[dtype]}, {str(whole).lower()}, {', '.join(map(str, team))}>"
 
 
+@functools.cache
 def _loss_kernel(name: str, dtype: str) -> str:
     return f"gemmlet::elementwise_loss<gemmlet::losses::{name}, {CPP_TYPES[dtype]}>"
 
 
+@functools.cache
 def _update_kernel(name: str, dtype: str) -> str:
     return f"gemmlet::optimizer_update<gemmlet::optimizers::{name}, {CPP_TYPES[dtype]}>"
+
+
+@functools.cache
+def _column_sum_kernel(dtype: str, down: bool) -> str:
+    return f"gemmlet::column_sum<{CPP_TYPES[dtype]}, {str(down).lower()}>"
 
 
 def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
@@ -116,9 +143,9 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
             rows += [_row_kernel(direction, name, dtype, team) for name in ROW_FUNCTIONS for team in _teams(dtype)]
         elementwise.append(f"gemmlet::strided_copy<{cpp}, {cpp}>")
         losses += [_loss_kernel(name, dtype) for name in LOSSES]
-        losses += [_cross_entropy_kernel(dtype, team) for team in _teams(dtype)]
+        losses += [_cross_entropy_kernel(dtype, whole, team) for whole in (True, False) for team in _teams(dtype)]
         optimizers += [_update_kernel(name, dtype) for name in OPTIMIZER_RULES]
-        reductions += [f"gemmlet::column_sum<{cpp}, {down}>" for down in ("true", "false")]
+        reductions += [_column_sum_kernel(dtype, down) for down in (True, False)]
         reductions.append(f"gemmlet::value_range<{cpp}, double>")
     elementwise += [f"gemmlet::strided_copy<long long, {cpp}>" for cpp in INTEGERS.values()]
     reductions += [f"gemmlet::value_range<{cpp}, long long>" for cpp in INTEGERS.values()]
@@ -131,6 +158,45 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
         **cuda_matmul.expressions(fused),
         **cuda_training.expressions(),
     }
+
+
+class _Scratch(NamedTuple):
+    """What kernels of a stream use one after the other: a counter, which they leave at 0; partial sums; their sum."""
+
+    counter: Any
+    partial: Any
+    total: Any
+
+
+class _InPlace(tuple[Any, ...]):
+    """A device and arrays that are on it, to be used by ``with``. A generator would cost as much as a small launch."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> tuple[Any, ...]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Nothing is to be done."""
+
+
+class _Copies(_InPlace):
+    """The same of copies of NumPy arrays, whose last ones come back in the end."""
+
+    written: tuple[Array | None, ...]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Copy them back, unless something went wrong."""
+        if kind is not None:
+            return
+        device = self[0]
+        for target, array in zip(self.written, self[-len(self.written) :], strict=True):
+            if target is None:
+                continue
+            buffer = target if target.flags.c_contiguous else np.empty_like(target, order="C")
+            device.download(array, buffer)
+            if buffer is not target:
+                target[...] = buffer
 
 
 class CudaBackend(NumpyBackend):
@@ -155,8 +221,8 @@ class CudaBackend(NumpyBackend):
         first = devices[0] if devices else CudaDevice(0)
         self._devices.setdefault(first.id, first)
         self._first = first
-        # Counters that kernels leave at 0: by device and stream, and for each thread of the CPU, as the default streams
-        # of several may be told apart by their thread alone.
+        # What `_scratch` returns: by device and stream, and for each thread of the CPU, as the default streams of
+        # several may be told apart by their thread alone.
         self._own = threading.local()
 
     def describe(self) -> dict[str, str]:
@@ -166,6 +232,7 @@ class CudaBackend(NumpyBackend):
             "isa": f"{self._first.arch}, {self._first.name}",
             "cupy": sys.modules["cupy"].__version__,
             "nvrtc": cuda_compile.nvrtc_version(),
+            "float32 products": _precision.get_float32_matmul_precision(),
             "threads": f"{_threads.get_num_threads()} (of the CPU)",
         }
 
@@ -182,22 +249,14 @@ class CudaBackend(NumpyBackend):
         """Return a new array on the GPU where `beside` is."""
         return self.device_of(beside).empty(shape, dtype)
 
-    @contextmanager
-    def _placed(self, *given: Array | None, writes: int) -> Iterator[tuple[Any, ...]]:
+    def _placed(self, *given: Any, writes: int) -> _InPlace:
         """A device and the arrays on it; of NumPy arrays, copies, of which the last `writes` come back in the end."""
         if not isinstance(given[-1], np.ndarray):
-            yield (self.device_of(given[-1]), *given)
-            return
+            return _InPlace((self.device_of(given[-1]), *given))
         device = self._first
-        placed = tuple(None if array is None else self._upload(device, array) for array in given)
-        yield (device, *placed)
-        for target, array in zip(given[-writes:], placed[-writes:], strict=True):
-            if target is None:
-                continue
-            buffer = target if target.flags.c_contiguous else np.empty_like(target, order="C")
-            device.download(array, buffer)
-            if buffer is not target:
-                target[...] = buffer
+        placed = _Copies((device, *(None if array is None else self._upload(device, array) for array in given)))
+        placed.written = given[-writes:]
+        return placed
 
     @staticmethod
     def _upload(device: Device, array: Array) -> Any:
@@ -206,23 +265,37 @@ class CudaBackend(NumpyBackend):
             return device.upload(array.T).T
         return device.upload(np.ascontiguousarray(array).reshape(array.shape))
 
-    def _counter(self, device: Device) -> Any:
-        """One unsigned integer, 0."""
-        counters: dict[tuple[int, int], Any] = self._own.__dict__.setdefault("counters", {})
+    def bring(self, array: Any, beside: Any = None) -> Any:
+        """A copy on the GPU where `beside` is, else on the first one; itself if it is on a GPU."""
+        if arrays.is_on_gpu(array):
+            return array
+        return self._upload(self.device_of(beside) if arrays.is_on_gpu(beside) else self._first, array)
+
+    def scaled(self, x: Any, dtype: np.dtype[Any], scale: float, shift: float) -> Any:
+        """``scale * x + shift`` of a C-contiguous array on a GPU, whose bytes count as value/255."""
+        device = self.device_of(x)
+        result = device.empty(x.shape, dtype)
+        cuda_training.scaled(device, x, result, scale, shift)
+        return result
+
+    def _scratch(self, device: Device) -> _Scratch:
+        """That of the current stream."""
+        scratches: dict[tuple[int, int], _Scratch] = self._own.__dict__.setdefault("scratches", {})
         where = device.id, device.stream()
-        if where not in counters:
+        if where not in scratches:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
-            counters[where] = counter
-        return counters[where]
+            partial, total = device.empty((MOST_BLOCKS,), np.float64), device.empty((1,), np.float64)
+            scratches[where] = _Scratch(counter, partial, total)
+        return scratches[where]
 
     def _map(
-        self, device: Device, source: str, expression: str, n: int, itemsize: int, arguments: Sequence[Any]
+        self, device: Device, source: str, expression: str, array: Any, arguments: Sequence[Any], packs: int = 1
     ) -> None:
-        """Launch a kernel in which a thread takes 16 bytes of n elements."""
-        if n:
+        """Launch a kernel in which a thread takes so many packs of 16 bytes of an array."""
+        if array.size:
             (kernel,) = device.kernels(source, [expression])
-            device.launch(kernel, (-(-n * itemsize // (16 * THREADS)), 1, 1), THREADS, arguments)
+            device.launch(kernel, (-(-array.nbytes // (16 * packs * THREADS)), 1, 1), THREADS, arguments)
 
     def assign(self, target: Any, source: Any) -> None:
         """``target[...] = source``: arrays of one shape and dtype on a GPU, any strides, that do not overlap."""
@@ -236,7 +309,7 @@ class CudaBackend(NumpyBackend):
             raise ValueError(f"an array of {target.ndim} dimensions is not supported on a GPU, at most 8 are")
         for d, (length, from_stride, to_stride) in enumerate(merged):
             layout[:, d] = length, from_stride // source.itemsize, to_stride // target.itemsize
-        cpp = CPP_TYPES[source.dtype.name]
+        cpp = CPP_TYPES[arrays.name_of(source.dtype)]
         (kernel,) = device.kernels("elementwise.cuh", [f"gemmlet::strided_copy<{cpp}, {cpp}>"])
         arguments = (pointer(source), pointer(target), np.void(layout.tobytes()), np.int32(len(merged)))
         device.launch(kernel, (-(-source.size // THREADS), 1, 1), THREADS, (*arguments, np.int64(source.size)))
@@ -262,7 +335,7 @@ class CudaBackend(NumpyBackend):
 
     def _range(self, array: Any, dtype: np.dtype[Any], copy: Any) -> tuple[Any, Any]:
         device = self.device_of(array)
-        cpp = CPP_TYPES[array.dtype.name]
+        cpp = CPP_TYPES[arrays.name_of(array.dtype)]
         to = "double" if dtype == np.float64 else "long long"
         blocks = min(MOST_PARTS, -(-array.size // (4 * THREADS)))
         found = device.empty((2, blocks + 1), dtype)
@@ -272,7 +345,7 @@ class CudaBackend(NumpyBackend):
             pointer(copy),
             np.int64(array.size),
             pointer(found),
-            pointer(self._counter(device)),
+            pointer(self._scratch(device).counter),
         )
         device.launch(kernel, (blocks, 1, 1), THREADS, arguments)
         result = np.empty((2, blocks + 1), dtype)
@@ -298,7 +371,8 @@ class CudaBackend(NumpyBackend):
         """``out = activation(x @ w + b)`` in one pass."""
         with self._placed(x, w, b, preactivation, out, writes=2) as (device, x_, w_, b_, z, y):
             if y.size:
-                cuda_matmul.linear(device, x_, w_, b_, activation, parameter, y, z)
+                tf32 = _precision.allows_tf32()
+                cuda_matmul.linear(device, x_, w_, b_, activation, parameter, y, z, tf32=tf32)
 
     def column_sum(self, x: Array, out: Array) -> None:
         """``out[j] = sum_i x[i, j]``."""
@@ -309,49 +383,48 @@ class CudaBackend(NumpyBackend):
                 return
             if not columns:
                 return
-            down = abs(x_.strides[0]) < abs(x_.strides[1])
+            row_stride, column_stride = (stride // x_.itemsize for stride in x_.strides)
+            down = abs(row_stride) < abs(column_stride)
             blocks = -(-columns // (8 if down else 32))
             # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
             shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
-            partial = device.empty((shares, columns), number(0, x_.dtype).dtype) if shares > 1 else None
-            cpp = CPP_TYPES[x_.dtype.name]
-            (kernel,) = device.kernels("reductions.cuh", [f"gemmlet::column_sum<{cpp}, {str(down).lower()}>"])
-            strides = (np.int64(stride // x_.itemsize) for stride in x_.strides)
-            sizes = np.int64(rows), np.int64(columns)
-            arguments = (pointer(x_), *strides, *sizes, pointer(y), pointer(partial), pointer(self._counter(device)))
-            device.launch(kernel, (blocks, shares, 1), THREADS, arguments)
+            partial = device.empty((shares, columns), arrays.computed_in(x_.dtype)) if shares > 1 else None
+            (kernel,) = device.kernels("reductions.cuh", [_column_sum_kernel(arrays.name_of(x_.dtype), down)])
+            sizes = np.int64(row_stride), np.int64(column_stride), np.int64(rows), np.int64(columns)
+            outputs = pointer(y), pointer(partial), pointer(self._scratch(device).counter)
+            device.launch(kernel, (blocks, shares, 1), THREADS, (pointer(x_), *sizes, *outputs))
 
     # Elementwise and row functions.
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
         """``out = activation(x)``."""
         with self._placed(x, out, writes=1) as (device, x_, y):
-            kernel = _activation_kernel("forward", activation.name, y.dtype.name)
+            kernel = _activation_kernel("forward", activation.name, arrays.name_of(y.dtype))
             arguments = pointer(x_), pointer(y), number(parameter, y.dtype), np.int64(y.size)
-            self._map(device, "elementwise.cuh", kernel, y.size, y.itemsize, arguments)
+            self._map(device, "elementwise.cuh", kernel, y, arguments, MAP_PACKS)
 
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
         """``out = grad_y * activation'``."""
         with self._placed(grad_y, saved, out, writes=1) as (device, g, s, y):
-            kernel = _activation_kernel("backward", activation.name, y.dtype.name)
+            kernel = _activation_kernel("backward", activation.name, arrays.name_of(y.dtype))
             arguments = pointer(g), pointer(s), pointer(y), number(parameter, y.dtype), np.int64(y.size)
-            self._map(device, "elementwise.cuh", kernel, y.size, y.itemsize, arguments)
+            self._map(device, "elementwise.cuh", kernel, y, arguments, MAP_PACKS)
 
-    def _rows(self, device: Device, source: str, kernel: str, rows: int, arguments: Sequence[Any], team: int) -> int:
-        """Launch a kernel in which teams of so many threads take rows; return the number of blocks."""
-        blocks = min(MOST_PARTS, -(-rows // (THREADS // team)))
+    def _rows(self, device: Device, source: str, kernel: str, rows: int, arguments: Sequence[Any], team: int) -> None:
+        """Launch a kernel in which teams of so many threads take rows."""
+        threads = max(THREADS, team)
+        blocks = min(MOST_BLOCKS, -(-rows // (threads // team)))
         (loaded,) = device.kernels(source, [kernel])
-        device.launch(loaded, (blocks, 1, 1), THREADS, arguments)
-        return blocks
+        device.launch(loaded, (blocks, 1, 1), threads, arguments)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
         """``out = function(x)``, over the rows."""
         with self._placed(x, out, writes=1) as (device, x_, y):
             rows, columns = y.shape
             team = _team(columns, x_, y)
-            kernel = _row_kernel("forward", function.name, y.dtype.name, team)
+            kernel = _row_kernel("forward", function.name, arrays.name_of(y.dtype), team)
             arguments = pointer(x_), pointer(y), np.int64(rows), np.int32(columns)
             self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads)
 
@@ -360,7 +433,7 @@ class CudaBackend(NumpyBackend):
         with self._placed(grad_y, y, out, writes=1) as (device, g, y_, grad_x):
             rows, columns = grad_x.shape
             team = _team(columns, g, y_, grad_x)
-            kernel = _row_kernel("backward", function.name, g.dtype.name, team)
+            kernel = _row_kernel("backward", function.name, arrays.name_of(g.dtype), team)
             arguments = pointer(g), pointer(y_), pointer(grad_x), np.int64(rows), np.int32(columns)
             self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads)
 
@@ -374,20 +447,20 @@ class CudaBackend(NumpyBackend):
             team = _team(columns, z, targets, grad)
             numbers = np.float64(1.0 - label_smoothing), np.float64(label_smoothing / columns)
             arguments = (pointer(z), pointer(indices), pointer(targets), *numbers, pointer(grad), np.int64(rows))
-            partial, mean = device.empty((MOST_PARTS,), np.float64), device.empty((1,), np.float64)
-            outputs = pointer(partial), pointer(mean), pointer(self._counter(device))
-            kernel = _cross_entropy_kernel(z.dtype.name, team)
+            counter, partial, mean = self._scratch(device)
+            outputs = pointer(partial), pointer(mean), pointer(counter)
+            kernel = _cross_entropy_kernel(arrays.name_of(z.dtype), indices is not None and label_smoothing == 0, team)
             self._rows(device, "losses.cuh", kernel, rows, (*arguments, np.int32(columns), *outputs), team.threads)
             return self._mean(device, mean)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         """Mean over all elements."""
         with self._placed(prediction, target, out, writes=1) as (device, p, t, grad):
-            blocks = min(MOST_PARTS, -(-p.nbytes // (16 * THREADS)))
-            partial, mean = device.empty((MOST_PARTS,), np.float64), device.empty((1,), np.float64)
-            outputs = pointer(partial), pointer(mean), pointer(self._counter(device))
+            blocks = min(MOST_BLOCKS, -(-p.nbytes // (16 * THREADS)))
+            counter, partial, mean = self._scratch(device)
+            outputs = pointer(partial), pointer(mean), pointer(counter)
             inputs = pointer(p), pointer(t), number(parameter, p.dtype), pointer(grad), np.int64(p.size)
-            (kernel,) = device.kernels("losses.cuh", [_loss_kernel(loss.name, p.dtype.name)])
+            (kernel,) = device.kernels("losses.cuh", [_loss_kernel(loss.name, arrays.name_of(p.dtype))])
             device.launch(kernel, (blocks, 1, 1), THREADS, (*inputs, *outputs))
             return self._mean(device, mean)
 
@@ -405,12 +478,11 @@ class CudaBackend(NumpyBackend):
         """Update `param` and its state in place."""
         with self._placed(grad, *state, param, writes=1 + len(state)) as (device, g, *rest):
             *states, p = rest
-            numbers = np.zeros(9)
-            numbers[: len(scalars)] = scalars
+            numbers = _NUMBERS.pack(*scalars, *[0.0] * (9 - len(scalars)))
             places = [pointer(s) for s in (*states, None, None)][:2]
-            arguments = pointer(p), pointer(g), *places, np.void(numbers.tobytes()), np.int64(p.size)
-            kernel = _update_kernel(rule.name, p.dtype.name)
-            self._map(device, "optimizers.cuh", kernel, p.size, p.itemsize, arguments)
+            arguments = pointer(p), pointer(g), *places, np.void(numbers), np.int64(p.size)
+            kernel = _update_kernel(rule.name, arrays.name_of(p.dtype))
+            self._map(device, "optimizers.cuh", kernel, p, arguments)
 
     # Fused training.
 
@@ -425,49 +497,13 @@ class CudaBackend(NumpyBackend):
     def _trains(self, feed: Feed) -> Device:
         return self.device_of(feed.x) if arrays.is_on_gpu(feed.x) else self._first
 
-    def train_mlp(
-        self,
-        layers: Sequence[FusedLayer],
-        feed: Feed,
-        targets: Any,
-        loss: str,
-        row_weight: float,
-        order: NDArray[np.int64],
-        batch: int,
-        rule: str,
-        scalars: NDArray[np.float64],
-        loss_sum: float,
-    ) -> tuple[float, int]:
+    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
         """Train a stack of layers."""
-        return cuda_training.train_mlp(
-            self._trains(feed), layers, feed, targets, loss, row_weight, order, batch, rule, scalars, loss_sum
-        )
+        return cuda_training.train_mlp(self._trains(run.feed), run)
 
-    def train_gan(
-        self,
-        generator: Sequence[FusedLayer],
-        discriminator: Sequence[FusedLayer],
-        feed: Feed,
-        scale: float,
-        shift: float,
-        noise: Array,
-        real_target: float,
-        non_saturating: bool,
-        order: NDArray[np.int64],
-        batch: int,
-        generator_rule: str,
-        generator_scalars: NDArray[np.float64],
-        discriminator_rule: str,
-        discriminator_scalars: NDArray[np.float64],
-        decay: NDArray[np.float64],
-        loss_sums: tuple[float, float],
-    ) -> tuple[float, float]:
+    def train_gan(self, run: GanRun) -> tuple[float, float]:
         """Train two adversarial stacks of layers."""
-        return cuda_training.train_gan(
-            self._trains(feed), generator, discriminator, feed, scale, shift, noise, real_target, non_saturating,
-            order, batch, generator_rule, generator_scalars, discriminator_rule, discriminator_scalars, decay,
-            loss_sums,
-        )  # fmt: skip
+        return cuda_training.train_gan(self._trains(run.feed), run)
 
 
 def _merged(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -128,7 +128,8 @@ class CudaDevice:
 
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Any]:
         """See `Device`."""
-        if any((source, expression) not in self._kernels for expression in expressions):
+        found = [self._kernels.get((source, expression)) for expression in expressions]
+        if None in found:
             compiled = cuda_compile.cubin(source, list(expressions), self.arch)
             module = self._cupy.cuda.Module()
             with self._device:
@@ -136,7 +137,8 @@ class CudaDevice:
                 for expression in expressions:
                     self._kernels[source, expression] = module.get_function(compiled.names[expression])
             self._modules.append(module)
-        return [self._kernels[source, expression] for expression in expressions]
+            found = [self._kernels[source, expression] for expression in expressions]
+        return found
 
     def launch(
         self,
@@ -154,13 +156,13 @@ class CudaDevice:
                 self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
                 self._allowed[kernel.ptr] = shared
             # CuPy takes a struct as an array of one, and copies it.
-            given = tuple(np.array(a) if isinstance(a, np.void) else a for a in arguments)
+            given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See `Device`."""
         with self._device:
-            array = self._cupy.empty(shape, dtype)
+            array = self._cupy.ndarray(shape, dtype)
         if (recorded := getattr(self._own, "recorded", None)) is not None:
             recorded.append(array)
         return array

@@ -11,12 +11,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from .._arrays import name_of
 from ..formulas.activations import ACTIVATIONS, Activation
 from .cuda_device import Device
 from .cuda_types import COMPUTED, FLOATS, SIZES, address, pointer
 
 # The kernels count lines and steps in an int, and look a little beyond the last one.
 LARGEST = 2**31 - 1024
+
+# What a source is compiled for, where that is not every architecture; "host" is the CPU, in tests.
+ARCHITECTURES = {"matmul_wgmma.cuh": ("sm_90a", "host")}
+
+# Whether products may be computed by wgmma where the architecture has it, without being told to: not until a run of
+# benchmarks/gpu_report.py on such a GPU has checked and timed it.
+WGMMA = False
 
 # Of dynamic shared memory, for one block.
 _SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90a": 227, "sm_100a": 227, "host": 227}
@@ -30,7 +38,7 @@ class Tile:
     Attributes
     ----------
     kernel : str
-        ``"simt"`` and ``"mma"`` compute tiles, ``"thin"`` products of at most four rows or columns.
+        ``"simt"``, ``"mma"`` and ``"wgmma"`` compute tiles, ``"thin"`` products of at most four rows or columns.
     rows, columns : int
         Of the result, for a block.
     depth : int
@@ -45,7 +53,7 @@ class Tile:
         Of the C++ template, after the type.
     """
 
-    kernel: Literal["simt", "mma", "thin"]
+    kernel: Literal["simt", "mma", "wgmma", "thin"]
     rows: int
     columns: int
     depth: int
@@ -117,6 +125,13 @@ def mma(
     return Tile("mma", rows, columns, depth, threads, shared, start, step, busy, parameters)
 
 
+def wgmma(rows: int, columns: int, depth: int, stages: int, start: float, step: float, busy: float = 1.0) -> Tile:
+    """Return ``WgmmaTile<...>``, of numbers of 16 bits."""
+    loading = stages * (rows + columns) * depth * 2 + 1024 - 16
+    shared = max(loading, rows * (columns + 8) * 4)
+    return Tile("wgmma", rows, columns, depth, 2 * rows, shared, start, step, busy, (rows, columns, depth, stages))
+
+
 def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
     """Return what ``matmul_thin<count>`` does with so many lines a block, of the operand that has many."""
     rows, columns = (lines, count) if lines_are_rows else (count, lines)
@@ -135,6 +150,10 @@ _THIN_BUSY = {1: 4.0, 4: 2.0}  # by how many lines there are at most: what keeps
 
 _SIMT_TILES = {
     "float32": (
+        # Not measured yet. The step is the next tile's, by what a multiply-add costs in their main loops: 1.12 turns of
+        # a scheduler, not 1.24 (tools/simt_slots.py). That one and 64x64x16x8x8x2x4 differ by a factor of 1.06 in turns
+        # and of 1.07 in time, at 4096^3. Four warps are few, hence `busy`.
+        simt("float32", 128, 128, 16, 8, 16, 1, 3, 2700.0, 82.0, 1.5),
         simt("float32", 128, 128, 16, 8, 8, 1, 3, 1800.0, 90.5),
         simt("float32", 64, 64, 16, 8, 8, 2, 4, 2700.0, 24.5, 1.15),
         simt("float32", 32, 32, 32, 8, 4, 4, 4, 2100.0, 8.3),
@@ -162,13 +181,20 @@ def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
 
 _MMA_TILES = {dtype: _mma_tiles(dtype) for dtype in ("float32", "float16", "bfloat16")}
 
+# By arithmetic, not measured yet: a step's 768 or 896 bytes come at a 132nd of 6.4 TB/s, as an H200's L2 cache was seen
+# to give them to such copies (a tutorial of CUTLASS's, in its pull request 2615).
+WGMMA_TILES = (wgmma(128, 256, 64, 4, 2600.0, 15.8), wgmma(192, 256, 64, 4, 2600.0, 18.5))
+
 # A line's worth of rows (or columns) that the thin kernel takes at once: one, or up to four.
 _THIN_COUNTS = (1, 4)
 
 
-def tiles(dtype: str, tf32: bool = False) -> tuple[Tile, ...]:
+def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that there are for products of this type, but for thin ones."""
-    return _MMA_TILES[dtype] if tf32 or dtype not in _SIMT_TILES else _SIMT_TILES[dtype]
+    if dtype in _SIMT_TILES and not tf32:
+        return _SIMT_TILES[dtype]
+    has_wgmma = SIZES[dtype] == 2 and arch in ARCHITECTURES["matmul_wgmma.cuh"]
+    return (*_MMA_TILES[dtype], *(WGMMA_TILES if has_wgmma else ()))
 
 
 class _Operand(NamedTuple):
@@ -235,18 +261,23 @@ def splits_of(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> Itera
 def candidates(
     m: int, n: int, k: int, dtype: str, tf32: bool, thin_lines: tuple[int, int], arch: str, multiprocessors: int
 ) -> list[Choice]:
-    """Return all that can compute a product, the one with the lowest estimate first.
+    """Return all that can compute a product, the one with the lowest estimate first (see `WGMMA` for an exception).
 
     `thin_lines` are how many lines of a and of b a block of the thin kernel takes.
     """
     shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
-    found = [tile for tile in tiles(dtype, tf32) if tile.shared <= shared]
+    found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared]
     few = min(m, n)
     if few <= _THIN_COUNTS[-1]:
         count = next(count for count in _THIN_COUNTS if few <= count)
         found = [thin(dtype, thin_lines[0] if n <= m else thin_lines[1], count, n <= m)]
     choices = [Choice(tile, splits) for tile in found for splits in splits_of(tile, m, n, k, multiprocessors)]
-    return sorted(choices, key=lambda choice: estimate(choice, m, n, k, SIZES[dtype], multiprocessors))
+
+    def key(choice: Choice) -> tuple[bool, float]:
+        unproven = choice.tile.kernel == "wgmma" and not WGMMA
+        return unproven, estimate(choice, m, n, k, SIZES[dtype], multiprocessors)
+
+    return sorted(choices, key=key)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -266,7 +297,7 @@ def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
 
 
 def _facts(device: Device, a: Any, first: _Operand, second: _Operand, tf32: bool) -> tuple[Any, ...]:
-    dtype = a.dtype.name
+    dtype = name_of(a.dtype)
     thin = thin_lines(dtype, first.along_lines), thin_lines(dtype, second.along_lines)
     return first.lines, second.lines, a.shape[1], dtype, tf32, thin, device.arch, device.multiprocessors
 
@@ -280,9 +311,11 @@ def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str
     if tile.kernel == "thin":
         return "matmul_thin.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
     layouts = ", ".join("true" if along else "false" for along in along_lines)
-    return "matmul_mma.cuh", f"gemmlet::matmul_mma<gemmlet::MmaTile<{name}, {numbers}>, {layouts}, {epilogue}>"
+    kernel, tile_type = f"matmul_{tile.kernel}", f"{tile.kernel.title()}Tile"
+    return f"{kernel}.cuh", f"gemmlet::{kernel}<gemmlet::{tile_type}<{name}, {numbers}>, {layouts}, {epilogue}>"
 
 
+@functools.cache
 def linear_epilogue(dtype: str, activation: str) -> str:
     """Return the name of the epilogue that finishes a layer."""
     return f"gemmlet::LinearEpilogue<{FLOATS[dtype]}, gemmlet::activations::{activation}>"
@@ -293,13 +326,14 @@ def partial_epilogue(dtype: str) -> str:
     return f"gemmlet::PartialEpilogue<{COMPUTED[dtype]}>"
 
 
+@functools.cache
 def combine_kernel(epilogue: str) -> tuple[str, str]:
     """Return the source and the name of the kernel that adds those."""
     return "matmul.cuh", f"gemmlet::matmul_combine<{epilogue}>"
 
 
 def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
-    """Return the kernels that `linear` launches for these activations, by source file.
+    """Return the kernels that `linear` launches for these activations, by source file (see `ARCHITECTURES`).
 
     The activation is a small part of a kernel, at its end: with ``["gelu"]``, the longest one, each is there once.
     """
@@ -314,7 +348,8 @@ def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]
         for epilogue in finals:
             add(combine_kernel(epilogue))
         thin_tiles = (thin(dtype, thin_lines(dtype, True), count, False) for count in _THIN_COUNTS)
-        for tile in (*_SIMT_TILES.get(dtype, ()), *_MMA_TILES.get(dtype, ()), *thin_tiles):
+        on_tensor_cores = tiles(dtype, True, "sm_90a") if dtype in _MMA_TILES else ()
+        for tile in (*_SIMT_TILES.get(dtype, ()), *on_tensor_cores, *thin_tiles):
             for layouts in itertools.product((False, True), repeat=2):
                 for epilogue in (*finals, partial_epilogue(dtype)):
                     add(kernel_of(tile, dtype, layouts, epilogue))
@@ -369,7 +404,7 @@ def linear(
     The same inputs give the same bits. The order of a sum depends on shapes and strides, and on the GPU's architecture
     and number of multiprocessors, by which the tile is chosen and k is split.
     """
-    (m, k), n, dtype = x.shape, w.shape[1], x.dtype.name
+    (m, k), n, dtype = x.shape, w.shape[1], name_of(x.dtype)
     if max(m, n, k) > LARGEST:
         raise ValueError(
             f"x {x.shape} @ w {w.shape}: a dimension is larger than {LARGEST}, the most that backend 'cuda' takes"

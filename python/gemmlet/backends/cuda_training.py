@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,8 @@ from ..formulas.losses import LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES
 from . import cuda_compile
 from .cuda_device import Device, Graph
-from .cuda_types import CPP_TYPES, address
-from .numpy_backend import Array, Feed, FusedLayer
+from .cuda_types import CPP_TYPES, address, number, pointer
+from .numpy_backend import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from .whole_steps import whole_steps
 
 SOURCE = "network.cuh"
@@ -50,7 +51,7 @@ ONE_KERNEL = False
 _MOST_LAYERS = 8
 _TOP_COLUMNS = 16
 _LOSS_THREADS = 128
-_EXPAND_THREADS = _BEGIN_THREADS = 256
+_EXPAND_THREADS = _BEGIN_THREADS = _SCALED_THREADS = 256
 _WIDE_THREADS, _WIDE_NUMBERS = 256, 128 * 36
 _WIDE_SIDE = 32
 _MOST_NUMBERS = 11
@@ -203,6 +204,7 @@ def expressions() -> dict[str, list[str]]:
         names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
         names += [f"forward<{t}, gemmlet::{tile}>" for tile in _TILES]
         for n in (t, "unsigned char"):
+            names.append(f"scaled<{t}, {n}>")
             for kernel in ("first_forward", "first_forward_and_gather"):
                 names += [f"{kernel}<{t}, {n}, gemmlet::{tile}>" for tile in _TILES]
             for rule in OPTIMIZER_RULES:
@@ -233,6 +235,8 @@ class ResidentFeed(Feed):
 
 def hold(device: Device, feed: Feed, targets: Any = None) -> tuple[ResidentFeed, Any]:
     """Return samples and targets as they are on the GPU: copies, or themselves where they are there already."""
+    if isinstance(feed, ResidentFeed):
+        return feed, targets
 
     def resident(array: Any) -> Any:
         if not isinstance(array, np.ndarray):
@@ -294,21 +298,14 @@ class _Stack:
     """One network on the GPU: its parameters' place in the state, and its matrices of so many rows."""
 
     def __init__(
-        self,
-        device: Device,
-        layers: Sequence[FusedLayer],
-        rule: str,
-        rows: int,
-        state_offset: int,
-        *,
-        output: Any = None,
-        averages: bool = False,
+        self, device: Device, network: FusedNetwork, rows: int, state_offset: int, *, output: Any = None
     ) -> None:
-        self.rule, self.averages = rule, averages
+        layers, rule, _ = network
+        self.rule, self.averages = rule, _has_averages(network)
         self.dtype = dtype = layers[0].weight.dtype
         self.widths = [layers[0].weight.shape[0], *(layer.weight.shape[1] for layer in layers)]
         self.activations = [_filled(_structs(dtype).activation, **_activation(layer)) for layer in layers]
-        self.planes = 1 + len(OPTIMIZER_RULES[rule].state) + averages
+        self.planes = 1 + len(OPTIMIZER_RULES[rule].state) + self.averages
         self._sizes = [(layer.weight.shape[0] + 1) * _stride(layer.weight.shape[1]) for layer in layers]
         self.plane = sum(self._sizes)
         self.state_offset, self.state_bytes = state_offset, self.planes * self.plane * dtype.itemsize
@@ -342,12 +339,12 @@ class _Stack:
             grad=address(self.grad[layer]),
         )
 
-    def copies(self, layers: Sequence[FusedLayer], state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
-        """Each array of `layers`, and the view of a copy of the state on the CPU that belongs to it."""
+    def copies(self, network: FusedNetwork, state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
+        """Each array of `network`, and the view of a copy of the state on the CPU that belongs to it."""
         own = state[self.state_offset : self.state_offset + self.state_bytes].view(self.dtype)
         for p, plane in enumerate(own.reshape(self.planes, self.plane)):
             start = 0
-            for layer, size in zip(layers, self._sizes, strict=True):
+            for layer, size in zip(network.layers, self._sizes, strict=True):
                 inputs, outputs = layer.weight.shape
                 matrix = plane[start : start + size].reshape(inputs + 1, -1)[:, :outputs]
                 weights: list[Any] = [layer.weight, *layer.weight_state, layer.weight_average]
@@ -376,9 +373,9 @@ class _Session:
 
     # Putting it together.
 
-    def stack(self, layers: Sequence[FusedLayer], rule: str, rows: int, **settings: Any) -> _Stack:
+    def stack(self, network: FusedNetwork, rows: int, **settings: Any) -> _Stack:
         """Add a network."""
-        stack = _Stack(self.device, layers, rule, rows, self._state_bytes, **settings)
+        stack = _Stack(self.device, network, rows, self._state_bytes, **settings)
         self.stacks.append(stack)
         self._state_bytes += _pieces(stack.state_bytes, 256) * 256
         return stack
@@ -563,10 +560,9 @@ class _Session:
 
     def train(
         self,
-        networks: Sequence[Sequence[FusedLayer]],
+        networks: Sequence[FusedNetwork],
         order: NDArray[np.int64],
         batch: int,
-        numbers: Sequence[NDArray[np.float64]],
         losses: Sequence[float],
         noise: Array | None = None,
         decay: NDArray[np.float64] | None = None,
@@ -575,6 +571,7 @@ class _Session:
         full, rest = divmod(len(order), batch)
         # Before anything is sent, as it takes time, and may fail.
         runs = self._runs(batch, full) + self._runs(rest, 1 if rest else 0)
+        numbers = [network.scalars for network in networks]
         extras = [order, *numbers, *(a for a in (noise, decay) if a is not None)]
         places, end = [], self._state_bytes
         for array in extras:
@@ -586,8 +583,8 @@ class _Session:
             flat = self._host[place : place + array.nbytes].view(array.dtype)
             flat[...] = array.reshape(-1)
         state = self._host[: self._state_bytes]
-        for stack, layers in zip(self.stacks, networks, strict=True):
-            for array, copy in stack.copies(layers, state):
+        for stack, network in zip(self.stacks, networks, strict=True):
+            for array, copy in stack.copies(network, state):
                 copy[...] = array
         progress = state[: _PROGRESS.itemsize].view(_PROGRESS)
         progress["order"], progress["batch"], progress["next"], progress["right"] = places[0], batch, 0, 0
@@ -605,8 +602,8 @@ class _Session:
         for graph, times in runs:
             graph.replay(times)
         self.device.download(self._state, state)
-        for stack, layers in zip(self.stacks, networks, strict=True):
-            for array, copy in stack.copies(layers, state):
+        for stack, network in zip(self.stacks, networks, strict=True):
+            for array, copy in stack.copies(network, state):
                 array[...] = copy
         return [float(value) for value in progress["loss"][0, : len(losses)]], int(progress["right"][0])
 
@@ -693,31 +690,27 @@ def _session(feed: ResidentFeed, key: tuple[Any, ...], rows: int, make: Callable
     return session
 
 
-def _shape(layers: Sequence[FusedLayer]) -> tuple[Any, ...]:
-    """What kernels are told of layers."""
-    return tuple(
-        (layer.weight.shape, layer.weight.dtype, layer.activation, layer.activation_parameter) for layer in layers
+def _shape(network: FusedNetwork) -> tuple[Any, ...]:
+    """What kernels are told of a network."""
+    layers = tuple(
+        (layer.weight.shape, layer.weight.dtype, layer.activation, layer.activation_parameter)
+        for layer in network.layers
     )
+    return layers, network.rule, _has_averages(network)
+
+
+def _has_averages(network: FusedNetwork) -> bool:
+    return network.layers[0].weight_average is not None
 
 
 class _MlpSession(_Session):
-    def __init__(
-        self,
-        device: Device,
-        layers: Sequence[FusedLayer],
-        feed: ResidentFeed,
-        targets: Any,
-        loss: str,
-        row_weight: float,
-        rule: str,
-        rows: int,
-    ) -> None:
-        super().__init__(device, layers[0].weight.dtype, rows)
+    def __init__(self, device: Device, run: MlpRun, rows: int) -> None:
+        super().__init__(device, run.network.layers[0].weight.dtype, rows)
         # (Not what holds this session: it would hold itself.)
-        self.feed, self.targets, self.loss, self.row_weight = Feed(*feed), targets, loss, row_weight
-        self.network = self.stack(layers, rule, rows)
+        self.feed, self.targets, self.loss, self.row_weight = Feed(*run.feed), run.targets, run.loss, run.row_weight
+        self.network = self.stack(run.network, rows)
         features = self.network.widths[0]
-        self.dense = None if feed.row_start is None else device.empty((rows, _stride(features)), self.dtype)
+        self.dense = None if self.feed.row_start is None else device.empty((rows, _stride(features)), self.dtype)
         self.losses, self.right = device.empty((rows,), np.dtype(np.float64)), device.empty((rows,), np.dtype(np.int32))
         self.complete()
 
@@ -760,56 +753,32 @@ class _MlpSession(_Session):
 
 
 @whole_steps()
-def train_mlp(
-    device: Device,
-    layers: Sequence[FusedLayer],
-    feed: Feed,
-    targets: Any,
-    loss: str,
-    row_weight: float,
-    order: NDArray[np.int64],
-    batch: int,
-    rule: str,
-    scalars: NDArray[np.float64],
-    loss_sum: float,
-) -> tuple[float, int]:
-    """Train on the mini-batches of `order`: see `NumpyBackend.train_mlp`."""
-    if not len(order):
-        return loss_sum, 0
-    if not isinstance(feed, ResidentFeed):
-        feed, targets = hold(device, feed, targets)
-    held, batch = feed, min(batch, len(order))
+def train_mlp(device: Device, run: MlpRun) -> tuple[float, int]:
+    """See `NumpyBackend.train_mlp`."""
+    if not len(run.order):
+        return run.loss_sum, 0
+    feed, targets = hold(device, run.feed, run.targets)
+    run, batch = replace(run, feed=feed, targets=targets), min(run.batch, len(run.order))
     session = _session(
-        held,
-        (_shape(layers), address(targets), loss, row_weight, rule),
+        feed,
+        (_shape(run.network), address(targets), run.loss, run.row_weight),
         batch,
-        lambda: _MlpSession(device, layers, held, targets, loss, row_weight, rule, batch),
+        lambda: _MlpSession(device, run, batch),
     )
-    losses, right = session.train([layers], order, batch, [scalars], [loss_sum])
+    losses, right = session.train([run.network], run.order, batch, [run.loss_sum])
     return losses[0], right
 
 
 class _GanSession(_Session):
-    def __init__(
-        self,
-        device: Device,
-        generator: Sequence[FusedLayer],
-        discriminator: Sequence[FusedLayer],
-        feed: ResidentFeed,
-        scaling: tuple[float, float],
-        real_target: float,
-        non_saturating: bool,
-        rules: tuple[str, str],
-        rows: int,
-    ) -> None:
-        super().__init__(device, generator[0].weight.dtype, rows)
-        self.x, self.scaling, self.real_target, self.non_saturating = feed.x, scaling, real_target, non_saturating
-        features = discriminator[0].weight.shape[0]
+    def __init__(self, device: Device, run: GanRun, rows: int) -> None:
+        super().__init__(device, run.generator.layers[0].weight.dtype, rows)
+        self.x, self.scale, self.shift = run.feed.x, run.scale, run.shift
+        self.real_target, self.non_saturating = run.real_target, run.non_saturating
+        features = run.discriminator.layers[0].weight.shape[0]
         # What the discriminator sees: first what is generated, then as many samples.
         self.seen = device.empty((2 * rows, _stride(features)), self.dtype)
-        averages = generator[0].weight_average is not None
-        self.generator = self.stack(generator, rules[0], rows, output=self.seen, averages=averages)
-        self.discriminator = self.stack(discriminator, rules[1], 2 * rows)
+        self.generator = self.stack(run.generator, rows, output=self.seen)
+        self.discriminator = self.stack(run.discriminator, 2 * rows)
         self.losses = device.empty((2 * rows,), np.dtype(np.float64))
         self.complete()
 
@@ -831,8 +800,8 @@ class _GanSession(_Session):
             self.structs.gather,
             samples=address(self.x),
             features=d.widths[0],
-            scale=self.scaling[0],
-            shift=self.scaling[1],
+            scale=self.scale,
+            shift=self.shift,
             rows=address(self.seen[rows:]),
         )
         tiles, p = self.forward_arguments(g, 0, noise, rows)
@@ -862,39 +831,28 @@ class _GanSession(_Session):
 
 
 @whole_steps()
-def train_gan(
-    device: Device,
-    generator: Sequence[FusedLayer],
-    discriminator: Sequence[FusedLayer],
-    feed: Feed,
-    scale: float,
-    shift: float,
-    noise: Array,
-    real_target: float,
-    non_saturating: bool,
-    order: NDArray[np.int64],
-    batch: int,
-    generator_rule: str,
-    generator_scalars: NDArray[np.float64],
-    discriminator_rule: str,
-    discriminator_scalars: NDArray[np.float64],
-    decay: NDArray[np.float64],
-    loss_sums: tuple[float, float],
-) -> tuple[float, float]:
-    """The same for two adversarial networks: see `NumpyBackend.train_gan`."""
-    if not len(order):
-        return loss_sums
-    if not isinstance(feed, ResidentFeed):
-        feed, _ = hold(device, feed)
-    held, batch, rules = feed, min(batch, len(order)), (generator_rule, discriminator_rule)
-    averages = generator[0].weight_average is not None
-    settings = ((scale, shift), real_target, non_saturating, rules)
+def train_gan(device: Device, run: GanRun) -> tuple[float, float]:
+    """See `NumpyBackend.train_gan`."""
+    if not len(run.order):
+        return run.loss_sums
+    feed, _ = hold(device, run.feed)
+    run, batch = replace(run, feed=feed), min(run.batch, len(run.order))
+    networks = run.generator, run.discriminator
     session = _session(
-        held,
-        (_shape(generator), _shape(discriminator), averages, settings),
+        feed,
+        (*map(_shape, networks), run.scale, run.shift, run.real_target, run.non_saturating),
         batch,
-        lambda: _GanSession(device, generator, discriminator, held, *settings, batch),
+        lambda: _GanSession(device, run, batch),
     )
-    numbers = [generator_scalars, discriminator_scalars]
-    losses, _ = session.train([generator, discriminator], order, batch, numbers, loss_sums, noise, decay)
+    losses, _ = session.train(networks, run.order, batch, run.loss_sums, run.noise, run.decay)
     return losses[0], losses[1]
+
+
+def scaled(device: Device, x: Any, out: Any, scale: float, shift: float) -> None:
+    """``out = x * scale + shift``: C-contiguous arrays of float32 or float64; x may hold bytes, which are 255ths."""
+    if not x.size:
+        return
+    (kernel,) = device.kernels(SOURCE, [f"gemmlet::scaled<{CPP_TYPES[out.dtype.name]}, {CPP_TYPES[x.dtype.name]}>"])
+    numbers = number(scale, out.dtype), number(shift, out.dtype), np.int64(x.size)
+    arguments = pointer(x), pointer(out), *numbers
+    device.launch(kernel, (_pieces(x.size, _SCALED_THREADS), 1, 1), _SCALED_THREADS, arguments)

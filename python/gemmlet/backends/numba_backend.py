@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import binding
-from numpy.typing import NDArray
 
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import Loss, RowFunction
@@ -41,7 +40,7 @@ from .numba_loops import (
     row_loop,
     update_loop,
 )
-from .numpy_backend import Array, Feed, FusedLayer, NumpyBackend
+from .numpy_backend import Array, MlpRun, NumpyBackend
 from .whole_steps import whole_steps
 
 # The least work worth a thread, in elements: handing over a task costs about as much as 20,000 elements of the cheapest
@@ -285,21 +284,7 @@ class NumbaBackend(NumpyBackend):
             name in known or name == cross_entropy for name in (*functions, *losses, rule)
         )  # fmt: skip
 
-    def train_mlp(
-        self,
-        layers: Sequence[FusedLayer],
-        feed: Feed,
-        targets: Array,
-        loss: str,
-        row_weight: float,
-        order: NDArray[np.int64],
-        batch: int,
-        rule: str,
-        scalars: NDArray[np.float64],
-        loss_sum: float,
-    ) -> tuple[float, int]:
+    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
         """Train a stack of layers."""
         with whole_steps():
-            return numba_training.train_mlp(
-                layers, feed, targets, loss, row_weight, order, batch, rule, scalars, loss_sum, self._split
-            )
+            return numba_training.train_mlp(run, self._split)

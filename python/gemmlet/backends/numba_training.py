@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from .._memory import aligned_zeros
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.losses import LOSSES
 from .numba_loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
-from .numpy_backend import Array, Feed, FusedLayer
+from .numpy_backend import Array, Feed, FusedLayer, MlpRun
 
 Split = Callable[[int, int, Callable[[slice], None]], None]
 
@@ -267,25 +267,15 @@ class _Layer:
         self.split(arrays[0].size, 1, lambda part: update(*(a[part] for a in arrays), numbers))
 
 
-def train_mlp(
-    layers: Sequence[FusedLayer],
-    feed: Feed,
-    targets: Array,
-    loss: str,
-    row_weight: float,
-    order: NDArray[np.int64],
-    batch: int,
-    rule: str,
-    scalars: NDArray[np.float64],
-    loss_sum: float,
-    split: Split,
-) -> tuple[float, int]:
-    """Train on the mini-batches of `order`: see `NumpyBackend.train_mlp`.
+def train_mlp(run: MlpRun, split: Split) -> tuple[float, int]:
+    """See `NumpyBackend.train_mlp`.
 
     ``split(size, unit, run)`` calls `run` on slices of whole units that cover `size` elements, in several threads if
     there are many.
     """
-    batch = min(batch, len(order))
+    layers, rule, scalars = run.network
+    feed, targets, loss, row_weight, order = run.feed, run.targets, run.loss, run.row_weight, run.order
+    batch, loss_sum = min(run.batch, len(order)), run.loss_sum
     dtype, features = layers[0].weight.dtype, layers[0].weight.shape[0]
     stack = [_Layer(layer, batch, split) for layer in layers]
     first, last, width = stack[0], stack[-1], stack[-1].y.shape[1]

@@ -51,6 +51,81 @@ class Feed(NamedTuple):
     skip_zeros: bool
 
 
+class FusedNetwork(NamedTuple):
+    """A stack of layers, and how it is updated: an optimizer's rule, and its numbers at each step, (steps, numbers)."""
+
+    layers: Sequence[FusedLayer]
+    rule: str
+    scalars: NDArray[np.float64]
+
+
+class MlpRun(NamedTuple):
+    """What `train_mlp` does in one call: a step for each mini-batch of `order`.
+
+    Attributes
+    ----------
+    network : FusedNetwork
+        Its arrays are updated in place.
+    feed : Feed
+    targets : ndarray
+        Of all samples: class indices, int64 of shape (n,), or numbers (n, outputs).
+    loss : str
+        ``"softmax_cross_entropy"`` or an elementwise one, whose sum over a row counts `row_weight` times.
+    row_weight : float
+    order : ndarray of int64
+        Which samples; `batch` of them make a mini-batch, the last of which may be smaller.
+    batch : int
+    loss_sum : float
+        What the losses of the samples are added to.
+    """
+
+    network: FusedNetwork
+    feed: Feed
+    targets: Any
+    loss: str
+    row_weight: float
+    order: NDArray[np.int64]
+    batch: int
+    loss_sum: float
+
+
+class GanRun(NamedTuple):
+    """What `train_gan` does in one call: a step of each network, first the discriminator, for each batch of `order`.
+
+    Attributes
+    ----------
+    generator, discriminator : FusedNetwork
+        Their arrays, the generator's moving averages among them, are updated in place.
+    feed : Feed
+        Samples within [0, 1], which the discriminator sees as ``scale * x + shift``.
+    scale, shift : float
+    noise : ndarray, shape (len(order), latent_dim)
+    real_target : float
+        The discriminator's target for samples; for what is generated it is 0.
+    non_saturating : bool
+        Which of the two losses the generator has.
+    order, batch
+        As in `MlpRun`.
+    decay : ndarray of float64, shape (steps,)
+        Of the moving averages.
+    loss_sums : (float, float)
+        What the losses of generator and discriminator are added to.
+    """
+
+    generator: FusedNetwork
+    discriminator: FusedNetwork
+    feed: Feed
+    scale: float
+    shift: float
+    noise: Array
+    real_target: float
+    non_saturating: bool
+    order: NDArray[np.int64]
+    batch: int
+    decay: NDArray[np.float64]
+    loss_sums: tuple[float, float]
+
+
 class NumpyBackend:
     """Computes everything with NumPy alone."""
 
@@ -165,44 +240,18 @@ class NumpyBackend:
         """Whether ``train_<network>`` is there, ``"mlp"`` or ``"gan"``, and knows these names."""
         return False
 
+    def bring(self, array: Any, beside: Any = None) -> Any:
+        """The array where this backend computes: itself, or a copy on a GPU, on that of `beside` if it is on one."""
+        return array
+
     def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
         """Samples, and their targets if there are any, as the calls to come want them."""
         return feed, targets
 
-    def train_mlp(
-        self,
-        layers: Sequence[FusedLayer],
-        feed: Feed,
-        targets: Array,
-        loss: str,
-        row_weight: float,
-        order: NDArray[np.int64],
-        batch: int,
-        rule: str,
-        scalars: NDArray[np.float64],
-        loss_sum: float,
-    ) -> tuple[float, int]:
-        """Train on the mini-batches of `order`; return `loss_sum` with their losses added, and how many were right."""
+    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
+        """Train on mini-batches; return `run.loss_sum` with their losses added, and how many answers were right."""
         raise NotImplementedError("ask `fuses` first")
 
-    def train_gan(
-        self,
-        generator: Sequence[FusedLayer],
-        discriminator: Sequence[FusedLayer],
-        feed: Feed,
-        scale: float,
-        shift: float,
-        noise: Array,
-        real_target: float,
-        non_saturating: bool,
-        order: NDArray[np.int64],
-        batch: int,
-        generator_rule: str,
-        generator_scalars: NDArray[np.float64],
-        discriminator_rule: str,
-        discriminator_scalars: NDArray[np.float64],
-        decay: NDArray[np.float64],
-        loss_sums: tuple[float, float],
-    ) -> tuple[float, float]:
-        """The same for two adversarial networks; the losses of generator and discriminator."""
+    def train_gan(self, run: GanRun) -> tuple[float, float]:
+        """The same for two adversarial networks; return the losses of generator and discriminator."""
         raise NotImplementedError("ask `fuses` first")

@@ -36,30 +36,31 @@ def load(name: str) -> NumpyBackend:
     RuntimeError
         It cannot be loaded here; the message says why.
     """
+    if name in _loaded:
+        return _loaded[name]
     if name not in CHOICES:
         raise ValueError(f"backend {name!r} is unknown; the choices are {', '.join(CHOICES)}")
-    if name not in _loaded:
-        backend: NumpyBackend
-        if name == "cpu":
-            from .cpu_backend import CpuBackend
+    backend: NumpyBackend
+    if name == "cpu":
+        from .cpu_backend import CpuBackend
 
-            backend = CpuBackend()
-        elif name == "numba":
-            if importlib.util.find_spec("numba") is None:
-                raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
-            from .numba_backend import NumbaBackend
+        backend = CpuBackend()
+    elif name == "numba":
+        if importlib.util.find_spec("numba") is None:
+            raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
+        from .numba_backend import NumbaBackend
 
-            backend = NumbaBackend()
-        elif name == "cuda":
-            from .cuda_backend import CudaBackend
+        backend = NumbaBackend()
+    elif name == "cuda":
+        from .cuda_backend import CudaBackend
 
-            backend = CudaBackend()
-        else:
-            from .numpy_backend import NumpyBackend
+        backend = CudaBackend()
+    else:
+        from .numpy_backend import NumpyBackend
 
-            backend = NumpyBackend()
-        backend.set_num_threads(_threads.get_num_threads())
-        _loaded.setdefault(name, backend)
+        backend = NumpyBackend()
+    backend.set_num_threads(_threads.get_num_threads())
+    _loaded.setdefault(name, backend)
     return _loaded[name]
 
 

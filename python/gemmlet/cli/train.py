@@ -254,7 +254,7 @@ class _Watch:
             self._console.print("Interrupted: saving what was learnt (Ctrl-C again ends at once).")
 
     def see(self, progress: nn.Progress | nn.GANProgress, figures: Mapping[str, float | None]) -> None:
-        """Take note of a mini-batch and its figures, and raise `StopTraining` if it shall be the last."""
+        """Take note of some mini-batches and their figures, and raise `StopTraining` if they shall be the last."""
         known = {name: value for name, value in figures.items() if value is not None}
         if not all(map(math.isfinite, known.values())):
             raise _diverged()
@@ -354,12 +354,9 @@ def train_mlp(options: Options) -> int:
     else:
         model = nn.MLP([784, *settings.hidden, 10], MLP_ACTIVATION, seed=settings.seed)
     kept, held_out = hold_out(len(data.y_train), settings.seed)
-    decay = nn.LinearDecay(settings.optimizer) if settings.lr_decay else None
 
     def callback(p: nn.Progress) -> None:
         watch.see(p, {"loss": p.loss, "accuracy": p.accuracy, "held out": p.validation_accuracy})
-        if decay is not None:
-            decay(p)
 
     with _Watch(console, settings.epochs) as watch:
         with watch.bar():
@@ -369,8 +366,10 @@ def train_mlp(options: Options) -> int:
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 optimizer=settings.optimizer,
+                lr_schedule=nn.linear_decay if settings.lr_decay else None,
                 validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
                 callback=callback,
+                callback_every="call",
             )
         _finish_mlp(model, data, settings, history, watch.epochs_done, console)
     return 130 if watch.interrupted else 0
@@ -482,6 +481,7 @@ def train_gan(options: Options) -> int:
                 batch_size=settings.batch_size,
                 optimizer=settings.optimizer,
                 callback=callback,
+                callback_every="call",
             )
         if model.steps not in shown:
             grid(f"epoch {len(history.generator_loss)}, interrupted")

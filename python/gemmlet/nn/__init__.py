@@ -7,7 +7,7 @@ is NumPy's BLAS, which may add in another order where the number of its own thre
 
 from .gan import GAN
 from .mlp import MLP
-from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, LinearDecay, Optimizer, make_optimizer
+from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, linear_decay, make_optimizer
 from .training import GANHistory, GANProgress, History, Progress, StopTraining
 
 __all__ = [
@@ -20,9 +20,9 @@ __all__ = [
     "GANHistory",
     "GANProgress",
     "History",
-    "LinearDecay",
     "Optimizer",
     "Progress",
     "StopTraining",
+    "linear_decay",
     "make_optimizer",
 ]

@@ -42,6 +42,12 @@ def choice(value: Any, name: str, choices: Iterable[str]) -> str:
     return value
 
 
+def optional_callable(value: Any, name: str) -> None:
+    """Raise unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
 def float_dtype(value: Any) -> np.dtype[Any]:
     """Return `value` as the dtype float32 or float64."""
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +92,12 @@ class Dense:
     def parameters(self) -> list[Array]:
         """The arrays that training changes: weight and bias of each layer in turn."""
         return [array for layer in self.layers for array in (layer.weight, layer.bias)]
+
+    def brought(self, bring: Callable[[Array], Array]) -> Self:
+        """Return the network with its parameters where `bring` puts them."""
+        there = copy.copy(self)
+        there.layers = [replace(layer, weight=bring(layer.weight), bias=bring(layer.bias)) for layer in self.layers]
+        return there
 
     def forward(self, x: Array, depth: int | None = None) -> Array:
         """Return the result of the last layer, or of the first `depth` ones."""

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends import select
-from ..backends.numpy_backend import FusedLayer, NumpyBackend
+from ..backends.numpy_backend import FusedLayer, FusedNetwork, GanRun, MlpRun, NumpyBackend
 from ..formulas.activations import ACTIVATIONS
 from .dense import Dense
 from .optimizers import Optimizer, Plan
@@ -22,6 +21,7 @@ from .training import Samples
 
 Array = NDArray[Any]
 Order = NDArray[np.int64]
+Factors = NDArray[np.float64]
 
 # Below this share of numbers that are not 0, to skip zeros is faster (measured by `gemmlet bench epoch` on inputs of
 # several densities: docs/performance.md).
@@ -52,7 +52,7 @@ class Pace:
         self.steps = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self.steps))
 
 
-def _layers(dense: Dense, plan: Plan, average: Dense | None = None) -> list[FusedLayer]:
+def _network(dense: Dense, plan: Plan, average: Dense | None = None) -> FusedNetwork:
     layers = []
     for i, layer in enumerate(dense.layers):
         parameter = layer.activation_parameter
@@ -70,49 +70,48 @@ def _layers(dense: Dense, plan: Plan, average: Dense | None = None) -> list[Fuse
                 None if average is None else average.layers[i].bias,
             )
         )
-    return layers
+    return FusedNetwork(layers, plan.rule, plan.scalars)
 
 
 def _can(
     backend: NumpyBackend, network: str, denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]
 ) -> bool:
     names = [layer.activation for dense in denses for layer in dense.layers if layer.activation is not None]
-    plans = [rule.plan(dense.parameters, 1) for dense, rule in zip(denses, rules, strict=True)]
+    plans = [rule.plan(dense.parameters, np.ones(1)) for dense, rule in zip(denses, rules, strict=True)]
     return all(plan is not None and backend.fuses(network, names, losses, plan.rule) for plan in plans)
 
 
 def mlp_steps(
     dense: Dense, loss: str, row_weight: float, samples: Samples, targets: Array, rule: Optimizer
-) -> Callable[[Order, int, float], tuple[float, int] | None] | None:
-    """Return ``steps(order, batch_size, loss_sum) -> (loss_sum, right)``, or None if the backend has no such thing.
+) -> Callable[[Order, int, Factors, float], tuple[float, int] | None] | None:
+    """Return ``steps(order, batch_size, lr_factors, loss_sum) -> (loss_sum, right)``; None if the backend has no such.
 
     `steps` itself returns None, and does nothing, where a callback has given some parameters more updates than others.
+    `lr_factors` has one for each mini-batch, see `Optimizer.plan`.
 
     `loss` is ``"softmax_cross_entropy"`` or an elementwise one, whose sum over a row counts `row_weight` times.
     """
-    backend = select.of(samples.array) if samples.on_gpu else select.current()
+    backend = samples.backend
     if not _can(backend, "mlp", [dense], [loss], [rule]):
         return None
     feed, wanted = backend.hold(samples.feed(SPARSE_BELOW), np.ascontiguousarray(targets))
 
-    def steps(order: Order, batch: int, loss_sum: float) -> tuple[float, int] | None:
-        batch = min(batch, len(order))
-        count = -(-len(order) // batch)
-        plan = rule.plan(dense.parameters, count)
+    def steps(order: Order, batch: int, lr_factors: Factors, loss_sum: float) -> tuple[float, int] | None:
+        plan = rule.plan(dense.parameters, lr_factors)
         if plan is None:
             return None
-        layers, trained = _layers(dense, plan), True
+        network = _network(dense, plan)
+        run = MlpRun(network, feed, wanted, loss, row_weight, order, min(batch, len(order)), loss_sum)
+        trained = True
         try:
-            return backend.train_mlp(
-                layers, feed, wanted, loss, row_weight, order, batch, plan.rule, plan.scalars, loss_sum
-            )
+            return backend.train_mlp(run)
         except _REFUSALS:
             trained = False
             raise
         finally:
             # After Ctrl-C too: it comes as the call returns.
             if trained:
-                rule.planned(dense.parameters, count)
+                rule.planned(dense.parameters, len(lr_factors))
 
     return steps
 
@@ -135,39 +134,38 @@ def gan_steps(
     non_saturating: bool,
     generator_rule: Optimizer,
     discriminator_rule: Optimizer,
-) -> Callable[[Order, int, Array, NDArray[np.float64], tuple[float, float]], tuple[float, float] | None] | None:
-    """Return ``steps(order, batch_size, noise, decay, loss_sums) -> loss_sums``, or None as above.
+) -> Callable[[Order, int, Factors, Array, Array, tuple[float, float]], tuple[float, float] | None] | None:
+    """Return ``steps(order, batch_size, lr_factors, noise, decay, loss_sums) -> loss_sums``, or None as above.
 
     `decay` has a number for each step; losses are the generator's and the discriminator's.
     """
     generator, discriminator = networks.generator, networks.discriminator
     both = [generator, discriminator]
-    backend = select.of(samples.array) if samples.on_gpu else select.current()
+    backend = samples.backend
     if not _can(backend, "gan", both, ["binary_cross_entropy_with_logits"], [generator_rule, discriminator_rule]):
         return None
     feed, _ = backend.hold(samples.feed(0.0), None)
 
     def steps(
-        order: Order, batch: int, noise: Array, decay: NDArray[np.float64], loss_sums: tuple[float, float]
+        order: Order, batch: int, lr_factors: Factors, noise: Array, decay: Array, loss_sums: tuple[float, float]
     ) -> tuple[float, float] | None:
-        batch = min(batch, len(order))
-        count = -(-len(order) // batch)
-        g = generator_rule.plan(generator.parameters, count)
-        d = discriminator_rule.plan(discriminator.parameters, count)
+        g = generator_rule.plan(generator.parameters, lr_factors)
+        d = discriminator_rule.plan(discriminator.parameters, lr_factors)
         if g is None or d is None:
             return None
-        layers, trained = (_layers(generator, g, networks.average), _layers(discriminator, d)), True
+        run = GanRun(
+            _network(generator, g, networks.average), _network(discriminator, d), feed, scale, shift, noise,
+            real_target, non_saturating, order, min(batch, len(order)), decay, loss_sums,
+        )  # fmt: skip
+        trained = True
         try:
-            return backend.train_gan(
-                *layers, feed, scale, shift, noise, real_target, non_saturating, order, batch, g.rule, g.scalars,
-                d.rule, d.scalars, decay, loss_sums,
-            )  # fmt: skip
+            return backend.train_gan(run)
         except _REFUSALS:
             trained = False
             raise
         finally:
             if trained:
-                generator_rule.planned(generator.parameters, count)
-                discriminator_rule.planned(discriminator.parameters, count)
+                generator_rule.planned(generator.parameters, len(lr_factors))
+                discriminator_rule.planned(discriminator.parameters, len(lr_factors))
 
     return steps

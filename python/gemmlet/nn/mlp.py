@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -18,8 +18,8 @@ from . import _checks as checks
 from . import files
 from .dense import Dense, activation_name, activation_number
 from .fused import Pace, mlp_steps
-from .optimizers import SGD, Optimizer, as_optimizer, make_optimizer
-from .training import CHUNK, History, Progress, Samples, StopTraining, sample_order, slices
+from .optimizers import SGD, Optimizer, Schedule, as_optimizer, lr_factors, make_optimizer
+from .training import CALLBACK_EVERY, CHUNK, History, Progress, Samples, StopTraining, sample_order, slices
 
 Array = NDArray[Any]
 
@@ -126,10 +126,12 @@ class MLP:
         epochs: int = 10,
         batch_size: int | None = None,
         optimizer: str | Optimizer | None = None,
+        lr_schedule: Schedule | None = None,
         validation_data: tuple[Any, Any] | None = None,
         shuffle: bool = True,
         verbose: bool = False,
         callback: Callable[[Progress], object] | None = None,
+        callback_every: str = "batch",
     ) -> History:
         """Train on samples `x` and their labels `y`.
 
@@ -138,7 +140,8 @@ class MLP:
         x : array_like, shape (n, layers[0])
             Rows of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and are
             expanded a mini-batch at a time. Or a sparse matrix of scipy, of either dtype. On a GPU (CuPy's, or anything
-            with DLPack), they are trained on there; `y` may be there too. Results are NumPy's in any case.
+            with ``__cuda_array_interface__`` or DLPack), they are trained on there; `y` may be there too. The
+            parameters stay NumPy's.
         y : array_like
             Class indices, integers of shape (n,); with one sigmoid output 0 or 1. With identity outputs numbers of the
             network's dtype, shape (n,) for one output, else (n, layers[-1]).
@@ -149,6 +152,10 @@ class MLP:
         optimizer : str or Optimizer, optional
             A name, ``"sgd"``, ``"adam"`` or ``"adamw"``, with its default settings; or an object, whose state is
             continued. By default ``"adam"``, or what the preset says.
+        lr_schedule : callable, optional
+            ``lr_schedule(done)``, with the share of all mini-batches of this `fit` that is done, from 0 to below 1,
+            returns what the learning rate is multiplied by in the next one: `linear_decay`, say, or
+            ``lambda done: 0.1 ** int(3 * done)``. `optimizer.lr` stays as it is.
         validation_data : (x, y), optional
             Evaluated after each epoch.
         shuffle : bool
@@ -156,7 +163,11 @@ class MLP:
         verbose : bool
             Whether to print a line per epoch.
         callback : callable, optional
-            Called with a `Progress` after every mini-batch. It may raise `StopTraining`.
+            Called with a `Progress`. It may raise `StopTraining`.
+        callback_every : {"batch", "call", "epoch"}
+            When it is called: after every mini-batch, which then is a call of the backend by itself; after every call,
+            in which a backend that can (`cpu`, `cuda`) trains about a tenth of a second; or after every epoch. The
+            last two train faster, on a GPU by far, with the same result.
 
         Returns
         -------
@@ -177,13 +188,17 @@ class MLP:
             validation = self._samples_and_targets(*checks.pair(validation_data, "validation_data"), names)
         rng = self._shuffle if arguments.flag(shuffle, "shuffle") else None
         verbose = arguments.flag(verbose, "verbose")
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+        checks.optional_callable(lr_schedule, "lr_schedule")
+        checks.optional_callable(callback, "callback")
+        every = checks.choice(callback_every, "callback_every", CALLBACK_EVERY)
 
         history = History()
         start = time.perf_counter()
+        if validation is not None:
+            validation[0].stay()
         batches = math.ceil(len(samples) / size)
         steps = self._fused_steps(samples, targets, rule)
+        one_by_one = steps is None or (callback is not None and every == "batch")
         pace = Pace()
         for epoch in range(1, epochs + 1):
             loss_sum, correct, seen, batch = 0.0, 0.0, 0, 0
@@ -191,17 +206,19 @@ class MLP:
             done = False
             try:
                 while not done:
+                    where = order[seen : seen + size * (1 if one_by_one else pace.steps)]
+                    count = math.ceil(len(where) / size)
+                    factors = lr_factors(lr_schedule, (epoch - 1) * batches + batch, count, epochs * batches)
                     fused = None
                     if steps is not None:
-                        where = order[seen : seen + size * (pace.steps if callback is None else 1)]
                         pace.start()
-                        fused = steps(where, size, loss_sum)
-                        pace.stop(math.ceil(len(where) / size))
+                        fused = steps(where, size, factors, loss_sum)
+                        pace.stop(count)
                     if fused is not None:
                         loss_sum, right = fused
                     else:
-                        where = order[seen : seen + size]
-                        loss, right = self._step(samples.batch(where), targets[where], rule)
+                        where = where[:size]
+                        loss, right = self._step(samples.batch(where), targets[where], rule, factors[0])
                         loss_sum += loss * len(where)
                     seen += len(where)
                     correct += right
@@ -212,7 +229,7 @@ class MLP:
                         self._log(history, epoch, epochs, loss_sum / seen, correct / seen, scores, verbose)
                     else:
                         scores = (None, None)
-                    if callback is not None:
+                    if callback is not None and (done or every != "epoch"):
                         callback(
                             Progress(epoch, epochs, batch, batches, loss_sum / seen, correct / seen, done, *scores)
                         )
@@ -224,16 +241,16 @@ class MLP:
         history.seconds = time.perf_counter() - start
         return history
 
-    def _step(self, rows: Array, targets: Array, rule: Optimizer) -> tuple[float, float]:
+    def _step(self, rows: Array, targets: Array, rule: Optimizer, lr_factor: float) -> tuple[float, float]:
         """One mini-batch, written with the public kernels: its loss, and the number of right answers."""
         loss, right, gradients = self._gradients(rows, targets)
         for param, grad in zip(self.parameters, gradients, strict=True):
-            rule.update(param, grad)
+            rule.update(param, grad, lr_factor=lr_factor)
         return loss, right
 
     def _fused_steps(
         self, samples: Samples, targets: Array, rule: Optimizer
-    ) -> Callable[[NDArray[np.int64], int, float], tuple[float, float] | None] | None:
+    ) -> Callable[[NDArray[np.int64], int, NDArray[np.float64], float], tuple[float, float] | None] | None:
         """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
         loss, row_weight = {
             "softmax": ("softmax_cross_entropy", 1.0),
@@ -244,8 +261,8 @@ class MLP:
         if steps is None or self.output != "identity":
             return steps
 
-        def without_classes(order: NDArray[np.int64], batch: int, loss_sum: float) -> tuple[float, float] | None:
-            fused = steps(order, batch, loss_sum)
+        def without_classes(*arguments: Any) -> tuple[float, float] | None:
+            fused = steps(*arguments)
             return None if fused is None else (fused[0], math.nan)
 
         return without_classes
@@ -288,25 +305,26 @@ class MLP:
         records = self._dense.record(rows)
         outputs = records[-1].y
         loss, grad = self._loss(outputs, targets)
+        if self.output == "sigmoid":
+            grad *= outputs.shape[1]
         _, gradients = self._dense.backward(grad, records)
         return loss, self._count_right(outputs, targets), gradients
 
     def _loss(self, outputs: Array, targets: Array) -> tuple[float, Array]:
-        """Loss and gradient with respect to what the last layer gives."""
+        """Loss, and the kernel's gradient with respect to what the last layer gives, where that is."""
         if self.output == "softmax":
-            loss, grad = kernels.softmax_cross_entropy(outputs, targets)
+            loss, grad = kernels.softmax_cross_entropy(outputs, arrays.beside(targets, outputs))
         elif self.output == "sigmoid":
             wanted = np.zeros(outputs.shape, self.dtype)
             if outputs.shape[1] == 1:
                 wanted[:, 0] = targets
             else:
                 wanted[np.arange(len(targets)), targets] = 1.0
-            loss, grad = kernels.binary_cross_entropy_with_logits(outputs, wanted)
+            loss, grad = kernels.binary_cross_entropy_with_logits(outputs, arrays.beside(wanted, outputs))
             # The kernel's mean is over all elements, the objective's over the samples.
             loss *= outputs.shape[1]
-            grad *= outputs.shape[1]
         else:
-            loss, grad = kernels.mean_squared_error(outputs, targets)
+            loss, grad = kernels.mean_squared_error(outputs, arrays.beside(targets, outputs))
         return loss, grad
 
     def _count_right(self, outputs: Array, targets: Array) -> float:
@@ -316,6 +334,7 @@ class MLP:
 
     @staticmethod
     def _classes(logits: Array) -> Array:
+        logits = arrays.to_cpu(logits)
         return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else np.argmax(logits, axis=1)
 
     # Use.
@@ -332,15 +351,16 @@ class MLP:
         -------
         ndarray
             Class indices, int64 of shape (n,). With identity outputs the outputs: (n,) for one, else (n, layers[-1]).
+            Of samples that are on a GPU a `cupy.ndarray` there, as of `predict_proba` and `features`.
         """
         samples = self._samples(x)
         if self.output == "identity":
-            outputs = self._by_chunks(samples, self.layers[-1], self._dense.forward)
+            outputs = self._by_chunks(samples, self.layers[-1])
             return outputs[:, 0] if self.layers[-1] == 1 else outputs
         classes = np.empty(len(samples), np.int64)
-        for where in slices(len(samples), CHUNK):
-            classes[where] = self._classes(self._dense.forward(samples.batch(where)))
-        return classes
+        for where, outputs in self._outputs(samples):
+            classes[where] = self._classes(outputs)
+        return arrays.beside(classes, samples.array)
 
     def predict_proba(self, x: Any) -> Array:
         """Probabilities that the outputs stand for.
@@ -363,9 +383,7 @@ class MLP:
         if self.output == "identity":
             raise ValueError('predict_proba needs output "softmax" or "sigmoid", this network has "identity"')
         to_probability = kernels.softmax if self.output == "softmax" else kernels.sigmoid
-        return self._by_chunks(
-            self._samples(x), self.layers[-1], lambda rows: to_probability(self._dense.forward(rows))
-        )
+        return self._by_chunks(self._samples(x), self.layers[-1], to_probability)
 
     def evaluate(self, x: Any, y: Any) -> dict[str, float]:
         """Return ``{"loss": ..., "accuracy": ...}``, means over the samples; with identity outputs the accuracy is NaN.
@@ -380,8 +398,7 @@ class MLP:
 
     def _evaluate(self, samples: Samples, targets: Array) -> tuple[float, float]:
         loss_sum = right = 0.0
-        for where in slices(len(samples), CHUNK):
-            outputs = self._dense.forward(samples.batch(where))
+        for where, outputs in self._outputs(samples):
             loss_sum += self._loss(outputs, targets[where])[0] * len(outputs)
             right += self._count_right(outputs, targets[where])
         return loss_sum / len(samples), right / len(samples)
@@ -406,12 +423,22 @@ class MLP:
         if len(self.layers) < 3:
             raise ValueError(f"features needs a hidden layer, this network has the layers {self.layers}")
         depth = len(self.layers) - 2
-        return self._by_chunks(self._samples(x), self.layers[-2], lambda rows: self._dense.forward(rows, depth))
+        return self._by_chunks(self._samples(x), self.layers[-2], depth=depth)
 
-    def _by_chunks(self, samples: Samples, width: int, function: Callable[[Array], Array]) -> Array:
-        result = np.empty((len(samples), width), self.dtype)
+    def _outputs(self, samples: Samples, depth: int | None = None) -> Iterator[tuple[slice, Array]]:
+        """What the last layer gives, or the first `depth` ones, some samples at a time, where the backend computes."""
+        backend = samples.backend
+        dense = self._dense.brought(lambda array: backend.bring(array, samples.array))
         for where in slices(len(samples), CHUNK):
-            result[where] = function(samples.batch(where))
+            yield where, dense.forward(samples.chunk(where), depth)
+
+    def _by_chunks(
+        self, samples: Samples, width: int, function: Callable[[Array], Array] | None = None, depth: int | None = None
+    ) -> Array:
+        """Those of all samples, of each chunk what `function` gives, in the place of the samples."""
+        result = arrays.empty((len(samples), width), self.dtype, samples.array)
+        for where, outputs in self._outputs(samples, depth):
+            arrays.assign(result[where], outputs if function is None else function(outputs))
         return result
 
     # Arguments.

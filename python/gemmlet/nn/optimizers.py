@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from .. import _arguments as arguments
 from .. import kernels
 from .._memory import aligned_zeros
-from ..formulas.optimizers import adam_numbers, adam_scalars, sgd_numbers
+from ..formulas.optimizers import OPTIMIZER_RULES, adam_numbers, adam_scalars, sgd_numbers
 from . import _checks as checks
-from .training import GANProgress, Progress
 
 Array = NDArray[Any]
+
+# What the learning rate is multiplied by, once such a share of all mini-batches is done: from 0 to below 1.
+Schedule = Callable[[float], float]
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Optimizer(ABC):
                     raise ValueError(f"{setting.name} must be below 1, got 1")
                 setattr(self, setting.name, number)
 
-    def update(self, param: Array, grad: Array) -> None:
+    def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
         """Update one parameter in place.
 
         Parameters
@@ -76,6 +78,8 @@ class Optimizer(ABC):
             The same object at every step: the state belongs to it.
         grad : ndarray, the shape and dtype of `param`
             The gradient of the loss with respect to it; it is only read.
+        lr_factor : float
+            What the learning rate is multiplied by for this step, as a schedule has it.
 
         Raises
         ------
@@ -83,7 +87,8 @@ class Optimizer(ABC):
             A dtype, a shape or a setting does not fit.
         """
         state = self._state(param)
-        self._apply(state.param, grad, state.arrays, state.steps + 1)
+        (rate,) = self._rates(np.array([lr_factor]))
+        self._apply(state.param, grad, state.arrays, state.steps + 1, float(rate))
         # Only now: a step that raised leaves nothing behind.
         self._advance(state, 1)
 
@@ -101,15 +106,24 @@ class Optimizer(ABC):
         state.steps += steps
         self._states[id(state.param)] = state
 
-    def plan(self, params: Sequence[Array], steps: int) -> Plan | None:
-        """What the next `steps` updates of all of `params` need; None if some have had more updates than others."""
+    def _rates(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The learning rates of steps with these factors, checked: a product may be too large."""
+        lr = arguments.number(self.lr, "lr", low=0.0)
+        arguments.number(lr * float(factors.max()), "lr", low=0.0)
+        return lr * factors
+
+    def plan(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Plan | None:
+        """What the next updates of all of `params` need; None if some have had more updates than others.
+
+        `factors` has one for each step, as `update` takes it.
+        """
         states = [self._state(param) for param in params]
         if len({(state.steps, len(state.arrays)) for state in states}) > 1:
             return None
         # So that `planned` finds them; a state with no step is as good as none.
         for state in states:
             self._advance(state, 0)
-        rule, scalars = self._numbers(len(states[0].arrays), states[0].steps + 1, steps)
+        rule, scalars = self._numbers(len(states[0].arrays), states[0].steps + 1, self._rates(factors))
         return Plan(rule, scalars, [state.arrays for state in states])
 
     def planned(self, params: Sequence[Array], steps: int) -> None:
@@ -131,12 +145,12 @@ class Optimizer(ABC):
         """How many arrays the kernel keeps for a parameter; they start at zero."""
 
     @abstractmethod
-    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int) -> None:
+    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
         """Call the kernel; `step` is 1 at the first update."""
 
     @abstractmethod
-    def _numbers(self, arrays: int, step: int, steps: int) -> tuple[str, NDArray[np.float64]]:
-        """The rule and its numbers at `steps` steps from `step` on, for parameters with so many arrays of state."""
+    def _numbers(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+        """The rule and its numbers at the steps from `step` on, for parameters with so many arrays of state."""
 
 
 @dataclass
@@ -171,20 +185,18 @@ class SGD(Optimizer):
     def _arrays_per_parameter(self) -> int:
         return 1 if self.momentum else 0
 
-    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int) -> None:
+    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
         kernels.sgd_update(
-            param,
-            grad,
-            *arrays,
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
+            param, grad, *arrays, lr=lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay
         )
 
-    def _numbers(self, arrays: int, step: int, steps: int) -> tuple[str, NDArray[np.float64]]:
-        rule, scalars = sgd_numbers(arrays > 0, self.lr, self.momentum, self.nesterov, self.weight_decay)
-        return rule, np.tile(np.array(scalars), (steps, 1))
+    def _numbers(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+        settings = self.momentum, self.nesterov, self.weight_decay
+        rule, scalars = sgd_numbers(arrays > 0, float(rates[0]), *settings)
+        numbers = np.empty((len(rates), len(scalars)))
+        numbers[:] = scalars
+        numbers[:, OPTIMIZER_RULES[rule].scalars.index("lr")] = rates
+        return rule, numbers
 
 
 @dataclass
@@ -217,24 +229,25 @@ class Adam(Optimizer):
     def _arrays_per_parameter(self) -> int:
         return 2
 
-    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int) -> None:
+    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
         self._kernel(
             param,
             grad,
             *arrays,
             step=step,
-            lr=self.lr,
+            lr=lr,
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,
             weight_decay=self.weight_decay,
         )
 
-    def _numbers(self, arrays: int, step: int, steps: int) -> tuple[str, NDArray[np.float64]]:
-        settings = self.lr, self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
-        first = adam_numbers(step, *settings)  # which checks them, too
-        rest = [adam_scalars(step + i, *settings) for i in range(1, steps)]
-        return "adam", np.array([first, *rest])
+    def _numbers(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+        settings = self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
+        first, *others = rates.tolist()
+        numbers = [adam_numbers(step, first, *settings)]  # which checks them, too
+        numbers += [adam_scalars(step + i, rate, *settings) for i, rate in enumerate(others, 1)]
+        return "adam", np.array(numbers)
 
 
 @dataclass
@@ -256,28 +269,30 @@ class AdamW(Adam):
     weight_decay: float = 0.01
 
 
-class LinearDecay:
-    """A callback for `fit` that lowers the learning rate of an optimizer to 0, in equal steps over all mini-batches.
+def linear_decay(done: float) -> float:
+    """An `lr_schedule` for `fit` that lowers the learning rate to 0, in equal steps over all mini-batches.
 
-    After the last one the optimizer has its first learning rate again. ``model.fit(x, y, optimizer=adam,
-    callback=LinearDecay(adam))``.
+    ``model.fit(x, y, optimizer=Adam(3e-3), lr_schedule=linear_decay)``.
 
     Parameters
     ----------
-    optimizer : Optimizer
-        The object that `fit` is given.
+    done : float
+        The share of all mini-batches that is done.
+
+    Returns
+    -------
+    float
+        What the learning rate is multiplied by: 1 at the beginning.
     """
+    return 1.0 - done
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be an optimizer of gemmlet.nn, got {type(optimizer).__name__}")
-        self.optimizer = optimizer
-        self.first_lr = optimizer.lr
 
-    def __call__(self, progress: Progress | GANProgress) -> None:
-        """Set the learning rate of the next mini-batch."""
-        done, total = (progress.epoch - 1) * progress.batches + progress.batch, progress.epochs * progress.batches
-        self.optimizer.lr = self.first_lr * (1.0 - done / total) if done < total else self.first_lr
+def lr_factors(schedule: Schedule | None, first: int, count: int, total: int) -> NDArray[np.float64]:
+    """What the learning rate is multiplied by at `count` steps from `first` on, counted from 0, of `total`."""
+    if schedule is None:
+        return np.ones(count)
+    factors = (schedule(step / total) for step in range(first, first + count))
+    return np.array([arguments.number(factor, "what lr_schedule returns", low=0.0) for factor in factors])
 
 
 OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}

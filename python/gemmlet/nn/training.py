@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .. import _arrays as arrays
-from ..backends.numpy_backend import Feed
+from ..backends import select
+from ..backends.numpy_backend import Feed, NumpyBackend
 
 Array = NDArray[Any]
 
 # Rows that are computed at a time where the whole is not a mini-batch: 3 MB of float32 images.
 CHUNK = 1024
+
+# When `fit` calls its callback.
+CALLBACK_EVERY = ("batch", "call", "epoch")
 
 
 class StopTraining(Exception):  # noqa: N818 - it is a request, not an error
@@ -65,12 +69,12 @@ class GANHistory:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback of `MLP.fit` is told after every mini-batch.
+    """What a callback of `MLP.fit` is told.
 
     Attributes
     ----------
     epoch, epochs, batch, batches : int
-        Which one of how many, counted from 1.
+        Which one of how many was the last, counted from 1.
     loss, accuracy : float
         Means over the epoch so far.
     epoch_done : bool
@@ -92,12 +96,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class GANProgress:
-    """What a callback of `GAN.fit` is told after every mini-batch.
+    """What a callback of `GAN.fit` is told.
 
     Attributes
     ----------
     epoch, epochs, batch, batches : int
-        Which one of how many, counted from 1.
+        Which one of how many was the last, counted from 1.
     generator_loss, discriminator_loss : float
         Means over the epoch so far.
     epoch_done : bool
@@ -114,9 +118,9 @@ class GANProgress:
 
 
 class Samples:
-    """Samples, given as float rows or as uint8 images; handed out as rows of `dtype`, a mini-batch at a time.
+    """Samples, given as float rows or as uint8 images; handed out as rows of `dtype`, some at a time.
 
-    What is handed out is on the CPU. Fused training takes an array on a GPU where it is.
+    What is on a GPU stays there, but for mini-batches of single steps.
 
     Parameters
     ----------
@@ -162,8 +166,27 @@ class Samples:
     def __len__(self) -> int:
         return int(self.array.shape[0])
 
+    @property
+    def backend(self) -> NumpyBackend:
+        """The backend that computes with them."""
+        return select.of(self.array) if self.on_gpu else select.current()
+
+    def stay(self) -> None:
+        """Put them where the backend computes, if they are to be used more than once."""
+        if not self.is_sparse:
+            self.array = self.backend.bring(self.array)
+            self.on_gpu = arrays.is_on_gpu(self.array)
+
+    def chunk(self, where: slice) -> Array:
+        """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
+        if self.is_sparse:
+            return self.backend.bring(self.batch(where))  # type: ignore[no-any-return]
+        rows = arrays.contiguous(self.backend.bring(self.array[where]))
+        rows = rows.reshape(len(rows), self.features)
+        return rows if rows.dtype == self.dtype else arrays.scaled(rows, self.dtype)
+
     def batch(self, where: slice | Array) -> Array:
-        """Return the samples at `where` as rows, shape (m, features)."""
+        """Return the samples at `where` as rows, shape (m, features), on the CPU."""
         if self.is_sparse:
             dense: Array = self.array[where].toarray()
             return dense
@@ -171,11 +194,7 @@ class Samples:
             self._on_cpu = arrays.to_cpu(self.array)
         rows: Array = (self._on_cpu if self.on_gpu else self.array)[where]
         rows = rows.reshape(len(rows), self.features)
-        if rows.dtype == self.dtype:
-            return rows
-        scaled = rows.astype(self.dtype)
-        scaled /= 255.0
-        return scaled
+        return rows if rows.dtype == self.dtype else arrays.scaled(rows, self.dtype)
 
     def feed(self, sparse_below: float) -> Feed:
         """The samples as fused training takes them; zeros are skipped if fewer than this share is not 0."""

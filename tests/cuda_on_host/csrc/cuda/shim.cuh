@@ -197,4 +197,9 @@ __global__ void rounded(const float* x, T* y, int n) {
   for (int i = static_cast<int>(global_thread()); i < n; i += gridDim.x * blockDim.x) y[i] = gemmlet::narrow<T>(x[i]);
 }
 
+__global__ void quotients(const float* a, const float* b, float* q, int n) {
+  const int i = static_cast<int>(global_thread());
+  if (i < n) q[i] = gemmlet::quotient(a[i], b[i]);
+}
+
 }  // namespace shim

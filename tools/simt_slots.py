@@ -1,0 +1,124 @@
+"""What a multiply-add costs in the main loops of the SIMT products: a figure that needs no GPU.
+
+    python tools/simt_slots.py [--arch sm_90a] [--nvdisasm PATH] [128x128x16x8x16x1x3 ...]
+
+A warp's multiply-add takes one turn of its scheduler. So does every other instruction of the loop; and one more turn is
+lost where all three numbers come from the same of the two banks of registers (Jia et al., 2018, arXiv:1804.06826). For
+float32, x and w row by row, it prints for each tile, by default for the backend's: registers, how many blocks a
+multiprocessor has room for, and turns for each multiply-add; 1 would be the peak. nvdisasm comes with CUDA, or with
+`pip install nvidia-cuda-nvdisasm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+
+from gemmlet.backends import cuda_compile, cuda_matmul
+from gemmlet.backends.cuda_matmul import Tile
+
+_FFMA = re.compile(r"FFMA R\d+, (R\d+)(\.reuse)?, (R\d+)(\.reuse)?, (R\d+)(\.reuse)?$")
+_REGISTERS, _SHARED, _THREADS = 65536, 227 * 1024, 2048  # of a multiprocessor
+
+
+def instructions(image: bytes, nvdisasm: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions of a cubin, and to which one each label belongs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        text = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L\S+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            found.append(instruction[1])
+    return found, labels
+
+
+def blocks_of_main_loop(found: list[str], labels: dict[str, int]) -> list[list[str]]:
+    """The loop with the most multiply-adds, in pieces that are run from their first to their last instruction."""
+
+    def multiply_adds(loop: range) -> int:
+        return sum(found[i].startswith("FFMA") for i in loop)
+
+    jumps = {i: re.search(r"BRA.*`\((\.L\S+)\)", text) for i, text in enumerate(found)}
+    loops = [range(labels[to[1]], i + 1) for i, to in jumps.items() if to and labels[to[1]] <= i]
+    loop = max(loops, key=multiply_adds)
+    starts = {*labels.values(), *(i + 1 for i in loop if jumps[i])}
+    pieces: list[list[str]] = [[]]
+    for i in loop:
+        if i in starts and pieces[-1]:
+            pieces.append([])
+        pieces[-1].append(found[i])
+    return pieces
+
+
+def run_with_rows(pieces: list[list[str]]) -> list[str] | None:
+    """What is run of them: x comes number by number, w in packs, and of either operand there are pieces for both.
+
+    None where that cannot be told.
+    """
+    copies = [i for i, piece in enumerate(pieces) if any("LDGSTS.E" in text for text in piece)]
+    packed = [any("LDGSTS.E.BYPASS.128" in text for text in pieces[i]) for i in copies]
+    if packed != [True, False, True, False]:
+        return None
+    x_packed, _, _, w_single = copies
+    return [text for i, piece in enumerate(pieces) if i not in (x_packed, w_single) for text in piece]
+
+
+def conflicts(run: Iterable[str]) -> Iterator[str]:
+    """The multiply-adds that wait for a bank; a number that the one before kept in its place needs none."""
+    kept: dict[int, str] = {}
+    for text in run:
+        match = _FFMA.match(text)
+        if match is None:
+            kept = {}
+            continue
+        registers = dict(enumerate(match.group(1, 3, 5)))
+        read = {int(name[1:]) for place, name in registers.items() if kept.get(place) != name}
+        if any(sum(register % 2 == bank for register in read) > 2 for bank in (0, 1)):
+            yield text
+        kept = {place: registers[place] for place in registers if match.group(2 * place + 2)}
+
+
+def report(tile: Tile, arch: str, nvdisasm: str) -> str:
+    """A line about a tile."""
+    epilogue = cuda_matmul.linear_epilogue("float32", "relu")
+    source, name = cuda_matmul.kernel_of(tile, "float32", (False, True), epilogue)
+    options = (*cuda_compile.OPTIONS, "--ptxas-options=-v")
+    made, log = cuda_compile.compile_cubin(source, [name], arch, options)
+    used = re.search(r"Used (\d+) registers", log)
+    assert used is not None
+    registers = int(used[1])
+    room = min(
+        _REGISTERS // (-(-registers // 8) * 8 * tile.threads), _SHARED // (tile.shared + 1024), _THREADS // tile.threads
+    )
+    line = f"{tile!s:28} {registers:4} registers, {room} blocks of {tile.threads}"
+    run = run_with_rows(blocks_of_main_loop(*instructions(made.image, nvdisasm)))
+    if run is None:
+        return line
+    count, lost = sum(text.startswith("FFMA") for text in run), sum(1 for _ in conflicts(run))
+    return f"{line}: {(len(run) + lost) / count:.3f} turns ({lost / count:.3f} lost to banks)"
+
+
+def main() -> int:
+    """Print a line about each tile."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tiles", nargs="*", help="parameters of SimtTile after the type, as 128x128x16x8x16x1x3")
+    parser.add_argument("--arch", default="sm_90a")
+    parser.add_argument("--nvdisasm", default="nvdisasm")
+    arguments = parser.parse_args()
+    named = [cuda_matmul.simt("float32", *map(int, text.split("x")), 0.0, 0.0) for text in arguments.tiles]
+    for tile in named or cuda_matmul.tiles("float32", False, arguments.arch):
+        print(report(tile, arguments.arch, arguments.nvdisasm), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
