@@ -11,7 +11,6 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -375,19 +374,19 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
             changes = {name: getattr(run, name)[steps] for name in of_steps}
             for name in networks:
                 changes[name] = getattr(run, name)._replace(scalars=getattr(run, name).scalars[steps])
-            yield replace(run, feed=feed, order=run.order[rows], **changes), rows
+            yield run._replace(feed=feed, order=run.order[rows], **changes), rows
 
     def mlp_by_steps(run: MlpRun) -> tuple[float, int]:
         loss, right = run.loss_sum, 0
         for part, _ in parts(run, ["network"]):
-            loss, more = cuda_training.train_mlp(device, replace(part, targets=targets, loss_sum=loss))
+            loss, more = cuda_training.train_mlp(device, part._replace(targets=targets, loss_sum=loss))
             right += more
         return loss, right
 
     def gan_by_steps(run: GanRun) -> tuple[float, float]:
         losses = run.loss_sums
         for part, rows in parts(run, ["generator", "discriminator"], "decay"):
-            losses = cuda_training.train_gan(device, replace(part, noise=run.noise[rows], loss_sums=losses))
+            losses = cuda_training.train_gan(device, part._replace(noise=run.noise[rows], loss_sums=losses))
         return losses
 
     assert same(problem.run(mlp_by_steps if is_mlp else gan_by_steps), expected)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -758,7 +757,7 @@ def train_mlp(device: Device, run: MlpRun) -> tuple[float, int]:
     if not len(run.order):
         return run.loss_sum, 0
     feed, targets = hold(device, run.feed, run.targets)
-    run, batch = replace(run, feed=feed, targets=targets), min(run.batch, len(run.order))
+    run, batch = run._replace(feed=feed, targets=targets), min(run.batch, len(run.order))
     session = _session(
         feed,
         (_shape(run.network), address(targets), run.loss, run.row_weight),
@@ -836,7 +835,7 @@ def train_gan(device: Device, run: GanRun) -> tuple[float, float]:
     if not len(run.order):
         return run.loss_sums
     feed, _ = hold(device, run.feed)
-    run, batch = replace(run, feed=feed), min(run.batch, len(run.order))
+    run, batch = run._replace(feed=feed), min(run.batch, len(run.order))
     networks = run.generator, run.discriminator
     session = _session(
         feed,
