@@ -5,9 +5,9 @@ the CPU (a PyTorch tensor, say), which is read where it lies, without a copy. Ev
 result has it too. Nothing is cast silently, and a call that raises has written nothing.
 
 Arrays on a GPU, CuPy's or anything with ``__cuda_array_interface__`` or DLPack, are computed there by the CUDA kernels,
-on CuPy's current stream; results are CuPy's. They may be float16 or bfloat16 too, which are computed in float32 and
-rounded once. All arrays of a call are in one place. A loss is waited for, as it is a Python float, and so are class
-indices, to be checked; everything else returns at once.
+on CuPy's current stream; results are CuPy's. They may be float16 or bfloat16 too, which are computed in float32,
+exponentials and the like to 14 bits at least, and rounded once. All arrays of a call are in one place. A loss is waited
+for, as it is a Python float, and so are class indices, to be checked; everything else returns at once.
 
 Errors common to all: `TypeError` for a dtype that is none of these, or that differs from the other arguments';
 `ValueError` for a shape that does not fit, for arrays in different places, and for an `out` that is read-only, or
