@@ -65,7 +65,7 @@ def write_digits(folder, train=200, test=80, seed=0):
     return folder
 
 
-# What changes the results, or how rich prints them; and what `gemmlet bench` starts anew for, which would end the tests.
+# What changes results, or how rich prints them; and for what `gemmlet bench` starts anew, which would end the tests.
 VARIABLES = ("GEMMLET_DATA_DIR", "GEMMLET_BACKEND", "GEMMLET_ISA", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 VARIABLES += BLAS_VARIABLES
 
