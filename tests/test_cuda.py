@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -180,6 +181,13 @@ def test_16_bits_are_rounded_once(name: str, dtype: str) -> None:
 
 # Functions of rows, and losses: every team of threads that may take a row.
 
+
+def allow_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let grids have so many at most, and the backend make what has a place for each of them anew."""
+    monkeypatch.setattr(cuda_backend, "MOST_BLOCKS", count)
+    monkeypatch.setattr(BACKEND, "_own", threading.local())
+
+
 COLUMNS = sorted({max(1, most + d) for most, _, _ in ROW_TEAMS[:-1] for d in (-1, 0, 1)} | {1, 2, 12, 1000, 10000})
 
 
@@ -189,7 +197,7 @@ def test_rows_of_every_length(columns: int, any_dtype: Any, rng: Any, monkeypatc
     eps, computed = EPS[any_dtype.name], min(EPS[any_dtype.name], 2.0**-23)
     rounding, tiny = (eps, TINY[any_dtype.name]) if eps > computed else (0.0, 0.0)
     # More rows than one round of the grid takes.
-    monkeypatch.setattr(cuda_backend, "MOST_BLOCKS", 2)
+    allow_blocks(2, monkeypatch)
     rows = 2 * 2 * 256 + 5 if columns <= 10 else 3 if columns > 512 else 260
     x, grad = rng.normal(scale=3, size=(2, rows, columns)).astype(any_dtype)
     relative, absolute = row_bounds(x, computed)
@@ -228,7 +236,7 @@ def test_rows_of_every_length(columns: int, any_dtype: Any, rng: Any, monkeypatc
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_of_many_elements(name: str, any_dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the grid takes in one round, and a few that fill no pack; the same bits again."""
-    monkeypatch.setattr(cuda_backend, "MOST_BLOCKS", 8)
+    allow_blocks(8, monkeypatch)
     p, t = rng.uniform(0.1, 0.9, size=(2, 8 * 256 * 8 * 2 + 7)).astype(any_dtype)
     loss, grad = getattr(kernels, name)(to_gpu(p), to_gpu(t))
     exact, exact_grad = getattr(kernels, name)(f64(p), f64(t))
