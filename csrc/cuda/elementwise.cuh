@@ -1,4 +1,4 @@
-// Activations and their gradients, element by element; copies of arrays of any layout.
+// Activations and their gradients, element by element; samples as networks take them; copies of arrays of any layout.
 //
 // Contract
 //   activation_forward, activation_backward: contiguous arrays of n elements, any alignment; where all begin at a
@@ -78,6 +78,13 @@ __global__ void __launch_bounds__(map_threads)
   map(
       n, [=](Compute<T> g, Compute<T> s) { return static_cast<Compute<T>>(F::backward(V(g), V(s), V(parameter))); },
       grad_x, grad_y, saved);
+}
+
+// to[i] = from[i] * scale + shift, of n numbers, or bytes that count as value/255. A thread for each.
+template <class T, class N>
+__global__ void __launch_bounds__(map_threads) scaled(const N* from, T* to, T scale, T shift, Index n) {
+  const Index i = static_cast<Index>(blockIdx.x) * map_threads + threadIdx.x;
+  if (i < n) to[i] = number<T>(from[i]) * scale + shift;
 }
 
 struct Layout {

@@ -798,19 +798,6 @@ __global__ void __launch_bounds__(WideTile::most_threads, 1) train(const __grid_
 }
 
 //
-// Beside training
-//
-
-inline constexpr int scaled_threads = 256;
-
-// Samples as a network takes them: to[i] = from[i] * scale + shift, of n numbers or bytes. Grid: a thread for each.
-template <class T, class N>
-__global__ void __launch_bounds__(scaled_threads) scaled(const N* from, T* to, T scale, T shift, Index n) {
-  const Index i = static_cast<Index>(blockIdx.x) * scaled_threads + threadIdx.x;
-  if (i < n) to[i] = number<T>(from[i]) * scale + shift;
-}
-
-//
 // Calls
 //
 

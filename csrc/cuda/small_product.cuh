@@ -44,18 +44,6 @@ __device__ __forceinline__ void store_numbers(T* p, const T (&v)[n]) {
   }
 }
 
-// A byte stands for value / 255.
-template <class T>
-__device__ __forceinline__ T number(T x) {
-  return x;
-}
-template <class T>
-__device__ __forceinline__ T number(unsigned char byte) {
-  // Rounded as the division is, for each of the 256: a quotient, and its error added (Markstein, 1990).
-  const T of = T(255), reciprocal = T(1) / of, x = static_cast<T>(byte), quotient = x * reciprocal;
-  return fma(fma(-quotient, of, x), reciprocal, quotient);
-}
-
 //
 // Operands
 //

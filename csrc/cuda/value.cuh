@@ -149,17 +149,13 @@ struct ComputeType<double> {
 template <class T>
 using Compute = typename ComputeType<T>::type;
 
-template <class T>
+template <class T, class Computed = Compute<T>>
 struct SufficientType {
   using type = Coarse;
 };
-template <>
-struct SufficientType<float> {
-  using type = float;
-};
-template <>
-struct SufficientType<double> {
-  using type = double;
+template <class T>
+struct SufficientType<T, T> {
+  using type = T;
 };
 // What is enough for a formula whose result is kept as T.
 template <class T>
@@ -179,6 +175,18 @@ GEMMLET_INLINE T narrow(Compute<T> x) {
     return {ptx::bfloat_of_float(x)};
   else
     return x;
+}
+
+// A sample's number, of which a byte stands for value / 255.
+template <class T>
+GEMMLET_INLINE T number(T x) {
+  return x;
+}
+template <class T>
+GEMMLET_INLINE T number(unsigned char byte) {
+  // Rounded as the division is, for each of the 256: a quotient, and its error added (Markstein, 1990).
+  const T of = T(255), reciprocal = T(1) / of, x = static_cast<T>(byte), quotient = x * reciprocal;
+  return fma(fma(-quotient, of, x), reciprocal, quotient);
 }
 
 }  // namespace gemmlet

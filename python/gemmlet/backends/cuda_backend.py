@@ -107,6 +107,11 @@ def _activation_kernel(direction: str, name: str, dtype: str) -> str:
 
 
 @functools.cache
+def _scaled_kernel(given: np.dtype[Any], dtype: np.dtype[Any]) -> str:
+    return f"gemmlet::scaled<{CPP_TYPES[dtype.name]}, {CPP_TYPES[given.name]}>"
+
+
+@functools.cache
 def _row_kernel(direction: str, name: str, dtype: str, team: Team) -> str:
     return f"gemmlet::row_{direction}<gemmlet::{name}, {CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
 
@@ -148,6 +153,8 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
         reductions += [_column_sum_kernel(dtype, down) for down in (True, False)]
         reductions.append(f"gemmlet::value_range<{cpp}, double>")
     elementwise += [f"gemmlet::strided_copy<long long, {cpp}>" for cpp in INTEGERS.values()]
+    for kind in (np.dtype(np.float32), np.dtype(np.float64)):
+        elementwise += [_scaled_kernel(given, kind) for given in (kind, np.dtype(np.uint8))]
     reductions += [f"gemmlet::value_range<{cpp}, long long>" for cpp in INTEGERS.values()]
     return {
         "elementwise.cuh": elementwise,
@@ -275,7 +282,10 @@ class CudaBackend(NumpyBackend):
         """``scale * x + shift`` of a C-contiguous array on a GPU, whose bytes count as value/255."""
         device = self.device_of(x)
         result = device.empty(x.shape, dtype)
-        cuda_training.scaled(device, x, result, scale, shift)
+        if x.size:
+            (kernel,) = device.kernels("elementwise.cuh", [_scaled_kernel(x.dtype, dtype)])
+            arguments = pointer(x), pointer(result), number(scale, dtype), number(shift, dtype), np.int64(x.size)
+            device.launch(kernel, (-(-x.size // THREADS), 1, 1), THREADS, arguments)
         return result
 
     def _scratch(self, device: Device) -> _Scratch:

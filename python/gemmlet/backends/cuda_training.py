@@ -23,7 +23,7 @@ from ..formulas.losses import LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES
 from . import cuda_compile
 from .cuda_device import Device, Graph
-from .cuda_types import CPP_TYPES, address, number, pointer
+from .cuda_types import CPP_TYPES, address
 from .numpy_backend import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from .whole_steps import whole_steps
 
@@ -50,7 +50,7 @@ ONE_KERNEL = False
 _MOST_LAYERS = 8
 _TOP_COLUMNS = 16
 _LOSS_THREADS = 128
-_EXPAND_THREADS = _BEGIN_THREADS = _SCALED_THREADS = 256
+_EXPAND_THREADS = _BEGIN_THREADS = 256
 _WIDE_THREADS, _WIDE_NUMBERS = 256, 128 * 36
 _WIDE_SIDE = 32
 _MOST_NUMBERS = 11
@@ -203,7 +203,6 @@ def expressions() -> dict[str, list[str]]:
         names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
         names += [f"forward<{t}, gemmlet::{tile}>" for tile in _TILES]
         for n in (t, "unsigned char"):
-            names.append(f"scaled<{t}, {n}>")
             for kernel in ("first_forward", "first_forward_and_gather"):
                 names += [f"{kernel}<{t}, {n}, gemmlet::{tile}>" for tile in _TILES]
             for rule in OPTIMIZER_RULES:
@@ -845,13 +844,3 @@ def train_gan(device: Device, run: GanRun) -> tuple[float, float]:
     )
     losses, _ = session.train(networks, run.order, batch, run.loss_sums, run.noise, run.decay)
     return losses[0], losses[1]
-
-
-def scaled(device: Device, x: Any, out: Any, scale: float, shift: float) -> None:
-    """``out = x * scale + shift``: C-contiguous arrays of float32 or float64; x may hold bytes, which are 255ths."""
-    if not x.size:
-        return
-    (kernel,) = device.kernels(SOURCE, [f"gemmlet::scaled<{CPP_TYPES[out.dtype.name]}, {CPP_TYPES[x.dtype.name]}>"])
-    numbers = number(scale, out.dtype), number(shift, out.dtype), np.int64(x.size)
-    arguments = pointer(x), pointer(out), *numbers
-    device.launch(kernel, (_pieces(x.size, _SCALED_THREADS), 1, 1), _SCALED_THREADS, arguments)

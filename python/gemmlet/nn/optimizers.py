@@ -87,8 +87,8 @@ class Optimizer(ABC):
             A dtype, a shape or a setting does not fit.
         """
         state = self._state(param)
-        (rate,) = self._rates(np.array([lr_factor]))
-        self._apply(state.param, grad, state.arrays, state.steps + 1, float(rate))
+        lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
+        self._apply(state.param, grad, state.arrays, state.steps + 1, lr)
         # Only now: a step that raised leaves nothing behind.
         self._advance(state, 1)
 
