@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -52,6 +53,9 @@ MAX_BLOCK = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED = 227 * 1024
 MAX_RESIDENT_THREADS = 2048
+
+# Parameters that are no structs, in the notation of `struct`.
+SCALARS = {"Q": np.uint64, "q": np.int64, "i": np.int32, "f": np.float32, "d": np.float64}
 
 COMPILER = "g++"
 SANITIZERS = tuple(name for name in os.environ.get("GEMMLET_CUDA_HOST_SANITIZE", "").split(",") if name)
@@ -181,6 +185,28 @@ class HostDevice:
                 raise RuntimeError(f"{kernel.name}: {message.value.decode()}")
 
         self._do(run)
+
+    def prepare(
+        self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0
+    ) -> Callable[..., None]:
+        (kernel,) = self.kernels(source, [expression])
+        layouts = [struct.Struct("=" + parameter) for parameter in parameters]
+        counts = [len(layout.unpack(bytes(layout.size))) for layout in layouts]
+
+        def launch(grid_x: int, grid_y: int, *values: Any) -> None:
+            if len(values) != sum(counts):
+                raise TypeError(f"{kernel.name} takes {sum(counts)} values {parameters}, not {len(values)}")
+            rest, arguments = list(values), []
+            for parameter, layout, count in zip(parameters, layouts, counts, strict=True):
+                data = np.void(layout.pack(*rest[:count]))
+                arguments.append(data.view(SCALARS[parameter]) if parameter in SCALARS else data)
+                del rest[:count]
+            self.launch(kernel, (grid_x, grid_y, 1), block, arguments, shared)
+
+        return launch
+
+    def pinned(self) -> NDArray[np.int64]:
+        return self.view(self.empty((2,), np.int64))
 
     def _do(self, work: Callable[[], None]) -> None:
         if hasattr(self._recording, "launches"):

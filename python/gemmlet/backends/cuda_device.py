@@ -6,6 +6,9 @@ its place that runs the very kernels on the CPU (tests/cuda_on_host).
 
 from __future__ import annotations
 
+import ctypes
+import os
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,6 +17,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import cuda_compile
+
+# A kernel with everything but the size of its grid and its arguments: ``launch(grid_x, grid_y, *values)``.
+Launch = Callable[..., None]
 
 
 class Graph(Protocol):
@@ -62,6 +68,16 @@ class Device(Protocol):
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
         `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
         """
+
+    def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
+        """Return what launches a kernel (see `kernels`) on the current stream at the least cost.
+
+        `parameters` are the kernel's in the notation of `struct`, without alignment: ``"Q"`` a pointer, ``"Qii"`` a
+        struct of a pointer and two integers. A launch takes the values of all of them, one after the other.
+        """
+
+    def pinned(self) -> NDArray[np.int64]:
+        """Return two numbers in memory of the CPU that kernels write to, at the same address."""
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return a new `cupy.ndarray`, C-contiguous, its start aligned to 256 bytes."""
@@ -123,8 +139,12 @@ class CudaDevice:
         self._modules: list[Any] = []
         # The bytes of dynamic shared memory that a kernel has been allowed; up to 48 KiB it need not ask.
         self._allowed: dict[int, int] = {}
-        # Of a thread that records a graph: the arrays that it made meanwhile.
+        # Of each thread: whether it has CUDA's context; while it records a graph, the arrays that it made meanwhile.
         self._own = threading.local()
+        self._get_device = runtime.getDevice
+        # Where CuPy launches if the null stream is current.
+        per_thread = int(os.environ.get("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "0"))
+        self._null_stream = int(runtime.streamPerThread) if per_thread else 0
 
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Any]:
         """See `Device`."""
@@ -151,18 +171,70 @@ class CudaDevice:
     ) -> None:
         """See `Device`."""
         with self._device:
-            if shared > self._allowed.get(kernel.ptr, 48 * 1024):
-                attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
-                self._allowed[kernel.ptr] = shared
+            self._allow_shared(kernel, shared)
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
 
-    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    def _allow_shared(self, kernel: Any, shared: int) -> None:
+        if shared > self._allowed.get(kernel.ptr, 48 * 1024):
+            attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
+            self._allowed[kernel.ptr] = shared
+
+    def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
+        """See `Device`.
+
+        CuPy makes an object of each argument, which costs more than the driver's part of a launch. Here all of them are
+        packed into one piece of memory, to whose parts the driver's array of pointers points once and for all.
+        """
+        (kernel,) = self.kernels(source, [expression])
+        with self._device:
+            self._allow_shared(kernel, shared)
+        packing, offsets = _packing(parameters)
+        pack_into, function, device, own = packing.pack_into, kernel.ptr, self._device, self._own
+        number, get_device, null_stream = self.id, self._get_device, self._null_stream
+        get_stream, launch_kernel = self._cupy.cuda.get_current_stream, self._cupy.cuda.driver.launchKernel
+        # Memory for arguments that no thread uses now; to take from a list and to give back is atomic. Launches copy.
+        free: list[tuple[bytearray, Any, int]] = []
+
+        def launch(grid_x: int, grid_y: int, *values: Any) -> None:
+            if get_device() != number:
+                with device:
+                    launch(grid_x, grid_y, *values)
+                return
+            try:
+                own.has_context  # noqa: B018 - the usual case shall cost little
+            except AttributeError:
+                self._make_context()
+            try:
+                memory = free.pop()
+            except IndexError:
+                memory = _memory_for(packing.size, offsets)
+            pack_into(memory[0], 0, *values)
+            stream = get_stream(number).ptr or null_stream
+            launch_kernel(function, grid_x, grid_y, 1, block, 1, 1, shared, stream, memory[2], 0)
+            free.append(memory)
+
+        return launch
+
+    def _make_context(self) -> None:
+        """Give the calling thread CUDA's context, which CuPy's own launches do and the driver's does not."""
+        self._cupy.cuda.runtime.memGetInfo()
+        self._own.has_context = True
+
+    def pinned(self) -> NDArray[np.int64]:
         """See `Device`."""
         with self._device:
+            return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(16), np.int64, 2)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """See `Device`."""
+        if self._get_device() == self.id:
             array = self._cupy.ndarray(shape, dtype)
+        else:
+            with self._device:
+                array = self._cupy.ndarray(shape, dtype)
         if (recorded := getattr(self._own, "recorded", None)) is not None:
             recorded.append(array)
         return array
@@ -207,12 +279,33 @@ class CudaDevice:
 
     def stream(self) -> int:
         """See `Device`."""
-        return int(self._cupy.cuda.get_current_stream(self.id).ptr)
+        return int(self._cupy.cuda.get_current_stream(self.id).ptr) or self._null_stream
 
     def synchronize(self) -> None:
         """See `Device`."""
-        with self._device:
-            self._cupy.cuda.get_current_stream().synchronize()
+        if self._get_device() == self.id:
+            self._cupy.cuda.runtime.streamSynchronize(self.stream())
+        else:
+            with self._device:
+                self._cupy.cuda.runtime.streamSynchronize(self.stream())
+
+
+def _packing(parameters: Sequence[str]) -> tuple[struct.Struct, list[int]]:
+    """How values are packed, each parameter at a multiple of 8 bytes; and where each is."""
+    offsets, format_ = [], "="
+    for parameter in parameters:
+        offsets.append(struct.calcsize(format_))
+        format_ += parameter
+        format_ += f"{-struct.calcsize(format_) % 8}x"
+    return struct.Struct(format_), offsets
+
+
+def _memory_for(size: int, offsets: Sequence[int]) -> tuple[bytearray, Any, int]:
+    """Memory for arguments, pointers to them, and the address of the pointers."""
+    memory = bytearray(size)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    pointers = (ctypes.c_uint64 * len(offsets))(*(start + offset for offset in offsets))
+    return memory, pointers, ctypes.addressof(pointers)
 
 
 class _CudaGraph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from .._arrays import name_of
 from ..formulas.activations import ACTIVATIONS, Activation
 from .cuda_device import Device
-from .cuda_types import COMPUTED, FLOATS, SIZES, address, pointer
+from .cuda_types import COMPUTED, FLOATS, SIZES, address
 
 # The kernels count lines and steps in an int, and look a little beyond the last one.
 LARGEST = 2**31 - 1024
@@ -198,19 +198,28 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
 
 
 class _Operand(NamedTuple):
-    """``Operand<T>``, the rows of a or the columns of b, and what is chosen by it."""
+    """``Operand<T>`` but for its address, the rows of a or the columns of b."""
 
-    packed_struct: np.void
+    line_stride: int
+    step_stride: int
     lines: int
     along_lines: bool
+    packed: bool
+
+    def rest(self) -> bytes:
+        """All of it but the address."""
+        return _OPERAND_REST.pack(*self)
 
 
-_OPERAND = struct.Struct("=Qqqiii4x")
-_LINEAR = {"float": struct.Struct("=QQQiifi"), "double": struct.Struct("=QQQiidi4x")}
-_PARTIAL = struct.Struct("=Qiii4x")
+# Structs of csrc/cuda/matmul.cuh: Operand<T> and, by the type that is computed in, LinearEpilogue<T, F> behind their
+# pointers; and as `Device.prepare` takes them, Operand<T> and PartialEpilogue<T>.
+_OPERAND_REST = struct.Struct("=qqiii4x")
+_LINEAR = {"float": struct.Struct("=iifi"), "double": struct.Struct("=iidi4x")}
+_OPERAND = f"Q{_OPERAND_REST.size}s"
+_PARTIAL = "Qiii4x"
 
 
-def _operand(pointer: int, size: int, lines: int, steps: int, line_stride: int, step_stride: int) -> _Operand:
+def _operand(aligned: bool, size: int, lines: int, steps: int, line_stride: int, step_stride: int) -> _Operand:
     # The stride of what is there once is never used.
     if lines <= 1:
         line_stride = 0
@@ -218,16 +227,32 @@ def _operand(pointer: int, size: int, lines: int, steps: int, line_stride: int, 
         step_stride = 0
     along_lines = step_stride != 1 and (line_stride == 1 or abs(line_stride) < abs(step_stride)) and lines > 1
     inner, outer = (line_stride, step_stride) if along_lines else (step_stride, line_stride)
-    packed = inner == 1 and pointer % 16 == 0 and outer * size % 16 == 0
-    data = _OPERAND.pack(pointer, line_stride, step_stride, lines, along_lines, packed)
-    return _Operand(np.void(data), lines, along_lines)
+    packed = inner == 1 and aligned and outer * size % 16 == 0
+    return _Operand(line_stride, step_stride, lines, along_lines, packed)
 
 
-def _operands(a: Any, b: Any) -> tuple[_Operand, _Operand]:
-    (m, k), n, size = a.shape, b.shape[1], a.dtype.itemsize
-    a_row, a_column = (stride // size for stride in a.strides)
-    b_row, b_column = (stride // size for stride in b.strides)
-    return _operand(a.data.ptr, size, m, k, a_row, a_column), _operand(b.data.ptr, size, n, k, b_column, b_row)
+class _Facts(NamedTuple):
+    """What a product's launches depend on, but for the addresses; aligned: whether they are multiples of 16."""
+
+    a_shape: tuple[int, int]
+    b_shape: tuple[int, int]
+    a_strides: tuple[int, int]
+    b_strides: tuple[int, int]
+    dtype: np.dtype[Any]
+    a_aligned: bool
+    b_aligned: bool
+
+    def operands(self) -> tuple[_Operand, _Operand]:
+        (m, k), n, size = self.a_shape, self.b_shape[1], self.dtype.itemsize
+        a_row, a_column = (stride // size for stride in self.a_strides)
+        b_row, b_column = (stride // size for stride in self.b_strides)
+        first = _operand(self.a_aligned, size, m, k, a_row, a_column)
+        return first, _operand(self.b_aligned, size, n, k, b_column, b_row)
+
+
+def _facts(a: Any, b: Any) -> _Facts:
+    aligned = (array.data.ptr % 16 == 0 for array in (a, b))
+    return _Facts(a.shape, b.shape, a.strides, b.strides, a.dtype, *aligned)
 
 
 def _blocks(tile: Tile, m: int, n: int) -> int:
@@ -280,11 +305,6 @@ def candidates(
     return sorted(choices, key=key)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choice(*arguments: Any) -> Choice:
-    return candidates(*arguments)[0]
-
-
 def thin_lines(dtype: str, along_lines: bool) -> int:
     """Return ``thin_lines<T>(along_lines)``."""
     return 8 * (16 // SIZES[dtype]) if along_lines else 32
@@ -292,14 +312,15 @@ def thin_lines(dtype: str, along_lines: bool) -> int:
 
 def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
     """Return all that can compute ``a @ b``, the best first, as far as is known."""
-    first, second = _operands(a, b)
-    return candidates(*_facts(device, a, first, second, tf32))
+    return _choices(device, _facts(a, b), tf32)
 
 
-def _facts(device: Device, a: Any, first: _Operand, second: _Operand, tf32: bool) -> tuple[Any, ...]:
-    dtype = name_of(a.dtype)
+def _choices(device: Device, facts: _Facts, tf32: bool) -> list[Choice]:
+    first, second = facts.operands()
+    dtype = name_of(facts.dtype)
     thin = thin_lines(dtype, first.along_lines), thin_lines(dtype, second.along_lines)
-    return first.lines, second.lines, a.shape[1], dtype, tf32, thin, device.arch, device.multiprocessors
+    k = facts.a_shape[1]
+    return candidates(first.lines, second.lines, k, dtype, tf32, thin, device.arch, device.multiprocessors)
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
@@ -404,45 +425,78 @@ def linear(
     The same inputs give the same bits. The order of a sum depends on shapes and strides, and on the GPU's architecture
     and number of multiprocessors, by which the tile is chosen and k is split.
     """
-    (m, k), n, dtype = x.shape, w.shape[1], name_of(x.dtype)
+    tf32 = tf32 and x.dtype.itemsize == 4
+    name = "identity" if activation is None else activation.name
+    places = x_, w_, y, z = x.data.ptr, w.data.ptr, out.data.ptr, address(preactivation)
+    aligned = x_ % 16 == 0, w_ % 16 == 0, (y | z) % 16 == 0
+    layouts = x.shape, w.shape, x.strides, w.strides, x.dtype
+    run = _prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, choice)
+    run(*places, address(b))
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    device: Device,
+    _multiprocessors: int,  # of the device, which a test may change
+    layouts: tuple[Any, ...],
+    aligned: tuple[bool, bool, bool],
+    activation: str,
+    parameter: float,
+    tf32: bool,
+    choice: Choice | None,
+) -> Callable[[int, int, int, int, int], None]:
+    """Return ``run(x, w, out, preactivation, b)``, of addresses, which does what `linear` does.
+
+    `layouts` are the shapes of x and w, their strides, and the dtype; `aligned` says of which of x, w and both results
+    the addresses are multiples of 16.
+    """
+    facts = _Facts(*layouts, *aligned[:2])
+    (m, k), n, dtype = facts.a_shape, facts.b_shape[1], name_of(facts.dtype)
     if max(m, n, k) > LARGEST:
         raise ValueError(
-            f"x {x.shape} @ w {w.shape}: a dimension is larger than {LARGEST}, the most that backend 'cuda' takes"
+            f"x {facts.a_shape} @ w {facts.b_shape}: a dimension is larger than {LARGEST}, "
+            "the most that backend 'cuda' takes"
         )
     if not m or not n:
-        return
-    tf32 = tf32 and dtype == "float32"
-    first, second = _operands(x, w)
-    if choice is None:
-        choice = _choice(*_facts(device, x, first, second, tf32))
-    tile, splits = choice
-    addresses = [address(array) for array in (out, preactivation, b)]
-    per_pack = 16 // x.dtype.itemsize
-    packed = n % per_pack == 0 and addresses[0] % 16 == 0 and addresses[1] % 16 == 0
-    final = linear_epilogue(dtype, "identity" if activation is None else activation.name)
-    final_data = np.void(_LINEAR[COMPUTED[dtype]].pack(*addresses, m, n, parameter, packed))
+        return lambda *_: None
+    tile, splits = choice or _choices(device, facts, tf32)[0]
+    operands = facts.operands()
+    final = linear_epilogue(dtype, activation)
+    final_struct = _LINEAR[COMPUTED[dtype]]
+    final_rest = final_struct.pack(m, n, parameter, n % (16 // facts.dtype.itemsize) == 0 and aligned[2])
+    final_layout = f"QQQ{final_struct.size}s"
 
+    # The thin kernel takes the operand of many lines first, and is told which one it is.
+    turned = tile.kernel == "thin" and n > m
+    first, second = (operand.rest() for operand in (reversed(operands) if turned else operands))
     steps = -(-k // (tile.depth * splits)) * tile.depth
-    if splits > 1:
-        sums = np.dtype(np.float64 if dtype == "float64" else np.float32)
-        parts = device.empty((splits, m, n), sums)
-        epilogue = partial_epilogue(dtype)
-        data = np.void(_PARTIAL.pack(parts.data.ptr, m, n, n % (16 // sums.itemsize) == 0))
-    else:
-        epilogue, data = final, final_data
+    sizes = (k, steps, int(not turned)) if tile.kernel == "thin" else (k, steps)
+    epilogue, layout = (final, final_layout) if splits == 1 else (partial_epilogue(dtype), _PARTIAL)
+    along_lines = [operand.along_lines for operand in operands]
+    parameters = (_OPERAND, _OPERAND, *["i"] * len(sizes), layout)
+    launch = device.prepare(*kernel_of(tile, dtype, along_lines, epilogue), parameters, tile.threads, tile.shared)
+    blocks = _blocks(tile, m, n)
 
-    source, name = kernel_of(tile, dtype, (first.along_lines, second.along_lines), epilogue)
-    arguments: list[np.generic] = [first.packed_struct, second.packed_struct, np.int32(k), np.int32(steps)]
-    if tile.kernel == "thin":
-        if n <= m:
-            arguments.append(np.int32(1))
-        else:
-            arguments[:2] = second.packed_struct, first.packed_struct
-            arguments.append(np.int32(0))
-    grid = _blocks(tile, m, n), splits, 1
-    device.launch(device.kernels(source, [name])[0], grid, tile.threads, [*arguments, data], tile.shared)
-    if splits > 1:
-        source, name = combine_kernel(final)
-        threads = m * -(-n // (16 // sums.itemsize))
-        arguments = [pointer(parts), np.int32(splits), final_data]
-        device.launch(device.kernels(source, [name])[0], (-(-threads // 256), 1, 1), 256, arguments)
+    if splits == 1:
+
+        def run(x: int, w: int, y: int, z: int, b: int) -> None:
+            if turned:
+                x, w = w, x
+            launch(blocks, 1, x, first, w, second, *sizes, y, z, b, final_rest)
+
+        return run
+
+    sums = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    parts_packed = n % (16 // sums.itemsize) == 0
+    combine = device.prepare(*combine_kernel(final), ("Q", "i", final_layout), 256)
+    combine_blocks = -(-m * -(-n // (16 // sums.itemsize)) // 256)
+
+    def run_in_parts(x: int, w: int, y: int, z: int, b: int) -> None:
+        if turned:
+            x, w = w, x
+        parts = device.empty((splits, m, n), sums)
+        at = address(parts)
+        launch(blocks, splits, x, first, w, second, *sizes, at, m, n, parts_packed)
+        combine(combine_blocks, 1, at, splits, y, z, b, final_rest)
+
+    return run_in_parts

@@ -1,0 +1,430 @@
+"""The usual call of a kernel on a GPU, from the caller's arguments to the launch.
+
+A launch costs some microseconds, and the general path of `gemmlet.kernels`, which finds the words for every error,
+costs more than that. The functions here are what `NumpyBackend.quick` describes: for anything unusual they return None,
+with nothing written, and the general path computes the same bits or raises.
+
+Usual are arrays of the type `cupy.ndarray` itself, not empty, of one dtype and on one GPU, that are C-contiguous and
+start at multiples of 16 bytes (matrices that are multiplied: of any strides), and an output that lies on an input
+exactly or apart from all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import _precision
+from ..formulas.activations import ACTIVATIONS, Activation
+from ..formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from ..formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
+from . import cuda_compile, cuda_matmul
+from .cuda_types import FLOATS, RULE_NUMBERS, RULE_STATES
+
+if TYPE_CHECKING:
+    from .cuda_backend import CudaBackend
+
+FastPath = Callable[..., Any]
+
+# The dtypes that there are, and what the number of an activation or a loss may be at most.
+_LARGEST = {name: float(np.finfo(np.float64 if name == "float64" else np.float32).max) for name in FLOATS}
+
+_INT64 = np.dtype(np.int64)
+
+
+def fast_paths(backend: CudaBackend) -> dict[str, FastPath]:
+    """Return the fast path of each kernel, by its name; those of updates by the rule's."""
+    made = _FastPaths(backend)
+    found: dict[str, FastPath] = {}
+    for name, activation in ACTIVATIONS.items():
+        found[name], found[f"{name}_backward"] = made.activation(activation), made.activation_backward(activation)
+    for name, function in ROW_FUNCTIONS.items():
+        found[name], found[f"{name}_backward"] = made.row_function(function), made.row_function_backward(function)
+    for name, loss in LOSSES.items():
+        found[name] = made.loss(loss)
+    for name, rule in OPTIMIZER_RULES.items():
+        found[f"{name}_update"] = made.update(rule)
+    found["softmax_cross_entropy"] = made.softmax_cross_entropy()
+    found["linear"], found["linear_backward"] = made.linear(), made.linear_backward()
+    return found
+
+
+def _apart(at: int, size: int, other: int, other_size: int) -> bool:
+    """Whether two pieces of memory share no byte."""
+    return at + size <= other or other + other_size <= at
+
+
+class _FastPaths:
+    """What makes them: closures, as attributes of an object would cost as much as the checks."""
+
+    def __init__(self, backend: CudaBackend) -> None:
+        self.backend = backend
+        self.array_type = array_type = cuda_compile.import_cupy().ndarray
+
+        def first(array: Any) -> tuple[int, tuple[int, ...], np.dtype[Any], int, int] | None:
+            """Address, shape, dtype, GPU and bytes of a usual array, or None."""
+            if type(array) is not array_type or not array._c_contiguous:
+                return None
+            data, nbytes = array.data, array.nbytes
+            at = data.ptr
+            return None if at & 15 or not nbytes else (at, array.shape, array.dtype, data.device_id, nbytes)
+
+        def another(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any], gpu: int) -> int:
+            """The address of a usual array like the first; 0 if it is none."""
+            if type(array) is array_type and array._c_contiguous and array.shape == shape and array.dtype == dtype:
+                data = array.data
+                if data.device_id == gpu and not data.ptr & 15:
+                    return data.ptr  # type: ignore[no-any-return]
+            return 0
+
+        def output(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], gpu: int, nbytes: int, *inputs: int) -> int:
+            """The address of a usual output of elementwise inputs at these addresses; 0 if it is none."""
+            at = another(out, shape, dtype, gpu)
+            for other in inputs:
+                if at != other and at + nbytes > other and other + nbytes > at:
+                    return 0
+            return at
+
+        self.first, self.another, self.output = first, another, output
+
+    def _remembered(self, make: Callable[..., tuple[Any, ...]]) -> tuple[dict[Any, Any], Callable[..., Any]]:
+        """A dictionary by GPU, dtype and what else there is, and what fills it: with ``make(device, dtype, *rest)``.
+
+        The device and the largest number of the dtype go before; () stands for a dtype that kernels do not take.
+        """
+        found: dict[Any, Any] = {}
+
+        def fill(gpu: int, dtype: np.dtype[Any], *rest: Any) -> Any:
+            made: tuple[Any, ...] = ()
+            if dtype.name in _LARGEST and dtype.isnative:
+                device = self.backend.device(gpu)
+                made = device, _LARGEST[dtype.name], *make(device, dtype, *rest)
+            found[gpu, dtype, *rest] = made
+            return made
+
+        return found, fill
+
+    def activation(self, entry: Activation) -> FastPath:
+        """``call(x, parameter, out)``."""
+        backend, first, output, takes_number = self.backend, self.first, self.output, entry.parameter is not None
+        known, fill = self._remembered(lambda d, dtype: backend.activation_launch(d, "forward", entry.name, dtype))
+
+        def call(x: Any, parameter: Any, out: Any) -> Any:
+            given = first(x)
+            if given is None:
+                return None
+            at, shape, dtype, gpu, nbytes = given
+            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not prepared:
+                return None
+            device, largest, launch, per_block = prepared
+            if not takes_number:
+                parameter = 0.0
+            elif type(parameter) is not float or not 0.0 < parameter <= largest:
+                return None
+            if out is None:
+                out = device.empty(shape, dtype)
+                y = out.data.ptr
+            elif not (y := output(out, shape, dtype, gpu, nbytes, at)):
+                return None
+            size = x.size
+            launch(-(-size // per_block), 1, at, y, parameter, size)
+            return out
+
+        return call
+
+    def activation_backward(self, entry: Activation) -> FastPath:
+        """``call(grad_y, x, y, parameter, out)``."""
+        backend, first, another, output = self.backend, self.first, self.another, self.output
+        takes_number, needs_x = entry.parameter is not None, entry.needs_x
+        known, fill = self._remembered(lambda d, dtype: backend.activation_launch(d, "backward", entry.name, dtype))
+
+        def call(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
+            given = first(grad_y)
+            if given is None:
+                return None
+            at, shape, dtype, gpu, nbytes = given
+            saved, other = (x, y) if needs_x else (y, x)
+            saved_at = another(saved, shape, dtype, gpu)
+            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not prepared or not saved_at or (other is not None and not another(other, shape, dtype, gpu)):
+                return None
+            device, largest, launch, per_block = prepared
+            if not takes_number:
+                parameter = 0.0
+            elif type(parameter) is not float or not 0.0 < parameter <= largest:
+                return None
+            if out is None:
+                out = device.empty(shape, dtype)
+                result = out.data.ptr
+            elif not (result := output(out, shape, dtype, gpu, nbytes, at, saved_at)):
+                return None
+            size = grad_y.size
+            launch(-(-size // per_block), 1, at, saved_at, result, parameter, size)
+            return out
+
+        return call
+
+    def row_function(self, entry: RowFunction) -> FastPath:
+        """``call(x, None, out)``."""
+        backend, first, output = self.backend, self.first, self.output
+        known, fill = self._remembered(lambda d, *rest: (backend.row_launch(d, "forward", entry.name, *rest),))
+
+        def call(x: Any, _: Any, out: Any) -> Any:
+            given = first(x)
+            if given is None or not given[1]:
+                return None
+            at, shape, dtype, gpu, nbytes = given
+            columns = shape[-1]
+            prepared = known.get((gpu, dtype, columns)) or fill(gpu, dtype, columns)
+            if not prepared:
+                return None
+            device, _, kernel = prepared
+            if out is None:
+                out = device.empty(shape, dtype)
+                y = out.data.ptr
+            elif not (y := output(out, shape, dtype, gpu, nbytes, at)):
+                return None
+            rows = x.size // columns
+            kernel.launch(kernel.blocks(rows), 1, at, y, rows, columns)
+            return out
+
+        return call
+
+    def row_function_backward(self, entry: RowFunction) -> FastPath:
+        """``call(grad_y, x, y, None, out)``."""
+        backend, first, another, output = self.backend, self.first, self.another, self.output
+        known, fill = self._remembered(lambda d, *rest: (backend.row_launch(d, "backward", entry.name, *rest),))
+
+        def call(grad_y: Any, x: Any, y: Any, _: Any, out: Any) -> Any:
+            given = first(grad_y)
+            if given is None or not given[1]:
+                return None
+            at, shape, dtype, gpu, nbytes = given
+            y_at, columns = another(y, shape, dtype, gpu), shape[-1]
+            prepared = known.get((gpu, dtype, columns)) or fill(gpu, dtype, columns)
+            if not prepared or not y_at or (x is not None and not another(x, shape, dtype, gpu)):
+                return None
+            device, _, kernel = prepared
+            if out is None:
+                out = device.empty(shape, dtype)
+                result = out.data.ptr
+            elif not (result := output(out, shape, dtype, gpu, nbytes, at, y_at)):
+                return None
+            rows = grad_y.size // columns
+            kernel.launch(kernel.blocks(rows), 1, at, y_at, result, rows, columns)
+            return out
+
+        return call
+
+    def loss(self, entry: Loss) -> FastPath:
+        """``call(prediction, targets, parameter, out)``."""
+        backend, first, another, output = self.backend, self.first, self.another, self.output
+        takes_number, unit_interval = entry.parameter is not None, entry.unit_interval
+        known, fill = self._remembered(lambda d, dtype: (backend.loss_launch(d, entry.name, dtype),))
+
+        def call(prediction: Any, targets: Any, parameter: Any, out: Any) -> Any:
+            given = first(prediction)
+            if given is None:
+                return None
+            at, shape, dtype, gpu, nbytes = given
+            target = another(targets, shape, dtype, gpu)
+            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not prepared or not target:
+                return None
+            device, largest, kernel = prepared
+            if not takes_number:
+                parameter = 0.0
+            elif type(parameter) is not float or not 0.0 < parameter <= largest:
+                return None
+            if out is not None and not (gradient := output(out, shape, dtype, gpu, nbytes, at, target)):
+                return None
+            size = prediction.size
+            if unit_interval:
+                low, high = backend.float_range(device, dtype, at, size)
+                if low < 0 or high > 1:
+                    return None
+            if out is None:
+                out = device.empty(shape, dtype)
+                gradient = out.data.ptr
+            blocks = kernel.blocks(size)
+            return backend.mean(device, kernel.launch, blocks, at, target, parameter, gradient, size), out
+
+        return call
+
+    def softmax_cross_entropy(self) -> FastPath:
+        """``call(logits, labels, label_smoothing, out)``."""
+        backend, first, another, output = self.backend, self.first, self.another, self.output
+        array_type = self.array_type
+        known, fill = self._remembered(lambda d, *rest: (backend.cross_entropy_launch(d, *rest),))
+
+        def call(logits: Any, labels: Any, label_smoothing: Any, out: Any) -> Any:
+            given = first(logits)
+            if given is None or len(given[1]) != 2 or type(labels) is not array_type:
+                return None
+            at, shape, dtype, gpu, nbytes = given
+            rows, columns = shape
+            if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0:
+                return None
+            of_classes = labels.ndim == 1
+            indices = another(labels, shape[:1], _INT64, gpu) if of_classes else 0
+            targets = 0 if of_classes else another(labels, shape, dtype, gpu)
+            key = gpu, dtype, columns, of_classes and label_smoothing == 0.0
+            prepared = known.get(key) or fill(*key)
+            if not prepared or not (indices or targets):
+                return None
+            device, _, kernel = prepared
+            if out is None:
+                gradient = 0
+            else:
+                gradient = output(out, shape, dtype, gpu, nbytes, at, *((targets,) if targets else ()))
+                if not gradient or (indices and not _apart(gradient, nbytes, indices, 8 * rows)):
+                    return None
+            if indices:
+                low, high = backend.index_range(device, _INT64, indices, rows)
+                if low < 0 or high >= columns:
+                    return None
+            if out is None:
+                out = device.empty(shape, dtype)
+                gradient = out.data.ptr
+            numbers = 1.0 - label_smoothing, label_smoothing / columns
+            values = at, indices, targets, *numbers, gradient, rows, columns
+            return backend.mean(device, kernel.launch, kernel.blocks(rows), *values), out
+
+        return call
+
+    def update(self, entry: OptimizerRule) -> FastPath:
+        """``call(param, grad, states, scalars)``; True when done."""
+        backend, first, another, count = self.backend, self.first, self.another, len(entry.state)
+        known, fill = self._remembered(lambda d, dtype: backend.update_launch(d, entry.name, dtype))
+        no_states = (0,) * (RULE_STATES - count)
+        no_numbers = (0.0,) * (RULE_NUMBERS - len(entry.scalars))
+
+        def call(param: Any, grad: Any, states: tuple[Any, ...], scalars: tuple[float, ...]) -> Any:
+            given = first(param)
+            if given is None or len(states) != count:
+                return None
+            at, shape, dtype, gpu, nbytes = given
+            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
+            others = [another(array, shape, dtype, gpu) for array in (grad, *states)]
+            if not prepared or 0 in others:
+                return None
+            places = sorted((at, *others))
+            if any(after - before < nbytes for before, after in itertools.pairwise(places)):
+                return None
+            _, _, launch, per_block = prepared
+            size = param.size
+            launch(-(-size // per_block), 1, at, *others, *no_states, *scalars, *no_numbers, size)
+            return True
+
+        return call
+
+    def _is_matrix(self) -> Callable[[Any, np.dtype[Any], int], bool]:
+        array_type = self.array_type
+
+        def is_matrix(array: Any, dtype: np.dtype[Any], gpu: int) -> bool:
+            """Whether it is a matrix with elements, of any strides, of this dtype and on this GPU."""
+            if type(array) is not array_type or array.ndim != 2 or not array.size or array.dtype != dtype:
+                return False
+            data = array.data
+            return data.device_id == gpu and not data.ptr % dtype.itemsize
+
+        return is_matrix
+
+    def linear(self) -> FastPath:
+        """``call(x, w, b, activation, return_preactivation, out)``."""
+        another, array_type, is_matrix = self.another, self.array_type, self._is_matrix()
+        known, fill = self._remembered(lambda *_: ())
+
+        def call(x: Any, w: Any, b: Any, activation: Any, return_preactivation: Any, out: Any) -> Any:
+            if type(x) is not array_type:
+                return None
+            dtype, gpu = x.dtype, x.data.device_id
+            if not is_matrix(x, dtype, gpu) or not is_matrix(w, dtype, gpu):
+                return None
+            (rows, inner), (inner_of_w, columns) = x.shape, w.shape
+            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not prepared or inner != inner_of_w or type(return_preactivation) is not bool:
+                return None
+            if activation is None:
+                entry = None
+            elif type(activation) is not str or (entry := ACTIVATIONS.get(activation)) is None:
+                return None
+            if b is not None and not another(b, (columns,), dtype, gpu):
+                return None
+            device, shape = prepared[0], (rows, columns)
+            if out is None:
+                y = device.empty(shape, dtype)
+            else:
+                at, y = another(out, shape, dtype, gpu), out
+                for read in (x, w, b):
+                    if read is None:
+                        continue
+                    # Without gaps, its memory is known.
+                    packed = read._c_contiguous or read._f_contiguous
+                    if not at or not packed or not _apart(at, out.nbytes, read.data.ptr, read.nbytes):
+                        return None
+            z = device.empty(shape, dtype) if return_preactivation else None
+            parameter, tf32 = 0.0 if entry is None else entry.default, _precision.allows_tf32()
+            cuda_matmul.linear(device, x, w, b, entry, parameter, y, z, tf32=tf32)
+            return y if z is None else (y, z)
+
+        return call
+
+    def linear_backward(self) -> FastPath:
+        """``call(grad_y, x, w, y, activation, z, need_x, need_w, need_b)``."""
+        backend, first, another, is_matrix = self.backend, self.first, self.another, self._is_matrix()
+        known, fill = self._remembered(lambda *_: ())
+
+        def call(
+            grad_y: Any, x: Any, w: Any, y: Any, activation: Any, z: Any, need_x: Any, need_w: Any, need_b: Any
+        ) -> Any:
+            given = first(grad_y)
+            if given is None or len(given[1]) != 2:
+                return None
+            _, shape, dtype, gpu, _ = given
+            rows, columns = shape
+            if not type(need_x) is type(need_w) is type(need_b) is bool:
+                return None
+            if x is None:
+                if need_w:
+                    return None
+            elif not is_matrix(x, dtype, gpu) or x.shape[0] != rows:
+                return None
+            if w is None:
+                if need_x:
+                    return None
+            elif not is_matrix(w, dtype, gpu) or w.shape[1] != columns or (x is not None and x.shape[1] != w.shape[0]):
+                return None
+            for saved in (y, z):
+                if saved is not None and not another(saved, shape, dtype, gpu):
+                    return None
+            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not prepared:
+                return None
+            empty = prepared[0].empty
+            grad_z = grad_y
+            if activation is not None:
+                if type(activation) is not str or (entry := ACTIVATIONS.get(activation)) is None:
+                    return None
+                saved = z if entry.needs_x else y
+                if saved is None:
+                    return None
+                grad_z = empty(shape, dtype)
+                backend.activation_backward(entry, grad_y, saved, entry.default, grad_z)
+            grad_x = grad_w = grad_b = None
+            if need_x:
+                grad_x = empty((rows, w.shape[0]), dtype)
+                backend.matmul(grad_z, w.T, grad_x)
+            if need_w:
+                grad_w = empty((x.shape[1], columns), dtype)
+                backend.matmul(x.T, grad_z, grad_w)
+            if need_b:
+                grad_b = empty((columns,), dtype)
+                backend.column_sum(grad_z, grad_b)
+            return grad_x, grad_w, grad_b
+
+        return call
