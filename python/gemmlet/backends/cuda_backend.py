@@ -188,17 +188,19 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
 
 
 class Scratch(NamedTuple):
-    """What kernels of a stream use one after the other, with its addresses.
-
-    A counter, which they leave at 0; partial results; and two numbers in memory of the CPU, floats or integers.
-    """
+    """What kernels of a stream use one after the other: addresses of a counter, left at 0, and of partial results."""
 
     counter: int
     partial: int
-    result: int
+    memory: tuple[Any, ...]
+
+
+class Result(NamedTuple):
+    """Two numbers that kernels write to memory of the CPU: its address, and what is there as floats and as integers."""
+
+    place: int
     floats: memoryview
     integers: memoryview
-    memory: tuple[Any, ...]
 
 
 class Prepared(NamedTuple):
@@ -265,8 +267,8 @@ class CudaBackend(NumpyBackend):
         first = devices[0] if devices else CudaDevice(0)
         self._devices.setdefault(first.id, first)
         self._first = first
-        # What `scratch` returns: by device and stream, and for each thread of the CPU, as the default streams of
-        # several may be told apart by their thread alone.
+        # What `scratch` and `_result` return: by device, and stream, and for each thread of the CPU, as the default
+        # streams of several may be told apart by their thread alone.
         self._own = threading.local()
         # What is prepared, by the number of the device and the kernel.
         self._launches: dict[tuple[int, str], Launch] = {}
@@ -340,15 +342,17 @@ class CudaBackend(NumpyBackend):
         if found is None:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
-            partial, result = device.empty((max(MOST_BLOCKS, 2 * MOST_PARTS),), np.float64), device.pinned()
-            found = scratches[where] = Scratch(
-                address(counter),
-                address(partial),
-                result.ctypes.data,
-                memoryview(result.view(np.float64)),
-                memoryview(result),
-                (counter, partial, result),
-            )
+            partial = device.empty((max(MOST_BLOCKS, 2 * MOST_PARTS),), np.float64)
+            found = scratches[where] = Scratch(address(counter), address(partial), (counter, partial))
+        return found
+
+    def _result(self, device: Device) -> Result:
+        """That of the calling thread, which waits for a kernel before it launches the next one that writes there."""
+        results: dict[int, Result] = self._own.__dict__.setdefault("results", {})
+        found = results.get(device.id)
+        if found is None:
+            numbers = device.pinned()
+            found = results[device.id] = Result(numbers.ctypes.data, numbers.view(np.float64).data, numbers.data)
         return found
 
     def prepared(
@@ -407,14 +411,14 @@ class CudaBackend(NumpyBackend):
         low, high = self._range(device, dtype, "long long", at, size, copy).integers
         return low, high
 
-    def _range(self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, copy: int) -> Scratch:
+    def _range(self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, copy: int) -> Result:
         kernel = _range_kernel(arrays.name_of(dtype), to)
         launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
-        scratch = self.scratch(device)
+        scratch, result = self.scratch(device), self._result(device)
         blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
-        launch(blocks, 1, at, copy, size, scratch.partial, scratch.result, scratch.counter)
+        launch(blocks, 1, at, copy, size, scratch.partial, result.place, scratch.counter)
         device.synchronize()
-        return scratch
+        return result
 
     # Matrix products.
 
@@ -517,10 +521,10 @@ class CudaBackend(NumpyBackend):
 
     def mean(self, device: Device, launch: Launch, blocks: int, *values: Any) -> float:
         """Launch a loss's kernel, wait for it, and return the mean."""
-        scratch = self.scratch(device)
-        launch(blocks, 1, *values, scratch.partial, scratch.result, scratch.counter)
+        scratch, result = self.scratch(device), self._result(device)
+        launch(blocks, 1, *values, scratch.partial, result.place, scratch.counter)
         device.synchronize()
-        return scratch.floats[0]  # type: ignore[return-value]
+        return result.floats[0]
 
     def cross_entropy_launch(
         self, device: Device, dtype: np.dtype[Any], columns: int, whole: bool, *addresses: int

@@ -48,6 +48,9 @@ class Device(Protocol):
     arch: str
     multiprocessors: int
 
+    def __hash__(self) -> int:
+        """What is prepared for a device is remembered by it."""
+
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Any]:
         """Return kernels of the file ``csrc/cuda/<source>``, to be launched, compiled at their first use.
 

@@ -438,7 +438,7 @@ def linear(
 def _prepared(
     device: Device,
     _multiprocessors: int,  # of the device, which a test may change
-    layouts: tuple[Any, ...],
+    layouts: tuple[Any, Any, Any, Any, np.dtype[Any]],
     aligned: tuple[bool, bool, bool],
     activation: str,
     parameter: float,
