@@ -149,8 +149,10 @@ class _FastPaths:
             at, shape, dtype, gpu, nbytes = given
             saved, other = (x, y) if needs_x else (y, x)
             saved_at = another(saved, shape, dtype, gpu)
+            if not saved_at or (other is not None and not another(other, shape, dtype, gpu)):
+                return None
             prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
-            if not prepared or not saved_at or (other is not None and not another(other, shape, dtype, gpu)):
+            if not prepared:
                 return None
             device, largest, launch, per_block = prepared
             if not takes_number:
@@ -205,8 +207,10 @@ class _FastPaths:
                 return None
             at, shape, dtype, gpu, nbytes = given
             y_at, columns = another(y, shape, dtype, gpu), shape[-1]
+            if not y_at or (x is not None and not another(x, shape, dtype, gpu)):
+                return None
             prepared = known.get((gpu, dtype, columns)) or fill(gpu, dtype, columns)
-            if not prepared or not y_at or (x is not None and not another(x, shape, dtype, gpu)):
+            if not prepared:
                 return None
             device, _, kernel = prepared
             if out is None:
@@ -232,8 +236,8 @@ class _FastPaths:
                 return None
             at, shape, dtype, gpu, nbytes = given
             target = another(targets, shape, dtype, gpu)
-            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
-            if not prepared or not target:
+            prepared = target and (known.get((gpu, dtype)) or fill(gpu, dtype))
+            if not prepared:
                 return None
             device, largest, kernel = prepared
             if not takes_number:
@@ -273,8 +277,8 @@ class _FastPaths:
             indices = another(labels, shape[:1], _INT64, gpu) if of_classes else 0
             targets = 0 if of_classes else another(labels, shape, dtype, gpu)
             key = gpu, dtype, columns, of_classes and label_smoothing == 0.0
-            prepared = known.get(key) or fill(*key)
-            if not prepared or not (indices or targets):
+            prepared = (indices or targets) and (known.get(key) or fill(*key))
+            if not prepared:
                 return None
             device, _, kernel = prepared
             if out is None:
@@ -308,9 +312,9 @@ class _FastPaths:
             if given is None or len(states) != count:
                 return None
             at, shape, dtype, gpu, nbytes = given
-            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
             others = [another(array, shape, dtype, gpu) for array in (grad, *states)]
-            if not prepared or 0 in others:
+            prepared = 0 not in others and (known.get((gpu, dtype)) or fill(gpu, dtype))
+            if not prepared:
                 return None
             places = sorted((at, *others))
             if any(after - before < nbytes for before, after in itertools.pairwise(places)):
@@ -346,8 +350,7 @@ class _FastPaths:
             if not is_matrix(x, dtype, gpu) or not is_matrix(w, dtype, gpu):
                 return None
             (rows, inner), (inner_of_w, columns) = x.shape, w.shape
-            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
-            if not prepared or inner != inner_of_w or type(return_preactivation) is not bool:
+            if inner != inner_of_w or type(return_preactivation) is not bool:
                 return None
             if activation is None:
                 entry = None
@@ -355,7 +358,11 @@ class _FastPaths:
                 return None
             if b is not None and not another(b, (columns,), dtype, gpu):
                 return None
-            device, shape = prepared[0], (rows, columns)
+            shape = rows, columns
+            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not prepared:
+                return None
+            device = prepared[0]
             if out is None:
                 y = device.empty(shape, dtype)
             else:
