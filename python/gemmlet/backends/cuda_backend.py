@@ -523,6 +523,9 @@ class CudaBackend(NumpyBackend):
         """Launch a loss's kernel, wait for it, and return the mean."""
         scratch, result = self.scratch(device), self._result(device)
         launch(blocks, 1, *values, scratch.partial, result.place, scratch.counter)
+        return self._waited_for(device, result)
+
+    def _waited_for(self, device: Device, result: Result) -> float:
         device.synchronize()
         return result.floats[0]
 
