@@ -104,6 +104,77 @@ def test_outputs(name: str, watched: Any, rng: Any) -> None:
         assert watched[QUICK_NAMES[name]].left == 0
 
 
+def layouts(array: np.ndarray) -> Iterator[Callable[[], Any]]:
+    """A matrix on the GPU: as it is, transposed in memory, with gaps, and not at a multiple of 16 bytes."""
+    yield lambda: to_gpu(array)
+    yield lambda: to_gpu(np.asfortranarray(array))
+    yield lambda: to_gpu(np.repeat(array, 2, axis=1))[:, ::2]
+    yield lambda: to_gpu(np.concatenate([array.ravel()[:1], array.ravel()]))[1:].reshape(array.shape)
+
+
+@pytest.mark.parametrize("b", [False, True])
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
+def test_layers(activation: str | None, b: bool, any_dtype: Any, watched: Any, rng: Any) -> None:
+    """Matrices of any strides; the numbers before the activation; and thin ones."""
+    for m, k, n in [(9, 16, 8), (70, 5, 3), (1, 300, 24), (3, 40, 65)]:
+        x, w, bias = (rng.normal(size=shape).astype(any_dtype) for shape in ((m, k), (k, n), (n,)))
+        for (of_x, of_w), keep in zip(
+            itertools.product(layouts(x), layouts(w)), itertools.cycle((False, True)), strict=False
+        ):
+            given = [
+                {"x": of_x(), "w": of_w(), "b": to_gpu(bias) if b else None, "activation": activation}
+                | {"return_preactivation": keep}
+                for _ in range(2)
+            ]
+            assert same(outcome("linear", given[0]), general("linear", given[1]))
+    assert watched["linear"].left == 0
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
+def test_gradients_of_layers(activation: str | None, any_dtype: Any, watched: Any, rng: Any) -> None:
+    for m, k, n in [(9, 16, 8), (1030, 5, 3), (4, 6, 1)]:
+        grad_y, saved, x, w = (rng.normal(size=s).astype(any_dtype) for s in ((m, n), (m, n), (m, k), (k, n)))
+        needs = itertools.cycle(itertools.product((False, True), repeat=3))
+        for (of_x, of_w), (need_x, need_w, need_b) in zip(
+            itertools.product(layouts(x), layouts(w)), needs, strict=False
+        ):
+            given = [
+                {"grad_y": to_gpu(grad_y), "x": of_x() if need_w else None, "w": of_w() if need_x else None}
+                | {"y": to_gpu(saved), "z": to_gpu(saved), "activation": activation}
+                | {"need_x": need_x, "need_w": need_w, "need_b": need_b}
+                for _ in range(2)
+            ]
+            assert same(outcome("linear_backward", given[0]), general("linear_backward", given[1]))
+    assert watched["linear_backward"].left == 0
+
+
+def test_layers_that_are_unusual(watched: Any, rng: Any) -> None:
+    """The errors of the general path, and what it computes."""
+    x, w, g = (to_gpu(rng.normal(size=s).astype(np.float32)) for s in ((6, 8), (8, 4), (6, 4)))
+    calls: list[Callable[[], Any]] = [
+        lambda: kernels.linear(x, w, activation="no such"),
+        lambda: kernels.linear(x, w, activation=3),
+        lambda: kernels.linear(x, w, return_preactivation=1),
+        lambda: kernels.linear(x, w.T),
+        lambda: kernels.linear_backward(g, x, w, None, "tanh"),
+        lambda: kernels.linear_backward(g, x, w, g, "silu"),
+        lambda: kernels.linear_backward(g, x, w, g, "no such"),
+        lambda: kernels.linear_backward(g, x, w, need_x=1),
+        lambda: kernels.linear_backward(g, None, w),
+        lambda: kernels.linear_backward(g, x, None),
+        lambda: kernels.linear_backward(g, x, x),
+        lambda: kernels.linear_backward(g, w, w),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError)):
+            call()
+    expected = kernels.linear(x, w, activation="elu")
+    assert watched["linear"].answered == 1
+    assert same([to_cpu(kernels.linear(x, w, activation="elu", activation_parameter=1.0))], [to_cpu(expected)])
+    assert watched["linear"].answered == 1
+    assert watched["linear_backward"].answered == 0
+
+
 class Subclass(cupy.ndarray):
     pass
 

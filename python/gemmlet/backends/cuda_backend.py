@@ -445,23 +445,26 @@ class CudaBackend(NumpyBackend):
     def column_sum(self, x: Array, out: Array) -> None:
         """``out[j] = sum_i x[i, j]``."""
         with self._placed(x, out, writes=1) as (device, x_, y):
-            rows, columns = x_.shape
-            if not rows:
+            if not x_.shape[0]:
                 device.zero(y)
-                return
-            if not columns:
-                return
-            itemsize, dtype = x_.itemsize, arrays.name_of(x_.dtype)
-            row_stride, column_stride = (stride // itemsize for stride in x_.strides)
-            down = abs(row_stride) < abs(column_stride)
-            blocks = -(-columns // (8 if down else 32))
-            # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
-            shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
-            partial = device.empty((shares, columns), arrays.computed_in(x_.dtype)) if shares > 1 else None
-            parameters = ("Q", "q", "q", "q", "q", "Q", "Q", "Q")
-            launch = self.prepared(device, "reductions.cuh", _column_sum_kernel(dtype, down), parameters)
-            outputs = address(y), address(partial), self.scratch(device).counter
-            launch(blocks, shares, address(x_), row_stride, column_stride, rows, columns, *outputs)
+            elif y.size:
+                strides = tuple(stride // x_.itemsize for stride in x_.strides)
+                self.sum_columns(device, x_.dtype, address(x_), x_.shape, strides, address(y))
+
+    def sum_columns(
+        self, device: Device, dtype: np.dtype[Any], x: int, shape: tuple[int, ...], strides: tuple[int, ...], out: int
+    ) -> None:
+        """The same of addresses, and strides in elements; neither dimension is 0."""
+        (rows, columns), (row_stride, column_stride) = shape, strides
+        down = abs(row_stride) < abs(column_stride)
+        blocks = -(-columns // (8 if down else 32))
+        # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
+        shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
+        partial = device.empty((shares, columns), arrays.computed_in(dtype)) if shares > 1 else None
+        kernel = _column_sum_kernel(arrays.name_of(dtype), down)
+        launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
+        counter = self.scratch(device).counter
+        launch(blocks, shares, x, row_stride, column_stride, rows, columns, out, address(partial), counter)
 
     # Elementwise and row functions.
 

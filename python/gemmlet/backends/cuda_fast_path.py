@@ -26,6 +26,7 @@ from .cuda_types import FLOATS, RULE_NUMBERS, RULE_STATES
 
 if TYPE_CHECKING:
     from .cuda_backend import CudaBackend
+    from .cuda_device import Device
 
 FastPath = Callable[..., Any]
 
@@ -326,76 +327,98 @@ class _FastPaths:
 
         return call
 
-    def _is_matrix(self) -> Callable[[Any, np.dtype[Any], int], bool]:
-        array_type = self.array_type
-
-        def is_matrix(array: Any, dtype: np.dtype[Any], gpu: int) -> bool:
-            """Whether it is a matrix with elements, of any strides, of this dtype and on this GPU."""
-            if type(array) is not array_type or array.ndim != 2 or not array.size or array.dtype != dtype:
-                return False
-            data = array.data
-            return data.device_id == gpu and not data.ptr % dtype.itemsize
-
-        return is_matrix
-
     def linear(self) -> FastPath:
         """``call(x, w, b, activation, return_preactivation, out)``."""
-        another, array_type, is_matrix = self.another, self.array_type, self._is_matrix()
-        known, fill = self._remembered(lambda *_: ())
+        another, array_type = self.another, self.array_type
+        known, fill = self._remembered(lambda _, dtype: (dtype.itemsize,))
 
         def call(x: Any, w: Any, b: Any, activation: Any, return_preactivation: Any, out: Any) -> Any:
-            if type(x) is not array_type:
+            if type(x) is not array_type or type(w) is not array_type or x.ndim != 2 or w.ndim != 2:
                 return None
-            dtype, gpu = x.dtype, x.data.device_id
-            if not is_matrix(x, dtype, gpu) or not is_matrix(w, dtype, gpu):
+            dtype, x_shape, w_shape, x_data, w_data = x.dtype, x.shape, w.shape, x.data, w.data
+            gpu, x_at, w_at, shape = x_data.device_id, x_data.ptr, w_data.ptr, (x_shape[0], w_shape[1])
+            if x_shape[1] != w_shape[0] or w.dtype != dtype or w_data.device_id != gpu:
                 return None
-            (rows, inner), (inner_of_w, columns) = x.shape, w.shape
-            if inner != inner_of_w or type(return_preactivation) is not bool:
+            if not x.size or not w.size or type(return_preactivation) is not bool:
                 return None
             if activation is None:
-                entry = None
+                name, parameter = "identity", 0.0
             elif type(activation) is not str or (entry := ACTIVATIONS.get(activation)) is None:
                 return None
-            if b is not None and not another(b, (columns,), dtype, gpu):
+            else:
+                name, parameter = activation, entry.default
+            b_at = 0
+            if b is not None and not (b_at := another(b, w_shape[1:], dtype, gpu)):
                 return None
-            shape = rows, columns
-            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
-            if not prepared:
+            found = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not found:
                 return None
-            device = prepared[0]
+            device, _, itemsize = found
+            if (x_at | w_at) % itemsize:
+                return None
             if out is None:
                 y = device.empty(shape, dtype)
+                y_at = y.data.ptr
             else:
-                at, y = another(out, shape, dtype, gpu), out
-                for read in (x, w, b):
-                    if read is None:
-                        continue
-                    # Without gaps, its memory is known.
-                    packed = read._c_contiguous or read._f_contiguous
-                    if not at or not packed or not _apart(at, out.nbytes, read.data.ptr, read.nbytes):
-                        return None
+                # Of inputs with gaps the memory is not known here.
+                packed = (x._c_contiguous or x._f_contiguous) and (w._c_contiguous or w._f_contiguous)
+                if not packed or not (y_at := another(out, shape, dtype, gpu)):
+                    return None
+                nbytes = out.nbytes
+                if not _apart(y_at, nbytes, x_at, x.nbytes) or not _apart(y_at, nbytes, w_at, w.nbytes):
+                    return None
+                if b_at and not _apart(y_at, nbytes, b_at, b.nbytes):
+                    return None
+                y = out
             z = device.empty(shape, dtype) if return_preactivation else None
-            parameter, tf32 = 0.0 if entry is None else entry.default, _precision.allows_tf32()
-            cuda_matmul.linear(device, x, w, b, entry, parameter, y, z, tf32=tf32)
+            layouts, aligned = (x_shape, w_shape, x.strides, w.strides, dtype), (not x_at & 15, not w_at & 15, True)
+            tf32 = itemsize == 4 and _precision.allows_tf32()
+            run = cuda_matmul.prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, None)
+            run(x_at, w_at, y_at, 0 if z is None else z.data.ptr, b_at)
             return y if z is None else (y, z)
 
         return call
 
     def linear_backward(self) -> FastPath:
         """``call(grad_y, x, w, y, activation, z, need_x, need_w, need_b)``."""
-        backend, first, another, is_matrix = self.backend, self.first, self.another, self._is_matrix()
-        known, fill = self._remembered(lambda *_: ())
+        backend, first, another, array_type = self.backend, self.first, self.another, self.array_type
+        known, fill = self._remembered(lambda _, dtype: (dtype.itemsize,))
+        gradients, fill_gradients = self._remembered(
+            lambda device, dtype, name: backend.activation_launch(device, "backward", name, dtype)
+        )
+
+        def is_matrix(array: Any, dtype: np.dtype[Any], gpu: int) -> bool:
+            """Whether it is a matrix with elements, of any strides."""
+            if type(array) is not array_type or array.ndim != 2 or not array.size or array.dtype != dtype:
+                return False
+            data = array.data
+            return data.device_id == gpu and not data.ptr % dtype.itemsize
+
+        def product(
+            device: Device,
+            dtype: np.dtype[Any],
+            a: int,
+            a_shape: tuple[int, ...],
+            a_strides: tuple[int, ...],
+            b: int,
+            b_shape: tuple[int, ...],
+            b_strides: tuple[int, ...],
+            out: Any,
+        ) -> None:
+            """``out = a @ b`` of addresses, shapes and strides: transposed, too, without an array for it."""
+            layouts, aligned = (a_shape, b_shape, a_strides, b_strides, dtype), (not a & 15, not b & 15, True)
+            tf32 = dtype.itemsize == 4 and _precision.allows_tf32()
+            run = cuda_matmul.prepared(device, device.multiprocessors, layouts, aligned, "identity", 0.0, tf32, None)
+            run(a, b, out.data.ptr, 0, 0)
 
         def call(
             grad_y: Any, x: Any, w: Any, y: Any, activation: Any, z: Any, need_x: Any, need_w: Any, need_b: Any
         ) -> Any:
             given = first(grad_y)
-            if given is None or len(given[1]) != 2:
+            if given is None or len(given[1]) != 2 or not type(need_x) is type(need_w) is type(need_b) is bool:
                 return None
-            _, shape, dtype, gpu, _ = given
+            grad_at, shape, dtype, gpu, _ = given
             rows, columns = shape
-            if not type(need_x) is type(need_w) is type(need_b) is bool:
-                return None
             if x is None:
                 if need_w:
                     return None
@@ -406,32 +429,42 @@ class _FastPaths:
                     return None
             elif not is_matrix(w, dtype, gpu) or w.shape[1] != columns or (x is not None and x.shape[1] != w.shape[0]):
                 return None
-            for saved in (y, z):
-                if saved is not None and not another(saved, shape, dtype, gpu):
-                    return None
-            prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
-            if not prepared:
+            y_at = z_at = 0
+            if y is not None and not (y_at := another(y, shape, dtype, gpu)):
                 return None
-            empty = prepared[0].empty
-            grad_z = grad_y
+            if z is not None and not (z_at := another(z, shape, dtype, gpu)):
+                return None
+            saved_at, parameter = 0, 0.0
             if activation is not None:
                 if type(activation) is not str or (entry := ACTIVATIONS.get(activation)) is None:
                     return None
-                saved = z if entry.needs_x else y
-                if saved is None:
+                saved_at, parameter = z_at if entry.needs_x else y_at, entry.default
+                if not saved_at:
                     return None
+            found = known.get((gpu, dtype)) or fill(gpu, dtype)
+            if not found:
+                return None
+            device, _, itemsize = found
+            empty = device.empty
+            if saved_at:
+                key = gpu, dtype, activation
+                _, _, launch, per_block = gradients.get(key) or fill_gradients(*key)
                 grad_z = empty(shape, dtype)
-                backend.activation_backward(entry, grad_y, saved, entry.default, grad_z)
+                at, strides = grad_z.data.ptr, (columns * itemsize, itemsize)
+                launch(-(-grad_y.size // per_block), 1, grad_at, saved_at, at, parameter, grad_y.size)
+            else:
+                at, strides = grad_at, grad_y.strides
             grad_x = grad_w = grad_b = None
             if need_x:
                 grad_x = empty((rows, w.shape[0]), dtype)
-                backend.matmul(grad_z, w.T, grad_x)
+                product(device, dtype, at, shape, strides, w.data.ptr, w.shape[::-1], w.strides[::-1], grad_x)
             if need_w:
                 grad_w = empty((x.shape[1], columns), dtype)
-                backend.matmul(x.T, grad_z, grad_w)
+                product(device, dtype, x.data.ptr, x.shape[::-1], x.strides[::-1], at, shape, strides, grad_w)
             if need_b:
                 grad_b = empty((columns,), dtype)
-                backend.column_sum(grad_z, grad_b)
+                of_elements = strides[0] // itemsize, strides[1] // itemsize
+                backend.sum_columns(device, dtype, at, shape, of_elements, grad_b.data.ptr)
             return grad_x, grad_w, grad_b
 
         return call

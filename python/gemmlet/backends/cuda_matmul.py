@@ -430,12 +430,12 @@ def linear(
     places = x_, w_, y, z = x.data.ptr, w.data.ptr, out.data.ptr, address(preactivation)
     aligned = x_ % 16 == 0, w_ % 16 == 0, (y | z) % 16 == 0
     layouts = x.shape, w.shape, x.strides, w.strides, x.dtype
-    run = _prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, choice)
+    run = prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, choice)
     run(*places, address(b))
 
 
 @functools.lru_cache(maxsize=4096)
-def _prepared(
+def prepared(
     device: Device,
     _multiprocessors: int,  # of the device, which a test may change
     layouts: tuple[Any, Any, Any, Any, np.dtype[Any]],
