@@ -139,9 +139,9 @@ def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
     return Tile("thin", rows, columns, 256, 256, 0, _THIN_START, step, _THIN_BUSY[count], (count,))
 
 
-# The constants of the estimate that tiles and splits are chosen by were fitted, as were those of every tile below, to
-# what benchmarks/gpu_matmul.py measured on an H200 (float32 and bfloat16). The tiles are the fewest of those tried
-# with which all its products of row-major matrices took at most 4 % longer than with the best one.
+# The constants of the estimate that tiles and splits are chosen by were fitted to what benchmarks/gpu_matmul.py
+# measured: those of float32, float64 and TF32 on an H100, the others on an H200. The tiles are the fewest of those
+# tried with which no product took over 7 % longer than with the best one (float32: 0.4 % in the mean of 33 shapes).
 _SECOND_PASS = 2000.0  # ns
 _SECOND_PASS_BYTES = 3300.0  # a ns, of all partial sums
 _THIN_START = 1500.0  # ns
@@ -150,39 +150,41 @@ _THIN_BUSY = {1: 4.0, 4: 2.0}  # by how many lines there are at most: what keeps
 
 _SIMT_TILES = {
     "float32": (
-        # Not measured yet. The step is the next tile's, by what a multiply-add costs in their main loops: 1.12 turns of
-        # a scheduler, not 1.24 (tools/simt_slots.py). That one and 64x64x16x8x8x2x4 differ by a factor of 1.06 in turns
-        # and of 1.07 in time, at 4096^3. Four warps are few, hence `busy`.
-        simt("float32", 128, 128, 16, 8, 16, 1, 3, 2700.0, 82.0, 1.5),
-        simt("float32", 128, 128, 16, 8, 8, 1, 3, 1800.0, 90.5),
-        simt("float32", 64, 64, 16, 8, 8, 2, 4, 2700.0, 24.5, 1.15),
-        simt("float32", 32, 32, 32, 8, 4, 4, 4, 2100.0, 8.3),
-        simt("float32", 16, 64, 64, 4, 8, 8, 3, 1900.0, 8.8, 1.1),
-        simt("float32", 16, 32, 64, 4, 4, 8, 3, 1600.0, 5.8),
+        simt("float32", 128, 256, 16, 8, 16, 1, 3, 1700.0, 175.0),
+        simt("float32", 64, 128, 16, 8, 8, 1, 4, 2090.0, 45.3, 1.2),
+        simt("float32", 64, 64, 16, 8, 8, 2, 4, 1900.0, 25.0, 1.1),
+        simt("float32", 32, 32, 32, 8, 4, 4, 4, 1710.0, 7.73, 1.2),
+        simt("float32", 16, 64, 64, 4, 8, 8, 3, 1600.0, 8.73),
+        simt("float32", 16, 32, 64, 4, 4, 8, 3, 1400.0, 5.14, 1.1),
     ),
-    # By those of float32, at half the rate; not measured yet.
     "float64": (
-        simt("float64", 64, 64, 16, 8, 4, 2, 4, 2700.0, 49.0, 1.15),
-        simt("float64", 32, 32, 64, 8, 4, 8, 2, 2100.0, 17.0),
+        simt("float64", 64, 64, 16, 8, 4, 2, 4, 3000.0, 52.5),
+        simt("float64", 32, 32, 64, 8, 4, 8, 2, 1600.0, 16.3),
     ),
 }
 
 
 def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
-    # Those of bfloat16; TF32 has them of as many bytes, at half the rate, which is not measured yet.
-    half = 2 if dtype == "float32" else 1
     return (
-        mma(dtype, 128, 256, 32 // half, 2, 4, 1, 4, 2600.0, 20.0 * half),
-        mma(dtype, 128, 128, 32 // half, 2, 2, 1, 4, 2600.0, 11.8 * half),  # the largest for 99 KiB of shared memory
-        mma(dtype, 64, 128, 64 // half, 2, 2, 1, 4, 1600.0, 9.0 * half),
-        mma(dtype, 32, 32, 128 // half, 1, 1, 4, 3, 1200.0, 3.0 * half),
+        mma(dtype, 128, 256, 32, 2, 4, 1, 4, 2600.0, 20.0),
+        mma(dtype, 128, 128, 32, 2, 2, 1, 4, 2600.0, 11.8),  # the largest for 99 KiB of shared memory
+        mma(dtype, 64, 128, 64, 2, 2, 1, 4, 1600.0, 9.0),
+        mma(dtype, 32, 32, 128, 1, 1, 4, 3, 1200.0, 3.0),
     )
 
 
-_MMA_TILES = {dtype: _mma_tiles(dtype) for dtype in ("float32", "float16", "bfloat16")}
+_MMA_TILES = {
+    "float16": _mma_tiles("float16"),
+    "bfloat16": _mma_tiles("bfloat16"),
+    # TF32: the same bytes, half the depth.
+    "float32": (
+        mma("float32", 128, 256, 16, 2, 4, 1, 4, 3900.0, 50.5),
+        mma("float32", 128, 128, 16, 2, 2, 1, 4, 3200.0, 25.8, 1.35),
+        mma("float32", 64, 128, 32, 2, 2, 1, 4, 2100.0, 16.8, 1.2),
+        mma("float32", 32, 32, 64, 1, 1, 4, 3, 1400.0, 5.3),
+    ),
+}
 
-# By arithmetic, not measured yet: a step's 768 or 896 bytes come at a 132nd of 6.4 TB/s, as an H200's L2 cache was seen
-# to give them to such copies (a tutorial of CUTLASS's, in its pull request 2615).
 WGMMA_TILES = (wgmma(128, 256, 64, 4, 2600.0, 15.8), wgmma(192, 256, 64, 4, 2600.0, 18.5))
 
 # A line's worth of rows (or columns) that the thin kernel takes at once: one, or up to four.
