@@ -36,10 +36,12 @@ MAP_PACKS = 2
 
 # Who takes a row of so many columns at most: how many threads, with how many numbers each in registers. 0: any number
 # of columns, read from memory in every pass. Few threads with many numbers each have more of them on their way from
-# memory at a time, and fewer exchanges; 10 is the usual number of classes. By a count of instructions, to be measured.
+# memory at a time, and fewer exchanges; 10 is the usual number of classes, whose rows a thread alone would read too far
+# from its neighbours'.
 ROW_TEAMS = (
     (4, 1, 4),
-    (10, 1, 10),
+    (8, 2, 4),
+    (12, 2, 6),
     (16, 2, 8),
     (32, 4, 8),
     (64, 4, 16),
@@ -61,6 +63,9 @@ MOST_PARTS = 2048
 
 # The same of those that go over rows and the elements of a loss: many short ones, so that none is waited for long.
 MOST_BLOCKS = 8192
+
+# Blocks of functions of rows, which add nothing up.
+ROW_BLOCKS = 32768
 
 
 class Team(NamedTuple):
@@ -422,10 +427,12 @@ class CudaBackend(NumpyBackend):
             arguments = pointer(g), pointer(s), pointer(y), number(parameter, y.dtype), np.int64(y.size)
             self._map(device, "elementwise.cuh", kernel, y, arguments, MAP_PACKS)
 
-    def _rows(self, device: Device, source: str, kernel: str, rows: int, arguments: Sequence[Any], team: int) -> None:
-        """Launch a kernel in which teams of so many threads take rows."""
+    def _rows(
+        self, device: Device, source: str, kernel: str, rows: int, arguments: Sequence[Any], team: int, most: int
+    ) -> None:
+        """Launch a kernel in which teams of so many threads take rows, in so many blocks at most."""
         threads = max(THREADS, team)
-        blocks = min(MOST_BLOCKS, -(-rows // (threads // team)))
+        blocks = min(most, -(-rows // (threads // team)))
         (loaded,) = device.kernels(source, [kernel])
         device.launch(loaded, (blocks, 1, 1), threads, arguments)
 
@@ -436,7 +443,7 @@ class CudaBackend(NumpyBackend):
             team = _team(columns, x_, y)
             kernel = _row_kernel("forward", function.name, arrays.name_of(y.dtype), team)
             arguments = pointer(x_), pointer(y), np.int64(rows), np.int32(columns)
-            self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads)
+            self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads, ROW_BLOCKS)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
         """``out`` = the gradient with respect to the function's input."""
@@ -445,7 +452,7 @@ class CudaBackend(NumpyBackend):
             team = _team(columns, g, y_, grad_x)
             kernel = _row_kernel("backward", function.name, arrays.name_of(g.dtype), team)
             arguments = pointer(g), pointer(y_), pointer(grad_x), np.int64(rows), np.int32(columns)
-            self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads)
+            self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads, ROW_BLOCKS)
 
     # Losses.
 
@@ -460,7 +467,8 @@ class CudaBackend(NumpyBackend):
             counter, partial, mean = self._scratch(device)
             outputs = pointer(partial), pointer(mean), pointer(counter)
             kernel = _cross_entropy_kernel(arrays.name_of(z.dtype), indices is not None and label_smoothing == 0, team)
-            self._rows(device, "losses.cuh", kernel, rows, (*arguments, np.int32(columns), *outputs), team.threads)
+            arguments = (*arguments, np.int32(columns), *outputs)
+            self._rows(device, "losses.cuh", kernel, rows, arguments, team.threads, MOST_BLOCKS)
             return self._mean(device, mean)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
