@@ -185,9 +185,13 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
         later_label = label_of(r + 2 * apart);
       }
       const ClassCrossEntropy<Row> entropy(z, z_label, share);
-      z.map(to, [=](int, V v, int) { return entropy.of_other(v); });
-      // By the thread that has just written there.
-      if (present && Row::is_own(label)) to[label] = narrow<T>(entropy.of_label);
+      // Of a long row the label's number is written once more, by the thread that has just written there: a choice for each
+      // number would take longer.
+      constexpr bool once = Row::held && Threads < 32;
+      const int label_slot = Row::slot_of(label);
+      z.map(to,
+            [=](int, V v, int slot) { return once && slot == label_slot ? entropy.of_label : entropy.of_other(v); });
+      if (!once && present && label_slot >= 0) to[label] = narrow<T>(entropy.of_label);
       to += step;
       totals.add(present ? static_cast<double>(entropy.total) : 1);
       total -= present ? static_cast<double>(entropy.difference) : 0;

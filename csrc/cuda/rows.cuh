@@ -179,8 +179,12 @@ class Row {
       return widen(row_[column]);
   }
 
-  // Whether the number of this column is the thread's.
-  __device__ static bool is_own(int column) { return static_cast<unsigned>(column) / N % Team::size == Team::thread(); }
+  // Where the thread holds the number of a column; -1 if it is another's.
+  __device__ static int slot_of(int column) {
+    const unsigned at = column;
+    const bool own = at / N % Team::size == Team::thread();
+    return own ? static_cast<int>(held ? at / (N * Team::size) * N + at % N : 0) : -1;
+  }
 
   // The sum of f(column, number, slot) over the row, `absent` numbers included.
   template <class F>
@@ -259,12 +263,6 @@ class Row {
  private:
   // The column of a slot, the first of a pack.
   __device__ static constexpr int column(int slot) { return (slot / N * Team::size + Team::thread()) * N; }
-
-  // Where the number of a column is held; -1 if it is another thread's.
-  __device__ static int slot_of(int column) {
-    const unsigned at = column;
-    return is_own(column) ? static_cast<int>(at / (N * Team::size) * N + at % N) : -1;
-  }
 
   __device__ static Loaded loaded(const T* row, int width, bool present, V absent) {
     Loaded result;
