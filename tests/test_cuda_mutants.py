@@ -135,6 +135,10 @@ def cross_entropy(run: Run) -> None:
         soft = run.rng.dirichlet(np.ones(columns), rows).astype(np.float32)
         run.compare("softmax_cross_entropy", z, soft, 0.1, poison(z))
         run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
+    # More rows than a few rounds take, and so many for a thread that the product of their sums would be too large.
+    for rows, columns, dtype in ((1200, 10, np.float32), (50, 1000, np.float16), (3 * 128 * 160, 16, np.float32)):
+        z = (run.normal(rows, columns) if columns != 16 else np.zeros((rows, columns))).astype(dtype)
+        run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
 
 
 def elementwise_losses(run: Run) -> None:
@@ -300,13 +304,16 @@ WRONG = [
     ),
     *mutants(
         "rows",
-        ("if (column(j) < end_) pack", "if (column(j) <= end_) pack", "rows_by_lanes"),
+        ("if (column(j * N) < end) pack", "if (column(j * N) <= end) pack", "rows_by_lanes"),
         ("if (column(j) < end_) store_pack", "if (column(j) <= end_) store_pack", "rows_by_lanes"),
         ("j / N * N * Team::size >= width_", "j * N * Team::size >= width_", "cross_entropy"),
         ("larger = Largest{}(larger, number[k]);", "", "rows_by_blocks"),
-        ("total *= share_of<T>(most, larger);", "", "rows_by_blocks"),
+        ("total *= lowered<T>(term_of<T>(most, larger));", "", "rows_by_blocks"),
         ("least = Largest{}(least, v);", "least = v;", "rows_by_lanes"),
-        ("column / N % Team::size == Team::thread()", "column % Team::size == Team::thread()", "cross_entropy"),
+        ("at / N % Team::size == Team::thread()", "at % Team::size == Team::thread()", "cross_entropy"),
+        ("slot == i ? absent : widen(word)", "widen(word)", "cross_entropy"),
+        ("if (slot >> 1 == i / 2) word", "if (false) word", "cross_entropy"),
+        ("(slot & 1) == 0 ? 0xffffu", "(slot & 1) == 1 ? 0xffffu", "cross_entropy"),
         ("s += f(i, v, slot);", "s = f(i, v, slot);", "rows_by_blocks"),
     ),
     *mutants(
@@ -320,9 +327,15 @@ WRONG = [
         ("i += threads * N", "i += threads", "elementwise_losses"),
         ("Index i = packed + thread; i < n", "Index i = packed + thread; i <= n", "elementwise_losses"),
         ("aligned ? n / N * N : 0", "n / N * N", "elementwise_losses"),
-        ("is_label(i, slot) ? -infinity<V>() : v", "v", "cross_entropy"),
-        ("? -others.total :", "? others.total :", "cross_entropy"),
-        ("others.total + decay(z_label - others.largest)", "others.total", "cross_entropy"),
+        ("others.total + term<T>(difference)", "others.total", "cross_entropy"),
+        ("of_label = -others.total", "of_label = others.total", "cross_entropy"),
+        ("present && label_slot >= 0", "present && label_slot < 0", "cross_entropy"),
+        ("slot == label_slot ? entropy.of_label", "slot == label_slot ? -entropy.of_label", "cross_entropy"),
+        ("present ? static_cast<double>(entropy.total) : 1", "static_cast<double>(entropy.total)", "cross_entropy"),
+        ("later_label = label_of(r + 2 * apart)", "later_label = label_of(r + apart)", "cross_entropy"),
+        ("++times_;", "", "cross_entropy"),
+        ("load(r + apart < rows, next_label)", "load(r + apart <= rows, next_label)", "cross_entropy"),
+        ("Team::thread() == 0 ? total + totals.value() : 0", "total + totals.value()", "cross_entropy"),
         ("t == V(0) ? V(0) : t * shifted", "t", "cross_entropy"),
         ("i < columns ? (i == label ? k + s : s) : V(0)", "i == label ? k + s : s", "cross_entropy"),
         ("i < columns ? fma(k, t.at(i, slot), s) : V(0)", "fma(k, t.at(i, slot), s)", "cross_entropy"),
@@ -491,7 +504,7 @@ def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that blocks go round."""
-    for name in ("MOST_PARTS", "MOST_BLOCKS"):
+    for name in ("MOST_PARTS", "MOST_BLOCKS", "ROW_BLOCKS"):
         monkeypatch.setattr(cuda_backend, name, 3)
 
 
@@ -516,7 +529,7 @@ def found(mutant: Mutant, folder: pathlib.Path) -> bool:
 
 def each_in_a_child() -> None:
     """Print for each mutant how a process ended that has run its checks: they may write anywhere."""
-    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = 3
+    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = cuda_backend.ROW_BLOCKS = 3
     for number, mutant in enumerate(WRONG):
         child = os.fork()
         if child == 0:
@@ -550,7 +563,7 @@ def test_a_mutant_fails(number: int, ends: tuple[dict[int, int], str]) -> None:
 
 def under_thread_sanitizer() -> None:
     """Run the checks of all races, without a mutant and then with each."""
-    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = 3
+    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = cuda_backend.ROW_BLOCKS = 3
     for name in sorted({name for mutant in RACES for name in mutant.checks}):
         CHECKS[name](Run(HostDevice(), quick=True))
     for mutant in RACES:

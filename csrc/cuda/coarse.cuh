@@ -46,8 +46,10 @@ inline constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.69314718055994531f
 GEMMLET_INLINE Coarse exp(Coarse x) { return Coarse(ptx::exp2(x.value * log2_e)); }
 
 // The exponent is raised while subnormal numbers are flushed, by as much as factors of 1e4 and half of 2^-133 need.
+inline constexpr float raised_decay_times = 0x1p24f;
+GEMMLET_INLINE Coarse raised_decay(Coarse x) { return Coarse(ptx::exp2_flushed(fma(x.value, log2_e, 24.0f))); }
 GEMMLET_INLINE Coarse unsigned_decay_times(Coarse x, Coarse factor) {
-  return Coarse(ptx::exp2_flushed(fma(x.value, log2_e, 24.0f)) * factor.value * 0x1p-24f);
+  return raised_decay(x) * factor * Coarse(1 / raised_decay_times);
 }
 GEMMLET_INLINE Coarse decay_times(Coarse x, Coarse factor) { return unsigned_decay_times(x, factor); }
 GEMMLET_INLINE Coarse decay(Coarse x) { return unsigned_decay_times(x, Coarse(1.0f)); }

@@ -65,34 +65,60 @@ __global__ void __launch_bounds__(elements_threads)
   write_mean(total, static_cast<double>(n), partial, loss, counter);
 }
 
-// Cross-entropy of softmax(z) with the targets t, for one row: returns the loss, -sum_j t_j log_softmax(z)_j. Its gradient,
-// softmax(z) sum_j t_j - t times `share`, is f(column, number, slot) for write(row, f), row.map or row.each of it.
-//
-// The target is 1 for the class `label`, whose logit is z_label, and 0 for the others.
-template <class R, class Write>
-__device__ __forceinline__ typename R::V cross_entropy_of_class(R& z, int label, typename R::V z_label,
-                                                                typename R::V share, Write write) {
-  using V = typename R::V;
-  // The label's gradient is what the others sum up to: where its softmax is close to 1, that is all there is.
-  const auto is_label = z.is(label);
-  const auto others =
-      z.exponentials(z_label, [=](int i, V v, int slot) { return is_label(i, slot) ? -infinity<V>() : v; });
-  const V total = others.total + decay(z_label - others.largest), factor = share / total;
-  write(z, [=](int i, V v, int slot) {
-    return (is_label(i, slot) ? -others.total : R::exponential(v, others.largest)) * factor;
-  });
-  return log(total) - (z_label - others.largest);
-}
+// A sum of logarithms of numbers that are not below 1, or hardly: of their product, whose exponent is kept in range.
+class LogSum {
+ public:
+  __device__ __forceinline__ void add(double x) {
+    product_ *= x;
+    if (product_ > limit) {
+      product_ *= 1 / limit;
+      ++times_;
+    }
+  }
+  __device__ __forceinline__ double value() const { return fma(times_, 600 * 0.69314718055994530942, log(product_)); }
 
-// t = target(column, slot), 0 beyond the row.
+ private:
+  static constexpr double limit = 0x1p600;
+  double product_ = 1, times_ = 0;
+};
+
+// Cross-entropy of softmax(z) with a target that is 1 for one class, whose logit is z_label, and 0 for the others. In z
+// there is -inf in its place. `share`: what the gradient is taken times.
+template <class R>
+struct ClassCrossEntropy {
+  using V = typename R::V;
+  using T = typename R::Number;
+
+  V total, difference;  // the loss is log(total) - difference
+  V largest, factor, of_label;
+
+  __device__ __forceinline__ ClassCrossEntropy(R& z, V z_label, V share) {
+    // The label's gradient is what the others sum up to: where its softmax is close to 1, that is all there is.
+    const auto others = z.terms(z_label);
+    largest = others.largest;
+    difference = z_label - largest;
+    const V all = others.total + term<T>(difference);
+    total = lowered<T>(all);
+    factor = part<T>(share, all);
+    of_label = -others.total * factor;
+  }
+
+  // The gradient of another class, of whose number z has made v.
+  __device__ __forceinline__ V of_other(V v) const { return R::as_term(v, largest) * factor; }
+};
+
+// Cross-entropy of softmax(z) with the targets t = target(column, slot), 0 beyond the row, for one row: returns the loss,
+// -sum_j t_j log_softmax(z)_j. Its gradient, softmax(z) sum_j t_j - t times `share`, is f(column, number, slot) for
+// write(row, f), row.map or row.each of it.
 template <class R, class Target, class Write>
 __device__ __forceinline__ typename R::V cross_entropy_of_targets(R& z, Target target, typename R::V share,
                                                                   Write write) {
   using V = typename R::V;
-  const V largest = z.largest(-infinity<V>(), [](int, V v, int) { return v; });
+  using T = typename R::Number;
+  const V largest = z.largest(-infinity<V>());
   V total = 0, weight = 0, product = 0;
   z.turn_into([&](int i, V v, int slot) {
-    const V t = target(i, slot), shifted = v - largest, e = term<typename R::Number>(shifted);
+    const V t = target(i, slot), shifted = v - largest, e = term<T>(shifted);
     total += e;
     weight += t;
     // A class of no weight costs nothing, even at -inf.
@@ -103,14 +129,18 @@ __device__ __forceinline__ typename R::V cross_entropy_of_targets(R& z, Target t
   weight = R::Threads::reduce(weight, Sum{});
   product = R::Threads::reduce(product, Sum{});
   const V factor = weight / total;
-  write(z, [=](int i, V v, int slot) { return fma(R::exponential(v, largest), factor, -target(i, slot)) * share; });
-  return weight * log(total) - product;
+  write(z, [=](int i, V v, int slot) { return fma(R::as_term(v, largest), factor, -target(i, slot)) * share; });
+  return weight * log(lowered<T>(total)) - product;
 }
+
+// Whether a team loads a row while it computes the one before: those within a warp, which wait for nobody else.
+template <int Threads>
+inline constexpr bool loads_ahead = Threads <= 32;
 
 // labels: class indices, or null; then `targets` (rows, columns) count. They are taken times `keep`, and `spread` is added to
 // each; whole: labels are there, keep is 1, spread 0.
 template <class T, bool whole, int Threads, int Values, int N>
-__global__ void __launch_bounds__(row_threads<Threads>, (row_blocks < T, Threads, Values, whole ? 1 : 2 >))
+__global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 2>))
     softmax_cross_entropy(const T* logits, const Index* labels, const T* targets, double keep, double spread,
                           T* gradient, Index rows, int columns, double* partial, double* loss, unsigned* counter) {
   using V = Compute<T>;
@@ -118,26 +148,73 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks < T, Threads
   using Row = gemmlet::Row<T, Team, Values, N>;
   const V share = static_cast<V>(1.0 / static_cast<double>(rows)), k = static_cast<V>(keep), s = static_cast<V>(spread);
   double total = 0;
-  for (Index r = Team::index(); r - threadIdx.x / Threads < rows; r += Team::count()) {
-    const bool present = r < rows;
-    const Index at = present ? r * columns : 0;
-    Row z(logits + at, columns, present, -infinity<V>());
-    const int label = present && labels != nullptr ? static_cast<int>(labels[r]) : 0;
-    const auto write = [&](const Row& row, auto f) { row.map(gradient + at, f); };
-    V value;
-    if constexpr (whole) {
-      // Before the gradient is written, which may be in its place.
-      const V z_label = widen(logits[at + label]);
-      value = cross_entropy_of_class(z, label, z_label, share, write);
-    } else if (labels != nullptr) {
-      const auto target = [=](int i, int) { return i < columns ? (i == label ? k + s : s) : V(0); };
-      value = cross_entropy_of_targets(z, target, share, write);
-    } else {
-      const Row t(targets + at, columns, present, 0);
-      const auto target = [&](int i, int slot) { return i < columns ? fma(k, t.at(i, slot), s) : V(0); };
-      value = cross_entropy_of_targets(z, target, share, write);
+  const Index apart = Team::count(), first = Team::index();
+  if constexpr (whole) {
+    // A label is loaded a round before its logit; and that together with the row, before the gradient is written, which may
+    // be in its place.
+    constexpr bool ahead = loads_ahead<Threads> && Values > 0;
+    const T* from = logits + first * columns;
+    T* to = gradient + first * columns;
+    const Index step = apart * columns;
+    typename Row::Loaded row;
+    V next_logit = 0;
+    const auto label_of = [&](Index r) { return r < rows ? static_cast<int>(labels[r]) : 0; };
+    const auto load = [&](bool present, int label) {
+      row.load(from, columns, present, -infinity<V>());
+      if (present) next_logit = widen(from[label]);
+    };
+    int next_label = label_of(first), later_label = 0;
+    if constexpr (ahead) {
+      load(first < rows, next_label);
+      later_label = label_of(first + apart);
     }
-    if (present && Team::thread() == 0) total += static_cast<double>(value);
+    LogSum totals;
+    for (Index r = first; r - threadIdx.x / Threads < rows; r += apart) {
+      const bool present = r < rows;
+      const int label = next_label;
+      if constexpr (!ahead) {
+        load(present, label);
+        next_label = label_of(r + apart);
+      }
+      Row z(row, from, columns, present, -infinity<V>(), label);
+      const V z_label = next_logit;
+      from += step;
+      if constexpr (ahead) {
+        next_label = later_label;
+        load(r + apart < rows, next_label);
+        later_label = label_of(r + 2 * apart);
+      }
+      const ClassCrossEntropy<Row> entropy(z, z_label, share);
+      // Of a long row the label's number is written once more, by the thread that has just written there: a choice for each
+      // number would take longer.
+      constexpr bool once = Row::held && Threads < 32;
+      const int label_slot = Row::slot_of(label);
+      z.map(to,
+            [=](int, V v, int slot) { return once && slot == label_slot ? entropy.of_label : entropy.of_other(v); });
+      if (!once && present && label_slot >= 0) to[label] = narrow<T>(entropy.of_label);
+      to += step;
+      totals.add(present ? static_cast<double>(entropy.total) : 1);
+      total -= present ? static_cast<double>(entropy.difference) : 0;
+    }
+    total = Team::thread() == 0 ? total + totals.value() : 0;
+  } else {
+    for (Index r = first; r - threadIdx.x / Threads < rows; r += apart) {
+      const bool present = r < rows;
+      const Index at = present ? r * columns : 0;
+      Row z(logits + at, columns, present, -infinity<V>());
+      const auto write = [&](const Row& row, auto f) { row.map(gradient + at, f); };
+      V value;
+      if (labels != nullptr) {
+        const int label = present ? static_cast<int>(labels[r]) : 0;
+        const auto target = [=](int i, int) { return i < columns ? (i == label ? k + s : s) : V(0); };
+        value = cross_entropy_of_targets(z, target, share, write);
+      } else {
+        const Row t(targets + at, columns, present, 0);
+        const auto target = [&](int i, int slot) { return i < columns ? fma(k, t.at(i, slot), s) : V(0); };
+        value = cross_entropy_of_targets(z, target, share, write);
+      }
+      if (present && Team::thread() == 0) total += static_cast<double>(value);
+    }
   }
   write_mean(total, static_cast<double>(rows), partial, loss, counter);
 }

@@ -370,13 +370,17 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
 
   double loss = 0;
   if (p.loss == softmax_loss) {
-    using Lanes = Team<32>;
-    Row<T, Lanes, 0> row(y, out, true, 0);
-    const auto write = [&](const auto& of, auto f) { of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); }); };
-    loss = static_cast<double>(target.values != nullptr
-                                   ? cross_entropy_of_targets(
-                                         row, [&](int j, int) { return target.values[j]; }, p.share, write)
-                                   : cross_entropy_of_class(row, target.label, y[target.label], p.share, write));
+    using Lanes = Row<T, Team<32>, 0>;
+    if (target.values != nullptr) {
+      Lanes row(y, out, true, 0);
+      const auto write = [&](const auto& of, auto f) { of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); }); };
+      loss = cross_entropy_of_targets(row, [&](int j, int) { return target.values[j]; }, p.share, write);
+    } else {
+      Lanes row(y, out, true, -infinity<T>(), target.label);
+      const ClassCrossEntropy<Lanes> entropy(row, y[target.label], p.share);
+      row.each([&](int j, T v, int) { end(j, j == target.label ? entropy.of_label : entropy.of_other(v)); });
+      loss = log(entropy.total) - entropy.difference;
+    }
   } else {
     for (int j = lane; j < out; j += 32) {
       T of_output = 0, gradient = 0;

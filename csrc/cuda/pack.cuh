@@ -57,6 +57,18 @@ __device__ __forceinline__ Pack<T, N> narrowed(const Compute<T> (&x)[N]) {
   return pack;
 }
 
+// What one number is loaded as, or two neighbours of 16 bits at once.
+template <class T, int count>
+struct RegisterType {
+  using type = T;
+};
+template <class T>
+struct RegisterType<T, 2> {
+  using type = unsigned;
+};
+template <class T, int count>
+using RegisterOf = typename RegisterType<T, count>::type;
+
 // Whether p may be the address of a pack of 16 bytes.
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<unsigned long long>(p) % 16 == 0; }
 

@@ -42,22 +42,46 @@ struct Team {
   }
 };
 
-// exp(x) for x <= 0, as the terms of a sum and numbers of type T need it.
+// exp(x) for x <= 0, as a term of a sum and as numbers of type T need it: times `raise<T>`, which subnormal bfloat16 numbers
+// need, and which would cost an instruction to take off each. The error of a float, 2^-22 and |x| 2^-23 of it, is less than
+// that of a difference and a sum.
+template <class T>
+inline constexpr float raise = same_type<T, Compute<T>> ? 1.0f : raised_decay_times;
 template <class T>
 __device__ __forceinline__ Compute<T> term(Compute<T> x) {
-  return static_cast<Compute<T>>(decay(Sufficient<T>(x)));
+  if constexpr (same_type<T, double>)
+    return decay(x);
+  else if constexpr (same_type<T, float>)
+    return static_cast<float>(exp(Coarse(x)));
+  else
+    return static_cast<float>(raised_decay(Coarse(x)));
 }
 
-// exp(x - largest) for x <= largest, which may be -inf for both: 1.
+// term(x - largest) for x <= largest, which may be -inf for both: that of 0.
 template <class T>
-__device__ __forceinline__ Compute<T> share_of(Compute<T> x, Compute<T> largest) {
-  return x == largest ? Compute<T>(1) : term<T>(x - largest);
+__device__ __forceinline__ Compute<T> term_of(Compute<T> x, Compute<T> largest) {
+  return x == largest ? Compute<T>(raise<T>) : term<T>(x - largest);
+}
+
+// A sum of terms without what they are raised by.
+template <class T>
+__device__ __forceinline__ Compute<T> lowered(Compute<T> total) {
+  return total * Compute<T>(1 / raise<T>);
+}
+
+// x / total, as numbers of type T need it.
+template <class T>
+__device__ __forceinline__ Compute<T> part(Compute<T> x, Compute<T> total) {
+  return static_cast<Compute<T>>(quotient(Sufficient<T>(x), Sufficient<T>(total)));
 }
 
 // A thread's share of a row, N neighbouring numbers at a time.
 template <class T, class Team, int Values, int N = 1>
 class Row {
   static_assert(Values % N == 0);
+  // Numbers of 16 bits are loaded in pairs: what stands for absent ones would cost instructions for each else.
+  static constexpr int in_word = sizeof(T) == 2 && N % 2 == 0 ? 2 : 1, words = N / in_word;
+  using Word = RegisterOf<T, in_word>;
 
  public:
   using V = Compute<T>;
@@ -65,19 +89,45 @@ class Row {
   using Threads = Team;
   static constexpr bool held = Values > 0;
 
-  // width: of the matrix. `present` is false for a team that has no row left, and only takes part in the reductions.
-  // absent: what is held in place of numbers that are not there.
-  __device__ Row(const T* row, int width, bool present, V absent)
-      : row_(row), width_(width), end_(present ? width : 0) {
-    each_slot([&](int j) {
-      Pack<T, N> pack;
+  // The numbers to be held, as they come from memory: where there is nothing, `absent`. `present` is false for a team that
+  // has no row left.
+  struct Loaded {
+    Pack<Word, words> pack[held ? Values / N : 1];
+
+    __device__ __forceinline__ void load(const T* row, int width, bool present, V absent) {
+      if constexpr (held) {
+        const int end = present ? width : 0;
 #pragma unroll
-      for (int k = 0; k < N; ++k) pack.value[k] = narrow<T>(absent);
-      if (column(j) < end_) pack = load_pack<N>(row + column(j));
+        for (int j = 0; j < Values / N; ++j) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) value_[j + k] = widen(pack, k);
-    });
+          for (int w = 0; w < words; ++w) pack[j].value[w] = word_of(absent);
+          if (column(j * N) < end) pack[j] = load_pack<words>(reinterpret_cast<const Word*>(row + column(j * N)));
+        }
+      }
+    }
+  };
+
+  // width: of the matrix. A team that is not `present` only takes part in the reductions. absent: what stands for the
+  // number of column `without`, too.
+  __device__ __forceinline__ Row(Loaded loaded, const T* row, int width, bool present, V absent, int without = -1)
+      : row_(row), width_(width), end_(present ? width : 0), without_(without), absent_(absent) {
+    if constexpr (held) {
+      const int slot = slot_of(without);
+#pragma unroll
+      for (int i = 0; i < Values; i += in_word) {
+        Word word = loaded.pack[i / N].value[i % N / in_word];
+        if constexpr (in_word == 2) {
+          const unsigned taken = (slot & 1) == 0 ? 0xffffu : 0xffff0000u;
+          if (slot >> 1 == i / 2) word = (word & ~taken) | (word_of(absent) & taken);
+          value_[i] = low(word), value_[i + 1] = high(word);
+        } else {
+          value_[i] = slot == i ? absent : widen(word);
+        }
+      }
+    }
   }
+  __device__ __forceinline__ Row(const T* row, int width, bool present, V absent, int without = -1)
+      : Row(loaded(row, width, present, absent), row, width, present, absent, without) {}
 
   // f(column, number, slot) for each, `absent` ones included; `at` has the number of another row in that column and slot.
   template <class F>
@@ -91,7 +141,7 @@ class Row {
       for (int i = Team::thread() * N; i < end_; i += Team::size * N) {
         const Pack<T, N> pack = load_pack<N>(row_ + i);
 #pragma unroll
-        for (int k = 0; k < N; ++k) f(i + k, widen(pack, k), 0);
+        for (int k = 0; k < N; ++k) f(i + k, i + k == without_ ? absent_ : widen(pack, k), 0);
       }
     }
   }
@@ -116,7 +166,7 @@ class Row {
         const Pack<T, N> pack = load_pack<N>(row_ + i);
         V numbers[N];
 #pragma unroll
-        for (int k = 0; k < N; ++k) numbers[k] = f(i + k, widen(pack, k), 0);
+        for (int k = 0; k < N; ++k) numbers[k] = f(i + k, i + k == without_ ? absent_ : widen(pack, k), 0);
         store_pack(to + i, narrowed<T>(numbers));
       }
     }
@@ -129,16 +179,11 @@ class Row {
       return widen(row_[column]);
   }
 
-  // Whether a number of the thread is that of this column.
-  struct Is {
-    int column, slot;
-    __device__ __forceinline__ bool operator()(int other, int other_slot) const {
-      return held ? other_slot == slot : other == column;
-    }
-  };
-  __device__ static Is is(int column) {
-    const bool own = column / N % Team::size == Team::thread();
-    return {column, own ? column / (N * Team::size) * N + column % N : -1};
+  // Where the thread holds the number of a column; -1 if it is another's.
+  __device__ static int slot_of(int column) {
+    const unsigned at = column;
+    const bool own = at / N % Team::size == Team::thread();
+    return own ? static_cast<int>(held ? at / (N * Team::size) * N + at % N : 0) : -1;
   }
 
   // The sum of f(column, number, slot) over the row, `absent` numbers included.
@@ -149,17 +194,9 @@ class Row {
     return Team::reduce(s, Sum{});
   }
 
-  // The largest number, at least `least`, where seen(column, number, slot) stands for the number, and is held from then on.
-  template <class F>
-  __device__ __forceinline__ V largest(V least, F seen) {
-    if constexpr (held)
-      turn_into([&](int i, V v, int slot) {
-        v = seen(i, v, slot);
-        least = Largest{}(least, v);
-        return v;
-      });
-    else
-      each([&](int i, V v, int slot) { least = Largest{}(least, seen(i, v, slot)); });
+  // The largest number, at least `least`.
+  __device__ __forceinline__ V largest(V least) const {
+    each([&](int, V v, int) { least = Largest{}(least, v); });
     return Team::reduce(least, Largest{});
   }
 
@@ -175,16 +212,15 @@ class Row {
       each(f);
   }
 
-  // The largest number, as above, and the sum of exp(number - largest). Held numbers, `absent` ones being -inf, turn into
-  // these exponentials.
-  struct Exponentials {
+  // The largest number, as above, and the sum of the terms of number - largest. Held numbers, `absent` ones being -inf,
+  // turn into these terms.
+  struct Terms {
     V largest, total;
   };
-  template <class F>
-  __device__ __forceinline__ Exponentials exponentials(V least, F seen) {
+  __device__ __forceinline__ Terms terms(V least = -infinity<V>()) {
     V total = 0;
     if constexpr (held) {
-      const V most = largest(least, seen);
+      const V most = largest(least);
       turn_into([&](int, V v, int) {
         const V e = term<T>(v - most);
         total += e;
@@ -199,28 +235,25 @@ class Row {
         V number[N], larger = most;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          number[k] = seen(i + k, widen(pack, k), 0);
+          number[k] = i + k == without_ ? absent_ : widen(pack, k);
           larger = Largest{}(larger, number[k]);
         }
-        total *= share_of<T>(most, larger);
+        total *= lowered<T>(term_of<T>(most, larger));
 #pragma unroll
-        for (int k = 0; k < N; ++k) total += share_of<T>(number[k], larger);
+        for (int k = 0; k < N; ++k) total += term_of<T>(number[k], larger);
         most = larger;
       }
       const V of_thread = most;
       most = Team::reduce(most, Largest{});
       // A thread without any number has the sum 0; where the largest is infinite comes NaN, as of held rows.
-      total *= share_of<T>(of_thread, most);
+      total *= lowered<T>(term_of<T>(of_thread, most));
       if (!(abs(most) < infinity<V>())) total = not_a_number<V>();
       return {most, Team::reduce(total, Sum{})};
     }
   }
-  __device__ __forceinline__ Exponentials exponentials() {
-    return exponentials(-infinity<V>(), [](int, V v, int) { return v; });
-  }
 
-  // exp(v - largest) of a number v that `map` or `each` gives when held ones have turned into that.
-  __device__ __forceinline__ static V exponential(V v, V largest) {
+  // The term of a number v that `map` or `each` gives when held ones have turned into that.
+  __device__ __forceinline__ static V as_term(V v, V largest) {
     if constexpr (held)
       return v;
     else
@@ -230,6 +263,30 @@ class Row {
  private:
   // The column of a slot, the first of a pack.
   __device__ static constexpr int column(int slot) { return (slot / N * Team::size + Team::thread()) * N; }
+
+  __device__ static Loaded loaded(const T* row, int width, bool present, V absent) {
+    Loaded result;
+    result.load(row, width, present, absent);
+    return result;
+  }
+
+  __device__ static Word word_of(V x) {
+    if constexpr (in_word == 2) {
+      unsigned short half;
+      const T number = narrow<T>(x);
+      memcpy(&half, &number, sizeof half);
+      return half * 0x10001u;
+    } else {
+      return narrow<T>(x);
+    }
+  }
+  __device__ static V low(unsigned word) { return widen(T{static_cast<unsigned short>(word)}); }
+  __device__ static V high(unsigned word) {
+    if constexpr (same_type<T, bfloat16>)
+      return reinterpreted<float>(word & 0xffff0000u);
+    else
+      return widen(T{static_cast<unsigned short>(word >> 16)});
+  }
 
   // f(slot) for the first slot of each pack. Slots go in groups, which all threads of the grid leave out where they are
   // beyond the width; a group is worth a branch.
@@ -244,17 +301,17 @@ class Row {
   }
 
   const T* row_;
-  int width_, end_;
-  V value_[held ? Values : 1];
+  int width_, end_, without_;
+  V absent_, value_[held ? Values : 1];
 };
 
 struct softmax {
   template <class R, class T>
   __device__ static void forward(R& x, T* y) {
     using V = Compute<T>;
-    const auto e = x.exponentials();
-    const V scale = V(1) / e.total;
-    x.map(y, [=](int, V v, int) { return R::exponential(v, e.largest) * scale; });
+    const auto e = x.terms();
+    const V scale = part<T>(V(1), e.total);
+    x.map(y, [=](int, V v, int) { return R::as_term(v, e.largest) * scale; });
   }
   template <class R, class T>
   __device__ static void backward(const R& grad_y, const R& y, T* grad_x) {
@@ -268,9 +325,9 @@ struct log_softmax {
   template <class R, class T>
   __device__ static void forward(const R& x, T* y) {
     using V = Compute<T>;
-    R exponentials = x;
-    const auto e = exponentials.exponentials();
-    const V log_total = log(e.total);
+    R turned = x;
+    const auto e = turned.terms();
+    const V log_total = log(lowered<T>(e.total));
     x.map(y, [=](int, V v, int) { return (v - e.largest) - log_total; });
   }
   template <class R, class T>

@@ -46,10 +46,12 @@ MAP_PACKS = 2
 
 # Who takes a row of so many columns at most: how many threads, with how many numbers each in registers. 0: any number
 # of columns, read from memory in every pass. Few threads with many numbers each have more of them on their way from
-# memory at a time, and fewer exchanges; 10 is the usual number of classes. By a count of instructions, to be measured.
+# memory at a time, and fewer exchanges; 10 is the usual number of classes, whose rows a thread alone would read too far
+# from its neighbours'.
 ROW_TEAMS = (
     (4, 1, 4),
-    (10, 1, 10),
+    (8, 2, 4),
+    (12, 2, 6),
     (16, 2, 8),
     (32, 4, 8),
     (64, 4, 16),
@@ -72,6 +74,9 @@ MOST_PARTS = 2048
 
 # The same of those that go over rows and the elements of a loss: many short ones, so that none is waited for long.
 MOST_BLOCKS = 8192
+
+# Blocks of functions of rows, which add nothing up.
+ROW_BLOCKS = 32768
 
 
 # The bytes of an array that a block of an activation's kernel takes, and one of an optimizer's or a loss's.
@@ -204,14 +209,18 @@ class Result(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What launches a kernel, and how many elements or rows a block takes, at a time if it goes round."""
+    """What launches a kernel, and how many elements or rows a block takes, at a time if it goes round.
+
+    adds: whether each block of a grid that goes round leaves a sum, for which there is a place.
+    """
 
     launch: Launch
     per_block: int
+    adds: bool = False
 
     def blocks(self, count: int) -> int:
         """Of a grid that goes round, for so many elements or rows."""
-        return min(MOST_BLOCKS, -(-count // self.per_block))
+        return min(MOST_BLOCKS if self.adds else ROW_BLOCKS, -(-count // self.per_block))
 
 
 class _InPlace(tuple[Any, ...]):
@@ -479,7 +488,7 @@ class CudaBackend(NumpyBackend):
         """``out = activation(x)``."""
         with self._placed(x, out, writes=1) as (device, x_, y):
             if y.size:
-                launch, per_block = self.activation_launch(device, "forward", activation.name, y.dtype)
+                launch, per_block, _ = self.activation_launch(device, "forward", activation.name, y.dtype)
                 launch(-(-y.size // per_block), 1, address(x_), address(y), parameter, y.size)
 
     def activation_backward(
@@ -488,7 +497,7 @@ class CudaBackend(NumpyBackend):
         """``out = grad_y * activation'``."""
         with self._placed(grad_y, saved, out, writes=1) as (device, g, s, y):
             if y.size:
-                launch, per_block = self.activation_launch(device, "backward", activation.name, y.dtype)
+                launch, per_block, _ = self.activation_launch(device, "backward", activation.name, y.dtype)
                 launch(-(-y.size // per_block), 1, address(g), address(s), address(y), parameter, y.size)
 
     def row_launch(
@@ -498,11 +507,9 @@ class CudaBackend(NumpyBackend):
         kind = arrays.name_of(dtype)
         team = _team(kind, columns, *addresses)
         parameters = (*("QQ" if direction == "forward" else "QQQ"), "q", "i")
-        return self._row_launch(device, "rows.cuh", _row_kernel(direction, name, kind, team), parameters, team)
-
-    def _row_launch(self, device: Device, source: str, kernel: str, parameters: Sequence[str], team: Team) -> Prepared:
         threads = max(THREADS, team.threads)
-        return Prepared(self.prepared(device, source, kernel, parameters, threads), threads // team.threads)
+        launch = self.prepared(device, "rows.cuh", _row_kernel(direction, name, kind, team), parameters, threads)
+        return Prepared(launch, threads // team.threads)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
         """``out = function(x)``, over the rows."""
@@ -542,7 +549,9 @@ class CudaBackend(NumpyBackend):
         kind = arrays.name_of(dtype)
         team = _team(kind, columns, *addresses)
         parameters = (*"QQQddQqi", *_MEAN)
-        return self._row_launch(device, "losses.cuh", _cross_entropy_kernel(kind, whole, team), parameters, team)
+        threads = max(THREADS, team.threads)
+        launch = self.prepared(device, "losses.cuh", _cross_entropy_kernel(kind, whole, team), parameters, threads)
+        return Prepared(launch, threads // team.threads, adds=True)
 
     def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
@@ -561,7 +570,7 @@ class CudaBackend(NumpyBackend):
         kind = arrays.name_of(dtype)
         parameters = ("Q", "Q", _CODES[kind], "Q", "q", *_MEAN)
         launch = self.prepared(device, "losses.cuh", _loss_kernel(name, kind), parameters)
-        return Prepared(launch, PACK_BYTES // dtype.itemsize)
+        return Prepared(launch, PACK_BYTES // dtype.itemsize, adds=True)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         """Mean over all elements."""
@@ -586,7 +595,7 @@ class CudaBackend(NumpyBackend):
         with self._placed(grad, *state, param, writes=1 + len(state)) as (device, g, *rest):
             *states, p = rest
             if p.size:
-                launch, per_block = self.update_launch(device, rule.name, p.dtype)
+                launch, per_block, _ = self.update_launch(device, rule.name, p.dtype)
                 places = *map(address, states), *[0] * (RULE_STATES - len(states))
                 numbers = *scalars, *[0.0] * (RULE_NUMBERS - len(scalars))
                 launch(-(-p.size // per_block), 1, address(p), address(g), *places, *numbers, p.size)

@@ -121,7 +121,7 @@ class _FastPaths:
             prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
             if not prepared:
                 return None
-            device, largest, launch, per_block = prepared
+            device, largest, launch, per_block, _ = prepared
             if not takes_number:
                 parameter = 0.0
             elif type(parameter) is not float or not 0.0 < parameter <= largest:
@@ -155,7 +155,7 @@ class _FastPaths:
             prepared = known.get((gpu, dtype)) or fill(gpu, dtype)
             if not prepared:
                 return None
-            device, largest, launch, per_block = prepared
+            device, largest, launch, per_block, _ = prepared
             if not takes_number:
                 parameter = 0.0
             elif type(parameter) is not float or not 0.0 < parameter <= largest:
@@ -320,7 +320,7 @@ class _FastPaths:
             places = sorted((at, *others))
             if any(after - before < nbytes for before, after in itertools.pairwise(places)):
                 return None
-            _, _, launch, per_block = prepared
+            _, _, launch, per_block, _ = prepared
             size = param.size
             launch(-(-size // per_block), 1, at, *others, *no_states, *scalars, *no_numbers, size)
             return True
@@ -448,7 +448,7 @@ class _FastPaths:
             empty = device.empty
             if saved_at:
                 key = gpu, dtype, activation
-                _, _, launch, per_block = gradients.get(key) or fill_gradients(*key)
+                _, _, launch, per_block, _ = gradients.get(key) or fill_gradients(*key)
                 grad_z = empty(shape, dtype)
                 at, strides = grad_z.data.ptr, (columns * itemsize, itemsize)
                 launch(-(-grad_y.size // per_block), 1, grad_at, saved_at, at, parameter, grad_y.size)
