@@ -8,6 +8,7 @@ keep, ThreadSanitizer must report a data race.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import pathlib
 import shutil
@@ -147,6 +148,23 @@ def elementwise_losses(run: Run) -> None:
         run.compare("elementwise_loss", LOSSES["mean_squared_error"], x, run.normal(n), 0.0, poison(x), offset=offset)
 
 
+def checked_losses(run: Run) -> None:
+    """A number out of range, and nothing is written; without one the loss is there."""
+    for bad in (None, -0.5, 1.5):
+        p = run.rng.uniform(0.1, 0.9, 3000).astype(np.float32)
+        gradient = run.place(poison(p), 0)
+        p[1234] = p[1234] if bad is None else bad
+        loss = run.backend.quick["binary_cross_entropy"](run.place(p, 0), run.place(p[::-1], 0), None, gradient)
+        assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
+    for bad, smoothing in itertools.product((None, -1, 10), (0.0, 0.1)):
+        z, labels = run.normal(70, 10), run.rng.integers(0, 10, 70)
+        labels[:2], labels[50] = (0, 9), labels[50] if bad is None else bad
+        gradient = run.place(poison(z), 0)
+        arguments = run.place(z, 0), run.place(labels, 0), smoothing, gradient
+        loss = run.backend.quick["softmax_cross_entropy"](*arguments)
+        assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
+
+
 def columns(run: Run) -> None:
     for shape in ((1, 1), (70, 40), (3001, 8)):
         x = run.normal(*shape)
@@ -239,6 +257,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         rows_by_blocks,
         cross_entropy,
         elementwise_losses,
+        checked_losses,
         columns,
         ranges,
         optimizers,
@@ -327,6 +346,12 @@ WRONG = [
         ("i += threads * N", "i += threads", "elementwise_losses"),
         ("Index i = packed + thread; i < n", "Index i = packed + thread; i <= n", "elementwise_losses"),
         ("aligned ? n / N * N : 0", "n / N * N", "elementwise_losses"),
+        ("if (is_refused(range, 0.0, 1.0, loss)) return;", "", "checked_losses"),
+        ("if (is_refused(range, Index(0), Index(columns - 1), loss)) return;", "", "checked_losses"),
+        ("Index(columns - 1)", "Index(columns)", "checked_losses"),
+        ("range[0] < low || range[1] > high", "range[1] > high", "checked_losses"),
+        ("range[0] < low || range[1] > high", "range[0] < low", "checked_losses"),
+        ("loss[1] = 1;", "loss[1] = 0;", "checked_losses"),
         ("others.total + term<T>(difference)", "others.total", "cross_entropy"),
         ("of_label = -others.total", "of_label = others.total", "cross_entropy"),
         ("present && label_slot >= 0", "present && label_slot < 0", "cross_entropy"),

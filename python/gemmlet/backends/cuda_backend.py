@@ -64,9 +64,10 @@ ROW_TEAMS = (
     (2**31 - 1, THREADS, 0),
 )
 
-# How `Device.prepare` calls a number of Compute<T>, and what a loss's kernel ends with: partial sums, mean, counter.
+# How `Device.prepare` calls a number of Compute<T>, and what a loss's kernel ends with: range, partial sums, mean, and
+# counter.
 _CODES = {name: "d" if computed == "double" else "f" for name, computed in COMPUTED.items()}
-_MEAN = ("Q", "Q", "Q")
+_MEAN = ("Q", "Q", "Q", "Q")
 
 # Blocks whose sums the last one adds: enough for two rounds of the largest GPUs. It is part of the result, whose bits
 # shall not depend on the GPU.
@@ -193,10 +194,14 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
 
 
 class Scratch(NamedTuple):
-    """What kernels of a stream use one after the other: addresses of a counter, left at 0, and of partial results."""
+    """What kernels of a stream use one after the other: a counter, left at 0, partial results, and a range of values.
+
+    These are addresses; `memory` is what is there.
+    """
 
     counter: int
     partial: int
+    range: int
     memory: tuple[Any, ...]
 
 
@@ -204,8 +209,8 @@ class Result(NamedTuple):
     """Two numbers that kernels write to memory of the CPU: its address, and what is there as floats and as integers."""
 
     place: int
-    floats: memoryview
-    integers: memoryview
+    floats: Any
+    integers: Any
 
 
 class Prepared(NamedTuple):
@@ -351,8 +356,13 @@ class CudaBackend(NumpyBackend):
         if found is None:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
-            partial = device.empty((max(MOST_BLOCKS, 2 * MOST_PARTS),), np.float64)
-            found = scratches[where] = Scratch(address(counter), address(partial), (counter, partial))
+            partial, range_ = (
+                device.empty((max(MOST_BLOCKS, 2 * MOST_PARTS),), np.float64),
+                device.empty((2,), np.float64),
+            )
+            memory = counter, partial, range_
+            found = Scratch(address(counter), address(partial), address(range_), memory)
+            scratches[where] = found
         return found
 
     def _result(self, device: Device) -> Result:
@@ -412,22 +422,29 @@ class CudaBackend(NumpyBackend):
 
     def float_range(self, device: Device, dtype: np.dtype[Any], at: int, size: int) -> tuple[float, float]:
         """The smallest and the largest of `size` numbers at an address, NaN passed over."""
-        low, high = self._range(device, dtype, "double", at, size, 0).floats
+        result = self._result(device)
+        self.find_range(device, dtype, "double", at, size, result.place)
+        device.synchronize()
+        low, high = result.floats
         return low, high
 
     def index_range(self, device: Device, dtype: np.dtype[Any], at: int, size: int, copy: int = 0) -> tuple[int, int]:
         """The same of integers; at `copy`, if it is not 0, they are stored as int64."""
-        low, high = self._range(device, dtype, "long long", at, size, copy).integers
+        result = self._result(device)
+        self.find_range(device, dtype, "long long", at, size, result.place, copy)
+        device.synchronize()
+        low, high = result.integers
         return low, high
 
-    def _range(self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, copy: int) -> Result:
+    def find_range(
+        self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, result: int = 0, copy: int = 0
+    ) -> None:
+        """Launch what finds them, as doubles or as long longs: to the address `result`, else to that of `Scratch`."""
         kernel = _range_kernel(arrays.name_of(dtype), to)
         launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
-        scratch, result = self.scratch(device), self._result(device)
+        scratch = self.scratch(device)
         blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
-        launch(blocks, 1, at, copy, size, scratch.partial, result.place, scratch.counter)
-        device.synchronize()
-        return result
+        launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
 
     # Matrix products.
 
@@ -529,15 +546,20 @@ class CudaBackend(NumpyBackend):
 
     # Losses.
 
-    def mean(self, device: Device, launch: Launch, blocks: int, *values: Any) -> float:
-        """Launch a loss's kernel, wait for it, and return the mean."""
+    def mean(self, device: Device, launch: Launch, blocks: int, *values: Any, check: bool = False) -> float | None:
+        """Launch a loss's kernel, wait for it, and return the mean.
+
+        check: None, with nothing written, if the range that `find_range` has left in `Scratch` is not what it must be.
+        """
         scratch, result = self.scratch(device), self._result(device)
-        launch(blocks, 1, *values, scratch.partial, result.place, scratch.counter)
+        result.floats[1] = 0.0
+        launch(blocks, 1, *values, scratch.range if check else 0, scratch.partial, result.place, scratch.counter)
         return self._waited_for(device, result)
 
-    def _waited_for(self, device: Device, result: Result) -> float:
+    def _waited_for(self, device: Device, result: Result) -> float | None:
         device.synchronize()
-        return result.floats[0]
+        mean, refused = result.floats
+        return None if refused else mean
 
     def cross_entropy_launch(
         self, device: Device, dtype: np.dtype[Any], columns: int, whole: bool, *addresses: int
@@ -563,7 +585,9 @@ class CudaBackend(NumpyBackend):
             kernel = self.cross_entropy_launch(device, z.dtype, columns, whole, *places)
             numbers = 1.0 - label_smoothing, label_smoothing / columns
             values = address(z), indices, targets, *numbers, address(grad), rows, columns
-            return self.mean(device, kernel.launch, kernel.blocks(rows), *values)
+            mean = self.mean(device, kernel.launch, kernel.blocks(rows), *values)
+            assert mean is not None
+            return mean
 
     def loss_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
         """That of a loss's kernel: the addresses of prediction and target, the parameter, the gradient's, the size."""
@@ -577,7 +601,9 @@ class CudaBackend(NumpyBackend):
         with self._placed(prediction, target, out, writes=1) as (device, p, t, grad):
             kernel = self.loss_launch(device, loss.name, p.dtype)
             values = address(p), address(t), float(number(parameter, p.dtype)), address(grad), p.size
-            return self.mean(device, kernel.launch, kernel.blocks(p.size), *values)
+            mean = self.mean(device, kernel.launch, kernel.blocks(p.size), *values)
+            assert mean is not None
+            return mean
 
     # Optimizers.
 

@@ -249,14 +249,13 @@ class _FastPaths:
                 return None
             size = prediction.size
             if unit_interval:
-                low, high = backend.float_range(device, dtype, at, size)
-                if low < 0 or high > 1:
-                    return None
+                backend.find_range(device, dtype, "double", at, size)
             if out is None:
                 out = device.empty(shape, dtype)
                 gradient = out.data.ptr
-            blocks = kernel.blocks(size)
-            return backend.mean(device, kernel.launch, blocks, at, target, parameter, gradient, size), out
+            values = at, target, parameter, gradient, size
+            mean = backend.mean(device, kernel.launch, kernel.blocks(size), *values, check=unit_interval)
+            return None if mean is None else (mean, out)
 
         return call
 
@@ -289,15 +288,14 @@ class _FastPaths:
                 if not gradient or (indices and not _apart(gradient, nbytes, indices, 8 * rows)):
                     return None
             if indices:
-                low, high = backend.index_range(device, _INT64, indices, rows)
-                if low < 0 or high >= columns:
-                    return None
+                backend.find_range(device, _INT64, "long long", indices, rows)
             if out is None:
                 out = device.empty(shape, dtype)
                 gradient = out.data.ptr
             numbers = 1.0 - label_smoothing, label_smoothing / columns
             values = at, indices, targets, *numbers, gradient, rows, columns
-            return backend.mean(device, kernel.launch, kernel.blocks(rows), *values), out
+            mean = backend.mean(device, kernel.launch, kernel.blocks(rows), *values, check=of_classes)
+            return None if mean is None else (mean, out)
 
         return call
 
