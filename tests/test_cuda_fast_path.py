@@ -132,7 +132,7 @@ def test_layers(activation: str | None, b: bool, any_dtype: Any, watched: Any, r
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 def test_gradients_of_layers(activation: str | None, any_dtype: Any, watched: Any, rng: Any) -> None:
-    for m, k, n in [(9, 16, 8), (1030, 5, 3), (4, 6, 1)]:
+    for m, k, n in [(9, 16, 8), (1030, 5, 3), (4, 6, 1), (2100, 2, 9)]:
         grad_y, saved, x, w = (rng.normal(size=s).astype(any_dtype) for s in ((m, n), (m, n), (m, k), (k, n)))
         needs = itertools.cycle(itertools.product((False, True), repeat=3))
         for (of_x, of_w), (need_x, need_w, need_b) in zip(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,12 +196,13 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
 class Scratch(NamedTuple):
     """What kernels of a stream use one after the other: a counter, left at 0, partial results, and a range of values.
 
-    These are addresses; `memory` is what is there.
+    These are addresses; `memory` is what is there. `partial_bytes` at `partial` may hold other things in between.
     """
 
     counter: int
     partial: int
     range: int
+    partial_bytes: int
     memory: tuple[Any, ...]
 
 
@@ -361,7 +362,7 @@ class CudaBackend(NumpyBackend):
                 device.empty((2,), np.float64),
             )
             memory = counter, partial, range_
-            found = Scratch(address(counter), address(partial), address(range_), memory)
+            found = Scratch(address(counter), address(partial), address(range_), partial.nbytes, memory)
             scratches[where] = found
         return found
 
@@ -474,23 +475,27 @@ class CudaBackend(NumpyBackend):
             if not x_.shape[0]:
                 device.zero(y)
             elif y.size:
-                strides = tuple(stride // x_.itemsize for stride in x_.strides)
-                self.sum_columns(device, x_.dtype, address(x_), x_.shape, strides, address(y))
+                row_stride, column_stride = (stride // x_.itemsize for stride in x_.strides)
+                run = self.column_sums(device, x_.dtype, x_.shape, (row_stride, column_stride))
+                run(address(x_), address(y), self.scratch(device).counter)
 
-    def sum_columns(
-        self, device: Device, dtype: np.dtype[Any], x: int, shape: tuple[int, ...], strides: tuple[int, ...], out: int
-    ) -> None:
-        """The same of addresses, and strides in elements; neither dimension is 0."""
+    def column_sums(
+        self, device: Device, dtype: np.dtype[Any], shape: tuple[int, int], strides: tuple[int, int]
+    ) -> Callable[[int, int, int], None]:
+        """Return ``run(x, out, counter)``, of addresses, which does it; strides are in elements, no dimension is 0."""
         (rows, columns), (row_stride, column_stride) = shape, strides
         down = abs(row_stride) < abs(column_stride)
         blocks = -(-columns // (8 if down else 32))
         # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
         shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
-        partial = device.empty((shares, columns), arrays.computed_in(dtype)) if shares > 1 else None
         kernel = _column_sum_kernel(arrays.name_of(dtype), down)
         launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
-        counter = self.scratch(device).counter
-        launch(blocks, shares, x, row_stride, column_stride, rows, columns, out, address(partial), counter)
+
+        def run(x: int, out: int, counter: int) -> None:
+            partial = device.empty((shares, columns), arrays.computed_in(dtype)) if shares > 1 else None
+            launch(blocks, shares, x, row_stride, column_stride, rows, columns, out, address(partial), counter)
+
+        return run
 
     # Elementwise and row functions.
 

@@ -107,6 +107,13 @@ class Device(Protocol):
         """Wait for the current stream; raise what went wrong on it."""
 
 
+class _ThreadsOwn(threading.local):
+    """Of each thread: whether it has CUDA's context; while it records a graph, the arrays that it made meanwhile."""
+
+    has_context = False
+    recorded: list[Any] | None = None
+
+
 class CudaDevice:
     """The real one: CuPy's arrays, streams and graphs, and kernels compiled by NVRTC (`cuda_compile`).
 
@@ -142,8 +149,7 @@ class CudaDevice:
         self._modules: list[Any] = []
         # The bytes of dynamic shared memory that a kernel has been allowed; up to 48 KiB it need not ask.
         self._allowed: dict[int, int] = {}
-        # Of each thread: whether it has CUDA's context; while it records a graph, the arrays that it made meanwhile.
-        self._own = threading.local()
+        self._own = _ThreadsOwn()
         self._get_device = runtime.getDevice
         # Where CuPy launches if the null stream is current.
         per_thread = int(os.environ.get("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "0"))
@@ -206,9 +212,7 @@ class CudaDevice:
                 with device:
                     launch(grid_x, grid_y, *values)
                 return
-            try:
-                own.has_context  # noqa: B018 - the usual case shall cost little
-            except AttributeError:
+            if not own.has_context:
                 self._make_context()
             try:
                 memory = free.pop()
@@ -238,8 +242,8 @@ class CudaDevice:
         else:
             with self._device:
                 array = self._cupy.ndarray(shape, dtype)
-        if (recorded := getattr(self._own, "recorded", None)) is not None:
-            recorded.append(array)
+        if self._own.recorded is not None:
+            self._own.recorded.append(array)
         return array
 
     def upload(self, array: NDArray[Any]) -> Any:

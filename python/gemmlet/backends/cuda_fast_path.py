@@ -11,6 +11,7 @@ exactly or apart from all of them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -381,33 +382,53 @@ class _FastPaths:
         """``call(grad_y, x, w, y, activation, z, need_x, need_w, need_b)``."""
         backend, first, another, array_type = self.backend, self.first, self.another, self.array_type
         known, fill = self._remembered(lambda _, dtype: (dtype.itemsize,))
-        gradients, fill_gradients = self._remembered(
-            lambda device, dtype, name: backend.activation_launch(device, "backward", name, dtype)
-        )
 
-        def is_matrix(array: Any, dtype: np.dtype[Any], gpu: int) -> bool:
-            """Whether it is a matrix with elements, of any strides."""
-            if type(array) is not array_type or array.ndim != 2 or not array.size or array.dtype != dtype:
-                return False
-            data = array.data
-            return data.device_id == gpu and not data.ptr % dtype.itemsize
+        def matrix(array: Any, dtype: np.dtype[Any], gpu: int) -> tuple[int, tuple[int, int], tuple[int, int]] | None:
+            """Address, shape and strides of a matrix with elements, of any strides."""
+            if type(array) is not array_type or array.dtype != dtype or not array.size:
+                return None
+            data, shape = array.data, array.shape
+            at = data.ptr
+            fits = len(shape) == 2 and data.device_id == gpu and not at % dtype.itemsize
+            return (at, shape, array.strides) if fits else None
 
-        def product(
+        @functools.lru_cache(maxsize=4096)
+        def plan(
             device: Device,
             dtype: np.dtype[Any],
-            a: int,
-            a_shape: tuple[int, ...],
-            a_strides: tuple[int, ...],
-            b: int,
-            b_shape: tuple[int, ...],
-            b_strides: tuple[int, ...],
-            out: Any,
-        ) -> None:
-            """``out = a @ b`` of addresses, shapes and strides: transposed, too, without an array for it."""
-            layouts, aligned = (a_shape, b_shape, a_strides, b_strides, dtype), (not a & 15, not b & 15, True)
-            tf32 = dtype.itemsize == 4 and _precision.allows_tf32()
-            run = cuda_matmul.prepared(device, device.multiprocessors, layouts, aligned, "identity", 0.0, tf32, None)
-            run(a, b, out.data.ptr, 0, 0)
+            shape: tuple[int, int],
+            strides: tuple[int, int],
+            activation: str | None,
+            w_layout: tuple[tuple[int, int], tuple[int, int], bool] | None,
+            x_layout: tuple[tuple[int, int], tuple[int, int], bool] | None,
+            need_b: bool,
+            tf32: bool,
+        ) -> tuple[Any, ...]:
+            """What is launched: the activation's gradient, both products, the sums; None for each that is not needed.
+
+            Of w and x there are shape, strides and whether the address is a multiple of 16; they are multiplied
+            transposed, without an array for it.
+            """
+            backward = to_x = to_w = to_b = None
+            if activation is not None:
+                backward = backend.activation_launch(device, "backward", activation, dtype)
+                strides = shape[1] * dtype.itemsize, dtype.itemsize
+
+            def product(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+                layouts, aligned = (a[0], b[0], a[1], b[1], dtype), (a[2], b[2], True)
+                return cuda_matmul.prepared(
+                    device, device.multiprocessors, layouts, aligned, "identity", 0.0, tf32, None
+                )
+
+            grad = shape, strides, True
+            if w_layout is not None:
+                to_x = product(grad, (w_layout[0][::-1], w_layout[1][::-1], w_layout[2]))
+            if x_layout is not None:
+                to_w = product((x_layout[0][::-1], x_layout[1][::-1], x_layout[2]), grad)
+            if need_b:
+                row, column = (stride // dtype.itemsize for stride in strides)
+                to_b = backend.column_sums(device, dtype, shape, (row, column))
+            return backward, to_x, to_w, to_b
 
         def call(
             grad_y: Any, x: Any, w: Any, y: Any, activation: Any, z: Any, need_x: Any, need_w: Any, need_b: Any
@@ -415,24 +436,27 @@ class _FastPaths:
             given = first(grad_y)
             if given is None or len(given[1]) != 2 or not type(need_x) is type(need_w) is type(need_b) is bool:
                 return None
-            grad_at, shape, dtype, gpu, _ = given
+            at, shape, dtype, gpu, nbytes = given
             rows, columns = shape
-            if x is None:
-                if need_w:
+            # x and w are checked even if they are not needed.
+            x_is = None if x is None else matrix(x, dtype, gpu)
+            w_is = None if w is None else matrix(w, dtype, gpu)
+            if x_is is None:
+                if need_w or x is not None:
                     return None
-            elif not is_matrix(x, dtype, gpu) or x.shape[0] != rows:
+            elif x_is[1][0] != rows:
                 return None
-            if w is None:
-                if need_x:
+            if w_is is None:
+                if need_x or w is not None:
                     return None
-            elif not is_matrix(w, dtype, gpu) or w.shape[1] != columns or (x is not None and x.shape[1] != w.shape[0]):
+            elif w_is[1][1] != columns or (x_is is not None and x_is[1][1] != w_is[1][0]):
                 return None
-            y_at = z_at = 0
+            y_at = z_at = saved_at = 0
+            parameter = 0.0
             if y is not None and not (y_at := another(y, shape, dtype, gpu)):
                 return None
             if z is not None and not (z_at := another(z, shape, dtype, gpu)):
                 return None
-            saved_at, parameter = 0, 0.0
             if activation is not None:
                 if type(activation) is not str or (entry := ACTIVATIONS.get(activation)) is None:
                     return None
@@ -443,26 +467,32 @@ class _FastPaths:
             if not found:
                 return None
             device, _, itemsize = found
-            empty = device.empty
-            if saved_at:
-                key = gpu, dtype, activation
-                _, _, launch, per_block, _ = gradients.get(key) or fill_gradients(*key)
-                grad_z = empty(shape, dtype)
-                at, strides = grad_z.data.ptr, (columns * itemsize, itemsize)
-                launch(-(-grad_y.size // per_block), 1, grad_at, saved_at, at, parameter, grad_y.size)
-            else:
-                at, strides = grad_at, grad_y.strides
+            w_layout = (w_is[1], w_is[2], not w_is[0] & 15) if need_x and w_is is not None else None
+            x_layout = (x_is[1], x_is[2], not x_is[0] & 15) if need_w and x_is is not None else None
+            tf32 = itemsize == 4 and _precision.allows_tf32()
+            backward, to_x, to_w, to_b = plan(
+                device, dtype, shape, grad_y.strides, activation, w_layout, x_layout, need_b, tf32
+            )
+            scratch = backend.scratch(device)
             grad_x = grad_w = grad_b = None
-            if need_x:
-                grad_x = empty((rows, w.shape[0]), dtype)
-                product(device, dtype, at, shape, strides, w.data.ptr, w.shape[::-1], w.strides[::-1], grad_x)
-            if need_w:
-                grad_w = empty((x.shape[1], columns), dtype)
-                product(device, dtype, x.data.ptr, x.shape[::-1], x.strides[::-1], at, shape, strides, grad_w)
-            if need_b:
-                grad_b = empty((columns,), dtype)
-                of_elements = strides[0] // itemsize, strides[1] // itemsize
-                backend.sum_columns(device, dtype, at, shape, of_elements, grad_b.data.ptr)
+            if backward is not None:
+                grad_at = at
+                if nbytes <= scratch.partial_bytes:
+                    at = scratch.partial
+                else:
+                    grad_z = device.empty(shape, dtype)
+                    at = grad_z.data.ptr
+                size = grad_y.size
+                backward.launch(-(-size // backward.per_block), 1, grad_at, saved_at, at, parameter, size)
+            if to_x is not None:
+                grad_x = device.empty((rows, w_is[1][0]), dtype)  # type: ignore[index]
+                to_x(at, w_is[0], grad_x.data.ptr, 0, 0)  # type: ignore[index]
+            if to_w is not None:
+                grad_w = device.empty((x_is[1][1], columns), dtype)  # type: ignore[index]
+                to_w(x_is[0], at, grad_w.data.ptr, 0, 0)  # type: ignore[index]
+            if to_b is not None:
+                grad_b = device.empty((columns,), dtype)
+                to_b(at, grad_b.data.ptr, scratch.counter)
             return grad_x, grad_w, grad_b
 
         return call
