@@ -39,11 +39,10 @@ struct TileOrigin {
   int row, column;
 };
 
-template <int rows, int columns>
-__device__ __forceinline__ TileOrigin tile_origin(int m, int n) {
-  constexpr int group_rows = 8;
+template <int rows, int columns, int group_rows = 8>
+__device__ __forceinline__ TileOrigin tile_origin(int tile, int m, int n) {
   const int row_tiles = (m - 1) / rows + 1, column_tiles = (n - 1) / columns + 1;
-  const int in_group = group_rows * column_tiles, group = blockIdx.x / in_group, rest = blockIdx.x % in_group;
+  const int in_group = group_rows * column_tiles, group = tile / in_group, rest = tile % in_group;
   const int height = min(row_tiles - group * group_rows, group_rows);
   return {(group * group_rows + rest % height) * rows, rest / height * columns};
 }

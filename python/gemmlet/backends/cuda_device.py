@@ -6,9 +6,12 @@ its place that runs the very kernels on the CPU (tests/cuda_on_host).
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -61,6 +64,15 @@ class Device(Protocol):
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
         `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
+        """
+
+    def tensor_map(
+        self, address: int, dtype: Literal["uint16", "tf32"], shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        """Return a ``TensorMap``, by which kernels copy boxes of an array to shared memory (TMA, from sm_90 on).
+
+        Rows of contiguous numbers are `row_bytes` apart, a multiple of 16, as is the `address`; rows of a box are 128
+        bytes. Numbers are copied as they are, or rounded to TF32.
         """
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -159,6 +171,12 @@ class CudaDevice:
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
 
+    def tensor_map(
+        self, address: int, dtype: Literal["uint16", "tf32"], shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        """See `Device`."""
+        return _tensor_map(address, dtype, shape, row_bytes, box)
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See `Device`."""
         with self._device:
@@ -213,6 +231,38 @@ class CudaDevice:
         """See `Device`."""
         with self._device:
             self._cupy.cuda.get_current_stream().synchronize()
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """The driver's library, for what CuPy does not bind; CuPy has loaded it."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(address: int, dtype: str, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]) -> np.void:
+    """`Device.tensor_map`: some microseconds, and nothing of the arguments is looked at but their values."""
+    # CUtensorMapDataType: UINT16, TFLOAT32.
+    number = {"uint16": 1, "tf32": 11}[dtype]
+    memory = ctypes.create_string_buffer(128 + 64)
+    offset = -ctypes.addressof(memory) % 64  # which the driver asks for
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(memory, offset),
+        ctypes.c_int(number),
+        ctypes.c_uint32(2),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(*shape[::-1]),
+        (ctypes.c_uint64 * 1)(row_bytes),
+        (ctypes.c_uint32 * 2)(*box[::-1]),
+        (ctypes.c_uint32 * 2)(1, 1),
+        ctypes.c_int(0),  # not interleaved
+        ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
+        ctypes.c_int(2),  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+        ctypes.c_int(0),  # zeros beyond the array
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}")
+    return np.void(memory[offset : offset + 128])
 
 
 class _CudaGraph:

@@ -51,6 +51,8 @@ class Tile:
         So many blocks keep a multiprocessor busy; fewer take as long.
     parameters : tuple of int
         Of the C++ template, after the type.
+    cluster : int
+        So many blocks compute tiles above each other together.
     """
 
     kernel: Literal["simt", "mma", "wgmma", "thin"]
@@ -63,6 +65,7 @@ class Tile:
     step: float
     busy: float
     parameters: tuple[int, ...]
+    cluster: int = 1
 
     def __str__(self) -> str:
         return f"{self.kernel} {'x'.join(map(str, self.parameters))}"
@@ -125,11 +128,22 @@ def mma(
     return Tile("mma", rows, columns, depth, threads, shared, start, step, busy, parameters)
 
 
-def wgmma(rows: int, columns: int, depth: int, stages: int, start: float, step: float, busy: float = 1.0) -> Tile:
-    """Return ``WgmmaTile<...>``, of numbers of 16 bits."""
-    loading = stages * (rows + columns) * depth * 2 + 1024 - 16
-    shared = max(loading, rows * (columns + 8) * 4)
-    return Tile("wgmma", rows, columns, depth, 2 * rows, shared, start, step, busy, (rows, columns, depth, stages))
+def wgmma(
+    dtype: str,
+    rows: int,
+    columns: int,
+    stages: int,
+    cluster: int,
+    group_rows: int,
+    start: float,
+    step: float,
+    busy: float = 1.0,
+) -> Tile:
+    """Return ``WgmmaTile<...>``."""
+    depth = 128 // SIZES[dtype]
+    shared = 1024 - 16 + stages * (rows + columns) * 128 + rows * 64 * 4 + 2 * stages * 8
+    parameters = (rows, columns, stages, cluster, group_rows)
+    return Tile("wgmma", rows, columns, depth, 128 + 2 * rows, shared, start, step, busy, parameters, cluster)
 
 
 def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
@@ -181,9 +195,11 @@ def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
 
 _MMA_TILES = {dtype: _mma_tiles(dtype) for dtype in ("float32", "float16", "bfloat16")}
 
-# By arithmetic, not measured yet: a step's 768 or 896 bytes come at a 132nd of 6.4 TB/s, as an H200's L2 cache was seen
-# to give them to such copies (a tutorial of CUTLASS's, in its pull request 2615).
-WGMMA_TILES = (wgmma(128, 256, 64, 4, 2600.0, 15.8), wgmma(192, 256, 64, 4, 2600.0, 18.5))
+# By arithmetic, not measured yet: at 1.6 GHz the tensor cores take 10 ns for a step of the larger tile.
+WGMMA_TILES = (
+    wgmma("bfloat16", 128, 256, 4, 2, 8, 3000.0, 10.8),
+    wgmma("bfloat16", 128, 128, 6, 1, 16, 3000.0, 6.0),
+)
 
 # A line's worth of rows (or columns) that the thin kernel takes at once: one, or up to four.
 _THIN_COUNTS = (1, 4)
@@ -198,11 +214,17 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
 
 
 class _Operand(NamedTuple):
-    """``Operand<T>``, the rows of a or the columns of b, and what is chosen by it."""
+    """``Operand<T>``, the rows of a or the columns of b, and what is chosen by it.
+
+    For a tensor map: where it is, as rows of what is contiguous, and the bytes from row to row; 0 if there can be none.
+    """
 
     packed_struct: np.void
     lines: int
     along_lines: bool
+    address: int
+    shape: tuple[int, int]
+    row_bytes: int
 
 
 _OPERAND = struct.Struct("=Qqqiii4x")
@@ -220,7 +242,11 @@ def _operand(pointer: int, size: int, lines: int, steps: int, line_stride: int, 
     inner, outer = (line_stride, step_stride) if along_lines else (step_stride, line_stride)
     packed = inner == 1 and pointer % 16 == 0 and outer * size % 16 == 0
     data = _OPERAND.pack(pointer, line_stride, step_stride, lines, along_lines, packed)
-    return _Operand(np.void(data), lines, along_lines)
+    shape = (steps, lines) if along_lines else (lines, steps)
+    row_bytes = (outer if shape[0] > 1 else -(-shape[1] // 8) * 8) * size
+    if not packed or not steps or row_bytes < shape[1] * size:
+        row_bytes = 0
+    return _Operand(np.void(data), lines, along_lines, pointer, shape, row_bytes)
 
 
 def _operands(a: Any, b: Any) -> tuple[_Operand, _Operand]:
@@ -230,8 +256,15 @@ def _operands(a: Any, b: Any) -> tuple[_Operand, _Operand]:
     return _operand(a.data.ptr, size, m, k, a_row, a_column), _operand(b.data.ptr, size, n, k, b_column, b_row)
 
 
+def _tensor_map(device: Device, operand: _Operand, tile: Tile, lines: int) -> np.void:
+    """Return the map by which a kernel copies so many lines of an operand at a time, a tile's depth of steps."""
+    box = (tile.depth, tile.depth) if operand.along_lines else (lines, tile.depth)
+    return device.tensor_map(operand.address, "uint16", operand.shape, operand.row_bytes, box)
+
+
 def _blocks(tile: Tile, m: int, n: int) -> int:
-    return -(-m // tile.rows) * -(-n // tile.columns)
+    rows = tile.rows * tile.cluster
+    return -(-m // rows) * tile.cluster * -(-n // tile.columns)
 
 
 def estimate(choice: Choice, m: int, n: int, k: int, size: int, multiprocessors: int) -> float:
@@ -259,14 +292,25 @@ def splits_of(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> Itera
 
 
 def candidates(
-    m: int, n: int, k: int, dtype: str, tf32: bool, thin_lines: tuple[int, int], arch: str, multiprocessors: int
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    tf32: bool,
+    thin_lines: tuple[int, int],
+    arch: str,
+    multiprocessors: int,
+    mapped: bool = True,
 ) -> list[Choice]:
     """Return all that can compute a product, the one with the lowest estimate first (see `WGMMA` for an exception).
 
-    `thin_lines` are how many lines of a and of b a block of the thin kernel takes.
+    `thin_lines` are how many lines of a and of b a block of the thin kernel takes; `mapped` is whether there are tensor
+    maps of both.
     """
     shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
     found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared]
+    if not mapped:
+        found = [tile for tile in found if tile.kernel != "wgmma"]
     few = min(m, n)
     if few <= _THIN_COUNTS[-1]:
         count = next(count for count in _THIN_COUNTS if few <= count)
@@ -299,7 +343,8 @@ def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
 def _facts(device: Device, a: Any, first: _Operand, second: _Operand, tf32: bool) -> tuple[Any, ...]:
     dtype = name_of(a.dtype)
     thin = thin_lines(dtype, first.along_lines), thin_lines(dtype, second.along_lines)
-    return first.lines, second.lines, a.shape[1], dtype, tf32, thin, device.arch, device.multiprocessors
+    mapped = first.row_bytes > 0 and second.row_bytes > 0
+    return first.lines, second.lines, a.shape[1], dtype, tf32, thin, device.arch, device.multiprocessors, mapped
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
@@ -439,7 +484,15 @@ def linear(
         else:
             arguments[:2] = second.packed_struct, first.packed_struct
             arguments.append(np.int32(0))
-    grid = _blocks(tile, m, n), splits, 1
+    blocks = _blocks(tile, m, n)
+    if tile.kernel == "wgmma":
+        arguments[:2] = (
+            _tensor_map(device, first, tile, tile.rows),
+            _tensor_map(device, second, tile, tile.columns // tile.cluster),
+        )
+        # They take tiles in turn.
+        blocks = min(blocks, max(device.multiprocessors // (splits * tile.cluster), 1) * tile.cluster)
+    grid = blocks, splits, 1
     device.launch(device.kernels(source, [name])[0], grid, tile.threads, [*arguments, data], tile.shared)
     if splits > 1:
         source, name = combine_kernel(final)
