@@ -122,6 +122,10 @@ __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
 }
 
+// The bits of an address in shared memory; and the address with some of them flipped.
+__device__ __forceinline__ unsigned address_bits(SharedAddress address) { return address; }
+__device__ __forceinline__ SharedAddress flipped(SharedAddress address, unsigned bits) { return address ^ bits; }
+
 // cp.async (sm_80): `bytes`, which both addresses are multiples of, arrive later; beyond the first `valid` ones they are
 // zeros, and `from` is not read. 16 bytes go past the L1 cache.
 template <int bytes>
@@ -294,9 +298,6 @@ __device__ __forceinline__ void take_registers() {
 // until they are waited for. They are groups of the thread's, like copies, and count apart from them.
 //
 
-// The bits of an address in shared memory, for a matrix descriptor.
-__device__ __forceinline__ unsigned address_bits(SharedAddress address) { return address; }
-
 // wgmma.fence: between any other access of a product's registers and the product.
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -356,6 +357,19 @@ GEMMLET_WGMMA(wgmma_f16, "f16", 64, "128", "%64", "%65", "%66", "%67", "%68")
 GEMMLET_WGMMA(wgmma_bf16, "bf16", 64, "128", "%64", "%65", "%66", "%67", "%68")
 GEMMLET_WGMMA(wgmma_f16, "f16", 128, "256", "%128", "%129", "%130", "%131", "%132")
 GEMMLET_WGMMA(wgmma_bf16, "bf16", 128, "256", "%128", "%129", "%130", "%131", "%132")
+
+// wgmma.mma_async.m64n256k8 (tf32): likewise, of floats, of which the lowest 13 bits are not looked at. A lane has, of a,
+// steps t of rows 16w + g and 16w + g + 8, and then steps t + 4 of them; a row of b in shared memory is 32 steps of a
+// line.
+__device__ __forceinline__ void wgmma_tf32(float (&d)[128], const unsigned (&a)[4], unsigned long long b, int adds) {
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %133, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" GEMMLET_D128_NAMES
+      "}, {%128, %129, %130, %131}, %132, adds, 1, 1;\n}"
+      : GEMMLET_D128
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)
+      : "memory");
+}
 
 #undef GEMMLET_WGMMA
 #undef GEMMLET_D4

@@ -239,9 +239,11 @@ inline void wait_for_copies(unsigned newest_groups) {
 //
 
 struct Product {
-  void (*compute)(float* d, unsigned long long a, unsigned long long b);
+  void (*compute)(const Product&);
   float* d;
   unsigned long long a, b;
+  const unsigned* a_registers;  // instead, and what they held
+  unsigned held[4];
 };
 
 void queue_product(const Product& product);

@@ -189,7 +189,7 @@ class HostDevice:
     def tensor_map(
         self, address: int, dtype: str, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
     ) -> np.void:
-        size, rounds = {"uint16": (2, False), "tf32": (4, True)}[dtype]
+        size, rounds = {"uint16": (2, False), "uint32": (4, False), "tf32": (4, True)}[dtype]
         # What cuTensorMapEncodeTiled asks for, with swizzling by 128 bytes.
         if address % 16 or row_bytes % 16 or not shape[1] * size <= row_bytes < 2**40:
             raise ValueError(f"no tensor map of {shape} at {address}, rows {row_bytes} bytes apart")

@@ -289,6 +289,9 @@ inline unsigned address_bits(SharedAddress address) {
 inline SharedAddress shared_memory_at(unsigned bits) {
   return shared_address(cuda_host::dynamic_shared()) + static_cast<int>(bits - first_address);
 }
+inline SharedAddress flipped(SharedAddress address, unsigned bits) {
+  return shared_memory_at(address_bits(address) ^ bits);
+}
 
 inline void fence_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   meet("wgmma.fence", file, line);
@@ -304,7 +307,7 @@ template <int newest>
 inline void wait_for_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   meet("wgmma.wait_group", file, line);
   cuda_host::Product product;
-  while (cuda_host::next_product(newest, product)) product.compute(product.d, product.a, product.b);
+  while (cuda_host::next_product(newest, product)) product.compute(product);
   // None goes on before all are done.
   meet("wgmma.wait_group", file, line, true);
 }
@@ -316,34 +319,58 @@ inline void finish_products(float (&)[count], const char* file = __builtin_FILE(
 }
 
 // The matrix descriptor's number of a line and a step, with swizzling of 128 bytes (PTX ISA, 9.7.15.5.1).
-template <bool transposed>
-inline unsigned short number_of(unsigned long long descriptor, unsigned line, unsigned step) {
+template <bool transposed, class Number = unsigned short>
+inline Number number_of(unsigned long long descriptor, unsigned line, unsigned step) {
   const auto field = [=](int bit) { return static_cast<unsigned>(descriptor >> bit & 0x3fff) << 4; };
   const unsigned start = field(0), leading = field(16), stride = field(32);
   const unsigned place = transposed
-                             ? line / 64 * leading + step / 8 * stride + step % 8 * 128 + line % 64 * sizeof(short)
-                             : line / 8 * stride + line % 8 * 128 + step * sizeof(short);
+                             ? line / 64 * leading + step / 8 * stride + step % 8 * 128 + line % 64 * sizeof(Number)
+                             : line / 8 * stride + line % 8 * 128 + step * sizeof(Number);
   const unsigned address = start + place, swizzled = address ^ (address >> 7 & 7) << 4;
-  unsigned short number;
+  Number number;
   memcpy(&number, shared_memory_at(swizzled), sizeof number);
   return number;
 }
 
 // What a thread has of the product: products of numbers are exact in float; their sum is rounded after each.
-template <bool a_transposed, bool b_transposed, int count, float (*number)(unsigned short), bool adds>
-inline void part_of_product(float* d, unsigned long long a, unsigned long long b) {
+template <bool adds, int count, int steps, class A, class B>
+inline void part_of_product(float* d, A a, B b) {
   const unsigned warp = cuda_host::self->index / 32 % 4, g = cuda_host::self->lane / 4, t = cuda_host::self->lane % 4;
-  float rows[2][16], column[16];
+  float rows[2][steps], column[steps];
   for (unsigned half = 0; half < 2; ++half)
-    for (unsigned k = 0; k < 16; ++k) rows[half][k] = number(number_of<a_transposed>(a, 16 * warp + 8 * half + g, k));
+    for (unsigned k = 0; k < steps; ++k) rows[half][k] = a(16 * warp + 8 * half + g, k);
   for (unsigned j = 0; j < count / 2; ++j) {
-    for (unsigned k = 0; k < 16; ++k) column[k] = number(number_of<b_transposed>(b, j / 2 * 8 + 2 * t + j % 2, k));
+    for (unsigned k = 0; k < steps; ++k) column[k] = b(j / 2 * 8 + 2 * t + j % 2, k);
     for (unsigned half = 0; half < 2; ++half) {
       float& sum = d[j / 2 * 4 + 2 * half + j % 2];
       if (!adds) sum = 0;
-      for (unsigned k = 0; k < 16; ++k) sum += rows[half][k] * column[k];
+      for (unsigned k = 0; k < steps; ++k) sum += rows[half][k] * column[k];
     }
   }
+}
+
+template <bool a_transposed, bool b_transposed, int count, float (*number)(unsigned short), bool adds>
+inline void product_of_16_bits(const cuda_host::Product& p) {
+  part_of_product<adds, count, 16>(
+      p.d, [&](unsigned line, unsigned k) { return number(number_of<a_transposed>(p.a, line, k)); },
+      [&](unsigned line, unsigned k) { return number(number_of<b_transposed>(p.b, line, k)); });
+}
+
+inline float tf32_bits(unsigned x) { return reinterpreted<float>(x & ~0x1fffu); }
+
+template <bool adds>
+inline void product_of_tf32(const cuda_host::Product& p) {
+  for (unsigned i = 0; i < 4; ++i)
+    if (p.a_registers[i] != p.held[i]) cuda_host::fail("wgmma: registers of a were written before it was waited for");
+  struct Held {
+    unsigned a[4];
+  };
+  Held mine;
+  memcpy(&mine, p.held, sizeof mine);
+  const auto lanes = cuda_host::warp_exchange(mine, "wgmma");
+  part_of_product<adds, 128, 8>(
+      p.d, [&](unsigned line, unsigned k) { return tf32_bits(lanes[line % 8 * 4 + k % 4].a[k / 4 * 2 + line / 8 % 2]); },
+      [&](unsigned line, unsigned k) { return tf32_bits(number_of<false, unsigned>(p.b, line, k)); });
 }
 
 struct Descriptors {
@@ -351,8 +378,8 @@ struct Descriptors {
   int adds;
 };
 
-template <bool a_transposed, bool b_transposed, float (*number)(unsigned short), int count>
-inline void wgmma(float (&d)[count], unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
+// What is wrong with a product of a warpgroup.
+inline void check_product(unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
   const Descriptors mine{{a, b}, adds};
   const Descriptors first = cuda_host::warp_exchange(mine, "wgmma", file, line)[0];
   if (first.of[0] != a || first.of[1] != b || first.adds != adds)
@@ -361,9 +388,14 @@ inline void wgmma(float (&d)[count], unsigned long long a, unsigned long long b,
     if ((descriptor & ~0x3fff3fff3fffull) != 1ull << 62)
       cuda_host::fail("wgmma: the matrix descriptor %016llx is none of swizzling by 128 bytes", descriptor);
   if (!cuda_host::self->products_fenced) cuda_host::fail("wgmma: there was no wgmma.fence");
-  cuda_host::queue_product({adds ? part_of_product<a_transposed, b_transposed, count, number, true>
-                                 : part_of_product<a_transposed, b_transposed, count, number, false>,
-                            d, a, b});
+}
+
+template <bool a_transposed, bool b_transposed, float (*number)(unsigned short), int count>
+inline void wgmma(float (&d)[count], unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
+  check_product(a, b, adds, file, line);
+  cuda_host::queue_product({adds ? product_of_16_bits<a_transposed, b_transposed, count, number, true>
+                                 : product_of_16_bits<a_transposed, b_transposed, count, number, false>,
+                            d, a, b, nullptr, {}});
 }
 
 inline float float_of_bfloat(unsigned short h) { return reinterpreted<float>(static_cast<unsigned>(h) << 16); }
@@ -377,6 +409,13 @@ template <bool a_transposed, bool b_transposed, int count>
 inline void wgmma_bf16(float (&d)[count], unsigned long long a, unsigned long long b, int adds,
                        const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   wgmma<a_transposed, b_transposed, float_of_bfloat>(d, a, b, adds, file, line);
+}
+
+inline void wgmma_tf32(float (&d)[128], const unsigned (&a)[4], unsigned long long b, int adds,
+                       const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  check_product(b, b, adds, file, line);
+  cuda_host::queue_product(
+      {adds ? product_of_tf32<true> : product_of_tf32<false>, d, 0, b, a, {a[0], a[1], a[2], a[3]}});
 }
 
 }  // namespace gemmlet::ptx

@@ -19,6 +19,10 @@ from numpy.typing import DTypeLike, NDArray
 from . import cuda_compile
 
 
+# What is copied as it is, or rounded to TF32.
+BoxNumber = Literal["uint16", "uint32", "tf32"]
+
+
 class Graph(Protocol):
     """Launches that were recorded once, to be done again."""
 
@@ -67,12 +71,12 @@ class Device(Protocol):
         """
 
     def tensor_map(
-        self, address: int, dtype: Literal["uint16", "tf32"], shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+        self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
     ) -> np.void:
         """Return a ``TensorMap``, by which kernels copy boxes of an array to shared memory (TMA, from sm_90 on).
 
         Rows of contiguous numbers are `row_bytes` apart, a multiple of 16, as is the `address`; rows of a box are 128
-        bytes. Numbers are copied as they are, or rounded to TF32.
+        bytes.
         """
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -172,7 +176,7 @@ class CudaDevice:
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
 
     def tensor_map(
-        self, address: int, dtype: Literal["uint16", "tf32"], shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+        self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
     ) -> np.void:
         """See `Device`."""
         return _tensor_map(address, dtype, shape, row_bytes, box)
@@ -240,10 +244,10 @@ def _driver() -> ctypes.CDLL:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tensor_map(address: int, dtype: str, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]) -> np.void:
+def _tensor_map(address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]) -> np.void:
     """`Device.tensor_map`: some microseconds, and nothing of the arguments is looked at but their values."""
-    # CUtensorMapDataType: UINT16, TFLOAT32.
-    number = {"uint16": 1, "tf32": 11}[dtype]
+    # CUtensorMapDataType: UINT16, UINT32, TFLOAT32.
+    number = {"uint16": 1, "uint32": 2, "tf32": 11}[dtype]
     memory = ctypes.create_string_buffer(128 + 64)
     offset = -ctypes.addressof(memory) % 64  # which the driver asks for
     status = _driver().cuTensorMapEncodeTiled(

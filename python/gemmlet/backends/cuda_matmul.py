@@ -13,7 +13,7 @@ import numpy as np
 
 from .._arrays import name_of
 from ..formulas.activations import ACTIVATIONS, Activation
-from .cuda_device import Device
+from .cuda_device import BoxNumber, Device
 from .cuda_types import COMPUTED, FLOATS, SIZES, address, pointer
 
 # The kernels count lines and steps in an int, and look a little beyond the last one.
@@ -52,7 +52,9 @@ class Tile:
     parameters : tuple of int
         Of the C++ template, after the type.
     cluster : int
-        So many blocks compute tiles above each other together.
+        So many blocks compute tiles next to each other together.
+    transposed : bool
+        Whether the kernel computes the transpose, of the second operand and the first.
     """
 
     kernel: Literal["simt", "mma", "wgmma", "thin"]
@@ -66,6 +68,7 @@ class Tile:
     busy: float
     parameters: tuple[int, ...]
     cluster: int = 1
+    transposed: bool = False
 
     def __str__(self) -> str:
         return f"{self.kernel} {'x'.join(map(str, self.parameters))}"
@@ -130,20 +133,22 @@ def mma(
 
 def wgmma(
     dtype: str,
-    rows: int,
-    columns: int,
+    x_lines: int,
+    y_lines: int,
     stages: int,
     cluster: int,
     group_rows: int,
+    transposed: bool,
     start: float,
     step: float,
     busy: float = 1.0,
 ) -> Tile:
     """Return ``WgmmaTile<...>``."""
-    depth = 128 // SIZES[dtype]
-    shared = 1024 - 16 + stages * (rows + columns) * 128 + rows * 64 * 4 + 2 * stages * 8
-    parameters = (rows, columns, stages, cluster, group_rows)
-    return Tile("wgmma", rows, columns, depth, 128 + 2 * rows, shared, start, step, busy, parameters, cluster)
+    shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
+    parameters = (x_lines, y_lines, stages, cluster, group_rows, int(transposed))
+    rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
+    threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
+    return Tile("wgmma", rows, columns, depth, threads, shared, start, step, busy, parameters, cluster, transposed)
 
 
 def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
@@ -195,11 +200,21 @@ def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
 
 _MMA_TILES = {dtype: _mma_tiles(dtype) for dtype in ("float32", "float16", "bfloat16")}
 
-# By arithmetic, not measured yet: at 1.6 GHz the tensor cores take 10 ns for a step of the larger tile.
-WGMMA_TILES = (
-    wgmma("bfloat16", 128, 256, 4, 2, 8, 3000.0, 10.8),
-    wgmma("bfloat16", 128, 128, 6, 1, 16, 3000.0, 6.0),
-)
+# By arithmetic, not measured yet: at 1.6 GHz the tensor cores take 10 ns for a step of 16 bits of the larger tile, and twice
+# that in TF32. There one operand must lie by lines: b, or a if the kernel computes the transpose.
+_WGMMA_TILES = {
+    **dict.fromkeys(
+        ("float16", "bfloat16"),
+        (
+            wgmma("bfloat16", 128, 256, 4, 2, 8, False, 3000.0, 10.8),
+            wgmma("bfloat16", 128, 128, 6, 1, 16, False, 3000.0, 6.0),
+        ),
+    ),
+    "float32": (
+        wgmma("float32", 128, 256, 4, 2, 8, False, 3000.0, 21.6),
+        wgmma("float32", 128, 256, 4, 2, 8, True, 3000.0, 21.6),
+    ),
+}
 
 # A line's worth of rows (or columns) that the thin kernel takes at once: one, or up to four.
 _THIN_COUNTS = (1, 4)
@@ -209,8 +224,18 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that there are for products of this type, but for thin ones."""
     if dtype in _SIMT_TILES and not tf32:
         return _SIMT_TILES[dtype]
-    has_wgmma = SIZES[dtype] == 2 and arch in ARCHITECTURES["matmul_wgmma.cuh"]
-    return (*_MMA_TILES[dtype], *(WGMMA_TILES if has_wgmma else ()))
+    return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul_wgmma.cuh"] else ()))
+
+
+def takes(tile: Tile, dtype: str, along_lines: tuple[bool, bool] | None) -> bool:
+    """Return whether a tile's kernel takes operands that lie so.
+
+    `along_lines` are what is contiguous of each operand: lines of one step, or steps of one line; or it is None, if there
+    are no tensor maps of them.
+    """
+    if tile.kernel != "wgmma":
+        return True
+    return along_lines is not None and (SIZES[dtype] == 2 or not along_lines[0 if tile.transposed else 1])
 
 
 class _Operand(NamedTuple):
@@ -256,15 +281,25 @@ def _operands(a: Any, b: Any) -> tuple[_Operand, _Operand]:
     return _operand(a.data.ptr, size, m, k, a_row, a_column), _operand(b.data.ptr, size, n, k, b_column, b_row)
 
 
-def _tensor_map(device: Device, operand: _Operand, tile: Tile, lines: int) -> np.void:
-    """Return the map by which a kernel copies so many lines of an operand at a time, a tile's depth of steps."""
-    box = (tile.depth, tile.depth) if operand.along_lines else (lines, tile.depth)
-    return device.tensor_map(operand.address, "uint16", operand.shape, operand.row_bytes, box)
+def _tensor_maps(device: Device, tile: Tile, first: _Operand, second: _Operand, size: int) -> tuple[np.void, np.void]:
+    """Return those by which a kernel copies what its blocks take of its two operands."""
+    x_lines, y_lines = tile.parameters[:2]
+    number: BoxNumber = "uint16" if size == 2 else "uint32"
+
+    def tensor_map(operand: _Operand, lines: int, number: BoxNumber) -> np.void:
+        box = (tile.depth, tile.depth) if operand.along_lines else (lines, tile.depth)
+        return device.tensor_map(operand.address, number, operand.shape, operand.row_bytes, box)
+
+    x, y = (second, first) if tile.transposed else (first, second)
+    # Floats that go through registers are rounded there.
+    return tensor_map(x, x_lines, number), tensor_map(y, y_lines // tile.cluster, "uint16" if size == 2 else "tf32")
 
 
 def _blocks(tile: Tile, m: int, n: int) -> int:
-    rows = tile.rows * tile.cluster
-    return -(-m // rows) * tile.cluster * -(-n // tile.columns)
+    rows, columns = -(-m // tile.rows), -(-n // tile.columns)
+    if tile.transposed:
+        rows, columns = columns, rows
+    return -(-rows // tile.cluster) * tile.cluster * columns
 
 
 def estimate(choice: Choice, m: int, n: int, k: int, size: int, multiprocessors: int) -> float:
@@ -300,17 +335,14 @@ def candidates(
     thin_lines: tuple[int, int],
     arch: str,
     multiprocessors: int,
-    mapped: bool = True,
+    along_lines: tuple[bool, bool] | None,
 ) -> list[Choice]:
     """Return all that can compute a product, the one with the lowest estimate first (see `WGMMA` for an exception).
 
-    `thin_lines` are how many lines of a and of b a block of the thin kernel takes; `mapped` is whether there are tensor
-    maps of both.
+    `thin_lines` are how many lines of a and of b a block of the thin kernel takes; for `along_lines` see `takes`.
     """
     shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
-    found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared]
-    if not mapped:
-        found = [tile for tile in found if tile.kernel != "wgmma"]
+    found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared and takes(tile, dtype, along_lines)]
     few = min(m, n)
     if few <= _THIN_COUNTS[-1]:
         count = next(count for count in _THIN_COUNTS if few <= count)
@@ -344,7 +376,8 @@ def _facts(device: Device, a: Any, first: _Operand, second: _Operand, tf32: bool
     dtype = name_of(a.dtype)
     thin = thin_lines(dtype, first.along_lines), thin_lines(dtype, second.along_lines)
     mapped = first.row_bytes > 0 and second.row_bytes > 0
-    return first.lines, second.lines, a.shape[1], dtype, tf32, thin, device.arch, device.multiprocessors, mapped
+    along_lines = (first.along_lines, second.along_lines) if mapped else None
+    return first.lines, second.lines, a.shape[1], dtype, tf32, thin, device.arch, device.multiprocessors, along_lines
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
@@ -355,7 +388,7 @@ def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str
         return "matmul_simt.cuh", f"gemmlet::matmul_simt<gemmlet::SimtTile<{name}, {numbers}>, {epilogue}>"
     if tile.kernel == "thin":
         return "matmul_thin.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
-    layouts = ", ".join("true" if along else "false" for along in along_lines)
+    layouts = ", ".join("true" if along else "false" for along in along_lines[:: -1 if tile.transposed else 1])
     kernel, tile_type = f"matmul_{tile.kernel}", f"{tile.kernel.title()}Tile"
     return f"{kernel}.cuh", f"gemmlet::{kernel}<gemmlet::{tile_type}<{name}, {numbers}>, {layouts}, {epilogue}>"
 
@@ -396,6 +429,8 @@ def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]
         on_tensor_cores = tiles(dtype, True, "sm_90a") if dtype in _MMA_TILES else ()
         for tile in (*_SIMT_TILES.get(dtype, ()), *on_tensor_cores, *thin_tiles):
             for layouts in itertools.product((False, True), repeat=2):
+                if not takes(tile, dtype, layouts):
+                    continue
                 for epilogue in (*finals, partial_epilogue(dtype)):
                     add(kernel_of(tile, dtype, layouts, epilogue))
     return {source: list(names) for source, names in found.items()}
@@ -486,10 +521,7 @@ def linear(
             arguments.append(np.int32(0))
     blocks = _blocks(tile, m, n)
     if tile.kernel == "wgmma":
-        arguments[:2] = (
-            _tensor_map(device, first, tile, tile.rows),
-            _tensor_map(device, second, tile, tile.columns // tile.cluster),
-        )
+        arguments[:2] = _tensor_maps(device, tile, first, second, x.dtype.itemsize)
         # They take tiles in turn.
         blocks = min(blocks, max(device.multiprocessors // (splits * tile.cluster), 1) * tile.cluster)
     grid = blocks, splits, 1
