@@ -38,7 +38,7 @@ struct WgmmaTile {
   // A row of shared memory is 128 bytes, so many steps of a line or lines of a step; a product takes 32.
   static constexpr int size = sizeof(T), depth = 128 / size, step = 32 / size;
   static constexpr int consumers = rows / 64, threads = (1 + consumers) * 128;
-  static_assert(rows % 64 == 0 && consumers <= 3 && stages > 1);
+  static_assert((rows == 64 || rows == 128) && stages > 1);
   static_assert((size == 2 && (columns == 128 || columns == 256)) || (size == 4 && columns == 256));
   static_assert(columns / cluster % depth == 0);
 
@@ -51,12 +51,9 @@ struct WgmmaTile {
   static constexpr int alignment = 1024;
   static constexpr int shared_bytes = alignment - 16 + barrier_offset + 2 * stages * 8;
 
-  // Of a thread, when the block begins; what a producer does not need it gives back, for the consumers' sums.
-  static constexpr int registers = 65536 / threads / 8 * 8;
-  static constexpr int producer_registers = consumers == 2 ? 40 : 32, consumer_registers = consumers == 2 ? 232 : 160;
+  // Two consumers' threads need more registers than the 168 that each of 384 has; a producer's need few.
   static constexpr bool moves_registers = consumers > 1;
-  static_assert(!moves_registers ||
-                producer_registers + consumers * consumer_registers <= (1 + consumers) * registers);
+  static constexpr int producer_registers = 40, consumer_registers = 232;
 };
 
 // Where a product finds an operand in shared memory, and how far it is to the next steps.

@@ -18,7 +18,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import cuda_compile
 
-
 # What is copied as it is, or rounded to TF32.
 BoxNumber = Literal["uint16", "uint32", "tf32"]
 
@@ -244,7 +243,9 @@ def _driver() -> ctypes.CDLL:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tensor_map(address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]) -> np.void:
+def _tensor_map(
+    address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+) -> np.void:
     """`Device.tensor_map`: some microseconds, and nothing of the arguments is looked at but their values."""
     # CUtensorMapDataType: UINT16, UINT32, TFLOAT32.
     number = {"uint16": 1, "uint32": 2, "tf32": 11}[dtype]
@@ -266,7 +267,7 @@ def _tensor_map(address: int, dtype: BoxNumber, shape: tuple[int, int], row_byte
     )
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}")
-    return np.void(memory[offset : offset + 128])
+    return np.void(memory.raw[offset : offset + 128])
 
 
 class _CudaGraph:

@@ -200,8 +200,8 @@ def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
 
 _MMA_TILES = {dtype: _mma_tiles(dtype) for dtype in ("float32", "float16", "bfloat16")}
 
-# By arithmetic, not measured yet: at 1.6 GHz the tensor cores take 10 ns for a step of 16 bits of the larger tile, and twice
-# that in TF32. There one operand must lie by lines: b, or a if the kernel computes the transpose.
+# By arithmetic, not measured yet: at 1.6 GHz the tensor cores take 10 ns for a step of 16 bits of the larger tile, and
+# twice that in TF32. There one operand must lie by lines: b, or a if the kernel computes the transpose.
 _WGMMA_TILES = {
     **dict.fromkeys(
         ("float16", "bfloat16"),
@@ -227,11 +227,11 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
     return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul_wgmma.cuh"] else ()))
 
 
-def takes(tile: Tile, dtype: str, along_lines: tuple[bool, bool] | None) -> bool:
+def takes(tile: Tile, dtype: str, along_lines: Sequence[bool] | None) -> bool:
     """Return whether a tile's kernel takes operands that lie so.
 
-    `along_lines` are what is contiguous of each operand: lines of one step, or steps of one line; or it is None, if there
-    are no tensor maps of them.
+    `along_lines` is whether lines of one step are contiguous in each operand, else steps of one line are; it is None if
+    there are no tensor maps of them.
     """
     if tile.kernel != "wgmma":
         return True
