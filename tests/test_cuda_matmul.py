@@ -337,7 +337,9 @@ def test_python_and_cpp_agree_on_tiles() -> None:
 def test_tiles_fit_into_shared_memory(arch: str, kib: int) -> None:
     for kind, dtype in DTYPES.items():
         for m, n, k in [(4096, 4096, 4096), (64, 128, 784), (784, 128, 60000), (100000, 10, 128)]:
-            found = cuda_matmul.candidates(m, n, k, np.dtype(dtype).name, kind == "tf32", (32, 32), arch, 132, (False, False))
+            found = cuda_matmul.candidates(
+                m, n, k, np.dtype(dtype).name, kind == "tf32", (32, 32), arch, 132, (False, False)
+            )
             assert found
             assert all(choice.tile.shared <= 1024 * kib for choice in found)
 

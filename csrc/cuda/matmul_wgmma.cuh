@@ -113,7 +113,8 @@ class WgmmaReader {
 template <class Tile>
 class WgmmaStages {
  public:
-  __device__ __forceinline__ explicit WgmmaStages(ptx::SharedAddress shared) : barriers_(shared + Tile::barrier_offset) {}
+  __device__ __forceinline__ explicit WgmmaStages(ptx::SharedAddress shared)
+      : barriers_(shared + Tile::barrier_offset) {}
 
   // Has come to the end of a phase when all its bytes are there; or when all consumers are done with it.
   __device__ __forceinline__ ptx::SharedAddress full() const { return barriers_ + 8 * stage_; }
@@ -254,17 +255,18 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           ptx::wait_for_phase(stages.empty(), stages.parity() ^ 1);
           ptx::arrive_expecting(stages.full(), Tile::stage_bytes);
           const ptx::SharedAddress to = shared + stages.offset();
-          copy_lines<Tile, x_along_lines, Tile::rows>(
-              to, 0, origin.row, step,
-              [&](ptx::SharedAddress box, int inner, int outer) { ptx::copy_box(box, x, inner, outer, stages.full()); });
-          copy_lines<Tile, y_along_lines, share>(
-              to + Tile::operand_bytes(Tile::rows), first, origin.column, step,
-              [&](ptx::SharedAddress box, int inner, int outer) {
-                if constexpr (Tile::cluster > 1)
-                  ptx::copy_box_to_blocks(box, y, inner, outer, stages.full(), (1 << Tile::cluster) - 1);
-                else
-                  ptx::copy_box(box, y, inner, outer, stages.full());
-              });
+          copy_lines<Tile, x_along_lines, Tile::rows>(to, 0, origin.row, step,
+                                                      [&](ptx::SharedAddress box, int inner, int outer) {
+                                                        ptx::copy_box(box, x, inner, outer, stages.full());
+                                                      });
+          copy_lines<Tile, y_along_lines, share>(to + Tile::operand_bytes(Tile::rows), first, origin.column, step,
+                                                 [&](ptx::SharedAddress box, int inner, int outer) {
+                                                   if constexpr (Tile::cluster > 1)
+                                                     ptx::copy_box_to_blocks(box, y, inner, outer, stages.full(),
+                                                                             (1 << Tile::cluster) - 1);
+                                                   else
+                                                     ptx::copy_box(box, y, inner, outer, stages.full());
+                                                 });
           stages.next();
         }
       });
@@ -334,9 +336,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
         ptx::finish_products(sum);
       }
       finish_warp<Tile>(
-          sum, own,
-          [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); }, origin.column,
-          epilogue);
+          sum, own, [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); },
+          origin.column, epilogue);
     });
   }
   // Nobody ends while others may still arrive at its barriers.

@@ -887,10 +887,12 @@ int cuda_host_launch(const cuda_host::Kernel* kernel, const cuda_host::Configura
 #if defined(CUDA_HOST_THREAD)
   race_reported = false;
 #endif
-  if (!configuration->cooperative) launch.workers = std::min(configuration->os_threads, launch.blocks / configuration->cluster);
+  if (!configuration->cooperative)
+    launch.workers = std::min(configuration->os_threads, launch.blocks / configuration->cluster);
   std::vector<std::unique_ptr<Worker>> workers;
   for (unsigned i = 0; i < launch.workers; ++i)
-    workers.push_back(take_worker(configuration->block * (configuration->cooperative ? launch.blocks : configuration->cluster)));
+    workers.push_back(
+        take_worker(configuration->block * (configuration->cooperative ? launch.blocks : configuration->cluster)));
   std::vector<std::thread> team;
   for (unsigned i = 1; i < launch.workers; ++i) team.emplace_back(work, std::ref(launch), std::ref(*workers[i]), i);
   work(launch, *workers[0], 0);

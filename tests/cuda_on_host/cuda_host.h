@@ -98,9 +98,9 @@ struct Block {
   uint3 index;
   dim3 size, grid;
   Barrier barrier;
-  void* dynamic;            // shared memory, with guards around it
-  unsigned live;            // threads that have not ended
-  Block* cluster;           // the first block of its cluster, which has the cluster's barrier
+  void* dynamic;   // shared memory, with guards around it
+  unsigned live;   // threads that have not ended
+  Block* cluster;  // the first block of its cluster, which has the cluster's barrier
   unsigned cluster_size;
   Barrier cluster_barrier;
   void* statics = nullptr;  // static shared memory, while another block of a cooperative launch runs

@@ -369,7 +369,8 @@ inline void product_of_tf32(const cuda_host::Product& p) {
   memcpy(&mine, p.held, sizeof mine);
   const auto lanes = cuda_host::warp_exchange(mine, "wgmma");
   part_of_product<adds, 128, 8>(
-      p.d, [&](unsigned line, unsigned k) { return tf32_bits(lanes[line % 8 * 4 + k % 4].a[k / 4 * 2 + line / 8 % 2]); },
+      p.d,
+      [&](unsigned line, unsigned k) { return tf32_bits(lanes[line % 8 * 4 + k % 4].a[k / 4 * 2 + line / 8 % 2]); },
       [&](unsigned line, unsigned k) { return tf32_bits(number_of<false, unsigned>(p.b, line, k)); });
 }
 
@@ -395,7 +396,11 @@ inline void wgmma(float (&d)[count], unsigned long long a, unsigned long long b,
   check_product(a, b, adds, file, line);
   cuda_host::queue_product({adds ? product_of_16_bits<a_transposed, b_transposed, count, number, true>
                                  : product_of_16_bits<a_transposed, b_transposed, count, number, false>,
-                            d, a, b, nullptr, {}});
+                            d,
+                            a,
+                            b,
+                            nullptr,
+                            {}});
 }
 
 inline float float_of_bfloat(unsigned short h) { return reinterpreted<float>(static_cast<unsigned>(h) << 16); }
