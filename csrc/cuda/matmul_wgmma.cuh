@@ -172,57 +172,89 @@ __device__ __forceinline__ void copy_lines(ptx::SharedAddress to, int first, int
   }
 }
 
-// The end of a tile: hands a warp's 16 rows of sums to the epilogue. line_of(r) is the line of x that row r is.
-template <class Tile, class Epilogue, class LineOf>
-__device__ __forceinline__ void finish_warp(const float (&sum)[Tile::columns / 2], float* own, LineOf line_of,
-                                            int first_column, const Epilogue& epilogue) {
-  constexpr int N = pack_size<typename Epilogue::T>, columns = Tile::out_columns;
-  constexpr bool transposed = Tile::transposed;
+// The end of a tile: hands a warp's 16 rows of sums to the epilogue.
+template <class Tile, class Epilogue>
+class WgmmaFinish {
+ public:
+  // line_of(r) is the line of x that row r is.
+  template <class LineOf>
+  __device__ __forceinline__ WgmmaFinish(const Epilogue& epilogue, LineOf line_of, int first_column)
+      : epilogue_(epilogue), first_column_(first_column) {
+    column_ = transposed ? line_of(pack() * N) : first_column + pack() * N;
+    // What it needs of memory is asked for while products still run.
+    of_ = epilogue.template columns<N>(column_);
+  }
+
+  template <class LineOf>
+  __device__ __forceinline__ void put(const float (&sum)[Tile::columns / 2], float* own, LineOf line_of) {
+    const int g = lane() / 4, t = lane() % 4;
+#pragma unroll 1
+    for (int first = 0; first < Tile::columns; first += columns) {
+      // Registers have no index: of all columns those are stored whose turn it is.
+#pragma unroll
+      for (int j = 0; j < Tile::columns / 8; ++j) {
+        if (j * 8 / columns * columns != first) continue;
+        const int column = j * 8 % columns + t * 2;
+        if constexpr (transposed) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) own[place(column + i % 2, g / 4 + i / 2 * 2) + g % 4] = sum[4 * j + i];
+        } else {
+          float* const to = own + place(g, column / 4) + column % 4;
+          store_pack(to, Pack<float, 2>{sum[4 * j], sum[4 * j + 1]});
+          store_pack(to + 8 * columns, Pack<float, 2>{sum[4 * j + 2], sum[4 * j + 3]});
+        }
+      }
+      __syncwarp();
+      const Columns of = of_;
+      const int column = column_;
+      if constexpr (!transposed) {
+        column_ += columns;
+        of_ = epilogue_.template columns<N>(column_);
+      }
+      int from = place(lane() / packs, pack() * N / 4);
+      // One copy of the epilogue: it may be long.
+#pragma unroll 1
+      for (int row = lane() / packs; row < out_rows; row += rows_apart) {
+        float value[N];
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+          const Pack<float, 4> four = load_pack<4>(own + (from ^ i));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) value[i + j] = four.value[j];
+        }
+        from = (from ^ flips) + rows_apart * out_row;
+        epilogue_.template put<N>(transposed ? first_column_ + first + row : line_of(row), column, of, value);
+      }
+      __syncwarp();
+    }
+  }
+
+ private:
+  static constexpr int N = pack_size<typename Epilogue::T>, columns = Tile::out_columns;
+  static constexpr bool transposed = Tile::transposed;
   // Of what goes out together, in packs. A row of out is a column here, if transposed.
-  constexpr int out_rows = transposed ? columns : 16, packs = (transposed ? 16 : columns) / N;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, pack = lane % packs;
+  static constexpr int out_rows = transposed ? columns : 16, out_row = transposed ? 16 : columns;
+  static constexpr int packs = out_row / N, rows_apart = 32 / packs;
+  using Columns = typename Epilogue::template Columns<N>;
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int pack() { return lane() % packs; }
+
   // Where 16 bytes of a row of out are, so that what lanes write at once is in different banks, and what they read:
   // 4 rows by 8 columns of each, as two numbers or as one; and several packs of a row, or of neighbouring rows.
-  const auto place = [](int row, int four) {
+  static __device__ __forceinline__ int place(int row, int four) {
     if constexpr (transposed)
       return row / 2 * 32 + (row / 4 ^ row) % 2 * 16 + (four ^ row / 2 % 2 * 3) * 4;
     else
       return row * columns + (four ^ row % 4 * 2 ^ four / 8) * 4;
-  };
-#pragma unroll 1
-  for (int first = 0; first < Tile::columns; first += columns) {
-    // Registers have no index: of all columns those are stored whose turn it is.
-#pragma unroll
-    for (int j = 0; j < Tile::columns / 8; ++j) {
-      if (j * 8 / columns * columns != first) continue;
-      const int column = j * 8 % columns + t * 2;
-      if constexpr (transposed) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) own[place(column + i % 2, g / 4 + i / 2 * 2) + g % 4] = sum[4 * j + i];
-      } else {
-        float* const to = own + place(g, column / 4) + column % 4;
-        store_pack(to, Pack<float, 2>{sum[4 * j], sum[4 * j + 1]});
-        store_pack(to + 8 * columns, Pack<float, 2>{sum[4 * j + 2], sum[4 * j + 3]});
-      }
-    }
-    __syncwarp();
-    const int column = transposed ? line_of(pack * N) : first_column + first + pack * N;
-    const auto of = epilogue.template columns<N>(column);
-    // One copy of the epilogue: it may be long.
-#pragma unroll 1
-    for (int row = lane / packs; row < out_rows; row += 32 / packs) {
-      float value[N];
-#pragma unroll
-      for (int i = 0; i < N; i += 4) {
-        const Pack<float, 4> four = load_pack<4>(own + place(row, (pack * N + i) / 4));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) value[i + j] = four.value[j];
-      }
-      epilogue.template put<N>(transposed ? first_column + first + row : line_of(row), column, of, value);
-    }
-    __syncwarp();
   }
-}
+  // Of a place, from a row to the one that a lane reads next.
+  static constexpr int flips = !transposed && rows_apart == 2 ? 16 : 0;
+
+  const Epilogue& epilogue_;
+  int first_column_, column_;
+  Columns of_;
+};
 
 template <class Tile, bool x_along_lines, bool y_along_lines, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::cluster, 1, 1)
@@ -237,7 +269,11 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
   const int warpgroup = threadIdx.x / 128;
 
   WgmmaStages<Tile> stages(shared);
-  if (threadIdx.x == 0) stages.init();
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(x);
+    ptx::prefetch_map(y);
+    stages.init();
+  }
   if constexpr (Tile::cluster > 1)
     ptx::sync_cluster();
   else
@@ -279,6 +315,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     float* const own = reinterpret_cast<float*>(memory + beyond + Tile::out_offset) +
                        (consumer * 4 + warp) * Tile::out_bytes / static_cast<int>(sizeof(float));
     for_tiles<Tile>(epilogue, [&](TileOrigin origin) {
+      const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
+      WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);
       float sum[Tile::columns / 2];
       // Each warp leaves a stage, in all blocks that fill it.
       const auto leave = [&](ptx::SharedAddress empty) {
@@ -335,9 +373,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
         }
         ptx::finish_products(sum);
       }
-      finish_warp<Tile>(
-          sum, own, [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); },
-          origin.column, epilogue);
+      finish.put(sum, own, line_of);
     });
   }
   // Nobody ends while others may still arrive at its barriers.

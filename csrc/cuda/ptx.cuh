@@ -220,6 +220,11 @@ struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
 
+// prefetch.tensormap: a copy by it will soon be issued.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // mbarrier.init: a phase of the barrier, 8 bytes of shared memory, ends after so many arrivals, and when all bytes are
 // there that were expected. Phases count from 0.
 __device__ __forceinline__ void init_barrier(SharedAddress barrier, unsigned arrivals) {

@@ -262,7 +262,7 @@ def _tensor_map(
         (ctypes.c_uint32 * 2)(1, 1),
         ctypes.c_int(0),  # not interleaved
         ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
-        ctypes.c_int(2),  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+        ctypes.c_int(3),  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
         ctypes.c_int(0),  # zeros beyond the array
     )
     if status:
