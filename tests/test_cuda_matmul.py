@@ -140,7 +140,7 @@ def choices(kind: str, a: Any, b: Any) -> Iterator[Choice]:
     alike = (a.strides[1] == a.itemsize) == (b.strides[1] == b.itemsize)
     for choice in candidates:
         key = choice.tile, choice.splits > 1
-        if kind == "float16" and choice.tile not in (smallest, *cuda_matmul.WGMMA_TILES):
+        if kind == "float16" and choice.tile.kernel != "wgmma" and choice.tile != smallest:
             continue
         if choice.tile.kernel in ("mma", "wgmma") and choice.splits > 1 and not alike:
             continue
@@ -337,7 +337,9 @@ def test_python_and_cpp_agree_on_tiles() -> None:
 def test_tiles_fit_into_shared_memory(arch: str, kib: int) -> None:
     for kind, dtype in DTYPES.items():
         for m, n, k in [(4096, 4096, 4096), (64, 128, 784), (784, 128, 60000), (100000, 10, 128)]:
-            found = cuda_matmul.candidates(m, n, k, np.dtype(dtype).name, kind == "tf32", (32, 32), arch, 132)
+            found = cuda_matmul.candidates(
+                m, n, k, np.dtype(dtype).name, kind == "tf32", (32, 32), arch, 132, (False, False)
+            )
             assert found
             assert all(choice.tile.shared <= 1024 * kib for choice in found)
 
@@ -345,14 +347,17 @@ def test_tiles_fit_into_shared_memory(arch: str, kib: int) -> None:
 @pytest.mark.parametrize("proven", [False, True])
 def test_wgmma_is_chosen_where_it_is_and_only_if_proven(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_matmul, "WGMMA", proven)
-    for dtype, arch, there in [
-        ("bfloat16", "sm_90a", True),
-        ("float16", "sm_90a", True),
-        ("float32", "sm_90a", False),
-        ("bfloat16", "sm_80", False),
-        ("bfloat16", "sm_100a", False),
+    for dtype, arch, along_lines, there in [
+        ("bfloat16", "sm_90a", (False, True), True),
+        ("float16", "sm_90a", (True, True), True),
+        ("float32", "sm_90a", (False, True), True),
+        ("float32", "sm_90a", (True, False), True),
+        ("float32", "sm_90a", (True, True), False),
+        ("bfloat16", "sm_90a", None, False),
+        ("bfloat16", "sm_80", (False, True), False),
+        ("bfloat16", "sm_100a", (False, True), False),
     ]:
-        found = cuda_matmul.candidates(4096, 4096, 4096, dtype, dtype == "float32", (32, 32), arch, 132)
+        found = cuda_matmul.candidates(4096, 4096, 4096, dtype, dtype == "float32", (32, 32), arch, 132, along_lines)
         kernels = [choice.tile.kernel for choice in found]
         assert ("wgmma" in kernels) == there
         assert kernels[0] == ("wgmma" if there and proven else "mma")
@@ -360,7 +365,7 @@ def test_wgmma_is_chosen_where_it_is_and_only_if_proven(proven: bool, monkeypatc
 
 def test_no_part_of_k_is_empty() -> None:
     for k in (1, 7, 63, 64, 65, 784, 1000, 60000):
-        for choice in cuda_matmul.candidates(40, 50, k, "float32", False, (32, 32), "sm_90a", 132):
+        for choice in cuda_matmul.candidates(40, 50, k, "float32", False, (32, 32), "sm_90a", 132, None):
             depths = -(-k // choice.tile.depth)
             steps = -(-depths // choice.splits)
             assert steps * (choice.splits - 1) < depths <= steps * choice.splits

@@ -74,6 +74,7 @@ class _Kernel(ctypes.Structure):
         ("sizes", ctypes.POINTER(ctypes.c_uint)),
         ("kinds", ctypes.c_char_p),
         ("max_threads", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
         ("run", ctypes.c_void_p),
         ("statics", ctypes.c_void_p),
     )
@@ -91,6 +92,7 @@ class _Configuration(ctypes.Structure):
         ("eager", ctypes.c_int),
         ("seed", ctypes.c_uint),
         ("os_threads", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
     )
 
 
@@ -165,11 +167,12 @@ class HostDevice:
         resident = self.multiprocessors * min(MAX_RESIDENT_THREADS // block, MAX_SHARED // max(shared, 1))
         if cooperative and math.prod(grid) > resident:
             raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
+        cluster = kernel.description.cluster
         configuration = _Configuration(
-            (*grid,), block, shared, cooperative, *THREAD_ORDERS[self.thread_order], self.os_threads
+            (*grid,), block, shared, cooperative, *THREAD_ORDERS[self.thread_order], self.os_threads, cluster
         )
         # Copies, as the launch may be done later.
-        values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]
+        values = [_aligned(a.tobytes()) for a in arguments]
         pointers = (ctypes.POINTER(ctypes.c_char) * len(values))(*values)
 
         def run() -> None:
@@ -207,6 +210,17 @@ class HostDevice:
 
     def pinned(self) -> NDArray[np.int64]:
         return self.view(self.empty((2,), np.int64))
+
+    def tensor_map(
+        self, address: int, dtype: str, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        size, rounds = {"uint16": (2, False), "uint32": (4, False), "tf32": (4, True)}[dtype]
+        # What cuTensorMapEncodeTiled asks for, with swizzling by 128 bytes.
+        if address % 16 or row_bytes % 16 or not shape[1] * size <= row_bytes < 2**40:
+            raise ValueError(f"no tensor map of {shape} at {address}, rows {row_bytes} bytes apart")
+        if not all(1 <= n <= 2**32 for n in shape) or not all(1 <= n <= 256 for n in box) or box[1] * size != 128:
+            raise ValueError(f"no tensor map of {shape} with a box of {box}")
+        return np.void(_TENSOR_MAP.pack(address, shape[1], shape[0], row_bytes, box[1], box[0], size, rounds))
 
     def _do(self, work: Callable[[], None]) -> None:
         if hasattr(self._recording, "launches"):
@@ -275,6 +289,18 @@ class HostDevice:
         return copy
 
 
+# `TensorMap` of ptx_on_host.h.
+_TENSOR_MAP = struct.Struct("=Qqqqiiii80x")
+
+
+def _aligned(content: bytes) -> Any:
+    """Return a buffer aligned to 64 bytes, as much as a parameter may need."""
+    memory = ctypes.create_string_buffer(len(content) + 64)
+    buffer = (ctypes.c_char * len(content)).from_buffer(memory, -ctypes.addressof(memory) % 64)
+    buffer.raw = content
+    return buffer
+
+
 def _allocate(size: int, device: int) -> Any:
     """Return memory, poisoned, with guards around it, that is given back with the last array on it."""
     runtime = _runtime()
@@ -303,6 +329,8 @@ def _check_arguments(kernel: Kernel, arguments: Sequence[np.generic]) -> None:
 def _check_configuration(kernel: Kernel, grid: tuple[int, int, int], block: int, shared: int) -> None:
     if not all(1 <= size <= most for size, most in zip(grid, MAX_GRID, strict=True)) or math.prod(grid) >= 2**32:
         raise ValueError(f"{kernel.name}: a grid of {grid}, at most {MAX_GRID}")
+    if grid[0] % kernel.description.cluster:
+        raise ValueError(f"{kernel.name}: a grid of {grid}, in clusters of {kernel.description.cluster} blocks")
     if not 1 <= block <= kernel.description.max_threads:
         raise ValueError(f"{kernel.name}: {block} threads a block, 1 to {kernel.description.max_threads}")
     if not 0 <= shared <= MAX_SHARED:
@@ -463,7 +491,7 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     bounds = dict(itertools.chain.from_iterable(_launch_bounds(_text(file)).items() for file in files))
     unit = ['#include "cuda_host.h"', f'#include "cuda/{source}"', *map(_declared_bounds(bounds), expressions)]
     for number, expression in enumerate(expressions):
-        unit.append(f"CUDA_HOST_KERNEL({number}, {_bound(bounds, expression)}, {expression})")
+        unit.append(f"CUDA_HOST_KERNEL({number}, {', '.join(_bounds(bounds, expression))}, {expression})")
     text = "\n".join([*dict.fromkeys(unit), ""])
     name = "unit_" + _digest(_runtime_path().name, text, *map(_text, files), *_options())
 
@@ -489,22 +517,27 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     return _build(f"{name}.so", commands)
 
 
-# template <...> __global__ void __launch_bounds__(...) name(
+# template <...> __global__ void __launch_bounds__(...) __cluster_dims__(...) name(
+_PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 _BOUNDED_KERNEL = re.compile(
     r"(?P<template>template\s*<[^;{}]*?>\s*)?(?:static\s+)?__global__\s+(?:static\s+)?void\s+__launch_bounds__\s*"
-    r"\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\s*(?P<name>\w+)\s*\("
+    rf"(?P<bounds>{_PARENTHESES})\s*(?:__cluster_dims__\s*(?P<cluster>{_PARENTHESES})\s*)?(?P<name>\w+)\s*\("
 )
 
 
-def _launch_bounds(text: str) -> dict[str, tuple[str, str]]:
-    """Return, by a kernel's name, the head of its template and the largest block, an expression."""
-    found = {}
-    for match in _BOUNDED_KERNEL.finditer(text):
-        # What follows a comma is the number of blocks; what is within parentheses or angles holds commas, too.
-        most = re.match(r"(?:[^,<(]|<[^>]*>|\([^)]*\))*", match["bounds"])
-        assert most is not None
-        found[match["name"]] = (match["template"] or "").strip(), most[0].strip()
-    return found
+def _launch_bounds(text: str) -> dict[str, tuple[str, str, str]]:
+    """Return, by a kernel's name, the head of its template, the largest block and the cluster, expressions."""
+
+    def first(parentheses: str) -> str:
+        # What follows a comma are others; what is within parentheses or angles holds commas, too.
+        found = re.match(r"(?:[^,<(]|<[^>]*>|\([^)]*\))*", parentheses[1:-1])
+        assert found is not None
+        return found[0].strip()
+
+    return {
+        match["name"]: ((match["template"] or "").strip(), first(match["bounds"]), first(match["cluster"] or "(1)"))
+        for match in _BOUNDED_KERNEL.finditer(text)
+    }
 
 
 def _split(expression: str) -> tuple[str, str, str]:
@@ -514,22 +547,26 @@ def _split(expression: str) -> tuple[str, str, str]:
     return namespace, name, angle + rest
 
 
-def _declared_bounds(bounds: dict[str, tuple[str, str]]) -> Callable[[str], str]:
-    """Return what declares, for an expression, a variable (or a template, like the kernel): its largest block."""
+def _declared_bounds(bounds: dict[str, tuple[str, str, str]]) -> Callable[[str], str]:
+    """Return what declares, for an expression, variables (or templates, like the kernel): its block and its cluster."""
 
     def declared(expression: str) -> str:
         namespace, name, _ = _split(expression)
         if name not in bounds:
             return ""
-        template, most = bounds[name]
-        variable = f"{template} constexpr unsigned {name}_launch_bounds = {most};"
-        return f"namespace {namespace} {{ {variable} }}" if namespace else variable
+        template, most, cluster = bounds[name]
+        variables = (
+            f"{template} constexpr unsigned {name}_launch_bounds = {most}; "
+            f"{template} constexpr unsigned {name}_cluster = {cluster};"
+        )
+        return f"namespace {namespace} {{ {variables} }}" if namespace else variables
 
     return declared
 
 
-def _bound(bounds: dict[str, tuple[str, str]], expression: str) -> str:
+def _bounds(bounds: dict[str, tuple[str, str, str]], expression: str) -> tuple[str, str]:
     namespace, name, arguments = _split(expression)
     if name not in bounds:
-        return str(MAX_BLOCK)
-    return f"({namespace}{'::' if namespace else ''}{name}_launch_bounds{arguments})"
+        return str(MAX_BLOCK), "1"
+    prefix = f"{namespace}{'::' if namespace else ''}{name}"
+    return f"({prefix}_launch_bounds{arguments})", f"({prefix}_cluster{arguments})"

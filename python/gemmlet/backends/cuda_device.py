@@ -7,11 +7,12 @@ its place that runs the very kernels on the CPU (tests/cuda_on_host).
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -20,6 +21,9 @@ from . import cuda_compile
 
 # A kernel with everything but the size of its grid and its arguments: ``launch(grid_x, grid_y, *values)``.
 Launch = Callable[..., None]
+
+# What is copied as it is, or rounded to TF32.
+BoxNumber = Literal["uint16", "uint32", "tf32"]
 
 
 class Graph(Protocol):
@@ -81,6 +85,15 @@ class Device(Protocol):
 
     def pinned(self) -> NDArray[np.int64]:
         """Return two numbers in memory of the CPU that kernels write to, at the same address."""
+
+    def tensor_map(
+        self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        """Return a ``TensorMap``, by which kernels copy boxes of an array to shared memory (TMA, from sm_90 on).
+
+        Rows of contiguous numbers are `row_bytes` apart, a multiple of 16, as is the `address`; rows of a box are 128
+        bytes.
+        """
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return a new `cupy.ndarray`, C-contiguous, its start aligned to 256 bytes."""
@@ -230,6 +243,12 @@ class CudaDevice:
         self._cupy.cuda.runtime.memGetInfo()
         self._own.has_context = True
 
+    def tensor_map(
+        self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        """See `Device`."""
+        return _tensor_map(address, dtype, shape, row_bytes, box)
+
     def pinned(self) -> NDArray[np.int64]:
         """See `Device`."""
         with self._device:
@@ -313,6 +332,40 @@ def _memory_for(size: int, offsets: Sequence[int]) -> tuple[bytearray, Any, int]
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     pointers = (ctypes.c_uint64 * len(offsets))(*(start + offset for offset in offsets))
     return memory, pointers, ctypes.addressof(pointers)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """The driver's library, for what CuPy does not bind; CuPy has loaded it."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(
+    address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+) -> np.void:
+    """`Device.tensor_map`: some microseconds, and nothing of the arguments is looked at but their values."""
+    # CUtensorMapDataType: UINT16, UINT32, TFLOAT32.
+    number = {"uint16": 1, "uint32": 2, "tf32": 11}[dtype]
+    memory = ctypes.create_string_buffer(128 + 64)
+    offset = -ctypes.addressof(memory) % 64  # which the driver asks for
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(memory, offset),
+        ctypes.c_int(number),
+        ctypes.c_uint32(2),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(*shape[::-1]),
+        (ctypes.c_uint64 * 1)(row_bytes),
+        (ctypes.c_uint32 * 2)(*box[::-1]),
+        (ctypes.c_uint32 * 2)(1, 1),
+        ctypes.c_int(0),  # not interleaved
+        ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
+        ctypes.c_int(3),  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+        ctypes.c_int(0),  # zeros beyond the array
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}")
+    return np.void(memory.raw[offset : offset + 128])
 
 
 class _CudaGraph:

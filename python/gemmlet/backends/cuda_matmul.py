@@ -13,7 +13,7 @@ import numpy as np
 
 from .._arrays import name_of
 from ..formulas.activations import ACTIVATIONS, Activation
-from .cuda_device import Device
+from .cuda_device import BoxNumber, Device
 from .cuda_types import COMPUTED, FLOATS, SIZES, address
 
 # The kernels count lines and steps in an int, and look a little beyond the last one.
@@ -51,6 +51,10 @@ class Tile:
         So many blocks keep a multiprocessor busy; fewer take as long.
     parameters : tuple of int
         Of the C++ template, after the type.
+    cluster : int
+        So many blocks compute tiles next to each other together.
+    transposed : bool
+        Whether the kernel computes the transpose, of the second operand and the first.
     """
 
     kernel: Literal["simt", "mma", "wgmma", "thin"]
@@ -63,6 +67,8 @@ class Tile:
     step: float
     busy: float
     parameters: tuple[int, ...]
+    cluster: int = 1
+    transposed: bool = False
 
     def __str__(self) -> str:
         return f"{self.kernel} {'x'.join(map(str, self.parameters))}"
@@ -125,11 +131,24 @@ def mma(
     return Tile("mma", rows, columns, depth, threads, shared, start, step, busy, parameters)
 
 
-def wgmma(rows: int, columns: int, depth: int, stages: int, start: float, step: float, busy: float = 1.0) -> Tile:
-    """Return ``WgmmaTile<...>``, of numbers of 16 bits."""
-    loading = stages * (rows + columns) * depth * 2 + 1024 - 16
-    shared = max(loading, rows * (columns + 8) * 4)
-    return Tile("wgmma", rows, columns, depth, 2 * rows, shared, start, step, busy, (rows, columns, depth, stages))
+def wgmma(
+    dtype: str,
+    x_lines: int,
+    y_lines: int,
+    stages: int,
+    cluster: int,
+    group_rows: int,
+    transposed: bool,
+    start: float,
+    step: float,
+    busy: float = 1.0,
+) -> Tile:
+    """Return ``WgmmaTile<...>``."""
+    shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
+    parameters = (x_lines, y_lines, stages, cluster, group_rows, int(transposed))
+    rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
+    threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
+    return Tile("wgmma", rows, columns, depth, threads, shared, start, step, busy, parameters, cluster, transposed)
 
 
 def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
@@ -185,7 +204,21 @@ _MMA_TILES = {
     ),
 }
 
-WGMMA_TILES = (wgmma(128, 256, 64, 4, 2600.0, 15.8), wgmma(192, 256, 64, 4, 2600.0, 18.5))
+# By arithmetic, not measured yet: at 1.6 GHz the tensor cores take 10 ns for a step of 16 bits of the larger tile, and
+# twice that in TF32. There one operand must lie by lines: b, or a if the kernel computes the transpose.
+_WGMMA_TILES = {
+    **dict.fromkeys(
+        ("float16", "bfloat16"),
+        (
+            wgmma("bfloat16", 128, 256, 4, 2, 8, False, 3000.0, 10.8),
+            wgmma("bfloat16", 128, 128, 6, 1, 16, False, 3000.0, 6.0),
+        ),
+    ),
+    "float32": (
+        wgmma("float32", 128, 256, 4, 2, 8, False, 3000.0, 21.6),
+        wgmma("float32", 128, 256, 4, 2, 8, True, 3000.0, 21.6),
+    ),
+}
 
 # A line's worth of rows (or columns) that the thin kernel takes at once: one, or up to four.
 _THIN_COUNTS = (1, 4)
@@ -195,22 +228,37 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that there are for products of this type, but for thin ones."""
     if dtype in _SIMT_TILES and not tf32:
         return _SIMT_TILES[dtype]
-    has_wgmma = SIZES[dtype] == 2 and arch in ARCHITECTURES["matmul_wgmma.cuh"]
-    return (*_MMA_TILES[dtype], *(WGMMA_TILES if has_wgmma else ()))
+    return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul_wgmma.cuh"] else ()))
+
+
+def takes(tile: Tile, dtype: str, along_lines: Sequence[bool] | None) -> bool:
+    """Return whether a tile's kernel takes operands that lie so.
+
+    `along_lines` is whether lines of one step are contiguous in each operand, else steps of one line are; it is None if
+    there are no tensor maps of them.
+    """
+    if tile.kernel != "wgmma":
+        return True
+    return along_lines is not None and (SIZES[dtype] == 2 or not along_lines[0 if tile.transposed else 1])
 
 
 class _Operand(NamedTuple):
-    """``Operand<T>`` but for its address, the rows of a or the columns of b."""
+    """``Operand<T>`` but for its address, the rows of a or the columns of b.
+
+    For a tensor map: its shape as rows of what is contiguous, and the bytes from row to row; 0 if there can be none.
+    """
 
     line_stride: int
     step_stride: int
     lines: int
     along_lines: bool
     packed: bool
+    shape: tuple[int, int]
+    row_bytes: int
 
     def rest(self) -> bytes:
-        """All of it but the address."""
-        return _OPERAND_REST.pack(*self)
+        """The struct but for the address."""
+        return _OPERAND_REST.pack(*self[:5])
 
 
 # Structs of csrc/cuda/matmul.cuh: Operand<T> and, by the type that is computed in, LinearEpilogue<T, F> behind their
@@ -218,6 +266,7 @@ class _Operand(NamedTuple):
 _OPERAND_REST = struct.Struct("=qqiii4x")
 _LINEAR = {"float": struct.Struct("=iifi"), "double": struct.Struct("=iidi4x")}
 _OPERAND = f"Q{_OPERAND_REST.size}s"
+_TENSOR_MAP = "128s"
 _PARTIAL = "Qiii4x"
 
 
@@ -230,7 +279,15 @@ def _operand(aligned: bool, size: int, lines: int, steps: int, line_stride: int,
     along_lines = step_stride != 1 and (line_stride == 1 or abs(line_stride) < abs(step_stride)) and lines > 1
     inner, outer = (line_stride, step_stride) if along_lines else (step_stride, line_stride)
     packed = inner == 1 and aligned and outer * size % 16 == 0
-    return _Operand(line_stride, step_stride, lines, along_lines, packed)
+    shape = (steps, lines) if along_lines else (lines, steps)
+    row_bytes = (outer if shape[0] > 1 else -(-shape[1] // 8) * 8) * size
+    if not packed or not steps or row_bytes < shape[1] * size:
+        row_bytes = 0
+    return _Operand(line_stride, step_stride, lines, along_lines, packed, shape, row_bytes)
+
+
+# What a kernel is given of its two operands, by their addresses.
+_Given = Callable[[int, int], tuple[Any, ...]]
 
 
 class _Facts(NamedTuple):
@@ -252,13 +309,44 @@ class _Facts(NamedTuple):
         return first, _operand(self.b_aligned, size, n, k, b_column, b_row)
 
 
+def _as_structs(operands: tuple[_Operand, _Operand], second_first: bool) -> _Given:
+    """Return what makes the structs of two operands."""
+    first, second = (operand.rest() for operand in operands)
+    if second_first:
+        return lambda a, b: (b, second, a, first)
+    return lambda a, b: (a, first, b, second)
+
+
 def _facts(a: Any, b: Any) -> _Facts:
     aligned = (array.data.ptr % 16 == 0 for array in (a, b))
     return _Facts(a.shape, b.shape, a.strides, b.strides, a.dtype, *aligned)
 
 
+def _as_tensor_maps(device: Device, tile: Tile, operands: tuple[_Operand, _Operand], size: int) -> _Given:
+    """Return what makes the tensor maps by which a kernel copies what its blocks take of its two operands."""
+    x_lines, y_lines = tile.parameters[:2]
+    y_lines //= tile.cluster
+    # Floats that go through registers are rounded there.
+    numbers: tuple[BoxNumber, BoxNumber] = ("uint16", "uint16") if size == 2 else ("uint32", "tf32")
+
+    def tensor_map(operand: _Operand, lines: int, number: BoxNumber, at: int) -> bytes:
+        box = (tile.depth, tile.depth) if operand.along_lines else (lines, tile.depth)
+        return device.tensor_map(at, number, operand.shape, operand.row_bytes, box).tobytes()
+
+    x, y = operands[::-1] if tile.transposed else operands
+
+    def given(a: int, b: int) -> tuple[bytes, bytes]:
+        x_at, y_at = (b, a) if tile.transposed else (a, b)
+        return tensor_map(x, x_lines, numbers[0], x_at), tensor_map(y, y_lines, numbers[1], y_at)
+
+    return given
+
+
 def _blocks(tile: Tile, m: int, n: int) -> int:
-    return -(-m // tile.rows) * -(-n // tile.columns)
+    rows, columns = -(-m // tile.rows), -(-n // tile.columns)
+    if tile.transposed:
+        rows, columns = columns, rows
+    return -(-rows // tile.cluster) * tile.cluster * columns
 
 
 def estimate(choice: Choice, m: int, n: int, k: int, size: int, multiprocessors: int) -> float:
@@ -286,14 +374,22 @@ def splits_of(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> Itera
 
 
 def candidates(
-    m: int, n: int, k: int, dtype: str, tf32: bool, thin_lines: tuple[int, int], arch: str, multiprocessors: int
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    tf32: bool,
+    thin_lines: tuple[int, int],
+    arch: str,
+    multiprocessors: int,
+    along_lines: tuple[bool, bool] | None,
 ) -> list[Choice]:
     """Return all that can compute a product, the one with the lowest estimate first (see `WGMMA` for an exception).
 
-    `thin_lines` are how many lines of a and of b a block of the thin kernel takes.
+    `thin_lines` are how many lines of a and of b a block of the thin kernel takes; for `along_lines` see `takes`.
     """
     shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
-    found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared]
+    found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared and takes(tile, dtype, along_lines)]
     few = min(m, n)
     if few <= _THIN_COUNTS[-1]:
         count = next(count for count in _THIN_COUNTS if few <= count)
@@ -321,8 +417,10 @@ def _choices(device: Device, facts: _Facts, tf32: bool) -> list[Choice]:
     first, second = facts.operands()
     dtype = name_of(facts.dtype)
     thin = thin_lines(dtype, first.along_lines), thin_lines(dtype, second.along_lines)
-    k = facts.a_shape[1]
-    return candidates(first.lines, second.lines, k, dtype, tf32, thin, device.arch, device.multiprocessors)
+    mapped = first.row_bytes > 0 and second.row_bytes > 0
+    layouts = (first.along_lines, second.along_lines) if mapped else None
+    k, cores = facts.a_shape[1], device.multiprocessors
+    return candidates(first.lines, second.lines, k, dtype, tf32, thin, device.arch, cores, layouts)
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
@@ -333,7 +431,7 @@ def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str
         return "matmul_simt.cuh", f"gemmlet::matmul_simt<gemmlet::SimtTile<{name}, {numbers}>, {epilogue}>"
     if tile.kernel == "thin":
         return "matmul_thin.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
-    layouts = ", ".join("true" if along else "false" for along in along_lines)
+    layouts = ", ".join("true" if along else "false" for along in along_lines[:: -1 if tile.transposed else 1])
     kernel, tile_type = f"matmul_{tile.kernel}", f"{tile.kernel.title()}Tile"
     return f"{kernel}.cuh", f"gemmlet::{kernel}<gemmlet::{tile_type}<{name}, {numbers}>, {layouts}, {epilogue}>"
 
@@ -374,6 +472,8 @@ def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]
         on_tensor_cores = tiles(dtype, True, "sm_90a") if dtype in _MMA_TILES else ()
         for tile in (*_SIMT_TILES.get(dtype, ()), *on_tensor_cores, *thin_tiles):
             for layouts in itertools.product((False, True), repeat=2):
+                if not takes(tile, dtype, layouts):
+                    continue
                 for epilogue in (*finals, partial_epilogue(dtype)):
                     add(kernel_of(tile, dtype, layouts, epilogue))
     return {source: list(names) for source, names in found.items()}
@@ -468,23 +568,27 @@ def prepared(
     final_rest = final_struct.pack(m, n, parameter, n % (16 // facts.dtype.itemsize) == 0 and aligned[2])
     final_layout = f"QQQ{final_struct.size}s"
 
-    # The thin kernel takes the operand of many lines first, and is told which one it is.
-    turned = tile.kernel == "thin" and n > m
-    first, second = (operand.rest() for operand in (reversed(operands) if turned else operands))
-    steps = -(-k // (tile.depth * splits)) * tile.depth
-    sizes = (k, steps, int(not turned)) if tile.kernel == "thin" else (k, steps)
+    blocks, steps = _blocks(tile, m, n), -(-k // (tile.depth * splits)) * tile.depth
+    sizes: tuple[int, ...] = k, steps
+    if tile.kernel == "wgmma":
+        operand, given = _TENSOR_MAP, _as_tensor_maps(device, tile, operands, facts.dtype.itemsize)
+        # They take tiles in turn.
+        blocks = min(blocks, max(device.multiprocessors // (splits * tile.cluster), 1) * tile.cluster)
+    else:
+        # The thin kernel takes the operand of many lines first, and is told which one it is.
+        turned = tile.kernel == "thin" and n > m
+        operand, given = _OPERAND, _as_structs(operands, turned)
+        if tile.kernel == "thin":
+            sizes = k, steps, int(not turned)
     epilogue, layout = (final, final_layout) if splits == 1 else (partial_epilogue(dtype), _PARTIAL)
     along_lines = [operand.along_lines for operand in operands]
-    parameters = (_OPERAND, _OPERAND, *["i"] * len(sizes), layout)
+    parameters = (operand, operand, *["i"] * len(sizes), layout)
     launch = device.prepare(*kernel_of(tile, dtype, along_lines, epilogue), parameters, tile.threads, tile.shared)
-    blocks = _blocks(tile, m, n)
 
     if splits == 1:
 
         def run(x: int, w: int, y: int, z: int, b: int) -> None:
-            if turned:
-                x, w = w, x
-            launch(blocks, 1, x, first, w, second, *sizes, y, z, b, final_rest)
+            launch(blocks, 1, *given(x, w), *sizes, y, z, b, final_rest)
 
         return run
 
@@ -494,11 +598,9 @@ def prepared(
     combine_blocks = -(-m * -(-n // (16 // sums.itemsize)) // 256)
 
     def run_in_parts(x: int, w: int, y: int, z: int, b: int) -> None:
-        if turned:
-            x, w = w, x
         parts = device.empty((splits, m, n), sums)
         at = address(parts)
-        launch(blocks, splits, x, first, w, second, *sizes, at, m, n, parts_packed)
+        launch(blocks, splits, *given(x, w), *sizes, at, m, n, parts_packed)
         combine(combine_blocks, 1, at, splits, y, z, b, final_rest)
 
     return run_in_parts
