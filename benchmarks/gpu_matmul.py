@@ -50,6 +50,9 @@ RELU = ACTIVATIONS["relu"]
 MORE_TILES: dict[str, tuple[Tile, ...]] = {
     "float32": (
         simt("float32", 128, 256, 16, 8, 16, 1, 3, 2600.0, 160.0),
+        simt("float32", 128, 256, 16, 8, 16, 1, 4, 2600.0, 160.0),
+        simt("float32", 128, 128, 16, 8, 16, 1, 4, 2700.0, 82.0, 1.5),
+        simt("float32", 64, 128, 16, 8, 8, 1, 5, 1800.0, 42.0, 1.5),
         simt("float32", 64, 128, 16, 8, 8, 1, 4, 1800.0, 42.0, 1.5),
         simt("float32", 64, 128, 32, 8, 16, 2, 3, 2700.0, 41.0, 1.5),
         simt("float32", 64, 64, 32, 8, 8, 2, 3, 2700.0, 22.0, 1.5),
@@ -362,8 +365,7 @@ def compile_all(device: CudaDevice, kinds: Sequence[str]) -> int:
         for epilogue, layouts in itertools.product(epilogues, itertools.product((False, True), repeat=2)):
             found = [*cuda_matmul.tiles(name, kind == "tf32", device.arch)]
             found += [cuda_matmul.thin(name, 32, n, False) for n in (1, 4)]
-            if layouts == (False, True):
-                found += more_tiles(device, kind, "nn")
+            found += [t for t in more_tiles(device, kind, "nn") if t.kernel == "simt" or layouts == (False, True)]
             for tile in found:
                 wanted[cuda_matmul.kernel_of(tile, name, layouts, epilogue)] = device.arch
     with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

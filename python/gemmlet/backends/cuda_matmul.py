@@ -198,11 +198,15 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
 
 
 class _Operand(NamedTuple):
-    """``Operand<T>``, the rows of a or the columns of b, and what is chosen by it."""
+    """``Operand<T>``, the rows of a or the columns of b, and what is chosen by it.
+
+    `in_packs`: whether neighbouring lines can be read 16 bytes at a time, and fill them.
+    """
 
     packed_struct: np.void
     lines: int
     along_lines: bool
+    in_packs: bool
 
 
 _OPERAND = struct.Struct("=Qqqiii4x")
@@ -220,7 +224,8 @@ def _operand(pointer: int, size: int, lines: int, steps: int, line_stride: int, 
     inner, outer = (line_stride, step_stride) if along_lines else (step_stride, line_stride)
     packed = inner == 1 and pointer % 16 == 0 and outer * size % 16 == 0
     data = _OPERAND.pack(pointer, line_stride, step_stride, lines, along_lines, packed)
-    return _Operand(np.void(data), lines, along_lines)
+    in_packs = along_lines and packed and lines * size % 16 == 0
+    return _Operand(np.void(data), lines, along_lines, in_packs)
 
 
 def _operands(a: Any, b: Any) -> tuple[_Operand, _Operand]:
@@ -303,11 +308,9 @@ def _facts(device: Device, a: Any, first: _Operand, second: _Operand, tf32: bool
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
-    """Return the source and the name of a kernel."""
+    """Return the source and the name of a kernel. Of ``"simt"`` the operands' `in_packs` count for `along_lines`."""
     name = FLOATS[dtype]
     numbers = ", ".join(map(str, tile.parameters))
-    if tile.kernel == "simt":
-        return "matmul_simt.cuh", f"gemmlet::matmul_simt<gemmlet::SimtTile<{name}, {numbers}>, {epilogue}>"
     if tile.kernel == "thin":
         return "matmul_thin.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
     layouts = ", ".join("true" if along else "false" for along in along_lines)
@@ -431,7 +434,8 @@ def linear(
     else:
         epilogue, data = final, final_data
 
-    source, name = kernel_of(tile, dtype, (first.along_lines, second.along_lines), epilogue)
+    layouts = [of.in_packs if tile.kernel == "simt" else of.along_lines for of in (first, second)]
+    source, name = kernel_of(tile, dtype, layouts, epilogue)
     arguments: list[np.generic] = [first.packed_struct, second.packed_struct, np.int32(k), np.int32(steps)]
     if tile.kernel == "thin":
         if n <= m:
