@@ -59,6 +59,9 @@ RELU = ACTIVATIONS["relu"]
 # 4 % at 4096^3 on an H100 (128x128x16x8x16x1x3), or nowhere ahead by more than 1 %.
 MORE_TILES: dict[str, tuple[Tile, ...]] = {
     "float32": (
+        simt("float32", 128, 256, 16, 8, 16, 1, 4, 1700.0, 175.0),
+        simt("float32", 128, 128, 16, 8, 16, 1, 4, 1470.0, 90.1, 1.75),
+        simt("float32", 64, 128, 16, 8, 8, 1, 5, 2090.0, 45.3, 1.2),
         simt("float32", 128, 128, 16, 8, 16, 1, 3, 1470.0, 90.1, 1.75),
         simt("float32", 128, 128, 16, 8, 8, 1, 3, 1900.0, 92.9),
         simt("float32", 64, 64, 32, 8, 8, 2, 3, 1260.0, 24.8, 1.2),
@@ -405,8 +408,7 @@ def compile_all(arch: str, kinds: Sequence[str], only_wgmma: bool = False) -> in
             else:
                 found = [*cuda_matmul.tiles(name, kind == "tf32", arch)]
                 found += [cuda_matmul.thin(name, 32, n, False) for n in (1, 4)]
-                if layouts == (False, True):
-                    found += more_tiles(arch, kind, "nn")
+                found += [t for t in more_tiles(arch, kind, "nn") if t.kernel == "simt" or layouts == (False, True)]
             for tile in found:
                 if cuda_matmul.takes(tile, name, layouts):
                     wanted[cuda_matmul.kernel_of(tile, name, layouts, epilogue)] = None

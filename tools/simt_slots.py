@@ -41,35 +41,15 @@ def instructions(image: bytes, nvdisasm: str) -> tuple[list[str], dict[str, int]
     return found, labels
 
 
-def blocks_of_main_loop(found: list[str], labels: dict[str, int]) -> list[list[str]]:
-    """The loop with the most multiply-adds, in pieces that are run from their first to their last instruction."""
+def main_loop(found: list[str], labels: dict[str, int]) -> list[str]:
+    """The loop with the most multiply-adds, which has no branches."""
 
     def multiply_adds(loop: range) -> int:
         return sum(found[i].startswith("FFMA") for i in loop)
 
-    jumps = {i: re.search(r"BRA.*`\((\.L\S+)\)", text) for i, text in enumerate(found)}
-    loops = [range(labels[to[1]], i + 1) for i, to in jumps.items() if to and labels[to[1]] <= i]
-    loop = max(loops, key=multiply_adds)
-    starts = {*labels.values(), *(i + 1 for i in loop if jumps[i])}
-    pieces: list[list[str]] = [[]]
-    for i in loop:
-        if i in starts and pieces[-1]:
-            pieces.append([])
-        pieces[-1].append(found[i])
-    return pieces
-
-
-def run_with_rows(pieces: list[list[str]]) -> list[str] | None:
-    """What is run of them: x comes number by number, w in packs, and of either operand there are pieces for both.
-
-    None where that cannot be told.
-    """
-    copies = [i for i, piece in enumerate(pieces) if any("LDGSTS.E" in text for text in piece)]
-    packed = [any("LDGSTS.E.BYPASS.128" in text for text in pieces[i]) for i in copies]
-    if packed != [True, False, True, False]:
-        return None
-    x_packed, _, _, w_single = copies
-    return [text for i, piece in enumerate(pieces) if i not in (x_packed, w_single) for text in piece]
+    jumps = ((i, re.search(r"BRA.*`\((\.L\S+)\)", text)) for i, text in enumerate(found))
+    loops = [range(labels[to[1]], i + 1) for i, to in jumps if to and labels[to[1]] <= i]
+    return [found[i] for i in max(loops, key=multiply_adds)]
 
 
 def conflicts(run: Iterable[str]) -> Iterator[str]:
@@ -99,11 +79,9 @@ def report(tile: Tile, arch: str, nvdisasm: str) -> str:
     room = min(
         _REGISTERS // (-(-registers // 8) * 8 * tile.threads), _SHARED // (tile.shared + 1024), _THREADS // tile.threads
     )
-    line = f"{tile!s:28} {registers:4} registers, {room} blocks of {tile.threads}"
-    run = run_with_rows(blocks_of_main_loop(*instructions(made.image, nvdisasm)))
-    if run is None:
-        return line
+    run = main_loop(*instructions(made.image, nvdisasm))
     count, lost = sum(text.startswith("FFMA") for text in run), sum(1 for _ in conflicts(run))
+    line = f"{tile!s:28} {registers:4} registers, {room} blocks of {tile.threads}"
     return f"{line}: {(len(run) + lost) / count:.3f} turns ({lost / count:.3f} lost to banks)"
 
 

@@ -30,6 +30,16 @@ struct SimtTile {
   static_assert(rows % warp_rows == 0 && columns % warp_columns == 0 && depth % slices == 0 && slice_depth % 2 == 0);
   static_assert(thread_rows % V == 0 && thread_columns % V == 0);
 
+  // The copies of a tile go out in parts, so that loads from shared memory need not wait behind them all; from one barrier
+  // to the next, that before step `barrier_step` + 1 is loaded. With stages enough it stands in the middle of a tile, which
+  // so is followed by a next one that has been there for long; else where the last step of a tile has been loaded, so that
+  // the tile itself can be written over. Then or before, as many tiles have been copied `ahead`.
+  static constexpr bool has_spare = stages >= 4;
+  static constexpr int barrier_step = has_spare ? slice_depth / 2 : slice_depth - 1, ahead = stages - 1 - has_spare;
+  static constexpr int parts = slice_depth >= 16 ? 4 : 2, part_steps = slice_depth / parts;
+  static constexpr int early_parts = (slice_depth - 1 - barrier_step) / part_steps + 1;
+  static_assert(slice_depth % parts == 0 && ahead >= 1);
+
   // In shared memory a tile lies step by step. 16 bytes more a step: then 8 steps x 4 lines, written number by number, are
   // in as many banks.
   static constexpr int a_step = rows + V, b_step = columns + V;
@@ -45,51 +55,48 @@ struct SimtTile {
   static constexpr int blocks = 2 * threads * registers <= 65536 ? 2 : 1;
 };
 
-// Copies tiles of an operand, lines x depth, to shared memory, one after the other.
-template <class T, int lines, int depth, int threads>
+// Copies tiles of an operand, lines x depth, to shared memory, one after the other; in packs, or number by number.
+template <class T, bool packed, int lines, int depth, int threads>
 class SimtLoader {
  public:
-  __device__ __forceinline__ SimtLoader(const Operand<T>& operand, int first_line, StepRange steps, T* shared)
-      : packed_(operand.packed && operand.along_lines && operand.lines % V == 0) {
+  __device__ __forceinline__ SimtLoader(const Operand<T>& operand, int first_line, StepRange steps, T* shared) {
     const int t = threadIdx.x;
-    const int line = packed_ ? t % packs * V : t / 32 % cell_lines * 4 + t % 32 / 8;
-    const int step = packed_ ? t / packs : t / 32 / cell_lines * 8 + t % 8;
+    const int line = packed ? t % packs * V : t / 32 % cell_lines * 4 + t % 32 / 8;
+    const int step = packed ? t / packs : t / 32 / cell_lines * 8 + t % 8;
     from_ = reinterpret_cast<const unsigned char*>(operand.data +
                                                    static_cast<Index>(first_line + line) * operand.line_stride +
                                                    static_cast<Index>(steps.first + step) * operand.step_stride);
     column_stride_ = cells_apart * operand.line_stride * size;
-    row_stride_ = (packed_ ? packs_apart : cell_rows_apart) * operand.step_stride * size;
-    tile_stride_ = depth * operand.step_stride * size;
+    row_stride_ = (packed ? packs_apart : cell_rows_apart) * operand.step_stride * size;
+    if (!packed) row_stride_ -= (cell_columns - 1) * column_stride_;
     lines_left_ = operand.lines - first_line - line;
     steps_left_ = steps.last - steps.first - step;
     to_ = ptx::shared_address(shared) + (step * row + line) * size;
   }
 
-  // The next tile, to so many bytes after the first one's place.
-  __device__ __forceinline__ void copy(int offset) {
+  // One of so many parts of the next tile, first to last, to so many bytes after the first tile's place. Beyond the last
+  // tile there are zeros.
+  template <int part, int parts>
+  __device__ __forceinline__ void copy_part(int offset) {
     const ptx::SharedAddress to = to_ + offset;
-    const unsigned char* from = from_;
-    if (packed_) {
+    if constexpr (packed) {
 #pragma unroll
-      for (int i = 0; i < pack_copies; ++i) {
+      for (int i = pack_copies * part / parts; i < pack_copies * (part + 1) / parts; ++i) {
         const int step = i * packs_apart;
-        ptx::copy_async<16>(to + step * row * size, from, lines_left_ > 0 && step < steps_left_ ? 16 : 0);
-        from += row_stride_;
+        ptx::copy_async<16>(to + step * row * size, from_, lines_left_ > 0 && step < steps_left_ ? 16 : 0);
+        from_ += row_stride_;
       }
     } else {
+      constexpr int cells = cell_rows * cell_columns;
 #pragma unroll
-      for (int i = 0; i < cell_rows; ++i) {
-#pragma unroll
-        for (int j = 0; j < cell_columns; ++j) {
-          const int line = j * cells_apart, step = i * cell_rows_apart;
-          ptx::copy_async<size>(to + (step * row + line) * size, from + j * column_stride_,
-                                line < lines_left_ && step < steps_left_ ? size : 0);
-        }
-        from += row_stride_;
+      for (int i = cells * part / parts; i < cells * (part + 1) / parts; ++i) {
+        const int line = i % cell_columns * cells_apart, step = i / cell_columns * cell_rows_apart;
+        ptx::copy_async<size>(to + (step * row + line) * size, from_,
+                              line < lines_left_ && step < steps_left_ ? size : 0);
+        from_ += i % cell_columns == cell_columns - 1 ? row_stride_ : column_stride_;
       }
     }
-    from_ += tile_stride_;
-    steps_left_ -= depth;
+    if (part == parts - 1) steps_left_ -= depth;
   }
 
  private:
@@ -104,13 +111,26 @@ class SimtLoader {
   static constexpr int cell_rows = depth / cell_rows_apart;
   static_assert(warps % cell_lines == 0 && cell_columns * cells_apart == lines && cell_rows * cell_rows_apart == depth);
 
-  bool packed_;
-  // In bytes, as all strides here: to add them takes the fewest instructions.
+  // In bytes, as both strides: to add them takes the fewest instructions.
   const unsigned char* from_;
-  Index column_stride_, row_stride_, tile_stride_;
+  // From a column of cells to the next, and from the last one, or a pack, to the next row. Rows lead on to the next tile.
+  Index column_stride_, row_stride_;
   int lines_left_, steps_left_;
   ptx::SharedAddress to_;
 };
+
+// A number that is known to the compiler, and f(Number<i>{}) for each.
+template <int value_>
+struct Number {
+  static constexpr int value = value_;
+};
+template <int first, int last, class F>
+__device__ __forceinline__ void each_number(F f) {
+  if constexpr (first < last) {
+    f(Number<first>{});
+    each_number<first + 1, last>(f);
+  }
+}
 
 // A thread's rows or columns are packs of V, `apart` from one another.
 template <int count, int apart, class T>
@@ -124,7 +144,7 @@ __device__ __forceinline__ void load_fragment(T (&fragment)[count], const T* fro
   }
 }
 
-template <class Tile, class Epilogue>
+template <class Tile, bool a_packed, bool b_packed, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     matmul_simt(Operand<typename Tile::T> a, Operand<typename Tile::T> b, int k, int steps_per_split,
                 Epilogue epilogue) {
@@ -137,16 +157,22 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const StepRange steps = step_range(k, steps_per_split);
   const int tiles = tiles_of(steps, Tile::depth);
 
-  SimtLoader<T, Tile::rows, Tile::depth, Tile::threads> a_loader(a, origin.row, steps, shared);
-  SimtLoader<T, Tile::columns, Tile::depth, Tile::threads> b_loader(b, origin.column, steps, b_shared);
+  SimtLoader<T, a_packed, Tile::rows, Tile::depth, Tile::threads> a_loader(a, origin.row, steps, shared);
+  SimtLoader<T, b_packed, Tile::columns, Tile::depth, Tile::threads> b_loader(b, origin.column, steps, b_shared);
+  // A part of the next tile, at every `Tile::part_steps` steps from the barrier on.
+  const auto copy_part = [&](auto part, int offset) {
+    a_loader.template copy_part<part.value, Tile::parts>(offset * size);
+    b_loader.template copy_part<part.value, Tile::parts>(offset * size);
+  };
+  const auto copy_parts = [&](auto first, auto last, int offset) {
+    each_number<first.value, last.value>([&](auto part) { copy_part(part, offset); });
+  };
 #pragma unroll 1
-  for (int i = 0; i < Tile::stages - 1; ++i) {
-    if (i < tiles) {
-      a_loader.copy(i * Tile::stage * size);
-      b_loader.copy(i * Tile::stage * size);
-    }
+  for (int i = 0; i < Tile::ahead; ++i) {
+    copy_parts(Number<0>{}, Number<Tile::parts>{}, i * Tile::stage);
     ptx::commit_copies();
   }
+  copy_parts(Number<0>{}, Number<Tile::early_parts>{}, Tile::ahead * Tile::stage);
 
   // Lanes that are neighbours, or two apart, read the same 16 bytes, so that a load takes the fewest passes.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = warp / Tile::slice_warps;
@@ -159,42 +185,38 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
 
   T sum[rows][columns] = {};
   T a_now[2][rows], b_now[2][columns];
-  ptx::wait_for_copies<Tile::stages - 2>();
+  ptx::wait_for_copies<Tile::ahead - 1>();
   __syncthreads();
   load_fragment<rows, 4 * V>(a_now[0], a_first);
   load_fragment<columns, 8 * V>(b_now[0], b_first);
 
   // The main loop:
-  int read = 0, write = (Tile::stages - 1) * Tile::stage;
+  int read = 0, write = Tile::ahead * Tile::stage;
   const auto next_stage = [](int at) { return at == (Tile::stages - 1) * Tile::stage ? 0 : at + Tile::stage; };
   for (int tile = 0; tile < tiles; ++tile) {
-    // The stage that is written was read to its end before the last barrier.
-    if (tile + Tile::stages - 1 < tiles) {
-      a_loader.copy(write * size);
-      b_loader.copy(write * size);
-    }
-    ptx::commit_copies();
-    write = next_stage(write);
-
-#pragma unroll
-    for (int step = 0; step < Tile::slice_depth; ++step) {
-      int next = step + 1;
-      if (next == Tile::slice_depth) {
-        next = 0;
-        ptx::wait_for_copies<Tile::stages - 2>();
+    each_number<0, Tile::slice_depth>([&](auto number) {
+      constexpr int step = number.value, next = (step + 1) % Tile::slice_depth;
+      if constexpr (step == Tile::barrier_step) {
+        // From here on the next tile is there; and what is written next has been read to its end.
+        ptx::commit_copies();
+        ptx::wait_for_copies<Tile::ahead - 1>();
         __syncthreads();
-        read = next_stage(read);
+        write = next_stage(write);
       }
+      constexpr int since = (step - Tile::barrier_step + Tile::slice_depth) % Tile::slice_depth;
+      if constexpr (next == 0) read = next_stage(read);
       load_fragment<rows, 4 * V>(a_now[(step + 1) % 2], a_first + read + next * Tile::a_step);
       load_fragment<columns, 8 * V>(b_now[(step + 1) % 2], b_first + read + next * Tile::b_step);
+      if constexpr (since % Tile::part_steps == 0) copy_part(Number<since / Tile::part_steps>{}, write);
 #pragma unroll
       for (int i = 0; i < rows; ++i)
 #pragma unroll
         for (int j = 0; j < columns; ++j) sum[i][j] = fma(a_now[step % 2][i], b_now[step % 2][j], sum[i][j]);
-    }
+    });
   }
 
   // The tail: through shared memory, which no copy writes any more.
+  ptx::commit_copies();
   ptx::wait_for_copies<0>();
   constexpr int pass_packs = rows / V / Tile::passes;
   T* const out =

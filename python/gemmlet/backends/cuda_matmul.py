@@ -256,6 +256,10 @@ class _Operand(NamedTuple):
     shape: tuple[int, int]
     row_bytes: int
 
+    def in_packs(self, size: int) -> bool:
+        """Whether neighbouring lines, of numbers of so many bytes, can be read 16 bytes at a time, and fill them."""
+        return self.along_lines and self.packed and self.lines * size % 16 == 0
+
     def rest(self) -> bytes:
         """The struct but for the address."""
         return _OPERAND_REST.pack(*self[:5])
@@ -424,11 +428,9 @@ def _choices(device: Device, facts: _Facts, tf32: bool) -> list[Choice]:
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
-    """Return the source and the name of a kernel."""
+    """Return the source and the name of a kernel. Of ``"simt"`` the operands' `in_packs` count for `along_lines`."""
     name = FLOATS[dtype]
     numbers = ", ".join(map(str, tile.parameters))
-    if tile.kernel == "simt":
-        return "matmul_simt.cuh", f"gemmlet::matmul_simt<gemmlet::SimtTile<{name}, {numbers}>, {epilogue}>"
     if tile.kernel == "thin":
         return "matmul_thin.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
     layouts = ", ".join("true" if along else "false" for along in along_lines[:: -1 if tile.transposed else 1])
@@ -581,9 +583,10 @@ def prepared(
         if tile.kernel == "thin":
             sizes = k, steps, int(not turned)
     epilogue, layout = (final, final_layout) if splits == 1 else (partial_epilogue(dtype), _PARTIAL)
-    along_lines = [operand.along_lines for operand in operands]
+    size = facts.dtype.itemsize
+    found = [each.in_packs(size) if tile.kernel == "simt" else each.along_lines for each in operands]
     parameters = (operand, operand, *["i"] * len(sizes), layout)
-    launch = device.prepare(*kernel_of(tile, dtype, along_lines, epilogue), parameters, tile.threads, tile.shared)
+    launch = device.prepare(*kernel_of(tile, dtype, found, epilogue), parameters, tile.threads, tile.shared)
 
     if splits == 1:
 
