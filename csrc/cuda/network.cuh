@@ -797,29 +797,4 @@ __global__ void __launch_bounds__(WideTile::most_threads, 1) train(const __grid_
   }
 }
 
-//
-// Calls
-//
-
-// Brings what was uploaded at the start of a call to where the recorded steps have it: `packs` times 16 bytes, Progress
-// first, with distances from `uploaded` for addresses.
-template <int threads>
-__global__ void __launch_bounds__(threads) begin(const unsigned char* uploaded, unsigned char* to, Index packs) {
-  using Bytes = Pack<unsigned, 4>;
-  constexpr Index first = (sizeof(Progress) + 15) / 16;
-  const auto* const from = reinterpret_cast<const Bytes*>(uploaded);
-  for (Index i = first + static_cast<Index>(blockIdx.x) * threads + threadIdx.x; i < packs;
-       i += static_cast<Index>(gridDim.x) * threads)
-    reinterpret_cast<Bytes*>(to)[i] = from[i];
-  if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  Progress progress = *reinterpret_cast<const Progress*>(uploaded);
-  const auto moved = [=](const void* distance) { return uploaded + reinterpret_cast<unsigned long long>(distance); };
-  progress.order = reinterpret_cast<const Index*>(moved(progress.order));
-  progress.numbers[0] = reinterpret_cast<const double*>(moved(progress.numbers[0]));
-  progress.numbers[1] = reinterpret_cast<const double*>(moved(progress.numbers[1]));
-  progress.decay = reinterpret_cast<const double*>(moved(progress.decay));
-  progress.noise = moved(progress.noise);
-  *reinterpret_cast<Progress*>(to) = progress;
-}
-
 }  // namespace gemmlet

@@ -6,6 +6,7 @@ its place that runs the very kernels on the CPU (tests/cuda_on_host).
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -66,8 +67,15 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return a new `cupy.ndarray`, C-contiguous, its start aligned to 256 bytes."""
 
-    def upload(self, array: NDArray[Any]) -> Any:
-        """Return a copy of a C-contiguous NumPy array on the GPU."""
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return a new NumPy array, C-contiguous, in page-locked memory if there is some."""
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
+        """Return a copy of a C-contiguous NumPy array on the GPU; in `out`, if that is given.
+
+        It is made on the current stream. A page-locked array has to stay as it is until the stream has been waited for;
+        any other has been read when this returns.
+        """
 
     def download(self, array: Any, out: NDArray[Any]) -> None:
         """Copy a C-contiguous `cupy.ndarray` into a C-contiguous NumPy array, and wait until it is there."""
@@ -167,12 +175,21 @@ class CudaDevice:
             recorded.append(array)
         return array
 
-    def upload(self, array: NDArray[Any]) -> Any:
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See `Device`."""
-        target = self.empty(array.shape, array.dtype)
+        dtype, count = np.dtype(dtype), math.prod(shape)
+        try:
+            with self._device:
+                memory = self._cupy.cuda.alloc_pinned_memory(max(count * dtype.itemsize, 1))
+        except self._cupy.cuda.runtime.CUDARuntimeError:
+            return np.empty(shape, dtype)  # the system lets no more memory be locked
+        return np.frombuffer(memory, dtype, count).reshape(shape)
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
+        """See `Device`."""
+        target = self.empty(array.shape, array.dtype) if out is None else out
         if array.size:
             with self._device:
-                # Pageable memory has been read when this returns.
                 target.set(array, stream=self._cupy.cuda.get_current_stream())
         return target
 
