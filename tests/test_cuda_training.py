@@ -408,7 +408,7 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
 
 
 def test_what_is_looked_at_after_write_back(device: Any, dtype: Any) -> None:
-    """Changes to arrays count then; other arrays are other networks, whose calls leave those of the first up to date."""
+    """Changes to arrays count then; calls of other arrays leave the first ones up to date."""
     mlp = Mlp([9, 8, 3], dtype, rule="adam")
     feed, targets = cuda_training.hold(device, mlp.feed, mlp.targets)
 

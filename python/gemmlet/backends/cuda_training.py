@@ -587,7 +587,8 @@ class _Session:
         full, rest = divmod(len(order), batch)
         # Before anything is sent, as it takes time, and may fail.
         runs = self._runs(batch, full) + self._runs(rest, 1 if rest else 0)
-        places, own_bytes = self._place(order, *(network.scalars for network in networks), *(() if decay is None else (decay,)))
+        numbers = [network.scalars for network in networks]
+        places, own_bytes = self._place(order, *numbers, *(() if decay is None else (decay,)))
         there = None if noise is None else self.device.empty(noise.shape, noise.dtype)
         if self._ahead and not _same_arrays(self._ahead, networks):
             self.write_back()

@@ -170,7 +170,7 @@ def gan_steps(
     generator_rule: Optimizer,
     discriminator_rule: Optimizer,
 ) -> Steps | None:
-    """Return ``take(order, batch_size, lr_factors, noise, decay, loss_sums, meanwhile) -> loss_sums``, or None as above.
+    """Return ``take(order, batch_size, lr_factors, noise, decay, loss_sums, meanwhile) -> loss_sums``; or None.
 
     `decay` has a number for each step; losses are the generator's and the discriminator's.
     """
