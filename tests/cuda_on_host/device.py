@@ -247,9 +247,8 @@ class HostDevice:
     def synchronize(self) -> None:
         if hasattr(self._recording, "launches"):
             raise RuntimeError("a stream that is recorded cannot be waited for")
-        copying = self._copying()
-        while copying:
-            known, where, content = copying.pop()
+        copying, self._streams.copying = self._copying(), []
+        for known, where, content in copying:
             memory = known()
             if memory is None or memory[where].tobytes() != content:
                 raise RuntimeError("page-locked memory was written or freed before the stream was waited for")

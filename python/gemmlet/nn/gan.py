@@ -260,7 +260,8 @@ class GAN:
         steps = self._fused_steps(samples, rule, other)
         one_by_one = steps is None or (callback is not None and every == "batch")
         pace, orders = Pace(), Ahead(rng, sample_order)
-        noises = Ahead(self._training_noise, self._draw, partial(self._draw_by_threads, steps))
+        by_threads = None if steps is None else partial(self._draw_by_threads, steps)
+        noises = Ahead(self._training_noise, self._draw, by_threads)
 
         def prepare(epoch: int, rest: int) -> None:
             """Of the call after one that leaves so many samples of its epoch."""

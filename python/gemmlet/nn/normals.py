@@ -2,7 +2,7 @@
 
 NumPy's ziggurat takes one word of the generator's for most numbers, and more for a few. Whoever begins at any word has
 so gone astray by one or two at most, and soon gives the very numbers that are given from the first word on. So threads
-begin at words where their parts are expected a little later, and where a part begins is found by its numbers.
+begin a little before the words where their parts are expected, and where a part begins is found by its numbers.
 """
 
 from __future__ import annotations
@@ -23,51 +23,49 @@ _WORDS, _ALIKE = 1.0221, 8
 
 def fill_normal(rng: np.random.Generator, out: NDArray[Any], threads: int) -> None:
     """``out[...] = rng.standard_normal(out.size)``, out of one dimension; `rng` is moved on as by that."""
-    parts = out.size // _PART
-    if threads < 2 or parts < 2 or not isinstance(rng.bit_generator, np.random.PCG64):
+    generator, parts = rng.bit_generator, min(out.size // _PART, 64 * threads)
+    can = threads > 1 and parts > 1 and isinstance(generator, np.random.PCG64)
+    if not (can and _fill_by_parts(generator, out, parts, threads)):
         out[...] = rng.standard_normal(out.size)
-        return
-    generator, before = rng.bit_generator, rng.bit_generator.state
-    starts = [part * _PART for part in range(parts)]
-    ends = [*starts[1:], out.size]
+
+
+def _fill_by_parts(generator: Any, out: NDArray[Any], parts: int, threads: int) -> bool:
+    """Whether every part's beginning was found; if not, `generator` is as it was."""
+    before = generator.state
+    edges = [out.size * part // parts for part in range(parts + 1)]
 
     def draw(part: int) -> tuple[np.random.Generator, NDArray[np.float64]]:
-        other = np.random.PCG64(0)
+        other, early = np.random.PCG64(0), _early(edges[part])
         other.state = before
-        other.advance(max(0, int(_WORDS * starts[part]) - _early(starts[part])))
-        mine, count = np.random.Generator(other), ends[part] - starts[part]
-        # The last one shall not go further than it has to.
-        more = 0 if part == parts - 1 else 2 * _early(starts[part]) + _ALIKE
-        return mine, mine.standard_normal(count + more)
+        other.advance(max(0, int(_WORDS * edges[part]) - early))
+        mine, count = np.random.Generator(other), edges[part + 1] - edges[part]
+        # The last part must not go further than it has to.
+        return mine, mine.standard_normal(count if part == parts - 1 else count + 2 * early + _ALIKE)
 
+    next_ones = None
     with ThreadPoolExecutor(threads) as pool:
-        expected = None
-        for part, (last, numbers) in enumerate(pool.map(draw, range(parts))):
-            begin = 0 if expected is None else _place(numbers, expected)
-            count = ends[part] - starts[part]
+        for part, (mine, numbers) in enumerate(pool.map(draw, range(parts))):
+            begin = 0 if next_ones is None else _place(numbers, next_ones)
             if begin is None:
-                break
+                return False
             if part == parts - 1:
-                numbers = np.concatenate([numbers, last.standard_normal(begin)])
-                # (`advance` forgets the half of a word that is left of integers drawn before.)
-                generator.state = {**before, "state": last.bit_generator.state["state"]}
-            out[starts[part] : ends[part]] = numbers[begin : begin + count]
-            expected = numbers[begin + count : begin + count + _ALIKE]
-            if len(expected) < _ALIKE and part < parts - 1:
-                begin = None
-                break
-    if begin is None:
-        out[...] = rng.standard_normal(out.size)
+                numbers = np.concatenate([numbers, mine.standard_normal(begin)])
+                # `advance` forgets the half of a word that drawing integers may have left.
+                generator.state = {**before, "state": mine.bit_generator.state["state"]}
+            end = begin + edges[part + 1] - edges[part]
+            out[edges[part] : edges[part + 1]] = numbers[begin:end]
+            next_ones = numbers[end : end + _ALIKE]
+    return True
 
 
-def _early(numbers: int) -> int:
-    """Words by which to begin before where so many numbers probably end: ten standard deviations, and some to fall in."""
-    return 64 + 2 * math.isqrt(numbers) if numbers else 0
+def _early(count: int) -> int:
+    """Words by which to begin before so many numbers probably end: ten standard deviations, and some to spare."""
+    return 64 + 2 * math.isqrt(count) if count else 0
 
 
-def _place(numbers: NDArray[np.float64], expected: NDArray[np.float64]) -> int | None:
-    """Where in `numbers` the expected ones begin."""
-    for place in np.flatnonzero(numbers == expected[0]):
-        if np.array_equal(numbers[place : place + _ALIKE], expected):
+def _place(numbers: NDArray[np.float64], next_ones: NDArray[np.float64]) -> int | None:
+    """Where in `numbers` these begin, which must be `_ALIKE` ones."""
+    for place in np.flatnonzero(numbers == next_ones[0]) if len(next_ones) == _ALIKE else ():
+        if np.array_equal(numbers[place : place + _ALIKE], next_ones):
             return int(place)
     return None
