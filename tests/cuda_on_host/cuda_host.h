@@ -112,6 +112,7 @@ struct Fiber {
   ProductQueue* products;
   bool unfenced;         // what it wrote to shared memory is not there for products
   bool products_fenced;  // registers can be theirs
+  bool waited;           // for what comes before its kernel
   // For the order of memory between blocks.
   bool fenced;
   void* last_atomic;

@@ -83,6 +83,7 @@ class _Configuration(ctypes.Structure):
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
         ("cooperative", ctypes.c_int),
+        ("overlaps", ctypes.c_int),
         ("step", ctypes.c_int),
         ("eager", ctypes.c_int),
         ("seed", ctypes.c_uint),
@@ -158,6 +159,7 @@ class HostDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         _check_arguments(kernel, arguments)
         _check_configuration(kernel, grid, block, shared)
@@ -165,7 +167,7 @@ class HostDevice:
         if cooperative and math.prod(grid) > resident:
             raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
         configuration = _Configuration(
-            (*grid,), block, shared, cooperative, *THREAD_ORDERS[self.thread_order], self.os_threads
+            (*grid,), block, shared, cooperative, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads
         )
         # Copies, as the launch may be done later.
         values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]

@@ -298,4 +298,13 @@ inline void wgmma_bf16(float (&d)[128], unsigned long long a, unsigned long long
   wgmma<a_transposed, b_transposed, float_of_bfloat>(d, a, b, file, line);
 }
 
+//
+// Launches that overlap: here each one ends before the next begins, but a wait left out is found.
+//
+
+inline void launch_dependents() {
+  if (!cuda_host::self->waited) cuda_host::fail("lets the next kernel come before it has waited itself");
+}
+inline void wait_for_prerequisites() { cuda_host::self->waited = true; }
+
 }  // namespace gemmlet::ptx

@@ -6,6 +6,7 @@ its place that runs the very kernels on the CPU (tests/cuda_on_host).
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -57,11 +58,13 @@ class Device(Protocol):
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
         `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
+        Kernels that are launched with `overlaps` may begin while the one before them still runs: they wait for it.
         """
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -127,6 +130,8 @@ class CudaDevice:
         self.name = name.decode() if isinstance(name, bytes) else str(name)
         self.arch = cuda_compile.architecture(self._device.compute_capability)
         self.multiprocessors = int(properties["multiProcessorCount"])
+        # Hopper's, and in graphs CUDA 12.3's.
+        self._can_overlap = int(properties["major"]) >= 9 and runtime.driverGetVersion() >= 12030
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: list[Any] = []
         # The bytes of dynamic shared memory that a kernel has been allowed; up to 48 KiB it need not ask.
@@ -156,6 +161,7 @@ class CudaDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         """See `Device`."""
         with self._device:
@@ -163,6 +169,10 @@ class CudaDevice:
                 attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
                 self._allowed[kernel.ptr] = shared
+            if overlaps and self._can_overlap:
+                stream = self._cupy.cuda.get_current_stream().ptr
+                _launch_overlapping(kernel.ptr, grid, block, arguments, shared, stream)
+                return
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
@@ -230,6 +240,40 @@ class CudaDevice:
         """See `Device`."""
         with self._device:
             self._cupy.cuda.get_current_stream().synchronize()
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUDA's CUlaunchAttribute: a number in the value, which is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUDA's CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def _launch_overlapping(
+    kernel: int, grid: tuple[int, int, int], block: int, arguments: Sequence[np.generic], shared: int, stream: int
+) -> None:
+    """What CuPy has no function for: cuLaunchKernelEx with programmatic stream serialization."""
+    attribute = _LaunchAttribute(6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value[0] = 1
+    config = _LaunchConfig(grid, (block, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
+    values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    driver = ctypes.CDLL("libcuda.so.1")
+    error = driver.cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel), pointers, None)
+    if error:
+        raise RuntimeError(f"cuLaunchKernelEx: error {error} of the CUDA driver")
 
 
 class _CudaGraph:

@@ -668,9 +668,11 @@ class _Session:
         kernels = [device.kernels(SOURCE, [launch.kernel])[0] for launch in launches]
 
         def record() -> None:
-            for _ in range(times):
-                for kernel, launch in zip(kernels, launches, strict=True):
-                    device.launch(kernel, launch.grid, launch.block, launch.arguments, launch.shared)
+            for step in range(times):
+                for place, (kernel, launch) in enumerate(zip(kernels, launches, strict=True)):
+                    device.launch(
+                        kernel, launch.grid, launch.block, launch.arguments, launch.shared, overlaps=step + place > 0
+                    )
 
         return device.record(record)
 
