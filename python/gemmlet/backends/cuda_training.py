@@ -34,6 +34,9 @@ SOURCE = "network.cuh"
 # multiprocessors of a large GPU, not all of which need work); not measured yet.
 ENOUGH_TILES = 96
 
+# Up to so many tiles a multiprocessor has one block, which may be a large one; of more tiles two blocks share one.
+MOST_LARGE_BLOCKS = 128
+
 # The last layer goes with the loss in one kernel if it has so few outputs, and if reading its weights anew for each row
 # comes to no more bytes than that: some microseconds of the L2 cache, as long as the launches that are saved. By
 # arithmetic; not measured yet.
@@ -410,19 +413,20 @@ class _Session:
     def add(self, kernel: str, grid: tuple[int, int], block: int, *arguments: np.generic, shared: int = 0) -> None:
         self._launches.append(_Launch(f"gemmlet::{kernel}", (*grid, 1), block, arguments, shared))
 
-    def _tiles(self, rows: int, columns: int, depth: int) -> _Tiles:
+    def _tiles(self, rows: int, columns: int, depth: int, least_warps: int = 1) -> _Tiles:
         """The tiles of a product."""
         kind = _kind_of_tile(rows, columns)
         side = _TILES[kind]
         threads, numbers = _WIDE_THREADS, _WIDE_NUMBERS
+        grid = _pieces(rows, side), _pieces(columns, side)
         if kind != "WideTile":
             # Each warp takes so many numbers of the depth at a time: as few turns as the largest block allows, and no
             # more warps than that. One for each of its results a block must have.
-            at_a_time, most_warps = (16, 16) if side == 8 else (8, 8)
+            at_a_time = (16 if side == 8 else 4) * (16 // self.dtype.itemsize)
+            most_warps = 16 if grid[0] * grid[1] <= MOST_LARGE_BLOCKS else 8
             turns = _pieces(depth, at_a_time * most_warps)
-            warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns))
+            warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns), least_warps)
             threads, numbers = 32 * warps, warps * side * side
-        grid = _pieces(rows, side), _pieces(columns, side)
         return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * self.dtype.itemsize)
 
     def input_of_samples(self, x: Any) -> _Input:
@@ -453,10 +457,12 @@ class _Session:
             averages=self.stacks[0].averages,
         )
 
-    def forward_arguments(self, stack: _Stack, layer: int, given: _Input, rows: int) -> tuple[_Tiles, np.void]:
+    def forward_arguments(
+        self, stack: _Stack, layer: int, given: _Input, rows: int, least_warps: int = 1
+    ) -> tuple[_Tiles, np.void]:
         """How one layer is launched, and what of itself it is told."""
         inputs, outputs = stack.widths[layer : layer + 2]
-        return self._tiles(rows, outputs, inputs), _filled(
+        return self._tiles(rows, outputs, inputs, least_warps), _filled(
             self.structs.forward,
             input=given.value,
             layer=stack.layer(self.state, layer),
@@ -603,15 +609,20 @@ class _Session:
             progress["noise"], progress["decay"] = address(there), places[-1]
         progress["loss"][0, : len(losses)] = losses
 
-        self.device.upload(sent, self._state[: len(sent)])
-        self.device.upload(self._own_host[:own_bytes], self._own[:own_bytes])
-        if noise is not None:
-            self.device.upload(np.ascontiguousarray(noise), there)
-        self._ahead = networks
-        for graph, times in runs:
-            graph.replay(times)
-        if meanwhile is not None:
-            meanwhile()
+        try:
+            self.device.upload(sent, self._state[: len(sent)])
+            self.device.upload(self._own_host[:own_bytes], self._own[:own_bytes])
+            if noise is not None:
+                self.device.upload(np.ascontiguousarray(noise), there)
+            self._ahead = networks
+            for graph, times in runs:
+                graph.replay(times)
+            if meanwhile is not None:
+                meanwhile()
+        except BaseException:
+            # What is sent from must not change, or go, before it has been sent.
+            self.device.synchronize()
+            raise
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
         return [float(value) for value in progress["loss"][0, : len(losses)]], int(progress["right"][0])
 
@@ -858,7 +869,8 @@ class _GanSession(_Session):
             shift=self.shift,
             rows=address(self.seen[rows:]),
         )
-        tiles, p = self.forward_arguments(g, 0, noise, rows)
+        # (Samples are gathered by blocks of that size, too.)
+        tiles, p = self.forward_arguments(g, 0, noise, rows, least_warps=8)
         tile_rows, tile_columns = tiles.grid
         grid = tile_rows, tile_columns + _pieces(rows + 1, tile_rows)
         kernel = f"first_forward_and_gather<{self.type}, {CPP_TYPES[self.x.dtype.name]}, {tiles.kind}>"
