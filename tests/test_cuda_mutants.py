@@ -460,7 +460,8 @@ WRONG = [
         "small_product",
         ("column < 0 ? T(1)", "column < 0 ? T(0)", "mlp"),
         ("upper ? sum[i + kept / 2] : sum[i], give", "upper ? sum[i] : sum[i], give", "mlp"),
-        ("k < depth; k += static_cast<int>(blockDim.x)", "k < depth - 1; k += static_cast<int>(blockDim.x)", "mlp"),
+        ("< depth) {\n          a_lines", "< depth - 1) {\n          a_lines", "mlp"),
+        ("u * per_turn < depth) {\n#pragma", "u * per_turn <= depth) {\n#pragma", "mlp"),
         ("unsigned warp = 1; warp <", "unsigned warp = 2; warp <", "mlp"),
         ("= sum[s];\n    }\n    " + BARRIER, "= sum[s];\n    }", "mlp"),
         ("if (k < depth) line.load", "if (k <= depth) line.load", "mlp_in_tiles"),
@@ -471,6 +472,8 @@ WRONG = [
     ),
     *mutants(
         "network",
+        ("ptx::wait_for_prerequisites();", "", "mlp"),
+        ("begin_kernel();\n  top_row", "top_row", "mlp"),
         ("int warp = 1; warp < threads / 32", "int warp = 2; warp < threads / 32", "mlp"),
         (BARRIER + "\n  for (int j = thread", "for (int j = thread", "mlp"),
         (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),

@@ -47,6 +47,7 @@ struct Configuration {
   unsigned grid[3], block;
   unsigned shared_bytes;
   int cooperative;
+  int overlaps;   // every thread has to wait for what comes before the kernel
   int step;       // from each thread to the next, and below 0 from the last to the first
   int eager;      // who could go on last goes on first, so that warps run ahead of each other
   unsigned seed;  // not 0: after each event a thread drawn at random goes on
@@ -511,6 +512,8 @@ extern "C" void cuda_host_begin() {
 #endif
   acquire(&worker->begins);
   worker->launch->kernel->run(worker->launch->arguments);
+  if (worker->launch->configuration.overlaps && !self->waited)
+    fail("ends, and has not waited for what comes before its kernel");
   if (!self->copies->items.empty()) fail("ends, and has not waited for all its asynchronous copies");
   if (!self->products->items.empty()) fail("ends, and has not waited for all its products");
   release(&worker->ends);
@@ -543,6 +546,7 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
     f.lane = i % 32;
     f.block = &block;
     f.warp = &warp[i / 32];
+    f.waited = false;
     f.waits = f.fenced = f.products_fenced = false;
     f.last_atomic = nullptr;
     f.copies->clear();

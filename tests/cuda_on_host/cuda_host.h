@@ -118,6 +118,7 @@ struct Fiber {
   CopyQueue* copies;
   ProductQueue* products;
   bool products_fenced;  // registers can be theirs
+  bool waited;           // for what comes before its kernel
   // For the order of memory between blocks.
   bool fenced;
   void* last_atomic;

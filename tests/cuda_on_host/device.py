@@ -88,6 +88,7 @@ class _Configuration(ctypes.Structure):
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
         ("cooperative", ctypes.c_int),
+        ("overlaps", ctypes.c_int),
         ("step", ctypes.c_int),
         ("eager", ctypes.c_int),
         ("seed", ctypes.c_uint),
@@ -145,6 +146,9 @@ class HostDevice:
         self.os_threads = int(threads)
         self._recording = threading.local()  # its `launches`, where there are some: of a thread, as streams are
         self._kernels: dict[tuple[str, tuple[str, ...]], list[Kernel]] = {}
+        self._pinned: list[weakref.ref[NDArray[np.uint8]]] = []
+        # What a GPU might not have copied yet: where from, and what it is to find there.
+        self._streams = threading.local()
 
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Kernel]:
         key = source, tuple(expressions)
@@ -161,6 +165,7 @@ class HostDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         _check_arguments(kernel, arguments)
         _check_configuration(kernel, grid, block, shared)
@@ -169,7 +174,7 @@ class HostDevice:
             raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
         cluster = kernel.description.cluster
         configuration = _Configuration(
-            (*grid,), block, shared, cooperative, *THREAD_ORDERS[self.thread_order], self.os_threads, cluster
+            (*grid,), block, shared, cooperative, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads, cluster
         )
         # Copies, as the launch may be done later.
         values = [_aligned(a.tobytes()) for a in arguments]
@@ -236,11 +241,25 @@ class HostDevice:
             self._recording.memory.append(array)
         return array
 
-    def upload(self, array: NDArray[Any]) -> Any:
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        dtype = np.dtype(dtype)
+        memory = np.empty(max(math.prod(shape) * dtype.itemsize, 1), np.uint8)
+        self._pinned = [known for known in self._pinned if known() is not None] + [weakref.ref(memory)]
+        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
         if not array.flags.c_contiguous:
             raise ValueError("upload takes C-contiguous arrays")
-        copy = self.empty(array.shape, array.dtype)
+        copy = self.empty(array.shape, array.dtype) if out is None else out
+        if copy.shape != array.shape or copy.dtype != array.dtype or not copy.flags.c_contiguous:
+            raise ValueError(f"{array.dtype} {array.shape} cannot be copied into {copy.dtype} {copy.shape}")
         self.view(copy)[...] = array
+        for known in self._pinned:
+            memory = known()
+            if memory is not None and np.may_share_memory(memory, array):
+                # A GPU may copy it as late as it is waited for.
+                start = array.ctypes.data - memory.ctypes.data
+                self._copying().append((known, slice(start, start + array.nbytes), array.tobytes()))
         return copy
 
     def download(self, array: Any, out: NDArray[Any]) -> None:
@@ -270,6 +289,17 @@ class HostDevice:
     def synchronize(self) -> None:
         if hasattr(self._recording, "launches"):
             raise RuntimeError("a stream that is recorded cannot be waited for")
+        copying, self._streams.copying = self._copying(), []
+        for known, where, content in copying:
+            memory = known()
+            if memory is None or memory[where].tobytes() != content:
+                raise RuntimeError("page-locked memory was written or freed before the stream was waited for")
+
+    def _copying(self) -> list[tuple[weakref.ref[NDArray[np.uint8]], slice, bytes]]:
+        """Of the stream, which is the thread's own."""
+        if not hasattr(self._streams, "copying"):
+            self._streams.copying = []
+        return self._streams.copying
 
     @staticmethod
     def view(array: Any) -> NDArray[Any]:

@@ -641,6 +641,14 @@ class CudaBackend(NumpyBackend):
         """Samples and targets on the GPU where the samples are, else on the first."""
         return cuda_training.hold(self._trains(feed), feed, targets)
 
+    def write_back(self, feed: Feed) -> None:
+        """Copy what is newer on the GPU into the networks' arrays."""
+        cuda_training.write_back(feed)
+
+    def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A new page-locked array, which every GPU copies from."""
+        return self._first.empty_pinned(shape, dtype)
+
     def _trains(self, feed: Feed) -> Device:
         return self.device_of(feed.x) if arrays.is_on_gpu(feed.x) else self._first
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import struct
 import threading
@@ -69,11 +70,13 @@ class Device(Protocol):
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
         `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
+        Kernels that are launched with `overlaps` may begin while the one before them still runs: they wait for it.
         """
 
     def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
@@ -98,8 +101,15 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return a new `cupy.ndarray`, C-contiguous, its start aligned to 256 bytes."""
 
-    def upload(self, array: NDArray[Any]) -> Any:
-        """Return a copy of a C-contiguous NumPy array on the GPU."""
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return a new NumPy array, C-contiguous, in page-locked memory if there is some."""
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
+        """Return a copy of a C-contiguous NumPy array on the GPU; in `out`, if that is given.
+
+        It is made on the current stream. A page-locked array has to stay as it is until the stream has been waited for;
+        any other has been read when this returns.
+        """
 
     def download(self, array: Any, out: NDArray[Any]) -> None:
         """Copy a C-contiguous `cupy.ndarray` into a C-contiguous NumPy array, and wait until it is there."""
@@ -158,6 +168,8 @@ class CudaDevice:
         self.name = name.decode() if isinstance(name, bytes) else str(name)
         self.arch = cuda_compile.architecture(self._device.compute_capability)
         self.multiprocessors = int(properties["multiProcessorCount"])
+        # Hopper's, and in graphs CUDA 12.3's.
+        self._can_overlap = int(properties["major"]) >= 9 and runtime.driverGetVersion() >= 12030
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: list[Any] = []
         # The bytes of dynamic shared memory that a kernel has been allowed; up to 48 KiB it need not ask.
@@ -190,10 +202,15 @@ class CudaDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         """See `Device`."""
         with self._device:
             self._allow_shared(kernel, shared)
+            if overlaps and self._can_overlap:
+                stream = self._cupy.cuda.get_current_stream().ptr
+                _launch_overlapping(kernel.ptr, grid, block, arguments, shared, stream)
+                return
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
@@ -265,12 +282,21 @@ class CudaDevice:
             self._own.recorded.append(array)
         return array
 
-    def upload(self, array: NDArray[Any]) -> Any:
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See `Device`."""
-        target = self.empty(array.shape, array.dtype)
+        dtype, count = np.dtype(dtype), math.prod(shape)
+        try:
+            with self._device:
+                memory = self._cupy.cuda.alloc_pinned_memory(max(count * dtype.itemsize, 1))
+        except self._cupy.cuda.runtime.CUDARuntimeError:
+            return np.empty(shape, dtype)  # the system lets no more memory be locked
+        return np.frombuffer(memory, dtype, count).reshape(shape)
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
+        """See `Device`."""
+        target = self.empty(array.shape, array.dtype) if out is None else out
         if array.size:
             with self._device:
-                # Pageable memory has been read when this returns.
                 target.set(array, stream=self._cupy.cuda.get_current_stream())
         return target
 
@@ -366,6 +392,39 @@ def _tensor_map(
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}")
     return np.void(memory.raw[offset : offset + 128])
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUDA's CUlaunchAttribute: a number in the value, which is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUDA's CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def _launch_overlapping(
+    kernel: int, grid: tuple[int, int, int], block: int, arguments: Sequence[np.generic], shared: int, stream: int
+) -> None:
+    """What CuPy has no function for: cuLaunchKernelEx with programmatic stream serialization."""
+    attribute = _LaunchAttribute(6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value[0] = 1
+    config = _LaunchConfig(grid, (block, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
+    values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    error = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel), pointers, None)
+    if error:
+        raise RuntimeError(f"cuLaunchKernelEx: error {error} of the CUDA driver")
 
 
 class _CudaGraph:
