@@ -242,7 +242,7 @@ def matmul_by(tile: cuda_matmul.Tile, gpu: Gpu, p: Product) -> Side:
 
     def calls() -> None:
         for o in p.turns:
-            gpu.tile_product(tile, o.x, o.w, o.y)
+            gpu.tile_product(tile, o.x, o.w, o.y, p.kind == "tf32")
 
     call = gpu.graph(calls)
     return Side(call, p.result(gpu, call), p.calls)
@@ -266,8 +266,9 @@ def matmul_case(side: int, kind: str) -> Case:
     flops = 2.0 * side**3
     calls = 10 if flops < 1e11 else 3
     sides: dict[str, Callable[[Gpu, Product], Side]] = {"gemmlet": matmul_ours, "cuBLAS": matmul_cublas}
-    if kind != "tf32":
-        for tile in cuda_matmul.WGMMA_TILES:
+    dtype = "float32" if kind == "tf32" else kind
+    for tile in cuda_matmul.tiles(dtype, kind == "tf32", "sm_90a"):
+        if tile.kernel == "wgmma" and cuda_matmul.takes(tile, dtype, (False, True)):
             sides[f"wgmma {tile.rows}x{tile.columns}"] = functools.partial(matmul_by, tile)
     return Case(
         "matmul",

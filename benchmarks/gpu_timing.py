@@ -262,10 +262,10 @@ class Gpu:
         """gemmlet's product of float32 in TF32."""
         cuda_matmul.linear(self.device, a, b, None, None, 0.0, out, None, tf32=True)
 
-    def tile_product(self, tile: cuda_matmul.Tile, a: Any, b: Any, out: Any) -> None:
+    def tile_product(self, tile: cuda_matmul.Tile, a: Any, b: Any, out: Any, tf32: bool = False) -> None:
         """gemmlet's product by this tile, whichever the backend would take."""
-        choice = next(choice for choice in cuda_matmul.choose(self.device, a, b) if choice.tile == tile)
-        cuda_matmul.linear(self.device, a, b, None, None, 0.0, out, None, choice=choice)
+        choice = next(choice for choice in cuda_matmul.choose(self.device, a, b, tf32) if choice.tile == tile)
+        cuda_matmul.linear(self.device, a, b, None, None, 0.0, out, None, tf32=tf32, choice=choice)
 
     @cached_property
     def device(self) -> Any:
