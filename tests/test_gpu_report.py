@@ -96,7 +96,7 @@ class OnCpu(Gpu):
     def tf32_product(self, a: Any, b: Any, out: Any) -> None:
         gemmlet.kernels.matmul(a, b, out=out)
 
-    def tile_product(self, tile: Any, a: Any, b: Any, out: Any) -> None:
+    def tile_product(self, tile: Any, a: Any, b: Any, out: Any, tf32: bool = False) -> None:
         gemmlet.kernels.matmul(a, b, out=out)
 
     @property
