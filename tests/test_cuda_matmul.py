@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import shutil
@@ -18,7 +19,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 import cupy  # noqa: E402
 
 from cuda_on_host.device import COMPILER, HERE, ROOT, THREAD_ORDERS, HostDevice  # noqa: E402
-from gemmlet.backends import cuda_matmul  # noqa: E402
+from gemmlet.backends import cuda_device, cuda_matmul  # noqa: E402
 from gemmlet.backends.cuda_matmul import Choice  # noqa: E402
 from gemmlet.formulas.activations import ACTIVATIONS, Activation  # noqa: E402
 from support import assert_within, same_bits  # noqa: E402
@@ -361,6 +362,59 @@ def test_wgmma_is_chosen_where_it_is_and_only_if_proven(proven: bool, monkeypatc
         kernels = [choice.tile.kernel for choice in found]
         assert ("wgmma" in kernels) == there
         assert kernels[0] == ("wgmma" if there and proven else "mma")
+
+
+def test_what_no_tensor_map_can_be_of_is_left_to_others() -> None:
+    x = by_row(np.ones((64, 64), np.float16))
+
+    def views(shape: tuple[int, int], strides: tuple[int, int], offset: int = 0) -> Any:
+        return cupy.ndarray(shape, x.dtype, x.data + offset, strides=strides)
+
+    for view, there in [
+        (x, True),
+        (x.T, True),
+        (x[:, :40], True),
+        (x[1:, 8:], True),
+        (x[:1], True),
+        (x[:, 1:], False),  # misaligned
+        (x[:, ::2], False),
+        (x[::-1], False),
+        (views((8, 64), (0, 2)), False),  # one row for all
+        (views((64, 60), (72, 2)), False),  # rows of no multiple of 16 bytes
+        (views((8, 64), (16, 2)), False),  # overlapping windows
+    ]:
+        k = view.shape[1]
+        w = by_row(np.ones((k, 64), np.float16))
+        kernels = {choice.tile.kernel for choice in cuda_matmul.choose(device(), view, w) if view.shape[0] > 4}
+        assert (view.shape[0] <= 4) or ("wgmma" in kernels) == there, (view.shape, view.strides)
+
+
+def test_tensor_maps_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver is asked for, by a library that only looks at it."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Driver:
+        @staticmethod
+        def cuTensorMapEncodeTiled(to: Any, *arguments: Any) -> int:  # noqa: N802 - CUDA's name
+            assert ctypes.cast(to, ctypes.c_void_p).value % 64 == 0
+            ctypes.memset(to, len(calls) + 1, 128)
+            calls.append(
+                tuple(getattr(a, "value", None) or [*a] if hasattr(a, "__len__") else a.value for a in arguments)
+            )
+            return 0 if len(calls) < 3 else 1
+
+    monkeypatch.setattr(cuda_device, "_driver", Driver)
+    cuda_device._tensor_map.cache_clear()
+    try:
+        made = [cuda_device._tensor_map(4096, "uint16", (70, 40), 96, (128, 64)) for _ in range(2)]
+        assert [bytes(m) for m in made] == [b"\1" * 128] * 2
+        assert calls == [(1, 2, 4096, [40, 70], [96], [64, 128], [1, 1], 0, 3, 3, 0)]
+        assert bytes(cuda_device._tensor_map(4096, "tf32", (70, 40), 160, (128, 32))) == b"\2" * 128
+        assert calls[1][0] == 11
+        with pytest.raises(RuntimeError, match=r"cuTensorMapEncodeTiled of \(70, 40\) at 0x1000.*error 1"):
+            cuda_device._tensor_map(4096, "uint32", (70, 40), 160, (128, 32))
+    finally:
+        cuda_device._tensor_map.cache_clear()
 
 
 def test_no_part_of_k_is_empty() -> None:

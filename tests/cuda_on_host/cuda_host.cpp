@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -78,7 +79,9 @@ struct Queue {
 struct SharedBarrier {
   unsigned arrivals, pending, phase;  // of each phase; that the present one still waits for; the number of ended ones
   Size expected, queued;              // bytes
-  std::vector<BulkCopy> copies;
+  // In no vector: ThreadSanitizer would see the memory of one change hands.
+  BulkCopy copies[32];
+  unsigned copy_count;
   Fiber *initialized_by, *first, *last;  // who waits
   Block* block;
   bool fenced;
@@ -464,7 +467,7 @@ SharedBarrier& Worker::shared_barrier(void* p) {
   if (found == shared_barriers.end()) fail("there is no mbarrier at %p", p);
   SharedBarrier& barrier = found->second;
   if (!barrier.fenced) fail("the mbarrier at %p is used, and there was no fence after it was initialized", p);
-  if (std::memcmp(p, &shared_barrier_mark, sizeof shared_barrier_mark) != 0)
+  if (*static_cast<const volatile unsigned long long*>(p) != shared_barrier_mark)
     fail("the mbarrier at %p was written to", p);
   if (barrier.block->live == 0) fail("the mbarrier at %p is of a block that has ended", p);
   return barrier;
@@ -477,10 +480,12 @@ void Worker::end_phase(SharedBarrier& barrier) {
     fail("an mbarrier expects %zu bytes, and %zu are copied", barrier.expected, barrier.queued);
   if (barrier.queued < barrier.expected) return;
   unsigned char* edge = &barrier.edge[barrier.phase % 2];
-  if (!barrier.copies.empty()) acquire(edge);
-  for (const BulkCopy& copy : barrier.copies) copy.perform(copy);
-  if (!barrier.copies.empty()) release(edge);
-  barrier.copies.clear();
+  if (barrier.copy_count) {
+    acquire(edge);
+    for (unsigned i = 0; i < barrier.copy_count; ++i) barrier.copies[i].perform(barrier.copies[i]);
+    release(edge);
+  }
+  barrier.copy_count = 0;
   barrier.expected = barrier.queued = 0;
   barrier.pending = barrier.arrivals;
   ++barrier.phase;
@@ -562,7 +567,7 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
 
 void Worker::finish(Block& block) {
   for (auto& [p, barrier] : shared_barriers)
-    if (barrier.block == &block && !barrier.copies.empty() && !launch->failed.exchange(true)) {
+    if (barrier.block == &block && barrier.copy_count && !launch->failed.exchange(true)) {
       std::lock_guard lock(launch->mutex);
       launch->message = text(block) + " ends, and has not waited for all its bulk copies";
     }
@@ -773,8 +778,15 @@ void wait(Barrier& barrier, Place place, bool orders_memory) {
 
 void init_shared_barrier(void* p, unsigned arrivals) {
   if (reinterpret_cast<Size>(p) % 8) fail("an mbarrier at %p: misaligned", p);
-  memcpy(p, &shared_barrier_mark, sizeof shared_barrier_mark);
-  worker->shared_barriers[p] = {arrivals, arrivals, 0, 0, 0, {}, self, nullptr, nullptr, self->block, false, {}};
+  *static_cast<volatile unsigned long long*>(p) = shared_barrier_mark;
+  SharedBarrier& barrier = worker->shared_barriers[p];
+  barrier.arrivals = barrier.pending = arrivals;
+  barrier.phase = barrier.copy_count = 0;
+  barrier.expected = barrier.queued = 0;
+  barrier.initialized_by = self;
+  barrier.first = barrier.last = nullptr;
+  barrier.block = self->block;
+  barrier.fenced = false;
 }
 
 void fence_barrier_init() {
@@ -797,7 +809,8 @@ void queue_bulk_copy(void* p, const BulkCopy& copy, unsigned bytes) {
   SharedBarrier& barrier = worker->shared_barrier(p);
   worker->end_phase(barrier);
   release(&barrier.edge[barrier.phase % 2]);
-  barrier.copies.push_back(copy);
+  if (barrier.copy_count == std::size(barrier.copies)) fail("more bulk copies than the mbarrier at %p has room for", p);
+  barrier.copies[barrier.copy_count++] = copy;
   barrier.queued += bytes;
   if (barrier.first) worker->end_phase(barrier);
 }
