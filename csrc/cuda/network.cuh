@@ -354,11 +354,12 @@ struct Target {
 };
 
 // Row i of the mini-batch, by a warp: y its `out` results, z their preactivations. Its gradient goes through the
-// activation to store(j, the gradient of preactivation j).
-template <class T, class Store>
+// activation to store(j, the gradient of preactivation j); when all of them have, the warp calls stored(). held: 1 where
+// there are at most 32 results, which stay in registers then; else 0.
+template <int held, class T, class Store, class Stored>
 __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target<T>& target,
                                              const Activation<T>& activation, int i, const T* y, const T* z, int out,
-                                             Store store) {
+                                             Store store, Stored stored) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const auto end = [&](int j, T gradient) {
     T grad[1] = {gradient};
@@ -371,11 +372,16 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
   double loss = 0;
   if (p.loss == softmax_loss) {
     using Lanes = Team<32>;
-    Row<T, Lanes, 0> row(y, out, true, 0);
-    const auto write = [&](const auto& of, auto f) { of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); }); };
+    Row<T, Lanes, held> row(y, out, true, -infinity<T>());
+    const auto write = [&](const auto& of, auto f) {
+      of.each([&](int j, T v, int slot) {
+        if (j < out) end(j, f(j, v, slot));
+      });
+      stored();
+    };
+    const auto of_target = [&](int j, int) { return j < out ? target.values[j] : T(0); };
     loss = static_cast<double>(target.values != nullptr
-                                   ? cross_entropy_of_targets(
-                                         row, [&](int j, int) { return target.values[j]; }, p.share, write)
+                                   ? cross_entropy_of_targets(row, of_target, p.share, write)
                                    : cross_entropy_of_class(row, target.label, y[target.label], p.share, write));
   } else {
     for (int j = lane; j < out; j += 32) {
@@ -391,6 +397,7 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
       loss += static_cast<double>(of_output);
       end(j, gradient);
     }
+    stored();
     loss = reduce_lanes<32>(loss, Sum{});
   }
   const bool right = p.right != nullptr && target.label >= 0 && predicted_class(y, out) == target.label;
@@ -419,8 +426,9 @@ __global__ void __launch_bounds__(loss_threads, 1) loss(const __grid_constant__ 
   if (i >= p.rows) return;
   const Index at = static_cast<Index>(i) * row_stride(p.out);
   T* const grad = p.grad + at;
-  evaluate_row(p.objective, Target<T>(p.objective, i, p.out), p.activation, i, p.y + at,
-               p.z == nullptr ? nullptr : p.z + at, p.out, [=](int j, T gradient) { grad[j] = gradient; });
+  evaluate_row<0>(
+      p.objective, Target<T>(p.objective, i, p.out), p.activation, i, p.y + at, p.z == nullptr ? nullptr : p.z + at,
+      p.out, [=](int j, T gradient) { grad[j] = gradient; }, [] {});
 }
 
 // The last layer of several, where it is small: forward, the loss, and back to the layer below.
@@ -479,10 +487,13 @@ __device__ __forceinline__ void top_row(const Top<T>& p, int i, T* memory) {
   __syncthreads();
   T* const grad_row = p.grad + static_cast<Index>(i) * stride;
   if (thread < 32)
-    evaluate_row(p.objective, target, p.activation, i, y, z, out, [=](int j, T gradient) {
-      grad[j] = gradient;
-      grad_row[j] = gradient;
-    });
+    evaluate_row<0>(
+        p.objective, target, p.activation, i, y, z, out,
+        [=](int j, T gradient) {
+          grad[j] = gradient;
+          grad_row[j] = gradient;
+        },
+        [] {});
   __syncthreads();
   const Index below_row = static_cast<Index>(i) * row_stride(layer.in);
   for (int k = thread; k < layer.in; k += threads) {

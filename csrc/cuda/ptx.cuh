@@ -111,7 +111,7 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 }
 
 //
-// Asynchronous copies to shared memory
+// Shared memory, and asynchronous copies to it
 //
 
 // An address in shared memory, to which bytes can be added.
@@ -155,6 +155,39 @@ __device__ __forceinline__ void store_shared(SharedAddress to, const unsigned (&
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
                "r"(words[3])
                : "memory");
+}
+
+//
+// Clusters of blocks (sm_90)
+//
+
+// %cluster_ctarank: the block's number in its cluster.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// barrier.cluster.arrive and .wait, by whole warps: what the threads of the cluster wrote before they arrive is seen by
+// those that have waited. A thread arrives once, then waits once.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// mapa and st.shared::cluster.v4.f32: writes to the shared memory of the cluster's block `rank`, where `to` is in this
+// block's. That block must have begun, and must not have ended.
+__device__ __forceinline__ void store_to_block(SharedAddress to, unsigned rank, const float (&value)[4]) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
+      "}" ::"r"(to),
+      "r"(rank), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+      : "memory");
 }
 
 //

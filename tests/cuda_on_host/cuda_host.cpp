@@ -444,7 +444,7 @@ void Worker::complete(Barrier& barrier) {
 void Worker::exit() {
   --live;
   idle_yields = 0;
-  for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier})
+  for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier, &self->block->cluster->of_cluster})
     if (--barrier->expected && barrier->arrived == barrier->expected) complete(*barrier);
   switch_to_next();
   std::abort();
@@ -461,6 +461,7 @@ extern "C" void cuda_host_begin() {
   worker->launch->kernel->run(worker->launch->arguments);
   if (!self->copies->items.empty()) fail("ends, and has not waited for all its asynchronous copies");
   if (!self->products->items.empty()) fail("ends, and has not waited for all its products");
+  if (self->arrived) fail("ends, and has not waited at the barrier of its cluster");
   release(&worker->ends);
   worker->exit();
 }
@@ -474,6 +475,11 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
   block.barrier = {};
   block.barrier.expected = threads;
   block.unfenced = false;
+  block.rank = number % launch->kernel->cluster;
+  block.cluster = &block - block.rank;
+  block.of_cluster = {};
+  block.of_cluster.expected = threads * launch->kernel->cluster;
+  block.dynamic_bytes = c.shared_bytes;
   memset(block.dynamic, 0xFF, c.shared_bytes);
   memset(block.statics ? block.statics : statics, 0xFF, static_bytes);
   for (unsigned i = 0; i < threads; i += 32) {
@@ -487,7 +493,7 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
     f.lane = i % 32;
     f.block = &block;
     f.warp = &warp[i / 32];
-    f.waits = f.fenced = f.unfenced = f.products_fenced = false;
+    f.waits = f.fenced = f.unfenced = f.products_fenced = f.arrived = false;
     f.last_atomic = nullptr;
     f.copies->clear();
     f.products->clear();
@@ -590,7 +596,7 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
   worker = this;
   const FaultStack fault_stack;
   const Configuration& c = of.configuration;
-  const unsigned resident = c.cooperative ? of.blocks : 1, warps_of_block = (c.block + 31) / 32;
+  const unsigned resident = c.cooperative ? of.blocks : of.kernel->cluster, warps_of_block = (c.block + 31) / 32;
   Statics found{of.kernel->statics(), nullptr, 0};
   dl_iterate_phdr(find_statics, &found);
   statics = found.start;
@@ -611,6 +617,9 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
     blocks[i].statics = resident > 1 ? copies_of_statics.data() + i * static_bytes : nullptr;
   }
   if (resident == 1) statics_of = &blocks[0];
+#if defined(CUDA_HOST_THREAD)
+  first *= resident;
+#endif
 
   self = &main;
   while (!of.failed) {
@@ -623,9 +632,12 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
 #endif
     if (number >= of.blocks) break;
     first_ready = ready_count = live = idle_yields = 0;
-    for (unsigned i = 0; i < resident; ++i)
-      start(blocks[i], c.step < 0 ? of.blocks - 1 - (number + i) : number + i, &fibers[i * c.block],
-            &warps[i * warps_of_block]);
+    for (unsigned i = 0; i < resident; ++i) {
+      const unsigned index = c.step < 0 ? of.blocks - 1 - (number + i) : number + i;
+      // Those of a cluster lie by their ranks.
+      const unsigned place = of.kernel->cluster > 1 ? index % of.kernel->cluster : i;
+      start(blocks[place], index, &fibers[i * c.block], &warps[i * warps_of_block]);
+    }
     release(&begins);
     switch_to(take_ready());
     if (of.failed) give_up();
@@ -704,6 +716,45 @@ void wait(Barrier& barrier, Place place, bool orders_memory) {
   if (orders_memory) acquire(edge);
 }
 
+void arrive_at_cluster(Place place) {
+  Barrier& barrier = self->block->cluster->of_cluster;
+  if (self->arrived) fail("comes to %s a second time, and has not waited", text(place).c_str());
+  self->arrived = true;
+  self->arrived_in = barrier.phase;
+  release(&barrier.edge[barrier.phase % 2]);
+  if (++barrier.arrived == barrier.expected) worker->complete(barrier);
+}
+
+void wait_for_cluster(Place place) {
+#if defined(CUDA_HOST_THREAD)
+  if (race_reported) fail("ThreadSanitizer reports a data race");
+#endif
+  Barrier& barrier = self->block->cluster->of_cluster;
+  if (!self->arrived) fail("waits in %s, and has not arrived", text(place).c_str());
+  const unsigned phase = self->arrived_in;
+  if (barrier.phase == phase) {
+    self->next = nullptr;
+    self->place = place;
+    self->waits = true;
+    (barrier.first ? barrier.last->next : barrier.first) = self;
+    barrier.last = self;
+    worker->switch_to_next();
+  }
+  self->arrived = false;
+  acquire(&barrier.edge[phase % 2]);
+}
+
+unsigned char* in_block(void* shared, unsigned rank) {
+  Block& block = *self->block;
+  if (rank >= worker->launch->kernel->cluster) fail("there is no block %u in the cluster", rank);
+  const Size offset = static_cast<unsigned char*>(shared) - static_cast<unsigned char*>(block.dynamic);
+  if (offset >= block.dynamic_bytes) fail("%p is not in the dynamic shared memory", shared);
+  if (block.cluster->of_cluster.phase == 0) fail("accesses block %u of the cluster, which may not have begun", rank);
+  Block& other = block.cluster[rank];
+  if (other.barrier.expected == 0) fail("accesses block %u of the cluster, which has ended", rank);
+  return static_cast<unsigned char*>(other.dynamic) + offset;
+}
+
 void yield(Place place) {
   if (++worker->idle_yields > 1000000) fail("spins in %s, and nothing else happens", text(place).c_str());
   if (worker->launch->failed) worker->switch_to(&worker->main);
@@ -767,10 +818,11 @@ int cuda_host_launch(const cuda_host::Kernel* kernel, const cuda_host::Configura
 #if defined(CUDA_HOST_THREAD)
   race_reported = false;
 #endif
-  if (!configuration->cooperative) launch.workers = std::min(configuration->os_threads, launch.blocks);
+  const unsigned together = configuration->cooperative ? launch.blocks : kernel->cluster;
+  if (!configuration->cooperative) launch.workers = std::min(configuration->os_threads, launch.blocks / together);
   std::vector<std::unique_ptr<Worker>> workers;
   for (unsigned i = 0; i < launch.workers; ++i)
-    workers.push_back(take_worker(configuration->block * (configuration->cooperative ? launch.blocks : 1)));
+    workers.push_back(take_worker(configuration->block * together));
   std::vector<std::thread> team;
   for (unsigned i = 1; i < launch.workers; ++i) team.emplace_back(work, std::ref(launch), std::ref(*workers[i]), i);
   work(launch, *workers[0], 0);

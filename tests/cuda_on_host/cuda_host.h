@@ -5,18 +5,19 @@
 //   correct kernel computes the same in every one. cuda_host.cpp has the scheduler; a kernel's source is compiled with
 //   this file in front of it and CUDA_HOST_KERNEL for each kernel behind it, and device.py launches them.
 //   There are: threadIdx blockIdx blockDim gridDim, static and dynamic shared memory, barriers of a block and of a
-//   warp, shuffles, votes, atomics on integers, what asynchronous copies and cooperative launches need, and of the
-//   functions of C those declared below, no others: what else a kernel calls does not compile.
+//   warp, shuffles, votes, atomics on integers, what asynchronous copies, cooperative launches and clusters need, and
+//   of the functions of C those declared below, no others: what else a kernel calls does not compile.
 //   All shared memory is 0xFF in every byte (NaN) before each block. A cooperative launch has all of its blocks'
-//   fibers in one OS thread; its kernel should have dynamic shared memory only, as static shared memory changes hands
-//   there, and ThreadSanitizer takes it for all blocks' in common.
+//   fibers in one OS thread, and so has a cluster; its kernel should have dynamic shared memory only, as static shared
+//   memory changes hands there, and ThreadSanitizer takes it for all blocks' in common.
 //   Found and reported, as an error of the launch: a barrier that not all can reach, a barrier in divergent code, lanes
 //   of a warp at different exchanges, misaligned addresses and indices outside of arrays of known size (by GCC's
 //   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
 //   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a product of a
-//   warpgroup from shared memory that was written and not fenced (it is computed as late as it may be), a thread that
-//   spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
-//   missing __threadfence, and the launch is given up after the first one; with -fsanitize=address every stray access
+//   warpgroup from shared memory that was written and not fenced (it is computed as late as it may be), an access of a
+//   block of the cluster that may not have begun, or has ended, an arrival at the cluster's barrier that nobody waited
+//   for, a thread that spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
+//   missing __threadfence or barrier of the cluster, and the launch is given up after the first one; with -fsanitize=address every stray access
 //   ends the process.
 //   Not found: what depends on a GPU's weak memory order, on the number of registers, on time. Lanes named in a mask
 //   must be all that there are: parts of a warp cannot shuffle alone.
@@ -28,7 +29,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) alignas(bytes)
 #define __grid_constant__
-#define __launch_bounds__(...)  // device.py reads them in the source, and checks
+// device.py reads both in the source, and checks.
+#define __launch_bounds__(...)
+#define __cluster_dims__(...)
 // No other thread_local variables may be in the source: cuda_host.cpp takes all that the library has for shared memory.
 #define __shared__ static thread_local
 
@@ -93,6 +96,10 @@ struct Warp {
 struct Block {
   uint3 index;
   dim3 size, grid;
+  unsigned rank;          // in its cluster,
+  Block* cluster;         // whose blocks begin here; the first one has
+  Barrier of_cluster;     // the barrier of all
+  Size dynamic_bytes;
   Barrier barrier;
   void* dynamic;            // shared memory, with guards around it
   bool unfenced;            // whether a thread has come to the block's barrier so
@@ -112,6 +119,8 @@ struct Fiber {
   ProductQueue* products;
   bool unfenced;         // what it wrote to shared memory is not there for products
   bool products_fenced;  // registers can be theirs
+  bool arrived;          // at the cluster's barrier, in the phase
+  unsigned arrived_in;
   // For the order of memory between blocks.
   bool fenced;
   void* last_atomic;
@@ -133,6 +142,13 @@ extern __thread Fiber* self __attribute__((tls_model("initial-exec")));
 
 // orders_memory: what was written before is seen after.
 void wait(Barrier& barrier, Place place, bool orders_memory);
+
+// The barrier of a cluster, in two parts; both order memory.
+void arrive_at_cluster(Place place);
+void wait_for_cluster(Place place);
+
+// Where dynamic shared memory is in another block of the cluster.
+unsigned char* in_block(void* shared, unsigned rank);
 
 // Lets the other threads run: in every loop that waits for another block.
 void yield(Place place);
@@ -254,7 +270,7 @@ struct Kernel {
   unsigned count;
   const unsigned* sizes;  // of the parameters, in bytes
   const char* kinds;      // of each parameter: p(ointer), f(loating), i(nteger), s(truct)
-  unsigned max_threads;
+  unsigned max_threads, cluster;
   void (*run)(void* const* arguments);
   void* (*statics)();
 };
@@ -301,17 +317,18 @@ struct Entry<kernel> {
 
   static void* statics() { return &shared_memory_anchor; }
 
-  static constexpr Kernel description(unsigned max_threads) {
-    return {names_of_types<P...>(), sizeof...(P), sizes, kinds, max_threads, run, statics};
+  static constexpr Kernel description(unsigned max_threads, unsigned cluster) {
+    return {names_of_types<P...>(), sizeof...(P), sizes, kinds, max_threads, cluster, run, statics};
   }
 };
 
 }  // namespace cuda_host
 
-// Exports a kernel under a number; max_threads is that of its __launch_bounds__. After both, what C++ calls it.
-#define CUDA_HOST_KERNEL(number, max_threads, ...)                                                      \
+// Exports a kernel under a number; max_threads is that of its __launch_bounds__, cluster the blocks of its
+// __cluster_dims__, or 1. After them, what C++ calls it.
+#define CUDA_HOST_KERNEL(number, max_threads, cluster, ...)                                             \
   extern "C" __attribute__((visibility("default"))) const cuda_host::Kernel cuda_host_kernel_##number = \
-      cuda_host::Entry<&__VA_ARGS__>::description(max_threads);
+      cuda_host::Entry<&__VA_ARGS__>::description(max_threads, cluster);
 
 #define threadIdx (cuda_host::self->thread)
 #define blockIdx (cuda_host::self->block->index)

@@ -70,6 +70,7 @@ class _Kernel(ctypes.Structure):
         ("sizes", ctypes.POINTER(ctypes.c_uint)),
         ("kinds", ctypes.c_char_p),
         ("max_threads", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
         ("run", ctypes.c_void_p),
         ("statics", ctypes.c_void_p),
     )
@@ -155,9 +156,10 @@ class HostDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        cluster: int = 1,
     ) -> None:
         _check_arguments(kernel, arguments)
-        _check_configuration(kernel, grid, block, shared)
+        _check_configuration(kernel, grid, block, shared, cluster)
         resident = self.multiprocessors * min(MAX_RESIDENT_THREADS // block, MAX_SHARED // max(shared, 1))
         if cooperative and math.prod(grid) > resident:
             raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
@@ -274,11 +276,13 @@ def _check_arguments(kernel: Kernel, arguments: Sequence[np.generic]) -> None:
             )
 
 
-def _check_configuration(kernel: Kernel, grid: tuple[int, int, int], block: int, shared: int) -> None:
+def _check_configuration(kernel: Kernel, grid: tuple[int, int, int], block: int, shared: int, cluster: int) -> None:
     if not all(1 <= size <= most for size, most in zip(grid, MAX_GRID, strict=True)) or math.prod(grid) >= 2**32:
         raise ValueError(f"{kernel.name}: a grid of {grid}, at most {MAX_GRID}")
     if not 1 <= block <= kernel.description.max_threads:
         raise ValueError(f"{kernel.name}: {block} threads a block, 1 to {kernel.description.max_threads}")
+    if cluster != kernel.description.cluster or grid[0] % cluster:
+        raise ValueError(f"{kernel.name}: clusters of {cluster} in a grid of {grid}, {kernel.description.cluster} blocks each")
     if not 0 <= shared <= MAX_SHARED:
         raise ValueError(f"{kernel.name}: {shared} bytes of dynamic shared memory, at most {MAX_SHARED}")
 
@@ -437,7 +441,8 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     bounds = dict(itertools.chain.from_iterable(_launch_bounds(_text(file)).items() for file in files))
     unit = ['#include "cuda_host.h"', f'#include "cuda/{source}"', *map(_declared_bounds(bounds), expressions)]
     for number, expression in enumerate(expressions):
-        unit.append(f"CUDA_HOST_KERNEL({number}, {_bound(bounds, expression)}, {expression})")
+        numbers = [_bound(bounds, expression, value) for value in ("launch_bounds", "cluster")]
+        unit.append(f"CUDA_HOST_KERNEL({number}, {', '.join(numbers)}, {expression})")
     text = "\n".join([*dict.fromkeys(unit), ""])
     name = "unit_" + _digest(_runtime_path().name, text, *map(_text, files), *_options())
 
@@ -463,21 +468,22 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     return _build(f"{name}.so", commands)
 
 
-# template <...> __global__ void __launch_bounds__(...) name(
+# template <...> __global__ void __cluster_dims__(...) __launch_bounds__(...) name(
 _BOUNDED_KERNEL = re.compile(
-    r"(?P<template>template\s*<[^;{}]*?>\s*)?(?:static\s+)?__global__\s+(?:static\s+)?void\s+__launch_bounds__\s*"
+    r"(?P<template>template\s*<[^;{}]*?>\s*)?(?:static\s+)?__global__\s+(?:static\s+)?void\s+"
+    r"(?:__cluster_dims__\s*\((?P<cluster>\w+), 1, 1\)\s*)?__launch_bounds__\s*"
     r"\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\s*(?P<name>\w+)\s*\("
 )
 
 
-def _launch_bounds(text: str) -> dict[str, tuple[str, str]]:
-    """Return, by a kernel's name, the head of its template and the largest block, an expression."""
+def _launch_bounds(text: str) -> dict[str, tuple[str, str, str]]:
+    """Return, by a kernel's name, the head of its template, and the largest block and the cluster, expressions."""
     found = {}
     for match in _BOUNDED_KERNEL.finditer(text):
         # What follows a comma is the number of blocks; what is within parentheses or angles holds commas, too.
         most = re.match(r"(?:[^,<(]|<[^>]*>|\([^)]*\))*", match["bounds"])
         assert most is not None
-        found[match["name"]] = (match["template"] or "").strip(), most[0].strip()
+        found[match["name"]] = (match["template"] or "").strip(), most[0].strip(), match["cluster"] or "1"
     return found
 
 
@@ -488,22 +494,23 @@ def _split(expression: str) -> tuple[str, str, str]:
     return namespace, name, angle + rest
 
 
-def _declared_bounds(bounds: dict[str, tuple[str, str]]) -> Callable[[str], str]:
-    """Return what declares, for an expression, a variable (or a template, like the kernel): its largest block."""
+def _declared_bounds(bounds: dict[str, tuple[str, str, str]]) -> Callable[[str], str]:
+    """Return what declares, for an expression, variables (or templates, like the kernel): its largest block, its cluster."""
 
     def declared(expression: str) -> str:
         namespace, name, _ = _split(expression)
         if name not in bounds:
             return ""
-        template, most = bounds[name]
-        variable = f"{template} constexpr unsigned {name}_launch_bounds = {most};"
-        return f"namespace {namespace} {{ {variable} }}" if namespace else variable
+        template, most, cluster = bounds[name]
+        values = {"launch_bounds": most, "cluster": cluster}
+        variables = " ".join(f"{template} constexpr unsigned {name}_{key} = {value};" for key, value in values.items())
+        return f"namespace {namespace} {{ {variables} }}" if namespace else variables
 
     return declared
 
 
-def _bound(bounds: dict[str, tuple[str, str]], expression: str) -> str:
+def _bound(bounds: dict[str, tuple[str, str, str]], expression: str, value: str) -> str:
     namespace, name, arguments = _split(expression)
     if name not in bounds:
-        return str(MAX_BLOCK)
-    return f"({namespace}{'::' if namespace else ''}{name}_launch_bounds{arguments})"
+        return str({"launch_bounds": MAX_BLOCK, "cluster": 1}[value])
+    return f"({namespace}{'::' if namespace else ''}{name}_{value}{arguments})"

@@ -131,6 +131,24 @@ inline void store_shared(SharedAddress to, const unsigned (&words)[4]) {
 }
 
 //
+// Clusters of blocks
+//
+
+inline unsigned cluster_rank() { return cuda_host::self->block->rank; }
+
+inline void arrive_at_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_host::arrive_at_cluster({"barrier.cluster.arrive", file, line});
+}
+inline void wait_for_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_host::wait_for_cluster({"barrier.cluster.wait", file, line});
+}
+
+inline void store_to_block(SharedAddress to, unsigned rank, const float (&value)[4]) {
+  check_aligned(to, 16);
+  memcpy(cuda_host::in_block(to, rank), value, sizeof value);
+}
+
+//
 // Tensor cores
 //
 

@@ -56,11 +56,13 @@ class Device(Protocol):
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
         `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
+        `cluster`: how many blocks the kernel's own clusters have.
         """
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -148,6 +150,7 @@ class CudaDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        cluster: int = 1,
     ) -> None:
         """See `Device`."""
         with self._device:
@@ -155,6 +158,9 @@ class CudaDevice:
                 attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
                 self._allowed[kernel.ptr] = shared
+                if cluster > 8:
+                    attribute = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+                    self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, 1)
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
