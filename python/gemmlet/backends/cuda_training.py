@@ -785,14 +785,13 @@ class _Cluster:
         )
         self._close = _filled(_CLOSE, rows=rows, weight=update["weight"], progress=progress)
         rule = launches[2].kernel.rpartition("::")[2].rstrip(">")
-        self._kernels = device.kernels(
-            CLUSTER_SOURCE,
-            [
-                f"gemmlet::arrange_samples<{_CLUSTER_THREADS}>",
-                f"gemmlet::train_in_cluster<{size}, gemmlet::optimizers::{rule}>",
-                f"gemmlet::close_steps<{_CLUSTER_THREADS}>",
-            ],
-        )
+        names = [
+            f"arrange_samples<{_CLUSTER_THREADS}>",
+            f"train_in_cluster<{size}, gemmlet::optimizers::{rule}>",
+            f"close_steps<{_CLUSTER_THREADS}>",
+        ]
+        # Each on its own, as rules share the others.
+        self._kernels = [device.kernels(CLUSTER_SOURCE, [f"gemmlet::{name}"])[0] for name in names]
         self._shared = _cluster_bytes(size) + 2 * 2 * self._step_numbers
         self._reserved = 0
 
