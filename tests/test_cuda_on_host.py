@@ -53,6 +53,7 @@ EXPRESSIONS = [
     "copies<2, 1>",
     "copies<3, 2>",
     *(f"ring<{static}, {wait}>" for static in (0, 1) for wait in (0, 1)),
+    *(f"cluster<{wrong}>" for wrong in range(8)),
     "last_block<0>",
     "large_frame",
     "faults",
@@ -265,6 +266,38 @@ def test_a_wait_for_blocks_that_never_come_is_reported():
         launch(device, "ring<0, 1>", 6, 96, values, counter, 5, shared=384)
 
 
+def test_blocks_of_a_cluster_write_to_each_other(device: HostDevice):
+    y = zeros(device, (9, 64), np.int32)
+    launch(device, "cluster<0>", 9, 64, y, shared=256, cluster=3)
+    np.testing.assert_array_equal(device.view(y), np.repeat([6, 15, 24], 3 * 64).reshape(9, 64))
+
+
+@not_sanitized
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (1, "accesses block 0 of the cluster, which may not have begun"),
+        (3, "comes to barrier.cluster.arrive at .* a second time, and has not waited"),
+        (4, "ends, and has not waited at the barrier of its cluster"),
+        (5, "waits in barrier.cluster.wait at .*, and has not arrived"),
+        (6, "there is no block 3 in the cluster"),
+        (7, "accesses block 1 of the cluster, which has ended"),
+    ],
+)
+def test_misuse_of_a_cluster_is_reported(wrong: int, message: str):
+    device = HostDevice(ROOT)
+    with pytest.raises(RuntimeError, match=message):
+        launch(device, f"cluster<{wrong}>", 3, 64, zeros(device, 192, np.int32), shared=256, cluster=3)
+
+
+def test_clusters_are_those_of_the_kernel():
+    device = HostDevice(ROOT)
+    y = zeros(device, 192, np.int32)
+    for name, grid, size in (("cluster<0>", 3, 1), ("cluster<0>", 4, 3), ("divergent", 3, 3)):
+        with pytest.raises(ValueError, match=f"{name}: clusters of {size} in a grid of"):
+            launch(device, name, grid, 64, y, shared=256, cluster=size)
+
+
 def test_arguments_are_checked():
     device = HostDevice(ROOT)
     y = device.empty((4,), np.float32)
@@ -406,7 +439,8 @@ for name, number in launches:
     print(f"LAUNCH {name} {number}", file=sys.stderr, flush=True)
     arguments = arguments[: len(kernels[name].sizes)]
     try:
-        device.launch(kernels[name], (3, 1, 1), 64, arguments, shared=256, cooperative="ring" in name)
+        how = {"shared": 256, "cooperative": "ring" in name, "cluster": 3 if "cluster" in name else 1}
+        device.launch(kernels[name], (3, 1, 1), 64, arguments, **how)
     except RuntimeError as error:
         print(error, file=sys.stderr)
 """
@@ -418,12 +452,13 @@ for name, number in launches:
     [
         (
             "thread",
-            ["shim::block_sum<0>; 0", "shim::ring<0, 1>; 5", "shim::last_block<0>; 0"],
+            ["shim::block_sum<0>; 0", "shim::ring<0, 1>; 5", "shim::last_block<0>; 0", "shim::cluster<0>; 0"],
             [
                 *(f"shim::{name}<{missing}>; 0" for name in ("block_sum", "last_block") for missing in (1, 2)),
                 "shim::ring<0, 0>; 5",
+                "shim::cluster<2>; 0",
             ],
-            r"(?s)ThreadSanitizer: data race \S*shim.cuh:\d+ in void shim::.*ThreadSanitizer reports a data race",
+            r"(?s)ThreadSanitizer: data race \S*(shim.cuh:\d+ in void shim|on_host.h:\d+ in gemmlet)::.*ThreadSanitizer reports a data race",
         ),
         (
             "address",

@@ -388,6 +388,16 @@ def test_weights_of_any_size_in_a_cluster(device: Any, cpu: Any, cluster: None) 
         np.testing.assert_allclose(got[-2], expected[-2], rtol=1e-6)
 
 
+def test_rows_that_are_not_there_in_a_cluster(device: Any, cpu: Any, cluster: None) -> None:
+    """Of them the units give exp(100), which is infinite."""
+    mlp = in_cluster((9, 5, 3), hidden="exp", batch=3, count=9)
+    mlp.feed.x[:] = 255
+    mlp.layers[0].weight[:] = -100 / 9
+    mlp.layers[0].bias[:] = 100
+    mlp.numbers[:, 0] = 1e-3
+    mlp.check(device, cpu)
+
+
 def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,))
 
