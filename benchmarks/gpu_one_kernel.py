@@ -130,7 +130,7 @@ def times() -> None:
     print(device.name)
     x, y = data()
     order = np.random.default_rng(3).permutation(SAMPLES)
-    for widths, batch in (((784, 128, 10), BATCH), ((784, 64, 10), BATCH)):
+    for widths in ((784, 128, 10), (784, 64, 10)):
         for rule in ("sgd", "momentum", "adam"):
             for name in (*WAYS, "cluster 8"):
                 if (name == "cluster 16") == (widths[1] == 64) and "cluster" in name:
@@ -173,11 +173,12 @@ def phases() -> None:
     steps, marks = 64, len(PHASES)
     for n, (anchor, _) in enumerate(PHASES):
         assert text.count(anchor) == 1, anchor
-        note = f"    if (lane == 0 && step < {steps}) gemmlet_clocks[((rank * 8 + warp) * {steps} + step) * {marks} + {n}] = clock64();\n"
-        text = text.replace(anchor, note + anchor)
-    text = text.replace(
-        "namespace gemmlet {", f'extern "C" {{ __device__ long long gemmlet_clocks[{16 * 8 * steps * marks}]; }}\nnamespace gemmlet {{', 1
-    )  # fmt: skip
+        place = f"((rank * 8 + warp) * {steps} + step) * {marks} + {n}"
+        text = text.replace(
+            anchor, f"    if (lane == 0 && step < {steps}) gemmlet_clocks[{place}] = clock64();\n{anchor}"
+        )
+    array = f'extern "C" {{ __device__ long long gemmlet_clocks[{16 * 8 * steps * marks}]; }}\n'
+    text = text.replace("namespace gemmlet {", f"{array}namespace gemmlet {{", 1)
     sources["cuda/cluster_training.cuh"] = text
     cuda_compile.sources = lambda: sources  # type: ignore[assignment]
     device = select.load("cuda")._first
@@ -193,10 +194,11 @@ def phases() -> None:
         clocks = cupy.ndarray((16, 8, steps, marks), np.int64, cupy.cuda.MemoryPointer(memory, 0)).get()
         clocks = clocks[:, :, 16:]
         whole = np.diff(clocks[:, :, :, 0], axis=2)
-        print(f"{rule}: {np.median(whole):.0f} clocks a step; by phase the median over steps, of all warps (least to most)")
+        print(f"{rule}: {np.median(whole):.0f} clocks a step; by phase the medians, of all warps (least to most)")
         for n in range(1, marks):
             took = np.median(clocks[:, :, :, n] - clocks[:, :, :, n - 1], axis=2)
-            print(f"  {PHASES[n][1]:28}{np.median(took):7.0f}  ({took.min():.0f} to {took.max():.0f}; rank 0: {took[0].astype(int)})")
+            of_first = took[0].astype(int)
+            print(f"  {PHASES[n][1]:28}{np.median(took):7.0f}  ({took.min():.0f} to {took.max():.0f}); {of_first}")
         rest = np.median(clocks[:, :, 1:, 0] - clocks[:, :, :-1, -1], axis=2)
         print(f"  {'copies, start':28}{np.median(rest):7.0f}  ({rest.min():.0f} to {rest.max():.0f})", flush=True)
 

@@ -458,7 +458,8 @@ for name, number in launches:
                 "shim::ring<0, 0>; 5",
                 "shim::cluster<2>; 0",
             ],
-            r"(?s)ThreadSanitizer: data race \S*(shim.cuh:\d+ in void shim|on_host.h:\d+ in gemmlet)::.*ThreadSanitizer reports a data race",
+            r"(?s)ThreadSanitizer: data race \S*(shim.cuh:\d+ in void shim|on_host.h:\d+ in gemmlet)::"
+            r".*ThreadSanitizer reports a data race",
         ),
         (
             "address",

@@ -590,9 +590,7 @@ def test_fuses_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["small", "cluster"])
-def test_without_memory_nothing_is_written(
-    name: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_memory_nothing_is_written(name: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it ends."""
     use_plan(name, monkeypatch)
     mlp, calls = Mlp([9, 8, 3], dtype, kind="bytes"), itertools.count()

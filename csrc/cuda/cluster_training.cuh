@@ -49,8 +49,7 @@ struct ArrangeSamples {
 // The mini-batches of `steps` steps. A thread takes 8 features of a row; two rows are side by side, so that 32 bytes are
 // written together.
 template <int threads>
-__global__ void __launch_bounds__(threads)
-    arrange_samples(const __grid_constant__ ArrangeSamples p, Index steps) {
+__global__ void __launch_bounds__(threads) arrange_samples(const __grid_constant__ ArrangeSamples p, Index steps) {
   const int tiles = 2 * feature_steps(p.features);
   const Index in_step = static_cast<Index>(tiles) * cluster_rows, first = p.progress->next;
   for (Index n = static_cast<Index>(blockIdx.x) * threads + threadIdx.x; n < steps * in_step;
@@ -195,7 +194,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   // second operand of the forward product and the result of the one that gives their gradient.
   const int first_stride = row_stride(p.hidden), last_stride = row_stride(out);
   const auto first_weight = [&](int of_warp, int c) -> float* {
-    const int feature = (of_warp * cluster_warps + warp) * 16 + c / 2 * 8 + 2 * t + c % 2, unit = rank * cluster_units + g;
+    const int feature = (of_warp * cluster_warps + warp) * 16 + c / 2 * 8 + 2 * t + c % 2,
+              unit = rank * cluster_units + g;
     const bool there = feature < p.features && unit < p.hidden;
     return there ? p.first + static_cast<Index>(feature) * first_stride + unit : nullptr;
   };
@@ -303,7 +303,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       for (int q = 0; q < most_warp_steps; ++q) {
         const int k = q * cluster_warps + warp;
         if (k >= all_steps) break;
-        const float(&w)[4] = weights[q].value[0];
+        const float (&w)[4] = weights[q].value[0];
         const Parts low(w[0], w[1]), high(w[2], w[3]);
         unsigned x[cluster_rows / 16][4];
 #pragma unroll
@@ -409,7 +409,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
               const int quad = n / Ranks;
               float some[4];
               load_numbers<4>(own.grad + 4 * quad, some);
-              ptx::store_to_block(ptx::shared_address(memory.grad[row] + 4 * quad), static_cast<unsigned>(n % Ranks), some);
+              ptx::store_to_block(ptx::shared_address(memory.grad[row] + 4 * quad), static_cast<unsigned>(n % Ranks),
+                                  some);
             }
             __syncwarp();
             arrived = slot + cluster_warps >= rows_of_block || row + cluster_warps >= p.rows;
@@ -509,8 +510,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
             }
           }
 #pragma unroll
-          for (int c = 0; c < 2; ++c)
-            weights[q].update(2 * half + c, first[c] + (first[2 + c] + third[c]), numbers);
+          for (int c = 0; c < 2; ++c) weights[q].update(2 * half + c, first[c] + (first[2 + c] + third[c]), numbers);
         }
       }
     }

@@ -96,9 +96,9 @@ struct Warp {
 struct Block {
   uint3 index;
   dim3 size, grid;
-  unsigned rank;          // in its cluster,
-  Block* cluster;         // whose blocks begin here; the first one has
-  Barrier of_cluster;     // the barrier of all
+  unsigned rank;       // in its cluster,
+  Block* cluster;      // whose blocks begin here; the first one has
+  Barrier of_cluster;  // the barrier of all
   Size dynamic_bytes;
   Barrier barrier;
   void* dynamic;            // shared memory, with guards around it

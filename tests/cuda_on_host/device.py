@@ -282,7 +282,7 @@ def _check_configuration(kernel: Kernel, grid: tuple[int, int, int], block: int,
     if not 1 <= block <= kernel.description.max_threads:
         raise ValueError(f"{kernel.name}: {block} threads a block, 1 to {kernel.description.max_threads}")
     if cluster != kernel.description.cluster or grid[0] % cluster:
-        raise ValueError(f"{kernel.name}: clusters of {cluster} in a grid of {grid}, {kernel.description.cluster} blocks each")
+        raise ValueError(f"{kernel.name}: clusters of {cluster} in a grid of {grid}, not {kernel.description.cluster}")
     if not 0 <= shared <= MAX_SHARED:
         raise ValueError(f"{kernel.name}: {shared} bytes of dynamic shared memory, at most {MAX_SHARED}")
 
@@ -495,7 +495,7 @@ def _split(expression: str) -> tuple[str, str, str]:
 
 
 def _declared_bounds(bounds: dict[str, tuple[str, str, str]]) -> Callable[[str], str]:
-    """Return what declares, for an expression, variables (or templates, like the kernel): its largest block, its cluster."""
+    """Return what declares, for an expression, variables, or templates like the kernel: its block and its cluster."""
 
     def declared(expression: str) -> str:
         namespace, name, _ = _split(expression)

@@ -750,9 +750,7 @@ class _OneKernel:
 class _Cluster:
     """Steps of so many rows in a cluster, some hundreds in each launch of it."""
 
-    def __init__(
-        self, device: Device, structs: _Structs, launches: Sequence[_Launch], size: int, rows: int
-    ) -> None:
+    def __init__(self, device: Device, structs: _Structs, launches: Sequence[_Launch], size: int, rows: int) -> None:
         self._device, self._size, self._rows = device, size, rows
         first, top, update = (launch.arguments[0] for launch in launches)
         brought = launches[0].arguments[1]
@@ -762,12 +760,7 @@ class _Cluster:
         self._most_steps = max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers))
         progress = brought["progress"]
         self._arrange = _filled(
-            _ARRANGE,
-            samples=given["rows"],
-            features=features,
-            indices=brought["indices"],
-            progress=progress,
-            rows=rows,
+            _ARRANGE, samples=given["rows"], features=features, indices=brought["indices"], progress=progress, rows=rows
         )
         self._train = _filled(
             structs.cluster,
