@@ -157,10 +157,10 @@ PHASES = [
     ("    // What lay here is of no use", "forward products"),
     ("    // The sums of a warp's 8 rows", "two barriers"),
     ("    // What the units add to", "activation"),
-    ("    __syncwarp();\n    ptx::arrive_at_cluster();\n    ptx::wait_for_cluster();\n", "parts of outputs"),
-    ("    // The loss of this block's rows;", "barrier of the cluster"),
-    ("    if (!arrived) ptx::arrive", "loss"),
-    ("    // Back to the units.", "barrier of the cluster"),
+    ("    // The loss of this block's rows;", "parts of outputs"),
+    ("      const int j = lane % 16, first_rank", "wait for parts (warps with rows)"),
+    ("    const int rows_of_warp", "loss (warps with rows)"),
+    ("    // Back to the units.", "wait for gradients"),
     ("    float numbers[Rule::scalar_count];", "gradients of units, barrier"),
     ("    // The gradient of the first layer's weights: units", "small sums"),
     ("    // The warp needs this mini-batch no more.", "gradient products, update"),
@@ -196,11 +196,12 @@ def phases() -> None:
         whole = np.diff(clocks[:, :, :, 0], axis=2)
         print(f"{rule}: {np.median(whole):.0f} clocks a step; by phase the medians, of all warps (least to most)")
         for n in range(1, marks):
-            took = np.median(clocks[:, :, :, n] - clocks[:, :, :, n - 1], axis=2)
+            some = clocks[:, :4] if "with rows" in PHASES[n][1] else clocks
+            took = np.median(some[:, :, :, n] - some[:, :, :, n - 1], axis=2)
             of_first = took[0].astype(int)
-            print(f"  {PHASES[n][1]:28}{np.median(took):7.0f}  ({took.min():.0f} to {took.max():.0f}); {of_first}")
+            print(f"  {PHASES[n][1]:34}{np.median(took):7.0f}  ({took.min():.0f} to {took.max():.0f}); {of_first}")
         rest = np.median(clocks[:, :, 1:, 0] - clocks[:, :, :-1, -1], axis=2)
-        print(f"  {'copies, start':28}{np.median(rest):7.0f}  ({rest.min():.0f} to {rest.max():.0f})", flush=True)
+        print(f"  {'copies, start':34}{np.median(rest):7.0f}  ({rest.min():.0f} to {rest.max():.0f})", flush=True)
 
 
 def compile_all() -> None:

@@ -281,7 +281,7 @@ def mutants(file: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 
 BARRIER, FENCE = "__syncthreads();", "__threadfence();"
-CLUSTER = "ptx::arrive_at_cluster();\n    ptx::wait_for_cluster();"
+CLUSTER = "ptx::arrive_at_cluster();\n  ptx::wait_for_cluster();\n"
 
 # Found by what is computed, or reported.
 WRONG = [
@@ -459,10 +459,13 @@ WRONG = [
         ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),
         ("}\n      __syncwarp();\n      Pack<float, 2> y;", "}\n      Pack<float, 2> y;", "mlp_in_a_cluster"),
         ("}\n    __syncwarp();\n\n    // What the units", "}\n    // What the units", "mlp_in_a_cluster"),
-        (CLUSTER + "\n\n    // The loss of", "// The loss of", "mlp_in_a_cluster"),
-        ("if (!arrived) ptx::arrive_at_cluster();\n    ptx::wait", "if (arrived) ptx::wait", "mlp_in_a_cluster"),
-        ("ptx::wait_for_cluster();\n\n    // Back", "// Back", "mlp_in_a_cluster"),
-        (CLUSTER.replace("    ", "  ") + "\n\n  for (Index step", "for (Index step", "mlp_in_a_cluster"),
+        (CLUSTER, "", "mlp_in_a_cluster"),
+        ("ptx::publish_byte_barriers();", "", "mlp_in_a_cluster"),
+        ("turn);\n      const int j", "1 - turn);\n      const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_bytes(barrier, turn);\n      const int j", "const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_bytes(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
+        ("Ranks * quads * 16", "Ranks * quads * 16 + 16", "mlp_in_a_cluster"),
+        ("rows_of_warp * quads * 16", "8 * quads * 16", "mlp_in_a_cluster"),
         ("}\n    }\n    " + BARRIER + "\n\n    float numbers", "}\n    }\n    float numbers", "mlp_in_a_cluster"),
         ("wait_for_copies<1>", "wait_for_copies<2>", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 3);", "mlp_in_a_cluster"),
@@ -509,7 +512,8 @@ RACES = [
         ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),
         ("}\n      __syncwarp();\n      Pack<float, 2> y;", "}\n      Pack<float, 2> y;", "mlp_in_a_cluster"),
         ("}\n    __syncwarp();\n\n    // What the units", "}\n    // What the units", "mlp_in_a_cluster"),
-        (CLUSTER + "\n\n    // The loss of", "// The loss of", "mlp_in_a_cluster"),
+        ("ptx::wait_for_bytes(barrier, turn);\n      const int j", "const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_bytes(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
         ("}\n    }\n    " + BARRIER + "\n\n    float numbers", "}\n    }\n    float numbers", "mlp_in_a_cluster"),
         ("wait_for_copies<1>();\n    __syncwarp();", "wait_for_copies<1>();", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 2);", "mlp_in_a_cluster"),

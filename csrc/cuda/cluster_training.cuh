@@ -105,6 +105,8 @@ struct alignas(16) ClusterMemory {
   // Of the rule, and the classes, of this step and the one before it.
   float numbers[2][Brought<float>::most_numbers + 1];
   int labels[2][cluster_rows];
+  // For the parts of each of this block's rows, and for the gradients of each warp's 8 rows.
+  unsigned long long parts_barrier[rows_of_block], grad_barrier[cluster_warps];
 };
 
 inline constexpr int one_column = most_cluster_outputs;
@@ -275,6 +277,9 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   copy(0);
   copy(1);
 
+  if (thread < rows_of_block) ptx::init_byte_barrier(ptx::shared_address(&memory.parts_barrier[thread]));
+  if (thread < cluster_warps) ptx::init_byte_barrier(ptx::shared_address(&memory.grad_barrier[thread]));
+  ptx::publish_byte_barriers();
   // All blocks have begun, and what others will write to is there.
   ptx::arrive_at_cluster();
   ptx::wait_for_cluster();
@@ -368,24 +373,28 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
 #pragma unroll
         for (int c = 0; c < 4; ++c) z[c] = fma(y[u], w[c], z[c]);
       }
-      const ptx::SharedAddress to = ptx::shared_address(memory.parts[rank][i % rows_of_block] + 4 * t);
-      ptx::store_to_block(to, static_cast<unsigned>(i / rows_of_block), z);
+      const int slot = i % rows_of_block;
+      ptx::store_to_block(ptx::shared_address(memory.parts[rank][slot] + 4 * t),
+                          static_cast<unsigned>(i / rows_of_block), ptx::shared_address(&memory.parts_barrier[slot]),
+                          z);
     }
     __syncwarp();
-    ptx::arrive_at_cluster();
-    ptx::wait_for_cluster();
 
-    // The loss of this block's rows; the gradients to all blocks. After the last row's the warp arrives.
+    // The loss of this block's rows; the gradients to all blocks. Nobody overwrites what a block has not read yet: who
+    // sends parts has all gradients of the step before, and so all blocks have read their parts of it; and who sends
+    // gradients has the parts of all blocks, which send them when they have used the gradients of the step before.
     Objective<float> objective = p.objective;
     if (objective.labels != nullptr) objective.labels = memory.labels[turn];
     objective.samples = order + step * batch;
     objective.losses += step * p.rows;
     if (objective.right != nullptr) objective.right += step * p.rows;
-    bool arrived = false;
 #pragma unroll
     for (int first = 0; first < rows_of_block; first += cluster_warps) {
       const int slot = first + warp, row = rank * rows_of_block + slot;
       if (slot >= rows_of_block || row >= p.rows) break;
+      const ptx::SharedAddress barrier = ptx::shared_address(&memory.parts_barrier[slot]);
+      if (lane == 0) ptx::expect_bytes(barrier, Ranks * quads * 16);
+      ptx::wait_for_bytes(barrier, turn);
       const int j = lane % 16, first_rank = lane / 16 * (Ranks / 2);
       float z = 0;
 #pragma unroll
@@ -410,16 +419,17 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
               float some[4];
               load_numbers<4>(own.grad + 4 * quad, some);
               ptx::store_to_block(ptx::shared_address(memory.grad[row] + 4 * quad), static_cast<unsigned>(n % Ranks),
-                                  some);
+                                  ptx::shared_address(&memory.grad_barrier[row / 8]), some);
             }
-            __syncwarp();
-            arrived = slot + cluster_warps >= rows_of_block || row + cluster_warps >= p.rows;
-            if (arrived) ptx::arrive_at_cluster();
           });
       __syncwarp();
     }
-    if (!arrived) ptx::arrive_at_cluster();
-    ptx::wait_for_cluster();
+    const int rows_of_warp = max(0, min(8, p.rows - warp * 8));
+    if (rows_of_warp > 0) {
+      const ptx::SharedAddress barrier = ptx::shared_address(&memory.grad_barrier[warp]);
+      if (lane == 0) ptx::expect_bytes(barrier, rows_of_warp * quads * 16);
+      ptx::wait_for_bytes(barrier, turn);
+    }
 
     // Back to the units.
     {

@@ -177,16 +177,51 @@ __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// mapa and st.shared::cluster.v4.f32: writes to the shared memory of the cluster's block `rank`, where `to` is in this
-// block's. That block must have begun, and must not have ended.
-__device__ __forceinline__ void store_to_block(SharedAddress to, unsigned rank, const float (&value)[4]) {
+// Barriers in shared memory that count bytes: mbarrier, 8 bytes at a multiple of 8. A phase is over when a thread has told
+// how many bytes the barrier can expect, and as many have come; they may come before that.
+
+// mbarrier.init, and fence.mbarrier_init, after which, and the next barrier of the cluster, other blocks can use it.
+__device__ __forceinline__ void init_byte_barrier(SharedAddress barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void publish_byte_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// mbarrier.arrive.expect_tx.
+__device__ __forceinline__ void expect_bytes(SharedAddress barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// mbarrier.try_wait.parity: waits for the phase of this parity, the first one's being 0, to be over. Every phase must be
+// waited for. What st.async has written before is there then.
+__device__ __forceinline__ void wait_for_bytes(SharedAddress barrier, int parity) {
+  unsigned over;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n"
+        "}"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (over == 0);
+}
+
+// mapa and st.async.v4.f32: writes to the shared memory of the cluster's block `rank`, where `to` is in this block's, and
+// lets the barrier there, likewise, know of the 16 bytes. That block must have begun, and must not have ended.
+__device__ __forceinline__ void store_to_block(SharedAddress to, unsigned rank, SharedAddress barrier,
+                                               const float (&value)[4]) {
   asm volatile(
       "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
+      ".reg .b32 to, barrier;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [barrier];\n"
       "}" ::"r"(to),
-      "r"(rank), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+      "r"(barrier), "r"(rank), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
       : "memory");
 }
 

@@ -75,6 +75,13 @@ struct Queue {
 struct CopyQueue : Queue<Copy> {};
 struct ProductQueue : Queue<Product> {};
 
+struct ByteBarrier {
+  bool expects = false;  // in this phase
+  long long missing = 0;
+  Barrier barrier = {};  // its phase, its edges, and who waits
+};
+struct ByteBarriers : std::map<void*, ByteBarrier> {};
+
 namespace {
 
 // Kernels with arrays of their own need some; the sanitizers' frames are larger.
@@ -271,6 +278,7 @@ struct Worker {
   std::vector<Block> blocks;
   std::vector<CopyQueue> copies;
   std::vector<ProductQueue> products;
+  std::vector<ByteBarriers> byte_barriers;
   std::vector<Fiber*> ready;  // a ring
   unsigned first_ready = 0, ready_count = 0, live = 0, idle_yields = 0;
   unsigned random = 0;
@@ -479,6 +487,8 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
   block.cluster = &block - block.rank;
   block.of_cluster = {};
   block.of_cluster.expected = threads * launch->kernel->cluster;
+  block.byte_barriers->clear();
+  block.published = false;
   block.dynamic_bytes = c.shared_bytes;
   memset(block.dynamic, 0xFF, c.shared_bytes);
   memset(block.statics ? block.statics : statics, 0xFF, static_bytes);
@@ -507,6 +517,11 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
 }
 
 void Worker::finish(Block& block) {
+  for (const auto& [place, barrier] : *block.byte_barriers)
+    if ((barrier.expects || barrier.missing != 0) && !launch->failed.exchange(true)) {
+      std::lock_guard lock(launch->mutex);
+      launch->message = text(block) + " ends, and of its barriers one still expects " + std::to_string(barrier.missing) + " bytes";
+    }
   const unsigned bytes = launch->configuration.shared_bytes;
   if (const char* where = damage(block.dynamic, bytes); where && !launch->failed.exchange(true)) {
     std::lock_guard lock(launch->mutex);
@@ -611,8 +626,10 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
 #endif
   if (warps.size() < resident * warps_of_block) warps = std::vector<Warp>(resident * warps_of_block);
   blocks.assign(resident, {});
+  byte_barriers.resize(resident);
   std::vector<char> copies_of_statics(resident > 1 ? resident * static_bytes : 0);
   for (unsigned i = 0; i < resident; ++i) {
+    blocks[i].byte_barriers = &byte_barriers[i];
     blocks[i].dynamic = allocate(c.shared_bytes, shared_alignment);
     blocks[i].statics = resident > 1 ? copies_of_statics.data() + i * static_bytes : nullptr;
   }
@@ -753,6 +770,57 @@ unsigned char* in_block(void* shared, unsigned rank) {
   Block& other = block.cluster[rank];
   if (other.barrier.expected == 0) fail("accesses block %u of the cluster, which has ended", rank);
   return static_cast<unsigned char*>(other.dynamic) + offset;
+}
+
+namespace {
+
+ByteBarrier& byte_barrier(Block& block, void* barrier) {
+  const auto found = block.byte_barriers->find(barrier);
+  if (found == block.byte_barriers->end()) fail("there is no barrier at %p", barrier);
+  return found->second;
+}
+
+void change(ByteBarrier& barrier, bool expects, long long more) {
+  release(&barrier.barrier.edge[barrier.barrier.phase % 2]);
+  if (expects && barrier.expects) fail("expects bytes at a barrier a second time");
+  barrier.expects |= expects;
+  barrier.missing += more;
+  if (barrier.expects && barrier.missing < 0) fail("more bytes come to a barrier than it expects");
+  if (!barrier.expects || barrier.missing != 0) return;
+  barrier.expects = false;
+  worker->complete(barrier.barrier);
+}
+
+}  // namespace
+
+void init_byte_barrier(void* barrier) {
+  if (!self->block->byte_barriers->emplace(barrier, ByteBarrier{}).second) fail("there is a barrier at %p", barrier);
+}
+
+void publish_byte_barriers() { self->block->published = true; }
+
+void expect_bytes(void* barrier, int bytes) { change(byte_barrier(*self->block, barrier), true, bytes); }
+
+void bytes_came(void* barrier, unsigned rank, int bytes) {
+  Block& other = self->block->cluster[rank];
+  if (!other.published) fail("uses a barrier of block %u, which was not published", rank);
+  change(byte_barrier(other, in_block(barrier, rank)), false, -bytes);
+}
+
+void wait_for_bytes(void* address, unsigned parity, Place place) {
+#if defined(CUDA_HOST_THREAD)
+  if (race_reported) fail("ThreadSanitizer reports a data race");
+#endif
+  Barrier& barrier = byte_barrier(*self->block, address).barrier;
+  if (barrier.phase % 2 == parity) {
+    self->next = nullptr;
+    self->place = place;
+    self->waits = true;
+    (barrier.first ? barrier.last->next : barrier.first) = self;
+    barrier.last = self;
+    worker->switch_to_next();
+  }
+  acquire(&barrier.edge[parity]);
 }
 
 void yield(Place place) {

@@ -16,7 +16,7 @@
 //   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a product of a
 //   warpgroup from shared memory that was written and not fenced (it is computed as late as it may be), an access of a
 //   block of the cluster that may not have begun, or has ended, an arrival at the cluster's barrier that nobody waited
-//   for, a thread that spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
+//   for, bytes that a barrier did not expect, or still does when its block ends, a thread that spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
 //   missing __threadfence or barrier of the cluster, and the launch is given up after the first one; with -fsanitize=address every stray access
 //   ends the process.
 //   Not found: what depends on a GPU's weak memory order, on the number of registers, on time. Lanes named in a mask
@@ -93,12 +93,16 @@ struct Warp {
   unsigned present[2];
 };
 
+struct ByteBarriers;  // cuda_host.cpp has the definition
+
 struct Block {
   uint3 index;
   dim3 size, grid;
   unsigned rank;       // in its cluster,
   Block* cluster;      // whose blocks begin here; the first one has
   Barrier of_cluster;  // the barrier of all
+  ByteBarriers* byte_barriers;
+  bool published;  // to the cluster
   Size dynamic_bytes;
   Barrier barrier;
   void* dynamic;            // shared memory, with guards around it
@@ -149,6 +153,13 @@ void wait_for_cluster(Place place);
 
 // Where dynamic shared memory is in another block of the cluster.
 unsigned char* in_block(void* shared, unsigned rank);
+
+// Barriers that count bytes (mbarrier).
+void init_byte_barrier(void* barrier);
+void publish_byte_barriers();
+void expect_bytes(void* barrier, int bytes);
+void bytes_came(void* barrier, unsigned rank, int bytes);
+void wait_for_bytes(void* barrier, unsigned parity, Place place);
 
 // Lets the other threads run: in every loop that waits for another block.
 void yield(Place place);

@@ -143,9 +143,21 @@ inline void wait_for_cluster(const char* file = __builtin_FILE(), int line = __b
   cuda_host::wait_for_cluster({"barrier.cluster.wait", file, line});
 }
 
-inline void store_to_block(SharedAddress to, unsigned rank, const float (&value)[4]) {
+inline void init_byte_barrier(SharedAddress barrier) {
+  check_aligned(barrier, 8);
+  cuda_host::init_byte_barrier(barrier);
+}
+inline void publish_byte_barriers() { cuda_host::publish_byte_barriers(); }
+inline void expect_bytes(SharedAddress barrier, int bytes) { cuda_host::expect_bytes(barrier, bytes); }
+inline void wait_for_bytes(SharedAddress barrier, int parity, const char* file = __builtin_FILE(),
+                           int line = __builtin_LINE()) {
+  cuda_host::wait_for_bytes(barrier, static_cast<unsigned>(parity), {"mbarrier.try_wait", file, line});
+}
+
+inline void store_to_block(SharedAddress to, unsigned rank, SharedAddress barrier, const float (&value)[4]) {
   check_aligned(to, 16);
   memcpy(cuda_host::in_block(to, rank), value, sizeof value);
+  cuda_host::bytes_came(barrier, rank, sizeof value);
 }
 
 //

@@ -834,7 +834,8 @@ def _cluster_bytes(size: int) -> int:
     """Of ClusterMemory."""
     sums, matrices = 8 * 8 * 64, (_CLUSTER_ROWS + _CLUSTER_UNITS) * 20
     biases, parts = _CLUSTER_UNITS + _CLUSTER_OUTPUTS, _CLUSTER_ROWS * _CLUSTER_OUTPUTS
-    return 4 * (sums + matrices + biases + parts + 2 * (_MOST_NUMBERS + 1) + 2 * _CLUSTER_ROWS)
+    numbers = sums + matrices + biases + parts + 2 * (_MOST_NUMBERS + 1) + 2 * _CLUSTER_ROWS
+    return 4 * numbers + 8 * (_CLUSTER_ROWS // size + 8)
 
 
 def _session(feed: ResidentFeed, key: tuple[Any, ...], rows: int, make: Callable[[], _Session]) -> _Session:

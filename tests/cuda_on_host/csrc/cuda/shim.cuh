@@ -151,26 +151,31 @@ __global__ void ring(int* values, unsigned* counter, int turns) {
 }
 
 // Each block of three gives its number to all, and adds what it was given. What may be wrong is 1: no barrier before, 2:
-// it adds too early; 3: it arrives twice; 4: it does not wait; 5: it waits only; 6: there is no such block; 7: a block has ended.
+// it adds too early; 3: it arrives twice; 4: it does not wait for the others' arrival; 5: it waits only; 6: there is no
+// such block; 7: a block has ended; 8: more bytes come than are expected; 9: fewer do; 10: the barrier is not published;
+// 11: it is none.
 template <int Wrong>
 __global__ void __cluster_dims__(3, 1, 1) __launch_bounds__(64) cluster(int* y) {
   float* const given = dynamic_shared<float>();
   const unsigned rank = gemmlet::ptx::cluster_rank();
-  if (Wrong != 1) {
-    gemmlet::ptx::arrive_at_cluster();
-    gemmlet::ptx::wait_for_cluster();
-  }
+  const auto barrier = gemmlet::ptx::shared_address(given + 16);
+  if (threadIdx.x == 0 && Wrong != 11) gemmlet::ptx::init_byte_barrier(barrier);
+  if (Wrong != 10) gemmlet::ptx::publish_byte_barriers();
+  if (Wrong != 1 && Wrong != 5) gemmlet::ptx::arrive_at_cluster();
+  if (Wrong == 3) gemmlet::ptx::arrive_at_cluster();
+  if (Wrong != 1 && Wrong != 4) gemmlet::ptx::wait_for_cluster();
   if (Wrong == 7 && rank == 1) return;
   if (Wrong == 7) __syncthreads();
   const float numbers[4] = {1, 2, 3, static_cast<float>(blockIdx.x + 1)};
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0) {
     for (unsigned other = 0; other < 3; ++other)
-      gemmlet::ptx::store_to_block(gemmlet::ptx::shared_address(given + 4 * rank), other + (Wrong == 6), numbers);
+      gemmlet::ptx::store_to_block(gemmlet::ptx::shared_address(given + 4 * rank), other + (Wrong == 6), barrier,
+                                   numbers);
+    gemmlet::ptx::expect_bytes(barrier, Wrong == 8 ? 32 : Wrong == 9 ? 64 : 48);
+  }
   const auto add = [=] { y[global_thread()] = static_cast<int>(given[3] + given[7] + given[11]); };
   if (Wrong == 2) add();
-  if (Wrong != 5) gemmlet::ptx::arrive_at_cluster();
-  if (Wrong == 3) gemmlet::ptx::arrive_at_cluster();
-  if (Wrong != 4) gemmlet::ptx::wait_for_cluster();
+  gemmlet::ptx::wait_for_bytes(barrier, 0);
   add();
 }
 
