@@ -470,7 +470,7 @@ WRONG = [
         ("wait_for_copies<1>", "wait_for_copies<2>", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 3);", "mlp_in_a_cluster"),
         ("int part = 0; part < 3; ++part)\n#pragma", "int part = 0; part < 2; ++part)\n#pragma", "mlp_in_a_cluster"),
-        ("ptx::mma_bf16(third,", "if (k < 0) ptx::mma_bf16(third,", "mlp_in_a_cluster"),
+        ("ptx::mma_bf16(sums[half][1],", "if (q < 0) ptx::mma_bf16(sums[half][1],", "mlp_in_a_cluster"),
     ),
 ]
 

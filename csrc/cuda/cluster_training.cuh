@@ -164,12 +164,13 @@ struct Kept {
   }
 };
 
-// The parameters other than the first layer's weights: 8 threads share up to 4 neighbours, and the sum over the rows.
+// Of the parameters other than the first layer's weights: 8 threads share up to 4 neighbours, and the sum over the rows.
+// Places are counted in numbers from the beginning of ClusterMemory.
 struct SmallTask {
-  const float* scale;  // of each row of the mini-batch; the first row's
-  const float* grad;
-  Index scale_rows, grad_rows;  // from a row to the eighth one after it, in numbers
-  float *to, *global;           // null: no parameter
+  // What is multiplied and added up of the thread's first row of the mini-batch, and how far it is to the eighth after it.
+  int scale, grad, scale_rows, grad_rows;
+  int to;         // the parameter's place; or -1
+  float* global;  // the same in the network
 };
 
 // Grid: a cluster.
@@ -219,55 +220,58 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
                           cluster_threads / 8 - 1) /
                          (cluster_threads / 8);
   const int weight_tasks = cluster_units * quads, tasks = weight_tasks + quads + cluster_units / 4;
+  float* const numbers_of_memory = reinterpret_cast<float*>(dynamic);
+  const auto place = [=](const float* number) { return static_cast<int>(number - numbers_of_memory); };
   const auto small_task = [&](int round) {
     const int task = min(round * (cluster_threads / 8) + thread / 8, tasks - 1), row = lane % 8, c = lane % 8 / 2;
     const bool there = round * (cluster_threads / 8) + thread / 8 < tasks && lane % 2 == 0;
-    constexpr Index of_grad = 8 * cluster_stride, of_units = sizeof memory.of_warps[0] / sizeof(float);
-    float* const units = of_warp(memory, 0).units[row];
-    float* const ones = memory.grad[row] + one_column;
-    SmallTask result = {ones, memory.grad[row], of_grad, of_grad, nullptr, nullptr};
+    constexpr int of_grad = 8 * cluster_stride, of_units = sizeof memory.of_warps[0] / sizeof(float);
+    const float* const units = of_warp(memory, 0).units[row];
+    SmallTask result = {place(memory.grad[row] + one_column), place(memory.grad[row]), of_grad, of_grad, -1, nullptr};
     if (task < weight_tasks + quads) {
       const int unit = task / quads, j = task % quads * 4 + c;
       const int row_of_layer = task < weight_tasks ? rank * cluster_units + unit : p.hidden;
       result.grad += task % quads * 4;
-      if (task < weight_tasks) result.scale = units + unit, result.scale_rows = of_units;
+      if (task < weight_tasks) result.scale = place(units + unit), result.scale_rows = of_units;
       if (there && j < out && (task >= weight_tasks || row_of_layer < p.hidden)) {
-        result.to = task < weight_tasks ? &memory.weight[unit][j] : &memory.last_bias[j];
+        result.to = place(task < weight_tasks ? &memory.weight[unit][j] : &memory.last_bias[j]);
         result.global = p.last + static_cast<Index>(row_of_layer) * last_stride + j;
       }
     } else {
       const int unit = (task - weight_tasks - quads) * 4;
-      result.grad = units + cluster_units + unit;
+      result.grad = place(units + cluster_units + unit);
       result.grad_rows = of_units;
       if (there && rank * cluster_units + unit + c < p.hidden) {
-        result.to = &memory.bias[unit + c];
+        result.to = place(&memory.bias[unit + c]);
         result.global = p.first + static_cast<Index>(p.features) * first_stride + rank * cluster_units + unit + c;
       }
     }
     return result;
   };
   Kept<Rule, rounds> small;
+  SmallTask small_tasks[rounds];
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
-    const SmallTask task = small_task(round);
+    const SmallTask& task = small_tasks[round] = small_task(round);
     small.load(round, task.global, p.plane);
-    if (task.to != nullptr) *task.to = small.value[0][round];
+    if (task.to >= 0) numbers_of_memory[task.to] = small.value[0][round];
   }
 
   const ptx::SharedAddress tiles = ptx::shared_address(dynamic + sizeof(Memory));
-  const int step_bytes = 2 * tile_numbers * static_cast<int>(sizeof(bfloat16)), batch_bytes = all_steps * step_bytes;
+  constexpr int step_bytes = 2 * tile_numbers * static_cast<int>(sizeof(bfloat16));
+  const int batch_bytes = all_steps * step_bytes;
   // A warp copies what it will read, and nobody else does.
+  const auto* const own_tiles = reinterpret_cast<const unsigned char*>(p.tiles) + warp * step_bytes + lane * 16;
   const auto copy = [&](Index step) {
     if (step < steps) {
-      const auto* const from = reinterpret_cast<const unsigned char*>(p.tiles) + step * batch_bytes;
-      const ptx::SharedAddress to = tiles + static_cast<int>(step % 2) * batch_bytes;
+      const auto* const from = own_tiles + step * batch_bytes;
+      const ptx::SharedAddress to = tiles + (static_cast<int>(step % 2) * batch_bytes + warp * step_bytes + lane * 16);
 #pragma unroll
       for (int q = 0; q < most_warp_steps; ++q) {
-        const int k = q * cluster_warps + warp;
-        if (k >= all_steps) break;
+        if (q * cluster_warps + warp >= all_steps) break;
 #pragma unroll
         for (int part = 0; part < step_bytes / (32 * 16); ++part) {
-          const int at = k * step_bytes + (part * 32 + lane) * 16;
+          const int at = q * cluster_warps * step_bytes + part * 32 * 16;
           ptx::copy_async<16>(to + at, from + at, 16);
         }
       }
@@ -286,7 +290,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
 
   for (Index step = 0; step < steps; ++step) {
     const int turn = static_cast<int>(step % 2);
-    const ptx::SharedAddress batch_tiles = tiles + turn * batch_bytes;
+    const ptx::SharedAddress batch_tiles = tiles + (turn * batch_bytes + warp * step_bytes);
     OfWarp& own = of_warp(memory, warp);
 
     // Needed later.
@@ -306,13 +310,13 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       const ptx::SharedAddress from = batch_tiles + lane / 16 * 1024 + lane / 8 % 2 * 128 + lane % 8 * 16;
 #pragma unroll
       for (int q = 0; q < most_warp_steps; ++q) {
-        const int k = q * cluster_warps + warp;
-        if (k >= all_steps) break;
+        if (q * cluster_warps + warp >= all_steps) break;
         const float (&w)[4] = weights[q].value[0];
         const Parts low(w[0], w[1]), high(w[2], w[3]);
         unsigned x[cluster_rows / 16][4];
 #pragma unroll
-        for (int m = 0; m < cluster_rows / 16; ++m) ptx::load_matrices<false>(x[m], from + (k * step_bytes + m * 256));
+        for (int m = 0; m < cluster_rows / 16; ++m)
+          ptx::load_matrices<false>(x[m], from + (q * cluster_warps * step_bytes + m * 256));
 #pragma unroll
         for (int part = 0; part < 3; ++part)
 #pragma unroll
@@ -409,7 +413,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
         own.grad[j] = 0;
       }
       __syncwarp();
-      evaluate_row<1>(
+      evaluate_row<16>(
           objective, Target<float>(objective, row, out), p.activation, row, own.y, own.z, out,
           [&](int output, float gradient) { own.grad[output] = gradient; },
           [&] {
@@ -466,13 +470,13 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
 #pragma unroll
     for (int round = 0; round < rounds; ++round) {
       if (round * (cluster_threads / 8) + warp * 4 >= tasks) break;
-      const SmallTask task = small_task(round);
+      const SmallTask& task = small_tasks[round];
       float grad[4] = {};
 #pragma unroll
       for (int rows = 0; rows < cluster_rows / 8; ++rows) {
         float some[4];
-        load_numbers<4>(task.grad + rows * task.grad_rows, some);
-        const float factor = task.scale[rows * task.scale_rows];
+        load_numbers<4>(numbers_of_memory + task.grad + rows * task.grad_rows, some);
+        const float factor = numbers_of_memory[task.scale + rows * task.scale_rows];
 #pragma unroll
         for (int c = 0; c < 4; ++c) grad[c] = fma(factor, some[c], grad[c]);
       }
@@ -480,47 +484,42 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       exchange_sums<4, 2, 4>(grad, lane);
       grad[0] += __shfl_xor_sync(0xffffffffu, grad[0], 1);
       small.update(round, grad[0], numbers);
-      if (task.to != nullptr) *task.to = small.value[0][round];
+      if (task.to >= 0) numbers_of_memory[task.to] = small.value[0][round];
     }
 
     // The gradient of the first layer's weights: units times features. 16 rows of the first operand are two parts of 8
-    // units, or the third part, and nothing.
+    // units; or the third part, twice, as what becomes of the second is not looked at.
     {
-      unsigned two_parts[cluster_rows / 16][4], third_part[cluster_rows / 16][2];
+      unsigned two_parts[cluster_rows / 16][4], third_part[cluster_rows / 16][4];
 #pragma unroll
       for (int k = 0; k < cluster_rows / 16; ++k) {
-        // Matrices: both parts of the first 8 rows of the mini-batch, then of the others.
+        // Matrices: the parts of 8 rows of the mini-batch, then of the 8 after them.
         const OfWarp& rows = of_warp(memory, 2 * k + lane / 16);
         ptx::load_matrices<false>(two_parts[k], ptx::shared_address(rows.parts[lane / 8 % 2][lane % 8]));
-      }
-#pragma unroll
-      for (int k = 0; k < cluster_rows / 16; k += 2) {
-        unsigned some[4];
-        ptx::load_matrices<false>(some, ptx::shared_address(of_warp(memory, 2 * k + lane / 8).parts[2][lane % 8]));
-#pragma unroll
-        for (int m = 0; m < 4; ++m) third_part[k + m / 2][m % 2] = some[m];
+        ptx::load_matrices<false>(third_part[k], ptx::shared_address(rows.parts[2][lane % 8]));
       }
       const ptx::SharedAddress from = batch_tiles + lane * 16;
 #pragma unroll
       for (int q = 0; q < most_warp_steps; ++q) {
-        const int k = q * cluster_warps + warp;
-        if (k >= all_steps) break;
+        if (q * cluster_warps + warp >= all_steps) break;
+        // Of 8 features and of the 8 after them; of the first two parts and of the third.
+        float sums[2][2][4] = {};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float first[4] = {}, third[4] = {};
+        for (int rows = 0; rows < cluster_rows / 16; rows += 2)
 #pragma unroll
-          for (int rows = 0; rows < cluster_rows / 16; rows += 2) {
+          for (int half = 0; half < 2; ++half) {
             unsigned x[4];
-            ptx::load_matrices<true>(x, from + (k * step_bytes + half * 1024 + rows * 256));
+            ptx::load_matrices<true>(x, from + (q * cluster_warps * step_bytes + half * 1024 + rows * 256));
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-              const unsigned third_and_nothing[4] = {third_part[rows + r][0], 0u, third_part[rows + r][1], 0u};
-              ptx::mma_bf16(first, two_parts[rows + r], x[2 * r], x[2 * r + 1]);
-              ptx::mma_bf16(third, third_and_nothing, x[2 * r], x[2 * r + 1]);
+              ptx::mma_bf16(sums[half][0], two_parts[rows + r], x[2 * r], x[2 * r + 1]);
+              ptx::mma_bf16(sums[half][1], third_part[rows + r], x[2 * r], x[2 * r + 1]);
             }
           }
 #pragma unroll
-          for (int c = 0; c < 2; ++c) weights[q].update(2 * half + c, first[c] + (first[2 + c] + third[c]), numbers);
+        for (int c = 0; c < 4; ++c) {
+          const float (&two)[4] = sums[c / 2][0];
+          weights[q].update(c, two[c % 2] + (two[2 + c % 2] + sums[c / 2][1][c % 2]), numbers);
         }
       }
     }
@@ -538,7 +537,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
     const SmallTask task = small_task(round);
-    const bool of_all = task.to >= memory.last_bias && task.to < memory.last_bias + most_cluster_outputs;
+    const int biases = place(memory.last_bias);
+    const bool of_all = task.to >= biases && task.to < biases + most_cluster_outputs;
     if (task.global != nullptr && (!of_all || rank == 0)) small.store(round, task.global, p.plane);
   }
 }
