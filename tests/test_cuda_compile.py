@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("cupy")
-from gemmlet.backends import cuda_backend, cuda_compile, cuda_matmul
+from gemmlet.backends import cuda_backend, cuda_compile
 from gemmlet.backends.cuda_compile import ARCHITECTURES, OPTIONS, compile_cubin, cubin
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ KERNELS = cuda_backend.expressions(fused=["gelu"])
 # All for the architecture that has instructions of its own; a sixth of them for the others, for time's sake, unless
 # GEMMLET_TEST_ALL_KERNELS is set: the code is the same.
 IN_FULL = ARCHITECTURES if os.environ.get("GEMMLET_TEST_ALL_KERNELS") else ("sm_90a",)
-COMPILED = [(a, s) for a in ARCHITECTURES for s in KERNELS if a in cuda_matmul.ARCHITECTURES.get(s, (a,))]
+COMPILED = [(a, s) for a in ARCHITECTURES for s in KERNELS if a in cuda_backend.ARCHITECTURES.get(s, (a,))]
 
 
 @pytest.mark.slow

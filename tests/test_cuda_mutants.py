@@ -241,6 +241,8 @@ def trained(name: str) -> list[Any]:
 def call_of_training(name: str) -> Any:
     if name == "gan":
         return test_cuda_training.Gan(np.float32, count=20, batch=9)
+    if name == "mlp_in_a_cluster":
+        return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
     kind = "sparse" if name == "mlp_of_sparse" else "floats"
     return test_cuda_training.Mlp((20, 37, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
 
@@ -248,8 +250,12 @@ def call_of_training(name: str) -> Any:
 def training(name: str, plan: str) -> Callable[[Run], None]:
     def check(run: Run) -> None:
         with pytest.MonkeyPatch.context() as patch:
+            test_cuda_training.use_plan(plan if plan == "cluster" else "small", patch)
+            expected = trained(name)
             test_cuda_training.use_plan(plan, patch)
-            result, expected = call_of_training(name).on(run.device), trained(name)
+            result = call_of_training(name).on(run.device)
+        if plan == "cluster":
+            assert test_cuda_training.same(result, expected)
         test_cuda_training.assert_close(result, expected, np.dtype(np.float32))
 
     check.__name__ = name
@@ -279,6 +285,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         training("mlp_of_sparse", "small"),
         training("mlp_in_tiles", "wide"),
         training("mlp_at_once", "one kernel"),
+        training("mlp_in_a_cluster", "cluster"),
         training("gan", "small"),
     )
 }
@@ -306,6 +313,7 @@ def mutants(file: str, *changes: tuple[str, str, str]) -> list[Mutant]:
 
 
 BARRIER, FENCE = "__syncthreads();", "__threadfence();"
+CLUSTER = "ptx::arrive_at_cluster();\n    ptx::wait_for_cluster();\n"
 
 # Found by what is computed, or reported.
 WRONG = [
@@ -456,8 +464,8 @@ WRONG = [
         ("Tile::consumers * 4 * Tile::cluster);", "Tile::consumers * 4);", "wgmma_float16"),
         ("    ptx::fence_barrier_init();", "", "wgmma_float16"),
         ("origin.row += blockIdx.x % Tile::cluster * Tile::rows;", "", "wgmma_float16"),
-        ("Tile::cluster > 1)\n    ptx::sync_cluster();\n  else", "Tile::cluster > 1)\n    ;\n  else", "wgmma_float16"),
-        ("Tile::cluster > 1) ptx::sync_cluster();", "Tile::cluster > 1) {}", "wgmma_float16"),
+        (CLUSTER + "  } else", "} else", "wgmma_float16"),
+        (CLUSTER + "  }\n}", "}\n}", "wgmma_float16"),
         ("ptx::wait_for_phase(stages.empty(), stages.parity() ^ 1);", "", "wgmma_float16"),
         ("stages.parity() ^ 1", "stages.parity()", "wgmma_float16"),
         (
@@ -529,6 +537,29 @@ WRONG = [
         ("f(n);\n    " + BARRIER, "f(n);", "mlp_at_once"),
         ("memory); });\n    wait_for_grid(p.arrived, expected);", "memory); });", "mlp_at_once"),
     ),
+    *mutants(
+        "cluster_training",
+        ("count == tile_features && reinterpret", "reinterpret", "mlp_in_a_cluster"),
+        ("if (i < p.rows) {\n      const Index sample", "{\n      const Index sample", "mlp_in_a_cluster"),
+        ("first_step * Rule::scalar_count;", "0;", "mlp_in_a_cluster"),
+        ("? 1.0f : 0.0f", "? 0.0f : 0.0f", "mlp_in_a_cluster"),
+        (BARRIER + "\n    {\n#pragma", "{\n#pragma", "mlp_in_a_cluster"),
+        ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),
+        ("}\n      __syncwarp();\n      Pack<float, 2> y;", "}\n      Pack<float, 2> y;", "mlp_in_a_cluster"),
+        ("}\n    __syncwarp();\n\n    // What the units", "}\n    // What the units", "mlp_in_a_cluster"),
+        (CLUSTER.replace("    ", "  "), "", "mlp_in_a_cluster"),
+        ("ptx::fence_barrier_init();", "", "mlp_in_a_cluster"),
+        ("turn);\n      const int j", "1 - turn);\n      const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, turn);\n      const int j", "const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
+        ("Ranks * quads * 16", "Ranks * quads * 16 + 16", "mlp_in_a_cluster"),
+        ("rows_of_warp * quads * 16", "8 * quads * 16", "mlp_in_a_cluster"),
+        ("}\n    }\n    " + BARRIER + "\n\n    float numbers", "}\n    }\n    float numbers", "mlp_in_a_cluster"),
+        ("wait_for_copies<1>", "wait_for_copies<2>", "mlp_in_a_cluster"),
+        ("__syncwarp();\n    copy(step + 2);", "copy(step + 3);", "mlp_in_a_cluster"),
+        ("int part = 0; part < 3; ++part)\n#pragma", "int part = 0; part < 2; ++part)\n#pragma", "mlp_in_a_cluster"),
+        ("ptx::mma_bf16(sums[half][1],", "if (q < 0) ptx::mma_bf16(sums[half][1],", "mlp_in_a_cluster"),
+    ),
 ]
 
 # Races that no order of a CPU's threads shows, or not in every run.
@@ -562,6 +593,19 @@ RACES = [
         "network",
         (FENCE + "\n    atomicAdd(arrived", "atomicAdd(arrived", "mlp_at_once"),
         ("f(n);\n    " + BARRIER, "f(n);", "mlp_at_once"),
+    ),
+    *mutants(
+        "cluster_training",
+        (BARRIER + "\n    {\n#pragma", "{\n#pragma", "mlp_in_a_cluster"),
+        ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),
+        ("}\n      __syncwarp();\n      Pack<float, 2> y;", "}\n      Pack<float, 2> y;", "mlp_in_a_cluster"),
+        ("}\n    __syncwarp();\n\n    // What the units", "}\n    // What the units", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, turn);\n      const int j", "const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
+        ("}\n    }\n    " + BARRIER + "\n\n    float numbers", "}\n    }\n    float numbers", "mlp_in_a_cluster"),
+        ("wait_for_copies<1>();\n    __syncwarp();", "wait_for_copies<1>();", "mlp_in_a_cluster"),
+        ("__syncwarp();\n    copy(step + 2);", "copy(step + 2);", "mlp_in_a_cluster"),
+        ("&& (!of_all || rank == 0)", "", "mlp_in_a_cluster"),
     ),
 ]
 

@@ -53,6 +53,7 @@ EXPRESSIONS = [
     "copies<2, 1>",
     "copies<3, 2>",
     *(f"ring<{static}, {wait}>" for static in (0, 1) for wait in (0, 1)),
+    *(f"cluster<{wrong}>" for wrong in range(14)),
     "last_block<0>",
     "large_frame",
     "faults",
@@ -253,7 +254,7 @@ def test_a_box_arrives_swizzled_in_every_block_of_a_cluster(device: HostDevice, 
     x = rng.integers(1, 60000, (7, 40), np.uint16)
     y = device.upload(np.zeros((6, 8, 8, 8), np.uint16))
     array = device.upload(x)
-    launch(device, f"boxes<0, {cluster}>", 6, 64, box_of(device, array), y, shared=3072)
+    launch(device, f"boxes<0, {cluster}>", 6, 64, box_of(device, array), y, shared=3072, cluster=cluster)
     expected = np.zeros((8, 64), np.uint16)
     expected[:6, :38] = x[1:, 2:]
     packs = expected.reshape(8, 8, 8)
@@ -289,7 +290,7 @@ def test_a_missing_barrier_of_a_cluster_is_seen_in_some_order():
         device = HostDevice(ROOT, order)
         x, y = device.empty((7, 40), np.uint16), device.empty((4, 512), np.uint16)
         try:
-            launch(device, "boxes<3, 2>", 4, 64, box_of(device, x), y, shared=3072)
+            launch(device, "boxes<3, 2>", 4, 64, box_of(device, x), y, shared=3072, cluster=2)
         except RuntimeError:  # "there is no mbarrier", tested above
             found += 1
     assert found
@@ -308,9 +309,6 @@ def test_tensor_maps_that_no_gpu_makes():
     ]:
         with pytest.raises(ValueError, match="no tensor map of"):
             device.tensor_map(address, "uint16", shape, row_bytes, box)
-    y = device.empty((3, 512), np.uint16)
-    with pytest.raises(ValueError, match="in clusters of 2 blocks"):
-        launch(device, "boxes<0, 2>", 3, 64, box_of(device, device.empty((7, 40), np.uint16)), y, shared=3072)
 
 
 @pytest.mark.parametrize("static", [0, 1])
@@ -333,6 +331,44 @@ def test_a_wait_for_blocks_that_never_come_is_reported():
     values, counter = zeros(device, (2, 6), np.int32), zeros(device, 1, np.uint32)
     with pytest.raises(RuntimeError, match=r"thread 0 of block .*: spins in nanosleep at .*, and nothing else happens"):
         launch(device, "ring<0, 1>", 6, 96, values, counter, 5, shared=384)
+
+
+def test_blocks_of_a_cluster_write_to_each_other(device: HostDevice):
+    y = zeros(device, (9, 64), np.int32)
+    launch(device, "cluster<0>", 9, 64, y, shared=256, cluster=3)
+    np.testing.assert_array_equal(device.view(y), np.repeat([6, 15, 24], 3 * 64).reshape(9, 64))
+
+
+@not_sanitized
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (1, "accesses block . of the cluster, which may not have begun"),
+        (3, "comes to barrier.cluster.arrive at .* a second time, and has not waited"),
+        (4, "accesses block . of the cluster, which may not have begun"),
+        (5, "waits in barrier.cluster.wait at .*, and has not arrived"),
+        (6, "there is no block 3 in the cluster"),
+        (7, "accesses block 1 of the cluster, which has ended"),
+        (8, "an mbarrier expects 32 bytes, and 48 are copied|has not waited for all its bulk copies|which has ended"),
+        (9, "deadlock: .* wait in mbarrier.try_wait at shim.cuh"),
+        (10, "is used, and there was no fence after it was initialized"),
+        (11, "there is no mbarrier at"),
+        (12, "there is an mbarrier at 0x.* already"),
+        (13, "ends, and has not waited for all its bulk copies|which has ended"),
+    ],
+)
+def test_misuse_of_a_cluster_is_reported(wrong: int, message: str):
+    device = HostDevice(ROOT)
+    with pytest.raises(RuntimeError, match=message):
+        launch(device, f"cluster<{wrong}>", 3, 64, zeros(device, 192, np.int32), shared=256, cluster=3)
+
+
+def test_clusters_are_those_of_the_kernel():
+    device = HostDevice(ROOT)
+    y = zeros(device, 192, np.int32)
+    for name, grid, size in (("cluster<0>", 3, 1), ("cluster<0>", 4, 3), ("divergent", 3, 3)):
+        with pytest.raises(ValueError, match=f"{name}: clusters of {size} in a grid of"):
+            launch(device, name, grid, 64, y, shared=256, cluster=size)
 
 
 def test_arguments_are_checked():
@@ -476,7 +512,8 @@ for name, number in launches:
     print(f"LAUNCH {name} {number}", file=sys.stderr, flush=True)
     arguments = arguments[: len(kernels[name].sizes)]
     try:
-        device.launch(kernels[name], (3, 1, 1), 64, arguments, shared=256, cooperative="ring" in name)
+        how = {"shared": 256, "cooperative": "ring" in name, "cluster": 3 if "cluster" in name else 1}
+        device.launch(kernels[name], (3, 1, 1), 64, arguments, **how)
     except RuntimeError as error:
         print(error, file=sys.stderr)
 """
@@ -488,12 +525,14 @@ for name, number in launches:
     [
         (
             "thread",
-            ["shim::block_sum<0>; 0", "shim::ring<0, 1>; 5", "shim::last_block<0>; 0"],
+            ["shim::block_sum<0>; 0", "shim::ring<0, 1>; 5", "shim::last_block<0>; 0", "shim::cluster<0>; 0"],
             [
                 *(f"shim::{name}<{missing}>; 0" for name in ("block_sum", "last_block") for missing in (1, 2)),
                 "shim::ring<0, 0>; 5",
+                "shim::cluster<2>; 0",
             ],
-            r"(?s)ThreadSanitizer: data race \S*shim.cuh:\d+ in void shim::.*ThreadSanitizer reports a data race",
+            r"(?s)ThreadSanitizer: data race \S*(shim.cuh:\d+ in void shim|on_host.h:\d+ in gemmlet)::"
+            r".*ThreadSanitizer reports a data race",
         ),
         (
             "address",

@@ -34,12 +34,14 @@ if shutil.which(COMPILER) is None:
 # Of weights after some steps, and losses, relative to the largest: rounding, as training carries it on.
 BOUNDS = {"float64": 1e-11, "float32": 2e-5}
 
-# What steps are made of: tiles of one kind; whether the last layer goes with the loss in one kernel, and all steps do.
-PLANS = {
-    "small": ("SmallTile<8>", True, False),
-    "medium": ("SmallTile<16>", False, False),
-    "wide": ("WideTile", True, False),
-    "one kernel": ("SmallTile<8>", True, True),
+# What steps are made of: tiles of one kind; whether the last layer goes with the loss in one kernel, and all steps do;
+# and of how many blocks the cluster may be that trains perceptrons with one hidden layer.
+PLANS: dict[str, tuple[str, bool, bool, tuple[int, ...]]] = {
+    "small": ("SmallTile<8>", True, False, ()),
+    "medium": ("SmallTile<16>", False, False, ()),
+    "wide": ("WideTile", True, False, ()),
+    "one kernel": ("SmallTile<8>", True, True, ()),
+    "cluster": ("SmallTile<8>", True, False, (2, 4)),
 }
 
 
@@ -57,14 +59,21 @@ def device() -> Any:
 
 
 def use_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, top, one_kernel = PLANS[name]
+    kind, top, one_kernel, clusters = PLANS[name]
     monkeypatch.setattr(cuda_training, "_kind_of_tile", lambda rows, columns: kind)
     monkeypatch.setattr(cuda_training, "ONE_KERNEL", one_kernel)
+    monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", clusters)
     if not top:
         monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
 
 
-@pytest.fixture(params=PLANS)
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as no plan says otherwise."""
+    monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", ())
+
+
+@pytest.fixture(params=[name for name in PLANS if name != "cluster"])
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     use_plan(request.param, monkeypatch)
     return str(request.param)
@@ -315,13 +324,119 @@ def test_gan(variant: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None
     Gan(dtype, **GANS[variant]).check(device, cpu)
 
 
+# In a cluster.
+
+
+def in_cluster(widths: Sequence[int], **settings: Any) -> Mlp:
+    """A call that a cluster does."""
+    return Mlp(widths, np.dtype(np.float32), **{"kind": "bytes", **settings})
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_plan("cluster", monkeypatch)
+
+
+CLUSTERS: dict[str, dict[str, Any]] = {
+    "small": {"widths": (5, 3, 2), "batch": 9},
+    "one by one": {"widths": (1, 1, 1), "batch": 1, "count": 5, "loss": "mean_squared_error"},
+    "full": {"widths": (130, 16, 16), "batch": 64, "count": 64},
+    "parts of blocks": {"widths": (37, 21, 10), "batch": 43},
+    "many inputs": {"widths": (800, 9, 5), "batch": 33, "count": 70},
+    "unaligned inputs": {"widths": (257, 8, 13), "batch": 50, "count": 70},
+}
+
+
+@pytest.mark.parametrize("rule", OPTIMIZER_RULES)
+@pytest.mark.parametrize("variant", CLUSTERS)
+def test_cluster(variant: str, rule: str, device: Any, cpu: Any, cluster: None) -> None:
+    mlp, counting = in_cluster(**CLUSTERS[variant], rule=rule), Counting(device)
+    mlp.check(counting, cpu)
+    assert set(counting.launched) == {"arrange_samples", "train_in_cluster", "close_steps"}
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_large_cluster(size: int, device: Any, cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (size,))
+    in_cluster((70, 8 * size - 3, 10), batch=64, count=140, rule="adam").check(device, cpu)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_in_a_cluster(activation: str, device: Any, cpu: Any, cluster: None) -> None:
+    in_cluster((9, 13, 3), hidden=activation, output=activation).check(device, cpu)
+
+
+@pytest.mark.parametrize("loss", ["softmax_cross_entropy", *LOSSES])
+def test_every_loss_in_a_cluster(loss: str, device: Any, cpu: Any, cluster: None) -> None:
+    for out, classes in itertools.product((1, 2, 10, 16), (True, False)):
+        if loss == "softmax_cross_entropy" and out == 1:
+            continue
+        output = "sigmoid" if loss == "binary_cross_entropy" else None
+        in_cluster((6, 9, out), loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
+
+
+def test_weights_of_any_size_in_a_cluster(device: Any, cpu: Any, cluster: None) -> None:
+    """Their parts in bfloat16 have the exponents of float."""
+    for size in (1e-30, 1e-10, 1e10, 1e30):
+        mlp = in_cluster((9, 5, 3), hidden="identity", loss="mean_squared_error", classes=False)
+        mlp.layers[0].weight[:] *= np.float32(size)
+        mlp.layers[1].weight[:] /= np.float32(size)
+        mlp.layers[0].bias[:] *= np.float32(size)
+        mlp.numbers[:] = 0  # which keeps them
+        got, expected = mlp.on(device), mlp.run(cpu.train_mlp)
+        assert same(got[:-2], expected[:-2])
+        np.testing.assert_allclose(got[-2], expected[-2], rtol=1e-6)
+
+
+def test_rows_that_are_not_there_in_a_cluster(device: Any, cpu: Any, cluster: None) -> None:
+    """Of them the units give exp(100), which is infinite."""
+    mlp = in_cluster((9, 5, 3), hidden="exp", batch=3, count=9)
+    mlp.feed.x[:] = 255
+    mlp.layers[0].weight[:] = -100 / 9
+    mlp.layers[0].bias[:] = 100
+    mlp.numbers[:, 0] = 1e-3
+    mlp.check(device, cpu)
+
+
+def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,))
+
+    def launched(widths: Sequence[int], dtype: Any = np.float32, **settings: Any) -> bool:
+        counting = Counting(device)
+        Mlp(widths, np.dtype(dtype), **{"kind": "bytes", "count": 65, **settings}).on(counting)
+        return "train_in_cluster" in counting.launched
+
+    assert launched((9, 16, 16), batch=64)
+    for widths in ((9, 17, 16), (9, 16, 17), (801, 16, 16), (9, 16), (9, 8, 8, 3)):
+        assert not launched(widths)
+    assert not launched((9, 8, 3), batch=65)
+    assert not launched((9, 8, 3), np.float64)
+    assert not launched((9, 8, 3), kind="floats")
+    assert not launched((9, 8, 3), kind="sparse")
+    monkeypatch.setattr(type(device), "arch", "sm_80")
+    assert not launched((9, 8, 3))
+
+
+def test_a_cluster_of_16_takes_a_whole_gpu(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (8, 16))
+    run = in_cluster((9, 100, 3)).call()
+    feed, targets = cuda_training.hold(device, run.feed, run.targets)
+    session = cuda_training._MlpSession(device, run._replace(feed=feed, targets=targets), 16)
+    session.launches(16)
+    assert session._cluster_size(session._launches, 16) == 16
+    monkeypatch.setattr(type(device), "arch", "sm_90a")
+    for multiprocessors, size in ((132, 16), (60, 0)):
+        monkeypatch.setattr(type(device), "multiprocessors", multiprocessors)
+        assert session._cluster_size(session._launches, 16) == size
+
+
 # The same bits.
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_plan(name, monkeypatch)
-    mlp = Mlp([37, 45, 19, 5], dtype, kind="bytes", rule="adam")
+    mlp = Mlp([37, 12, 5] if name == "cluster" else [37, 45, 19, 5], dtype, kind="bytes", rule="adam")
     expected = mlp.on(HostDevice()), Gan(dtype).on(HostDevice())
     for order in THREAD_ORDERS:
         device = HostDevice(thread_order=order)
@@ -349,7 +464,7 @@ def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
     assert same(mlp.on(device), expected)
 
 
-@pytest.mark.parametrize("network", ["mlp", "mlp in one kernel", "gan"])
+@pytest.mark.parametrize("network", ["mlp", "mlp in one kernel", "mlp in a cluster", "gan"])
 def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into single steps, which are recorded once and find what the last call left; losses are added up all the same.
 
@@ -357,11 +472,16 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
     """
     monkeypatch.setattr(cuda_training, "STEPS_TOGETHER", 3)
     monkeypatch.setattr(cuda_training, "ONE_KERNEL", "one kernel" in network)
+    monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,) if "cluster" in network else ())
+    if "cluster" in network and dtype != np.float32:
+        pytest.skip("float32 alone")
     count, batch, is_mlp = 75, 8, network != "gan"
-    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", count=count, batch=batch) if is_mlp else Gan(
+    kind = "bytes" if "cluster" in network else "floats"
+    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", count=count, batch=batch, kind=kind) if is_mlp else Gan(
         dtype, count=count, batch=batch
     )  # fmt: skip
     expected = problem.on(device)
+    monkeypatch.setattr(cuda_training, "MOST_ARRANGED_BYTES", 3 * 2048)
     recorded, sent = Counter[str](), list[int]()
     record, upload = type(device).record, type(device).upload
     monkeypatch.setattr(type(device), "record", lambda *a: recorded.update(["record"]) or record(*a))
@@ -399,7 +519,7 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
 
     assert same(problem.run(mlp_by_steps if is_mlp else gan_by_steps), expected)
     # For mini-batches alone and in threes, and for the last one.
-    assert recorded == ({} if "one kernel" in network else {"record": 3})
+    assert recorded == ({} if "one kernel" in network or "cluster" in network else {"record": 3})
     (session,) = feed.sessions.values()
     per_call = len(sent) // len(pieces)
     assert per_call == (2 if is_mlp else 3)
@@ -557,9 +677,11 @@ def test_fuses_what_there_is() -> None:
     assert not cuda_training.fuses([], [], "lion")
 
 
-def test_without_memory_nothing_is_written(device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["small", "cluster"])
+def test_without_memory_nothing_is_written(name: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it ends."""
-    mlp, calls = Mlp([9, 8, 3], dtype), itertools.count()
+    use_plan(name, monkeypatch)
+    mlp, calls = Mlp([9, 8, 3], dtype, kind="bytes"), itertools.count()
     fails_at = 0
     for name in ("empty", "upload"):
         method = getattr(type(device), name)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gemmlet.backends import cuda_backend, cuda_compile, cuda_matmul
+from gemmlet.backends import cuda_backend, cuda_compile
 
 
 def is_complete(path: Path, names: Mapping[str, str]) -> bool:
@@ -59,7 +59,7 @@ def main() -> int:
             size = count = 0
             for source, expressions in cuda_backend.expressions().items():
                 wanted = sorted(expression for expression in expressions if arguments.only in expression)
-                if not wanted or arch not in cuda_matmul.ARCHITECTURES.get(source, (arch,)):
+                if not wanted or arch not in cuda_backend.ARCHITECTURES.get(source, (arch,)):
                     continue
                 names = {f"{cuda_compile.key(source, [expression], arch)}.cubin": expression for expression in wanted}
                 path = cuda_compile.archive(arguments.out, source, arch)

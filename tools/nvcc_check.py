@@ -29,11 +29,11 @@ def source(expressions: dict[str, list[str]], only: str) -> str:
 
 def check(nvcc: str, arch: str, only: str) -> subprocess.CompletedProcess[str]:
     """Compile them all; the result has nvcc's messages."""
-    from gemmlet.backends import cuda_backend, cuda_matmul
+    from gemmlet.backends import cuda_backend
 
     # An activation is a small part of a product's kernel, at its end: the longest one is enough.
     expressions = cuda_backend.expressions(fused=["gelu"])
-    for name, architectures in cuda_matmul.ARCHITECTURES.items():
+    for name, architectures in cuda_backend.ARCHITECTURES.items():
         if arch not in architectures:
             del expressions[name]
     with tempfile.TemporaryDirectory() as folder:

@@ -274,10 +274,12 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     ptx::prefetch_map(y);
     stages.init();
   }
-  if constexpr (Tile::cluster > 1)
-    ptx::sync_cluster();
-  else
+  if constexpr (Tile::cluster > 1) {
+    ptx::arrive_at_cluster();
+    ptx::wait_for_cluster();
+  } else {
     __syncthreads();
+  }
 
   if (warpgroup == 0) {
     if constexpr (Tile::moves_registers) ptx::give_registers<Tile::producer_registers>();
@@ -377,7 +379,10 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     });
   }
   // Nobody ends while others may still arrive at its barriers.
-  if constexpr (Tile::cluster > 1) ptx::sync_cluster();
+  if constexpr (Tile::cluster > 1) {
+    ptx::arrive_at_cluster();
+    ptx::wait_for_cluster();
+  }
 }
 
 }  // namespace gemmlet

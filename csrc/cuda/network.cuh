@@ -321,28 +321,13 @@ __device__ __forceinline__ bool comes_first(T a, int i, T b, int j) {
   return a > b || (!(a < b) && i < j);
 }
 
-// By a warp.
+// By a warp: whether `label` is the class that is meant.
 template <class T>
-__device__ inline int predicted_class(const T* y, int out) {
-  if (out == 1) return y[0] > T(0);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  int best = min(lane, out - 1);
-  T most = y[best];
-  for (int j = lane + 32; j < out; j += 32)
-    if (comes_first(y[j], j, most, best)) {
-      best = j;
-      most = y[j];
-    }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const int other = __shfl_xor_sync(0xffffffffu, best, distance);
-    const T value = __shfl_xor_sync(0xffffffffu, most, distance);
-    if (comes_first(value, other, most, best)) {
-      best = other;
-      most = value;
-    }
-  }
-  return best;
+__device__ inline bool is_right(const T* y, int out, int label) {
+  if (out == 1) return (y[0] > T(0)) == label;
+  bool other = false;
+  for (int j = static_cast<int>(threadIdx.x % 32); j < out; j += 32) other |= comes_first(y[j], j, y[label], label);
+  return !__any_sync(0xffffffffu, other);
 }
 
 // The targets of a row.
@@ -365,11 +350,12 @@ struct Target {
 };
 
 // Row i of the mini-batch, by a warp: y its `out` results, z their preactivations. Its gradient goes through the
-// activation to store(j, the gradient of preactivation j).
-template <class T, class Store>
+// activation to store(j, the gradient of preactivation j); when all of them have, the warp calls stored(). lanes: 16 where
+// there are at most as many results, which stay in registers then; else 32.
+template <int lanes, class T, class Store, class Stored>
 __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target<T>& target,
                                              const Activation<T>& activation, int i, const T* y, const T* z, int out,
-                                             Store store) {
+                                             Store store, Stored stored) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const auto end = [&](int j, T gradient) {
     T grad[1] = {gradient};
@@ -381,15 +367,23 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
 
   double loss = 0;
   if (p.loss == softmax_loss) {
-    using Lanes = Row<T, Team<32>, 0>;
+    using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
+    const auto end_of = [&](int j, T gradient) {
+      if (lane < lanes && j < out) end(j, gradient);
+    };
     if (target.values != nullptr) {
-      Lanes row(y, out, true, 0);
-      const auto write = [&](const auto& of, auto f) { of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); }); };
-      loss = cross_entropy_of_targets(row, [&](int j, int) { return target.values[j]; }, p.share, write);
+      Lanes row(y, out, true, -infinity<T>());
+      const auto write = [&](const auto& of, auto f) {
+        of.each([&](int j, T v, int slot) { end_of(j, f(j, v, slot)); });
+        stored();
+      };
+      const auto of_output = [&](int j, int) { return j < out ? target.values[j] : T(0); };
+      loss = cross_entropy_of_targets(row, of_output, p.share, write);
     } else {
       Lanes row(y, out, true, -infinity<T>(), target.label);
       const ClassCrossEntropy<Lanes> entropy(row, y[target.label], p.share);
-      row.each([&](int j, T v, int) { end(j, j == target.label ? entropy.of_label : entropy.of_other(v)); });
+      row.each([&](int j, T v, int) { end_of(j, j == target.label ? entropy.of_label : entropy.of_other(v)); });
+      stored();
       loss = log(entropy.total) - entropy.difference;
     }
   } else {
@@ -406,9 +400,10 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
       loss += static_cast<double>(of_output);
       end(j, gradient);
     }
+    stored();
     loss = reduce_lanes<32>(loss, Sum{});
   }
-  const bool right = p.right != nullptr && target.label >= 0 && predicted_class(y, out) == target.label;
+  const bool right = p.right != nullptr && target.label >= 0 && is_right(y, out, target.label);
   if (lane == 0) {
     p.losses[i] = loss;
     if (p.right != nullptr) p.right[i] = right;
@@ -435,8 +430,9 @@ __global__ void __launch_bounds__(loss_threads, 1) loss(const __grid_constant__ 
   if (i >= p.rows) return;
   const Index at = static_cast<Index>(i) * row_stride(p.out);
   T* const grad = p.grad + at;
-  evaluate_row(p.objective, Target<T>(p.objective, i, p.out), p.activation, i, p.y + at,
-               p.z == nullptr ? nullptr : p.z + at, p.out, [=](int j, T gradient) { grad[j] = gradient; });
+  evaluate_row<32>(
+      p.objective, Target<T>(p.objective, i, p.out), p.activation, i, p.y + at, p.z == nullptr ? nullptr : p.z + at,
+      p.out, [=](int j, T gradient) { grad[j] = gradient; }, [] {});
 }
 
 // The last layer of several, where it is small: forward, the loss, and back to the layer below.
@@ -495,10 +491,13 @@ __device__ __forceinline__ void top_row(const Top<T>& p, int i, T* memory) {
   __syncthreads();
   T* const grad_row = p.grad + static_cast<Index>(i) * stride;
   if (thread < 32)
-    evaluate_row(p.objective, target, p.activation, i, y, z, out, [=](int j, T gradient) {
-      grad[j] = gradient;
-      grad_row[j] = gradient;
-    });
+    evaluate_row<32>(
+        p.objective, target, p.activation, i, y, z, out,
+        [=](int j, T gradient) {
+          grad[j] = gradient;
+          grad_row[j] = gradient;
+        },
+        [] {});
   __syncthreads();
   const Index below_row = static_cast<Index>(i) * row_stride(layer.in);
   for (int k = thread; k < layer.in; k += threads) {

@@ -111,7 +111,7 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 }
 
 //
-// Asynchronous copies to shared memory
+// Shared memory, and asynchronous copies to it
 //
 
 // An address in shared memory, to which bytes can be added.
@@ -211,7 +211,27 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], 
 }
 
 //
-// Bulk copies to shared memory, which complete on barriers there (sm_90), and clusters of blocks that share both
+// Clusters of blocks (sm_90)
+//
+
+// %cluster_ctarank: the block's number in its cluster.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// barrier.cluster.arrive and .wait, by whole warps: what the threads of the cluster wrote before they arrive is seen by
+// those that have waited. A thread arrives once, then waits once.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+//
+// Barriers in shared memory, and bulk copies that complete on them (sm_90)
 //
 
 // A CUtensorMap: an array of two dimensions, the inner one contiguous, and the box of it that a copy takes. Made by the
@@ -226,12 +246,13 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 }
 
 // mbarrier.init: a phase of the barrier, 8 bytes of shared memory, ends after so many arrivals, and when all bytes are
-// there that were expected. Phases count from 0.
+// there that were expected; they may come before they are expected. Phases count from 0.
 __device__ __forceinline__ void init_barrier(SharedAddress barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// fence.mbarrier_init: the thread's barriers are seen by copies and, after the next barrier of all threads, by everyone.
+// fence.mbarrier_init: the thread's barriers are seen by copies and, after the next barrier of all threads, of the cluster
+// if there is one, by everyone.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -251,7 +272,8 @@ __device__ __forceinline__ void arrive_at(SharedAddress barrier, unsigned block)
       : "memory");
 }
 
-// mbarrier.try_wait.parity, until the phase of that parity has ended: of the one that runs and the one before it.
+// mbarrier.try_wait.parity, until the phase of that parity has ended: of the one that runs and the one before it. What has
+// completed on it is seen then.
 __device__ __forceinline__ void wait_for_phase(SharedAddress barrier, unsigned parity) {
   asm volatile(
       "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -282,9 +304,19 @@ __device__ __forceinline__ void copy_box_to_blocks(SharedAddress to, const Tenso
       : "memory");
 }
 
-// barrier.cluster: of all threads of a cluster's blocks.
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// mapa and st.async.v4.f32: writes to the shared memory of the cluster's block `rank`, where `to` is in this block's, and
+// the 16 bytes complete on the barrier there, likewise. That block must have begun, and must not have ended.
+__device__ __forceinline__ void store_to_block(SharedAddress to, unsigned rank, SharedAddress barrier,
+                                               const float (&value)[4]) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 to, barrier;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [barrier];\n"
+      "}" ::"r"(to),
+      "r"(barrier), "r"(rank), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+      : "memory");
 }
 
 // setmaxnreg: the warpgroup gives registers back, or waits for more, until each of its threads has so many, a multiple

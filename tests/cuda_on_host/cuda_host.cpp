@@ -52,7 +52,7 @@ struct Configuration {
   int step;       // from each thread to the next, and below 0 from the last to the first
   int eager;      // who could go on last goes on first, so that warps run ahead of each other
   unsigned seed;  // not 0: after each event a thread drawn at random goes on
-  unsigned os_threads, cluster;
+  unsigned os_threads;
 };
 
 template <class Item>
@@ -80,7 +80,7 @@ struct SharedBarrier {
   unsigned arrivals, pending, phase;  // of each phase; that the present one still waits for; the number of ended ones
   Size expected, queued;              // bytes
   // In no vector: ThreadSanitizer would see the memory of one change hands.
-  BulkCopy copies[32];
+  BulkCopy copies[64];
   unsigned copy_count;
   Fiber *initialized_by, *first, *last;  // who waits
   Block* block;
@@ -364,6 +364,10 @@ struct Worker {
   void give_up();
   void switch_to(Fiber* fiber);
   void switch_to_next();
+  template <class AnyBarrier>
+  void wait_in(AnyBarrier& barrier, Place place);
+  template <class AnyBarrier>
+  void wake(AnyBarrier& barrier);
   void complete(Barrier& barrier);
   SharedBarrier& shared_barrier(void* p);
   void end_phase(SharedBarrier& barrier);
@@ -450,16 +454,32 @@ void Worker::switch_to_next() {
   }
 }
 
+// The thread that runs goes on when `wake` lets it.
+template <class AnyBarrier>
+void Worker::wait_in(AnyBarrier& barrier, Place place) {
+  self->next = nullptr;
+  self->place = place;
+  self->waits = true;
+  (barrier.first ? barrier.last->next : barrier.first) = self;
+  barrier.last = self;
+  switch_to_next();
+}
+
 // Lets all go on who wait.
-void Worker::complete(Barrier& barrier) {
+template <class AnyBarrier>
+void Worker::wake(AnyBarrier& barrier) {
   for (Fiber* fiber = barrier.first; fiber; fiber = fiber->next) {
     fiber->waits = false;
     make_ready(fiber);
   }
   barrier.first = barrier.last = nullptr;
+  idle_yields = 0;
+}
+
+void Worker::complete(Barrier& barrier) {
+  wake(barrier);
   barrier.arrived = 0;
   ++barrier.phase;
-  idle_yields = 0;
 }
 
 SharedBarrier& Worker::shared_barrier(void* p) {
@@ -469,7 +489,6 @@ SharedBarrier& Worker::shared_barrier(void* p) {
   if (!barrier.fenced) fail("the mbarrier at %p is used, and there was no fence after it was initialized", p);
   if (*static_cast<const volatile unsigned long long*>(p) != shared_barrier_mark)
     fail("the mbarrier at %p was written to", p);
-  if (barrier.block->live == 0) fail("the mbarrier at %p is of a block that has ended", p);
   return barrier;
 }
 
@@ -489,20 +508,14 @@ void Worker::end_phase(SharedBarrier& barrier) {
   barrier.expected = barrier.queued = 0;
   barrier.pending = barrier.arrivals;
   ++barrier.phase;
-  for (Fiber* fiber = barrier.first; fiber; fiber = fiber->next) {
-    fiber->waits = false;
-    make_ready(fiber);
-  }
-  barrier.first = barrier.last = nullptr;
-  idle_yields = 0;
+  wake(barrier);
 }
 
 // The thread that runs has come to its end.
 void Worker::exit() {
   --live;
-  --self->block->live;
   idle_yields = 0;
-  for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier, &self->block->cluster->cluster_barrier})
+  for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier, &self->block->cluster->of_cluster})
     if (--barrier->expected && barrier->arrived == barrier->expected) complete(*barrier);
   switch_to_next();
   std::abort();
@@ -521,6 +534,7 @@ extern "C" void cuda_host_begin() {
     fail("ends, and has not waited for what comes before its kernel");
   if (!self->copies->items.empty()) fail("ends, and has not waited for all its asynchronous copies");
   if (!self->products->items.empty()) fail("ends, and has not waited for all its products");
+  if (self->arrived) fail("ends, and has not waited at the barrier of its cluster");
   release(&worker->ends);
   worker->exit();
 }
@@ -533,11 +547,10 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
   block.grid = {c.grid[0], c.grid[1], c.grid[2]};
   block.barrier = {};
   block.barrier.expected = threads;
-  block.live = threads;
-  block.cluster_size = c.cluster;
-  block.cluster = &block - block.index.x % c.cluster;
-  block.cluster_barrier = {};
-  block.cluster_barrier.expected = threads * c.cluster;
+  block.rank = number % launch->kernel->cluster;
+  block.cluster = &block - block.rank;
+  block.of_cluster = {};
+  block.of_cluster.expected = threads * launch->kernel->cluster;
   memset(block.dynamic, 0xFF, c.shared_bytes);
   memset(block.statics ? block.statics : statics, 0xFF, static_bytes);
   for (unsigned i = 0; i < threads; i += 32) {
@@ -551,8 +564,7 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
     f.lane = i % 32;
     f.block = &block;
     f.warp = &warp[i / 32];
-    f.waited = false;
-    f.waits = f.fenced = f.products_fenced = false;
+    f.waits = f.waited = f.fenced = f.products_fenced = f.arrived = false;
     f.last_atomic = nullptr;
     f.copies->clear();
     f.products->clear();
@@ -567,9 +579,12 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
 
 void Worker::finish(Block& block) {
   for (auto& [p, barrier] : shared_barriers)
-    if (barrier.block == &block && barrier.copy_count && !launch->failed.exchange(true)) {
+    if (barrier.block == &block && (barrier.copy_count || barrier.expected) && !launch->failed.exchange(true)) {
       std::lock_guard lock(launch->mutex);
-      launch->message = text(block) + " ends, and has not waited for all its bulk copies";
+      launch->message = text(block) + " ends, and " +
+                        (barrier.copy_count
+                             ? "has not waited for all its bulk copies"
+                             : "an mbarrier still expects " + std::to_string(barrier.expected) + " bytes");
     }
   const unsigned bytes = launch->configuration.shared_bytes;
   if (const char* where = damage(block.dynamic, bytes); where && !launch->failed.exchange(true)) {
@@ -660,7 +675,7 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
   worker = this;
   const FaultStack fault_stack;
   const Configuration& c = of.configuration;
-  const unsigned resident = c.cooperative ? of.blocks : c.cluster, warps_of_block = (c.block + 31) / 32;
+  const unsigned resident = c.cooperative ? of.blocks : of.kernel->cluster, warps_of_block = (c.block + 31) / 32;
   Statics found{of.kernel->statics(), nullptr, 0};
   dl_iterate_phdr(find_statics, &found);
   statics = found.start;
@@ -681,6 +696,9 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
     blocks[i].statics = resident > 1 ? copies_of_statics.data() + i * static_bytes : nullptr;
   }
   if (resident == 1) statics_of = &blocks[0];
+#if defined(CUDA_HOST_THREAD)
+  first *= resident;
+#endif
 
   self = &main;
   while (!of.failed) {
@@ -695,9 +713,10 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
     first_ready = ready_count = live = idle_yields = 0;
     shared_barriers.clear();
     for (unsigned i = 0; i < resident; ++i) {
-      // Blocks of a cluster stay in order, as they know each other by their places.
-      const unsigned backward = of.blocks - c.cluster - (number + i - i % c.cluster) + i % c.cluster;
-      start(blocks[i], c.step < 0 ? backward : number + i, &fibers[i * c.block], &warps[i * warps_of_block]);
+      const unsigned index = c.step < 0 ? of.blocks - 1 - (number + i) : number + i;
+      // Those of a cluster lie by their ranks.
+      const unsigned place = of.kernel->cluster > 1 ? index % of.kernel->cluster : i;
+      start(blocks[place], index, &fibers[i * c.block], &warps[i * warps_of_block]);
     }
     release(&begins);
     switch_to(take_ready());
@@ -766,27 +785,19 @@ void wait(Barrier& barrier, Place place, bool orders_memory) {
       worker->switch_to_next();
     }
   } else {
-    self->next = nullptr;
-    self->place = place;
-    self->waits = true;
-    (barrier.first ? barrier.last->next : barrier.first) = self;
-    barrier.last = self;
-    worker->switch_to_next();
+    worker->wait_in(barrier, place);
   }
   if (orders_memory) acquire(edge);
 }
 
 void init_shared_barrier(void* p, unsigned arrivals) {
   if (reinterpret_cast<Size>(p) % 8) fail("an mbarrier at %p: misaligned", p);
+  if (worker->shared_barriers.count(p)) fail("there is an mbarrier at %p already", p);
   *static_cast<volatile unsigned long long*>(p) = shared_barrier_mark;
   SharedBarrier& barrier = worker->shared_barriers[p];
   barrier.arrivals = barrier.pending = arrivals;
-  barrier.phase = barrier.copy_count = 0;
-  barrier.expected = barrier.queued = 0;
   barrier.initialized_by = self;
-  barrier.first = barrier.last = nullptr;
   barrier.block = self->block;
-  barrier.fenced = false;
 }
 
 void fence_barrier_init() {
@@ -822,24 +833,45 @@ void wait_for_phase(void* p, unsigned parity, Place place) {
   if (race_reported) fail("ThreadSanitizer reports a data race");
 #endif
   worker->end_phase(barrier);
-  if (barrier.phase % 2 == parity) {
-    self->next = nullptr;
-    self->place = place;
-    self->waits = true;
-    (barrier.first ? barrier.last->next : barrier.first) = self;
-    barrier.last = self;
-    worker->switch_to_next();
-  }
+  if (barrier.phase % 2 == parity) worker->wait_in(barrier, place);
   acquire(&barrier.edge[parity]);
 }
 
-void* in_block_of_cluster(void* p, unsigned block) {
-  if (block >= self->block->cluster_size) fail("there is no block %u in the cluster", block);
-  return static_cast<char*>(self->block->cluster[block].dynamic) +
-         (static_cast<char*>(p) - static_cast<char*>(self->block->dynamic));
+void arrive_at_cluster(Place place) {
+  Barrier& barrier = self->block->cluster->of_cluster;
+  if (self->arrived) fail("comes to %s a second time, and has not waited", text(place).c_str());
+  if (barrier.arrived && !is_same(barrier.place, place))
+    fail("comes to %s, while another has arrived in %s", text(place).c_str(), text(barrier.place).c_str());
+  barrier.place = place;
+  self->arrived = true;
+  self->arrived_in = barrier.phase;
+  release(&barrier.edge[barrier.phase % 2]);
+  if (++barrier.arrived == barrier.expected) worker->complete(barrier);
 }
 
-void sync_cluster(Place place) { wait(self->block->cluster->cluster_barrier, place, true); }
+void wait_for_cluster(Place place) {
+#if defined(CUDA_HOST_THREAD)
+  if (race_reported) fail("ThreadSanitizer reports a data race");
+#endif
+  Barrier& barrier = self->block->cluster->of_cluster;
+  if (!self->arrived) fail("waits in %s, and has not arrived", text(place).c_str());
+  const unsigned phase = self->arrived_in;
+  if (barrier.phase == phase) worker->wait_in(barrier, place);
+  self->arrived = false;
+  acquire(&barrier.edge[phase % 2]);
+}
+
+unsigned char* in_block(void* shared, unsigned rank) {
+  Block& block = *self->block;
+  if (rank >= worker->launch->kernel->cluster) fail("there is no block %u in the cluster", rank);
+  const Size offset = static_cast<unsigned char*>(shared) - static_cast<unsigned char*>(block.dynamic);
+  if (offset >= worker->launch->configuration.shared_bytes) fail("%p is not in the dynamic shared memory", shared);
+  Block& other = block.cluster[rank];
+  if (&other != &block && block.cluster->of_cluster.phase == 0)
+    fail("accesses block %u of the cluster, which may not have begun", rank);
+  if (other.barrier.expected == 0) fail("accesses block %u of the cluster, which has ended", rank);
+  return static_cast<unsigned char*>(other.dynamic) + offset;
+}
 
 void yield(Place place) {
   if (++worker->idle_yields > 1000000) fail("spins in %s, and nothing else happens", text(place).c_str());
@@ -904,12 +936,11 @@ int cuda_host_launch(const cuda_host::Kernel* kernel, const cuda_host::Configura
 #if defined(CUDA_HOST_THREAD)
   race_reported = false;
 #endif
-  if (!configuration->cooperative)
-    launch.workers = std::min(configuration->os_threads, launch.blocks / configuration->cluster);
+  const unsigned together = configuration->cooperative ? launch.blocks : kernel->cluster;
+  if (!configuration->cooperative) launch.workers = std::min(configuration->os_threads, launch.blocks / together);
   std::vector<std::unique_ptr<Worker>> workers;
   for (unsigned i = 0; i < launch.workers; ++i)
-    workers.push_back(
-        take_worker(configuration->block * (configuration->cooperative ? launch.blocks : configuration->cluster)));
+    workers.push_back(take_worker(configuration->block * together));
   std::vector<std::thread> team;
   for (unsigned i = 1; i < launch.workers; ++i) team.emplace_back(work, std::ref(launch), std::ref(*workers[i]), i);
   work(launch, *workers[0], 0);

@@ -16,10 +16,12 @@
 //   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
 //   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a product of a
 //   warpgroup that was not fenced, or that nobody waited for (it is computed as late as it may be), a barrier in shared
-//   memory that was not initialized, or not fenced, or that too many arrive at, or whose block has ended, a phase that
-//   expects fewer bytes than are copied, a bulk copy that nobody waited for (what it fills reads as NaN from when it is
-//   issued), a wait for a phase that cannot end, a thread that spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
-//   missing __threadfence, and the launch is given up after the first one; with -fsanitize=address every stray access
+//   memory that was not initialized, or twice, or not fenced, or that too many arrive at, a phase that expects fewer bytes
+//   than come, or is left expecting some, a bulk copy or a store to another block that nobody waited for (what it fills
+//   reads as NaN from when it is issued), a wait for a phase that cannot end, an access of a block of the cluster that may
+//   not have begun, or has ended, an arrival at the cluster's barrier that nobody waited for, a thread that spins for ever.
+//   With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a missing __threadfence or
+//   barrier of the cluster, and the launch is given up after the first one; with -fsanitize=address every stray access
 //   ends the process.
 //   Not found: what depends on a GPU's weak memory order, on the number of registers, on time. Lanes named in a mask
 //   must be all that there are: parts of a warp cannot shuffle alone.
@@ -31,8 +33,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) alignas(bytes)
 #define __grid_constant__
-#define __launch_bounds__(...)  // device.py reads them in the source, and checks
-#define __cluster_dims__(...)   // likewise
+// device.py reads both in the source, and checks.
+#define __launch_bounds__(...)
+#define __cluster_dims__(...)
 // No other thread_local variables may be in the source: cuda_host.cpp takes all that the library has for shared memory.
 #define __shared__ static thread_local
 
@@ -97,12 +100,11 @@ struct Warp {
 struct Block {
   uint3 index;
   dim3 size, grid;
+  unsigned rank;       // in its cluster,
+  Block* cluster;      // whose blocks begin here; the first one has
+  Barrier of_cluster;  // the barrier of all
   Barrier barrier;
   void* dynamic;   // shared memory, with guards around it
-  unsigned live;   // threads that have not ended
-  Block* cluster;  // the first block of its cluster, which has the cluster's barrier
-  unsigned cluster_size;
-  Barrier cluster_barrier;
   void* statics = nullptr;  // static shared memory, while another block of a cooperative launch runs
 };
 
@@ -119,6 +121,8 @@ struct Fiber {
   ProductQueue* products;
   bool products_fenced;  // registers can be theirs
   bool waited;           // for what comes before its kernel
+  bool arrived;          // at the cluster's barrier, in the phase
+  unsigned arrived_in;
   // For the order of memory between blocks.
   bool fenced;
   void* last_atomic;
@@ -140,6 +144,13 @@ extern __thread Fiber* self __attribute__((tls_model("initial-exec")));
 
 // orders_memory: what was written before is seen after.
 void wait(Barrier& barrier, Place place, bool orders_memory);
+
+// The barrier of a cluster, in two parts; both order memory.
+void arrive_at_cluster(Place place);
+void wait_for_cluster(Place place);
+
+// The same place of dynamic shared memory in a block of the cluster.
+unsigned char* in_block(void* shared, unsigned rank);
 
 // Lets the other threads run: in every loop that waits for another block.
 void yield(Place place);
@@ -216,7 +227,8 @@ bool next_copy(unsigned groups, Copy& copy);
 inline void copy_async(void* to, const void* from, unsigned bytes, unsigned from_bytes) {
   if (reinterpret_cast<Size>(to) % bytes || (from_bytes && reinterpret_cast<Size>(from) % bytes))
     fail("an asynchronous copy of %u bytes from %p to %p: misaligned", bytes, from, to);
-  memset(to, 0xFF, bytes);
+  // (Word by word: of a memset that the compiler writes out ThreadSanitizer is not told.)
+  for (unsigned i = 0; i < bytes / 4; ++i) static_cast<unsigned*>(to)[i] = ~0u;
   queue_copy({to, from, bytes, from_bytes});
 }
 
@@ -254,17 +266,18 @@ void commit_products();
 bool next_product(unsigned groups, Product& product);
 
 //
-// Barriers in shared memory (mbarrier), and bulk copies that complete on them (cp.async.bulk): done when the phase is
-// waited for, so that a missing wait is seen
+// Barriers in shared memory (mbarrier), and bulk copies that complete on them (cp.async.bulk, st.async): done when the
+// phase is waited for, so that a missing wait is seen
 //
 
-// A box of an array of two dimensions, on its way to shared memory.
+// A box of an array of two dimensions, on its way to shared memory; or some numbers of a thread's.
 struct BulkCopy {
   void (*perform)(const BulkCopy&);
   unsigned char* to;
   const unsigned char* from;  // the array
   long long inner, outer, row_bytes;
   int first_inner, first_outer, box_inner, box_outer, size, rounds;
+  unsigned words[4];
 };
 
 void init_shared_barrier(void* barrier, unsigned arrivals);
@@ -274,10 +287,6 @@ void fence_barrier_init();
 void arrive(void* barrier, unsigned bytes);
 void queue_bulk_copy(void* barrier, const BulkCopy& copy, unsigned bytes);
 void wait_for_phase(void* barrier, unsigned parity, Place place);
-// The same place of shared memory in a block of the cluster.
-void* in_block_of_cluster(void* p, unsigned block);
-// The barrier of a cluster's threads.
-void sync_cluster(Place place);
 
 //
 // What a library of kernels exports
@@ -342,8 +351,8 @@ struct Entry<kernel> {
 
 }  // namespace cuda_host
 
-// Exports a kernel under a number; max_threads is that of its __launch_bounds__, cluster of its __cluster_dims__. After
-// these, what C++ calls it.
+// Exports a kernel under a number; max_threads is that of its __launch_bounds__, cluster the blocks of its
+// __cluster_dims__, or 1. After them, what C++ calls it.
 #define CUDA_HOST_KERNEL(number, max_threads, cluster, ...)                                             \
   extern "C" __attribute__((visibility("default"))) const cuda_host::Kernel cuda_host_kernel_##number = \
       cuda_host::Entry<&__VA_ARGS__>::description(max_threads, cluster);

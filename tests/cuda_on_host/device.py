@@ -93,7 +93,6 @@ class _Configuration(ctypes.Structure):
         ("eager", ctypes.c_int),
         ("seed", ctypes.c_uint),
         ("os_threads", ctypes.c_uint),
-        ("cluster", ctypes.c_uint),
     )
 
 
@@ -166,15 +165,15 @@ class HostDevice:
         shared: int = 0,
         cooperative: bool = False,
         overlaps: bool = False,
+        cluster: int = 1,
     ) -> None:
         _check_arguments(kernel, arguments)
-        _check_configuration(kernel, grid, block, shared)
+        _check_configuration(kernel, grid, block, shared, cluster)
         resident = self.multiprocessors * min(MAX_RESIDENT_THREADS // block, MAX_SHARED // max(shared, 1))
         if cooperative and math.prod(grid) > resident:
             raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
-        cluster = kernel.description.cluster
         configuration = _Configuration(
-            (*grid,), block, shared, cooperative, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads, cluster
+            (*grid,), block, shared, cooperative, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads
         )
         # Copies, as the launch may be done later.
         values = [_aligned(a.tobytes()) for a in arguments]
@@ -198,6 +197,9 @@ class HostDevice:
         self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0
     ) -> Callable[..., None]:
         (kernel,) = self.kernels(source, [expression])
+        cluster = kernel.description.cluster
+        if cluster > 8:
+            raise ValueError(f"{kernel.name}: clusters of {cluster} are not allowed to what is prepared")
         layouts = [struct.Struct("=" + parameter) for parameter in parameters]
         counts = [len(layout.unpack(bytes(layout.size))) for layout in layouts]
 
@@ -209,7 +211,7 @@ class HostDevice:
                 data = np.void(layout.pack(*rest[:count]))
                 arguments.append(data.view(SCALARS[parameter]) if parameter in SCALARS else data)
                 del rest[:count]
-            self.launch(kernel, (grid_x, grid_y, 1), block, arguments, shared)
+            self.launch(kernel, (grid_x, grid_y, 1), block, arguments, shared, cluster=cluster)
 
         return launch
 
@@ -356,13 +358,13 @@ def _check_arguments(kernel: Kernel, arguments: Sequence[np.generic]) -> None:
             )
 
 
-def _check_configuration(kernel: Kernel, grid: tuple[int, int, int], block: int, shared: int) -> None:
+def _check_configuration(kernel: Kernel, grid: tuple[int, int, int], block: int, shared: int, cluster: int) -> None:
     if not all(1 <= size <= most for size, most in zip(grid, MAX_GRID, strict=True)) or math.prod(grid) >= 2**32:
         raise ValueError(f"{kernel.name}: a grid of {grid}, at most {MAX_GRID}")
-    if grid[0] % kernel.description.cluster:
-        raise ValueError(f"{kernel.name}: a grid of {grid}, in clusters of {kernel.description.cluster} blocks")
     if not 1 <= block <= kernel.description.max_threads:
         raise ValueError(f"{kernel.name}: {block} threads a block, 1 to {kernel.description.max_threads}")
+    if cluster != kernel.description.cluster or grid[0] % cluster:
+        raise ValueError(f"{kernel.name}: clusters of {cluster} in a grid of {grid}, not {kernel.description.cluster}")
     if not 0 <= shared <= MAX_SHARED:
         raise ValueError(f"{kernel.name}: {shared} bytes of dynamic shared memory, at most {MAX_SHARED}")
 
@@ -521,7 +523,8 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     bounds = dict(itertools.chain.from_iterable(_launch_bounds(_text(file)).items() for file in files))
     unit = ['#include "cuda_host.h"', f'#include "cuda/{source}"', *map(_declared_bounds(bounds), expressions)]
     for number, expression in enumerate(expressions):
-        unit.append(f"CUDA_HOST_KERNEL({number}, {', '.join(_bounds(bounds, expression))}, {expression})")
+        numbers = [_bound(bounds, expression, value) for value in ("launch_bounds", "cluster")]
+        unit.append(f"CUDA_HOST_KERNEL({number}, {', '.join(numbers)}, {expression})")
     text = "\n".join([*dict.fromkeys(unit), ""])
     name = "unit_" + _digest(_runtime_path().name, text, *map(_text, files), *_options())
 
@@ -547,25 +550,28 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     return _build(f"{name}.so", commands)
 
 
-# template <...> __global__ void __launch_bounds__(...) __cluster_dims__(...) name(
+# template <...> __global__ void __launch_bounds__(...) __cluster_dims__(...) name(, in either order
 _PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 _BOUNDED_KERNEL = re.compile(
-    r"(?P<template>template\s*<[^;{}]*?>\s*)?(?:static\s+)?__global__\s+(?:static\s+)?void\s+__launch_bounds__\s*"
-    rf"(?P<bounds>{_PARENTHESES})\s*(?:__cluster_dims__\s*(?P<cluster>{_PARENTHESES})\s*)?(?P<name>\w+)\s*\("
+    r"(?P<template>template\s*<[^;{}]*?>\s*)?(?:static\s+)?__global__\s+(?:static\s+)?void\s+"
+    rf"(?P<bounds>(?:__(?:launch_bounds|cluster_dims)__\s*{_PARENTHESES}\s*)+)(?P<name>\w+)\s*\("
 )
 
 
 def _launch_bounds(text: str) -> dict[str, tuple[str, str, str]]:
-    """Return, by a kernel's name, the head of its template, the largest block and the cluster, expressions."""
+    """Return, by a kernel's name, the head of its template, and the largest block and the cluster, expressions."""
 
-    def first(parentheses: str) -> str:
+    def first(bounds: str, name: str, default: int) -> str:
         # What follows a comma are others; what is within parentheses or angles holds commas, too.
-        found = re.match(r"(?:[^,<(]|<[^>]*>|\([^)]*\))*", parentheses[1:-1])
-        assert found is not None
-        return found[0].strip()
+        found = re.search(rf"__{name}__\s*\(((?:[^,<()]|<[^>]*>|\([^)]*\))*)", bounds)
+        return found[1].strip() if found else str(default)
 
     return {
-        match["name"]: ((match["template"] or "").strip(), first(match["bounds"]), first(match["cluster"] or "(1)"))
+        match["name"]: (
+            (match["template"] or "").strip(),
+            first(match["bounds"], "launch_bounds", MAX_BLOCK),
+            first(match["bounds"], "cluster_dims", 1),
+        )
         for match in _BOUNDED_KERNEL.finditer(text)
     }
 
@@ -578,25 +584,22 @@ def _split(expression: str) -> tuple[str, str, str]:
 
 
 def _declared_bounds(bounds: dict[str, tuple[str, str, str]]) -> Callable[[str], str]:
-    """Return what declares, for an expression, variables (or templates, like the kernel): its block and its cluster."""
+    """Return what declares, for an expression, variables, or templates like the kernel: its block and its cluster."""
 
     def declared(expression: str) -> str:
         namespace, name, _ = _split(expression)
         if name not in bounds:
             return ""
         template, most, cluster = bounds[name]
-        variables = (
-            f"{template} constexpr unsigned {name}_launch_bounds = {most}; "
-            f"{template} constexpr unsigned {name}_cluster = {cluster};"
-        )
+        values = {"launch_bounds": most, "cluster": cluster}
+        variables = " ".join(f"{template} constexpr unsigned {name}_{key} = {value};" for key, value in values.items())
         return f"namespace {namespace} {{ {variables} }}" if namespace else variables
 
     return declared
 
 
-def _bounds(bounds: dict[str, tuple[str, str, str]], expression: str) -> tuple[str, str]:
+def _bound(bounds: dict[str, tuple[str, str, str]], expression: str, value: str) -> str:
     namespace, name, arguments = _split(expression)
     if name not in bounds:
-        return str(MAX_BLOCK), "1"
-    prefix = f"{namespace}{'::' if namespace else ''}{name}"
-    return f"({prefix}_launch_bounds{arguments})", f"({prefix}_cluster{arguments})"
+        return str({"launch_bounds": MAX_BLOCK, "cluster": 1}[value])
+    return f"({namespace}{'::' if namespace else ''}{name}_{value}{arguments})"

@@ -195,7 +195,24 @@ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsi
 }
 
 //
-// Bulk copies to shared memory, and clusters
+// Clusters of blocks
+//
+
+inline unsigned cluster_rank() { return cuda_host::self->block->rank; }
+
+inline void arrive_at_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_host::arrive_at_cluster({"barrier.cluster.arrive", file, line});
+}
+inline void wait_for_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_host::wait_for_cluster({"barrier.cluster.wait", file, line});
+}
+
+inline SharedAddress in_block(SharedAddress shared, unsigned block) {
+  return static_cast<SharedAddress>(cuda_host::in_block(shared, block));
+}
+
+//
+// Barriers in shared memory, and what completes on them
 //
 
 // As device.py packs it.
@@ -214,14 +231,24 @@ inline void init_barrier(SharedAddress barrier, unsigned arrivals) {
 inline void fence_barrier_init() { cuda_host::fence_barrier_init(); }
 inline void arrive_expecting(SharedAddress barrier, unsigned bytes) { cuda_host::arrive(barrier, bytes); }
 inline void arrive_at(SharedAddress barrier, unsigned block) {
-  cuda_host::arrive(cuda_host::in_block_of_cluster(barrier, block), 0);
+  cuda_host::arrive(in_block(barrier, block), 0);
 }
 inline void wait_for_phase(SharedAddress barrier, unsigned parity, const char* file = __builtin_FILE(),
                            int line = __builtin_LINE()) {
   cuda_host::wait_for_phase(barrier, parity, {"mbarrier.try_wait", file, line});
 }
-inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_host::sync_cluster({"barrier.cluster", file, line});
+
+inline void store_words(const cuda_host::BulkCopy& copy) {
+  for (int i = 0; i < 4; ++i) reinterpret_cast<unsigned*>(copy.to)[i] = copy.words[i];
+}
+inline void store_to_block(SharedAddress to, unsigned block, SharedAddress barrier, const float (&value)[4]) {
+  check_aligned(to, 16);
+  cuda_host::BulkCopy copy = {};
+  copy.perform = store_words;
+  copy.to = in_block(to, block);
+  memcpy(copy.words, value, sizeof value);
+  for (int i = 0; i < 4; ++i) reinterpret_cast<unsigned*>(copy.to)[i] = ~0u;
+  cuda_host::queue_bulk_copy(in_block(barrier, block), copy, sizeof value);
 }
 
 // Bits 7 to 9 of an address, which is that of a row, are XORed into bits 4 to 6.
@@ -247,7 +274,7 @@ inline void copy_box_to(SharedAddress to, const TensorMap& map, int inner, int o
   memset(to, 0xFF, bytes);
   cuda_host::queue_bulk_copy(barrier,
                              {perform, to, map.data, map.inner, map.outer, map.row_bytes, inner, outer, map.box_inner,
-                              map.box_outer, map.size, map.rounds},
+                              map.box_outer, map.size, map.rounds, {}},
                              bytes);
 }
 inline void copy_box(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier) {
@@ -259,8 +286,7 @@ inline void copy_box_to_blocks(SharedAddress to, const TensorMap& map, int inner
   if (address_bits(to) % 1024) cuda_host::fail("a box is copied to no multiple of 1024 bytes");
   for (unsigned block = 0; block < 16; ++block)
     if (blocks >> block & 1)
-      copy_box_to(static_cast<SharedAddress>(cuda_host::in_block_of_cluster(to, block)), map, inner, outer,
-                  static_cast<SharedAddress>(cuda_host::in_block_of_cluster(barrier, block)));
+      copy_box_to(in_block(to, block), map, inner, outer, in_block(barrier, block));
 }
 
 // What all lanes of a warp do together.

@@ -162,6 +162,10 @@ def _column_sum_kernel(dtype: str, down: bool) -> str:
     return f"gemmlet::column_sum<{CPP_TYPES[dtype]}, {str(down).lower()}>"
 
 
+# Sources that not every architecture compiles, and those that do.
+ARCHITECTURES = {**cuda_matmul.ARCHITECTURES, **cuda_training.ARCHITECTURES}
+
+
 def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
     """Every kernel that the backend launches, by source file: for compiling ahead of time, and for tests.
 

@@ -71,19 +71,22 @@ class Device(Protocol):
         shared: int = 0,
         cooperative: bool = False,
         overlaps: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
         `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
         Kernels that are launched with `overlaps` may begin while the one before them still runs: they wait for it.
+        `cluster`: how many blocks the kernel's own clusters have.
         """
 
     def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
         """Return what launches a kernel (see `kernels`) on the current stream at the least cost.
 
         `parameters` are the kernel's in the notation of `struct`, without alignment: ``"Q"`` a pointer, ``"Qii"`` a
-        struct of a pointer and two integers. A launch takes the values of all of them, one after the other.
+        struct of a pointer and two integers. A launch takes the values of all of them, one after the other. Clusters
+        have at most 8 blocks.
         """
 
     def pinned(self) -> NDArray[np.int64]:
@@ -174,6 +177,8 @@ class CudaDevice:
         self._modules: list[Any] = []
         # The bytes of dynamic shared memory that a kernel has been allowed; up to 48 KiB it need not ask.
         self._allowed: dict[int, int] = {}
+        # Kernels that have been allowed clusters of more than 8 blocks.
+        self._large_clusters: set[int] = set()
         self._own = _ThreadsOwn()
         self._get_device = runtime.getDevice
         # Where CuPy launches if the null stream is current.
@@ -203,10 +208,11 @@ class CudaDevice:
         shared: int = 0,
         cooperative: bool = False,
         overlaps: bool = False,
+        cluster: int = 1,
     ) -> None:
         """See `Device`."""
         with self._device:
-            self._allow_shared(kernel, shared)
+            self._allow(kernel, shared, cluster)
             if overlaps and self._can_overlap:
                 stream = self._cupy.cuda.get_current_stream().ptr
                 _launch_overlapping(kernel.ptr, grid, block, arguments, shared, stream)
@@ -215,11 +221,14 @@ class CudaDevice:
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
 
-    def _allow_shared(self, kernel: Any, shared: int) -> None:
+    def _allow(self, kernel: Any, shared: int, cluster: int = 1) -> None:
+        set_attribute = self._cupy.cuda.driver.funcSetAttribute
         if shared > self._allowed.get(kernel.ptr, 48 * 1024):
-            attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
+            set_attribute(kernel.ptr, 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._allowed[kernel.ptr] = shared
+        if cluster > 8 and kernel.ptr not in self._large_clusters:
+            set_attribute(kernel.ptr, 14, 1)  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            self._large_clusters.add(kernel.ptr)
 
     def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
         """See `Device`.
@@ -229,7 +238,7 @@ class CudaDevice:
         """
         (kernel,) = self.kernels(source, [expression])
         with self._device:
-            self._allow_shared(kernel, shared)
+            self._allow(kernel, shared)
         packing, offsets = _packing(parameters)
         pack_into, function, device, own = packing.pack_into, kernel.ptr, self._device, self._own
         number, get_device, null_stream = self.id, self._get_device, self._null_stream

@@ -28,7 +28,10 @@ from .cuda_types import CPP_TYPES, address
 from .numpy_backend import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from .whole_steps import whole_steps
 
-SOURCE = "network.cuh"
+SOURCE, CLUSTER_SOURCE = "network.cuh", "cluster_training.cuh"
+
+# Sources that not every architecture compiles, and those that do.
+ARCHITECTURES = {CLUSTER_SOURCE: ("sm_90a", "host")}
 
 # So many tiles keep a GPU busy: then larger ones, which read less, are faster. By occupancy arithmetic (the
 # multiprocessors of a large GPU, not all of which need work); not measured yet.
@@ -49,6 +52,21 @@ STEPS_TOGETHER = 8
 # Whether all steps of a call of a small multilayer perceptron are one cooperative kernel, whose blocks wait for each
 # other, instead of graphs. Not measured yet.
 ONE_KERNEL = False
+
+# The blocks of the cluster that does all steps of a call of a perceptron with one hidden layer where it can
+# (cluster_training.cuh): the smallest size that has enough of them. Not measured yet.
+CLUSTER_SIZES: tuple[int, ...] = (8, 16)
+
+# A cluster of 16 needs as many multiprocessors of one part of the GPU: a whole one, and not a share of it.
+_CLUSTER_MULTIPROCESSORS = 100
+
+# Mini-batches are arranged for the cluster before a launch of it, as many as have so many bytes.
+MOST_ARRANGED_BYTES = 128 << 20
+
+# As in cluster_training.cuh.
+_CLUSTER_THREADS = 256
+_CLUSTER_ROWS, _CLUSTER_UNITS, _CLUSTER_OUTPUTS = 64, 8, 16
+_CLUSTER_FEATURES = 800
 
 # As in network.cuh and small_product.cuh.
 _MOST_LAYERS = 8
@@ -125,6 +143,18 @@ _UPDATE = _struct(
 )
 
 
+_ARRANGE = _struct(
+    ("samples", "u8"),
+    ("features", "i4"),
+    ("indices", "u8"),
+    ("progress", "u8"),
+    ("rows", "i4"),
+    ("tiles", "u8"),
+    ("labels", "u8"),
+)
+_CLOSE = _struct(("losses", "u8"), ("right", "u8"), ("rows", "i4"), ("weight", "f8"), ("progress", "u8"))
+
+
 class _Structs:
     """Those that hold numbers of the network's type."""
 
@@ -181,6 +211,20 @@ class _Structs:
             ("between", "i4"),
             ("arrived", "u8"),
         )
+        self.cluster = _struct(
+            ("progress", "u8"),
+            ("tiles", "u8"),
+            ("rows", "i4"),
+            ("features", "i4"),
+            ("hidden", "i4"),
+            ("out", "i4"),
+            ("first", "u8"),
+            ("last", "u8"),
+            ("plane", "i8"),
+            ("hidden_activation", self.activation),
+            ("activation", self.activation),
+            ("objective", self.objective),
+        )
         self.gather = _struct(("samples", "u8"), ("features", "i4"), ("scale", t), ("shift", t), ("rows", "u8"))
 
 
@@ -211,7 +255,13 @@ def expressions() -> dict[str, list[str]]:
                 names += [f"{kernel}<{t}, {n}, gemmlet::{tile}>" for tile in _TILES]
             for rule in OPTIMIZER_RULES:
                 names += [f"{kernel}<{t}, {n}, gemmlet::optimizers::{rule}>" for kernel in ("update", "train")]
-    return {SOURCE: [f"gemmlet::{name}" for name in names]}
+    in_cluster = [f"{kernel}<{_CLUSTER_THREADS}>" for kernel in ("arrange_samples", "close_steps")]
+    for size in CLUSTER_SIZES:
+        in_cluster += [f"train_in_cluster<{size}, gemmlet::optimizers::{rule}>" for rule in OPTIMIZER_RULES]
+    return {
+        source: [f"gemmlet::{name}" for name in some]
+        for source, some in ((SOURCE, names), (CLUSTER_SOURCE, in_cluster))
+    }
 
 
 def fuses(activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
@@ -377,7 +427,7 @@ class _Session:
         self.stacks: list[_Stack] = []
         self._state_bytes = _pieces(_PROGRESS.itemsize, 256) * 256
         self._steps: dict[int, list[_Launch]] = {}
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._graphs: dict[tuple[int, int], Any] = {}
         self._launches: list[_Launch] = []
 
     # Putting it together.
@@ -661,6 +711,11 @@ class _Session:
             self.launches(rows)
             self._steps[rows] = self._launches
         launches = self._steps[rows]
+        if size := self._cluster_size(launches, rows):
+            if (rows, 0) not in self._graphs:
+                self._graphs[rows, 0] = _Cluster(self.device, self.structs, launches, size, rows)
+            self._graphs[rows, 0].reserve(steps)
+            return [(self._graphs[rows, 0], steps)]
         if ONE_KERNEL and _fit_one_kernel(launches):
             if (rows, 0) not in self._graphs:
                 self._graphs[rows, 0] = _OneKernel(self.device, self.structs.steps, launches)
@@ -672,6 +727,20 @@ class _Session:
             if times:
                 runs.append((self._graphs[rows, together], times))
         return runs
+
+    def _cluster_size(self, launches: Sequence[_Launch], rows: int) -> int:
+        """Of the cluster that can do these launches; 0 if none can."""
+        names = [launch.name for launch in launches]
+        if self.device.arch not in ARCHITECTURES[CLUSTER_SOURCE] or names != ["first_forward", "top", "update"]:
+            return 0
+        if self.type != "float" or not launches[0].kernel.startswith("gemmlet::first_forward<float, unsigned char,"):
+            return 0
+        features, hidden, out = self.stacks[0].widths
+        if features > _CLUSTER_FEATURES or out > _CLUSTER_OUTPUTS or rows > _CLUSTER_ROWS or self.stacks[0].averages:
+            return 0
+        few = self.device.multiprocessors < _CLUSTER_MULTIPROCESSORS and self.device.arch != "host"
+        sizes = [size for size in CLUSTER_SIZES if size * _CLUSTER_UNITS >= hidden and not (size > 8 and few)]
+        return min(sizes, default=0)
 
     def _recorded(self, launches: Sequence[_Launch], times: int) -> Graph:
         device = self.device
@@ -725,6 +794,97 @@ class _OneKernel:
         self._device.launch(
             self._kernel, (self._blocks, 1, 1), _WIDE_THREADS, arguments, self._shared, cooperative=True
         )  # fmt: skip
+
+
+class _Cluster:
+    """Steps of so many rows in a cluster, some hundreds in each launch of it."""
+
+    def __init__(self, device: Device, structs: _Structs, launches: Sequence[_Launch], size: int, rows: int) -> None:
+        self._device, self._size, self._rows = device, size, rows
+        first, top, update = (launch.arguments[0] for launch in launches)
+        brought = launches[0].arguments[1]
+        given, layers = first["input"], update["layers"]
+        features, hidden = int(layers[0]["in"]), int(layers[0]["out"])
+        self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
+        self._most_steps = max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers))
+        progress = brought["progress"]
+        self._arrange = _filled(
+            _ARRANGE, samples=given["rows"], features=features, indices=brought["indices"], progress=progress, rows=rows
+        )
+        self._train = _filled(
+            structs.cluster,
+            progress=progress,
+            rows=rows,
+            features=features,
+            hidden=hidden,
+            out=layers[1]["out"],
+            first=layers[0]["parameters"],
+            last=layers[1]["parameters"],
+            plane=update["plane"],
+            hidden_activation=first["activation"],
+            activation=top["activation"],
+            objective=top["objective"],
+        )
+        self._close = _filled(_CLOSE, rows=rows, weight=update["weight"], progress=progress)
+        rule = launches[2].kernel.rpartition("::")[2].rstrip(">")
+        names = [
+            f"arrange_samples<{_CLUSTER_THREADS}>",
+            f"train_in_cluster<{size}, gemmlet::optimizers::{rule}>",
+            f"close_steps<{_CLUSTER_THREADS}>",
+        ]
+        # Each on its own, as rules share the others.
+        self._kernels = [device.kernels(CLUSTER_SOURCE, [f"gemmlet::{name}"])[0] for name in names]
+        self._shared = _cluster_bytes(size) + 2 * 2 * self._step_numbers
+        self._reserved = 0
+
+    def reserve(self, steps: int) -> None:
+        """Have space for so many steps."""
+        steps = min(steps, self._most_steps)
+        if steps <= self._reserved:
+            return
+        empty, rows = self._device.empty, self._rows
+        # First of all the old memory is given back.
+        self._memory: list[Any] = []
+        self._memory = [
+            empty((steps, self._step_numbers), np.dtype(np.uint16)),
+            empty((steps, rows), np.dtype(np.int32)),
+            empty((steps, rows), np.dtype(np.float64)),
+            empty((steps, rows), np.dtype(np.int32)),
+        ]
+        self._reserved = steps
+        tiles, labels, losses, right = map(address, self._memory)
+        for p in (self._arrange, self._train):
+            p["tiles"] = tiles
+        self._arrange["labels"] = labels
+        objective = self._train["objective"]
+        if objective["labels"]:
+            objective["labels"] = labels
+        for p in (objective, self._close):
+            p["losses"] = losses
+            p["right"] = right
+
+    def replay(self, count: int = 1) -> None:
+        """Do so many steps."""
+        arrange, train, close = self._kernels
+        threads, launch = _CLUSTER_THREADS, self._device.launch
+        while count:
+            steps = min(count, self._reserved)
+            blocks = _pieces(steps * self._step_numbers // 8, threads)
+            blocks = min(blocks, 16 * self._device.multiprocessors)
+            launch(arrange, (blocks, 1, 1), threads, (self._arrange, np.int64(steps)))
+            launch(
+                train, (self._size, 1, 1), threads, (self._train, np.int64(steps)), self._shared, cluster=self._size
+            )  # fmt: skip
+            launch(close, (1, 1, 1), threads, (self._close, np.int64(steps)))
+            count -= steps
+
+
+def _cluster_bytes(size: int) -> int:
+    """Of ClusterMemory."""
+    sums, matrices = 8 * 8 * 64, (_CLUSTER_ROWS + _CLUSTER_UNITS) * 20
+    biases, parts = _CLUSTER_UNITS + _CLUSTER_OUTPUTS, _CLUSTER_ROWS * _CLUSTER_OUTPUTS
+    numbers = sums + matrices + biases + parts + 2 * (_MOST_NUMBERS + 1) + 2 * _CLUSTER_ROWS
+    return 4 * numbers + 8 * (_CLUSTER_ROWS // size + 8)
 
 
 def _session(feed: ResidentFeed, key: tuple[Any, ...], rows: int, make: Callable[[], _Session]) -> _Session:

@@ -150,6 +150,38 @@ __global__ void ring(int* values, unsigned* counter, int turns) {
   }
 }
 
+// Each block of three gives its number to all, and adds what it was given. What may be wrong is 1: no barrier before, 2:
+// it adds too early; 3: it arrives twice; 4: it does not wait for the others' arrival; 5: it waits only; 6: there is no
+// such block; 7: a block has ended; 8: more bytes come than are expected; 9: fewer do; 10: the barrier is not fenced;
+// 11: it is none; 12: it is initialized twice; 13: nobody waits for it.
+template <int Wrong>
+__global__ void __cluster_dims__(3, 1, 1) __launch_bounds__(64) cluster(int* y) {
+  float* const given = dynamic_shared<float>();
+  const unsigned rank = gemmlet::ptx::cluster_rank();
+  const auto barrier = gemmlet::ptx::shared_address(given + 16);
+  if (threadIdx.x == 0 && Wrong != 11) {
+    gemmlet::ptx::init_barrier(barrier, 1);
+    if (Wrong == 12) gemmlet::ptx::init_barrier(barrier, 1);
+  }
+  if (Wrong != 10) gemmlet::ptx::fence_barrier_init();
+  if (Wrong != 1 && Wrong != 5) gemmlet::ptx::arrive_at_cluster();
+  if (Wrong == 3) gemmlet::ptx::arrive_at_cluster();
+  if (Wrong != 1 && Wrong != 4) gemmlet::ptx::wait_for_cluster();
+  if (Wrong == 7 && rank == 1) return;
+  if (Wrong == 7) __syncthreads();
+  const float numbers[4] = {1, 2, 3, static_cast<float>(blockIdx.x + 1)};
+  if (threadIdx.x == 0) {
+    for (unsigned other = 0; other < 3; ++other)
+      gemmlet::ptx::store_to_block(gemmlet::ptx::shared_address(given + 4 * rank), other + (Wrong == 6), barrier,
+                                   numbers);
+    gemmlet::ptx::arrive_expecting(barrier, Wrong == 8 ? 32 : Wrong == 9 ? 64 : 48);
+  }
+  const auto add = [=] { y[global_thread()] = static_cast<int>(given[3] + given[7] + given[11]); };
+  if (Wrong == 2) add();
+  if (Wrong != 13) gemmlet::ptx::wait_for_phase(barrier, 0);
+  add();
+}
+
 // The sum of all blocks' numbers, by the last block to come; one fence can be left out: 1 or 2.
 template <int Missing>
 __global__ void last_block(int* values, unsigned* counter) {
@@ -230,7 +262,10 @@ __global__ void __launch_bounds__(64) __cluster_dims__(Cluster, 1, 1)
     if (Wrong != no_fence) ptx::fence_barrier_init();
     if (Wrong == overwritten) memory[beyond + 1024] ^= 1;
   }
-  if (Wrong != no_sync) ptx::sync_cluster();
+  if (Wrong != no_sync) {
+    ptx::arrive_at_cluster();
+    ptx::wait_for_cluster();
+  }
   if (threadIdx.x == 0) {
     ptx::arrive_expecting(barrier, Wrong == fewer_bytes ? 512 : Wrong == more_bytes ? 2048 : 1024);
     if (Wrong == two_arrivals) ptx::arrive_at(barrier, blockIdx.x % Cluster);
@@ -244,7 +279,8 @@ __global__ void __launch_bounds__(64) __cluster_dims__(Cluster, 1, 1)
   if (Wrong != no_wait) ptx::wait_for_phase(barrier, 0);
   for (int i = threadIdx.x; i < 512; i += blockDim.x)
     y[blockIdx.x * 512 + i] = reinterpret_cast<const unsigned short*>(memory + beyond)[i];
-  ptx::sync_cluster();
+  ptx::arrive_at_cluster();
+  ptx::wait_for_cluster();
 }
 
 }  // namespace shim
