@@ -279,13 +279,13 @@ def _difference(got: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float
 def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
     """Return the case of an epoch of the MLP with SGD or Adam."""
 
-    def ours(one_kernel: bool) -> Callable[[Gpu, tuple[Task, Any]], Side]:
+    def ours(**way: Any) -> Callable[[Gpu, tuple[Task, Any]], Side]:
         def prepare(gpu: Gpu, inputs: tuple[Task, Any]) -> Side:
             t, _ = inputs
             model, settings = nn.MLP(list(t.layers), "tanh"), {"batch_size": t.batch, "optimizer": optimizer(rule)}
 
             def fit(x: Any, y: Any, **more: Any) -> None:
-                with gemmlet.use_backend(BACKEND), mock.patch.object(cuda_training, "ONE_KERNEL", one_kernel):
+                with gemmlet.use_backend(BACKEND), mock.patch.multiple(cuda_training, **way):
                     model.fit(x, y, **settings, **more)
 
             def result() -> list[np.ndarray]:
@@ -316,8 +316,14 @@ def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
         prepared = bench.jax_mlp(inputs[0])
         return Side(_clocked(gpu, prepared.call), prepared.result, clock="own")
 
-    # "one kernel": what fit would do instead of replaying graphs.
-    sides = {"gemmlet": ours(False), "one kernel": ours(True), "pytorch": torch(False), "pytorch graph": torch(True)}
+    # Besides what fit does here what it does on other GPUs, and what it could do there.
+    sides = {
+        "gemmlet": ours(CLUSTER_SIZES=cuda_training.CLUSTER_SIZES),
+        "graphs": ours(CLUSTER_SIZES=()),
+        "one kernel": ours(CLUSTER_SIZES=(), ONE_KERNEL=True),
+        "pytorch": torch(False),
+        "pytorch graph": torch(True),
+    }
     if rule == "sgd":
         sides["jax"] = jax
 
