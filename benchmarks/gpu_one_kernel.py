@@ -32,6 +32,8 @@ WAYS: dict[str, tuple[tuple[int, ...], bool]] = {
     "cooperative": ((), True),
     "cluster 16": ((16,), False),
 }
+if not hasattr(cuda_training, "ONE_KERNEL"):
+    del WAYS["cooperative"]
 
 
 def layers_of(widths: tuple[int, ...], rule: str) -> list[FusedLayer]:

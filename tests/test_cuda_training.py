@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("cupy")
 
 import cuda_on_host.backend
-from cuda_on_host.device import COMPILER, THREAD_ORDERS, HostDevice
+from cuda_on_host.device import COMPILER, SANITIZERS, THREAD_ORDERS, HostDevice
 from gemmlet.backends import cuda_training, select
 from gemmlet.backends.numpy_backend import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from gemmlet.formulas.activations import ACTIVATIONS
@@ -357,6 +357,8 @@ def test_cluster(variant: str, rule: str, device: Any, cpu: Any, cluster: None) 
 
 @pytest.mark.parametrize("size", [8, 16])
 def test_large_cluster(size: int, device: Any, cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "thread" in SANITIZERS:
+        pytest.skip("ThreadSanitizer takes no more than 8,128 threads in all")
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (size,))
     in_cluster((70, 8 * size - 3, 10), batch=64, count=140, rule="adam").check(device, cpu)
 

@@ -46,33 +46,30 @@ struct ArrangeSamples {
   int* labels;      // of each row of each step
 };
 
-// The mini-batches of `steps` steps. A thread takes 8 features of a row; two rows are side by side, so that 32 bytes are
-// written together.
+// The mini-batches of some steps. A thread takes 8 features of a row; two rows are side by side, so that 32 bytes are
+// written together. Grid: as many threads as there are such pieces in a step, and the steps.
 template <int threads>
-__global__ void __launch_bounds__(threads) arrange_samples(const __grid_constant__ ArrangeSamples p, Index steps) {
+__global__ void __launch_bounds__(threads) arrange_samples(const __grid_constant__ ArrangeSamples p) {
   const int tiles = 2 * feature_steps(p.features);
-  const Index in_step = static_cast<Index>(tiles) * cluster_rows, first = p.progress->next;
-  for (Index n = static_cast<Index>(blockIdx.x) * threads + threadIdx.x; n < steps * in_step;
-       n += static_cast<Index>(gridDim.x) * threads) {
-    const Index step = n / in_step;
-    const int rest = static_cast<int>(n - step * in_step), pair = rest / (2 * tiles), tile = rest % (2 * tiles) / 2;
-    const int i = 2 * pair + rest % 2;
-    Pack<bfloat16, tile_features> pack = {};
-    if (i < p.rows) {
-      const Index sample = p.progress->order[(first + step) * p.progress->batch + i];
-      const int count = min(tile_features, p.features - tile * tile_features);
-      const unsigned char* const from = p.samples + sample * p.features + tile * tile_features;
-      Pack<unsigned char, tile_features> bytes = {};
-      if (count == tile_features && reinterpret_cast<unsigned long long>(from) % tile_features == 0)
-        bytes = load_pack<tile_features>(from);
-      else
-        for (int k = 0; k < count; ++k) bytes.value[k] = from[k];
+  const int n = static_cast<int>(blockIdx.x) * threads + static_cast<int>(threadIdx.x);
+  if (n >= tiles * cluster_rows) return;
+  const int tile = n % (2 * tiles) / 2, i = n / (2 * tiles) * 2 + n % 2;
+  const Index step = blockIdx.y;
+  Pack<bfloat16, tile_features> pack = {};
+  if (i < p.rows) {
+    const Index sample = p.progress->order[(p.progress->next + step) * p.progress->batch + i];
+    const int count = min(tile_features, p.features - tile * tile_features);
+    const unsigned char* const from = p.samples + sample * p.features + tile * tile_features;
+    Pack<unsigned char, tile_features> bytes = {};
+    if (count == tile_features && reinterpret_cast<unsigned long long>(from) % tile_features == 0)
+      bytes = load_pack<tile_features>(from);
+    else
+      for (int k = 0; k < count; ++k) bytes.value[k] = from[k];
 #pragma unroll
-      for (int k = 0; k < tile_features; ++k) pack.value[k] = narrow<bfloat16>(static_cast<float>(bytes.value[k]));
-      if (tile == 0 && p.indices != nullptr) p.labels[step * p.rows + i] = static_cast<int>(p.indices[sample]);
-    }
-    store_pack(p.tiles + ((step * tiles + tile) * cluster_rows + i) * tile_features, pack);
+    for (int k = 0; k < tile_features; ++k) pack.value[k] = narrow<bfloat16>(static_cast<float>(bytes.value[k]));
+    if (tile == 0 && p.indices != nullptr) p.labels[step * p.rows + i] = static_cast<int>(p.indices[sample]);
   }
+  store_pack(p.tiles + ((step * tiles + tile) * cluster_rows + i) * tile_features, pack);
 }
 
 //
@@ -563,12 +560,16 @@ __global__ void __launch_bounds__(threads) close_steps(const __grid_constant__ C
   double total = p.progress->loss[0], right = 0;
   for (Index first = 0; first < steps; first += threads) {
     double loss = 0;
-    if (first + thread < steps)
-      for (int i = 0; i < p.rows; ++i) {
-        const Index at = (first + thread) * p.rows + i;
-        loss += p.losses[at];
-        if (p.right != nullptr) right += p.right[at];
+    if (first + thread < steps) {
+      const Index at = (first + thread) * p.rows;
+      // Many loads at a time.
+#pragma unroll 16
+      for (int i = 0; i < p.rows; ++i) loss += p.losses[at + i];
+      if (p.right != nullptr) {
+#pragma unroll 16
+        for (int i = 0; i < p.rows; ++i) right += p.right[at + i];
       }
+    }
     of_steps[thread] = p.weight * loss;
     __syncthreads();
     const int count = static_cast<int>(min(static_cast<Index>(threads), steps - first));

@@ -806,7 +806,8 @@ class _Cluster:
         given, layers = first["input"], update["layers"]
         features, hidden = int(layers[0]["in"]), int(layers[0]["out"])
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
-        self._most_steps = max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers))
+        # (Steps are the second number of a grid.)
+        self._most_steps = min(max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
         progress = brought["progress"]
         self._arrange = _filled(
             _ARRANGE, samples=given["rows"], features=features, indices=brought["indices"], progress=progress, rows=rows
@@ -869,9 +870,7 @@ class _Cluster:
         threads, launch = _CLUSTER_THREADS, self._device.launch
         while count:
             steps = min(count, self._reserved)
-            blocks = _pieces(steps * self._step_numbers // 8, threads)
-            blocks = min(blocks, 16 * self._device.multiprocessors)
-            launch(arrange, (blocks, 1, 1), threads, (self._arrange, np.int64(steps)))
+            launch(arrange, (_pieces(self._step_numbers // 8, threads), steps, 1), threads, (self._arrange,))
             launch(
                 train, (self._size, 1, 1), threads, (self._train, np.int64(steps)), self._shared, cluster=self._size
             )  # fmt: skip
