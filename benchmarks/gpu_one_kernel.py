@@ -1,4 +1,4 @@
-"""An epoch of the MNIST perceptron by graphs, by the cooperative kernel and by the cluster: results, times, phases.
+"""An epoch of the MNIST perceptron by graphs and by the cluster, one kernel for many steps: results, times, phases.
 
     timeout 120 python benchmarks/gpu_one_kernel.py
 
@@ -27,13 +27,8 @@ from gemmlet.backends.numpy_backend import Feed, FusedLayer, FusedNetwork, MlpRu
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
 
 SAMPLES, BATCH = 60_000, 64
-WAYS: dict[str, tuple[tuple[int, ...], bool]] = {
-    "graphs": ((), False),
-    "cooperative": ((), True),
-    "cluster 16": ((16,), False),
-}
-if not hasattr(cuda_training, "ONE_KERNEL"):
-    del WAYS["cooperative"]
+# The sizes of clusters that training may choose among.
+WAYS: dict[str, tuple[int, ...]] = {"graphs": (), "cluster 16": (16,)}
 
 
 def layers_of(widths: tuple[int, ...], rule: str) -> list[FusedLayer]:
@@ -62,7 +57,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def way(name: str) -> Any:
-    cuda_training.CLUSTER_SIZES, cuda_training.ONE_KERNEL = WAYS[name]
+    cuda_training.CLUSTER_SIZES = WAYS[name]
     yield
 
 
@@ -137,7 +132,7 @@ def times() -> None:
             for name in (*WAYS, "cluster 8"):
                 if (name == "cluster 16") == (widths[1] == 64) and "cluster" in name:
                     continue
-                WAYS["cluster 8"] = ((8,), False)
+                WAYS["cluster 8"] = (8,)
                 with way(name):
                     feed, targets = cuda_training.hold(device, Feed(x, None, None, False), y)
                     run = run_of(widths, rule, feed, targets, order)

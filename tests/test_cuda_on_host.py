@@ -312,25 +312,15 @@ def test_tensor_maps_that_no_gpu_makes():
 
 
 @pytest.mark.parametrize("static", [0, 1])
-def test_blocks_of_a_cooperative_launch_wait_for_each_other(device: HostDevice, static: int):
+def test_blocks_of_a_cluster_wait_for_each_other(device: HostDevice, static: int):
     if static and "thread" in SANITIZERS:
         pytest.skip("ThreadSanitizer does not see that each block has its own")
-    values, counter = zeros(device, (2, 6), np.int32), zeros(device, 1, np.uint32)
-    launch(device, f"ring<{static}, 1>", 6, 96, values, counter, 5, shared=384, cooperative=True)
-    expected = np.zeros(6, int)
+    values = zeros(device, (2, 6), np.int32)
+    launch(device, f"ring<{static}, 1>", 6, 96, values, 5, shared=384, cluster=3)
+    expected = np.zeros((2, 3), int)
     for _ in range(5):
-        expected = np.roll(expected, -1) + np.arange(6)
-    np.testing.assert_array_equal(device.view(values)[1], expected)
-    with pytest.raises(ValueError, match="100 blocks cannot all be resident, 84 can"):
-        launch(device, f"ring<{static}, 1>", 100, 96, values, counter, 5, shared=384, cooperative=True)
-
-
-def test_a_wait_for_blocks_that_never_come_is_reported():
-    device = HostDevice(ROOT)
-    device.os_threads = 1
-    values, counter = zeros(device, (2, 6), np.int32), zeros(device, 1, np.uint32)
-    with pytest.raises(RuntimeError, match=r"thread 0 of block .*: spins in nanosleep at .*, and nothing else happens"):
-        launch(device, "ring<0, 1>", 6, 96, values, counter, 5, shared=384)
+        expected = np.roll(expected, -1, axis=1) + np.arange(6).reshape(2, 3)
+    np.testing.assert_array_equal(device.view(values)[1], expected.ravel())
 
 
 def test_blocks_of_a_cluster_write_to_each_other(device: HostDevice):
@@ -507,13 +497,13 @@ launches = [line.split("; ") for line in sys.argv[1:]]
 kernels = device.kernels("shim.cuh", list({name: 0 for name, _ in launches}))
 kernels = {kernel.name: kernel for kernel in kernels}
 for name, number in launches:
-    arrays = [device.upload(np.zeros(192, np.int32)) for _ in range(2 if "<" in name else 1)]
+    arrays = [device.upload(np.zeros(192, np.int32)) for _ in range(2 if "last" in name or "block_sum" in name else 1)]
     arguments = [*(np.uint64(array.data.ptr) for array in arrays), np.int32(number)]
     print(f"LAUNCH {name} {number}", file=sys.stderr, flush=True)
     arguments = arguments[: len(kernels[name].sizes)]
     try:
-        how = {"shared": 256, "cooperative": "ring" in name, "cluster": 3 if "cluster" in name else 1}
-        device.launch(kernels[name], (3, 1, 1), 64, arguments, **how)
+        cluster = 3 if "cluster" in name or "ring" in name else 1
+        device.launch(kernels[name], (3, 1, 1), 64, arguments, shared=256, cluster=cluster)
     except RuntimeError as error:
         print(error, file=sys.stderr)
 """

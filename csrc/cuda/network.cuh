@@ -10,7 +10,7 @@
 //   kernel needs what those before it have written.
 //   Activations and losses are called by their places in the lists of csrc/formulas; a loss may be softmax_loss, too.
 //   Sizes are at least 1, indices in range.
-//   The kernels of a step, but not `train`, may be launched so that they overlap: each one waits for those before it.
+//   The kernels of a step may be launched so that they overlap: each one waits for those before it.
 //   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (small_product.cuh);
 //   losses are added up in double. No float atomics: the same bits on every run.
 // Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top_row; none for the others.
@@ -732,88 +732,6 @@ __global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid
     update_tile<Rule>(p, block, dynamic_shared<T>());
   else
     add_losses(p, dynamic_shared<double>());
-}
-
-//
-// Many steps in one launch
-//
-
-// Waits for all blocks of a cooperative launch; what they wrote before their last barrier is seen after. `arrived` is 0
-// before the launch, `expected` in each block.
-__device__ inline void wait_for_grid(unsigned* arrived, unsigned& expected) {
-  expected += gridDim.x;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(arrived, 1u);
-    // (Both may have gone round.)
-    while (static_cast<int>(ptx::load_acquire(arrived) - expected) < 0) ptx::nanosleep(20);
-  }
-  __syncthreads();
-}
-
-// f(n), n from 0 to count - 1, each by one block of the grid, which uses its shared memory; ends with a barrier.
-template <class F>
-__device__ __forceinline__ void share_among_blocks(int count, F f) {
-  for (int n = static_cast<int>(blockIdx.x); n < count; n += static_cast<int>(gridDim.x)) {
-    f(n);
-    __syncthreads();
-  }
-}
-
-// The launches of a step: forward, top, backward, update, all tiles being small.
-template <class T, class N>
-struct Steps {
-  static constexpr int most_between = Update<T, N>::most_layers - 2;
-  Forward<T, N> first;
-  Brought<T> brought;
-  Forward<T, T> forward[most_between];  // of the layers between the first and the last
-  Top<T> top;
-  Backward<T> backward[most_between];  // of the same, from the last of them
-  Update<T, N> update;
-  int between;
-  unsigned* arrived;
-};
-
-// Cooperative; grid of any size, blocks of 256 threads.
-template <class T, class N, class Rule>
-__global__ void __launch_bounds__(WideTile::most_threads, 1) train(const __grid_constant__ Steps<T, N> p, Index steps) {
-  using Tile = SmallTile<8>;
-  T* const memory = dynamic_shared<T>();
-  unsigned expected = 0;
-  const int rows = p.brought.rows, tile_rows = (rows + Tile::rows - 1) / Tile::rows;
-  const auto tiles = [=](int width) { return tile_rows * ((width + Tile::columns - 1) / Tile::columns); };
-  for (Index step = 0; step < steps; ++step) {
-    const int first_tiles = tiles(p.first.layer.out);
-    share_among_blocks(first_tiles + 1, [&](int n) {
-      if (n < first_tiles)
-        forward_tile<Tile>(p.first, p.first.input.at_opening(p.brought.progress), n % tile_rows, n / tile_rows, memory);
-      else
-        open_step(p.brought);
-    });
-    wait_for_grid(p.arrived, expected);
-    for (int l = 0; l < p.between; ++l) {
-      const Forward<T, T>& layer = p.forward[l];
-      share_among_blocks(tiles(layer.layer.out), [&](int n) {
-        forward_tile<Tile>(layer, layer.input.all(), n % tile_rows, n / tile_rows, memory);
-      });
-      wait_for_grid(p.arrived, expected);
-    }
-    share_among_blocks(rows, [&](int i) { top_row(p.top, i, memory); });
-    wait_for_grid(p.arrived, expected);
-    for (int l = 0; l < p.between; ++l) {
-      const Backward<T>& layer = p.backward[l];
-      share_among_blocks(tiles(layer.layer.in),
-                         [&](int n) { backward_tile<Tile>(layer, n % tile_rows, n / tile_rows, memory); });
-      wait_for_grid(p.arrived, expected);
-    }
-    share_among_blocks(p.update.blocks + 1, [&](int n) {
-      if (n < p.update.blocks)
-        update_tile<Rule>(p.update, n, memory);
-      else
-        add_losses(p.update, reinterpret_cast<double*>(memory));
-    });
-    wait_for_grid(p.arrived, expected);
-  }
 }
 
 }  // namespace gemmlet

@@ -47,7 +47,6 @@ namespace cuda_host {
 struct Configuration {
   unsigned grid[3], block;
   unsigned shared_bytes;
-  int cooperative;
   int overlaps;   // every thread has to wait for what comes before the kernel
   int step;       // from each thread to the next, and below 0 from the last to the first
   int eager;      // who could go on last goes on first, so that warps run ahead of each other
@@ -291,7 +290,7 @@ struct Worker {
   std::vector<CopyQueue> copies;
   std::vector<ProductQueue> products;
   std::vector<Fiber*> ready;  // a ring
-  unsigned first_ready = 0, ready_count = 0, live = 0, idle_yields = 0;
+  unsigned first_ready = 0, ready_count = 0, live = 0;
   unsigned random = 0;
   bool eager = false;
   Launch* launch = nullptr;
@@ -337,14 +336,6 @@ struct Worker {
   Fiber*& place(unsigned i) { return ready[(first_ready + i) % ready.size()]; }
 
   void make_ready(Fiber* fiber) { place(ready_count++) = fiber; }
-
-  // Behind all others.
-  void make_ready_last(Fiber* fiber) {
-    if (!eager) return make_ready(fiber);
-    first_ready = (first_ready + ready.size() - 1) % ready.size();
-    ++ready_count;
-    place(0) = fiber;
-  }
 
   Fiber* take_ready() {
     --ready_count;
@@ -473,7 +464,6 @@ void Worker::wake(AnyBarrier& barrier) {
     make_ready(fiber);
   }
   barrier.first = barrier.last = nullptr;
-  idle_yields = 0;
 }
 
 void Worker::complete(Barrier& barrier) {
@@ -514,7 +504,6 @@ void Worker::end_phase(SharedBarrier& barrier) {
 // The thread that runs has come to its end.
 void Worker::exit() {
   --live;
-  idle_yields = 0;
   for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier, &self->block->cluster->of_cluster})
     if (--barrier->expected && barrier->arrived == barrier->expected) complete(*barrier);
   switch_to_next();
@@ -675,7 +664,7 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
   worker = this;
   const FaultStack fault_stack;
   const Configuration& c = of.configuration;
-  const unsigned resident = c.cooperative ? of.blocks : of.kernel->cluster, warps_of_block = (c.block + 31) / 32;
+  const unsigned resident = of.kernel->cluster, warps_of_block = (c.block + 31) / 32;
   Statics found{of.kernel->statics(), nullptr, 0};
   dl_iterate_phdr(find_statics, &found);
   statics = found.start;
@@ -710,13 +699,12 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
     const unsigned number = of.next.fetch_add(resident);
 #endif
     if (number >= of.blocks) break;
-    first_ready = ready_count = live = idle_yields = 0;
+    first_ready = ready_count = live = 0;
     shared_barriers.clear();
     for (unsigned i = 0; i < resident; ++i) {
       const unsigned index = c.step < 0 ? of.blocks - 1 - (number + i) : number + i;
       // Those of a cluster lie by their ranks.
-      const unsigned place = of.kernel->cluster > 1 ? index % of.kernel->cluster : i;
-      start(blocks[place], index, &fibers[i * c.block], &warps[i * warps_of_block]);
+      start(blocks[index % resident], index, &fibers[i * c.block], &warps[i * warps_of_block]);
     }
     release(&begins);
     switch_to(take_ready());
@@ -873,13 +861,6 @@ unsigned char* in_block(void* shared, unsigned rank) {
   return static_cast<unsigned char*>(other.dynamic) + offset;
 }
 
-void yield(Place place) {
-  if (++worker->idle_yields > 1000000) fail("spins in %s, and nothing else happens", text(place).c_str());
-  if (worker->launch->failed) worker->switch_to(&worker->main);
-  worker->make_ready_last(self);
-  worker->switch_to_next();
-}
-
 void fence() {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
   if (self->last_atomic) acquire(self->last_atomic);
@@ -936,11 +917,10 @@ int cuda_host_launch(const cuda_host::Kernel* kernel, const cuda_host::Configura
 #if defined(CUDA_HOST_THREAD)
   race_reported = false;
 #endif
-  const unsigned together = configuration->cooperative ? launch.blocks : kernel->cluster;
-  if (!configuration->cooperative) launch.workers = std::min(configuration->os_threads, launch.blocks / together);
+  launch.workers = std::min(configuration->os_threads, launch.blocks / kernel->cluster);
   std::vector<std::unique_ptr<Worker>> workers;
   for (unsigned i = 0; i < launch.workers; ++i)
-    workers.push_back(take_worker(configuration->block * together));
+    workers.push_back(take_worker(configuration->block * kernel->cluster));
   std::vector<std::thread> team;
   for (unsigned i = 1; i < launch.workers; ++i) team.emplace_back(work, std::ref(launch), std::ref(*workers[i]), i);
   work(launch, *workers[0], 0);

@@ -6,11 +6,10 @@
 //   this file in front of it and CUDA_HOST_KERNEL for each kernel behind it, and device.py launches them.
 //   There are: threadIdx blockIdx blockDim gridDim, static and dynamic shared memory, barriers of a block, of a warp and
 //   of a cluster, barriers in shared memory and bulk copies, shuffles, votes, atomics on integers, what asynchronous
-//   copies and cooperative launches need, and of the functions of C those declared below, no others: what else a kernel
-//   calls does not compile.
-//   All shared memory is 0xFF in every byte (NaN) before each block. A cooperative launch has all of its blocks'
-//   fibers in one OS thread, and a cluster has its own; such a kernel should have dynamic shared memory only, as static
-//   shared memory changes hands there, and ThreadSanitizer takes it for all blocks' in common.
+//   copies need, and of the functions of C those declared below, no others: what else a kernel calls does not compile.
+//   All shared memory is 0xFF in every byte (NaN) before each block. A cluster has all of its blocks' fibers in one OS
+//   thread; such a kernel should have dynamic shared memory only, as static shared memory changes hands there, and
+//   ThreadSanitizer takes it for all blocks' in common.
 //   Found and reported, as an error of the launch: a barrier that not all can reach, a barrier in divergent code, lanes
 //   of a warp at different exchanges, misaligned addresses and indices outside of arrays of known size (by GCC's
 //   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
@@ -19,7 +18,7 @@
 //   memory that was not initialized, or twice, or not fenced, or that too many arrive at, a phase that expects fewer bytes
 //   than come, or is left expecting some, a bulk copy or a store to another block that nobody waited for (what it fills
 //   reads as NaN from when it is issued), a wait for a phase that cannot end, an access of a block of the cluster that may
-//   not have begun, or has ended, an arrival at the cluster's barrier that nobody waited for, a thread that spins for ever.
+//   not have begun, or has ended, an arrival at the cluster's barrier that nobody waited for.
 //   With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a missing __threadfence or
 //   barrier of the cluster, and the launch is given up after the first one; with -fsanitize=address every stray access
 //   ends the process.
@@ -105,7 +104,7 @@ struct Block {
   Barrier of_cluster;  // the barrier of all
   Barrier barrier;
   void* dynamic;   // shared memory, with guards around it
-  void* statics = nullptr;  // static shared memory, while another block of a cooperative launch runs
+  void* statics = nullptr;  // static shared memory, while another block of a cluster runs
 };
 
 // Copies and products of a thread that wait to be waited for; cuda_host.cpp has the definitions.
@@ -151,9 +150,6 @@ void wait_for_cluster(Place place);
 
 // The same place of dynamic shared memory in a block of the cluster.
 unsigned char* in_block(void* shared, unsigned rank);
-
-// Lets the other threads run: in every loop that waits for another block.
-void yield(Place place);
 
 // Of 16 bytes, but not of 32.
 inline void* dynamic_shared() { return self->block->dynamic; }

@@ -52,7 +52,6 @@ THREAD_ORDERS = {
 MAX_BLOCK = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED = 227 * 1024
-MAX_RESIDENT_THREADS = 2048
 
 # Parameters that are no structs, in the notation of `struct`.
 SCALARS = {"Q": np.uint64, "q": np.int64, "i": np.int32, "f": np.float32, "d": np.float64}
@@ -87,7 +86,6 @@ class _Configuration(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
-        ("cooperative", ctypes.c_int),
         ("overlaps", ctypes.c_int),
         ("step", ctypes.c_int),
         ("eager", ctypes.c_int),
@@ -163,17 +161,13 @@ class HostDevice:
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        cooperative: bool = False,
         overlaps: bool = False,
         cluster: int = 1,
     ) -> None:
         _check_arguments(kernel, arguments)
         _check_configuration(kernel, grid, block, shared, cluster)
-        resident = self.multiprocessors * min(MAX_RESIDENT_THREADS // block, MAX_SHARED // max(shared, 1))
-        if cooperative and math.prod(grid) > resident:
-            raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
         configuration = _Configuration(
-            (*grid,), block, shared, cooperative, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads
+            (*grid,), block, shared, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads
         )
         # Copies, as the launch may be done later.
         values = [_aligned(a.tobytes()) for a in arguments]

@@ -69,15 +69,14 @@ class Device(Protocol):
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        cooperative: bool = False,
         overlaps: bool = False,
         cluster: int = 1,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
-        `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
-        Kernels that are launched with `overlaps` may begin while the one before them still runs: they wait for it.
+        `shared` the bytes of dynamic shared memory. Kernels that are launched with `overlaps` may begin while the one
+        before them still runs: they wait for it.
         `cluster`: how many blocks the kernel's own clusters have.
         """
 
@@ -206,7 +205,6 @@ class CudaDevice:
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        cooperative: bool = False,
         overlaps: bool = False,
         cluster: int = 1,
     ) -> None:
@@ -219,7 +217,7 @@ class CudaDevice:
                 return
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
-            kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
+            kernel(grid, (block, 1, 1), given, shared_mem=shared)
 
     def _allow(self, kernel: Any, shared: int, cluster: int = 1) -> None:
         set_attribute = self._cupy.cuda.driver.funcSetAttribute

@@ -125,28 +125,24 @@ __global__ void copies(const float* x, float* y, int turns) {
   }
 }
 
-// Passes sums round: in each of the turns a block reads what its neighbour wrote in the turn before. The blocks wait
-// for each other, by a counter that only goes up.
+// Passes sums round in a cluster: in each of the turns a block reads what its neighbour wrote in the turn before.
 template <bool Static, bool Wait>
-__global__ void ring(int* values, unsigned* counter, int turns) {
+__global__ void __launch_bounds__(96) __cluster_dims__(3, 1, 1) ring(int* values, int turns) {
   int* mine = dynamic_shared<int>();
   if constexpr (Static) {
     __shared__ int memory[96];
     mine = memory;
   }
+  const unsigned rank = gemmlet::ptx::cluster_rank(), next = blockIdx.x - rank + (rank + 1) % 3;
   mine[threadIdx.x] = static_cast<int>(blockIdx.x);
+  __syncthreads();
   for (int turn = 0; turn < turns; ++turn) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const unsigned next = (blockIdx.x + 1) % gridDim.x;
+    if (threadIdx.x == 0)
       values[(turn + 1) % 2 * gridDim.x + blockIdx.x] = values[turn % 2 * gridDim.x + next] + mine[blockDim.x - 1];
-      if constexpr (Wait) {
-        __threadfence();
-        atomicAdd(counter, 1);
-        while (gemmlet::ptx::load_acquire(counter) < (turn + 1) * gridDim.x) gemmlet::ptx::nanosleep(20);
-      }
+    if constexpr (Wait) {
+      gemmlet::ptx::arrive_at_cluster();
+      gemmlet::ptx::wait_for_cluster();
     }
-    __syncthreads();
   }
 }
 
