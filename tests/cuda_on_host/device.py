@@ -191,15 +191,14 @@ class HostDevice:
         self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0
     ) -> Callable[..., None]:
         (kernel,) = self.kernels(source, [expression])
-        cluster = kernel.description.cluster
-        if cluster > 8:
-            raise ValueError(f"{kernel.name}: clusters of {cluster} are not allowed to what is prepared")
         layouts = [struct.Struct("=" + parameter) for parameter in parameters]
         counts = [len(layout.unpack(bytes(layout.size))) for layout in layouts]
 
         def launch(grid_x: int, grid_y: int, *values: Any) -> None:
             if len(values) != sum(counts):
                 raise TypeError(f"{kernel.name} takes {sum(counts)} values {parameters}, not {len(values)}")
+            if (cluster := kernel.description.cluster) > 8:
+                raise ValueError(f"{kernel.name}: clusters of {cluster} are not allowed to what is prepared")
             rest, arguments = list(values), []
             for parameter, layout, count in zip(parameters, layouts, counts, strict=True):
                 data = np.void(layout.pack(*rest[:count]))
