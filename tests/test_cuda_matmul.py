@@ -345,9 +345,7 @@ def test_tiles_fit_into_shared_memory(arch: str, kib: int) -> None:
             assert all(choice.tile.shared <= 1024 * kib for choice in found)
 
 
-@pytest.mark.parametrize("proven", [False, True])
-def test_wgmma_is_chosen_where_it_is_and_only_if_proven(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_matmul, "WGMMA", proven)
+def test_wgmma_is_chosen_where_it_is() -> None:
     for dtype, arch, along_lines, there in [
         ("bfloat16", "sm_90a", (False, True), True),
         ("float16", "sm_90a", (True, True), True),
@@ -361,7 +359,7 @@ def test_wgmma_is_chosen_where_it_is_and_only_if_proven(proven: bool, monkeypatc
         found = cuda_matmul.candidates(4096, 4096, 4096, dtype, dtype == "float32", (32, 32), arch, 132, along_lines)
         kernels = [choice.tile.kernel for choice in found]
         assert ("wgmma" in kernels) == there
-        assert kernels[0] == ("wgmma" if there and proven else "mma")
+        assert kernels[0] == ("wgmma" if there else "mma")
 
 
 def test_what_no_tensor_map_can_be_of_is_left_to_others() -> None:

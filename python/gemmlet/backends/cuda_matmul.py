@@ -22,10 +22,6 @@ LARGEST = 2**31 - 1024
 # What a source is compiled for, where that is not every architecture; "host" is the CPU, in tests.
 ARCHITECTURES = {"matmul_wgmma.cuh": ("sm_90a", "host")}
 
-# Whether products may be computed by wgmma where the architecture has it, without being told to: not until a run of
-# benchmarks/gpu_report.py on such a GPU has checked and timed it.
-WGMMA = False
-
 # Of dynamic shared memory, for one block.
 _SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90a": 227, "sm_100a": 227, "host": 227}
 _LEAST_SHARED_KIB = 99
@@ -388,7 +384,7 @@ def candidates(
     multiprocessors: int,
     along_lines: tuple[bool, bool] | None,
 ) -> list[Choice]:
-    """Return all that can compute a product, the one with the lowest estimate first (see `WGMMA` for an exception).
+    """Return all that can compute a product, the one with the lowest estimate first.
 
     `thin_lines` are how many lines of a and of b a block of the thin kernel takes; for `along_lines` see `takes`.
     """
@@ -400,11 +396,7 @@ def candidates(
         found = [thin(dtype, thin_lines[0] if n <= m else thin_lines[1], count, n <= m)]
     choices = [Choice(tile, splits) for tile in found for splits in splits_of(tile, m, n, k, multiprocessors)]
 
-    def key(choice: Choice) -> tuple[bool, float]:
-        unproven = choice.tile.kernel == "wgmma" and not WGMMA
-        return unproven, estimate(choice, m, n, k, SIZES[dtype], multiprocessors)
-
-    return sorted(choices, key=key)
+    return sorted(choices, key=lambda choice: estimate(choice, m, n, k, SIZES[dtype], multiprocessors))
 
 
 def thin_lines(dtype: str, along_lines: bool) -> int:
