@@ -467,8 +467,8 @@ class CudaBackend(NumpyBackend):
             counter, partial, mean = self._scratch(device)
             outputs = pointer(partial), pointer(mean), pointer(counter)
             kernel = _cross_entropy_kernel(arrays.name_of(z.dtype), indices is not None and label_smoothing == 0, team)
-            arguments = (*arguments, np.int32(columns), *outputs)
-            self._rows(device, "losses.cuh", kernel, rows, arguments, team.threads, MOST_BLOCKS)
+            all_arguments = (*arguments, np.int32(columns), *outputs)
+            self._rows(device, "losses.cuh", kernel, rows, all_arguments, team.threads, MOST_BLOCKS)
             return self._mean(device, mean)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
