@@ -8,8 +8,6 @@ keep, ThreadSanitizer must report a data race.
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
 import os
 import pathlib
 import shutil
@@ -192,17 +190,16 @@ def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], Non
                 arrays = [np.asarray(array, order=o) for array, o in zip((x, w), order, strict=True)]
                 arrays = [run.place(a.T, offset).T if a.flags.f_contiguous else run.place(a, offset) for a in arrays]
                 choices = [c for c in cuda_matmul.choose(run.device, *arrays, tf32) if c.tile.kernel == kernel]
-                size = operator.attrgetter("rows", "columns")
-                used = {first((choice.tile for choice in choices), key=size)}
-                if kernel == "simt":  # whose last parameter is the number of stages: four are used in another way
-                    used.add(first((c.tile for c in choices if c.tile.parameters[-1] >= 4), key=size))
-                for tile, splits in itertools.product(used, {1} if run.quick else {1, 2}):
-                    if cuda_matmul.Choice(tile, splits) not in choices:
-                        continue
+                tile = first((choice.tile for choice in choices), key=lambda tile: tile.rows * tile.columns)
+                splits = {choice.splits for choice in choices if choice.tile == tile} & ({1} if run.quick else {1, 2})
+                used = [cuda_matmul.Choice(tile, count) for count in splits]
+                if kernel == "simt":  # of one slice and four stages: copies and barriers are in other places
+                    used.append(cuda_matmul.Choice(cuda_matmul.simt(dtype, 64, 64, 16, 8, 8, 1, 4, 0.0, 0.0), 1))
+                for choice in used:
                     out, kept = (run.place(np.full((m, n), np.nan, dtype), offset) for _ in range(2))
                     cuda_matmul.linear(
                         run.device, *arrays, run.place(b, offset), ACTIVATIONS["relu"], 0.0, out, kept,
-                        tf32=tf32, choice=cuda_matmul.Choice(tile, splits),
+                        tf32=tf32, choice=choice,
                     )  # fmt: skip
                     np.testing.assert_array_equal(run.device.view(kept), z.astype(dtype))
                     np.testing.assert_array_equal(run.device.view(out), np.maximum(z, 0).astype(dtype))
