@@ -29,9 +29,8 @@ import numpy as np
 from gpu_timing import Case, Gpu, LostError, Side, run
 
 from gemmlet import kernels
-from gemmlet.backends import cuda_matmul
-from gemmlet.bench.report import duration
 from gemmlet.bench.results import Results, Row
+from gemmlet.bench.timing import duration
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
 
@@ -219,32 +218,19 @@ def linear_case(m: int, k: int, n: int, activation: str, of: str, sides: Sequenc
         flops,
         4.0 * (m * k + k * n + n + m * n),
         "float32",
-        labels={"set": of, "activation": activation, "rows": m},
+        labels={"set": of, "activation": activation, "rows": m, "width": max(k, n)},
     )
 
 
 def matmul_ours(gpu: Gpu, p: Product) -> Side:
-    """Return `kernels.matmul`, and in TF32 the backend's own function."""
+    """Return `kernels.matmul`."""
 
     def calls() -> None:
         for o in p.turns:
-            if p.kind == "tf32":
-                gpu.tf32_product(o.x, o.w, o.y)
-            else:
-                kernels.matmul(o.x, o.w, out=o.y)
+            kernels.matmul(o.x, o.w, out=o.y)
 
-    call = gpu.graph(calls)
-    return Side(call, p.result(gpu, call), p.calls)
-
-
-def matmul_by(tile: cuda_matmul.Tile, gpu: Gpu, p: Product) -> Side:
-    """Return a product by a tile that the backend does not take before it has been timed (`cuda_matmul.WGMMA`)."""
-
-    def calls() -> None:
-        for o in p.turns:
-            gpu.tile_product(tile, o.x, o.w, o.y)
-
-    call = gpu.graph(calls)
+    with gpu.tf32(p.kind == "tf32"):
+        call = gpu.graph(calls)
     return Side(call, p.result(gpu, call), p.calls)
 
 
@@ -266,9 +252,6 @@ def matmul_case(side: int, kind: str) -> Case:
     flops = 2.0 * side**3
     calls = 10 if flops < 1e11 else 3
     sides: dict[str, Callable[[Gpu, Product], Side]] = {"gemmlet": matmul_ours, "cuBLAS": matmul_cublas}
-    if kind != "tf32":
-        for tile in cuda_matmul.WGMMA_TILES:
-            sides[f"wgmma {tile.rows}x{tile.columns}"] = functools.partial(matmul_by, tile)
     return Case(
         "matmul",
         f"{side}³ {kind}",
@@ -339,7 +322,9 @@ def overhead_case(name: str, make: Callable[[Gpu, Any], dict[str, Callable[[], A
         b, labels = gpu.normal((10,), seed=3), np.random.default_rng(0).integers(0, 128, 64)
         return x, w, b, gpu.empty((64, 128)), gpu.empty((64, 10)), gpu.upload(labels)
 
-    return Case("overhead", name, inputs, {s: side(s) for s in sides}, lambda gpu, inputs, result: 0.0)
+    return Case(
+        "overhead", name, inputs, {s: side(s) for s in sides}, lambda gpu, inputs, result: 0.0, labels={"call": name}
+    )
 
 
 def overheads() -> Iterator[Case]:

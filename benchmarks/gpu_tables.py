@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemmlet.bench.report import LOST, duration
+from gemmlet.bench.report import LOST
 from gemmlet.bench.results import Results, Row, from_json
-from gemmlet.bench.targets import Target, Verdict, verdict
+from gemmlet.bench.targets import Limit, Target, Verdict, verdict
+from gemmlet.bench.timing import duration
 
 Report = Mapping[str, Any]
 
@@ -96,18 +97,31 @@ def _unwaited(group: str) -> Callable[[Row], bool]:
     return lambda row: row.group == group and not row.labels.get("waited")
 
 
-_EPOCH, _GAN = "MNIST epoch 784-128-10, batch 64", "GAN step, batch 64"
+def _wide(least: int, most: int) -> Callable[[Row], bool]:
+    """Layers whose larger side is within these bounds."""
+    return lambda row: _of("linear", set="layers")(row) and least <= row.labels["width"] <= most
 
-TARGETS: tuple[Target | RoofTarget, ...] = (
-    Target("linear float32, 1024³ to 4096³", _of("linear", set="squares"), ("cuBLAS",), 0.9),
-    Target("linear float32, layers, batch 64 to 4096", _of("linear", set="layers"), ("cuBLAS",), 1.2),
-    Target("matmul bfloat16, 4096³", _of("matmul", side=4096, dtype="bfloat16"), ("cuBLAS",), 0.7),
-    RoofTarget("elementwise, 100 million elements", _of("elementwise"), 0.85),
-    RoofTarget("losses and functions of rows, 100 million elements", _unwaited("losses"), 0.85),
-    Target(_EPOCH, _of("epoch"), ("pytorch",), 5.0),
+
+def _large(*dtypes: str) -> Callable[[Row], bool]:
+    return lambda row: row.group == "matmul" and row.labels["side"] in (4096, 8192) and row.labels["dtype"] in dtypes
+
+
+_EPOCH, _GAN, _CALL = "MNIST epoch 784-128-10, batch 64", "GAN step, batch 64", "a call on a small array, tanh 64x128"
+
+TARGETS: tuple[Target | Limit | RoofTarget, ...] = (
+    Target("linear float32, 1024³ to 4096³", _of("linear", set="squares"), ("cuBLAS",), 0.97),
+    Target("linear float32, layers up to 1024 wide, batch 64 to 4096", _wide(0, 1024), ("cuBLAS",), 1.2),
+    Target("linear float32, layers 4096 wide, batch 64 to 1024", _wide(4096, 4096), ("cuBLAS",), 1.0),
+    Target("matmul bfloat16 and float16, 4096³ and 8192³", _large("bfloat16", "float16"), ("cuBLAS",), 0.9),
+    Target("matmul TF32, 4096³ and 8192³", _large("tf32"), ("cuBLAS",), 0.9),
+    RoofTarget("elementwise, 100 million elements", _of("elementwise"), 0.92),
+    RoofTarget("losses and functions of rows, 100 million elements", _unwaited("losses"), 0.9),
+    Limit(_CALL, _of("overhead", call="tanh 64x128"), 8e-6),
+    Limit(_EPOCH, _of("epoch"), 6e-3),
     Target(_EPOCH, _of("epoch"), ("pytorch graph",), 1.3),
-    Target(_GAN, _of("gan"), ("pytorch",), 5.0),
+    Limit(_GAN, _of("gan"), 60e-6),
     Target(_GAN, _of("gan"), ("pytorch graph",), 1.3),
+    Target(_GAN, _of("gan"), ("jax",), 1.5),
 )
 
 

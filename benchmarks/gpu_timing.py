@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gemmlet.backends import cuda_matmul, select
+import gemmlet
 from gemmlet.backends.cuda_backend import CudaBackend
 from gemmlet.bench.results import Row
 from gemmlet.bench.timing import Timed
@@ -59,8 +59,7 @@ class LostError(Exception):
 class _Unwaited(CudaBackend):
     """Losses stay on the GPU, so that launches are timed and no waiting: PyTorch does not wait either."""
 
-    @staticmethod
-    def _mean(device: Any, mean: Any) -> float:
+    def _waited_for(self, device: Any, result: Any) -> float:
         return math.nan
 
 
@@ -124,8 +123,6 @@ class Gpu:
 
     def has(self, side: str) -> bool:
         """Return whether there is what a side needs."""
-        if side.startswith("wgmma"):
-            return self.device.arch in cuda_matmul.ARCHITECTURES["matmul_wgmma.cuh"]
         package = PACKAGES.get(side)
         return package is None or getattr(self, package) is not None
 
@@ -251,27 +248,15 @@ class Gpu:
 
     @contextmanager
     def tf32(self, allowed: bool) -> Iterator[None]:
-        """Let PyTorch use TF32 in products of float32, or not."""
-        self.torch.set_float32_matmul_precision("high" if allowed else "highest")
+        """Let gemmlet and PyTorch use TF32 in products of float32, or not."""
+        modules = [module for module in (gemmlet, self.torch) if module is not None]
+        for module in modules:
+            module.set_float32_matmul_precision("high" if allowed else "highest")
         try:
             yield
         finally:
-            self.torch.set_float32_matmul_precision("highest")
-
-    def tf32_product(self, a: Any, b: Any, out: Any) -> None:
-        """gemmlet's product of float32 in TF32."""
-        cuda_matmul.linear(self.device, a, b, None, None, 0.0, out, None, tf32=True)
-
-    def tile_product(self, tile: cuda_matmul.Tile, a: Any, b: Any, out: Any) -> None:
-        """gemmlet's product by this tile, whichever the backend would take."""
-        choice = next(choice for choice in cuda_matmul.choose(self.device, a, b) if choice.tile == tile)
-        cuda_matmul.linear(self.device, a, b, None, None, 0.0, out, None, choice=choice)
-
-    @cached_property
-    def device(self) -> Any:
-        """What gemmlet's backend computes on."""
-        backend: Any = select.load("cuda")
-        return backend._first
+            for module in modules:
+                module.set_float32_matmul_precision("highest")
 
     @cached_property
     def unwaited(self) -> Any:

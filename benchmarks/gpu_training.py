@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from gpu_timing import Case, Gpu, Side
 
 import gemmlet
 from gemmlet import nn
-from gemmlet.backends import cuda_training, select
+from gemmlet.backends import select
 from gemmlet.bench import training as bench
 from gemmlet.bench.training import BATCH, BETA1, BETA2, EPS, GAN_LR, GENERATOR, LATENT, LAYERS, LR, GanTask, Task
 from gemmlet.data import Mnist, load_mnist
@@ -279,22 +278,19 @@ def _difference(got: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float
 def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
     """Return the case of an epoch of the MLP with SGD or Adam."""
 
-    def ours(one_kernel: bool) -> Callable[[Gpu, tuple[Task, Any]], Side]:
-        def prepare(gpu: Gpu, inputs: tuple[Task, Any]) -> Side:
-            t, _ = inputs
-            model, settings = nn.MLP(list(t.layers), "tanh"), {"batch_size": t.batch, "optimizer": optimizer(rule)}
+    def ours(gpu: Gpu, inputs: tuple[Task, Any]) -> Side:
+        t, _ = inputs
+        model, settings = nn.MLP(list(t.layers), "tanh"), {"batch_size": t.batch, "optimizer": optimizer(rule)}
 
-            def fit(x: Any, y: Any, **more: Any) -> None:
-                with gemmlet.use_backend(BACKEND), mock.patch.object(cuda_training, "ONE_KERNEL", one_kernel):
-                    model.fit(x, y, **settings, **more)
+        def fit(x: Any, y: Any, **more: Any) -> None:
+            with gemmlet.use_backend(BACKEND):
+                model.fit(x, y, **settings, **more)
 
-            def result() -> list[np.ndarray]:
-                fit(t.given[: t.checked], t.labels[: t.checked], epochs=1, shuffle=False)
-                return [p.copy() for p in model.parameters]
+        def result() -> list[np.ndarray]:
+            fit(t.given[: t.checked], t.labels[: t.checked], epochs=1, shuffle=False)
+            return [p.copy() for p in model.parameters]
 
-            return Side(_more_epochs(lambda epochs: fit(t.given, t.labels, epochs=epochs), 1), result, clock="own")
-
-        return prepare
+        return Side(_more_epochs(lambda epochs: fit(t.given, t.labels, epochs=epochs), 1), result, clock="own")
 
     def torch(graph: bool) -> Callable[[Gpu, tuple[Task, Any]], Side]:
         def prepare(gpu: Gpu, inputs: tuple[Task, Any]) -> Side:
@@ -316,8 +312,7 @@ def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
         prepared = bench.jax_mlp(inputs[0])
         return Side(_clocked(gpu, prepared.call), prepared.result, clock="own")
 
-    # "one kernel": what fit would do instead of replaying graphs.
-    sides = {"gemmlet": ours(False), "one kernel": ours(True), "pytorch": torch(False), "pytorch graph": torch(True)}
+    sides = {"gemmlet": ours, "pytorch": torch(False), "pytorch graph": torch(True)}
     if rule == "sgd":
         sides["jax"] = jax
 

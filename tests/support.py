@@ -241,6 +241,34 @@ def copies(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: v.copy(order="C") if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
 
 
+# The quick function behind each kernel.
+QUICK_NAMES = {name: name for name in kernels.__all__} | {"matmul": "linear", "sgd_update": "momentum_update"}
+QUICK_NAMES["adamw_update"] = "adam_update"
+
+
+class Watched:
+    """Calls of a quick function: how many it answered, and how many it left to the general path."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.answered, self.left = function, 0, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        result = self.function(*arguments)
+        if result is None:
+            self.left += 1
+        else:
+            self.answered += 1
+        return result
+
+
+def complaint(call: Callable[[], Any]) -> Any:
+    """What it returns, or the type and the words of its error."""
+    try:
+        return call()
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
+
+
 def run_on(backend: Any, script: str, *, timeout: float = 120, **environment: str) -> str:
     """Run a script on this backend in a process of its own, which must end well and in time; return what it prints."""
     chosen = {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import shutil
@@ -18,7 +19,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 import cupy  # noqa: E402
 
 from cuda_on_host.device import COMPILER, HERE, ROOT, THREAD_ORDERS, HostDevice  # noqa: E402
-from gemmlet.backends import cuda_matmul  # noqa: E402
+from gemmlet.backends import cuda_device, cuda_matmul  # noqa: E402
 from gemmlet.backends.cuda_matmul import Choice  # noqa: E402
 from gemmlet.formulas.activations import ACTIVATIONS, Activation  # noqa: E402
 from support import assert_within, same_bits  # noqa: E402
@@ -140,7 +141,7 @@ def choices(kind: str, a: Any, b: Any) -> Iterator[Choice]:
     alike = (a.strides[1] == a.itemsize) == (b.strides[1] == b.itemsize)
     for choice in candidates:
         key = choice.tile, choice.splits > 1
-        if kind == "float16" and choice.tile not in (smallest, *cuda_matmul.WGMMA_TILES):
+        if kind == "float16" and choice.tile.kernel != "wgmma" and choice.tile != smallest:
             continue
         if choice.tile.kernel in ("mma", "wgmma") and choice.splits > 1 and not alike:
             continue
@@ -337,7 +338,9 @@ def test_python_and_cpp_agree_on_tiles() -> None:
 def test_tiles_fit_into_shared_memory(arch: str, kib: int) -> None:
     for kind, dtype in DTYPES.items():
         for m, n, k in [(4096, 4096, 4096), (64, 128, 784), (784, 128, 60000), (100000, 10, 128)]:
-            found = cuda_matmul.candidates(m, n, k, np.dtype(dtype).name, kind == "tf32", (32, 32), arch, 132)
+            found = cuda_matmul.candidates(
+                m, n, k, np.dtype(dtype).name, kind == "tf32", (32, 32), arch, 132, (False, False)
+            )
             assert found
             assert all(choice.tile.shared <= 1024 * kib for choice in found)
 
@@ -345,22 +348,78 @@ def test_tiles_fit_into_shared_memory(arch: str, kib: int) -> None:
 @pytest.mark.parametrize("proven", [False, True])
 def test_wgmma_is_chosen_where_it_is_and_only_if_proven(proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_matmul, "WGMMA", proven)
-    for dtype, arch, there in [
-        ("bfloat16", "sm_90a", True),
-        ("float16", "sm_90a", True),
-        ("float32", "sm_90a", False),
-        ("bfloat16", "sm_80", False),
-        ("bfloat16", "sm_100a", False),
+    for dtype, arch, along_lines, there in [
+        ("bfloat16", "sm_90a", (False, True), True),
+        ("float16", "sm_90a", (True, True), True),
+        ("float32", "sm_90a", (False, True), True),
+        ("float32", "sm_90a", (True, False), True),
+        ("float32", "sm_90a", (True, True), False),
+        ("bfloat16", "sm_90a", None, False),
+        ("bfloat16", "sm_80", (False, True), False),
+        ("bfloat16", "sm_100a", (False, True), False),
     ]:
-        found = cuda_matmul.candidates(4096, 4096, 4096, dtype, dtype == "float32", (32, 32), arch, 132)
+        found = cuda_matmul.candidates(4096, 4096, 4096, dtype, dtype == "float32", (32, 32), arch, 132, along_lines)
         kernels = [choice.tile.kernel for choice in found]
         assert ("wgmma" in kernels) == there
         assert kernels[0] == ("wgmma" if there and proven else "mma")
 
 
+def test_what_no_tensor_map_can_be_of_is_left_to_others() -> None:
+    x = by_row(np.ones((64, 64), np.float16))
+
+    def views(shape: tuple[int, int], strides: tuple[int, int], offset: int = 0) -> Any:
+        return cupy.ndarray(shape, x.dtype, x.data + offset, strides=strides)
+
+    for view, there in [
+        (x, True),
+        (x.T, True),
+        (x[:, :40], True),
+        (x[1:, 8:], True),
+        (x[:1], True),
+        (x[:, 1:], False),  # misaligned
+        (x[:, ::2], False),
+        (x[::-1], False),
+        (views((8, 64), (0, 2)), False),  # one row for all
+        (views((64, 60), (72, 2)), False),  # rows of no multiple of 16 bytes
+        (views((8, 64), (16, 2)), False),  # overlapping windows
+    ]:
+        k = view.shape[1]
+        w = by_row(np.ones((k, 64), np.float16))
+        kernels = {choice.tile.kernel for choice in cuda_matmul.choose(device(), view, w) if view.shape[0] > 4}
+        assert (view.shape[0] <= 4) or ("wgmma" in kernels) == there, (view.shape, view.strides)
+
+
+def test_tensor_maps_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver is asked for, by a library that only looks at it."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Driver:
+        @staticmethod
+        def cuTensorMapEncodeTiled(to: Any, *arguments: Any) -> int:  # noqa: N802 - CUDA's name
+            assert ctypes.cast(to, ctypes.c_void_p).value % 64 == 0
+            ctypes.memset(to, len(calls) + 1, 128)
+            calls.append(
+                tuple(getattr(a, "value", None) or [*a] if hasattr(a, "__len__") else a.value for a in arguments)
+            )
+            return 0 if len(calls) < 3 else 1
+
+    monkeypatch.setattr(cuda_device, "_driver", Driver)
+    cuda_device._tensor_map.cache_clear()
+    try:
+        made = [cuda_device._tensor_map(4096, "uint16", (70, 40), 96, (128, 64)) for _ in range(2)]
+        assert [bytes(m) for m in made] == [b"\1" * 128] * 2
+        assert calls == [(1, 2, 4096, [40, 70], [96], [64, 128], [1, 1], 0, 3, 3, 0)]
+        assert bytes(cuda_device._tensor_map(4096, "tf32", (70, 40), 160, (128, 32))) == b"\2" * 128
+        assert calls[1][0] == 11
+        with pytest.raises(RuntimeError, match=r"cuTensorMapEncodeTiled of \(70, 40\) at 0x1000.*error 1"):
+            cuda_device._tensor_map(4096, "uint32", (70, 40), 160, (128, 32))
+    finally:
+        cuda_device._tensor_map.cache_clear()
+
+
 def test_no_part_of_k_is_empty() -> None:
     for k in (1, 7, 63, 64, 65, 784, 1000, 60000):
-        for choice in cuda_matmul.candidates(40, 50, k, "float32", False, (32, 32), "sm_90a", 132):
+        for choice in cuda_matmul.candidates(40, 50, k, "float32", False, (32, 32), "sm_90a", 132, None):
             depths = -(-k // choice.tile.depth)
             steps = -(-depths // choice.splits)
             assert steps * (choice.splits - 1) < depths <= steps * choice.splits

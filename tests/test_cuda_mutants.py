@@ -8,6 +8,7 @@ keep, ThreadSanitizer must report a data race.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import pathlib
 import shutil
@@ -147,6 +148,23 @@ def elementwise_losses(run: Run) -> None:
         run.compare("elementwise_loss", LOSSES["mean_squared_error"], x, run.normal(n), 0.0, poison(x), offset=offset)
 
 
+def checked_losses(run: Run) -> None:
+    """A number out of range, and nothing is written; without one the loss is there."""
+    for bad in (None, -0.5, 1.5):
+        p = run.rng.uniform(0.1, 0.9, 3000).astype(np.float32)
+        gradient = run.place(poison(p), 0)
+        p[1234] = p[1234] if bad is None else bad
+        loss = run.backend.quick["binary_cross_entropy"](run.place(p, 0), run.place(p[::-1], 0), None, gradient)
+        assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
+    for bad, smoothing in itertools.product((None, -1, 10), (0.0, 0.1)):
+        z, labels = run.normal(70, 10), run.rng.integers(0, 10, 70)
+        labels[:2], labels[50] = (0, 9), labels[50] if bad is None else bad
+        gradient = run.place(poison(z), 0)
+        arguments = run.place(z, 0), run.place(labels, 0), smoothing, gradient
+        loss = run.backend.quick["softmax_cross_entropy"](*arguments)
+        assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
+
+
 def columns(run: Run) -> None:
     for shape in ((1, 1), (70, 40), (3001, 8)):
         x = run.normal(*shape)
@@ -176,20 +194,24 @@ def optimizers(run: Run) -> None:
 
 def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:
     """Products of small integers, exact, by one tile of a kernel: several tiles and steps, and parts of both."""
-    sizes = {"thin": [(150, 3, 300), (1, 300, 70)], "wgmma": [(150, 300, 300), (152, 264, 304)]}
-    # The smallest; but of wgmma's two the one where some threads copy nothing.
+    sizes = {"thin": [(150, 3, 300), (1, 300, 70)], "wgmma": [(152, 304, 296)]}
+    # The smallest; but of wgmma's the one with clusters.
     first = max if kernel == "wgmma" else min
 
     def check(run: Run) -> None:
-        run.device.multiprocessors = 64  # so that it may pay to divide k
+        # So that it may pay to divide k; and so few that blocks take tiles in turn.
+        run.device.multiprocessors = 2 if kernel == "wgmma" else 64
         shapes = sizes.get(kernel, [(70, 45, 300), (72, 48, 304)])
         for m, n, k in shapes[-1:] if run.quick else shapes:
             x, w, b = (run.rng.integers(-4, 5, shape).astype(dtype) for shape in ((m, k), (k, n), (n,)))
             z = x.astype(np.float64) @ w.astype(np.float64) + b.astype(np.float64)
-            for order, offset in (("CC", 0), ("FF", 0), ("CF", 1))[: 1 if run.quick else None]:
+            orders = [("CC", 0), ("FF", 0), ("CF", 0), ("CF", 1)]
+            for order, offset in orders[: 1 if run.quick else None]:
                 arrays = [np.asarray(array, order=o) for array, o in zip((x, w), order, strict=True)]
                 arrays = [run.place(a.T, offset).T if a.flags.f_contiguous else run.place(a, offset) for a in arrays]
                 choices = [c for c in cuda_matmul.choose(run.device, *arrays, tf32) if c.tile.kernel == kernel]
+                if not choices:  # no tile takes what is misaligned, or lies so
+                    continue
                 tile = first((choice.tile for choice in choices), key=lambda tile: tile.rows * tile.columns)
                 splits = {choice.splits for choice in choices if choice.tile == tile} & ({1} if run.quick else {1, 2})
                 used = [cuda_matmul.Choice(tile, count) for count in splits]
@@ -241,6 +263,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         rows_by_blocks,
         cross_entropy,
         elementwise_losses,
+        checked_losses,
         columns,
         ranges,
         optimizers,
@@ -249,6 +272,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         products("mma", "float16"),
         products("mma", "float32", tf32=True),
         products("wgmma", "float16"),
+        products("wgmma", "float32", tf32=True),
         training("mlp", "small"),
         training("mlp_of_sparse", "small"),
         training("mlp_in_tiles", "wide"),
@@ -329,6 +353,12 @@ WRONG = [
         ("i += threads * N", "i += threads", "elementwise_losses"),
         ("Index i = packed + thread; i < n", "Index i = packed + thread; i <= n", "elementwise_losses"),
         ("aligned ? n / N * N : 0", "n / N * N", "elementwise_losses"),
+        ("if (is_refused(range, 0.0, 1.0, loss)) return;", "", "checked_losses"),
+        ("if (is_refused(range, Index(0), Index(columns - 1), loss)) return;", "", "checked_losses"),
+        ("Index(columns - 1)", "Index(columns)", "checked_losses"),
+        ("range[0] < low || range[1] > high", "range[1] > high", "checked_losses"),
+        ("range[0] < low || range[1] > high", "range[0] < low", "checked_losses"),
+        ("loss[1] = 1;", "loss[1] = 0;", "checked_losses"),
         ("others.total + term<T>(difference)", "others.total", "cross_entropy"),
         ("of_label = -others.total", "of_label = others.total", "cross_entropy"),
         ("present && label_slot >= 0", "present && label_slot < 0", "cross_entropy"),
@@ -402,7 +432,6 @@ WRONG = [
         "matmul_mma",
         ("i * apart < outer_left_ ? valid * size : 0", "valid * size", "mma_float16"),
         ("low = j < valid ?", "low = j <= valid ?", "mma_float16"),
-        ("if (copying < Tile::threads && threadIdx.x >= copying) return;", "", "wgmma_float16"),
         ("j < valid ? 4 : 0", "4", "mma_tf32"),
         ("wait_for_copies<Tile::stages - 2>();\n  " + BARRIER, "wait_for_copies<3>();\n  " + BARRIER, "mma_float16"),
         ("wait_for_copies<Tile::stages - 2>();\n        _", "wait_for_copies<3>();\n        _", "mma_float16"),
@@ -413,27 +442,66 @@ WRONG = [
     ),
     *mutants(
         "matmul_wgmma",
-        ("(pack % 8 ^ row % 8)", "(pack % 8)", "wgmma_float16"),
         ("& (Tile::alignment - 1)", "& 15", "wgmma_float16"),
         ("lines_apart >> 4 << 16 | eight_rows >> 4", "eight_rows >> 4 << 16 | lines_apart >> 4", "wgmma_float16"),
-        ("step * (along_lines ? 16 * 128 : 32)", "step * (along_lines ? 8 * 128 : 32)", "wgmma_float16"),
-        ("threadIdx.x / 128 * Tile::operand_bytes(64)", "threadIdx.x / 32 * Tile::operand_bytes(16)", "wgmma_float16"),
-        ("wait_for_copies<ahead - 1>", "wait_for_copies<ahead>", "wgmma_float16"),
-        ("ptx::fence_proxy_async();", "", "wgmma_float16"),
-        ("ptx::fence_proxy_async();\n    " + BARRIER, BARRIER + "ptx::fence_proxy_async();", "wgmma_float16"),
-        (BARRIER + "\n    ptx::fence_products", "ptx::fence_products", "wgmma_float16"),
-        ("ptx::fence_products();", "", "wgmma_float16"),
+        ("i * (along_lines ? 16 * 128 : 32)", "i * (along_lines ? 8 * 128 : 32)", "wgmma_float16"),
+        ("of_x(shared + Tile::operand_bytes(consumer * 64))", "of_x(shared)", "wgmma_float16"),
+        ("r / 4 % 2 * 16 + r / 8 * 4", "r / 4 % 2 * 16 + r / 8 * 8", "wgmma_tf32"),
+        ("(line % 32 / 4 ^ step)", "(line % 32 / 4)", "wgmma_tf32"),
+        ("(step / 4 ^ line % 8)", "(step / 4)", "wgmma_tf32"),
+        ("ptx::flipped(from_[j] + stage, i * 32)", "from_[j] + stage + i * 32", "wgmma_tf32"),
+        ("init_barrier(full(), 1)", "init_barrier(full(), 2)", "wgmma_float16"),
+        ("Tile::consumers * 4 * Tile::cluster);", "Tile::consumers * 4);", "wgmma_float16"),
+        ("    ptx::fence_barrier_init();", "", "wgmma_float16"),
+        ("origin.row += blockIdx.x % Tile::cluster * Tile::rows;", "", "wgmma_float16"),
+        ("Tile::cluster > 1)\n    ptx::sync_cluster();\n  else", "Tile::cluster > 1)\n    ;\n  else", "wgmma_float16"),
+        ("Tile::cluster > 1) ptx::sync_cluster();", "Tile::cluster > 1) {}", "wgmma_float16"),
+        ("ptx::wait_for_phase(stages.empty(), stages.parity() ^ 1);", "", "wgmma_float16"),
+        ("stages.parity() ^ 1", "stages.parity()", "wgmma_float16"),
+        (
+            "arrive_expecting(stages.full(), Tile::stage_bytes)",
+            "arrive_expecting(stages.full(), 16384)",
+            "wgmma_float16",
+        ),
+        (
+            "arrive_expecting(stages.full(), Tile::stage_bytes)",
+            "arrive_expecting(stages.full(), 65536)",
+            "wgmma_float16",
+        ),
+        ("% Tile::cluster * share", "% 1 * share", "wgmma_float16"),
+        ("(1 << Tile::cluster) - 1", "1", "wgmma_float16"),
+        ("ptx::wait_for_phase(stages.full(), stages.parity());\n          ptx::f", "ptx::f", "wgmma_float16"),
+        (
+            "ptx::fence_products();\n#pragma unroll\n          for (int i = 0; i < Tile",
+            "for (int i = 0; i < Tile",
+            "wgmma_float16",
+        ),
+        ("adds = i > 0 || step > steps.first", "adds = 1", "wgmma_float16"),
         ("wait_for_products<1>", "wait_for_products<2>", "wgmma_float16"),
-        ("ptx::finish_products(sum);", "ptx::wait_for_products<1>();", "wgmma_float16"),
-        ("ahead = stages - 2", "ahead = stages - 1", "wgmma_float16"),
-        (BARRIER + "\n  finish_rows", "finish_rows", "wgmma_float16"),
-        ("+ 8 * Tile::out_row", "+ Tile::out_row", "wgmma_float16"),
+        ("if (step > steps.first) leave(last);", "leave(stages.empty());", "wgmma_float16"),
+        ("ptx::finish_products(sum);\n        leave(last);", "leave(last);ptx::finish_products(sum);", "wgmma_float16"),
+        ("        leave(last);\n      } else", "} else", "wgmma_float16"),
+        ("if (lane < Tile::cluster)", "if (lane < 1)", "wgmma_float16"),
+        ("parity());\n        reader", "parity() ^ 1);\n        reader", "wgmma_tf32"),
+        ("ptx::wait_for_phase(stages.full(), stages.parity());\n            reader", "reader", "wgmma_tf32"),
+        (
+            "ptx::fence_products();\n#pragma unroll\n          for (int i = 0; i < 4",
+            "for (int i = 0; i < 4",
+            "wgmma_tf32",
+        ),
+        ("ptx::wait_for_products<0>();\n          leave(empty);", "leave(empty);", "wgmma_tf32"),
+        ("ptx::wait_for_products<0>();", "", "wgmma_tf32"),
+        ("__syncwarp();\n      const Columns of", "const Columns of", "wgmma_float16"),
+        ("      __syncwarp();\n    }\n  }\n\n private", "}\n  }\n\n private", "wgmma_float16"),
+        ("from = (from ^ flips)", "from = from", "wgmma_float16"),
+        ("column_ += columns;", "", "wgmma_float16"),
     ),
     *mutants(
         "small_product",
         ("column < 0 ? T(1)", "column < 0 ? T(0)", "mlp"),
         ("upper ? sum[i + kept / 2] : sum[i], give", "upper ? sum[i] : sum[i], give", "mlp"),
-        ("k < depth; k += static_cast<int>(blockDim.x)", "k < depth - 1; k += static_cast<int>(blockDim.x)", "mlp"),
+        ("< depth) {\n          a_lines", "< depth - 1) {\n          a_lines", "mlp"),
+        ("u * per_turn < depth) {\n#pragma", "u * per_turn <= depth) {\n#pragma", "mlp"),
         ("unsigned warp = 1; warp <", "unsigned warp = 2; warp <", "mlp"),
         ("= sum[s];\n    }\n    " + BARRIER, "= sum[s];\n    }", "mlp"),
         ("if (k < depth) line.load", "if (k <= depth) line.load", "mlp_in_tiles"),
@@ -444,6 +512,8 @@ WRONG = [
     ),
     *mutants(
         "network",
+        ("ptx::wait_for_prerequisites();", "", "mlp"),
+        ("begin_kernel();\n  top_row", "top_row", "mlp"),
         ("int warp = 1; warp < threads / 32", "int warp = 2; warp < threads / 32", "mlp"),
         (BARRIER + "\n  for (int j = thread", "for (int j = thread", "mlp"),
         (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),
@@ -483,8 +553,8 @@ RACES = [
     ),
     *mutants(
         "matmul_wgmma",
-        (BARRIER + "\n    ptx::fence_products", "ptx::fence_products", "wgmma_float16"),
-        (BARRIER + "\n  float* const sums", "float* const sums", "wgmma_float16"),
+        ("ptx::wait_for_phase(stages.full(), stages.parity());\n          ptx::f", "ptx::f", "wgmma_float16"),
+        ("__syncwarp();\n      const Columns of", "const Columns of", "wgmma_float16"),
     ),
     *mutants(
         "network",

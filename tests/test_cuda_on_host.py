@@ -58,6 +58,7 @@ EXPRESSIONS = [
     "faults",
     "counts",
     "quotients",
+    *(f"boxes<{wrong}, {cluster}>" for wrong in range(10) for cluster in ((1, 2) if wrong in (0, 3) else (1,))),
     *(f"{name}<gemmlet::{kind}16>" for name in ("round_trip", "rounded") for kind in ("float", "bfloat")),
 ]
 
@@ -241,6 +242,75 @@ def test_an_asynchronous_copy_is_there_only_after_a_wait(device: HostDevice, rng
     with pytest.raises(RuntimeError, match=r"thread \d+ .*: ends, and has not waited for all its asynchronous copies"):
         launch(device, "copies<3, 2>", 1, 64, device.upload(x), y, 5, shared=768)
     assert np.isnan(device.view(y)[:4]).any()
+
+
+def box_of(device: HostDevice, x: Any) -> np.void:
+    return device.tensor_map(x.data.ptr, "uint16", x.shape, x.strides[0], (8, 64))
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_a_box_arrives_swizzled_in_every_block_of_a_cluster(device: HostDevice, cluster: int, rng: np.random.Generator):
+    x = rng.integers(1, 60000, (7, 40), np.uint16)
+    y = device.upload(np.zeros((6, 8, 8, 8), np.uint16))
+    array = device.upload(x)
+    launch(device, f"boxes<0, {cluster}>", 6, 64, box_of(device, array), y, shared=3072)
+    expected = np.zeros((8, 64), np.uint16)
+    expected[:6, :38] = x[1:, 2:]
+    packs = expected.reshape(8, 8, 8)
+    for row in range(8):
+        for pack in range(8):
+            np.testing.assert_array_equal(device.view(y)[:, row, pack ^ row], np.tile(packs[row, pack], (6, 1)))
+
+
+@not_sanitized
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (1, "there is no mbarrier at 0x"),
+        (2, "is used, and there was no fence after it was initialized"),
+        (4, "ends, and has not waited for all its bulk copies"),
+        (5, "more threads arrive at the mbarrier at 0x.* than it waits for"),
+        (6, "an mbarrier expects 512 bytes, and 1024 are copied"),
+        (7, r"deadlock: no thread can go on; .* wait in mbarrier.try_wait at shim.cuh"),
+        (8, "the mbarrier at 0x.* was written to"),
+        (9, "a box is copied to no multiple of 1024 bytes"),
+    ],
+)
+def test_errors_of_barriers_in_shared_memory(device: HostDevice, wrong: int, message: str):
+    x, y = device.empty((7, 40), np.uint16), device.empty((3, 512), np.uint16)
+    with pytest.raises(RuntimeError, match=f"boxes<{wrong}, 1>: .*{message}"):
+        launch(device, f"boxes<{wrong}, 1>", 3, 64, box_of(device, x), y, shared=3072)
+
+
+@not_sanitized
+def test_a_missing_barrier_of_a_cluster_is_seen_in_some_order():
+    found = 0
+    for order in THREAD_ORDERS:
+        device = HostDevice(ROOT, order)
+        x, y = device.empty((7, 40), np.uint16), device.empty((4, 512), np.uint16)
+        try:
+            launch(device, "boxes<3, 2>", 4, 64, box_of(device, x), y, shared=3072)
+        except RuntimeError:  # "there is no mbarrier", tested above
+            found += 1
+    assert found
+
+
+def test_tensor_maps_that_no_gpu_makes():
+    device = HostDevice(ROOT)
+    for address, shape, row_bytes, box in [
+        (8, (7, 40), 80, (8, 64)),
+        (16, (7, 40), 88, (8, 64)),
+        (16, (7, 40), 64, (8, 64)),
+        (16, (7, 40), -80, (8, 64)),
+        (16, (7, 0), 80, (8, 64)),
+        (16, (7, 40), 80, (257, 64)),
+        (16, (7, 40), 80, (8, 32)),
+    ]:
+        with pytest.raises(ValueError, match="no tensor map of"):
+            device.tensor_map(address, "uint16", shape, row_bytes, box)
+    y = device.empty((3, 512), np.uint16)
+    with pytest.raises(ValueError, match="in clusters of 2 blocks"):
+        launch(device, "boxes<0, 2>", 3, 64, box_of(device, device.empty((7, 40), np.uint16)), y, shared=3072)
 
 
 @pytest.mark.parametrize("static", [0, 1])

@@ -351,7 +351,10 @@ def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
 
 @pytest.mark.parametrize("network", ["mlp", "mlp in one kernel", "gan"])
 def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Into single steps, which are recorded once and find what the last call left; losses are added up all the same."""
+    """Into single steps, which are recorded once and find what the last call left; losses are added up all the same.
+
+    The networks go to the GPU with the first call and after `write_back` alone.
+    """
     monkeypatch.setattr(cuda_training, "STEPS_TOGETHER", 3)
     monkeypatch.setattr(cuda_training, "ONE_KERNEL", "one kernel" in network)
     count, batch, is_mlp = 75, 8, network != "gan"
@@ -359,13 +362,14 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
         dtype, count=count, batch=batch
     )  # fmt: skip
     expected = problem.on(device)
-    recorded = Counter[str]()
+    recorded, sent = Counter[str](), list[int]()
     record, upload = type(device).record, type(device).upload
     monkeypatch.setattr(type(device), "record", lambda *a: recorded.update(["record"]) or record(*a))
-    monkeypatch.setattr(type(device), "upload", lambda *a: recorded.update(["upload"]) or upload(*a))
+    monkeypatch.setattr(type(device), "upload", lambda d, a, *out: sent.append(a.nbytes) or upload(d, a, *out))
 
     feed, targets = cuda_training.hold(device, problem.feed, getattr(problem, "targets", None))
-    assert recorded.pop("upload") == (2 if is_mlp else 1)
+    assert len(sent) == (2 if is_mlp else 1)
+    sent.clear()
     pieces = [slice(0, 1), slice(1, 2), slice(2, 6), slice(6, 9), slice(9, 10)]
 
     def parts(run: Any, networks: Sequence[str], *of_steps: str) -> Iterator[Any]:
@@ -374,6 +378,8 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
             changes = {name: getattr(run, name)[steps] for name in of_steps}
             for name in networks:
                 changes[name] = getattr(run, name)._replace(scalars=getattr(run, name).scalars[steps])
+            if steps.start == 6:
+                cuda_training.write_back(feed)
             yield run._replace(feed=feed, order=run.order[rows], **changes), rows
 
     def mlp_by_steps(run: MlpRun) -> tuple[float, int]:
@@ -381,18 +387,102 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
         for part, _ in parts(run, ["network"]):
             loss, more = cuda_training.train_mlp(device, part._replace(targets=targets, loss_sum=loss))
             right += more
+        cuda_training.write_back(feed)
         return loss, right
 
     def gan_by_steps(run: GanRun) -> tuple[float, float]:
         losses = run.loss_sums
         for part, rows in parts(run, ["generator", "discriminator"], "decay"):
             losses = cuda_training.train_gan(device, part._replace(noise=run.noise[rows], loss_sums=losses))
+        cuda_training.write_back(feed)
         return losses
 
     assert same(problem.run(mlp_by_steps if is_mlp else gan_by_steps), expected)
     # For mini-batches alone and in threes, and for the last one.
-    assert recorded == {"upload": len(pieces)} | ({} if "one kernel" in network else {"record": 3})
-    assert len(feed.sessions) == 1
+    assert recorded == ({} if "one kernel" in network else {"record": 3})
+    (session,) = feed.sessions.values()
+    per_call = len(sent) // len(pieces)
+    assert per_call == (2 if is_mlp else 3)
+    states = [session._state_bytes if call in (0, 3) else cuda_training._PROGRESS.itemsize for call in range(5)]
+    assert sent[::per_call] == states
+
+
+def test_what_is_looked_at_after_write_back(device: Any, dtype: Any) -> None:
+    """Changes to arrays count then; calls of other arrays leave the first ones up to date."""
+    mlp = Mlp([9, 8, 3], dtype, rule="adam")
+    feed, targets = cuda_training.hold(device, mlp.feed, mlp.targets)
+
+    def train(run: MlpRun) -> None:
+        cuda_training.train_mlp(device, run._replace(feed=feed, targets=targets))
+
+    once, changed, other = mlp.call(), mlp.call(), mlp.call()
+    train(once)
+    assert same(arrays_of(once.network.layers), arrays_of(mlp.layers))
+    train(other)  # in place of `once`, which is written back
+    expected = arrays_of(once.network.layers)
+    assert same(expected, mlp.on(device)[:-2])
+    train(other)
+    cuda_training.write_back(feed)
+    twice = arrays_of(other.network.layers)
+    train(once)
+    cuda_training.write_back(feed)
+    cuda_training.write_back(feed)
+    assert same(arrays_of(once.network.layers), twice)
+
+    train(changed)
+    cuda_training.write_back(feed)
+    for array in arrays_of(changed.network.layers):
+        array *= 0.5
+    halved = copy.deepcopy(changed.network)
+    train(changed)
+    cuda_training.write_back(feed)
+    cuda_training.train_mlp(device, mlp.call()._replace(network=halved))
+    assert same(arrays_of(changed.network.layers), arrays_of(halved.layers))
+
+
+def test_larger_mini_batches_find_the_networks(device: Any, dtype: Any) -> None:
+    """A session gives way to one with more space, and what it knows is not lost."""
+    mlp = Mlp([9, 8, 3], dtype, count=40, batch=40)
+    feed, targets = cuda_training.hold(device, mlp.feed, mlp.targets)
+    held, plain = mlp.call()._replace(feed=feed, targets=targets), mlp.call()
+    for rows in (5, 40, 7):
+        for run in (held, plain):
+            cuda_training.train_mlp(device, run._replace(order=run.order[:rows]))
+    cuda_training.write_back(feed)
+    assert same(arrays_of(held.network.layers), arrays_of(plain.network.layers))
+
+
+def test_the_next_call_is_prepared_meanwhile(device: Any, dtype: Any) -> None:
+    """Once, after all launches and before the host waits: noise for the next call may be written to another array."""
+    gan, events = Gan(dtype), list[str]()
+
+    class Watched(Counting):
+        def launch(self, *arguments: Any, **how: Any) -> None:
+            events.append("launch")
+            super().launch(*arguments, **how)
+
+        def download(self, *arguments: Any) -> None:
+            events.append("download")
+            self._device.download(*arguments)
+
+    watched = Watched(device)
+    cuda_training.train_gan(watched, gan.call()._replace(meanwhile=lambda: events.append("meanwhile")))
+    assert events.count("meanwhile") == 1
+    assert [e for e in events if e != "launch"] == ["meanwhile", "download", "download"]
+    assert events.index("meanwhile") > max(place for place, e in enumerate(events) if e == "launch")
+
+
+def test_noise_that_is_written_too_early_is_found(device: Any, dtype: Any) -> None:
+    """By the stand-in: a GPU might still be copying it."""
+    if not hasattr(device, "view"):
+        pytest.skip("a GPU does not notice")
+    gan = Gan(dtype)
+    noise = device.empty_pinned(gan.noise.shape, dtype)
+    noise[...] = gan.noise
+    run = gan.call()._replace(noise=noise)
+    cuda_training.train_gan(device, run)
+    with pytest.raises(RuntimeError, match="page-locked memory was written"):
+        cuda_training.train_gan(device, run._replace(meanwhile=lambda: noise.fill(0)))
 
 
 # What is launched.
@@ -422,17 +512,16 @@ def test_steps_are_few_launches(device: Any) -> None:
     dtype = np.dtype(np.float32)
     counting = Counting(device)
     Mlp([20, 12, 3], dtype, count=4, batch=4).on(counting)
-    assert counting.launched == ["first_forward", "top", "update", "begin"]
+    assert counting.launched == ["first_forward", "top", "update"]
     counting = Counting(device)
     Mlp([20, 12, 9, 3], dtype, count=4, batch=4, kind="sparse").on(counting)
-    assert counting.launched == ["expand", "forward", "forward", "top", "backward", "update", "begin"]
+    assert counting.launched == ["expand", "forward", "forward", "top", "backward", "update"]
     counting = Counting(device)
     Gan(dtype, count=4, batch=4).on(counting)
     assert counting.launched == [
         *("first_forward_and_gather", "forward"),
         *("forward", "top", "update"),
         *("forward", "top", "backward", "backward", "update"),
-        "begin",
     ]
 
 
@@ -445,7 +534,7 @@ def test_steps_in_one_kernel(device: Any, monkeypatch: pytest.MonkeyPatch) -> No
         Mlp([*widths, 3], np.dtype(np.float32), count=20, batch=4, **settings).on(counting)
         return set(counting.launched)
 
-    assert launched(20, 12) == launched(*[4] * 7) == {"begin", "train"}
+    assert launched(20, 12) == launched(*[4] * 7) == {"train"}
     for launches in (launched(20), launched(*[4] * 8, 3), launched(9, 8, kind="sparse")):
         assert "train" not in launches
     monkeypatch.setattr(cuda_training, "ENOUGH_TILES", 1)

@@ -6,6 +6,7 @@ Also: the same bits for any number of threads and whether zeros are skipped or n
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import os
@@ -729,6 +730,143 @@ def test_updates_by_hand_within_a_callback(fusing: Any, dtype: Any) -> None:
         result = run(params)
         with one_by_one():
             assert_close(result, run(params), dtype)
+
+
+# Networks may stay on a GPU between calls, and numbers are drawn before they are wanted: nobody notices.
+
+
+class BrokenError(Exception):
+    """What a callback raises that has an error."""
+
+
+def made(network: str, dtype: Any, rng: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A network, and samples for it."""
+    if network == "mlp":
+        return MLP([6, 16, 3], dtype=dtype), mlp_problem([6, 16, 3], "softmax", 150, dtype)
+    return small_gan("averaged", dtype), (rng.uniform(size=(150, 33)).astype(dtype),)
+
+
+@pytest.fixture(params=["mlp", "gan"])
+def network(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def told(callback: Any, every: str, network: str, dtype: Any, **arguments: Any) -> list[Any]:
+    """What two fits of a network leave behind, and its optimizer, the callback being told of the first one."""
+    model, data = made(network, dtype, np.random.default_rng(0))
+    rule = RULES["adam"]()
+    with contextlib.suppress(BrokenError):
+        model.fit(*data, 3, 16, rule, callback=lambda p: callback(model, rule, p), callback_every=every, **arguments)
+    states = [s for state in rule._states.values() for s in (*(a.copy() for a in state.arrays), np.array(state.steps))]
+    return [*(w.copy() for w in weights_of(model)), *states, *fitted(model, *data, epochs=2, optimizer=rule)]
+
+
+def look(seen: list[Any]) -> Any:
+    """A callback that keeps what it sees, the optimizer's state too."""
+
+    def callback(model: Any, rule: Any, progress: Any) -> None:
+        arrays = [a for state in rule._states.values() for a in state.arrays]
+        seen.append((progress.epoch, progress.batch, [a.copy() for a in [*weights_of(model), *arrays]]))
+
+    return callback
+
+
+@pytest.mark.parametrize("every", ["call", "epoch"])
+def test_what_a_callback_looks_at(every: str, network: str, fusing: Any, dtype: Any) -> None:
+    every_step: list[Any] = []
+    seen: list[Any] = []
+    expected = told(look(every_step), "batch", network, dtype)
+    assert same(told(look(seen), every, network, dtype), expected)
+    of_step = {key[:2]: key[2] for key in every_step}
+    assert len(seen) >= 3
+    for epoch, batch, arrays in seen:
+        assert same(arrays, of_step[epoch, batch])
+
+
+@pytest.mark.parametrize("every", ["call", "epoch"])
+def test_what_a_callback_changes(every: str, network: str, fusing: Any, dtype: Any) -> None:
+    """Weights, the optimizer's state, a learning rate: after each epoch."""
+
+    def callback(model: Any, rule: Any, progress: Any) -> None:
+        if progress.batch == progress.batches:
+            for array in [*weights_of(model), *(a for state in rule._states.values() for a in state.arrays)]:
+                array *= array.dtype.type(0.75)
+            rule.lr *= 0.5
+
+    assert same(told(callback, every, network, dtype), told(callback, "batch", network, dtype))
+
+
+@pytest.mark.parametrize("error", [StopTraining, BrokenError])
+@pytest.mark.parametrize("every", ["call", "epoch"])
+def test_what_a_callback_ends(error: type[Exception], every: str, network: str, fusing: Any, dtype: Any) -> None:
+    """Weights are those of the last step; the next `fit` goes on with the next numbers of the generators."""
+
+    def callback(model: Any, rule: Any, progress: Any) -> None:
+        if progress.epoch == 2 and progress.batch == progress.batches:
+            raise error
+
+    assert same(told(callback, every, network, dtype), told(callback, "batch", network, dtype))
+
+
+def test_fit_within_a_callback(network: str, fusing: Any, dtype: Any) -> None:
+    """Of the same network with the same optimizer; and a copy has the generators as they are."""
+    _, data = made(network, dtype, np.random.default_rng(1))
+
+    def callback(model: Any, rule: Any, progress: Any) -> None:
+        if progress.batch == progress.batches:
+            other = copy.deepcopy(model)
+            model.fit(*data, epochs=1, batch_size=50, optimizer=rule)
+            other.fit(*data, epochs=1, batch_size=50, optimizer=Adam())
+            results.append([*weights_of(other), *(w.copy() for w in weights_of(model))])
+
+    results: list[Any] = []
+    expected = told(callback, "batch", network, dtype)
+    expected_results = results
+    for every in ("call", "epoch"):
+        results = []
+        assert same(told(callback, every, network, dtype), expected)
+        assert len(results) == 3
+        assert all(map(same, results, expected_results))
+
+
+def test_weights_that_are_set_between_fits(network: str, fusing: Any, dtype: Any, tmp_path: Any) -> None:
+    pytest.importorskip("safetensors")
+    model, data = made(network, dtype, np.random.default_rng(0))
+    rule = RULES["adam"]()
+    first = fitted(model, *data, epochs=2, batch_size=16, optimizer=rule)
+    kept = [w.copy() for w in weights_of(model)]
+    model.save(tmp_path / "kept")
+    with one_by_one():
+        assert_close(fitted(made(network, dtype, np.random.default_rng(0))[0], *data, epochs=2, batch_size=16,
+                            optimizer=RULES["adam"]()), first, dtype)  # fmt: skip
+    loaded = type(model).load(tmp_path / "kept")
+    assert same(weights_of(loaded), kept)
+    model.fit(*data, epochs=1, batch_size=16, optimizer=rule)
+    assert not same(weights_of(model), kept)
+    for weight, value in zip(weights_of(model), kept, strict=True):
+        weight[...] = value
+    if network == "gan":
+        model.steps = loaded.steps
+    model._shuffle, loaded._shuffle = np.random.default_rng(7), np.random.default_rng(7)
+    if network == "gan":
+        model._training_noise, loaded._training_noise = np.random.default_rng(8), np.random.default_rng(8)
+    results = [fitted(m, *data, epochs=2, batch_size=16, optimizer=RULES["adam"]()) for m in (model, loaded)]
+    assert same(*results)
+
+
+def test_an_error_of_a_schedule(network: str, fusing: Any, dtype: Any) -> None:
+    """After some epochs: weights and optimizer are as the last step left them."""
+
+    def run(callback: Any) -> list[Any]:
+        model, data = made(network, dtype, np.random.default_rng(0))
+        rule = RULES["adam"]()
+        with pytest.raises(ValueError, match="what lr_schedule returns"):
+            model.fit(*data, 3, 16, rule, lr_schedule=lambda done: 1.0 if done < 0.66 else -1.0, callback=callback)
+        assert {state.steps for state in rule._states.values()} == {20}
+        return [*weights_of(model), *(a for state in rule._states.values() for a in state.arrays)]
+
+    # Single steps end at the same one: an epoch has ten.
+    assert same(run(None), run(lambda progress: None))
 
 
 INTERRUPTED = """

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gemmlet.formulas.optimizers import adam_scalars, adam_table
 from gemmlet.nn import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, linear_decay, make_optimizer
 from gemmlet.nn.optimizers import lr_factors
+from support import same_bits
 
 SETTINGS = {
     "sgd": (SGD(0.05), "SGD", {"lr": 0.05}),
@@ -105,6 +107,17 @@ def test_a_factor_of_the_learning_rate_is_for_one_step(kind: Any) -> None:
     with pytest.raises(ValueError, match="lr must be at least 0, got inf"):
         optimizer.update(params[0], np.ones(3), lr_factor=1e200)
     np.testing.assert_array_equal(*params)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.5, 0.9999)], ids=str)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adams_numbers_of_many_steps(decoupled: bool, betas: tuple[float, float], rng: np.random.Generator) -> None:
+    """Bit for bit those of each step."""
+    for step in (1, 9, 1000, 10**6, 2**53):
+        rates = rng.uniform(0, 0.01, 300)
+        table = adam_table(step, rates, *betas, 1e-8, 0.03, decoupled)
+        rows = [adam_scalars(step + i, rate, *betas, 1e-8, 0.03, decoupled) for i, rate in enumerate(rates.tolist())]
+        assert same_bits(table, np.array(rows))
 
 
 def test_linear_decay() -> None:

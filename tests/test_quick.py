@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gemmlet import kernels
-from support import UPDATED, arguments_of, copies, outcome, same_bits
+from support import QUICK_NAMES, UPDATED, Watched, arguments_of, complaint, copies, outcome, same_bits
 
 try:
     from gemmlet.backends.cpu_backend import CpuBackend, available_isas
@@ -26,25 +26,6 @@ except ImportError:
     ISAS = []
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="nothing is compiled here")
-
-# The quick function behind each kernel of `arguments_of`, and the arguments of it that come as a tuple.
-NAMES = {name: name for name in kernels.__all__} | {"matmul": "linear", "sgd_update": "momentum_update"}
-NAMES["adamw_update"] = "adam_update"
-
-
-class Watched:
-    """Calls of a quick function: how many it answered, and how many it left to the careful way."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.answered, self.left = function, 0, 0
-
-    def __call__(self, *arguments: Any) -> Any:
-        result = self.function(*arguments)
-        if result is None:
-            self.left += 1
-        else:
-            self.answered += 1
-        return result
 
 
 @pytest.fixture(params=ISAS)
@@ -80,7 +61,7 @@ def test_same_bits_as_the_careful_way(name: str, shape: Any, watched: Any, dtype
     arguments = arguments_of(name, rng, dtype, *shape)
     expected = careful(backend, name, copies(arguments))
     got = outcome(name, copies(arguments))
-    assert functions[NAMES[name]].answered == 1
+    assert functions[QUICK_NAMES[name]].answered == 1
     assert len(got) == len(expected)
     assert all(same_bits(a, b) and a.flags.c_contiguous for a, b in zip(got, expected, strict=True))
 
@@ -113,9 +94,9 @@ def test_other_shapes_and_outputs(name: str, watched: Any, dtype: Any, rng: Any)
             for given in (mine, theirs):
                 if out is not None:
                     given["out"] = given[first] if isinstance(out, str) else out.copy(order="K")
-            answered = functions[NAMES[name]].answered
+            answered = functions[QUICK_NAMES[name]].answered
             got, expected = outcome(name, mine), careful(backend, name, theirs)
-            assert functions[NAMES[name]].answered == answered + 1
+            assert functions[QUICK_NAMES[name]].answered == answered + 1
             for a, b in zip(got, expected, strict=True):
                 assert same_bits(a, b)
                 assert a.strides == b.strides
@@ -147,13 +128,6 @@ def unusual_arrays(good: Any) -> Iterator[tuple[str, Any]]:
     if good.ndim == 2:
         yield "strided", np.repeat(good, 2, axis=1)[:, ::2]
         yield "reversed", good[::-1].copy()[::-1]
-
-
-def complaint(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except (TypeError, ValueError) as error:
-        return type(error), str(error)
 
 
 @pytest.mark.parametrize("name", kernels.__all__)

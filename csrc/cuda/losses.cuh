@@ -4,9 +4,12 @@
 //   Contiguous arrays of at least one element; the gradient may be one of the inputs, element by element. Elements are
 //   computed in Compute<T>. Losses are summed in double, by thread, block and grid in an order that the grid fixes:
 //   `partial` takes one number for each block, and the last block adds them and writes the mean to *loss.
+//   `range`, if it is not null, holds the smallest and the largest prediction, or class index, as a launch before this one
+//   has found them (value_range of reductions.cuh): outside [0, 1], or of the classes, loss[1] becomes 1, and nothing else is
+//   read or written. So a check costs no wait of its own. The loss may be memory of the CPU.
 //   counter: 0 before the launch, and again after it. Blocks have `elements_threads` threads, or those of rows.cuh; grids
 //   of any size.
-//   Class indices are in range.
+//   Class indices are in range, unless that is checked so.
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -29,13 +32,22 @@ __device__ inline void write_mean(double total, double n, double* partial, doubl
   if (threadIdx.x == 0) *mean = total / n;
 }
 
+// Whether there is a range that is not within [low, high]. (NaN, which has passed over all numbers, is within all.)
+template <class V>
+__device__ inline bool is_refused(const V* range, V low, V high, double* loss) {
+  if (range == nullptr || !(range[0] < low || range[1] > high)) return false;
+  if (blockIdx.x == 0 && threadIdx.x == 0) loss[1] = 1;
+  return true;
+}
+
 inline constexpr int elements_threads = 256;
 
 template <class F, class T>
 __global__ void __launch_bounds__(elements_threads)
-    elementwise_loss(const T* prediction, const T* target, Compute<T> parameter, T* gradient, Index n, double* partial,
-                     double* loss, unsigned* counter) {
+    elementwise_loss(const T* prediction, const T* target, Compute<T> parameter, T* gradient, Index n,
+                     const double* range, double* partial, double* loss, unsigned* counter) {
   using V = Compute<T>;
+  if (is_refused(range, 0.0, 1.0, loss)) return;
   constexpr int N = pack_size<T>;
   const V share = static_cast<V>(1.0 / static_cast<double>(n));
   const Index thread = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -142,8 +154,10 @@ inline constexpr bool loads_ahead = Threads <= 32;
 template <class T, bool whole, int Threads, int Values, int N>
 __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 2>))
     softmax_cross_entropy(const T* logits, const Index* labels, const T* targets, double keep, double spread,
-                          T* gradient, Index rows, int columns, double* partial, double* loss, unsigned* counter) {
+                          T* gradient, Index rows, int columns, const Index* range, double* partial, double* loss,
+                          unsigned* counter) {
   using V = Compute<T>;
+  if (is_refused(range, Index(0), Index(columns - 1), loss)) return;
   using Team = gemmlet::Team<Threads>;
   using Row = gemmlet::Row<T, Team, Values, N>;
   const V share = static_cast<V>(1.0 / static_cast<double>(rows)), k = static_cast<V>(keep), s = static_cast<V>(spread);

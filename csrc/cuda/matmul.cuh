@@ -39,11 +39,10 @@ struct TileOrigin {
   int row, column;
 };
 
-template <int rows, int columns>
-__device__ __forceinline__ TileOrigin tile_origin(int m, int n) {
-  constexpr int group_rows = 8;
+template <int rows, int columns, int group_rows = 8>
+__device__ __forceinline__ TileOrigin tile_origin(int tile, int m, int n) {
   const int row_tiles = (m - 1) / rows + 1, column_tiles = (n - 1) / columns + 1;
-  const int in_group = group_rows * column_tiles, group = blockIdx.x / in_group, rest = blockIdx.x % in_group;
+  const int in_group = group_rows * column_tiles, group = tile / in_group, rest = tile % in_group;
   const int height = min(row_tiles - group * group_rows, group_rows);
   return {(group * group_rows + rest % height) * rows, rest / height * columns};
 }
@@ -83,9 +82,10 @@ struct LinearEpilogue {
   C parameter;
   int packed;  // whether out and preactivation can be written 16 bytes at a time, from every multiple of so many columns
 
+  // As they are stored, so that a kernel may ask for them early, and nothing waits for memory yet.
   template <int N>
   struct Columns {
-    C bias[N];
+    T bias[N];
   };
 
   template <int N>
@@ -93,19 +93,20 @@ struct LinearEpilogue {
     Columns<N> result;
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      result.bias[j] = bias != nullptr && column + j < n ? widen(bias[column + j]) : constant<C>(-0.0);
+      result.bias[j] = bias != nullptr && column + j < n ? bias[column + j] : narrow<T>(constant<C>(-0.0));
     return result;
   }
 
   template <int N>
   __device__ __forceinline__ void put(int row, int column, const Columns<N>& of, const C (&sum)[N]) const {
     if (row >= m || column >= n) return;
-    Pack<T, N> z, y;
+    C number[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      z.value[j] = narrow<T>(sum[j] + of.bias[j]);
-      y.value[j] = narrow<T>(F::forward(widen(z.value[j]), parameter));
-    }
+    for (int j = 0; j < N; ++j) number[j] = sum[j] + widen(of.bias[j]);
+    const Pack<T, N> z = narrowed<T, N>(number);
+#pragma unroll
+    for (int j = 0; j < N; ++j) number[j] = F::forward(widen(z, j), parameter);
+    const Pack<T, N> y = narrowed<T, N>(number);
     const Index offset = static_cast<Index>(row) * n + column;
     if (packed) {
       if (preactivation != nullptr) store_pack(preactivation + offset, z);

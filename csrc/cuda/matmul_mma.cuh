@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   unsigned char* const shared = dynamic_shared<unsigned char>();
   unsigned char* const b_shared = shared + Tile::operand_bytes(Tile::rows);
 
-  const TileOrigin origin = tile_origin<Tile::rows, Tile::columns>(a.lines, b.lines);
+  const TileOrigin origin = tile_origin<Tile::rows, Tile::columns>(blockIdx.x, a.lines, b.lines);
   const StepRange steps = step_range(k, steps_per_split);
   const int tiles = tiles_of(steps, Tile::depth);
 

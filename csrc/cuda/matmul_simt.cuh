@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   T* const shared = dynamic_shared<T>();
   T* const b_shared = shared + Tile::depth * Tile::a_step;
 
-  const TileOrigin origin = tile_origin<Tile::rows, Tile::columns>(a.lines, b.lines);
+  const TileOrigin origin = tile_origin<Tile::rows, Tile::columns>(blockIdx.x, a.lines, b.lines);
   const StepRange steps = step_range(k, steps_per_split);
   const int tiles = tiles_of(steps, Tile::depth);
 

@@ -10,6 +10,7 @@
 //   kernel needs what those before it have written.
 //   Activations and losses are called by their places in the lists of csrc/formulas; a loss may be softmax_loss, too.
 //   Sizes are at least 1, indices in range.
+//   The kernels of a step, but not `train`, may be launched so that they overlap: each one waits for those before it.
 //   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (small_product.cuh);
 //   losses are added up in double. No float atomics: the same bits on every run.
 // Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top_row; none for the others.
@@ -22,6 +23,13 @@ namespace gemmlet {
 
 // From one row to the next: they begin at multiples of 16 bytes.
 __device__ __forceinline__ constexpr int row_stride(int width) { return (width + 3) / 4 * 4; }
+
+// The first thing in a kernel of a step. The next one is let in after this one's wait, so that it has no one to wait for
+// but this one.
+__device__ __forceinline__ void begin_kernel() {
+  ptx::wait_for_prerequisites();
+  ptx::launch_dependents();
+}
 
 // How far a call has come, and where that is which belongs to the call alone.
 struct Progress {
@@ -214,6 +222,7 @@ __device__ __forceinline__ void forward_tile(const Forward<T, N>& p, const Rows<
 // A layer whose inputs are the mini-batch. Grid: tiles of rows, tiles of columns.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1) forward(const __grid_constant__ Forward<T, T> p) {
+  begin_kernel();
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   forward_tile<Tile>(p, p.input.all(), row, column, dynamic_shared<T>());
 }
@@ -222,6 +231,7 @@ __global__ void __launch_bounds__(Tile::most_threads, 1) forward(const __grid_co
 template <class T, class N, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1)
     first_forward(const __grid_constant__ Forward<T, N> p, const __grid_constant__ Brought<T> brought) {
+  begin_kernel();
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   if (blockIdx.y < gridDim.y - 1)
     forward_tile<Tile>(p, p.input.at_opening(brought.progress), row, column, dynamic_shared<T>());
@@ -281,6 +291,7 @@ __device__ __forceinline__ void backward_tile(const Backward<T>& p, int tile_row
 // The same grid, for layer.in columns.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1) backward(const __grid_constant__ Backward<T> p) {
+  begin_kernel();
   backward_tile<Tile>(p, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), dynamic_shared<T>());
 }
 
@@ -419,6 +430,7 @@ inline constexpr int loss_threads = 128;
 // A warp for each row.
 template <class T>
 __global__ void __launch_bounds__(loss_threads, 1) loss(const __grid_constant__ Loss<T> p) {
+  begin_kernel();
   const int i = static_cast<int>(blockIdx.x * (loss_threads / 32) + threadIdx.x / 32);
   if (i >= p.rows) return;
   const Index at = static_cast<Index>(i) * row_stride(p.out);
@@ -507,6 +519,7 @@ __device__ __forceinline__ void top_row(const Top<T>& p, int i, T* memory) {
 // A block for each row.
 template <class T>
 __global__ void __launch_bounds__(most_top_threads, 1) top(const __grid_constant__ Top<T> p) {
+  begin_kernel();
   top_row(p, static_cast<int>(blockIdx.x), dynamic_shared<T>());
 }
 
@@ -537,6 +550,7 @@ template <class T, class N, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1)
     first_forward_and_gather(const __grid_constant__ Forward<T, T> p, const __grid_constant__ Brought<T> brought,
                              const __grid_constant__ Gather<T, N> gather, int tile_columns) {
+  begin_kernel();
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   const Progress* const progress = brought.progress;
   if (column < tile_columns) {
@@ -566,6 +580,7 @@ inline constexpr int expand_threads = 256;
 template <class T>
 __global__ void __launch_bounds__(expand_threads)
     expand(const __grid_constant__ Expand<T> p, const __grid_constant__ Brought<T> brought) {
+  begin_kernel();
   const int i = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   if (i == brought.rows) {
     open_step(brought);
@@ -712,6 +727,7 @@ __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T*
 // All weights of a network, or up to most_layers layers of it. Grid: p.blocks, and one that adds up the losses.
 template <class T, class N, class Rule>
 __global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid_constant__ Update<T, N> p) {
+  begin_kernel();
   const int block = static_cast<int>(blockIdx.x);
   if (block < p.blocks)
     update_tile<Rule>(p, block, dynamic_shared<T>());
@@ -799,31 +815,6 @@ __global__ void __launch_bounds__(WideTile::most_threads, 1) train(const __grid_
     });
     wait_for_grid(p.arrived, expected);
   }
-}
-
-//
-// Calls
-//
-
-// Brings what was uploaded at the start of a call to where the recorded steps have it: `packs` times 16 bytes, Progress
-// first, with distances from `uploaded` for addresses.
-template <int threads>
-__global__ void __launch_bounds__(threads) begin(const unsigned char* uploaded, unsigned char* to, Index packs) {
-  using Bytes = Pack<unsigned, 4>;
-  constexpr Index first = (sizeof(Progress) + 15) / 16;
-  const auto* const from = reinterpret_cast<const Bytes*>(uploaded);
-  for (Index i = first + static_cast<Index>(blockIdx.x) * threads + threadIdx.x; i < packs;
-       i += static_cast<Index>(gridDim.x) * threads)
-    reinterpret_cast<Bytes*>(to)[i] = from[i];
-  if (blockIdx.x != 0 || threadIdx.x != 0) return;
-  Progress progress = *reinterpret_cast<const Progress*>(uploaded);
-  const auto moved = [=](const void* distance) { return uploaded + reinterpret_cast<unsigned long long>(distance); };
-  progress.order = reinterpret_cast<const Index*>(moved(progress.order));
-  progress.numbers[0] = reinterpret_cast<const double*>(moved(progress.numbers[0]));
-  progress.numbers[1] = reinterpret_cast<const double*>(moved(progress.numbers[1]));
-  progress.decay = reinterpret_cast<const double*>(moved(progress.decay));
-  progress.noise = moved(progress.noise);
-  *reinterpret_cast<Progress*>(to) = progress;
 }
 
 }  // namespace gemmlet

@@ -122,6 +122,10 @@ __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
 }
 
+// The bits of an address in shared memory; and the address with some of them flipped.
+__device__ __forceinline__ unsigned address_bits(SharedAddress address) { return address; }
+__device__ __forceinline__ SharedAddress flipped(SharedAddress address, unsigned bits) { return address ^ bits; }
+
 // cp.async (sm_80): `bytes`, which both addresses are multiples of, arrive later; beyond the first `valid` ones they are
 // zeros, and `from` is not read. 16 bytes go past the L1 cache.
 template <int bytes>
@@ -207,16 +211,97 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], 
 }
 
 //
+// Bulk copies to shared memory, which complete on barriers there (sm_90), and clusters of blocks that share both
+//
+
+// A CUtensorMap: an array of two dimensions, the inner one contiguous, and the box of it that a copy takes. Made by the
+// driver (Device.tensor_map), handed to a kernel as a __grid_constant__, and read by copies alone.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+// prefetch.tensormap: a copy by it will soon be issued.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// mbarrier.init: a phase of the barrier, 8 bytes of shared memory, ends after so many arrivals, and when all bytes are
+// there that were expected. Phases count from 0.
+__device__ __forceinline__ void init_barrier(SharedAddress barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// fence.mbarrier_init: the thread's barriers are seen by copies and, after the next barrier of all threads, by everyone.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// mbarrier.arrive.expect_tx: arrives, and lets the phase wait for so many bytes of copies.
+__device__ __forceinline__ void arrive_expecting(SharedAddress barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// mbarrier.arrive at the barrier of the same address in a block of the cluster. (It orders what the thread's block sees
+// alone: release.cluster would be a fence of the whole GPU's memory, and what passes through here are copies' bytes.)
+__device__ __forceinline__ void arrive_at(SharedAddress barrier, unsigned block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
+// mbarrier.try_wait.parity, until the phase of that parity has ended: of the one that runs and the one before it.
+__device__ __forceinline__ void wait_for_phase(SharedAddress barrier, unsigned parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// cp.async.bulk.tensor.2d: the box of the map's array that begins at (inner, outer) arrives in shared memory, row by row
+// and swizzled as the map says, zeros where it is beyond the array; its bytes complete on the barrier. To a multiple of
+// 1024 bytes for swizzling by 128 bytes. One thread issues it.
+__device__ __forceinline__ void copy_box(SharedAddress to, const TensorMap& map, int inner, int outer,
+                                         SharedAddress barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          to),
+      "l"(&map), "r"(inner), "r"(outer), "r"(barrier)
+      : "memory");
+}
+
+// Likewise to the same address in each block of the cluster that has its bit in the mask, and on its barrier there.
+__device__ __forceinline__ void copy_box_to_blocks(SharedAddress to, const TensorMap& map, int inner, int outer,
+                                                   SharedAddress barrier, unsigned short blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(inner), "r"(outer), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+// barrier.cluster: of all threads of a cluster's blocks.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// setmaxnreg: the warpgroup gives registers back, or waits for more, until each of its threads has so many, a multiple
+// of 8.
+template <int registers>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+//
 // Products of a warpgroup, 4 warps from a multiple of 4 on (sm_90a): they read shared memory, and change registers,
 // until they are waited for. They are groups of the thread's, like copies, and count apart from them.
 //
-
-// The bits of an address in shared memory, for a matrix descriptor.
-__device__ __forceinline__ unsigned address_bits(SharedAddress address) { return address; }
-
-// fence.proxy.async (sm_90): what the thread has written to shared memory, copies that it has waited for included, is
-// there for its products, and after the next barrier for everyone's.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // wgmma.fence: between any other access of a product's registers and the product.
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -230,55 +315,93 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(newest) : "memory");
 }
 
-// Of 128 registers d: operands of an asm, and what it calls them. They are undefined again below.
+// Of registers d: operands of an asm, and what it calls them. They are undefined again below.
 #define GEMMLET_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define GEMMLET_D16(i) GEMMLET_D4(i), GEMMLET_D4(i + 4), GEMMLET_D4(i + 8), GEMMLET_D4(i + 12)
-#define GEMMLET_D64(i) GEMMLET_D16(i), GEMMLET_D16(i + 16), GEMMLET_D16(i + 32), GEMMLET_D16(i + 48)
-#define GEMMLET_D128 GEMMLET_D64(0), GEMMLET_D64(64)
-#define GEMMLET_D_NAMES                                                                          \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+#define GEMMLET_D64 GEMMLET_D16(0), GEMMLET_D16(16), GEMMLET_D16(32), GEMMLET_D16(48)
+#define GEMMLET_D128 GEMMLET_D64, GEMMLET_D16(64), GEMMLET_D16(80), GEMMLET_D16(96), GEMMLET_D16(112)
+#define GEMMLET_D64_NAMES                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define GEMMLET_D128_NAMES                                                                       \
+  GEMMLET_D64_NAMES                                                                              \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // wgmma.wait_group 0: waits for all products, after which d, the registers of some of them, can be read.
+__device__ __forceinline__ void finish_products(float (&d)[64]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : GEMMLET_D64::"memory");
+}
 __device__ __forceinline__ void finish_products(float (&d)[128]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" : GEMMLET_D128::"memory");
 }
 
-// wgmma.mma_async.m64n256k16: d (64 x 256) += a @ b in float. A lane of the warpgroup's w-th warp holds rows 16w + g
-// and 16w + g + 8: d[4j] and d[4j + 1] are of the first, columns 8j + 2t and 8j + 2t + 1; the next two of the second.
+// wgmma.mma_async.m64n256k16 and .m64n128k16 (f16, bf16): d (64 x 256 or 128) = a @ b in float, + d if `adds`. A lane of
+// the warpgroup's w-th warp holds rows 16w + g and 16w + g + 8: d[4j] and d[4j + 1] are of the first, columns 8j + 2t
+// and 8j + 2t + 1; the next two of the second.
 // Matrix descriptors tell where a and b are in shared memory: in bits 0 to 13 the address of the first number, in 16 to
 // 29 and 32 to 45 two distances, all three in units of 16 bytes; and in bits 62 and 63 how it is swizzled. That is 1
 // here: bits 7 to 9 of an address are XORed into bits 4 to 6. A row of 128 bytes is then 64 steps of a line, 8 rows are
 // next to each other, and from 8 lines to the next ones it is the second distance. Or, if transposed, a row is 64 lines
 // of a step, from 8 steps to the next ones it is the second distance, and from 64 lines to the next ones the first.
-template <bool a_transposed, bool b_transposed>
-__device__ __forceinline__ void wgmma_f16(float (&d)[128], unsigned long long a, unsigned long long b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" GEMMLET_D_NAMES
-               "}, %128, %129, 1, 1, 1, %130, %131;"
-               : GEMMLET_D128
-               : "l"(a), "l"(b), "n"(a_transposed), "n"(b_transposed)
-               : "memory");
-}
-template <bool a_transposed, bool b_transposed>
-__device__ __forceinline__ void wgmma_bf16(float (&d)[128], unsigned long long a, unsigned long long b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" GEMMLET_D_NAMES
-               "}, %128, %129, 1, 1, 1, %130, %131;"
-               : GEMMLET_D128
-               : "l"(a), "l"(b), "n"(a_transposed), "n"(b_transposed)
-               : "memory");
+#define GEMMLET_WGMMA(function, type, count, columns, a_at, b_at, adds_at, a_turned_at, b_turned_at)                  \
+  template <bool a_transposed, bool b_transposed>                                                                     \
+  __device__ __forceinline__ void function(float (&d)[count], unsigned long long a, unsigned long long b, int adds) { \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at                                                    \
+                 ", 0;\n"                                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" GEMMLET_D##count##_NAMES   \
+                 "}, " a_at ", " b_at ", adds, 1, 1, " a_turned_at ", " b_turned_at ";\n}"                            \
+                 : GEMMLET_D##count                                                                                   \
+                 : "l"(a), "l"(b), "r"(adds), "n"(a_transposed), "n"(b_transposed)                                    \
+                 : "memory");                                                                                         \
+  }
+GEMMLET_WGMMA(wgmma_f16, "f16", 64, "128", "%64", "%65", "%66", "%67", "%68")
+GEMMLET_WGMMA(wgmma_bf16, "bf16", 64, "128", "%64", "%65", "%66", "%67", "%68")
+GEMMLET_WGMMA(wgmma_f16, "f16", 128, "256", "%128", "%129", "%130", "%131", "%132")
+GEMMLET_WGMMA(wgmma_bf16, "bf16", 128, "256", "%128", "%129", "%130", "%131", "%132")
+
+// wgmma.mma_async.m64n256k8 (tf32): likewise, of floats, of which the lowest 13 bits are not looked at. A lane has, of a,
+// steps t of rows 16w + g and 16w + g + 8, and then steps t + 4 of them; a row of b in shared memory is 32 steps of a
+// line.
+__device__ __forceinline__ void wgmma_tf32(float (&d)[128], const unsigned (&a)[4], unsigned long long b, int adds) {
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %133, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" GEMMLET_D128_NAMES
+      "}, {%128, %129, %130, %131}, %132, adds, 1, 1;\n}"
+      : GEMMLET_D128
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)
+      : "memory");
 }
 
+#undef GEMMLET_WGMMA
 #undef GEMMLET_D4
 #undef GEMMLET_D16
 #undef GEMMLET_D64
 #undef GEMMLET_D128
-#undef GEMMLET_D_NAMES
+#undef GEMMLET_D64_NAMES
+#undef GEMMLET_D128_NAMES
+
+//
+// Launches that overlap (sm_90); nothing where a kernel was not launched so.
+//
+
+// griddepcontrol.wait: the kernels before this one have ended, and what they wrote is seen.
+__device__ __forceinline__ void wait_for_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// griddepcontrol.launch_dependents: once all blocks have come here, the next kernel's may begin, and wait.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 }  // namespace gemmlet::ptx
 #endif

@@ -4,7 +4,8 @@
 //   column_sum: out[j] = sum_i x[i, j], any strides, rows and columns >= 1. Each block adds up the rows of one share,
 //   gridDim.y shares in all; with more than one, `partial` takes (gridDim.y, columns) sums, which the last block adds.
 //   Down: whether neighbouring threads take neighbouring rows, else columns: so as they lie in memory.
-//   value_range: the smallest and the largest of n >= 1 elements, NaN passed over, and a copy of all as `To`.
+//   value_range: the smallest and the largest of n >= 1 elements, NaN passed over, to result[0] and result[1], which may be
+//   memory of the CPU; and a copy of all as `To`, unless that is null. `partial` takes (2, gridDim.x) numbers.
 //   counter: 0 before the launch, and again after it. Blocks have 256 threads.
 #pragma once
 
@@ -49,12 +50,12 @@ __global__ void __launch_bounds__(256) column_sum(const T* x, Index row_stride, 
   }
 }
 
-// range: (2, gridDim.x + 1) numbers; the last of each row is the result.
 template <class T, class To>
-__global__ void __launch_bounds__(256) value_range(const T* x, To* copy, Index n, To* range, unsigned* counter) {
+__global__ void __launch_bounds__(256)
+    value_range(const T* x, To* copy, Index n, To* partial, To* result, unsigned* counter) {
   __shared__ To of_warps[32];
-  To* const lows = range;
-  To* const highs = range + gridDim.x + 1;
+  To* const lows = partial;
+  To* const highs = partial + gridDim.x;
   // All start with an element that is there.
   To low = converted<To>(x[0]), high = low;
   for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
@@ -78,8 +79,8 @@ __global__ void __launch_bounds__(256) value_range(const T* x, To* copy, Index n
   low = reduce_block(low, Smallest{}, of_warps);
   high = reduce_block(high, Largest{}, of_warps);
   if (threadIdx.x == 0) {
-    lows[gridDim.x] = low;
-    highs[gridDim.x] = high;
+    result[0] = low;
+    result[1] = high;
   }
 }
 

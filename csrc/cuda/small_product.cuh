@@ -151,9 +151,11 @@ __device__ __forceinline__ void exchange_sums(T (&sum)[N], int lane) {
 // each warp.
 template <int side>
 struct SmallTile {
-  static constexpr int rows = side, columns = side, most_threads = side == 8 ? 512 : 256;
-  // Neighbouring lanes share number k, and take four columns each.
-  static constexpr int lanes = side / 4, results = side * side;
+  static constexpr int rows = side, columns = side, most_threads = 512;
+  // A lane takes eight rows and four columns of number k; so many neighbours share it.
+  static constexpr int lanes_across = side / 4, lanes = lanes_across * side / 8, results = side * side;
+  template <class T>
+  static constexpr int turns_at_once = 16 / static_cast<int>(sizeof(T));
 
   template <class T, class A, class B, class Epilogue>
   __device__ __forceinline__ static void multiply(const A& a, const B& b, int depth, int row, int column,
@@ -164,27 +166,38 @@ struct SmallTile {
     typename Epilogue::template Loaded<1> loaded = {};
     if (finishes) loaded = epilogue.template load<1>(i, j);
 
-    const auto a_lines = a.template lines<side>(row);
-    const auto b_lines = b.template lines<4>(column + lane % lanes * 4);
-    T sum[side * 4] = {};
+    const int r = lane % lanes / lanes_across * 8, c = lane % lanes_across * 4;
+    const auto a_lines = a.template lines<8>(row + r);
+    const auto b_lines = b.template lines<4>(column + c);
+    T sum[8 * 4] = {};
+    constexpr int per_turn = 32 / lanes, of_warp_at_once = per_turn * turns_at_once<T>;
     // The main loop:
-#pragma unroll 2
-    for (int k = thread / lanes; k < depth; k += static_cast<int>(blockDim.x) / lanes) {
-      T x[side], w[4];
-      a_lines.load(k, x);
-      b_lines.load(k, w);
+    for (int k = thread / 32 * of_warp_at_once + lane / lanes; k < depth;
+         k += static_cast<int>(blockDim.x) / 32 * of_warp_at_once) {
+      T x[turns_at_once<T>][8], w[turns_at_once<T>][4];
+      // All loads before the first product: their latency is most of what there is to wait for.
 #pragma unroll
-      for (int r = 0; r < side; ++r)
+      for (int u = 0; u < turns_at_once<T>; ++u)
+        if (k + u * per_turn < depth) {
+          a_lines.load(k + u * per_turn, x[u]);
+          b_lines.load(k + u * per_turn, w[u]);
+        }
 #pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r * 4 + c] = fma(x[r], w[c], sum[r * 4 + c]);
+      for (int u = 0; u < turns_at_once<T>; ++u)
+        if (k + u * per_turn < depth) {
+#pragma unroll
+          for (int s = 0; s < 8; ++s)
+#pragma unroll
+            for (int t = 0; t < 4; ++t) sum[s * 4 + t] = fma(x[u][s], w[u][t], sum[s * 4 + t]);
+        }
     }
 
-    exchange_sums<16, lanes, side * 4>(sum, lane);
-    constexpr int kept = results / 32;
-    T* const of_warp = memory + thread / 32 * results + lane % lanes * 4;
+    // Of its 32 sums each lane has some of `lanes` numbers left, those of the block's warps to be added to.
+    exchange_sums<16, lanes, 32>(sum, lane);
+    T* const of_warp = memory + thread / 32 * results + r * side + c;
 #pragma unroll
-    for (int s = 0; s < kept; ++s) {
-      const int at = lane / lanes * kept + s;
+    for (int s = 0; s < lanes; ++s) {
+      const int at = lane / lanes * lanes + s;
       of_warp[at / 4 * side + at % 4] = sum[s];
     }
     __syncthreads();

@@ -134,6 +134,8 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     quick = select.current().quick.get("linear")
     if quick is not None and (result := quick(a, b, None, None, False, out)) is not None:
         return result
+    if (result := select.quick_on_gpu("linear")(a, b, None, None, False, out)) is not None:
+        return result
     left = arguments.as_floats(a, "a")
     right = arguments.as_floats(b, "b", left)
     if left.ndim == 0 or right.ndim == 0:
@@ -240,6 +242,10 @@ def linear(
         and (result := quick(x, w, b, activation, return_preactivation, out)) is not None
     ):
         return result
+    if activation_parameter is None:
+        result = select.quick_on_gpu("linear")(x, w, b, activation, return_preactivation, out)
+        if result is not None:
+            return result
     x_ = arguments.as_floats(x, "x")
     w_ = arguments.as_floats(w, "w", x_)
     b_ = None if b is None else arguments.as_floats(b, "b", x_)
@@ -317,6 +323,10 @@ def linear_backward(
         and (result := quick(grad_y, x, w, y, activation, z, need_x, need_w, need_b)) is not None
     ):
         return result  # type: ignore[no-any-return]
+    if activation_parameter is None:
+        result = select.quick_on_gpu("linear_backward")(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
+        if result is not None:
+            return result  # type: ignore[no-any-return]
     grad = arguments.as_floats(grad_y, "grad_y")
     if grad.ndim == 0:
         raise ValueError("grad_y is a scalar; expected shape (..., out_features)")
@@ -414,6 +424,8 @@ _KERNEL = """
 def {name}({parameters}, *, out=None):
     quick = current().quick.get("{name}")
     result = None if quick is None else quick({arguments}, out)
+    if result is None:
+        result = quick_on_gpu("{name}")({arguments}, out)
     return careful({arguments}, out) if result is None else result
 """
 
@@ -427,7 +439,8 @@ def _publish(name: str, careful: Callable[..., Any], arrays: tuple[str, ...], en
     parameter = getattr(entry, "parameter", None)
     parameters = ", ".join([*arrays, *([f"{parameter}={entry.default!r}"] if parameter else [])])
     arguments = ", ".join([*arrays, parameter or "None"])
-    scope: dict[str, Any] = {"__name__": __name__, "current": select.current, "careful": careful}
+    scope: dict[str, Any] = {"__name__": __name__, "current": select.current, "quick_on_gpu": select.quick_on_gpu}
+    scope["careful"] = careful
     exec(_KERNEL.format(name=name, parameters=parameters, arguments=arguments), scope)
     scope[name].__doc__ = doc
     globals()[name] = scope[name]
@@ -655,6 +668,8 @@ def softmax_cross_entropy(
     quick = select.current().quick.get("softmax_cross_entropy")
     if quick is not None and (result := quick(logits, labels, label_smoothing, out)) is not None:
         return result  # type: ignore[no-any-return]
+    if (result := select.quick_on_gpu("softmax_cross_entropy")(logits, labels, label_smoothing, out)) is not None:
+        return result  # type: ignore[no-any-return]
     z = arguments.as_floats(logits, "logits")
     if z.ndim != 2:
         raise ValueError(f"logits has shape {z.shape}, expected (rows, classes)")
@@ -696,8 +711,11 @@ def softmax_cross_entropy(
 
 
 def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalars: tuple[float, ...]) -> None:
-    quick = select.current().quick.get(f"{rule_name}_update")
-    if quick is not None and quick(param, grad, tuple(state.values()), scalars) is not None:
+    kernel, states = f"{rule_name}_update", tuple(state.values())
+    quick = select.current().quick.get(kernel)
+    if quick is not None and quick(param, grad, states, scalars) is not None:
+        return
+    if select.quick_on_gpu(kernel)(param, grad, states, scalars) is not None:
         return
     rule = OPTIMIZER_RULES[rule_name]
     p = arguments.updated(param, "param")

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -47,10 +48,11 @@ struct Configuration {
   unsigned grid[3], block;
   unsigned shared_bytes;
   int cooperative;
+  int overlaps;   // every thread has to wait for what comes before the kernel
   int step;       // from each thread to the next, and below 0 from the last to the first
   int eager;      // who could go on last goes on first, so that warps run ahead of each other
   unsigned seed;  // not 0: after each event a thread drawn at random goes on
-  unsigned os_threads;
+  unsigned os_threads, cluster;
 };
 
 template <class Item>
@@ -72,6 +74,20 @@ struct Queue {
     return true;
   }
 };
+
+// An mbarrier. In shared memory there is a mark alone.
+struct SharedBarrier {
+  unsigned arrivals, pending, phase;  // of each phase; that the present one still waits for; the number of ended ones
+  Size expected, queued;              // bytes
+  // In no vector: ThreadSanitizer would see the memory of one change hands.
+  BulkCopy copies[32];
+  unsigned copy_count;
+  Fiber *initialized_by, *first, *last;  // who waits
+  Block* block;
+  bool fenced;
+  unsigned char edge[2];  // as of a Barrier
+};
+
 struct CopyQueue : Queue<Copy> {};
 struct ProductQueue : Queue<Product> {};
 
@@ -89,6 +105,9 @@ constexpr Size stack_distance = stack_bytes + 2 * page;
 constexpr Size guard_bytes = 4096;
 // No more is promised for dynamic shared memory, and for arrays.
 constexpr Size shared_alignment = 16, array_alignment = 256;
+
+// What is where an mbarrier is.
+constexpr unsigned long long shared_barrier_mark = 0x6d62617272696572;
 
 struct Launch {
   const Kernel* kernel;
@@ -284,6 +303,7 @@ struct Worker {
   const void* main_stack = nullptr;
   Size main_stack_bytes = 0;
   unsigned char begins, ends;  // addresses for ThreadSanitizer
+  std::map<void*, SharedBarrier> shared_barriers;
 
   ~Worker() {
 #if defined(CUDA_HOST_THREAD)
@@ -345,6 +365,8 @@ struct Worker {
   void switch_to(Fiber* fiber);
   void switch_to_next();
   void complete(Barrier& barrier);
+  SharedBarrier& shared_barrier(void* p);
+  void end_phase(SharedBarrier& barrier);
   void exit();
   std::string deadlock() const;
 };
@@ -440,11 +462,47 @@ void Worker::complete(Barrier& barrier) {
   idle_yields = 0;
 }
 
+SharedBarrier& Worker::shared_barrier(void* p) {
+  const auto found = shared_barriers.find(p);
+  if (found == shared_barriers.end()) fail("there is no mbarrier at %p", p);
+  SharedBarrier& barrier = found->second;
+  if (!barrier.fenced) fail("the mbarrier at %p is used, and there was no fence after it was initialized", p);
+  if (*static_cast<const volatile unsigned long long*>(p) != shared_barrier_mark)
+    fail("the mbarrier at %p was written to", p);
+  if (barrier.block->live == 0) fail("the mbarrier at %p is of a block that has ended", p);
+  return barrier;
+}
+
+// Ends the phase if it waits for nothing.
+void Worker::end_phase(SharedBarrier& barrier) {
+  if (barrier.pending != 0) return;
+  if (barrier.queued > barrier.expected)
+    fail("an mbarrier expects %zu bytes, and %zu are copied", barrier.expected, barrier.queued);
+  if (barrier.queued < barrier.expected) return;
+  unsigned char* edge = &barrier.edge[barrier.phase % 2];
+  if (barrier.copy_count) {
+    acquire(edge);
+    for (unsigned i = 0; i < barrier.copy_count; ++i) barrier.copies[i].perform(barrier.copies[i]);
+    release(edge);
+  }
+  barrier.copy_count = 0;
+  barrier.expected = barrier.queued = 0;
+  barrier.pending = barrier.arrivals;
+  ++barrier.phase;
+  for (Fiber* fiber = barrier.first; fiber; fiber = fiber->next) {
+    fiber->waits = false;
+    make_ready(fiber);
+  }
+  barrier.first = barrier.last = nullptr;
+  idle_yields = 0;
+}
+
 // The thread that runs has come to its end.
 void Worker::exit() {
   --live;
+  --self->block->live;
   idle_yields = 0;
-  for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier})
+  for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier, &self->block->cluster->cluster_barrier})
     if (--barrier->expected && barrier->arrived == barrier->expected) complete(*barrier);
   switch_to_next();
   std::abort();
@@ -459,6 +517,8 @@ extern "C" void cuda_host_begin() {
 #endif
   acquire(&worker->begins);
   worker->launch->kernel->run(worker->launch->arguments);
+  if (worker->launch->configuration.overlaps && !self->waited)
+    fail("ends, and has not waited for what comes before its kernel");
   if (!self->copies->items.empty()) fail("ends, and has not waited for all its asynchronous copies");
   if (!self->products->items.empty()) fail("ends, and has not waited for all its products");
   release(&worker->ends);
@@ -473,7 +533,11 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
   block.grid = {c.grid[0], c.grid[1], c.grid[2]};
   block.barrier = {};
   block.barrier.expected = threads;
-  block.unfenced = false;
+  block.live = threads;
+  block.cluster_size = c.cluster;
+  block.cluster = &block - block.index.x % c.cluster;
+  block.cluster_barrier = {};
+  block.cluster_barrier.expected = threads * c.cluster;
   memset(block.dynamic, 0xFF, c.shared_bytes);
   memset(block.statics ? block.statics : statics, 0xFF, static_bytes);
   for (unsigned i = 0; i < threads; i += 32) {
@@ -487,7 +551,8 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
     f.lane = i % 32;
     f.block = &block;
     f.warp = &warp[i / 32];
-    f.waits = f.fenced = f.unfenced = f.products_fenced = false;
+    f.waited = false;
+    f.waits = f.fenced = f.products_fenced = false;
     f.last_atomic = nullptr;
     f.copies->clear();
     f.products->clear();
@@ -501,6 +566,11 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
 }
 
 void Worker::finish(Block& block) {
+  for (auto& [p, barrier] : shared_barriers)
+    if (barrier.block == &block && barrier.copy_count && !launch->failed.exchange(true)) {
+      std::lock_guard lock(launch->mutex);
+      launch->message = text(block) + " ends, and has not waited for all its bulk copies";
+    }
   const unsigned bytes = launch->configuration.shared_bytes;
   if (const char* where = damage(block.dynamic, bytes); where && !launch->failed.exchange(true)) {
     std::lock_guard lock(launch->mutex);
@@ -590,7 +660,7 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
   worker = this;
   const FaultStack fault_stack;
   const Configuration& c = of.configuration;
-  const unsigned resident = c.cooperative ? of.blocks : 1, warps_of_block = (c.block + 31) / 32;
+  const unsigned resident = c.cooperative ? of.blocks : c.cluster, warps_of_block = (c.block + 31) / 32;
   Statics found{of.kernel->statics(), nullptr, 0};
   dl_iterate_phdr(find_statics, &found);
   statics = found.start;
@@ -623,9 +693,12 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
 #endif
     if (number >= of.blocks) break;
     first_ready = ready_count = live = idle_yields = 0;
-    for (unsigned i = 0; i < resident; ++i)
-      start(blocks[i], c.step < 0 ? of.blocks - 1 - (number + i) : number + i, &fibers[i * c.block],
-            &warps[i * warps_of_block]);
+    shared_barriers.clear();
+    for (unsigned i = 0; i < resident; ++i) {
+      // Blocks of a cluster stay in order, as they know each other by their places.
+      const unsigned backward = of.blocks - c.cluster - (number + i - i % c.cluster) + i % c.cluster;
+      start(blocks[i], c.step < 0 ? backward : number + i, &fibers[i * c.block], &warps[i * warps_of_block]);
+    }
     release(&begins);
     switch_to(take_ready());
     if (of.failed) give_up();
@@ -684,7 +757,6 @@ void wait(Barrier& barrier, Place place, bool orders_memory) {
   if (barrier.arrived && !is_same(barrier.place, place))
     fail("comes to %s, while another waits in %s", text(place).c_str(), text(barrier.place).c_str());
   barrier.place = place;
-  if (self->unfenced && &barrier == &self->block->barrier) self->block->unfenced = true;
   unsigned char* edge = &barrier.edge[barrier.phase % 2];
   if (orders_memory) release(edge);
   if (++barrier.arrived == barrier.expected) {
@@ -703,6 +775,71 @@ void wait(Barrier& barrier, Place place, bool orders_memory) {
   }
   if (orders_memory) acquire(edge);
 }
+
+void init_shared_barrier(void* p, unsigned arrivals) {
+  if (reinterpret_cast<Size>(p) % 8) fail("an mbarrier at %p: misaligned", p);
+  *static_cast<volatile unsigned long long*>(p) = shared_barrier_mark;
+  SharedBarrier& barrier = worker->shared_barriers[p];
+  barrier.arrivals = barrier.pending = arrivals;
+  barrier.phase = barrier.copy_count = 0;
+  barrier.expected = barrier.queued = 0;
+  barrier.initialized_by = self;
+  barrier.first = barrier.last = nullptr;
+  barrier.block = self->block;
+  barrier.fenced = false;
+}
+
+void fence_barrier_init() {
+  for (auto& [p, barrier] : worker->shared_barriers)
+    if (barrier.initialized_by == self) barrier.fenced = true;
+}
+
+void arrive(void* p, unsigned bytes) {
+  SharedBarrier& barrier = worker->shared_barrier(p);
+  worker->end_phase(barrier);
+  if (barrier.pending == 0) fail("more threads arrive at the mbarrier at %p than it waits for", p);
+  release(&barrier.edge[barrier.phase % 2]);
+  --barrier.pending;
+  barrier.expected += bytes;
+  // Copies are done when they are waited for.
+  if (barrier.first || barrier.expected == 0) worker->end_phase(barrier);
+}
+
+void queue_bulk_copy(void* p, const BulkCopy& copy, unsigned bytes) {
+  SharedBarrier& barrier = worker->shared_barrier(p);
+  worker->end_phase(barrier);
+  release(&barrier.edge[barrier.phase % 2]);
+  if (barrier.copy_count == std::size(barrier.copies)) fail("more bulk copies than the mbarrier at %p has room for", p);
+  barrier.copies[barrier.copy_count++] = copy;
+  barrier.queued += bytes;
+  if (barrier.first) worker->end_phase(barrier);
+}
+
+void wait_for_phase(void* p, unsigned parity, Place place) {
+  SharedBarrier& barrier = worker->shared_barrier(p);
+  if (barrier.block != self->block) fail("waits for an mbarrier of another block");
+#if defined(CUDA_HOST_THREAD)
+  if (race_reported) fail("ThreadSanitizer reports a data race");
+#endif
+  worker->end_phase(barrier);
+  if (barrier.phase % 2 == parity) {
+    self->next = nullptr;
+    self->place = place;
+    self->waits = true;
+    (barrier.first ? barrier.last->next : barrier.first) = self;
+    barrier.last = self;
+    worker->switch_to_next();
+  }
+  acquire(&barrier.edge[parity]);
+}
+
+void* in_block_of_cluster(void* p, unsigned block) {
+  if (block >= self->block->cluster_size) fail("there is no block %u in the cluster", block);
+  return static_cast<char*>(self->block->cluster[block].dynamic) +
+         (static_cast<char*>(p) - static_cast<char*>(self->block->dynamic));
+}
+
+void sync_cluster(Place place) { wait(self->block->cluster->cluster_barrier, place, true); }
 
 void yield(Place place) {
   if (++worker->idle_yields > 1000000) fail("spins in %s, and nothing else happens", text(place).c_str());
@@ -767,10 +904,12 @@ int cuda_host_launch(const cuda_host::Kernel* kernel, const cuda_host::Configura
 #if defined(CUDA_HOST_THREAD)
   race_reported = false;
 #endif
-  if (!configuration->cooperative) launch.workers = std::min(configuration->os_threads, launch.blocks);
+  if (!configuration->cooperative)
+    launch.workers = std::min(configuration->os_threads, launch.blocks / configuration->cluster);
   std::vector<std::unique_ptr<Worker>> workers;
   for (unsigned i = 0; i < launch.workers; ++i)
-    workers.push_back(take_worker(configuration->block * (configuration->cooperative ? launch.blocks : 1)));
+    workers.push_back(
+        take_worker(configuration->block * (configuration->cooperative ? launch.blocks : configuration->cluster)));
   std::vector<std::thread> team;
   for (unsigned i = 1; i < launch.workers; ++i) team.emplace_back(work, std::ref(launch), std::ref(*workers[i]), i);
   work(launch, *workers[0], 0);

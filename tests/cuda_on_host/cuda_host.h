@@ -4,18 +4,21 @@
 //   Each thread of a block is a fiber; blocks are spread over OS threads. The order of the fibers can be chosen, and a
 //   correct kernel computes the same in every one. cuda_host.cpp has the scheduler; a kernel's source is compiled with
 //   this file in front of it and CUDA_HOST_KERNEL for each kernel behind it, and device.py launches them.
-//   There are: threadIdx blockIdx blockDim gridDim, static and dynamic shared memory, barriers of a block and of a
-//   warp, shuffles, votes, atomics on integers, what asynchronous copies and cooperative launches need, and of the
-//   functions of C those declared below, no others: what else a kernel calls does not compile.
+//   There are: threadIdx blockIdx blockDim gridDim, static and dynamic shared memory, barriers of a block, of a warp and
+//   of a cluster, barriers in shared memory and bulk copies, shuffles, votes, atomics on integers, what asynchronous
+//   copies and cooperative launches need, and of the functions of C those declared below, no others: what else a kernel
+//   calls does not compile.
 //   All shared memory is 0xFF in every byte (NaN) before each block. A cooperative launch has all of its blocks'
-//   fibers in one OS thread; its kernel should have dynamic shared memory only, as static shared memory changes hands
-//   there, and ThreadSanitizer takes it for all blocks' in common.
+//   fibers in one OS thread, and a cluster has its own; such a kernel should have dynamic shared memory only, as static
+//   shared memory changes hands there, and ThreadSanitizer takes it for all blocks' in common.
 //   Found and reported, as an error of the launch: a barrier that not all can reach, a barrier in divergent code, lanes
 //   of a warp at different exchanges, misaligned addresses and indices outside of arrays of known size (by GCC's
 //   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
 //   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a product of a
-//   warpgroup from shared memory that was written and not fenced (it is computed as late as it may be), a thread that
-//   spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
+//   warpgroup that was not fenced, or that nobody waited for (it is computed as late as it may be), a barrier in shared
+//   memory that was not initialized, or not fenced, or that too many arrive at, or whose block has ended, a phase that
+//   expects fewer bytes than are copied, a bulk copy that nobody waited for (what it fills reads as NaN from when it is
+//   issued), a wait for a phase that cannot end, a thread that spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
 //   missing __threadfence, and the launch is given up after the first one; with -fsanitize=address every stray access
 //   ends the process.
 //   Not found: what depends on a GPU's weak memory order, on the number of registers, on time. Lanes named in a mask
@@ -29,6 +32,7 @@
 #define __align__(bytes) alignas(bytes)
 #define __grid_constant__
 #define __launch_bounds__(...)  // device.py reads them in the source, and checks
+#define __cluster_dims__(...)   // likewise
 // No other thread_local variables may be in the source: cuda_host.cpp takes all that the library has for shared memory.
 #define __shared__ static thread_local
 
@@ -94,8 +98,11 @@ struct Block {
   uint3 index;
   dim3 size, grid;
   Barrier barrier;
-  void* dynamic;            // shared memory, with guards around it
-  bool unfenced;            // whether a thread has come to the block's barrier so
+  void* dynamic;   // shared memory, with guards around it
+  unsigned live;   // threads that have not ended
+  Block* cluster;  // the first block of its cluster, which has the cluster's barrier
+  unsigned cluster_size;
+  Barrier cluster_barrier;
   void* statics = nullptr;  // static shared memory, while another block of a cooperative launch runs
 };
 
@@ -110,8 +117,8 @@ struct Fiber {
   Warp* warp;
   CopyQueue* copies;
   ProductQueue* products;
-  bool unfenced;         // what it wrote to shared memory is not there for products
   bool products_fenced;  // registers can be theirs
+  bool waited;           // for what comes before its kernel
   // For the order of memory between blocks.
   bool fenced;
   void* last_atomic;
@@ -225,7 +232,6 @@ inline void wait_for_copies(unsigned newest_groups) {
         fail("what an asynchronous copy fills, at %p, was written to while nobody had waited for the copy", copy.to);
     memcpy(copy.to, copy.from, copy.from_bytes);
     memset(static_cast<char*>(copy.to) + copy.from_bytes, 0, copy.bytes - copy.from_bytes);
-    self->unfenced = true;
   }
 }
 
@@ -234,9 +240,11 @@ inline void wait_for_copies(unsigned newest_groups) {
 //
 
 struct Product {
-  void (*compute)(float* d, unsigned long long a, unsigned long long b);
+  void (*compute)(const Product&);
   float* d;
   unsigned long long a, b;
+  const unsigned* a_registers;  // instead, and what they held
+  unsigned held[4];
 };
 
 void queue_product(const Product& product);
@@ -244,6 +252,32 @@ void queue_product(const Product& product);
 void commit_products();
 // Takes the oldest product out of the queue that is not in one of the `groups` newest groups.
 bool next_product(unsigned groups, Product& product);
+
+//
+// Barriers in shared memory (mbarrier), and bulk copies that complete on them (cp.async.bulk): done when the phase is
+// waited for, so that a missing wait is seen
+//
+
+// A box of an array of two dimensions, on its way to shared memory.
+struct BulkCopy {
+  void (*perform)(const BulkCopy&);
+  unsigned char* to;
+  const unsigned char* from;  // the array
+  long long inner, outer, row_bytes;
+  int first_inner, first_outer, box_inner, box_outer, size, rounds;
+};
+
+void init_shared_barrier(void* barrier, unsigned arrivals);
+// Of the barriers that the thread has initialized.
+void fence_barrier_init();
+// Arrives, and lets the phase wait for so many bytes.
+void arrive(void* barrier, unsigned bytes);
+void queue_bulk_copy(void* barrier, const BulkCopy& copy, unsigned bytes);
+void wait_for_phase(void* barrier, unsigned parity, Place place);
+// The same place of shared memory in a block of the cluster.
+void* in_block_of_cluster(void* p, unsigned block);
+// The barrier of a cluster's threads.
+void sync_cluster(Place place);
 
 //
 // What a library of kernels exports
@@ -254,7 +288,7 @@ struct Kernel {
   unsigned count;
   const unsigned* sizes;  // of the parameters, in bytes
   const char* kinds;      // of each parameter: p(ointer), f(loating), i(nteger), s(truct)
-  unsigned max_threads;
+  unsigned max_threads, cluster;
   void (*run)(void* const* arguments);
   void* (*statics)();
 };
@@ -301,17 +335,18 @@ struct Entry<kernel> {
 
   static void* statics() { return &shared_memory_anchor; }
 
-  static constexpr Kernel description(unsigned max_threads) {
-    return {names_of_types<P...>(), sizeof...(P), sizes, kinds, max_threads, run, statics};
+  static constexpr Kernel description(unsigned max_threads, unsigned cluster) {
+    return {names_of_types<P...>(), sizeof...(P), sizes, kinds, max_threads, cluster, run, statics};
   }
 };
 
 }  // namespace cuda_host
 
-// Exports a kernel under a number; max_threads is that of its __launch_bounds__. After both, what C++ calls it.
-#define CUDA_HOST_KERNEL(number, max_threads, ...)                                                      \
+// Exports a kernel under a number; max_threads is that of its __launch_bounds__, cluster of its __cluster_dims__. After
+// these, what C++ calls it.
+#define CUDA_HOST_KERNEL(number, max_threads, cluster, ...)                                             \
   extern "C" __attribute__((visibility("default"))) const cuda_host::Kernel cuda_host_kernel_##number = \
-      cuda_host::Entry<&__VA_ARGS__>::description(max_threads);
+      cuda_host::Entry<&__VA_ARGS__>::description(max_threads, cluster);
 
 #define threadIdx (cuda_host::self->thread)
 #define blockIdx (cuda_host::self->block->index)

@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -53,6 +54,9 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED = 227 * 1024
 MAX_RESIDENT_THREADS = 2048
 
+# Parameters that are no structs, in the notation of `struct`.
+SCALARS = {"Q": np.uint64, "q": np.int64, "i": np.int32, "f": np.float32, "d": np.float64}
+
 COMPILER = "g++"
 SANITIZERS = tuple(name for name in os.environ.get("GEMMLET_CUDA_HOST_SANITIZE", "").split(",") if name)
 
@@ -70,6 +74,7 @@ class _Kernel(ctypes.Structure):
         ("sizes", ctypes.POINTER(ctypes.c_uint)),
         ("kinds", ctypes.c_char_p),
         ("max_threads", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
         ("run", ctypes.c_void_p),
         ("statics", ctypes.c_void_p),
     )
@@ -83,10 +88,12 @@ class _Configuration(ctypes.Structure):
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
         ("cooperative", ctypes.c_int),
+        ("overlaps", ctypes.c_int),
         ("step", ctypes.c_int),
         ("eager", ctypes.c_int),
         ("seed", ctypes.c_uint),
         ("os_threads", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
     )
 
 
@@ -139,6 +146,9 @@ class HostDevice:
         self.os_threads = int(threads)
         self._recording = threading.local()  # its `launches`, where there are some: of a thread, as streams are
         self._kernels: dict[tuple[str, tuple[str, ...]], list[Kernel]] = {}
+        self._pinned: list[weakref.ref[NDArray[np.uint8]]] = []
+        # What a GPU might not have copied yet: where from, and what it is to find there.
+        self._streams = threading.local()
 
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Kernel]:
         key = source, tuple(expressions)
@@ -155,17 +165,19 @@ class HostDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         _check_arguments(kernel, arguments)
         _check_configuration(kernel, grid, block, shared)
         resident = self.multiprocessors * min(MAX_RESIDENT_THREADS // block, MAX_SHARED // max(shared, 1))
         if cooperative and math.prod(grid) > resident:
             raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
+        cluster = kernel.description.cluster
         configuration = _Configuration(
-            (*grid,), block, shared, cooperative, *THREAD_ORDERS[self.thread_order], self.os_threads
+            (*grid,), block, shared, cooperative, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads, cluster
         )
         # Copies, as the launch may be done later.
-        values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]
+        values = [_aligned(a.tobytes()) for a in arguments]
         pointers = (ctypes.POINTER(ctypes.c_char) * len(values))(*values)
 
         def run() -> None:
@@ -182,6 +194,39 @@ class HostDevice:
 
         self._do(run)
 
+    def prepare(
+        self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0
+    ) -> Callable[..., None]:
+        (kernel,) = self.kernels(source, [expression])
+        layouts = [struct.Struct("=" + parameter) for parameter in parameters]
+        counts = [len(layout.unpack(bytes(layout.size))) for layout in layouts]
+
+        def launch(grid_x: int, grid_y: int, *values: Any) -> None:
+            if len(values) != sum(counts):
+                raise TypeError(f"{kernel.name} takes {sum(counts)} values {parameters}, not {len(values)}")
+            rest, arguments = list(values), []
+            for parameter, layout, count in zip(parameters, layouts, counts, strict=True):
+                data = np.void(layout.pack(*rest[:count]))
+                arguments.append(data.view(SCALARS[parameter]) if parameter in SCALARS else data)
+                del rest[:count]
+            self.launch(kernel, (grid_x, grid_y, 1), block, arguments, shared)
+
+        return launch
+
+    def pinned(self) -> NDArray[np.int64]:
+        return self.view(self.empty((2,), np.int64))
+
+    def tensor_map(
+        self, address: int, dtype: str, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        size, rounds = {"uint16": (2, False), "uint32": (4, False), "tf32": (4, True)}[dtype]
+        # What cuTensorMapEncodeTiled asks for, with swizzling by 128 bytes.
+        if address % 16 or row_bytes % 16 or not shape[1] * size <= row_bytes < 2**40:
+            raise ValueError(f"no tensor map of {shape} at {address}, rows {row_bytes} bytes apart")
+        if not all(1 <= n <= 2**32 for n in shape) or not all(1 <= n <= 256 for n in box) or box[1] * size != 128:
+            raise ValueError(f"no tensor map of {shape} with a box of {box}")
+        return np.void(_TENSOR_MAP.pack(address, shape[1], shape[0], row_bytes, box[1], box[0], size, rounds))
+
     def _do(self, work: Callable[[], None]) -> None:
         if hasattr(self._recording, "launches"):
             self._recording.launches.append(work)
@@ -196,11 +241,25 @@ class HostDevice:
             self._recording.memory.append(array)
         return array
 
-    def upload(self, array: NDArray[Any]) -> Any:
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        dtype = np.dtype(dtype)
+        memory = np.empty(max(math.prod(shape) * dtype.itemsize, 1), np.uint8)
+        self._pinned = [known for known in self._pinned if known() is not None] + [weakref.ref(memory)]
+        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
         if not array.flags.c_contiguous:
             raise ValueError("upload takes C-contiguous arrays")
-        copy = self.empty(array.shape, array.dtype)
+        copy = self.empty(array.shape, array.dtype) if out is None else out
+        if copy.shape != array.shape or copy.dtype != array.dtype or not copy.flags.c_contiguous:
+            raise ValueError(f"{array.dtype} {array.shape} cannot be copied into {copy.dtype} {copy.shape}")
         self.view(copy)[...] = array
+        for known in self._pinned:
+            memory = known()
+            if memory is not None and np.may_share_memory(memory, array):
+                # A GPU may copy it as late as it is waited for.
+                start = array.ctypes.data - memory.ctypes.data
+                self._copying().append((known, slice(start, start + array.nbytes), array.tobytes()))
         return copy
 
     def download(self, array: Any, out: NDArray[Any]) -> None:
@@ -230,6 +289,17 @@ class HostDevice:
     def synchronize(self) -> None:
         if hasattr(self._recording, "launches"):
             raise RuntimeError("a stream that is recorded cannot be waited for")
+        copying, self._streams.copying = self._copying(), []
+        for known, where, content in copying:
+            memory = known()
+            if memory is None or memory[where].tobytes() != content:
+                raise RuntimeError("page-locked memory was written or freed before the stream was waited for")
+
+    def _copying(self) -> list[tuple[weakref.ref[NDArray[np.uint8]], slice, bytes]]:
+        """Of the stream, which is the thread's own."""
+        if not hasattr(self._streams, "copying"):
+            self._streams.copying = []
+        return self._streams.copying
 
     @staticmethod
     def view(array: Any) -> NDArray[Any]:
@@ -247,6 +317,18 @@ class HostDevice:
         copy = cupy.ndarray(array.shape, array.dtype, memptr=pointer, strides=array.strides)
         self.view(copy)[...] = array
         return copy
+
+
+# `TensorMap` of ptx_on_host.h.
+_TENSOR_MAP = struct.Struct("=Qqqqiiii80x")
+
+
+def _aligned(content: bytes) -> Any:
+    """Return a buffer aligned to 64 bytes, as much as a parameter may need."""
+    memory = ctypes.create_string_buffer(len(content) + 64)
+    buffer = (ctypes.c_char * len(content)).from_buffer(memory, -ctypes.addressof(memory) % 64)
+    buffer.raw = content
+    return buffer
 
 
 def _allocate(size: int, device: int) -> Any:
@@ -277,6 +359,8 @@ def _check_arguments(kernel: Kernel, arguments: Sequence[np.generic]) -> None:
 def _check_configuration(kernel: Kernel, grid: tuple[int, int, int], block: int, shared: int) -> None:
     if not all(1 <= size <= most for size, most in zip(grid, MAX_GRID, strict=True)) or math.prod(grid) >= 2**32:
         raise ValueError(f"{kernel.name}: a grid of {grid}, at most {MAX_GRID}")
+    if grid[0] % kernel.description.cluster:
+        raise ValueError(f"{kernel.name}: a grid of {grid}, in clusters of {kernel.description.cluster} blocks")
     if not 1 <= block <= kernel.description.max_threads:
         raise ValueError(f"{kernel.name}: {block} threads a block, 1 to {kernel.description.max_threads}")
     if not 0 <= shared <= MAX_SHARED:
@@ -437,7 +521,7 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     bounds = dict(itertools.chain.from_iterable(_launch_bounds(_text(file)).items() for file in files))
     unit = ['#include "cuda_host.h"', f'#include "cuda/{source}"', *map(_declared_bounds(bounds), expressions)]
     for number, expression in enumerate(expressions):
-        unit.append(f"CUDA_HOST_KERNEL({number}, {_bound(bounds, expression)}, {expression})")
+        unit.append(f"CUDA_HOST_KERNEL({number}, {', '.join(_bounds(bounds, expression))}, {expression})")
     text = "\n".join([*dict.fromkeys(unit), ""])
     name = "unit_" + _digest(_runtime_path().name, text, *map(_text, files), *_options())
 
@@ -463,22 +547,27 @@ def _compiled_unit(root: pathlib.Path, source: str, expressions: Sequence[str]) 
     return _build(f"{name}.so", commands)
 
 
-# template <...> __global__ void __launch_bounds__(...) name(
+# template <...> __global__ void __launch_bounds__(...) __cluster_dims__(...) name(
+_PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 _BOUNDED_KERNEL = re.compile(
     r"(?P<template>template\s*<[^;{}]*?>\s*)?(?:static\s+)?__global__\s+(?:static\s+)?void\s+__launch_bounds__\s*"
-    r"\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\s*(?P<name>\w+)\s*\("
+    rf"(?P<bounds>{_PARENTHESES})\s*(?:__cluster_dims__\s*(?P<cluster>{_PARENTHESES})\s*)?(?P<name>\w+)\s*\("
 )
 
 
-def _launch_bounds(text: str) -> dict[str, tuple[str, str]]:
-    """Return, by a kernel's name, the head of its template and the largest block, an expression."""
-    found = {}
-    for match in _BOUNDED_KERNEL.finditer(text):
-        # What follows a comma is the number of blocks; what is within parentheses or angles holds commas, too.
-        most = re.match(r"(?:[^,<(]|<[^>]*>|\([^)]*\))*", match["bounds"])
-        assert most is not None
-        found[match["name"]] = (match["template"] or "").strip(), most[0].strip()
-    return found
+def _launch_bounds(text: str) -> dict[str, tuple[str, str, str]]:
+    """Return, by a kernel's name, the head of its template, the largest block and the cluster, expressions."""
+
+    def first(parentheses: str) -> str:
+        # What follows a comma are others; what is within parentheses or angles holds commas, too.
+        found = re.match(r"(?:[^,<(]|<[^>]*>|\([^)]*\))*", parentheses[1:-1])
+        assert found is not None
+        return found[0].strip()
+
+    return {
+        match["name"]: ((match["template"] or "").strip(), first(match["bounds"]), first(match["cluster"] or "(1)"))
+        for match in _BOUNDED_KERNEL.finditer(text)
+    }
 
 
 def _split(expression: str) -> tuple[str, str, str]:
@@ -488,22 +577,26 @@ def _split(expression: str) -> tuple[str, str, str]:
     return namespace, name, angle + rest
 
 
-def _declared_bounds(bounds: dict[str, tuple[str, str]]) -> Callable[[str], str]:
-    """Return what declares, for an expression, a variable (or a template, like the kernel): its largest block."""
+def _declared_bounds(bounds: dict[str, tuple[str, str, str]]) -> Callable[[str], str]:
+    """Return what declares, for an expression, variables (or templates, like the kernel): its block and its cluster."""
 
     def declared(expression: str) -> str:
         namespace, name, _ = _split(expression)
         if name not in bounds:
             return ""
-        template, most = bounds[name]
-        variable = f"{template} constexpr unsigned {name}_launch_bounds = {most};"
-        return f"namespace {namespace} {{ {variable} }}" if namespace else variable
+        template, most, cluster = bounds[name]
+        variables = (
+            f"{template} constexpr unsigned {name}_launch_bounds = {most}; "
+            f"{template} constexpr unsigned {name}_cluster = {cluster};"
+        )
+        return f"namespace {namespace} {{ {variables} }}" if namespace else variables
 
     return declared
 
 
-def _bound(bounds: dict[str, tuple[str, str]], expression: str) -> str:
+def _bounds(bounds: dict[str, tuple[str, str, str]], expression: str) -> tuple[str, str]:
     namespace, name, arguments = _split(expression)
     if name not in bounds:
-        return str(MAX_BLOCK)
-    return f"({namespace}{'::' if namespace else ''}{name}_launch_bounds{arguments})"
+        return str(MAX_BLOCK), "1"
+    prefix = f"{namespace}{'::' if namespace else ''}{name}"
+    return f"({prefix}_launch_bounds{arguments})", f"({prefix}_cluster{arguments})"

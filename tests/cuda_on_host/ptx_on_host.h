@@ -127,7 +127,6 @@ inline unsigned load_shared(SharedAddress from) {
 inline void store_shared(SharedAddress to, const unsigned (&words)[4]) {
   check_aligned(to, 16);
   memcpy(to, words, sizeof words);
-  cuda_host::self->unfenced = true;
 }
 
 //
@@ -196,6 +195,90 @@ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsi
 }
 
 //
+// Bulk copies to shared memory, and clusters
+//
+
+// As device.py packs it.
+struct alignas(64) TensorMap {
+  const unsigned char* data;
+  long long inner, outer, row_bytes;
+  int box_inner, box_outer, size, rounds;
+  unsigned char unused[80];
+};
+
+inline void prefetch_map(const TensorMap&) {}
+
+inline void init_barrier(SharedAddress barrier, unsigned arrivals) {
+  cuda_host::init_shared_barrier(barrier, arrivals);
+}
+inline void fence_barrier_init() { cuda_host::fence_barrier_init(); }
+inline void arrive_expecting(SharedAddress barrier, unsigned bytes) { cuda_host::arrive(barrier, bytes); }
+inline void arrive_at(SharedAddress barrier, unsigned block) {
+  cuda_host::arrive(cuda_host::in_block_of_cluster(barrier, block), 0);
+}
+inline void wait_for_phase(SharedAddress barrier, unsigned parity, const char* file = __builtin_FILE(),
+                           int line = __builtin_LINE()) {
+  cuda_host::wait_for_phase(barrier, parity, {"mbarrier.try_wait", file, line});
+}
+inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_host::sync_cluster({"barrier.cluster", file, line});
+}
+
+// Bits 7 to 9 of an address, which is that of a row, are XORed into bits 4 to 6.
+inline void perform(const cuda_host::BulkCopy& copy) {
+  for (int row = 0; row < copy.box_outer; ++row)
+    for (int i = 0; i < copy.box_inner; ++i) {
+      const int at = i * copy.size, swizzled = at / 16 * 16 ^ row % 8 * 16;
+      const long long inner = copy.first_inner + i, outer = copy.first_outer + row;
+      unsigned number = 0;
+      if (inner >= 0 && inner < copy.inner && outer >= 0 && outer < copy.outer)
+        memcpy(&number, copy.from + outer * copy.row_bytes + inner * copy.size, copy.size);
+      if (copy.rounds) number = tf32_of_float(number);
+      memcpy(copy.to + row * 128 + swizzled + at % 16, &number, copy.size);
+    }
+}
+
+unsigned address_bits(SharedAddress address);
+
+// In a block of the cluster, or in this one.
+inline void copy_box_to(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier) {
+  check_aligned(&map, 64);
+  const unsigned bytes = map.box_outer * 128;
+  memset(to, 0xFF, bytes);
+  cuda_host::queue_bulk_copy(barrier,
+                             {perform, to, map.data, map.inner, map.outer, map.row_bytes, inner, outer, map.box_inner,
+                              map.box_outer, map.size, map.rounds},
+                             bytes);
+}
+inline void copy_box(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier) {
+  if (address_bits(to) % 1024) cuda_host::fail("a box is copied to no multiple of 1024 bytes");
+  copy_box_to(to, map, inner, outer, barrier);
+}
+inline void copy_box_to_blocks(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier,
+                               unsigned short blocks) {
+  if (address_bits(to) % 1024) cuda_host::fail("a box is copied to no multiple of 1024 bytes");
+  for (unsigned block = 0; block < 16; ++block)
+    if (blocks >> block & 1)
+      copy_box_to(static_cast<SharedAddress>(cuda_host::in_block_of_cluster(to, block)), map, inner, outer,
+                  static_cast<SharedAddress>(cuda_host::in_block_of_cluster(barrier, block)));
+}
+
+// What all lanes of a warp do together.
+inline void meet(const char* what, const char* file, int line, bool orders_memory = false) {
+  cuda_host::wait(cuda_host::self->warp->barrier, {what, file, line}, orders_memory);
+}
+
+template <int registers>
+inline void give_registers(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+  meet("setmaxnreg", file, line);
+}
+template <int registers>
+inline void take_registers(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  give_registers<registers>(file, line);
+}
+
+//
 // Products of a warpgroup
 //
 
@@ -208,12 +291,8 @@ inline unsigned address_bits(SharedAddress address) {
 inline SharedAddress shared_memory_at(unsigned bits) {
   return shared_address(cuda_host::dynamic_shared()) + static_cast<int>(bits - first_address);
 }
-
-inline void fence_proxy_async() { cuda_host::self->unfenced = false; }
-
-// What all lanes of a warp do together.
-inline void meet(const char* what, const char* file, int line) {
-  cuda_host::wait(cuda_host::self->warp->barrier, {what, file, line}, false);
+inline SharedAddress flipped(SharedAddress address, unsigned bits) {
+  return shared_memory_at(address_bits(address) ^ bits);
 }
 
 inline void fence_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -230,72 +309,129 @@ template <int newest>
 inline void wait_for_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   meet("wgmma.wait_group", file, line);
   cuda_host::Product product;
-  while (cuda_host::next_product(newest, product)) product.compute(product.d, product.a, product.b);
+  while (cuda_host::next_product(newest, product)) product.compute(product);
+  // None goes on before all are done.
+  meet("wgmma.wait_group", file, line, true);
 }
 
-inline void finish_products(float (&)[128], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+template <int count>
+inline void finish_products(float (&)[count], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   wait_for_products<0>(file, line);
+  cuda_host::self->products_fenced = false;  // as registers may be read and written from here on
 }
 
 // The matrix descriptor's number of a line and a step, with swizzling of 128 bytes (PTX ISA, 9.7.15.5.1).
-template <bool transposed>
-inline unsigned short number_of(unsigned long long descriptor, unsigned line, unsigned step) {
+template <bool transposed, class Number = unsigned short>
+inline Number number_of(unsigned long long descriptor, unsigned line, unsigned step) {
   const auto field = [=](int bit) { return static_cast<unsigned>(descriptor >> bit & 0x3fff) << 4; };
   const unsigned start = field(0), leading = field(16), stride = field(32);
   const unsigned place = transposed
-                             ? line / 64 * leading + step / 8 * stride + step % 8 * 128 + line % 64 * sizeof(short)
-                             : line / 8 * stride + line % 8 * 128 + step * sizeof(short);
+                             ? line / 64 * leading + step / 8 * stride + step % 8 * 128 + line % 64 * sizeof(Number)
+                             : line / 8 * stride + line % 8 * 128 + step * sizeof(Number);
   const unsigned address = start + place, swizzled = address ^ (address >> 7 & 7) << 4;
-  unsigned short number;
+  Number number;
   memcpy(&number, shared_memory_at(swizzled), sizeof number);
   return number;
 }
 
 // What a thread has of the product: products of numbers are exact in float; their sum is rounded after each.
-template <bool a_transposed, bool b_transposed, float (*number)(unsigned short)>
-inline void part_of_product(float* d, unsigned long long a, unsigned long long b) {
+template <bool adds, int count, int steps, class A, class B>
+inline void part_of_product(float* d, A a, B b) {
   const unsigned warp = cuda_host::self->index / 32 % 4, g = cuda_host::self->lane / 4, t = cuda_host::self->lane % 4;
-  float rows[2][16], column[16];
+  float rows[2][steps], column[steps];
   for (unsigned half = 0; half < 2; ++half)
-    for (unsigned k = 0; k < 16; ++k) rows[half][k] = number(number_of<a_transposed>(a, 16 * warp + 8 * half + g, k));
-  for (unsigned j = 0; j < 64; ++j) {
-    for (unsigned k = 0; k < 16; ++k) column[k] = number(number_of<b_transposed>(b, j / 2 * 8 + 2 * t + j % 2, k));
+    for (unsigned k = 0; k < steps; ++k) rows[half][k] = a(16 * warp + 8 * half + g, k);
+  for (unsigned j = 0; j < count / 2; ++j) {
+    for (unsigned k = 0; k < steps; ++k) column[k] = b(j / 2 * 8 + 2 * t + j % 2, k);
     for (unsigned half = 0; half < 2; ++half) {
       float& sum = d[j / 2 * 4 + 2 * half + j % 2];
-      for (unsigned k = 0; k < 16; ++k) sum += rows[half][k] * column[k];
+      if (!adds) sum = 0;
+      for (unsigned k = 0; k < steps; ++k) sum += rows[half][k] * column[k];
     }
   }
 }
 
+template <bool a_transposed, bool b_transposed, int count, float (*number)(unsigned short), bool adds>
+inline void product_of_16_bits(const cuda_host::Product& p) {
+  part_of_product<adds, count, 16>(
+      p.d, [&](unsigned line, unsigned k) { return number(number_of<a_transposed>(p.a, line, k)); },
+      [&](unsigned line, unsigned k) { return number(number_of<b_transposed>(p.b, line, k)); });
+}
+
+inline float tf32_bits(unsigned x) { return reinterpreted<float>(x & ~0x1fffu); }
+
+template <bool adds>
+inline void product_of_tf32(const cuda_host::Product& p) {
+  for (unsigned i = 0; i < 4; ++i)
+    if (p.a_registers[i] != p.held[i]) cuda_host::fail("wgmma: registers of a were written before it was waited for");
+  struct Held {
+    unsigned a[4];
+  };
+  Held mine;
+  memcpy(&mine, p.held, sizeof mine);
+  const auto lanes = cuda_host::warp_exchange(mine, "wgmma");
+  part_of_product<adds, 128, 8>(
+      p.d,
+      [&](unsigned line, unsigned k) { return tf32_bits(lanes[line % 8 * 4 + k % 4].a[k / 4 * 2 + line / 8 % 2]); },
+      [&](unsigned line, unsigned k) { return tf32_bits(number_of<false, unsigned>(p.b, line, k)); });
+}
+
 struct Descriptors {
   unsigned long long of[2];
+  int adds;
 };
 
-template <bool a_transposed, bool b_transposed, float (*number)(unsigned short)>
-inline void wgmma(float (&d)[128], unsigned long long a, unsigned long long b, const char* file, int line) {
-  const Descriptors mine{{a, b}};
+// What is wrong with a product of a warpgroup.
+inline void check_product(unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
+  const Descriptors mine{{a, b}, adds};
   const Descriptors first = cuda_host::warp_exchange(mine, "wgmma", file, line)[0];
-  if (first.of[0] != a || first.of[1] != b) cuda_host::fail("wgmma: the matrix descriptors of a warp's lanes differ");
+  if (first.of[0] != a || first.of[1] != b || first.adds != adds)
+    cuda_host::fail("wgmma: the matrix descriptors of a warp's lanes differ");
   for (const unsigned long long descriptor : mine.of)
     if ((descriptor & ~0x3fff3fff3fffull) != 1ull << 62)
       cuda_host::fail("wgmma: the matrix descriptor %016llx is none of swizzling by 128 bytes", descriptor);
   if (!cuda_host::self->products_fenced) cuda_host::fail("wgmma: there was no wgmma.fence");
-  if (cuda_host::self->unfenced || cuda_host::self->block->unfenced)
-    cuda_host::fail("wgmma: shared memory was written, and there was no fence.proxy.async before the barrier");
-  cuda_host::queue_product({part_of_product<a_transposed, b_transposed, number>, d, a, b});
+}
+
+template <bool a_transposed, bool b_transposed, float (*number)(unsigned short), int count>
+inline void wgmma(float (&d)[count], unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
+  check_product(a, b, adds, file, line);
+  cuda_host::queue_product({adds ? product_of_16_bits<a_transposed, b_transposed, count, number, true>
+                                 : product_of_16_bits<a_transposed, b_transposed, count, number, false>,
+                            d,
+                            a,
+                            b,
+                            nullptr,
+                            {}});
 }
 
 inline float float_of_bfloat(unsigned short h) { return reinterpreted<float>(static_cast<unsigned>(h) << 16); }
 
-template <bool a_transposed, bool b_transposed>
-inline void wgmma_f16(float (&d)[128], unsigned long long a, unsigned long long b, const char* file = __builtin_FILE(),
-                      int line = __builtin_LINE()) {
-  wgmma<a_transposed, b_transposed, float_of_half>(d, a, b, file, line);
+template <bool a_transposed, bool b_transposed, int count>
+inline void wgmma_f16(float (&d)[count], unsigned long long a, unsigned long long b, int adds,
+                      const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  wgmma<a_transposed, b_transposed, float_of_half>(d, a, b, adds, file, line);
 }
-template <bool a_transposed, bool b_transposed>
-inline void wgmma_bf16(float (&d)[128], unsigned long long a, unsigned long long b, const char* file = __builtin_FILE(),
-                       int line = __builtin_LINE()) {
-  wgmma<a_transposed, b_transposed, float_of_bfloat>(d, a, b, file, line);
+template <bool a_transposed, bool b_transposed, int count>
+inline void wgmma_bf16(float (&d)[count], unsigned long long a, unsigned long long b, int adds,
+                       const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  wgmma<a_transposed, b_transposed, float_of_bfloat>(d, a, b, adds, file, line);
 }
+
+inline void wgmma_tf32(float (&d)[128], const unsigned (&a)[4], unsigned long long b, int adds,
+                       const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  check_product(b, b, adds, file, line);
+  cuda_host::queue_product(
+      {adds ? product_of_tf32<true> : product_of_tf32<false>, d, 0, b, a, {a[0], a[1], a[2], a[3]}});
+}
+
+//
+// Launches that overlap: here each one ends before the next begins, but a wait left out is found.
+//
+
+inline void launch_dependents() {
+  if (!cuda_host::self->waited) cuda_host::fail("lets the next kernel come before it has waited itself");
+}
+inline void wait_for_prerequisites() { cuda_host::self->waited = true; }
 
 }  // namespace gemmlet::ptx

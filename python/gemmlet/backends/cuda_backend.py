@@ -7,10 +7,9 @@ backend was chosen by name, are copied to the first GPU and back.
 from __future__ import annotations
 
 import functools
-import struct
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +20,20 @@ from .. import _precision, _threads
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
 from ..formulas.optimizers import OPTIMIZER_RULES, OptimizerRule, Scalars
-from . import cuda_compile, cuda_matmul, cuda_training
-from .cuda_device import CudaDevice, Device
-from .cuda_types import CPP_TYPES, FLOATS, INTEGERS, SIZES, number, pointer
+from . import cuda_compile, cuda_fast_path, cuda_matmul, cuda_training
+from .cuda_device import CudaDevice, Device, Launch
+from .cuda_types import (
+    COMPUTED,
+    CPP_TYPES,
+    FLOATS,
+    INTEGERS,
+    RULE_NUMBERS,
+    RULE_STATES,
+    SIZES,
+    address,
+    number,
+    pointer,
+)
 from .numpy_backend import Feed, GanRun, MlpRun, NumpyBackend
 
 Array = NDArray[Any]
@@ -54,8 +64,10 @@ ROW_TEAMS = (
     (2**31 - 1, THREADS, 0),
 )
 
-# As many numbers as an optimizer's rule may have.
-_NUMBERS = struct.Struct("9d")
+# How `Device.prepare` calls a number of Compute<T>, and what a loss's kernel ends with: range, partial sums, mean, and
+# counter.
+_CODES = {name: "d" if computed == "double" else "f" for name, computed in COMPUTED.items()}
+_MEAN = ("Q", "Q", "Q", "Q")
 
 # Blocks whose sums the last one adds: enough for two rounds of the largest GPUs. It is part of the result, whose bits
 # shall not depend on the GPU.
@@ -66,6 +78,11 @@ MOST_BLOCKS = 8192
 
 # Blocks of functions of rows, which add nothing up.
 ROW_BLOCKS = 32768
+
+
+# The bytes of an array that a block of an activation's kernel takes, and one of an optimizer's or a loss's.
+MAP_BYTES = 16 * MAP_PACKS * THREADS
+PACK_BYTES = 16 * THREADS
 
 
 class Team(NamedTuple):
@@ -89,13 +106,12 @@ def _pack(dtype: str, values: int) -> int:
     return min(whole, values & -values) if values else whole
 
 
-def _team(columns: int, *matrices: Any) -> Team:
-    """Who takes the rows of these matrices; None among them is none."""
-    dtype = arrays.name_of(matrices[0].dtype)
+def _team(dtype: str, columns: int, *addresses: int) -> Team:
+    """Who takes the rows of matrices at these addresses."""
     threads, values = next(_held(dtype, threads, values) for most, threads, values in ROW_TEAMS if columns <= most)
     together = _pack(dtype, values)
-    bytes_ = together * matrices[0].itemsize
-    if columns % together or any(matrix is not None and matrix.data.ptr % bytes_ for matrix in matrices):
+    bytes_ = together * SIZES[dtype]
+    if columns % together or any(at % bytes_ for at in addresses):
         together = 1
     return Team(threads, values, together)
 
@@ -137,6 +153,11 @@ def _update_kernel(name: str, dtype: str) -> str:
 
 
 @functools.cache
+def _range_kernel(dtype: str, to: str) -> str:
+    return f"gemmlet::value_range<{CPP_TYPES[dtype]}, {to}>"
+
+
+@functools.cache
 def _column_sum_kernel(dtype: str, down: bool) -> str:
     return f"gemmlet::column_sum<{CPP_TYPES[dtype]}, {str(down).lower()}>"
 
@@ -172,12 +193,40 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
     }
 
 
-class _Scratch(NamedTuple):
-    """What kernels of a stream use one after the other: a counter, which they leave at 0; partial sums; their sum."""
+class Scratch(NamedTuple):
+    """What kernels of a stream use one after the other: a counter, left at 0, partial results, and a range of values.
 
-    counter: Any
-    partial: Any
-    total: Any
+    These are addresses; `memory` is what is there. `partial_bytes` at `partial` may hold other things in between.
+    """
+
+    counter: int
+    partial: int
+    range: int
+    partial_bytes: int
+    memory: tuple[Any, ...]
+
+
+class Result(NamedTuple):
+    """Two numbers that kernels write to memory of the CPU: its address, and what is there as floats and as integers."""
+
+    place: int
+    floats: Any
+    integers: Any
+
+
+class Prepared(NamedTuple):
+    """What launches a kernel, and how many elements or rows a block takes, at a time if it goes round.
+
+    adds: whether each block of a grid that goes round leaves a sum, for which there is a place.
+    """
+
+    launch: Launch
+    per_block: int
+    adds: bool = False
+
+    def blocks(self, count: int) -> int:
+        """Of a grid that goes round, for so many elements or rows."""
+        return min(MOST_BLOCKS if self.adds else ROW_BLOCKS, -(-count // self.per_block))
 
 
 class _InPlace(tuple[Any, ...]):
@@ -233,9 +282,12 @@ class CudaBackend(NumpyBackend):
         first = devices[0] if devices else CudaDevice(0)
         self._devices.setdefault(first.id, first)
         self._first = first
-        # What `_scratch` returns: by device and stream, and for each thread of the CPU, as the default streams of
-        # several may be told apart by their thread alone.
+        # What `scratch` and `_result` return: by device, and stream, and for each thread of the CPU, as the default
+        # streams of several may be told apart by their thread alone.
         self._own = threading.local()
+        # What is prepared, by the number of the device and the kernel.
+        self._launches: dict[tuple[int, str], Launch] = {}
+        self.quick = cuda_fast_path.fast_paths(self)
 
     def describe(self) -> dict[str, str]:
         """What `gemmlet.show_config` prints about this backend."""
@@ -252,10 +304,7 @@ class CudaBackend(NumpyBackend):
 
     def device_of(self, array: Any) -> Device:
         """The GPU that an array is on."""
-        id_ = int(array.data.device_id)
-        if id_ not in self._devices:
-            self._devices[id_] = CudaDevice(id_)
-        return self._devices[id_]
+        return self.device(array.data.device_id)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], beside: Any) -> Any:
         """Return a new array on the GPU where `beside` is."""
@@ -293,24 +342,47 @@ class CudaBackend(NumpyBackend):
             device.launch(kernel, (-(-x.size // THREADS), 1, 1), THREADS, arguments)
         return result
 
-    def _scratch(self, device: Device) -> _Scratch:
+    def device(self, number: int) -> Device:
+        """The GPU of this number."""
+        found = self._devices.get(number)
+        if found is None:
+            found = self._devices[number] = CudaDevice(number)
+        return found
+
+    def scratch(self, device: Device) -> Scratch:
         """That of the current stream."""
-        scratches: dict[tuple[int, int], _Scratch] = self._own.__dict__.setdefault("scratches", {})
+        scratches: dict[tuple[int, int], Scratch] = self._own.__dict__.setdefault("scratches", {})
         where = device.id, device.stream()
-        if where not in scratches:
+        found = scratches.get(where)
+        if found is None:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
-            partial, total = device.empty((MOST_BLOCKS,), np.float64), device.empty((1,), np.float64)
-            scratches[where] = _Scratch(counter, partial, total)
-        return scratches[where]
+            partial, range_ = (
+                device.empty((max(MOST_BLOCKS, 2 * MOST_PARTS),), np.float64),
+                device.empty((2,), np.float64),
+            )
+            memory = counter, partial, range_
+            found = Scratch(address(counter), address(partial), address(range_), partial.nbytes, memory)
+            scratches[where] = found
+        return found
 
-    def _map(
-        self, device: Device, source: str, expression: str, array: Any, arguments: Sequence[Any], packs: int = 1
-    ) -> None:
-        """Launch a kernel in which a thread takes so many packs of 16 bytes of an array."""
-        if array.size:
-            (kernel,) = device.kernels(source, [expression])
-            device.launch(kernel, (-(-array.nbytes // (16 * packs * THREADS)), 1, 1), THREADS, arguments)
+    def _result(self, device: Device) -> Result:
+        """That of the calling thread, which waits for a kernel before it launches the next one that writes there."""
+        results: dict[int, Result] = self._own.__dict__.setdefault("results", {})
+        found = results.get(device.id)
+        if found is None:
+            numbers = device.pinned()
+            found = results[device.id] = Result(numbers.ctypes.data, numbers.view(np.float64).data, numbers.data)
+        return found
+
+    def prepared(
+        self, device: Device, source: str, expression: str, parameters: Sequence[str], block: int = THREADS
+    ) -> Launch:
+        """What launches a kernel, made at its first use."""
+        found = self._launches.get((device.id, expression))
+        if found is None:
+            found = self._launches[device.id, expression] = device.prepare(source, expression, parameters, block)
+        return found
 
     def assign(self, target: Any, source: Any) -> None:
         """``target[...] = source``: arrays of one shape and dtype on a GPU, any strides, that do not overlap."""
@@ -337,35 +409,43 @@ class CudaBackend(NumpyBackend):
 
     def value_range(self, array: Any) -> tuple[float, float]:
         """The smallest and the largest of at least one element, NaN passed over."""
-        low, high = self._range(arrays.contiguous(array), np.dtype(np.float64), None)
-        return float(low), float(high)
+        array = arrays.contiguous(array)
+        return self.float_range(self.device_of(array), array.dtype, address(array), array.size)
 
     def as_indices(self, array: Any) -> tuple[Any, int, int]:
         """Integers as int64, C-contiguous, and the smallest and the largest of them; (0, 0) if there are none."""
-        result = self.device_of(array).empty(array.shape, np.dtype(np.int64))
+        device = self.device_of(array)
+        result = device.empty(array.shape, np.dtype(np.int64))
         if not array.size:
             return result, 0, 0
-        low, high = self._range(arrays.contiguous(array), np.dtype(np.int64), result)
-        return result, int(low), int(high)
+        array = arrays.contiguous(array)
+        return result, *self.index_range(device, array.dtype, address(array), array.size, address(result))
 
-    def _range(self, array: Any, dtype: np.dtype[Any], copy: Any) -> tuple[Any, Any]:
-        device = self.device_of(array)
-        cpp = CPP_TYPES[arrays.name_of(array.dtype)]
-        to = "double" if dtype == np.float64 else "long long"
-        blocks = min(MOST_PARTS, -(-array.size // (4 * THREADS)))
-        found = device.empty((2, blocks + 1), dtype)
-        (kernel,) = device.kernels("reductions.cuh", [f"gemmlet::value_range<{cpp}, {to}>"])
-        arguments = (
-            pointer(array),
-            pointer(copy),
-            np.int64(array.size),
-            pointer(found),
-            pointer(self._scratch(device).counter),
-        )
-        device.launch(kernel, (blocks, 1, 1), THREADS, arguments)
-        result = np.empty((2, blocks + 1), dtype)
-        device.download(found, result)
-        return result[0, -1], result[1, -1]
+    def float_range(self, device: Device, dtype: np.dtype[Any], at: int, size: int) -> tuple[float, float]:
+        """The smallest and the largest of `size` numbers at an address, NaN passed over."""
+        result = self._result(device)
+        self.find_range(device, dtype, "double", at, size, result.place)
+        device.synchronize()
+        low, high = result.floats
+        return low, high
+
+    def index_range(self, device: Device, dtype: np.dtype[Any], at: int, size: int, copy: int = 0) -> tuple[int, int]:
+        """The same of integers; at `copy`, if it is not 0, they are stored as int64."""
+        result = self._result(device)
+        self.find_range(device, dtype, "long long", at, size, result.place, copy)
+        device.synchronize()
+        low, high = result.integers
+        return low, high
+
+    def find_range(
+        self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, result: int = 0, copy: int = 0
+    ) -> None:
+        """Launch what finds them, as doubles or as long longs: to the address `result`, else to that of `Scratch`."""
+        kernel = _range_kernel(arrays.name_of(dtype), to)
+        launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
+        scratch = self.scratch(device)
+        blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
+        launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
 
     # Matrix products.
 
@@ -392,103 +472,152 @@ class CudaBackend(NumpyBackend):
     def column_sum(self, x: Array, out: Array) -> None:
         """``out[j] = sum_i x[i, j]``."""
         with self._placed(x, out, writes=1) as (device, x_, y):
-            rows, columns = x_.shape
-            if not rows:
+            if not x_.shape[0]:
                 device.zero(y)
-                return
-            if not columns:
-                return
-            row_stride, column_stride = (stride // x_.itemsize for stride in x_.strides)
-            down = abs(row_stride) < abs(column_stride)
-            blocks = -(-columns // (8 if down else 32))
-            # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
-            shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
-            partial = device.empty((shares, columns), arrays.computed_in(x_.dtype)) if shares > 1 else None
-            (kernel,) = device.kernels("reductions.cuh", [_column_sum_kernel(arrays.name_of(x_.dtype), down)])
-            sizes = np.int64(row_stride), np.int64(column_stride), np.int64(rows), np.int64(columns)
-            outputs = pointer(y), pointer(partial), pointer(self._scratch(device).counter)
-            device.launch(kernel, (blocks, shares, 1), THREADS, (pointer(x_), *sizes, *outputs))
+            elif y.size:
+                row_stride, column_stride = (stride // x_.itemsize for stride in x_.strides)
+                run = self.column_sums(device, x_.dtype, x_.shape, (row_stride, column_stride))
+                run(address(x_), address(y), self.scratch(device).counter)
+
+    def column_sums(
+        self, device: Device, dtype: np.dtype[Any], shape: tuple[int, int], strides: tuple[int, int]
+    ) -> Callable[[int, int, int], None]:
+        """Return ``run(x, out, counter)``, of addresses, which does it; strides are in elements, no dimension is 0."""
+        (rows, columns), (row_stride, column_stride) = shape, strides
+        down = abs(row_stride) < abs(column_stride)
+        blocks = -(-columns // (8 if down else 32))
+        # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
+        shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
+        kernel = _column_sum_kernel(arrays.name_of(dtype), down)
+        launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
+
+        def run(x: int, out: int, counter: int) -> None:
+            partial = device.empty((shares, columns), arrays.computed_in(dtype)) if shares > 1 else None
+            launch(blocks, shares, x, row_stride, column_stride, rows, columns, out, address(partial), counter)
+
+        return run
 
     # Elementwise and row functions.
+
+    def activation_launch(self, device: Device, direction: str, name: str, dtype: np.dtype[Any]) -> Prepared:
+        """That of an activation's kernel: the addresses of two arrays (backward three), the parameter, the size."""
+        kind = arrays.name_of(dtype)
+        parameters = (*("QQ" if direction == "forward" else "QQQ"), _CODES[kind], "q")
+        launch = self.prepared(device, "elementwise.cuh", _activation_kernel(direction, name, kind), parameters)
+        return Prepared(launch, MAP_BYTES // dtype.itemsize)
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
         """``out = activation(x)``."""
         with self._placed(x, out, writes=1) as (device, x_, y):
-            kernel = _activation_kernel("forward", activation.name, arrays.name_of(y.dtype))
-            arguments = pointer(x_), pointer(y), number(parameter, y.dtype), np.int64(y.size)
-            self._map(device, "elementwise.cuh", kernel, y, arguments, MAP_PACKS)
+            if y.size:
+                launch, per_block, _ = self.activation_launch(device, "forward", activation.name, y.dtype)
+                launch(-(-y.size // per_block), 1, address(x_), address(y), parameter, y.size)
 
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
         """``out = grad_y * activation'``."""
         with self._placed(grad_y, saved, out, writes=1) as (device, g, s, y):
-            kernel = _activation_kernel("backward", activation.name, arrays.name_of(y.dtype))
-            arguments = pointer(g), pointer(s), pointer(y), number(parameter, y.dtype), np.int64(y.size)
-            self._map(device, "elementwise.cuh", kernel, y, arguments, MAP_PACKS)
+            if y.size:
+                launch, per_block, _ = self.activation_launch(device, "backward", activation.name, y.dtype)
+                launch(-(-y.size // per_block), 1, address(g), address(s), address(y), parameter, y.size)
 
-    def _rows(
-        self, device: Device, source: str, kernel: str, rows: int, arguments: Sequence[Any], team: int, most: int
-    ) -> None:
-        """Launch a kernel in which teams of so many threads take rows, in so many blocks at most."""
-        threads = max(THREADS, team)
-        blocks = min(most, -(-rows // (threads // team)))
-        (loaded,) = device.kernels(source, [kernel])
-        device.launch(loaded, (blocks, 1, 1), threads, arguments)
+    def row_launch(
+        self, device: Device, direction: str, name: str, dtype: np.dtype[Any], columns: int, *addresses: int
+    ) -> Prepared:
+        """That of a row function's kernel: the addresses of two matrices (backward three), rows, columns."""
+        kind = arrays.name_of(dtype)
+        team = _team(kind, columns, *addresses)
+        parameters = (*("QQ" if direction == "forward" else "QQQ"), "q", "i")
+        threads = max(THREADS, team.threads)
+        launch = self.prepared(device, "rows.cuh", _row_kernel(direction, name, kind, team), parameters, threads)
+        return Prepared(launch, threads // team.threads)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
         """``out = function(x)``, over the rows."""
         with self._placed(x, out, writes=1) as (device, x_, y):
             rows, columns = y.shape
-            team = _team(columns, x_, y)
-            kernel = _row_kernel("forward", function.name, arrays.name_of(y.dtype), team)
-            arguments = pointer(x_), pointer(y), np.int64(rows), np.int32(columns)
-            self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads, ROW_BLOCKS)
+            places = address(x_), address(y)
+            kernel = self.row_launch(device, "forward", function.name, y.dtype, columns, *places)
+            kernel.launch(kernel.blocks(rows), 1, *places, rows, columns)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
         """``out`` = the gradient with respect to the function's input."""
         with self._placed(grad_y, y, out, writes=1) as (device, g, y_, grad_x):
             rows, columns = grad_x.shape
-            team = _team(columns, g, y_, grad_x)
-            kernel = _row_kernel("backward", function.name, arrays.name_of(g.dtype), team)
-            arguments = pointer(g), pointer(y_), pointer(grad_x), np.int64(rows), np.int32(columns)
-            self._rows(device, "rows.cuh", kernel, rows, arguments, team.threads, ROW_BLOCKS)
+            places = address(g), address(y_), address(grad_x)
+            kernel = self.row_launch(device, "backward", function.name, g.dtype, columns, *places)
+            kernel.launch(kernel.blocks(rows), 1, *places, rows, columns)
 
     # Losses.
+
+    def mean(self, device: Device, launch: Launch, blocks: int, *values: Any, check: bool = False) -> float | None:
+        """Launch a loss's kernel, wait for it, and return the mean.
+
+        check: None, with nothing written, if the range that `find_range` has left in `Scratch` is not what it must be.
+        """
+        scratch, result = self.scratch(device), self._result(device)
+        result.floats[1] = 0.0
+        launch(blocks, 1, *values, scratch.range if check else 0, scratch.partial, result.place, scratch.counter)
+        return self._waited_for(device, result)
+
+    def _waited_for(self, device: Device, result: Result) -> float | None:
+        device.synchronize()
+        mean, refused = result.floats
+        return None if refused else mean
+
+    def cross_entropy_launch(
+        self, device: Device, dtype: np.dtype[Any], columns: int, whole: bool, *addresses: int
+    ) -> Prepared:
+        """That of the cross-entropy's kernel; `whole`: of class indices, not smoothed.
+
+        It takes the addresses of logits, indices and targets, two numbers, and the gradient's address, rows, columns.
+        """
+        kind = arrays.name_of(dtype)
+        team = _team(kind, columns, *addresses)
+        parameters = (*"QQQddQqi", *_MEAN)
+        threads = max(THREADS, team.threads)
+        launch = self.prepared(device, "losses.cuh", _cross_entropy_kernel(kind, whole, team), parameters, threads)
+        return Prepared(launch, threads // team.threads, adds=True)
 
     def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
         with self._placed(logits, labels, out, writes=1) as (device, z, t, grad):
             rows, columns = z.shape
-            indices, targets = (t, None) if t.ndim == 1 else (None, t)
-            team = _team(columns, z, targets, grad)
-            numbers = np.float64(1.0 - label_smoothing), np.float64(label_smoothing / columns)
-            arguments = (pointer(z), pointer(indices), pointer(targets), *numbers, pointer(grad), np.int64(rows))
-            counter, partial, mean = self._scratch(device)
-            outputs = pointer(partial), pointer(mean), pointer(counter)
-            kernel = _cross_entropy_kernel(arrays.name_of(z.dtype), indices is not None and label_smoothing == 0, team)
-            all_arguments = (*arguments, np.int32(columns), *outputs)
-            self._rows(device, "losses.cuh", kernel, rows, all_arguments, team.threads, MOST_BLOCKS)
-            return self._mean(device, mean)
+            indices, targets = (address(t), 0) if t.ndim == 1 else (0, address(t))
+            whole = t.ndim == 1 and label_smoothing == 0
+            places = address(z), targets, address(grad)
+            kernel = self.cross_entropy_launch(device, z.dtype, columns, whole, *places)
+            numbers = 1.0 - label_smoothing, label_smoothing / columns
+            values = address(z), indices, targets, *numbers, address(grad), rows, columns
+            mean = self.mean(device, kernel.launch, kernel.blocks(rows), *values)
+            assert mean is not None
+            return mean
+
+    def loss_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
+        """That of a loss's kernel: the addresses of prediction and target, the parameter, the gradient's, the size."""
+        kind = arrays.name_of(dtype)
+        parameters = ("Q", "Q", _CODES[kind], "Q", "q", *_MEAN)
+        launch = self.prepared(device, "losses.cuh", _loss_kernel(name, kind), parameters)
+        return Prepared(launch, PACK_BYTES // dtype.itemsize, adds=True)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         """Mean over all elements."""
         with self._placed(prediction, target, out, writes=1) as (device, p, t, grad):
-            blocks = min(MOST_BLOCKS, -(-p.nbytes // (16 * THREADS)))
-            counter, partial, mean = self._scratch(device)
-            outputs = pointer(partial), pointer(mean), pointer(counter)
-            inputs = pointer(p), pointer(t), number(parameter, p.dtype), pointer(grad), np.int64(p.size)
-            (kernel,) = device.kernels("losses.cuh", [_loss_kernel(loss.name, arrays.name_of(p.dtype))])
-            device.launch(kernel, (blocks, 1, 1), THREADS, (*inputs, *outputs))
-            return self._mean(device, mean)
-
-    @staticmethod
-    def _mean(device: Device, mean: Any) -> float:
-        value = np.empty(1, np.float64)
-        device.download(mean, value)
-        return float(value[0])
+            kernel = self.loss_launch(device, loss.name, p.dtype)
+            values = address(p), address(t), float(number(parameter, p.dtype)), address(grad), p.size
+            mean = self.mean(device, kernel.launch, kernel.blocks(p.size), *values)
+            assert mean is not None
+            return mean
 
     # Optimizers.
+
+    def update_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
+        """That of a rule's kernel: the addresses of param, grad and two states, nine numbers, the size."""
+        kind = arrays.name_of(dtype)
+        parameters = ("Q", "Q", *["Q"] * RULE_STATES, f"{RULE_NUMBERS}d", "q")
+        launch = self.prepared(device, "optimizers.cuh", _update_kernel(name, kind), parameters)
+        return Prepared(launch, PACK_BYTES // dtype.itemsize)
 
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
@@ -496,11 +625,11 @@ class CudaBackend(NumpyBackend):
         """Update `param` and its state in place."""
         with self._placed(grad, *state, param, writes=1 + len(state)) as (device, g, *rest):
             *states, p = rest
-            numbers = _NUMBERS.pack(*scalars, *[0.0] * (9 - len(scalars)))
-            places = [pointer(s) for s in (*states, None, None)][:2]
-            arguments = pointer(p), pointer(g), *places, np.void(numbers), np.int64(p.size)
-            kernel = _update_kernel(rule.name, arrays.name_of(p.dtype))
-            self._map(device, "optimizers.cuh", kernel, p, arguments)
+            if p.size:
+                launch, per_block, _ = self.update_launch(device, rule.name, p.dtype)
+                places = *map(address, states), *[0] * (RULE_STATES - len(states))
+                numbers = *scalars, *[0.0] * (RULE_NUMBERS - len(scalars))
+                launch(-(-p.size // per_block), 1, address(p), address(g), *places, *numbers, p.size)
 
     # Fused training.
 
@@ -511,6 +640,14 @@ class CudaBackend(NumpyBackend):
     def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
         """Samples and targets on the GPU where the samples are, else on the first."""
         return cuda_training.hold(self._trains(feed), feed, targets)
+
+    def write_back(self, feed: Feed) -> None:
+        """Copy what is newer on the GPU into the networks' arrays."""
+        cuda_training.write_back(feed)
+
+    def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A new page-locked array, which every GPU copies from."""
+        return self._first.empty_pinned(shape, dtype)
 
     def _trains(self, feed: Feed) -> Device:
         return self.device_of(feed.x) if arrays.is_on_gpu(feed.x) else self._first

@@ -6,14 +6,25 @@ its place that runs the very kernels on the CPU (tests/cuda_on_host).
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
+import os
+import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import cuda_compile
+
+# A kernel with everything but the size of its grid and its arguments: ``launch(grid_x, grid_y, *values)``.
+Launch = Callable[..., None]
+
+# What is copied as it is, or rounded to TF32.
+BoxNumber = Literal["uint16", "uint32", "tf32"]
 
 
 class Graph(Protocol):
@@ -42,6 +53,9 @@ class Device(Protocol):
     arch: str
     multiprocessors: int
 
+    def __hash__(self) -> int:
+        """What is prepared for a device is remembered by it."""
+
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Any]:
         """Return kernels of the file ``csrc/cuda/<source>``, to be launched, compiled at their first use.
 
@@ -56,18 +70,46 @@ class Device(Protocol):
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
         `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
+        Kernels that are launched with `overlaps` may begin while the one before them still runs: they wait for it.
+        """
+
+    def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
+        """Return what launches a kernel (see `kernels`) on the current stream at the least cost.
+
+        `parameters` are the kernel's in the notation of `struct`, without alignment: ``"Q"`` a pointer, ``"Qii"`` a
+        struct of a pointer and two integers. A launch takes the values of all of them, one after the other.
+        """
+
+    def pinned(self) -> NDArray[np.int64]:
+        """Return two numbers in memory of the CPU that kernels write to, at the same address."""
+
+    def tensor_map(
+        self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        """Return a ``TensorMap``, by which kernels copy boxes of an array to shared memory (TMA, from sm_90 on).
+
+        Rows of contiguous numbers are `row_bytes` apart, a multiple of 16, as is the `address`; rows of a box are 128
+        bytes.
         """
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """Return a new `cupy.ndarray`, C-contiguous, its start aligned to 256 bytes."""
 
-    def upload(self, array: NDArray[Any]) -> Any:
-        """Return a copy of a C-contiguous NumPy array on the GPU."""
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return a new NumPy array, C-contiguous, in page-locked memory if there is some."""
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
+        """Return a copy of a C-contiguous NumPy array on the GPU; in `out`, if that is given.
+
+        It is made on the current stream. A page-locked array has to stay as it is until the stream has been waited for;
+        any other has been read when this returns.
+        """
 
     def download(self, array: Any, out: NDArray[Any]) -> None:
         """Copy a C-contiguous `cupy.ndarray` into a C-contiguous NumPy array, and wait until it is there."""
@@ -86,6 +128,13 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait for the current stream; raise what went wrong on it."""
+
+
+class _ThreadsOwn(threading.local):
+    """Of each thread: whether it has CUDA's context; while it records a graph, the arrays that it made meanwhile."""
+
+    has_context = False
+    recorded: list[Any] | None = None
 
 
 class CudaDevice:
@@ -119,12 +168,17 @@ class CudaDevice:
         self.name = name.decode() if isinstance(name, bytes) else str(name)
         self.arch = cuda_compile.architecture(self._device.compute_capability)
         self.multiprocessors = int(properties["multiProcessorCount"])
+        # Hopper's, and in graphs CUDA 12.3's.
+        self._can_overlap = int(properties["major"]) >= 9 and runtime.driverGetVersion() >= 12030
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: list[Any] = []
         # The bytes of dynamic shared memory that a kernel has been allowed; up to 48 KiB it need not ask.
         self._allowed: dict[int, int] = {}
-        # Of a thread that records a graph: the arrays that it made meanwhile.
-        self._own = threading.local()
+        self._own = _ThreadsOwn()
+        self._get_device = runtime.getDevice
+        # Where CuPy launches if the null stream is current.
+        per_thread = int(os.environ.get("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "0"))
+        self._null_stream = int(runtime.streamPerThread) if per_thread else 0
 
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Any]:
         """See `Device`."""
@@ -148,31 +202,101 @@ class CudaDevice:
         arguments: Sequence[np.generic],
         shared: int = 0,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> None:
         """See `Device`."""
         with self._device:
-            if shared > self._allowed.get(kernel.ptr, 48 * 1024):
-                attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
-                self._allowed[kernel.ptr] = shared
+            self._allow_shared(kernel, shared)
+            if overlaps and self._can_overlap:
+                stream = self._cupy.cuda.get_current_stream().ptr
+                _launch_overlapping(kernel.ptr, grid, block, arguments, shared, stream)
+                return
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
 
-    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    def _allow_shared(self, kernel: Any, shared: int) -> None:
+        if shared > self._allowed.get(kernel.ptr, 48 * 1024):
+            attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, shared)
+            self._allowed[kernel.ptr] = shared
+
+    def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
+        """See `Device`.
+
+        CuPy makes an object of each argument, which costs more than the driver's part of a launch. Here all of them are
+        packed into one piece of memory, to whose parts the driver's array of pointers points once and for all.
+        """
+        (kernel,) = self.kernels(source, [expression])
+        with self._device:
+            self._allow_shared(kernel, shared)
+        packing, offsets = _packing(parameters)
+        pack_into, function, device, own = packing.pack_into, kernel.ptr, self._device, self._own
+        number, get_device, null_stream = self.id, self._get_device, self._null_stream
+        get_stream, launch_kernel = self._cupy.cuda.get_current_stream, self._cupy.cuda.driver.launchKernel
+        # Memory for arguments that no thread uses now; to take from a list and to give back is atomic. Launches copy.
+        free: list[tuple[bytearray, Any, int]] = []
+
+        def launch(grid_x: int, grid_y: int, *values: Any) -> None:
+            if get_device() != number:
+                with device:
+                    launch(grid_x, grid_y, *values)
+                return
+            if not own.has_context:
+                self._make_context()
+            try:
+                memory = free.pop()
+            except IndexError:
+                memory = _memory_for(packing.size, offsets)
+            pack_into(memory[0], 0, *values)
+            stream = get_stream(number).ptr or null_stream
+            launch_kernel(function, grid_x, grid_y, 1, block, 1, 1, shared, stream, memory[2], 0)
+            free.append(memory)
+
+        return launch
+
+    def _make_context(self) -> None:
+        """Give the calling thread CUDA's context, which CuPy's own launches do and the driver's does not."""
+        self._cupy.cuda.runtime.memGetInfo()
+        self._own.has_context = True
+
+    def tensor_map(
+        self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+    ) -> np.void:
+        """See `Device`."""
+        return _tensor_map(address, dtype, shape, row_bytes, box)
+
+    def pinned(self) -> NDArray[np.int64]:
         """See `Device`."""
         with self._device:
+            return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(16), np.int64, 2)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """See `Device`."""
+        if self._get_device() == self.id:
             array = self._cupy.ndarray(shape, dtype)
-        if (recorded := getattr(self._own, "recorded", None)) is not None:
-            recorded.append(array)
+        else:
+            with self._device:
+                array = self._cupy.ndarray(shape, dtype)
+        if self._own.recorded is not None:
+            self._own.recorded.append(array)
         return array
 
-    def upload(self, array: NDArray[Any]) -> Any:
+    def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See `Device`."""
-        target = self.empty(array.shape, array.dtype)
+        dtype, count = np.dtype(dtype), math.prod(shape)
+        try:
+            with self._device:
+                memory = self._cupy.cuda.alloc_pinned_memory(max(count * dtype.itemsize, 1))
+        except self._cupy.cuda.runtime.CUDARuntimeError:
+            return np.empty(shape, dtype)  # the system lets no more memory be locked
+        return np.frombuffer(memory, dtype, count).reshape(shape)
+
+    def upload(self, array: NDArray[Any], out: Any = None) -> Any:
+        """See `Device`."""
+        target = self.empty(array.shape, array.dtype) if out is None else out
         if array.size:
             with self._device:
-                # Pageable memory has been read when this returns.
                 target.set(array, stream=self._cupy.cuda.get_current_stream())
         return target
 
@@ -207,12 +331,100 @@ class CudaDevice:
 
     def stream(self) -> int:
         """See `Device`."""
-        return int(self._cupy.cuda.get_current_stream(self.id).ptr)
+        return int(self._cupy.cuda.get_current_stream(self.id).ptr) or self._null_stream
 
     def synchronize(self) -> None:
         """See `Device`."""
-        with self._device:
-            self._cupy.cuda.get_current_stream().synchronize()
+        if self._get_device() == self.id:
+            self._cupy.cuda.runtime.streamSynchronize(self.stream())
+        else:
+            with self._device:
+                self._cupy.cuda.runtime.streamSynchronize(self.stream())
+
+
+def _packing(parameters: Sequence[str]) -> tuple[struct.Struct, list[int]]:
+    """How values are packed, each parameter at a multiple of 8 bytes; and where each is."""
+    offsets, format_ = [], "="
+    for parameter in parameters:
+        offsets.append(struct.calcsize(format_))
+        format_ += parameter
+        format_ += f"{-struct.calcsize(format_) % 8}x"
+    return struct.Struct(format_), offsets
+
+
+def _memory_for(size: int, offsets: Sequence[int]) -> tuple[bytearray, Any, int]:
+    """Memory for arguments, pointers to them, and the address of the pointers."""
+    memory = bytearray(size)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    pointers = (ctypes.c_uint64 * len(offsets))(*(start + offset for offset in offsets))
+    return memory, pointers, ctypes.addressof(pointers)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """The driver's library, for what CuPy does not bind; CuPy has loaded it."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(
+    address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+) -> np.void:
+    """`Device.tensor_map`: some microseconds, and nothing of the arguments is looked at but their values."""
+    # CUtensorMapDataType: UINT16, UINT32, TFLOAT32.
+    number = {"uint16": 1, "uint32": 2, "tf32": 11}[dtype]
+    memory = ctypes.create_string_buffer(128 + 64)
+    offset = -ctypes.addressof(memory) % 64  # which the driver asks for
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(memory, offset),
+        ctypes.c_int(number),
+        ctypes.c_uint32(2),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(*shape[::-1]),
+        (ctypes.c_uint64 * 1)(row_bytes),
+        (ctypes.c_uint32 * 2)(*box[::-1]),
+        (ctypes.c_uint32 * 2)(1, 1),
+        ctypes.c_int(0),  # not interleaved
+        ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
+        ctypes.c_int(3),  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+        ctypes.c_int(0),  # zeros beyond the array
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}")
+    return np.void(memory.raw[offset : offset + 128])
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUDA's CUlaunchAttribute: a number in the value, which is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUDA's CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def _launch_overlapping(
+    kernel: int, grid: tuple[int, int, int], block: int, arguments: Sequence[np.generic], shared: int, stream: int
+) -> None:
+    """What CuPy has no function for: cuLaunchKernelEx with programmatic stream serialization."""
+    attribute = _LaunchAttribute(6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value[0] = 1
+    config = _LaunchConfig(grid, (block, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
+    values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    error = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel), pointers, None)
+    if error:
+        raise RuntimeError(f"cuLaunchKernelEx: error {error} of the CUDA driver")
 
 
 class _CudaGraph:

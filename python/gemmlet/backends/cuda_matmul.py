@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from .._arrays import name_of
 from ..formulas.activations import ACTIVATIONS, Activation
-from .cuda_device import Device
-from .cuda_types import COMPUTED, FLOATS, SIZES, address, pointer
+from .cuda_device import BoxNumber, Device
+from .cuda_types import COMPUTED, FLOATS, SIZES, address
 
 # The kernels count lines and steps in an int, and look a little beyond the last one.
 LARGEST = 2**31 - 1024
@@ -51,6 +51,10 @@ class Tile:
         So many blocks keep a multiprocessor busy; fewer take as long.
     parameters : tuple of int
         Of the C++ template, after the type.
+    cluster : int
+        So many blocks compute tiles next to each other together.
+    transposed : bool
+        Whether the kernel computes the transpose, of the second operand and the first.
     """
 
     kernel: Literal["simt", "mma", "wgmma", "thin"]
@@ -63,6 +67,8 @@ class Tile:
     step: float
     busy: float
     parameters: tuple[int, ...]
+    cluster: int = 1
+    transposed: bool = False
 
     def __str__(self) -> str:
         return f"{self.kernel} {'x'.join(map(str, self.parameters))}"
@@ -125,11 +131,24 @@ def mma(
     return Tile("mma", rows, columns, depth, threads, shared, start, step, busy, parameters)
 
 
-def wgmma(rows: int, columns: int, depth: int, stages: int, start: float, step: float, busy: float = 1.0) -> Tile:
-    """Return ``WgmmaTile<...>``, of numbers of 16 bits."""
-    loading = stages * (rows + columns) * depth * 2 + 1024 - 16
-    shared = max(loading, rows * (columns + 8) * 4)
-    return Tile("wgmma", rows, columns, depth, 2 * rows, shared, start, step, busy, (rows, columns, depth, stages))
+def wgmma(
+    dtype: str,
+    x_lines: int,
+    y_lines: int,
+    stages: int,
+    cluster: int,
+    group_rows: int,
+    transposed: bool,
+    start: float,
+    step: float,
+    busy: float = 1.0,
+) -> Tile:
+    """Return ``WgmmaTile<...>``."""
+    shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
+    parameters = (x_lines, y_lines, stages, cluster, group_rows, int(transposed))
+    rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
+    threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
+    return Tile("wgmma", rows, columns, depth, threads, shared, start, step, busy, parameters, cluster, transposed)
 
 
 def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
@@ -139,9 +158,9 @@ def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
     return Tile("thin", rows, columns, 256, 256, 0, _THIN_START, step, _THIN_BUSY[count], (count,))
 
 
-# The constants of the estimate that tiles and splits are chosen by were fitted, as were those of every tile below, to
-# what benchmarks/gpu_matmul.py measured on an H200 (float32 and bfloat16). The tiles are the fewest of those tried
-# with which all its products of row-major matrices took at most 4 % longer than with the best one.
+# The constants of the estimate that tiles and splits are chosen by were fitted to what benchmarks/gpu_matmul.py
+# measured: those of float32, float64 and TF32 on an H100, the others on an H200. The tiles are the fewest of those
+# tried with which no product took over 7 % longer than with the best one (float32: 0.4 % in the mean of 33 shapes).
 _SECOND_PASS = 2000.0  # ns
 _SECOND_PASS_BYTES = 3300.0  # a ns, of all partial sums
 _THIN_START = 1500.0  # ns
@@ -150,40 +169,56 @@ _THIN_BUSY = {1: 4.0, 4: 2.0}  # by how many lines there are at most: what keeps
 
 _SIMT_TILES = {
     "float32": (
-        # Not measured yet. The step is the next tile's, by what a multiply-add costs in their main loops: 1.12 turns of
-        # a scheduler, not 1.24 (tools/simt_slots.py). That one and 64x64x16x8x8x2x4 differ by a factor of 1.06 in turns
-        # and of 1.07 in time, at 4096^3. Four warps are few, hence `busy`.
-        simt("float32", 128, 128, 16, 8, 16, 1, 3, 2700.0, 82.0, 1.5),
-        simt("float32", 128, 128, 16, 8, 8, 1, 3, 1800.0, 90.5),
-        simt("float32", 64, 64, 16, 8, 8, 2, 4, 2700.0, 24.5, 1.15),
-        simt("float32", 32, 32, 32, 8, 4, 4, 4, 2100.0, 8.3),
-        simt("float32", 16, 64, 64, 4, 8, 8, 3, 1900.0, 8.8, 1.1),
-        simt("float32", 16, 32, 64, 4, 4, 8, 3, 1600.0, 5.8),
+        simt("float32", 128, 256, 16, 8, 16, 1, 3, 1700.0, 175.0),
+        simt("float32", 64, 128, 16, 8, 8, 1, 4, 2090.0, 45.3, 1.2),
+        simt("float32", 64, 64, 16, 8, 8, 2, 4, 1900.0, 25.0, 1.1),
+        simt("float32", 32, 32, 32, 8, 4, 4, 4, 1710.0, 7.73, 1.2),
+        simt("float32", 16, 64, 64, 4, 8, 8, 3, 1600.0, 8.73),
+        simt("float32", 16, 32, 64, 4, 4, 8, 3, 1400.0, 5.14, 1.1),
     ),
-    # By those of float32, at half the rate; not measured yet.
     "float64": (
-        simt("float64", 64, 64, 16, 8, 4, 2, 4, 2700.0, 49.0, 1.15),
-        simt("float64", 32, 32, 64, 8, 4, 8, 2, 2100.0, 17.0),
+        simt("float64", 64, 64, 16, 8, 4, 2, 4, 3000.0, 52.5),
+        simt("float64", 32, 32, 64, 8, 4, 8, 2, 1600.0, 16.3),
     ),
 }
 
 
 def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
-    # Those of bfloat16; TF32 has them of as many bytes, at half the rate, which is not measured yet.
-    half = 2 if dtype == "float32" else 1
     return (
-        mma(dtype, 128, 256, 32 // half, 2, 4, 1, 4, 2600.0, 20.0 * half),
-        mma(dtype, 128, 128, 32 // half, 2, 2, 1, 4, 2600.0, 11.8 * half),  # the largest for 99 KiB of shared memory
-        mma(dtype, 64, 128, 64 // half, 2, 2, 1, 4, 1600.0, 9.0 * half),
-        mma(dtype, 32, 32, 128 // half, 1, 1, 4, 3, 1200.0, 3.0 * half),
+        mma(dtype, 128, 256, 32, 2, 4, 1, 4, 2600.0, 20.0),
+        mma(dtype, 128, 128, 32, 2, 2, 1, 4, 2600.0, 11.8),  # the largest for 99 KiB of shared memory
+        mma(dtype, 64, 128, 64, 2, 2, 1, 4, 1600.0, 9.0),
+        mma(dtype, 32, 32, 128, 1, 1, 4, 3, 1200.0, 3.0),
     )
 
 
-_MMA_TILES = {dtype: _mma_tiles(dtype) for dtype in ("float32", "float16", "bfloat16")}
+_MMA_TILES = {
+    "float16": _mma_tiles("float16"),
+    "bfloat16": _mma_tiles("bfloat16"),
+    # TF32: the same bytes, half the depth.
+    "float32": (
+        mma("float32", 128, 256, 16, 2, 4, 1, 4, 3900.0, 50.5),
+        mma("float32", 128, 128, 16, 2, 2, 1, 4, 3200.0, 25.8, 1.35),
+        mma("float32", 64, 128, 32, 2, 2, 1, 4, 2100.0, 16.8, 1.2),
+        mma("float32", 32, 32, 64, 1, 1, 4, 3, 1400.0, 5.3),
+    ),
+}
 
-# By arithmetic, not measured yet: a step's 768 or 896 bytes come at a 132nd of 6.4 TB/s, as an H200's L2 cache was seen
-# to give them to such copies (a tutorial of CUTLASS's, in its pull request 2615).
-WGMMA_TILES = (wgmma(128, 256, 64, 4, 2600.0, 15.8), wgmma(192, 256, 64, 4, 2600.0, 18.5))
+# By arithmetic, not measured yet: at 1.6 GHz the tensor cores take 10 ns for a step of 16 bits of the larger tile, and
+# twice that in TF32. There one operand must lie by lines: b, or a if the kernel computes the transpose.
+_WGMMA_TILES = {
+    **dict.fromkeys(
+        ("float16", "bfloat16"),
+        (
+            wgmma("bfloat16", 128, 256, 4, 2, 8, False, 3000.0, 10.8),
+            wgmma("bfloat16", 128, 128, 6, 1, 16, False, 3000.0, 6.0),
+        ),
+    ),
+    "float32": (
+        wgmma("float32", 128, 256, 4, 2, 8, False, 3000.0, 21.6),
+        wgmma("float32", 128, 256, 4, 2, 8, True, 3000.0, 21.6),
+    ),
+}
 
 # A line's worth of rows (or columns) that the thin kernel takes at once: one, or up to four.
 _THIN_COUNTS = (1, 4)
@@ -193,28 +228,53 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that there are for products of this type, but for thin ones."""
     if dtype in _SIMT_TILES and not tf32:
         return _SIMT_TILES[dtype]
-    has_wgmma = SIZES[dtype] == 2 and arch in ARCHITECTURES["matmul_wgmma.cuh"]
-    return (*_MMA_TILES[dtype], *(WGMMA_TILES if has_wgmma else ()))
+    return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul_wgmma.cuh"] else ()))
+
+
+def takes(tile: Tile, dtype: str, along_lines: Sequence[bool] | None) -> bool:
+    """Return whether a tile's kernel takes operands that lie so.
+
+    `along_lines` is whether lines of one step are contiguous in each operand, else steps of one line are; it is None if
+    there are no tensor maps of them.
+    """
+    if tile.kernel != "wgmma":
+        return True
+    return along_lines is not None and (SIZES[dtype] == 2 or not along_lines[0 if tile.transposed else 1])
 
 
 class _Operand(NamedTuple):
-    """``Operand<T>``, the rows of a or the columns of b, and what is chosen by it.
+    """``Operand<T>`` but for its address, the rows of a or the columns of b.
 
-    `in_packs`: whether neighbouring lines can be read 16 bytes at a time, and fill them.
+    For a tensor map: its shape as rows of what is contiguous, and the bytes from row to row; 0 if there can be none.
     """
 
-    packed_struct: np.void
+    line_stride: int
+    step_stride: int
     lines: int
     along_lines: bool
-    in_packs: bool
+    packed: bool
+    shape: tuple[int, int]
+    row_bytes: int
+
+    def in_packs(self, size: int) -> bool:
+        """Whether neighbouring lines, of numbers of so many bytes, can be read 16 bytes at a time, and fill them."""
+        return self.along_lines and self.packed and self.lines * size % 16 == 0
+
+    def rest(self) -> bytes:
+        """The struct but for the address."""
+        return _OPERAND_REST.pack(*self[:5])
 
 
-_OPERAND = struct.Struct("=Qqqiii4x")
-_LINEAR = {"float": struct.Struct("=QQQiifi"), "double": struct.Struct("=QQQiidi4x")}
-_PARTIAL = struct.Struct("=Qiii4x")
+# Structs of csrc/cuda/matmul.cuh: Operand<T> and, by the type that is computed in, LinearEpilogue<T, F> behind their
+# pointers; and as `Device.prepare` takes them, Operand<T> and PartialEpilogue<T>.
+_OPERAND_REST = struct.Struct("=qqiii4x")
+_LINEAR = {"float": struct.Struct("=iifi"), "double": struct.Struct("=iidi4x")}
+_OPERAND = f"Q{_OPERAND_REST.size}s"
+_TENSOR_MAP = "128s"
+_PARTIAL = "Qiii4x"
 
 
-def _operand(pointer: int, size: int, lines: int, steps: int, line_stride: int, step_stride: int) -> _Operand:
+def _operand(aligned: bool, size: int, lines: int, steps: int, line_stride: int, step_stride: int) -> _Operand:
     # The stride of what is there once is never used.
     if lines <= 1:
         line_stride = 0
@@ -222,21 +282,75 @@ def _operand(pointer: int, size: int, lines: int, steps: int, line_stride: int, 
         step_stride = 0
     along_lines = step_stride != 1 and (line_stride == 1 or abs(line_stride) < abs(step_stride)) and lines > 1
     inner, outer = (line_stride, step_stride) if along_lines else (step_stride, line_stride)
-    packed = inner == 1 and pointer % 16 == 0 and outer * size % 16 == 0
-    data = _OPERAND.pack(pointer, line_stride, step_stride, lines, along_lines, packed)
-    in_packs = along_lines and packed and lines * size % 16 == 0
-    return _Operand(np.void(data), lines, along_lines, in_packs)
+    packed = inner == 1 and aligned and outer * size % 16 == 0
+    shape = (steps, lines) if along_lines else (lines, steps)
+    row_bytes = (outer if shape[0] > 1 else -(-shape[1] // 8) * 8) * size
+    if not packed or not steps or row_bytes < shape[1] * size:
+        row_bytes = 0
+    return _Operand(line_stride, step_stride, lines, along_lines, packed, shape, row_bytes)
 
 
-def _operands(a: Any, b: Any) -> tuple[_Operand, _Operand]:
-    (m, k), n, size = a.shape, b.shape[1], a.dtype.itemsize
-    a_row, a_column = (stride // size for stride in a.strides)
-    b_row, b_column = (stride // size for stride in b.strides)
-    return _operand(a.data.ptr, size, m, k, a_row, a_column), _operand(b.data.ptr, size, n, k, b_column, b_row)
+# What a kernel is given of its two operands, by their addresses.
+_Given = Callable[[int, int], tuple[Any, ...]]
+
+
+class _Facts(NamedTuple):
+    """What a product's launches depend on, but for the addresses; aligned: whether they are multiples of 16."""
+
+    a_shape: tuple[int, int]
+    b_shape: tuple[int, int]
+    a_strides: tuple[int, int]
+    b_strides: tuple[int, int]
+    dtype: np.dtype[Any]
+    a_aligned: bool
+    b_aligned: bool
+
+    def operands(self) -> tuple[_Operand, _Operand]:
+        (m, k), n, size = self.a_shape, self.b_shape[1], self.dtype.itemsize
+        a_row, a_column = (stride // size for stride in self.a_strides)
+        b_row, b_column = (stride // size for stride in self.b_strides)
+        first = _operand(self.a_aligned, size, m, k, a_row, a_column)
+        return first, _operand(self.b_aligned, size, n, k, b_column, b_row)
+
+
+def _as_structs(operands: tuple[_Operand, _Operand], second_first: bool) -> _Given:
+    """Return what makes the structs of two operands."""
+    first, second = (operand.rest() for operand in operands)
+    if second_first:
+        return lambda a, b: (b, second, a, first)
+    return lambda a, b: (a, first, b, second)
+
+
+def _facts(a: Any, b: Any) -> _Facts:
+    aligned = (array.data.ptr % 16 == 0 for array in (a, b))
+    return _Facts(a.shape, b.shape, a.strides, b.strides, a.dtype, *aligned)
+
+
+def _as_tensor_maps(device: Device, tile: Tile, operands: tuple[_Operand, _Operand], size: int) -> _Given:
+    """Return what makes the tensor maps by which a kernel copies what its blocks take of its two operands."""
+    x_lines, y_lines = tile.parameters[:2]
+    y_lines //= tile.cluster
+    # Floats that go through registers are rounded there.
+    numbers: tuple[BoxNumber, BoxNumber] = ("uint16", "uint16") if size == 2 else ("uint32", "tf32")
+
+    def tensor_map(operand: _Operand, lines: int, number: BoxNumber, at: int) -> bytes:
+        box = (tile.depth, tile.depth) if operand.along_lines else (lines, tile.depth)
+        return device.tensor_map(at, number, operand.shape, operand.row_bytes, box).tobytes()
+
+    x, y = operands[::-1] if tile.transposed else operands
+
+    def given(a: int, b: int) -> tuple[bytes, bytes]:
+        x_at, y_at = (b, a) if tile.transposed else (a, b)
+        return tensor_map(x, x_lines, numbers[0], x_at), tensor_map(y, y_lines, numbers[1], y_at)
+
+    return given
 
 
 def _blocks(tile: Tile, m: int, n: int) -> int:
-    return -(-m // tile.rows) * -(-n // tile.columns)
+    rows, columns = -(-m // tile.rows), -(-n // tile.columns)
+    if tile.transposed:
+        rows, columns = columns, rows
+    return -(-rows // tile.cluster) * tile.cluster * columns
 
 
 def estimate(choice: Choice, m: int, n: int, k: int, size: int, multiprocessors: int) -> float:
@@ -264,14 +378,22 @@ def splits_of(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> Itera
 
 
 def candidates(
-    m: int, n: int, k: int, dtype: str, tf32: bool, thin_lines: tuple[int, int], arch: str, multiprocessors: int
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    tf32: bool,
+    thin_lines: tuple[int, int],
+    arch: str,
+    multiprocessors: int,
+    along_lines: tuple[bool, bool] | None,
 ) -> list[Choice]:
     """Return all that can compute a product, the one with the lowest estimate first (see `WGMMA` for an exception).
 
-    `thin_lines` are how many lines of a and of b a block of the thin kernel takes.
+    `thin_lines` are how many lines of a and of b a block of the thin kernel takes; for `along_lines` see `takes`.
     """
     shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
-    found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared]
+    found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared and takes(tile, dtype, along_lines)]
     few = min(m, n)
     if few <= _THIN_COUNTS[-1]:
         count = next(count for count in _THIN_COUNTS if few <= count)
@@ -285,11 +407,6 @@ def candidates(
     return sorted(choices, key=key)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choice(*arguments: Any) -> Choice:
-    return candidates(*arguments)[0]
-
-
 def thin_lines(dtype: str, along_lines: bool) -> int:
     """Return ``thin_lines<T>(along_lines)``."""
     return 8 * (16 // SIZES[dtype]) if along_lines else 32
@@ -297,14 +414,17 @@ def thin_lines(dtype: str, along_lines: bool) -> int:
 
 def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
     """Return all that can compute ``a @ b``, the best first, as far as is known."""
-    first, second = _operands(a, b)
-    return candidates(*_facts(device, a, first, second, tf32))
+    return _choices(device, _facts(a, b), tf32)
 
 
-def _facts(device: Device, a: Any, first: _Operand, second: _Operand, tf32: bool) -> tuple[Any, ...]:
-    dtype = name_of(a.dtype)
+def _choices(device: Device, facts: _Facts, tf32: bool) -> list[Choice]:
+    first, second = facts.operands()
+    dtype = name_of(facts.dtype)
     thin = thin_lines(dtype, first.along_lines), thin_lines(dtype, second.along_lines)
-    return first.lines, second.lines, a.shape[1], dtype, tf32, thin, device.arch, device.multiprocessors
+    mapped = first.row_bytes > 0 and second.row_bytes > 0
+    layouts = (first.along_lines, second.along_lines) if mapped else None
+    k, cores = facts.a_shape[1], device.multiprocessors
+    return candidates(first.lines, second.lines, k, dtype, tf32, thin, device.arch, cores, layouts)
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
@@ -313,7 +433,7 @@ def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str
     numbers = ", ".join(map(str, tile.parameters))
     if tile.kernel == "thin":
         return "matmul_thin.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
-    layouts = ", ".join("true" if along else "false" for along in along_lines)
+    layouts = ", ".join("true" if along else "false" for along in along_lines[:: -1 if tile.transposed else 1])
     kernel, tile_type = f"matmul_{tile.kernel}", f"{tile.kernel.title()}Tile"
     return f"{kernel}.cuh", f"gemmlet::{kernel}<gemmlet::{tile_type}<{name}, {numbers}>, {layouts}, {epilogue}>"
 
@@ -354,6 +474,8 @@ def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]
         on_tensor_cores = tiles(dtype, True, "sm_90a") if dtype in _MMA_TILES else ()
         for tile in (*_SIMT_TILES.get(dtype, ()), *on_tensor_cores, *thin_tiles):
             for layouts in itertools.product((False, True), repeat=2):
+                if not takes(tile, dtype, layouts):
+                    continue
                 for epilogue in (*finals, partial_epilogue(dtype)):
                     add(kernel_of(tile, dtype, layouts, epilogue))
     return {source: list(names) for source, names in found.items()}
@@ -407,46 +529,81 @@ def linear(
     The same inputs give the same bits. The order of a sum depends on shapes and strides, and on the GPU's architecture
     and number of multiprocessors, by which the tile is chosen and k is split.
     """
-    (m, k), n, dtype = x.shape, w.shape[1], name_of(x.dtype)
+    tf32 = tf32 and x.dtype.itemsize == 4
+    name = "identity" if activation is None else activation.name
+    places = x_, w_, y, z = x.data.ptr, w.data.ptr, out.data.ptr, address(preactivation)
+    aligned = x_ % 16 == 0, w_ % 16 == 0, (y | z) % 16 == 0
+    layouts = x.shape, w.shape, x.strides, w.strides, x.dtype
+    run = prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, choice)
+    run(*places, address(b))
+
+
+@functools.lru_cache(maxsize=4096)
+def prepared(
+    device: Device,
+    _multiprocessors: int,  # of the device, which a test may change
+    layouts: tuple[Any, Any, Any, Any, np.dtype[Any]],
+    aligned: tuple[bool, bool, bool],
+    activation: str,
+    parameter: float,
+    tf32: bool,
+    choice: Choice | None,
+) -> Callable[[int, int, int, int, int], None]:
+    """Return ``run(x, w, out, preactivation, b)``, of addresses, which does what `linear` does.
+
+    `layouts` are the shapes of x and w, their strides, and the dtype; `aligned` says of which of x, w and both results
+    the addresses are multiples of 16.
+    """
+    facts = _Facts(*layouts, *aligned[:2])
+    (m, k), n, dtype = facts.a_shape, facts.b_shape[1], name_of(facts.dtype)
     if max(m, n, k) > LARGEST:
         raise ValueError(
-            f"x {x.shape} @ w {w.shape}: a dimension is larger than {LARGEST}, the most that backend 'cuda' takes"
+            f"x {facts.a_shape} @ w {facts.b_shape}: a dimension is larger than {LARGEST}, "
+            "the most that backend 'cuda' takes"
         )
     if not m or not n:
-        return
-    tf32 = tf32 and dtype == "float32"
-    first, second = _operands(x, w)
-    if choice is None:
-        choice = _choice(*_facts(device, x, first, second, tf32))
-    tile, splits = choice
-    addresses = [address(array) for array in (out, preactivation, b)]
-    per_pack = 16 // x.dtype.itemsize
-    packed = n % per_pack == 0 and addresses[0] % 16 == 0 and addresses[1] % 16 == 0
-    final = linear_epilogue(dtype, "identity" if activation is None else activation.name)
-    final_data = np.void(_LINEAR[COMPUTED[dtype]].pack(*addresses, m, n, parameter, packed))
+        return lambda *_: None
+    tile, splits = choice or _choices(device, facts, tf32)[0]
+    operands = facts.operands()
+    final = linear_epilogue(dtype, activation)
+    final_struct = _LINEAR[COMPUTED[dtype]]
+    final_rest = final_struct.pack(m, n, parameter, n % (16 // facts.dtype.itemsize) == 0 and aligned[2])
+    final_layout = f"QQQ{final_struct.size}s"
 
-    steps = -(-k // (tile.depth * splits)) * tile.depth
-    if splits > 1:
-        sums = np.dtype(np.float64 if dtype == "float64" else np.float32)
-        parts = device.empty((splits, m, n), sums)
-        epilogue = partial_epilogue(dtype)
-        data = np.void(_PARTIAL.pack(parts.data.ptr, m, n, n % (16 // sums.itemsize) == 0))
+    blocks, steps = _blocks(tile, m, n), -(-k // (tile.depth * splits)) * tile.depth
+    sizes: tuple[int, ...] = k, steps
+    if tile.kernel == "wgmma":
+        operand, given = _TENSOR_MAP, _as_tensor_maps(device, tile, operands, facts.dtype.itemsize)
+        # They take tiles in turn.
+        blocks = min(blocks, max(device.multiprocessors // (splits * tile.cluster), 1) * tile.cluster)
     else:
-        epilogue, data = final, final_data
+        # The thin kernel takes the operand of many lines first, and is told which one it is.
+        turned = tile.kernel == "thin" and n > m
+        operand, given = _OPERAND, _as_structs(operands, turned)
+        if tile.kernel == "thin":
+            sizes = k, steps, int(not turned)
+    epilogue, layout = (final, final_layout) if splits == 1 else (partial_epilogue(dtype), _PARTIAL)
+    size = facts.dtype.itemsize
+    found = [each.in_packs(size) if tile.kernel == "simt" else each.along_lines for each in operands]
+    parameters = (operand, operand, *["i"] * len(sizes), layout)
+    launch = device.prepare(*kernel_of(tile, dtype, found, epilogue), parameters, tile.threads, tile.shared)
 
-    layouts = [of.in_packs if tile.kernel == "simt" else of.along_lines for of in (first, second)]
-    source, name = kernel_of(tile, dtype, layouts, epilogue)
-    arguments: list[np.generic] = [first.packed_struct, second.packed_struct, np.int32(k), np.int32(steps)]
-    if tile.kernel == "thin":
-        if n <= m:
-            arguments.append(np.int32(1))
-        else:
-            arguments[:2] = second.packed_struct, first.packed_struct
-            arguments.append(np.int32(0))
-    grid = _blocks(tile, m, n), splits, 1
-    device.launch(device.kernels(source, [name])[0], grid, tile.threads, [*arguments, data], tile.shared)
-    if splits > 1:
-        source, name = combine_kernel(final)
-        threads = m * -(-n // (16 // sums.itemsize))
-        arguments = [pointer(parts), np.int32(splits), final_data]
-        device.launch(device.kernels(source, [name])[0], (-(-threads // 256), 1, 1), 256, arguments)
+    if splits == 1:
+
+        def run(x: int, w: int, y: int, z: int, b: int) -> None:
+            launch(blocks, 1, *given(x, w), *sizes, y, z, b, final_rest)
+
+        return run
+
+    sums = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    parts_packed = n % (16 // sums.itemsize) == 0
+    combine = device.prepare(*combine_kernel(final), ("Q", "i", final_layout), 256)
+    combine_blocks = -(-m * -(-n // (16 // sums.itemsize)) // 256)
+
+    def run_in_parts(x: int, w: int, y: int, z: int, b: int) -> None:
+        parts = device.empty((splits, m, n), sums)
+        at = address(parts)
+        launch(blocks, splits, *given(x, w), *sizes, at, m, n, parts_packed)
+        combine(combine_blocks, 1, at, splits, y, z, b, final_rest)
+
+    return run_in_parts

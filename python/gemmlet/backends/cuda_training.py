@@ -1,9 +1,10 @@
 """Mini-batches of a multilayer perceptron, and of two adversarial networks, in one call on the GPU.
 
-At the start of a call all that it needs goes to the GPU as one copy: parameters, optimizer states, the order of the
-samples, the rules' numbers. At its end parameters and losses come back as another. In between, a step is a handful of
-launches (csrc/cuda/network.cuh), recorded once for each number of rows as a graph that knows from a counter on the GPU
-which step it is. The samples stay on the GPU from call to call, in what `hold` returns; so do the graphs.
+At the start of a call all that it needs goes to the GPU: the order of the samples, the rules' numbers, noise. At its
+end the losses come back. In between, a step is a handful of launches (csrc/cuda/network.cuh), recorded once for each
+number of rows as a graph that knows from a counter on the GPU which step it is. What the next call needs is prepared
+meanwhile. The samples stay on the GPU from call to call, in what `hold` returns; so do the graphs; and so do parameters
+and optimizer states, which go there with the first call and come back by `write_back`.
 
 Results do not depend on the GPU: which kernels compute a step follows from its sizes alone.
 """
@@ -33,6 +34,9 @@ SOURCE = "network.cuh"
 # multiprocessors of a large GPU, not all of which need work); not measured yet.
 ENOUGH_TILES = 96
 
+# Up to so many tiles a multiprocessor has one block, which may be a large one; of more tiles two blocks share one.
+MOST_LARGE_BLOCKS = 128
+
 # The last layer goes with the loss in one kernel if it has so few outputs, and if reading its weights anew for each row
 # comes to no more bytes than that: some microseconds of the L2 cache, as long as the launches that are saved. By
 # arithmetic; not measured yet.
@@ -50,7 +54,7 @@ ONE_KERNEL = False
 _MOST_LAYERS = 8
 _TOP_COLUMNS = 16
 _LOSS_THREADS = 128
-_EXPAND_THREADS = _BEGIN_THREADS = 256
+_EXPAND_THREADS = 256
 _WIDE_THREADS, _WIDE_NUMBERS = 256, 128 * 36
 _WIDE_SIDE = 32
 _MOST_NUMBERS = 11
@@ -197,7 +201,7 @@ def _places(kind: str) -> dict[str, int]:
 
 def expressions() -> dict[str, list[str]]:
     """Every kernel that this module launches, by source file: for compiling ahead of time, and for tests."""
-    names = [f"begin<{_BEGIN_THREADS}>"]
+    names = []
     for t in ("float", "double"):
         names += [f"loss<{t}>", f"top<{t}>", f"expand<{t}>"]
         names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
@@ -244,6 +248,13 @@ def hold(device: Device, feed: Feed, targets: Any = None) -> tuple[ResidentFeed,
     held = ResidentFeed(resident(feed.x), resident(feed.row_start), resident(feed.columns), feed.skip_zeros)
     held.sessions = {}
     return held, resident(targets)
+
+
+@whole_steps()
+def write_back(feed: Feed) -> None:
+    """See `NumpyBackend.write_back`."""
+    for session in getattr(feed, "sessions", {}).values():
+        session.write_back()
 
 
 class _Launch(NamedTuple):
@@ -383,7 +394,13 @@ class _Session:
         empty = self.device.empty
         self._state = empty((self._state_bytes,), np.dtype(np.uint8))
         self.state = self.progress = address(self._state)
-        self._host = np.zeros(self._state_bytes, np.uint8)
+        # The same on the CPU.
+        self._host = self.device.empty_pinned((self._state_bytes,), np.uint8)
+        self._host[:] = 0
+        # What belongs to a call alone, there and here; longer ones take their place where a call needs that.
+        self._own, self._own_host = empty((0,), np.uint8), self.device.empty_pinned((0,), np.uint8)
+        # The networks whose arrays are older than the state.
+        self._ahead: Sequence[FusedNetwork] = ()
         # What is brought for a step.
         self.samples = empty((self.capacity,), np.dtype(np.int64))
         self.labels = empty((self.capacity,), np.dtype(np.int32))
@@ -396,19 +413,20 @@ class _Session:
     def add(self, kernel: str, grid: tuple[int, int], block: int, *arguments: np.generic, shared: int = 0) -> None:
         self._launches.append(_Launch(f"gemmlet::{kernel}", (*grid, 1), block, arguments, shared))
 
-    def _tiles(self, rows: int, columns: int, depth: int) -> _Tiles:
+    def _tiles(self, rows: int, columns: int, depth: int, least_warps: int = 1) -> _Tiles:
         """The tiles of a product."""
         kind = _kind_of_tile(rows, columns)
         side = _TILES[kind]
         threads, numbers = _WIDE_THREADS, _WIDE_NUMBERS
+        grid = _pieces(rows, side), _pieces(columns, side)
         if kind != "WideTile":
             # Each warp takes so many numbers of the depth at a time: as few turns as the largest block allows, and no
             # more warps than that. One for each of its results a block must have.
-            at_a_time, most_warps = (16, 16) if side == 8 else (8, 8)
+            at_a_time = (16 if side == 8 else 4) * (16 // self.dtype.itemsize)
+            most_warps = 16 if grid[0] * grid[1] <= MOST_LARGE_BLOCKS else 8
             turns = _pieces(depth, at_a_time * most_warps)
-            warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns))
+            warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns), least_warps)
             threads, numbers = 32 * warps, warps * side * side
-        grid = _pieces(rows, side), _pieces(columns, side)
         return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * self.dtype.itemsize)
 
     def input_of_samples(self, x: Any) -> _Input:
@@ -439,10 +457,12 @@ class _Session:
             averages=self.stacks[0].averages,
         )
 
-    def forward_arguments(self, stack: _Stack, layer: int, given: _Input, rows: int) -> tuple[_Tiles, np.void]:
+    def forward_arguments(
+        self, stack: _Stack, layer: int, given: _Input, rows: int, least_warps: int = 1
+    ) -> tuple[_Tiles, np.void]:
         """How one layer is launched, and what of itself it is told."""
         inputs, outputs = stack.widths[layer : layer + 2]
-        return self._tiles(rows, outputs, inputs), _filled(
+        return self._tiles(rows, outputs, inputs, least_warps), _filled(
             self.structs.forward,
             input=given.value,
             layer=stack.layer(self.state, layer),
@@ -564,46 +584,73 @@ class _Session:
         losses: Sequence[float],
         noise: Array | None = None,
         decay: NDArray[np.float64] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[list[float], int]:
-        """All steps of a call; the sums of the losses, those given included, and how many rows were right."""
+        """All steps of a call; the sums of the losses, those given included, and how many rows were right.
+
+        The networks' arrays are older than the state then, until `write_back`.
+        """
         full, rest = divmod(len(order), batch)
         # Before anything is sent, as it takes time, and may fail.
         runs = self._runs(batch, full) + self._runs(rest, 1 if rest else 0)
         numbers = [network.scalars for network in networks]
-        extras = [order, *numbers, *(a for a in (noise, decay) if a is not None)]
-        places, end = [], self._state_bytes
-        for array in extras:
-            places.append(end)
-            end += _pieces(array.nbytes, 16) * 16
-        if len(self._host) < end:
-            self._host = np.zeros(end, np.uint8)
-        for array, place in zip(extras, places, strict=True):
-            flat = self._host[place : place + array.nbytes].view(array.dtype)
-            flat[...] = array.reshape(-1)
-        state = self._host[: self._state_bytes]
-        for stack, network in zip(self.stacks, networks, strict=True):
-            for array, copy in stack.copies(network, state):
+        places, own_bytes = self._place(order, *numbers, *(() if decay is None else (decay,)))
+        there = None if noise is None else self.device.empty(noise.shape, noise.dtype)
+        if self._ahead and not _same_arrays(self._ahead, networks):
+            self.write_back()
+        sent = self._host[: _PROGRESS.itemsize] if self._ahead else self._host
+        if not self._ahead:
+            for array, copy in self._copies(networks):
                 copy[...] = array
-        progress = state[: _PROGRESS.itemsize].view(_PROGRESS)
+        progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
         progress["order"], progress["batch"], progress["next"], progress["right"] = places[0], batch, 0, 0
-        progress["numbers"][0, : len(numbers)] = places[1 : 1 + len(numbers)]
+        progress["numbers"][0, : len(networks)] = places[1 : 1 + len(networks)]
         if noise is not None:
-            progress["noise"], progress["decay"] = places[-2:]
+            progress["noise"], progress["decay"] = address(there), places[-1]
         progress["loss"][0, : len(losses)] = losses
 
-        (begin,) = self.device.kernels(SOURCE, [f"gemmlet::begin<{_BEGIN_THREADS}>"])
-        sent = self.device.upload(self._host[:end])
-        packs = self._state_bytes // 16
-        arguments = np.uint64(address(sent)), np.uint64(self.state), np.int64(packs)
-        blocks = min(_pieces(packs, _BEGIN_THREADS), 1024)
-        self.device.launch(begin, (blocks, 1, 1), _BEGIN_THREADS, arguments)
-        for graph, times in runs:
-            graph.replay(times)
-        self.device.download(self._state, state)
-        for stack, network in zip(self.stacks, networks, strict=True):
-            for array, copy in stack.copies(network, state):
-                array[...] = copy
+        try:
+            self.device.upload(sent, self._state[: len(sent)])
+            self.device.upload(self._own_host[:own_bytes], self._own[:own_bytes])
+            if noise is not None:
+                self.device.upload(np.ascontiguousarray(noise), there)
+            self._ahead = networks
+            for graph, times in runs:
+                graph.replay(times)
+            if meanwhile is not None:
+                meanwhile()
+        except BaseException:
+            # What is sent from must not change, or go, before it has been sent.
+            self.device.synchronize()
+            raise
+        self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
         return [float(value) for value in progress["loss"][0, : len(losses)]], int(progress["right"][0])
+
+    def _place(self, *arrays: Array) -> tuple[list[int], int]:
+        """Copy what belongs to a call to where it is sent from: its addresses on the GPU, and how many bytes it is."""
+        places, end = [], 0
+        for array in arrays:
+            places.append(end)
+            end += _pieces(array.nbytes, 16) * 16
+        if len(self._own_host) < end:
+            self._own = self.device.empty((end,), np.uint8)
+            self._own_host = self.device.empty_pinned((end,), np.uint8)
+        for array, place in zip(arrays, places, strict=True):
+            self._own_host[place : place + array.nbytes].view(array.dtype)[...] = array.reshape(-1)
+        return [address(self._own) + place for place in places], end
+
+    def _copies(self, networks: Sequence[FusedNetwork]) -> Iterator[tuple[Array, Array]]:
+        """Each array of the networks, and the view of the state on the CPU that belongs to it."""
+        for stack, network in zip(self.stacks, networks, strict=True):
+            yield from stack.copies(network, self._host)
+
+    def write_back(self) -> None:
+        """Copy the state into the networks' arrays, if it is newer than they are."""
+        if self._ahead:
+            self.device.download(self._state, self._host)
+            for array, copy in self._copies(self._ahead):
+                array[...] = copy
+            self._ahead = ()
 
     def _runs(self, rows: int, steps: int) -> list[tuple[Graph, int]]:
         """What does so many steps of so many rows, and how often."""
@@ -632,9 +679,11 @@ class _Session:
         kernels = [device.kernels(SOURCE, [launch.kernel])[0] for launch in launches]
 
         def record() -> None:
-            for _ in range(times):
-                for kernel, launch in zip(kernels, launches, strict=True):
-                    device.launch(kernel, launch.grid, launch.block, launch.arguments, launch.shared)
+            for step in range(times):
+                for place, (kernel, launch) in enumerate(zip(kernels, launches, strict=True)):
+                    device.launch(
+                        kernel, launch.grid, launch.block, launch.arguments, launch.shared, overlaps=step + place > 0
+                    )
 
         return device.record(record)
 
@@ -681,11 +730,26 @@ class _OneKernel:
 def _session(feed: ResidentFeed, key: tuple[Any, ...], rows: int, make: Callable[[], _Session]) -> _Session:
     """The session for these settings on this feed, if it has space for so many rows; else a new one."""
     session = feed.sessions.get(key)
+    for other in feed.sessions.values():
+        if other is not session or session.capacity < rows:
+            other.write_back()
     if session is None or session.capacity < rows:
         # First of all the old one's memory is given back.
         feed.sessions.pop(key, None)
         session = feed.sessions[key] = make()
     return session
+
+
+def _same_arrays(networks: Sequence[FusedNetwork], others: Sequence[FusedNetwork]) -> bool:
+    """Whether networks of one shape have the very same arrays, and not only equal ones."""
+
+    def arrays(networks: Sequence[FusedNetwork]) -> Iterator[Any]:
+        for network in networks:
+            for layer in network.layers:
+                yield from (layer.weight, *layer.weight_state, layer.weight_average)
+                yield from (layer.bias, *layer.bias_state, layer.bias_average)
+
+    return all(a is b for a, b in zip(arrays(networks), arrays(others), strict=True))
 
 
 def _shape(network: FusedNetwork) -> tuple[Any, ...]:
@@ -755,6 +819,7 @@ def train_mlp(device: Device, run: MlpRun) -> tuple[float, int]:
     """See `NumpyBackend.train_mlp`."""
     if not len(run.order):
         return run.loss_sum, 0
+    held = isinstance(run.feed, ResidentFeed)
     feed, targets = hold(device, run.feed, run.targets)
     run, batch = run._replace(feed=feed, targets=targets), min(run.batch, len(run.order))
     session = _session(
@@ -763,7 +828,9 @@ def train_mlp(device: Device, run: MlpRun) -> tuple[float, int]:
         batch,
         lambda: _MlpSession(device, run, batch),
     )
-    losses, right = session.train([run.network], run.order, batch, [run.loss_sum])
+    losses, right = session.train([run.network], run.order, batch, [run.loss_sum], meanwhile=run.meanwhile)
+    if not held:
+        session.write_back()
     return losses[0], right
 
 
@@ -802,7 +869,8 @@ class _GanSession(_Session):
             shift=self.shift,
             rows=address(self.seen[rows:]),
         )
-        tiles, p = self.forward_arguments(g, 0, noise, rows)
+        # (Samples are gathered by blocks of that size, too.)
+        tiles, p = self.forward_arguments(g, 0, noise, rows, least_warps=8)
         tile_rows, tile_columns = tiles.grid
         grid = tile_rows, tile_columns + _pieces(rows + 1, tile_rows)
         kernel = f"first_forward_and_gather<{self.type}, {CPP_TYPES[self.x.dtype.name]}, {tiles.kind}>"
@@ -833,6 +901,7 @@ def train_gan(device: Device, run: GanRun) -> tuple[float, float]:
     """See `NumpyBackend.train_gan`."""
     if not len(run.order):
         return run.loss_sums
+    held = isinstance(run.feed, ResidentFeed)
     feed, _ = hold(device, run.feed)
     run, batch = run._replace(feed=feed), min(run.batch, len(run.order))
     networks = run.generator, run.discriminator
@@ -842,5 +911,7 @@ def train_gan(device: Device, run: GanRun) -> tuple[float, float]:
         batch,
         lambda: _GanSession(device, run, batch),
     )
-    losses, _ = session.train(networks, run.order, batch, run.loss_sums, run.noise, run.decay)
+    losses, _ = session.train(networks, run.order, batch, run.loss_sums, run.noise, run.decay, run.meanwhile)
+    if not held:
+        session.write_back()
     return losses[0], losses[1]

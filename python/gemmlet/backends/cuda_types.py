@@ -22,6 +22,10 @@ INTEGERS = {
 }
 CPP_TYPES = FLOATS | INTEGERS
 
+# As many states and numbers as the kernels of optimizers take.
+RULE_STATES = 2
+RULE_NUMBERS = 9
+
 
 def address(array: Any) -> int:
     """Of an array's first element; 0 for None."""

@@ -77,6 +77,9 @@ class MlpRun(NamedTuple):
     batch : int
     loss_sum : float
         What the losses of the samples are added to.
+    meanwhile : callable or None
+        A backend whose processor would only wait for a GPU calls it while it does: it prepares the next call, and
+        raises nothing.
     """
 
     network: FusedNetwork
@@ -87,6 +90,7 @@ class MlpRun(NamedTuple):
     order: NDArray[np.int64]
     batch: int
     loss_sum: float
+    meanwhile: Callable[[], None] | None = None
 
 
 class GanRun(NamedTuple):
@@ -110,6 +114,8 @@ class GanRun(NamedTuple):
         Of the moving averages.
     loss_sums : (float, float)
         What the losses of generator and discriminator are added to.
+    meanwhile
+        As in `MlpRun`.
     """
 
     generator: FusedNetwork
@@ -124,6 +130,7 @@ class GanRun(NamedTuple):
     batch: int
     decay: NDArray[np.float64]
     loss_sums: tuple[float, float]
+    meanwhile: Callable[[], None] | None = None
 
 
 class NumpyBackend:
@@ -245,8 +252,22 @@ class NumpyBackend:
         return array
 
     def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
-        """Samples, and their targets if there are any, as the calls to come want them."""
+        """Samples, and their targets if there are any, as the calls to come want them.
+
+        What these calls change may stay on a GPU from one to the next: until `write_back` the arrays of their networks
+        are not to be looked at, and not to be changed.
+        """
         return feed, targets
+
+    def write_back(self, feed: Feed) -> None:
+        """Bring the arrays of the networks up to date that were trained on `feed`, which is `hold`'s."""
+
+    def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A new array on the CPU: page-locked, where a GPU copies from it faster and by itself.
+
+        Once it is given to a call, it is not to be changed before the call has returned.
+        """
+        return np.empty(shape, dtype)
 
     def train_mlp(self, run: MlpRun) -> tuple[float, int]:
         """Train on mini-batches; return `run.loss_sum` with their losses added, and how many answers were right."""

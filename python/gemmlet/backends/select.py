@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,19 @@ def of(array: Any) -> NumpyBackend:
     if type(array) is np.ndarray:
         return current()
     return load("cuda")
+
+
+def _declines(*_: Any) -> None:
+    """What stands for a quick function that is not there."""
+
+
+def quick_on_gpu(name: str) -> Callable[..., Any]:
+    """Return the quick function of a kernel for arrays on a GPU, which are computed there whatever is in use.
+
+    It declines everything before the first array on a GPU has come.
+    """
+    cuda = _loaded.get("cuda")
+    return _declines if cuda is None else cuda.quick.get(name, _declines)
 
 
 class use_backend:  # noqa: N801 - it is used as a function

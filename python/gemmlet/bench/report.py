@@ -12,21 +12,10 @@ from rich.table import Table
 from .results import TIME, Change, Results, Row, compare, differences
 from .sides import OURS, SIDES
 from .targets import TARGETS, Verdict, verdict
+from .timing import duration
 
 LOST = "▼"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-
-
-def duration(seconds: float) -> str:
-    """Return a time with three digits and its unit."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * factor >= 1.0:
-            return f"{_three_digits(seconds * factor)} {unit}"
-    return f"{_three_digits(seconds * 1e9)} ns"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _amount(value: float, measure: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .results import Row
 from .sides import OURS
+from .timing import duration
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Limit:
     @property
     def required(self) -> str:
         """What is required, in words."""
-        return f"at most {self.seconds * 1e3:g} ms, median"
+        return f"at most {duration(self.seconds)}, median"
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def verdict(target: Target | Limit, rows: Iterable[Row]) -> Verdict:
 
     if isinstance(target, Limit):
         times = [row.percentile(OURS, 50) for row in chosen if row.measured(OURS)]
-        return say(f"{max(times) * 1e3:.1f} ms", max(times) <= target.seconds) if times else say("not measured", None)
+        return say(duration(max(times)), max(times) <= target.seconds) if times else say("not measured", None)
     ratios: dict[str, float] = {}
     for row in chosen:
         if target.side in row.sides and row.sides[target.side].failed is not None:

@@ -231,3 +231,15 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     neighbour on the same machine, cancels out, which it does not in the ratio of two medians.
     """
     return float(np.median(np.asarray(theirs) / np.asarray(ours)))
+
+
+def duration(seconds: float) -> str:
+    """Return a time with three digits and its unit."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 1.0:
+            return f"{_three_digits(seconds * factor)} {unit}"
+    return f"{_three_digits(seconds * 1e9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

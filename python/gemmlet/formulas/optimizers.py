@@ -86,6 +86,22 @@ def adam_scalars(
     return step_size, beta1, beta2, 1.0 - beta1, 1.0 - beta2, eps, correction, l2, shrink
 
 
+def adam_table(
+    step: int, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
+) -> NDArray[np.float64]:
+    """The same numbers at the steps from `step` on, a row for each of `rates`: the same bits, and sooner."""
+    # Powers are Python's: NumPy's own are others in the last place.
+    powers = [np.array([beta**s for s in range(step, step + len(rates))]) for beta in (beta1, beta2)]
+    column = OPTIMIZER_RULES["adam"].scalars.index
+    table = np.empty((len(rates), len(OPTIMIZER_RULES["adam"].scalars)))
+    table[:] = adam_scalars(step, float(rates[0]), beta1, beta2, eps, weight_decay, decoupled)
+    table[:, column("step_size")] = rates / (1.0 - powers[0])
+    table[:, column("correction")] = 1.0 / np.sqrt(1.0 - powers[1])
+    if decoupled:
+        table[:, column("shrink")] = 1.0 - rates * weight_decay
+    return table
+
+
 OPTIMIZER_RULES: dict[str, OptimizerRule] = {
     entry.name: entry
     for entry in (

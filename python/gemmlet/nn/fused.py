@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +37,16 @@ _REFUSALS = (TypeError, ValueError, MemoryError)
 
 
 class Pace:
-    """How many steps to take in a call, from how long the last one took."""
+    """How many steps to take in a call, from how long those before it took.
+
+    Attributes
+    ----------
+    steps, following : int
+        In the next call, and in the one after it: which is prepared while that one runs.
+    """
 
     def __init__(self) -> None:
-        self.steps = 1
+        self.steps = self.following = 1
         self._started = 0.0
 
     def start(self) -> None:
@@ -49,7 +56,32 @@ class Pace:
     def stop(self, done: int) -> None:
         """It has ended, and took so many steps: fewer than it might have, at the end of an epoch."""
         seconds = max(time.perf_counter() - self._started, 1e-6)
-        self.steps = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self.steps))
+        self.steps, self.following = (
+            self.following,
+            max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self.following)),
+        )
+
+
+Meanwhile = Callable[[], None]
+
+
+class Steps(NamedTuple):
+    """Fused training of the networks of one `fit`.
+
+    Attributes
+    ----------
+    take : callable
+        Takes some steps; what it takes and gives, `mlp_steps` and `gan_steps` say.
+    write_back : callable
+        Brings weights, optimizer states and averages up to date, which `take` may leave on a GPU: before anybody looks
+        at them, and when `fit` ends, however it does.
+    empty_pinned : callable
+        As of backends.
+    """
+
+    take: Callable[..., Any]
+    write_back: Callable[[], None]
+    empty_pinned: Callable[[tuple[int, ...], np.dtype[Any]], Array]
 
 
 def _network(dense: Dense, plan: Plan, average: Dense | None = None) -> FusedNetwork:
@@ -83,11 +115,12 @@ def _can(
 
 def mlp_steps(
     dense: Dense, loss: str, row_weight: float, samples: Samples, targets: Array, rule: Optimizer
-) -> Callable[[Order, int, Factors, float], tuple[float, int] | None] | None:
-    """Return ``steps(order, batch_size, lr_factors, loss_sum) -> (loss_sum, right)``; None if the backend has no such.
+) -> Steps | None:
+    """Return ``take(order, batch_size, lr_factors, loss_sum, meanwhile) -> (loss_sum, right)``; or None.
 
-    `steps` itself returns None, and does nothing, where a callback has given some parameters more updates than others.
-    `lr_factors` has one for each mini-batch, see `Optimizer.plan`.
+    None if the backend has no such. `take` itself returns None, and does nothing, where a callback has given some
+    parameters more updates than others. `lr_factors` has one for each mini-batch, see `Optimizer.plan`; what
+    `meanwhile` is, see `MlpRun`.
 
     `loss` is ``"softmax_cross_entropy"`` or an elementwise one, whose sum over a row counts `row_weight` times.
     """
@@ -96,12 +129,14 @@ def mlp_steps(
         return None
     feed, wanted = backend.hold(samples.feed(SPARSE_BELOW), np.ascontiguousarray(targets))
 
-    def steps(order: Order, batch: int, lr_factors: Factors, loss_sum: float) -> tuple[float, int] | None:
+    def take(
+        order: Order, batch: int, lr_factors: Factors, loss_sum: float, meanwhile: Meanwhile
+    ) -> tuple[float, int] | None:
         plan = rule.plan(dense.parameters, lr_factors)
         if plan is None:
             return None
         network = _network(dense, plan)
-        run = MlpRun(network, feed, wanted, loss, row_weight, order, min(batch, len(order)), loss_sum)
+        run = MlpRun(network, feed, wanted, loss, row_weight, order, min(batch, len(order)), loss_sum, meanwhile)
         trained = True
         try:
             return backend.train_mlp(run)
@@ -113,7 +148,7 @@ def mlp_steps(
             if trained:
                 rule.planned(dense.parameters, len(lr_factors))
 
-    return steps
+    return Steps(take, partial(backend.write_back, feed), backend.empty_pinned)
 
 
 @dataclass(frozen=True)
@@ -134,8 +169,8 @@ def gan_steps(
     non_saturating: bool,
     generator_rule: Optimizer,
     discriminator_rule: Optimizer,
-) -> Callable[[Order, int, Factors, Array, Array, tuple[float, float]], tuple[float, float] | None] | None:
-    """Return ``steps(order, batch_size, lr_factors, noise, decay, loss_sums) -> loss_sums``, or None as above.
+) -> Steps | None:
+    """Return ``take(order, batch_size, lr_factors, noise, decay, loss_sums, meanwhile) -> loss_sums``; or None.
 
     `decay` has a number for each step; losses are the generator's and the discriminator's.
     """
@@ -146,8 +181,14 @@ def gan_steps(
         return None
     feed, _ = backend.hold(samples.feed(0.0), None)
 
-    def steps(
-        order: Order, batch: int, lr_factors: Factors, noise: Array, decay: Array, loss_sums: tuple[float, float]
+    def take(
+        order: Order,
+        batch: int,
+        lr_factors: Factors,
+        noise: Array,
+        decay: Array,
+        loss_sums: tuple[float, float],
+        meanwhile: Meanwhile,
     ) -> tuple[float, float] | None:
         g = generator_rule.plan(generator.parameters, lr_factors)
         d = discriminator_rule.plan(discriminator.parameters, lr_factors)
@@ -155,7 +196,7 @@ def gan_steps(
             return None
         run = GanRun(
             _network(generator, g, networks.average), _network(discriminator, d), feed, scale, shift, noise,
-            real_target, non_saturating, order, min(batch, len(order)), decay, loss_sums,
+            real_target, non_saturating, order, min(batch, len(order)), decay, loss_sums, meanwhile,
         )  # fmt: skip
         trained = True
         try:
@@ -168,4 +209,4 @@ def gan_steps(
                 generator_rule.planned(generator.parameters, len(lr_factors))
                 discriminator_rule.planned(discriminator.parameters, len(lr_factors))
 
-    return steps
+    return Steps(take, partial(backend.write_back, feed), backend.empty_pinned)

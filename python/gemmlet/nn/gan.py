@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -14,15 +15,20 @@ from numpy.typing import DTypeLike, NDArray
 from .. import _arguments as arguments
 from .. import _arrays as arrays
 from .. import kernels
+from .._threads import get_num_threads
 from ..backends import select
 from . import _checks as checks
 from . import files
 from .dense import Dense, Record, activation_name
-from .fused import GanNetworks, Pace, gan_steps
+from .fused import GanNetworks, Pace, Steps, gan_steps
+from .normals import fill_normal
 from .optimizers import Adam, Optimizer, Schedule, as_optimizer, lr_factors, make_optimizer
-from .training import CALLBACK_EVERY, CHUNK, GANHistory, GANProgress, Samples, StopTraining, sample_order, slices
+from .training import CALLBACK_EVERY, CHUNK, Ahead, GANHistory, GANProgress, Samples, StopTraining, sample_order, slices
 
 Array = NDArray[Any]
+
+# Which draw noise while a GPU trains: enough to be done earlier.
+_DRAWING_THREADS = 4
 
 LOSSES = ("non_saturating", "minimax")
 GENERATOR_OUTPUTS = ("tanh", "sigmoid")
@@ -253,56 +259,78 @@ class GAN:
         batches = math.ceil(len(samples) / size)
         steps = self._fused_steps(samples, rule, other)
         one_by_one = steps is None or (callback is not None and every == "batch")
-        pace = Pace()
-        for epoch in range(1, epochs + 1):
-            generator_sum, discriminator_sum, seen, batch = 0.0, 0.0, 0, 0
-            order = sample_order(len(samples), rng)
-            stopped = False
-            while batch < batches and not stopped:
-                where = order[seen : seen + size * (1 if one_by_one else pace.steps)]
-                noise = self._draw(self._training_noise, len(where))
-                done = math.ceil(len(where) / size)
-                factors = lr_factors(lr_schedule, (epoch - 1) * batches + batch, done, epochs * batches)
-                fused = None
-                if steps is not None:
-                    decay = np.array([self._decay(self.steps + i) for i in range(1, done + 1)])
-                    # Counted before: Ctrl-C comes as the call returns, its steps done.
-                    self.steps += done
-                    pace.start()
-                    try:
-                        fused = steps(where, size, factors, noise, decay, (generator_sum, discriminator_sum))
-                    except (TypeError, ValueError, MemoryError):
-                        self.steps -= done
-                        raise
-                    pace.stop(done)
-                    if fused is None:
-                        self.steps -= done
-                if fused is not None:
-                    generator_sum, discriminator_sum = fused
-                else:
-                    # From now on no more noise is drawn than a step uses: what is learnt shall not depend on the pace.
-                    one_by_one, where = True, where[:size]
-                    losses = self._step(self._scaled(samples.batch(where)), noise[:size], rule, other, factors[0])
-                    generator_sum += losses[0] * len(where)
-                    discriminator_sum += losses[1] * len(where)
-                seen += len(where)
-                batch += math.ceil(len(where) / size)
-                if callback is not None and (batch == batches or every != "epoch"):
-                    means = generator_sum / seen, discriminator_sum / seen
-                    try:
-                        callback(GANProgress(epoch, epochs, batch, batches, *means, batch == batches))
-                    except StopTraining:
-                        stopped = True
-            history.generator_loss.append(generator_sum / seen)
-            history.discriminator_loss.append(discriminator_sum / seen)
-            if verbose:
-                print(
-                    f"epoch {epoch}/{epochs}  generator loss {history.generator_loss[-1]:.4f}  "
-                    f"discriminator loss {history.discriminator_loss[-1]:.4f}",
-                    flush=True,
-                )
-            if stopped:
-                break
+        pace, orders = Pace(), Ahead(rng, sample_order)
+        by_threads = None if steps is None else partial(self._draw_by_threads, steps)
+        noises = Ahead(self._training_noise, self._draw, by_threads)
+
+        def prepare(epoch: int, rest: int) -> None:
+            """Of the call after one that leaves so many samples of its epoch."""
+            if not rest and epoch < epochs:
+                rest = len(samples)
+                orders.prepare(rest)
+            if rest:
+                noises.prepare(min(rest, size * (1 if one_by_one else pace.following)))
+
+        def write_back() -> None:
+            if steps is not None:
+                steps.write_back()
+
+        try:
+            for epoch in range(1, epochs + 1):
+                generator_sum, discriminator_sum, seen, batch = 0.0, 0.0, 0, 0
+                order = orders.take(len(samples))
+                stopped = False
+                while batch < batches and not stopped:
+                    where = order[seen : seen + size * (1 if one_by_one else pace.steps)]
+                    noise = noises.take(len(where))
+                    done = math.ceil(len(where) / size)
+                    factors = lr_factors(lr_schedule, (epoch - 1) * batches + batch, done, epochs * batches)
+                    fused = None
+                    if steps is not None:
+                        decay, rest = self._decay(self.steps + np.arange(1, done + 1)), len(samples) - seen - len(where)
+                        # Counted before: Ctrl-C comes as the call returns, its steps done.
+                        self.steps += done
+                        pace.start()
+                        try:
+                            sums = generator_sum, discriminator_sum
+                            fused = steps.take(where, size, factors, noise, decay, sums, partial(prepare, epoch, rest))
+                        except (TypeError, ValueError, MemoryError):
+                            self.steps -= done
+                            raise
+                        pace.stop(done)
+                        if fused is None:
+                            self.steps -= done
+                    if fused is not None:
+                        generator_sum, discriminator_sum = fused
+                    else:
+                        # From now on no more noise is drawn than a step uses: what is learnt shall not depend on
+                        # the pace.
+                        one_by_one, where = True, where[:size]
+                        write_back()
+                        losses = self._step(self._scaled(samples.batch(where)), noise[:size], rule, other, factors[0])
+                        generator_sum += losses[0] * len(where)
+                        discriminator_sum += losses[1] * len(where)
+                    seen += len(where)
+                    batch += math.ceil(len(where) / size)
+                    if callback is not None and (batch == batches or every != "epoch"):
+                        means = generator_sum / seen, discriminator_sum / seen
+                        write_back()
+                        try:
+                            callback(GANProgress(epoch, epochs, batch, batches, *means, batch == batches))
+                        except StopTraining:
+                            stopped = True
+                history.generator_loss.append(generator_sum / seen)
+                history.discriminator_loss.append(discriminator_sum / seen)
+                if verbose:
+                    print(
+                        f"epoch {epoch}/{epochs}  generator loss {history.generator_loss[-1]:.4f}  "
+                        f"discriminator loss {history.discriminator_loss[-1]:.4f}",
+                        flush=True,
+                    )
+                if stopped:
+                    break
+        finally:
+            write_back()
         history.seconds = time.perf_counter() - start
         return history
 
@@ -322,7 +350,7 @@ class GAN:
         self._update_average()
         return generator_loss, discriminator_loss
 
-    def _fused_steps(self, samples: Samples, rule: Optimizer, other: Optimizer) -> Any:
+    def _fused_steps(self, samples: Samples, rule: Optimizer, other: Optimizer) -> Steps | None:
         """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
         average = None if self._average is self._generator else self._average
         scale, shift = (2.0, -1.0) if self.generator_output == "tanh" else (1.0, 0.0)
@@ -337,14 +365,14 @@ class GAN:
             other,
         )
 
-    def _decay(self, steps: int) -> float:
-        """Of the moving average after so many steps: at first it follows closely."""
-        return min(self.ema_decay, (1 + steps) / (10 + steps))
+    def _decay(self, steps: Any) -> Any:
+        """Of the moving average after so many steps, a number or an array: at first it follows closely."""
+        return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
 
     def _update_average(self) -> None:
         if self._average is self._generator:
             return
-        decay = self._decay(self.steps)
+        decay = float(self._decay(self.steps))
         for average, param in zip(self._average.parameters, self._generator.parameters, strict=True):
             average *= decay
             average += (1.0 - decay) * param
@@ -459,6 +487,12 @@ class GAN:
     def _draw(self, rng: np.random.Generator, n: int) -> Array:
         # Drawn in float64 for either dtype, so that both get the same numbers.
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
+
+    def _draw_by_threads(self, steps: Steps, rng: np.random.Generator, n: int) -> Array:
+        """The same, where a GPU takes it from."""
+        noise = steps.empty_pinned((n, self.latent_dim), self.dtype)
+        fill_normal(rng, noise.reshape(-1), min(get_num_threads(), _DRAWING_THREADS))
+        return noise
 
     # Arguments.
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -17,9 +18,9 @@ from .. import kernels
 from . import _checks as checks
 from . import files
 from .dense import Dense, activation_name, activation_number
-from .fused import Pace, mlp_steps
+from .fused import Pace, Steps, mlp_steps
 from .optimizers import SGD, Optimizer, Schedule, as_optimizer, lr_factors, make_optimizer
-from .training import CALLBACK_EVERY, CHUNK, History, Progress, Samples, StopTraining, sample_order, slices
+from .training import CALLBACK_EVERY, CHUNK, Ahead, History, Progress, Samples, StopTraining, sample_order, slices
 
 Array = NDArray[Any]
 
@@ -199,45 +200,62 @@ class MLP:
         batches = math.ceil(len(samples) / size)
         steps = self._fused_steps(samples, targets, rule)
         one_by_one = steps is None or (callback is not None and every == "batch")
-        pace = Pace()
-        for epoch in range(1, epochs + 1):
-            loss_sum, correct, seen, batch = 0.0, 0.0, 0, 0
-            order = sample_order(len(samples), rng)
-            done = False
-            try:
-                while not done:
-                    where = order[seen : seen + size * (1 if one_by_one else pace.steps)]
-                    count = math.ceil(len(where) / size)
-                    factors = lr_factors(lr_schedule, (epoch - 1) * batches + batch, count, epochs * batches)
-                    fused = None
-                    if steps is not None:
-                        pace.start()
-                        fused = steps(where, size, factors, loss_sum)
-                        pace.stop(count)
-                    if fused is not None:
-                        loss_sum, right = fused
-                    else:
-                        where = where[:size]
-                        loss, right = self._step(samples.batch(where), targets[where], rule, factors[0])
-                        loss_sum += loss * len(where)
-                    seen += len(where)
-                    correct += right
-                    batch += math.ceil(len(where) / size)
-                    if batch == batches:
-                        done = True
-                        scores = (None, None) if validation is None else self._evaluate(*validation)
-                        self._log(history, epoch, epochs, loss_sum / seen, correct / seen, scores, verbose)
-                    else:
-                        scores = (None, None)
-                    if callback is not None and (done or every != "epoch"):
-                        callback(
-                            Progress(epoch, epochs, batch, batches, loss_sum / seen, correct / seen, done, *scores)
-                        )
-            except StopTraining:
-                if not done:
-                    unknown = (None, None) if validation is None else (math.nan, math.nan)
-                    self._log(history, epoch, epochs, loss_sum / seen, correct / seen, unknown, verbose)
-                break
+        pace, orders = Pace(), Ahead(rng, sample_order)
+
+        def prepare(epoch: int, rest: int) -> None:
+            """Of the call after one that leaves so many samples of its epoch."""
+            if not rest and epoch < epochs:
+                orders.prepare(len(samples))
+
+        def write_back() -> None:
+            if steps is not None:
+                steps.write_back()
+
+        try:
+            for epoch in range(1, epochs + 1):
+                loss_sum, correct, seen, batch = 0.0, 0.0, 0, 0
+                order = orders.take(len(samples))
+                done = False
+                try:
+                    while not done:
+                        where = order[seen : seen + size * (1 if one_by_one else pace.steps)]
+                        count = math.ceil(len(where) / size)
+                        factors = lr_factors(lr_schedule, (epoch - 1) * batches + batch, count, epochs * batches)
+                        fused = None
+                        if steps is not None:
+                            rest = len(samples) - seen - len(where)
+                            pace.start()
+                            fused = steps.take(where, size, factors, loss_sum, partial(prepare, epoch, rest))
+                            pace.stop(count)
+                        if fused is not None:
+                            loss_sum, right = fused
+                        else:
+                            write_back()
+                            where = where[:size]
+                            loss, right = self._step(samples.batch(where), targets[where], rule, factors[0])
+                            loss_sum += loss * len(where)
+                        seen += len(where)
+                        correct += right
+                        batch += math.ceil(len(where) / size)
+                        scores: tuple[float | None, float | None] = (None, None)
+                        if batch == batches:
+                            done = True
+                            if validation is not None:
+                                write_back()
+                                scores = self._evaluate(*validation)
+                            self._log(history, epoch, epochs, loss_sum / seen, correct / seen, scores, verbose)
+                        if callback is not None and (done or every != "epoch"):
+                            write_back()
+                            callback(
+                                Progress(epoch, epochs, batch, batches, loss_sum / seen, correct / seen, done, *scores)
+                            )
+                except StopTraining:
+                    if not done:
+                        unknown = (None, None) if validation is None else (math.nan, math.nan)
+                        self._log(history, epoch, epochs, loss_sum / seen, correct / seen, unknown, verbose)
+                    break
+        finally:
+            write_back()
         history.seconds = time.perf_counter() - start
         return history
 
@@ -248,9 +266,7 @@ class MLP:
             rule.update(param, grad, lr_factor=lr_factor)
         return loss, right
 
-    def _fused_steps(
-        self, samples: Samples, targets: Array, rule: Optimizer
-    ) -> Callable[[NDArray[np.int64], int, NDArray[np.float64], float], tuple[float, float] | None] | None:
+    def _fused_steps(self, samples: Samples, targets: Array, rule: Optimizer) -> Steps | None:
         """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
         loss, row_weight = {
             "softmax": ("softmax_cross_entropy", 1.0),
@@ -262,10 +278,10 @@ class MLP:
             return steps
 
         def without_classes(*arguments: Any) -> tuple[float, float] | None:
-            fused = steps(*arguments)
+            fused = steps.take(*arguments)
             return None if fused is None else (fused[0], math.nan)
 
-        return without_classes
+        return steps._replace(take=without_classes)
 
     @staticmethod
     def _log(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .. import _arguments as arguments
 from .. import kernels
 from .._memory import aligned_zeros
-from ..formulas.optimizers import OPTIMIZER_RULES, adam_numbers, adam_scalars, sgd_numbers
+from ..formulas.optimizers import OPTIMIZER_RULES, adam_numbers, adam_table, sgd_numbers
 from . import _checks as checks
 
 Array = NDArray[Any]
@@ -244,10 +244,8 @@ class Adam(Optimizer):
 
     def _numbers(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
-        first, *others = rates.tolist()
-        numbers = [adam_numbers(step, first, *settings)]  # which checks them, too
-        numbers += [adam_scalars(step + i, rate, *settings) for i, rate in enumerate(others, 1)]
-        return "adam", np.array(numbers)
+        first = adam_numbers(step, float(rates[0]), *settings)  # which checks them, too
+        return "adam", adam_table(step, rates, *settings) if len(rates) > 1 else np.array([first])
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,6 +229,62 @@ def slices(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def sample_order(n: int, rng: np.random.Generator | None) -> NDArray[np.int64]:
+def sample_order(rng: np.random.Generator | None, n: int) -> NDArray[np.int64]:
     """The order in which an epoch takes n samples: random if there is an `rng`."""
     return np.arange(n) if rng is None else rng.permutation(n)
+
+
+class Ahead:
+    """What a random generator gives, drawn before it is wanted.
+
+    The generator itself moves on only as something is taken: what was drawn in vain leaves no trace.
+
+    Parameters
+    ----------
+    rng : Generator or None
+        With None, nothing is drawn ahead.
+    draw : callable
+        ``draw(rng, n)`` returns an array.
+    draw_ahead : callable, optional
+        The same array, and the same state of `rng` after it, by other means.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator | None,
+        draw: Callable[[Any, int], Array],
+        draw_ahead: Callable[[Any, int], Array] | None = None,
+    ) -> None:
+        self._rng, self._draw, self._draw_ahead = rng, draw, draw_ahead or draw
+        self._other: np.random.Generator | None = None
+        # How many, the states before and after, and what was drawn.
+        self._prepared: tuple[int, Any, Any, Array] | None = None
+
+    def prepare(self, n: int) -> None:
+        """Draw n, which `take` will probably be asked for next."""
+        self._prepared = None
+        if self._rng is None:
+            return
+        try:
+            before = self._rng.bit_generator.state
+            self._other = self._other or copy_of(self._rng)
+            self._other.bit_generator.state = before
+            drawn = self._draw_ahead(self._other, n)
+            self._prepared = n, before, self._other.bit_generator.state, drawn
+        except Exception:
+            return  # `take` will raise it, where it belongs
+
+    def take(self, n: int) -> Array:
+        """Return n, just as `draw` gives them."""
+        prepared, self._prepared = self._prepared, None
+        if self._rng is None or prepared is None or prepared[:2] != (n, self._rng.bit_generator.state):
+            return self._draw(self._rng, n)
+        self._rng.bit_generator.state = prepared[2]
+        return prepared[3]
+
+
+def copy_of(rng: np.random.Generator) -> np.random.Generator:
+    """Return a generator that will give the same."""
+    other = type(rng.bit_generator)(0)
+    other.state = rng.bit_generator.state
+    return np.random.Generator(other)

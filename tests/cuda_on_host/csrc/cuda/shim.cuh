@@ -202,4 +202,49 @@ __global__ void quotients(const float* a, const float* b, float* q, int n) {
   if (i < n) q[i] = gemmlet::quotient(a[i], b[i]);
 }
 
+// What `boxes` leaves out or does wrong.
+enum Wrong {
+  nothing,
+  no_init,
+  no_fence,
+  no_sync,
+  no_wait,
+  two_arrivals,
+  fewer_bytes,
+  more_bytes,
+  overwritten,
+  odd_place
+};
+
+// A box of 8 rows of 64 numbers, from the second row and the third column on, as it lies in shared memory of each block
+// of a cluster. The first block copies it.
+template <int Wrong, int Cluster>
+__global__ void __launch_bounds__(64) __cluster_dims__(Cluster, 1, 1)
+    boxes(const __grid_constant__ gemmlet::ptx::TensorMap map, unsigned short* y) {
+  namespace ptx = gemmlet::ptx;
+  unsigned char* const memory = dynamic_shared<unsigned char>();
+  const int beyond = -ptx::address_bits(ptx::shared_address(memory)) & 1023;
+  const ptx::SharedAddress box = ptx::shared_address(memory) + beyond, barrier = box + 1024;
+  if (threadIdx.x == 0) {
+    if (Wrong != no_init) ptx::init_barrier(barrier, 1);
+    if (Wrong != no_fence) ptx::fence_barrier_init();
+    if (Wrong == overwritten) memory[beyond + 1024] ^= 1;
+  }
+  if (Wrong != no_sync) ptx::sync_cluster();
+  if (threadIdx.x == 0) {
+    ptx::arrive_expecting(barrier, Wrong == fewer_bytes ? 512 : Wrong == more_bytes ? 2048 : 1024);
+    if (Wrong == two_arrivals) ptx::arrive_at(barrier, blockIdx.x % Cluster);
+    if (blockIdx.x % Cluster == 0) {
+      if constexpr (Cluster == 1)
+        ptx::copy_box(box + (Wrong == odd_place ? 512 : 0), map, 2, 1, barrier);
+      else
+        ptx::copy_box_to_blocks(box, map, 2, 1, barrier, (1 << Cluster) - 1);
+    }
+  }
+  if (Wrong != no_wait) ptx::wait_for_phase(barrier, 0);
+  for (int i = threadIdx.x; i < 512; i += blockDim.x)
+    y[blockIdx.x * 512 + i] = reinterpret_cast<const unsigned short*>(memory + beyond)[i];
+  ptx::sync_cluster();
+}
+
 }  // namespace shim
