@@ -574,11 +574,14 @@ def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+FEW_PARTS = {"MOST_PARTS": 3, "MOST_BLOCKS": dict.fromkeys(cuda_backend.MOST_BLOCKS, 3)}
+
+
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that blocks go round."""
-    for name in ("MOST_PARTS", "MOST_BLOCKS", "ROW_BLOCKS"):
-        monkeypatch.setattr(cuda_backend, name, 3)
+    for name, few in FEW_PARTS.items():
+        monkeypatch.setattr(cuda_backend, name, few)
 
 
 @pytest.mark.parametrize("order", THREAD_ORDERS)
@@ -602,7 +605,8 @@ def found(mutant: Mutant, folder: pathlib.Path) -> bool:
 
 def each_in_a_child() -> None:
     """Print for each mutant how a process ended that has run its checks: they may write anywhere."""
-    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = cuda_backend.ROW_BLOCKS = 3
+    for name, few in FEW_PARTS.items():
+        setattr(cuda_backend, name, few)
     for number, mutant in enumerate(WRONG):
         child = os.fork()
         if child == 0:
@@ -636,7 +640,8 @@ def test_a_mutant_fails(number: int, ends: tuple[dict[int, int], str]) -> None:
 
 def under_thread_sanitizer() -> None:
     """Run the checks of all races, without a mutant and then with each."""
-    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = cuda_backend.ROW_BLOCKS = 3
+    for name, few in FEW_PARTS.items():
+        setattr(cuda_backend, name, few)
     for name in sorted({name for mutant in RACES for name in mutant.checks}):
         CHECKS[name](Run(HostDevice(), quick=True))
     for mutant in RACES:
