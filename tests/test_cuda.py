@@ -184,8 +184,7 @@ def test_16_bits_are_rounded_once(name: str, dtype: str) -> None:
 
 def allow_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let grids have so many at most, and the backend make what has a place for each of them anew."""
-    monkeypatch.setattr(cuda_backend, "MOST_BLOCKS", count)
-    monkeypatch.setattr(cuda_backend, "ROW_BLOCKS", count)
+    monkeypatch.setattr(cuda_backend, "MOST_BLOCKS", dict.fromkeys(cuda_backend.MOST_BLOCKS, count))
     monkeypatch.setattr(BACKEND, "_own", threading.local())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import os
 import pathlib
 import shutil
@@ -213,17 +212,16 @@ def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], Non
                 choices = [c for c in cuda_matmul.choose(run.device, *arrays, tf32) if c.tile.kernel == kernel]
                 if not choices:  # no tile takes what is misaligned, or lies so
                     continue
-                size = operator.attrgetter("rows", "columns")
-                used = {first((choice.tile for choice in choices), key=size)}
-                if kernel == "simt":  # whose last parameter is the number of stages: four are used in another way
-                    used.add(first((c.tile for c in choices if c.tile.parameters[-1] >= 4), key=size))
-                for tile, splits in itertools.product(used, {1} if run.quick else {1, 2}):
-                    if cuda_matmul.Choice(tile, splits) not in choices:
-                        continue
+                tile = first((choice.tile for choice in choices), key=lambda tile: tile.rows * tile.columns)
+                splits = {choice.splits for choice in choices if choice.tile == tile} & ({1} if run.quick else {1, 2})
+                used = [cuda_matmul.Choice(tile, count) for count in splits]
+                if kernel == "simt":  # of one slice and four stages: copies and barriers are in other places
+                    used.append(cuda_matmul.Choice(cuda_matmul.simt(dtype, 64, 64, 16, 8, 8, 1, 4, 0.0, 0.0), 1))
+                for choice in used:
                     out, kept = (run.place(np.full((m, n), np.nan, dtype), offset) for _ in range(2))
                     cuda_matmul.linear(
                         run.device, *arrays, run.place(b, offset), ACTIVATIONS["relu"], 0.0, out, kept,
-                        tf32=tf32, choice=cuda_matmul.Choice(tile, splits),
+                        tf32=tf32, choice=choice,
                     )  # fmt: skip
                     np.testing.assert_array_equal(run.device.view(kept), z.astype(dtype))
                     np.testing.assert_array_equal(run.device.view(out), np.maximum(z, 0).astype(dtype))
@@ -611,11 +609,14 @@ def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+FEW_PARTS = {"MOST_PARTS": 3, "MOST_BLOCKS": dict.fromkeys(cuda_backend.MOST_BLOCKS, 3)}
+
+
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that blocks go round."""
-    for name in ("MOST_PARTS", "MOST_BLOCKS", "ROW_BLOCKS"):
-        monkeypatch.setattr(cuda_backend, name, 3)
+    for name, few in FEW_PARTS.items():
+        monkeypatch.setattr(cuda_backend, name, few)
 
 
 @pytest.mark.parametrize("order", THREAD_ORDERS)
@@ -639,7 +640,8 @@ def found(mutant: Mutant, folder: pathlib.Path) -> bool:
 
 def each_in_a_child() -> None:
     """Print for each mutant how a process ended that has run its checks: they may write anywhere."""
-    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = cuda_backend.ROW_BLOCKS = 3
+    for name, few in FEW_PARTS.items():
+        setattr(cuda_backend, name, few)
     for number, mutant in enumerate(WRONG):
         child = os.fork()
         if child == 0:
@@ -673,7 +675,8 @@ def test_a_mutant_fails(number: int, ends: tuple[dict[int, int], str]) -> None:
 
 def under_thread_sanitizer() -> None:
     """Run the checks of all races, without a mutant and then with each."""
-    cuda_backend.MOST_PARTS = cuda_backend.MOST_BLOCKS = cuda_backend.ROW_BLOCKS = 3
+    for name, few in FEW_PARTS.items():
+        setattr(cuda_backend, name, few)
     for name in sorted({name for mutant in RACES for name in mutant.checks}):
         CHECKS[name](Run(HostDevice(), quick=True))
     for mutant in RACES:

@@ -3,8 +3,8 @@
 // Contract
 //   See matmul.cuh. A block computes a tile of rows x columns, a thread some rows x some columns of it, from tiles of
 //   both operands in shared memory, which copies that run ahead (cp.async) fill in turns, `stages` of them.
-//   16 bytes are copied at a time where the operand is packed along its lines and these are whole packs; else number by
-//   number, which takes any layout, and turns round what is contiguous along k.
+//   16 bytes are copied at a time where that is told (a_packed, b_packed): where the operand is packed along its lines and
+//   these are whole packs; else number by number, which takes any layout, and turns round what is contiguous along k.
 //   The order of a sum: a tile's depth is cut into `slices`, one for each group of warps. A slice adds its steps of
 //   every tile, first to last, by fused multiply-adds, beginning with 0; then the slices are added, first to last.
 #pragma once
@@ -30,13 +30,14 @@ struct SimtTile {
   static_assert(rows % warp_rows == 0 && columns % warp_columns == 0 && depth % slices == 0 && slice_depth % 2 == 0);
   static_assert(thread_rows % V == 0 && thread_columns % V == 0);
 
-  // The copies of a tile go out in parts, so that loads from shared memory need not wait behind them all; from one barrier
-  // to the next, that before step `barrier_step` + 1 is loaded. With stages enough it stands in the middle of a tile, which
-  // so is followed by a next one that has been there for long; else where the last step of a tile has been loaded, so that
-  // the tile itself can be written over. Then or before, as many tiles have been copied `ahead`.
-  static constexpr bool has_spare = stages >= 4;
+  // The copies of a large tile go out in parts, from one barrier to the next, so that loads from shared memory need not wait
+  // behind them all; those of a small one at once, to arrive in time. The barrier is passed before step `barrier_step` + 1
+  // is loaded. With a spare stage it stands in the middle of a tile: the next one has been there for long when it is
+  // needed. Else it stands where the last step of a tile has been loaded, so that the tile itself can be written over.
+  // `ahead`: how many tiles have been copied at the barrier, of those behind the one that it stands in.
+  static constexpr bool has_spare = stages >= 4 && slices == 1;
   static constexpr int barrier_step = has_spare ? slice_depth / 2 : slice_depth - 1, ahead = stages - 1 - has_spare;
-  static constexpr int parts = slice_depth >= 16 ? 4 : 2, part_steps = slice_depth / parts;
+  static constexpr int parts = slices > 1 ? 1 : slice_depth >= 16 ? 8 : 2, part_steps = slice_depth / parts;
   static constexpr int early_parts = (slice_depth - 1 - barrier_step) / part_steps + 1;
   static_assert(slice_depth % parts == 0 && ahead >= 1);
 
