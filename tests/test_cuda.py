@@ -379,7 +379,7 @@ class Moved:
         self.down: list[int] = []
         kind = type(device)
         upload, download = kind.upload, kind.download
-        monkeypatch.setattr(kind, "upload", lambda d, a: self.up.append(a.nbytes) or upload(d, a))
+        monkeypatch.setattr(kind, "upload", lambda d, a, *out: self.up.append(a.nbytes) or upload(d, a, *out))
         monkeypatch.setattr(kind, "download", lambda d, a, out: self.down.append(out.nbytes) or download(d, a, out))
 
 

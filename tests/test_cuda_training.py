@@ -649,6 +649,23 @@ def test_large_products_have_large_tiles() -> None:
     assert kinds == ["SmallTile<8>", "SmallTile<16>", "SmallTile<16>", "WideTile"]
 
 
+def test_blocks_of_small_tiles() -> None:
+    """As many turns as the largest block needs, and no more warps; half as large where two blocks share a processor."""
+
+    def block(rows: int, columns: int, depth: int, dtype: Any = np.float32, **least: int) -> tuple[str, int, int]:
+        session = cuda_training._Session(HostDevice(), np.dtype(dtype), rows)
+        tiles = session._tiles(rows, columns, depth, **least)
+        return tiles.kind.removeprefix("gemmlet::"), tiles.block // 32, tiles.shared
+
+    assert block(64, 128, 784) == ("SmallTile<8>", 13, 13 * 64 * 4)
+    assert block(64, 128, 784, np.float64) == ("SmallTile<8>", 13, 13 * 64 * 8)
+    assert block(64, 256, 784) == ("SmallTile<8>", 7, 7 * 64 * 4)
+    assert block(64, 256, 100) == ("SmallTile<8>", 2, 2 * 64 * 4)
+    assert block(64, 256, 100, least_warps=8) == ("SmallTile<8>", 8, 8 * 64 * 4)
+    assert block(128, 256, 784) == ("SmallTile<16>", 13, 13 * 256 * 4)
+    assert block(64, 784, 256) == ("SmallTile<16>", 8, 8 * 256 * 4)
+
+
 # Names, and what goes wrong.
 
 

@@ -2,9 +2,11 @@
 
 At the start of a call all that it needs goes to the GPU: the order of the samples, the rules' numbers, noise. At its
 end the losses come back. In between, a step is a handful of launches (csrc/cuda/network.cuh), recorded once for each
-number of rows as a graph that knows from a counter on the GPU which step it is. What the next call needs is prepared
-meanwhile. The samples stay on the GPU from call to call, in what `hold` returns; so do the graphs; and so do parameters
-and optimizer states, which go there with the first call and come back by `write_back`.
+number of rows as a graph that knows from a counter on the GPU which step it is; within a graph each kernel is launched
+while the one before it still runs, and waits for it. What the next call needs is prepared meanwhile.
+
+The samples stay on the GPU from call to call, in what `hold` returns; so do the graphs; and so do parameters and
+optimizer states, which go there with the first call and come back by `write_back`.
 
 Results do not depend on the GPU: which kernels compute a step follows from its sizes alone.
 """
