@@ -146,20 +146,32 @@ class WgmmaStages {
   unsigned parity_ = 0;
 };
 
-// Calls f with the origin of each tile that is this block's, a line of x and one of y. Blocks of a cluster have tiles of
-// neighbouring rows, and equally many of them: some may lie beyond the matrix.
-template <class Tile, class Epilogue, class F>
-__device__ __forceinline__ void for_tiles(const Epilogue& epilogue, F f) {
-  constexpr int rows = Tile::rows * Tile::cluster;
-  const int x_lines = Tile::transposed ? epilogue.n : epilogue.m, y_lines = Tile::transposed ? epilogue.m : epilogue.n;
-  const int tiles = ((x_lines - 1) / rows + 1) * ((y_lines - 1) / Tile::columns + 1);
-  const int cluster = blockIdx.x / Tile::cluster, clusters = gridDim.x / Tile::cluster;
-  for (int tile = cluster; tile < tiles; tile += clusters) {
-    TileOrigin origin = tile_origin<rows, Tile::columns, Tile::group_rows>(tile, x_lines, y_lines);
-    origin.row += blockIdx.x % Tile::cluster * Tile::rows;
-    f(origin);
+// The tiles that are this block's, in turn. Blocks of a cluster have tiles of neighbouring rows, and equally many of them:
+// some may lie beyond the matrix.
+template <class Tile, class Epilogue>
+class WgmmaTiles {
+ public:
+  __device__ __forceinline__ explicit WgmmaTiles(const Epilogue& epilogue)
+      : x_lines_(Tile::transposed ? epilogue.n : epilogue.m),
+        y_lines_(Tile::transposed ? epilogue.m : epilogue.n),
+        tile_(blockIdx.x / Tile::cluster) {}
+
+  __device__ __forceinline__ bool is_left() const {
+    return tile_ < ((x_lines_ - 1) / rows + 1) * ((y_lines_ - 1) / Tile::columns + 1);
   }
-}
+  __device__ __forceinline__ void next() { tile_ += gridDim.x / Tile::cluster; }
+  // A line of x and one of y.
+  __device__ __forceinline__ TileOrigin origin() const {
+    TileOrigin origin = tile_origin<rows, Tile::columns, Tile::group_rows>(tile_, x_lines_, y_lines_);
+    origin.row += blockIdx.x % Tile::cluster * Tile::rows;
+    return origin;
+  }
+
+ private:
+  static constexpr int rows = Tile::rows * Tile::cluster;
+
+  int x_lines_, y_lines_, tile_;
+};
 
 // Copies of an operand's tile so many lines, from the first one on.
 template <class Tile, bool along_lines, int count, class Copy>
@@ -268,6 +280,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
   const StepRange steps = step_range(k, steps_per_split);
   const int warpgroup = threadIdx.x / 128;
 
+  WgmmaTiles<Tile, Epilogue> tiles(epilogue);
   WgmmaStages<Tile> stages(shared);
   if (threadIdx.x == 0) {
     ptx::prefetch_map(x);
@@ -285,7 +298,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
       // A stage is filled by all blocks of the cluster, when all of them have left it.
       constexpr int share = Tile::columns / Tile::cluster;
       const int first = blockIdx.x % Tile::cluster * share;
-      for_tiles<Tile>(epilogue, [&](TileOrigin origin) {
+      for (; tiles.is_left(); tiles.next()) {
+        const TileOrigin origin = tiles.origin();
 #pragma unroll 1
         for (int step = steps.first; step < steps.last; step += Tile::depth) {
           ptx::wait_for_phase(stages.empty(), stages.parity() ^ 1);
@@ -305,7 +319,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
                                                  });
           stages.next();
         }
-      });
+      }
     }
   } else {
     if constexpr (Tile::moves_registers) ptx::take_registers<Tile::consumer_registers>();
@@ -314,16 +328,14 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     const WgmmaOperand<y_along_lines> of_y(shared + Tile::operand_bytes(Tile::rows));
     float* const own = reinterpret_cast<float*>(memory + beyond + Tile::out_offset) +
                        (consumer * 4 + warp) * Tile::out_bytes / static_cast<int>(sizeof(float));
-    for_tiles<Tile>(epilogue, [&](TileOrigin origin) {
-      const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
-      WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);
+    // Each warp leaves a stage, in all blocks that fill it.
+    const auto leave = [&](ptx::SharedAddress empty) {
+      if (lane < Tile::cluster) ptx::arrive_at(empty, lane);
+    };
+    for (; tiles.is_left(); tiles.next()) {
       float sum[Tile::columns / 2];
-      // Each warp leaves a stage, in all blocks that fill it.
-      const auto leave = [&](ptx::SharedAddress empty) {
-        if (lane < Tile::cluster) ptx::arrive_at(empty, lane);
-      };
+      ptx::SharedAddress last{};
       if constexpr (Tile::size == 2) {
-        ptx::SharedAddress last{};
 #pragma unroll 1
         for (int step = steps.first; step < steps.last; step += Tile::depth) {
           ptx::wait_for_phase(stages.full(), stages.parity());
@@ -344,8 +356,6 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           last = stages.empty();
           stages.next();
         }
-        ptx::finish_products(sum);
-        leave(last);
       } else {
         const WgmmaReader<Tile, x_along_lines> reader(shared, consumer);
         // The next stage is read while products run. Registers that products take may be written when none runs: ptxas
@@ -362,19 +372,24 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           for (int i = 0; i < 4; ++i)
             ptx::wgmma_tf32(sum, rounded[i], of_y.at(stages.offset(), i), i > 0 || step > steps.first);
           ptx::commit_products();
-          const ptx::SharedAddress empty = stages.empty();
+          last = stages.empty();
           stages.next();
           if (step + Tile::depth < steps.last) {
             ptx::wait_for_phase(stages.full(), stages.parity());
             reader.read(read, stages.offset());
+            ptx::wait_for_products<0>();
+            leave(last);
           }
-          ptx::wait_for_products<0>();
-          leave(empty);
         }
-        ptx::finish_products(sum);
       }
+      // While the last products run:
+      const TileOrigin origin = tiles.origin();
+      const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
+      WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);
+      ptx::finish_products(sum);
+      leave(last);
       finish.put(sum, own, line_of);
-    });
+    }
   }
   // Nobody ends while others may still arrive at its barriers.
   if constexpr (Tile::cluster > 1) ptx::sync_cluster();
