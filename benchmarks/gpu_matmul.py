@@ -541,17 +541,17 @@ def wgmma_child(kind: str, skipped: set[str]) -> None:
     shapes += [Shape(4096, 4096, 4096, layouts) for layouts in ("nt", "tn", "tt")] if kind != "float16" else []
     for shape in shapes:
 
-        def choices(x: Any, w: Any, shape: Shape = shape) -> list[Choice]:
+        def choices(_x: Any, _w: Any, shape: Shape = shape) -> list[Choice]:
             found = []
             for tile in wgmma_tiles(kind, LAYOUT_PAIRS[shape.layouts]):
                 splits = [1]
                 if shape.m <= 1024:
                     splits = [s for s in cuda_matmul.splits_of(tile, *shape[:3], device.multiprocessors) if s <= 4]
                 found += [Choice(tile, s) for s in splits if tile in right]
-            return found + cuda_matmul.choose(device, x, w, kind == "tf32")[:1]
+            return found
 
         name = f"{kind} {shape}"
-        if name not in skipped:
+        if name not in skipped and right.intersection(wgmma_tiles(kind, LAYOUT_PAIRS[shape.layouts])):
             print(f"@{name}", flush=True)
             show(measure(device, cublas, pool_of(kind), kind, shape, 5, choices))
     print("@", flush=True)

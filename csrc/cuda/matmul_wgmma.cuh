@@ -377,17 +377,17 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           if (step + Tile::depth < steps.last) {
             ptx::wait_for_phase(stages.full(), stages.parity());
             reader.read(read, stages.offset());
-            ptx::wait_for_products<0>();
-            leave(last);
           }
+          ptx::wait_for_products<0>();
+          leave(last);
         }
       }
-      // While the last products run:
+      // While the last products run, of 16 bits:
       const TileOrigin origin = tiles.origin();
       const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
       WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);
       ptx::finish_products(sum);
-      leave(last);
+      if constexpr (Tile::size == 2) leave(last);
       finish.put(sum, own, line_of);
     }
   }
