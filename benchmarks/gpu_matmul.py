@@ -81,6 +81,7 @@ _OF_16_BITS = (
     wgmma("bfloat16", 128, 256, 3, 2, 8, False, 3000.0, 10.8),
     wgmma("bfloat16", 128, 128, 6, 2, 8, False, 3000.0, 6.0),
     wgmma("bfloat16", 64, 256, 5, 2, 16, False, 3000.0, 6.0),
+    wgmma("bfloat16", 64, 128, 8, 1, 16, False, 3000.0, 4.0),
     wgmma("bfloat16", 64, 128, 8, 2, 16, False, 3000.0, 4.0),
 )
 WGMMA_VARIANTS: dict[str, tuple[Tile, ...]] = {
@@ -535,14 +536,16 @@ def wgmma_child(kind: str, skipped: set[str]) -> None:
             for tile in [t for t in wgmma_tiles(kind, LAYOUT_PAIRS["nt"]) if t in right]:
                 print(f"{tile}: {rounding_of_tf32(device, tile)}", flush=True)
     shapes = [Shape(s, s, s) for s in (4096, 8192, 2048, 1024)]
-    shapes += [Shape(4096, 4096, 4096, layouts) for layouts in ("nt", "tn", "tt")] if kind != "float16" else []
+    if kind != "float16":
+        shapes += [Shape(4096, 4096, 4096, layouts) for layouts in ("nt", "tn", "tt")]
+        shapes += [Shape(4096, 1024, 1024), Shape(512, 512, 512), Shape(4096, 256, 784), Shape(1024, 128, 784)]
     for shape in shapes:
 
         def choices(_x: Any, _w: Any, shape: Shape = shape) -> list[Choice]:
             found = []
             for tile in wgmma_tiles(kind, LAYOUT_PAIRS[shape.layouts]):
                 splits = [1]
-                if shape.m <= 1024:
+                if shape.m * shape.n <= 2**22:
                     splits = [s for s in cuda_matmul.splits_of(tile, *shape[:3], device.multiprocessors) if s <= 4]
                 found += [Choice(tile, s) for s in splits if tile in right]
             return found

@@ -97,12 +97,16 @@ class WgmmaReader {
     }
   }
 
+  // What is left to do to round them is to cut bits off: half a unit of TF32 is added, but to what is infinite or NaN.
   __device__ __forceinline__ void read(unsigned (&to)[4][4], int stage) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        to[i][j] = ptx::load_shared(along_lines ? from_[j] + stage + i * 1024 : ptx::flipped(from_[j] + stage, i * 32));
+      for (int j = 0; j < 4; ++j) {
+        const unsigned x =
+            ptx::load_shared(along_lines ? from_[j] + stage + i * 1024 : ptx::flipped(from_[j] + stage, i * 32));
+        to[i][j] = (x & 0x7fffffff) < 0x7f800000 ? x + 0x1000 : x;
+      }
   }
 
  private:
@@ -358,15 +362,15 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
         }
       } else {
         const WgmmaReader<Tile, x_along_lines> reader(shared, consumer);
-        // The next stage is read while products run. Registers that products take may be written when none runs: ptxas
-        // would else wait for each of them. Meanwhile those of the other consumers run.
+        // The next stage is read while products run. Registers that they take may be written when none runs: ptxas would
+        // else wait for each of them. Little is left to do then, and products of the other consumers run.
         unsigned read[4][4], rounded[4][4];
         ptx::wait_for_phase(stages.full(), stages.parity());
         reader.read(read, stages.offset());
 #pragma unroll 1
         for (int step = steps.first; step < steps.last; step += Tile::depth) {
 #pragma unroll
-          for (int i = 0; i < 16; ++i) rounded[i / 4][i % 4] = ptx::tf32_of_float(read[i / 4][i % 4]);
+          for (int i = 0; i < 16; ++i) rounded[i / 4][i % 4] = ptx::cut_to_tf32(read[i / 4][i % 4]);
           ptx::fence_products();
 #pragma unroll
           for (int i = 0; i < 4; ++i)

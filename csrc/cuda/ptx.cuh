@@ -188,6 +188,13 @@ __device__ __forceinline__ unsigned tf32_of_float(unsigned x) {
   return result;
 }
 
+// and.b32: x without the 13 bits that TF32 has not; where it stands, so that registers are not written between products.
+__device__ __forceinline__ unsigned cut_to_tf32(unsigned x) {
+  unsigned result;
+  asm volatile("and.b32 %0, %1, 0xffffe000;" : "=r"(result) : "r"(x));
+  return result;
+}
+
 // mma.sync.m16n8k16 (f16, bf16) and m16n8k8 (tf32), sm_80: d (16 x 8) += a @ b in float. A lane holds, of d, rows g and
 // g + 8, columns 2t and 2t + 1 of each. Of a, which is row by row 16 x 32 bytes: word t of rows g and g + 8, then word
 // t + 4 of them. Of b, column by column 8 x 32 bytes: words t and t + 4 of column g.

@@ -155,6 +155,8 @@ inline unsigned tf32_of_float(unsigned x) {
   return (x + 0x1000u) & ~0x1fffu;
 }
 
+inline unsigned cut_to_tf32(unsigned x) { return x & ~0x1fffu; }
+
 struct Fragments {
   unsigned a[4], b[2];
 };
