@@ -15,6 +15,7 @@
 //   `cluster` blocks compute tiles of the same columns at the same time: each copies a part of y to all of them, so that it
 //   comes from the L2 cache once. Blocks walk over the tiles in groups of `group_rows` rows of (clusters of) tiles, column
 //   by column, for what the L2 cache holds.
+//   The second consumer begins `lag` stages behind the first.
 //   On an SM the tensor cores take 1024 cycles for a stage, 128 x 256 lines of 128 bytes. Shared memory, of 128 bytes a
 //   cycle, is busy meanwhile for 640 with what they read and for 384 with what is copied, 48 KB, which are 48 bytes a cycle
 //   from the L2 cache, or 32 in a cluster of two.
@@ -30,15 +31,16 @@
 
 namespace gemmlet {
 
-template <class T_, int rows_, int columns_, int stages_, int cluster_, int group_rows_, int transposed_>
+template <class T_, int rows_, int columns_, int stages_, int cluster_, int group_rows_, int lag_, int transposed_>
 struct WgmmaTile {
   using T = T_;
   static constexpr int rows = rows_, columns = columns_, stages = stages_, cluster = cluster_, group_rows = group_rows_;
+  static constexpr int lag = lag_;
   static constexpr bool transposed = transposed_;
   // A row of shared memory is 128 bytes, so many steps of a line or lines of a step; a product takes 32.
   static constexpr int size = sizeof(T), depth = 128 / size, step = 32 / size;
   static constexpr int consumers = rows / 64, threads = (1 + consumers) * 128;
-  static_assert((rows == 64 || rows == 128) && stages > 1);
+  static_assert((rows == 64 || rows == 128) && stages > 1 && lag < stages);
   static_assert((size == 2 && (columns == 128 || columns == 256)) || (size == 4 && columns == 256));
   static_assert(columns / cluster % depth == 0);
 
@@ -332,6 +334,14 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     const WgmmaOperand<y_along_lines> of_y(shared + Tile::operand_bytes(Tile::rows));
     float* const own = reinterpret_cast<float*>(memory + beyond + Tile::out_offset) +
                        (consumer * 4 + warp) * Tile::out_bytes / static_cast<int>(sizeof(float));
+    // From the first tile on the second consumer is some stages behind, so that they do not finish tiles at the same time,
+    // and the tensor cores have more to do meanwhile.
+    if constexpr (Tile::lag > 0) {
+      WgmmaStages<Tile> ahead = stages;
+      for (int i = 0; i < Tile::lag; ++i) ahead.next();
+      if (consumer > 0 && tiles.is_left() && steps.last - steps.first > Tile::lag * Tile::depth)
+        ptx::wait_for_phase(ahead.full(), ahead.parity());
+    }
     // Each warp leaves a stage, in all blocks that fill it.
     const auto leave = [&](ptx::SharedAddress empty) {
       if (lane < Tile::cluster) ptx::arrive_at(empty, lane);

@@ -138,6 +138,7 @@ def wgmma(
     stages: int,
     cluster: int,
     group_rows: int,
+    lag: int,
     transposed: bool,
     start: float,
     step: float,
@@ -145,7 +146,7 @@ def wgmma(
 ) -> Tile:
     """Return ``WgmmaTile<...>``."""
     shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
-    parameters = (x_lines, y_lines, stages, cluster, group_rows, int(transposed))
+    parameters = (x_lines, y_lines, stages, cluster, group_rows, lag, int(transposed))
     rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
     threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
     return Tile("wgmma", rows, columns, depth, threads, shared, start, step, busy, parameters, cluster, transposed)
@@ -206,13 +207,13 @@ _WGMMA_TILES = {
     **dict.fromkeys(
         ("float16", "bfloat16"),
         (
-            wgmma("bfloat16", 128, 256, 4, 2, 8, False, 3000.0, 10.8),
-            wgmma("bfloat16", 128, 128, 6, 1, 16, False, 3000.0, 6.0),
+            wgmma("bfloat16", 128, 256, 4, 2, 8, 0, False, 3000.0, 10.8),
+            wgmma("bfloat16", 128, 128, 6, 1, 16, 0, False, 3000.0, 6.0),
         ),
     ),
     "float32": (
-        wgmma("float32", 128, 256, 4, 2, 8, False, 3000.0, 21.6),
-        wgmma("float32", 128, 256, 4, 2, 8, True, 3000.0, 21.6),
+        wgmma("float32", 128, 256, 4, 2, 8, 0, False, 3000.0, 21.6),
+        wgmma("float32", 128, 256, 4, 2, 8, 0, True, 3000.0, 21.6),
     ),
 }
 
