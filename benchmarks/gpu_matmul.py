@@ -76,18 +76,18 @@ MORE_TILES: dict[str, tuple[Tile, ...]] = {
 # second consumer lags behind, and whether it is transposed. Stages, clusters and shapes are for the GPU to choose.
 _OF_16_BITS = (
     wgmma("bfloat16", 128, 256, 4, 1, 16, 0, False, 3000.0, 11.5),
-    wgmma("bfloat16", 128, 256, 4, 2, 4, 0, False, 3000.0, 10.8),
     wgmma("bfloat16", 128, 256, 4, 2, 16, 0, False, 3000.0, 10.8),
     wgmma("bfloat16", 128, 256, 4, 2, 8, 1, False, 3000.0, 10.8),
-    wgmma("bfloat16", 128, 256, 3, 2, 8, 0, False, 3000.0, 10.8),
-    wgmma("bfloat16", 128, 128, 6, 2, 8, 0, False, 3000.0, 6.0),
+    wgmma("bfloat16", 128, 256, 4, 2, 8, 2, False, 3000.0, 10.8),
+    wgmma("bfloat16", 128, 256, 4, 1, 16, 1, False, 3000.0, 10.8),
+    wgmma("bfloat16", 128, 128, 6, 2, 8, 2, False, 3000.0, 6.0),
     wgmma("bfloat16", 64, 256, 5, 2, 16, 0, False, 3000.0, 6.0),
     wgmma("bfloat16", 64, 128, 8, 1, 16, 0, False, 3000.0, 4.0),
     wgmma("bfloat16", 64, 128, 8, 2, 16, 0, False, 3000.0, 4.0),
 )
 WGMMA_VARIANTS: dict[str, tuple[Tile, ...]] = {
     "bfloat16": _OF_16_BITS,
-    "float16": _OF_16_BITS[:1],
+    "float16": _OF_16_BITS[:4],
     "tf32": (
         wgmma("float32", 128, 256, 4, 1, 16, 0, True, 3000.0, 23.0),
         wgmma("float32", 128, 256, 4, 2, 8, 1, True, 3000.0, 21.6),

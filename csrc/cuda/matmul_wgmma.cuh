@@ -51,7 +51,7 @@ struct WgmmaTile {
   static constexpr int out_offset = stages * stage_bytes, barrier_offset = out_offset + consumers * 4 * out_bytes;
   // Eight rows begin at a multiple of 1024 bytes, which the block's memory need not.
   static constexpr int alignment = 1024;
-  static constexpr int shared_bytes = alignment - 16 + barrier_offset + 2 * stages * 8;
+  static constexpr int shared_bytes = alignment - 16 + barrier_offset + (2 * stages + (lag > 0)) * 8;
 
   // Two consumers' threads need more registers than the 168 that each of 384 has; a producer's need few.
   static constexpr bool moves_registers = consumers > 1;
@@ -125,6 +125,8 @@ class WgmmaStages {
   // Has come to the end of a phase when all its bytes are there; or when all consumers are done with it.
   __device__ __forceinline__ ptx::SharedAddress full() const { return barriers_ + 8 * stage_; }
   __device__ __forceinline__ ptx::SharedAddress empty() const { return full() + 8 * Tile::stages; }
+  // The first consumer has done so many stages that the second one may begin.
+  __device__ __forceinline__ ptx::SharedAddress begun() const { return barriers_ + 8 * 2 * Tile::stages; }
   __device__ __forceinline__ int offset() const { return stage_ * Tile::stage_bytes; }
   // Of the phase of full() in which the stage is filled. The one of empty() in which it was left is the other one, and
   // so it counts as left before it is filled for the first time.
@@ -143,6 +145,7 @@ class WgmmaStages {
       ptx::init_barrier(empty(), Tile::consumers * 4 * Tile::cluster);
     }
     parity_ = 0;
+    if (Tile::lag > 0) ptx::init_barrier(begun(), 4);
     ptx::fence_barrier_init();
   }
 
@@ -334,14 +337,15 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     const WgmmaOperand<y_along_lines> of_y(shared + Tile::operand_bytes(Tile::rows));
     float* const own = reinterpret_cast<float*>(memory + beyond + Tile::out_offset) +
                        (consumer * 4 + warp) * Tile::out_bytes / static_cast<int>(sizeof(float));
-    // From the first tile on the second consumer is some stages behind, so that they do not finish tiles at the same time,
-    // and the tensor cores have more to do meanwhile.
-    if constexpr (Tile::lag > 0) {
-      WgmmaStages<Tile> ahead = stages;
-      for (int i = 0; i < Tile::lag; ++i) ahead.next();
-      if (consumer > 0 && tiles.is_left() && steps.last - steps.first > Tile::lag * Tile::depth)
-        ptx::wait_for_phase(ahead.full(), ahead.parity());
-    }
+    // The second consumer is some stages behind from the first tile on, so that they do not write out tiles at the same
+    // time: meanwhile the tensor cores are the other one's.
+    bool lags = Tile::lag > 0 && tiles.is_left() && steps.last - steps.first > Tile::lag * Tile::depth;
+    if (lags && consumer > 0) ptx::wait_for_phase(stages.begun(), 0);
+    const auto has_done = [&](int count) {
+      if (!lags || count != Tile::lag * Tile::depth) return;
+      lags = false;
+      if (consumer == 0 && lane == 0) ptx::arrive_at(stages.begun(), blockIdx.x % Tile::cluster);
+    };
     // Each warp leaves a stage, in all blocks that fill it.
     const auto leave = [&](ptx::SharedAddress empty) {
       if (lane < Tile::cluster) ptx::arrive_at(empty, lane);
@@ -367,6 +371,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           // While these run, those of the stage before are done.
           ptx::wait_for_products<1>();
           if (step > steps.first) leave(last);
+          has_done(step - steps.first);
           last = stages.empty();
           stages.next();
         }
@@ -394,6 +399,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           }
           ptx::wait_for_products<0>();
           leave(last);
+          has_done(step - steps.first + Tile::depth);
         }
       }
       // While the last products run, of 16 bits:

@@ -145,7 +145,7 @@ def wgmma(
     busy: float = 1.0,
 ) -> Tile:
     """Return ``WgmmaTile<...>``."""
-    shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
+    shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + (2 * stages + (lag > 0)) * 8
     parameters = (x_lines, y_lines, stages, cluster, group_rows, lag, int(transposed))
     rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
     threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
