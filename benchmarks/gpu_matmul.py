@@ -81,9 +81,8 @@ _OF_16_BITS = (
     wgmma("bfloat16", 128, 256, 4, 2, 8, 2, False, 3000.0, 10.8),
     wgmma("bfloat16", 128, 256, 4, 1, 16, 1, False, 3000.0, 10.8),
     wgmma("bfloat16", 128, 128, 6, 2, 8, 2, False, 3000.0, 6.0),
-    wgmma("bfloat16", 64, 256, 5, 2, 16, 0, False, 3000.0, 6.0),
     wgmma("bfloat16", 64, 128, 8, 1, 16, 0, False, 3000.0, 4.0),
-    wgmma("bfloat16", 64, 128, 8, 2, 16, 0, False, 3000.0, 4.0),
+    wgmma("bfloat16", 128, 128, 6, 1, 16, 0, False, 3000.0, 6.0),
 )
 WGMMA_VARIANTS: dict[str, tuple[Tile, ...]] = {
     "bfloat16": _OF_16_BITS,
@@ -92,7 +91,8 @@ WGMMA_VARIANTS: dict[str, tuple[Tile, ...]] = {
         wgmma("float32", 128, 256, 4, 1, 16, 0, True, 3000.0, 23.0),
         wgmma("float32", 128, 256, 4, 2, 8, 1, True, 3000.0, 21.6),
         wgmma("float32", 128, 256, 4, 2, 16, 0, True, 3000.0, 21.6),
-        wgmma("float32", 64, 256, 5, 2, 16, 0, True, 3000.0, 12.0),
+        wgmma("float32", 128, 128, 6, 1, 16, 0, True, 3000.0, 11.0),
+        wgmma("float32", 128, 128, 6, 2, 8, 0, True, 3000.0, 11.0),
     ),
 }
 

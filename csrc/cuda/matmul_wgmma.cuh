@@ -41,7 +41,7 @@ struct WgmmaTile {
   static constexpr int size = sizeof(T), depth = 128 / size, step = 32 / size;
   static constexpr int consumers = rows / 64, threads = (1 + consumers) * 128;
   static_assert((rows == 64 || rows == 128) && stages > 1 && lag < stages);
-  static_assert((size == 2 && (columns == 128 || columns == 256)) || (size == 4 && columns == 256));
+  static_assert((size == 2 || size == 4) && (columns == 128 || columns == 256));
   static_assert(columns / cluster % depth == 0);
 
   static constexpr int operand_bytes(int lines) { return lines * 128; }
