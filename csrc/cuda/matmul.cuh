@@ -2,9 +2,10 @@
 //
 // Contract
 //   out (m x n) = epilogue(a (m x k) @ b (k x n)). The kernels: matmul_simt.cuh (float, double), matmul_mma.cuh (tensor
-//   cores: float16, bfloat16, and float rounded to TF32), matmul_wgmma.cuh (Hopper's: float16 and bfloat16),
+//   cores: float16, bfloat16, and float rounded to TF32), matmul_wgmma.cuh (Hopper's, for the same types),
 //   matmul_thin.cuh (at most four rows or columns).
-//   Operands: any strides, in elements, also 0 and negative; any alignment of a number. Nothing is read outside of them,
+//   Operands: any strides, in elements, also 0 and negative; any alignment of a number (but matmul_wgmma.cuh takes only
+//   what a tensor map describes). Nothing is read outside of them,
 //   and what a tile has beyond them counts as 0, and is dropped. m, n and k are at most 2^31 - 1024, offsets need not be.
 //   out and preactivation: C-contiguous, any alignment; they overlap nothing that is read.
 //   Sums are taken in Compute<T>, in an order that follows from the kernel, its tile, the splits of k and the shape
@@ -104,9 +105,12 @@ struct LinearEpilogue {
 #pragma unroll
     for (int j = 0; j < N; ++j) number[j] = sum[j] + widen(of.bias[j]);
     const Pack<T, N> z = narrowed<T, N>(number);
+    Pack<T, N> y = z;
+    if constexpr (!same_type<F, activations::identity>) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) number[j] = F::forward(widen(z, j), parameter);
-    const Pack<T, N> y = narrowed<T, N>(number);
+      for (int j = 0; j < N; ++j) number[j] = F::forward(widen(z, j), parameter);
+      y = narrowed<T, N>(number);
+    }
     const Index offset = static_cast<Index>(row) * n + column;
     if (packed) {
       if (preactivation != nullptr) store_pack(preactivation + offset, z);

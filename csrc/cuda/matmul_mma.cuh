@@ -44,13 +44,6 @@ struct MmaTile {
   // The sums go out through the same memory.
   static constexpr int out_row = columns + 8, finishing = slices * rows * out_row * static_cast<int>(sizeof(float));
   static constexpr int shared_bytes = stages * stage_bytes > finishing ? stages* stage_bytes : finishing;
-  // How many threads copy an operand of so many lines.
-  static constexpr int copying(int) { return threads; }
-  // Where 16 bytes of a row are; and the same bytes of rows that are so many apart, or a multiple, are in line.
-  static constexpr int place(int lines, bool along_lines, int row, int pack) {
-    return row * row_bytes(lines, along_lines) + pack * 16;
-  }
-  static constexpr int row_period = 1;
   // By the registers that sums and fragments take.
   static constexpr int registers = 8 * warp_rows * warp_columns + 8 * (warp_rows + warp_columns) + 48;
   static constexpr int blocks = 2 * threads * registers <= 65536 ? 2 : 1;
@@ -73,14 +66,13 @@ class MmaLoader {
     copy_stride_ = apart * outer_stride;
     from_ = operand.data + static_cast<Index>(first_line) * operand.line_stride +
             static_cast<Index>(steps.first) * operand.step_stride + inner * inner_stride_ + outer * outer_stride;
-    to_ = ptx::shared_address(shared) + Tile::place(lines, along_lines, outer, threadIdx.x % packs);
+    to_ = ptx::shared_address(shared) + outer * row_bytes + threadIdx.x % packs * 16;
     inner_left_ = (along_lines ? lines_left : steps_left) - inner;
     outer_left_ = (along_lines ? steps_left : lines_left) - outer;
   }
 
   // The next tile, to so many bytes after the first one's place.
   __device__ __forceinline__ void copy(int offset) {
-    if (copying < Tile::threads && threadIdx.x >= copying) return;
     const int valid = max(0, min(inner_left_, V));
     const T* from = from_;
     if (packed_) {
@@ -102,12 +94,10 @@ class MmaLoader {
 
  private:
   static constexpr int size = Tile::size, V = 16 / size, row_bytes = Tile::row_bytes(lines, along_lines);
-  static constexpr int copying = Tile::copying(lines);
   // Of a row; and a thread's copies, from every so many-th row.
-  static constexpr int packs = (along_lines ? lines : Tile::depth) / V, apart = copying / packs;
-  static constexpr int copies = lines * Tile::depth / V / copying;
-  static_assert(apart * packs == copying && copies * V * copying == lines * Tile::depth);
-  static_assert(apart % Tile::row_period == 0);
+  static constexpr int packs = (along_lines ? lines : Tile::depth) / V, apart = Tile::threads / packs;
+  static constexpr int copies = lines * Tile::depth / V / Tile::threads;
+  static_assert(apart * packs == Tile::threads && copies * V * Tile::threads == lines * Tile::depth);
 
   __device__ __forceinline__ void gather(ptx::SharedAddress to, const T* from, int valid) {
     if constexpr (size == 4) {

@@ -15,6 +15,7 @@
 //   `cluster` blocks compute tiles of the same columns at the same time: each copies a part of y to all of them, so that it
 //   comes from the L2 cache once. Blocks walk over the tiles in groups of `group_rows` rows of (clusters of) tiles, column
 //   by column, for what the L2 cache holds.
+//   The second consumer begins `lag` stages behind the first.
 //   On an SM the tensor cores take 1024 cycles for a stage, 128 x 256 lines of 128 bytes. Shared memory, of 128 bytes a
 //   cycle, is busy meanwhile for 640 with what they read and for 384 with what is copied, 48 KB, which are 48 bytes a cycle
 //   from the L2 cache, or 32 in a cluster of two.
@@ -30,16 +31,17 @@
 
 namespace gemmlet {
 
-template <class T_, int rows_, int columns_, int stages_, int cluster_, int group_rows_, int transposed_>
+template <class T_, int rows_, int columns_, int stages_, int cluster_, int group_rows_, int lag_, int transposed_>
 struct WgmmaTile {
   using T = T_;
   static constexpr int rows = rows_, columns = columns_, stages = stages_, cluster = cluster_, group_rows = group_rows_;
+  static constexpr int lag = lag_;
   static constexpr bool transposed = transposed_;
   // A row of shared memory is 128 bytes, so many steps of a line or lines of a step; a product takes 32.
   static constexpr int size = sizeof(T), depth = 128 / size, step = 32 / size;
   static constexpr int consumers = rows / 64, threads = (1 + consumers) * 128;
-  static_assert((rows == 64 || rows == 128) && stages > 1);
-  static_assert((size == 2 && (columns == 128 || columns == 256)) || (size == 4 && columns == 256));
+  static_assert((rows == 64 || rows == 128) && stages > 1 && lag < stages);
+  static_assert((size == 2 || size == 4) && (columns == 128 || columns == 256));
   static_assert(columns / cluster % depth == 0);
 
   static constexpr int operand_bytes(int lines) { return lines * 128; }
@@ -49,7 +51,7 @@ struct WgmmaTile {
   static constexpr int out_offset = stages * stage_bytes, barrier_offset = out_offset + consumers * 4 * out_bytes;
   // Eight rows begin at a multiple of 1024 bytes, which the block's memory need not.
   static constexpr int alignment = 1024;
-  static constexpr int shared_bytes = alignment - 16 + barrier_offset + 2 * stages * 8;
+  static constexpr int shared_bytes = alignment - 16 + barrier_offset + (2 * stages + (lag > 0)) * 8;
 
   // Two consumers' threads need more registers than the 168 that each of 384 has; a producer's need few.
   static constexpr bool moves_registers = consumers > 1;
@@ -97,12 +99,16 @@ class WgmmaReader {
     }
   }
 
+  // What is left to do to round them is to cut bits off: half a unit of TF32 is added, but to what is infinite or NaN.
   __device__ __forceinline__ void read(unsigned (&to)[4][4], int stage) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        to[i][j] = ptx::load_shared(along_lines ? from_[j] + stage + i * 1024 : ptx::flipped(from_[j] + stage, i * 32));
+      for (int j = 0; j < 4; ++j) {
+        const unsigned x =
+            ptx::load_shared(along_lines ? from_[j] + stage + i * 1024 : ptx::flipped(from_[j] + stage, i * 32));
+        to[i][j] = (x & 0x7fffffff) < 0x7f800000 ? x + 0x1000 : x;
+      }
   }
 
  private:
@@ -119,6 +125,8 @@ class WgmmaStages {
   // Has come to the end of a phase when all its bytes are there; or when all consumers are done with it.
   __device__ __forceinline__ ptx::SharedAddress full() const { return barriers_ + 8 * stage_; }
   __device__ __forceinline__ ptx::SharedAddress empty() const { return full() + 8 * Tile::stages; }
+  // The first consumer has done so many stages that the second one may begin.
+  __device__ __forceinline__ ptx::SharedAddress begun() const { return barriers_ + 8 * 2 * Tile::stages; }
   __device__ __forceinline__ int offset() const { return stage_ * Tile::stage_bytes; }
   // Of the phase of full() in which the stage is filled. The one of empty() in which it was left is the other one, and
   // so it counts as left before it is filled for the first time.
@@ -137,6 +145,7 @@ class WgmmaStages {
       ptx::init_barrier(empty(), Tile::consumers * 4 * Tile::cluster);
     }
     parity_ = 0;
+    if (Tile::lag > 0) ptx::init_barrier(begun(), 4);
     ptx::fence_barrier_init();
   }
 
@@ -146,20 +155,32 @@ class WgmmaStages {
   unsigned parity_ = 0;
 };
 
-// Calls f with the origin of each tile that is this block's, a line of x and one of y. Blocks of a cluster have tiles of
-// neighbouring rows, and equally many of them: some may lie beyond the matrix.
-template <class Tile, class Epilogue, class F>
-__device__ __forceinline__ void for_tiles(const Epilogue& epilogue, F f) {
-  constexpr int rows = Tile::rows * Tile::cluster;
-  const int x_lines = Tile::transposed ? epilogue.n : epilogue.m, y_lines = Tile::transposed ? epilogue.m : epilogue.n;
-  const int tiles = ((x_lines - 1) / rows + 1) * ((y_lines - 1) / Tile::columns + 1);
-  const int cluster = blockIdx.x / Tile::cluster, clusters = gridDim.x / Tile::cluster;
-  for (int tile = cluster; tile < tiles; tile += clusters) {
-    TileOrigin origin = tile_origin<rows, Tile::columns, Tile::group_rows>(tile, x_lines, y_lines);
-    origin.row += blockIdx.x % Tile::cluster * Tile::rows;
-    f(origin);
+// The tiles that are this block's, in turn. Blocks of a cluster have tiles of neighbouring rows, and equally many of them:
+// some may lie beyond the matrix.
+template <class Tile, class Epilogue>
+class WgmmaTiles {
+ public:
+  __device__ __forceinline__ explicit WgmmaTiles(const Epilogue& epilogue)
+      : x_lines_(Tile::transposed ? epilogue.n : epilogue.m),
+        y_lines_(Tile::transposed ? epilogue.m : epilogue.n),
+        tile_(blockIdx.x / Tile::cluster) {}
+
+  __device__ __forceinline__ bool is_left() const {
+    return tile_ < ((x_lines_ - 1) / rows + 1) * ((y_lines_ - 1) / Tile::columns + 1);
   }
-}
+  __device__ __forceinline__ void next() { tile_ += gridDim.x / Tile::cluster; }
+  // A line of x and one of y.
+  __device__ __forceinline__ TileOrigin origin() const {
+    TileOrigin origin = tile_origin<rows, Tile::columns, Tile::group_rows>(tile_, x_lines_, y_lines_);
+    origin.row += blockIdx.x % Tile::cluster * Tile::rows;
+    return origin;
+  }
+
+ private:
+  static constexpr int rows = Tile::rows * Tile::cluster;
+
+  int x_lines_, y_lines_, tile_;
+};
 
 // Copies of an operand's tile so many lines, from the first one on.
 template <class Tile, bool along_lines, int count, class Copy>
@@ -268,6 +289,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
   const StepRange steps = step_range(k, steps_per_split);
   const int warpgroup = threadIdx.x / 128;
 
+  WgmmaTiles<Tile, Epilogue> tiles(epilogue);
   WgmmaStages<Tile> stages(shared);
   if (threadIdx.x == 0) {
     ptx::prefetch_map(x);
@@ -287,7 +309,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
       // A stage is filled by all blocks of the cluster, when all of them have left it.
       constexpr int share = Tile::columns / Tile::cluster;
       const int first = blockIdx.x % Tile::cluster * share;
-      for_tiles<Tile>(epilogue, [&](TileOrigin origin) {
+      for (; tiles.is_left(); tiles.next()) {
+        const TileOrigin origin = tiles.origin();
 #pragma unroll 1
         for (int step = steps.first; step < steps.last; step += Tile::depth) {
           ptx::wait_for_phase(stages.empty(), stages.parity() ^ 1);
@@ -307,7 +330,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
                                                  });
           stages.next();
         }
-      });
+      }
     }
   } else {
     if constexpr (Tile::moves_registers) ptx::take_registers<Tile::consumer_registers>();
@@ -316,16 +339,23 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     const WgmmaOperand<y_along_lines> of_y(shared + Tile::operand_bytes(Tile::rows));
     float* const own = reinterpret_cast<float*>(memory + beyond + Tile::out_offset) +
                        (consumer * 4 + warp) * Tile::out_bytes / static_cast<int>(sizeof(float));
-    for_tiles<Tile>(epilogue, [&](TileOrigin origin) {
-      const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
-      WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);
+    // The second consumer is some stages behind from the first tile on, so that they do not write out tiles at the same
+    // time: meanwhile the tensor cores are the other one's.
+    bool lags = Tile::lag > 0 && tiles.is_left() && steps.last - steps.first > Tile::lag * Tile::depth;
+    if (lags && consumer > 0) ptx::wait_for_phase(stages.begun(), 0);
+    const auto has_done = [&](int count) {
+      if (!lags || count != Tile::lag * Tile::depth) return;
+      lags = false;
+      if (consumer == 0 && lane == 0) ptx::arrive_at(stages.begun(), blockIdx.x % Tile::cluster);
+    };
+    // Each warp leaves a stage, in all blocks that fill it.
+    const auto leave = [&](ptx::SharedAddress empty) {
+      if (lane < Tile::cluster) ptx::arrive_at(empty, lane);
+    };
+    for (; tiles.is_left(); tiles.next()) {
       float sum[Tile::columns / 2];
-      // Each warp leaves a stage, in all blocks that fill it.
-      const auto leave = [&](ptx::SharedAddress empty) {
-        if (lane < Tile::cluster) ptx::arrive_at(empty, lane);
-      };
+      ptx::SharedAddress last{};
       if constexpr (Tile::size == 2) {
-        ptx::SharedAddress last{};
 #pragma unroll 1
         for (int step = steps.first; step < steps.last; step += Tile::depth) {
           ptx::wait_for_phase(stages.full(), stages.parity());
@@ -343,40 +373,45 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           // While these run, those of the stage before are done.
           ptx::wait_for_products<1>();
           if (step > steps.first) leave(last);
+          has_done(step - steps.first);
           last = stages.empty();
           stages.next();
         }
-        ptx::finish_products(sum);
-        leave(last);
       } else {
         const WgmmaReader<Tile, x_along_lines> reader(shared, consumer);
-        // The next stage is read while products run. Registers that products take may be written when none runs: ptxas
-        // would else wait for each of them. Meanwhile those of the other consumers run.
+        // The next stage is read while products run. Registers that they take may be written when none runs: ptxas would
+        // else wait for each of them. Little is left to do then, and products of the other consumers run.
         unsigned read[4][4], rounded[4][4];
         ptx::wait_for_phase(stages.full(), stages.parity());
         reader.read(read, stages.offset());
 #pragma unroll 1
         for (int step = steps.first; step < steps.last; step += Tile::depth) {
 #pragma unroll
-          for (int i = 0; i < 16; ++i) rounded[i / 4][i % 4] = ptx::tf32_of_float(read[i / 4][i % 4]);
+          for (int i = 0; i < 16; ++i) rounded[i / 4][i % 4] = ptx::cut_to_tf32(read[i / 4][i % 4]);
           ptx::fence_products();
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             ptx::wgmma_tf32(sum, rounded[i], of_y.at(stages.offset(), i), i > 0 || step > steps.first);
           ptx::commit_products();
-          const ptx::SharedAddress empty = stages.empty();
+          last = stages.empty();
           stages.next();
           if (step + Tile::depth < steps.last) {
             ptx::wait_for_phase(stages.full(), stages.parity());
             reader.read(read, stages.offset());
           }
           ptx::wait_for_products<0>();
-          leave(empty);
+          leave(last);
+          has_done(step - steps.first + Tile::depth);
         }
-        ptx::finish_products(sum);
       }
+      // While the last products run, of 16 bits:
+      const TileOrigin origin = tiles.origin();
+      const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
+      WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);
+      ptx::finish_products(sum);
+      if constexpr (Tile::size == 2) leave(last);
       finish.put(sum, own, line_of);
-    });
+    }
   }
   // Nobody ends while others may still arrive at its barriers.
   if constexpr (Tile::cluster > 1) {

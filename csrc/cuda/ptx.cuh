@@ -172,6 +172,13 @@ __device__ __forceinline__ unsigned tf32_of_float(unsigned x) {
   return result;
 }
 
+// and.b32: x without the 13 bits that TF32 has not; where it stands, so that registers are not written between products.
+__device__ __forceinline__ unsigned cut_to_tf32(unsigned x) {
+  unsigned result;
+  asm volatile("and.b32 %0, %1, 0xffffe000;" : "=r"(result) : "r"(x));
+  return result;
+}
+
 // mma.sync.m16n8k16 (f16, bf16) and m16n8k8 (tf32), sm_80: d (16 x 8) += a @ b in float. A lane holds, of d, rows g and
 // g + 8, columns 2t and 2t + 1 of each. Of a, which is row by row 16 x 32 bytes: word t of rows g and g + 8, then word
 // t + 4 of them. Of b, column by column 8 x 32 bytes: words t and t + 4 of column g.
@@ -380,19 +387,24 @@ GEMMLET_WGMMA(wgmma_bf16, "bf16", 64, "128", "%64", "%65", "%66", "%67", "%68")
 GEMMLET_WGMMA(wgmma_f16, "f16", 128, "256", "%128", "%129", "%130", "%131", "%132")
 GEMMLET_WGMMA(wgmma_bf16, "bf16", 128, "256", "%128", "%129", "%130", "%131", "%132")
 
-// wgmma.mma_async.m64n256k8 (tf32): likewise, of floats, of which the lowest 13 bits are not looked at. A lane has, of a,
-// steps t of rows 16w + g and 16w + g + 8, and then steps t + 4 of them; a row of b in shared memory is 32 steps of a
-// line.
-__device__ __forceinline__ void wgmma_tf32(float (&d)[128], const unsigned (&a)[4], unsigned long long b, int adds) {
-  asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" GEMMLET_D128_NAMES
-      "}, {%128, %129, %130, %131}, %132, adds, 1, 1;\n}"
-      : GEMMLET_D128
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)
-      : "memory");
-}
+// wgmma.mma_async.m64n256k8 and .m64n128k8 (tf32): likewise, of floats, of which the lowest 13 bits are not looked at. A
+// lane has, of a, steps t of rows 16w + g and 16w + g + 8, and then steps t + 4 of them; a row of b in shared memory is
+// 32 steps of a line.
+#define GEMMLET_WGMMA_TF32(count, columns, a_at, b_at, adds_at)                                               \
+  __device__ __forceinline__ void wgmma_tf32(float (&d)[count], const unsigned (&a)[4], unsigned long long b, \
+                                             int adds) {                                                      \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at                                            \
+                 ", 0;\n"                                                                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" columns "k8.f32.tf32.tf32 {" GEMMLET_D##count##_NAMES    \
+                 "}, {" a_at "}, " b_at ", adds, 1, 1;\n}"                                                    \
+                 : GEMMLET_D##count                                                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)                              \
+                 : "memory");                                                                                 \
+  }
+GEMMLET_WGMMA_TF32(64, "128", "%64, %65, %66, %67", "%68", "%69")
+GEMMLET_WGMMA_TF32(128, "256", "%128, %129, %130, %131", "%132", "%133")
 
+#undef GEMMLET_WGMMA_TF32
 #undef GEMMLET_WGMMA
 #undef GEMMLET_D4
 #undef GEMMLET_D16

@@ -145,6 +145,8 @@ inline unsigned tf32_of_float(unsigned x) {
   return (x + 0x1000u) & ~0x1fffu;
 }
 
+inline unsigned cut_to_tf32(unsigned x) { return x & ~0x1fffu; }
+
 struct Fragments {
   unsigned a[4], b[2];
 };
@@ -376,7 +378,7 @@ inline void product_of_16_bits(const cuda_host::Product& p) {
 
 inline float tf32_bits(unsigned x) { return reinterpreted<float>(x & ~0x1fffu); }
 
-template <bool adds>
+template <bool adds, int count>
 inline void product_of_tf32(const cuda_host::Product& p) {
   for (unsigned i = 0; i < 4; ++i)
     if (p.a_registers[i] != p.held[i]) cuda_host::fail("wgmma: registers of a were written before it was waited for");
@@ -386,7 +388,7 @@ inline void product_of_tf32(const cuda_host::Product& p) {
   Held mine;
   memcpy(&mine, p.held, sizeof mine);
   const auto lanes = cuda_host::warp_exchange(mine, "wgmma");
-  part_of_product<adds, 128, 8>(
+  part_of_product<adds, count, 8>(
       p.d,
       [&](unsigned line, unsigned k) { return tf32_bits(lanes[line % 8 * 4 + k % 4].a[k / 4 * 2 + line / 8 % 2]); },
       [&](unsigned line, unsigned k) { return tf32_bits(number_of<false, unsigned>(p.b, line, k)); });
@@ -434,11 +436,12 @@ inline void wgmma_bf16(float (&d)[count], unsigned long long a, unsigned long lo
   wgmma<a_transposed, b_transposed, float_of_bfloat>(d, a, b, adds, file, line);
 }
 
-inline void wgmma_tf32(float (&d)[128], const unsigned (&a)[4], unsigned long long b, int adds,
+template <int count>
+inline void wgmma_tf32(float (&d)[count], const unsigned (&a)[4], unsigned long long b, int adds,
                        const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   check_product(b, b, adds, file, line);
   cuda_host::queue_product(
-      {adds ? product_of_tf32<true> : product_of_tf32<false>, d, 0, b, a, {a[0], a[1], a[2], a[3]}});
+      {adds ? product_of_tf32<true, count> : product_of_tf32<false, count>, d, 0, b, a, {a[0], a[1], a[2], a[3]}});
 }
 
 //
