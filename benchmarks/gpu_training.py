@@ -316,11 +316,10 @@ def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
         prepared = bench.jax_mlp(inputs[0])
         return Side(_clocked(gpu, prepared.call), prepared.result, clock="own")
 
-    # Besides what fit does here what it does on other GPUs, and what it could do there.
+    # Besides what fit does here what it does on other GPUs.
     sides = {
         "gemmlet": ours(CLUSTER_SIZES=cuda_training.CLUSTER_SIZES),
         "graphs": ours(CLUSTER_SIZES=()),
-        "one kernel": ours(CLUSTER_SIZES=(), ONE_KERNEL=True),
         "pytorch": torch(False),
         "pytorch graph": torch(True),
     }

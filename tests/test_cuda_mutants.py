@@ -252,7 +252,6 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         training("mlp", "small"),
         training("mlp_of_sparse", "small"),
         training("mlp_in_tiles", "wide"),
-        training("mlp_at_once", "one kernel"),
         training("mlp_in_a_cluster", "cluster"),
         training("gan", "small"),
     )
@@ -445,9 +444,6 @@ WRONG = [
         ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
         ("+= p.weight * loss", "+= loss", "mlp"),
         ("k < p.features; k += static_cast", "k < p.features - 1; k += static_cast", "gan"),
-        ("(20);\n  }\n  " + BARRIER, "(20);\n  }", "mlp_at_once"),
-        ("f(n);\n    " + BARRIER, "f(n);", "mlp_at_once"),
-        ("memory); });\n    wait_for_grid(p.arrived, expected);", "memory); });", "mlp_at_once"),
     ),
     *mutants(
         "cluster_training",
@@ -500,11 +496,6 @@ RACES = [
         "matmul_wgmma",
         (BARRIER + "\n    ptx::fence_products", "ptx::fence_products", "wgmma_float16"),
         (BARRIER + "\n  float* const sums", "float* const sums", "wgmma_float16"),
-    ),
-    *mutants(
-        "network",
-        (FENCE + "\n    atomicAdd(arrived", "atomicAdd(arrived", "mlp_at_once"),
-        ("f(n);\n    " + BARRIER, "f(n);", "mlp_at_once"),
     ),
     *mutants(
         "cluster_training",

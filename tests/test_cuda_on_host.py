@@ -52,7 +52,6 @@ EXPRESSIONS = [
     "misaligned",
     "copies<2, 1>",
     "copies<3, 2>",
-    *(f"ring<{static}, {wait}>" for static in (0, 1) for wait in (0, 1)),
     *(f"cluster<{wrong}>" for wrong in range(12)),
     "last_block<0>",
     "large_frame",
@@ -244,28 +243,6 @@ def test_an_asynchronous_copy_is_there_only_after_a_wait(device: HostDevice, rng
     assert np.isnan(device.view(y)[:4]).any()
 
 
-@pytest.mark.parametrize("static", [0, 1])
-def test_blocks_of_a_cooperative_launch_wait_for_each_other(device: HostDevice, static: int):
-    if static and "thread" in SANITIZERS:
-        pytest.skip("ThreadSanitizer does not see that each block has its own")
-    values, counter = zeros(device, (2, 6), np.int32), zeros(device, 1, np.uint32)
-    launch(device, f"ring<{static}, 1>", 6, 96, values, counter, 5, shared=384, cooperative=True)
-    expected = np.zeros(6, int)
-    for _ in range(5):
-        expected = np.roll(expected, -1) + np.arange(6)
-    np.testing.assert_array_equal(device.view(values)[1], expected)
-    with pytest.raises(ValueError, match="100 blocks cannot all be resident, 84 can"):
-        launch(device, f"ring<{static}, 1>", 100, 96, values, counter, 5, shared=384, cooperative=True)
-
-
-def test_a_wait_for_blocks_that_never_come_is_reported():
-    device = HostDevice(ROOT)
-    device.os_threads = 1
-    values, counter = zeros(device, (2, 6), np.int32), zeros(device, 1, np.uint32)
-    with pytest.raises(RuntimeError, match=r"thread 0 of block .*: spins in nanosleep at .*, and nothing else happens"):
-        launch(device, "ring<0, 1>", 6, 96, values, counter, 5, shared=384)
-
-
 def test_blocks_of_a_cluster_write_to_each_other(device: HostDevice):
     y = zeros(device, (9, 64), np.int32)
     launch(device, "cluster<0>", 9, 64, y, shared=256, cluster=3)
@@ -443,7 +420,7 @@ for name, number in launches:
     print(f"LAUNCH {name} {number}", file=sys.stderr, flush=True)
     arguments = arguments[: len(kernels[name].sizes)]
     try:
-        how = {"shared": 256, "cooperative": "ring" in name, "cluster": 3 if "cluster" in name else 1}
+        how = {"shared": 256, "cluster": 3 if "cluster" in name else 1}
         device.launch(kernels[name], (3, 1, 1), 64, arguments, **how)
     except RuntimeError as error:
         print(error, file=sys.stderr)
@@ -456,10 +433,9 @@ for name, number in launches:
     [
         (
             "thread",
-            ["shim::block_sum<0>; 0", "shim::ring<0, 1>; 5", "shim::last_block<0>; 0", "shim::cluster<0>; 0"],
+            ["shim::block_sum<0>; 0", "shim::last_block<0>; 0", "shim::cluster<0>; 0"],
             [
                 *(f"shim::{name}<{missing}>; 0" for name in ("block_sum", "last_block") for missing in (1, 2)),
-                "shim::ring<0, 0>; 5",
                 "shim::cluster<2>; 0",
             ],
             r"(?s)ThreadSanitizer: data race \S*(shim.cuh:\d+ in void shim|on_host.h:\d+ in gemmlet)::"

@@ -34,14 +34,13 @@ if shutil.which(COMPILER) is None:
 # Of weights after some steps, and losses, relative to the largest: rounding, as training carries it on.
 BOUNDS = {"float64": 1e-11, "float32": 2e-5}
 
-# What steps are made of: tiles of one kind; whether the last layer goes with the loss in one kernel, and all steps do;
-# and of how many blocks the cluster may be that trains perceptrons with one hidden layer.
-PLANS: dict[str, tuple[str, bool, bool, tuple[int, ...]]] = {
-    "small": ("SmallTile<8>", True, False, ()),
-    "medium": ("SmallTile<16>", False, False, ()),
-    "wide": ("WideTile", True, False, ()),
-    "one kernel": ("SmallTile<8>", True, True, ()),
-    "cluster": ("SmallTile<8>", True, False, (2, 4)),
+# What steps are made of: tiles of one kind; whether the last layer goes with the loss in one kernel; and of how many
+# blocks the cluster may be that trains perceptrons with one hidden layer.
+PLANS: dict[str, tuple[str, bool, tuple[int, ...]]] = {
+    "small": ("SmallTile<8>", True, ()),
+    "medium": ("SmallTile<16>", False, ()),
+    "wide": ("WideTile", True, ()),
+    "cluster": ("SmallTile<8>", True, (2, 4)),
 }
 
 
@@ -59,9 +58,8 @@ def device() -> Any:
 
 
 def use_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, top, one_kernel, clusters = PLANS[name]
+    kind, top, clusters = PLANS[name]
     monkeypatch.setattr(cuda_training, "_kind_of_tile", lambda rows, columns: kind)
-    monkeypatch.setattr(cuda_training, "ONE_KERNEL", one_kernel)
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", clusters)
     if not top:
         monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
@@ -281,7 +279,7 @@ def test_every_rule(rule: str, device: Any, cpu: Any, dtype: Any) -> None:
 
 
 def test_many_layers(plan: str, device: Any, cpu: Any, dtype: Any) -> None:
-    """More than an update, or a kernel for all steps, takes at once."""
+    """More than an update takes at once."""
     for depth in (8, 9, 17):
         Mlp([5] * depth + [3], dtype, batch=9, rule="momentum").check(device, cpu)
 
@@ -466,11 +464,10 @@ def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
     assert same(mlp.on(device), expected)
 
 
-@pytest.mark.parametrize("network", ["mlp", "mlp in one kernel", "mlp in a cluster", "gan"])
+@pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan"])
 def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into single steps, which are recorded once and find what the last call left; losses are added up all the same."""
     monkeypatch.setattr(cuda_training, "STEPS_TOGETHER", 3)
-    monkeypatch.setattr(cuda_training, "ONE_KERNEL", "one kernel" in network)
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,) if "cluster" in network else ())
     if "cluster" in network and dtype != np.float32:
         pytest.skip("float32 alone")
@@ -513,7 +510,7 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
 
     assert same(problem.run(mlp_by_steps if is_mlp else gan_by_steps), expected)
     # For mini-batches alone and in threes, and for the last one.
-    graphs = {} if "one kernel" in network or "cluster" in network else {"record": 3}
+    graphs = {} if "cluster" in network else {"record": 3}
     assert recorded == {"upload": len(pieces)} | graphs
     assert len(feed.sessions) == 1
 
@@ -557,22 +554,6 @@ def test_steps_are_few_launches(device: Any) -> None:
         *("forward", "top", "backward", "backward", "update"),
         "begin",
     ]
-
-
-def test_steps_in_one_kernel(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few layers, which are small, and not sparse."""
-    monkeypatch.setattr(cuda_training, "ONE_KERNEL", True)
-
-    def launched(*widths: int, **settings: Any) -> set[str]:
-        counting = Counting(device)
-        Mlp([*widths, 3], np.dtype(np.float32), count=20, batch=4, **settings).on(counting)
-        return set(counting.launched)
-
-    assert launched(20, 12) == launched(*[4] * 7) == {"begin", "train"}
-    for launches in (launched(20), launched(*[4] * 8, 3), launched(9, 8, kind="sparse")):
-        assert "train" not in launches
-    monkeypatch.setattr(cuda_training, "ENOUGH_TILES", 1)
-    assert "train" not in launched(20, 12)
 
 
 def test_large_products_have_large_tiles() -> None:

@@ -95,22 +95,6 @@ __device__ __forceinline__ float log2_flushed(float x) {
 }
 
 //
-// Waiting for other blocks
-//
-
-// nanosleep.u32: lets some time pass, in a loop that waits for another block.
-__device__ __forceinline__ void nanosleep(unsigned nanoseconds) {
-  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
-}
-
-// ld.acquire.gpu.u32: what other blocks wrote before the value that is read is seen after it.
-__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
-  unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
-}
-
-//
 // Shared memory, and asynchronous copies to it
 //
 

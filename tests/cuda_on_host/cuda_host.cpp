@@ -46,7 +46,6 @@ namespace cuda_host {
 struct Configuration {
   unsigned grid[3], block;
   unsigned shared_bytes;
-  int cooperative;
   int step;       // from each thread to the next, and below 0 from the last to the first
   int eager;      // who could go on last goes on first, so that warps run ahead of each other
   unsigned seed;  // not 0: after each event a thread drawn at random goes on
@@ -280,7 +279,7 @@ struct Worker {
   std::vector<ProductQueue> products;
   std::vector<ByteBarriers> byte_barriers;
   std::vector<Fiber*> ready;  // a ring
-  unsigned first_ready = 0, ready_count = 0, live = 0, idle_yields = 0;
+  unsigned first_ready = 0, ready_count = 0, live = 0;
   unsigned random = 0;
   bool eager = false;
   Launch* launch = nullptr;
@@ -325,14 +324,6 @@ struct Worker {
   Fiber*& place(unsigned i) { return ready[(first_ready + i) % ready.size()]; }
 
   void make_ready(Fiber* fiber) { place(ready_count++) = fiber; }
-
-  // Behind all others.
-  void make_ready_last(Fiber* fiber) {
-    if (!eager) return make_ready(fiber);
-    first_ready = (first_ready + ready.size() - 1) % ready.size();
-    ++ready_count;
-    place(0) = fiber;
-  }
 
   Fiber* take_ready() {
     --ready_count;
@@ -445,13 +436,11 @@ void Worker::complete(Barrier& barrier) {
   barrier.first = barrier.last = nullptr;
   barrier.arrived = 0;
   ++barrier.phase;
-  idle_yields = 0;
 }
 
 // The thread that runs has come to its end.
 void Worker::exit() {
   --live;
-  idle_yields = 0;
   for (Barrier* barrier : {&self->block->barrier, &self->warp->barrier, &self->block->cluster->of_cluster})
     if (--barrier->expected && barrier->arrived == barrier->expected) complete(*barrier);
   switch_to_next();
@@ -611,7 +600,7 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
   worker = this;
   const FaultStack fault_stack;
   const Configuration& c = of.configuration;
-  const unsigned resident = c.cooperative ? of.blocks : of.kernel->cluster, warps_of_block = (c.block + 31) / 32;
+  const unsigned resident = of.kernel->cluster, warps_of_block = (c.block + 31) / 32;
   Statics found{of.kernel->statics(), nullptr, 0};
   dl_iterate_phdr(find_statics, &found);
   statics = found.start;
@@ -648,11 +637,11 @@ void Worker::run(Launch& of, [[maybe_unused]] unsigned first) {
     const unsigned number = of.next.fetch_add(resident);
 #endif
     if (number >= of.blocks) break;
-    first_ready = ready_count = live = idle_yields = 0;
+    first_ready = ready_count = live = 0;
     for (unsigned i = 0; i < resident; ++i) {
       const unsigned index = c.step < 0 ? of.blocks - 1 - (number + i) : number + i;
-      // Those of a cluster lie by their ranks.
-      const unsigned place = of.kernel->cluster > 1 ? index % of.kernel->cluster : i;
+      // They lie by their ranks.
+      const unsigned place = index % resident;
       start(blocks[place], index, &fibers[i * c.block], &warps[i * warps_of_block]);
     }
     release(&begins);
@@ -823,13 +812,6 @@ void wait_for_bytes(void* address, unsigned parity, Place place) {
   acquire(&barrier.edge[parity]);
 }
 
-void yield(Place place) {
-  if (++worker->idle_yields > 1000000) fail("spins in %s, and nothing else happens", text(place).c_str());
-  if (worker->launch->failed) worker->switch_to(&worker->main);
-  worker->make_ready_last(self);
-  worker->switch_to_next();
-}
-
 void fence() {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
   if (self->last_atomic) acquire(self->last_atomic);
@@ -886,11 +868,10 @@ int cuda_host_launch(const cuda_host::Kernel* kernel, const cuda_host::Configura
 #if defined(CUDA_HOST_THREAD)
   race_reported = false;
 #endif
-  const unsigned together = configuration->cooperative ? launch.blocks : kernel->cluster;
-  if (!configuration->cooperative) launch.workers = std::min(configuration->os_threads, launch.blocks / together);
+  launch.workers = std::min(configuration->os_threads, launch.blocks / kernel->cluster);
   std::vector<std::unique_ptr<Worker>> workers;
   for (unsigned i = 0; i < launch.workers; ++i)
-    workers.push_back(take_worker(configuration->block * together));
+    workers.push_back(take_worker(configuration->block * kernel->cluster));
   std::vector<std::thread> team;
   for (unsigned i = 1; i < launch.workers; ++i) team.emplace_back(work, std::ref(launch), std::ref(*workers[i]), i);
   work(launch, *workers[0], 0);

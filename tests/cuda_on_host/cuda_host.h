@@ -5,20 +5,20 @@
 //   correct kernel computes the same in every one. cuda_host.cpp has the scheduler; a kernel's source is compiled with
 //   this file in front of it and CUDA_HOST_KERNEL for each kernel behind it, and device.py launches them.
 //   There are: threadIdx blockIdx blockDim gridDim, static and dynamic shared memory, barriers of a block and of a
-//   warp, shuffles, votes, atomics on integers, what asynchronous copies, cooperative launches and clusters need, and
-//   of the functions of C those declared below, no others: what else a kernel calls does not compile.
-//   All shared memory is 0xFF in every byte (NaN) before each block. A cooperative launch has all of its blocks'
-//   fibers in one OS thread, and so has a cluster; its kernel should have dynamic shared memory only, as static shared
-//   memory changes hands there, and ThreadSanitizer takes it for all blocks' in common.
+//   warp, shuffles, votes, atomics on integers, what asynchronous copies and clusters need, and of the functions of C
+//   those declared below, no others: what else a kernel calls does not compile.
+//   All shared memory is 0xFF in every byte (NaN) before each block. A cluster has all of its blocks' fibers in one OS
+//   thread; its kernel should have dynamic shared memory only, as static shared memory changes hands there, and
+//   ThreadSanitizer takes it for all blocks' in common.
 //   Found and reported, as an error of the launch: a barrier that not all can reach, a barrier in divergent code, lanes
 //   of a warp at different exchanges, misaligned addresses and indices outside of arrays of known size (by GCC's
 //   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
 //   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a product of a
 //   warpgroup from shared memory that was written and not fenced (it is computed as late as it may be), an access of a
 //   block of the cluster that may not have begun, or has ended, an arrival at the cluster's barrier that nobody waited
-//   for, bytes that a barrier did not expect, or still does when its block ends, a thread that spins for ever. With -fsanitize=thread every missing __syncthreads or __syncwarp is a data race, and so is a
-//   missing __threadfence or barrier of the cluster, and the launch is given up after the first one; with -fsanitize=address every stray access
-//   ends the process.
+//   for, bytes that a barrier did not expect, or still does when its block ends. With -fsanitize=thread every missing
+//   __syncthreads or __syncwarp is a data race, and so is a missing __threadfence or barrier of the cluster, and the
+//   launch is given up after the first one; with -fsanitize=address every stray access ends the process.
 //   Not found: what depends on a GPU's weak memory order, on the number of registers, on time. Lanes named in a mask
 //   must be all that there are: parts of a warp cannot shuffle alone.
 #pragma once
@@ -107,7 +107,7 @@ struct Block {
   Barrier barrier;
   void* dynamic;            // shared memory, with guards around it
   bool unfenced;            // whether a thread has come to the block's barrier so
-  void* statics = nullptr;  // static shared memory, while another block of a cooperative launch runs
+  void* statics = nullptr;  // static shared memory, while another block of the cluster runs
 };
 
 // Copies and products of a thread that wait to be waited for; cuda_host.cpp has the definitions.
@@ -160,9 +160,6 @@ void publish_byte_barriers();
 void expect_bytes(void* barrier, int bytes);
 void bytes_came(void* barrier, unsigned rank, int bytes);
 void wait_for_bytes(void* barrier, unsigned parity, Place place);
-
-// Lets the other threads run: in every loop that waits for another block.
-void yield(Place place);
 
 // Of 16 bytes, but not of 32.
 inline void* dynamic_shared() { return self->block->dynamic; }

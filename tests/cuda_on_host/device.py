@@ -51,7 +51,6 @@ THREAD_ORDERS = {
 MAX_BLOCK = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED = 227 * 1024
-MAX_RESIDENT_THREADS = 2048
 
 COMPILER = "g++"
 SANITIZERS = tuple(name for name in os.environ.get("GEMMLET_CUDA_HOST_SANITIZE", "").split(",") if name)
@@ -83,7 +82,6 @@ class _Configuration(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
-        ("cooperative", ctypes.c_int),
         ("step", ctypes.c_int),
         ("eager", ctypes.c_int),
         ("seed", ctypes.c_uint),
@@ -155,17 +153,11 @@ class HostDevice:
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        cooperative: bool = False,
         cluster: int = 1,
     ) -> None:
         _check_arguments(kernel, arguments)
         _check_configuration(kernel, grid, block, shared, cluster)
-        resident = self.multiprocessors * min(MAX_RESIDENT_THREADS // block, MAX_SHARED // max(shared, 1))
-        if cooperative and math.prod(grid) > resident:
-            raise ValueError(f"{kernel.name}: {math.prod(grid)} blocks cannot all be resident, {resident} can")
-        configuration = _Configuration(
-            (*grid,), block, shared, cooperative, *THREAD_ORDERS[self.thread_order], self.os_threads
-        )
+        configuration = _Configuration((*grid,), block, shared, *THREAD_ORDERS[self.thread_order], self.os_threads)
         # Copies, as the launch may be done later.
         values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]
         pointers = (ctypes.POINTER(ctypes.c_char) * len(values))(*values)

@@ -80,16 +80,6 @@ inline float log2_flushed(float x) {
 }
 
 //
-// Waiting for other blocks
-//
-
-inline void nanosleep(unsigned, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_host::yield({"nanosleep", file, line});
-}
-
-inline unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-
-//
 // Asynchronous copies to shared memory
 //
 

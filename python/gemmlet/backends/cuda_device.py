@@ -55,14 +55,12 @@ class Device(Protocol):
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        cooperative: bool = False,
         cluster: int = 1,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
-        `shared` the bytes of dynamic shared memory. `cooperative` kernels may wait for all blocks of their grid.
-        `cluster`: how many blocks the kernel's own clusters have.
+        `shared` the bytes of dynamic shared memory, `cluster` how many blocks the kernel's own clusters have.
         """
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -149,7 +147,6 @@ class CudaDevice:
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        cooperative: bool = False,
         cluster: int = 1,
     ) -> None:
         """See `Device`."""
@@ -163,7 +160,7 @@ class CudaDevice:
                     self._cupy.cuda.driver.funcSetAttribute(kernel.ptr, attribute, 1)
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
-            kernel(grid, (block, 1, 1), given, shared_mem=shared, enable_cooperative_groups=cooperative)
+            kernel(grid, (block, 1, 1), given, shared_mem=shared)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See `Device`."""

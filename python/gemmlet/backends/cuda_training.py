@@ -45,10 +45,6 @@ MOST_TOP_BYTES = 8 << 20
 # Steps in a graph, where there are as many: between graphs a GPU waits longer than within one. Not measured yet.
 STEPS_TOGETHER = 8
 
-# Whether all steps of a call of a small multilayer perceptron are one cooperative kernel, whose blocks wait for each
-# other, instead of graphs. Not measured yet.
-ONE_KERNEL = False
-
 # The blocks of the cluster that does all steps of a call of a perceptron with one hidden layer where it can
 # (cluster_training.cuh): the smallest size that has enough of them. Not measured yet.
 CLUSTER_SIZES: tuple[int, ...] = (8, 16)
@@ -196,17 +192,6 @@ class _Structs:
             ("grad", "u8"),
             ("below", self.below),
         )
-        between = (_MOST_LAYERS - 2,)
-        self.steps = _struct(
-            ("first", self.forward),
-            ("brought", _BROUGHT),
-            ("forward", self.forward, between),
-            ("top", self.top),
-            ("backward", self.backward, between),
-            ("update", _UPDATE),
-            ("between", "i4"),
-            ("arrived", "u8"),
-        )
         self.cluster = _struct(
             ("progress", "u8"),
             ("tiles", "u8"),
@@ -249,8 +234,7 @@ def expressions() -> dict[str, list[str]]:
         for n in (t, "unsigned char"):
             for kernel in ("first_forward", "first_forward_and_gather"):
                 names += [f"{kernel}<{t}, {n}, gemmlet::{tile}>" for tile in _TILES]
-            for rule in OPTIMIZER_RULES:
-                names += [f"{kernel}<{t}, {n}, gemmlet::optimizers::{rule}>" for kernel in ("update", "train")]
+            names += [f"update<{t}, {n}, gemmlet::optimizers::{rule}>" for rule in OPTIMIZER_RULES]
     in_cluster = [f"{kernel}<{_CLUSTER_THREADS}>" for kernel in ("arrange_samples", "close_steps")]
     for size in CLUSTER_SIZES:
         in_cluster += [f"train_in_cluster<{size}, gemmlet::optimizers::{rule}>" for rule in OPTIMIZER_RULES]
@@ -669,10 +653,6 @@ class _Session:
                 self._graphs[rows, 0] = _Cluster(self.device, self.structs, launches, size, rows)
             self._graphs[rows, 0].reserve(steps)
             return [(self._graphs[rows, 0], steps)]
-        if ONE_KERNEL and _fit_one_kernel(launches):
-            if (rows, 0) not in self._graphs:
-                self._graphs[rows, 0] = _OneKernel(self.device, self.structs.steps, launches)
-            return [(self._graphs[rows, 0], steps)]
         runs = []
         for together, times in ((STEPS_TOGETHER, steps // STEPS_TOGETHER), (1, steps % STEPS_TOGETHER)):
             if times and (rows, together) not in self._graphs:
@@ -706,45 +686,6 @@ class _Session:
                     device.launch(kernel, launch.grid, launch.block, launch.arguments, launch.shared)
 
         return device.record(record)
-
-
-def _fit_one_kernel(launches: Sequence[_Launch]) -> bool:
-    """Whether `_OneKernel` can do them."""
-    names = [launch.name for launch in launches]
-    between = names.count("forward")
-    expected = ["first_forward", *["forward"] * between, "top", *["backward"] * between, "update"]
-    tiles = [launch.kernel for launch in launches if launch.name not in ("top", "update")]
-    return names == expected and between + 2 <= _MOST_LAYERS and all("SmallTile<8>" in kernel for kernel in tiles)
-
-
-class _OneKernel:
-    """Steps of so many rows as one cooperative launch."""
-
-    def __init__(self, device: Device, struct: np.dtype[Any], launches: Sequence[_Launch]) -> None:
-        self._device = device
-        self._arrived = device.empty((1,), np.dtype(np.uint32))
-        between = len(launches) // 2 - 1
-        given = [launch.arguments[0] for launch in launches]
-        p = np.zeros(1, struct)
-        p["first"], p["top"], p["update"] = given[0], given[between + 1], given[-1]
-        p["brought"] = launches[0].arguments[1]
-        for place in range(between):
-            p["forward"][0, place], p["backward"][0, place] = given[1 + place], given[between + 2 + place]
-        p["between"], p["arrived"] = between, address(self._arrived)
-        self._p: np.void = p[0]
-        update = launches[-1]
-        (self._kernel,) = device.kernels(SOURCE, [update.kernel.replace("update<", "train<")])
-        self._shared = max(launch.shared for launch in launches)
-        # One block a multiprocessor, as far as there is work in any phase.
-        self._blocks = min(device.multiprocessors, max(launch.grid[0] * launch.grid[1] for launch in launches))
-
-    def replay(self, count: int = 1) -> None:
-        """Do so many steps."""
-        self._device.zero(self._arrived)
-        arguments = self._p, np.int64(count)
-        self._device.launch(
-            self._kernel, (self._blocks, 1, 1), _WIDE_THREADS, arguments, self._shared, cooperative=True
-        )  # fmt: skip
 
 
 class _Cluster:

@@ -125,31 +125,6 @@ __global__ void copies(const float* x, float* y, int turns) {
   }
 }
 
-// Passes sums round: in each of the turns a block reads what its neighbour wrote in the turn before. The blocks wait
-// for each other, by a counter that only goes up.
-template <bool Static, bool Wait>
-__global__ void ring(int* values, unsigned* counter, int turns) {
-  int* mine = dynamic_shared<int>();
-  if constexpr (Static) {
-    __shared__ int memory[96];
-    mine = memory;
-  }
-  mine[threadIdx.x] = static_cast<int>(blockIdx.x);
-  for (int turn = 0; turn < turns; ++turn) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const unsigned next = (blockIdx.x + 1) % gridDim.x;
-      values[(turn + 1) % 2 * gridDim.x + blockIdx.x] = values[turn % 2 * gridDim.x + next] + mine[blockDim.x - 1];
-      if constexpr (Wait) {
-        __threadfence();
-        atomicAdd(counter, 1);
-        while (gemmlet::ptx::load_acquire(counter) < (turn + 1) * gridDim.x) gemmlet::ptx::nanosleep(20);
-      }
-    }
-    __syncthreads();
-  }
-}
-
 // Each block of three gives its number to all, and adds what it was given. What may be wrong is 1: no barrier before, 2:
 // it adds too early; 3: it arrives twice; 4: it does not wait for the others' arrival; 5: it waits only; 6: there is no
 // such block; 7: a block has ended; 8: more bytes come than are expected; 9: fewer do; 10: the barrier is not published;
