@@ -65,7 +65,7 @@ WITHOUT_GPU = (
     "test_gpu_report.py",
     "test_quick.py",
 )
-TEST_PROCESSES = 8
+TEST_PROCESSES = 12
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # For a tool's start, and what it prints at its end.
