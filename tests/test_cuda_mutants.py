@@ -519,8 +519,6 @@ WRONG = [
     ),
     *mutants(
         "network",
-        ("ptx::wait_for_prerequisites();", "", "mlp"),
-        ("begin_kernel();\n  top_row", "top_row", "mlp"),
         ("int warp = 1; warp < threads / 32", "int warp = 2; warp < threads / 32", "mlp"),
         (BARRIER + "\n  for (int j = thread", "for (int j = thread", "mlp"),
         (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),

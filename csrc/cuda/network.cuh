@@ -10,7 +10,6 @@
 //   kernel needs what those before it have written.
 //   Activations and losses are called by their places in the lists of csrc/formulas; a loss may be softmax_loss, too.
 //   Sizes are at least 1, indices in range.
-//   The kernels of a step may be launched so that they overlap: each one waits for those before it.
 //   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (small_product.cuh);
 //   losses are added up in double. No float atomics: the same bits on every run.
 // Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top_row; none for the others.
@@ -23,13 +22,6 @@ namespace gemmlet {
 
 // From one row to the next: they begin at multiples of 16 bytes.
 __device__ __forceinline__ constexpr int row_stride(int width) { return (width + 3) / 4 * 4; }
-
-// The first thing in a kernel of a step. The next one is let in after this one's wait, so that it has no one to wait for
-// but this one.
-__device__ __forceinline__ void begin_kernel() {
-  ptx::wait_for_prerequisites();
-  ptx::launch_dependents();
-}
 
 // How far a call has come, and where that is which belongs to the call alone.
 struct Progress {
@@ -222,7 +214,6 @@ __device__ __forceinline__ void forward_tile(const Forward<T, N>& p, const Rows<
 // A layer whose inputs are the mini-batch. Grid: tiles of rows, tiles of columns.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1) forward(const __grid_constant__ Forward<T, T> p) {
-  begin_kernel();
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   forward_tile<Tile>(p, p.input.all(), row, column, dynamic_shared<T>());
 }
@@ -231,7 +222,6 @@ __global__ void __launch_bounds__(Tile::most_threads, 1) forward(const __grid_co
 template <class T, class N, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1)
     first_forward(const __grid_constant__ Forward<T, N> p, const __grid_constant__ Brought<T> brought) {
-  begin_kernel();
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   if (blockIdx.y < gridDim.y - 1)
     forward_tile<Tile>(p, p.input.at_opening(brought.progress), row, column, dynamic_shared<T>());
@@ -291,7 +281,6 @@ __device__ __forceinline__ void backward_tile(const Backward<T>& p, int tile_row
 // The same grid, for layer.in columns.
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1) backward(const __grid_constant__ Backward<T> p) {
-  begin_kernel();
   backward_tile<Tile>(p, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), dynamic_shared<T>());
 }
 
@@ -425,7 +414,6 @@ inline constexpr int loss_threads = 128;
 // A warp for each row.
 template <class T>
 __global__ void __launch_bounds__(loss_threads, 1) loss(const __grid_constant__ Loss<T> p) {
-  begin_kernel();
   const int i = static_cast<int>(blockIdx.x * (loss_threads / 32) + threadIdx.x / 32);
   if (i >= p.rows) return;
   const Index at = static_cast<Index>(i) * row_stride(p.out);
@@ -518,7 +506,6 @@ __device__ __forceinline__ void top_row(const Top<T>& p, int i, T* memory) {
 // A block for each row.
 template <class T>
 __global__ void __launch_bounds__(most_top_threads, 1) top(const __grid_constant__ Top<T> p) {
-  begin_kernel();
   top_row(p, static_cast<int>(blockIdx.x), dynamic_shared<T>());
 }
 
@@ -549,7 +536,6 @@ template <class T, class N, class Tile>
 __global__ void __launch_bounds__(Tile::most_threads, 1)
     first_forward_and_gather(const __grid_constant__ Forward<T, T> p, const __grid_constant__ Brought<T> brought,
                              const __grid_constant__ Gather<T, N> gather, int tile_columns) {
-  begin_kernel();
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   const Progress* const progress = brought.progress;
   if (column < tile_columns) {
@@ -579,7 +565,6 @@ inline constexpr int expand_threads = 256;
 template <class T>
 __global__ void __launch_bounds__(expand_threads)
     expand(const __grid_constant__ Expand<T> p, const __grid_constant__ Brought<T> brought) {
-  begin_kernel();
   const int i = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   if (i == brought.rows) {
     open_step(brought);
@@ -726,7 +711,6 @@ __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T*
 // All weights of a network, or up to most_layers layers of it. Grid: p.blocks, and one that adds up the losses.
 template <class T, class N, class Rule>
 __global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid_constant__ Update<T, N> p) {
-  begin_kernel();
   const int block = static_cast<int>(blockIdx.x);
   if (block < p.blocks)
     update_tile<Rule>(p, block, dynamic_shared<T>());

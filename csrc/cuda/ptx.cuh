@@ -413,23 +413,5 @@ GEMMLET_WGMMA_TF32(128, "256", "%128, %129, %130, %131", "%132", "%133")
 #undef GEMMLET_D64_NAMES
 #undef GEMMLET_D128_NAMES
 
-//
-// Launches that overlap (sm_90); nothing where a kernel was not launched so.
-//
-
-// griddepcontrol.wait: the kernels before this one have ended, and what they wrote is seen.
-__device__ __forceinline__ void wait_for_prerequisites() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// griddepcontrol.launch_dependents: once all blocks have come here, the next kernel's may begin, and wait.
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 }  // namespace gemmlet::ptx
 #endif

@@ -47,7 +47,6 @@ namespace cuda_host {
 struct Configuration {
   unsigned grid[3], block;
   unsigned shared_bytes;
-  int overlaps;   // every thread has to wait for what comes before the kernel
   int step;       // from each thread to the next, and below 0 from the last to the first
   int eager;      // who could go on last goes on first, so that warps run ahead of each other
   unsigned seed;  // not 0: after each event a thread drawn at random goes on
@@ -519,8 +518,6 @@ extern "C" void cuda_host_begin() {
 #endif
   acquire(&worker->begins);
   worker->launch->kernel->run(worker->launch->arguments);
-  if (worker->launch->configuration.overlaps && !self->waited)
-    fail("ends, and has not waited for what comes before its kernel");
   if (!self->copies->items.empty()) fail("ends, and has not waited for all its asynchronous copies");
   if (!self->products->items.empty()) fail("ends, and has not waited for all its products");
   if (self->arrived) fail("ends, and has not waited at the barrier of its cluster");
@@ -553,7 +550,7 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
     f.lane = i % 32;
     f.block = &block;
     f.warp = &warp[i / 32];
-    f.waits = f.waited = f.fenced = f.products_fenced = f.arrived = false;
+    f.waits = f.fenced = f.products_fenced = f.arrived = false;
     f.last_atomic = nullptr;
     f.copies->clear();
     f.products->clear();

@@ -119,7 +119,6 @@ struct Fiber {
   CopyQueue* copies;
   ProductQueue* products;
   bool products_fenced;  // registers can be theirs
-  bool waited;           // for what comes before its kernel
   bool arrived;          // at the cluster's barrier, in the phase
   unsigned arrived_in;
   // For the order of memory between blocks.

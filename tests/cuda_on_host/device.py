@@ -86,7 +86,6 @@ class _Configuration(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint),
         ("shared", ctypes.c_uint),
-        ("overlaps", ctypes.c_int),
         ("step", ctypes.c_int),
         ("eager", ctypes.c_int),
         ("seed", ctypes.c_uint),
@@ -161,14 +160,11 @@ class HostDevice:
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        overlaps: bool = False,
         cluster: int = 1,
     ) -> None:
         _check_arguments(kernel, arguments)
         _check_configuration(kernel, grid, block, shared, cluster)
-        configuration = _Configuration(
-            (*grid,), block, shared, overlaps, *THREAD_ORDERS[self.thread_order], self.os_threads
-        )
+        configuration = _Configuration((*grid,), block, shared, *THREAD_ORDERS[self.thread_order], self.os_threads)
         # Copies, as the launch may be done later.
         values = [_aligned(a.tobytes()) for a in arguments]
         pointers = (ctypes.POINTER(ctypes.c_char) * len(values))(*values)

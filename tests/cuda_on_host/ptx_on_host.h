@@ -444,13 +444,4 @@ inline void wgmma_tf32(float (&d)[count], const unsigned (&a)[4], unsigned long 
       {adds ? product_of_tf32<true, count> : product_of_tf32<false, count>, d, 0, b, a, {a[0], a[1], a[2], a[3]}});
 }
 
-//
-// Launches that overlap: here each one ends before the next begins, but a wait left out is found.
-//
-
-inline void launch_dependents() {
-  if (!cuda_host::self->waited) cuda_host::fail("lets the next kernel come before it has waited itself");
-}
-inline void wait_for_prerequisites() { cuda_host::self->waited = true; }
-
 }  // namespace gemmlet::ptx

@@ -69,15 +69,12 @@ class Device(Protocol):
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        overlaps: bool = False,
         cluster: int = 1,
     ) -> None:
         """Start a kernel on the current stream.
 
         `arguments` are NumPy scalars of just the kernel's parameter types (uint64 for a pointer, void for a struct),
-        `shared` the bytes of dynamic shared memory. Kernels that are launched with `overlaps` may begin while the one
-        before them still runs: they wait for it.
-        `cluster`: how many blocks the kernel's own clusters have.
+        `shared` the bytes of dynamic shared memory, `cluster` how many blocks the kernel's own clusters have.
         """
 
     def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
@@ -170,8 +167,6 @@ class CudaDevice:
         self.name = name.decode() if isinstance(name, bytes) else str(name)
         self.arch = cuda_compile.architecture(self._device.compute_capability)
         self.multiprocessors = int(properties["multiProcessorCount"])
-        # Hopper's, and in graphs CUDA 12.3's.
-        self._can_overlap = int(properties["major"]) >= 9 and runtime.driverGetVersion() >= 12030
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: list[Any] = []
         # The bytes of dynamic shared memory that a kernel has been allowed; up to 48 KiB it need not ask.
@@ -205,16 +200,11 @@ class CudaDevice:
         block: int,
         arguments: Sequence[np.generic],
         shared: int = 0,
-        overlaps: bool = False,
         cluster: int = 1,
     ) -> None:
         """See `Device`."""
         with self._device:
             self._allow(kernel, shared, cluster)
-            if overlaps and self._can_overlap:
-                stream = self._cupy.cuda.get_current_stream().ptr
-                _launch_overlapping(kernel.ptr, grid, block, arguments, shared, stream)
-                return
             # CuPy takes a struct as an array of one, and copies it.
             given = [np.array(a) if type(a) is np.void else a for a in arguments]
             kernel(grid, (block, 1, 1), given, shared_mem=shared)
@@ -399,39 +389,6 @@ def _tensor_map(
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}")
     return np.void(memory.raw[offset : offset + 128])
-
-
-class _LaunchAttribute(ctypes.Structure):
-    """CUDA's CUlaunchAttribute: a number in the value, which is a union of 64 bytes."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
-
-
-class _LaunchConfig(ctypes.Structure):
-    """CUDA's CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_LaunchAttribute)),
-        ("attribute_count", ctypes.c_uint),
-    )
-
-
-def _launch_overlapping(
-    kernel: int, grid: tuple[int, int, int], block: int, arguments: Sequence[np.generic], shared: int, stream: int
-) -> None:
-    """What CuPy has no function for: cuLaunchKernelEx with programmatic stream serialization."""
-    attribute = _LaunchAttribute(6)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value[0] = 1
-    config = _LaunchConfig(grid, (block, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
-    values = [ctypes.create_string_buffer(a.tobytes(), a.itemsize) for a in arguments]
-    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    error = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel), pointers, None)
-    if error:
-        raise RuntimeError(f"cuLaunchKernelEx: error {error} of the CUDA driver")
 
 
 class _CudaGraph:

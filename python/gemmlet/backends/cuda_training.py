@@ -731,11 +731,9 @@ class _Session:
         kernels = [device.kernels(SOURCE, [launch.kernel])[0] for launch in launches]
 
         def record() -> None:
-            for step in range(times):
-                for place, (kernel, launch) in enumerate(zip(kernels, launches, strict=True)):
-                    device.launch(
-                        kernel, launch.grid, launch.block, launch.arguments, launch.shared, overlaps=step + place > 0
-                    )
+            for _ in range(times):
+                for kernel, launch in zip(kernels, launches, strict=True):
+                    device.launch(kernel, launch.grid, launch.block, launch.arguments, launch.shared)
 
         return device.record(record)
 
