@@ -15,7 +15,6 @@
 //   `cluster` blocks compute tiles of the same columns at the same time: each copies a part of y to all of them, so that it
 //   comes from the L2 cache once. Blocks walk over the tiles in groups of `group_rows` rows of (clusters of) tiles, column
 //   by column, for what the L2 cache holds.
-//   The second consumer begins `lag` stages behind the first.
 //   On an SM the tensor cores take 1024 cycles for a stage, 128 x 256 lines of 128 bytes. Shared memory, of 128 bytes a
 //   cycle, is busy meanwhile for 640 with what they read and for 384 with what is copied, 48 KB, which are 48 bytes a cycle
 //   from the L2 cache, or 32 in a cluster of two.
@@ -31,16 +30,15 @@
 
 namespace gemmlet {
 
-template <class T_, int rows_, int columns_, int stages_, int cluster_, int group_rows_, int lag_, int transposed_>
+template <class T_, int rows_, int columns_, int stages_, int cluster_, int group_rows_, int transposed_>
 struct WgmmaTile {
   using T = T_;
   static constexpr int rows = rows_, columns = columns_, stages = stages_, cluster = cluster_, group_rows = group_rows_;
-  static constexpr int lag = lag_;
   static constexpr bool transposed = transposed_;
   // A row of shared memory is 128 bytes, so many steps of a line or lines of a step; a product takes 32.
   static constexpr int size = sizeof(T), depth = 128 / size, step = 32 / size;
   static constexpr int consumers = rows / 64, threads = (1 + consumers) * 128;
-  static_assert((rows == 64 || rows == 128) && stages > 1 && lag < stages);
+  static_assert((rows == 64 || rows == 128) && stages > 1);
   static_assert((size == 2 || size == 4) && (columns == 128 || columns == 256));
   static_assert(columns / cluster % depth == 0);
 
@@ -51,7 +49,7 @@ struct WgmmaTile {
   static constexpr int out_offset = stages * stage_bytes, barrier_offset = out_offset + consumers * 4 * out_bytes;
   // Eight rows begin at a multiple of 1024 bytes, which the block's memory need not.
   static constexpr int alignment = 1024;
-  static constexpr int shared_bytes = alignment - 16 + barrier_offset + (2 * stages + (lag > 0)) * 8;
+  static constexpr int shared_bytes = alignment - 16 + barrier_offset + 2 * stages * 8;
 
   // Two consumers' threads need more registers than the 168 that each of 384 has; a producer's need few.
   static constexpr bool moves_registers = consumers > 1;
@@ -125,8 +123,6 @@ class WgmmaStages {
   // Has come to the end of a phase when all its bytes are there; or when all consumers are done with it.
   __device__ __forceinline__ ptx::SharedAddress full() const { return barriers_ + 8 * stage_; }
   __device__ __forceinline__ ptx::SharedAddress empty() const { return full() + 8 * Tile::stages; }
-  // The first consumer has done so many stages that the second one may begin.
-  __device__ __forceinline__ ptx::SharedAddress begun() const { return barriers_ + 8 * 2 * Tile::stages; }
   __device__ __forceinline__ int offset() const { return stage_ * Tile::stage_bytes; }
   // Of the phase of full() in which the stage is filled. The one of empty() in which it was left is the other one, and
   // so it counts as left before it is filled for the first time.
@@ -145,7 +141,6 @@ class WgmmaStages {
       ptx::init_barrier(empty(), Tile::consumers * 4 * Tile::cluster);
     }
     parity_ = 0;
-    if (Tile::lag > 0) ptx::init_barrier(begun(), 4);
     ptx::fence_barrier_init();
   }
 
@@ -339,15 +334,6 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
     const WgmmaOperand<y_along_lines> of_y(shared + Tile::operand_bytes(Tile::rows));
     float* const own = reinterpret_cast<float*>(memory + beyond + Tile::out_offset) +
                        (consumer * 4 + warp) * Tile::out_bytes / static_cast<int>(sizeof(float));
-    // The second consumer is some stages behind from the first tile on, so that they do not write out tiles at the same
-    // time: meanwhile the tensor cores are the other one's.
-    bool lags = Tile::lag > 0 && tiles.is_left() && steps.last - steps.first > Tile::lag * Tile::depth;
-    if (lags && consumer > 0) ptx::wait_for_phase(stages.begun(), 0);
-    const auto has_done = [&](int count) {
-      if (!lags || count != Tile::lag * Tile::depth) return;
-      lags = false;
-      if (consumer == 0 && lane == 0) ptx::arrive_at(stages.begun(), blockIdx.x % Tile::cluster);
-    };
     // Each warp leaves a stage, in all blocks that fill it.
     const auto leave = [&](ptx::SharedAddress empty) {
       if (lane < Tile::cluster) ptx::arrive_at(empty, lane);
@@ -373,7 +359,6 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           // While these run, those of the stage before are done.
           ptx::wait_for_products<1>();
           if (step > steps.first) leave(last);
-          has_done(step - steps.first);
           last = stages.empty();
           stages.next();
         }
@@ -401,7 +386,6 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           }
           ptx::wait_for_products<0>();
           leave(last);
-          has_done(step - steps.first + Tile::depth);
         }
       }
       // While the last products run, of 16 bits:

@@ -134,15 +134,14 @@ def wgmma(
     stages: int,
     cluster: int,
     group_rows: int,
-    lag: int,
     transposed: bool,
     start: float,
     step: float,
     busy: float = 1.0,
 ) -> Tile:
     """Return ``WgmmaTile<...>``."""
-    shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + (2 * stages + (lag > 0)) * 8
-    parameters = (x_lines, y_lines, stages, cluster, group_rows, lag, int(transposed))
+    shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
+    parameters = (x_lines, y_lines, stages, cluster, group_rows, int(transposed))
     rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
     threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
     return Tile("wgmma", rows, columns, depth, threads, shared, start, step, busy, parameters, cluster, transposed)
@@ -207,14 +206,14 @@ _WGMMA_TILES = {
     **dict.fromkeys(
         ("float16", "bfloat16"),
         (
-            wgmma("bfloat16", 128, 256, 4, 2, 8, 0, False, 3000.0, 11.0),
-            wgmma("bfloat16", 128, 128, 6, 2, 8, 0, False, 3000.0, 5.8),
-            wgmma("bfloat16", 64, 128, 8, 2, 16, 0, False, 3000.0, 3.8),
+            wgmma("bfloat16", 128, 256, 4, 2, 8, False, 3000.0, 11.0),
+            wgmma("bfloat16", 128, 128, 6, 2, 8, False, 3000.0, 5.8),
+            wgmma("bfloat16", 64, 128, 8, 2, 16, False, 3000.0, 3.8),
         ),
     ),
     "float32": (
-        wgmma("float32", 128, 256, 4, 2, 8, 0, False, 3000.0, 21.0),
-        wgmma("float32", 128, 256, 4, 2, 8, 0, True, 3000.0, 21.0),
+        wgmma("float32", 128, 256, 4, 2, 8, False, 3000.0, 21.0),
+        wgmma("float32", 128, 256, 4, 2, 8, True, 3000.0, 21.0),
     ),
 }
 
