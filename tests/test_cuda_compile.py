@@ -62,6 +62,21 @@ def test_every_kernel_compiles(arch: str, source: str) -> None:
     assert "warpgroup.arrive is injected" not in log
 
 
+def test_the_clocks_of_a_cluster_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tools/cluster_phases.py makes of the kernel: its phases are there, by their comments."""
+    path = Path(__file__).parents[1] / "tools" / "cluster_phases.py"
+    spec = importlib.util.spec_from_file_location("cluster_phases", path)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    sources = tool.with_clocks(dict(cuda_compile.sources()))
+    monkeypatch.setattr(cuda_compile, "sources", lambda: sources)
+    kernel = f"gemmlet::train_in_cluster<{tool.RANKS}, gemmlet::optimizers::sgd>"
+    made, _ = compile_cubin("cluster_training.cuh", [kernel], "sm_90a")
+    assert b"gemmlet_clocks" in made.image
+
+
 def test_a_spill_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kernel that holds 128 numbers at once, and may have 64 registers."""
     text = """

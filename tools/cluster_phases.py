@@ -1,0 +1,95 @@
+"""Clock cycles of each phase of a step of fused training by a cluster (csrc/cuda/cluster_training.cuh).
+
+    python tools/cluster_phases.py        # on a machine with a Hopper GPU
+
+The kernel is compiled with a reading of the clock before each phase, by each warp of each block; what is printed are
+medians over the steps, and over all warps, of cycles from one reading to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import gemmlet
+from gemmlet import nn
+from gemmlet.backends import cuda_compile, select
+
+STEPS, BATCH, RANKS, WARPS = 64, 64, 16, 8
+# How a phase begins in the source, and what comes before it.
+PHASES = [
+    ("    // Forward: each warp's part", "start"),
+    ("    // What lay here is of no use", "forward products"),
+    ("    // The sums of a warp's 8 rows", "two barriers"),
+    ("    // What the units add to", "activation"),
+    ("    // The loss of this block's rows;", "parts of outputs"),
+    ("    // Back to the units.", "loss, other blocks' gradients"),
+    ("    float numbers[Rule::scalar_count];", "gradients of units, barrier"),
+    ("    // The gradient of the first layer's weights: units", "small sums"),
+    ("    // The warp needs this mini-batch no more.", "gradient products, update"),
+]
+FILE = "cuda/cluster_training.cuh"
+
+
+def with_clocks(sources: dict[str, str]) -> dict[str, str]:
+    """Return the sources with the readings.
+
+    Raises
+    ------
+    ValueError
+        The kernel has no such phases any more.
+    """
+    text = sources[FILE]
+    for n, (begin, name) in enumerate(PHASES):
+        if text.count(begin) != 1:
+            raise ValueError(f"{FILE} has no single place where {name!r} ends: {begin!r}")
+        place = f"((rank * {WARPS} + warp) * {STEPS} + step) * {len(PHASES)} + {n}"
+        text = text.replace(
+            begin, f"    if (lane == 0 && step < {STEPS}) gemmlet_clocks[{place}] = clock64();\n{begin}"
+        )
+    array = f'extern "C" {{ __device__ long long gemmlet_clocks[{RANKS * WARPS * STEPS * len(PHASES)}]; }}\n'
+    return {**sources, FILE: text.replace("namespace gemmlet {", f"{array}namespace gemmlet {{", 1)}
+
+
+def clocks_of(device: Any, cupy: Any, modules: int) -> np.ndarray:
+    """Return the readings, (ranks, warps, steps, phases), of what has been loaded after so many modules."""
+    shape = RANKS, WARPS, STEPS, len(PHASES)
+    for module in device._modules[modules:]:
+        try:
+            pointer = module.get_global_var("gemmlet_clocks")
+        except Exception:  # another source's
+            continue
+        memory = cupy.cuda.UnownedMemory(int(getattr(pointer, "ptr", pointer)), 8 * int(np.prod(shape)), device)
+        clocks: np.ndarray = cupy.ndarray(shape, np.int64, cupy.cuda.MemoryPointer(memory, 0)).get()
+        # Each module of the source has the array; the one that trains has written to it.
+        if clocks.any():
+            return clocks
+    raise RuntimeError("no kernel of the cluster ran: is it a Hopper GPU?")
+
+
+def main() -> None:
+    """Print the table of both optimizers."""
+    sources = with_clocks(dict(cuda_compile.sources()))
+    cuda_compile.sources = lambda: sources  # type: ignore[assignment]
+    backend: Any = select.load("cuda")
+    device, cupy = backend._first, cuda_compile.import_cupy()
+    rng = np.random.default_rng(0)
+    x = (rng.integers(1, 256, (2 * STEPS * BATCH, 784)) * (rng.random((2 * STEPS * BATCH, 784)) < 0.2)).astype(np.uint8)
+    labels = rng.integers(0, 10, len(x))
+    for name, rule in (("sgd", nn.SGD(0.1)), ("adam", nn.Adam())):
+        modules = len(device._modules)
+        with gemmlet.use_backend(backend):
+            nn.MLP([784, 128, 10], "tanh", seed=0).fit(x, labels, epochs=1, batch_size=BATCH, optimizer=rule)
+        clocks = clocks_of(device, cupy, modules)[:, :, STEPS // 4 :]  # once everything is warm
+        whole = np.median(np.diff(clocks[..., 0], axis=2))
+        print(f"{name}: {whole:.0f} cycles a step; median (least to most of all warps)")
+        spans = [clocks[..., n] - clocks[..., n - 1] for n in range(1, len(PHASES))]
+        spans.append(clocks[:, :, 1:, 0] - clocks[:, :, :-1, -1])
+        for span, phase in zip(spans, [*(of for _, of in PHASES[1:]), "copies, start"], strict=True):
+            took = np.median(span, axis=2)
+            print(f"  {phase:32}{np.median(took):7.0f}  ({took.min():.0f} to {took.max():.0f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
