@@ -183,12 +183,20 @@ def phases() -> None:
     x, y = data()
     order = np.random.default_rng(3).permutation(SAMPLES)[: 200 * BATCH]
     for rule in ("sgd", "adam"):
+        modules = len(device._modules)
         with way("cluster 16"):
             feed, targets = cuda_training.hold(device, Feed(x, None, None, False), y)
             cuda_training.train_mlp(device, run_of((784, 128, 10), rule, feed, targets, order))
-        pointer = device._modules[-1].get_global_var("gemmlet_clocks")
-        memory = cupy.cuda.UnownedMemory(int(getattr(pointer, "ptr", pointer)), 16 * 8 * steps * marks * 8, device)
-        clocks = cupy.ndarray((16, 8, steps, marks), np.int64, cupy.cuda.MemoryPointer(memory, 0)).get()
+        # Each module has its own; that of the kernel that trains is the one that was written to.
+        for module in device._modules[modules:]:
+            try:
+                pointer = module.get_global_var("gemmlet_clocks")
+            except Exception:
+                continue
+            memory = cupy.cuda.UnownedMemory(int(getattr(pointer, "ptr", pointer)), 16 * 8 * steps * marks * 8, device)
+            clocks = cupy.ndarray((16, 8, steps, marks), np.int64, cupy.cuda.MemoryPointer(memory, 0)).get()
+            if clocks.any():
+                break
         clocks = clocks[:, :, 16:]
         whole = np.diff(clocks[:, :, :, 0], axis=2)
         print(f"{rule}: {np.median(whole):.0f} clocks a step; by phase the medians, of all warps (least to most)")

@@ -279,7 +279,7 @@ def test_every_rule(rule: str, device: Any, cpu: Any, dtype: Any) -> None:
 
 
 def test_many_layers(plan: str, device: Any, cpu: Any, dtype: Any) -> None:
-    """More than an update, or a kernel for all steps, takes at once."""
+    """More than an update takes at once."""
     for depth in (8, 9, 17):
         Mlp([5] * depth + [3], dtype, batch=9, rule="momentum").check(device, cpu)
 
