@@ -242,7 +242,7 @@ def call_of_training(name: str) -> Any:
     if name == "mlp_in_a_cluster":
         return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
     kind = "sparse" if name == "mlp_of_sparse" else "floats"
-    return test_cuda_training.Mlp((20, 37, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
+    return test_cuda_training.Mlp((20, 69, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
 
 
 def training(name: str, plan: str) -> Callable[[Run], None]:
@@ -407,7 +407,7 @@ WRONG = [
         ("min(row_tiles - group * group_rows, group_rows)", "group_rows", "simt_float32"),
         ("last < k ? last : k", "last", "simt_float32"),
         ("count / depth + (count % depth > 0)", "count / depth", "simt_float32"),
-        ("row >= m || column >= n) return;\n    Pack", "row > m || column >= n) return;\n    Pack", "simt_float32"),
+        ("row >= m || column >= n) return;\n    C n", "row > m || column >= n) return;\n    C n", "simt_float32"),
         ("if (column + j >= n) break;", "if (column + j > n) break;", "simt_float32"),
         ("if (column + j < n) to[j] = sum[j];", "if (column + j <= n) to[j] = sum[j];", "simt_float32"),
         ("thread >= static_cast<Index>(m) * packs", "thread >= static_cast<Index>(m) * packs - 1", "simt_float32"),
