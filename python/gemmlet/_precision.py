@@ -17,8 +17,8 @@ def set_float32_matmul_precision(precision: str) -> None:
     precision : str
         ``"highest"``, which is the default: float32 throughout. ``"high"``: operands are rounded to TensorFloat-32,
         which has 10 bits after the point, to nearest, ties away from zero; large matmuls on Hopper round one of the two
-        as its copy engine does. That adds ``1.5 * 2**-10 * (abs(a) @ abs(b))`` at most to the error of ``a @ b``. Products of at most four rows or columns stay float32: they would not be
-        faster.
+        as its copy engine does. That adds ``1.5 * 2**-10 * (abs(a) @ abs(b))`` at most to the error of ``a @ b``.
+        Products of at most four rows or columns stay float32: they would not be faster.
 
     Raises
     ------
