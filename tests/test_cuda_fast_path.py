@@ -395,10 +395,11 @@ class Driver:
 
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 2,
-            getDeviceProperties=lambda number: {"name": b"Some GPU", "multiProcessorCount": 3},
+            getDeviceProperties=lambda number: {"name": b"Some GPU", "multiProcessorCount": 3, "major": 8},
             getDevice=self.gpu,
             memGetInfo=lambda: self.contexts.add((threading.get_ident(), self.gpu())),
             CUDARuntimeError=RuntimeError,
+            driverGetVersion=lambda: 12030,
             streamPerThread=2,
         )
         self.streams = {0: 0, 1: 77}

@@ -466,11 +466,13 @@ def test_sparse_matrices(images: bool, any_threads_backend: Any, dtype: Any, rng
     arguments = {"batch_size": 16, "epochs": 2, "optimizer": "adam"}
     model = MLP([70, 20, 3], dtype=dtype)
     expected = fitted(model, dense, y, validation_data=(dense[:9], y[:9]), **arguments)
+    # Of dense arrays a GPU's cluster takes images, and rounds otherwise.
+    in_cluster = any_threads_backend.name == "cuda" and images and dtype == np.float32
     for name, x in sparse_forms(dense).items():
         before, other = memory_of(x), MLP([70, 20, 3], dtype=dtype)
         assert (x.toarray() == dense).all(), name
         result = fitted(other, x, y, validation_data=(x.tocsr()[:9], y[:9]), **arguments)
-        if any_threads_backend.fuses("mlp", [], [], "sgd"):
+        if any_threads_backend.fuses("mlp", [], [], "sgd") and not in_cluster:
             assert same(result, expected), name
         else:
             assert_close(result, expected, dtype)
