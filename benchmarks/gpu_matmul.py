@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import ctypes
 import functools
 import itertools
@@ -566,13 +565,13 @@ def wgmma_report(kinds: Sequence[str], seconds: float) -> None:
 
             threading.Thread(target=read, daemon=True).start()
             doing = "starting"
-            with contextlib.suppress(queue.Empty):
+            try:
                 while (line := lines.get(timeout=min(12.0, max(began + seconds - time.monotonic(), 0.1)))) is not None:
                     if line.startswith("@"):
                         doing = line[1:]
                     else:
                         print(line, flush=True)
-            if child.poll() is None and doing:
+            except queue.Empty:
                 child.kill()
             child.wait()
             if not doing or doing in skipped:

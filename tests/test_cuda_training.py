@@ -401,8 +401,8 @@ def test_rows_that_are_not_there_in_a_cluster(device: Any, cpu: Any, cluster: No
 def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,))
 
-    def launched(widths: Sequence[int], dtype: Any = np.float32, **settings: Any) -> bool:
-        counting = Counting(device)
+    def launched(widths: Sequence[int], dtype: Any = np.float32, arch: str = device.arch, **settings: Any) -> bool:
+        counting = Counting(device, arch=arch)
         Mlp(widths, np.dtype(dtype), **{"kind": "bytes", "count": 65, **settings}).on(counting)
         return "train_in_cluster" in counting.launched
 
@@ -413,21 +413,47 @@ def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -
     assert not launched((9, 8, 3), np.float64)
     assert not launched((9, 8, 3), kind="floats")
     assert not launched((9, 8, 3), kind="sparse")
-    monkeypatch.setattr(type(device), "arch", "sm_80")
-    assert not launched((9, 8, 3))
+    assert not launched((9, 8, 3), arch="sm_80")
 
 
 def test_a_cluster_of_16_takes_a_whole_gpu(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (8, 16))
-    run = in_cluster((9, 100, 3)).call()
-    feed, targets = cuda_training.hold(device, run.feed, run.targets)
-    session = cuda_training._MlpSession(device, run._replace(feed=feed, targets=targets), 16)
-    session.launches(16)
-    assert session._cluster_size(session._launches, 16) == 16
-    monkeypatch.setattr(type(device), "arch", "sm_90a")
-    for multiprocessors, size in ((132, 16), (60, 0)):
-        monkeypatch.setattr(type(device), "multiprocessors", multiprocessors)
+    for arch, multiprocessors, size in (("host", 4, 16), ("sm_90a", 132, 16), ("sm_90a", 60, 0)):
+        counting = Counting(device, arch=arch, multiprocessors=multiprocessors)
+        run = in_cluster((9, 100, 3)).call()
+        feed, targets = cuda_training.hold(counting, run.feed, run.targets)
+        session = cuda_training._MlpSession(counting, run._replace(feed=feed, targets=targets), 16)
+        session.launches(16)
         assert session._cluster_size(session._launches, 16) == size
+
+
+def test_a_cluster_without_memory_has_none_reserved(
+    device: Any, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a call that fails for lack of it, a shorter one finds the memory that the first one had."""
+    mlp = in_cluster((9, 8, 3), count=40, batch=4)
+    feed, targets = cuda_training.hold(device, mlp.feed, mlp.targets)
+    held, plain = mlp.call()._replace(feed=feed, targets=targets), mlp.call()
+
+    def train(run: MlpRun, steps: int) -> tuple[float, int]:
+        return cuda_training.train_mlp(device, run._replace(order=run.order[: 4 * steps]))
+
+    train(held, 2)
+    empty = type(device).empty
+
+    def limited(_: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        if shape[0] == 10:
+            raise MemoryError("no more")
+        return empty(device, shape, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(device), "empty", limited)
+        with pytest.raises(MemoryError):
+            train(held, 10)
+    train(plain, 2)
+    assert train(held, 2) == train(plain, 2)
+    cuda_training.write_back(feed)
+    assert same(arrays_of(held.network.layers), arrays_of(plain.network.layers))
 
 
 # The same bits.
@@ -608,10 +634,11 @@ def test_noise_that_is_written_too_early_is_found(device: Any, dtype: Any) -> No
 
 
 class Counting:
-    """A device that takes note of the kernels that it launches."""
+    """A device that takes note of the kernels that it launches, and that may say of itself what is not so."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, **said: Any) -> None:
         self._device, self._names, self.launched = device, {}, list[str]()
+        vars(self).update(said)
 
     def kernels(self, source: str, names: Sequence[str]) -> list[Any]:
         found: list[Any] = self._device.kernels(source, names)

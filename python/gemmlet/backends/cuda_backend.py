@@ -411,8 +411,12 @@ class CudaBackend(NumpyBackend):
 
     def value_range(self, array: Any) -> tuple[float, float]:
         """The smallest and the largest of at least one element, NaN passed over."""
-        array = arrays.contiguous(array)
-        return self.float_range(self.device_of(array), array.dtype, address(array), array.size)
+        array, device = arrays.contiguous(array), self.device_of(array)
+        found = self._result(device)
+        self.find_range(device, array.dtype, "double", address(array), array.size, found.place)
+        device.synchronize()
+        low, high = found.floats
+        return low, high
 
     def as_indices(self, array: Any) -> tuple[Any, int, int]:
         """Integers as int64, C-contiguous, and the smallest and the largest of them; (0, 0) if there are none."""
@@ -421,28 +425,20 @@ class CudaBackend(NumpyBackend):
         if not array.size:
             return result, 0, 0
         array = arrays.contiguous(array)
-        return result, *self.index_range(device, array.dtype, address(array), array.size, address(result))
-
-    def float_range(self, device: Device, dtype: np.dtype[Any], at: int, size: int) -> tuple[float, float]:
-        """The smallest and the largest of `size` numbers at an address, NaN passed over."""
-        result = self._result(device)
-        self.find_range(device, dtype, "double", at, size, result.place)
+        found = self._result(device)
+        self.find_range(device, array.dtype, "long long", address(array), array.size, found.place, address(result))
         device.synchronize()
-        low, high = result.floats
-        return low, high
-
-    def index_range(self, device: Device, dtype: np.dtype[Any], at: int, size: int, copy: int = 0) -> tuple[int, int]:
-        """The same of integers; at `copy`, if it is not 0, they are stored as int64."""
-        result = self._result(device)
-        self.find_range(device, dtype, "long long", at, size, result.place, copy)
-        device.synchronize()
-        low, high = result.integers
-        return low, high
+        low, high = found.integers
+        return result, low, high
 
     def find_range(
         self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, result: int = 0, copy: int = 0
     ) -> None:
-        """Launch what finds them, as doubles or as long longs: to the address `result`, else to that of `Scratch`."""
+        """Launch what finds the smallest and the largest of `size` numbers at an address, NaN passed over.
+
+        to: the C++ type of both, ``"double"`` or ``"long long"``, which go to the address `result`, else to `Scratch`;
+        at `copy`, if it is not 0, all numbers are stored in that type.
+        """
         kernel = _range_kernel(arrays.name_of(dtype), to)
         launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
         scratch = self.scratch(device)

@@ -137,14 +137,13 @@ def wgmma(
     transposed: bool,
     start: float,
     step: float,
-    busy: float = 1.0,
 ) -> Tile:
     """Return ``WgmmaTile<...>``."""
     shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
     parameters = (x_lines, y_lines, stages, cluster, group_rows, int(transposed))
     rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
     threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
-    return Tile("wgmma", rows, columns, depth, threads, shared, start, step, busy, parameters, cluster, transposed)
+    return Tile("wgmma", rows, columns, depth, threads, shared, start, step, 1.0, parameters, cluster, transposed)
 
 
 def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
@@ -571,10 +570,10 @@ def prepared(
         blocks = min(blocks, max(device.multiprocessors // (splits * tile.cluster), 1) * tile.cluster)
     else:
         # The thin kernel takes the operand of many lines first, and is told which one it is.
-        turned = tile.kernel == "thin" and n > m
-        operand, given = _OPERAND, _as_structs(operands, turned)
+        second_first = tile.kernel == "thin" and n > m
+        operand, given = _OPERAND, _as_structs(operands, second_first)
         if tile.kernel == "thin":
-            sizes = k, steps, int(not turned)
+            sizes = k, steps, int(not second_first)
     epilogue, layout = (final, final_layout) if splits == 1 else (partial_epilogue(dtype), _PARTIAL)
     size = facts.dtype.itemsize
     found = [each.in_packs(size) if tile.kernel == "simt" else each.along_lines for each in operands]

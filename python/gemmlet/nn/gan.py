@@ -264,7 +264,7 @@ class GAN:
         noises = Ahead(self._training_noise, self._draw, by_threads)
 
         def prepare(epoch: int, rest: int) -> None:
-            """Of the call after one that leaves so many samples of its epoch."""
+            """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""
             if not rest and epoch < epochs:
                 rest = len(samples)
                 orders.prepare(rest)

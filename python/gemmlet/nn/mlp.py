@@ -203,7 +203,7 @@ class MLP:
         pace, orders = Pace(), Ahead(rng, sample_order)
 
         def prepare(epoch: int, rest: int) -> None:
-            """Of the call after one that leaves so many samples of its epoch."""
+            """Draw the order of the next epoch, if the call that runs leaves no samples of this one."""
             if not rest and epoch < epochs:
                 orders.prepare(len(samples))
 
