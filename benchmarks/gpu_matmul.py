@@ -1,15 +1,11 @@
 """Matrix products on a GPU: checks every kernel, then times all of them beside cuBLAS, to choose tiles by.
 
     python benchmarks/gpu_matmul.py [--quick] [--kinds float32,bfloat16] [--json FILE]
-    python benchmarks/gpu_matmul.py --wgmma [--kinds bfloat16,float16,tf32]
-    python benchmarks/gpu_matmul.py --wgmma --compile sm_90a    # into the cache, where there is no GPU
+    python benchmarks/gpu_matmul.py --compile sm_90a    # into the cache, where there is no GPU
 
 Each side runs as a CUDA graph of many launches, the sides in turn, by CUDA events; medians. What must come from memory
 (products of few rows or columns) has its operands rotated past the L2 cache. "cuBLAS +" has one more kernel, that adds
 the bias and applies ReLU, which ours do within the product.
-
-With --wgmma, every tile of Hopper's kernel and nothing else, in a process of its own, so that a kernel that hangs costs
-some seconds; its tiles that the backend does not have are `WGMMA_VARIANTS`.
 """
 
 from __future__ import annotations
@@ -21,11 +17,7 @@ import functools
 import itertools
 import json
 import multiprocessing
-import queue
 import statistics
-import subprocess
-import sys
-import threading
 import time
 import traceback
 import warnings
@@ -65,19 +57,10 @@ MORE_TILES: dict[str, tuple[Tile, ...]] = {
     "bfloat16": (
         mma("bfloat16", 256, 128, 32, 4, 2, 1, 4, 2600.0, 20.0),
         mma("bfloat16", 32, 64, 128, 1, 1, 4, 3, 1200.0, 4.5),
+        # Without clusters 2048^3 took 0.92 of the time, and larger ones as long.
+        wgmma("bfloat16", 128, 256, 4, 1, 16, False, 3000.0, 11.5),
+        wgmma("bfloat16", 64, 128, 8, 1, 16, False, 3000.0, 4.0),
     ),
-}
-
-
-# Hopper's: of x and y so many lines, stages, blocks of a cluster, rows of tiles that are walked over together, and
-# whether it is transposed. Without a cluster 2048^3 took 0.92 of the time, and larger ones level with it.
-_OF_16_BITS = (
-    wgmma("bfloat16", 128, 256, 4, 1, 16, False, 3000.0, 11.5),
-    wgmma("bfloat16", 64, 128, 8, 1, 16, False, 3000.0, 4.0),
-)
-WGMMA_VARIANTS: dict[str, tuple[Tile, ...]] = {
-    "bfloat16": _OF_16_BITS,
-    "float16": _OF_16_BITS,
     "tf32": (
         wgmma("float32", 128, 256, 4, 1, 16, True, 3000.0, 23.0),
         wgmma("float32", 128, 128, 6, 2, 8, True, 3000.0, 11.0),
@@ -284,13 +267,20 @@ def more_tiles(arch: str, kind: str, layouts: str) -> list[Tile]:
     return [t for t in MORE_TILES.get(kind, ()) if t.shared <= shared and (layouts == "nn" or t.kernel == "simt")]
 
 
+def with_more(found: list[Choice], device: CudaDevice, kind: str, m: int, n: int, k: int, layouts: str) -> list[Choice]:
+    """Return what the backend has found, and of `MORE_TILES` what can do it as well."""
+    kernels = {choice.tile.kernel for choice in found}
+    if "thin" in kernels:
+        return found
+    # wgmma takes not all operands, which the backend knows.
+    more = [t for t in more_tiles(device.arch, kind, layouts) if t.kernel != "wgmma" or "wgmma" in kernels]
+    return found + [Choice(t, s) for t in more for s in cuda_matmul.splits_of(t, m, n, k, device.multiprocessors)]
+
+
 def interesting(device: CudaDevice, kind: str, a: Any, b: Any, layouts: str) -> list[Choice]:
     """What the backend would take, first; then for every tile the most promising splits."""
     (m, k), n = a.shape, b.shape[1]
-    found = cuda_matmul.choose(device, a, b, kind == "tf32")
-    if found[0].tile.kernel != "thin":
-        for tile in more_tiles(device.arch, kind, layouts):
-            found += [Choice(tile, s) for s in cuda_matmul.splits_of(tile, m, n, k, device.multiprocessors)]
+    found = with_more(cuda_matmul.choose(device, a, b, kind == "tf32"), device, kind, m, n, k, layouts)
     size = a.dtype.itemsize
     found.sort(key=lambda c: cuda_matmul.estimate(c, m, n, k, size, device.multiprocessors))
     first = cuda_matmul.choose(device, a, b, kind == "tf32")[0]
@@ -320,16 +310,7 @@ def pool_of(kind: str) -> Pool:
     return Pool(DTYPES[kind], 2**30)
 
 
-def measure(
-    device: CudaDevice,
-    cublas: Cublas,
-    pool: Pool,
-    kind: str,
-    shape: Shape,
-    rounds: int,
-    choices: Callable[[Any, Any], list[Choice]] | None = None,
-) -> Row:
-    """Time cuBLAS and the backend's choice with others; or else what `choices` gives for the operands."""
+def measure(device: CudaDevice, cublas: Cublas, pool: Pool, kind: str, shape: Shape, rounds: int) -> Row:
     dtype = DTYPES[kind]
     m, n, k, layouts, cold = shape
     bytes_ = (m * k + k * n + m * n) * dtype.itemsize
@@ -363,8 +344,7 @@ def measure(
     sides: dict[str, Side] = {}
     for name, plus in (("cublas", False), ("cublas_plus", True)):
         sides[name] = Side(device, theirs(plus), wanted)
-    x, w = operands[0]
-    for choice in choices(x, w) if choices else interesting(device, kind, x, w, layouts):
+    for choice in interesting(device, kind, *operands[0], layouts):
         sides[f"{choice.tile}/{choice.splits}"] = Side(device, ours(choice), wanted)
     for _ in range(rounds):
         for side in sides.values():
@@ -385,7 +365,7 @@ def compile_one(source: str, name: str, arch: str) -> None:
         traceback.print_exc()  # it fails again where it is wanted, and nothing else
 
 
-def compile_all(arch: str, kinds: Sequence[str], only_wgmma: bool = False) -> int:
+def compile_all(arch: str, kinds: Sequence[str]) -> int:
     """Compile all kernels that are measured, on all processors, into the cache."""
     wanted: dict[tuple[str, str], None] = {}
     for kind in kinds:
@@ -393,12 +373,9 @@ def compile_all(arch: str, kinds: Sequence[str], only_wgmma: bool = False) -> in
         epilogues = cuda_matmul.linear_epilogue(name, "relu"), cuda_matmul.partial_epilogue(name)
         wanted[cuda_matmul.combine_kernel(epilogues[0])] = None
         for epilogue, layouts in itertools.product(epilogues, itertools.product((False, True), repeat=2)):
-            if only_wgmma:
-                found = wgmma_tiles(kind, layouts)
-            else:
-                found = [*cuda_matmul.tiles(name, kind == "tf32", arch)]
-                found += [cuda_matmul.thin(name, 32, n, False) for n in (1, 4)]
-                found += [t for t in more_tiles(arch, kind, "nn") if t.kernel == "simt" or layouts == (False, True)]
+            found = [*cuda_matmul.tiles(name, kind == "tf32", arch)]
+            found += [cuda_matmul.thin(name, 32, n, False) for n in (1, 4)]
+            found += [t for t in more_tiles(arch, kind, "nn") if t.kernel == "simt" or layouts == (False, True)]
             for tile in found:
                 if cuda_matmul.takes(tile, name, layouts):
                     wanted[cuda_matmul.kernel_of(tile, name, layouts, epilogue)] = None
@@ -427,10 +404,7 @@ def check(device: CudaDevice, kind: str) -> int:
             a, x = integers(device, rng, dtype, m, k, layouts[0], step)
             b, w = integers(device, rng, dtype, k, n, layouts[1], step)
             exact = np.maximum(a.astype(np.float64) @ b.astype(np.float64), 0).astype(dtype)
-            found = cuda_matmul.choose(device, x, w, kind == "tf32")
-            if found[0].tile.kernel != "thin":
-                for tile in more_tiles(device.arch, kind, layouts):
-                    found += [Choice(tile, s) for s in cuda_matmul.splits_of(tile, m, n, k, device.multiprocessors)]
+            found = with_more(cuda_matmul.choose(device, x, w, kind == "tf32"), device, kind, m, n, k, layouts)
             done: set[tuple[Tile, bool]] = set()
             for choice in found:
                 key = choice.tile, choice.splits > 1
@@ -446,139 +420,6 @@ def check(device: CudaDevice, kind: str) -> int:
                     raise RuntimeError(f"WRONG: {kind} {m}x{k} @ {k}x{n} {layouts} offset {step} {choice}: {wrong[:5]}")
                 count += 1
     return count
-
-
-#
-# Hopper's kernel, by itself
-#
-
-
-def wgmma_tiles(kind: str, along_lines: tuple[bool, bool]) -> list[Tile]:
-    """Return the backend's tiles, and in row-major layout the variants, that take operands that lie so."""
-    name = DTYPES[kind].name
-    found = [t for t in cuda_matmul.tiles(name, kind == "tf32", "sm_90a") if t.kernel == "wgmma"]
-    found += [t for t in WGMMA_VARIANTS[kind] if along_lines == (False, True)]
-    return [t for t in found if cuda_matmul.takes(t, name, along_lines)]
-
-
-LAYOUT_PAIRS = {"nn": (False, True), "nt": (False, False), "tn": (True, True), "tt": (True, False)}
-
-
-def check_tile(device: Device, kind: str, tile: Tile) -> str:
-    """Compare integers exactly in every layout that the tile takes; return what is wrong."""
-    dtype = DTYPES[kind]
-    rng = np.random.default_rng(0)
-    for (m, n, k), (layouts, along_lines) in itertools.product(
-        [(300, 336, 776), (257, 264, 72), (1000, 1104, 136), (8, 48, 40)], LAYOUT_PAIRS.items()
-    ):
-        if tile not in wgmma_tiles(kind, along_lines):
-            continue
-        a, x = integers(device, rng, dtype, m, k, layouts[0], 0)
-        b, w = integers(device, rng, dtype, k, n, layouts[1], 0)
-        bias = rng.integers(-1, 2, n).astype(dtype)
-        sums = a.astype(np.float64) @ b.astype(np.float64) + bias.astype(np.float64)
-        exact = np.maximum(sums, 0).astype(np.float32).astype(dtype).astype(np.float64)
-        for splits in [*cuda_matmul.splits_of(tile, m, n, k, device.multiprocessors)][:2]:
-            out = device.upload(np.full((m, n), np.nan, dtype))
-            vector, choice = device.upload(bias), Choice(tile, splits)
-            cuda_matmul.linear(device, x, w, vector, RELU, 0.0, out, None, tf32=kind == "tf32", choice=choice)
-            result = np.empty((m, n), dtype)
-            device.download(out, result)
-            wrong = np.argwhere(result.astype(np.float64) != exact)
-            if len(wrong):
-                at = [f"{tuple(map(int, i))}: {float(result[tuple(i)])} for {exact[tuple(i)]}" for i in wrong[:3]]
-                return f"{m}x{k} @ {k}x{n} {layouts} / {splits}: {len(wrong)} numbers are wrong, {'; '.join(at)}"
-    return ""
-
-
-def rounding_of_tf32(device: CudaDevice, tile: Tile) -> str:
-    """Return what becomes of numbers between two of TF32, as x and as y."""
-    ulp = 2.0**-10
-    values = 1 + ulp * np.array([0.5, 1.5, 0.75, 0.25, 0, 0, 0, 0], np.float32)
-    one = np.eye(8, dtype=np.float32)
-    out = device.upload(one)
-    found = []
-    for a, b in ((values * one, one), (one, values * one)):
-        x, w = device.upload(a), device.upload(np.ascontiguousarray(b.T)).T
-        cuda_matmul.linear(device, x, w, None, RELU, 0.0, out, None, tf32=True, choice=Choice(tile, 1))
-        result = np.empty((8, 8), np.float32)
-        device.download(out, result)
-        found.append(((np.diag(result)[:4] - 1) / ulp).tolist())
-    return f"1 + 0.5, 1.5, 0.75, 0.25 ulp of TF32 become {found[0]} in a and {found[1]} in b"
-
-
-def wgmma_child(kind: str, skipped: set[str]) -> None:
-    """Check the tiles of one kind and time those that are right; a line that begins with @ names what comes next."""
-    device, cublas = CudaDevice(0), Cublas()
-    right = set()
-    for tile in {t: None for layout in LAYOUT_PAIRS.values() for t in wgmma_tiles(kind, layout)}:
-        if str(tile) in skipped:
-            continue
-        print(f"@{tile}", flush=True)
-        wrong = check_tile(device, kind, tile)
-        print(f"{kind:8} {tile!s:32} {wrong or 'is exact'}", flush=True)
-        if not wrong:
-            right.add(tile)
-    if kind == "tf32":
-        print("@rounding", flush=True)
-        if "rounding" not in skipped:
-            for tile in [t for t in wgmma_tiles(kind, LAYOUT_PAIRS["nt"]) if t in right]:
-                print(f"{tile}: {rounding_of_tf32(device, tile)}", flush=True)
-    # The largest ones last: after them a GPU's clocks are lower for a while.
-    shapes = [Shape(s, s, s) for s in (1024, 2048, 4096)]
-    if kind != "float16":
-        shapes += [Shape(4096, 1024, 1024), Shape(512, 512, 512), Shape(4096, 256, 784), Shape(1024, 128, 784)]
-        shapes += [Shape(4096, 4096, 4096, layouts) for layouts in ("nt", "tn", "tt")]
-    shapes.append(Shape(8192, 8192, 8192))
-    for shape in shapes:
-
-        def choices(_x: Any, _w: Any, shape: Shape = shape) -> list[Choice]:
-            found = []
-            for tile in wgmma_tiles(kind, LAYOUT_PAIRS[shape.layouts]):
-                splits = [1]
-                if shape.m * shape.n <= 2**22:
-                    splits = [s for s in cuda_matmul.splits_of(tile, *shape[:3], device.multiprocessors) if s <= 4]
-                found += [Choice(tile, s) for s in splits if tile in right]
-            return found
-
-        name = f"{kind} {shape}"
-        if name not in skipped and right.intersection(wgmma_tiles(kind, LAYOUT_PAIRS[shape.layouts])):
-            print(f"@{name}", flush=True)
-            show(measure(device, cublas, pool_of(kind), kind, shape, 5, choices))
-    print("@", flush=True)
-
-
-def wgmma_report(kinds: Sequence[str], seconds: float) -> None:
-    """Run `wgmma_child` for each kind, without what hung or failed before."""
-    began = time.monotonic()
-    for kind in kinds:
-        skipped: set[str] = set()
-        while time.monotonic() - began < seconds:
-            command = [sys.executable, __file__, "--wgmma-child", kind, *sorted(skipped)]
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
-            lines: queue.Queue[str | None] = queue.Queue()
-
-            def read(child: Any = child, lines: queue.Queue[str | None] = lines) -> None:
-                for line in child.stdout:
-                    lines.put(line.rstrip())
-                lines.put(None)
-
-            threading.Thread(target=read, daemon=True).start()
-            doing = "starting"
-            try:
-                while (line := lines.get(timeout=min(12.0, max(began + seconds - time.monotonic(), 0.1)))) is not None:
-                    if line.startswith("@"):
-                        doing = line[1:]
-                    else:
-                        print(line, flush=True)
-            except queue.Empty:
-                child.kill()
-            child.wait()
-            if not doing or doing in skipped:
-                break
-            print(f"{kind}: {doing} hung or failed ({child.returncode}), {time.monotonic() - began:.1f} s", flush=True)
-            skipped.add(doing)
-    print(f"{time.monotonic() - began:.1f} s")
 
 
 #
@@ -606,23 +447,14 @@ def main() -> None:
     parser.add_argument("--kinds", default=None, help=f"of {','.join(DTYPES)}")
     parser.add_argument("--json", type=Path, default=None, help="where to write the times")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no shape after so many")
-    parser.add_argument("--wgmma", action="store_true", help="Hopper's kernel alone")
-    parser.add_argument("--wgmma-child", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--compile", metavar="ARCH", default=None, help="compile for it, and do nothing else")
     arguments = parser.parse_args()
     began = time.monotonic()
-    if arguments.wgmma_child:
-        wgmma_child(arguments.wgmma_child[0], set(arguments.wgmma_child[1:]))
-        return
-    if arguments.wgmma or arguments.compile:
-        kinds = (arguments.kinds or ",".join(WGMMA_VARIANTS if arguments.wgmma else SHAPES)).split(",")
-        compiled = compile_all(arguments.compile or CudaDevice(0).arch, kinds, arguments.wgmma)
-        print(f"{compiled} kernels compiled, {time.monotonic() - began:.1f} s", flush=True)
-        if not arguments.compile:
-            wgmma_report(kinds, arguments.seconds)
-        return
     shapes = QUICK if arguments.quick else SHAPES
     kinds = arguments.kinds.split(",") if arguments.kinds else list(shapes)
+    if arguments.compile:
+        print(f"{compile_all(arguments.compile, kinds)} kernels compiled, {time.monotonic() - began:.1f} s")
+        return
 
     device, cublas = CudaDevice(0), Cublas()
     print(

@@ -199,7 +199,7 @@ _MMA_TILES = {
     ),
 }
 
-# Fitted to what benchmarks/gpu_matmul.py --wgmma measured on an H200; each was the fastest one somewhere. In TF32 one
+# Fitted to what benchmarks/gpu_matmul.py measured on an H200; each was the fastest one somewhere. In TF32 one
 # operand must lie by lines: b, or a if the kernel computes the transpose.
 _WGMMA_TILES = {
     **dict.fromkeys(

@@ -220,7 +220,7 @@ class GAN:
         lr_schedule : callable, optional
             ``lr_schedule(done)``, with the share of all mini-batches of this `fit` that is done, from 0 to below 1,
             returns what both learning rates are multiplied by in the next one: `linear_decay`, say. `optimizer.lr`
-            stays as it is.
+            stays as it is. The weights, which are a callback's to look at, may be older while it is asked.
         shuffle : bool
             Whether each epoch takes the samples in a new random order.
         verbose : bool

@@ -156,7 +156,8 @@ class MLP:
         lr_schedule : callable, optional
             ``lr_schedule(done)``, with the share of all mini-batches of this `fit` that is done, from 0 to below 1,
             returns what the learning rate is multiplied by in the next one: `linear_decay`, say, or
-            ``lambda done: 0.1 ** int(3 * done)``. `optimizer.lr` stays as it is.
+            ``lambda done: 0.1 ** int(3 * done)``. `optimizer.lr` stays as it is. The weights, which are a callback's to
+            look at, may be older while it is asked.
         validation_data : (x, y), optional
             Evaluated after each epoch.
         shuffle : bool
