@@ -103,7 +103,7 @@ struct Block {
   Block* cluster;      // whose blocks begin here; the first one has
   Barrier of_cluster;  // the barrier of all
   Barrier barrier;
-  void* dynamic;   // shared memory, with guards around it
+  void* dynamic;            // shared memory, with guards around it
   void* statics = nullptr;  // static shared memory, while another block of a cluster runs
 };
 
