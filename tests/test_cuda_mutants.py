@@ -593,6 +593,12 @@ RACES = [
         ("wait_for_copies<1>();\n    __syncwarp();", "wait_for_copies<1>();", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 2);", "mlp_in_a_cluster"),
         ("&& (!of_all || rank == 0)", "", "mlp_in_a_cluster"),
+        ("memory.bias[thread] = 0;\n  " + BARRIER, "memory.bias[thread] = 0;", "mlp_in_a_cluster"),
+        ("own.grad[j] = 0;\n      }\n      __syncwarp();", "own.grad[j] = 0;\n      }", "mlp_in_a_cluster"),
+        ("[&] {\n            __syncwarp();", "[&] {", "mlp_in_a_cluster"),
+        ("});\n      __syncwarp();\n    }", "});\n    }", "mlp_in_a_cluster"),
+        ("p.weight * loss;\n    " + BARRIER, "p.weight * loss;", "mlp_in_a_cluster"),
+        ("of_steps[s];\n    " + BARRIER, "of_steps[s];", "mlp_in_a_cluster"),
     ),
 ]
 
