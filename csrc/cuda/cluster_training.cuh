@@ -91,6 +91,7 @@ inline constexpr int cluster_stride = 20;
 
 template <int Ranks>
 struct alignas(16) ClusterMemory {
+  static_assert(Ranks % 2 == 0 && cluster_rows % Ranks == 0);
   static constexpr int rows_of_block = cluster_rows / Ranks;
   // Of each warp. First the sums that others hand it for its 8 rows; then (OfWarp) what it makes of them.
   unsigned char of_warps[cluster_warps][cluster_warps * 32 * 2 * sizeof(float)];
