@@ -679,16 +679,9 @@ __device__ __forceinline__ void add_losses(const Update<T, N>& p, double* memory
   if (p.closes) ++p.progress->next;
 }
 
-// The gradients of all weights of a network, or of up to most_layers layers of it, and their updates. Grid: p.blocks, and
-// one that adds up the losses.
-template <class T, class N, class Rule>
-__global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid_constant__ Update<T, N> p) {
-  const int block = static_cast<int>(blockIdx.x);
-  if (block == p.blocks) {
-    add_losses(p, dynamic_shared<double>());
-    return;
-  }
-  T* const memory = dynamic_shared<T>();
+// The gradient of some weights, and their update: block `block` of p.blocks.
+template <class Rule, class T, class N>
+__device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T* memory) {
   int l = p.layer_count - 1;
   while (block < p.layers[l].first_block) --l;
   const UpdatedLayer<T>& layer = p.layers[l];
@@ -704,6 +697,16 @@ __global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid
     const LinesOfPicked<T, T> x{{layer.x, row_stride(layer.in), nullptr}, layer.in};
     WideTile::multiply(x, grad, p.rows, row, column, end, memory);
   }
+}
+
+// All weights of a network, or up to most_layers layers of it. Grid: p.blocks, and one that adds up the losses.
+template <class T, class N, class Rule>
+__global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid_constant__ Update<T, N> p) {
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < p.blocks)
+    update_tile<Rule>(p, block, dynamic_shared<T>());
+  else
+    add_losses(p, dynamic_shared<double>());
 }
 
 }  // namespace gemmlet
