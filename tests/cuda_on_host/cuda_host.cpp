@@ -80,7 +80,8 @@ struct SharedBarrier {
   // In no vector: ThreadSanitizer would see the memory of one change hands.
   BulkCopy copies[64];
   unsigned copy_count;
-  Fiber *initialized_by, *first, *last;  // who waits
+  Fiber* initialized_by;
+  Fiber *first, *last;  // who waits
   Block* block;
   bool fenced;
   unsigned char edge[2];  // as of a Barrier
