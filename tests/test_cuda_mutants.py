@@ -407,7 +407,11 @@ WRONG = [
         ("min(row_tiles - group * group_rows, group_rows)", "group_rows", "simt_float32"),
         ("last < k ? last : k", "last", "simt_float32"),
         ("count / depth + (count % depth > 0)", "count / depth", "simt_float32"),
-        ("row >= m || column >= n) return;\n    Pack", "row > m || column >= n) return;\n    Pack", "simt_float32"),
+        (
+            "row >= m || column >= n) return;\n    C number",
+            "row > m || column >= n) return;\n    C number",
+            "simt_float32",
+        ),
         ("if (column + j >= n) break;", "if (column + j > n) break;", "simt_float32"),
         ("if (column + j < n) to[j] = sum[j];", "if (column + j <= n) to[j] = sum[j];", "simt_float32"),
         ("thread >= static_cast<Index>(m) * packs", "thread >= static_cast<Index>(m) * packs - 1", "simt_float32"),
