@@ -506,6 +506,8 @@ WRONG = [
         ("      __syncwarp();\n    }\n  }\n\n private", "}\n  }\n\n private", "wgmma_float16"),
         ("from = (from ^ flips)", "from = from", "wgmma_float16"),
         ("column_ += columns;", "", "wgmma_float16"),
+        ("g / 4 + i / 2 * 2", "g / 4 + i / 2", "wgmma_tf32"),
+        ("first_column_ + first + row : line_of", "first_column_ + row : line_of", "wgmma_tf32"),
     ),
     *mutants(
         "small_product",
