@@ -243,7 +243,7 @@ def call_of_training(name: str) -> Any:
     if name == "mlp_in_a_cluster":
         return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
     kind = "sparse" if name == "mlp_of_sparse" else "floats"
-    return test_cuda_training.Mlp((20, 37, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
+    return test_cuda_training.Mlp((150, 37, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
 
 
 def training(name: str, plan: str) -> Callable[[Run], None]:
