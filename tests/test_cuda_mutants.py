@@ -136,8 +136,9 @@ def cross_entropy(run: Run) -> None:
         soft = run.rng.dirichlet(np.ones(columns), rows).astype(np.float32)
         run.compare("softmax_cross_entropy", z, soft, 0.1, poison(z))
         run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
-    # More rows than a few rounds take, and so many for a thread that the product of their sums would be too large.
-    for rows, columns, dtype in ((1200, 10, np.float32), (2, 12, np.float16), (3 * 128 * 160, 16, np.float32)):
+    # More rows than a few rounds take; whole packs of 16 bits; and so many rows for a thread that the product of their
+    # sums would be too large.
+    for rows, columns, dtype in ((1200, 10, np.float32), (2, 24, np.float16), (3 * 128 * 160, 16, np.float32)):
         z = (run.normal(rows, columns) if columns != 16 else np.zeros((rows, columns))).astype(dtype)
         run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
 
@@ -242,7 +243,7 @@ def call_of_training(name: str) -> Any:
     if name == "mlp_in_a_cluster":
         return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
     kind = "sparse" if name == "mlp_of_sparse" else "floats"
-    return test_cuda_training.Mlp((20, 69, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
+    return test_cuda_training.Mlp((150, 69, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
 
 
 def training(name: str, plan: str) -> Callable[[Run], None]:
@@ -407,7 +408,11 @@ WRONG = [
         ("min(row_tiles - group * group_rows, group_rows)", "group_rows", "simt_float32"),
         ("last < k ? last : k", "last", "simt_float32"),
         ("count / depth + (count % depth > 0)", "count / depth", "simt_float32"),
-        ("row >= m || column >= n) return;\n    C n", "row > m || column >= n) return;\n    C n", "simt_float32"),
+        (
+            "row >= m || column >= n) return;\n    C number",
+            "row > m || column >= n) return;\n    C number",
+            "simt_float32",
+        ),
         ("if (column + j >= n) break;", "if (column + j > n) break;", "simt_float32"),
         ("if (column + j < n) to[j] = sum[j];", "if (column + j <= n) to[j] = sum[j];", "simt_float32"),
         ("thread >= static_cast<Index>(m) * packs", "thread >= static_cast<Index>(m) * packs - 1", "simt_float32"),
@@ -502,6 +507,8 @@ WRONG = [
         ("      __syncwarp();\n    }\n  }\n\n private", "}\n  }\n\n private", "wgmma_float16"),
         ("from = (from ^ flips)", "from = from", "wgmma_float16"),
         ("column_ += columns;", "", "wgmma_float16"),
+        ("g / 4 + i / 2 * 2", "g / 4 + i / 2", "wgmma_tf32"),
+        ("first_column_ + first + row : line_of", "first_column_ + row : line_of", "wgmma_tf32"),
     ),
     *mutants(
         "small_product",
@@ -593,6 +600,12 @@ RACES = [
         ("wait_for_copies<1>();\n    __syncwarp();", "wait_for_copies<1>();", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 2);", "mlp_in_a_cluster"),
         ("&& (!of_all || rank == 0)", "", "mlp_in_a_cluster"),
+        ("memory.bias[thread] = 0;\n  " + BARRIER, "memory.bias[thread] = 0;", "mlp_in_a_cluster"),
+        ("own.grad[j] = 0;\n      }\n      __syncwarp();", "own.grad[j] = 0;\n      }", "mlp_in_a_cluster"),
+        ("[&] {\n            __syncwarp();", "[&] {", "mlp_in_a_cluster"),
+        ("});\n      __syncwarp();\n    }", "});\n    }", "mlp_in_a_cluster"),
+        ("p.weight * loss;\n    " + BARRIER, "p.weight * loss;", "mlp_in_a_cluster"),
+        ("of_steps[s];\n    " + BARRIER, "of_steps[s];", "mlp_in_a_cluster"),
     ),
 ]
 

@@ -25,7 +25,7 @@ inline constexpr int cluster_threads = 256, cluster_warps = cluster_threads / 32
 // Rows of a mini-batch, with those that are not there, and each block's hidden units: what warps and fragments take.
 inline constexpr int cluster_rows = 64, cluster_units = 8;
 inline constexpr int most_cluster_outputs = 16;
-// Features go in steps of 16, a warp's are each eighth of those.
+// Features go in steps of 16, of which every eighth one is a warp's.
 inline constexpr int most_warp_steps = 7;
 
 // A mini-batch as tensor cores take it: bfloat16, 8 features of 64 rows after the other.
@@ -91,6 +91,7 @@ inline constexpr int cluster_stride = 20;
 
 template <int Ranks>
 struct alignas(16) ClusterMemory {
+  static_assert(Ranks % 2 == 0 && cluster_rows % Ranks == 0);
   static constexpr int rows_of_block = cluster_rows / Ranks;
   // Of each warp. First the sums that others hand it for its 8 rows; then (OfWarp) what it makes of them.
   unsigned char of_warps[cluster_warps][cluster_warps * 32 * 2 * sizeof(float)];
@@ -533,6 +534,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       if (float* const to = first_weight(q, c)) weights[q].store(c, to, p.plane);
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
+    // Made anew, as addresses would take registers all along.
     const SmallTask task = small_task(round);
     const int biases = place(memory.last_bias);
     const bool of_all = task.to >= biases && task.to < biases + most_cluster_outputs;

@@ -145,10 +145,6 @@ __device__ __forceinline__ typename R::V cross_entropy_of_targets(R& z, Target t
   return weight * log(lowered<T>(total)) - product;
 }
 
-// Whether a team loads a row while it computes the one before: those within a warp, which wait for nobody else.
-template <int Threads>
-inline constexpr bool loads_ahead = Threads <= 32;
-
 // labels: class indices, or null; then `targets` (rows, columns) count. They are taken times `keep`, and `spread` is added to
 // each; whole: labels are there, keep is 1, spread 0.
 template <class T, bool whole, int Threads, int Values, int N>
@@ -165,8 +161,8 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
   const Index apart = Team::count(), first = Team::index();
   if constexpr (whole) {
     // A label is loaded a round before its logit; and that together with the row, before the gradient is written, which may
-    // be in its place.
-    constexpr bool ahead = loads_ahead<Threads> && Values > 0;
+    // be in its place. Teams within a warp, which wait for nobody else, load a row while they compute the one before.
+    constexpr bool ahead = Threads <= 32 && Values > 0;
     const T* from = logits + first * columns;
     T* to = gradient + first * columns;
     const Index step = apart * columns;

@@ -5,8 +5,8 @@
 //   cores: float16, bfloat16, and float rounded to TF32), matmul_wgmma.cuh (Hopper's, for the same types),
 //   matmul_thin.cuh (at most four rows or columns).
 //   Operands: any strides, in elements, also 0 and negative; any alignment of a number (but matmul_wgmma.cuh takes only
-//   what a tensor map describes). Nothing is read outside of them,
-//   and what a tile has beyond them counts as 0, and is dropped. m, n and k are at most 2^31 - 1024, offsets need not be.
+//   what a tensor map describes). Nothing is read outside of them, and what a tile has beyond them counts as 0, and is
+//   dropped. m, n and k are at most 2^31 - 1024, offsets need not be.
 //   out and preactivation: C-contiguous, any alignment; they overlap nothing that is read.
 //   Sums are taken in Compute<T>, in an order that follows from the kernel, its tile, the splits of k and the shape
 //   alone: the same bits on every run. Each kernel says which. (Tile and splits are chosen by the GPU's multiprocessors,
@@ -34,8 +34,8 @@ struct Operand {
   int packed;
 };
 
-// The tile's first row and column. Blocks that run at the same time compute tiles close to each other: eight rows of
-// tiles, column by column, so that they find in the L2 cache what their neighbours read.
+// The tile's first row and column. Tiles that are computed at the same time are close to each other: `group_rows` rows of
+// them, column by column, so that blocks find in the L2 cache what their neighbours read.
 struct TileOrigin {
   int row, column;
 };
@@ -148,10 +148,7 @@ struct PartialEpilogue {
     if (row >= m || column >= n) return;
     C* const to = parts + (static_cast<Index>(blockIdx.y) * m + row) * n + column;
     if (packed) {
-      Pack<C, N> pack;
-#pragma unroll
-      for (int j = 0; j < N; ++j) pack.value[j] = sum[j];
-      store_pack(to, pack);
+      store_numbers(to, sum);
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j)
@@ -159,18 +156,6 @@ struct PartialEpilogue {
     }
   }
 };
-
-// N neighbouring numbers from a multiple of 16 bytes in shared memory.
-template <int N, class C>
-__device__ __forceinline__ void load_packs(C (&value)[N], const C* from) {
-  constexpr int V = pack_size<C> < N ? pack_size<C> : N;
-#pragma unroll
-  for (int j = 0; j < N; j += V) {
-    const Pack<C, V> pack = load_pack<V>(from + j);
-#pragma unroll
-    for (int i = 0; i < V; ++i) value[j + i] = pack.value[i];
-  }
-}
 
 // The end of a tile: in shared memory lie, for each of the slices of k, rows of sums, `stride` apart. All threads add the
 // slices, first to last, and hand the sums to the epilogue, a warp whole rows or long pieces of them. row_of(i) is
@@ -186,11 +171,11 @@ __device__ __forceinline__ void finish_rows(const C* sums, int first_column, con
   for (int row = threadIdx.x / packs; row < rows; row += threads / packs) {
     const C* from = sums + row * stride + column;
     C sum[N];
-    load_packs(sum, from);
+    load_numbers(from, sum);
 #pragma unroll
     for (int slice = 1; slice < slices; ++slice) {
       C more[N];
-      load_packs(more, from + slice * rows * stride);
+      load_numbers(from + slice * rows * stride, more);
 #pragma unroll
       for (int j = 0; j < N; ++j) sum[j] = sum[j] + more[j];
     }

@@ -3,7 +3,8 @@
 // Contract
 //   See matmul.cuh. For sm_90a alone: no other architecture has the instruction. Operands come through tensor maps (TMA):
 //   one stride is 1 number, the other one a multiple of 16 bytes and no shorter than a row, and the first number's address
-//   is a multiple of 16 bytes. k > 0. m, n and k are any: what a box has beyond a matrix is zeros.
+//   is a multiple of 16 bytes. k > 0, and no part of it is empty. m, n and k are any: what a box has beyond a matrix is
+//   zeros.
 //   The kernel's operands are x and y, a and b; or, if the tile is transposed, b and a, and it computes the transpose.
 //   Those of 16 bits may lie in memory by lines or by steps. wgmma takes floats from shared memory by lines alone: those
 //   of y must be so; x goes through registers, and may be either. (So it takes two matrices in row-major order transposed.)

@@ -12,7 +12,7 @@
 //   Sizes are at least 1, indices in range.
 //   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (small_product.cuh);
 //   losses are added up in double. No float atomics: the same bits on every run.
-// Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top_row; none for the others.
+// Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top; none for the others.
 #pragma once
 
 #include "cuda/losses.cuh"
@@ -269,19 +269,15 @@ struct Backward {
   int rows;
 };
 
-template <class Tile, class T>
-__device__ __forceinline__ void backward_tile(const Backward<T>& p, int tile_row, int tile_column, T* memory) {
+// The same grid, for layer.in columns.
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::most_threads, 1) backward(const __grid_constant__ Backward<T> p) {
   const Layer<T>& layer = p.layer;
   const int stride = row_stride(layer.out);
   const LinesOfRows<T, T> grad{{p.grad, stride, nullptr}, p.rows}, w{{layer.parameters, stride, nullptr}, layer.in};
   const BackwardEnd<T> end{p.below, p.rows, layer.in};
-  Tile::multiply(grad, w, layer.out, tile_row * Tile::rows, tile_column * Tile::columns, end, memory);
-}
-
-// The same grid, for layer.in columns.
-template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::most_threads, 1) backward(const __grid_constant__ Backward<T> p) {
-  backward_tile<Tile>(p, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), dynamic_shared<T>());
+  const int row = static_cast<int>(blockIdx.x) * Tile::rows, column = static_cast<int>(blockIdx.y) * Tile::columns;
+  Tile::multiply(grad, w, layer.out, row, column, end, dynamic_shared<T>());
 }
 
 //
@@ -438,16 +434,17 @@ inline constexpr int most_top_threads = 256;
 // Columns that go through the inputs together.
 inline constexpr int top_columns = 16;
 
-// Row i of the mini-batch, by a block of whole warps. Shared memory: for each warp, and three times besides, a number for
-// each of the outputs, rounded up to top_columns.
+// A block of whole warps for each row. Shared memory: for each warp, and three times besides, a number for each of the
+// outputs, rounded up to top_columns.
 template <class T>
-__device__ __forceinline__ void top_row(const Top<T>& p, int i, T* memory) {
+__global__ void __launch_bounds__(most_top_threads, 1) top(const __grid_constant__ Top<T> p) {
   const Layer<T>& layer = p.layer;
+  const int i = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, threads = static_cast<int>(blockDim.x);
   const int out = layer.out, stride = row_stride(out), width = (out + top_columns - 1) / top_columns * top_columns;
   const T* const x = p.x + static_cast<Index>(i) * row_stride(layer.in);
   const Target<T> target(p.objective, i, out);
-  T *const z = memory, *const y = z + width, *const grad = y + width, *const of_warps = grad + width;
+  T *const z = dynamic_shared<T>(), *const y = z + width, *const grad = y + width, *const of_warps = grad + width;
   for (int first = 0; first < out; first += top_columns) {
     T sum[top_columns] = {};
     for (int k = thread; k < layer.in; k += threads) {
@@ -501,12 +498,6 @@ __device__ __forceinline__ void top_row(const Top<T>& p, int i, T* memory) {
     p.below.activation.backward(sum, saved);
     p.below.grad[below_row + k] = sum[0];
   }
-}
-
-// A block for each row.
-template <class T>
-__global__ void __launch_bounds__(most_top_threads, 1) top(const __grid_constant__ Top<T> p) {
-  top_row(p, static_cast<int>(blockIdx.x), dynamic_shared<T>());
 }
 
 //

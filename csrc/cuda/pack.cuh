@@ -28,6 +28,30 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
+// n numbers, their address a multiple of their size or of 16.
+template <int n, class T>
+__device__ __forceinline__ void load_numbers(const T* p, T (&v)[n]) {
+  constexpr int size = n < pack_size<T> ? n : pack_size<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += size) {
+    const Pack<T, size> pack = load_pack<size>(p + i);
+#pragma unroll
+    for (int j = 0; j < size; ++j) v[i + j] = pack.value[j];
+  }
+}
+
+template <int n, class T>
+__device__ __forceinline__ void store_numbers(T* p, const T (&v)[n]) {
+  constexpr int size = n < pack_size<T> ? n : pack_size<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += size) {
+    Pack<T, size> pack;
+#pragma unroll
+    for (int j = 0; j < size; ++j) pack.value[j] = v[i + j];
+    store_pack(p + i, pack);
+  }
+}
+
 // Number i of a pack, which should be known to the compiler: each half of a word takes one instruction.
 template <class T, int N>
 __device__ __forceinline__ Compute<T> widen(const Pack<T, N>& pack, int i) {

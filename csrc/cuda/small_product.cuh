@@ -20,30 +20,6 @@
 
 namespace gemmlet {
 
-// n numbers, their address a multiple of their size or of 16.
-template <int n, class T>
-__device__ __forceinline__ void load_numbers(const T* p, T (&v)[n]) {
-  constexpr int size = n < pack_size<T> ? n : pack_size<T>;
-#pragma unroll
-  for (int i = 0; i < n; i += size) {
-    const Pack<T, size> pack = load_pack<size>(p + i);
-#pragma unroll
-    for (int j = 0; j < size; ++j) v[i + j] = pack.value[j];
-  }
-}
-
-template <int n, class T>
-__device__ __forceinline__ void store_numbers(T* p, const T (&v)[n]) {
-  constexpr int size = n < pack_size<T> ? n : pack_size<T>;
-#pragma unroll
-  for (int i = 0; i < n; i += size) {
-    Pack<T, size> pack;
-#pragma unroll
-    for (int j = 0; j < size; ++j) pack.value[j] = v[i + j];
-    store_pack(p + i, pack);
-  }
-}
-
 //
 // Operands
 //
@@ -192,7 +168,7 @@ struct SmallTile {
         }
     }
 
-    // Of its 32 sums each lane has some of `lanes` numbers left, those of the block's warps to be added to.
+    // Each lane keeps `lanes` of its 32 sums, to which those of the block's other warps are to be added.
     exchange_sums<16, lanes, 32>(sum, lane);
     T* const of_warp = memory + thread / 32 * results + r * side + c;
 #pragma unroll

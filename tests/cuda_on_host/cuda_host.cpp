@@ -80,7 +80,8 @@ struct SharedBarrier {
   // In no vector: ThreadSanitizer would see the memory of one change hands.
   BulkCopy copies[64];
   unsigned copy_count;
-  Fiber *initialized_by, *first, *last;  // who waits
+  Fiber* initialized_by;
+  Fiber *first, *last;  // who waits
   Block* block;
   bool fenced;
   unsigned char edge[2];  // as of a Barrier
@@ -567,10 +568,10 @@ void Worker::finish(Block& block) {
   for (auto& [p, barrier] : shared_barriers)
     if (barrier.block == &block && (barrier.copy_count || barrier.expected) && !launch->failed.exchange(true)) {
       std::lock_guard lock(launch->mutex);
-      launch->message = text(block) + " ends, and " +
-                        (barrier.copy_count
-                             ? "has not waited for all its bulk copies"
-                             : "an mbarrier still expects " + std::to_string(barrier.expected) + " bytes");
+      launch->message =
+          text(block) + " ends, and " +
+          (barrier.copy_count ? "has not waited for all its bulk copies"
+                              : "an mbarrier still expects " + std::to_string(barrier.expected) + " bytes");
     }
   const unsigned bytes = launch->configuration.shared_bytes;
   if (const char* where = damage(block.dynamic, bytes); where && !launch->failed.exchange(true)) {
@@ -916,8 +917,7 @@ int cuda_host_launch(const cuda_host::Kernel* kernel, const cuda_host::Configura
 #endif
   launch.workers = std::min(configuration->os_threads, launch.blocks / kernel->cluster);
   std::vector<std::unique_ptr<Worker>> workers;
-  for (unsigned i = 0; i < launch.workers; ++i)
-    workers.push_back(take_worker(configuration->block * kernel->cluster));
+  for (unsigned i = 0; i < launch.workers; ++i) workers.push_back(take_worker(configuration->block * kernel->cluster));
   std::vector<std::thread> team;
   for (unsigned i = 1; i < launch.workers; ++i) team.emplace_back(work, std::ref(launch), std::ref(*workers[i]), i);
   work(launch, *workers[0], 0);

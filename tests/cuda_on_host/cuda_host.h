@@ -99,11 +99,11 @@ struct Warp {
 struct Block {
   uint3 index;
   dim3 size, grid;
-  unsigned rank;       // in its cluster,
-  Block* cluster;      // whose blocks begin here; the first one has
-  Barrier of_cluster;  // the barrier of all
+  unsigned rank;       // in its cluster
+  Block* cluster;      // the first block of the cluster
+  Barrier of_cluster;  // of the first block: the barrier of the cluster
   Barrier barrier;
-  void* dynamic;   // shared memory, with guards around it
+  void* dynamic;            // shared memory, with guards around it
   void* statics = nullptr;  // static shared memory, while another block of a cluster runs
 };
 

@@ -80,13 +80,26 @@ inline float log2_flushed(float x) {
 }
 
 //
-// Asynchronous copies to shared memory
+// Shared memory, and asynchronous copies to it
 //
 
 using SharedAddress = unsigned char*;
 
 inline SharedAddress shared_address(const void* p) {
   return const_cast<SharedAddress>(static_cast<const unsigned char*>(p));
+}
+
+// As if dynamic shared memory began here: at a multiple of 16, and of no more, as no more is promised.
+constexpr unsigned first_address = 1024 + 16;
+
+inline unsigned address_bits(SharedAddress address) {
+  return first_address + static_cast<unsigned>(address - shared_address(cuda_host::dynamic_shared()));
+}
+inline SharedAddress shared_memory_at(unsigned bits) {
+  return shared_address(cuda_host::dynamic_shared()) + static_cast<int>(bits - first_address);
+}
+inline SharedAddress flipped(SharedAddress address, unsigned bits) {
+  return shared_memory_at(address_bits(address) ^ bits);
 }
 
 template <int bytes>
@@ -222,9 +235,7 @@ inline void init_barrier(SharedAddress barrier, unsigned arrivals) {
 }
 inline void fence_barrier_init() { cuda_host::fence_barrier_init(); }
 inline void arrive_expecting(SharedAddress barrier, unsigned bytes) { cuda_host::arrive(barrier, bytes); }
-inline void arrive_at(SharedAddress barrier, unsigned block) {
-  cuda_host::arrive(in_block(barrier, block), 0);
-}
+inline void arrive_at(SharedAddress barrier, unsigned block) { cuda_host::arrive(in_block(barrier, block), 0); }
 inline void wait_for_phase(SharedAddress barrier, unsigned parity, const char* file = __builtin_FILE(),
                            int line = __builtin_LINE()) {
   cuda_host::wait_for_phase(barrier, parity, {"mbarrier.try_wait", file, line});
@@ -257,28 +268,22 @@ inline void perform(const cuda_host::BulkCopy& copy) {
     }
 }
 
-unsigned address_bits(SharedAddress address);
-
-// In a block of the cluster, or in this one.
-inline void copy_box_to(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier) {
-  check_aligned(&map, 64);
-  const unsigned bytes = map.box_outer * 128;
-  memset(to, 0xFF, bytes);
-  cuda_host::queue_bulk_copy(barrier,
-                             {perform, to, map.data, map.inner, map.outer, map.row_bytes, inner, outer, map.box_inner,
-                              map.box_outer, map.size, map.rounds, {}},
-                             bytes);
-}
-inline void copy_box(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier) {
-  if (address_bits(to) % 1024) cuda_host::fail("a box is copied to no multiple of 1024 bytes");
-  copy_box_to(to, map, inner, outer, barrier);
-}
 inline void copy_box_to_blocks(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier,
                                unsigned short blocks) {
+  check_aligned(&map, 64);
   if (address_bits(to) % 1024) cuda_host::fail("a box is copied to no multiple of 1024 bytes");
-  for (unsigned block = 0; block < 16; ++block)
-    if (blocks >> block & 1)
-      copy_box_to(in_block(to, block), map, inner, outer, in_block(barrier, block));
+  const unsigned bytes = map.box_outer * 128;
+  for (unsigned block = 0; block < 16; ++block) {
+    if (!(blocks >> block & 1)) continue;
+    const cuda_host::BulkCopy copy = {perform,       in_block(to, block), map.data, map.inner,
+                                      map.outer,     map.row_bytes,       inner,    outer,
+                                      map.box_inner, map.box_outer,       map.size, map.rounds};
+    memset(copy.to, 0xFF, bytes);
+    cuda_host::queue_bulk_copy(in_block(barrier, block), copy, bytes);
+  }
+}
+inline void copy_box(SharedAddress to, const TensorMap& map, int inner, int outer, SharedAddress barrier) {
+  copy_box_to_blocks(to, map, inner, outer, barrier, static_cast<unsigned short>(1 << cluster_rank()));
 }
 
 // What all lanes of a warp do together.
@@ -299,19 +304,6 @@ inline void take_registers(const char* file = __builtin_FILE(), int line = __bui
 //
 // Products of a warpgroup
 //
-
-// As if dynamic shared memory began here: at a multiple of 16, and of no more, as no more is promised.
-constexpr unsigned first_address = 1024 + 16;
-
-inline unsigned address_bits(SharedAddress address) {
-  return first_address + static_cast<unsigned>(address - shared_address(cuda_host::dynamic_shared()));
-}
-inline SharedAddress shared_memory_at(unsigned bits) {
-  return shared_address(cuda_host::dynamic_shared()) + static_cast<int>(bits - first_address);
-}
-inline SharedAddress flipped(SharedAddress address, unsigned bits) {
-  return shared_memory_at(address_bits(address) ^ bits);
-}
 
 inline void fence_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   meet("wgmma.fence", file, line);
@@ -416,11 +408,7 @@ inline void wgmma(float (&d)[count], unsigned long long a, unsigned long long b,
   check_product(a, b, adds, file, line);
   cuda_host::queue_product({adds ? product_of_16_bits<a_transposed, b_transposed, count, number, true>
                                  : product_of_16_bits<a_transposed, b_transposed, count, number, false>,
-                            d,
-                            a,
-                            b,
-                            nullptr,
-                            {}});
+                            d, a, b});
 }
 
 inline float float_of_bfloat(unsigned short h) { return reinterpreted<float>(static_cast<unsigned>(h) << 16); }
