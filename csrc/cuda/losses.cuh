@@ -161,8 +161,9 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
   const Index apart = Team::count(), first = Team::index();
   if constexpr (whole) {
     // A label is loaded a round before its logit; and that together with the row, before the gradient is written, which may
-    // be in its place. Teams within a warp, which wait for nobody else, load a row while they compute the one before.
-    constexpr bool ahead = Threads <= 32 && Values > 0;
+    // be in its place. Teams within a warp, which wait for nobody else, load a row while they compute the one before, as
+    // far as registers last.
+    constexpr bool ahead = Threads <= 32 && Values > 0 && (N > 1 || Values <= 16);
     const T* from = logits + first * columns;
     T* to = gradient + first * columns;
     const Index step = apart * columns;

@@ -398,8 +398,9 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
       finish.put(sum, own, line_of);
     }
   }
-  // Nobody ends while others may still arrive at its barriers.
+  // Nobody ends while others may still arrive at its barriers. (A warp comes to the cluster's as one.)
   if constexpr (Tile::cluster > 1) {
+    __syncwarp();
     ptx::arrive_at_cluster();
     ptx::wait_for_cluster();
   }

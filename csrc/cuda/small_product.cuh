@@ -130,8 +130,9 @@ struct SmallTile {
   static constexpr int rows = side, columns = side, most_threads = 512;
   // A lane takes eight rows and four columns of number k; so many neighbours share it.
   static constexpr int lanes_across = side / 4, lanes = lanes_across * side / 8, results = side * side;
+  // As many as there are registers for, with eight addresses of rows.
   template <class T>
-  static constexpr int turns_at_once = 16 / static_cast<int>(sizeof(T));
+  static constexpr int turns_at_once = sizeof(T) == 4 ? 3 : 1;
 
   template <class T, class A, class B, class Epilogue>
   __device__ __forceinline__ static void multiply(const A& a, const B& b, int depth, int row, int column,
