@@ -15,6 +15,13 @@
 
 namespace gemmlet {
 
+// In how many parts the copies of a deep tile go out: as many as there are registers for, as found by compiling.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr int deep_parts = 4;
+#else
+inline constexpr int deep_parts = 8;
+#endif
+
 template <class T_, int rows_, int columns_, int depth_, int thread_rows_, int thread_columns_, int slices_,
           int stages_>
 struct SimtTile {
@@ -37,7 +44,7 @@ struct SimtTile {
   // `ahead`: how many tiles have been copied at the barrier, of those behind the one that it stands in.
   static constexpr bool has_spare = stages >= 4 && slices == 1;
   static constexpr int barrier_step = has_spare ? slice_depth / 2 : slice_depth - 1, ahead = stages - 1 - has_spare;
-  static constexpr int parts = slices > 1 ? 1 : slice_depth >= 16 ? 8 : 2, part_steps = slice_depth / parts;
+  static constexpr int parts = slices > 1 ? 1 : slice_depth >= 16 ? deep_parts : 2, part_steps = slice_depth / parts;
   static constexpr int early_parts = (slice_depth - 1 - barrier_step) / part_steps + 1;
   static_assert(slice_depth % parts == 0 && ahead >= 1);
 

@@ -75,7 +75,8 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
-// ex2.approx.f32, ex2.approx.ftz.f32: 2^x, off by 2^-22 of it; what would be subnormal is 0 to the second.
+// ex2.approx.f32, ex2.approx.ftz.f32: 2^x, off by 2^-22 of it, and exactly 1 for 0; what would be subnormal is 0 to the
+// second.
 __device__ __forceinline__ float exp2(float x) {
   float result;
   asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
