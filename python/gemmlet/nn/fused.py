@@ -41,25 +41,30 @@ class Pace:
 
     Attributes
     ----------
-    steps, following : int
-        In the next call, and in the one after it: which is prepared while that one runs.
+    steps : int
+        In the next call.
     """
 
     def __init__(self) -> None:
-        self.steps = self.following = 1
+        self.steps = self._following = 1
+        self._is_fixed = False
         self._started = 0.0
 
     def start(self) -> None:
         """The call begins."""
         self._started = time.perf_counter()
 
+    def following(self) -> int:
+        """Steps in the call after the one that runs. To ask, while it runs, fixes them: they are prepared then."""
+        self._is_fixed = True
+        return self._following
+
     def stop(self, done: int) -> None:
         """It has ended, and took so many steps: fewer than it might have, at the end of an epoch."""
         seconds = max(time.perf_counter() - self._started, 1e-6)
-        self.steps, self.following = (
-            self.following,
-            max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self.following)),
-        )
+        estimated = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self._following))
+        self.steps, self._following = self._following if self._is_fixed else estimated, estimated
+        self._is_fixed = False
 
 
 Meanwhile = Callable[[], None]

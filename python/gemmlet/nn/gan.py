@@ -269,7 +269,7 @@ class GAN:
                 rest = len(samples)
                 orders.prepare(rest)
             if rest:
-                noises.prepare(min(rest, size * (1 if one_by_one else pace.following)))
+                noises.prepare(min(rest, size * (1 if one_by_one else pace.following())))
 
         def write_back() -> None:
             if steps is not None:
