@@ -54,8 +54,8 @@ MOST_TOP_BYTES = 8 << 20
 STEPS_TOGETHER = 8
 
 # The blocks of the cluster that does all steps of a call of a perceptron with one hidden layer where it can
-# (cluster_training.cuh): the smallest size that has enough of them. On an H200 an epoch of MNIST, batch 64, takes half
-# as long as by graphs with SGD, and two thirds with Adam (benchmarks/gpu_training.py).
+# (cluster_training.cuh): the smallest size that has enough of them. On an H200 an epoch of MNIST, batch 64, took half
+# as long as by graphs with SGD, and two thirds with Adam; benchmarks/gpu_training.py times both.
 CLUSTER_SIZES: tuple[int, ...] = (8, 16)
 
 # A cluster of 16 needs as many multiprocessors of one part of the GPU: a whole one, and not a share of it.
