@@ -104,8 +104,8 @@ class Step:
     def _(self, phase: Gather) -> None:
         dataset, where, dtype = phase.dataset, self._where, self._plan.dtype
         if dataset.indptr is None:
-            x = self._backend.to_cpu(dataset.x)[where]
-            self._values[SAMPLES] = self._backend.scaled(x, dtype, phase.scale, phase.shift)
+            x = dataset.x if isinstance(dataset.x, np.ndarray) else self._backend.to_cpu(dataset.x)
+            self._values[SAMPLES] = scaled(x[where], dtype, phase.scale, phase.shift)
         else:
             assert dataset.indices is not None
             rows = np.zeros((len(where), self._layers[0][0].weight.value.shape[0]), dtype)
@@ -192,6 +192,17 @@ class Step:
             if p.average is not None:
                 p.average *= decay
                 p.average += (1.0 - decay) * p.value
+
+
+def scaled(x: Array, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Array:
+    """Return ``scale * x + shift``: numbers of `dtype`, or bytes, which count as value/255; C-contiguous."""
+    numbers: Array = x.astype(dtype, order="C")
+    if x.dtype == np.uint8:
+        numbers /= 255.0
+    if (scale, shift) != (1.0, 0.0):
+        numbers *= scale
+        numbers += shift
+    return numbers
 
 
 def predicted_classes(outputs: Array) -> NDArray[np.int64]:
