@@ -189,9 +189,9 @@ class Step:
         for i, (p, grad) in enumerate(zip(self._plan.parameters(phase.network), gradients, strict=True)):
             numbers = hyperparameters[i] if isinstance(hyperparameters, list) else hyperparameters
             self._backend.update(rule, p.value, grad, p.state, tuple(numbers.tolist()))
-            if p.average is not None:
-                p.average *= decay
-                p.average += (1.0 - decay) * p.value
+            if (average := p.average) is not None:
+                average *= decay
+                average += (1.0 - decay) * p.value
 
 
 def scaled(x: Array, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Array:
