@@ -179,7 +179,8 @@ class Saved(ABC):
         """
         config, tensors = read(path, cls.__name__)
         with errors_name(path, cls.__name__):
-            steps = checks.whole_number(config.pop("steps", 0), "steps", 0)
+            # Perceptrons that were saved before there were averages have neither.
+            steps = checks.whole_number(config.pop("steps") if "ema_decay" in config else 0, "steps", 0)
             shapes: dict[str, tuple[int, ...]] = {}
             for prefix, widths in cls._widths(config).items():
                 shapes |= expected_shapes(widths, prefix)
