@@ -734,7 +734,7 @@ def test_isa_that_is_none(digits, capsys, monkeypatch, words):
     monkeypatch.setenv("GEMMLET_DATA_DIR", str(digits))
     monkeypatch.setenv("GEMMLET_BACKEND", "cpu")
     monkeypatch.setenv("GEMMLET_ISA", "abacus")
-    monkeypatch.setattr("gemmlet.backends.cpu_backend.available_isas", lambda: ["baseline"])
+    monkeypatch.setattr("gemmlet.backends.cpu.available_isas", lambda: ["baseline"])
     assert call(*words.split()) == 2
     line = error_line(capsys)
     assert line.startswith("gemmlet: --backend: " if "--backend" in words else "gemmlet: GEMMLET_BACKEND: ")

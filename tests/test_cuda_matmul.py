@@ -19,8 +19,9 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 import cupy  # noqa: E402
 
 from cuda_on_host.device import COMPILER, HERE, ROOT, THREAD_ORDERS, HostDevice  # noqa: E402
-from gemmlet.backends import cuda_device, cuda_matmul  # noqa: E402
-from gemmlet.backends.cuda_matmul import Choice  # noqa: E402
+from gemmlet.backends.cuda import device as cuda_device  # noqa: E402
+from gemmlet.backends.cuda import matmul as cuda_matmul  # noqa: E402
+from gemmlet.backends.cuda.matmul import Choice  # noqa: E402
 from gemmlet.formulas.activations import ACTIVATIONS, Activation  # noqa: E402
 from support import assert_within, same_bits  # noqa: E402
 

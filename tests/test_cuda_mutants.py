@@ -27,9 +27,10 @@ pytest.importorskip("cupy")
 
 import test_cuda_training
 from cuda_on_host.device import COMPILER, ROOT, THREAD_ORDERS, CompileError, HostDevice, sanitized_environment
-from gemmlet.backends import cuda_backend, cuda_matmul
-from gemmlet.backends.cuda_backend import CudaBackend
-from gemmlet.backends.numpy_backend import NumpyBackend
+from gemmlet.backends.cuda import backend as cuda_backend
+from gemmlet.backends.cuda import matmul as cuda_matmul
+from gemmlet.backends.cuda.backend import CudaBackend
+from gemmlet.backends.numpy import NumpyBackend
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.numpy_backend import FusedLayer, FusedNetwork, GanRun, MlpRun, NumpyBackend
+from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
+from ..training.plan import FusedLayer, FusedNetwork, GanRun, MlpRun
 from .dense import Dense
 from .optimizers import Optimizer, Plan
 from .training import Samples
@@ -111,7 +112,7 @@ def _network(dense: Dense, plan: Plan, average: Dense | None = None) -> FusedNet
 
 
 def _can(
-    backend: NumpyBackend, network: str, denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]
+    backend: Backend, network: str, denses: Sequence[Dense], losses: Sequence[str], rules: Sequence[Optimizer]
 ) -> bool:
     names = [layer.activation for dense in denses for layer in dense.layers if layer.activation is not None]
     plans = [rule.plan(dense.parameters, np.ones(1)) for dense, rule in zip(denses, rules, strict=True)]

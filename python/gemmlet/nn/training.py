@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from .. import _arguments as arguments
 from .. import _arrays as arrays
 from ..backends import select
-from ..backends.numpy_backend import Feed, NumpyBackend
+from ..backends.base import Backend
+from ..training.plan import Feed
 
 Array = NDArray[Any]
 
@@ -167,7 +168,7 @@ class Samples:
         return int(self.array.shape[0])
 
     @property
-    def backend(self) -> NumpyBackend:
+    def backend(self) -> Backend:
         """The backend that computes with them."""
         return select.of(self.array) if self.on_gpu else select.current()
 

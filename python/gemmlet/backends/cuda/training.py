@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formulas.activations import ACTIVATIONS
-from ..formulas.losses import LOSSES
-from ..formulas.optimizers import OPTIMIZER_RULES
-from . import cuda_compile
-from .cuda_device import Device, Graph
-from .cuda_types import CPP_TYPES, address
-from .numpy_backend import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
-from .whole_steps import whole_steps
+from ..._signals import whole_steps
+from ...formulas.activations import ACTIVATIONS
+from ...formulas.losses import LOSSES
+from ...formulas.optimizers import OPTIMIZER_RULES
+from ...training.plan import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
+from . import compiler
+from .device import Device, Graph
+from .types import CPP_TYPES, address
 
 CLUSTER_SOURCE = "training/cluster.cuh"
 
@@ -239,7 +239,7 @@ _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
 @functools.cache
 def _places(kind: str) -> dict[str, int]:
     """The numbers by which kernels know activations or losses: their places in C++'s list."""
-    text = cuda_compile.sources()[f"formulas/{kind}.h"]
+    text = compiler.sources()[f"formulas/{kind}.h"]
     declared = re.search(rf"#define GEMMLET_{kind.upper()}\(X\)((?:.*\\\n)*.*)", text)
     assert declared is not None
     return {name: place for place, name in enumerate(re.findall(r"X\((\w+)\)", declared[1]))}

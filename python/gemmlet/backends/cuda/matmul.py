@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .._arrays import name_of
-from ..formulas.activations import ACTIVATIONS, Activation
-from .cuda_device import BoxNumber, Device
-from .cuda_types import COMPUTED, FLOATS, SIZES, address
+from ..._arrays import name_of
+from ...formulas.activations import ACTIVATIONS, Activation
+from .device import BoxNumber, Device
+from .types import COMPUTED, FLOATS, SIZES, address
 
 # The kernels count lines and steps in an int, and look a little beyond the last one.
 LARGEST = 2**31 - 1024

@@ -19,11 +19,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .._memory import aligned_zeros
-from ..formulas.activations import ACTIVATIONS
-from ..formulas.losses import LOSSES
-from .numba_loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
-from .numpy_backend import Array, Feed, FusedLayer, MlpRun
+from ..._memory import aligned_zeros
+from ...formulas.activations import ACTIVATIONS
+from ...formulas.losses import LOSSES
+from ...training.plan import Array, Feed, FusedLayer, MlpRun
+from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
 Split = Callable[[int, int, Callable[[slice], None]], None]
 

@@ -1,8 +1,8 @@
 """The Numba backend: the fallback where no compiled module loads.
 
 The matrix product is NumPy's BLAS; everything else is one pass, compiled at its first use for each function and dtype
-(a fraction of a second each, nothing is cached on disk). The formulas are those of `numba_formulas`; an entry without a
-twin there is computed by the reference.
+(a fraction of a second each, nothing is cached on disk). The formulas are those of `.formulas`; an entry without a twin
+there is computed by the reference.
 
 Threads: Numba's own (``parallel=True``) abort the process when two Python threads call at once, or hang after a fork.
 So large arrays are split over a small pool of Python threads, as compiled code runs without the GIL. Work is split over
@@ -24,12 +24,16 @@ import numba
 import numpy as np
 from llvmlite import binding
 
-from ..formulas.activations import ACTIVATIONS, Activation
-from ..formulas.losses import Loss, RowFunction
-from ..formulas.optimizers import OptimizerRule, Scalars
-from . import numba_training
-from .numba_formulas import twins
-from .numba_loops import (
+from ..._signals import whole_steps
+from ...formulas.activations import ACTIVATIONS, Activation
+from ...formulas.losses import Loss, RowFunction
+from ...formulas.optimizers import OptimizerRule, Scalars
+from ...training.plan import MlpRun
+from ..base import Array
+from ..numpy import NumpyBackend
+from . import training
+from .formulas import twins
+from .loops import (
     BLOCK,
     backward_loop,
     cross_entropy_loop,
@@ -40,8 +44,6 @@ from .numba_loops import (
     row_loop,
     update_loop,
 )
-from .numpy_backend import Array, MlpRun, NumpyBackend
-from .whole_steps import whole_steps
 
 # The least work worth a thread, in elements: handing over a task costs about as much as 20,000 elements of the cheapest
 # pass.
@@ -287,4 +289,4 @@ class NumbaBackend(NumpyBackend):
     def train_mlp(self, run: MlpRun) -> tuple[float, int]:
         """Train a stack of layers."""
         with whole_steps():
-            return numba_training.train_mlp(run, self._split)
+            return training.train_mlp(run, self._split)

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _precision
-from ..formulas.activations import ACTIVATIONS, Activation
-from ..formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
-from ..formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
-from . import cuda_compile, cuda_matmul
-from .cuda_types import FLOATS, RULE_NUMBERS, RULE_STATES
+from ... import _precision
+from ...formulas.activations import ACTIVATIONS, Activation
+from ...formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
+from . import compiler, matmul
+from .types import FLOATS, RULE_NUMBERS, RULE_STATES
 
 if TYPE_CHECKING:
-    from .cuda_backend import CudaBackend
-    from .cuda_device import Device
+    from .backend import CudaBackend
+    from .device import Device
 
 FastPath = Callable[..., Any]
 
@@ -64,7 +64,7 @@ class _FastPaths:
 
     def __init__(self, backend: CudaBackend) -> None:
         self.backend = backend
-        self.array_type = array_type = cuda_compile.import_cupy().ndarray
+        self.array_type = array_type = compiler.import_cupy().ndarray
 
         def first(array: Any) -> tuple[int, tuple[int, ...], np.dtype[Any], int, int] | None:
             """Address, shape, dtype, GPU and bytes of a usual array, or None."""
@@ -372,7 +372,7 @@ class _FastPaths:
             z = device.empty(shape, dtype) if return_preactivation else None
             layouts, aligned = (x_shape, w_shape, x.strides, w.strides, dtype), (not x_at & 15, not w_at & 15, True)
             tf32 = itemsize == 4 and _precision.allows_tf32()
-            run = cuda_matmul.prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, None)
+            run = matmul.prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, None)
             run(x_at, w_at, y_at, 0 if z is None else z.data.ptr, b_at)
             return y if z is None else (y, z)
 
@@ -416,9 +416,7 @@ class _FastPaths:
 
             def product(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
                 layouts, aligned = (a[0], b[0], a[1], b[1], dtype), (a[2], b[2], True)
-                return cuda_matmul.prepared(
-                    device, device.multiprocessors, layouts, aligned, "identity", 0.0, tf32, None
-                )
+                return matmul.prepared(device, device.multiprocessors, layouts, aligned, "identity", 0.0, tf32, None)
 
             grad = shape, strides, True
             if w_layout is not None:

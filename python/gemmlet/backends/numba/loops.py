@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numba import njit, types
 
-from .numba_formulas import twins
+from .formulas import twins
 
 # Elements in one block: a few arrays of that many fit into the first-level cache. A power of two.
 BLOCK = 1024

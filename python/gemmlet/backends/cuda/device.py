@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import cuda_compile
+from . import compiler
 
 # A kernel with everything but the size of its grid and its arguments: ``launch(grid_x, grid_y, *values)``.
 Launch = Callable[..., None]
@@ -137,7 +137,7 @@ class _ThreadsOwn(threading.local):
 
 
 class CudaDevice:
-    """The real one: CuPy's arrays, streams and graphs, and kernels compiled by NVRTC (`cuda_compile`).
+    """The real one: CuPy's arrays, streams and graphs, and kernels compiled by NVRTC (`compiler`).
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ class CudaDevice:
     """
 
     def __init__(self, number: int = 0) -> None:
-        cupy = cuda_compile.import_cupy()
+        cupy = compiler.import_cupy()
         self._cupy = cupy
         runtime = cupy.cuda.runtime
         try:
@@ -165,7 +165,7 @@ class CudaDevice:
         properties = runtime.getDeviceProperties(number)
         name = properties["name"]
         self.name = name.decode() if isinstance(name, bytes) else str(name)
-        self.arch = cuda_compile.architecture(self._device.compute_capability)
+        self.arch = compiler.architecture(self._device.compute_capability)
         self.multiprocessors = int(properties["multiProcessorCount"])
         self._kernels: dict[tuple[str, str], Any] = {}
         self._modules: list[Any] = []
@@ -183,7 +183,7 @@ class CudaDevice:
         """See `Device`."""
         found = [self._kernels.get((source, expression)) for expression in expressions]
         if None in found:
-            compiled = cuda_compile.cubin(source, list(expressions), self.arch)
+            compiled = compiler.cubin(source, list(expressions), self.arch)
             module = self._cupy.cuda.Module()
             with self._device:
                 module.load(compiled.image)

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
+from ..training.plan import FusedLayer, GanRun, MlpRun
 from . import threadpool
-from .numpy_backend import FusedLayer, GanRun, MlpRun, NumpyBackend
-
-Array = NDArray[Any]
+from .base import Array
+from .numpy import NumpyBackend
 
 _MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "baseline": "_cpu_baseline"}
 

@@ -13,30 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .. import _arrays as arrays
-from .. import _precision, _threads
-from ..formulas.activations import ACTIVATIONS, Activation
-from ..formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
-from ..formulas.optimizers import OPTIMIZER_RULES, OptimizerRule, Scalars
-from . import cuda_compile, cuda_fast_path, cuda_matmul, cuda_training
-from .cuda_device import CudaDevice, Device, Launch
-from .cuda_types import (
-    COMPUTED,
-    CPP_TYPES,
-    FLOATS,
-    INTEGERS,
-    RULE_NUMBERS,
-    RULE_STATES,
-    SIZES,
-    address,
-    number,
-    pointer,
-)
-from .numpy_backend import Feed, GanRun, MlpRun, NumpyBackend
-
-Array = NDArray[Any]
+from ... import _arrays as arrays
+from ... import _precision, _threads
+from ...formulas.activations import ACTIVATIONS, Activation
+from ...formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule, Scalars
+from ...training.plan import Feed, GanRun, MlpRun
+from ..base import Array
+from ..numpy import NumpyBackend
+from . import compiler, fast_path, matmul, training
+from .device import CudaDevice, Device, Launch
+from .types import COMPUTED, CPP_TYPES, FLOATS, INTEGERS, RULE_NUMBERS, RULE_STATES, SIZES, address, number, pointer
 
 # Threads of the blocks of all kernels here; csrc/cuda says the same (row_threads, __launch_bounds__).
 THREADS = 256
@@ -161,7 +149,7 @@ def _column_sum_kernel(dtype: str, down: bool) -> str:
 
 
 # Sources that not every architecture compiles, and those that do.
-ARCHITECTURES = {**cuda_matmul.ARCHITECTURES, **cuda_training.ARCHITECTURES}
+ARCHITECTURES = {**matmul.ARCHITECTURES, **training.ARCHITECTURES}
 
 
 def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
@@ -190,8 +178,8 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
         "losses.cuh": losses,
         "optimizers.cuh": optimizers,
         "column_sum.cuh": reductions,
-        **cuda_matmul.expressions(fused),
-        **cuda_training.expressions(),
+        **matmul.expressions(fused),
+        **training.expressions(),
     }
 
 
@@ -289,7 +277,7 @@ class CudaBackend(NumpyBackend):
         self._own = threading.local()
         # What is prepared, by the number of the device and the kernel.
         self._launches: dict[tuple[int, str], Launch] = {}
-        self.quick = cuda_fast_path.fast_paths(self)
+        self.quick = fast_path.fast_paths(self)
 
     def describe(self) -> dict[str, str]:
         """What `gemmlet.show_config` prints about this backend."""
@@ -297,7 +285,7 @@ class CudaBackend(NumpyBackend):
             "backend": self.name,
             "isa": f"{self._first.arch}, {self._first.name}",
             "cupy": sys.modules["cupy"].__version__,
-            "nvrtc": cuda_compile.nvrtc_version(),
+            "nvrtc": compiler.nvrtc_version(),
             "float32 products": _precision.get_float32_matmul_precision(),
             "threads": f"{_threads.get_num_threads()} (of the CPU)",
         }
@@ -465,7 +453,7 @@ class CudaBackend(NumpyBackend):
         with self._placed(x, w, b, preactivation, out, writes=2) as (device, x_, w_, b_, z, y):
             if y.size:
                 tf32 = _precision.allows_tf32()
-                cuda_matmul.linear(device, x_, w_, b_, activation, parameter, y, z, tf32=tf32)
+                matmul.linear(device, x_, w_, b_, activation, parameter, y, z, tf32=tf32)
 
     def column_sum(self, x: Array, out: Array) -> None:
         """``out[j] = sum_i x[i, j]``."""
@@ -633,15 +621,15 @@ class CudaBackend(NumpyBackend):
 
     def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
         """Whether whole steps of a network of these can be done on the GPU."""
-        return cuda_training.fuses(activations, losses, rule)
+        return training.fuses(activations, losses, rule)
 
     def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
         """Samples and targets on the GPU where the samples are, else on the first."""
-        return cuda_training.hold(self._trains(feed), feed, targets)
+        return training.hold(self._trains(feed), feed, targets)
 
     def write_back(self, feed: Feed) -> None:
         """Copy what is newer on the GPU into the networks' arrays."""
-        cuda_training.write_back(feed)
+        training.write_back(feed)
 
     def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A new page-locked array, which every GPU copies from."""
@@ -652,11 +640,11 @@ class CudaBackend(NumpyBackend):
 
     def train_mlp(self, run: MlpRun) -> tuple[float, int]:
         """Train a stack of layers."""
-        return cuda_training.train_mlp(self._trains(run.feed), run)
+        return training.train_mlp(self._trains(run.feed), run)
 
     def train_gan(self, run: GanRun) -> tuple[float, float]:
         """Train two adversarial stacks of layers."""
-        return cuda_training.train_gan(self._trains(run.feed), run)
+        return training.train_gan(self._trains(run.feed), run)
 
 
 def _merged(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int, int]]:

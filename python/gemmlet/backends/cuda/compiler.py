@@ -30,7 +30,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 # (Subnormal numbers, divisions and square roots are NVRTC's defaults: kept, and correctly rounded.)
 OPTIONS = ("-std=c++17", "-default-device", "-fmad=false", "-DNDEBUG")
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 
 
 class Cubin(NamedTuple):

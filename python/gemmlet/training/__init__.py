@@ -1,0 +1,1 @@
+"""What a training step does, as data: below the networks that ask for it and the backends that run it."""
