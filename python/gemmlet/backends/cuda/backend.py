@@ -177,7 +177,7 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
         "rows.cuh": rows,
         "losses.cuh": losses,
         "optimizers.cuh": optimizers,
-        "reductions.cuh": reductions,
+        "column_sum.cuh": reductions,
         **matmul.expressions(fused),
         **training.expressions(),
     }
@@ -428,7 +428,7 @@ class CudaBackend(NumpyBackend):
         at `copy`, if it is not 0, all numbers are stored in that type.
         """
         kernel = _range_kernel(arrays.name_of(dtype), to)
-        launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
+        launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
         scratch = self.scratch(device)
         blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
         launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
@@ -475,7 +475,7 @@ class CudaBackend(NumpyBackend):
         # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
         shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
         kernel = _column_sum_kernel(arrays.name_of(dtype), down)
-        launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
+        launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
 
         def run(x: int, out: int, counter: int) -> None:
             partial = device.empty((shares, columns), arrays.computed_in(dtype)) if shares > 1 else None
