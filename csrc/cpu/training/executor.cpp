@@ -1,4 +1,4 @@
-// Fused training: see network.h.
+// Fused training: see plan.h.
 //
 // A step of a network is two phases. Rows: each thread takes some rows of the mini-batch through all layers, the loss,
 // and back to the gradients of every layer's preactivation; no row needs another. Weights: each thread takes some rows
@@ -10,7 +10,7 @@
 // leaves out a product that is 0, which changes no bit.
 //
 // Rows of activations and gradients are padded to whole vectors with zeros.
-#include "cpu/network.h"
+#include "cpu/training/plan.h"
 
 #include <algorithm>
 #include <atomic>
@@ -20,7 +20,7 @@
 #include <new>
 #include <utility>
 
-#include "cpu/micro_kernel.h"
+#include "cpu/matmul/micro_kernel.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "formulas/activations.h"
