@@ -151,7 +151,7 @@ class CpuBackend(NumpyBackend):
         self.quick = self._quick_functions()
 
     def _quick_functions(self) -> dict[str, Callable[..., Any]]:
-        """A quick function (csrc/cpu/quick.cpp) for every formula that the registry and the extension both have."""
+        """The fast path (csrc/cpu/bindings/fast_path.cpp) of every formula that registry and extension both have."""
         quick, formula = self._module.quick, self._module.formula
         functions: dict[str, Callable[..., Any]] = {}
         activations = {
