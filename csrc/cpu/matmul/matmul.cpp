@@ -4,9 +4,9 @@
 //   y and z are contiguous (rows of x by columns of w) and overlap nothing. k = 0 gives activation(bias).
 //   y is cut into tasks, each some rows by some columns. Which way a product is computed, and in which order a sum is
 //   taken, follows from shapes and strides alone, never from the number of threads or from where an element stands:
-//   - tiles: runs of at most TileSizes::depth, each summed from its first to its last product, then added up in order.
+//   - tiles: runs of at most tuning::kc, each summed from its first to its last product, then added up in order.
 //     A product of few columns, whose x lies column by column, is computed turned round, in the same order.
-//   - dots: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
+//   - dot_products: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
 //     The order is that of micro_kernel.h.
 //   - thin: where k is so short that y is most of the work. The order is that of tiles.
 //   w is packed, run by run, unless a tile or two of rows is all that uses it. x is read where it lies, but for products
@@ -70,18 +70,16 @@ struct Output {
   }
 };
 
-Index blocks(Index n, Index size) { return (n + size - 1) / size; }
-
 // The largest multiple of `unit`, up to `limit`, that cuts n into at least `pieces`.
 Index block_size(Index n, Index unit, Index limit, Index pieces) {
-  const Index even = blocks(blocks(n, pieces), unit) * unit;
+  const Index even = ceil_div(ceil_div(n, pieces), unit) * unit;
   return std::clamp(even, unit, limit);
 }
 
 // f(first, count) for blocks of nearly equal size, at most `size`.
 template <class F>
 inline void for_blocks(Index n, Index size, F&& f) {
-  const Index count = blocks(n, size);
+  const Index count = ceil_div(n, size);
   for (Index i = 0; i < count; ++i) f(n * i / count, n * (i + 1) / count - n * i / count);
 }
 
@@ -89,8 +87,7 @@ inline void for_blocks(Index n, Index size, F&& f) {
 template <class T, class F>
 inline void for_tiles(Index rows, F&& f) {
   if (rows == 0) return;
-  const Index count = (rows + TileSizes<T>::rows - 1) / TileSizes<T>::rows, height = rows / count,
-              taller = rows % count;
+  const Index count = (rows + tuning::mr - 1) / tuning::mr, height = rows / count, taller = rows % count;
   Index first = 0;
   for (Index t = 0; t < taller; ++t, first += height + 1) f(first, static_cast<int>(height + 1));
   for (; first < rows; first += height) f(first, static_cast<int>(height));
@@ -99,8 +96,7 @@ inline void for_tiles(Index rows, F&& f) {
 // Made when first needed, and kept by the thread. Rows of x are an odd number of cache lines apart: not all in one set.
 template <class T>
 struct Buffers {
-  using Sizes = TileSizes<T>;
-  static constexpr Index x_stride = Sizes::depth + 64 / sizeof(T);
+  static constexpr Index x_stride = tuning::kc + 64 / sizeof(T);
   struct Free {
     void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
@@ -206,13 +202,13 @@ void prefetch_tile(const O& out, Index row, int rows, Index column) {
   for (int r = 0; r < rows; ++r) {
     const T* y = out.y + (row + r) * out.row_stride + column;
     __builtin_prefetch(y, 1);
-    __builtin_prefetch(y + TileSizes<T>::columns - 1, 1);
+    __builtin_prefetch(y + nr<T> - 1, 1);
   }
 }
 
 // How many elements p stands after the place of a whole vector.
 template <class T>
-Index misplaced(const T* p) {
+Index misalignment(const T* p) {
   return static_cast<Index>(reinterpret_cast<std::uintptr_t>(p) % sizeof(Vec<T>) / sizeof(T));
 }
 
@@ -220,7 +216,7 @@ Index misplaced(const T* p) {
 // its first row begin at multiples of their size, so that none lies in two cache lines, but the first and the last of
 // a row, which overlap their neighbours.
 template <int depth, int rows, class T>
-[[gnu::always_inline]] inline void thin_rows(const View<T>& x, Index row, const View<T>& w, T* y, Index row_stride) {
+[[gnu::always_inline]] inline void small_k_rows(const View<T>& x, Index row, const View<T>& w, T* y, Index row_stride) {
   constexpr int n = lanes<T>;
   Vec<T> x_r[rows][depth];
 #pragma GCC unroll 4
@@ -240,27 +236,27 @@ template <int depth, int rows, class T>
   };
   if (w.columns < n) return put(0, static_cast<int>(w.columns));
   put(0, n);
-  for (Index j = n - misplaced(y); j + n <= w.columns; j += n) put(j, n);
+  for (Index j = n - misalignment(y); j + n <= w.columns; j += n) put(j, n);
   put(w.columns - n, n);
 }
 
 template <class T>
-void thin_sums(View<T> x, View<T> w, T* y, Index row_stride) {
-  with_constant<TileSizes<T>::thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
-    constexpr Index block = TileSizes<T>::thin_block;
+void small_k_sums(View<T> x, View<T> w, T* y, Index row_stride) {
+  with_constant<tuning::small_k_max>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
+    constexpr Index block = tuning::small_k_block;
     Index row = 0;
     for (; row + block <= x.rows; row += block)
-      thin_rows<depth, static_cast<int>(block)>(x, row, w, y + row * row_stride, row_stride);
-    for (; row < x.rows; ++row) thin_rows<depth, 1>(x, row, w, y + row * row_stride, row_stride);
+      small_k_rows<depth, static_cast<int>(block)>(x, row, w, y + row * row_stride, row_stride);
+    for (; row < x.rows; ++row) small_k_rows<depth, 1>(x, row, w, y + row * row_stride, row_stride);
   });
 }
 
 template <class T, class O>
-void compute_thin(View<T> x, View<T> w, const O& out) {
-  if (out.plain()) return thin_sums(x, w, out.y, out.row_stride);
+void compute_small_k(View<T> x, View<T> w, const O& out) {
+  if (out.plain()) return small_k_sums(x, w, out.y, out.row_stride);
   for (Index i = 0; i < x.rows; ++i) {
     T* const y = out.y + i * out.row_stride;
-    thin_sums({x.data + i * x.row_stride, 1, x.columns, x.row_stride, x.column_stride}, w, y, out.row_stride);
+    small_k_sums({x.data + i * x.row_stride, 1, x.columns, x.row_stride, x.column_stride}, w, y, out.row_stride);
     for (Index j = 0; j < w.columns; j += lanes<T>) {
       const int n = static_cast<int>(std::min<Index>(lanes<T>, w.columns - j));
       out.put(i, j, load_lanes(y + j, n), n, true, true);
@@ -269,13 +265,13 @@ void compute_thin(View<T> x, View<T> w, const O& out) {
 }
 
 template <class T>
-View<T> turned(View<T> a) {
+View<T> transposed(View<T> a) {
   return {a.data, a.columns, a.rows, a.column_stride, a.row_stride};
 }
 
 // Columns of out are the rows of y, which are contiguous.
 template <class T, class O>
-void store_turned(const T* y, Index columns, Index rows, const O& out) {
+void store_transposed(const T* y, Index columns, Index rows, const O& out) {
   constexpr Index n = lanes<T>;
   for (Index j = 0; j < columns; j += n) {
     const int count = static_cast<int>(std::min(n, columns - j));
@@ -290,43 +286,39 @@ void store_turned(const T* y, Index columns, Index rows, const O& out) {
 }
 
 template <class T, class O>
-void compute_by_tiles(View<T> x, View<T> w, const O& out) {
-  using Sizes = TileSizes<T>;
+void compute_tiles(View<T> x, View<T> w, const O& out) {
   thread_local Buffers<T> buffers;
-  if (x.columns > 0 && x.columns <= Sizes::thin_depth) {
-    if (w.column_stride == 1) return compute_thin(x, w, out);
-    constexpr Index n = lanes<T>, most = Sizes::block_columns * Sizes::depth / Sizes::thin_depth / n * n - n;
+  if (x.columns > 0 && x.columns <= tuning::small_k_max) {
+    if (w.column_stride == 1) return compute_small_k(x, w, out);
+    constexpr Index n = lanes<T>, most = tuning::nc * tuning::kc / tuning::small_k_max / n * n - n;
     for_blocks(w.columns, most, [&](Index first, Index columns) {
       const O part = out.at(0, first);
       // Vectors of it begin where those of y do.
-      T* const rows = Buffers<T>::get(buffers.w, Sizes::block_columns * Sizes::depth) + misplaced(part.y);
-      const Index stride = blocks(columns, n) * n;
+      T* const rows = Buffers<T>::get(buffers.w, tuning::nc * tuning::kc) + misalignment(part.y);
+      const Index stride = ceil_div(columns, n) * n;
       copy_rows<T>({w.data + first * w.column_stride, w.rows, columns, w.row_stride, w.column_stride}, rows, stride);
-      compute_thin<T>(x, {rows, w.rows, columns, stride, 1}, part);
+      compute_small_k<T>(x, {rows, w.rows, columns, stride, 1}, part);
     });
     return;
   }
-  if (x.row_stride == 1 && x.column_stride != 1 && x.rows >= Sizes::columns && w.columns < Sizes::columns &&
-      w.columns % lanes<T> != 0) {
+  if (x.row_stride == 1 && x.column_stride != 1 && x.rows >= nr<T> && w.columns < nr<T> && w.columns % lanes<T> != 0) {
     // The product turned round: its vectors run along x's columns, and are full.
-    T* const y = Buffers<T>::get(buffers.turned, Sizes::task_rows * Sizes::columns);
-    compute_by_tiles<T>(turned(w), turned(x), Output<T, Plain<T>>{y, nullptr, nullptr, x.rows, {}});
-    return store_turned(y, w.columns, x.rows, out);
+    T* const y = Buffers<T>::get(buffers.turned, tuning::task_mc * nr<T>);
+    compute_tiles<T>(transposed(w), transposed(x), Output<T, Plain<T>>{y, nullptr, nullptr, x.rows, {}});
+    return store_transposed(y, w.columns, x.rows, out);
   }
   Sums<T> sums;
   // Whole vectors of w are used where they lie if few rows need them; parts, too, where that costs no more.
-  const bool direct =
-      w.column_stride == 1 && (x.rows < 2 * Sizes::rows || (masks_are_cheap && w.columns <= Sizes::columns));
+  const bool direct = w.column_stride == 1 && (x.rows < 2 * tuning::mr || (masks_are_cheap && w.columns <= nr<T>));
   const Index direct_columns = !direct ? 0 : masks_are_cheap ? w.columns : w.columns / lanes<T> * lanes<T>;
   // Where a copy of x is used often enough, it pays: x may be turned round, or its rows share few sets of the cache.
-  const bool copied =
-      !direct && w.columns >= (x.column_stride == 1 ? Sizes::copied_from_columns : Sizes::turned_from_columns);
-  const Index block_columns = copied ? Sizes::wide_columns : Sizes::block_columns;
-  T* const x_copy = copied ? Buffers<T>::get(buffers.x, Sizes::block_rows * Buffers<T>::x_stride) : nullptr;
-  T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * Sizes::depth);
+  const bool copied = !direct && w.columns >= (x.column_stride == 1 ? tuning::pack_x_min_columns
+                                                                    : tuning::pack_transposed_x_min_columns);
+  const Index block_columns = copied ? tuning::wide_nc : tuning::nc;
+  T* const x_copy = copied ? Buffers<T>::get(buffers.x, tuning::mc * Buffers<T>::x_stride) : nullptr;
+  T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * tuning::kc);
   // Runs of nearly equal depth.
-  const Index run =
-      block_size(x.columns, Sizes::columns, Sizes::depth, std::max<Index>(1, blocks(x.columns, Sizes::depth)));
+  const Index run = block_size(x.columns, nr<T>, tuning::kc, std::max<Index>(1, ceil_div(x.columns, tuning::kc)));
   Index k = 0;
   do {
     const Index depth = std::min(run, x.columns - k);
@@ -336,37 +328,37 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
     };
     for_tiles<T>(direct ? x.rows : 0, [&](Index row, int height) {
       Index j = 0;
-      const auto tile = [&]<Width width>(const auto& strip) {
+      const auto tile = [&]<Width width>(const auto& panel) {
         const int vectors = vectors_in<T>(width, height);
         prefetch_tile<T>(out, row, height, j);
-        compute_tile<width, T>(height, x_at(row), strip, depth, sums);
+        compute_tile<width, T>(height, x_at(row), panel, depth, sums);
         store_tile<T>(sums, height, vectors, out, row, j, w.columns, first, last);
         j += vectors * lanes<T>;
       };
       const T* const w_k = w.data + k * w.row_stride;
-      const auto whole_strips = [&]<Width width>() {
+      const auto whole_panels = [&]<Width width>() {
         while (direct_columns - j >= vectors_in<T>(width, height) * lanes<T>)
-          tile.template operator()<width>(Strip<T>{w_k + j, w.row_stride, lanes<T>});
+          tile.template operator()<width>(Panel<T>{w_k + j, w.row_stride, lanes<T>});
       };
-      whole_strips.template operator()<Width::wide>();
-      whole_strips.template operator()<Width::usual>();
+      whole_panels.template operator()<Width::wide>();
+      whole_panels.template operator()<Width::usual>();
       if constexpr (masks_are_cheap) {
         const int rest = static_cast<int>(direct_columns - j), count = rest % lanes<T>;
         if (rest > lanes<T>)
-          tile.template operator()<Width::usual>(PartOfStrip<T, 1>{w_k + j, w.row_stride, count});
+          tile.template operator()<Width::usual>(PartialPanel<T, 1>{w_k + j, w.row_stride, count});
         else if (count > 0)
-          tile.template operator()<Width::one>(PartOfStrip<T, 0>{w_k + j, w.row_stride, count});
+          tile.template operator()<Width::one>(PartialPanel<T, 0>{w_k + j, w.row_stride, count});
         else if (rest > 0)
-          tile.template operator()<Width::one>(Strip<T>{w_k + j, w.row_stride, lanes<T>});
+          tile.template operator()<Width::one>(Panel<T>{w_k + j, w.row_stride, lanes<T>});
       } else {
-        whole_strips.template operator()<Width::one>();
+        whole_panels.template operator()<Width::one>();
       }
     });
     for (Index block = direct_columns; block < w.columns; block += block_columns) {
       const Index columns = std::min<Index>(block_columns, w.columns - block);
       pack<T>({w.data + k * w.row_stride + block * w.column_stride, depth, columns, w.row_stride, w.column_stride},
               packed);
-      for_blocks(x.rows, Sizes::block_rows, [&](Index first_row, Index rows) {
+      for_blocks(x.rows, tuning::mc, [&](Index first_row, Index rows) {
         Strided<T> x_block = x_at(first_row);
         if (copied) {
           copy_rows<T>({x_block.data, rows, depth, x.row_stride, x.column_stride}, x_copy, Buffers<T>::x_stride);
@@ -375,13 +367,13 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
         for_tiles<T>(rows, [&](Index tile, int height) {
           const Index row = first_row + tile;
           const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
-          for (Index j = 0; j < columns; j += Sizes::columns) {
+          for (Index j = 0; j < columns; j += nr<T>) {
             prefetch_tile<T>(out, row, height, block + j);
-            const Strip<T> strip{packed + j * depth, Sizes::columns, lanes<T>};
+            const Panel<T> panel{packed + j * depth, nr<T>, lanes<T>};
             const bool one = columns - j <= lanes<T>;
-            one ? compute_tile<Width::one, T>(height, x_tile, strip, depth, sums)
-                : compute_tile<Width::usual, T>(height, x_tile, strip, depth, sums);
-            store_tile<T>(sums, height, one ? 1 : Sizes::vectors, out, row, block + j, w.columns, first, last);
+            one ? compute_tile<Width::one, T>(height, x_tile, panel, depth, sums)
+                : compute_tile<Width::usual, T>(height, x_tile, panel, depth, sums);
+            store_tile<T>(sums, height, one ? 1 : tuning::nr_vectors, out, row, block + j, w.columns, first, last);
           }
         });
       });
@@ -398,16 +390,15 @@ const T* end_of(const T* data, Index lines, Index stride, Index depth) {
 
 // Compiled once for all epilogues.
 template <int rows, class T>
-[[gnu::noinline]] void some_dots(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride, const T* b_end,
+[[gnu::noinline]] void dot_products_call(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride, const T* b_end,
                                  int count, Index depth, Vec<T> (&result)[rows]) {
-  dots<rows>(a, a_stride, a_end, b, b_stride, b_end, count, depth, result);
+  dot_products<rows>(a, a_stride, a_end, b, b_stride, b_end, count, depth, result);
 }
 
 // Rows of x and columns of w are contiguous. Vectors of results run along w's columns, or, if there is one only, along
 // x's rows.
 template <class T, class O>
-void compute_by_dots(View<T> x, View<T> w, const O& out) {
-  using Sizes = TileSizes<T>;
+void compute_dot_products(View<T> x, View<T> w, const O& out) {
   constexpr int n = lanes<T>;
   const T *x_end = end_of(x.data, x.rows, x.row_stride, x.columns),
           *w_end = end_of(w.data, w.columns, w.column_stride, w.rows);
@@ -415,7 +406,7 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
     for (Index i = 0; i < x.rows; i += n) {
       const int count = static_cast<int>(std::min<Index>(n, x.rows - i));
       Vec<T> result[1];
-      some_dots<1>(w.data, Index{0}, w_end, x.data + i * x.row_stride, x.row_stride, x_end, count, x.columns, result);
+      dot_products_call<1>(w.data, Index{0}, w_end, x.data + i * x.row_stride, x.row_stride, x_end, count, x.columns, result);
       // y is one column: its rows are contiguous; each has the same bias.
       const O column{out.y + i, out.z == nullptr ? nullptr : out.z + i, nullptr, 1, out.epilogue};
       if (out.bias != nullptr) result[0] = result[0] + splat<T>(*out.bias);
@@ -428,7 +419,7 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
       const int count = static_cast<int>(std::min<Index>(n, w.columns - j));
       for (Index i = first_row; i < end_row; ++i) {
         Vec<T> result[1];
-        some_dots<1>(x.data + i * x.row_stride, Index{0}, x_end, w.data + j * w.column_stride, w.column_stride, w_end,
+        dot_products_call<1>(x.data + i * x.row_stride, Index{0}, x_end, w.data + j * w.column_stride, w.column_stride, w_end,
                      count, x.columns, result);
         out.put(i, j, result[0], count, true, true);
       }
@@ -437,13 +428,13 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
   // Blocks of results, and the columns beside them that are left.
   Index row = 0;
   const auto by_blocks = [&]<int block_rows>(Constant<block_rows>) {
-    constexpr int block_columns = std::min(Sizes::dot_block / block_rows, n);
+    constexpr int block_columns = std::min(tuning::dot_product_block / block_rows, n);
     const Index first_row = row, whole = w.columns / block_columns * block_columns;
     if (whole > 0) row += (x.rows - row) / block_rows * block_rows;
     for (Index j = 0; j < whole; j += block_columns)
       for (Index i = first_row; i < row; i += block_rows) {
         T block[block_rows * block_columns];
-        dot_block<block_rows, block_columns>(x.data + i * x.row_stride, x.row_stride, x_end,
+        dot_product_tile<block_rows, block_columns>(x.data + i * x.row_stride, x.row_stride, x_end,
                                              w.data + j * w.column_stride, w.column_stride, w_end, x.columns, block);
         for (int r = 0; r < block_rows; ++r)
           out.put(i + r, j, load_lanes(block + r * block_columns, block_columns), block_columns, true, true);
@@ -457,17 +448,16 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
 
 template <class T, class Epilogue>
 void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T* z) {
-  using Sizes = TileSizes<T>;
   const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(x.columns);
-  const Index threads = work < Sizes::parallel_work ? 1 : get_num_threads();
-  const bool by_dots = x.column_stride == 1 && w.row_stride == 1 && x.columns > 1 &&
-                       (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1 &&
-                                           (x.columns > Sizes::thin_depth || x.rows < Sizes::thin_rows)));
+  const Index threads = work < tuning::matmul_parallel_work ? 1 : get_num_threads();
+  const bool use_dot_products = x.column_stride == 1 && w.row_stride == 1 && x.columns > 1 &&
+                       (w.columns == 1 || (x.rows <= tuning::dot_product_max_rows && w.column_stride != 1 &&
+                                           (x.columns > tuning::small_k_max || x.rows < tuning::small_k_min_rows)));
   // Rows are cut for the threads where there are many, as each task packs the w that it uses.
-  const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * Sizes::columns;
-  const Index task_rows = block_size(x.rows, Sizes::rows, Sizes::task_rows, tall ? threads : 1);
-  const Index task_columns = block_size(w.columns, Sizes::columns, w.columns + Sizes::columns, tall ? 1 : threads);
-  const Index across = blocks(w.columns, task_columns);
+  const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * nr<T>;
+  const Index task_rows = block_size(x.rows, tuning::mr, tuning::task_mc, tall ? threads : 1);
+  const Index task_columns = block_size(w.columns, nr<T>, w.columns + nr<T>, tall ? 1 : threads);
+  const Index across = ceil_div(w.columns, task_columns);
   const Output<T, Epilogue> out{y, z, bias, w.columns, epilogue};
   if (w.columns == 1 && x.row_stride == 1 && bias == nullptr && z == nullptr && x.rows >= lanes<T>) {
     // The transposed product: x lies as the w of one row does best.
@@ -481,12 +471,12 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
                          x.column_stride};
     const View<T> w_part{w.data + j * w.column_stride, w.rows, std::min(task_columns, w.columns - j), w.row_stride,
                          w.column_stride};
-    if (by_dots)
-      compute_by_dots(x_part, w_part, out.at(i, j));
+    if (use_dot_products)
+      compute_dot_products(x_part, w_part, out.at(i, j));
     else
-      compute_by_tiles(x_part, w_part, out.at(i, j));
+      compute_tiles(x_part, w_part, out.at(i, j));
   };
-  const Index tasks = blocks(x.rows, task_rows) * across;
+  const Index tasks = ceil_div(x.rows, task_rows) * across;
   if (threads > 1)
     parallel_for(tasks, task);
   else
@@ -494,7 +484,7 @@ void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T*
 }
 
 template <class T, class F>
-void run_activated(View<T> x, View<T> w, const T* bias, T parameter, T* y, T* z) {
+void dispatch_activated(View<T> x, View<T> w, const T* bias, T parameter, T* y, T* z) {
   run(x, w, bias, Activated<T, F>{splat<T>(parameter)}, y, z);
 }
 
@@ -505,7 +495,7 @@ void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T*
   if (x.rows == 0 || w.columns == 0) return;
   if (activation < 0) return run(x, w, bias, Plain<T>{}, y, z);
   using Function = void (*)(View<T>, View<T>, const T*, T, T*, T*);
-#define GEMMLET_ENTRY(name) &run_activated<T, activations::name>,
+#define GEMMLET_ENTRY(name) &dispatch_activated<T, activations::name>,
   static constexpr Function table[] = {GEMMLET_ACTIVATIONS(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
   table[activation](x, w, bias, parameter, y, z);

@@ -5,7 +5,7 @@
 //                element and a step where the instruction set has it. Where x and w stand is for the caller to say, so
 //                that the same loop runs on packed panels, on matrices as they are, and on rows that lie anywhere.
 //   accumulate_sparse  the same for one row of x, of which only the numbers that are not 0 are there.
-//   dots         a vector of results, each the dot product of two contiguous rows; the sum runs in `lanes` interleaved
+//   dot_products         a vector of results, each the dot product of two contiguous rows; the sum runs in `lanes` interleaved
 //                parts, which are then added pairwise.
 //   Nothing is read outside of the arrays; load_masked reads lanes that it then drops.
 #pragma once
@@ -16,9 +16,16 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/simd.h"
 #include "cpu/tuning.h"
 
 namespace gemmlet {
+
+// Columns of a panel of w, and of a register tile.
+template <class T>
+constexpr int nr = tuning::nr_vectors * lanes<T>;
+static_assert(tuning::kc % nr<float> == 0 && tuning::nc % nr<float> == 0 && tuning::wide_nc % nr<float> == 0);
+static_assert(tuning::mc % tuning::mr == 0);
 
 template <int n>
 using Constant = std::integral_constant<int, n>;
@@ -116,7 +123,7 @@ struct ColumnsOfRowsAnywhere {
 
 // The vectors of w of one step begin at w + step * stride; from one to the next it is `apart`.
 template <class T>
-struct Strip {
+struct Panel {
   using Number = T;
   const T* w;
   Index stride, apart;
@@ -124,7 +131,7 @@ struct Strip {
 };
 // The same side by side, so many whole ones and then one of which w has the first `count` lanes.
 template <class T, int whole>
-struct PartOfStrip {
+struct PartialPanel {
   using Number = T;
   const T* w;
   Index stride;
@@ -137,28 +144,28 @@ struct PartOfStrip {
 
 // From 0 if `begin`, else from what is there. A function of its own, so that its loop has all registers for itself.
 template <int rows, int vectors, class X, class W, class T = typename W::Number>
-[[gnu::noinline]] void accumulate(const X& x, const W& strip, Index depth, bool begin,
+[[gnu::noinline]] void accumulate(const X& x, const W& panel, Index depth, bool begin,
                                   Vec<typename W::Number> (&total)[rows][vectors]) {
   Vec<T> sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = begin ? Vec<T>{} : total[r][v];
-  const T* w = strip.w;
+  const T* w = panel.w;
   auto x_k = x.template steps<rows>();
   // The main loop:
   for (Index k = 0; k < depth; ++k) {
     x_k.enter();
     Vec<T> w_k[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w_k[v] = strip.vector(w, v);
+    for (int v = 0; v < vectors; ++v) w_k[v] = panel.vector(w, v);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const Vec<T> x_rk = splat<T>(x_k.at(r));
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x_rk, w_k[v], sum[r][v]);
     }
-    w += strip.stride;
+    w += panel.stride;
     x_k.next();
   }
 #pragma GCC unroll 16
@@ -170,26 +177,26 @@ template <int rows, int vectors, class X, class W, class T = typename W::Number>
 // How many vectors of w go with so many rows of x: their accumulators fit the registers.
 template <class T>
 constexpr int vectors_beside(int rows) {
-  return rows == 1 ? 8 : rows <= 3 ? 4 : TileSizes<T>::vectors;
+  return rows == 1 ? 8 : rows <= 3 ? 4 : tuning::nr_vectors;
 }
 
 // The sums of a tile, row after row: any height and width.
 template <class T>
-using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
+using Sums = Vec<T>[tuning::mr * tuning::nr_vectors * 2];
 
-// One vector, as wide as TileSizes says, or as registers allow.
+// One vector, nr_vectors of them, or as many as registers allow.
 enum class Width { one, usual, wide };
 
 template <class T>
 constexpr int vectors_in(Width width, int rows) {
-  return width == Width::one ? 1 : width == Width::usual ? TileSizes<T>::vectors : vectors_beside<T>(rows);
+  return width == Width::one ? 1 : width == Width::usual ? tuning::nr_vectors : vectors_beside<T>(rows);
 }
 
 template <Width width, class T, class X, class W>
-inline void compute_tile(int rows, const X& x, const W& strip, Index depth, Sums<T>& sums) {
-  with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
+inline void compute_tile(int rows, const X& x, const W& panel, Index depth, Sums<T>& sums) {
+  with_constant<tuning::mr>(rows, [&]<int height>(Constant<height>) {
     constexpr int vectors = vectors_in<T>(width, height);
-    accumulate(x, strip, depth, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
+    accumulate(x, panel, depth, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
   });
 }
 
@@ -289,7 +296,7 @@ inline V lane_totals(V (&v)[sizeof(V) / sizeof(ScalarOf<V>)]) {
 // result[r][i] = a_r . b_i for `rows` rows of a and `count` <= lanes rows of b, the rest of the lanes 0. The arrays that
 // they are in end at a_end and b_end.
 template <int rows, class T>
-[[gnu::always_inline]] inline void dots(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride,
+[[gnu::always_inline]] inline void dot_products(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride,
                                         const T* b_end, int count, Index depth, Vec<T> (&result)[rows]) {
   constexpr int n = lanes<T>;
   Vec<T> sum[rows][n];
@@ -326,7 +333,7 @@ template <int rows, class T>
 // result[r * columns + c] = a_r . b_c, summed in the same order: a block of both needs fewer loads than rows of results do.
 // rows * columns is a multiple of `lanes`.
 template <int rows, int columns, class T>
-[[gnu::noinline]] void dot_block(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride, const T* b_end,
+[[gnu::noinline]] void dot_product_tile(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride, const T* b_end,
                                  Index depth, T (&result)[rows * columns]) {
   constexpr int n = lanes<T>;
   static_assert(rows * columns % n == 0);
@@ -397,21 +404,18 @@ inline void transpose(V (&v)[sizeof(V) / sizeof(ScalarOf<V>)]) {
   detail::transpose_from<1>(v);
 }
 
-// While a row of w is packed, the one so many rows on is fetched: its page is another, which the processor does not guess.
-inline constexpr Index prefetched_rows = 8;
-
-// Copies w to a strip: TileSizes::columns columns of a row stand together, those that w has not are 0. w.columns is at
+// Copies w to a panel: nr columns of a row stand together, those that w has not are 0. w.columns is at
 // most that.
 template <class T>
-inline void pack_strip(const View<T>& w, T* packed) {
-  constexpr int n = lanes<T>, columns = TileSizes<T>::columns;
+inline void pack_panel(const View<T>& w, T* packed) {
+  constexpr int n = lanes<T>, columns = nr<T>;
   for (int j = 0; j < columns; j += n, packed += n) {
     const int count = static_cast<int>(w.columns - j < n ? (w.columns > j ? w.columns - j : 0) : n);
     const T* from = w.data + j * w.column_stride;
     Index k = 0;
     if (w.column_stride == 1 && count == n) {
       for (; k < w.rows; ++k) {
-        __builtin_prefetch(from + (k + prefetched_rows) * w.row_stride);
+        __builtin_prefetch(from + (k + tuning::pack_prefetch_rows) * w.row_stride);
         store(packed + k * columns, load(from + k * w.row_stride));
       }
     } else if (w.row_stride == 1) {
@@ -430,11 +434,11 @@ inline void pack_strip(const View<T>& w, T* packed) {
   }
 }
 
-// The same for any number of columns, strip after strip.
+// The same for any number of columns, panel after panel.
 template <class T>
 [[gnu::noinline]] void pack(const View<T>& w, T* packed) {
-  constexpr Index columns = TileSizes<T>::columns;
-  const Index strip_size = w.rows * columns;
+  constexpr Index columns = nr<T>;
+  const Index panel_size = w.rows * columns;
   Index j = 0;
   if (w.column_stride == 1) {
     // Row by row, as w lies: each row is on a page of its own.
@@ -442,8 +446,8 @@ template <class T>
     for (Index k = 0; k < w.rows; ++k) {
       const T* from = w.data + k * w.row_stride;
       T* to = packed + k * columns;
-      for (Index strip = 0; strip < whole; ++strip, from += columns, to += strip_size) {
-        __builtin_prefetch(from + prefetched_rows * w.row_stride);
+      for (Index panel = 0; panel < whole; ++panel, from += columns, to += panel_size) {
+        __builtin_prefetch(from + tuning::pack_prefetch_rows * w.row_stride);
 #pragma GCC unroll 4
         for (int v = 0; v < columns; v += lanes<T>) store(to + v, load(from + v));
       }
@@ -451,9 +455,9 @@ template <class T>
     j = whole * columns;
   }
   for (; j < w.columns; j += columns)
-    pack_strip<T>({w.data + j * w.column_stride, w.rows, w.columns - j < columns ? w.columns - j : columns,
+    pack_panel<T>({w.data + j * w.column_stride, w.rows, w.columns - j < columns ? w.columns - j : columns,
                    w.row_stride, w.column_stride},
-                  packed + j / columns * strip_size);
+                  packed + j / columns * panel_size);
 }
 
 }  // namespace gemmlet

@@ -16,8 +16,6 @@
 namespace gemmlet {
 namespace {
 
-Index pieces(Index n, Index size) { return (n + size - 1) / size; }
-
 template <class T>
 struct FreeAligned {
   void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
@@ -41,7 +39,7 @@ struct Rows {
   Rows() = default;
   Rows(Index rows, Index columns) {
     constexpr Index line = 64 / sizeof(T);
-    stride = (pieces(columns, line) | 1) * line;
+    stride = (ceil_div(columns, line) | 1) * line;
     data = space<T>(rows * stride);
     std::fill_n(data.get(), rows * stride, T(0));
   }

@@ -2,7 +2,7 @@
 //
 // Contract
 //   Rows are used where they lie if nothing of them changes; else they are written to the loader's own buffers. A loader
-//   brings any row on any thread, each row once. Samples are read only.
+//   loads any row on any thread, each row once. Samples are read only.
 #pragma once
 
 #include <algorithm>
@@ -19,43 +19,43 @@ namespace {
 
 // Makes samples the rows of a mini-batch.
 template <class T>
-class Feed {
+class Loader {
  public:
-  // most_numbers: that are not 0, in a mini-batch of sparse rows.
-  Feed(const Samples<T>& samples, Index most_rows, Index most_numbers, Inputs<T>& inputs)
-      : samples_(samples), inputs_(inputs), blocks_(pieces(samples.features, block_features)) {
+  // max_nonzeros: that are not 0, in a mini-batch of sparse rows.
+  Loader(const Samples<T>& samples, Index max_rows, Index max_nonzeros, Inputs<T>& inputs)
+      : samples_(samples), inputs_(inputs), blocks_(ceil_div(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse() && samples.bytes != nullptr) {
-      masks_ = space<std::uint64_t>(most_rows * blocks_);
-      inputs.masked.rows.resize(static_cast<std::size_t>(most_rows));
-      const Index words = pieces(most_rows, 64), count = samples.features * words;
+      masks_ = space<std::uint64_t>(max_rows * blocks_);
+      inputs.masked.rows.resize(static_cast<std::size_t>(max_rows));
+      const Index words = ceil_div(max_rows, 64), count = samples.features * words;
       inputs.masked.features = {words, of_byte_, space<std::uint8_t>(count * 64), space<std::uint64_t>(count)};
     } else if (sparse()) {
-      begin_ = space<std::int32_t>(most_rows * (blocks_ + 1));
-      inputs.listed.rows.resize(static_cast<std::size_t>(most_rows));
-      inputs.listed.features = {space<std::int32_t>(samples.features + 1), space<std::int32_t>(most_numbers),
-                                space<T>(most_numbers)};
-      if (samples.row_start == nullptr) {
-        columns_ = space<std::int32_t>(most_numbers);
-        values_ = space<T>(most_numbers);
+      begin_ = space<std::int32_t>(max_rows * (blocks_ + 1));
+      inputs.listed.rows.resize(static_cast<std::size_t>(max_rows));
+      inputs.listed.features = {space<std::int32_t>(samples.features + 1), space<std::int32_t>(max_nonzeros),
+                                space<T>(max_nonzeros)};
+      if (samples.indptr == nullptr) {
+        columns_ = space<std::int32_t>(max_nonzeros);
+        values_ = space<T>(max_nonzeros);
       }
     } else if (samples.bytes != nullptr || !unchanged) {
-      rows_ = Rows<T>(most_rows, samples.features);
+      rows_ = Rows<T>(max_rows, samples.features);
     }
     for (int byte = 0; byte < 256; ++byte) of_byte_[byte] = static_cast<T>(byte) / T(255);
   }
 
-  bool sparse() const { return samples_.row_start != nullptr || samples_.skip_zeros; }
+  bool sparse() const { return samples_.indptr != nullptr || samples_.skip_zeros; }
 
-  // Has the cache fetch a sample that is soon to be brought: samples in random order are not in it.
+  // Has the cache fetch a sample that is soon to be loaded: samples in random order are not in it.
   void prefetch(Index sample) const {
     const Index features = samples_.features;
     const char *from, *end;
-    if (samples_.row_start != nullptr) {
-      from = reinterpret_cast<const char*>(samples_.values + samples_.row_start[sample]);
-      end = reinterpret_cast<const char*>(samples_.values + samples_.row_start[sample + 1]);
-      for (Index e = samples_.row_start[sample]; e < samples_.row_start[sample + 1]; e += 16)
-        __builtin_prefetch(samples_.columns + e, 0, 2);
+    if (samples_.indptr != nullptr) {
+      from = reinterpret_cast<const char*>(samples_.values + samples_.indptr[sample]);
+      end = reinterpret_cast<const char*>(samples_.values + samples_.indptr[sample + 1]);
+      for (Index e = samples_.indptr[sample]; e < samples_.indptr[sample + 1]; e += 16)
+        __builtin_prefetch(samples_.indices + e, 0, 2);
     } else if (samples_.bytes != nullptr) {
       from = reinterpret_cast<const char*>(samples_.bytes + sample * features);
       end = from + features;
@@ -67,7 +67,7 @@ class Feed {
   }
 
   // Sample number `sample` becomes row `row` of the mini-batch.
-  void bring(Index sample, Index row) const {
+  void load(Index sample, Index row) const {
     const Index features = samples_.features;
     if (sparse() && samples_.bytes != nullptr) {
       inputs_.masked.rows[static_cast<std::size_t>(row)] = masked_row(sample, row);
@@ -106,9 +106,9 @@ class Feed {
   BlockedRow<T> listed_row(Index sample, Index row) const {
     const Index features = samples_.features;
     std::int32_t* begin = begin_.get() + row * (blocks_ + 1);
-    if (samples_.row_start != nullptr) {
-      const Index at = samples_.row_start[sample], count = samples_.row_start[sample + 1] - at;
-      const std::int32_t* columns = samples_.columns + at;
+    if (samples_.indptr != nullptr) {
+      const Index at = samples_.indptr[sample], count = samples_.indptr[sample + 1] - at;
+      const std::int32_t* columns = samples_.indices + at;
       Index e = 0;
       for (Index block = 0; block <= blocks_; ++block) {
         while (e < count && columns[e] < block * block_features) ++e;
@@ -141,24 +141,24 @@ class Feed {
   T of_byte_[256];
 };
 
-// A mini-batch, and what brings it.
+// A mini-batch, and what loads it.
 template <class T>
 struct Slot {
   Inputs<T> inputs;
-  Feed<T> feed;
+  Loader<T> loader;
 
-  Slot(const Samples<T>& samples, Index most_rows, Index most_numbers)
-      : inputs(most_rows), feed(samples, most_rows, most_numbers, inputs) {}
+  Slot(const Samples<T>& samples, Index max_rows, Index max_nonzeros)
+      : inputs(max_rows), loader(samples, max_rows, max_nonzeros, inputs) {}
 };
 
 // How many numbers that are not 0 a mini-batch has at most.
 template <class T>
-Index most_numbers(const Samples<T>& samples, const Steps& steps) {
-  if (samples.row_start == nullptr) return std::min(steps.batch, steps.count) * samples.features;
+Index max_nonzeros(const Samples<T>& samples, const Steps& steps) {
+  if (samples.indptr == nullptr) return std::min(steps.batch, steps.count) * samples.features;
   Index most = 0, numbers = 0;
   for (Index i = 0; i < steps.count; ++i) {
     if (i % steps.batch == 0) numbers = 0;
-    numbers += samples.row_start[steps.order[i] + 1] - samples.row_start[steps.order[i]];
+    numbers += samples.indptr[steps.order[i] + 1] - samples.indptr[steps.order[i]];
     most = std::max(most, numbers);
   }
   return most;

@@ -78,8 +78,12 @@ class DenseLayer(NamedTuple):
     parameter: float
 
 
-def dense_layers(network: Network) -> list[DenseLayer] | None:
-    """The network as dense layers; None if it has other operations."""
+class UnsupportedError(Exception):
+    """An executor does not know something of a plan, which is then left to the reference."""
+
+
+def dense_layers(network: Network) -> list[DenseLayer]:
+    """The network as dense layers; `UnsupportedError` if it has other operations."""
     layers: list[DenseLayer] = []
     for operation in network:
         if isinstance(operation, Linear):
@@ -87,7 +91,7 @@ def dense_layers(network: Network) -> list[DenseLayer] | None:
         elif isinstance(operation, Activation) and layers and layers[-1].activation is None:
             layers[-1] = layers[-1]._replace(activation=operation.name, parameter=operation.parameter)
         else:
-            return None
+            raise UnsupportedError(operation)
     return layers
 
 
@@ -206,6 +210,11 @@ class TrainingPlan:
         for operation in self.networks[network]:
             if isinstance(operation, Linear):
                 yield from operation
+
+    def weight(self, loss: Loss) -> float:
+        """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""
+        outputs = [p.value.shape[-1] for p in self.parameters(loss.network)][-1]
+        return loss.sign / (outputs if loss.reduction == "mean" else 1)
 
     def activations(self) -> set[str]:
         """The names of all activations."""
