@@ -26,8 +26,7 @@ struct View {
 template <class T>
 void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T* y, T* z);
 
-// elementwise.cpp. Up to serial_elements the calling thread does all: a task of parallel_for may call them.
-inline constexpr Index serial_elements = 4096;
+// elementwise.cpp. Up to tuning::costly_chunk the calling thread does all: a task of parallel_for may call them.
 template <class T>
 void activation_forward(int activation, const T* x, T parameter, T* y, Index n);
 template <class T>

@@ -4,7 +4,7 @@
 //   y and z are contiguous (rows of x by columns of w) and overlap nothing. k = 0 gives activation(bias).
 //   y is cut into tasks, each some rows by some columns. Which way a product is computed, and in which order a sum is
 //   taken, follows from shapes and strides alone, never from the number of threads or from where an element stands:
-//   - tiles: runs of at most TileSizes::depth, each summed from its first to its last product, then added up in order.
+//   - tiles: runs of at most tuning::kc, each summed from its first to its last product, then added up in order.
 //     A product of few columns, whose x lies column by column, is computed turned round, in the same order.
 //   - dots: where x or w has few lines and both are contiguous along k, so that nothing need be turned round first.
 //     The order is that of micro_kernel.h.
@@ -89,8 +89,7 @@ inline void for_blocks(Index n, Index size, F&& f) {
 template <class T, class F>
 inline void for_tiles(Index rows, F&& f) {
   if (rows == 0) return;
-  const Index count = (rows + TileSizes<T>::rows - 1) / TileSizes<T>::rows, height = rows / count,
-              taller = rows % count;
+  const Index count = (rows + tuning::mr - 1) / tuning::mr, height = rows / count, taller = rows % count;
   Index first = 0;
   for (Index t = 0; t < taller; ++t, first += height + 1) f(first, static_cast<int>(height + 1));
   for (; first < rows; first += height) f(first, static_cast<int>(height));
@@ -99,8 +98,7 @@ inline void for_tiles(Index rows, F&& f) {
 // Made when first needed, and kept by the thread. Rows of x are an odd number of cache lines apart: not all in one set.
 template <class T>
 struct Buffers {
-  using Sizes = TileSizes<T>;
-  static constexpr Index x_stride = Sizes::depth + 64 / sizeof(T);
+  static constexpr Index x_stride = tuning::kc + 64 / sizeof(T);
   struct Free {
     void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
   };
@@ -206,7 +204,7 @@ void prefetch_tile(const O& out, Index row, int rows, Index column) {
   for (int r = 0; r < rows; ++r) {
     const T* y = out.y + (row + r) * out.row_stride + column;
     __builtin_prefetch(y, 1);
-    __builtin_prefetch(y + TileSizes<T>::columns - 1, 1);
+    __builtin_prefetch(y + nr<T> - 1, 1);
   }
 }
 
@@ -246,8 +244,8 @@ template <int depth, int rows, class T>
 
 template <class T>
 void thin_sums(View<T> x, View<T> w, T* y, Index row_stride) {
-  with_constant<TileSizes<T>::thin_depth>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
-    constexpr Index block = TileSizes<T>::thin_block;
+  with_constant<tuning::small_k_max>(static_cast<int>(x.columns), [&]<int depth>(Constant<depth>) {
+    constexpr Index block = tuning::small_k_block;
     Index row = 0;
     for (; row + block <= x.rows; row += block)
       thin_rows<depth, static_cast<int>(block)>(x, row, w, y + row * row_stride, row_stride);
@@ -291,42 +289,38 @@ void store_turned(const T* y, Index columns, Index rows, const O& out) {
 
 template <class T, class O>
 void compute_by_tiles(View<T> x, View<T> w, const O& out) {
-  using Sizes = TileSizes<T>;
   thread_local Buffers<T> buffers;
-  if (x.columns > 0 && x.columns <= Sizes::thin_depth) {
+  if (x.columns > 0 && x.columns <= tuning::small_k_max) {
     if (w.column_stride == 1) return compute_thin(x, w, out);
-    constexpr Index n = lanes<T>, most = Sizes::block_columns * Sizes::depth / Sizes::thin_depth / n * n - n;
+    constexpr Index n = lanes<T>, most = tuning::nc * tuning::kc / tuning::small_k_max / n * n - n;
     for_blocks(w.columns, most, [&](Index first, Index columns) {
       const O part = out.at(0, first);
       // Vectors of it begin where those of y do.
-      T* const rows = Buffers<T>::get(buffers.w, Sizes::block_columns * Sizes::depth) + misplaced(part.y);
+      T* const rows = Buffers<T>::get(buffers.w, tuning::nc * tuning::kc) + misplaced(part.y);
       const Index stride = blocks(columns, n) * n;
       copy_rows<T>({w.data + first * w.column_stride, w.rows, columns, w.row_stride, w.column_stride}, rows, stride);
       compute_thin<T>(x, {rows, w.rows, columns, stride, 1}, part);
     });
     return;
   }
-  if (x.row_stride == 1 && x.column_stride != 1 && x.rows >= Sizes::columns && w.columns < Sizes::columns &&
-      w.columns % lanes<T> != 0) {
+  if (x.row_stride == 1 && x.column_stride != 1 && x.rows >= nr<T> && w.columns < nr<T> && w.columns % lanes<T> != 0) {
     // The product turned round: its vectors run along x's columns, and are full.
-    T* const y = Buffers<T>::get(buffers.turned, Sizes::task_rows * Sizes::columns);
+    T* const y = Buffers<T>::get(buffers.turned, tuning::task_mc * nr<T>);
     compute_by_tiles<T>(turned(w), turned(x), Output<T, Plain<T>>{y, nullptr, nullptr, x.rows, {}});
     return store_turned(y, w.columns, x.rows, out);
   }
   Sums<T> sums;
   // Whole vectors of w are used where they lie if few rows need them; parts, too, where that costs no more.
-  const bool direct =
-      w.column_stride == 1 && (x.rows < 2 * Sizes::rows || (masks_are_cheap && w.columns <= Sizes::columns));
+  const bool direct = w.column_stride == 1 && (x.rows < 2 * tuning::mr || (masks_are_cheap && w.columns <= nr<T>));
   const Index direct_columns = !direct ? 0 : masks_are_cheap ? w.columns : w.columns / lanes<T> * lanes<T>;
   // Where a copy of x is used often enough, it pays: x may be turned round, or its rows share few sets of the cache.
-  const bool copied =
-      !direct && w.columns >= (x.column_stride == 1 ? Sizes::copied_from_columns : Sizes::turned_from_columns);
-  const Index block_columns = copied ? Sizes::wide_columns : Sizes::block_columns;
-  T* const x_copy = copied ? Buffers<T>::get(buffers.x, Sizes::block_rows * Buffers<T>::x_stride) : nullptr;
-  T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * Sizes::depth);
+  const bool copied = !direct && w.columns >= (x.column_stride == 1 ? tuning::pack_x_min_columns
+                                                                    : tuning::pack_transposed_x_min_columns);
+  const Index block_columns = copied ? tuning::wide_nc : tuning::nc;
+  T* const x_copy = copied ? Buffers<T>::get(buffers.x, tuning::mc * Buffers<T>::x_stride) : nullptr;
+  T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, block_columns * tuning::kc);
   // Runs of nearly equal depth.
-  const Index run =
-      block_size(x.columns, Sizes::columns, Sizes::depth, std::max<Index>(1, blocks(x.columns, Sizes::depth)));
+  const Index run = block_size(x.columns, nr<T>, tuning::kc, std::max<Index>(1, blocks(x.columns, tuning::kc)));
   Index k = 0;
   do {
     const Index depth = std::min(run, x.columns - k);
@@ -366,7 +360,7 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
       const Index columns = std::min<Index>(block_columns, w.columns - block);
       pack<T>({w.data + k * w.row_stride + block * w.column_stride, depth, columns, w.row_stride, w.column_stride},
               packed);
-      for_blocks(x.rows, Sizes::block_rows, [&](Index first_row, Index rows) {
+      for_blocks(x.rows, tuning::mc, [&](Index first_row, Index rows) {
         Strided<T> x_block = x_at(first_row);
         if (copied) {
           copy_rows<T>({x_block.data, rows, depth, x.row_stride, x.column_stride}, x_copy, Buffers<T>::x_stride);
@@ -375,13 +369,13 @@ void compute_by_tiles(View<T> x, View<T> w, const O& out) {
         for_tiles<T>(rows, [&](Index tile, int height) {
           const Index row = first_row + tile;
           const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
-          for (Index j = 0; j < columns; j += Sizes::columns) {
+          for (Index j = 0; j < columns; j += nr<T>) {
             prefetch_tile<T>(out, row, height, block + j);
-            const Strip<T> strip{packed + j * depth, Sizes::columns, lanes<T>};
+            const Strip<T> strip{packed + j * depth, nr<T>, lanes<T>};
             const bool one = columns - j <= lanes<T>;
             one ? compute_tile<Width::one, T>(height, x_tile, strip, depth, sums)
                 : compute_tile<Width::usual, T>(height, x_tile, strip, depth, sums);
-            store_tile<T>(sums, height, one ? 1 : Sizes::vectors, out, row, block + j, w.columns, first, last);
+            store_tile<T>(sums, height, one ? 1 : tuning::nr_vectors, out, row, block + j, w.columns, first, last);
           }
         });
       });
@@ -407,7 +401,6 @@ template <int rows, class T>
 // x's rows.
 template <class T, class O>
 void compute_by_dots(View<T> x, View<T> w, const O& out) {
-  using Sizes = TileSizes<T>;
   constexpr int n = lanes<T>;
   const T *x_end = end_of(x.data, x.rows, x.row_stride, x.columns),
           *w_end = end_of(w.data, w.columns, w.column_stride, w.rows);
@@ -437,7 +430,7 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
   // Blocks of results, and the columns beside them that are left.
   Index row = 0;
   const auto by_blocks = [&]<int block_rows>(Constant<block_rows>) {
-    constexpr int block_columns = std::min(Sizes::dot_block / block_rows, n);
+    constexpr int block_columns = std::min(tuning::dot_product_block / block_rows, n);
     const Index first_row = row, whole = w.columns / block_columns * block_columns;
     if (whole > 0) row += (x.rows - row) / block_rows * block_rows;
     for (Index j = 0; j < whole; j += block_columns)
@@ -457,16 +450,15 @@ void compute_by_dots(View<T> x, View<T> w, const O& out) {
 
 template <class T, class Epilogue>
 void run(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T* z) {
-  using Sizes = TileSizes<T>;
   const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(x.columns);
-  const Index threads = work < Sizes::parallel_work ? 1 : get_num_threads();
+  const Index threads = work < tuning::matmul_parallel_work ? 1 : get_num_threads();
   const bool by_dots = x.column_stride == 1 && w.row_stride == 1 && x.columns > 1 &&
-                       (w.columns == 1 || (x.rows <= Sizes::dot_rows && w.column_stride != 1 &&
-                                           (x.columns > Sizes::thin_depth || x.rows < Sizes::thin_rows)));
+                       (w.columns == 1 || (x.rows <= tuning::dot_product_max_rows && w.column_stride != 1 &&
+                                           (x.columns > tuning::small_k_max || x.rows < tuning::small_k_min_rows)));
   // Rows are cut for the threads where there are many, as each task packs the w that it uses.
-  const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * Sizes::columns;
-  const Index task_rows = block_size(x.rows, Sizes::rows, Sizes::task_rows, tall ? threads : 1);
-  const Index task_columns = block_size(w.columns, Sizes::columns, w.columns + Sizes::columns, tall ? 1 : threads);
+  const bool tall = x.rows >= 2 * w.columns || w.columns < 2 * threads * nr<T>;
+  const Index task_rows = block_size(x.rows, tuning::mr, tuning::task_mc, tall ? threads : 1);
+  const Index task_columns = block_size(w.columns, nr<T>, w.columns + nr<T>, tall ? 1 : threads);
   const Index across = blocks(w.columns, task_columns);
   const Output<T, Epilogue> out{y, z, bias, w.columns, epilogue};
   if (w.columns == 1 && x.row_stride == 1 && bias == nullptr && z == nullptr && x.rows >= lanes<T>) {

@@ -16,9 +16,16 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/simd.h"
 #include "cpu/tuning.h"
 
 namespace gemmlet {
+
+// Columns of a panel of w, and of a register tile.
+template <class T>
+constexpr int nr = tuning::nr_vectors * lanes<T>;
+static_assert(tuning::kc % nr<float> == 0 && tuning::nc % nr<float> == 0 && tuning::wide_nc % nr<float> == 0);
+static_assert(tuning::mc % tuning::mr == 0);
 
 template <int n>
 using Constant = std::integral_constant<int, n>;
@@ -170,24 +177,24 @@ template <int rows, int vectors, class X, class W, class T = typename W::Number>
 // How many vectors of w go with so many rows of x: their accumulators fit the registers.
 template <class T>
 constexpr int vectors_beside(int rows) {
-  return rows == 1 ? 8 : rows <= 3 ? 4 : TileSizes<T>::vectors;
+  return rows == 1 ? 8 : rows <= 3 ? 4 : tuning::nr_vectors;
 }
 
 // The sums of a tile, row after row: any height and width.
 template <class T>
-using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
+using Sums = Vec<T>[tuning::mr * tuning::nr_vectors * 2];
 
-// One vector, as wide as TileSizes says, or as registers allow.
+// One vector, nr_vectors of them, or as many as registers allow.
 enum class Width { one, usual, wide };
 
 template <class T>
 constexpr int vectors_in(Width width, int rows) {
-  return width == Width::one ? 1 : width == Width::usual ? TileSizes<T>::vectors : vectors_beside<T>(rows);
+  return width == Width::one ? 1 : width == Width::usual ? tuning::nr_vectors : vectors_beside<T>(rows);
 }
 
 template <Width width, class T, class X, class W>
 inline void compute_tile(int rows, const X& x, const W& strip, Index depth, Sums<T>& sums) {
-  with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
+  with_constant<tuning::mr>(rows, [&]<int height>(Constant<height>) {
     constexpr int vectors = vectors_in<T>(width, height);
     accumulate(x, strip, depth, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
   });
@@ -397,21 +404,18 @@ inline void transpose(V (&v)[sizeof(V) / sizeof(ScalarOf<V>)]) {
   detail::transpose_from<1>(v);
 }
 
-// While a row of w is packed, the one so many rows on is fetched: its page is another, which the processor does not guess.
-inline constexpr Index prefetched_rows = 8;
-
-// Copies w to a strip: TileSizes::columns columns of a row stand together, those that w has not are 0. w.columns is at
+// Copies w to a strip: nr columns of a row stand together, those that w has not are 0. w.columns is at
 // most that.
 template <class T>
 inline void pack_strip(const View<T>& w, T* packed) {
-  constexpr int n = lanes<T>, columns = TileSizes<T>::columns;
+  constexpr int n = lanes<T>, columns = nr<T>;
   for (int j = 0; j < columns; j += n, packed += n) {
     const int count = static_cast<int>(w.columns - j < n ? (w.columns > j ? w.columns - j : 0) : n);
     const T* from = w.data + j * w.column_stride;
     Index k = 0;
     if (w.column_stride == 1 && count == n) {
       for (; k < w.rows; ++k) {
-        __builtin_prefetch(from + (k + prefetched_rows) * w.row_stride);
+        __builtin_prefetch(from + (k + tuning::pack_prefetch_rows) * w.row_stride);
         store(packed + k * columns, load(from + k * w.row_stride));
       }
     } else if (w.row_stride == 1) {
@@ -433,7 +437,7 @@ inline void pack_strip(const View<T>& w, T* packed) {
 // The same for any number of columns, strip after strip.
 template <class T>
 [[gnu::noinline]] void pack(const View<T>& w, T* packed) {
-  constexpr Index columns = TileSizes<T>::columns;
+  constexpr Index columns = nr<T>;
   const Index strip_size = w.rows * columns;
   Index j = 0;
   if (w.column_stride == 1) {
@@ -443,7 +447,7 @@ template <class T>
       const T* from = w.data + k * w.row_stride;
       T* to = packed + k * columns;
       for (Index strip = 0; strip < whole; ++strip, from += columns, to += strip_size) {
-        __builtin_prefetch(from + prefetched_rows * w.row_stride);
+        __builtin_prefetch(from + tuning::pack_prefetch_rows * w.row_stride);
 #pragma GCC unroll 4
         for (int v = 0; v < columns; v += lanes<T>) store(to + v, load(from + v));
       }

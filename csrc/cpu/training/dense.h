@@ -15,16 +15,6 @@
 namespace gemmlet {
 namespace {
 
-// Rows of the mini-batch that go through the layers together: their activations stay in the second-level cache.
-constexpr Index most_task_rows = 48;
-
-// Weights whose rows are further apart than this many bytes are packed before several rows use them: each row is on a
-// page of its own, and too many of them share a set of the cache.
-constexpr Index packed_from_stride = 4096;
-constexpr Index packed_depth = 256;
-// Mini-batches of fewer rows go back through a layer by dots: to turn its weights round would cost more.
-constexpr Index tiles_from_rows = 16;
-
 // Calls f(first, second, vectors) for the strips of two vectors that cover some columns, at least one vector: the second
 // vector begins `second` after the first. At the end they overlap.
 template <class T, class F>
@@ -41,7 +31,7 @@ inline void for_strips(Range columns, F&& f) {
 // f(first, count) for tiles of nearly equal height that cover `rows`, none higher than the micro-kernel's.
 template <class T, class F>
 inline void for_tiles(Index rows, F&& f) {
-  constexpr int most = TileSizes<T>::rows;
+  constexpr int most = tuning::mr;
   const Index tiles = pieces(rows, most);
   Index first = 0;
   for (Index t = 0; t < tiles; ++t) {
@@ -53,8 +43,8 @@ inline void for_tiles(Index rows, F&& f) {
 
 template <class T>
 struct Packed {
-  alignas(64) T w[packed_depth * 2 * lanes<T>];
-  alignas(64) Vec<T> sums[most_task_rows][2];
+  alignas(64) T w[tuning::packed_kc * 2 * lanes<T>];
+  alignas(64) Vec<T> sums[tuning::row_block][2];
 };
 
 // Some columns of y = x w + b for rows that lie anywhere; after the last column each row of y is set to 0.
@@ -78,7 +68,7 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
   };
 
   const auto strip = [&]<int vectors>(Index j, Index second, Constant<vectors>) {
-    if (!narrow && (stride * static_cast<Index>(sizeof(T)) < packed_from_stride || rows < 2 * TileSizes<T>::rows)) {
+    if (!narrow && (stride * static_cast<Index>(sizeof(T)) < tuning::pack_min_stride || rows < 2 * tuning::mr)) {
       for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][vectors];
         accumulate(RowsAnywhere<T>{x + row}, Strip<T>{w + j, stride, second}, layer.in, true, sum);
@@ -86,8 +76,8 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
       });
       return;
     }
-    for (Index k = 0; k < layer.in; k += packed_depth) {
-      const Index depth = std::min(packed_depth, layer.in - k);
+    for (Index k = 0; k < layer.in; k += tuning::packed_kc) {
+      const Index depth = std::min(tuning::packed_kc, layer.in - k);
       for (Index i = 0; i < depth; ++i)
         for (int v = 0; v < vectors; ++v) {
           const T* source = w + (k + i) * stride + j + v * second;
@@ -119,7 +109,7 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
 // grad_x = grad_y w^T for some rows: by dots, or, if the mini-batch has many rows, by tiles with w turned round.
 template <class T>
 void backward_by_dots(const T* grad_y, Index y_stride, Index rows, const Layer<T>& layer, T* grad_x, Index x_stride) {
-  constexpr int n = lanes<T>, height = std::max(1, TileSizes<T>::rows * TileSizes<T>::vectors * 2 / 3 / n);
+  constexpr int n = lanes<T>, height = std::max(1, tuning::mr * tuning::nr_vectors * 2 / 3 / n);
   const T *w = layer.weight.value, *end = w + layer.in * layer.stride, *grad_end = grad_y + rows * y_stride;
   for (Index k = 0; k < layer.in; k += n) {
     const int count = static_cast<int>(std::min<Index>(n, layer.in - k));
@@ -141,8 +131,8 @@ void backward_by_tiles(const T* grad_y, Index y_stride, Index rows, const Layer<
   thread_local Packed<T> packed;
   for (Index k = 0; k < layer.in; k += 2 * n) {
     const Index inputs = std::min<Index>(2 * n, layer.in - k);
-    for (Index j = 0; j < layer.out; j += packed_depth) {
-      const Index depth = std::min(packed_depth, layer.out - j);
+    for (Index j = 0; j < layer.out; j += tuning::packed_kc) {
+      const Index depth = std::min(tuning::packed_kc, layer.out - j);
       pack_strip<T>({layer.weight.value + k * layer.stride + j, depth, inputs, 1, layer.stride}, packed.w);
       for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][2];

@@ -28,18 +28,10 @@
 namespace gemmlet {
 namespace {
 
-// Multiply-adds below which a second thread costs more than it saves.
-constexpr double parallel_work = 200e3;
-
-// From so many mini-batches in a call, a thread that always has the same columns of the first layer copies them.
-constexpr Index own_from_steps = 8;
-// Up to so many threads, and rows of a mini-batch, each thread prepares all rows of bytes for itself.
-constexpr Index most_own_threads = 4, most_own_rows = 1024;
-
 // f(member) on all threads, if a step has work enough for them.
 template <class F>
 void with_team(double work, const F& f) {
-  if (work > parallel_work && get_num_threads() > 1) return run_team(f);
+  if (work > tuning::training_parallel_work && get_num_threads() > 1) return run_team(f);
   std::atomic<int> arrived{0};
   Member alone(0, 1, &arrived);
   f(alone);
@@ -55,8 +47,8 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
   const Index most_rows = std::min(steps.batch, steps.count);
   const Network<T> network(layers, most_rows, 2);
   // Two mini-batches; or two for each thread, where to bring a row is less work than to fetch what another thread brought.
-  const bool each = samples.skip_zeros && samples.bytes != nullptr && most_rows <= most_own_rows &&
-                    get_num_threads() <= most_own_threads;
+  const bool each = samples.skip_zeros && samples.bytes != nullptr && most_rows <= tuning::private_loader_max_rows &&
+                    get_num_threads() <= tuning::private_loader_max_threads;
   const Index numbers = most_numbers(samples, steps), copies = each ? get_num_threads() : 1;
   std::vector<std::unique_ptr<Slot<T>>> slots;
   for (Index i = 0; i < 2 * copies; ++i) slots.push_back(std::make_unique<Slot<T>>(samples, most_rows, numbers));
@@ -66,8 +58,9 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
   const auto train = [&](Member& member) {
     const Index me = member.index(), all = member.count();
     const Range columns = network.first_columns(me, all);
-    const OwnColumns<T> own(network.first_layer(), columns,
-                            all > 1 && columns.size() > 0 && steps.count > own_from_steps * steps.batch);
+    const OwnColumns<T> own(
+        network.first_layer(), columns,
+        all > 1 && columns.size() > 0 && steps.count > tuning::thread_columns_min_steps * steps.batch);
     const Layer<T>& first_layer = own.layer();
     const auto rows_from = [&](Index start) { return std::clamp<Index>(steps.count - start, 0, steps.batch); };
     const bool own_slots = columns.size() > 0 && all <= copies;
@@ -102,8 +95,8 @@ MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samp
       const Index batch_rows = rows_from(start);
       const Range mine = part_of(batch_rows, me, all);
       const T share = static_cast<T>(row_weight / static_cast<double>(batch_rows));
-      for (Index first = mine.first; first < mine.end; first += most_task_rows) {
-        const Range rows{first, std::min(mine.end, first + most_task_rows)};
+      for (Index first = mine.first; first < mine.end; first += tuning::row_block) {
+        const Range rows{first, std::min(mine.end, first + tuning::row_block)};
         if (columns.size() == 0)
           network.forward_first(first_layer, slot_at[slot]->inputs, slot, rows, {0, layers[0].out});
         network.forward_rest(slot, rows);
@@ -155,8 +148,8 @@ GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<L
             elementwise_loss_row(loss, d.outputs(0, i), &target, T(0), weight, d.output_gradients().row(i), Index{1});
       };
       const auto in_pieces = [&](auto&& f) {
-        for (Index first = mine.first; first < mine.end; first += most_task_rows)
-          f(Range{first, std::min(mine.end, first + most_task_rows)});
+        for (Index first = mine.first; first < mine.end; first += tuning::row_block)
+          f(Range{first, std::min(mine.end, first + tuning::row_block)});
       };
       const auto forward = [](const Network<T>& network, const Inputs<T>& inputs, Range rows, Index out) {
         network.forward_first(network.first_layer(), inputs, 0, rows, {0, out});

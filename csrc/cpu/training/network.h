@@ -53,8 +53,9 @@ class Network {
       forward_sparse(x.rows.data() + rows.first, rows.size(), layer, columns, to, target.stride);
     });
     if (!sparse)
-      for (Index first = rows.first; first < rows.end; first += most_task_rows, to += most_task_rows * target.stride)
-        forward_dense(inputs.rows.data() + first, std::min(most_task_rows, rows.end - first), layer, columns, to,
+      for (Index first = rows.first; first < rows.end;
+           first += tuning::row_block, to += tuning::row_block * target.stride)
+        forward_dense(inputs.rows.data() + first, std::min(tuning::row_block, rows.end - first), layer, columns, to,
                       target.stride);
   }
 
@@ -79,7 +80,7 @@ class Network {
   // mini-batch has batch_rows.
   void backward(Index slot, Range rows, Index batch_rows, const Rows<T>* input_gradients) const {
     // By the mini-batch, not by the task: the two sum in different orders.
-    const auto backward_inputs = batch_rows < tiles_from_rows ? backward_by_dots<T> : backward_by_tiles<T>;
+    const auto backward_inputs = batch_rows < tuning::tiles_min_rows ? backward_by_dots<T> : backward_by_tiles<T>;
     for (std::size_t l = layers_.size(); l-- > 0;) {
       const Layer<T>& layer = layers_[l];
       T* grad = grad_[l].row(rows.first);
@@ -164,7 +165,7 @@ class Network {
   // Pieces that an elementwise function does not divide among threads: this is inside of a task.
   template <class F>
   static void for_pieces(Index n, F&& f) {
-    for (Index at = 0; at < n; at += serial_elements) f(at, std::min(serial_elements, n - at));
+    for (Index at = 0; at < n; at += tuning::costly_chunk) f(at, std::min(tuning::costly_chunk, n - at));
   }
 
   static bool activation_needs_x(int activation) {

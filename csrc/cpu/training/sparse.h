@@ -20,9 +20,6 @@
 namespace gemmlet {
 namespace {
 
-// So many blocks of features of a sparse mini-batch go through its rows at a time: what they use of w stays in the cache.
-constexpr Index sparse_blocks = 2;
-
 // f(first, vectors) for blocks of eight, four, two or one vectors that cover some columns; the last may reach beyond them.
 template <class T, class F>
 inline void for_wide_blocks(Range columns, F&& f) {
@@ -101,7 +98,7 @@ template <class T, class Row>
 void forward_sparse(const Row* x, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
   constexpr Index n = lanes<T>;
   const Index out = layer.out, stride = layer.stride, blocks = pieces(layer.in, block_features),
-              at_once = rows == 1 ? blocks : sparse_blocks;
+              at_once = rows == 1 ? blocks : tuning::sparse_blocks;
   const T *w = layer.weight.value, *bias = layer.bias.value;
   if (out < n) {
     const int part = static_cast<int>(out);
@@ -119,7 +116,7 @@ void forward_sparse(const Row* x, Index rows, const Layer<T>& layer, Range colum
         const Index end = std::min(block + at_once, blocks);
         for (Index r = 0; r < rows; ++r) {
           // It lies among the samples, or another thread has written it, so that it is far away.
-          if (r + prefetched_rows / 2 < rows) x[r + prefetched_rows / 2].prefetch(block);
+          if (r + tuning::pack_prefetch_rows / 2 < rows) x[r + tuning::pack_prefetch_rows / 2].prefetch(block);
           if (const Index next = end * block_features + r; r < block_features && next < layer.in)
             prefetch_row(w + next * stride + j, vectors * n);
           add_sparse<vectors>(x[r].blocks(block, end), w + j, stride, last, y + r * y_stride + j, block == 0,

@@ -97,7 +97,7 @@ void update_bias(const Layer<T>& layer, const Rows<T>& grad, Index rows, Range c
 template <class T, class OptimizerRule>
 void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad, Index rows, Range inputs,
                   Range columns, const Updating<T, OptimizerRule>& update) {
-  constexpr int most = TileSizes<T>::rows;
+  constexpr int most = tuning::mr;
   const Index tiles = pieces(inputs.size(), most);
   for (Index tile = 0; tile < tiles; ++tile) {
     const Range part = part_of(inputs.size(), tile, tiles);
