@@ -15,6 +15,8 @@ namespace gemmlet {
 
 using Index = std::int64_t;
 
+constexpr Index ceil_div(Index n, Index size) { return (n + size - 1) / size; }
+
 // Element (i, j) stands at data[i * row_stride + j * column_stride]; strides count elements, and may be 0 or negative.
 template <class T>
 struct View {

@@ -356,21 +356,21 @@ PyObject* cross_entropy(const Formula&, Arguments a) {
 
 // param, grad, the tuple of states, the tuple of numbers; True when done
 PyObject* update(const Formula& formula, Arguments a) {
-  constexpr int most_states = 2, most_numbers = 9;
+  constexpr int max_states = 2, max_nonzeros = 9;
   const int states = optimizer_state_count(formula.number), numbers = optimizer_scalar_count(formula.number);
-  if (states > most_states || numbers > most_numbers || !PyTuple_CheckExact(a[2]) || !PyTuple_CheckExact(a[3]) ||
+  if (states > max_states || numbers > max_nonzeros || !PyTuple_CheckExact(a[2]) || !PyTuple_CheckExact(a[3]) ||
       PyTuple_GET_SIZE(a[2]) != states || PyTuple_GET_SIZE(a[3]) != numbers)
     return unusual;
   Alike arrays(a[0]);
   if (!arrays.fits() || !writable(arrays.first())) return unusual;
   const Array* gradient = arrays.add(a[1]);
   if (gradient == nullptr || !arrays.last_is_apart()) return unusual;
-  std::array<const Array*, most_states> state{};
+  std::array<const Array*, max_states> state{};
   for (int s = 0; s < states; ++s) {
     state[s] = arrays.add(PyTuple_GET_ITEM(a[2], s));
     if (state[s] == nullptr || !writable(state[s]) || !arrays.last_is_apart()) return unusual;
   }
-  std::array<double, most_numbers> scalars{};
+  std::array<double, max_nonzeros> scalars{};
   for (int s = 0; s < numbers; ++s) {
     PyObject* number = PyTuple_GET_ITEM(a[3], s);
     if (!PyFloat_Check(number)) return unusual;
@@ -378,7 +378,7 @@ PyObject* update(const Formula& formula, Arguments a) {
   }
   return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
     using T = decltype(zero);
-    std::array<T*, most_states> kept{};
+    std::array<T*, max_states> kept{};
     for (int s = 0; s < states; ++s) kept[s] = data<T>(state[s]);
     const bool well = run(arrays.size(), [&] {
       optimizer_update(formula.number, data<T>(arrays.first()), data<T>(gradient), kept.data(), scalars.data(),
