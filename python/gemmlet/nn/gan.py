@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
-from .. import _arrays as arrays
 from .. import kernels
 from .._threads import get_num_threads
 from ..backends import select
@@ -411,7 +410,7 @@ class GAN:
             Noise for the generator, as many rows as there are samples.
         """
         samples = self._samples(x)
-        noise = arrays.to_cpu(self._checked_noise(z, len(samples)))
+        noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
         return self._discriminator_gradients(self._scaled(samples.batch(slice(None))), self._generator.forward(noise))
 
     def generator_loss_and_gradients(self, z: Any) -> tuple[float, list[Array]]:
@@ -422,7 +421,7 @@ class GAN:
         z : array_like, shape (n, latent_dim)
             Noise, at least one row.
         """
-        noise = arrays.to_cpu(self._checked_noise(z, None))
+        noise = arguments.on_cpu(self._checked_noise(z, None))
         if not len(noise):
             raise ValueError("z is empty; expected at least one row")
         return self._generator_gradients(self._generator.record(noise))
@@ -474,14 +473,14 @@ class GAN:
             noise = self.noise(count)
         else:
             noise = self._checked_noise(z, count)
-        result = arrays.empty((len(noise), self.features), self.dtype, noise)
         backend = select.of(noise)
+        result = backend.empty((len(noise), self.features), self.dtype, noise)
         generator = self._average.brought(lambda array: backend.bring(array, noise))
         for where in slices(len(noise), CHUNK):
             made = generator.forward(backend.bring(noise[where]))
             if self.generator_output == "tanh":
-                made = arrays.scaled(made, self.dtype, 0.5, 0.5)
-            arrays.assign(result[where], made)
+                made = backend.scaled(made, self.dtype, 0.5, 0.5)
+            backend.assign(result[where], made)
         return result
 
     def _draw(self, rng: np.random.Generator, n: int) -> Array:
@@ -501,14 +500,14 @@ class GAN:
         if not len(samples):
             raise ValueError("x is empty; expected at least one sample")
         if samples.array.dtype != np.uint8:
-            low, high = arrays.extremes(samples.array)
+            low, high = samples.backend.extremes(samples.array)
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
         return samples
 
     def _scaled(self, rows: Array) -> Array:
         """Bring samples from [0, 1] to the range of the generator."""
-        return arrays.scaled(rows, self.dtype, 2.0, -1.0) if self.generator_output == "tanh" else rows
+        return select.of(rows).scaled(rows, self.dtype, 2.0, -1.0) if self.generator_output == "tanh" else rows
 
     def _checked_noise(self, z: Any, n: int | None) -> Array:
         noise = arguments.as_floats(z, "z", self.dtype)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
-from .. import _arrays as arrays
 from .. import kernels
+from ..backends import select
 from . import _checks as checks
 from . import files
 from .dense import Dense, activation_name, activation_number
@@ -330,18 +330,20 @@ class MLP:
     def _loss(self, outputs: Array, targets: Array) -> tuple[float, Array]:
         """Loss, and the kernel's gradient with respect to what the last layer gives, where that is."""
         if self.output == "softmax":
-            loss, grad = kernels.softmax_cross_entropy(outputs, arrays.beside(targets, outputs))
+            loss, grad = kernels.softmax_cross_entropy(outputs, select.of(outputs).placed_like(targets, outputs))
         elif self.output == "sigmoid":
             wanted = np.zeros(outputs.shape, self.dtype)
             if outputs.shape[1] == 1:
                 wanted[:, 0] = targets
             else:
                 wanted[np.arange(len(targets)), targets] = 1.0
-            loss, grad = kernels.binary_cross_entropy_with_logits(outputs, arrays.beside(wanted, outputs))
+            loss, grad = kernels.binary_cross_entropy_with_logits(
+                outputs, select.of(outputs).placed_like(wanted, outputs)
+            )
             # The kernel's mean is over all elements, the objective's over the samples.
             loss *= outputs.shape[1]
         else:
-            loss, grad = kernels.mean_squared_error(outputs, arrays.beside(targets, outputs))
+            loss, grad = kernels.mean_squared_error(outputs, select.of(outputs).placed_like(targets, outputs))
         return loss, grad
 
     def _count_right(self, outputs: Array, targets: Array) -> float:
@@ -351,7 +353,7 @@ class MLP:
 
     @staticmethod
     def _classes(logits: Array) -> Array:
-        logits = arrays.to_cpu(logits)
+        logits = arguments.on_cpu(logits)
         return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else np.argmax(logits, axis=1)
 
     # Use.
@@ -377,7 +379,7 @@ class MLP:
         classes = np.empty(len(samples), np.int64)
         for where, outputs in self._outputs(samples):
             classes[where] = self._classes(outputs)
-        return arrays.beside(classes, samples.array)
+        return samples.backend.placed_like(classes, samples.array)
 
     def predict_proba(self, x: Any) -> Array:
         """Probabilities that the outputs stand for.
@@ -453,9 +455,9 @@ class MLP:
         self, samples: Samples, width: int, function: Callable[[Array], Array] | None = None, depth: int | None = None
     ) -> Array:
         """Those of all samples, of each chunk what `function` gives, in the place of the samples."""
-        result = arrays.empty((len(samples), width), self.dtype, samples.array)
+        result = samples.backend.empty((len(samples), width), self.dtype, samples.array)
         for where, outputs in self._outputs(samples, depth):
-            arrays.assign(result[where], outputs if function is None else function(outputs))
+            samples.backend.assign(result[where], outputs if function is None else function(outputs))
         return result
 
     # Arguments.
@@ -478,7 +480,7 @@ class MLP:
         """Class indices as int64, or numbers as rows."""
         outputs = self.layers[-1]
         if self.output == "identity":
-            numbers = arrays.to_cpu(arguments.as_floats(y, name, self.dtype))
+            numbers = arguments.on_cpu(arguments.as_floats(y, name, self.dtype))
             if numbers.ndim == 1 and outputs == 1:
                 return numbers[:, np.newaxis]
             if numbers.ndim != 2 or numbers.shape[1] != outputs:
@@ -486,7 +488,7 @@ class MLP:
                     f"{name} has shape {numbers.shape}, expected (n,{'' if outputs == 1 else f' {outputs}'})"
                 )
             return numbers
-        labels = arrays.to_cpu(arguments.as_array(y, name))
+        labels = arguments.on_cpu(arguments.as_array(y, name))
         if labels.ndim != 1:
             raise ValueError(f"{name} has shape {labels.shape}, expected (n,): a class index for each sample")
         if labels.dtype.kind not in "iu":

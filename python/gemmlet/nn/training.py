@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _arguments as arguments
-from .. import _arrays as arrays
+from .._arrays import is_on_gpu
 from ..backends import select
 from ..backends.base import Backend
 from ..training.plan import Feed
@@ -159,7 +159,7 @@ class Samples:
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row")
         self.array: Any = _canonical(array, dtype) if is_sparse else array
         self.is_sparse = is_sparse
-        self.on_gpu = not is_sparse and arrays.is_on_gpu(array)
+        self.on_gpu = not is_sparse and is_on_gpu(array)
         self._on_cpu: Any = None  # of an array on a GPU, once it is wanted
         self.features = features
         self.dtype = dtype
@@ -176,15 +176,15 @@ class Samples:
         """Put them where the backend computes, if they are to be used more than once."""
         if not self.is_sparse:
             self.array = self.backend.bring(self.array)
-            self.on_gpu = arrays.is_on_gpu(self.array)
+            self.on_gpu = is_on_gpu(self.array)
 
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
         if self.is_sparse:
-            return self.backend.bring(self.batch(where))  # type: ignore[no-any-return]
-        rows = arrays.contiguous(self.backend.bring(self.array[where]))
+            return self.backend.bring(self.batch(where))
+        rows = self.backend.contiguous(self.backend.bring(self.array[where]))
         rows = rows.reshape(len(rows), self.features)
-        return rows if rows.dtype == self.dtype else arrays.scaled(rows, self.dtype)
+        return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
 
     def batch(self, where: slice | Array) -> Array:
         """Return the samples at `where` as rows, shape (m, features), on the CPU."""
@@ -192,10 +192,10 @@ class Samples:
             dense: Array = self.array[where].toarray()
             return dense
         if self.on_gpu and self._on_cpu is None:
-            self._on_cpu = arrays.to_cpu(self.array)
+            self._on_cpu = self.backend.to_cpu(self.array)
         rows: Array = (self._on_cpu if self.on_gpu else self.array)[where]
         rows = rows.reshape(len(rows), self.features)
-        return rows if rows.dtype == self.dtype else arrays.scaled(rows, self.dtype)
+        return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
 
     def feed(self, sparse_below: float) -> Feed:
         """The samples as fused training takes them; zeros are skipped if fewer than this share is not 0."""
@@ -203,7 +203,7 @@ class Samples:
             start, columns = self.array.indptr, self.array.indices
             return Feed(self.array.data, start.astype(np.int64, copy=False), columns.astype(np.int32, copy=False), True)
         if self.on_gpu:
-            return Feed(arrays.contiguous(self.array).reshape(len(self), self.features), None, None, False)
+            return Feed(self.backend.contiguous(self.array).reshape(len(self), self.features), None, None, False)
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
         if not arguments.is_aligned(rows):
             rows = rows.copy()
