@@ -74,7 +74,7 @@ def test_the_clocks_of_a_cluster_compile(monkeypatch: pytest.MonkeyPatch) -> Non
     sources = tool.with_clocks(dict(compiler.sources()))
     monkeypatch.setattr(compiler, "sources", lambda: sources)
     kernel = f"gemmlet::train_in_cluster<{tool.RANKS}, gemmlet::optimizers::sgd>"
-    made, _ = compile_cubin("cluster_training.cuh", [kernel], "sm_90a")
+    made, _ = compile_cubin("training/cluster.cuh", [kernel], "sm_90a")
     assert b"gemmlet_clocks" in made.image
 
 

@@ -26,7 +26,7 @@ from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
-from gemmlet.training.plan import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
+from gemmlet.training.old_plan import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from support import assert_within, same_bits
 
 if shutil.which(COMPILER) is None:

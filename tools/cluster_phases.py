@@ -1,4 +1,4 @@
-"""Clock cycles of each phase of a step of fused training by a cluster (csrc/cuda/cluster_training.cuh).
+"""Clock cycles of each phase of a step of fused training by a cluster (csrc/cuda/training/cluster.cuh).
 
     python tools/cluster_phases.py        # on a machine with a Hopper GPU
 
@@ -30,7 +30,7 @@ PHASES = [
     ("    // The gradient of the first layer's weights: units", "small sums"),
     ("    // The warp needs this mini-batch no more.", "gradient products, update"),
 ]
-FILE = "cuda/cluster_training.cuh"
+FILE = "cuda/training/cluster.cuh"
 
 
 def with_clocks(sources: dict[str, str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ struct View {
   Index rows, columns, row_stride, column_stride;
 };
 
-// matmul.cpp. z, if not null, takes the value before the activation; activation -1 is none.
+// matmul/matmul.cpp. z, if not null, takes the value before the activation; activation -1 is none.
 template <class T>
 void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T* y, T* z);
 

@@ -13,8 +13,8 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/simd.h"
 #include "cpu/threads.h"
-#include "cpu/vector.h"
 #include "formulas/math.h"
 
 namespace gemmlet {

@@ -1,7 +1,7 @@
 // Activations: each formula once, for every value type.
 //
 // Contract
-//   V is a value type with arithmetic and comparisons: a SIMD vector (cpu/vector.h), or a scalar on a GPU. Whoever
+//   V is a value type with arithmetic and comparisons: a SIMD vector (cpu/simd.h), or a scalar on a GPU. Whoever
 //   includes this file has declared for V: constant<V>(c), select, abs, copysign, at_least, at_most, fma, quotient,
 //   product_error, one_less_half, exp, decay, decay_times, unsigned_decay_times, expm1, log1p_of_share, tanh,
 //   scaled_normal_tail.

@@ -7,7 +7,7 @@ products get any strides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training.plan import Feed, GanRun, MlpRun
+from ..training.plan import Batches, Outcome, TrainingPlan
 
 Array = NDArray[Any]
 
@@ -132,20 +132,20 @@ class Backend(Protocol):
     ) -> None:
         """Update `param` and its state in place."""
 
-    # Fused training: steps of a network in one call, for a backend that has it.
+    # Training.
 
-    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
-        """Whether ``train_<network>`` is there, ``"mlp"`` or ``"gan"``, and knows these names."""
+    def supports_fused(self, plan: TrainingPlan) -> bool:
+        """Whether this backend has an executor of its own for the plan."""
 
-    def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
-        """Samples, and their targets if there are any, as the calls to come want them.
+    def stage(self, plan: TrainingPlan) -> TrainingPlan:
+        """Move what the calls of one `fit` read to where this backend computes: the plan that `train` gets.
 
-        What these calls change may stay on a GPU from one to the next: until `write_back` the arrays of their networks
-        are not to be looked at, and not to be changed.
+        What these calls change may stay on a GPU from one to the next: until `write_back` the arrays of the networks
+        must be neither read nor changed.
         """
 
-    def write_back(self, feed: Feed) -> None:
-        """Bring the arrays of the networks up to date that were trained on `feed`, which is `hold`'s."""
+    def write_back(self, plan: TrainingPlan) -> None:
+        """Update the arrays of the networks of a plan that `stage` has returned."""
 
     def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A new array on the CPU: page-locked, where a GPU copies from it faster and by itself.
@@ -153,8 +153,8 @@ class Backend(Protocol):
         Once it is given to a call, it is not to be changed before the call has returned.
         """
 
-    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
-        """Train on mini-batches; return `run.loss_sum` with their losses added, and how many answers were right."""
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        """Take the steps of a plan on mini-batches; a plan that is not supported is left to the reference.
 
-    def train_gan(self, run: GanRun) -> tuple[float, float]:
-        """The same for two adversarial networks; return the losses of generator and discriminator."""
+        Where it raises TypeError, ValueError or MemoryError, no step of an executor of its own has been taken.
+        """

@@ -13,7 +13,7 @@ import numpy as np
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training.plan import FusedLayer, GanRun, MlpRun
+from ..training.old_plan import FusedLayer, GanRun, MlpRun
 from . import threadpool
 from .base import Array
 from .numpy import NumpyBackend
@@ -151,7 +151,7 @@ class CpuBackend(NumpyBackend):
         self.quick = self._quick_functions()
 
     def _quick_functions(self) -> dict[str, Callable[..., Any]]:
-        """A quick function (csrc/cpu/quick.cpp) for every formula that the registry and the extension both have."""
+        """The fast path (csrc/cpu/bindings/fast_path.cpp) of every formula that registry and extension both have."""
         quick, formula = self._module.quick, self._module.formula
         functions: dict[str, Callable[..., Any]] = {}
         activations = {

@@ -6,7 +6,7 @@ Other backends derive from this one and override what they do better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from .. import _threads
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction, softmax_cross_entropy
 from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training.plan import Feed, GanRun, MlpRun
+from ..training import reference
+from ..training.plan import Batches, Outcome, TrainingPlan
 from .base import Array, Backend
 
 
@@ -167,22 +168,19 @@ class NumpyBackend(Backend):
             for target, result in zip((param, *state), results, strict=True):
                 target[...] = result
 
-    # Fused training: steps of a network in one call, for a backend that has it.
+    # Training.
 
-    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+    def supports_fused(self, plan: TrainingPlan) -> bool:
         return False
 
-    def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
-        return feed, targets
+    def stage(self, plan: TrainingPlan) -> TrainingPlan:
+        return plan
 
-    def write_back(self, feed: Feed) -> None:
+    def write_back(self, plan: TrainingPlan) -> None:
         """Everything is where it belongs."""
 
     def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return np.empty(shape, dtype)
 
-    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
-        raise NotImplementedError("ask `fuses` first")
-
-    def train_gan(self, run: GanRun) -> tuple[float, float]:
-        raise NotImplementedError("ask `fuses` first")
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        return reference.train(self, plan, batches)

@@ -1,1 +1,1 @@
-"""What a training step does, as data: below the networks that ask for it and the backends that run it."""
+"""Training steps as data, below the backends that execute them and the networks that are made of them."""

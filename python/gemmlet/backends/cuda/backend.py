@@ -20,7 +20,7 @@ from ..._arrays import computed_in, is_on_gpu, name_of
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
 from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule, Scalars
-from ...training.plan import Feed, GanRun, MlpRun
+from ...training.old_plan import Feed, GanRun, MlpRun
 from ..base import Array
 from ..numpy import NumpyBackend
 from . import compiler, fast_path, matmul, training
@@ -178,7 +178,7 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
         "rows.cuh": rows,
         "losses.cuh": losses,
         "optimizers.cuh": optimizers,
-        "reductions.cuh": reductions,
+        "column_sum.cuh": reductions,
         **matmul.expressions(fused),
         **training.expressions(),
     }
@@ -364,7 +364,7 @@ class CudaBackend(NumpyBackend):
         at `copy`, if it is not 0, all numbers are stored in that type.
         """
         kernel = _range_kernel(name_of(dtype), to)
-        launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
+        launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
         scratch = self.scratch(device)
         blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
         launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
@@ -510,7 +510,7 @@ class CudaBackend(NumpyBackend):
         # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
         shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
         kernel = _column_sum_kernel(name_of(dtype), down)
-        launch = self.prepared(device, "reductions.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
+        launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
 
         def run(x: int, out: int, counter: int) -> None:
             partial = device.empty((shares, columns), computed_in(dtype)) if shares > 1 else None

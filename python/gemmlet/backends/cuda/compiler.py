@@ -47,7 +47,7 @@ def architecture(capability: str) -> str:
 
 @functools.cache
 def sources() -> Mapping[str, str]:
-    """The sources by the names that they include each other by: ``"cuda/matmul.cuh"``.
+    """The sources by the names that they include each other by: ``"cuda/matmul/common.cuh"``.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def sources() -> Mapping[str, str]:
     # In a checkout that is installed as editable they stay where they are.
     for root in (PACKAGE / "csrc", PACKAGE.parents[1] / "csrc"):
         if (root / "cuda").is_dir():
-            files = [*root.glob("cuda/*.cuh"), *root.glob("formulas/*.h")]
+            files = [*root.glob("cuda/**/*.cuh"), *root.glob("formulas/*.h")]
             return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in sorted(files)}
     raise RuntimeError("the CUDA sources were not installed with gemmlet")
 
@@ -198,7 +198,7 @@ def _read(path: Path) -> Cubin | None:
 
 def archive(folder: Path, source: str, arch: str) -> Path:
     """Where a release has the cubins of a source for an architecture."""
-    return folder / arch / f"{Path(source).stem}.tar.xz"
+    return folder / arch / Path(source).with_suffix(".tar.xz")
 
 
 def _shipped(path: Path, name: str) -> Cubin | None:

@@ -20,7 +20,7 @@ from .types import COMPUTED, FLOATS, SIZES, address
 LARGEST = 2**31 - 1024
 
 # What a source is compiled for, where that is not every architecture; "host" is the CPU, in tests.
-ARCHITECTURES = {"matmul_wgmma.cuh": ("sm_90a", "host")}
+ARCHITECTURES = {"matmul/wgmma.cuh": ("sm_90a", "host")}
 
 # Of dynamic shared memory, for one block.
 _SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90a": 227, "sm_100a": 227, "host": 227}
@@ -224,7 +224,7 @@ def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
     """Return the tiles that there are for products of this type, but for thin ones."""
     if dtype in _SIMT_TILES and not tf32:
         return _SIMT_TILES[dtype]
-    return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul_wgmma.cuh"] else ()))
+    return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul/wgmma.cuh"] else ()))
 
 
 def takes(tile: Tile, dtype: str, along_lines: Sequence[bool] | None) -> bool:
@@ -261,7 +261,7 @@ class _Operand(NamedTuple):
         return _OPERAND_REST.pack(*self[:5])
 
 
-# Structs of csrc/cuda/matmul.cuh: Operand<T> and, by the type that is computed in, LinearEpilogue<T, F> behind their
+# Structs of matmul/common.cuh: Operand<T> and, by the type that is computed in, LinearEpilogue<T, F> behind their
 # pointers; and as `Device.prepare` takes them, Operand<T> and PartialEpilogue<T>.
 _OPERAND_REST = struct.Struct("=qqiii4x")
 _LINEAR = {"float": struct.Struct("=iifi"), "double": struct.Struct("=iidi4x")}
@@ -424,10 +424,10 @@ def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str
     name = FLOATS[dtype]
     numbers = ", ".join(map(str, tile.parameters))
     if tile.kernel == "thin":
-        return "matmul_thin.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
+        return "matmul/skinny.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
     layouts = ", ".join("true" if along else "false" for along in along_lines[:: -1 if tile.transposed else 1])
-    kernel, tile_type = f"matmul_{tile.kernel}", f"{tile.kernel.title()}Tile"
-    return f"{kernel}.cuh", f"gemmlet::{kernel}<gemmlet::{tile_type}<{name}, {numbers}>, {layouts}, {epilogue}>"
+    tile_type = f"gemmlet::{tile.kernel.title()}Tile<{name}, {numbers}>"
+    return f"matmul/{tile.kernel}.cuh", f"gemmlet::matmul_{tile.kernel}<{tile_type}, {layouts}, {epilogue}>"
 
 
 @functools.cache
@@ -444,7 +444,7 @@ def partial_epilogue(dtype: str) -> str:
 @functools.cache
 def combine_kernel(epilogue: str) -> tuple[str, str]:
     """Return the source and the name of the kernel that adds those."""
-    return "matmul.cuh", f"gemmlet::matmul_combine<{epilogue}>"
+    return "matmul/common.cuh", f"gemmlet::matmul_combine<{epilogue}>"
 
 
 def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:

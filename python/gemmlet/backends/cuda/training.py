@@ -1,9 +1,9 @@
 """Mini-batches of a multilayer perceptron, and of two adversarial networks, in one call on the GPU.
 
 At the start of a call all that it needs goes to the GPU: the order of the samples, the rules' numbers, noise. At its
-end the losses come back. In between, a step is a handful of launches (csrc/cuda/network.cuh), recorded once for each
+end the losses come back. In between, a step is a handful of launches (csrc/cuda/training), recorded once for each
 number of rows as a graph that knows from a counter on the GPU which step it is; or a cluster of blocks does hundreds of
-steps in one launch (csrc/cuda/cluster_training.cuh). What the next call needs is prepared meanwhile.
+steps in one launch (csrc/cuda/training/cluster.cuh). What the next call needs is prepared meanwhile.
 
 The samples stay on the GPU from call to call, in what `hold` returns; so do the graphs; and so do parameters and
 optimizer states, which go there with the first call and come back by `write_back`.
@@ -26,12 +26,24 @@ from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
-from ...training.plan import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
+from ...training.old_plan import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from . import compiler
 from .device import Device, Graph
 from .types import CPP_TYPES, address
 
-SOURCE, CLUSTER_SOURCE = "network.cuh", "cluster_training.cuh"
+CLUSTER_SOURCE = "training/cluster.cuh"
+
+# The files of csrc/cuda/training by the kernels of a step.
+_SOURCES = {
+    "first_forward": "dense",
+    "first_forward_and_gather": "gather",
+    "expand": "gather",
+    "forward": "dense",
+    "backward": "dense",
+    "loss": "loss",
+    "top": "top",
+    "update": "update",
+}
 
 # Sources that not every architecture compiles, and those that do.
 ARCHITECTURES = {CLUSTER_SOURCE: ("sm_90a", "host")}
@@ -54,7 +66,7 @@ MOST_TOP_BYTES = 8 << 20
 STEPS_TOGETHER = 8
 
 # The blocks of the cluster that does all steps of a call of a perceptron with one hidden layer where it can
-# (cluster_training.cuh): the smallest size that has enough of them. On an H200 an epoch of MNIST, batch 64, took half
+# (training/cluster.cuh): the smallest size that has enough of them. On an H200 an epoch of MNIST, batch 64, took half
 # as long as by graphs with SGD, and two thirds with Adam; benchmarks/gpu_training.py times both.
 CLUSTER_SIZES: tuple[int, ...] = (8, 16)
 
@@ -64,12 +76,12 @@ _CLUSTER_MULTIPROCESSORS = 100
 # Mini-batches are arranged for the cluster before a launch of it, as many as have so many bytes.
 MOST_ARRANGED_BYTES = 128 << 20
 
-# As in cluster_training.cuh.
+# As in training/cluster.cuh.
 _CLUSTER_THREADS = 256
 _CLUSTER_ROWS, _CLUSTER_UNITS, _CLUSTER_OUTPUTS = 64, 8, 16
 _CLUSTER_FEATURES = 800
 
-# As in network.cuh and small_product.cuh.
+# As in csrc/cuda/training and matmul/small.cuh.
 _MOST_LAYERS = 8
 _TOP_COLUMNS = 16
 _LOSS_THREADS = 128
@@ -80,7 +92,7 @@ _MOST_NUMBERS = 11
 
 
 #
-# What the kernels take, as network.cuh declares it
+# What the kernels take, as csrc/cuda/training declares it
 #
 
 
@@ -220,7 +232,7 @@ class _Structs:
 
 _structs = functools.cache(_Structs)
 
-# The tiles of small_product.cuh, and the rows and columns of each.
+# The tiles of matmul/small.cuh, and the rows and columns of each.
 _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
 
 
@@ -235,7 +247,7 @@ def _places(kind: str) -> dict[str, int]:
 
 def expressions() -> dict[str, list[str]]:
     """Every kernel that this module launches, by source file: for compiling ahead of time, and for tests."""
-    names = []
+    names = list[str]()
     for t in ("float", "double"):
         names += [f"loss<{t}>", f"top<{t}>", f"expand<{t}>"]
         names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
@@ -248,10 +260,15 @@ def expressions() -> dict[str, list[str]]:
     in_cluster = [f"{kernel}<{_CLUSTER_THREADS}>" for kernel in ("arrange_samples", "close_steps")]
     for size in CLUSTER_SIZES:
         in_cluster += [f"train_in_cluster<{size}, gemmlet::optimizers::{rule}>" for rule in OPTIMIZER_RULES]
-    return {
-        source: [f"gemmlet::{name}" for name in some]
-        for source, some in ((SOURCE, names), (CLUSTER_SOURCE, in_cluster))
-    }
+    found: dict[str, list[str]] = {CLUSTER_SOURCE: [f"gemmlet::{name}" for name in in_cluster]}
+    for name in names:
+        found.setdefault(_source(name), []).append(f"gemmlet::{name}")
+    return found
+
+
+def _source(kernel: str) -> str:
+    """The file of a step's kernel."""
+    return f"training/{_SOURCES[kernel.partition('<')[0]]}.cuh"
 
 
 def fuses(activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
@@ -731,7 +748,7 @@ class _Session:
     def _recorded(self, launches: Sequence[_Launch], times: int) -> Graph:
         device = self.device
         # They are compiled first: not while a stream is recorded. Each on its own, as many networks share it.
-        kernels = [device.kernels(SOURCE, [launch.kernel])[0] for launch in launches]
+        kernels = [device.kernels(_source(launch.name), [launch.kernel])[0] for launch in launches]
 
         def record() -> None:
             for _ in range(times):

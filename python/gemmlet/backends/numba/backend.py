@@ -28,7 +28,7 @@ from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction
 from ...formulas.optimizers import OptimizerRule, Scalars
-from ...training.plan import MlpRun
+from ...training.old_plan import MlpRun
 from ..base import Array
 from ..numpy import NumpyBackend
 from . import training

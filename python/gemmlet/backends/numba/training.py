@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..._memory import aligned_zeros
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES
-from ...training.plan import Array, Feed, FusedLayer, MlpRun
+from ...training.old_plan import Array, Feed, FusedLayer, MlpRun
 from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
 Split = Callable[[int, int, Callable[[slice], None]], None]

@@ -5,7 +5,7 @@
 //   run. Every thread of the warp, or block, calls.
 #pragma once
 
-#include "cuda/value.cuh"
+#include "cuda/scalar.cuh"
 
 namespace gemmlet {
 

@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "cpu/kernels.h"
-#include "cpu/tile_sizes.h"
+#include "cpu/tuning.h"
 
 namespace gemmlet {
 

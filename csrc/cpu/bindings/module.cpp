@@ -1,16 +1,16 @@
 // The bindings: checks that protect memory, the GIL released, the call. No maths. Checks with friendlier words are in
 // python/gemmlet/_arguments.py; those here say what a caller inside the package did wrong.
-#include "cpu/bindings.h"
+#include "cpu/bindings/bindings.h"
 
 #include <functional>
 
-#include "cpu/roof.h"
+#include "cpu/roofline.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
 
 namespace gemmlet {
-void add_quick_functions(py::module_& m);  // quick.cpp
+void add_quick_functions(py::module_& m);  // fast_path.cpp
 extern const int vector_bytes;             // isa.cpp
 }  // namespace gemmlet
 

@@ -17,7 +17,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
-#include "cpu/micro_kernel.h"
+#include "cpu/matmul/micro_kernel.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "formulas/activations.h"

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cuda/elementwise.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/warp_reduce.cuh"
 
 namespace gemmlet {
 

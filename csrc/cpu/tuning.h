@@ -20,7 +20,7 @@
 // thin_block      rows that then share what is loaded of w: thin_depth of x and a sum each.
 #pragma once
 
-#include "cpu/vector.h"
+#include "cpu/simd.h"
 
 namespace gemmlet {
 

@@ -3,7 +3,7 @@
 // Contract
 //   Compiled by NVRTC (the product), nvcc (a second opinion) and g++ (the tests, on the CPU); no header of theirs.
 //   Numbers are stored as float, double, float16 or bfloat16, and computed in Compute<T>: float for the last two; or in
-//   Sufficient<T> (coarse.cuh) where a result is rounded to them at once.
+//   Sufficient<T> (reduced_precision.cuh) where a result is rounded to them at once.
 //   Nothing is contracted but what is written as fma (-fmad=false), and nothing is flushed to zero: an elementwise
 //   result in float or double has the bits of the CPU's.
 #pragma once
@@ -129,7 +129,7 @@ GEMMLET_INLINE double quotient(double a, double b) { return a / b; }
 // Each after the functions that it is written on.
 #include "formulas/math.h"
 
-#include "cuda/coarse.cuh"
+#include "cuda/reduced_precision.cuh"
 
 #include "formulas/activations.h"
 #include "formulas/losses.h"

@@ -4,8 +4,8 @@
 
 #include <limits>
 
-#include "cpu/bindings.h"
-#include "cpu/network.h"
+#include "cpu/bindings/bindings.h"
+#include "cpu/training/plan.h"
 
 namespace gemmlet::bindings {
 namespace {

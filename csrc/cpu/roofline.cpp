@@ -1,10 +1,10 @@
 // What this processor can do at most: fused multiply-adds that need nothing but registers.
-#include "cpu/roof.h"
+#include "cpu/roofline.h"
 
 #include <atomic>
 
+#include "cpu/simd.h"
 #include "cpu/threads.h"
-#include "cpu/vector.h"
 
 namespace gemmlet {
 namespace {

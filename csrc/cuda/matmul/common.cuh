@@ -1,10 +1,10 @@
 // What the kernels of matrix products share: the operands, which block computes which tile, and what becomes of a sum.
 //
 // Contract
-//   out (m x n) = epilogue(a (m x k) @ b (k x n)). The kernels: matmul_simt.cuh (float, double), matmul_mma.cuh (tensor
-//   cores: float16, bfloat16, and float rounded to TF32), matmul_wgmma.cuh (Hopper's, for the same types),
-//   matmul_thin.cuh (at most four rows or columns).
-//   Operands: any strides, in elements, also 0 and negative; any alignment of a number (but matmul_wgmma.cuh takes only
+//   out (m x n) = epilogue(a (m x k) @ b (k x n)). The kernels: simt.cuh (float, double), mma.cuh (tensor
+//   cores: float16, bfloat16, and float rounded to TF32), wgmma.cuh (Hopper's, for the same types),
+//   skinny.cuh (at most four rows or columns).
+//   Operands: any strides, in elements, also 0 and negative; any alignment of a number (but wgmma.cuh takes only
 //   what a tensor map describes). Nothing is read outside of them, and what a tile has beyond them counts as 0, and is
 //   dropped. m, n and k are at most 2^31 - 1024, offsets need not be.
 //   out and preactivation: C-contiguous, any alignment; they overlap nothing that is read.
@@ -18,7 +18,7 @@
 #pragma once
 
 #include "cuda/pack.cuh"
-#include "cuda/value.cuh"
+#include "cuda/scalar.cuh"
 
 namespace gemmlet {
 

@@ -1,7 +1,7 @@
 // Matmuls on Hopper's tensor cores (wgmma, sm_90a): float16, bfloat16, and float with its operands rounded to TF32.
 //
 // Contract
-//   See matmul.cuh. For sm_90a alone: no other architecture has the instruction. Operands come through tensor maps (TMA):
+//   See common.cuh. For sm_90a alone: no other architecture has the instruction. Operands come through tensor maps (TMA):
 //   one stride is 1 number, the other one a multiple of 16 bytes and no shorter than a row, and the first number's address
 //   is a multiple of 16 bytes. k > 0, and no part of it is empty. m, n and k are any: what a box has beyond a matrix is
 //   zeros.
@@ -25,7 +25,7 @@
 //   most) that are the tensor core's.
 #pragma once
 
-#include "cuda/matmul.cuh"
+#include "cuda/matmul/common.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/shared.cuh"
 

@@ -1,7 +1,7 @@
 // Matrix products of at most four rows, or at most four columns: what counts is how fast the other operand is read.
 //
 // Contract
-//   See matmul.cuh; for every type. `many` is the operand of many lines (b, or a where the result has few columns), `few`
+//   See common.cuh; for every type. `many` is the operand of many lines (b, or a where the result has few columns), `few`
 //   the other one, of at most `count` lines. Each number of `many` goes from memory to a register, 16 bytes at a time where
 //   it is packed, and is used `count` times there. A block has thin_lines<T>(along_lines) of its lines, one after the other.
 //   The order of a sum: 32 threads (8, where `many` lies along k) each add every 32nd step (8th pack of steps), first to last,
@@ -9,7 +9,7 @@
 //   from warp to warp.
 #pragma once
 
-#include "cuda/matmul.cuh"
+#include "cuda/matmul/common.cuh"
 
 namespace gemmlet {
 

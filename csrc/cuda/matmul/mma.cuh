@@ -1,7 +1,7 @@
 // Matrix products on tensor cores (mma.sync, sm_80): float16, bfloat16, and float with its operands rounded to TF32.
 //
 // Contract
-//   See matmul.cuh. A block computes a tile of rows x columns, a warp some fragments of 16 x 16 of it, from tiles of both
+//   See common.cuh. A block computes a tile of rows x columns, a warp some fragments of 16 x 16 of it, from tiles of both
 //   operands in shared memory, which copies that run ahead (cp.async) fill in turns, `stages` of them.
 //   Operands lie in shared memory as they do in memory, step by step or line by line, and are turned round, where they
 //   must be, when they are read from there. 16 bytes are copied at a time where the operand is packed; else they are
@@ -12,7 +12,7 @@
 //   tensor core's; then the slices are added, first to last.
 #pragma once
 
-#include "cuda/matmul.cuh"
+#include "cuda/matmul/common.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/shared.cuh"
 

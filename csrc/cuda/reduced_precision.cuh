@@ -1,7 +1,7 @@
 // A float of which 16 bits will be kept, with short forms of what formulas/math.h has.
 //
 // Contract
-//   Included by value.cuh alone, behind formulas/math.h. Coarse is a float with float's arithmetic, but that divisors lie
+//   Included by scalar.cuh alone, behind formulas/math.h. Coarse is a float with float's arithmetic, but that divisors lie
 //   within [2^-60, 2^60], or are NaN; so the formulas can be written on it as they are.
 //   The functions take what those of math.h take, NaN, infinities and zeros of both signs included. Relative errors are
 //   2^-15 at most, also of results that become subnormal bfloat16 numbers. tests/test_cuda.py tries all numbers of 16 bits

@@ -1,7 +1,7 @@
 // Matrix products in float and double, one fused multiply-add after the other.
 //
 // Contract
-//   See matmul.cuh. A block computes a tile of rows x columns, a thread some rows x some columns of it, from tiles of
+//   See common.cuh. A block computes a tile of rows x columns, a thread some rows x some columns of it, from tiles of
 //   both operands in shared memory, which copies that run ahead (cp.async) fill in turns, `stages` of them.
 //   16 bytes are copied at a time where that is told (a_packed, b_packed): where the operand is packed along its lines and
 //   these are whole packs; else number by number, which takes any layout, and turns round what is contiguous along k.
@@ -9,7 +9,7 @@
 //   every tile, first to last, by fused multiply-adds, beginning with 0; then the slices are added, first to last.
 #pragma once
 
-#include "cuda/matmul.cuh"
+#include "cuda/matmul/common.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/shared.cuh"
 

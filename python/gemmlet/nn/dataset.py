@@ -1,9 +1,8 @@
-"""What training the networks shares: mini-batches of samples, what callbacks are told, and the histories."""
+"""Samples, as users give them and as networks take them, and the random numbers that training draws."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,115 +12,22 @@ from .. import _arguments as arguments
 from .._arrays import is_on_gpu
 from ..backends import select
 from ..backends.base import Backend
-from ..training.plan import Feed
+from ..training.plan import Dataset
 
 Array = NDArray[Any]
 
 # Rows that are computed at a time where the whole is not a mini-batch: 3 MB of float32 images.
 CHUNK = 1024
 
-# When `fit` calls its callback.
-CALLBACK_EVERY = ("batch", "call", "epoch")
-
-
-class StopTraining(Exception):  # noqa: N818 - it is a request, not an error
-    """A callback raises it to end `fit` at once; `fit` then returns the history so far."""
-
-
-@dataclass
-class History:
-    """How training an `MLP` went: one number per epoch, and the seconds it took.
-
-    Attributes
-    ----------
-    loss, accuracy : list of float
-        Means over the epoch, each mini-batch counted as it was before its update. The accuracy of a network with
-        outputs "identity" is NaN. An epoch that was stopped counts with the mini-batches it had.
-    validation_loss, validation_accuracy : list of float
-        After the epoch; empty without validation data, NaN for an epoch that was stopped.
-    seconds : float
-        Wall-clock time of `fit`.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-    validation_loss: list[float] = field(default_factory=list)
-    validation_accuracy: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass
-class GANHistory:
-    """How training a `GAN` went: the mean losses of each epoch, and the seconds it took.
-
-    Attributes
-    ----------
-    generator_loss, discriminator_loss : list of float
-        Means over the epoch, each mini-batch counted as it was before its update. An epoch that was stopped counts with
-        the mini-batches it had.
-    seconds : float
-        Wall-clock time of `fit`.
-    """
-
-    generator_loss: list[float] = field(default_factory=list)
-    discriminator_loss: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback of `MLP.fit` is told.
-
-    Attributes
-    ----------
-    epoch, epochs, batch, batches : int
-        Which one of how many was the last, counted from 1.
-    loss, accuracy : float
-        Means over the epoch so far.
-    epoch_done : bool
-        Whether this was the last mini-batch of the epoch.
-    validation_loss, validation_accuracy : float or None
-        After the epoch, if there is validation data.
-    """
-
-    epoch: int
-    epochs: int
-    batch: int
-    batches: int
-    loss: float
-    accuracy: float
-    epoch_done: bool = False
-    validation_loss: float | None = None
-    validation_accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class GANProgress:
-    """What a callback of `GAN.fit` is told.
-
-    Attributes
-    ----------
-    epoch, epochs, batch, batches : int
-        Which one of how many was the last, counted from 1.
-    generator_loss, discriminator_loss : float
-        Means over the epoch so far.
-    epoch_done : bool
-        Whether this was the last mini-batch of the epoch.
-    """
-
-    epoch: int
-    epochs: int
-    batch: int
-    batches: int
-    generator_loss: float
-    discriminator_loss: float
-    epoch_done: bool = False
+# Below this share of numbers that are not 0, to skip zeros is faster (measured by `gemmlet bench epoch` on inputs of
+# several densities: docs/performance.md).
+SPARSE_BELOW = 0.5
 
 
 class Samples:
     """Samples, given as float rows or as uint8 images; handed out as rows of `dtype`, some at a time.
 
-    What is on a GPU stays there, but for mini-batches of single steps.
+    What is on a GPU stays there.
 
     Parameters
     ----------
@@ -160,7 +66,6 @@ class Samples:
         self.array: Any = _canonical(array, dtype) if is_sparse else array
         self.is_sparse = is_sparse
         self.on_gpu = not is_sparse and is_on_gpu(array)
-        self._on_cpu: Any = None  # of an array on a GPU, once it is wanted
         self.features = features
         self.dtype = dtype
 
@@ -181,36 +86,24 @@ class Samples:
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
         if self.is_sparse:
-            return self.backend.bring(self.batch(where))
+            return self.backend.bring(self.array[where].toarray())
         rows = self.backend.contiguous(self.backend.bring(self.array[where]))
         rows = rows.reshape(len(rows), self.features)
         return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
 
-    def batch(self, where: slice | Array) -> Array:
-        """Return the samples at `where` as rows, shape (m, features), on the CPU."""
+    def dataset(self, *, may_skip_zeros: bool) -> Dataset:
+        """The samples as training takes them; zeros are skipped, if they may be, where there are many."""
         if self.is_sparse:
-            dense: Array = self.array[where].toarray()
-            return dense
-        if self.on_gpu and self._on_cpu is None:
-            self._on_cpu = self.backend.to_cpu(self.array)
-        rows: Array = (self._on_cpu if self.on_gpu else self.array)[where]
-        rows = rows.reshape(len(rows), self.features)
-        return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
-
-    def feed(self, sparse_below: float) -> Feed:
-        """The samples as fused training takes them; zeros are skipped if fewer than this share is not 0."""
-        if self.is_sparse:
-            start, columns = self.array.indptr, self.array.indices
-            return Feed(self.array.data, start.astype(np.int64, copy=False), columns.astype(np.int32, copy=False), True)
+            indptr, indices = self.array.indptr, self.array.indices
+            return Dataset(self.array.data, indptr.astype(np.int64, copy=False), indices.astype(np.int32, copy=False), True)
         if self.on_gpu:
-            return Feed(self.backend.contiguous(self.array).reshape(len(self), self.features), None, None, False)
+            return Dataset(self.backend.contiguous(self.array).reshape(len(self), self.features))
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
         if not arguments.is_aligned(rows):
             rows = rows.copy()
         # A thousand rows, evenly spread, tell the density.
         some = rows[:: max(1, len(rows) // 1000)]
-        dense = np.count_nonzero(some) >= sparse_below * some.size
-        return Feed(rows, None, None, not dense)
+        return Dataset(rows, skip_zeros=may_skip_zeros and np.count_nonzero(some) < SPARSE_BELOW * some.size)
 
 
 def _canonical(matrix: Any, dtype: np.dtype[Any]) -> Any:
