@@ -91,7 +91,6 @@ class CudaBackend(Launcher, NumpyBackend):
         self.quick = fast_path.fast_paths(self)
 
     def describe(self) -> dict[str, str]:
-        """What `gemmlet.show_config` prints about this backend."""
         return {
             "backend": self.name,
             "isa": f"{self._first.arch}, {self._first.name}",
@@ -221,7 +220,6 @@ class CudaBackend(Launcher, NumpyBackend):
     # Matrix products.
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
-        """``out = a @ b``."""
         self.linear(a, b, None, None, 0.0, out, None)
 
     def linear(
@@ -234,14 +232,12 @@ class CudaBackend(Launcher, NumpyBackend):
         out: Array,
         preactivation: Array | None,
     ) -> None:
-        """``out = activation(x @ w + b)`` in one pass."""
         with self._placed(x, w, b, preactivation, out, writes=2) as (device, x_, w_, b_, z, y):
             if y.size:
                 tf32 = _precision.allows_tf32()
                 matmul.linear(device, x_, w_, b_, activation, parameter, y, z, tf32=tf32)
 
     def column_sum(self, x: Array, out: Array) -> None:
-        """``out[j] = sum_i x[i, j]``."""
         with self._placed(x, out, writes=1) as (device, x_, y):
             if not x_.shape[0]:
                 device.zero(y)
@@ -253,7 +249,6 @@ class CudaBackend(Launcher, NumpyBackend):
     # Elementwise and row functions.
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        """``out = activation(x)``."""
         with self._placed(x, out, writes=1) as (device, x_, y):
             if y.size:
                 launch, per_block, _ = self.activation_launch(device, "forward", activation.name, y.dtype)
@@ -262,14 +257,12 @@ class CudaBackend(Launcher, NumpyBackend):
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        """``out = grad_y * activation'``."""
         with self._placed(grad_y, saved, out, writes=1) as (device, g, s, y):
             if y.size:
                 launch, per_block, _ = self.activation_launch(device, "backward", activation.name, y.dtype)
                 launch(-(-y.size // per_block), 1, address(g), address(s), address(y), parameter, y.size)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
-        """``out = function(x)``, over the rows."""
         with self._placed(x, out, writes=1) as (device, x_, y):
             rows, columns = y.shape
             places = address(x_), address(y)
@@ -277,7 +270,6 @@ class CudaBackend(Launcher, NumpyBackend):
             kernel.launch(kernel.blocks(rows), 1, *places, rows, columns)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
-        """``out`` = the gradient with respect to the function's input."""
         with self._placed(grad_y, y, out, writes=1) as (device, g, y_, grad_x):
             rows, columns = grad_x.shape
             places = address(g), address(y_), address(grad_x)
@@ -287,7 +279,6 @@ class CudaBackend(Launcher, NumpyBackend):
     # Losses.
 
     def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
-        """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
         with self._placed(logits, labels, out, writes=1) as (device, z, t, grad):
             rows, columns = z.shape
             indices, targets = (address(t), 0) if t.ndim == 1 else (0, address(t))
@@ -301,7 +292,6 @@ class CudaBackend(Launcher, NumpyBackend):
             return mean
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
-        """Mean over all elements."""
         with self._placed(prediction, target, out, writes=1) as (device, p, t, grad):
             kernel = self.loss_launch(device, loss.name, p.dtype)
             values = address(p), address(t), float(number(parameter, p.dtype)), address(grad), p.size
@@ -314,7 +304,6 @@ class CudaBackend(Launcher, NumpyBackend):
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
     ) -> None:
-        """Update `param` and its state in place."""
         with self._placed(grad, *state, param, writes=1 + len(state)) as (device, g, *rest):
             *states, p = rest
             if p.size:
