@@ -80,14 +80,14 @@ class Samples:
     def stay(self) -> None:
         """Put them where the backend computes, if they are to be used more than once."""
         if not self.is_sparse:
-            self.array = self.backend.bring(self.array)
+            self.array = self.backend.to_device(self.array)
             self.on_gpu = is_on_gpu(self.array)
 
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
         if self.is_sparse:
-            return self.backend.bring(self.array[where].toarray())
-        rows = self.backend.contiguous(self.backend.bring(self.array[where]))
+            return self.backend.to_device(self.array[where].toarray())
+        rows = self.backend.contiguous(self.backend.to_device(self.array[where]))
         rows = rows.reshape(len(rows), self.features)
         return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
 

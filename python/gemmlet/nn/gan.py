@@ -381,9 +381,9 @@ class GAN(Trainable, files.Saved):
             noise = self._checked_noise(z, count)
         backend = select.of(noise)
         result = backend.empty((len(noise), self.features), self.dtype, noise)
-        generator = self._average.brought(lambda array: backend.bring(array, noise))
+        generator = self._average.with_parameters(lambda array: backend.to_device(array, noise))
         for where in slices(len(noise), CHUNK):
-            made = generator.forward(backend.bring(noise[where]))
+            made = generator.forward(backend.to_device(noise[where]))
             if self.generator_output == "tanh":
                 made = backend.scaled(made, self.dtype, 0.5, 0.5)
             backend.assign(result[where], made)

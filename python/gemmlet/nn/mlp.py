@@ -359,7 +359,7 @@ class MLP(Trainable, files.Saved):
     def _outputs(self, samples: Samples, depth: int | None = None) -> Iterator[tuple[slice, Array]]:
         """What the last layer gives, or the first `depth` ones, some samples at a time, where the backend computes."""
         backend = samples.backend
-        dense = self._average.brought(lambda array: backend.bring(array, samples.array))
+        dense = self._average.with_parameters(lambda array: backend.to_device(array, samples.array))
         for where in slices(len(samples), CHUNK):
             yield where, dense.forward(samples.chunk(where), depth)
 

@@ -163,14 +163,14 @@ class CudaBackend(Launcher, NumpyBackend):
         self.device_of(array).download(self.contiguous(array), result)
         return result
 
-    def bring(self, array: Any, beside: Any = None) -> Any:
-        """Without `beside` the first GPU is meant."""
+    def to_device(self, array: Any, like: Any = None) -> Any:
+        """Without `like`, the first GPU."""
         if is_on_gpu(array):
             return array
-        return self._upload(self.device_of(beside) if is_on_gpu(beside) else self._first, array)
+        return self._upload(self.device_of(like) if is_on_gpu(like) else self._first, array)
 
     def placed_like(self, array: Any, like: Any) -> Any:
-        return self.bring(array, like) if is_on_gpu(like) else array
+        return self.to_device(array, like) if is_on_gpu(like) else array
 
     def scaled(self, array: Any, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Any:
         if not is_on_gpu(array):
