@@ -178,7 +178,6 @@ class CpuBackend(NumpyBackend):
         return functions
 
     def describe(self) -> dict[str, str]:
-        """What `gemmlet.show_config` prints about this backend."""
         import platform
 
         isa = "baseline (NEON)" if platform.machine().lower() in {"arm64", "aarch64"} else self.isa
@@ -191,7 +190,6 @@ class CpuBackend(NumpyBackend):
         }
 
     def set_num_threads(self, count: int) -> None:
-        """Set how many threads the kernels use."""
         self._module.set_num_threads(count)
 
     def get_num_threads(self) -> int:
@@ -201,7 +199,6 @@ class CpuBackend(NumpyBackend):
     # A registry entry that has no C++ formula (yet) is computed by the reference: `super()`.
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
-        """``out = a @ b``."""
         self._module.linear(a, b, None, -1, 0.0, out, None)
 
     def linear(
@@ -214,7 +211,6 @@ class CpuBackend(NumpyBackend):
         out: Array,
         preactivation: Array | None,
     ) -> None:
-        """``out = activation(x @ w + b)`` in one pass."""
         number = -1 if activation is None else self._activations.get(activation.name)
         if number is None:
             super().linear(x, w, b, activation, parameter, out, preactivation)
@@ -222,11 +218,9 @@ class CpuBackend(NumpyBackend):
             self._module.linear(x, w, b, number, parameter, out, preactivation)
 
     def column_sum(self, x: Array, out: Array) -> None:
-        """``out[j] = sum_i x[i, j]``."""
         self._module.column_sum(x, out)
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        """``out = activation(x)``."""
         number = self._activations.get(activation.name)
         if number is None:
             super().activation(activation, x, parameter, out)
@@ -236,7 +230,6 @@ class CpuBackend(NumpyBackend):
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        """``out = grad_y * activation'``."""
         number = self._activations.get(activation.name)
         if number is None:
             super().activation_backward(activation, grad_y, saved, parameter, out)
@@ -244,7 +237,6 @@ class CpuBackend(NumpyBackend):
             self._module.activation_backward(number, grad_y, saved, parameter, out)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
-        """``out = function(x)``, row by row."""
         number = self._row_functions.get(function.name)
         if number is None:
             super().row_function(function, x, out)
@@ -252,7 +244,6 @@ class CpuBackend(NumpyBackend):
             self._module.row_function_forward(number, x, out)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
-        """``out`` = the gradient with respect to the function's input."""
         number = self._row_functions.get(function.name)
         if number is None:
             super().row_function_backward(function, grad_y, y, out)
@@ -260,13 +251,13 @@ class CpuBackend(NumpyBackend):
             self._module.row_function_backward(number, grad_y, y, out)
 
     def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
-        """Mean loss; the gradient goes to `out`."""
         if labels.ndim == 2 and np.may_share_memory(labels, out):
             labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
         return self._module.softmax_cross_entropy(logits, labels, label_smoothing, out)
 
-    def elementwise_loss(self, loss: LossFormula, prediction: Array, target: Array, parameter: float, out: Array) -> float:
-        """Mean loss; the gradient goes to `out`."""
+    def elementwise_loss(
+        self, loss: LossFormula, prediction: Array, target: Array, parameter: float, out: Array
+    ) -> float:
         number = self._losses.get(loss.name)
         if number is None:
             return super().elementwise_loss(loss, prediction, target, parameter, out)
@@ -275,7 +266,6 @@ class CpuBackend(NumpyBackend):
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
     ) -> None:
-        """Update `param` and its state in place."""
         number = self._rules.get(rule.name)
         if number is None:
             super().update(rule, param, grad, state, scalars)
