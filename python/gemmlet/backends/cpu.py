@@ -282,11 +282,11 @@ class CpuBackend(NumpyBackend):
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
         if not self.supports_fused(plan) or any(isinstance(table, list) for table in batches.hyperparameters):
             return super().train(plan, batches)
-        gather, arguments = plan.gather, self._arguments(plan)
+        arguments, (dataset, scale, shift) = self._arguments(plan), plan.gather
         assert arguments is not None
         losses, correct = self._module.train(
-            *arguments, *gather.dataset, gather.scale, gather.shift, batches.order, batches.size, batches.hyperparameters, batches.losses,
-            batches.decay, batches.noise,
+            *arguments, dataset.x, dataset.indptr, dataset.indices, dataset.skip_zeros, scale, shift, batches.order,
+            batches.size, batches.hyperparameters, batches.losses, batches.decay, batches.noise,
         )  # fmt: skip
         return Outcome(tuple(losses), correct)
 
