@@ -1,5 +1,4 @@
-// The bindings of fused training. What comes from gemmlet.nn is checked as far as memory is concerned: dtypes, sizes,
-// indices.
+// The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices.
 #include <algorithm>
 
 #include <limits>
@@ -52,7 +51,7 @@ Steps checked_steps(const py::array& order, Index batch, Index samples) {
   if (batch < 1) refuse("batch", "must be at least 1");
   for (Index i = 0; i < count; ++i)
     if (indices[i] < 0 || indices[i] >= samples) refuse("order", "an index that is out of range");
-  // More than there are would only overflow.
+  // A larger batch could overflow sizes.
   return {indices, count, std::min(batch, std::max(count, Index{1}))};
 }
 
@@ -83,7 +82,7 @@ Samples<T> sparse_samples(const py::array& x, const py::array& row_start, const 
                      T(1),
                      T(0),
                      true};
-  // Of the rows that are read.
+  // The rows of `order` only.
   Index nonzeros = 0;
   for (Index i = 0; i < steps.count; ++i) {
     const Index begin = samples.indptr[steps.order[i]], end = samples.indptr[steps.order[i] + 1];
@@ -113,7 +112,7 @@ std::pair<double, Index> train_mlp(LayerTuples layers, const py::array& x, const
     const Steps steps = checked_steps(order, batch, count);
     Samples<T> samples = row_start ? sparse_samples<T>(x, *row_start, *columns, features, steps)
                                    : dense_samples<T>(x, features, skip_zeros);
-    // Places in a mini-batch are counted in 32 bits.
+    // Positions of nonzeros in a mini-batch have 32 bits.
     if (!row_start && elements(steps.batch, features, "batch") > max_positions) samples.skip_zeros = false;
     Targets<T> wanted{nullptr, nullptr};
     if (targets.dtype().num() == py::dtype::num_of<Index>()) {
