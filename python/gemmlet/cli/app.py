@@ -1,4 +1,4 @@
-"""The commands and their options. What a training does is in `train`."""
+"""The commands and their options. What a training does is in `train_mlp` and `train_gan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from .. import nn
 from ..backends import select
 from ..bench.results import TOLERANCES
-from . import UserError, bench, info, train
+from . import UserError, bench, info, train_gan, train_mlp, training
 
 
 def _version(wanted: bool) -> None:
@@ -22,7 +22,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _widths(defaults: train.Defaults) -> str:
+def _widths(defaults: training.Defaults) -> str:
     return ",".join(map(str, defaults.hidden))
 
 
@@ -37,15 +37,16 @@ DataDir = Annotated[
 Epochs = Annotated[
     int | None,
     typer.Option(
-        help="Passes over the training images.", show_default=f"mlp {train.MLP.epochs}, gan {train.GAN.epochs}"
+        help="Passes over the training images.",
+        show_default=f"mlp {train_mlp.DEFAULTS.epochs}, gan {train_gan.DEFAULTS.epochs}",
     ),
 ]
 BatchSize = Annotated[
     int | None,
     typer.Option(
         help="Images in a mini-batch.",
-        show_default=f"mlp {train.MLP.batch_size}, with --classic {train.CLASSIC_MLP.batch_size}; "
-        f"gan {train.GAN.batch_size}",
+        show_default=f"mlp {train_mlp.DEFAULTS.batch_size}, with --classic {train_mlp.CLASSIC.batch_size}; "
+        f"gan {train_gan.DEFAULTS.batch_size}",
     ),
 ]
 Lr = Annotated[
@@ -59,8 +60,8 @@ OptimizerName = Annotated[
     typer.Option(
         metavar="NAME",
         help=f"One of {', '.join(nn.OPTIMIZERS)}.",
-        show_default=f"mlp {train.MLP.optimizer}, with --classic {train.CLASSIC_MLP.optimizer}; "
-        f"gan {train.GAN.optimizer}",
+        show_default=f"mlp {train_mlp.DEFAULTS.optimizer}, with --classic {train_mlp.CLASSIC.optimizer}; "
+        f"gan {train_gan.DEFAULTS.optimizer}",
     ),
 ]
 Hidden = Annotated[
@@ -68,7 +69,7 @@ Hidden = Annotated[
     typer.Option(
         metavar="WIDTHS",
         help="Hidden layers, such as 128 or 256,128; a GAN's discriminator has them in reverse.",
-        show_default=f"mlp {_widths(train.MLP)}; gan {_widths(train.GAN)}",
+        show_default=f"mlp {_widths(train_mlp.DEFAULTS)}; gan {_widths(train_gan.DEFAULTS)}",
     ),
 ]
 Seed = Annotated[
@@ -139,8 +140,8 @@ def _mlp(
     stops early and saves what was learnt.
     """
     return _uninterrupted(
-        train.train_mlp,
-        train.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
+        train_mlp.run,
+        training.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
     )
 
 
@@ -165,8 +166,8 @@ def _gan(
     Ctrl-C stops early and saves what was learnt.
     """
     return _uninterrupted(
-        train.train_gan,
-        train.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
+        train_gan.run,
+        training.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
     )
 
 

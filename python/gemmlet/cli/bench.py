@@ -17,7 +17,7 @@ from ..bench.cases import GROUPS
 from ..bench.results import TIME, TOLERANCES, Results, load
 from ..bench.sides import SIDES
 from ..bench.timing import Plan
-from . import UserError, files, info, train
+from . import UserError, files, info
 
 _WIDTH = 150
 
@@ -110,7 +110,7 @@ def _check(options: Options) -> None:
         )
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError(f"--data-dir {options.data_dir} is not a folder")
-    train.check_folder(options.out)
+    files.check_folder(options.out)
     if options.markdown is not None:
         try:
             report.between_markers(options.markdown.read_text(), "")
@@ -198,7 +198,7 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
         seconds = (0.1 if options.quick else 1.0) if options.seconds is None else options.seconds
         curves = scaling.run(threads, seconds, options.quick, sides, progress)
     report.show_scaling(console, curves, sides)
-    out = train.make_folder(options.out)
+    out = files.make_folder(options.out)
     facts = machine.machine()
     files.write_json(
         out / "scaling.json",
@@ -212,7 +212,7 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
 def _save(console: Console, options: Options, results: Results) -> None:
     from ..bench import plots
 
-    out = train.make_folder(options.out)
+    out = files.make_folder(options.out)
     files.write_json(out / "bench.json", results.as_json())
     shown = f"{results.machine['cpu']}, {results.settings['threads']} threads"
     for name, rows in report.groups(results):
