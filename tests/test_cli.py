@@ -19,6 +19,7 @@ import pytest
 import cuda_on_host.backend
 import gemmlet
 from gemmlet import cli, nn
+from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
@@ -811,12 +812,24 @@ def test_error_leaves_the_old_file(tmp_path):
     files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(path, {"a": float("nan")})
-    with contextlib.suppress(ZeroDivisionError), files.replacing(path) as temporary:
+    with contextlib.suppress(ZeroDivisionError), replacing(path) as temporary:
         temporary.write_text("half")
         assert temporary.suffix == ".json"
         raise ZeroDivisionError
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_two_writers_of_one_file(tmp_path):
+    path = tmp_path / "a.json"
+    with replacing(path) as outer:
+        outer.write_text("outer")
+        with replacing(path) as inner:
+            inner.write_text("inner")
+        assert path.read_text() == "inner"
+    assert path.read_text() == "outer"
+    (tmp_path / "b").touch()
+    assert path.stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
 def write_half(self, content, *_, **__):

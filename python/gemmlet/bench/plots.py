@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..cli.files import replacing
+from .._files import replacing
 from .results import Row
 from .sides import OURS, SIDES
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import get_num_threads
+from .._files import replacing
 from ..bench import instructions, machine, report, scaling, suite
 from ..bench.case import Case, Settings
 from ..bench.cases import GROUPS
@@ -225,5 +226,5 @@ def _write_markdown(path: Path, results: Results) -> None:
     if results.measure != TIME:
         raise UserError(f"--markdown is for times, and these are {results.measure}")
     text = report.between_markers(path.read_text(), report.markdown(results))
-    with files.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text)

@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from .._files import replacing
 from .evaluation import RocCurve
-from .files import replacing
 
 Array = NDArray[Any]
 
