@@ -11,7 +11,8 @@ import typer
 from .. import nn
 from ..backends import select
 from ..bench.results import TOLERANCES
-from . import UserError, bench, info, train_gan, train_mlp, training
+from . import bench, info, train_gan, train_mlp, training
+from .errors import UserError
 
 
 def _version(wanted: bool) -> None:

@@ -18,7 +18,8 @@ from ..bench.cases import GROUPS
 from ..bench.results import TIME, TOLERANCES, Results, load
 from ..bench.sides import SIDES
 from ..bench.timing import Plan
-from . import UserError, files, info
+from . import files, info
+from .errors import UserError
 
 _WIDTH = 150
 

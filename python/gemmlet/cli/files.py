@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
-from . import UserError
+from .errors import UserError
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,7 +20,8 @@ from rich.table import Table
 from .. import get_num_threads, nn, set_num_threads, use_backend
 from ..backends import select
 from ..data import Mnist, load_mnist
-from . import UserError, info
+from . import info
+from .errors import UserError
 from .files import check_folder, make_folder
 
 Array = NDArray[Any]
