@@ -27,7 +27,7 @@ from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
 
 from . import training
 from .case import Array, Call, Case, Factory, Prepared, Settings
-from .sides import OURS
+from .implementations import OURS
 
 FLOATS = ("float32", "float64")
 # What single kernels may be off by; products get what their length allows.
@@ -57,7 +57,7 @@ def _tensors(*arrays: Array) -> list[Any]:
 
 
 def _jitted(function: Callable[..., Any], *arrays: Any) -> Call:
-    """A call of a jitted function that waits for its result; the arguments lie on JAX's side already."""
+    """A call of a jitted function that waits for its result; the arguments are JAX's already."""
     import jax
 
     compiled = jax.jit(function)
@@ -343,22 +343,22 @@ def _activation(entry: Activation, size: int, dtype: str) -> Case:
         expression, out = _NUMEXPR[name], np.empty_like(x)
         return lambda: numexpr.evaluate(expression, {"x": x}, out=out, casting="same_kind")
 
-    sides: dict[str, Factory] = {
+    implementations: dict[str, Factory] = {
         OURS: ours,
         "gemmlet-numba": ours,
         "numpy": lambda x: partial(plain, x, np.empty_like(x)),
     }
     if name in TORCH_ACTIVATIONS:
-        sides["pytorch"] = lambda x: _torch_result(partial(_torch_function(name), *_tensors(x)))
+        implementations["pytorch"] = lambda x: _torch_result(partial(_torch_function(name), *_tensors(x)))
     if name in JAX_ACTIVATIONS:
-        sides["jax"] = lambda x: _jitted(_jax_function(name), x)
+        implementations["jax"] = lambda x: _jitted(_jax_function(name), x)
     if name in _NUMEXPR:
-        sides["numexpr"] = numexpr
+        implementations["numexpr"] = numexpr
     return Case(
         "activations",
         f"{name} {size:,} {dtype}",
         inputs,
-        sides,
+        implementations,
         lambda x: entry.forward(x.astype(np.float64), entry.default),
         rtol=TOLERANCES[dtype],
         atol=TOLERANCES[dtype],
@@ -391,18 +391,18 @@ def _activation_backward(entry: Activation, size: int, dtype: str) -> Case:
 
         return _torch_result(partial(_TORCH_BACKWARD[name], torch.ops.aten, *_tensors(*pair)))
 
-    sides: dict[str, Factory] = {
+    implementations: dict[str, Factory] = {
         OURS: ours,
         "gemmlet-numba": ours,
         "numpy": lambda pair: partial(plain, pair[0], pair[1], np.empty_like(pair[1])),
     }
     if name in _TORCH_BACKWARD:
-        sides["pytorch"] = pytorch
+        implementations["pytorch"] = pytorch
     return Case(
         "activations",
         f"{name}_backward {size:,} {dtype}",
         inputs,
-        sides,
+        implementations,
         exact,
         rtol=TOLERANCES[dtype],
         atol=TOLERANCES[dtype],
@@ -529,14 +529,14 @@ def _loss(entry: Loss, size: int, dtype: str) -> Case:
 
         return _torch_result(call)
 
-    sides: dict[str, Factory] = {OURS: ours, "gemmlet-numba": ours, "numpy": numpy}
+    implementations: dict[str, Factory] = {OURS: ours, "gemmlet-numba": ours, "numpy": numpy}
     if entry.name in _TORCH_LOSSES:
-        sides["pytorch"] = pytorch
+        implementations["pytorch"] = pytorch
     return Case(
         "losses",
         f"{entry.name} {size:,} {dtype}",
         inputs,
-        sides,
+        implementations,
         exact,
         rtol=10 * TOLERANCES[dtype],
         atol=TOLERANCES[dtype] / size,
@@ -570,19 +570,19 @@ def _row_function(name: str, backward: bool, rows: int, columns: int, dtype: str
         return _torch_result(lambda: function(grad_y, y, 1, y.dtype))
 
     function: Callable[..., Array] = entry.backward if backward else entry.forward
-    sides: dict[str, Factory] = {
+    implementations: dict[str, Factory] = {
         OURS: ours,
         "gemmlet-numba": ours,
         "numpy": lambda arrays: partial(function, *arrays),
         "pytorch": pytorch,
     }
     if not backward:
-        sides["jax"] = lambda arrays: _jitted(_jax_function(name), *arrays)
+        implementations["jax"] = lambda arrays: _jitted(_jax_function(name), *arrays)
     return Case(
         "losses",
         f"{kernel} {rows}x{columns} {dtype}",
         inputs,
-        sides,
+        implementations,
         lambda arrays: function(*(a.astype(np.float64) for a in arrays)),
         rtol=10 * TOLERANCES[dtype],
         atol=TOLERANCES[dtype] * (np.sqrt(columns) if backward else 1.0),

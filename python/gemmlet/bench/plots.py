@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .._files import replacing
+from .implementations import IMPLEMENTATIONS, OURS
 from .results import Row
-from .sides import OURS, SIDES
 
 # Okabe and Ito's colours, which colour-blind people can tell apart as well.
 _COLORS = ("#000000", "#999999", "#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#b8a800")
 _MARKERS = ("o", "x", "s", "^", "v", "D", "P", "*", "<")
-STYLE = dict(zip(SIDES, zip(_COLORS, _MARKERS, strict=True), strict=True))
+STYLE = dict(zip(IMPLEMENTATIONS, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -56,19 +56,19 @@ def ratios(path: Path, group: str, rows: Sequence[Row], subtitle: str) -> None:
 
 
 def scaling(path: Path, axes_points: Mapping[str, Sequence[Mapping[str, Any]]], subtitle: str) -> None:
-    """Draw throughput (top) and peak memory (bottom) of each side over each parameter."""
+    """Draw throughput (top) and peak memory (bottom) of each implementation over each parameter."""
     figure = Figure(figsize=(4.0 * len(axes_points), 7), layout="constrained")
     grid = figure.subplots(2, len(axes_points), squeeze=False, sharex="col")
     for column, (parameter, points) in enumerate(axes_points.items()):
         for quantity, row, label in (("images_per_second", 0, "images per second"), ("peak_mb", 1, "peak memory (MB)")):
             axes = grid[row][column]
-            for side, (color, marker) in STYLE.items():
+            for name, (color, marker) in STYLE.items():
                 line = [
-                    (p["value"], p["sides"][side][quantity]) for p in points if quantity in p["sides"].get(side, {})
+                    (p["value"], p["sides"][name][quantity]) for p in points if quantity in p["sides"].get(name, {})
                 ]
                 if line:
                     x, y = zip(*line, strict=True)
-                    axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=side)
+                    axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=name)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xticks([p["value"] for p in points], [f"{p['value']}" for p in points], fontsize=7)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .implementations import OURS
 from .results import Row
-from .sides import OURS
 from .timing import duration
 
 
@@ -27,7 +27,7 @@ class Target:
         The ratio to reach.
     mean
         Whether the geometric mean over the rows has to reach it; else every row has to.
-    side
+    implementation
         Whose time it is.
     """
 
@@ -36,7 +36,7 @@ class Target:
     peers: tuple[str, ...]
     at_least: float
     mean: bool = False
-    side: str = OURS
+    implementation: str = OURS
 
     @property
     def required(self) -> str:
@@ -145,9 +145,15 @@ TARGETS: tuple[Target | Limit, ...] = (
         _group("epoch", _of(dtype="float32", data="MNIST")),
         ("numpy",),
         1.0,
-        side="gemmlet-numba",
+        implementation="gemmlet-numba",
     ),
-    Target("backend numba, every elementwise kernel", _of(elementwise=True), ("numpy",), 1.0, side="gemmlet-numba"),
+    Target(
+        "backend numba, every elementwise kernel",
+        _of(elementwise=True),
+        ("numpy",),
+        1.0,
+        implementation="gemmlet-numba",
+    ),
 )
 
 
@@ -169,9 +175,9 @@ def verdict(target: Target | Limit, rows: Iterable[Row]) -> Verdict:
         return say(duration(max(times)), max(times) <= target.seconds) if times else say("not measured", None)
     ratios: dict[str, float] = {}
     for row in chosen:
-        if target.side in row.sides and row.sides[target.side].failed is not None:
+        if target.implementation in row.timed and row.timed[target.implementation].failed is not None:
             return say(f"fails: {row.name}", met=False)
-        found = [row.ratio(peer, target.side) for peer in target.peers]
+        found = [row.ratio(peer, target.implementation) for peer in target.peers]
         known = [ratio for ratio in found if ratio is not None]
         # Against the better of two, one of them says nothing.
         if len(known) == len(found):
@@ -183,5 +189,5 @@ def verdict(target: Target | Limit, rows: Iterable[Row]) -> Verdict:
     if len(ratios) > 1:
         words += f" (geometric mean of {len(ratios)} rows); worst {ratios[worst]:.2f}, {worst}"
     if len(ratios) < len(chosen):
-        words += f"; {len(chosen) - len(ratios)} rows lack a side"
+        words += f"; {len(chosen) - len(ratios)} rows lack an implementation"
     return say(words, (mean if target.mean else ratios[worst]) >= target.at_least)

@@ -23,7 +23,7 @@ from gemmlet.data import Mnist, load_mnist
 from gemmlet.formulas.optimizers import adam_scalars
 
 from .case import Array, Call, Case, Prepared, Settings
-from .sides import OURS
+from .implementations import OURS
 
 BATCH, LR = 64, 0.1
 LAYERS = (784, 128, 10)
@@ -268,7 +268,7 @@ def sklearn_mlp(t: Task) -> Prepared:
     return Prepared(lambda: model.partial_fit(t.x, t.labels), result)
 
 
-MLP_SIDES: dict[str, Callable[[Task], Prepared]] = {
+MLP_IMPLEMENTATIONS: dict[str, Callable[[Task], Prepared]] = {
     OURS: gemmlet_mlp,
     "gemmlet-numba": gemmlet_mlp,
     "numpy": numpy_mlp,
@@ -292,7 +292,7 @@ def mlp_case(
     count: int,
     batch: int,
     dtype: str,
-    sides: Sequence[str] = tuple(MLP_SIDES),
+    implementations: Sequence[str] = tuple(MLP_IMPLEMENTATIONS),
 ) -> Case:
     """Return the case of an epoch, or with one image at a time of an image, of an MLP with tanh and SGD."""
     single = batch == 1
@@ -302,7 +302,7 @@ def mlp_case(
         f"{data} {'-'.join(map(str, layers))} tanh, {'one image at a time' if single else f'batch {batch}'}, "
         f"{count:,} images, {dtype}",
         inputs,
-        {name: MLP_SIDES[name] for name in sides},
+        {name: MLP_IMPLEMENTATIONS[name] for name in implementations},
         exact_mlp,
         # Rounding errors grow from update to update: in float32 the peers' are up to 1e-6 after an epoch.
         rtol=0.0,
@@ -316,7 +316,7 @@ def mlp_case(
 
 
 def digits_case(
-    settings: Settings, layers: Sequence[int], count: int, batch: int, dtype: str, sides: Sequence[str]
+    settings: Settings, layers: Sequence[int], count: int, batch: int, dtype: str, implementations: Sequence[str]
 ) -> Case:
     """Return the case of an MLP on images as they are in MNIST."""
     checked = min(count, 200) if batch == 1 else None
@@ -324,7 +324,7 @@ def digits_case(
     def inputs() -> Task:
         return task(layers, *_digits(settings, count), batch, dtype, checked)
 
-    return mlp_case("MNIST", inputs, layers, count, batch, dtype, sides)
+    return mlp_case("MNIST", inputs, layers, count, batch, dtype, implementations)
 
 
 def epoch(settings: Settings) -> Iterator[Case]:
@@ -335,7 +335,7 @@ def epoch(settings: Settings) -> Iterator[Case]:
         samples = np.random.default_rng(0).random((count, LAYERS[0]), "float32")
         return task(LAYERS, samples, _digits(settings, count)[1], BATCH, "float32")
 
-    yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_SIDES))
+    yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_IMPLEMENTATIONS))
     yield mlp_case("dense random", dense, LAYERS, count, BATCH, "float32")
     yield digits_case(settings, LAYERS, singles, 1, "float64", (OURS, "gemmlet-numba", "numpy"))
 
@@ -623,7 +623,7 @@ def _numpy_losses(gan: NumpyGan, real: Array, n: int) -> tuple[float, float]:
     return gan.epoch(real[:n])
 
 
-GAN_SIDES: dict[str, Callable[[GanTask], Prepared]] = {
+GAN_IMPLEMENTATIONS: dict[str, Callable[[GanTask], Prepared]] = {
     OURS: gemmlet_gan,
     "gemmlet-numba": gemmlet_gan,
     "numpy": numpy_gan,
@@ -649,9 +649,9 @@ def gan_case(settings: Settings, count: int) -> Case:
         "gan",
         f"step 100-256-784 and 784-256-1, batch {min(count, BATCH)}, Adam, float32",
         lambda: gan_task(_digits(settings, count)[0]),
-        GAN_SIDES,
+        GAN_IMPLEMENTATIONS,
         exact_gan,
-        # Each side has noise of its own, and so losses of its own, which the mean over a few steps brings close.
+        # Each implementation draws its own noise: losses differ, and their means over a few steps are close.
         rtol=0.0,
         atol=0.05,
         flops=gan_flops() * count / steps,

@@ -181,12 +181,16 @@ def _bench(
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with all of these words, as in 'tanh float32'.")
     ] = "",
     sides: Annotated[
-        str, typer.Option(metavar="NAMES", help="Only these sides, as in gemmlet,numpy.", show_default="all installed")
+        str,
+        typer.Option(
+            metavar="NAMES", help="Only these implementations, as in gemmlet,numpy.", show_default="all installed"
+        ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: a minute or two.")] = False,
     threads: Threads = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Seconds for a case, all sides together.", show_default="1, with --quick 0.1")
+        float | None,
+        typer.Option(help="Seconds for a case, all implementations together.", show_default="1, with --quick 0.1"),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -197,7 +201,7 @@ def _bench(
         ),
     ] = None,
     out: Out = Path("runs/bench"),
-    only_list: Annotated[bool, typer.Option("--list", help="List the cases and their sides.")] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="List the cases and their implementations.")] = False,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Curves over batch, width, depth and threads, with peak memory, instead.")
     ] = False,

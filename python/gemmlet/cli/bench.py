@@ -15,8 +15,8 @@ from .._files import replacing
 from ..bench import instructions, machine, report, scaling, suite
 from ..bench.case import Case, Settings
 from ..bench.cases import GROUPS
+from ..bench.implementations import IMPLEMENTATIONS
 from ..bench.results import TIME, TOLERANCES, Results, load
-from ..bench.sides import SIDES
 from ..bench.timing import Plan
 from . import files, info
 from .errors import UserError
@@ -55,11 +55,15 @@ def run(options: Options) -> int:
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
     _check(options)
     settings = Settings(options.quick, options.data_dir)
-    choice = suite.Choice(options.groups, options.filter, _sides(options.sides))
+    choice = suite.Choice(options.groups, options.filter, _implementations(options.sides))
     if options.list:
         for case in _cases(settings, choice):
             console.print(
-                f"{case.key}  [{', '.join(case.sides)}]", markup=False, soft_wrap=True, overflow="ignore", crop=False
+                f"{case.key}  [{', '.join(case.implementations)}]",
+                markup=False,
+                soft_wrap=True,
+                overflow="ignore",
+                crop=False,
             )
         return 0
     earlier = None if options.compare is None else _load(options.compare, "--compare")
@@ -120,13 +124,15 @@ def _check(options: Options) -> None:
             raise UserError(f"--markdown {options.markdown}: {error}") from error
 
 
-def _sides(text: str) -> tuple[str, ...]:
+def _implementations(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        if name not in SIDES:
-            raise UserError(f"--sides: {name!r} is unknown; the choices are {', '.join(SIDES)}")
-        if not SIDES[name].available():
-            raise UserError(f"--sides: {name} needs the package {SIDES[name].package}: pip install 'gemmlet[bench]'")
+        if name not in IMPLEMENTATIONS:
+            raise UserError(f"--sides: {name!r} is unknown; the choices are {', '.join(IMPLEMENTATIONS)}")
+        if not IMPLEMENTATIONS[name].available():
+            raise UserError(
+                f"--sides: {name} needs the package {IMPLEMENTATIONS[name].package}: pip install 'gemmlet[bench]'"
+            )
     return names
 
 
@@ -188,8 +194,12 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
     from ..bench import plots
 
     threads = _threads(options)
-    sides = tuple(name for name in scaling.LINES if SIDES[name].available() and name in (choice.sides or SIDES))
-    if not sides:
+    implementations = tuple(
+        name
+        for name in scaling.LINES
+        if IMPLEMENTATIONS[name].available() and name in (choice.implementations or IMPLEMENTATIONS)
+    )
+    if not implementations:
         raise UserError(f"--sides: none of them is in the curves, which have {', '.join(scaling.LINES)}")
     with _bar(console) as bar:
         task = bar.add_task("", total=None)
@@ -198,8 +208,8 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
             bar.update(task, total=count, completed=number, description=text)
 
         seconds = (0.1 if options.quick else 1.0) if options.seconds is None else options.seconds
-        curves = scaling.run(threads, seconds, options.quick, sides, progress)
-    report.show_scaling(console, curves, sides)
+        curves = scaling.run(threads, seconds, options.quick, implementations, progress)
+    report.show_scaling(console, curves, implementations)
     out = files.make_folder(options.out)
     facts = machine.machine()
     files.write_json(
