@@ -20,13 +20,14 @@ _MARKERS = ("o", "x", "s", "^", "v", "D", "P", "*", "<")
 STYLE = dict(zip(IMPLEMENTATIONS, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 
-def _save(figure: Figure, path: Path) -> None:
-    # A figure made without pyplot draws with Agg and belongs to nobody else.
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a figure. One made without pyplot draws with Agg and belongs to nobody else."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=dpi)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Leave out the frame's upper and right line, and add a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
@@ -50,9 +51,9 @@ def ratios(path: Path, group: str, rows: Sequence[Row], subtitle: str) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("time of the peer / time of gemmlet (right of 1 gemmlet is ahead)")
     axes.set_title(f"{group}\n{subtitle}", fontsize=9)
-    _plain(axes)
+    plain(axes)
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
+    save(figure, path, dpi=110)
 
 
 def scaling(path: Path, axes_points: Mapping[str, Sequence[Mapping[str, Any]]], subtitle: str) -> None:
@@ -75,7 +76,7 @@ def scaling(path: Path, axes_points: Mapping[str, Sequence[Mapping[str, Any]]], 
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylabel(label if column == 0 else "")
             axes.set_xlabel(parameter if row else "")
-            _plain(axes)
+            plain(axes)
     grid[0][0].legend(frameon=False, fontsize=7)
     figure.suptitle(f"Training an MLP\n{subtitle}", fontsize=9)
-    _save(figure, path)
+    save(figure, path, dpi=110)

@@ -66,7 +66,7 @@ def run(
     choice: Choice,
     plan: timing.Plan,
     threads: int,
-    progress: Callable[[Case, int, int], None] = lambda case, number, count: None,
+    progress: Callable[[str, int, int], None] = lambda key, number, count: None,
 ) -> Results:
     """Check and time the chosen cases.
 
@@ -77,7 +77,7 @@ def run(
     threads
         For every implementation.
     progress : callable
-        Told of each case before it runs, with its number from 0 and how many there are.
+        Told the key of each case before it runs, its number from 0 and how many there are.
     """
     cases = chosen_cases(settings, choice)
     names = {case.key: chosen_implementations(case, settings, choice) for case in cases}
@@ -97,7 +97,7 @@ def run(
         notes += complaints
         top = roofline.measure(threads)
         for number, case in enumerate(cases):
-            progress(case, number, len(cases))
+            progress(case.key, number, len(cases))
             timed = timing.run(case, names[case.key], plan, seed=number)
             rows.append(
                 Row(case.group, case.name, case.unit, timed, case.labels, case.flops, case.bytes, top.seconds(case))

@@ -119,57 +119,47 @@ def _info() -> None:
     info.show()
 
 
-@train_app.command("mlp")
-def _mlp(
-    data_dir: DataDir = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    optimizer: OptimizerName = None,
-    hidden: Hidden = None,
-    seed: Seed = 0,
-    backend: BackendName = None,
-    threads: Threads = None,
-    out: Out = Path("runs/mlp"),
-    classic: Annotated[
-        bool, typer.Option("--classic", help="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.")
-    ] = False,
-) -> int:
+def _add_training(name: str, run: Callable[[training.Options], int], classic_help: str, description: str) -> None:
+    def command(
+        data_dir: DataDir = None,
+        epochs: Epochs = None,
+        batch_size: BatchSize = None,
+        lr: Lr = None,
+        optimizer: OptimizerName = None,
+        hidden: Hidden = None,
+        seed: Seed = 0,
+        backend: BackendName = None,
+        threads: Threads = None,
+        out: Out = Path("runs", name),
+        classic: bool = typer.Option(False, "--classic", help=classic_help),
+    ) -> int:
+        return _uninterrupted(
+            run,
+            training.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
+        )
+
+    train_app.command(name, help=description)(command)
+
+
+_add_training(
+    "mlp",
+    train_mlp.run,
+    "784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
     """Train a classifier of digits.
 
     The curves show a tenth of the training images that is held out; the test images are used once, at the end. Ctrl-C
     stops early and saves what was learnt.
-    """
-    return _uninterrupted(
-        train_mlp.run,
-        training.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
-    )
-
-
-@train_app.command("gan")
-def _gan(
-    data_dir: DataDir = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    optimizer: OptimizerName = None,
-    hidden: Hidden = None,
-    seed: Seed = 0,
-    backend: BackendName = None,
-    threads: Threads = None,
-    out: Out = Path("runs/gan"),
-    classic: Annotated[
-        bool, typer.Option("--classic", help="100-256-784 tanh generator, 784-256-1 discriminator.")
-    ] = False,
-) -> int:
+    """,
+)
+_add_training(
+    "gan",
+    train_gan.run,
+    "100-256-784 tanh generator, 784-256-1 discriminator.",
     """Train a generator of digits, and measure it with a classifier trained on the spot.
 
     Ctrl-C stops early and saves what was learnt.
-    """
-    return _uninterrupted(
-        train_gan.run,
-        training.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
-    )
+    """,
+)
 
 
 @app.command("bench")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -159,19 +161,16 @@ def _measure(console: Console, options: Options, settings: Settings, choice: sui
     usual = _QUICK if options.quick else _USUAL
     plan = usual if options.seconds is None else replace(usual, seconds=options.seconds)
     try:
-        with _bar(console) as bar:
-            task = bar.add_task("", total=None)
-
-            def progress(case: Case, number: int, count: int) -> None:
-                bar.update(task, total=count, completed=number, description=case.key)
-
+        with _progress(console) as progress:
             return suite.run(settings, choice, plan, _threads(options), progress)
     except (OSError, ValueError) as error:  # of the data
         raise UserError(str(error).replace("(data_dir)", "(--data-dir)")) from error
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar, and yield a function that moves it: it takes what is measured, its number and how many there are."""
+    with Progress(
         MofNCompleteColumn(),
         BarColumn(20),
         TimeElapsedColumn(),
@@ -179,7 +178,9 @@ def _bar(console: Console) -> Progress:
         console=console,
         disable=not console.is_interactive,
         transient=True,
-    )
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, number, count: bar.update(task, description=text, completed=number, total=count)
 
 
 def _count(console: Console) -> Results:
@@ -201,12 +202,7 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
     )
     if not implementations:
         raise UserError(f"--sides: none of them is in the curves, which have {', '.join(scaling.LINES)}")
-    with _bar(console) as bar:
-        task = bar.add_task("", total=None)
-
-        def progress(text: str, number: int, count: int) -> None:
-            bar.update(task, total=count, completed=number, description=text)
-
+    with _progress(console) as progress:
         seconds = (0.1 if options.quick else 1.0) if options.seconds is None else options.seconds
         curves = scaling.run(threads, seconds, options.quick, implementations, progress)
     report.show_scaling(console, curves, implementations)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 
 from .. import nn
-from ..data import Mnist
 from . import evaluation, files, training
 from .files import make_folder
-from .training import Defaults, Options, Settings, Watch
+from .training import Defaults, Options, Watch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,9 +30,9 @@ def run(options: Options) -> int:
     """Train a GAN, write the results to the folder ``--out`` and return the exit status."""
     from . import plots
 
-    console = training.make_console()
     # A covariance, as in the Fréchet distance, needs two.
-    settings, data = training.begin(options, CLASSIC if options.classic else DEFAULTS, console, least=2)
+    watch = Watch(options, CLASSIC if options.classic else DEFAULTS, least=2)
+    settings, data = watch.settings, watch.data
     if settings.classic:
         model = nn.GAN.classic(seed=settings.seed)
     else:
@@ -62,7 +60,7 @@ def run(options: Options) -> int:
         if p.epoch_done and (p.epoch % every == 0 or p.epoch == p.epochs):
             picture(p.epoch)
 
-    with Watch(console, settings.epochs) as watch:
+    with watch:
         picture(0)
         with watch.bar():
             history = model.fit(
@@ -77,19 +75,18 @@ def run(options: Options) -> int:
             grid(f"epoch {len(history.generator_loss)}, interrupted")
         plots.save_animation(settings.out / "samples.gif", list(shown.values()))
         plots.save_image(settings.out / "samples.png", shown[model.steps])
-        _finish(model, data, settings, history, watch.epochs_done, console)
+        _finish(model, history, watch)
     return 130 if watch.interrupted else 0
 
 
-def _finish(
-    model: nn.GAN, data: Mnist, settings: Settings, history: nn.GANHistory, epochs_done: int, console: Console
-) -> None:
+def _finish(model: nn.GAN, history: nn.GANHistory, watch: Watch) -> None:
     """Save the network, measure its samples, and write and show what came out."""
     from . import plots
 
+    settings, data = watch.settings, watch.data
     out = settings.out
     model.save(out / "model.safetensors")
-    console.print("Training the classifier that judges the samples.")
+    watch.console.print("Training the classifier that judges the samples.")
     judge = nn.MLP([784, JUDGE_HIDDEN, 10], "relu", seed=settings.seed)
     judge.fit(data.x_train, data.y_train, epochs=JUDGE_EPOCHS, batch_size=64, optimizer="adam")
     judge_accuracy = judge.evaluate(data.x_test, data.y_test)["accuracy"]
@@ -106,18 +103,14 @@ def _finish(
             "frechet_distance_of_genuine_digits": genuine_distance,
             "samples_judged": JUDGED,
             "classifier_accuracy": judge_accuracy,
-            **training.facts(data, settings, history.seconds, epochs_done),
-            "history": {
-                "generator_loss": training.finite(history.generator_loss),
-                "discriminator_loss": training.finite(history.discriminator_loss),
-            },
+            **watch.facts(history.seconds),
+            "history": training.curves(history, "generator_loss", "discriminator_loss"),
         },
     )
     plots.gan_losses(out / "loss_curves.png", history.generator_loss, history.discriminator_loss)
     plots.class_shares(out / "class_shares.png", quality["class_shares"])
     rarest = int(np.argmin(quality["class_shares"]))
-    training.show_table(
-        console,
+    watch.finish(
         f"What a classifier ({judge_accuracy:.2%} right on the test images) makes of {JUDGED:,} samples",
         {
             f"classified with a probability of at least {evaluation.CONFIDENT}": training.percent(
@@ -129,4 +122,3 @@ def _finish(
             "training time": f"{history.seconds:.1f} s",
         },
     )
-    console.print(f"Model, metrics and pictures: {out}", soft_wrap=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.console import Console
 
 from .. import nn
-from ..data import Mnist
 from . import evaluation, files, training
-from .training import Array, Defaults, Options, Settings, Watch
+from .training import Array, Defaults, Options, Watch
 
 # With a rate that falls to 0, Adam may start with more than its usual 1e-3.
 _OPTIMIZERS = {"sgd": nn.SGD(0.1), "adam": nn.Adam(3e-3), "adamw": nn.AdamW(3e-3)}
@@ -22,8 +20,8 @@ HELD_OUT = 0.1
 
 def run(options: Options) -> int:
     """Train an MLP, write the results to the folder ``--out`` and return the exit status."""
-    console = training.make_console()
-    settings, data = training.begin(options, CLASSIC if options.classic else DEFAULTS, console)
+    watch = Watch(options, CLASSIC if options.classic else DEFAULTS)
+    settings, data = watch.settings, watch.data
     if settings.classic:
         model = nn.MLP.classic(seed=settings.seed)
     else:
@@ -33,7 +31,7 @@ def run(options: Options) -> int:
     def callback(p: nn.Progress) -> None:
         watch.see(p, {"loss": p.loss, "accuracy": p.accuracy, "held out": p.validation_accuracy})
 
-    with Watch(console, settings.epochs) as watch:
+    with watch:
         with watch.bar():
             history = model.fit(
                 data.x_train[kept],
@@ -46,7 +44,7 @@ def run(options: Options) -> int:
                 callback=callback,
                 callback_every="call",
             )
-        _finish(model, data, settings, history, watch.epochs_done, console)
+        _finish(model, history, watch)
     return 130 if watch.interrupted else 0
 
 
@@ -57,13 +55,11 @@ def hold_out(count: int, seed: int) -> tuple[Array, Array]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _finish(
-    model: nn.MLP, data: Mnist, settings: Settings, history: nn.History, epochs_done: int, console: Console
-) -> None:
+def _finish(model: nn.MLP, history: nn.History, watch: Watch) -> None:
     """Save the network, measure it on the test images, and write and show what came out."""
     from . import plots
 
-    out = settings.out
+    out, data = watch.settings.out, watch.data
     probabilities = model.predict_proba(data.x_test)
     training.check_finite(probabilities)
     model.save(out / "model.safetensors")
@@ -75,28 +71,16 @@ def _finish(
         out / "metrics.json",
         {
             **scores,
-            **training.facts(data, settings, history.seconds, epochs_done),
+            **watch.facts(history.seconds),
             "layers": model.layers,
-            "history": {
-                "loss": training.finite(history.loss),
-                "accuracy": training.finite(history.accuracy),
-                "validation_loss": training.finite(history.validation_loss),
-                "validation_accuracy": training.finite(history.validation_accuracy),
-            },
+            "history": training.curves(history, "loss", "accuracy", "validation_loss", "validation_accuracy"),
         },
     )
-    plots.learning_curves(
-        out / "learning_curves.png",
-        history.loss,
-        history.accuracy,
-        history.validation_loss,
-        history.validation_accuracy,
-    )
+    plots.learning_curves(out / "learning_curves.png", history)
     plots.confusion_matrix(out / "confusion_matrix.png", data.y_test, predicted)
     plots.roc_curves(out / "roc_curves.png", curves, len(data.y_test))
     plots.worst_mistakes(out / "worst_mistakes.png", data.x_test, data.y_test, predicted, probabilities)
-    training.show_table(
-        console,
+    watch.finish(
         f"On {len(data.y_test):,} test images",
         {
             "accuracy": training.percent(scores["test_accuracy"]),
@@ -107,4 +91,3 @@ def _finish(
             "training time": f"{history.seconds:.1f} s",
         },
     )
-    console.print(f"Model, metrics and pictures: {out}", soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,21 +167,37 @@ class Watch:
     The first Ctrl-C sets `interrupted`, the second raises KeyboardInterrupt. Both hold until the results are saved.
     """
 
-    def __init__(self, console: Console, epochs: int) -> None:
+    def __init__(self, options: Options, defaults: Defaults, *, least: int = 1) -> None:
+        """Check the options, load the data and say what is used; there must be `least` images of each kind."""
+        self.settings = check(options, defaults)
+        self.data = data = _load(options)
         self.interrupted = False
         self.epochs_done = 0
-        self._console = console
+        # The names of folders are printed, in which brackets and colons mean nothing.
+        self.console = Console(highlight=False, markup=False, emoji=False)
         self._figures: dict[str, float] = {}
         # Where no bar can be drawn, there is a line for each epoch.
         self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            TextColumn("epoch {task.fields[epoch]}/" + str(self.settings.epochs)),
             BarColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_interactive,
+            console=self.console,
+            disable=not self.console.is_interactive,
         )
         self._task = self._bar.add_task("", total=None, epoch=1, figures="")
+        images, tests = len(data.y_train), len(data.y_test)
+        if min(images, tests) < least:
+            raise UserError(
+                f"{data.source} has {images} training and {tests} test images; expected at least {least} each"
+            )
+        make_folder(self.settings.out)
+        self._say(f"Data: {data.source} ({images:,} training and {tests:,} test images)")
+        description, threads = select.current().describe(), get_num_threads()
+        self._say(f"Backend: {description['backend']}, {description['isa']}, {threads} thread{'s' * (threads > 1)}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
 
     def __enter__(self) -> Watch:
         self._previous = signal.getsignal(signal.SIGINT)
@@ -204,7 +220,7 @@ class Watch:
         with self._bar:
             yield
         if self.interrupted:
-            self._console.print("Interrupted: saving what was learnt (Ctrl-C again ends at once).")
+            self.console.print("Interrupted: saving what was learnt (Ctrl-C again ends at once).")
 
     def see(self, progress: nn.Progress | nn.GANProgress, figures: Mapping[str, float | None]) -> None:
         """Take note of some mini-batches and their figures, and raise `StopTraining` if they shall be the last."""
@@ -216,14 +232,42 @@ class Watch:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in self._figures.items())
         batches = progress.epochs * progress.batches
         done = (progress.epoch - 1) * progress.batches + progress.batch
-        if self._console.is_interactive:
+        if self.console.is_interactive:
             self._bar.update(self._task, total=batches, completed=done, epoch=progress.epoch, figures=shown)
         elif progress.epoch_done:
-            self._console.print(f"epoch {progress.epoch}/{progress.epochs}  {shown}")
+            self.console.print(f"epoch {progress.epoch}/{progress.epochs}  {shown}")
         if progress.epoch_done:
             self.epochs_done = progress.epoch
         if self.interrupted and done < batches:
             raise nn.StopTraining
+
+    def facts(self, seconds: float) -> dict[str, Any]:
+        """Return what metrics.json says of any training; `seconds` are those of the training alone."""
+        description = select.current().describe()
+        return {
+            "seconds": seconds,
+            "backend": description["backend"],
+            "isa": description["isa"],
+            "threads": get_num_threads(),
+            "interrupted": self.epochs_done < self.settings.epochs,
+            "epochs_done": self.epochs_done,
+            **self.settings.facts(),
+            "data": self.data.source,
+            "training_images": len(self.data.y_train),
+            "test_images": len(self.data.y_test),
+        }
+
+    def finish(self, title: str, rows: Mapping[str, str]) -> None:
+        """Print a table of names and values, and where the results are."""
+        table = Table(show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        # Not as the table's own title, which would be folded to its width.
+        self.console.print(title)
+        self.console.print(table)
+        self._say(f"Model, metrics and pictures: {self.settings.out}")
 
 
 def _diverged() -> UserError:
@@ -236,60 +280,9 @@ def check_finite(results: Array) -> None:
         raise _diverged()
 
 
-def facts(data: Mnist, settings: Settings, seconds: float, epochs_done: int) -> dict[str, Any]:
-    """Return what metrics.json says of any training; `seconds` are those of the training alone."""
-    description = select.current().describe()
-    return {
-        "seconds": seconds,
-        "backend": description["backend"],
-        "isa": description["isa"],
-        "threads": get_num_threads(),
-        "interrupted": epochs_done < settings.epochs,
-        "epochs_done": epochs_done,
-        **settings.facts(),
-        "data": data.source,
-        "training_images": len(data.y_train),
-        "test_images": len(data.y_test),
-    }
-
-
-def make_console() -> Console:
-    """Return a console that prints brackets and colons as they are: the names of folders may have some."""
-    return Console(highlight=False, markup=False, emoji=False)
-
-
-def begin(options: Options, defaults: Defaults, console: Console, *, least: int = 1) -> tuple[Settings, Mnist]:
-    """Check the options, load the data, of which there must be `least` images of each kind, and say what is used."""
-    settings = check(options, defaults)
-    data = _load(options)
-    images, tests = len(data.y_train), len(data.y_test)
-    if min(images, tests) < least:
-        raise UserError(f"{data.source} has {images} training and {tests} test images; expected at least {least} each")
-    make_folder(settings.out)
-    console.print(f"Data: {data.source} ({images:,} training and {tests:,} test images)", soft_wrap=True)
-    description, threads = select.current().describe(), get_num_threads()
-    console.print(
-        f"Backend: {description['backend']}, {description['isa']}, {threads} thread{'s' * (threads > 1)}",
-        soft_wrap=True,
-    )
-    return settings, data
-
-
-def finite(values: Sequence[float]) -> list[float | None]:
-    """Return `values` for JSON, which has no NaN."""
-    return [value if math.isfinite(value) else None for value in values]
-
-
-def show_table(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    """Print a table of names and values."""
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    # Not as the table's own title, which would be folded to its width.
-    console.print(title)
-    console.print(table)
+def curves(history: nn.History | nn.GANHistory, *names: str) -> dict[str, list[float | None]]:
+    """Return the named lists of a history for JSON, which has no NaN."""
+    return {name: [v if math.isfinite(v) else None for v in getattr(history, name)] for name in names}
 
 
 def percent(value: float | None) -> str:
