@@ -215,7 +215,7 @@ def text(report: Report) -> str:
     lines = [_machine(report), ""]
     for name, of_it in groups(rows(report)):
         peers = _peers(of_it)
-        head = [f"{name} (one {of_it[0].unit})", "gemmlet", "roofline", *peers]
+        head = [f"{name} (one {of_it[0].unit})", "gemmlet", "roof", *peers]
         table = [head, *([row.name, *_ours(row), *(_theirs(row, peer) for peer in peers)] for row in of_it)]
         lines += [*_aligned(table), ""]
     if lines[2:]:

@@ -652,11 +652,15 @@ def optimizers(settings: Settings) -> Iterator[Case]:
 # The cost of a call.
 
 
-def _overhead(name: str, ours: Factory, numpy: Factory, inputs: Callable[[], Any], exact: Factory) -> Case:
+def _overhead(name: str, ours: Factory, numpy: Factory, *shapes: tuple[int, ...]) -> Case:
+    def exact(given: list[Array]) -> Any:
+        made = numpy(given)
+        return made.result() if isinstance(made, Prepared) else made()
+
     return Case(
         "overhead",
         name,
-        inputs,
+        lambda: [np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate(shapes)],
         {OURS: ours, "numpy": numpy},
         exact,
         rtol=1e-5,
@@ -668,8 +672,8 @@ def _overhead(name: str, ours: Factory, numpy: Factory, inputs: Callable[[], Any
 def overhead(settings: Settings) -> Iterator[Case]:
     """The smallest calls, where nothing but the cost of a call counts; float64, and results allocated."""
 
-    def draw(*shapes: tuple[int, ...]) -> Callable[[], list[Array]]:
-        return lambda: [np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate(shapes)]
+    def given_to(function: Callable[..., Any], *more: Any) -> Factory:
+        return lambda given: partial(function, *given, *more)
 
     def updated(step: Callable[[Array, Array], Any]) -> Factory:
         def factory(given: list[Array]) -> Prepared:
@@ -681,35 +685,14 @@ def overhead(settings: Settings) -> Iterator[Case]:
     def numpy_sgd(param: Array, grad: Array) -> None:
         param -= 0.1 * grad
 
+    def numpy_linear(given: list[Array]) -> Call:
+        return lambda: np.tanh(given[0] @ given[1] + given[2])
+
     for size in (1, 10):
-        yield _overhead(
-            f"tanh {size}",
-            lambda given: partial(kernels.tanh, *given),
-            lambda given: partial(np.tanh, *given),
-            draw((size,)),
-            lambda given: np.tanh(given[0]),
-        )
-    yield _overhead(
-        "matmul 4x4x4",
-        lambda given: partial(kernels.matmul, *given),
-        lambda given: partial(np.matmul, *given),
-        draw((4, 4), (4, 4)),
-        lambda given: given[0] @ given[1],
-    )
-    yield _overhead(
-        "linear tanh 1x16x4",
-        lambda given: partial(kernels.linear, given[0], given[1], given[2], "tanh"),
-        lambda given: lambda: np.tanh(given[0] @ given[1] + given[2]),
-        draw((1, 16), (16, 4), (4,)),
-        lambda given: np.tanh(given[0] @ given[1] + given[2]),
-    )
-    yield _overhead(
-        "sgd_update 10",
-        updated(partial(kernels.sgd_update, lr=0.1)),
-        updated(numpy_sgd),
-        draw((10,), (10,)),
-        lambda given: given[0] - 0.1 * given[1],
-    )
+        yield _overhead(f"tanh {size}", given_to(kernels.tanh), given_to(np.tanh), (size,))
+    yield _overhead("matmul 4x4x4", given_to(kernels.matmul), given_to(np.matmul), (4, 4), (4, 4))
+    yield _overhead("linear tanh 1x16x4", given_to(kernels.linear, "tanh"), numpy_linear, (1, 16), (16, 4), (4,))
+    yield _overhead("sgd_update 10", updated(partial(kernels.sgd_update, lr=0.1)), updated(numpy_sgd), (10,), (10,))
 
 
 # Importing.

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -100,14 +101,9 @@ def same_threads(count: int, names: Iterable[str]) -> Iterator[list[str]]:
     select.current()
     before = gemmlet.get_num_threads()
     restore = []
-    if "torch" in packages:
-        import torch
-
-        restore.append((torch.set_num_threads, torch.get_num_threads()))
-    if "numexpr" in packages:
-        import numexpr
-
-        restore.append((numexpr.set_num_threads, numexpr.get_num_threads()))
+    for name in packages & {"torch", "numexpr"}:
+        module = sys.modules[str(name)]
+        restore.append((module.set_num_threads, module.get_num_threads()))
     notes = []
     if "jax" in packages and processors() != count:
         notes.append(

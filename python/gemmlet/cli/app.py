@@ -133,10 +133,10 @@ def _add_training(name: str, run: Callable[[training.Options], int], classic_hel
         out: Out = Path("runs", name),
         classic: bool = typer.Option(False, "--classic", help=classic_help),
     ) -> int:
-        return _uninterrupted(
-            run,
-            training.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
+        options = training.Options(
+            data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic
         )
+        return _uninterrupted(run, options)
 
     train_app.command(name, help=description)(command)
 
@@ -221,26 +221,8 @@ def _bench(
 
     Peers that are not installed are left out; they come with the extra bench.
     """
-    return _uninterrupted(
-        bench.run,
-        bench.Options(
-            tuple(groups or ()),
-            words,
-            sides,
-            quick,
-            threads,
-            seconds,
-            data_dir,
-            out,
-            only_list,
-            scaling,
-            instructions,
-            earlier,
-            compare,
-            tolerance,
-            markdown,
-        ),
-    )
+    options = locals()
+    return _uninterrupted(bench.run, bench.Options(**options))
 
 
 Given = TypeVar("Given")

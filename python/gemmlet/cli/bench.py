@@ -32,23 +32,23 @@ _QUICK = Plan(0.05, 3, sample_seconds=1e-3, warm_seconds=4e-3, first_warm_second
 
 @dataclass(frozen=True)
 class Options:
-    """The command line, unchecked; None where it says nothing."""
+    """The parameters of the command in `app`, unchecked; None where the command line says nothing."""
 
-    groups: tuple[str, ...] = ()
-    filter: str = ""
-    sides: str = ""
-    quick: bool = False
-    threads: int | None = None
-    seconds: float | None = None
-    data_dir: Path | None = None
-    out: Path = Path("runs/bench")
-    list: bool = False
-    scaling: bool = False
-    instructions: bool = False
-    earlier: Path | None = None
-    compare: Path | None = None
-    tolerance: float | None = None
-    markdown: Path | None = None
+    groups: list[str] | None
+    words: str
+    sides: str
+    quick: bool
+    threads: int | None
+    seconds: float | None
+    data_dir: Path | None
+    out: Path
+    only_list: bool
+    scaling: bool
+    instructions: bool
+    earlier: Path | None
+    compare: Path | None
+    tolerance: float | None
+    markdown: Path | None
 
 
 def run(options: Options) -> int:
@@ -57,8 +57,8 @@ def run(options: Options) -> int:
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
     _check(options)
     settings = Settings(options.quick, options.data_dir)
-    choice = suite.Choice(options.groups, options.filter, _implementations(options.sides))
-    if options.list:
+    choice = suite.Choice(options.groups or (), options.words, _implementations(options.sides))
+    if options.only_list:
         for case in _cases(settings, choice):
             console.print(
                 f"{case.key}  [{', '.join(case.implementations)}]",
@@ -93,7 +93,7 @@ def run(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
-    for name in options.groups:
+    for name in options.groups or ():
         if name not in GROUPS:
             raise UserError(f"group {name!r} is unknown; the choices are {', '.join(GROUPS)}")
     if options.threads is not None and not 1 <= options.threads <= 1024:
@@ -112,7 +112,7 @@ def _check(options: Options) -> None:
         raise UserError("--markdown is for times: leave out --instructions")
     if options.scaling and (options.compare or options.markdown):
         raise UserError("--scaling has curves, not rows: leave out --compare and --markdown")
-    if options.instructions and (options.groups or options.filter or options.sides or options.threads):
+    if options.instructions and (options.groups or options.words or options.sides or options.threads):
         raise UserError(
             "--instructions has a set of cases of its own: leave out GROUP, --filter, --sides and --threads"
         )

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -75,7 +76,7 @@ def confusion_matrix(path: Path, labels: Array, predicted: Array) -> None:
         for seen in range(10):
             count = counts[true, seen]
             if true == seen:
-                axes.add_patch(_cell(seen, true))
+                axes.add_patch(Rectangle((seen - 0.5, true - 0.5), 1, 1, facecolor="#d9ead3", edgecolor="none"))
             if count:
                 strong = true == seen or count > 0.7 * mistakes.max()
                 axes.text(seen, true, f"{count}", ha="center", va="center", fontweight="bold" if strong else "normal")
@@ -89,12 +90,6 @@ def confusion_matrix(path: Path, labels: Array, predicted: Array) -> None:
     right = np.trace(counts) / counts.sum()
     axes.set_title(f"Confusion matrix: {right:.2%} of {counts.sum():,} test images are right")
     save(figure, path)
-
-
-def _cell(x: int, y: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#d9ead3", edgecolor="none")
 
 
 def roc_curves(path: Path, curves: Sequence[RocCurve], count: int) -> None:
