@@ -450,9 +450,10 @@ class _Executor:
             [array.reshape(-1) for array in (p.value, grad, *p.state)]
             for p, grad in zip(parameters, gradients, strict=True)
         ]
+        weights, biases = flat[::2], flat[1::2]
         if phase.network == 0 and sparse is not None:
             sparse_update = _sparse_update_loop(*kind)
-            del flat[0]
+            del weights[0]
         averages = [[p.average.reshape(-1), p.value.reshape(-1)] for p in parameters if p.average is not None]
 
         def in_parts(loop: Callable[..., None], arrays: list[Array], *numbers: Any) -> None:
@@ -462,12 +463,15 @@ class _Executor:
             hyperparameters, decay = tuple(table[self.step].tolist()), 0.0 if decays is None else decays[self.step]
             if phase.max_norm is not None:
                 clip_by_norm(gradients, phase.max_norm)
-            for arrays in flat:
+            for arrays in biases:
+                update(*arrays, hyperparameters)
+            for arrays in weights:
                 in_parts(update, arrays, hyperparameters)
             if phase.network == 0 and sparse is not None:
+                # The bias gradient is done with, and aligned space for a row.
                 grad = first.grad_z[: len(self.where)]
                 value, state = parameters[0].value, parameters[0].state
-                sparse_update(*sparse.by_feature, grad, hyperparameters, value, first.grad_weight[0], *state)
+                sparse_update(*sparse.by_feature, grad, hyperparameters, value, first.grad_bias, *state)
             for arrays in averages:
                 in_parts(_move_average, arrays, F(decay), F(1.0 - decay))
 
