@@ -30,7 +30,7 @@ class NumpyBackend(Backend):
     """Computes everything with NumPy alone."""
 
     name = "numpy"
-    quick: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    fast_paths: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
     def describe(self) -> dict[str, str]:
         return {"backend": self.name, "isa": "NumPy's own", "threads": "1 (the matrix product: NumPy's BLAS)"}

@@ -88,7 +88,7 @@ class CudaBackend(Launcher, NumpyBackend):
 
     def __init__(self, devices: Sequence[Device] = ()) -> None:
         super().__init__(devices)
-        self.quick = fast_path.fast_paths(self)
+        self.fast_paths = fast_path.fast_paths(self)
 
     def describe(self) -> dict[str, str]:
         return {

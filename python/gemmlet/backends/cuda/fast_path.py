@@ -1,7 +1,7 @@
 """The usual call of a kernel on a GPU, from the caller's arguments to the launch.
 
 A launch costs some microseconds, and the general path of `gemmlet.kernels`, which finds the words for every error,
-costs more than that. The functions here are what `NumpyBackend.quick` describes: for anything unusual they return None,
+costs more than that. The functions here are what `Backend.fast_paths` describes: for anything unusual they return None,
 with nothing written, and the general path computes the same bits or raises.
 
 Usual are arrays of the type `cupy.ndarray` itself, not empty, of one dtype and on one GPU, that are C-contiguous and

@@ -71,7 +71,7 @@ def _apart(array: Array, out: Array) -> Array:
 # for a second thread.
 
 
-def _quick_result(out: Any, like: Array, *inputs: Array) -> Any:
+def _fast_result(out: Any, like: Array, *inputs: Array) -> Any:
     """A new array, or `out` if it needs no care: None else."""
     if out is None:
         return np.empty_like(like)
@@ -80,29 +80,29 @@ def _quick_result(out: Any, like: Array, *inputs: Array) -> Any:
     return None if any(np.may_share_memory(out, array) for array in inputs) else out
 
 
-def _quick_forward(entry: Activation) -> Callable[..., Any]:
+def _fast_forward(entry: Activation) -> Callable[..., Any]:
     loops: dict[Any, Any] = {}  # by dtypes that may be asked for, as they come
 
-    def quick(x: Any, parameter: Any, out: Any) -> Any:
+    def fast_path(x: Any, parameter: Any, out: Any) -> Any:
         if type(x) is not np.ndarray or x.size >= _ELEMENTS_PER_THREAD or not x.flags.carray:
             return None
         if x.dtype not in loops:
-            loops[x.dtype] = _quick_loop(forward_loop, entry.name, entry.name, x.dtype, entry)
+            loops[x.dtype] = _fast_loop(forward_loop, entry.name, entry.name, x.dtype, entry)
         loop, number, default = loops[x.dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
-        y = _quick_result(out, x, x)
+        y = _fast_result(out, x, x)
         if y is not None:
             loop(x.reshape(-1), number, y.reshape(-1))
         return y
 
-    return quick
+    return fast_path
 
 
-def _quick_backward(entry: Activation) -> Callable[..., Any]:
+def _fast_backward(entry: Activation) -> Callable[..., Any]:
     loops: dict[Any, Any] = {}
 
-    def quick(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
+    def fast_path(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
         saved, other = (x, y) if entry.needs_x else (y, x)
         if not type(grad_y) is type(saved) is np.ndarray or grad_y.size >= _ELEMENTS_PER_THREAD:
             return None
@@ -112,19 +112,19 @@ def _quick_backward(entry: Activation) -> Callable[..., Any]:
         if other is not None and (type(other) is not np.ndarray or other.dtype != dtype or other.shape != shape):
             return None
         if dtype not in loops:
-            loops[dtype] = _quick_loop(backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
+            loops[dtype] = _fast_loop(backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
         loop, number, default = loops[dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
-        grad_x = _quick_result(out, grad_y, grad_y, saved)
+        grad_x = _fast_result(out, grad_y, grad_y, saved)
         if grad_x is not None:
             loop(grad_y.reshape(-1), saved.reshape(-1), number, grad_x.reshape(-1))
         return grad_x
 
-    return quick
+    return fast_path
 
 
-def _quick_loop(factory: Any, name: str, twin: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
+def _fast_loop(factory: Any, name: str, twin: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
     """The loop, if there is one for the dtype, the formula's number, and the argument that stands for it."""
     if dtype not in (np.float32, np.float64) or twin not in twins(dtype):
         return None, None, None
@@ -139,8 +139,8 @@ class NumbaBackend(NumpyBackend):
 
     def __init__(self) -> None:
         self._threads = 1
-        self.quick = {name: _quick_forward(entry) for name, entry in ACTIVATIONS.items()}
-        self.quick |= {f"{name}_backward": _quick_backward(entry) for name, entry in ACTIVATIONS.items()}
+        self.fast_paths = {name: _fast_forward(entry) for name, entry in ACTIVATIONS.items()}
+        self.fast_paths |= {f"{name}_backward": _fast_backward(entry) for name, entry in ACTIVATIONS.items()}
 
     def describe(self) -> dict[str, str]:
         return {
