@@ -8,7 +8,7 @@ products get any strides.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction
 from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training.plan import Batches, Outcome, TrainingPlan
+
+if TYPE_CHECKING:
+    from ..training.plan import Batches, Outcome, TrainingPlan
 
 Array = NDArray[Any]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,10 @@ from .. import _threads
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction, softmax_cross_entropy
 from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training import reference
-from ..training.plan import Batches, Outcome, TrainingPlan
 from .base import Array, Backend
+
+if TYPE_CHECKING:
+    from ..training.plan import Batches, Outcome, TrainingPlan
 
 
 def _f64(array: Array) -> NDArray[np.float64]:
@@ -183,4 +184,6 @@ class NumpyBackend(Backend):
         return np.empty(shape, dtype)
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        from ..training import reference  # here, as kernels alone do not need it
+
         return reference.train(self, plan, batches)
