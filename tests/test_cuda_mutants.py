@@ -190,8 +190,8 @@ def ranges(run: Run) -> None:
 def optimizers(run: Run) -> None:
     for n, offset in ((1, 0), (1030, 0), (1030, 1)):
         p, g, m, v = (run.normal(n) for _ in range(4))
-        scalars = tuple(np.linspace(0.1, 0.9, len(OPTIMIZER_RULES["adam"].scalars)))
-        run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), scalars, offset=offset)
+        hyperparameters = tuple(np.linspace(0.1, 0.9, len(OPTIMIZER_RULES["adam"].hyperparameters)))
+        run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), hyperparameters, offset=offset)
 
 
 def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:

@@ -733,12 +733,12 @@ def softmax_cross_entropy(
 # Optimizer updates.
 
 
-def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalars: tuple[float, ...]) -> None:
+def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], hyperparameters: tuple[float, ...]) -> None:
     kernel, states = f"{rule_name}_update", tuple(state.values())
     fast_path = select.current().fast_paths.get(kernel)
-    if fast_path is not None and fast_path(param, grad, states, scalars) is not None:
+    if fast_path is not None and fast_path(param, grad, states, hyperparameters) is not None:
         return
-    if select.fast_path_on_gpu(kernel)(param, grad, states, scalars) is not None:
+    if select.fast_path_on_gpu(kernel)(param, grad, states, hyperparameters) is not None:
         return
     rule = OPTIMIZER_RULES[rule_name]
     p = arguments.updated(param, "param")
@@ -754,7 +754,7 @@ def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalar
     outputs = tuple(written.values())
     backend = select.of(p)
     _elementwise(
-        backend, lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs, new=True
+        backend, lambda gradient, q, *s: backend.update(rule, q, gradient, s, hyperparameters), (g,), outputs, new=True
     )
 
 
@@ -790,8 +790,8 @@ def sgd_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, arrays overlap, or `velocity` is missing.
     """
-    rule, scalars = sgd_hyperparameters(velocity is not None, lr, momentum, nesterov, weight_decay)
-    _update(rule, param, grad, {} if velocity is None else {"velocity": velocity}, scalars)
+    rule, hyperparameters = sgd_hyperparameters(velocity is not None, lr, momentum, nesterov, weight_decay)
+    _update(rule, param, grad, {} if velocity is None else {"velocity": velocity}, hyperparameters)
 
 
 def adam_update(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction
-from ..formulas.optimizers import OptimizerRule, Scalars
+from ..formulas.optimizers import Hyperparameters, OptimizerRule
 
 if TYPE_CHECKING:
     from ..training.plan import Batches, Outcome, TrainingPlan
@@ -130,7 +130,7 @@ class Backend(Protocol):
     # Optimizers.
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         """Update `param` and its state in place."""
 

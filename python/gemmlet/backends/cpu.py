@@ -12,7 +12,7 @@ import numpy as np
 
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, Loss, RowFunction
-from ..formulas.optimizers import OptimizerRule, Scalars
+from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from ..training.old_plan import FusedLayer, GanRun, MlpRun
 from . import threadpool
 from .base import Array
@@ -260,13 +260,13 @@ class CpuBackend(NumpyBackend):
         return self._module.elementwise_loss(number, prediction, target, parameter, out)
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         number = self._rules.get(rule.name)
         if number is None:
-            super().update(rule, param, grad, state, scalars)
+            super().update(rule, param, grad, state, hyperparameters)
         else:
-            self._module.optimizer_update(number, param, grad, state, scalars)
+            self._module.optimizer_update(number, param, grad, state, hyperparameters)
 
     def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
         """Whether C++ has all of these formulas."""

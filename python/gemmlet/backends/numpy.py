@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .. import _threads
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction, softmax_cross_entropy
-from ..formulas.optimizers import OptimizerRule, Scalars
+from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from .base import Array, Backend
 
 if TYPE_CHECKING:
@@ -162,10 +162,10 @@ class NumpyBackend(Backend):
     # Optimizers.
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         with np.errstate(all="ignore"):
-            results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *scalars)
+            results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *hyperparameters)
             for target, result in zip((param, *state), results, strict=True):
                 target[...] = result
 

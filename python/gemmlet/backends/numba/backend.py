@@ -27,7 +27,7 @@ from llvmlite import binding
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction
-from ...formulas.optimizers import OptimizerRule, Scalars
+from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.old_plan import MlpRun
 from ..base import Array
 from ..numpy import NumpyBackend
@@ -259,14 +259,14 @@ class NumbaBackend(NumpyBackend):
         return float(np.sum(sums) / p.size)
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         if rule.name not in twins(param.dtype) or len(state) > 2:
-            super().update(rule, param, grad, state, scalars)
+            super().update(rule, param, grad, state, hyperparameters)
             return
-        loop = update_loop(rule.name, param.dtype, len(state), len(scalars))
+        loop = update_loop(rule.name, param.dtype, len(state), len(hyperparameters))
         p, g, states = param.reshape(-1), grad.reshape(-1), [s.reshape(-1) for s in state]
-        self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), scalars))
+        self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), hyperparameters))
 
     def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
         """Only a multilayer perceptron's steps, and with formulas that have twins."""
