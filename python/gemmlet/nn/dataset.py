@@ -95,7 +95,9 @@ class Samples:
         """The samples as training takes them; zeros are skipped, if they may be, where there are many."""
         if self.is_sparse:
             indptr, indices = self.array.indptr, self.array.indices
-            return Dataset(self.array.data, indptr.astype(np.int64, copy=False), indices.astype(np.int32, copy=False), True)
+            return Dataset(
+                self.array.data, indptr.astype(np.int64, copy=False), indices.astype(np.int32, copy=False), True
+            )
         if self.on_gpu:
             return Dataset(self.backend.contiguous(self.array).reshape(len(self), self.features))
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
@@ -103,7 +105,7 @@ class Samples:
             rows = rows.copy()
         # A thousand rows, evenly spread, tell the density.
         some = rows[:: max(1, len(rows) // 1000)]
-        return Dataset(rows, skip_zeros=may_skip_zeros and np.count_nonzero(some) < SPARSE_BELOW * some.size)
+        return Dataset(rows, skip_zeros=may_skip_zeros and bool(np.count_nonzero(some) < SPARSE_BELOW * some.size))
 
 
 def _canonical(matrix: Any, dtype: np.dtype[Any]) -> Any:
