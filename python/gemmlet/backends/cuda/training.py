@@ -501,7 +501,7 @@ class _Session:
 
     def brought(self, rows: int, indices: Any = None) -> np.void:
         """What the kernel that opens a step brings; of class indices, the mini-batch's."""
-        counts = [len(OPTIMIZER_RULES[stack.rule].scalars) for stack in self.stacks]
+        counts = [len(OPTIMIZER_RULES[stack.rule].hyperparameters) for stack in self.stacks]
         return _filled(
             _BROUGHT,
             progress=self.progress,
