@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,11 +24,10 @@ import numba
 import numpy as np
 from llvmlite import binding
 
-from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
-from ...training.old_plan import MlpRun
+from ...training.plan import SAMPLES, Batches, Forward, Gather, Outcome, TrainingPlan, UnsupportedError, dense_layers
 from ..base import Array
 from ..numpy import NumpyBackend
 from . import training
@@ -268,16 +267,25 @@ class NumbaBackend(NumpyBackend):
         p, g, states = param.reshape(-1), grad.reshape(-1), [s.reshape(-1) for s in state]
         self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), hyperparameters))
 
-    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
-        """Only a multilayer perceptron's steps, and with formulas that have twins."""
-        known = twins(np.dtype(np.float32))
-        functions = [name for activation in activations for name in (activation, f"{activation}_backward")]
-        cross_entropy = "softmax_cross_entropy"
-        return network == "mlp" and all(
-            name in known or name == cross_entropy for name in (*functions, *losses, rule)
-        )  # fmt: skip
+    # Training.
 
-    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
-        """Train a stack of layers."""
-        with whole_steps():
-            return training.train_mlp(run, self._split)
+    def supports_fused(self, plan: TrainingPlan) -> bool:
+        """Dense layers of formulas that have scalar kernels; zeros are skipped in the input of a single network."""
+        activations, dataset = plan.activations(), plan.gather.dataset
+        names = activations | {f"{name}_backward" for name in activations}
+        names |= {loss.name for loss in plan.losses} | {update.rule for update in plan.updates}
+        forwards = [phase for phase in plan.phases if isinstance(phase, Forward)]
+        try:
+            for network in plan.networks:
+                dense_layers(network)
+        except UnsupportedError:
+            return False
+        return names - {"softmax_cross_entropy"} <= twins(plan.dtype).keys() and (
+            not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))])
+        )
+
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        """Matmuls by NumPy's BLAS, everything between them compiled."""
+        if not self.supports_fused(plan) or any(isinstance(table, list) for table in batches.hyperparameters):
+            return super().train(plan, batches)
+        return training.train(plan, batches, self._split)
