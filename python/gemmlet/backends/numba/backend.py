@@ -1,8 +1,8 @@
 """The Numba backend: the fallback where no compiled module loads.
 
 The matrix product is NumPy's BLAS; everything else is one pass, compiled at its first use for each function and dtype
-(a fraction of a second each, nothing is cached on disk). The formulas are those of `.formulas`; an entry without a twin
-there is computed by the reference.
+(a fraction of a second each, nothing is cached on disk). The formulas are the scalar kernels of `.formulas`; what has
+none is computed by the reference.
 
 Threads: Numba's own (``parallel=True``) abort the process when two Python threads call at once, or hang after a fork.
 So large arrays are split over a small pool of Python threads, as compiled code runs without the GIL. Work is split over
@@ -31,7 +31,7 @@ from ...training.plan import SAMPLES, Batches, Forward, Gather, Outcome, Trainin
 from ..base import Array
 from ..numpy import NumpyBackend
 from . import training
-from .formulas import twins
+from .formulas import scalar_kernels
 from .loops import (
     BLOCK,
     backward_loop,
@@ -123,9 +123,9 @@ def _fast_backward(entry: Activation) -> Callable[..., Any]:
     return fast_path
 
 
-def _fast_loop(factory: Any, name: str, twin: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
+def _fast_loop(factory: Any, name: str, key: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
     """The loop, if there is one for the dtype, the formula's number, and the argument that stands for it."""
-    if dtype not in (np.float32, np.float64) or twin not in twins(dtype):
+    if dtype not in (np.float32, np.float64) or key not in scalar_kernels(dtype):
         return None, None, None
     number = float(dtype.type(entry.default))
     return factory(name, dtype), number, None if entry.parameter is None else entry.default
@@ -176,7 +176,7 @@ class NumbaBackend(NumpyBackend):
         preactivation: Array | None,
     ) -> None:
         name = "identity" if activation is None else activation.name
-        if name not in twins(out.dtype) or not out.size:
+        if name not in scalar_kernels(out.dtype) or not out.size:
             super().linear(x, w, b, activation, parameter, out, preactivation)
             return
         self.matmul(x, w, out)
@@ -187,7 +187,7 @@ class NumbaBackend(NumpyBackend):
         self._split(y.size, columns, lambda part: loop(y[part], columns, bias, parameter, z[part]))
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        if activation.name not in twins(out.dtype):
+        if activation.name not in scalar_kernels(out.dtype):
             super().activation(activation, x, parameter, out)
             return
         y = out.reshape(-1)
@@ -202,7 +202,7 @@ class NumbaBackend(NumpyBackend):
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        if f"{activation.name}_backward" not in twins(out.dtype):
+        if f"{activation.name}_backward" not in scalar_kernels(out.dtype):
             super().activation_backward(activation, grad_y, saved, parameter, out)
             return
         loop = backward_loop(activation.name, out.dtype)
@@ -244,7 +244,7 @@ class NumbaBackend(NumpyBackend):
         return float(np.sum(losses) / rows)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
-        if loss.name not in twins(out.dtype):
+        if loss.name not in scalar_kernels(out.dtype):
             return super().elementwise_loss(loss, prediction, target, parameter, out)
         loop = loss_loop(loss.name, out.dtype)
         p, t, gradient = _apart(prediction, out), _apart(target, out), out.reshape(-1)
@@ -260,7 +260,7 @@ class NumbaBackend(NumpyBackend):
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
-        if rule.name not in twins(param.dtype) or len(state) > 2:
+        if rule.name not in scalar_kernels(param.dtype) or len(state) > 2:
             super().update(rule, param, grad, state, hyperparameters)
             return
         loop = update_loop(rule.name, param.dtype, len(state), len(hyperparameters))
@@ -280,7 +280,7 @@ class NumbaBackend(NumpyBackend):
                 dense_layers(network)
         except UnsupportedError:
             return False
-        return names - {"softmax_cross_entropy"} <= twins(plan.dtype).keys() and (
+        return names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys() and (
             not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))])
         )
 
