@@ -14,7 +14,7 @@
 //   samples are multiplied by. A parameter or gradient of 2^127 or more counts as infinite.
 //   Sums over the mini-batch are over the rows in steps of 16 for the first layer's weights, and of every eighth row first
 //   for the other parameters. Everything has a fixed order: the same bits on every run, also if the steps are divided.
-// Dynamic shared memory: ClusterMemory<Ranks>, and twice a mini-batch.
+// Dynamic shared memory: cluster_memory_bytes, and twice a mini-batch.
 #pragma once
 
 #include "cuda/training/loss.cuh"
@@ -107,6 +107,9 @@ struct alignas(16) ClusterMemory {
   unsigned long long parts_barrier[rows_of_block], grad_barrier[cluster_warps];
 };
 
+// What is left for it beside two mini-batches of as many features as there may be, in the 227 KiB that a block has.
+inline constexpr int cluster_memory_bytes = 27 << 10;
+
 inline constexpr int one_column = most_cluster_outputs;
 
 struct OfWarp {
@@ -176,6 +179,7 @@ template <int Ranks, class Rule>
 __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads, 1)
     train_in_cluster(const __grid_constant__ ClusterTraining p, Index steps) {
   using Memory = ClusterMemory<Ranks>;
+  static_assert(sizeof(Memory) <= cluster_memory_bytes);
   constexpr int rows_of_block = Memory::rows_of_block;
   auto* const dynamic = dynamic_shared<unsigned char>();
   Memory& memory = *reinterpret_cast<Memory*>(dynamic);
@@ -255,7 +259,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     if (task.to >= 0) numbers_of_memory[task.to] = small.value[0][round];
   }
 
-  const ptx::SharedAddress tiles = ptx::shared_address(dynamic + sizeof(Memory));
+  const ptx::SharedAddress tiles = ptx::shared_address(dynamic + cluster_memory_bytes);
   constexpr int step_bytes = 2 * tile_numbers * static_cast<int>(sizeof(bfloat16));
   const int batch_bytes = all_steps * step_bytes;
   // A warp copies what it will read, and nobody else does.

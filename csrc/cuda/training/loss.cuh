@@ -12,6 +12,7 @@ template <class T>
 struct Objective {
   int loss;
   T parameter, share;    // of a row in the gradient
+  T keep, spread;        // of softmax_loss: targets are taken times `keep`, and `spread` is added
   const int* labels;     // classes of the rows; or
   const T* values;       // (all samples, out), with no space between the rows,
   const Index* samples;  // and which of them the rows are; or null all:
@@ -79,13 +80,15 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
     const auto end_of = [&](int j, T gradient) {
       if (lane < lanes && j < out) end(j, gradient);
     };
-    if (target.values != nullptr) {
+    if (target.values != nullptr || p.spread != T(0)) {
       Lanes row(y, out, true, -infinity<T>());
       const auto write = [&](const auto& of, auto f) {
         of.each([&](int j, T v, int slot) { end_of(j, f(j, v, slot)); });
         stored();
       };
-      const auto of_output = [&](int j, int) { return j < out ? target.values[j] : T(0); };
+      const auto of_output = [&](int j, int) {
+        return j < out ? fma(p.keep, target.of_output(j, out), p.spread) : T(0);
+      };
       loss = cross_entropy_of_targets(row, of_output, p.share, write);
     } else {
       Lanes row(y, out, true, -infinity<T>(), target.label);

@@ -47,7 +47,7 @@ struct Brought {
   int* labels;           // those of the mini-batch
   T* numbers;            // of both networks
   int number_counts[2];  // in Progress
-  bool averages;         // of the first network
+  bool averages;         // of any network
 };
 
 // By one block of the kernel that opens the step. There, nothing else reads `step`, or what is brought; in the one that
@@ -64,15 +64,15 @@ __device__ inline void open_step(const Brought<T>& p) {
   }
   for (int network = 0; network < 2; ++network) {
     const int count = p.number_counts[network];
+    T* const numbers = p.numbers + network * Brought<T>::most_numbers;
     for (int s = thread; s < count; s += threads)
-      p.numbers[network * Brought<T>::most_numbers + s] = static_cast<T>(progress.numbers[network][step * count + s]);
+      numbers[s] = static_cast<T>(progress.numbers[network][step * count + s]);
+    if (thread == 0 && p.averages) {
+      numbers[Brought<T>::most_numbers - 2] = static_cast<T>(progress.decay[step]);
+      numbers[Brought<T>::most_numbers - 1] = static_cast<T>(1.0 - progress.decay[step]);
+    }
   }
-  if (thread != 0) return;
-  p.progress->step = step;
-  if (p.averages) {
-    p.numbers[Brought<T>::most_numbers - 2] = static_cast<T>(progress.decay[step]);
-    p.numbers[Brought<T>::most_numbers - 1] = static_cast<T>(1.0 - progress.decay[step]);
-  }
+  if (thread == 0) p.progress->step = step;
 }
 
 // What a layer's inputs are: rows of a matrix, or samples, or rows of noise.
