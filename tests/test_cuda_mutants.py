@@ -244,7 +244,8 @@ def call_of_training(name: str) -> Any:
     if name == "mlp_in_a_cluster":
         return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
     kind = "sparse" if name == "mlp_of_sparse" else "floats"
-    return test_cuda_training.Mlp((150, 69, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
+    how = {"rule": "momentum", "count": 90, "batch": 70, "kind": kind, "sign": -1.0}
+    return test_cuda_training.Mlp((150, 69, 34, 40), np.float32, **how)
 
 
 def training(name: str, plan: str) -> Callable[[Run], None]:

@@ -225,6 +225,7 @@ class Mlp(Problem):
         loss: str = "softmax_cross_entropy",
         classes: bool = True,
         smoothing: float = 0.0,
+        sign: float = 1.0,
         rule: str = "sgd",
         n: int = 50,
         count: int = 43,
@@ -237,7 +238,7 @@ class Mlp(Problem):
         phases = (
             Gather(samples(n, widths[0], dtype, kind)),
             Forward(0, (SAMPLES,)),
-            Loss(0, loss, targets, smoothing, "mean"),
+            Loss(0, loss, targets, smoothing, "mean", sign),
             Backward(0),
             Update(0, rule),
         )
@@ -652,13 +653,16 @@ def test_what_the_kernels_cannot_is_left_to_the_reference(device: Any, dtype: An
     assert not backend.supports_fused(clipped)
     assert backend.stage(clipped) is clipped
     assert not backend._sessions
+    dataset = Dataset(cuda_on_host.backend.to_gpu(mlp.x, device))
+    on_gpu = replace(clipped, networks=mlp.call().networks, phases=(Gather(dataset), *clipped.phases[1:]))
     varied = backend.stage(mlp.call())
     tables = ([mlp.batches.hyperparameters[0]] * 4,)
-    for plan in (clipped, varied):
+    for plan in (clipped, on_gpu, varied):
         for hyperparameters in (mlp.batches.hyperparameters, tables, mlp.batches.hyperparameters):
             outcome = backend.train(plan, replace(mlp.batches, hyperparameters=hyperparameters))
         backend.write_back(plan)
         assert outcome.correct
+    assert same(arrays_of(on_gpu), arrays_of(clipped))
     assert_close(arrays_of(varied), arrays_of(clipped), dtype)
 
 

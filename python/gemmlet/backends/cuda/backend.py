@@ -646,10 +646,8 @@ class CudaBackend(NumpyBackend):
         return self._first.empty_pinned(shape, dtype)
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
-        session = self._sessions.get(plan)
-        if any(isinstance(table, list) for table in batches.hyperparameters) or not (
-            session or self.supports_fused(plan)
-        ):
+        session, varied = self._sessions.get(plan), any(isinstance(table, list) for table in batches.hyperparameters)
+        if varied or (session is None and not self.supports_fused(plan)):
             self.write_back(plan)
             return super().train(plan, batches)
         if session is not None:

@@ -318,14 +318,6 @@ _STEPS = (
 )
 
 
-class _Launch(NamedTuple):
-    kernel: str
-    grid: tuple[int, int, int]
-    block: int
-    arguments: tuple[Any, ...]
-    shared: int
-
-
 def _stride(width: int) -> int:
     """From one row of a matrix to the next."""
     return -(-width // 4) * 4
@@ -399,13 +391,9 @@ class _Network:
         *self._starts, self.plane = map(int, np.cumsum([0, *sizes]))
         self.planes = 1 + len(layers[0].weight.state) + self.averages
         self.end = self.start + self.planes * self.plane * self.dtype.itemsize
+        kind, numbers = _structs(self.dtype).activation, _places("activations")
         self.activations = [
-            _filled(
-                _structs(self.dtype).activation,
-                number=_places("activations")[layer.activation or "identity"],
-                parameter=layer.parameter,
-            )
-            for layer in layers
+            _filled(kind, number=numbers[layer.activation or "identity"], parameter=layer.parameter) for layer in layers
         ]
 
     def reserve(self, device: Device, rows: int, output: Any = None) -> None:
@@ -427,12 +415,9 @@ class _Network:
 
     def below(self, layer: int) -> np.void:
         """A layer as the one below another."""
-        return _filled(
-            _structs(self.dtype).below,
-            activation=self.activations[layer],
-            saved=address(self.y[layer] if self.z[layer] is None else self.z[layer]),
-            grad=address(self.grad[layer]),
-        )
+        saved, grad = self.y[layer] if self.z[layer] is None else self.z[layer], self.grad[layer]
+        matrices = {"saved": address(saved), "grad": address(grad)}
+        return _filled(_structs(self.dtype).below, activation=self.activations[layer], **matrices)
 
     def has_top(self, rows: int) -> bool:
         """Whether the last layer goes with the loss in one kernel."""
@@ -621,17 +606,18 @@ class Session:
 
     def _recorded(self, rows: int, times: int) -> Graph:
         """A graph of so many steps."""
-        self._rows, self._launches, self._passes = rows, list[_Launch](), dict[int, _Pass]()
+        # Launches: the name of a kernel, and what `Device.launch` takes with it.
+        self._rows, self._launches, self._passes = rows, list[tuple[str, *tuple[Any, ...]]](), dict[int, _Pass]()
         for phase in self.plan.phases:
             self._add(phase)
         device, launches = self.device, self._launches
         # They are compiled first: not while a stream is recorded. Each on its own, as many networks share it.
-        kernels = [device.kernels(_source(launch.kernel), [f"gemmlet::{launch.kernel}"])[0] for launch in launches]
+        kernels = [device.kernels(_source(name), [f"gemmlet::{name}"])[0] for name, *_ in launches]
 
         def record() -> None:
             for _ in range(times):
-                for kernel, launch in zip(kernels, launches, strict=True):
-                    device.launch(kernel, launch.grid, launch.block, launch.arguments, launch.shared)
+                for kernel, (_, *how) in zip(kernels, launches, strict=True):
+                    device.launch(kernel, *how)
 
         return device.record(record)
 
@@ -645,16 +631,10 @@ class Session:
     @_add.register
     def _(self, phase: Gather) -> None:
         """Of a CSR matrix; other rows are gathered by the kernel of the first layer."""
-        dataset = phase.dataset
-        if dataset.indptr is not None:
-            p = _filled(
-                _EXPAND,
-                values=address(dataset.x),
-                row_start=address(dataset.indptr),
-                columns=address(dataset.indices),
-                features=self.networks[0].widths[0],
-                rows=address(self._gathered),
-            )
+        if phase.dataset.indptr is not None:
+            values, start, columns = map(address, phase.dataset[:3])
+            places = {"values": values, "row_start": start, "columns": columns, "rows": address(self._gathered)}
+            p = _filled(_EXPAND, features=self.networks[0].widths[0], **places)
             self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._brought())
 
     @_add.register
@@ -679,11 +659,8 @@ class Session:
     def _(self, phase: Loss) -> None:
         network, (_, rows, top) = self.networks[phase.network], self._passes[phase.network]
         last, outputs = len(network.layers) - 1, network.widths[-1]
-        common = {
-            "activation": network.activations[last],
-            "objective": self.objective(phase, self._rows),
-            "grad": address(network.grad[last]),
-        }
+        common = {"activation": network.activations[last], "grad": address(network.grad[last])}
+        common["objective"] = self.objective(phase, self._rows)
         if top:
             inputs = network.widths[-2]
             block = min(256, _pieces(inputs, 32) * 32)
@@ -704,13 +681,9 @@ class Session:
         for layer in range(len(network.layers) - 1 - top, 0 if to is None else -1, -1):
             inputs, outputs = network.widths[layer : layer + 2]
             tiles = _tiles(self.dtype, rows, inputs, outputs)
-            p = _filled(
-                self.structs.backward,
-                grad=address(network.grad[layer]),
-                layer=network.layer(self.state, layer),
-                below=network.below(layer - 1) if layer or to is None else to.below(-1),
-                rows=rows,
-            )
+            below = network.below(layer - 1) if layer or to is None else to.below(-1)
+            common = {"grad": address(network.grad[layer]), "layer": network.layer(self.state, layer)}
+            p = _filled(self.structs.backward, below=below, rows=rows, **common)
             self._launch(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
 
     @_add.register
@@ -754,7 +727,7 @@ class Session:
     # Launches.
 
     def _launch(self, kernel: str, grid: tuple[int, int], block: int, *arguments: np.generic, shared: int = 0) -> None:
-        self._launches.append(_Launch(kernel, (*grid, 1), block, arguments, shared))
+        self._launches.append((kernel, (*grid, 1), block, arguments, shared))
 
     def _input_of(self, matrix: Any) -> _Input:
         """All rows of a matrix."""
@@ -778,7 +751,7 @@ class Session:
     def _forward(self, network: _Network, layer: int, given: _Input, rows: int, kernel: str = "forward") -> None:
         """One layer; the kernel that opens the step gathers, too: its own samples, or those that others will need."""
         gather, (inputs, outputs) = self.plan.gather, network.widths[layer : layer + 2]
-        gathers = kernel == "first_forward_and_gather"
+        x, gathers = gather.dataset.x, kernel == "first_forward_and_gather"
         # (Samples are gathered by blocks of that size, too.)
         tiles = _tiles(self.dtype, rows, outputs, inputs, least_warps=8 if gathers else 1)
         tile_rows, columns = tiles.grid
@@ -794,17 +767,11 @@ class Session:
         arguments, types = list[np.generic]([p]), [self.type]
         if kernel != "forward":
             arguments.append(self._brought())
-            types.append(CPP_TYPES[gather.dataset.x.dtype.name])
+            types.append(CPP_TYPES[x.dtype.name])
             columns += 1
         if gathers:
-            samples = _filled(
-                self.structs.gather,
-                samples=address(gather.dataset.x),
-                features=gather.dataset.x.shape[1],
-                scale=gather.scale,
-                shift=gather.shift,
-                rows=address(self._gathered[rows:]),
-            )
+            scaling, to = {"scale": gather.scale, "shift": gather.shift}, address(self._gathered[rows:])
+            samples = _filled(self.structs.gather, samples=address(x), features=x.shape[1], rows=to, **scaling)
             arguments += samples, np.int32(tiles.grid[1])
             columns = tiles.grid[1] + _pieces(rows + 1, tile_rows)
         kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
@@ -818,8 +785,8 @@ class Session:
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of so many rows."""
         classes, softmax = _has_classes(loss), loss.name == "softmax_cross_entropy"
-        # Targets of each input: what is generated comes first here.
-        fixed = loss.targets[::-1] if isinstance(loss.targets, tuple) else ()
+        # Of each input: what is generated comes first here.
+        first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
         return _filled(
             self.structs.objective,
             loss=-1 if softmax else _places("losses")[loss.name],
@@ -828,10 +795,10 @@ class Session:
             keep=1.0 - loss.label_smoothing,
             spread=loss.label_smoothing / self.networks[loss.network].widths[-1],
             labels=address(self._labels) if classes else 0,
-            values=0 if classes or fixed else address(loss.targets),
+            values=0 if classes or isinstance(loss.targets, tuple) else address(loss.targets),
             samples=address(self._samples),
-            first=fixed[0] if fixed else 0,
-            second=fixed[-1] if fixed else 0,
+            first=first,
+            second=second,
             boundary=rows,
             losses=address(self._losses),
             right=address(self._right) if classes else 0,
