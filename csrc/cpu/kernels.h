@@ -15,6 +15,8 @@ namespace gemmlet {
 
 using Index = std::int64_t;
 
+constexpr Index ceil_div(Index n, Index size) { return (n + size - 1) / size; }
+
 // Element (i, j) stands at data[i * row_stride + j * column_stride]; strides count elements, and may be 0 or negative.
 template <class T>
 struct View {
@@ -26,8 +28,7 @@ struct View {
 template <class T>
 void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T* y, T* z);
 
-// elementwise.cpp. Up to serial_elements the calling thread does all: a task of parallel_for may call them.
-inline constexpr Index serial_elements = 4096;
+// elementwise.cpp. Up to tuning::costly_chunk the calling thread does all: a task of parallel_for may call them.
 template <class T>
 void activation_forward(int activation, const T* x, T parameter, T* y, Index n);
 template <class T>
@@ -50,11 +51,10 @@ bool within_unit_interval(const T* x, Index n);  // NaN passes
 // For rows of a larger whole, on the calling thread: the loss of each (elementwise: the sum) goes to losses; the gradient
 // is multiplied by `share`. Rows of logits and gradient are `stride` apart. Either indices, or targets by row, is null.
 template <class T>
-void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, T share, T* gradient,
-                                Index stride, Index rows, Index columns, double* losses);
+void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, double smoothing,
+                                T scale, T* gradient, Index stride, Index rows, Index columns, double* losses);
 template <class T>
 double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T share, T* gradient, Index n);
-int elementwise_loss_number(const std::string& name);
 
 // optimizers.cpp: the rule's state_count arrays and scalar_count numbers.
 template <class T>

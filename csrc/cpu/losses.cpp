@@ -38,7 +38,7 @@ template <class T, class F>
 template <class T, class F>
 double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
   const T share = static_cast<T>(1.0 / static_cast<double>(n));
-  const double sum = sum_chunks(n, chunk_elements, [&](Index begin, Index end) {
+  const double sum = sum_chunks(n, tuning::chunk_elements, [&](Index begin, Index end) {
     return evaluate_range<T, F>(prediction, target, splat(parameter), splat(share), gradient, begin, end);
   });
   return sum / static_cast<double>(n);
@@ -150,25 +150,26 @@ bool within_unit_interval(const T* x, Index n) {
 }
 
 template <class T>
-void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, T share, T* gradient,
-                                Index stride, Index rows, Index columns, double* losses) {
-  if (columns > Across<T>::most_columns) {
+void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, double smoothing,
+                                T share, T* gradient, Index stride, Index rows, Index columns, double* losses) {
+  const double keep = 1.0 - smoothing, spread = smoothing / static_cast<double>(columns);
+  if (columns > tuning::across_max_columns) {
     for (Index i = 0; i < rows; ++i)
       cross_entropy<T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride,
-                       indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], 1.0, 0.0,
-                       share, losses + i);
+                       indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], keep,
+                       spread, share, losses + i);
     return;
   }
   const Across<T> layout{columns};
-  alignas(64) T z[Across<T>::most_columns * lanes<T>], t[Across<T>::most_columns * lanes<T>];
+  alignas(64) T z[tuning::across_max_columns * lanes<T>], t[tuning::across_max_columns * lanes<T>];
   for (Index i = 0; i < rows; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
     layout.bring(logits + i * stride, n, z, stride);
     if (targets != nullptr)
       for (int r = 0; r < n; ++r)
         for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
-    cross_entropy<T>(layout, n, z, z, indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : t, 1.0,
-                     0.0, share, losses + i);
+    cross_entropy<T>(layout, n, z, z, indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : t,
+                     keep, spread, share, losses + i);
     layout.take_back(z, n, gradient + i * stride, stride);
   }
 }
@@ -183,23 +184,18 @@ double elementwise_loss_row(int loss, const T* prediction, const T* target, T pa
   return table[loss](prediction, target, splat(parameter), splat(share), gradient, 0, n);
 }
 
-int elementwise_loss_number(const std::string& name) {
-  const std::vector<std::string> names = loss_names();
-  return static_cast<int>(std::find(names.begin(), names.end(), name) - names.begin());
-}
-
 std::vector<std::string> loss_names() {
 #define GEMMLET_ENTRY(name) #name,
   return {GEMMLET_LOSSES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                                                  \
-  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index);            \
-  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                      \
-  template bool within_unit_interval(const T*, Index);                                                          \
-  template void softmax_cross_entropy_rows(const T*, const Index*, const T* const*, T, T*, Index, Index, Index, \
-                                           double*);                                                            \
+#define GEMMLET_INSTANTIATE(T)                                                                                   \
+  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index);             \
+  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                       \
+  template bool within_unit_interval(const T*, Index);                                                           \
+  template void softmax_cross_entropy_rows(const T*, const Index*, const T* const*, double, T, T*, Index, Index, \
+                                           Index, double*);                                                      \
   template double elementwise_loss_row(int, const T*, const T*, T, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

@@ -103,6 +103,6 @@ inline Index elements(Index rows, Index columns, const char* name) {
   return count;
 }
 
-void bind_network(py::module_& m);  // training.cpp
+void bind_training(py::module_& m);  // training.cpp
 
 }  // namespace gemmlet::bindings

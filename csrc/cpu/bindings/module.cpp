@@ -201,6 +201,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         py::arg("parameter"), py::arg("out"));
   m.def("optimizer_update", &optimizer_update, py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"),
         py::arg("scalars"));
-  bind_network(m);
+  bind_training(m);
   gemmlet::add_quick_functions(m);
 }

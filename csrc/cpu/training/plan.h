@@ -1,4 +1,4 @@
-// Fused training: whole mini-batches in one call, for a multilayer perceptron and for a pair of adversarial networks.
+// A training step as data: networks, and the phases that a step runs in order (python/gemmlet/training/plan.py).
 //
 // Contract
 //   Weights, biases and optimizer states are contiguous and change in place; nothing of them overlaps anything else.
@@ -7,19 +7,20 @@
 //   Zeros are skipped where `skip_zeros` says so: the bits stay the same, as long as all weights are finite.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "cpu/kernels.h"
 
 namespace gemmlet {
 
-inline constexpr int most_states = 2, most_scalars = 9;
+inline constexpr int max_states = 2;
 
 template <class T>
 struct Parameter {
   T* value;
-  T* state[most_states];  // as many as the optimizer's rule has
-  T* average;             // a moving average of the value, or null
+  T* state[max_states];  // as many as the optimizer's rule has
+  T* average;            // a moving average of the value, or null
 };
 
 template <class T>
@@ -37,56 +38,86 @@ struct Samples {
   Index features;
   const T* values;            // (rows, features); or the numbers of a sparse matrix
   const std::uint8_t* bytes;  // (rows, features), instead of values: the number is byte / 255
-  // A sparse matrix by rows: row i has the numbers row_start[i] ... row_start[i + 1], their columns ascending; else null.
-  const Index* row_start;
-  const std::int32_t* columns;
+  // A sparse matrix by rows: row i has the numbers indptr[i] ... indptr[i + 1], their column indices ascending; else null.
+  const Index* indptr;
+  const std::int32_t* indices;
   T scale, shift;
   bool skip_zeros;  // with bytes or values; needs shift 0, and fewer than 2^31 numbers in a mini-batch
 };
 
-// What the rows are compared with: class indices or numbers (rows, out), one of them null.
+// What the outputs are compared with: class indices, numbers (rows, out), or one number for each input of the network; the
+// others are null or empty. Class indices stand for one-hot rows of an elementwise loss, of one output for 0 and 1.
 template <class T>
 struct Targets {
   const Index* indices;
   const T* values;
-};
-
-// The mini-batches: rows order[0] ... order[count - 1], `batch` at a time. The rule's numbers of step s begin at
-// scalars + s * optimizer_scalar_count(rule).
-struct Steps {
-  const Index* order;
-  Index count, batch;
-};
-struct Rule {
-  int rule;
-  const double* scalars;
+  std::vector<T> constants;
 };
 
 inline constexpr int softmax_loss = -1;
 
-struct MlpOutcome {
-  double loss;  // loss_sum, and each row's loss, as it was before its mini-batch's update
-  Index right;  // rows whose largest output (with one output: its sign) is the class
+template <class T>
+struct Loss {
+  int loss;  // softmax_loss, or an elementwise one
+  T parameter;
+  double weight;  // of the sum over a row in the objective, which is divided by the rows of the mini-batch
+  double label_smoothing;
+  Targets<T> targets;
 };
 
-// loss: softmax_loss, or an elementwise one, whose sum over a row is multiplied by row_weight. Class indices stand for
-// targets of 0 and 1 there.
-template <class T>
-MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samples, const Targets<T>& targets,
-                     int loss, T loss_parameter, double row_weight, const Steps& steps, const Rule& rule,
-                     double loss_sum);
+// What a network's first layer reads: the samples, the noise, or the outputs of a network (its number).
+inline constexpr int samples_source = -1, noise_source = -2;
 
-struct GanOutcome {
-  double generator_loss, discriminator_loss;  // sums over the rows
+struct Phase {
+  enum Kind { forward, loss, backward, update } kind;
+  int network;
+  std::vector<int> inputs;  // forward: the rows of these sources follow each other
+  int to;                   // backward: the network whose outputs get the gradient; -1 is none
+  int rule;                 // update
 };
 
-// Each mini-batch: a step of the discriminator, whose last width is 1, then one of the generator, on the same noise (one
-// row for each of the samples in their order). The discriminator shall say real_target for samples and 0 for what is
-// generated. decay: of the generator's averages, one number a step.
+// Phases are in an order in which each finds what it reads; the last is an update. Only where the plan is_pipelined may
+// samples be sparse, and their zeros be skipped.
 template <class T>
-GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<Layer<T>>& discriminator,
-                     const Samples<T>& samples, const T* noise, T real_target, bool non_saturating, const Steps& steps,
-                     const Rule& generator_rule, const Rule& discriminator_rule, const double* decay,
-                     GanOutcome loss_sums);
+struct Plan {
+  std::vector<std::vector<Layer<T>>> networks;
+  std::vector<Phase> phases;
+  std::vector<Loss<T>> losses;  // in the order of the phases
+  Samples<T> samples;
+};
+
+// Whether samples go through one network alone, which is updated once: then the executor prepares a mini-batch ahead.
+template <class T>
+bool is_pipelined(const Plan<T>& plan) {
+  int forwards = 0, updates = 0;
+  for (const Phase& phase : plan.phases) {
+    forwards += phase.kind == Phase::forward;
+    updates += phase.kind == Phase::update;
+  }
+  return forwards == 1 && updates == 1 && plan.phases[0].inputs == std::vector<int>{samples_source};
+}
+
+// The mini-batches: rows order[0] ... order[count - 1], `batch` at a time.
+struct Steps {
+  const Index* order;
+  Index count, batch;
+};
+
+template <class T>
+struct Batches : Steps {
+  // Of each update: those of step s begin at s * optimizer_scalar_count(rule).
+  std::vector<const double*> hyperparameters;
+  const double* decay;  // of the averages, one for each step; or null
+  const T* noise;       // `count` rows, or null
+};
+
+struct Outcome {
+  std::vector<double> losses;  // those given, and each row's loss, as it was before its mini-batch's updates
+  // Rows whose largest output (of a single one: its sign) is the class that the first loss has as an index.
+  Index correct;
+};
+
+template <class T>
+Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double> losses);
 
 }  // namespace gemmlet

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
-from .. import _arrays as arrays
 from ..backends import select
 from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients
@@ -243,28 +242,27 @@ class GAN(Trainable, files.Saved):
         other = rule
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
-        names, states = zip(
-            rule.prepare(self.generator_parameters), other.prepare(self.discriminator_parameters), strict=True
-        )
-        discriminator_update, generator_update = (
-            Update(_DISCRIMINATOR, names[1], other.max_norm), Update(_GENERATOR, names[0], rule.max_norm)
-        )
+        generator_rule, generator_states = rule.prepare(self.generator_parameters)
+        discriminator_rule, discriminator_states = other.prepare(self.discriminator_parameters)
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
             # The same noise serves both steps, so that the generator's forward pass is done once.
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
-            discriminator_update,
+            Update(_DISCRIMINATOR, discriminator_rule, other.max_norm),
             *self._generator_phases(),
-            generator_update,
+            Update(_GENERATOR, generator_rule, rule.max_norm),
         ]
         history = GANHistory()
-        self._train(history, samples, self._plan(phases, states), [other, rule], settings)
+        self._train(
+            history, samples, self._plan(phases, generator_states, discriminator_states), [other, rule], settings
+        )
         return history
 
-    def _plan(self, phases: Sequence[Phase], states: Sequence[Any] = (None, None)) -> TrainingPlan:
+    def _plan(self, phases: Sequence[Phase], *states: Sequence[tuple[Array, ...]]) -> TrainingPlan:
+        generator, discriminator = states or (None, None)
         average = self._average if self.ema_decay else None
-        networks = network_of(self._generator, states[0], average), network_of(self._discriminator, states[1])
+        networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
         return TrainingPlan(networks, tuple(phases))
 
     def _gather(self, dataset: Dataset) -> Gather:
@@ -309,7 +307,7 @@ class GAN(Trainable, files.Saved):
             Noise for the generator, as many rows as there are samples.
         """
         samples = self._samples(x)
-        noise = arrays.to_cpu(self._checked_noise(z, len(samples)))
+        noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
             Forward(_GENERATOR, (NOISE,)),
@@ -326,7 +324,7 @@ class GAN(Trainable, files.Saved):
         z : array_like, shape (n, latent_dim)
             Noise, at least one row.
         """
-        noise = arrays.to_cpu(self._checked_noise(z, None))
+        noise = arguments.on_cpu(self._checked_noise(z, None))
         if not len(noise):
             raise ValueError("z is empty; expected at least one row")
         phases = [Gather(Dataset(noise)), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
@@ -380,14 +378,14 @@ class GAN(Trainable, files.Saved):
             noise = self.noise(count)
         else:
             noise = self._checked_noise(z, count)
-        result = arrays.empty((len(noise), self.features), self.dtype, noise)
         backend = select.of(noise)
-        generator = self._average.brought(lambda array: backend.bring(array, noise))
+        result = backend.empty((len(noise), self.features), self.dtype, noise)
+        generator = self._average.with_parameters(lambda array: backend.to_device(array, noise))
         for where in slices(len(noise), CHUNK):
-            made = generator.forward(backend.bring(noise[where]))
+            made = generator.forward(backend.to_device(noise[where]))
             if self.generator_output == "tanh":
-                made = arrays.scaled(made, self.dtype, 0.5, 0.5)
-            arrays.assign(result[where], made)
+                made = backend.scaled(made, self.dtype, 0.5, 0.5)
+            backend.assign(result[where], made)
         return result
 
     # Arguments.
@@ -397,7 +395,7 @@ class GAN(Trainable, files.Saved):
         if not len(samples):
             raise ValueError("x is empty; expected at least one sample")
         if samples.array.dtype != np.uint8:
-            low, high = arrays.extremes(samples.array)
+            low, high = samples.backend.extremes(samples.array)
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
         return samples
