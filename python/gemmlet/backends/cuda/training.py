@@ -15,7 +15,6 @@ step follows from its sizes alone.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
 from ...training.plan import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
-from . import compiler
+from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
 
@@ -76,28 +75,25 @@ _CLUSTER_MULTIPROCESSORS = 100
 # Mini-batches are arranged for the cluster before a launch of it, as many as have so many bytes.
 MOST_ARRANGED_BYTES = 128 << 20
 
-# As in training/cluster.cuh.
-_CLUSTER_THREADS = 256
-_CLUSTER_ROWS, _CLUSTER_UNITS, _CLUSTER_OUTPUTS = 64, 8, 16
+# Of training/cluster.cuh.
+_CLUSTER_THREADS = constant("cluster_threads")
+_CLUSTER_ROWS, _CLUSTER_UNITS = constant("cluster_rows"), constant("cluster_units")
+_CLUSTER_OUTPUTS = constant("most_cluster_outputs")
 _CLUSTER_FEATURES = 800
 
-# As in csrc/cuda/training and matmul/small.cuh.
-_MOST_LAYERS = 8
-_TOP_COLUMNS = 16
-_LOSS_THREADS = 128
-_EXPAND_THREADS = 256
-_WIDE_THREADS, _WIDE_NUMBERS = 256, 128 * 36
-_WIDE_SIDE = 32
-_MOST_NUMBERS = 11
+# Of the other files of csrc/cuda/training, and of matmul/small.cuh.
+_MOST_LAYERS = constant("Update::most_layers")
+_TOP_COLUMNS = constant("top_columns")
+_LOSS_THREADS = constant("loss_threads")
+_EXPAND_THREADS = constant("expand_threads")
+_WIDE_THREADS, _WIDE_NUMBERS = constant("WideTile::most_threads"), 128 * constant("WideTile::stride")
+_WIDE_SIDE = constant("WideTile::rows")
+_MOST_NUMBERS = constant("Brought::most_numbers")
 
 
 #
-# What the kernels take, as csrc/cuda/training declares it
+# What the kernels take
 #
-
-
-def _struct(*fields: tuple[Any, ...]) -> np.dtype[Any]:
-    return np.dtype(list(fields), align=True)
 
 
 def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
@@ -109,140 +105,36 @@ def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
     return result
 
 
-_PROGRESS = _struct(
-    ("order", "u8"),
-    ("numbers", "u8", (2,)),
-    ("decay", "u8"),
-    ("noise", "u8"),
-    ("batch", "i8"),
-    ("next", "i8"),
-    ("step", "i8"),
-    ("loss", "f8", (2,)),
-    ("right", "i8"),
-)
-_INPUT = _struct(("rows", "u8"), ("stride", "i8"), ("samples", "u8"))
-_LAYER = _struct(("parameters", "u8"), ("in", "i4"), ("out", "i4"))
-_BROUGHT = _struct(
-    ("progress", "u8"),
-    ("rows", "i4"),
-    ("samples", "u8"),
-    ("indices", "u8"),
-    ("labels", "u8"),
-    ("numbers", "u8"),
-    ("number_counts", "i4", (2,)),
-    ("averages", "?"),
-)
-_EXPAND = _struct(("values", "u8"), ("row_start", "u8"), ("columns", "u8"), ("features", "i4"), ("rows", "u8"))
-_UPDATED_LAYER = _struct(
-    ("first_block", "i4"), ("in", "i4"), ("out", "i4"), ("parameters", "u8"), ("x", "u8"), ("grad", "u8")
-)
-_UPDATE = _struct(
-    ("layers", _UPDATED_LAYER, (_MOST_LAYERS,)),
-    ("layer_count", "i4"),
-    ("blocks", "i4"),
-    ("has_first", "?"),
-    ("input", _INPUT),
-    ("rows", "i4"),
-    ("plane", "i8"),
-    ("averages", "?"),
-    ("numbers", "u8"),
-    ("network", "i4"),
-    ("losses", "u8"),
-    ("right", "u8"),
-    ("loss_rows", "i4"),
-    ("weight", "f8"),
-    ("closes", "?"),
-    ("progress", "u8"),
-)
-
-
-_ARRANGE = _struct(
-    ("samples", "u8"),
-    ("features", "i4"),
-    ("indices", "u8"),
-    ("progress", "u8"),
-    ("rows", "i4"),
-    ("tiles", "u8"),
-    ("labels", "u8"),
-)
-_CLOSE = _struct(("losses", "u8"), ("right", "u8"), ("rows", "i4"), ("weight", "f8"), ("progress", "u8"))
+_PROGRESS = struct("Progress")
+_INPUT = struct("Input")
+_LAYER = struct("Layer")
+_BROUGHT = struct("Brought")
+_EXPAND = struct("Expand")
+_UPDATED_LAYER = struct("UpdatedLayer")
+_UPDATE = struct("Update")
+_ARRANGE = struct("ArrangeSamples")
+_CLOSE = struct("CloseSteps")
 
 
 class _Structs:
     """Those that hold numbers of the network's type."""
 
     def __init__(self, t: np.dtype[Any]) -> None:
-        self.activation = _struct(("number", "i4"), ("parameter", t))
-        self.below = _struct(("activation", self.activation), ("saved", "u8"), ("grad", "u8"))
-        self.objective = _struct(
-            ("loss", "i4"),
-            ("parameter", t),
-            ("share", t),
-            ("labels", "u8"),
-            ("values", "u8"),
-            ("samples", "u8"),
-            ("first", t),
-            ("second", t),
-            ("boundary", "i4"),
-            ("losses", "u8"),
-            ("right", "u8"),
-        )
-        self.forward = _struct(
-            ("input", _INPUT),
-            ("layer", _LAYER),
-            ("activation", self.activation),
-            ("y", "u8"),
-            ("z", "u8"),
-            ("rows", "i4"),
-        )
-        self.backward = _struct(("grad", "u8"), ("layer", _LAYER), ("below", self.below), ("rows", "i4"))
-        self.loss = _struct(
-            ("y", "u8"),
-            ("z", "u8"),
-            ("out", "i4"),
-            ("activation", self.activation),
-            ("objective", self.objective),
-            ("grad", "u8"),
-            ("rows", "i4"),
-        )
-        self.top = _struct(
-            ("x", "u8"),
-            ("layer", _LAYER),
-            ("activation", self.activation),
-            ("objective", self.objective),
-            ("grad", "u8"),
-            ("below", self.below),
-        )
-        self.cluster = _struct(
-            ("progress", "u8"),
-            ("tiles", "u8"),
-            ("rows", "i4"),
-            ("features", "i4"),
-            ("hidden", "i4"),
-            ("out", "i4"),
-            ("first", "u8"),
-            ("last", "u8"),
-            ("plane", "i8"),
-            ("hidden_activation", self.activation),
-            ("activation", self.activation),
-            ("objective", self.objective),
-        )
-        self.gather = _struct(("samples", "u8"), ("features", "i4"), ("scale", t), ("shift", t), ("rows", "u8"))
+        self.activation = struct("Activation", t)
+        self.below = struct("Below", t)
+        self.objective = struct("Objective", t)
+        self.forward = struct("Forward", t)
+        self.backward = struct("Backward", t)
+        self.loss = struct("Loss", t)
+        self.top = struct("Top", t)
+        self.cluster = struct("ClusterTraining", t)
+        self.gather = struct("Gather", t)
 
 
 _structs = functools.cache(_Structs)
 
 # The tiles of matmul/small.cuh, and the rows and columns of each.
 _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
-
-
-@functools.cache
-def _places(kind: str) -> dict[str, int]:
-    """The numbers by which kernels know activations or losses: their places in C++'s list."""
-    text = compiler.sources()[f"formulas/{kind}.h"]
-    declared = re.search(rf"#define GEMMLET_{kind.upper()}\(X\)((?:.*\\\n)*.*)", text)
-    assert declared is not None
-    return {name: place for place, name in enumerate(re.findall(r"X\((\w+)\)", declared[1]))}
 
 
 def expressions() -> dict[str, list[str]]:
@@ -273,9 +165,9 @@ def _source(kernel: str) -> str:
 
 def fuses(activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
     """Whether C++ has all of these formulas."""
-    known_losses = {"softmax_cross_entropy", *_places("losses")}
+    known_losses = {"softmax_cross_entropy", *places("losses")}
     return (
-        all(name in _places("activations") for name in activations)
+        all(name in places("activations") for name in activations)
         and all(name in known_losses for name in losses)
         and rule in OPTIMIZER_RULES
     )
@@ -422,7 +314,7 @@ class _Stack:
 
 def _activation(layer: FusedLayer) -> dict[str, Any]:
     name = "identity" if layer.activation is None else layer.activation
-    return {"number": _places("activations")[name], "parameter": layer.activation_parameter}
+    return {"number": places("activations")[name], "parameter": layer.activation_parameter}
 
 
 class _Session:
@@ -921,7 +813,7 @@ class _MlpSession(_Session):
         softmax = self.loss == "softmax_cross_entropy"
         objective = _filled(
             self.structs.objective,
-            loss=-1 if softmax else _places("losses")[self.loss],
+            loss=-1 if softmax else places("losses")[self.loss],
             parameter=0.0 if softmax else LOSSES[self.loss].default,
             share=self.row_weight / rows,
             labels=address(self.labels) if classes else 0,
@@ -971,7 +863,7 @@ class _GanSession(_Session):
     def _objective(self, share: float, targets: tuple[float, float], boundary: int) -> np.void:
         return _filled(
             self.structs.objective,
-            loss=_places("losses")["binary_cross_entropy_with_logits"],
+            loss=places("losses")["binary_cross_entropy_with_logits"],
             share=share,
             first=targets[0],
             second=targets[1],
