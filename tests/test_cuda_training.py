@@ -745,7 +745,7 @@ def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
     """What is read from the sources has the compiler's sizes and offsets."""
     t = {"float32": "float", "float64": "double"}[np.dtype(dtype).name]
     names = {"Progress": "Progress", "ArrangeSamples": "ArrangeSamples", "CloseSteps": "CloseSteps"}
-    for name in ("Input", "Layer", "Brought", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
+    for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
         names[name] = f"{name}<{t}>"
     names |= {"Loss": f"Loss<{t}>", "Top": f"Top<{t}>"}
     for name in ("Forward", "Gather", "Update"):

@@ -78,17 +78,17 @@ MOST_ARRANGED_BYTES = 128 << 20
 # Of training/cluster.cuh.
 _CLUSTER_THREADS = constant("cluster_threads")
 _CLUSTER_ROWS, _CLUSTER_UNITS = constant("cluster_rows"), constant("cluster_units")
-_CLUSTER_OUTPUTS = constant("most_cluster_outputs")
+_CLUSTER_OUTPUTS = constant("max_cluster_outputs")
 _CLUSTER_FEATURES = 800
 
 # Of the other files of csrc/cuda/training, and of matmul/small.cuh.
-_MOST_LAYERS = constant("Update::most_layers")
+_MAX_LAYERS = constant("Update::max_layers")
 _TOP_COLUMNS = constant("top_columns")
 _LOSS_THREADS = constant("loss_threads")
 _EXPAND_THREADS = constant("expand_threads")
-_WIDE_THREADS, _WIDE_NUMBERS = constant("WideTile::most_threads"), 128 * constant("WideTile::stride")
+_WIDE_THREADS, _WIDE_NUMBERS = constant("WideTile::max_threads"), 128 * constant("WideTile::stride")
 _WIDE_SIDE = constant("WideTile::rows")
-_MOST_NUMBERS = constant("Brought::most_numbers")
+_MAX_HYPERPARAMETERS = constant("Staged::max_hyperparameters")
 
 
 #
@@ -108,7 +108,7 @@ def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
 _PROGRESS = struct("Progress")
 _INPUT = struct("Input")
 _LAYER = struct("Layer")
-_BROUGHT = struct("Brought")
+_STAGED = struct("Staged")
 _EXPAND = struct("Expand")
 _UPDATED_LAYER = struct("UpdatedLayer")
 _UPDATE = struct("Update")
@@ -350,10 +350,10 @@ class _Session:
         self._own, self._own_host = empty((0,), np.uint8), self.device.empty_pinned((0,), np.uint8)
         # The networks whose arrays are older than the state.
         self._ahead: Sequence[FusedNetwork] = ()
-        # What is brought for a step.
+        # What is staged for a step.
         self.samples = empty((self.capacity,), np.dtype(np.int64))
         self.labels = empty((self.capacity,), np.dtype(np.int32))
-        self._numbers = empty((2, _MOST_NUMBERS), self.dtype)
+        self._numbers = empty((2, _MAX_HYPERPARAMETERS), self.dtype)
 
     def launches(self, rows: int) -> None:
         """Those of a step of so many rows, by `add` and what calls it."""
@@ -391,18 +391,18 @@ class _Session:
         """Rows of the call's noise, those of the mini-batch."""
         return _Input(self.type, _filled(_INPUT, stride=width))
 
-    def brought(self, rows: int, indices: Any = None) -> np.void:
-        """What the kernel that opens a step brings; of class indices, the mini-batch's."""
+    def staged(self, rows: int, indices: Any = None) -> np.void:
+        """What the kernel that opens a step stages; of class indices, the mini-batch's."""
         counts = [len(OPTIMIZER_RULES[stack.rule].scalars) for stack in self.stacks]
         return _filled(
-            _BROUGHT,
+            _STAGED,
             progress=self.progress,
             rows=rows,
             samples=address(self.samples),
             indices=address(indices),
             labels=address(self.labels),
-            numbers=address(self._numbers),
-            number_counts=[*counts, 0][:2],
+            hyperparameters=address(self._numbers),
+            hyperparameter_counts=[*counts, 0][:2],
             averages=self.stacks[0].averages,
         )
 
@@ -485,9 +485,9 @@ class _Session:
         """All weights of a network, and the sums of the losses."""
         number = self.stacks.index(stack)
         count = len(stack.y)
-        for first in range(0, count, _MOST_LAYERS):
-            end = min(first + _MOST_LAYERS, count)
-            updated = np.zeros(_MOST_LAYERS, _UPDATED_LAYER)
+        for first in range(0, count, _MAX_LAYERS):
+            end = min(first + _MAX_LAYERS, count)
+            updated = np.zeros(_MAX_LAYERS, _UPDATED_LAYER)
             blocks = 0
             for place, layer in enumerate(range(first, end)):
                 inputs, outputs = stack.widths[layer : layer + 2]
@@ -511,10 +511,10 @@ class _Session:
                 rows=rows,
                 plane=stack.plane,
                 averages=stack.averages,
-                numbers=address(self._numbers) + number * _MOST_NUMBERS * self.dtype.itemsize,
+                hyperparameters=address(self._numbers) + number * _MAX_HYPERPARAMETERS * self.dtype.itemsize,
                 network=number,
                 losses=address(losses),
-                right=address(right),
+                correct=address(right),
                 loss_rows=rows if last else 0,
                 weight=weight,
                 closes=closes and last,
@@ -552,8 +552,8 @@ class _Session:
             for array, copy in self._copies(networks):
                 copy[...] = array
         progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
-        progress["order"], progress["batch"], progress["next"], progress["right"] = places[0], batch, 0, 0
-        progress["numbers"][0, : len(networks)] = places[1 : 1 + len(networks)]
+        progress["order"], progress["batch"], progress["next"], progress["correct"] = places[0], batch, 0, 0
+        progress["hyperparameters"][0, : len(networks)] = places[1 : 1 + len(networks)]
         if noise is not None:
             progress["noise"], progress["decay"] = address(there), places[-1]
         progress["loss"][0, : len(losses)] = losses
@@ -573,7 +573,7 @@ class _Session:
             self.device.synchronize()
             raise
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
-        return [float(value) for value in progress["loss"][0, : len(losses)]], int(progress["right"][0])
+        return [float(value) for value in progress["loss"][0, : len(losses)]], int(progress["correct"][0])
 
     def _place(self, *arrays: Array) -> tuple[list[int], int]:
         """Copy what belongs to a call to where it is sent from: its addresses on the GPU, and how many bytes it is."""
@@ -656,15 +656,15 @@ class _Cluster:
     def __init__(self, device: Device, structs: _Structs, launches: Sequence[_Launch], size: int, rows: int) -> None:
         self._device, self._size, self._rows = device, size, rows
         first, top, update = (launch.arguments[0] for launch in launches)
-        brought = launches[0].arguments[1]
+        staged = launches[0].arguments[1]
         given, layers = first["input"], update["layers"]
         features, hidden = int(layers[0]["in"]), int(layers[0]["out"])
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
         # (Steps are the second number of a grid.)
         self._most_steps = min(max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
-        progress = brought["progress"]
+        progress = staged["progress"]
         self._arrange = _filled(
-            _ARRANGE, samples=given["rows"], features=features, indices=brought["indices"], progress=progress, rows=rows
+            _ARRANGE, samples=given["rows"], features=features, indices=staged["indices"], progress=progress, rows=rows
         )
         self._train = _filled(
             structs.cluster,
@@ -716,7 +716,7 @@ class _Cluster:
             objective["labels"] = labels
         for p in (objective, self._close):
             p["losses"] = losses
-            p["right"] = right
+            p["correct"] = right
 
     def replay(self, count: int = 1) -> None:
         """Do so many steps."""
@@ -736,7 +736,7 @@ def _cluster_bytes(size: int) -> int:
     """Of ClusterMemory."""
     sums, matrices = 8 * 8 * 64, (_CLUSTER_ROWS + _CLUSTER_UNITS) * 20
     biases, parts = _CLUSTER_UNITS + _CLUSTER_OUTPUTS, _CLUSTER_ROWS * _CLUSTER_OUTPUTS
-    numbers = sums + matrices + biases + parts + 2 * (_MOST_NUMBERS + 1) + 2 * _CLUSTER_ROWS
+    numbers = sums + matrices + biases + parts + 2 * (_MAX_HYPERPARAMETERS + 1) + 2 * _CLUSTER_ROWS
     return 4 * numbers + 8 * (_CLUSTER_ROWS // size + 8)
 
 
@@ -792,35 +792,35 @@ class _MlpSession(_Session):
     def launches(self, rows: int) -> None:
         feed, network = self.feed, self.network
         classes = self.targets.dtype == np.int64
-        brought = self.brought(rows, self.targets if classes else None)
+        staged = self.staged(rows, self.targets if classes else None)
         if self.dense is None:
             given = self.input_of_samples(feed.x)
             tiles, p = self.forward_arguments(network, 0, given, rows)
             kernel, grid = f"first_forward<{self.type}, {given.type}, {tiles.kind}>", (tiles.grid[0], tiles.grid[1] + 1)
-            self.add(kernel, grid, tiles.block, p, brought, shared=tiles.shared)
+            self.add(kernel, grid, tiles.block, p, staged, shared=tiles.shared)
         else:
             given = self.input_of_rows(self.dense)
             p = _filled(
                 _EXPAND,
                 values=address(feed.x),
-                row_start=address(feed.row_start),
-                columns=address(feed.columns),
+                indptr=address(feed.row_start),
+                indices=address(feed.columns),
                 features=network.widths[0],
                 rows=address(self.dense),
             )
-            self.add(f"expand<{self.type}>", (rows + 1, 1), _EXPAND_THREADS, p, brought)
+            self.add(f"expand<{self.type}>", (rows + 1, 1), _EXPAND_THREADS, p, staged)
             self.forward(network, 0, self.dense, rows)
         softmax = self.loss == "softmax_cross_entropy"
         objective = _filled(
             self.structs.objective,
             loss=-1 if softmax else places("losses")[self.loss],
             parameter=0.0 if softmax else LOSSES[self.loss].default,
-            share=self.row_weight / rows,
+            scale=self.row_weight / rows,
             labels=address(self.labels) if classes else 0,
             values=0 if classes else address(self.targets),
             samples=address(self.samples),
             losses=address(self.losses),
-            right=address(self.right),
+            correct=address(self.right),
         )
         self.rest_and_back(network, rows, objective)
         losses = {"losses": self.losses, "right": self.right, "weight": self.row_weight}
@@ -864,7 +864,7 @@ class _GanSession(_Session):
         return _filled(
             self.structs.objective,
             loss=places("losses")["binary_cross_entropy_with_logits"],
-            share=share,
+            scale=share,
             first=targets[0],
             second=targets[1],
             boundary=boundary,
@@ -887,7 +887,7 @@ class _GanSession(_Session):
         tile_rows, tile_columns = tiles.grid
         grid = tile_rows, tile_columns + _pieces(rows + 1, tile_rows)
         kernel = f"first_forward_and_gather<{self.type}, {CPP_TYPES[self.x.dtype.name]}, {tiles.kind}>"
-        arguments = p, self.brought(rows), samples, np.int32(tile_columns)
+        arguments = p, self.staged(rows), samples, np.int32(tile_columns)
         self.add(kernel, grid, tiles.block, *arguments, shared=tiles.shared)
         for layer in range(1, len(g.y)):
             self.forward(g, layer, g.y[layer - 1], rows)
