@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,8 +21,9 @@ import pytest
 pytest.importorskip("cupy")
 
 import cuda_on_host.backend
-from cuda_on_host.device import COMPILER, SANITIZERS, THREAD_ORDERS, HostDevice
+from cuda_on_host.device import COMPILER, HERE, ROOT, SANITIZERS, THREAD_ORDERS, HostDevice
 from gemmlet.backends import select
+from gemmlet.backends.cuda import declarations
 from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.cuda.training import Session
@@ -848,3 +850,26 @@ def test_without_memory_nothing_is_written(name: str, device: Any, dtype: Any, m
 def test_no_mini_batches(device: Any, dtype: Any) -> None:
     mlp = Mlp([9, 8, 3], dtype, count=0)
     assert mlp.on(device)[-2:] == [2.5, 0]
+
+
+def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
+    """What is read from the sources has the compiler's sizes and offsets."""
+    t = {"float32": "float", "float64": "double"}[np.dtype(dtype).name]
+    names = {"Progress": "Progress", "ArrangeSamples": "ArrangeSamples", "CloseSteps": "CloseSteps"}
+    for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
+        names[name] = f"{name}<{t}>"
+    names |= {"Loss": f"Loss<{t}>", "Top": f"Top<{t}>"}
+    for name in ("Forward", "Gather", "Update"):
+        names[name] = f"{name}<{t}, unsigned char>"
+    names |= {"ClusterTraining": "ClusterTraining"} if t == "float" else {}
+    lines = ['#include "cuda_host.h"', '#include "cuda/training/cluster.cuh"', '#include "cuda/training/gather.cuh"']
+    lines += ['#include "cuda/training/top.cuh"', '#include "cuda/training/update.cuh"', "namespace gemmlet {"]
+    for name, cpp in names.items():
+        struct = declarations.struct(name, np.dtype(dtype))
+        lines += [f"using {name}Type = {cpp};", f"static_assert(sizeof({cpp}) == {struct.itemsize});"]
+        assert struct.fields is not None
+        for member, (_, offset, *_) in struct.fields.items():
+            lines.append(f"static_assert(__builtin_offsetof({name}Type, {member}) == {offset});")
+    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-x", "c++", f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-"]
+    done = subprocess.run(command, input="\n".join([*lines, "}"]), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -16,7 +16,6 @@ step follows from its sizes alone.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -45,7 +44,7 @@ from ...training.plan import (
     Update,
     dense_layers,
 )
-from . import compiler
+from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
 
@@ -94,28 +93,25 @@ _CLUSTER_MULTIPROCESSORS = 100
 # Mini-batches are arranged for the cluster before a launch of it, as many as have so many bytes.
 MOST_ARRANGED_BYTES = 128 << 20
 
-# As in training/cluster.cuh.
-_CLUSTER_THREADS, _CLUSTER_BYTES = 256, 27 << 10
-_CLUSTER_ROWS, _CLUSTER_UNITS, _CLUSTER_OUTPUTS = 64, 8, 16
+# Of training/cluster.cuh.
+_CLUSTER_THREADS, _CLUSTER_BYTES = constant("cluster_threads"), constant("cluster_memory_bytes")
+_CLUSTER_ROWS, _CLUSTER_UNITS = constant("cluster_rows"), constant("cluster_units")
+_CLUSTER_OUTPUTS = constant("max_cluster_outputs")
 _CLUSTER_FEATURES = 800
 
-# As in csrc/cuda/training and matmul/small.cuh.
-_MOST_LAYERS = 8
-_TOP_COLUMNS = 16
-_LOSS_THREADS = 128
-_EXPAND_THREADS = 256
-_WIDE_THREADS, _WIDE_NUMBERS = 256, 128 * 36
-_WIDE_SIDE = 32
-_MOST_NUMBERS = 11
+# Of the other files of csrc/cuda/training, and of matmul/small.cuh.
+_MAX_LAYERS = constant("Update::max_layers")
+_TOP_COLUMNS = constant("top_columns")
+_LOSS_THREADS = constant("loss_threads")
+_EXPAND_THREADS = constant("expand_threads")
+_WIDE_THREADS, _WIDE_NUMBERS = constant("WideTile::max_threads"), 128 * constant("WideTile::stride")
+_WIDE_SIDE = constant("WideTile::rows")
+_MAX_HYPERPARAMETERS = constant("Staged::max_hyperparameters")
 
 
 #
-# What the kernels take, as csrc/cuda/training declares it
+# What the kernels take
 #
-
-
-def _struct(*fields: tuple[Any, ...]) -> np.dtype[Any]:
-    return np.dtype(list(fields), align=True)
 
 
 def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
@@ -127,142 +123,36 @@ def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
     return result
 
 
-_PROGRESS = _struct(
-    ("order", "u8"),
-    ("numbers", "u8", (2,)),
-    ("decay", "u8"),
-    ("noise", "u8"),
-    ("batch", "i8"),
-    ("next", "i8"),
-    ("step", "i8"),
-    ("loss", "f8", (2,)),
-    ("right", "i8"),
-)
-_INPUT = _struct(("rows", "u8"), ("stride", "i8"), ("samples", "u8"))
-_LAYER = _struct(("parameters", "u8"), ("in", "i4"), ("out", "i4"))
-_BROUGHT = _struct(
-    ("progress", "u8"),
-    ("rows", "i4"),
-    ("samples", "u8"),
-    ("indices", "u8"),
-    ("labels", "u8"),
-    ("numbers", "u8"),
-    ("number_counts", "i4", (2,)),
-    ("averages", "?"),
-)
-_EXPAND = _struct(("values", "u8"), ("row_start", "u8"), ("columns", "u8"), ("features", "i4"), ("rows", "u8"))
-_UPDATED_LAYER = _struct(
-    ("first_block", "i4"), ("in", "i4"), ("out", "i4"), ("parameters", "u8"), ("x", "u8"), ("grad", "u8")
-)
-_UPDATE = _struct(
-    ("layers", _UPDATED_LAYER, (_MOST_LAYERS,)),
-    ("layer_count", "i4"),
-    ("blocks", "i4"),
-    ("has_first", "?"),
-    ("input", _INPUT),
-    ("rows", "i4"),
-    ("plane", "i8"),
-    ("averages", "?"),
-    ("numbers", "u8"),
-    ("network", "i4"),
-    ("losses", "u8"),
-    ("right", "u8"),
-    ("loss_rows", "i4"),
-    ("weight", "f8"),
-    ("closes", "?"),
-    ("progress", "u8"),
-)
-
-
-_ARRANGE = _struct(
-    ("samples", "u8"),
-    ("features", "i4"),
-    ("indices", "u8"),
-    ("progress", "u8"),
-    ("rows", "i4"),
-    ("tiles", "u8"),
-    ("labels", "u8"),
-)
-_CLOSE = _struct(("losses", "u8"), ("right", "u8"), ("rows", "i4"), ("weight", "f8"), ("progress", "u8"))
+_PROGRESS = struct("Progress")
+_INPUT = struct("Input")
+_LAYER = struct("Layer")
+_STAGED = struct("Staged")
+_EXPAND = struct("Expand")
+_UPDATED_LAYER = struct("UpdatedLayer")
+_UPDATE = struct("Update")
+_ARRANGE = struct("ArrangeSamples")
+_CLOSE = struct("CloseSteps")
 
 
 class _Structs:
     """Those that hold numbers of the network's type."""
 
     def __init__(self, t: np.dtype[Any]) -> None:
-        self.activation = _struct(("number", "i4"), ("parameter", t))
-        self.below = _struct(("activation", self.activation), ("saved", "u8"), ("grad", "u8"))
-        self.objective = _struct(
-            ("loss", "i4"),
-            ("parameter", t),
-            ("share", t),
-            ("keep", t),
-            ("spread", t),
-            ("labels", "u8"),
-            ("values", "u8"),
-            ("samples", "u8"),
-            ("first", t),
-            ("second", t),
-            ("boundary", "i4"),
-            ("losses", "u8"),
-            ("right", "u8"),
-        )
-        self.forward = _struct(
-            ("input", _INPUT),
-            ("layer", _LAYER),
-            ("activation", self.activation),
-            ("y", "u8"),
-            ("z", "u8"),
-            ("rows", "i4"),
-        )
-        self.backward = _struct(("grad", "u8"), ("layer", _LAYER), ("below", self.below), ("rows", "i4"))
-        self.loss = _struct(
-            ("y", "u8"),
-            ("z", "u8"),
-            ("out", "i4"),
-            ("activation", self.activation),
-            ("objective", self.objective),
-            ("grad", "u8"),
-            ("rows", "i4"),
-        )
-        self.top = _struct(
-            ("x", "u8"),
-            ("layer", _LAYER),
-            ("activation", self.activation),
-            ("objective", self.objective),
-            ("grad", "u8"),
-            ("below", self.below),
-        )
-        self.cluster = _struct(
-            ("progress", "u8"),
-            ("tiles", "u8"),
-            ("rows", "i4"),
-            ("features", "i4"),
-            ("hidden", "i4"),
-            ("out", "i4"),
-            ("first", "u8"),
-            ("last", "u8"),
-            ("plane", "i8"),
-            ("hidden_activation", self.activation),
-            ("activation", self.activation),
-            ("objective", self.objective),
-        )
-        self.gather = _struct(("samples", "u8"), ("features", "i4"), ("scale", t), ("shift", t), ("rows", "u8"))
+        self.activation = struct("Activation", t)
+        self.below = struct("Below", t)
+        self.objective = struct("Objective", t)
+        self.forward = struct("Forward", t)
+        self.backward = struct("Backward", t)
+        self.loss = struct("Loss", t)
+        self.top = struct("Top", t)
+        self.cluster = struct("ClusterTraining", t)
+        self.gather = struct("Gather", t)
 
 
 _structs = functools.cache(_Structs)
 
 # The tiles of matmul/small.cuh, and the rows and columns of each.
 _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
-
-
-@functools.cache
-def _places(kind: str) -> dict[str, int]:
-    """The numbers by which kernels know activations or losses: their places in C++'s list."""
-    text = compiler.sources()[f"formulas/{kind}.h"]
-    declared = re.search(rf"#define GEMMLET_{kind.upper()}\(X\)((?:.*\\\n)*.*)", text)
-    assert declared is not None
-    return {name: place for place, name in enumerate(re.findall(r"X\((\w+)\)", declared[1]))}
 
 
 def expressions() -> dict[str, list[str]]:
@@ -295,12 +185,12 @@ def supports_fused(plan: TrainingPlan) -> bool:
     """Whether the kernels of csrc/cuda/training can take the plan's steps."""
     phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
-    losses = _places("losses").keys() | (set() if is_gan else {"softmax_cross_entropy"})
+    losses = places("losses").keys() | (set() if is_gan else {"softmax_cross_entropy"})
     return (
         phases in _STEPS
         and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
         and all(map(dense_layers, plan.networks))
-        and plan.activations() <= _places("activations").keys()
+        and plan.activations() <= places("activations").keys()
         and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
         and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
     )
@@ -391,7 +281,7 @@ class _Network:
         *self._starts, self.plane = map(int, np.cumsum([0, *sizes]))
         self.planes = 1 + len(layers[0].weight.state) + self.averages
         self.end = self.start + self.planes * self.plane * self.dtype.itemsize
-        kind, numbers = _structs(self.dtype).activation, _places("activations")
+        kind, numbers = _structs(self.dtype).activation, places("activations")
         self.activations = [
             _filled(kind, number=numbers[layer.activation or "identity"], parameter=layer.parameter) for layer in layers
         ]
@@ -500,8 +390,8 @@ class Session:
             for array, copy in self._copies():
                 copy[...] = array
         progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
-        progress["order"], progress["batch"], progress["next"], progress["right"] = places[0], size, 0, 0
-        progress["numbers"][0, :updates], progress["decay"] = places[1:-1], places[-1]
+        progress["order"], progress["batch"], progress["next"], progress["correct"] = places[0], size, 0, 0
+        progress["hyperparameters"][0, :updates], progress["decay"] = places[1:-1], places[-1]
         progress["noise"], progress["loss"][0, :updates] = address(there), batches.losses
 
         try:
@@ -519,7 +409,7 @@ class Session:
             self.device.synchronize()
             raise
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
-        return Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["right"][0]))
+        return Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
 
     def write_back(self) -> None:
         """Copy the state into the networks' arrays, if it is newer than they are."""
@@ -566,11 +456,11 @@ class Session:
         for network, count in zip(networks, most, strict=True):
             network.reserve(device, count, None if network is networks[-1] else self._gathered)
         self._losses = device.empty((max(most),), np.dtype(np.float64))
-        self._right = device.empty((rows,), np.dtype(np.int32))
-        # What is brought for a step.
+        self._correct = device.empty((rows,), np.dtype(np.int32))
+        # What is staged for a step.
         self._samples = device.empty((rows,), np.dtype(np.int64))
         self._labels = device.empty((rows,), np.dtype(np.int32))
-        self._numbers = device.empty((2, _MOST_NUMBERS), self.dtype)
+        self._hyperparameters = device.empty((2, _MAX_HYPERPARAMETERS), self.dtype)
         self._capacity = rows
 
     def _runs(self, rows: int, steps: int) -> list[tuple[Graph, int]]:
@@ -632,10 +522,10 @@ class Session:
     def _(self, phase: Gather) -> None:
         """Of a CSR matrix; other rows are gathered by the kernel of the first layer."""
         if phase.dataset.indptr is not None:
-            values, start, columns = map(address, phase.dataset[:3])
-            places = {"values": values, "row_start": start, "columns": columns, "rows": address(self._gathered)}
+            values, indptr, indices = map(address, phase.dataset[:3])
+            places = {"values": values, "indptr": indptr, "indices": indices, "rows": address(self._gathered)}
             p = _filled(_EXPAND, features=self.networks[0].widths[0], **places)
-            self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._brought())
+            self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._staged())
 
     @_add.register
     def _(self, phase: Forward) -> None:
@@ -692,9 +582,9 @@ class Session:
         network, (given, rows, _) = self.networks[phase.network], self._passes[phase.network]
         number, count = self.plan.updates.index(phase), len(network.layers)
         loss = self.plan.losses[number]
-        for first in range(0, count, _MOST_LAYERS):
-            end = min(first + _MOST_LAYERS, count)
-            updated = np.zeros(_MOST_LAYERS, _UPDATED_LAYER)
+        for first in range(0, count, _MAX_LAYERS):
+            end = min(first + _MAX_LAYERS, count)
+            updated = np.zeros(_MAX_LAYERS, _UPDATED_LAYER)
             blocks = 0
             for place, layer in enumerate(range(first, end)):
                 inputs, outputs = network.widths[layer : layer + 2]
@@ -712,10 +602,10 @@ class Session:
                 rows=rows,
                 plane=network.plane,
                 averages=network.averages,
-                numbers=address(self._numbers) + number * _MOST_NUMBERS * self.dtype.itemsize,
+                hyperparameters=address(self._hyperparameters) + number * _MAX_HYPERPARAMETERS * self.dtype.itemsize,
                 network=number,
                 losses=address(self._losses),
-                right=address(self._right) if _has_classes(loss) else 0,
+                correct=address(self._correct) if _has_classes(loss) else 0,
                 loss_rows=rows if end == count else 0,
                 weight=self.scale(loss),
                 closes=end == count and phase is self.plan.phases[-1],
@@ -733,18 +623,18 @@ class Session:
         """All rows of a matrix."""
         return _Input(self.type, _filled(_INPUT, rows=address(matrix), stride=matrix.shape[1]))
 
-    def _brought(self) -> np.void:
-        """What the kernel that opens a step brings; of class indices, the mini-batch's."""
+    def _staged(self) -> np.void:
+        """What the kernel that opens a step stages; of class indices, the mini-batch's."""
         (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].scalars) for u in self.plan.updates]
         return _filled(
-            _BROUGHT,
+            _STAGED,
             progress=self.state,
             rows=self._rows,
             samples=address(self._samples),
             indices=address(loss.targets) if _has_classes(loss) else 0,
             labels=address(self._labels),
-            numbers=address(self._numbers),
-            number_counts=[*counts, 0][:2],
+            hyperparameters=address(self._hyperparameters),
+            hyperparameter_counts=[*counts, 0][:2],
             averages=any(network.averages for network in self.networks),
         )
 
@@ -766,7 +656,7 @@ class Session:
         )
         arguments, types = list[np.generic]([p]), [self.type]
         if kernel != "forward":
-            arguments.append(self._brought())
+            arguments.append(self._staged())
             types.append(CPP_TYPES[x.dtype.name])
             columns += 1
         if gathers:
@@ -789,9 +679,9 @@ class Session:
         first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
         return _filled(
             self.structs.objective,
-            loss=-1 if softmax else _places("losses")[loss.name],
+            loss=-1 if softmax else places("losses")[loss.name],
             parameter=0.0 if softmax else LOSSES[loss.name].default,
-            share=self.scale(loss) / rows,
+            scale=self.scale(loss) / rows,
             keep=1.0 - loss.label_smoothing,
             spread=loss.label_smoothing / self.networks[loss.network].widths[-1],
             labels=address(self._labels) if classes else 0,
@@ -801,7 +691,7 @@ class Session:
             second=second,
             boundary=rows,
             losses=address(self._losses),
-            right=address(self._right) if classes else 0,
+            correct=address(self._correct) if classes else 0,
         )
 
 
@@ -863,13 +753,13 @@ class _Cluster:
             empty((steps, rows), np.dtype(np.int32)),
         ]
         self._reserved = steps
-        tiles, labels, losses, right = map(address, self._memory)
+        tiles, labels, losses, correct = map(address, self._memory)
         for p in (self._arrange, self._train):
             p["tiles"] = tiles
         objective = self._train["objective"]
         self._arrange["labels"], objective["labels"] = labels, labels if self._arrange["indices"] else 0
         for p in (objective, self._close):
-            p["losses"], p["right"] = losses, right
+            p["losses"], p["correct"] = losses, correct
 
     def replay(self, count: int = 1) -> None:
         """Do so many steps."""
