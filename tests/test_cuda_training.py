@@ -240,7 +240,7 @@ class Mlp(Problem):
         phases = (
             Gather(samples(n, widths[0], dtype, kind)),
             Forward(0, (SAMPLES,)),
-            Loss(0, loss, targets, smoothing, "mean", sign),
+            Loss(0, loss, targets, smoothing, "sum" if loss == "softmax_cross_entropy" else "mean", sign),
             Backward(0),
             Update(0, rule),
         )

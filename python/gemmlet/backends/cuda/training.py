@@ -15,6 +15,7 @@ step follows from its sizes alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,6 +42,7 @@ from ...training.plan import (
     Outcome,
     Phase,
     TrainingPlan,
+    UnsupportedError,
     Update,
     dense_layers,
 )
@@ -186,14 +188,16 @@ def supports_fused(plan: TrainingPlan) -> bool:
     phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
     losses = places("losses").keys() | (set() if is_gan else {"softmax_cross_entropy"})
-    return (
-        phases in _STEPS
-        and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
-        and all(map(dense_layers, plan.networks))
-        and plan.activations() <= places("activations").keys()
-        and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
-        and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
-    )
+    with contextlib.suppress(UnsupportedError):
+        return (
+            phases in _STEPS
+            and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
+            and all(map(dense_layers, plan.networks))
+            and plan.activations() <= places("activations").keys()
+            and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
+            and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
+        )
+    return False
 
 
 # The phases after `Gather` of the plans that there are kernels for, as far as these plans agree.
@@ -270,7 +274,6 @@ class _Network:
 
     def __init__(self, network: Network, rule: str, start: int) -> None:
         layers = dense_layers(network)
-        assert layers
         self.layers, self.rule, self.start = layers, rule, _pieces(start, 256) * 256
         self.dtype = layers[0].weight.value.dtype
         self.widths = [len(layers[0].weight.value), *(layer.bias.value.size for layer in layers)]
@@ -607,7 +610,7 @@ class Session:
                 losses=address(self._losses),
                 correct=address(self._correct) if _has_classes(loss) else 0,
                 loss_rows=rows if end == count else 0,
-                weight=self.scale(loss),
+                weight=self.plan.weight(loss),
                 closes=end == count and phase is self.plan.phases[-1],
                 progress=self.state,
             )
@@ -667,11 +670,6 @@ class Session:
         kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
         self._launch(kernel, (tile_rows, columns), tiles.block, *arguments, shared=tiles.shared)
 
-    def scale(self, loss: Loss) -> float:
-        """What the loss of a row, as kernels compute it, counts times."""
-        is_mean = loss.reduction == "mean" and loss.name != "softmax_cross_entropy"
-        return loss.sign / self.networks[loss.network].widths[-1] if is_mean else loss.sign
-
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of so many rows."""
         classes, softmax = _has_classes(loss), loss.name == "softmax_cross_entropy"
@@ -681,7 +679,7 @@ class Session:
             self.structs.objective,
             loss=-1 if softmax else places("losses")[loss.name],
             parameter=0.0 if softmax else LOSSES[loss.name].default,
-            scale=self.scale(loss) / rows,
+            scale=self.plan.weight(loss) / rows,
             keep=1.0 - loss.label_smoothing,
             spread=loss.label_smoothing / self.networks[loss.network].widths[-1],
             labels=address(self._labels) if classes else 0,
@@ -727,7 +725,7 @@ class _Cluster:
             objective=session.objective(loss, rows),
             **common,
         )
-        self._close = _filled(_CLOSE, weight=session.scale(loss), **common)
+        self._close = _filled(_CLOSE, weight=session.plan.weight(loss), **common)
         names = [
             f"arrange_samples<{_CLUSTER_THREADS}>",
             f"train_in_cluster<{size}, gemmlet::optimizers::{network.rule}>",
