@@ -1,12 +1,12 @@
-// Loops in vectors: over an array, over one row of a matrix, over several short rows at once.
+// Vector loops: over an array, along one row of a matrix, across several short rows.
 //
 // Contract
 //   Along and Across have the same members, so that a function of rows is written once, for `rows` of either type. Both
 //   read and write arrays in their own layout: Along one row of at least lanes<T> columns as it is, Across lanes<T> rows
-//   of any length, element (row r, column j) at [j * lanes<T> + r] (for_rows brings them there and back).
+//   of any length, transposed: element (row r, column j) at [j * lanes<T> + r] (for_rows transposes them).
 //   map(out, f, in...) stores f(first, vectors of in...) throughout `out`, which may be one of the inputs;
 //   each(f, in...) does not store. The lanes below `first` are not part of the vector: sums must leave them out (part).
-//   Results do not depend on which rows stand beside a row.
+//   Results of a row do not depend on the other rows.
 #pragma once
 
 #include <algorithm>
@@ -65,7 +65,7 @@ struct Along {
     run([&](Index j, int first, Vec<In>... v) { store(out + j, f(first, v...)); }, in...);
   }
 
-  // NaN may be passed over: exp(NaN - max) brings it back.
+  // A NaN may be skipped: exp(NaN - max) restores it.
   Vec<T> largest(const T* x) const {
     Vec<T> most = load(x);
     each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);
@@ -74,7 +74,7 @@ struct Along {
     return splat(result);
   }
 
-  // One number for each row: of a sum, of a vector that holds it in every lane; and a vector from them.
+  // One value for each row: from a sum, from a vector with it in every lane; and a vector from those values.
   void totals(const DoubleSum<T>& sum, double* of_row) const { of_row[0] = sum.total(); }
   void logs(double* of_row) const { of_row[0] = std::log(of_row[0]); }
   T number(Vec<T> v, int) const { return v[0]; }
@@ -129,13 +129,13 @@ struct Across {
     return from_double<T>(d);
   }
 
-  // Rows of a matrix, `stride` apart, to this layout, zeros where there are no more of them; and back.
-  void bring(const T* x, Index rows, T* to, Index stride) const {
+  // Transposes rows of a matrix into this layout, missing rows as zeros; and back.
+  void transpose_in(const T* x, Index rows, T* to, Index stride) const {
     if (rows < lanes<T>) std::fill_n(to, columns * lanes<T>, T(0));
     for (Index r = 0; r < rows; ++r)
       for (Index j = 0; j < columns; ++j) to[j * lanes<T> + r] = x[r * stride + j];
   }
-  void take_back(const T* from, Index rows, T* x, Index stride) const {
+  void transpose_out(const T* from, Index rows, T* x, Index stride) const {
     for (Index r = 0; r < rows; ++r)
       for (Index j = 0; j < columns; ++j) x[r * stride + j] = from[j * lanes<T> + r];
   }
@@ -154,15 +154,15 @@ void for_rows(Index begin, Index end, Index columns, F&& f, T* out, const In*...
   for (Index i = begin; i < end; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
     int b = 0;
-    (rows.bring(in + i * columns, n, buffers[b++], columns), ...);
+    (rows.transpose_in(in + i * columns, n, buffers[b++], columns), ...);
     [&]<std::size_t... k>(std::index_sequence<k...>) {
       f(rows, i, n, buffers[0], static_cast<const In*>(buffers[k])...);
     }(std::index_sequence_for<In...>{});
-    rows.take_back(buffers[0], n, out + i * columns, columns);
+    rows.transpose_out(buffers[0], n, out + i * columns, columns);
   }
 }
 
-// Rows in one task: some `chunk_elements`, whole groups of those that are computed at once.
+// Rows of a task: about `chunk_elements` elements, in whole vectors of rows.
 template <class T>
 Index rows_per_chunk(Index columns) {
   return (tuning::chunk_elements / columns / lanes<T> + 1) * lanes<T>;

@@ -1,5 +1,4 @@
-// The bindings of fused training. What comes from gemmlet.nn is checked as far as memory is concerned: dtypes, sizes,
-// indices.
+// The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices.
 #include <algorithm>
 #include <limits>
 #include <tuple>
@@ -51,7 +50,7 @@ Steps checked_steps(const py::array& order, Index batch, Index samples) {
   if (batch < 1) refuse("batch", "must be at least 1");
   for (Index i = 0; i < count; ++i)
     if (indices[i] < 0 || indices[i] >= samples) refuse("order", "an index that is out of range");
-  // More than there are would only overflow.
+  // A larger batch could overflow sizes.
   return {indices, count, std::min(batch, std::max(count, Index{1}))};
 }
 
@@ -80,16 +79,16 @@ Samples<T> sparse_samples(const py::array& x, const py::array& indptr, const py:
                      T(1),
                      T(0),
                      true};
-  // Of the rows that are read.
-  Index numbers = 0;
+  // The rows of `order` only.
+  Index nonzeros = 0;
   for (Index i = 0; i < steps.count; ++i) {
     const Index begin = samples.indptr[steps.order[i]], end = samples.indptr[steps.order[i] + 1];
     if (begin < 0 || begin > end || end > x.size()) refuse("indptr", "out of range");
     for (Index e = begin; e < end; ++e)
       if (samples.indices[e] < (e == begin ? 0 : samples.indices[e - 1] + 1) || samples.indices[e] >= features)
         refuse("indices", "out of range, or not ascending");
-    numbers = (i % steps.batch == 0 ? 0 : numbers) + (end - begin);
-    if (numbers > max_positions) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
+    nonzeros = (i % steps.batch == 0 ? 0 : nonzeros) + (end - begin);
+    if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
   }
   return samples;
 }
