@@ -224,7 +224,7 @@ class SGD(_RuleOptimizer):
         rule, scalars = arguments.sgd_hyperparameters(arrays > 0, float(rates[0]), *settings)
         numbers = np.empty((len(rates), len(scalars)))
         numbers[:] = scalars
-        numbers[:, OPTIMIZER_RULES[rule].scalars.index("lr")] = rates
+        numbers[:, OPTIMIZER_RULES[rule].hyperparameters.index("lr")] = rates
         return rule, numbers
 
 

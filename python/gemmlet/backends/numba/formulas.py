@@ -7,8 +7,8 @@ a fused multiply-add may help; everything else is rounded as written. Accuracy: 
 
 ``twins(dtype)`` returns the functions under the registry's names: ``tanh(x, parameter)``, ``tanh_backward(grad_y,
 saved, parameter)``, a loss ``huber(prediction, target, parameter, share) -> (loss in float64, gradient)``, an optimizer
-rule ``adam(param, grad, *state, *scalars) -> (param, *state)``. `parameter`, `share` and the scalars are float64. An
-entry without a twin is computed by the reference.
+rule ``adam(param, grad, *state, *hyperparameters) -> (param, *state)``. `parameter`, `share` and the hyperparameters
+are float64. An entry without a twin is computed by the reference.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
