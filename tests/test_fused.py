@@ -73,6 +73,13 @@ def fusing(any_threads_backend: Any) -> Any:
     return any_threads_backend
 
 
+@pytest.fixture
+def training(any_threads_backend: Any) -> Any:
+    """Each backend: `fit` is the same wherever the reference trains."""
+    skip_long(any_threads_backend)
+    return any_threads_backend
+
+
 @contextlib.contextmanager
 def one_by_one() -> Iterator[None]:
     """Within, `fit` trains with the reference executor."""
@@ -522,7 +529,7 @@ def test_bad_sparse_matrices(any_threads_backend: Any, dtype: Any) -> None:
 # Callbacks.
 
 
-def test_a_callback_sees_every_step(fusing: Any, dtype: Any) -> None:
+def test_a_callback_sees_every_step(training: Any, dtype: Any) -> None:
     """Its numbers and the weights at each step are those of single steps; that it is there changes no bit."""
     layers = [6, 16, 3]
     x, y = mlp_problem(layers, "softmax", 70, dtype)
@@ -565,7 +572,7 @@ def stop_after(steps: int) -> Callable[[Any], None]:
     return callback
 
 
-def test_stop_training_after_so_many_steps(fusing: Any, dtype: Any, rng: Any) -> None:
+def test_stop_training_after_so_many_steps(training: Any, dtype: Any, rng: Any) -> None:
     layers = [6, 16, 3]
     x, y = mlp_problem(layers, "softmax", 70, dtype)
     for steps in (1, 4, 5, 7):
@@ -583,7 +590,7 @@ def test_stop_training_after_so_many_steps(fusing: Any, dtype: Any, rng: Any) ->
     assert gan.steps == 7
 
 
-def test_learning_rates_that_change(fusing: Any, dtype: Any, rng: Any) -> None:
+def test_learning_rates_that_change(training: Any, dtype: Any, rng: Any) -> None:
     x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
     images = rng.uniform(size=(70, 33)).astype(dtype)
 
@@ -611,7 +618,7 @@ def test_learning_rates_that_change(fusing: Any, dtype: Any, rng: Any) -> None:
 @pytest.mark.parametrize("schedule", [linear_decay, lambda done: 0.5 if done < 0.4 else 0.0], ids=["linear", "steps"])
 @pytest.mark.parametrize("rule", ["momentum", "adam", "adamw"])
 @pytest.mark.parametrize("network", ["mlp", "gan"])
-def test_schedules(network: str, rule: str, schedule: Any, fusing: Any, dtype: Any, rng: Any) -> None:
+def test_schedules(network: str, rule: str, schedule: Any, training: Any, dtype: Any, rng: Any) -> None:
     """In calls of many steps they give the weights of single steps, and of a rate that a callback sets at each step."""
     x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
     images = rng.uniform(size=(70, 33)).astype(dtype)
@@ -632,7 +639,7 @@ def test_schedules(network: str, rule: str, schedule: Any, fusing: Any, dtype: A
             assert optimizer.lr == rate
         return result
 
-    with calls_of(fusing, "train") as calls:
+    with calls_of(training, "train") as calls:
         result = run()
     if network == "mlp":
         assert 3 <= len(calls) < 15
@@ -642,7 +649,7 @@ def test_schedules(network: str, rule: str, schedule: Any, fusing: Any, dtype: A
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
-def test_a_schedule_that_cannot_be(network: str, fusing: Any, dtype: Any, rng: Any) -> None:
+def test_a_schedule_that_cannot_be(network: str, training: Any, dtype: Any, rng: Any) -> None:
     """What it returns is checked before the steps that it is for."""
     x, y = mlp_problem([33, 16, 3], "softmax", 70, dtype)
     data = (x, y) if network == "mlp" else (rng.uniform(size=(70, 33)).astype(dtype),)
@@ -657,7 +664,7 @@ def test_a_schedule_that_cannot_be(network: str, fusing: Any, dtype: Any, rng: A
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
-def test_when_a_callback_is_called(network: str, fusing: Any, dtype: Any, rng: Any) -> None:
+def test_when_a_callback_is_called(network: str, training: Any, dtype: Any, rng: Any) -> None:
     """After mini-batches, calls or epochs; the result is one."""
     x, y = mlp_problem([6, 16, 3], "softmax", 150, dtype)
     data = (x, y) if network == "mlp" else (rng.uniform(size=(150, 33)).astype(dtype),)
@@ -665,7 +672,7 @@ def test_when_a_callback_is_called(network: str, fusing: Any, dtype: Any, rng: A
     for every in ("batch", "call", "epoch"):
         made: Any = MLP([6, 16, 3], dtype=dtype) if network == "mlp" else small_gan("averaged", dtype)
         steps = told[every] = []
-        with calls_of(fusing, "train") as calls:
+        with calls_of(training, "train") as calls:
             arguments = {"epochs": 3, "batch_size": 16, "callback": steps.append, "callback_every": every}
             results.append(fitted(made, *data, **arguments))
         assert len(calls) in (0, len(steps)) or every == "epoch"
@@ -682,7 +689,7 @@ def test_when_a_callback_is_called(network: str, fusing: Any, dtype: Any, rng: A
         assert [of_step[step] for step in steps[every]] == told[every]
 
 
-def test_stop_training_after_a_call(fusing: Any, dtype: Any) -> None:
+def test_stop_training_after_a_call(training: Any, dtype: Any) -> None:
     x, y = mlp_problem([6, 16, 3], "softmax", 150, dtype)
     for every in ("call", "epoch"):
         model, rule = MLP([6, 16, 3], dtype=dtype), Adam()
@@ -693,7 +700,7 @@ def test_stop_training_after_a_call(fusing: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [SGD, Adam])
-def test_a_learning_rate_that_cannot_be(make: Any, fusing: Any, dtype: Any) -> None:
+def test_a_learning_rate_that_cannot_be(make: Any, training: Any, dtype: Any) -> None:
     x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
     for lr in (-1.0, math.nan, math.inf):
         model, rule, weights = MLP([6, 16, 3], dtype=dtype), make(), []
@@ -728,7 +735,7 @@ def test_state_goes_on(fusing: Any, dtype: Any) -> None:
             assert_close(result, run(unequal, RULES[rule]()), dtype)
 
 
-def test_updates_by_hand_within_a_callback(fusing: Any, dtype: Any) -> None:
+def test_updates_by_hand_within_a_callback(training: Any, dtype: Any) -> None:
     x, y = mlp_problem([6, 16, 3], "softmax", 70, dtype)
 
     def run(params: int) -> list[Any]:
@@ -787,7 +794,7 @@ def look(seen: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("every", ["call", "epoch"])
-def test_what_a_callback_looks_at(every: str, network: str, fusing: Any, dtype: Any) -> None:
+def test_what_a_callback_looks_at(every: str, network: str, training: Any, dtype: Any) -> None:
     every_step: list[Any] = []
     seen: list[Any] = []
     expected = told(look(every_step), "batch", network, dtype)
@@ -799,7 +806,7 @@ def test_what_a_callback_looks_at(every: str, network: str, fusing: Any, dtype: 
 
 
 @pytest.mark.parametrize("every", ["call", "epoch"])
-def test_what_a_callback_changes(every: str, network: str, fusing: Any, dtype: Any) -> None:
+def test_what_a_callback_changes(every: str, network: str, training: Any, dtype: Any) -> None:
     """Weights, the optimizer's state, a learning rate: after each epoch."""
 
     def callback(model: Any, rule: Any, progress: Any) -> None:
@@ -813,7 +820,7 @@ def test_what_a_callback_changes(every: str, network: str, fusing: Any, dtype: A
 
 @pytest.mark.parametrize("error", [StopTraining, BrokenError])
 @pytest.mark.parametrize("every", ["call", "epoch"])
-def test_what_a_callback_ends(error: type[Exception], every: str, network: str, fusing: Any, dtype: Any) -> None:
+def test_what_a_callback_ends(error: type[Exception], every: str, network: str, training: Any, dtype: Any) -> None:
     """Weights are those of the last step; the next `fit` goes on with the next numbers of the generators."""
 
     def callback(model: Any, rule: Any, progress: Any) -> None:
@@ -823,7 +830,7 @@ def test_what_a_callback_ends(error: type[Exception], every: str, network: str, 
     assert same(told(callback, every, network, dtype), told(callback, "batch", network, dtype))
 
 
-def test_fit_within_a_callback(network: str, fusing: Any, dtype: Any) -> None:
+def test_fit_within_a_callback(network: str, training: Any, dtype: Any) -> None:
     """Of the same network with the same optimizer; and a copy has the generators as they are."""
     _, data = made(network, dtype, np.random.default_rng(1))
 
@@ -844,7 +851,7 @@ def test_fit_within_a_callback(network: str, fusing: Any, dtype: Any) -> None:
         assert all(map(same, results, expected_results))
 
 
-def test_weights_that_are_set_between_fits(network: str, fusing: Any, dtype: Any, tmp_path: Any) -> None:
+def test_weights_that_are_set_between_fits(network: str, training: Any, dtype: Any, tmp_path: Any) -> None:
     pytest.importorskip("safetensors")
     model, data = made(network, dtype, np.random.default_rng(0))
     rule = RULES["adam"]()
@@ -869,7 +876,7 @@ def test_weights_that_are_set_between_fits(network: str, fusing: Any, dtype: Any
     assert same(*results)
 
 
-def test_an_error_of_a_schedule(network: str, fusing: Any, dtype: Any) -> None:
+def test_an_error_of_a_schedule(network: str, training: Any, dtype: Any) -> None:
     """After some epochs: weights and optimizer are as the last step left them."""
 
     def run(callback: Any) -> list[Any]:
@@ -962,7 +969,7 @@ def strange_layouts(x: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("images", [False, True], ids=["float", "uint8"])
-def test_layouts(images: bool, fusing: Any, dtype: Any, rng: Any) -> None:
+def test_layouts(images: bool, training: Any, dtype: Any, rng: Any) -> None:
     x, y = with_zeros("none", rng, 50, 24, np.uint8 if images else dtype), rng.integers(0, 3, size=50)
     arguments = {"epochs": 2, "batch_size": 16}
     expected = fitted(MLP([24, 16, 3], dtype=dtype), x, y, **arguments)
@@ -974,7 +981,7 @@ def test_layouts(images: bool, fusing: Any, dtype: Any, rng: Any) -> None:
         assert same(fitted(MLP([24, 16, 3], dtype=dtype), x, labels, **arguments), expected)
 
 
-def test_layouts_of_numbers_to_learn(fusing: Any, dtype: Any) -> None:
+def test_layouts_of_numbers_to_learn(training: Any, dtype: Any) -> None:
     x, y = mlp_problem([6, 4], "identity", 50, dtype)
     expected = fitted(MLP([6, 4], output="identity", dtype=dtype), x, y, epochs=2, batch_size=16)
     for name, strange in strange_layouts(y).items():
@@ -985,7 +992,7 @@ def test_layouts_of_numbers_to_learn(fusing: Any, dtype: Any) -> None:
 
 @pytest.mark.parametrize(("output", "outputs", "bad"), [("softmax", 3, 3), ("softmax", 3, -1), ("sigmoid", 1, 2)])
 def test_labels_out_of_range_are_refused_before_training(
-    output: str, outputs: int, bad: int, fusing: Any, dtype: Any
+    output: str, outputs: int, bad: int, training: Any, dtype: Any
 ) -> None:
     x, y = mlp_problem([6, outputs], output, 300, dtype)
     y[-1] = bad

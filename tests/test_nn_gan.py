@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cuda_on_host.backend import skip_long
-from gemmlet.nn import GAN, MLP, SGD, Adam, GANProgress, StopTraining
+from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, GANProgress, StopTraining
 from support import same_bits
 
 # Gradients.
@@ -105,7 +105,8 @@ def check(gradients: list[Any], tensors: list[Any]) -> None:
         assert np.abs(gradient - exact).max() <= 1e-10 * np.abs(exact).max()
 
 
-def test_training_agrees_with_pytorch(backend: object, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("norms", [None, (0.02, 0.1)], ids=["", "clipped"])
+def test_training_agrees_with_pytorch(norms: Any, backend: object, rng: np.random.Generator) -> None:
     """Some steps of both networks and of the moving average, with the noise that `fit` draws."""
     gan = GAN(3, [6, 4], [5, 1], dtype="float64", ema_decay=0.5, seed=3)
     twin = GAN(3, [6, 4], [5, 1], dtype="float64", ema_decay=0.5, seed=3)
@@ -115,21 +116,34 @@ def test_training_agrees_with_pytorch(backend: object, rng: np.random.Generator)
     rules = [torch.optim.Adam(p, lr=2e-4, betas=(0.5, 0.999)) for p in (theirs.g, theirs.d)]
     averages = [t.detach().clone() for t in theirs.g]
     losses = []
+
+    def clip(tensors: list[Any], max_norm: float) -> None:
+        norm = torch.cat([tensor.grad.ravel() for tensor in tensors]).norm()
+        assert norm > max_norm
+        for tensor in tensors:
+            tensor.grad *= max_norm / norm
+
     for step in range(6):
         part = x[:4], x[4:8], x[8:]
         z = twin._draw(twin._training_noise, len(part[step % 3]))
         rules[1].zero_grad()
         loss_d = theirs.discriminator_loss(part[step % 3], z)
         loss_d.backward()
+        if norms:
+            clip(theirs.d, norms[1])
         rules[1].step()
         rules[0].zero_grad()
         loss_g = theirs.generator_loss(z)
         loss_g.backward()
+        if norms:
+            clip(theirs.g, norms[0])
         rules[0].step()
         losses.append((loss_g.item(), loss_d.item()))
         decay = min(0.5, (2 + step) / (11 + step))
         averages = [decay * a + (1 - decay) * t.detach() for a, t in zip(averages, theirs.g, strict=True)]
-    history = gan.fit(x, epochs=2, batch_size=4, shuffle=False)
+    adam = gan.default_optimizer
+    ours = [ClipNorm(adam.fresh(), norm) for norm in norms] if norms else [None, None]
+    history = gan.fit(x, 2, 4, *ours, shuffle=False)
     assert gan.steps == 6
     for ours, tensors in ((gan.generator_parameters, theirs.g), (gan.discriminator_parameters, theirs.d)):
         for param, tensor in zip(ours, tensors, strict=True):
@@ -351,7 +365,7 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
             ema_decay=0.0,
             dtype=np.float64,
             seed=7,
-            default_optimizer=SGD(0.5, 0.9),
+            default_optimizer=ClipNorm(SGD(0.5, 0.9), 0.25),
             default_batch_size=5,
         ),
     ],

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.nn import GAN, MLP, SGD, Adam, Progress, StopTraining
+from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, Progress, StopTraining
 from support import same_bits
 
 
@@ -68,7 +68,7 @@ def check_gradients(model: MLP, x: Any, y: Any) -> None:
     tensors = [torch.tensor(p, requires_grad=True) for p in model.parameters]
     outputs = torch_forward(tensors, torch.tensor(x), torch_activation(model.activation))
     if model.output == "softmax":
-        expected = functional.cross_entropy(outputs, torch.tensor(y))
+        expected = functional.cross_entropy(outputs, torch.tensor(y), label_smoothing=model.label_smoothing)
     elif model.output == "sigmoid":
         k = outputs.shape[1]
         wanted = torch.tensor(y)[:, None].double() if k == 1 else functional.one_hot(torch.tensor(y), k).double()
@@ -111,10 +111,22 @@ def test_gradients_with_a_parameter_of_the_activation(backend: object, rng: np.r
         np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-10, atol=1e-14)
 
 
-def test_training_agrees_with_pytorch(backend: object, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("smoothing", [0.1, 0.75])
+@pytest.mark.parametrize("layers", [[6, 2], [6, 5, 4]], ids=str)
+def test_gradients_with_label_smoothing(
+    layers: list[int], smoothing: float, backend: object, rng: np.random.Generator
+) -> None:
+    model = MLP(layers, dtype=np.float64, label_smoothing=smoothing)
+    x, y = problem(rng, layers, "softmax")
+    check_gradients(model, x, y)
+    assert model.evaluate(x, y)["loss"] == pytest.approx(model.loss_and_gradients(x, y)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_training_agrees_with_pytorch(smoothing: float, backend: object, rng: np.random.Generator) -> None:
     """Whole epochs, in the given order: the weights, and what the history says."""
     torch = pytest.importorskip("torch")
-    model = MLP([5, 8, 3], "silu", dtype=np.float64)
+    model = MLP([5, 8, 3], "silu", dtype=np.float64, label_smoothing=smoothing)
     x, y = problem(rng, model.layers, "softmax", n=50)
     tensors = [torch.tensor(p, requires_grad=True) for p in model.parameters]
     theirs = torch.optim.Adam(tensors, lr=0.01)
@@ -123,7 +135,8 @@ def test_training_agrees_with_pytorch(backend: object, rng: np.random.Generator)
         for start in range(0, 50, 16):
             theirs.zero_grad()
             outputs = torch_forward(tensors, torch.tensor(x[start : start + 16]), torch.nn.functional.silu)
-            loss = torch.nn.functional.cross_entropy(outputs, torch.tensor(y[start : start + 16]))
+            labels = torch.tensor(y[start : start + 16])
+            loss = torch.nn.functional.cross_entropy(outputs, labels, label_smoothing=smoothing)
             loss.backward()
             theirs.step()
             losses[epoch].append(loss.item())
@@ -192,6 +205,64 @@ def test_an_optimizer_object_keeps_its_state(rng: np.random.Generator) -> None:
     assert same_bits(trained([4], Adam()), trained([1, 3], Adam()))
     assert same_bits(trained([4], "adam"), trained([4], Adam()))
     assert not same_bits(trained([4], "adam"), trained([1, 3], "adam"))
+
+
+# Moving averages of the parameters.
+
+
+def loss_of(parameters: list[Any], x: Any, y: Any) -> float:
+    """Of a network with one hidden layer of tanh, in float64."""
+    first, bias, last, end = (p.astype(np.float64) for p in parameters)
+    outputs = np.tanh(x @ first + bias) @ last + end
+    outputs -= outputs.max(axis=1, keepdims=True)
+    return float(np.mean(np.log(np.exp(outputs).sum(axis=1)) - outputs[np.arange(len(y)), y]))
+
+
+@pytest.mark.parametrize("kind", ["dense", "zeros", "sparse"])
+def test_moving_averages(kind: str, backend: object, dtype: Any, rng: np.random.Generator) -> None:
+    """By their recurrence, over two fits, from the parameters after each mini-batch; who looks changes no bit."""
+    x, y = rng.normal(size=(44, 12)).astype(dtype), rng.integers(0, 3, 44)
+    if kind != "dense":
+        x[rng.uniform(size=x.shape) < 0.8] = 0
+    given = pytest.importorskip("scipy.sparse").csr_matrix(x) if kind == "sparse" else x
+    model, other, plain = (MLP([12, 7, 3], dtype=dtype, ema_decay=ema) for ema in (0.6, 0.6, 0.0))
+    expected, step = [p.astype(np.float64) for p in model.parameters], 0
+
+    def follow(progress: Progress) -> None:
+        nonlocal step
+        step += 1
+        decay = min(0.6, (1 + step) / (10 + step))
+        for average, param in zip(expected, model.parameters, strict=True):
+            average[...] = decay * average + (1 - decay) * param
+
+    rules = [Adam(0.05, eps=1e-3) for _ in range(3)]
+    for epochs in (2, 3):
+        model.fit(given, y, epochs, 8, rules[0], callback=follow)
+        other.fit(given, y, epochs, 8, rules[1])
+        plain.fit(given, y, epochs, 8, rules[2])
+    assert step == model.steps == other.steps == 30
+    averages = model._average.parameters
+    for average, correct in zip(averages, expected, strict=True):
+        np.testing.assert_allclose(average, correct, rtol=0, atol=100 * np.finfo(dtype).eps)
+    assert all(map(same_bits, other._average.parameters, averages))
+    # The parameters are the raw ones, as if nothing were averaged.
+    assert all(map(same_bits, model.parameters, other.parameters))
+    assert all(map(same_bits, model.parameters, plain.parameters))
+    raw, _ = model.loss_and_gradients(given, y)
+    assert raw == pytest.approx(loss_of(model.parameters, x, y), rel=1e-5)
+    # Everything else uses the averages.
+    used = MLP([12, 7, 3], dtype=dtype)
+    for param, average in zip(used.parameters, averages, strict=True):
+        param[...] = average
+    assert model.evaluate(given, y) == used.evaluate(given, y)
+    assert abs(model.evaluate(given, y)["loss"] - raw) > 1e-3
+    for name in ("predict", "predict_proba", "features"):
+        assert same_bits(getattr(model, name)(given), getattr(used, name)(given))
+    # Validation, too; it changes nothing.
+    history = model.fit(given, y, 1, 8, rules[0], validation_data=(given, y))
+    assert history.validation_loss == [model.evaluate(given, y)["loss"]]
+    other.fit(given, y, 1, 8, rules[1])
+    assert all(map(same_bits, other._average.parameters, model._average.parameters))
 
 
 # Samples.
@@ -426,26 +497,32 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
         MLP([6, 3], dtype=np.float64, seed=9),
         MLP([6, 5, 4, 1], "leaky_relu", "sigmoid", activation_parameter=0.25, default_optimizer=SGD(0.5, 0.9)),
         MLP([6, 5, 2], "gelu", "identity", default_batch_size=7),
+        MLP([6, 5, 3], label_smoothing=0.25, ema_decay=0.75, default_optimizer=ClipNorm(SGD(0.5, 0.9), 0.125)),
     ],
-    ids=repr,
+    ids=lambda model: f"{model!r}{', averaged' if model.ema_decay else ''}",
 )
 def test_save_and_load(model: MLP, tmp_path: Path, rng: np.random.Generator) -> None:
     pytest.importorskip("safetensors")
-    for param in model.parameters:
+    for param in [*model.parameters, *model._average.parameters]:
         param[...] = rng.normal(size=param.shape)
+    model.steps = 5
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"an older file")
     model.save(path)
     assert list(tmp_path.iterdir()) == [path]
     loaded = MLP.load(str(path))
     assert repr(loaded) == repr(model)
-    assert loaded.activation_parameter == model.activation_parameter
-    assert loaded.default_optimizer == model.default_optimizer
-    assert loaded.default_batch_size == model.default_batch_size
+    settings = [{k: v for k, v in vars(m).items() if not k.startswith("_")} for m in (loaded, model)]
+    assert settings[0] == settings[1]
     assert all(same_bits(a, b) for a, b in zip(loaded.parameters, model.parameters, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(loaded._average.parameters, model._average.parameters, strict=True))
     x = rng.normal(size=(4, 6)).astype(model.dtype)
     assert same_bits(loaded.predict(x), model.predict(x))
-    loaded.fit(x, np.zeros((4, 2), model.dtype) if model.output == "identity" else [0, 1, 0, 1], epochs=1)
+    y = np.zeros((4, 2), model.dtype) if model.output == "identity" else [0, 1, 0, 1]
+    assert model.evaluate(x, y)["loss"] == loaded.evaluate(x, y)["loss"]
+    for m in (loaded, model):
+        m.fit(x, y, epochs=1, shuffle=False)
+    assert all(same_bits(a, b) for a, b in zip(loaded._average.parameters, model._average.parameters, strict=True))
 
 
 def write_file(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
@@ -489,6 +566,12 @@ def spoil(path: Path, how: str) -> None:
         config["dtype"] = "int8"
     elif how == "bad widths":
         config["layers"] = [2, "x"]
+    elif how == "no average":
+        config |= {"ema_decay": 0.5, "steps": 3}
+    elif how == "lacks steps":
+        config["ema_decay"] = 0.0
+    elif how == "bad norm":
+        config["default_optimizer"]["max_norm"] = -1.0
     elif how == "huge":
         config["layers"] = [10**9, 10**9]
     elif how == "missing tensor":
@@ -523,6 +606,9 @@ def spoil(path: Path, how: str) -> None:
         "unknown optimizer",
         "bad dtype",
         "bad widths",
+        "no average",
+        "lacks steps",
+        "bad norm",
         "huge",
         "missing tensor",
         "extra tensor",
@@ -538,7 +624,9 @@ def spoil(path: Path, how: str) -> None:
 def test_a_bad_file_is_named(how: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     spoil(path, "nothing")
-    assert MLP.load(path).layers == [2, 3]
+    # Which is as files were before there were averages and label smoothing.
+    model = MLP.load(path)
+    assert (model.layers, model.steps, model.ema_decay, model.label_smoothing) == ([2, 3], 0, 0.0, 0.0)
     spoil(path, how)
     with pytest.raises(ValueError, match=r"model\.safetensors is corrupt, or no file of a gemmlet MLP: ."):
         MLP.load(path)
@@ -617,6 +705,12 @@ def test_bad_arguments_of_the_constructor(arguments: tuple, error: type[Exceptio
             ValueError,
             "activation_parameter was given, but the activation 'tanh' takes none",
         ),
+        ("label_smoothing", 1, ValueError, "label_smoothing must be below 1, got 1"),
+        ("label_smoothing", -0.1, ValueError, r"label_smoothing must be within \[0, 1\], got -0\.1"),
+        ("label_smoothing", None, TypeError, "label_smoothing must be a real number, got NoneType"),
+        ("ema_decay", 1.0, ValueError, "ema_decay must be below 1, got 1"),
+        ("ema_decay", math.nan, ValueError, r"ema_decay must be within \[0, 1\], got nan"),
+        ("ema_decay", "slow", TypeError, "ema_decay must be a real number, got str"),
         ("default_optimizer", 1, TypeError, "default_optimizer must be a name or an optimizer of gemmlet.nn, got int"),
         ("default_optimizer", "lion", ValueError, "optimizer 'lion' is unknown"),
         ("default_batch_size", 0, ValueError, "default_batch_size must be at least 1, got 0"),
@@ -685,6 +779,13 @@ def test_bad_arguments_of_fit(changes: dict[str, Any], error: type[Exception], m
 def test_bad_targets_of_identity_outputs(outputs: int, y: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         MLP([4, outputs], output="identity").fit(X, y)
+
+
+@pytest.mark.parametrize("output", ["sigmoid", "identity"])
+def test_label_smoothing_is_for_softmax(output: str) -> None:
+    with pytest.raises(ValueError, match=f'label_smoothing needs output "softmax", this network has {output!r}'):
+        MLP([4, 2], output=output, label_smoothing=0.1)
+    assert MLP([4, 2], output=output, label_smoothing=0.0).label_smoothing == 0.0
 
 
 def test_one_sigmoid_output_has_two_classes() -> None:

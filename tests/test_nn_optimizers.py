@@ -1,4 +1,4 @@
-"""Optimizers: against PyTorch's over many steps, their state, and bad arguments."""
+"""Optimizers: against PyTorch's over many steps, their state, clipping by norm, and bad arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemmlet.formulas.optimizers import adam_hyperparameters, adam_table
-from gemmlet.nn import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, linear_decay, make_optimizer
+from gemmlet.nn import MLP, OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
 from gemmlet.nn.optimizers import lr_factors
 from support import same_bits
 
@@ -137,6 +137,133 @@ def test_by_name(name: str) -> None:
     assert make_optimizer(**optimizer.settings()) == optimizer
 
 
+# Clipping by norm.
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_clipping_agrees_with_pytorch(rule: str, backend: object, rng: np.random.Generator) -> None:
+    """Of all gradients of a network together, with a schedule; norms are above and below the limit."""
+    torch = pytest.importorskip("torch")
+    template, theirs_name, settings = SETTINGS[rule]
+    max_norm, norms = 1.5, []
+    model = MLP([5, 8, 3], dtype=np.float64, default_optimizer=ClipNorm(template, max_norm))
+    x, y = 3 * rng.normal(size=(60, 5)), rng.integers(0, 3, 60)
+    tensors = [torch.tensor(p, requires_grad=True) for p in model.parameters]
+    theirs = getattr(torch.optim, theirs_name)(tensors, **settings)
+    rate = theirs.param_groups[0]["lr"]
+    for step in range(20):
+        rows = slice(step % 10 * 6, step % 10 * 6 + 6)
+        theirs.zero_grad()
+        outputs = torch.tanh(torch.tensor(x[rows]) @ tensors[0] + tensors[1]) @ tensors[2] + tensors[3]
+        torch.nn.functional.cross_entropy(outputs, torch.tensor(y[rows])).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(tensors, max_norm).item())
+        theirs.param_groups[0]["lr"] = rate * (1 - step / 20)
+        theirs.step()
+    assert min(norms) < 0.9 * max_norm < 1.1 * max_norm < max(norms)
+    model.fit(x, y, 2, 6, shuffle=False, lr_schedule=linear_decay)
+    for param, tensor in zip(model.parameters, tensors, strict=True):
+        # PyTorch adds 1e-6 to the norm.
+        np.testing.assert_allclose(param, tensor.detach().numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_norm_below_the_limit_changes_no_bit(name: str, backend: object, dtype: Any) -> None:
+    """Whether gradients are written or not; to rounding where executors differ, that of a GPU say."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 5)).astype(dtype), rng.integers(0, 3, 40)
+    models = [MLP([5, 8, 3], dtype=dtype) for _ in range(2)]
+    rules = SETTINGS[name][0].fresh(), ClipNorm(SETTINGS[name][0].fresh(), 1e6)
+    for model, rule in zip(models, rules, strict=True):
+        model.fit(x, y, 2, 8, rule)
+    for ours, theirs in zip(*(model.parameters for model in models), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 if dtype == np.float64 else 1e-5)
+    params = [p.copy() for p in (models[0].parameters[0],) * 2]
+    for param, rule in zip(params, rules, strict=True):
+        for grad in np.random.default_rng(1).normal(size=(3, *param.shape)).astype(dtype):
+            rule.update(param, grad)
+    assert same_bits(*params)
+
+
+def test_an_update_clips_its_gradient(dtype: Any) -> None:
+    """By the norm of that one, which is not written to."""
+    clipped, param = ClipNorm(SGD(1.0), 2.0), np.zeros(2, dtype)
+    grad = np.array([3, -4], dtype)
+    clipped.update(param, grad)
+    np.testing.assert_allclose(param, [-1.2, 1.6], rtol=1e-6)
+    np.testing.assert_array_equal(grad, [3, -4])
+    clipped.update(param, grad, lr_factor=0.5)
+    np.testing.assert_allclose(param, [-1.8, 2.4], rtol=1e-6)
+    clipped.lr = 0.0
+    assert clipped.optimizer.lr == clipped.lr == 0.0
+    # Of integers, say: nothing is left behind.
+    for wrong, error, message in (
+        (np.array([30, -40]), TypeError, "grad has dtype int64; expected float32"),
+        (np.ones(3, dtype), ValueError, "grad has shape"),
+        (None, TypeError, "grad is None"),
+    ):
+        with pytest.raises(error, match=message):
+            clipped.update(param, wrong)
+    with pytest.raises(TypeError, match="param must be a NumPy array, got list"):
+        clipped.update([0.0], np.ones(1))
+    (state,) = clipped.optimizer._states.values()
+    assert state.steps == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_gradients_without_a_norm_are_not_clipped(bad: float, backend: object) -> None:
+    """What is not finite stays where it is: it spoils no other number."""
+    param, grad = np.zeros(3), np.array([bad, 30.0, -40.0])
+    ClipNorm(SGD(1.0), 1.0).update(param, grad)
+    np.testing.assert_array_equal(param, -grad)
+    results = []
+    for rule in (SGD(0.1), ClipNorm(SGD(0.1), 1e-3)):
+        model = MLP([2, 2], output="identity", dtype=np.float64)
+        model.fit(np.ones((4, 2)), np.full((4, 2), [bad, 3.0]), 1, 4, rule)
+        results.append(model.parameters)
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+        assert np.isfinite(ours[..., 1]).all()
+        assert not np.isfinite(ours[..., 0]).any()
+
+
+def test_what_clipping_knows() -> None:
+    clipped = ClipNorm(SGD(0.5, 0.9), 2)
+    assert repr(clipped) == "ClipNorm(SGD(lr=0.5, momentum=0.9, nesterov=False, weight_decay=0.0), 2.0)"
+    assert clipped.settings() == SGD(0.5, 0.9).settings() | {"max_norm": 2.0}
+    assert make_optimizer(**clipped.settings()) == clipped == make_optimizer("sgd", lr=0.5, momentum=0.9, max_norm=2)
+    assert clipped != SGD(0.5, 0.9)
+    assert clipped != ClipNorm(SGD(0.5, 0.9), 3)
+    assert clipped != ClipNorm(SGD(0.5), 2)
+    assert ClipNorm("adam", 1.0) == ClipNorm(Adam(), 1.0)
+    param = np.ones(1)
+    clipped.update(param, np.ones(1))
+    fresh = clipped.fresh()
+    assert fresh == clipped
+    assert clipped.optimizer._states
+    assert not fresh.optimizer._states
+    # The default of a network is a fresh one, too.
+    assert MLP([2, 2], default_optimizer=clipped).default_optimizer == clipped
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(1.0, 2.0), (2.0, 1.0)])
+def test_the_smallest_of_nested_norms_counts(inner: float, outer: float) -> None:
+    nested = ClipNorm(ClipNorm(SGD(1.0), inner), outer)
+    assert nested.max_norm == 1.0
+    assert make_optimizer(**nested.settings()) == ClipNorm(SGD(1.0), 1.0)
+    assert nested.fresh() == nested
+    assert nested.lr == 1.0
+    param, x = np.zeros(2), np.full((4, 2), 10.0)
+    nested.update(param, np.array([3.0, -4.0]))
+    np.testing.assert_allclose(param, [-0.6, 0.8], rtol=1e-12)
+    models = [MLP([2, 2], dtype=np.float64) for _ in range(2)]
+    for model, rule in zip(models, (nested, ClipNorm(SGD(1.0), 1.0)), strict=True):
+        model.fit(x, [0, 1, 1, 1], 2, 4, rule)
+    assert all(same_bits(*pair) for pair in zip(*(model.parameters for model in models), strict=True))
+
+
+# Bad arguments.
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -159,6 +286,14 @@ def test_by_name(name: str) -> None:
         (lambda: Adam(eps=-1e-8), ValueError, "eps must be at least 0"),
         (lambda: AdamW(weight_decay=None), TypeError, "weight_decay must be a real number, got NoneType"),
         (lambda: Optimizer(), TypeError, "abstract"),
+        (lambda: ClipNorm("adam", 0), ValueError, "max_norm must be above 0, got 0"),
+        (lambda: ClipNorm("adam", -1.0), ValueError, r"max_norm must be above 0, got -1\.0"),
+        (lambda: ClipNorm("adam", float("inf")), ValueError, "max_norm must be above 0, got inf"),
+        (lambda: ClipNorm("adam", None), TypeError, "max_norm must be a real number, got NoneType"),
+        (lambda: ClipNorm("lion", 1.0), ValueError, "optimizer 'lion' is unknown"),
+        (lambda: ClipNorm(Adam, 1.0), TypeError, "optimizer must be a name or an optimizer of gemmlet.nn, got"),
+        (lambda: make_optimizer("sgd", max_norm="big"), TypeError, "max_norm must be a real number, got str"),
+        (lambda: make_optimizer("sgd", max_norm=float("nan")), ValueError, "max_norm must be above 0, got nan"),
     ],
 )
 def test_bad_settings(call: object, error: type[Exception], message: str) -> None:

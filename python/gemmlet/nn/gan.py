@@ -216,8 +216,8 @@ class GAN(Trainable, files.Saved):
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
         callback_every : {"batch", "call", "epoch"}
             When it is called: after every mini-batch, which then is a call of the backend by itself; after every call,
-            in which a backend that can (`cpu`, `cuda`) trains about a tenth of a second; or after every epoch. The
-            last two train faster, on a GPU by far, with the same result.
+            which takes about a tenth of a second; or after every epoch. The last two train faster, on a GPU by far,
+            with the same result.
 
         Returns
         -------

@@ -182,8 +182,8 @@ class MLP(Trainable, files.Saved):
             Called with a `Progress`. It may raise `StopTraining`.
         callback_every : {"batch", "call", "epoch"}
             When it is called: after every mini-batch, which then is a call of the backend by itself; after every call,
-            in which a backend that can (`cpu`, `cuda`) trains about a tenth of a second; or after every epoch. The
-            last two train faster, on a GPU by far, with the same result.
+            which takes about a tenth of a second; or after every epoch. The last two train faster, on a GPU by far,
+            with the same result.
 
         Returns
         -------

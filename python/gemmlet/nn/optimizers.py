@@ -331,13 +331,17 @@ class ClipNorm(Optimizer):
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def lr(self) -> float:  # type: ignore[override]
+    def lr(self) -> float:
         """The optimizer's."""
         return self.optimizer.lr
 
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer.lr = value
+
     def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
         """See `Optimizer`."""
-        clipped = np.array(grad)
+        clipped = arguments.as_floats(grad, "grad").copy()
         clip_by_norm([clipped], self.max_norm)
         self.optimizer.update(param, clipped, lr_factor=lr_factor)
 

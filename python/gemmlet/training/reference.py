@@ -37,13 +37,13 @@ from .plan import (
 def train(backend: Any, plan: TrainingPlan, batches: Batches) -> Outcome:
     """See `Backend.train`."""
     losses, correct = list(batches.losses), 0
-    updates = plan.updates
     for number in range(batches.steps):
         rows = slice(number * batches.size, (number + 1) * batches.size)
         step = Step(backend, plan, batches.order[rows], None if batches.noise is None else batches.noise[rows])
+        tables = iter(batches.hyperparameters)
         for phase in plan.phases:
             if isinstance(phase, Update):
-                table = batches.hyperparameters[updates.index(phase)]
+                table = next(tables)
                 decay = 0.0 if batches.decay is None else float(batches.decay[number])
                 step.update(phase, [t[number] for t in table] if isinstance(table, list) else table[number], decay)
             else:
@@ -109,7 +109,8 @@ class Step:
             self._values[SAMPLES] = self._backend.scaled(x, dtype, phase.scale, phase.shift)
         else:
             assert dataset.indices is not None
-            rows = np.zeros((len(where), self._layers[0][0].weight.value.shape[0]), dtype)
+            reader = next(p for p in self._plan.phases if isinstance(p, Forward) and SAMPLES in p.inputs)
+            rows = np.zeros((len(where), len(self._layers[reader.network][0].weight.value)), dtype)
             for row, sample in zip(rows, where, strict=True):
                 numbers = slice(dataset.indptr[sample], dataset.indptr[sample + 1])
                 row[dataset.indices[numbers]] = dataset.x[numbers]

@@ -1,0 +1,515 @@
+"""Training plans: each executor against the reference, also for plans that no network makes; and the reference itself.
+
+What that computes is written out here with the public functions of `gemmlet.kernels`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemmlet import kernels
+from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm
+from gemmlet.nn.fit import Trainable
+from gemmlet.training import reference
+from gemmlet.training.plan import (
+    NOISE,
+    SAMPLES,
+    Activation,
+    AllReduce,
+    Backward,
+    Batches,
+    Dataset,
+    Forward,
+    Gather,
+    Linear,
+    Loss,
+    Network,
+    Outcome,
+    Parameter,
+    TrainingPlan,
+    Update,
+)
+from support import assert_within, same_bits
+
+N, BATCH, FEATURES, LATENT = 37, 8, 11, 5
+STEPS = math.ceil(N / BATCH)
+# Of parameters after a few steps, relative to the largest: rounding, as training carries it on.
+BOUNDS = {"float64": 1e-11, "float32": 1e-4}
+BCE, MSE, SOFTMAX = "binary_cross_entropy_with_logits", "mean_squared_error", "softmax_cross_entropy"
+# Rules of a plan: how many arrays of state, and hyperparameters that differ at each step.
+STATES = {"sgd": 0, "momentum": 1, "adam": 2}
+
+
+def optimizer(rule: str) -> Any:
+    return {"sgd": SGD(0.1), "momentum": SGD(0.05, momentum=0.8), "adam": Adam(0.01, eps=1e-3)}[rule]
+
+
+def network(
+    widths: Sequence[int], activation: str, dtype: Any, rule: str = "sgd", *, averaged: bool = False
+) -> Network:
+    rng = np.random.default_rng(widths[0])
+    operations: list[Any] = []
+    for before, after in pairwise(widths):
+        values = rng.normal(size=(before, after)) / math.sqrt(before), rng.normal(size=after) / 4
+        parameters = [
+            Parameter(
+                value := array.astype(dtype),
+                tuple(np.zeros_like(value) for _ in range(STATES[rule])),
+                value.copy() if averaged else None,
+            )
+            for array in values
+        ]
+        operations += Linear(*parameters), Activation(activation, ACTIVATIONS[activation].default)
+    return tuple(operations[:-1])
+
+
+def plan_and_batches(networks: Sequence[Network], phases: Sequence[Any], **changes: Any) -> tuple[Any, Batches]:
+    """Mini-batches for a plan: each update has hyperparameters of its own, at each step others."""
+    plan, rng = TrainingPlan(tuple(networks), tuple(phases)), np.random.default_rng(0)
+    tables = []
+    for i, update in enumerate(plan.updates):
+        values = [p.value for p in plan.parameters(update.network)]
+        made = optimizer(next(name for name in STATES if optimizer(name).prepare(values)[0] == update.rule))
+        tables.append(made.hyperparameters(values, np.linspace(1.0, 0.5, STEPS) / (i + 1)))
+    batches = Batches(
+        rng.permutation(N),
+        BATCH,
+        tuple(tables),
+        tuple(float(i) for i in range(len(plan.losses))),
+        np.linspace(0.5, 0.9, STEPS),
+        rng.normal(size=(N, LATENT)).astype(plan.dtype),
+    )
+    return plan, dataclasses.replace(batches, **changes)
+
+
+def rule_name(rule: str) -> str:
+    return optimizer(rule).prepare([np.zeros(1)])[0]
+
+
+def samples(dtype: Any, kind: str = "dense") -> Dataset:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(N, FEATURES)).astype(dtype)
+    if kind == "bytes":
+        return Dataset(rng.integers(0, 256, (N, FEATURES), np.uint8))
+    if kind == "dense":
+        return Dataset(x)
+    x[rng.uniform(size=x.shape) < 0.7] = 0
+    if kind == "zeros":
+        return Dataset(x, skip_zeros=True)
+    rows, columns = np.nonzero(x)
+    indptr = np.searchsorted(rows, np.arange(N + 1))
+    return Dataset(x[rows, columns], indptr.astype(np.int64), columns.astype(np.int32), skip_zeros=True)
+
+
+CLASSES = np.random.default_rng(2).integers(0, 3, N)
+
+
+def numbers(width: int, dtype: Any) -> Any:
+    return np.random.default_rng(3).normal(size=(N, width)).astype(dtype)
+
+
+# Plans.
+
+
+def of_fit(model: Any, *data: Any, **arguments: Any) -> tuple[Any, Batches]:
+    """The plan that `fit` makes."""
+    made: list[Any] = []
+
+    def train(self: Any, history: Any, given: Any, plan: Any, *rest: Any) -> None:
+        made.append(plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainable, "_train", train)
+        model.fit(*data, **arguments)
+    (plan,) = made
+    return plan_and_batches(plan.networks, plan.phases)
+
+
+def mlp(dtype: Any, **arguments: Any) -> tuple[Any, Batches]:
+    model = MLP([FEATURES, 13, 3], dtype=dtype, label_smoothing=0.1, ema_decay=0.9)
+    return of_fit(model, samples(dtype).x, CLASSES, **{"optimizer": optimizer("adam")} | arguments)
+
+
+def gan(dtype: Any, **arguments: Any) -> tuple[Any, Batches]:
+    x = samples(dtype, "bytes").x
+    return of_fit(GAN(LATENT, [13, FEATURES], [9, 1], dtype=dtype), x, **{"optimizer": optimizer("adam")} | arguments)
+
+
+def single(dtype: Any, dataset: Dataset, *losses: Loss, rule: str = "momentum", widths: Any = (FEATURES, 9, 3)) -> Any:
+    """One network that sees samples."""
+    phases = Forward(0, (SAMPLES,)), *losses, Backward(0), Update(0, rule_name(rule))
+    return plan_and_batches([network(widths, "tanh", dtype, rule)], [Gather(dataset), *phases])
+
+
+def generator_alone(dtype: Any) -> tuple[Any, Batches]:
+    phases = Forward(0, (NOISE,)), Loss(0, MSE, numbers(4, dtype)), Backward(0), Update(0, rule_name("momentum"))
+    networks = [network((LATENT, 9, 4), "tanh", dtype, "momentum", averaged=True)]
+    return plan_and_batches(networks, [Gather(samples(dtype)), *phases])
+
+
+def discriminator_alone(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
+    phases = Forward(0, (SAMPLES,)), Loss(0, BCE, (0.9,), sign=-1.0), Backward(0), Update(0, "sgd")
+    networks = [network((FEATURES, 7, 1), "leaky_relu", dtype)]
+    return plan_and_batches(networks, [Gather(dataset, 2.0, -1.0), *phases])
+
+
+def three_sources(dtype: Any) -> tuple[Any, Batches]:
+    """A network sees samples twice and noise: rows that follow each other."""
+    phases = Forward(0, (SAMPLES, NOISE, SAMPLES)), Loss(0, BCE, (0.9, 0.0, 0.5)), Backward(0), Update(0, "sgd")
+    noise = np.random.default_rng(4).normal(size=(N, FEATURES)).astype(dtype)
+    networks = [network((FEATURES, 7, 1), "tanh", dtype)]
+    return plan_and_batches(networks, [Gather(samples(dtype)), *phases], noise=noise)
+
+
+def two_networks(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
+    """They see the same samples; one learns classes, the other one numbers."""
+    networks = [network((FEATURES, 9, 3), "tanh", dtype, "adam"), network((FEATURES, 4), "tanh", dtype, "momentum")]
+    targets = CLASSES, numbers(4, dtype)
+    phases: list[Any] = [Gather(dataset)]
+    for i, (loss, rule) in enumerate(((SOFTMAX, "adam"), (MSE, "momentum"))):
+        reduction = "mean" if i else "sum"
+        phases += Forward(i, (SAMPLES,)), Loss(i, loss, targets[i], reduction=reduction), Backward(i)
+        phases.append(Update(i, rule_name(rule)))
+    return plan_and_batches(networks, phases)
+
+
+def chained(dtype: Any, *, head: bool) -> tuple[Any, Batches]:
+    """Two networks that make one, each with a rule of its own; or only the first one learns."""
+    networks = [
+        network((FEATURES, 9, 7), "leaky_relu", dtype, "momentum"),
+        network((7, 3), "tanh", dtype, "adam" if head else "sgd"),
+    ]
+    phases = [Gather(samples(dtype)), Forward(0, (SAMPLES,)), Forward(1, (0,)), Loss(1, SOFTMAX, CLASSES, 0.2)]
+    phases += [Backward(1)] * head + [Backward(1, to=0), Backward(0), Update(0, rule_name("momentum"))]
+    return plan_and_batches(networks, [*phases, *[Update(1, rule_name("adam"))] * head])
+
+
+def two_steps_of_the_discriminator(dtype: Any, max_norm: float | None = None) -> tuple[Any, Batches]:
+    """For one of the generator; their updates are equal, or one of them may be clipped."""
+    plan, _ = gan(dtype)
+    gather, forward, *others = plan.phases
+    end = next(i for i, phase in enumerate(others) if isinstance(phase, Update))
+    first = *others[:end], others[end]._replace(max_norm=max_norm)
+    return plan_and_batches(plan.networks, [gather, forward, *first, *others])
+
+
+def with_reduction(dtype: Any) -> tuple[Any, Batches]:
+    def halve(gradients: Sequence[Any]) -> None:
+        for gradient in gradients:
+            gradient *= 0.5
+
+    plan, _ = mlp(dtype)
+    return plan_and_batches(plan.networks, [*plan.phases[:-1], AllReduce(0, halve), plan.phases[-1]])
+
+
+PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
+    "mlp": mlp,
+    "mlp, clipped": lambda dtype: mlp(dtype, optimizer=ClipNorm(optimizer("momentum"), 0.1)),
+    "mlp, reduced": with_reduction,
+    "gan": gan,
+    "gan, one clipped": lambda dtype: gan(dtype, discriminator_optimizer=ClipNorm(optimizer("momentum"), 0.1)),
+    "bytes": lambda dtype: single(dtype, samples(dtype, "bytes"), Loss(0, SOFTMAX, CLASSES)),
+    "zeros": lambda dtype: single(dtype, samples(dtype, "zeros"), Loss(0, SOFTMAX, CLASSES)),
+    "csr": lambda dtype: single(dtype, samples(dtype, "csr"), Loss(0, SOFTMAX, CLASSES)),
+    "classes as numbers": lambda dtype: single(dtype, samples(dtype), Loss(0, MSE, CLASSES, reduction="mean")),
+    "numbers as classes": lambda dtype: single(
+        dtype, samples(dtype), Loss(0, SOFTMAX, np.eye(3, dtype=dtype)[CLASSES], 0.1)
+    ),
+    "one layer": lambda dtype: single(dtype, samples(dtype), Loss(0, SOFTMAX, CLASSES), widths=(FEATURES, 3)),
+    # The gradient is the last one's.
+    "two losses": lambda dtype: single(
+        dtype, samples(dtype), Loss(0, SOFTMAX, CLASSES), Loss(0, BCE, CLASSES, sign=-1.0)
+    ),
+    "generator alone": generator_alone,
+    "discriminator alone": lambda dtype: discriminator_alone(dtype, samples(dtype)),
+    "discriminator of zeros": lambda dtype: discriminator_alone(dtype, samples(dtype, "zeros")),
+    "three sources": three_sources,
+    "two networks": lambda dtype: two_networks(dtype, samples(dtype)),
+    "two networks of zeros": lambda dtype: two_networks(dtype, samples(dtype, "zeros")),
+    "chained, the first learns": lambda dtype: chained(dtype, head=False),
+}
+
+
+def arrays_of(plan: TrainingPlan) -> list[Any]:
+    parameters = [p for i in range(len(plan.networks)) for p in plan.parameters(i)]
+    return [array for p in parameters for array in p.arrays() if array is not None]
+
+
+def copied(plan: TrainingPlan) -> TrainingPlan:
+    return TrainingPlan(copy.deepcopy(plan.networks), plan.phases)
+
+
+def staged(backend: Any, plan: TrainingPlan, *calls: Batches) -> tuple[list[Outcome], list[Any]]:
+    """What calls of `train` return, and the arrays they leave behind."""
+    there = backend.stage(mine := copied(plan))
+    outcomes = [backend.train(there, batches) for batches in calls]
+    backend.write_back(there)
+    return outcomes, arrays_of(mine)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype: Any) -> None:
+    plan, batches = PLANS[name](dtype)
+    expected = copied(plan)
+    wanted = reference.train(backend, expected, batches)
+    (outcome,), arrays = staged(backend, plan, batches)
+    assert outcome.correct == wanted.correct
+    bound = BOUNDS[str(dtype)]
+    np.testing.assert_allclose(outcome.losses, wanted.losses, rtol=bound)
+    scale = max(1.0, *(float(np.abs(array).max()) for array in arrays_of(expected)))
+    for array, correct, before in zip(arrays, arrays_of(expected), arrays_of(plan), strict=True):
+        assert_within(array, correct, bound * scale)
+        assert not same_bits(array, before) or name == "chained, the first learns"
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "two networks"])
+def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
+    """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""
+    plan, batches = PLANS[name](dtype)
+
+    def part(first: int, end: int) -> Batches:
+        rows = slice(first * BATCH, end * BATCH)
+        tables = tuple(table[first:end] for table in batches.hyperparameters)
+        return dataclasses.replace(
+            batches,
+            order=batches.order[rows],
+            size=BATCH if end < STEPS else 1000 if end == first + 1 else BATCH,
+            hyperparameters=tables,
+            losses=(0.0,) * len(batches.losses),
+            decay=batches.decay[first:end],
+            noise=batches.noise[rows],
+        )
+
+    (whole,), expected = staged(backend, plan, part(0, STEPS))
+    outcomes, arrays = staged(backend, plan, part(0, 1), part(1, STEPS - 1), part(STEPS - 1, STEPS))
+    assert all(map(same_bits, arrays, expected))
+    assert sum(outcome.correct for outcome in outcomes) == whole.correct
+    np.testing.assert_allclose(np.sum([outcome.losses for outcome in outcomes], axis=0), whole.losses, rtol=1e-12)
+
+
+def test_averages_without_a_decay_are_the_parameters(backend: Any, dtype: Any) -> None:
+    plan, batches = mlp(dtype)
+    there = backend.stage(plan)
+    backend.train(there, dataclasses.replace(batches, decay=None))
+    backend.write_back(there)
+    for parameter in plan.parameters(0):
+        assert same_bits(parameter.average, parameter.value)
+
+
+# Reduction of gradients.
+
+
+def test_what_is_reduced(backend: Any, dtype: Any) -> None:
+    """The gradients of the parameters, in order; what they are changed to is what the update takes."""
+    seen: list[Any] = []
+
+    def reduce(gradients: Sequence[Any]) -> None:
+        seen.append([gradient.copy() for gradient in gradients])
+        for i, gradient in enumerate(gradients):
+            gradient[...] = i + 1
+
+    model, x = MLP([FEATURES, 9, 3], dtype=dtype), samples(dtype).x
+    plan = model._plan(model._samples(x), CLASSES, SGD(0.5))
+    *phases, update = plan.phases
+    plan = TrainingPlan(plan.networks, (*phases, AllReduce(0, reduce), update))
+    before, (_, gradients) = copied(plan), model.loss_and_gradients(x, CLASSES)
+    there = backend.stage(plan)
+    backend.train(there, Batches(np.arange(N), N, (np.array([[0.5, 0.0]]),), (0.0,)))
+    backend.write_back(there)
+    assert len(seen) == 1
+    for gradient, correct in zip(seen[0], gradients, strict=True):
+        assert_within(gradient, correct, BOUNDS[str(dtype)])
+    for i, (param, old) in enumerate(zip(model.parameters, arrays_of(before), strict=True)):
+        assert_within(param, old - dtype.type(0.5 * (i + 1)), BOUNDS[str(dtype)])
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.2])
+def test_two_processes_take_the_step_of_the_whole_mini_batch(max_norm: float | None, backend: Any, dtype: Any) -> None:
+    """Each has one half of it, and the mean of the gradients of both, which are clipped after that."""
+    model, rule, half = MLP([FEATURES, 9, 3], dtype=dtype), optimizer("adam"), BATCH // 2
+    alone = model._plan(model._samples(samples(dtype).x), CLASSES, rule)
+    *phases, update = alone.phases
+    clipped = update._replace(max_norm=max_norm)
+    steps = N // BATCH
+    order = np.random.default_rng(5).permutation(N)[: steps * BATCH]
+    tables = (rule.hyperparameters(model.parameters, np.ones(steps)),)
+    barrier, sent = threading.Barrier(2, timeout=60), [[], []]
+
+    def process(rank: int) -> tuple[Outcome, list[Any]]:
+        def mean(gradients: Sequence[Any]) -> None:
+            sent[rank] = [gradient.copy() for gradient in gradients]
+            barrier.wait()
+            for gradient, *others in zip(gradients, *sent, strict=True):
+                gradient[...] = (others[0] + others[1]) / 2
+            barrier.wait()
+
+        plan = TrainingPlan(copy.deepcopy(alone.networks), (*phases, AllReduce(0, mean), clipped))
+        rows = order.reshape(steps, 2, half)[:, rank].reshape(-1)
+        outcomes, arrays = staged(backend, plan, Batches(rows, half, tables, (0.0,)))
+        return outcomes[0], arrays
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, arrays), (second, others) = pool.map(process, range(2))
+    expected = TrainingPlan(copy.deepcopy(alone.networks), (*phases, clipped))
+    wanted = reference.train(backend, expected, Batches(order, BATCH, tables, (0.0,)))
+    assert first.correct + second.correct == wanted.correct
+    assert first.losses[0] + second.losses[0] == pytest.approx(wanted.losses[0], rel=BOUNDS[str(dtype)])
+    assert all(map(same_bits, arrays, others))
+    for array, correct in zip(arrays, arrays_of(expected), strict=True):
+        assert_within(array, correct, BOUNDS[str(dtype)])
+
+
+# The reference.
+
+
+def test_equal_updates_have_hyperparameters_of_their_own(backend: Any, dtype: Any) -> None:
+    """As updates that are told apart by a limit that no norm reaches."""
+    results = []
+    for max_norm in (None, 1e9):
+        plan, batches = two_steps_of_the_discriminator(dtype, max_norm)
+        results.append((reference.train(backend, plan, batches).losses, arrays_of(plan)))
+    assert results[0][0] == results[1][0]
+    assert all(map(same_bits, results[0][1], results[1][1]))
+
+
+def test_a_sparse_matrix_for_the_second_network(backend: Any, dtype: Any) -> None:
+    results = []
+    for kind in ("zeros", "csr"):
+        plan, batches = two_networks(dtype, samples(dtype, kind))
+        noise = np.ones((N, 9), dtype)
+        phases = plan.phases[0], Forward(0, (NOISE,)), *plan.phases[5:]
+        plan = TrainingPlan((network((9, 4), "tanh", dtype), *plan.networks[1:]), phases)
+        (table,) = batches.hyperparameters[1:]
+        batches = dataclasses.replace(batches, noise=noise, hyperparameters=(table,), losses=(0.0,))
+        reference.train(backend, plan, batches)
+        results.append(arrays_of(plan))
+    assert all(map(same_bits, *results))
+
+
+# The reference, with public functions.
+
+
+def forward(layers: list[tuple[Any, ...]], x: Any) -> tuple[Any, list[tuple[Any, ...]]]:
+    """Outputs, and of each layer its input, its output and its preactivation."""
+    saved = []
+    for weight, bias, activation, parameter in layers:
+        if activation is None:
+            y = z = kernels.linear(x, weight, bias)
+        else:
+            y, z = kernels.linear(
+                x, weight, bias, activation, activation_parameter=parameter, return_preactivation=True
+            )
+        saved.append((x, y, z))
+        x = y
+    return x, saved
+
+
+def backward(layers: list[tuple[Any, ...]], saved: list[tuple[Any, ...]], grad: Any) -> tuple[Any, list[Any]]:
+    """The gradient of the inputs, and those of the parameters."""
+    gradients: list[Any] = []
+    for (weight, _, activation, parameter), (x, y, z) in zip(reversed(layers), reversed(saved), strict=True):
+        grad, *both = kernels.linear_backward(grad, x, weight, y, activation, z=z, activation_parameter=parameter)
+        gradients = [*both, *gradients]
+    return grad, gradients
+
+
+def layers_of(parameters: list[Any], activation: str, output: str | None = None, number: Any = None) -> list[Any]:
+    count = len(parameters) // 2
+    names = [activation] * (count - 1) + [output]
+    return [(*parameters[2 * i : 2 * i + 2], names[i], number if i < count - 1 else None) for i in range(count)]
+
+
+def adam(parameters: list[Any], gradients: list[Any], states: list[Any], step: int, rate: float) -> None:
+    for param, grad, (m, v) in zip(parameters, gradients, states, strict=True):
+        kernels.adam_update(param, grad, m, v, step=step, lr=rate, beta1=0.9, beta2=0.999, eps=1e-3)
+
+
+def zeros_for(parameters: list[Any]) -> list[Any]:
+    return [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
+
+
+@pytest.fixture
+def by_reference(backend: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Each backend, whose `fit` trains with the reference executor."""
+    monkeypatch.setattr(type(backend), "supports_fused", lambda self, plan: False)
+    return backend
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid", "identity"])
+@pytest.mark.parametrize(("activation", "number"), [("tanh", None), ("gelu", None), ("leaky_relu", 0.3)])
+def test_a_step_of_an_mlp_written_out(
+    activation: str, number: float | None, output: str, by_reference: Any, dtype: Any
+) -> None:
+    model = MLP([FEATURES, 9, 7, 3], activation, output, dtype=dtype, activation_parameter=number, ema_decay=0.9,
+                label_smoothing=0.1 if output == "softmax" else 0.0)  # fmt: skip
+    parameters = [p.copy() for p in model.parameters]
+    averages, states = [p.copy() for p in parameters], zeros_for(parameters)
+    x, y = samples(dtype).x, numbers(3, dtype) if output == "identity" else CLASSES
+    total = 0.0
+    for step in range(1, STEPS + 1):
+        rows = slice((step - 1) * BATCH, step * BATCH)
+        outputs, saved = forward(layers := layers_of(parameters, activation, number=number), x[rows])
+        if output == "softmax":
+            loss, grad = kernels.softmax_cross_entropy(outputs, y[rows], label_smoothing=0.1)
+        elif output == "sigmoid":
+            loss, grad = kernels.binary_cross_entropy_with_logits(outputs, np.eye(3, dtype=dtype)[y[rows]])
+            loss, grad = loss * 3, grad * 3
+        else:
+            loss, grad = kernels.mean_squared_error(outputs, y[rows])
+        adam(parameters, backward(layers, saved, grad)[1], states, step, 0.01)
+        total += loss * len(outputs)
+        decay = min(0.9, (1 + step) / (10 + step))
+        averages = [average * decay + (1 - decay) * p for average, p in zip(averages, parameters, strict=True)]
+    history = model.fit(x, y, 1, BATCH, Adam(0.01, eps=1e-3), shuffle=False)
+    assert all(map(same_bits, model.parameters, parameters))
+    assert all(map(same_bits, model._average.parameters, averages))
+    assert history.loss == [total / N]
+
+
+@pytest.mark.parametrize("loss", ["non_saturating", "minimax"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "silu"])
+def test_a_step_of_a_gan_written_out(activation: str, loss: str, by_reference: Any, dtype: Any) -> None:
+    def make() -> GAN:
+        return GAN(LATENT, [9, FEATURES], [7, 1], loss=loss, dtype=dtype, discriminator_activation=activation,
+                   generator_activation=activation)  # fmt: skip
+
+    model, twin = make(), make()
+    images, slope = samples(dtype, "bytes").x, 0.2 if activation == "leaky_relu" else None
+    made, judging = twin.generator_parameters, twin.discriminator_parameters
+    states, others, averages = zeros_for(made), zeros_for(judging), [p.copy() for p in made]
+    totals, noise = [0.0, 0.0], twin._draw(twin._training_noise, N)
+    for step in range(1, STEPS + 1):
+        rows = slice((step - 1) * BATCH, step * BATCH)
+        real = by_reference.scaled(images[rows], dtype, 2.0, -1.0)
+        fake, of_generator = forward(layers_of(made, activation, "tanh", slope), noise[rows])
+        # The kernels' mean is over both kinds of rows, each network's objective has the mean over each kind.
+        wanted = np.repeat(np.array([0.9, 0.0], dtype), len(fake))[:, np.newaxis]
+        outputs, saved = forward(layers := layers_of(judging, activation, number=slope), np.concatenate([real, fake]))
+        value, grad = kernels.binary_cross_entropy_with_logits(outputs, wanted)
+        adam(judging, backward(layers, saved, 2 * grad)[1], others, step, 0.01)
+        totals[1] += 2 * value * len(fake)
+        outputs, saved = forward(layers, fake)
+        sign = 1.0 if loss == "non_saturating" else -1.0
+        target = np.full_like(outputs, 1.0 if loss == "non_saturating" else 0.0)
+        value, grad = kernels.binary_cross_entropy_with_logits(outputs, target)
+        grad, _ = backward(layers, saved, dtype.type(sign) * grad)
+        adam(made, backward(layers_of(made, activation, "tanh", slope), of_generator, grad)[1], states, step, 0.01)
+        totals[0] += sign * value * len(fake)
+        decay = min(0.999, (1 + step) / (10 + step))
+        averages = [average * decay + (1 - decay) * p for average, p in zip(averages, made, strict=True)]
+    history = model.fit(images, 1, BATCH, Adam(0.01, eps=1e-3), shuffle=False)
+    assert all(map(same_bits, model.generator_parameters, made))
+    assert all(map(same_bits, model.discriminator_parameters, judging))
+    assert all(map(same_bits, model._average.parameters, averages))
+    assert [history.generator_loss, history.discriminator_loss] == [[total / N] for total in totals]
