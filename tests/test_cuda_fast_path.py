@@ -117,7 +117,7 @@ def layouts(array: np.ndarray) -> Iterator[Callable[[], Any]]:
 @pytest.mark.parametrize("b", [False, True])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 def test_layers(activation: str | None, b: bool, any_dtype: Any, watched: Any, rng: Any) -> None:
-    """Matrices of any strides; the numbers before the activation; and thin ones."""
+    """Matrices of any strides; the numbers before the activation; and skinny ones."""
     for m, k, n in [(9, 16, 8), (70, 5, 3), (1, 300, 24), (3, 40, 65)]:
         x, w, bias = (rng.normal(size=shape).astype(any_dtype) for shape in ((m, k), (k, n), (n,)))
         for (of_x, of_w), keep in zip(

@@ -29,7 +29,19 @@ from gemmlet.backends import select
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, StopTraining, dataset, linear_decay
 from gemmlet.training import reference
-from gemmlet.training.plan import SAMPLES, Activation, Dataset, Forward, Gather, Linear, Parameter, TrainingPlan
+from gemmlet.training.plan import (
+    SAMPLES,
+    Activation,
+    Backward,
+    Dataset,
+    Forward,
+    Gather,
+    Linear,
+    Loss,
+    Parameter,
+    TrainingPlan,
+    Update,
+)
 from support import assert_within, run_on, same_bits
 
 # Of float64 and float32 weights after dozens of steps, relative to the largest: rounding, as training carries it on.
@@ -49,8 +61,8 @@ def fuses(backend: Any, activation: str = "relu") -> bool:
     """Whether it has an executor of its own for networks with this activation."""
     zeros = np.zeros((1, 1), np.float32)
     network = (Linear(Parameter(zeros), Parameter(zeros[0])), Activation(activation, 0.0))
-    plan = TrainingPlan((network,), (Gather(Dataset(zeros)), Forward(0, (SAMPLES,))))
-    return bool(backend.supports_fused(plan))
+    phases = Gather(Dataset(zeros)), Forward(0, (SAMPLES,)), Loss(0, "mean_squared_error", zeros), Backward(0)
+    return bool(backend.supports_fused(TrainingPlan((network,), (*phases, Update(0, "sgd")))))
 
 
 @pytest.fixture

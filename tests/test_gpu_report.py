@@ -334,7 +334,7 @@ def test_sanitized_checks(capsys: pytest.CaptureFixture[str]) -> None:
     checks = list(gpu_sanitized.checks(device))
     names = [name for name, _ in checks]
     assert len(names) == len(set(names))
-    for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "thin", "simt", "mma ", "wgmma", "transposed"):
+    for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "skinny", "simt", "mma ", "wgmma", "transposed"):
         assert any(part in name for name in names), part
     some = [*list(gpu_sanitized.trainings(rng))[:1], *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
     assert gpu_sanitized.run(some, 60.0)

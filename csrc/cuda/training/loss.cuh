@@ -7,21 +7,22 @@
 
 namespace gemmlet {
 
-// What rows of outputs are compared with, and how.
+// The loss, and the targets of rows of outputs.
 template <class T>
 struct Objective {
   int loss;
-  T parameter, share;    // of a row in the gradient
+  T parameter, scale;    // of a row in the gradient
+  T keep, spread;        // of softmax_loss: targets are taken times `keep`, and `spread` is added
   const int* labels;     // classes of the rows; or
   const T* values;       // (all samples, out), with no space between the rows,
   const Index* samples;  // and which of them the rows are; or null all:
   T first, second;       // each target of the first `boundary` rows, and of those after them
   int boundary;
   double* losses;  // of each row
-  int* right;      // whether each row's largest output (of a single one, its sign) is the class; or null
+  int* correct;    // whether each row's largest output (of a single one, its sign) is the class; or null
 };
 
-// Whether output a at place i comes before b at place j as the class that is meant: NaN counts as the largest.
+// Whether output a at place i is predicted before b at place j: NaN counts as the largest.
 template <class T>
 __device__ __forceinline__ bool comes_first(T a, int i, T b, int j) {
   const bool a_is_nan = a != a, b_is_nan = b != b;
@@ -29,9 +30,9 @@ __device__ __forceinline__ bool comes_first(T a, int i, T b, int j) {
   return a > b || (!(a < b) && i < j);
 }
 
-// By a warp: whether `label` is the class that is meant.
+// By a warp: whether `label` is the predicted class.
 template <class T>
-__device__ inline bool is_right(const T* y, int out, int label) {
+__device__ inline bool is_correct(const T* y, int out, int label) {
   if (out == 1) return (y[0] > T(0)) == label;
   bool other = false;
   for (int j = static_cast<int>(threadIdx.x % 32); j < out; j += 32) other |= comes_first(y[j], j, y[label], label);
@@ -79,17 +80,19 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
     const auto end_of = [&](int j, T gradient) {
       if (lane < lanes && j < out) end(j, gradient);
     };
-    if (target.values != nullptr) {
+    if (target.values != nullptr || p.spread != T(0)) {
       Lanes row(y, out, true, -infinity<T>());
       const auto write = [&](const auto& of, auto f) {
         of.each([&](int j, T v, int slot) { end_of(j, f(j, v, slot)); });
         stored();
       };
-      const auto of_output = [&](int j, int) { return j < out ? target.values[j] : T(0); };
-      loss = cross_entropy_of_targets(row, of_output, p.share, write);
+      const auto of_output = [&](int j, int) {
+        return j < out ? fma(p.keep, target.of_output(j, out), p.spread) : T(0);
+      };
+      loss = cross_entropy_of_targets(row, of_output, p.scale, write);
     } else {
       Lanes row(y, out, true, -infinity<T>(), target.label);
-      const ClassCrossEntropy<Lanes> entropy(row, y[target.label], p.share);
+      const ClassCrossEntropy<Lanes> entropy(row, y[target.label], p.scale);
       row.each([&](int j, T v, int) { end_of(j, j == target.label ? entropy.of_label : entropy.of_other(v)); });
       stored();
       loss = log(entropy.total) - entropy.difference;
@@ -100,7 +103,7 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
       switch (static_cast<LossNumber>(p.loss)) {
 #define GEMMLET_ENTRY(name)                                                                            \
   case LossNumber::name:                                                                               \
-    losses::name::evaluate(y[j], target.of_output(j, out), p.parameter, p.share, of_output, gradient); \
+    losses::name::evaluate(y[j], target.of_output(j, out), p.parameter, p.scale, of_output, gradient); \
     break;
         GEMMLET_LOSSES(GEMMLET_ENTRY)
 #undef GEMMLET_ENTRY
@@ -111,10 +114,10 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
     stored();
     loss = reduce_lanes<32>(loss, Sum{});
   }
-  const bool right = p.right != nullptr && target.label >= 0 && is_right(y, out, target.label);
+  const bool correct = p.correct != nullptr && target.label >= 0 && is_correct(y, out, target.label);
   if (lane == 0) {
     p.losses[i] = loss;
-    if (p.right != nullptr) p.right[i] = right;
+    if (p.correct != nullptr) p.correct[i] = correct;
   }
 }
 
