@@ -156,14 +156,14 @@ def checked_losses(run: Run) -> None:
         p = run.rng.uniform(0.1, 0.9, 3000).astype(np.float32)
         gradient = run.place(poison(p), 0)
         p[1234] = p[1234] if bad is None else bad
-        loss = run.backend.quick["binary_cross_entropy"](run.place(p, 0), run.place(p[::-1], 0), None, gradient)
+        loss = run.backend.fast_paths["binary_cross_entropy"](run.place(p, 0), run.place(p[::-1], 0), None, gradient)
         assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
     for bad, smoothing in itertools.product((None, -1, 10), (0.0, 0.1)):
         z, labels = run.normal(70, 10), run.rng.integers(0, 10, 70)
         labels[:2], labels[50] = (0, 9), labels[50] if bad is None else bad
         gradient = run.place(poison(z), 0)
         arguments = run.place(z, 0), run.place(labels, 0), smoothing, gradient
-        loss = run.backend.quick["softmax_cross_entropy"](*arguments)
+        loss = run.backend.fast_paths["softmax_cross_entropy"](*arguments)
         assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
 
 
@@ -190,8 +190,8 @@ def ranges(run: Run) -> None:
 def optimizers(run: Run) -> None:
     for n, offset in ((1, 0), (1030, 0), (1030, 1)):
         p, g, m, v = (run.normal(n) for _ in range(4))
-        scalars = tuple(np.linspace(0.1, 0.9, len(OPTIMIZER_RULES["adam"].scalars)))
-        run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), scalars, offset=offset)
+        hyperparameters = tuple(np.linspace(0.1, 0.9, len(OPTIMIZER_RULES["adam"].hyperparameters)))
+        run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), hyperparameters, offset=offset)
 
 
 def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:

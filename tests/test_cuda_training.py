@@ -29,7 +29,7 @@ from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.cuda.training import Session
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES
-from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 from gemmlet.training.plan import (
     NOISE,
     SAMPLES,
@@ -132,7 +132,9 @@ def numbers(rule: str, steps: int, lr: float = 0.05) -> Any:
     """The rule's numbers, other ones in each step."""
     rates = lr * (1 - 0.05 * np.arange(steps))
     if rule == "adam":
-        return np.array([adam_scalars(7 + s, r / 5, 0.8, 0.95, 1e-3, 0.1, s % 2 == 0) for s, r in enumerate(rates)])
+        return np.array(
+            [adam_hyperparameters(7 + s, r / 5, 0.8, 0.95, 1e-3, 0.1, s % 2 == 0) for s, r in enumerate(rates)]
+        )
     rest = {"sgd": (0.03,), "momentum": (0.03, 0.8)}[rule]
     return np.array([(r, *rest, *([float(s % 2)] if rule == "momentum" else [])) for s, r in enumerate(rates)])
 

@@ -23,7 +23,7 @@ import numpy as np
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS, Activation
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, softmax_cross_entropy
-from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 
 from . import training
 from .case import Array, Call, Case, Factory, Prepared, Settings
@@ -581,12 +581,12 @@ _LR = 1e-3
 _UPDATES: dict[str, tuple[str, str, dict[str, float], tuple[float, ...], str]] = {
     "sgd": ("sgd_update", "sgd", {}, (_LR, 0.0), "SGD"),
     "sgd with momentum": ("sgd_update", "momentum", {"momentum": 0.9}, (_LR, 0.0, 0.9, 0.0), "SGD"),
-    "adam": ("adam_update", "adam", {}, adam_scalars(1, _LR, 0.9, 0.999, 1e-8, 0.0, False), "Adam"),
+    "adam": ("adam_update", "adam", {}, adam_hyperparameters(1, _LR, 0.9, 0.999, 1e-8, 0.0, False), "Adam"),
     "adamw": (
         "adamw_update",
         "adam",
         {"weight_decay": 0.01},
-        adam_scalars(1, _LR, 0.9, 0.999, 1e-8, 0.01, True),
+        adam_hyperparameters(1, _LR, 0.9, 0.999, 1e-8, 0.01, True),
         "AdamW",
     ),
 }

@@ -20,7 +20,7 @@ import numpy as np
 
 from gemmlet import nn
 from gemmlet.data import Mnist, load_mnist
-from gemmlet.formulas.optimizers import adam_scalars
+from gemmlet.formulas.optimizers import adam_hyperparameters
 
 from .case import Array, Call, Case, Prepared, Settings
 from .implementations import OURS
@@ -457,7 +457,7 @@ class NumpyGan:
         self._updates = [numpy_rule("adam", p) for p in (*self.generator, *self.discriminator)]
 
     def _update(self, gradients: Sequence[Array], offset: int) -> None:
-        numbers = adam_scalars(self.steps, GAN_LR, BETA1, BETA2, EPS, 0.0, False)
+        numbers = adam_hyperparameters(self.steps, GAN_LR, BETA1, BETA2, EPS, 0.0, False)
         for update, grad in zip(self._updates[offset : offset + len(gradients)], gradients, strict=True):
             update(grad, numbers)
 

@@ -19,7 +19,7 @@ from ..._arrays import is_on_gpu, name_of
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction
-from ...formulas.optimizers import OptimizerRule, Scalars
+from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import Batches, Outcome, TrainingPlan
 from ..base import Array
 from ..numpy import NumpyBackend
@@ -92,7 +92,7 @@ class CudaBackend(Launcher, NumpyBackend):
         super().__init__(devices)
         # Of the plans that are staged.
         self._sessions = weakref.WeakKeyDictionary[TrainingPlan, training.Session]()
-        self.quick = fast_path.fast_paths(self)
+        self.fast_paths = fast_path.fast_paths(self)
 
     def describe(self) -> dict[str, str]:
         return {
@@ -306,14 +306,14 @@ class CudaBackend(Launcher, NumpyBackend):
     # Optimizers.
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         with self._placed(grad, *state, param, writes=1 + len(state)) as (device, g, *rest):
             *states, p = rest
             if p.size:
                 launch, per_block, _ = self.update_launch(device, rule.name, p.dtype)
                 places = *map(address, states), *[0] * (RULE_STATES - len(states))
-                numbers = *scalars, *[0.0] * (RULE_NUMBERS - len(scalars))
+                numbers = *hyperparameters, *[0.0] * (RULE_NUMBERS - len(hyperparameters))
                 launch(-(-p.size // per_block), 1, address(p), address(g), *places, *numbers, p.size)
 
     # Training.

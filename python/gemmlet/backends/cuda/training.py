@@ -628,7 +628,7 @@ class Session:
 
     def _staged(self) -> np.void:
         """What the kernel that opens a step stages; of class indices, the mini-batch's."""
-        (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].scalars) for u in self.plan.updates]
+        (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].hyperparameters) for u in self.plan.updates]
         return _filled(
             _STAGED,
             progress=self.state,
