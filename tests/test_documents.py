@@ -88,6 +88,15 @@ def test_the_design_names_what_exists() -> None:
     assert sorted(named - known) == []
 
 
+def test_the_files_to_touch_are_counted() -> None:
+    """Each row of CONTRIBUTING's table: the files it names, and the changelog."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Files to touch")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \| (\d+) \| (.*) \|$", table, re.MULTILINE)
+    assert len(rows) >= 7
+    for what, count, files in rows:
+        assert len(set(re.findall(r"`((?:csrc|python)/[\w./]+)`", files))) + 1 == int(count), what
+
+
 def test_options_in_the_documents_exist() -> None:
     typer = pytest.importorskip("typer")
     from gemmlet.cli.app import app
