@@ -17,6 +17,7 @@ from gemmlet import kernels
 from gemmlet.backends import select
 
 ROOT = Path(__file__).resolve().parent.parent
+_SOURCES = (".py", ".h", ".cpp", ".cuh", ".cmake")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -66,6 +67,36 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert (ROOT / name).exists() or (ROOT / "python/gemmlet" / name).exists(), name
 
 
+def test_the_design_names_what_exists() -> None:
+    """In the design, identifiers are those of the sources, and paths lead to files; drawings too."""
+    text = (ROOT / "docs/design.md").read_text()
+    drawings, prose = (
+        blocks("docs/design.md", "text"),
+        re.sub(r"^```text$.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL),
+    )
+    assert len(drawings) == 5
+    spans = re.findall(r"`([^`]+)`", prose)
+    assert len(spans) > 150
+    paths = {span for span in spans if "/" in span and " " not in span and "(" not in span}
+    paths |= set(re.findall(r"\b(?:csrc|python|tests|cmake)/[\w./]+", text))
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    sources = [path for folder in ("csrc", "python", "cmake") for path in (ROOT / folder).rglob("*.*")]
+    known = set(re.findall(r"\w+", "\n".join(p.read_text() for p in sources if p.suffix in _SOURCES)))
+    named = {word for span in spans if span not in paths for word in re.findall(r"\w+", span)}
+    named |= {word for drawing in drawings for word in re.findall(r"\w*[a-z]_[a-z]\w*|\w+(?=\()", drawing)}
+    assert sorted(named - known) == []
+
+
+def test_the_files_to_touch_are_counted() -> None:
+    """Each row of CONTRIBUTING's table: the files it names, and the changelog."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Files to touch")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \| (\d+) \| (.*) \|$", table, re.MULTILINE)
+    assert len(rows) >= 7
+    for what, count, files in rows:
+        assert len(set(re.findall(r"`((?:csrc|python)/[\w./]+)`", files))) + 1 == int(count), what
+
+
 def test_options_in_the_documents_exist() -> None:
     typer = pytest.importorskip("typer")
     from gemmlet.cli.app import app
@@ -85,8 +116,8 @@ def test_options_in_the_documents_exist() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="the package is for Linux and macOS")
-def test_an_activation_takes_three_files(tmp_path: Path) -> None:
-    """Apply the worked example of CONTRIBUTING to a copy, build it for one instruction set, and run the tests on it."""
+def test_an_activation_and_a_loss_take_three_files_each(tmp_path: Path) -> None:
+    """Apply the worked examples of CONTRIBUTING to a copy, build it for one instruction set, run the tests on it."""
     files = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -102,23 +133,36 @@ def test_an_activation_takes_three_files(tmp_path: Path) -> None:
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, target)
 
-    example = (ROOT / "CONTRIBUTING.md").read_text().split("## Adding an activation in three files")[1]
-    struct, listed = re.findall(r"```cpp\n(.*?)```", example, re.DOTALL)
-    (entry,) = re.findall(r"```python\n(.*?)```", example, re.DOTALL)
-    (line,) = re.findall(r"```md\n(.*?)```", example, re.DOTALL)
-    # Each piece goes in front of something that stands in the file once.
-    edits = {
-        "csrc/formulas/activations.h": ((struct, "// The list."), (listed, "  X(relu)")),
-        "python/gemmlet/formulas/activations.py": ((entry, '        Activation(\n            name="relu"'),),
-        "CHANGELOG.md": ((line, "- `gemmlet.kernels`"),),
-    }
-    assert len(edits) == 3
-    for name, pieces in edits.items():
-        text = (copy / name).read_text()
-        for piece, place in pieces:
-            assert text.count(place) == 1, (name, place)
-            text = text.replace(place, piece + place)
-        (copy / name).write_text(text)
+    names = []
+    for kind, formulas, struct_at, list_at, entry_at in (
+        ("an activation", "activations", "// The list.", "  X(relu)", '        Activation(\n            name="relu"'),
+        (
+            "an elementwise loss",
+            "losses",
+            "#define GEMMLET_LOSSES",
+            "  X(huber)",
+            '        Loss(\n            name="huber"',
+        ),
+    ):
+        example = (ROOT / "CONTRIBUTING.md").read_text().split(f"## Adding {kind} in three files")[1].split("\n## ")[0]
+        struct, listed = re.findall(r"```cpp\n(.*?)```", example, re.DOTALL)
+        (entry,) = re.findall(r"```python\n(.*?)```", example, re.DOTALL)
+        (line,) = re.findall(r"```md\n(.*?)```", example, re.DOTALL)
+        names += re.findall(r'name="(\w+)"', entry)
+        # Each piece goes in front of something that stands in the file once.
+        edits = {
+            f"csrc/formulas/{formulas}.h": ((struct, struct_at), (listed, list_at)),
+            f"python/gemmlet/formulas/{formulas}.py": ((entry, entry_at),),
+            "CHANGELOG.md": ((line, "- `gemmlet.kernels`"),),
+        }
+        assert len(edits) == 3
+        assert set(re.findall(r"\*\*`([^`]*)`\*\*", example)) == set(edits)
+        for name, pieces in edits.items():
+            text = (copy / name).read_text()
+            for piece, place in pieces:
+                assert text.count(place) == 1, (name, place)
+                text = text.replace(place, piece + place)
+            (copy / name).write_text(text)
     # What is asked is whether it builds and works, not how fast it is: optimising takes most of the time of a build.
     options = (copy / "CMakeLists.txt").read_text()
     assert options.count("-O3") == 1
@@ -135,8 +179,9 @@ def test_an_activation_takes_three_files(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     environment.pop("GEMMLET_TEST_BACKENDS", None)
-    name = re.search(r'name="(\w+)"', entry)[1]  # type: ignore[index]
-    check = f"import gemmlet; from gemmlet import kernels; print(gemmlet.__file__); kernels.{name}_backward"
+    activation, loss = names
+    used = f"kernels.{activation}_backward, kernels.{loss}"
+    check = f"import gemmlet; from gemmlet import kernels; print(gemmlet.__file__); {used}"
     imported = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment, cwd=copy)
     assert imported.stdout.startswith(str(site)), imported
     tests = subprocess.run(
@@ -144,9 +189,9 @@ def test_an_activation_takes_three_files(tmp_path: Path) -> None:
             sys.executable,
             "-m",
             "pytest",
-            "-q",
+            "-v",
             "-k",
-            f"{name} or list_the_same or public_names",
+            f"{activation} or {loss} or list_the_same or public_names",
             "-p",
             "no:cacheprovider",
         ],
@@ -156,7 +201,8 @@ def test_an_activation_takes_three_files(tmp_path: Path) -> None:
         cwd=copy,
     )
     assert tests.returncode == 0, tests.stdout
-    # Values, special values, accuracy, shapes, fusing, documentation ... on each backend.
-    passed = re.search(r"(\d+) passed", tests.stdout)
-    assert passed
-    assert int(passed[1]) > 50, tests.stdout
+    # Values, special values, accuracy, shapes, fusing, training, documentation ... on each backend.
+    passed = [line for line in tests.stdout.splitlines() if " PASSED" in line]
+    for name in names:
+        assert sum(name in line for line in passed) > 50, tests.stdout
+    assert any("test_fit" in line and loss in line for line in passed), tests.stdout

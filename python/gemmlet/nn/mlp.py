@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from .. import _arguments as arguments
 from .. import kernels
 from ..backends import select
+from ..formulas.losses import LOSSES
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
@@ -23,7 +24,15 @@ from .optimizers import SGD, Optimizer, Schedule, as_optimizer
 
 Array = NDArray[Any]
 
-OUTPUTS = ("softmax", "sigmoid", "identity")
+# What outputs mean, and the losses that they can be trained with, the default first.
+OUTPUTS = {
+    "softmax": ("softmax_cross_entropy",),
+    "sigmoid": tuple(name for name, loss in LOSSES.items() if loss.prediction == "logits"),
+    "identity": (
+        "mean_squared_error",
+        *(name for name, loss in LOSSES.items() if name != "mean_squared_error" and not loss.unit_interval),
+    ),
+}
 
 
 class MLP(Trainable, files.Saved):
@@ -43,6 +52,9 @@ class MLP(Trainable, files.Saved):
           sample is of its class. The objective is the negative log-likelihood of a sample: binary
           cross-entropy, *summed* over the outputs.
         - identity: numbers. Mean squared error, the mean over the outputs too.
+    loss : str, optional
+        Another objective: an elementwise loss of `gemmlet.kernels`, with its default parameter. With sigmoid one that
+        takes logits; with identity any that does not need predictions within [0, 1], `huber` say.
     dtype : float32 or float64
         Of parameters, inputs and results.
     seed : int, at least 0
@@ -88,6 +100,7 @@ class MLP(Trainable, files.Saved):
         activation: str = "tanh",
         output: str = "softmax",
         *,
+        loss: str | None = None,
         dtype: DTypeLike = np.float32,
         seed: int = 0,
         activation_parameter: float | None = None,
@@ -99,6 +112,7 @@ class MLP(Trainable, files.Saved):
         self.layers = checks.widths(layers, "layers", 2)
         self.activation = activation_name(activation)
         self.output = checks.choice(output, "output", OUTPUTS)
+        self.loss = OUTPUTS[output][0] if loss is None else checks.choice(loss, "loss", OUTPUTS[output])
         self.dtype = checks.float_dtype(dtype)
         self.seed = checks.whole_number(seed, "seed", 0)
         self.activation_parameter = activation_number(activation, activation_parameter)
@@ -220,15 +234,11 @@ class MLP(Trainable, files.Saved):
 
     def _plan(self, samples: Samples, targets: Array, rule: Optimizer | None = None) -> TrainingPlan:
         """A step; without `rule` all but the update."""
-        loss, reduction = {
-            "softmax": ("softmax_cross_entropy", "sum"),
-            "sigmoid": ("binary_cross_entropy_with_logits", "sum"),
-            "identity": ("mean_squared_error", "mean"),
-        }[self.output]
+        reduction = "mean" if self.output == "identity" else "sum"
         phases: list[Phase] = [
             Gather(samples.dataset(may_skip_zeros=True)),
             Forward(0, (SAMPLES,)),
-            Loss(0, loss, np.ascontiguousarray(targets), self.label_smoothing, reduction),
+            Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing, reduction),
             Backward(0),
         ]
         states = None
@@ -262,10 +272,9 @@ class MLP(Trainable, files.Saved):
             labels = backend.placed_like(targets, outputs)
             return kernels.softmax_cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)[0]
         wanted = backend.placed_like(one_hot(targets, outputs.shape, self.dtype), outputs)
-        if self.output == "sigmoid":
-            # The kernel's mean is over all elements, the objective's over the samples.
-            return float(kernels.binary_cross_entropy_with_logits(outputs, wanted)[0] * outputs.shape[1])
-        return float(kernels.mean_squared_error(outputs, wanted)[0])
+        mean = float(getattr(kernels, self.loss)(outputs, wanted)[0])
+        # The kernel's mean is over all elements, the objective's of sigmoid outputs over the samples.
+        return mean * outputs.shape[1] if self.output == "sigmoid" else mean
 
     # Use.
 
@@ -413,7 +422,7 @@ class MLP(Trainable, files.Saved):
     # Files.
 
     def _config(self) -> dict[str, Any]:
-        names = "layers", "activation", "output", "activation_parameter", "label_smoothing", "ema_decay"
+        names = "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "ema_decay"
         return {name: getattr(self, name) for name in names}
 
     def _parts(self) -> dict[str, Dense]:
