@@ -228,13 +228,7 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def between_markers(document: str, text: str) -> str:
-    """Return the document with `text` in place of what stands between its markers.
-
-    Raises
-    ------
-    ValueError
-        It has no such markers.
-    """
+    """Return the document with `text` in place of what stands between its markers; ValueError if it has none."""
     if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
         raise ValueError(f"expected the lines {BEGIN} and {END}, once each and in this order")
     before, rest = document.split(BEGIN)

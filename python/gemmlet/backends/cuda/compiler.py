@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._files import replacing
+from ..._files import replacing
 
 # What a release is compiled for ahead of time. The "a" is for instructions of that architecture alone.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
