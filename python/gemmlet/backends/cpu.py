@@ -42,7 +42,7 @@ _MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "basel
 
 
 class _Extension(Protocol):
-    """What every extension module offers; its stub is `_cpu_baseline.pyi`."""
+    """What every extension module offers."""
 
     compiler: str
     vector_bytes: int
@@ -107,9 +107,10 @@ def available_isas() -> list[str]:
 
 
 def _choose(isa: str | None) -> str:
-    """The instruction set to load: the best, or the one that is asked for.
+    """The instruction set to load: the best that can run here, or the one that `isa` or ``GEMMLET_ISA`` asks for.
 
-    What is asked for and cannot be had is a ValueError, so that no other backend silently takes its place.
+    What is asked for and cannot be had is a ValueError, so that no other backend silently takes its place. Where
+    nothing was compiled for this platform, that is a RuntimeError.
     """
     available = available_isas()
     if not available:
@@ -123,20 +124,7 @@ def _choose(isa: str | None) -> str:
 
 
 class CpuBackend(NumpyBackend):
-    """The compiled kernels.
-
-    Parameters
-    ----------
-    isa : str, optional
-        The instruction set; by default the best that can run here, or what ``GEMMLET_ISA`` lowers it to.
-
-    Raises
-    ------
-    RuntimeError
-        Nothing was compiled for this platform.
-    ValueError
-        There is no such instruction set, or it cannot run here.
-    """
+    """The compiled kernels, for the instruction set `isa`; see `_choose`."""
 
     name = "cpu"
 
@@ -221,34 +209,30 @@ class CpuBackend(NumpyBackend):
         self._module.column_sum(x, out)
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        number = self._activations.get(activation.name)
-        if number is None:
-            super().activation(activation, x, parameter, out)
+        if activation.name in self._activations:
+            self._module.activation_forward(self._activations[activation.name], x, parameter, out)
         else:
-            self._module.activation_forward(number, x, parameter, out)
+            super().activation(activation, x, parameter, out)
 
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        number = self._activations.get(activation.name)
-        if number is None:
-            super().activation_backward(activation, grad_y, saved, parameter, out)
+        if activation.name in self._activations:
+            self._module.activation_backward(self._activations[activation.name], grad_y, saved, parameter, out)
         else:
-            self._module.activation_backward(number, grad_y, saved, parameter, out)
+            super().activation_backward(activation, grad_y, saved, parameter, out)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
-        number = self._row_functions.get(function.name)
-        if number is None:
-            super().row_function(function, x, out)
+        if function.name in self._row_functions:
+            self._module.row_function_forward(self._row_functions[function.name], x, out)
         else:
-            self._module.row_function_forward(number, x, out)
+            super().row_function(function, x, out)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
-        number = self._row_functions.get(function.name)
-        if number is None:
-            super().row_function_backward(function, grad_y, y, out)
+        if function.name in self._row_functions:
+            self._module.row_function_backward(self._row_functions[function.name], grad_y, y, out)
         else:
-            self._module.row_function_backward(number, grad_y, y, out)
+            super().row_function_backward(function, grad_y, y, out)
 
     def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         if labels.ndim == 2 and np.may_share_memory(labels, out):
@@ -266,11 +250,10 @@ class CpuBackend(NumpyBackend):
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
     ) -> None:
-        number = self._rules.get(rule.name)
-        if number is None:
-            super().update(rule, param, grad, state, scalars)
+        if rule.name in self._rules:
+            self._module.optimizer_update(self._rules[rule.name], param, grad, state, scalars)
         else:
-            self._module.optimizer_update(number, param, grad, state, scalars)
+            super().update(rule, param, grad, state, scalars)
 
     # Training.
 

@@ -1,1 +1,0 @@
-from ._cpu_baseline import *
