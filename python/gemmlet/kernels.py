@@ -10,8 +10,8 @@ exponentials and the like to 14 bits at least, and rounded once. All arrays of a
 for, as it is a Python float, and so are class indices, to be checked; everything else returns at once.
 
 Errors common to all: `TypeError` for a dtype that is none of these, or that differs from the other arguments';
-`ValueError` for a shape that does not fit, for arrays in different places, and for an `out` that is read-only, or
-overlaps what a matrix product reads. Each names the argument.
+`ValueError` for a shape that does not fit, for a number out of its range, for arrays in different places, for an `out`
+that is read-only or overlaps what a matrix product reads, and for updated arrays that overlap. Each names the argument.
 
 Special values are as in NumPy: NaN propagates, infinities and subnormal numbers are computed right. Where the formula
 would give inf times 0, the result is its limit. The same input gives the same bits for any number of threads.
@@ -124,11 +124,6 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     ndarray, shape (..., m, n)
         `out` if it was given.
 
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype, a shape or `out` does not fit.
-
     Notes
     -----
     Each element is a sum over k in an order that the backend fixes, whatever the number of threads. Its error is at
@@ -232,22 +227,12 @@ def linear(
     y : ndarray, shape (..., out_features)
     z : ndarray, shape (..., out_features)
         Only with `return_preactivation`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype, a shape, the activation or `out` does not fit.
     """
-    quick = select.current().quick.get("linear")
-    if (
-        quick is not None
-        and activation_parameter is None
-        and (result := quick(x, w, b, activation, return_preactivation, out)) is not None
-    ):
-        return result
     if activation_parameter is None:
-        result = select.quick_on_gpu("linear")(x, w, b, activation, return_preactivation, out)
-        if result is not None:
+        quick = select.current().quick.get("linear")
+        if quick is not None and (result := quick(x, w, b, activation, return_preactivation, out)) is not None:
+            return result
+        if (result := select.quick_on_gpu("linear")(x, w, b, activation, return_preactivation, out)) is not None:
             return result
     x_ = arguments.as_floats(x, "x")
     w_ = arguments.as_floats(w, "w", x_)
@@ -313,21 +298,12 @@ def linear_backward(
     grad_x : ndarray, shape (..., in_features), or None
     grad_w : ndarray, shape (in_features, out_features), or None
     grad_b : ndarray, shape (out_features,), or None
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype or a shape does not fit, or `y` or `z` is missing where the activation needs it.
     """
-    quick = select.current().quick.get("linear_backward")
-    if (
-        quick is not None
-        and activation_parameter is None
-        and (result := quick(grad_y, x, w, y, activation, z, need_x, need_w, need_b)) is not None
-    ):
-        return result  # type: ignore[no-any-return]
     if activation_parameter is None:
-        result = select.quick_on_gpu("linear_backward")(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
+        quick = select.current().quick.get("linear_backward")
+        result = None if quick is None else quick(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
+        if result is None:
+            result = select.quick_on_gpu("linear_backward")(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
         if result is not None:
             return result  # type: ignore[no-any-return]
     grad = arguments.as_floats(grad_y, "grad_y")
@@ -383,8 +359,10 @@ def linear_backward(
     return grad_x, grad_w, grad_b
 
 
-def _saved(entry: Activation | None, used: str, given: dict[str, Any], grad: Array, hint: str = "") -> Array | None:
-    """What the gradient of an activation reads, of the arrays that may be given; all of them are checked."""
+def _saved(
+    entry: Activation | RowFunction | None, used: str, given: dict[str, Any], grad: Array, hint: str = ""
+) -> Array | None:
+    """What the gradient of a function reads, of the arrays that may be given; all of them are checked."""
     checked: dict[str, Array] = {}
     for name, value in given.items():
         if value is not None:
@@ -536,19 +514,14 @@ def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> 
     grad = arguments.as_floats(grad_y, "grad_y")
     if grad.ndim == 0:
         raise ValueError("grad_y is a scalar; expected at least one dimension")
-    if y is None:
-        raise ValueError(f"y is missing: the gradient of {entry.name} is computed from it")
-    if x is not None:
-        arguments.check_shape(arguments.as_floats(x, "x", grad), "x", grad.shape, "the shape of grad_y")
-    y_ = arguments.as_floats(y, "y", grad)
-    arguments.check_shape(y_, "y", grad.shape, "the shape of grad_y")
+    saved = _saved(entry, "y", {"x": x, "y": y}, grad)
     backend = select.of(grad)
     grad_x = arguments.output(backend, out, "out", grad.shape, grad)
     if grad.size:
         _elementwise(
             backend,
             lambda *matrices: backend.row_function_backward(entry, *map(backend.as_matrix, matrices)),
-            (grad, y_),
+            (grad, saved),
             (grad_x,),
             rows=True,
             new=out is None,
@@ -677,11 +650,6 @@ def softmax_cross_entropy(
         ``mean_i(-sum_j t_ij * log_softmax(logits)_ij)``, summed in float64. NaN if there are no rows.
     gradient : ndarray, shape (rows, classes)
         ``(softmax(logits) * sum_j t_ij - t) / rows``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype or a shape does not fit, or a class index is out of range.
     """
     quick = select.current().quick.get("softmax_cross_entropy")
     if quick is not None and (result := quick(logits, labels, label_smoothing, out)) is not None:
@@ -780,11 +748,6 @@ def sgd_update(
         The step is ``grad + momentum * velocity`` instead.
     weight_decay : float
         Added to the gradient as ``weight_decay * param``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype, a shape or a number does not fit, arrays overlap, or `velocity` is missing.
     """
     rule, scalars = sgd_hyperparameters(velocity is not None, lr, momentum, nesterov, weight_decay)
     _update(rule, param, grad, {} if velocity is None else {"velocity": velocity}, scalars)
@@ -815,11 +778,6 @@ def adam_update(
         Learning rate, decay of the two moments (within [0, 1)), and what is added to the root.
     weight_decay : float
         Added to the gradient as ``weight_decay * param``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype, a shape or a number does not fit, or arrays overlap.
     """
     hyperparameters = adam_hyperparameters(step, lr, beta1, beta2, eps, weight_decay, False)
     _update("adam", param, grad, {"m": m, "v": v}, hyperparameters)
@@ -846,11 +804,6 @@ def adamw_update(
         As in `adam_update`.
     weight_decay : float
         The parameter is multiplied by ``1 - lr * weight_decay``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype, a shape or a number does not fit, or arrays overlap.
     """
     hyperparameters = adam_hyperparameters(step, lr, beta1, beta2, eps, weight_decay, True)
     _update("adam", param, grad, {"m": m, "v": v}, hyperparameters)
