@@ -69,19 +69,7 @@ class _Record(NamedTuple):
 
 
 class Step:
-    """One step, and what its phases leave behind.
-
-    Attributes
-    ----------
-    rows : int
-        The size of the mini-batch.
-    losses : list of float
-        Of each `Loss`, the mean over the mini-batch.
-    correct : int
-        See `Outcome`.
-    gradients : dict of list of ndarray
-        By network, of all parameters; what `Backward` gives.
-    """
+    """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`."""
 
     def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
@@ -93,8 +81,9 @@ class Step:
         self._values: dict[Source, Array] = {}
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs
-        self.rows, self.losses, self.correct = len(where), list[float](), 0
-        self.gradients: dict[int, list[Array]] = {}
+        self.rows, self.correct = len(where), 0
+        self.losses: list[float] = []  # of each `Loss`, the mean over the mini-batch
+        self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
 
     @singledispatchmethod
     def run(self, phase: Any) -> None:

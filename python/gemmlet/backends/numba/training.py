@@ -304,14 +304,7 @@ def _loss_function(phase: Loss, rows: int, width: int, dtype: np.dtype[Any]) -> 
 class _Executor:
     """A call of `train`: `prepare` gives what each phase does in a step; the memory for it is allocated once.
 
-    Attributes
-    ----------
-    step : int
-    where : ndarray of int64
-        The samples of the step's mini-batch.
-    losses : list of float
-    correct : int
-        See `Outcome`.
+    `where` are the samples of the mini-batch of a `step`; `losses` and `correct` are those of `Outcome`.
     """
 
     def __init__(self, plan: TrainingPlan, batches: Batches, split: Split) -> None:
