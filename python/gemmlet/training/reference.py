@@ -123,15 +123,12 @@ class Step:
     @run.register
     def _(self, phase: Loss) -> None:
         outputs = self._values[phase.network]
-        grad, targets = np.empty_like(outputs), phase.targets
+        grad = np.empty_like(outputs)
         # The kernels' mean is over all rows, and of elementwise losses over the outputs; the objective's is not.
         factor = phase.sign * len(outputs) / self.rows
-        if isinstance(targets, tuple):
-            wanted = np.repeat(np.array(targets, outputs.dtype), len(outputs) // len(targets))[:, np.newaxis]
-        else:
-            wanted = targets[self._where]
-            if wanted.ndim == 1 and not self.losses:
-                self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
+        wanted = targets_of(phase, self._where, outputs)
+        if wanted.ndim == 1 and not self.losses:
+            self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
         if phase.name == "softmax_cross_entropy":
             loss = self._backend.softmax_cross_entropy(outputs, wanted, phase.label_smoothing, grad)
         else:
@@ -187,6 +184,13 @@ class Step:
 def predicted_classes(outputs: Array) -> NDArray[np.int64]:
     """The class of each row: its largest output, NaN counting as the largest; of a single one whether it is above 0."""
     return (outputs[:, 0] > 0).astype(np.int64) if outputs.shape[1] == 1 else np.argmax(outputs, axis=1)
+
+
+def targets_of(phase: Loss, where: NDArray[np.int64], outputs: Array) -> Array:
+    """The targets of a mini-batch's outputs, of the samples at `where`."""
+    if not isinstance(phase.targets, tuple):
+        return phase.targets[where]  # type: ignore[no-any-return]
+    return np.repeat(np.array(phase.targets, outputs.dtype), len(outputs) // len(phase.targets))[:, np.newaxis]
 
 
 def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
