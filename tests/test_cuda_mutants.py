@@ -218,7 +218,7 @@ def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], Non
                 splits = {choice.splits for choice in choices if choice.tile == tile} & ({1} if run.quick else {1, 2})
                 used = [cuda_matmul.Choice(tile, count) for count in splits]
                 if kernel == "simt":  # of one slice and four stages: copies and barriers are in other places
-                    used.append(cuda_matmul.Choice(cuda_matmul.simt(dtype, 64, 64, 16, 8, 8, 1, 4, 0.0, 0.0), 1))
+                    used.append(cuda_matmul.Choice(cuda_matmul.simt(dtype, (64, 64, 16, 8, 8, 1, 4), 0.0, 0.0), 1))
                 for choice in used:
                     out, kept = (run.place(np.full((m, n), np.nan, dtype), offset) for _ in range(2))
                     cuda_matmul.linear(

@@ -372,7 +372,7 @@ def fresh_count(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(_threads, "_count", None)
     monkeypatch.delenv("GEMMLET_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(_threads, "_processors", lambda: 8)
+    monkeypatch.setattr(_threads, "processors", lambda: 8)
     monkeypatch.setattr(_threads, "_cgroup_quota", lambda: math.inf)
     return monkeypatch
 

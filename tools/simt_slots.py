@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--nvdisasm", default="nvdisasm")
     arguments = parser.parse_args()
-    named = [cuda_matmul.simt("float32", *map(int, text.split("x")), 0.0, 0.0) for text in arguments.tiles]
+    named = [cuda_matmul.simt("float32", tuple(map(int, text.split("x"))), 0.0, 0.0) for text in arguments.tiles]
     for tile in named or cuda_matmul.tiles("float32", False, arguments.arch):
         print(report(tile, arguments.arch, arguments.nvdisasm), flush=True)
     return 0

@@ -108,8 +108,8 @@ def check_place(array: Array, name: str, like: Array | np.dtype[Any] | None) -> 
     """Raise unless `array` is on the CPU, or the GPU, where `like` is."""
     if like is None or type(array) is type(like) is np.ndarray or isinstance(like, np.dtype):
         return
-    if not arrays.in_one_place(array, like):
-        here, there = arrays.place(array), arrays.place(like)
+    here, there = arrays.place(array), arrays.place(like)
+    if here != there:
         raise ValueError(f"{name} is on {here}, the other arguments on {there}; all must be in one place")
 
 

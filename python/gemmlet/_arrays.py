@@ -24,15 +24,8 @@ def is_on_gpu(array: Any) -> bool:
 
 
 def place(array: Any) -> str:
-    """Where it is, for messages."""
+    """Where it is, in words: the CPU, or one of the GPUs."""
     return f"GPU {array.data.device_id}" if is_on_gpu(array) else "the CPU"
-
-
-def in_one_place(array: Any, other: Any) -> bool:
-    """Whether both are on the CPU, or on one GPU."""
-    if not is_on_gpu(array):
-        return not is_on_gpu(other)
-    return is_on_gpu(other) and array.data.device_id == other.data.device_id
 
 
 @functools.cache

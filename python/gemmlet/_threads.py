@@ -16,8 +16,8 @@ def _from_environment(name: str) -> int | None:
     return min(int(text), _LARGEST) if text.isdecimal() and int(text) > 0 else None
 
 
-def _processors() -> int:
-    """Processors in this process's affinity mask."""
+def processors() -> int:
+    """Return how many processors are in this process's affinity mask."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
@@ -64,7 +64,7 @@ def get_num_threads() -> int:
     global _count
     if _count is None:
         wanted = _from_environment("GEMMLET_NUM_THREADS") or _from_environment("OMP_NUM_THREADS")
-        _count = wanted or max(1, min(_processors(), math.ceil(min(_cgroup_quota(), 1e6))))
+        _count = wanted or max(1, min(processors(), math.ceil(min(_cgroup_quota(), 1e6))))
     return _count
 
 

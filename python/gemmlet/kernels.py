@@ -10,8 +10,8 @@ exponentials and the like to 14 bits at least, and rounded once. All arrays of a
 for, as it is a Python float, and so are class indices, to be checked; everything else returns at once.
 
 Errors common to all: `TypeError` for a dtype that is none of these, or that differs from the other arguments';
-`ValueError` for a shape that does not fit, for arrays in different places, and for an `out` that is read-only, or
-overlaps what a matrix product reads. Each names the argument.
+`ValueError` for a shape that does not fit, for a number out of its range, for arrays in different places, for an `out`
+that is read-only or overlaps what a matrix product reads, and for updated arrays that overlap. Each names the argument.
 
 Special values are as in NumPy: NaN propagates, infinities and subnormal numbers are computed right. Where the formula
 would give inf times 0, the result is its limit. The same input gives the same bits for any number of threads.
@@ -238,16 +238,11 @@ def linear(
     TypeError, ValueError
         A dtype, a shape, the activation or `out` does not fit.
     """
-    fast_path = select.current().fast_paths.get("linear")
-    if (
-        fast_path is not None
-        and activation_parameter is None
-        and (result := fast_path(x, w, b, activation, return_preactivation, out)) is not None
-    ):
-        return result
     if activation_parameter is None:
-        result = select.fast_path_on_gpu("linear")(x, w, b, activation, return_preactivation, out)
-        if result is not None:
+        fast_path = select.current().fast_paths.get("linear")
+        if fast_path is not None and (result := fast_path(x, w, b, activation, return_preactivation, out)) is not None:
+            return result
+        if (result := select.fast_path_on_gpu("linear")(x, w, b, activation, return_preactivation, out)) is not None:
             return result
     x_ = arguments.as_floats(x, "x")
     w_ = arguments.as_floats(w, "w", x_)
@@ -319,15 +314,11 @@ def linear_backward(
     TypeError, ValueError
         A dtype or a shape does not fit, or `y` or `z` is missing where the activation needs it.
     """
-    fast_path = select.current().fast_paths.get("linear_backward")
-    if (
-        fast_path is not None
-        and activation_parameter is None
-        and (result := fast_path(grad_y, x, w, y, activation, z, need_x, need_w, need_b)) is not None
-    ):
-        return result  # type: ignore[no-any-return]
     if activation_parameter is None:
-        result = select.fast_path_on_gpu("linear_backward")(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
+        fast_path = select.current().fast_paths.get("linear_backward")
+        result = None if fast_path is None else fast_path(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
+        if result is None:
+            result = select.fast_path_on_gpu("linear_backward")(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
         if result is not None:
             return result  # type: ignore[no-any-return]
     grad = arguments.as_floats(grad_y, "grad_y")
@@ -383,8 +374,10 @@ def linear_backward(
     return grad_x, grad_w, grad_b
 
 
-def _saved(entry: Activation | None, used: str, given: dict[str, Any], grad: Array, hint: str = "") -> Array | None:
-    """What the gradient of an activation reads, of the arrays that may be given; all of them are checked."""
+def _saved(
+    entry: Activation | RowFunction | None, used: str, given: dict[str, Any], grad: Array, hint: str = ""
+) -> Array | None:
+    """What the gradient of a function reads, of the arrays that may be given; all of them are checked."""
     checked: dict[str, Array] = {}
     for name, value in given.items():
         if value is not None:
@@ -540,19 +533,14 @@ def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> 
     grad = arguments.as_floats(grad_y, "grad_y")
     if grad.ndim == 0:
         raise ValueError("grad_y is a scalar; expected at least one dimension")
-    if y is None:
-        raise ValueError(f"y is missing: the gradient of {entry.name} is computed from it")
-    if x is not None:
-        arguments.check_shape(arguments.as_floats(x, "x", grad), "x", grad.shape, "the shape of grad_y")
-    y_ = arguments.as_floats(y, "y", grad)
-    arguments.check_shape(y_, "y", grad.shape, "the shape of grad_y")
+    saved = _saved(entry, "y", {"x": x, "y": y}, grad)
     backend = select.of(grad)
     grad_x = arguments.output(backend, out, "out", grad.shape, grad)
     if grad.size:
         _elementwise(
             backend,
             lambda *matrices: backend.row_function_backward(entry, *map(backend.as_matrix, matrices)),
-            (grad, y_),
+            (grad, saved),
             (grad_x,),
             rows=True,
             new=out is None,

@@ -6,6 +6,7 @@ first. A request by name (`GEMMLET_BACKEND`, `use_backend`) loads that backend o
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -20,7 +21,13 @@ from .._version import __version__
 if TYPE_CHECKING:
     from .base import Backend
 
-CHOICES = ("cpu", "cuda", "numba", "numpy")
+_CLASSES = {
+    "cpu": (".cpu", "CpuBackend"),
+    "cuda": (".cuda.backend", "CudaBackend"),
+    "numba": (".numba.backend", "NumbaBackend"),
+    "numpy": (".numpy", "NumpyBackend"),
+}
+CHOICES = tuple(_CLASSES)
 # In this order without a request by name. Arrays on a GPU go to "cuda" in any case.
 _AUTOMATIC = ("cpu", "numba", "numpy")
 
@@ -29,38 +36,15 @@ _current: Backend | None = None
 
 
 def load(name: str) -> Backend:
-    """Return the backend called `name`, loading it at its first use.
-
-    Raises
-    ------
-    ValueError
-        There is no such backend.
-    RuntimeError
-        It cannot be loaded here; the message says why.
-    """
+    """Return the backend called `name`, loading it at its first use; it raises what `use_backend` does."""
     if name in _loaded:
         return _loaded[name]
-    if name not in CHOICES:
+    if name not in _CLASSES:
         raise ValueError(f"backend {name!r} is unknown; the choices are {', '.join(CHOICES)}")
-    backend: Backend
-    if name == "cpu":
-        from .cpu import CpuBackend
-
-        backend = CpuBackend()
-    elif name == "numba":
-        if importlib.util.find_spec("numba") is None:
-            raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
-        from .numba.backend import NumbaBackend
-
-        backend = NumbaBackend()
-    elif name == "cuda":
-        from .cuda.backend import CudaBackend
-
-        backend = CudaBackend()
-    else:
-        from .numpy import NumpyBackend
-
-        backend = NumpyBackend()
+    if name == "numba" and importlib.util.find_spec("numba") is None:
+        raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
+    module, class_name = _CLASSES[name]
+    backend: Backend = getattr(importlib.import_module(module, __package__), class_name)()
     backend.set_num_threads(_threads.get_num_threads())
     _loaded.setdefault(name, backend)
     return _loaded[name]

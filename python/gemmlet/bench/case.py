@@ -16,37 +16,19 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the cases depend on.
+    """What the cases depend on."""
 
-    Attributes
-    ----------
-    quick
-        Fewer shapes, and smaller ones.
-    data_dir
-        The folder with MNIST; None is ``GEMMLET_DATA_DIR``, else the embedded sample.
-    """
-
-    quick: bool = False
-    data_dir: Path | None = None
+    quick: bool = False  # fewer shapes, and smaller ones
+    data_dir: Path | None = None  # the folder with MNIST; None is GEMMLET_DATA_DIR, else the embedded sample
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One implementation of a case, ready to run.
+    """One implementation of a case, ready to run."""
 
-    Attributes
-    ----------
-    call
-        What is timed. It ends when the work is done, not when it has been queued.
-    result
-        Does the same once and returns what is checked: arrays, in a tuple if there are several.
-    own_clock
-        Whether the call returns the seconds that count, which are not all that it takes.
-    """
-
-    call: Call
-    result: Call
-    own_clock: bool = False
+    call: Call  # what is timed; it ends when the work is done, not when it has been queued
+    result: Call  # does the same once and returns what is checked: arrays, in a tuple if there are several
+    own_clock: bool = False  # whether the call returns the seconds that count, which are not all that it takes
 
 
 Factory = Callable[[Any], Call | Prepared]
@@ -54,45 +36,29 @@ Factory = Callable[[Any], Call | Prepared]
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work.
-
-    Attributes
-    ----------
-    group, name
-        Together they are the row's key in tables and files.
-    inputs
-        Draws the arguments, the same ones every time.
-    implementations
-        By name, a function of the inputs that returns the call. It does all that is not to be timed.
-    exact
-        A function of the inputs that returns the right result, computed in float64.
-    rtol, atol
-        A result may be off by ``atol + rtol * abs(exact)``, element by element.
-    flops, bytes
-        The least work: floating-point operations of the products, and bytes read and written, each array once. With
-        them goes the distance to the roofline; zeros where it makes no sense.
-    units, unit
-        How many of what one call does: times are given for one.
-    labels
-        What the row is, for selecting rows: kernel, dtype and so on.
-    """
+    """One piece of work."""
 
     group: str
     name: str
-    inputs: Callable[[], Any]
+    inputs: Callable[[], Any]  # draws the arguments, the same ones every time
+    # By name, a function of the inputs that returns the call. It does all that is not to be timed.
     implementations: Mapping[str, Factory]
-    exact: Callable[[Any], Any]
+    exact: Callable[[Any], Any]  # a function of the inputs that returns the correct result, computed in float64
+    # A result may be off by ``atol + rtol * abs(exact)``, element by element.
     rtol: float
     atol: float
+    # The least work: floating-point operations of the products, and bytes read and written, each array once. With them
+    # goes the distance to the roofline; zeros where it makes no sense.
     flops: float = 0.0
     bytes: float = 0.0
+    # How many of what one call does: times are given for one.
     units: int = 1
     unit: str = "call"
-    labels: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, Any] = field(default_factory=dict)  # for selecting rows: kernel, dtype and so on
 
     @property
     def key(self) -> str:
-        """The row's key."""
+        """The row's key in tables and files."""
         return f"{self.group}: {self.name}"
 
     def prepare(self, implementation: str, inputs: Any) -> Prepared:

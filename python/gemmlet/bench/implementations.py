@@ -5,35 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import gemmlet
+from gemmlet._threads import processors
 from gemmlet.backends import select
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One of what is compared.
+    """One of what is compared."""
 
-    Attributes
-    ----------
-    name
-        As tables and files have it.
-    package
-        The package that it needs, as it is imported; None needs nothing beyond gemmlet.
-    backend
-        The backend of gemmlet that it runs on; None is the one in use.
-    compiles
-        Whether it compiles for seconds before its first result; ``--quick`` leaves it out.
-    """
-
-    name: str
-    package: str | None = None
-    backend: str | None = None
-    compiles: bool = False
+    name: str  # as tables and files have it
+    package: str | None = None  # that it needs, as it is imported; None needs nothing beyond gemmlet
+    backend: str | None = None  # of gemmlet, that it runs on; None is the one in use
+    compiles: bool = False  # whether it compiles for seconds before its first result; ``--quick`` leaves it out
 
     def available(self) -> bool:
         """Whether its package is installed."""
@@ -71,14 +59,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 def missing_packages() -> list[str]:
     """Return the packages of peers that are not installed."""
     return sorted({each.package for each in IMPLEMENTATIONS.values() if each.package and not each.available()})
-
-
-def processors() -> int:
-    """Return how many processors this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

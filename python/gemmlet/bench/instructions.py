@@ -80,13 +80,7 @@ def isa() -> str:
 
 
 def run() -> Results:
-    """Count the instructions of the cases.
-
-    Raises
-    ------
-    CannotCountError
-        There is no valgrind, or it fails.
-    """
+    """Count the instructions of the cases; `CannotCountError` if there is no valgrind, or it fails."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise CannotCountError("it needs valgrind, as in apt install valgrind")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gemmlet
+from gemmlet._threads import processors
 from gemmlet.backends import select
 
-from .implementations import IMPLEMENTATIONS, processors
+from .implementations import IMPLEMENTATIONS
 
 # Where the name of a distribution is not that of its package.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}

@@ -36,11 +36,6 @@ def _heading(name: str, rows: Sequence[Row]) -> tuple[str, list[str]]:
     return name, [f"{row.name} (one {row.unit})" for row in rows]
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
-    """The peers that any of the rows has, in one order."""
-    return [name for name in IMPLEMENTATIONS if name != OURS and any(name in row.timed for row in rows)]
-
-
 def _own_cells(row: Row) -> list[str]:
     """p20, p50, p80 and the percentage of the roofline."""
     ours = row.timed.get(OURS)
@@ -71,6 +66,16 @@ EXPLANATION = (
 )
 
 
+def _cells(names: Sequence[str], rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The columns of a group's table, with the peers that any of its rows has; and its lines, each after its name."""
+    peers = [name for name in IMPLEMENTATIONS if name != OURS and any(name in row.timed for row in rows)]
+    lines = [
+        [name, *_own_cells(row), *(_peer_cell(row, peer) for peer in peers)]
+        for name, row in zip(names, rows, strict=True)
+    ]
+    return [*_OWN_COLUMNS, *peers], lines
+
+
 def show(console: Console, results: Results) -> None:
     """Print a table for each group, what failed, and the targets."""
     for name, rows in groups(results):
@@ -83,11 +88,10 @@ def show(console: Console, results: Results) -> None:
                 table.add_row(shown, f"{row.percentile(OURS, 50):,.0f}" if row.measured(OURS) else "failed")
             console.print(table)
             continue
-        peers = _columns(rows)
-        for column in (*_OWN_COLUMNS, *peers):
+        columns, lines = _cells(names, rows)
+        for column in columns:
             table.add_column(column, justify="right")
-        for shown, row in zip(names, rows, strict=True):
-            cells = [*_own_cells(row), *(_peer_cell(row, peer) for peer in peers)]
+        for shown, *cells in lines:
             # The sign says it too: not every terminal has colours.
             table.add_row(shown, *(f"[red]{cell}[/red]" if LOST in cell else cell for cell in cells))
         console.print(table)
@@ -201,18 +205,13 @@ def markdown(results: Results) -> str:
     lines += _markdown_table(("target", "required", "measured", ""), list(_target_cells(verdicts)))
     lines += ["", EXPLANATION, ""]
     for name, rows in groups(results):
-        peers, (title, names) = _columns(rows), _heading(name, rows)
+        title, names = _heading(name, rows)
+        columns, table = _cells(names, rows)
         lost = sum(any((row.ratio(peer) or 1.0) < 1 for peer in row.peers if peer != "gemmlet-numba") for row in rows)
         lines += [
             f"<details><summary>{title}: {len(rows)} rows, {lost or 'none'} behind a peer</summary>",
             "",
-            *_markdown_table(
-                (name, *_OWN_COLUMNS, *peers),
-                [
-                    (shown, *_own_cells(row), *(_peer_cell(row, peer) for peer in peers))
-                    for shown, row in zip(names, rows, strict=True)
-                ],
-            ),
+            *_markdown_table((name, *columns), table),
             "",
             "</details>",
             "",
@@ -228,13 +227,7 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def between_markers(document: str, text: str) -> str:
-    """Return the document with `text` in place of what stands between its markers.
-
-    Raises
-    ------
-    ValueError
-        It has no such markers.
-    """
+    """Return the document with `text` in place of what stands between its markers; ValueError if it has none."""
     if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
         raise ValueError(f"expected the lines {BEGIN} and {END}, once each and in this order")
     before, rest = document.split(BEGIN)

@@ -27,13 +27,7 @@ _ROW = ("group", "name", "unit", "labels", "flops", "bytes")
 
 @dataclass(frozen=True)
 class Row:
-    """A case and what each implementation took, in seconds or instructions for one `unit`.
-
-    Attributes
-    ----------
-    roofline
-        The least seconds that the work takes on this machine; None where that is not known.
-    """
+    """A case and what each implementation took, in seconds or instructions for one `unit`."""
 
     group: str
     name: str
@@ -42,7 +36,7 @@ class Row:
     labels: Mapping[str, Any] = field(default_factory=dict)
     flops: float = 0.0
     bytes: float = 0.0
-    roofline: float | None = None
+    roofline: float | None = None  # the least seconds that the work takes on this machine; None where not known
 
     @property
     def key(self) -> str:
@@ -75,24 +69,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A run.
+    """A run: what it measured, on what, and how."""
 
-    Attributes
-    ----------
-    measure
-        "seconds" or "instructions".
-    machine, versions, settings, roofline
-        What it was measured on, and how.
-    notes
-        What a reader has to know besides.
-    """
-
-    measure: str
+    measure: str  # "seconds" or "instructions"
     rows: Sequence[Row]
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # what a reader has to know besides
     roofline: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -111,13 +95,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
 
 
 def from_json(content: Any) -> Results:
-    """Return the run that `Results.as_json` made text of.
-
-    Raises
-    ------
-    ValueError
-        It is something else.
-    """
+    """Return the run that `Results.as_json` made text of; ValueError if it is something else."""
     if not isinstance(content, dict) or "rows" not in content:
         raise ValueError("no results of gemmlet bench")
     if content.get("schema") != SCHEMA:
@@ -138,13 +116,7 @@ def from_json(content: Any) -> Results:
 
 
 def load(path: Path) -> Results:
-    """Read a run from a file.
-
-    Raises
-    ------
-    OSError, ValueError
-        It cannot be read, or holds something else.
-    """
+    """Read a run from a file; OSError or ValueError if it cannot be read, or holds something else."""
     try:
         return from_json(json.loads(path.read_text()))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -177,10 +149,7 @@ class Change:
 def compare(old: Results, new: Results, tolerance: float) -> list[Change]:
     """Compare gemmlet's times of the rows that both runs have, by the 20th percentile, which noise moves least.
 
-    Raises
-    ------
-    ValueError
-        The runs measured different things, or share no row.
+    Runs that measured different things, or share no row, are a ValueError.
     """
     if old.measure != new.measure:
         raise ValueError(f"one run counts {old.measure}, the other {new.measure}")

@@ -25,18 +25,12 @@ _OFFSETS = (0, 528)
 
 @dataclass(frozen=True)
 class Roofline:
-    """The most that this machine does, with the threads that every implementation has.
+    """The most that this machine does, with the threads that every implementation has."""
 
-    Attributes
-    ----------
-    flops
-        Floating-point operations per second, by dtype: of a loop of fused multiply-adds that stays in the registers.
-        Empty where there is no compiled module to run it.
-    copy
-        Bytes per second, read and written, of NumPy's copy, by the bytes of the copy: small ones lie in a cache.
-    """
-
+    # Floating-point operations per second, by dtype: of a loop of fused multiply-adds that stays in the registers.
+    # Empty where there is no compiled module to run it.
     flops: dict[str, float]
+    # Bytes per second, read and written, of NumPy's copy, by the bytes of the copy: small ones lie in a cache.
     copy: dict[int, float]
 
     def seconds(self, case: Case) -> float | None:

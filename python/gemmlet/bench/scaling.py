@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from .._threads import processors
 from . import training
-from .implementations import IMPLEMENTATIONS, OURS, processors, same_threads
+from .implementations import IMPLEMENTATIONS, OURS, same_threads
 
 LINES = (OURS, "numpy", "pytorch", "jax")
 

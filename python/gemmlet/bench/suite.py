@@ -26,20 +26,10 @@ def without_blas_variables(environment: Mapping[str, str]) -> dict[str, str] | N
 
 @dataclass(frozen=True)
 class Choice:
-    """What to run.
-
-    Attributes
-    ----------
-    groups
-        Empty is all.
-    words
-        Only cases whose key has all of them, in any case of letters.
-    implementations
-        Empty is all.
-    """
+    """What to run; groups and implementations that are empty are all."""
 
     groups: Sequence[str] = ()
-    words: str = ""
+    words: str = ""  # only cases whose key has all of them, in any case of letters
     implementations: Sequence[str] = ()
 
 
@@ -68,16 +58,9 @@ def run(
     threads: int,
     progress: Callable[[str, int, int], None] = lambda key, number, count: None,
 ) -> Results:
-    """Check and time the chosen cases.
+    """Check and time the chosen cases, each implementation with `threads`.
 
-    Parameters
-    ----------
-    settings, choice, plan
-        Which cases, and for how long.
-    threads
-        For every implementation.
-    progress : callable
-        Told the key of each case before it runs, its number from 0 and how many there are.
+    `progress` is told the key of each case before it runs, its number from 0 and how many there are.
     """
     cases = chosen_cases(settings, choice)
     names = {case.key: chosen_implementations(case, settings, choice) for case in cases}

@@ -13,30 +13,14 @@ from .timing import duration
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to reach.
+    """One thing to reach."""
 
-    Attributes
-    ----------
-    work
-        In words.
-    chosen
-        Which rows it is about.
-    peers
-        Whom to be ahead of: the fastest of them counts, row by row.
-    at_least
-        The ratio to reach.
-    mean
-        Whether the geometric mean over the rows has to reach it; else every row has to.
-    implementation
-        Whose time it is.
-    """
-
-    work: str
-    chosen: Callable[[Row], bool]
-    peers: tuple[str, ...]
-    at_least: float
-    mean: bool = False
-    implementation: str = OURS
+    work: str  # in words
+    chosen: Callable[[Row], bool]  # which rows it is about
+    peers: tuple[str, ...]  # whom to be ahead of: the fastest of them counts, row by row
+    at_least: float  # the ratio to reach
+    mean: bool = False  # whether the geometric mean over the rows has to reach it; else every row has to
+    implementation: str = OURS  # whose time it is
 
     @property
     def required(self) -> str:
@@ -61,20 +45,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run says about a target.
-
-    Attributes
-    ----------
-    measured
-        In words; "not measured" where rows or peers are missing.
-    met
-        None where it was not measured.
-    """
+    """What a run says about a target."""
 
     work: str
     required: str
-    measured: str
-    met: bool | None
+    measured: str  # in words; "not measured" where rows or peers are missing
+    met: bool | None  # None where it was not measured
 
 
 def _of(group: str | None = None, **labels: object) -> Callable[[Row], bool]:

@@ -21,34 +21,23 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure.
+    """How long to measure."""
 
-    Attributes
-    ----------
-    seconds
-        For a case, all implementations together; more if `least_rounds` take longer.
-    least_rounds, most_rounds
-        Each round times each implementation once.
-    sample_seconds
-        A sample is as many calls as take about this long, so that the clock's own cost does not count.
-    warm_seconds, most_warm_seconds
-        Before each sample the implementation runs untimed: for so long, and until a call takes at most twice as long as
-        its fastest so far.
-    first_warm_seconds
-        The least before the first sample, so that a fastest call is known that none of this has spoilt.
-    most_quiet_seconds
-        Before that, the longest wait for the threads of the previous implementation to stop spinning on processors that
-        this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a product, and PyTorch or this
-        library, called meanwhile, has one processor of two.
-    """
-
-    seconds: float = 1.0
+    seconds: float = 1.0  # for a case, all implementations together; more if `least_rounds` take longer
+    # Each round times each implementation once.
     least_rounds: int = 5
     most_rounds: int = 200
+    # A sample is as many calls as take about this long, so that the clock's own cost does not count.
     sample_seconds: float = 2e-3
+    # Before each sample the implementation runs untimed: for so long, and until a call takes at most twice as long as
+    # its fastest so far.
     warm_seconds: float = 6e-3
     most_warm_seconds: float = 0.25
+    # The least before the first sample, so that a fastest call is known that none of this has spoilt.
     first_warm_seconds: float = 0.1
+    # Before that, the longest wait for the threads of the previous implementation to stop spinning on processors that
+    # this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a product, and PyTorch or this
+    # library, called meanwhile, has one processor of two.
     most_quiet_seconds: float = 0.3
 
 
@@ -61,12 +50,9 @@ class Timed:
 
 
 def run(case: Case, names: Sequence[str], plan: Plan, seed: int = 0) -> dict[str, Timed]:
-    """Check and time the implementations `names` of a case.
+    """Check and time the implementations `names` of a case, an entry for each.
 
-    Returns
-    -------
-    dict
-        One entry for each. One that cannot be run, or whose result is wrong, has `failed` and no samples.
+    One that cannot be run, or whose result is wrong, has `failed` and no samples.
     """
     inputs = case.inputs()
     exact = case.exact(inputs)
@@ -90,13 +76,7 @@ def run(case: Case, names: Sequence[str], plan: Plan, seed: int = 0) -> dict[str
 
 
 def check(case: Case, name: str) -> Prepared:
-    """Return the implementation `name` of a case, ready to be called, after a check of its result.
-
-    Raises
-    ------
-    AssertionError
-        The result is wrong.
-    """
+    """Return the implementation `name` of a case, ready to be called; AssertionError if its result is wrong."""
     inputs = case.inputs()
     with IMPLEMENTATIONS[name].entered():
         prepared = case.prepare(name, inputs)

@@ -52,27 +52,16 @@ def _digits(settings: Settings, count: int) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Task:
-    """An MLP with tanh, and what it is trained on.
-
-    Attributes
-    ----------
-    given
-        The samples as gemmlet is given them: uint8 images, or floating point.
-    x
-        The same in floating point, which is what the peers are given.
-    parameters
-        The first weights and biases, in turn.
-    checked
-        The result is checked after this many samples, in their order: after many more updates with one sample each
-        even float64 forgets where it came from.
-    """
+    """An MLP with tanh, and what it is trained on."""
 
     layers: tuple[int, ...]
-    given: Array
-    x: Array
+    given: Array  # the samples as gemmlet is given them: uint8 images, or floating point
+    x: Array  # the same in floating point, which is what the peers are given
     labels: Array
     batch: int
-    parameters: list[Array]
+    parameters: list[Array]  # the first weights and biases, in turn
+    # The result is checked after this many samples, in their order: after many more updates with one sample each even
+    # float64 forgets where it came from.
     checked: int
 
 
@@ -399,18 +388,12 @@ CHECKED_EPOCHS, CHECKED_STEPS = 4, 16
 
 @dataclass(frozen=True)
 class GanTask:
-    """What a GAN is trained on.
+    """What a GAN is trained on."""
 
-    Attributes
-    ----------
-    given, real
-        Images as gemmlet is given them, and as the peers are: floating point, from -1 to 1.
-    generator, discriminator
-        The first weights and biases, in turn.
-    """
-
+    # Images as gemmlet is given them, and as the peers are: floating point, from -1 to 1.
     given: Array
     real: Array
+    # The first weights and biases, in turn.
     generator: list[Array]
     discriminator: list[Array]
 

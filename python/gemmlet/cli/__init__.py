@@ -20,15 +20,10 @@ _EXTRA = ("typer", "rich", "matplotlib", "PIL", "sklearn", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit.
+    """Run the command line and exit; `arguments` are the words after the command's name, by default of ``sys.argv``.
 
     The exit status is 0 for success, 2 for options or files that cannot be used, 1 for what fails later on, and 130
     after Ctrl-C. Errors are one line on stderr.
-
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        The words after the command's name; ``sys.argv[1:]`` by default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # A letter that the terminal cannot show, é or one in the name of a folder, must not end a training.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -27,14 +27,12 @@ def _widths(defaults: training.Defaults) -> str:
     return ",".join(map(str, defaults.hidden))
 
 
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="Folder with the four MNIST files, raw or gzipped.",
-        show_default="GEMMLET_DATA_DIR, else the download, else a small sample",
-    ),
-]
+def _data_dir(show_default: str) -> Any:
+    help_text = "Folder with the four MNIST files, raw or gzipped."
+    return typer.Option(metavar="FOLDER", help=help_text, show_default=show_default)
+
+
+DataDir = Annotated[Path | None, _data_dir("GEMMLET_DATA_DIR, else the download, else a small sample")]
 Epochs = Annotated[
     int | None,
     typer.Option(
@@ -182,14 +180,7 @@ def _bench(
         float | None,
         typer.Option(help="Seconds for a case, all implementations together.", show_default="1, with --quick 0.1"),
     ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder with the four MNIST files, raw or gzipped.",
-            show_default="GEMMLET_DATA_DIR, else a small sample, repeated",
-        ),
-    ] = None,
+    data_dir: Annotated[Path | None, _data_dir("GEMMLET_DATA_DIR, else a small sample, repeated")] = None,
     out: Out = Path("runs/bench"),
     only_list: Annotated[bool, typer.Option("--list", help="List the cases and their implementations.")] = False,
     scaling: Annotated[

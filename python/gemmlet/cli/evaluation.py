@@ -62,17 +62,8 @@ def frechet_distance(a: Array, b: Array) -> float:
 
     ``|mean_a - mean_b|² + trace(C_a + C_b - 2 (C_a C_b)^½)`` with the covariances C; 0 for equal distributions. Heusel
     et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017. It depends on the
-    features and on how many rows there are: compare only distances from the same classifier and the same counts.
-
-    Parameters
-    ----------
-    a, b : ndarray, shapes (n, features) and (m, features)
-        At least two rows each.
-
-    Returns
-    -------
-    float
-        At least 0.
+    features and on how many rows there are: compare only distances from the same classifier and the same counts. `a`
+    and `b`, shapes (n, features) and (m, features), have at least two rows each.
     """
     from threadpoolctl import threadpool_limits
 
@@ -99,14 +90,9 @@ def _root(covariance: Array) -> Array:
 
 
 def sample_quality(probabilities: Array, features: Array, real_features: Array) -> dict[str, Any]:
-    """Judge samples by what a digit classifier makes of them.
+    """Judge samples by what a digit classifier makes of them: the `probabilities` (n, 10) that it gives them.
 
-    Parameters
-    ----------
-    probabilities : ndarray, shape (n, 10)
-        Of the samples.
-    features, real_features : ndarray, shapes (n, features) and (m, features)
-        The classifier's last hidden layer, for the samples and for real digits.
+    Features are those of its last hidden layer, for the samples (n, features) and for real digits (m, features).
     """
     digits = np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1])
     return {

@@ -15,10 +15,7 @@ def show() -> None:
 def choose_backend() -> None:
     """Have the backend chosen, where that is still to be done.
 
-    Raises
-    ------
-    UserError
-        ``GEMMLET_BACKEND`` asks for one that is not there. Without it, some backend always loads.
+    `UserError` if ``GEMMLET_BACKEND`` asks for one that is not there; without it, some backend always loads.
     """
     try:
         select.current()

@@ -72,26 +72,12 @@ class Settings:
 
     def facts(self) -> dict[str, Any]:
         """Return them for metrics.json."""
-        return {
-            "classic": self.classic,
-            "hidden": list(self.hidden),
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "optimizer": self.optimizer.name,
-            "lr": self.lr,
-            "lr_decay": self.lr_decay,
-            "seed": self.seed,
-        }
+        facts = {name: value for name, value in vars(self).items() if name != "out"}
+        return facts | {"hidden": list(self.hidden), "optimizer": self.optimizer.name}
 
 
 def check(options: Options, defaults: Defaults) -> Settings:
-    """Check the options, put backend and threads to use, and fill in the defaults.
-
-    Raises
-    ------
-    UserError
-        One of them cannot be used.
-    """
+    """Check the options, put backend and threads to use, and fill in the defaults; or raise `UserError`."""
     for option, value, low, high in (
         ("--epochs", options.epochs, 1, 10**9),
         ("--batch-size", options.batch_size, 1, 10**9),

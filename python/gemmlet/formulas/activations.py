@@ -28,40 +28,23 @@ class Accuracy(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """One activation.
+    """One activation."""
 
-    Attributes
-    ----------
-    name
-        The name of the kernel; its gradient is ``<name>_backward``.
-    formula
-        For people, in plain text.
-    forward
-        ``forward(x, parameter) -> y``, on float64.
-    backward
-        ``backward(grad_y, x, y, parameter) -> grad_x``, on float64. It reads `x` if `needs_x`, else `y`; never both.
-    forward_accuracy, backward_accuracy
-        What every backend keeps to. `backward` counts as a function of the array that it reads.
-    needs_x
-        Whether the gradient cannot be had from `y` alone.
-    parameter, default
-        The name of the one number it takes, if it takes one, and its default.
-    initialization
-        Of the weights in front of it: Xavier (Glorot and Bengio, 2010) or He (He et al., 2015).
-    source
-        Where the formula comes from.
-    """
-
-    name: str
-    formula: str
+    name: str  # of the kernel; its gradient is ``<name>_backward``
+    formula: str  # for people, in plain text
+    # ``forward(x, parameter) -> y``, on float64.
     forward: Callable[[Array, float], Array]
+    # ``backward(grad_y, x, y, parameter) -> grad_x``, on float64. It reads `x` if `needs_x`, else `y`; never both.
     backward: Callable[[Array, Any, Any, float], Array]
+    # What every backend keeps to. `backward` counts as a function of the array that it reads.
     forward_accuracy: Accuracy
     backward_accuracy: Accuracy
-    source: str
-    needs_x: bool = False
+    source: str  # where the formula comes from
+    needs_x: bool = False  # whether the gradient cannot be had from `y` alone
+    # The name of the one number it takes, if it takes one, and its default.
     parameter: str | None = None
     default: float = 0.0
+    # Of the weights in front of it: Xavier (Glorot and Bengio, 2010) or He (He et al., 2015).
     initialization: Literal["xavier", "he"] = "he"
 
 

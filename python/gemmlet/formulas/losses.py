@@ -12,31 +12,18 @@ Array = NDArray[np.float64]
 
 
 class Loss(NamedTuple):
-    """A loss that is the mean of a function of one prediction and its target.
-
-    Attributes
-    ----------
-    name, formula, source
-        As for an activation.
-    prediction
-        The name of the first argument.
-    evaluate
-        ``evaluate(prediction, target, parameter, share) -> (loss, gradient)``, on float64: the loss of each element,
-        and the gradient of the mean, `share` = 1 / n being what one element counts in it.
-    parameter, default
-        The name of the one number it takes, if it takes one, and its default.
-    unit_interval
-        Whether a prediction outside [0, 1] is an error.
-    """
+    """A loss that is the mean of a function of one prediction and its target; most is as for an activation."""
 
     name: str
     formula: str
-    prediction: str
+    prediction: str  # the name of the first argument
+    # ``evaluate(prediction, target, parameter, share) -> (loss, gradient)``, on float64: the loss of each element, and
+    # the gradient of the mean, `share` = 1 / n being what one element counts in it.
     evaluate: Callable[[Array, Array, float, float], tuple[Array, Array]]
     source: str
     parameter: str | None = None
     default: float = 0.0
-    unit_interval: bool = False
+    unit_interval: bool = False  # whether a prediction outside [0, 1] is an error
 
 
 def _times(weight: Array, value: Array) -> Array:
@@ -106,20 +93,12 @@ LOSSES: dict[str, Loss] = {
 
 
 class RowFunction(NamedTuple):
-    """A function of each row of a matrix; its gradient needs the result alone.
-
-    Attributes
-    ----------
-    forward
-        ``forward(x) -> y``, over the last axis, on float64.
-    backward
-        ``backward(grad_y, y) -> grad_x``.
-    """
+    """A function of each row of a matrix; its gradient needs the result alone."""
 
     name: str
     formula: str
-    forward: Callable[[Array], Array]
-    backward: Callable[[Array, Array], Array]
+    forward: Callable[[Array], Array]  # ``forward(x) -> y``, over the last axis, on float64
+    backward: Callable[[Array, Array], Array]  # ``backward(grad_y, y) -> grad_x``
     source: str
 
 

@@ -14,24 +14,13 @@ Hyperparameters = tuple[float, ...]
 
 
 class OptimizerRule(NamedTuple):
-    """One optimizer rule.
+    """One optimizer rule."""
 
-    Attributes
-    ----------
-    name
-        The kernel is ``<name>_update``.
-    state
-        The names of the arrays it keeps for each parameter; they start at zero.
-    hyperparameters
-        The names of the numbers that `apply` takes, in their order.
-    apply
-        ``apply(param, grad, *state, *hyperparameters) -> (param, *state)``, on float64.
-    """
-
-    name: str
+    name: str  # the kernel is ``<name>_update``
     formula: str
-    state: tuple[str, ...]
-    hyperparameters: tuple[str, ...]
+    state: tuple[str, ...]  # the names of the arrays it keeps for each parameter; they start at zero
+    hyperparameters: tuple[str, ...]  # the names of the numbers that `apply` takes, in their order
+    # ``apply(param, grad, *state, *hyperparameters) -> (param, *state)``, on float64.
     apply: Callable[..., tuple[Array, ...]]
     source: str
 
@@ -48,21 +37,8 @@ def _momentum(
     return p - lr * (g + momentum * velocity if nesterov else velocity), velocity
 
 
-def _adam(
-    p: Array,
-    g: Array,
-    m: Array,
-    v: Array,
-    step_size: float,
-    beta1: float,
-    beta2: float,
-    gain1: float,
-    gain2: float,
-    eps: float,
-    correction: float,
-    l2: float,
-    shrink: float,
-) -> tuple[Array, ...]:
+def _adam(p: Array, g: Array, m: Array, v: Array, *scalars: float) -> tuple[Array, ...]:
+    step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink = scalars
     g = g + l2 * p
     m = beta1 * m + gain1 * g
     v = beta2 * v + gain2 * (g * g)

@@ -69,19 +69,7 @@ class _Record(NamedTuple):
 
 
 class Step:
-    """One step, and what its phases leave behind.
-
-    Attributes
-    ----------
-    rows : int
-        The size of the mini-batch.
-    losses : list of float
-        Of each `Loss`, the mean over the mini-batch.
-    correct : int
-        See `Outcome`.
-    gradients : dict of list of ndarray
-        By network, of all parameters; what `Backward` gives.
-    """
+    """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`."""
 
     def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
@@ -93,8 +81,9 @@ class Step:
         self._values: dict[Source, Array] = {}
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs
-        self.rows, self.losses, self.correct = len(where), list[float](), 0
-        self.gradients: dict[int, list[Array]] = {}
+        self.rows, self.correct = len(where), 0
+        self.losses: list[float] = []  # of each `Loss`, the mean over the mini-batch
+        self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
 
     @singledispatchmethod
     def run(self, phase: Any) -> None:
@@ -135,15 +124,12 @@ class Step:
     @run.register
     def _(self, phase: Loss) -> None:
         outputs = self._values[phase.network]
-        grad, targets = np.empty_like(outputs), phase.targets
+        grad = np.empty_like(outputs)
         # The kernels' mean is over all rows, and of elementwise losses over the outputs; the objective's is not.
         factor = phase.sign * len(outputs) / self.rows
-        if isinstance(targets, tuple):
-            wanted = np.repeat(np.array(targets, outputs.dtype), len(outputs) // len(targets))[:, np.newaxis]
-        else:
-            wanted = targets[self._where]
-            if wanted.ndim == 1 and not self.losses:
-                self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
+        wanted = targets_of(phase, self._where, outputs)
+        if wanted.ndim == 1 and not self.losses:
+            self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
         if phase.name == "softmax_cross_entropy":
             loss = self._backend.softmax_cross_entropy(outputs, wanted, phase.label_smoothing, grad)
         else:
@@ -199,6 +185,13 @@ class Step:
 def predicted_classes(outputs: Array) -> NDArray[np.int64]:
     """The class of each row: its largest output, NaN counting as the largest; of a single one whether it is above 0."""
     return (outputs[:, 0] > 0).astype(np.int64) if outputs.shape[1] == 1 else np.argmax(outputs, axis=1)
+
+
+def targets_of(phase: Loss, where: NDArray[np.int64], outputs: Array) -> Array:
+    """The targets of a mini-batch's outputs, of the samples at `where`."""
+    if not isinstance(phase.targets, tuple):
+        return phase.targets[where]  # type: ignore[no-any-return]
+    return np.repeat(np.array(phase.targets, outputs.dtype), len(outputs) // len(phase.targets))[:, np.newaxis]
 
 
 def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

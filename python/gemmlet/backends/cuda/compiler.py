@@ -50,10 +50,7 @@ def architecture(capability: str) -> str:
 def sources() -> Mapping[str, str]:
     """The sources by the names that they include each other by: ``"cuda/matmul/common.cuh"``.
 
-    Raises
-    ------
-    RuntimeError
-        They were not installed with the package.
+    RuntimeError if they were not installed with the package.
     """
     # In a checkout that is installed as editable they stay where they are.
     for root in (PACKAGE / "csrc", PACKAGE.parents[1] / "csrc"):
@@ -64,13 +61,7 @@ def sources() -> Mapping[str, str]:
 
 
 def import_cupy() -> Any:
-    """Return CuPy.
-
-    Raises
-    ------
-    RuntimeError
-        It is not installed, or does not work; the message says what would help.
-    """
+    """Return CuPy; RuntimeError if it is not installed, or does not work: the message says what would help."""
     if importlib.util.find_spec("cupy") is None:
         raise RuntimeError("backend 'cuda' needs CuPy: pip install 'gemmlet[cuda12]', or 'gemmlet[cuda13]'")
     try:
@@ -103,10 +94,7 @@ def compile_cubin(
 ) -> tuple[Cubin, str]:
     """Compile kernels of ``csrc/cuda/<source>``; return them and the compiler's log.
 
-    Raises
-    ------
-    RuntimeError
-        NVRTC is missing, does not know the architecture, or refuses the source; the message holds its log.
+    RuntimeError if NVRTC is missing, does not know the architecture, or refuses the source: the message holds its log.
     """
     nvrtc = _nvrtc()
     headers = sources()

@@ -35,22 +35,11 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """A GPU, and the stream that is current in the calling thread.
+    """A GPU, and the stream that is current in the calling thread."""
 
-    Attributes
-    ----------
-    id : int
-        CUDA's number of the GPU.
-    name : str
-        As the driver calls it.
-    arch : str
-        What is compiled for, ``"sm_90a"``.
-    multiprocessors : int
-    """
-
-    id: int
-    name: str
-    arch: str
+    id: int  # CUDA's number of the GPU
+    name: str  # as the driver calls it
+    arch: str  # what is compiled for, "sm_90a"
     multiprocessors: int
 
     def __hash__(self) -> int:
@@ -137,17 +126,9 @@ class _ThreadsOwn(threading.local):
 
 
 class CudaDevice:
-    """The real one: CuPy's arrays, streams and graphs, and kernels compiled by NVRTC (`compiler`).
+    """The real one, by CUDA's number: CuPy's arrays, streams and graphs, and kernels compiled by NVRTC (`compiler`).
 
-    Parameters
-    ----------
-    number : int
-        CUDA's number of the GPU.
-
-    Raises
-    ------
-    RuntimeError
-        CuPy is not installed, or finds no driver or no such GPU; the message says which.
+    RuntimeError if CuPy is not installed, or finds no driver or no such GPU; the message says which.
     """
 
     def __init__(self, number: int = 0) -> None:
@@ -180,7 +161,6 @@ class CudaDevice:
         self._null_stream = int(runtime.streamPerThread) if per_thread else 0
 
     def kernels(self, source: str, expressions: Sequence[str]) -> list[Any]:
-        """See `Device`."""
         found = [self._kernels.get((source, expression)) for expression in expressions]
         if None in found:
             compiled = compiler.cubin(source, list(expressions), self.arch)
@@ -202,7 +182,6 @@ class CudaDevice:
         shared: int = 0,
         cluster: int = 1,
     ) -> None:
-        """See `Device`."""
         with self._device:
             self._allow(kernel, shared, cluster)
             # CuPy takes a struct as an array of one, and copies it.
@@ -219,11 +198,8 @@ class CudaDevice:
             self._large_clusters.add(kernel.ptr)
 
     def prepare(self, source: str, expression: str, parameters: Sequence[str], block: int, shared: int = 0) -> Launch:
-        """See `Device`.
-
-        CuPy makes an object of each argument, which costs more than the driver's part of a launch. Here all of them are
-        packed into one piece of memory, to whose parts the driver's array of pointers points once and for all.
-        """
+        # CuPy makes an object of each argument, which costs more than the driver's part of a launch. Here all of them
+        # are packed into one piece of memory, to whose parts the driver's array of pointers points once and for all.
         (kernel,) = self.kernels(source, [expression])
         with self._device:
             self._allow(kernel, shared)
@@ -260,16 +236,13 @@ class CudaDevice:
     def tensor_map(
         self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
     ) -> np.void:
-        """See `Device`."""
         return _tensor_map(address, dtype, shape, row_bytes, box)
 
     def pinned(self) -> NDArray[np.int64]:
-        """See `Device`."""
         with self._device:
             return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(16), np.int64, 2)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """See `Device`."""
         if self._get_device() == self.id:
             array = self._cupy.ndarray(shape, dtype)
         else:
@@ -280,7 +253,6 @@ class CudaDevice:
         return array
 
     def empty_pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """See `Device`."""
         dtype, count = np.dtype(dtype), math.prod(shape)
         try:
             with self._device:
@@ -290,7 +262,6 @@ class CudaDevice:
         return np.frombuffer(memory, dtype, count).reshape(shape)
 
     def upload(self, array: NDArray[Any], out: Any = None) -> Any:
-        """See `Device`."""
         target = self.empty(array.shape, array.dtype) if out is None else out
         if array.size:
             with self._device:
@@ -298,19 +269,16 @@ class CudaDevice:
         return target
 
     def download(self, array: Any, out: NDArray[Any]) -> None:
-        """See `Device`."""
         if out.size:
             with self._device:
                 array.get(out=out)
 
     def zero(self, array: Any) -> None:
-        """See `Device`."""
         if array.size:
             with self._device:
                 array.data.memset_async(0, array.nbytes)
 
     def record(self, launches: Callable[[], None]) -> Graph:
-        """See `Device`."""
         recorded: list[Any] = []
         self._own.recorded = recorded
         try:
@@ -327,11 +295,9 @@ class CudaDevice:
         return _CudaGraph(graph, self._cupy, self._device, recorded)
 
     def stream(self) -> int:
-        """See `Device`."""
         return int(self._cupy.cuda.get_current_stream(self.id).ptr) or self._null_stream
 
     def synchronize(self) -> None:
-        """See `Device`."""
         if self._get_device() == self.id:
             self._cupy.cuda.runtime.streamSynchronize(self.stream())
         else:

@@ -29,42 +29,23 @@ _LEAST_SHARED_KIB = 99
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel divides a product among its blocks.
+    """How a kernel divides a product among its blocks."""
 
-    Attributes
-    ----------
-    kernel : str
-        ``"simt"``, ``"mma"`` and ``"wgmma"`` compute tiles, ``"skinny"`` products of at most four rows or columns.
-    rows, columns : int
-        Of the result, for a block.
-    depth : int
-        What k is divided into.
-    threads, shared : int
-        Of a block; bytes of dynamic shared memory.
-    start, step : float
-        Nanoseconds, about: a launch but for its steps of k; and what such a step costs a multiprocessor.
-    busy : float
-        So many blocks keep a multiprocessor busy; fewer take as long.
-    parameters : tuple of int
-        Of the C++ template, after the type.
-    cluster : int
-        So many blocks compute tiles next to each other together.
-    transposed : bool
-        Whether the kernel computes the transpose, of the second operand and the first.
-    """
-
+    # The first three compute tiles, "skinny" products of at most four rows or columns.
     kernel: Literal["simt", "mma", "wgmma", "skinny"]
+    # Of the result, for a block.
     rows: int
     columns: int
-    depth: int
-    threads: int
-    shared: int
+    depth: int  # what k is divided into
+    threads: int  # of a block
+    shared: int  # bytes of dynamic shared memory
+    # Nanoseconds, about: a launch but for its steps of k; and what such a step costs a multiprocessor.
     start: float
     step: float
-    busy: float
-    parameters: tuple[int, ...]
-    cluster: int = 1
-    transposed: bool = False
+    busy: float  # so many blocks keep a multiprocessor busy; fewer take as long
+    parameters: tuple[int, ...]  # of the C++ template, after the type
+    cluster: int = 1  # so many blocks compute tiles next to each other together
+    transposed: bool = False  # whether the kernel computes the transpose, of the second operand and the first
 
     def __str__(self) -> str:
         return f"{self.kernel} {'x'.join(map(str, self.parameters))}"
@@ -77,43 +58,20 @@ class Choice(NamedTuple):
     splits: int
 
 
-def simt(
-    dtype: str,
-    rows: int,
-    columns: int,
-    depth: int,
-    thread_rows: int,
-    thread_columns: int,
-    slices: int,
-    stages: int,
-    start: float,
-    step: float,
-    busy: float = 1.0,
-) -> Tile:
+def simt(dtype: str, parameters: tuple[int, ...], start: float, step: float, busy: float = 1.0) -> Tile:
     """Return ``SimtTile<...>``."""
+    rows, columns, depth, thread_rows, thread_columns, slices, stages = parameters
     size = SIZES[dtype]
     pad = 16 // size
     threads = 32 * (rows // (4 * thread_rows)) * (columns // (8 * thread_columns)) * slices
     loading = stages * depth * (rows + columns + 2 * pad)
     finishing = rows * (columns + pad) * slices // (thread_rows // pad if slices == 1 else 1)
-    parameters = (rows, columns, depth, thread_rows, thread_columns, slices, stages)
     return Tile("simt", rows, columns, depth, threads, max(loading, finishing) * size, start, step, busy, parameters)
 
 
-def mma(
-    dtype: str,
-    rows: int,
-    columns: int,
-    depth: int,
-    row_warps: int,
-    column_warps: int,
-    slices: int,
-    stages: int,
-    start: float,
-    step: float,
-    busy: float = 1.0,
-) -> Tile:
+def mma(dtype: str, parameters: tuple[int, ...], start: float, step: float, busy: float = 1.0) -> Tile:
     """Return ``MmaTile<...>``."""
+    rows, columns, depth, row_warps, column_warps, slices, stages = parameters
     size = SIZES[dtype]
     pad = 32 if size == 4 else 16
 
@@ -123,7 +81,6 @@ def mma(
     stage = operand(rows) + operand(columns)
     threads = 32 * row_warps * column_warps * slices
     shared = max(stages * stage, slices * rows * (columns + 8) * 4)
-    parameters = (rows, columns, depth, row_warps, column_warps, slices, stages)
     return Tile("mma", rows, columns, depth, threads, shared, start, step, busy, parameters)
 
 
@@ -164,26 +121,26 @@ _SKINNY_BUSY = {1: 4.0, 4: 2.0}  # by how many lines there are at most: what kee
 
 _SIMT_TILES = {
     "float32": (
-        simt("float32", 128, 256, 16, 8, 16, 1, 4, 1700.0, 171.0),
-        simt("float32", 64, 128, 16, 8, 8, 1, 4, 2090.0, 45.3, 1.2),
-        simt("float32", 64, 64, 16, 8, 8, 2, 4, 1900.0, 25.0, 1.1),
-        simt("float32", 32, 32, 32, 8, 4, 4, 4, 1710.0, 7.73, 1.2),
-        simt("float32", 16, 64, 64, 4, 8, 8, 3, 1600.0, 8.73),
-        simt("float32", 16, 32, 64, 4, 4, 8, 3, 1400.0, 5.14, 1.1),
+        simt("float32", (128, 256, 16, 8, 16, 1, 4), 1700.0, 171.0),
+        simt("float32", (64, 128, 16, 8, 8, 1, 4), 2090.0, 45.3, 1.2),
+        simt("float32", (64, 64, 16, 8, 8, 2, 4), 1900.0, 25.0, 1.1),
+        simt("float32", (32, 32, 32, 8, 4, 4, 4), 1710.0, 7.73, 1.2),
+        simt("float32", (16, 64, 64, 4, 8, 8, 3), 1600.0, 8.73),
+        simt("float32", (16, 32, 64, 4, 4, 8, 3), 1400.0, 5.14, 1.1),
     ),
     "float64": (
-        simt("float64", 64, 64, 16, 8, 4, 2, 4, 3000.0, 52.5),
-        simt("float64", 32, 32, 64, 8, 4, 8, 2, 1600.0, 16.3),
+        simt("float64", (64, 64, 16, 8, 4, 2, 4), 3000.0, 52.5),
+        simt("float64", (32, 32, 64, 8, 4, 8, 2), 1600.0, 16.3),
     ),
 }
 
 
 def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
     return (
-        mma(dtype, 128, 256, 32, 2, 4, 1, 4, 2600.0, 20.0),
-        mma(dtype, 128, 128, 32, 2, 2, 1, 4, 2600.0, 11.8),  # the largest for 99 KiB of shared memory
-        mma(dtype, 64, 128, 64, 2, 2, 1, 4, 1600.0, 9.0),
-        mma(dtype, 32, 32, 128, 1, 1, 4, 3, 1200.0, 3.0),
+        mma(dtype, (128, 256, 32, 2, 4, 1, 4), 2600.0, 20.0),
+        mma(dtype, (128, 128, 32, 2, 2, 1, 4), 2600.0, 11.8),  # the largest for 99 KiB of shared memory
+        mma(dtype, (64, 128, 64, 2, 2, 1, 4), 1600.0, 9.0),
+        mma(dtype, (32, 32, 128, 1, 1, 4, 3), 1200.0, 3.0),
     )
 
 
@@ -192,10 +149,10 @@ _MMA_TILES = {
     "bfloat16": _mma_tiles("bfloat16"),
     # TF32: the same bytes, half the depth.
     "float32": (
-        mma("float32", 128, 256, 16, 2, 4, 1, 4, 3900.0, 50.5),
-        mma("float32", 128, 128, 16, 2, 2, 1, 4, 3200.0, 25.8, 1.35),
-        mma("float32", 64, 128, 32, 2, 2, 1, 4, 2100.0, 16.8, 1.2),
-        mma("float32", 32, 32, 64, 1, 1, 4, 3, 1400.0, 5.3),
+        mma("float32", (128, 256, 16, 2, 4, 1, 4), 3900.0, 50.5),
+        mma("float32", (128, 128, 16, 2, 2, 1, 4), 3200.0, 25.8, 1.35),
+        mma("float32", (64, 128, 32, 2, 2, 1, 4), 2100.0, 16.8, 1.2),
+        mma("float32", (32, 32, 64, 1, 1, 4, 3), 1400.0, 5.3),
     ),
 }
 
@@ -486,37 +443,15 @@ def linear(
     tf32: bool = False,
     choice: Choice | None = None,
 ) -> None:
-    """Compute ``out = activation(x @ w + b)``.
+    """``out = activation(x @ w + b)``, as `Backend.linear`, of arrays on one device; ValueError beyond `LARGEST`.
 
-    Parameters
-    ----------
-    device : Device
-        Where the arrays are.
-    x : cupy.ndarray of shape (m, k), float32, float64, float16 or bfloat16
-        Any strides that are multiples of the element's size, as of `w`.
-    w : cupy.ndarray of shape (k, n)
-        Of the same type as all others.
-    b : cupy.ndarray of shape (n,), contiguous, optional
-    activation : Activation, optional
-        None is the identity.
-    parameter : float
-        Of the activation.
-    out : cupy.ndarray of shape (m, n), C-contiguous
-        It overlaps no other array, but may be misaligned. ``k = 0`` gives ``activation(b)``.
-    preactivation : cupy.ndarray of shape (m, n), C-contiguous, optional
-        Takes ``x @ w + b``, rounded to its type; the activation is applied to what is rounded.
-    tf32 : bool, default False
-        Whether float32 operands may be rounded to TF32 (11 bits), for tensor cores.
-    choice : Choice, optional
-        From `choose`, for tests and measurements.
+    x (m, k) and w (k, n) have any strides that are multiples of the element's size; all others are C-contiguous. `out`
+    overlaps no other array, but may be misaligned; ``k = 0`` gives ``activation(b)``. `preactivation` takes
+    ``x @ w + b``, rounded to its type; the activation is applied to what is rounded.
 
-    Raises
-    ------
-    ValueError
-        A dimension is larger than `LARGEST`.
+    With `tf32`, float32 operands may be rounded to TF32 (11 bits), for tensor cores. `choice` is one of `choose`, for
+    tests and measurements.
 
-    Notes
-    -----
     The error of a sum before it is rounded is at most ``k eps (abs(x) @ abs(w))``, with eps 2^-23 (2^-52 in float64).
     The same inputs give the same bits. The order of a sum depends on shapes and strides, and on the GPU's architecture
     and number of multiprocessors, by which the tile is chosen and k is split.

@@ -39,7 +39,7 @@ from ...training.plan import (
     Update,
     dense_layers,
 )
-from ...training.reference import clip_by_norm, one_hot
+from ...training.reference import clip_by_norm, one_hot, targets_of
 from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
 Split = Callable[[int, int, Callable[[slice], None]], None]
@@ -304,14 +304,7 @@ def _loss_function(phase: Loss, rows: int, width: int, dtype: np.dtype[Any]) -> 
 class _Executor:
     """A call of `train`: `prepare` gives what each phase does in a step; the memory for it is allocated once.
 
-    Attributes
-    ----------
-    step : int
-    where : ndarray of int64
-        The samples of the step's mini-batch.
-    losses : list of float
-    correct : int
-        See `Outcome`.
+    `where` are the samples of the mini-batch of a `step`; `losses` and `correct` are those of `Outcome`.
     """
 
     def __init__(self, plan: TrainingPlan, batches: Batches, split: Split) -> None:
@@ -395,18 +388,15 @@ class _Executor:
     @prepare.register
     def _(self, phase: Loss) -> Callable[[], None]:
         number = next(i for i, loss in enumerate(self._plan.losses) if loss is phase)
-        last, targets = self._layers[phase.network][-1], phase.targets
+        last = self._layers[phase.network][-1]
         evaluate = _loss_function(phase, len(last.y), last.bias.size, self._dtype)
         weight = self._plan.weight(phase)
 
         def run() -> None:
             outputs, rows = self._values[phase.network], len(self.where)
-            if isinstance(targets, tuple):
-                wanted = np.repeat(np.array(targets, self._dtype), len(outputs) // len(targets))[:, np.newaxis]
-            else:
-                wanted = targets[self.where]
-                if wanted.ndim == 1 and number == 0:
-                    self.correct += int(_count_correct(outputs, wanted))
+            wanted = targets_of(phase, self.where, outputs)
+            if wanted.ndim == 1 and number == 0:
+                self.correct += int(_count_correct(outputs, wanted))
             total = evaluate(outputs, wanted, weight / rows, last.grad_y[: len(outputs)])
             self.losses[number] += total * weight
 
