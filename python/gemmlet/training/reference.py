@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import singledispatchmethod
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from .plan import (
 
 def train(backend: Any, plan: TrainingPlan, batches: Batches) -> Outcome:
     """See `Backend.train`."""
-    losses, correct = list(batches.losses), 0
+    plan, losses, correct = _on_cpu(backend, plan), list(batches.losses), 0
     for number in range(batches.steps):
         rows = slice(number * batches.size, (number + 1) * batches.size)
         step = Step(backend, plan, batches.order[rows], None if batches.noise is None else batches.noise[rows])
@@ -55,10 +56,17 @@ def train(backend: Any, plan: TrainingPlan, batches: Batches) -> Outcome:
 
 def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None) -> Step:
     """The step of a plan without updates, the first `rows` samples being the mini-batch."""
-    step = Step(backend, plan, np.arange(rows), noise)
+    step = Step(backend, _on_cpu(backend, plan), np.arange(rows), noise)
     for phase in plan.phases:
         step.run(phase)
     return step
+
+
+def _on_cpu(backend: Any, plan: TrainingPlan) -> TrainingPlan:
+    """The plan with its samples on the CPU."""
+    gather = plan.gather
+    dataset = gather.dataset._replace(x=backend.to_cpu(gather.dataset.x))
+    return replace(plan, phases=(gather._replace(dataset=dataset), *plan.phases[1:]))
 
 
 class _Record(NamedTuple):
@@ -94,8 +102,7 @@ class Step:
     def _(self, phase: Gather) -> None:
         dataset, where, dtype = phase.dataset, self._where, self._plan.dtype
         if dataset.indptr is None:
-            x = self._backend.to_cpu(dataset.x)[where]
-            self._values[SAMPLES] = self._backend.scaled(x, dtype, phase.scale, phase.shift)
+            self._values[SAMPLES] = self._backend.scaled(dataset.x[where], dtype, phase.scale, phase.shift)
         else:
             assert dataset.indices is not None
             reader = next(p for p in self._plan.phases if isinstance(p, Forward) and SAMPLES in p.inputs)
