@@ -39,15 +39,6 @@ def addresses(array: Any) -> Array:
     return np.asarray(_Addresses(array)) if is_on_gpu(array) else array
 
 
-def bounds(array: Any) -> tuple[int, int]:
-    """The addresses of an array's first byte on a GPU, and of the one behind its last."""
-    first = array.data.ptr
-    if array.flags.c_contiguous:
-        return first, first + array.nbytes
-    reach = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
-    return first + sum(r for r in reach if r < 0), first + sum(r for r in reach if r > 0) + array.itemsize
-
-
 class _Addresses:
     def __init__(self, array: Any) -> None:
         self.__array_interface__ = {

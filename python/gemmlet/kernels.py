@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -435,7 +436,7 @@ def {name}({parameters}, *, out=None):
 
 
 def _publish(name: str, general: Callable[..., Any], arrays: tuple[str, ...], entry: Any, doc: str) -> None:
-    """Make the kernel `name`: the backend's fast path, else ``general(*arrays, number, out)``.
+    """Make the kernel `name`: the backend's fast path, else ``general(entry, *arrays, number, out)``.
 
     It is compiled from text, so that it has the argument names of its own that the registry gives, and the cost of a
     plain function: the binding of ``*args, **kwargs`` by hand costs more than a small kernel.
@@ -447,7 +448,7 @@ def _publish(name: str, general: Callable[..., Any], arrays: tuple[str, ...], en
         "__name__": __name__,
         "current": select.current,
         "fast_path_on_gpu": select.fast_path_on_gpu,
-        "general": general,
+        "general": partial(general, entry),
     }
     exec(_KERNEL.format(name=name, parameters=parameters, arguments=arguments), scope)
     scope[name].__doc__ = doc
@@ -498,54 +499,42 @@ Notes
 -----
 Error at most {entry.backward_accuracy} of the derivative, as a function of `{used}`. Source: {entry.source}.
 """
-    _publish(entry.name, lambda x, p, out: _activation_forward(entry, x, p, out), ("x",), entry, forward)
-    _publish(
-        f"{entry.name}_backward",
-        lambda grad_y, x, y, p, out: _activation_backward(entry, grad_y, x, y, p, out),
-        ("grad_y", "x", "y"),
-        entry,
-        backward,
-    )
+    _publish(entry.name, _activation_forward, ("x",), entry, forward)
+    _publish(f"{entry.name}_backward", _activation_backward, ("grad_y", "x", "y"), entry, backward)
 
 
 # Functions of rows.
 
 
-def _row_forward(entry: RowFunction, x: Any, out: Any) -> Any:
+def _by_rows(backend: Backend, call: Callable[..., None], inputs: tuple[Array, ...], out: Any) -> Any:
+    """``call(*inputs, output)`` with all arrays as matrices, unless there are no elements; returns the output."""
+    like = inputs[0]
+    array = arguments.output(backend, out, "out", like.shape, like)
+    if like.size:
+
+        def call_on_matrices(*arrays: Array) -> None:
+            call(*map(backend.as_matrix, arrays))
+
+        _elementwise(backend, call_on_matrices, inputs, (array,), rows=True, new=out is None)
+    return _returned(out, array)
+
+
+def _row_forward(entry: RowFunction, x: Any, _: None, out: Any) -> Any:
     x_ = arguments.as_floats(x, "x")
     if x_.ndim == 0:
         raise ValueError("x is a scalar; expected at least one dimension")
     backend = select.of(x_)
-    y = arguments.output(backend, out, "out", x_.shape, x_)
-    if x_.size:
-        _elementwise(
-            backend,
-            lambda *matrices: backend.row_function(entry, *map(backend.as_matrix, matrices)),
-            (x_,),
-            (y,),
-            rows=True,
-            new=out is None,
-        )
-    return _returned(out, y)
+    return _by_rows(backend, partial(backend.row_function, entry), (x_,), out)
 
 
-def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> Any:
+def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, _: None, out: Any) -> Any:
     grad = arguments.as_floats(grad_y, "grad_y")
     if grad.ndim == 0:
         raise ValueError("grad_y is a scalar; expected at least one dimension")
     saved = _saved(entry, "y", {"x": x, "y": y}, grad)
+    assert saved is not None
     backend = select.of(grad)
-    grad_x = arguments.output(backend, out, "out", grad.shape, grad)
-    if grad.size:
-        _elementwise(
-            backend,
-            lambda *matrices: backend.row_function_backward(entry, *map(backend.as_matrix, matrices)),
-            (grad, saved),
-            (grad_x,),
-            rows=True,
-            new=out is None,
-        )
-    return _returned(out, grad_x)
+    return _by_rows(backend, partial(backend.row_function_backward, entry), (grad, saved), out)
 
 
 def _publish_row_function(entry: RowFunction) -> None:
@@ -578,14 +567,8 @@ Returns
 -------
 ndarray, the shape and dtype of `grad_y`
 """
-    _publish(entry.name, lambda x, p, out: _row_forward(entry, x, out), ("x",), entry, forward)
-    _publish(
-        f"{entry.name}_backward",
-        lambda grad_y, x, y, p, out: _row_backward(entry, grad_y, x, y, out),
-        ("grad_y", "x", "y"),
-        entry,
-        backward,
-    )
+    _publish(entry.name, _row_forward, ("x",), entry, forward)
+    _publish(f"{entry.name}_backward", _row_backward, ("grad_y", "x", "y"), entry, backward)
 
 
 # Losses.
@@ -639,13 +622,7 @@ Notes
 -----
 Source: {entry.source}.
 """
-    _publish(
-        entry.name,
-        lambda p, t, parameter, out: _elementwise_loss(entry, p, t, parameter, out),
-        (entry.prediction, "targets"),
-        entry,
-        doc,
-    )
+    _publish(entry.name, _elementwise_loss, (entry.prediction, "targets"), entry, doc)
 
 
 def softmax_cross_entropy(
