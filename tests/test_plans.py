@@ -237,7 +237,10 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "three sources": three_sources,
     "two networks": lambda dtype: two_networks(dtype, samples(dtype)),
     "two networks of zeros": lambda dtype: two_networks(dtype, samples(dtype, "zeros")),
+    "two networks, csr": lambda dtype: two_networks(dtype, samples(dtype, "csr")),
+    "chained": lambda dtype: chained(dtype, head=True),
     "chained, the first learns": lambda dtype: chained(dtype, head=False),
+    "two steps of the discriminator": two_steps_of_the_discriminator,
 }
 
 
@@ -273,7 +276,7 @@ def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype
         assert not same_bits(array, before) or name == "chained, the first learns"
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "two networks"])
+@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "chained", "two networks"])
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""
     plan, batches = PLANS[name](dtype)

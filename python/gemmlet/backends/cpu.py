@@ -22,6 +22,7 @@ from ..training.plan import (
     Batches,
     DenseLayer,
     Forward,
+    Gather,
     Loss,
     Outcome,
     Phase,
@@ -294,11 +295,28 @@ class CpuBackend(NumpyBackend):
         """Networks and phases as the extension module takes them; None if it does not know something of them."""
         if plan not in self._planned:
             try:
+                self._check_order(plan)
                 networks = [[self._layer(layer) for layer in dense_layers(network)] for network in plan.networks]
                 self._planned[plan] = networks, [self._phase(plan, phase) for phase in plan.phases[1:]]
             except (KeyError, UnsupportedError):
                 self._planned[plan] = None
         return self._planned[plan]
+
+    @staticmethod
+    def _check_order(plan: TrainingPlan) -> None:
+        """Sparse matrices are for a single network; the executor keeps a gradient until it has been read once."""
+        kinds, latest = [type(phase) for phase in plan.phases], dict[int, type[Phase]]()
+        alone = kinds.count(Forward) == kinds.count(Update) == 1 and Forward(0, (SAMPLES,)) in plan.phases[1:2]
+        if plan.gather.dataset.indptr is not None and not alone:
+            raise UnsupportedError(plan.gather)
+        needed: dict[type[Phase], type[Phase]] = {Backward: Loss, Update: Backward}
+        for phase in plan.phases[1:]:
+            assert not isinstance(phase, Gather)
+            if needed.get(type(phase)) not in (None, latest.get(phase.network)):
+                raise UnsupportedError(phase)
+            latest[phase.network] = type(phase)
+            if isinstance(phase, Backward) and phase.to is not None:
+                latest[phase.to] = Loss
 
     def _layer(self, layer: DenseLayer) -> tuple[Any, ...]:
         (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer

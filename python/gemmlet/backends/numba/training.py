@@ -10,6 +10,7 @@ weight gradient those of the output's gradient for the nonzeros of a feature. Th
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from functools import singledispatchmethod
 from typing import Any
@@ -311,6 +312,8 @@ class _Executor:
         self._plan, self._batches, self._split, self._dtype = plan, batches, split, plan.dtype
         self.size, self.losses, self.correct = min(batches.size, len(batches.order)), list(batches.losses), 0
         self.step, self.where = 0, batches.order
+        # Of the losses and the updates, in the order of the phases, which may be equal.
+        self._numbers, self._tables = itertools.count(), iter(batches.hyperparameters)
         # The rows of each source, and of each network at most, in mini-batches.
         multiples: dict[Source, int] = {SAMPLES: 1, NOISE: 1}
         most = [0] * len(plan.networks)
@@ -387,7 +390,7 @@ class _Executor:
 
     @prepare.register
     def _(self, phase: Loss) -> Callable[[], None]:
-        number = next(i for i, loss in enumerate(self._plan.losses) if loss is phase)
+        number = next(self._numbers)
         last = self._layers[phase.network][-1]
         evaluate = _loss_function(phase, len(last.y), last.bias.size, self._dtype)
         weight = self._plan.weight(phase)
@@ -432,7 +435,7 @@ class _Executor:
     @prepare.register
     def _(self, phase: Update) -> Callable[[], None]:
         gradients, decays, F = self._gradients(phase.network), self._batches.decay, self._dtype.type
-        table = self._batches.hyperparameters[self._plan.updates.index(phase)]
+        table = next(self._tables)
         parameters, first = list(self._plan.parameters(phase.network)), self._layers[phase.network][0]
         kind = phase.rule, self._dtype, len(parameters[0].state), table.shape[1]
         update, sparse = update_loop(*kind), None if self._whole_gradients else self._sparse
