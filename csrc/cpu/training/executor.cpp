@@ -47,10 +47,10 @@ struct Forward {
 
   Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, Index max_rows)
       : phase(forward), network(of), inputs(max_rows * static_cast<Index>(forward.inputs.size())) {
-    // Samples in the place that they have among the inputs.
-    const auto samples = std::find(phase.inputs.begin(), phase.inputs.end(), samples_source);
-    if (samples != phase.inputs.end() && max_rows > 0)
-      loader.emplace(plan.samples, max_rows * (samples - phase.inputs.begin() + 1), 0, inputs);
+    // Samples in the places that they have among the inputs.
+    const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
+    if (max_rows > 0 && last != phase.inputs.rend())
+      loader.emplace(plan.samples, max_rows * (phase.inputs.rend() - last), 0, inputs);
   }
   Forward(const Forward&) = delete;
 };
