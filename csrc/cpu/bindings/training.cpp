@@ -337,9 +337,8 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
 }  // namespace
 
 void bind_training(py::module_& m) {
-  m.def("train", &train, py::arg("networks"), py::arg("phases"), py::arg("x"), py::arg("indptr"), py::arg("indices"),
-        py::arg("skip_zeros"), py::arg("scale"), py::arg("shift"), py::arg("order"), py::arg("batch"),
-        py::arg("hyperparameters"), py::arg("losses"), py::arg("decay"), py::arg("noise"));
+  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "scale", "shift", "order",
+      "batch", "hyperparameters", "losses", "decay", "noise");
 }
 
 }  // namespace gemmlet::bindings
