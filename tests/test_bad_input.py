@@ -542,6 +542,10 @@ class Guarded:
         return all(np.all(b[:GUARD] == 77) and np.all(b[GUARD + n :] == 77) for b, n, _ in self.buffers)
 
 
+def function_of(call: str) -> str:
+    return call.split(":")[0]
+
+
 def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[str, Any]]:
     """For each function of the module the arguments of a call that is right."""
 
@@ -577,50 +581,69 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     # Seven samples of five features, in mini-batches of three.
     order = guarded.array((7,), np.int64)
     order[:] = [6, 0, 5, 1, 4, 2, 3]
-    row_start = guarded.array((8,), np.int64)
-    row_start[:] = [0, 2, 2, 5, 6, 6, 6, 8]
-    columns = guarded.array((8,), np.int32)
-    columns[:] = [0, 4, 1, 2, 3, 0, 3, 4]
-    numbers = guarded.array((3, rules["adam"][1]), np.float64)
-    calls["train_mlp"] = {
-        "layers": [layer(5, 9, 0), layer(9, 4, -1)],
-        "x": array(8),
-        "row_start": row_start,
-        "columns": columns,
-        "skip_zeros": True,
-        "targets": guarded.array((7,), np.int64, 1),
-        "loss": -1,
-        "loss_parameter": 0.5,
-        "row_weight": 1.0,
-        "order": order,
-        "batch": 3,
-        "rule": rule,
-        "scalars": numbers,
-        "loss_sum": 0.0,
-    }
-    calls["train_gan"] = {
-        "generator": [layer(2, 9, 0, True), layer(9, 5, -1, True)],
-        "discriminator": [layer(5, 4, 0), layer(4, 1, -1)],
+    indptr = guarded.array((8,), np.int64)
+    indptr[:] = [0, 2, 2, 5, 6, 6, 6, 8]
+    indices = guarded.array((8,), np.int32)
+    indices[:] = [0, 4, 1, 2, 3, 0, 3, 4]
+
+    def hyperparameters(count: int) -> list[Any]:
+        return [guarded.array((3, rules["adam"][1]), np.float64) for _ in range(count)]
+
+    def mlp(targets: Any, loss: int) -> dict[str, Any]:
+        phases = [
+            ("forward", 0, [-1]),
+            ("loss", 0, loss, 0.5, 1.0, 0.1, targets),
+            ("backward", 0, -1),
+            ("update", 0, rule),
+        ]
+        return {
+            "networks": [[layer(5, 9, 0), layer(9, 4, -1)]],
+            "phases": phases,
+            "x": array(7, 5),
+            "indptr": None,
+            "indices": None,
+            "skip_zeros": True,
+            "scale": 1.0,
+            "shift": 0.0,
+            "order": order,
+            "batch": 3,
+            "hyperparameters": hyperparameters(1),
+            "losses": [0.0],
+            "decay": None,
+            "noise": None,
+        }
+
+    calls["train: CSR"] = mlp(guarded.array((7,), np.int64, 1), -1)
+    calls["train: CSR"] |= {"x": array(8), "indptr": indptr, "indices": indices}
+    calls["train: dense"] = mlp(array(7, 4), 0)
+    # A GAN: the discriminator is trained on samples and generated rows, the generator through the discriminator.
+    calls["train: GAN"] = calls["train: dense"] | {
+        "networks": [[layer(2, 9, 0, True), layer(9, 5, -1, True)], [layer(5, 4, 0), layer(4, 1, -1)]],
+        "phases": [
+            ("forward", 0, [-2]),
+            ("forward", 1, [-1, 0]),
+            ("loss", 1, 0, 0.5, 1.0, 0.0, [0.9, 0.0]),
+            ("backward", 1, -1),
+            ("update", 1, rule),
+            ("forward", 1, [0]),
+            ("loss", 1, 0, 0.5, -1.0, 0.0, [1.0]),
+            ("backward", 1, 0),
+            ("backward", 0, -1),
+            ("update", 0, rule),
+        ],
         "x": array(7, 5),
         "scale": 2.0,
         "shift": -1.0,
-        "noise": array(7, 2),
-        "real_target": 0.9,
-        "non_saturating": True,
-        "order": order,
-        "batch": 3,
-        "generator_rule": rule,
-        "generator_scalars": numbers,
-        "discriminator_rule": rule,
-        "discriminator_scalars": numbers.copy(),
+        "hyperparameters": hyperparameters(2),
+        "losses": [0.0, 0.0],
         "decay": guarded.array((3,), np.float64),
-        "loss_sums": (0.0, 0.0),
+        "noise": array(7, 2),
     }
     others = {"activations", "row_functions", "losses", "optimizer_rules", "get_num_threads", "set_num_threads"}
     others |= {"fma_loop", "mark"}  # in test_bench.py
     others |= {"formula", "quick"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
-    assert functions == set(calls) | others
+    assert functions == {function_of(name) for name in calls} | others
     return calls
 
 
@@ -663,59 +686,152 @@ def bad_layers(good: list[tuple[Any, ...]]) -> Iterator[Any]:
         yield from (altered(3, value) for value in ("0.5", None, 1j))
 
 
-def bad_for_training(name: str, argument: str, good: Any, module: Any) -> Iterator[Any]:
-    """Bad values of what only fused training takes."""
-    if argument in ("layers", "generator", "discriminator"):
-        yield from bad_layers(good)
-    elif argument.endswith("rule"):
-        count = len(module.optimizer_rules())
-        # Other rules have other numbers of states.
-        yield from (*(rule for rule in range(count) if rule != good), -1, count, 2**31 - 1, 2**40, "adam", None, 0.5)
+def bad_networks(good: list[Any]) -> Iterator[Any]:
+    """Of each network each part, networks too few or too many, and parameters that lie in each other's memory."""
+    yield from ([], None, "text", [None], good[:-1], [[], *good[1:]])
+    for at, network in enumerate(good):
+        yield from ([*good[:at], layers, *good[at + 1 :]] for layers in bad_layers(network))
+        first, *rest = network
+        weight, bias, *_ = first
+        for part, value in ((4, [weight, first[4][1]]), (5, [bias, bias]), (6, weight), (7, first[5][0]), (7, bias)):
+            yield [*good[:at], [(*first[:part], value, *first[part + 1 :]), *rest], *good[at + 1 :]]
+        yield [*good[:at], [(weight, weight.reshape(-1)[-len(bias) :], *first[2:]), *rest], *good[at + 1 :]]
+    if len(good) > 1:
+        (weight, _, *others), *rest = good[1]
+        yield [good[0], [(weight, good[0][-1][1][: weight.shape[1]], *others), *rest]]
+
+
+def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
+    """Of each phase each field, phases that do not follow each other, and those that find something else to read."""
+    yield from ([], None, "text", [()], [None], good[::-1], good[:-1], good[1:], [*good, good[0]], [("text", 0), *good])
+    networks, rules, losses = len({phase[1] for phase in good}), len(module.optimizer_rules()), len(module.losses())
+    for at, phase in enumerate(good):
+
+        def altered(field: int, value: Any, at: int = at, phase: Any = phase) -> list[Any]:
+            return [*good[:at], (*phase[:field], value, *phase[field + 1 :]), *good[at + 1 :]]
+
+        kind = phase[0]
+        if kind != "forward" or networks == 1:  # a second forward phase changes nothing
+            yield [*good[:at], *good[at + 1 :]]
+        if kind in ("backward", "update"):  # the gradient is gone
+            yield [*good[: at + 1], phase, *good[at + 1 :]]
+        yield [*good[:at], phase[:-1], *good[at + 1 :]]
+        yield [*good[:at], (*phase, None), *good[at + 1 :]]
+        yield from (altered(0, value) for value in ("", "Forward", None, 0, b"loss"))
+        yield from (altered(1, value) for value in (-1, networks, 2**31 - 1, 2**40, -(2**31), None, "0", 0.5))
+        if kind == "forward":
+            own = phase[1]
+            strange = [
+                [],
+                [own],
+                [-3],
+                [networks],
+                [2**31 - 1],
+                [2**40],
+                [-1] * 17,
+                [-1, None],
+                None,
+                "text",
+                -1,
+                [0.5],
+            ]
+            yield from (altered(2, value) for value in strange)
+        elif kind == "update":
+            wrong = [rule for rule in range(rules) if rule != phase[2]]  # with another number of states
+            yield from (altered(2, value) for value in (*wrong, -1, rules, 2**31 - 1, 2**40, "adam", None, 0.5))
+        elif kind == "backward":
+            others = [number for number in (-1, *range(networks)) if number != phase[2] and number != phase[1]]
+            if phase[2] >= 0:
+                yield from (altered(2, value) for value in others)
+            yield from (altered(2, value) for value in (phase[1], networks, 2**31 - 1, 2**40, None, "0", 0.5))
+        else:
+            yield from (altered(2, value) for value in (-2, losses, 2**31 - 1, -(2**31), 2**40, "huber", None, 0.5))
+            for field in (3, 4, 5):
+                yield from (altered(field, value) for value in ("0.5", None, [0.5], 1j))
+            yield from (altered(6, value) for value in bad_targets(phase[6]))
+
+
+def bad_targets(good: Any) -> Iterator[Any]:
+    yield from (None, "text", 1.0, object(), [None])
+    if isinstance(good, list):
+        yield from ([], [*good, 0.5], good[:-1], ["0.5"] * len(good), np.array([]), np.full(len(good), 0.5, np.float16))
+        return
+    yield from (good[:-1].copy(), np.concatenate([good, good]), good.tolist(), unaligned(good), good[:0])
+    yield from (np.repeat(good, 2, axis=-1)[..., ::2], good[::-1], [0.5, 0.5], [])
+    yield from (good.astype(d) for d in (np.uint64, np.float16, np.int16, object, good.dtype.newbyteorder()))
+    if good.dtype == np.int64:
+        for at, value in itertools.product((0, 6), (-1, 4, 2**31 - 1, -(2**31), 2**62)):
+            wrong = good.copy()
+            wrong[at] = value
+            yield wrong
+
+
+def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module: Any) -> Iterator[Any]:
+    """Bad values of the arguments of `train`."""
+    if argument == "networks":
+        yield from bad_networks(good)
+    elif argument == "phases":
+        yield from bad_phases(good, module)
     elif argument == "batch":
-        # With other numbers of mini-batches the scalars are too many or too few.
+        # With other numbers of mini-batches the hyperparameters are too many or too few.
         yield from (0, -1, -(2**63), 2**63, 2, 7, 2**62, 2**63 - 1, None, "3", 3.5, np.nan)
-    elif argument in ("skip_zeros", "non_saturating"):
+    elif argument == "skip_zeros":
         yield from ("yes", [True])
-    elif argument == "loss_sums":
-        yield from (None, 0.0, (0.0,), (0.0, "0"), (0.0, 0.0, 0.0))
+    elif argument == "losses":
+        yield from (None, 0.0, [], good[:-1], [*good, 0.0], ["0"] * len(good))
+    elif argument == "hyperparameters":
+        yield from (None, [], [*good, good[0]], [None] * len(good), "text", 0.5)
+        for at, table in enumerate(good):
+            strange = [
+                table[:-1].copy(),
+                np.concatenate([table, table]),
+                unaligned(table),
+                table[::-1],
+                table[:0],
+                None,
+            ]
+            strange += [table.astype(d) for d in (np.float32, np.int64, object, table.dtype.newbyteorder())]
+            yield from ([*good[:at], value, *good[at + 1 :]] for value in strange)
     elif isinstance(good, float):
         yield from ("0.5", None, [0.5], 1j)
+        if arguments["indptr"] is not None:  # which is not scaled
+            yield 0.5
+    elif good is None:
+        yield from ("text", 1.0, object(), np.zeros(0), np.zeros((3, 2), np.int16), np.zeros((2, 2), np.int64))
+        yield np.zeros(2, np.int64 if argument == "indptr" else np.int32)
     else:
-        yield from (
-            good[:-1].copy(),
-            np.concatenate([good, good], axis=-1),
-            good.tolist(),
-            "text",
-            1.0,
-            object(),
-            unaligned(good),
-        )
-        yield from (np.repeat(good, 2, axis=-1)[..., ::2], good[::-1], good[:0])
+        yield from (good[:-1].copy(), np.concatenate([good, good], axis=-1), good.tolist(), "text", 1.0, object())
+        yield from (unaligned(good), np.repeat(good, 2, axis=-1)[..., ::2], good[::-1])
+        if argument != "order":  # of no samples nothing is to be done
+            yield good[:0]
         yield from (good.astype(d) for d in (np.uint64, np.float16, np.int16, object, good.dtype.newbyteorder()))
-        if argument not in ("row_start", "columns"):
+        if argument != "decay":  # without which averages follow at once
             yield None
-        ends = {"order": 7, "targets": 4, "columns": 5, "row_start": 9}
+        ends = {"order": 7, "indices": 5, "indptr": 9}
         if argument in ends:
             for at, value in itertools.product((0, len(good) - 1), (-1, ends[argument], 2**31 - 1, -(2**31))):
                 wrong = good.copy()
                 wrong[at] = value
                 yield wrong
-        if argument == "columns":
-            yield None
+        if argument == "indices":
             yield good[[0, 1, 3, 2, 4, 5, 6, 7]]  # not ascending
             yield good[[0, 1, 2, 2, 4, 5, 6, 7]]  # twice the same
-        if argument == "row_start":
-            yield None
+        if argument == "indptr":
             yield good[[0, 1, 3, 2, 4, 5, 6, 7]]
+        # In the memory of a parameter, which training changes.
+        for network in arguments["networks"]:
+            weight = network[0][0].reshape(-1)
+            if weight.nbytes >= good.nbytes:
+                alias = np.ndarray(good.shape, good.dtype, weight.data)
+                if good.dtype.kind == "f":
+                    yield alias
+                else:
+                    weight[:] = 0  # whose bits are indices within their range, and offsets of empty rows
+                    yield alias
 
 
 def bad_for_bindings(name: str, argument: str, good: Any, module: Any) -> Iterator[Any]:
-    if name.startswith("train") and (name, argument) != ("train_mlp", "loss"):
-        yield from bad_for_training(name, argument, good, module)
-    elif argument == "loss" and name == "train_mlp":
-        count = len(module.losses())
-        yield from (-2, count, 2**31 - 1, -(2**31), 2**40, "softmax_cross_entropy", None, 0.5)
-    elif argument in LISTS:
+    if argument in LISTS:
         count = len(getattr(module, LISTS[argument])())
         yield from (-2, count, 2**31 - 1, -(2**31), 2**40, "relu", None, 0.5)
         if (name, argument) != ("linear", "activation"):  # where it is none
@@ -755,19 +871,27 @@ def test_bindings_refuse(module: Any, dtype: Any) -> None:
     guarded = Guarded()
     calls = binding_calls(module, dtype, guarded)
     for name, arguments in calls.items():
-        getattr(module, name)(**arguments)
+        function = getattr(module, function_of(name))
+        function(**arguments)
         for argument, good in arguments.items():
-            for bad in bad_for_bindings(name, argument, good, module):
+            is_training = function_of(name) == "train"
+            for bad in (
+                bad_for_training(argument, good, arguments, module)
+                if is_training
+                else bad_for_bindings(name, argument, good, module)
+            ):
                 before = bits(arguments)
                 with pytest.raises((TypeError, ValueError)) as caught:
-                    getattr(module, name)(**{**arguments, argument: bad})
+                    function(**{**arguments, argument: bad})
                 # The one that fails to fit may be another; pybind11's own message lists all with their types.
                 names = "|".join(arguments)
                 message = str(caught.value)
-                assert re.search(rf"^({names}|labels|layers|rule): |incompatible function arguments|writ", message)
+                assert re.search(
+                    rf"^({names}|labels|loss|targets|rule): |incompatible function arguments|writ", message
+                )
                 assert bits(arguments) == before
         with pytest.raises(TypeError):
-            getattr(module, name)()
+            function()
     assert guarded.intact()
 
 
@@ -792,15 +916,76 @@ def test_bindings_never_write_elsewhere(module: Any, data: Any) -> None:
             if array.ndim == 2 and data.draw(st.booleans()):
                 array = array.T
             arguments[argument] = array
-        elif name.startswith("train") and argument in ("layers", "generator", "discriminator"):
-            arguments[argument] = data.draw(st.sampled_from(list(bad_layers(good))))
+        elif argument == "networks":
+            arguments[argument] = data.draw(st.sampled_from(list(bad_networks(good))))
+        elif argument == "phases":
+            arguments[argument] = data.draw(st.lists(some_phase(len(arguments["networks"]), good), max_size=12))
         elif isinstance(good, list):
             extra = guarded.array((data.draw(st.integers(0, 40)),), dtype) if argument == "state" else 0.5
             arguments[argument] = [*good, extra][data.draw(st.integers(0, 2)) :]
         else:
             arguments[argument] = data.draw(st.integers(-3, 20) | st.floats())
     with contextlib.suppress(TypeError, ValueError):
-        getattr(module, name)(**arguments)
+        getattr(module, function_of(name))(**arguments)
+    assert guarded.intact()
+
+
+def some_phase(networks: int, good: list[tuple[Any, ...]]) -> Any:
+    """Phases of any kind, of which a list may happen to be a plan."""
+    network, source = st.integers(0, networks - 1), st.integers(-2, networks - 1)
+    rule = next(phase[2] for phase in good if phase[0] == "update")
+    targets = st.sampled_from([phase[6] for phase in good if phase[0] == "loss"] + [[0.5], [0.5] * 2, [0.5] * 3])
+    return (
+        st.sampled_from(good)
+        | st.tuples(st.just("forward"), network, st.lists(source, min_size=1, max_size=3))
+        | st.tuples(st.just("loss"), network, st.just(0), st.just(0.5), st.just(1.0), st.just(0.0), targets)
+        | st.tuples(st.just("backward"), network, st.integers(-1, networks - 1))
+        | st.tuples(st.just("update"), network, st.just(rule))
+    )
+
+
+def plan_of(data: Any, networks: int, rule: int, loss: int) -> list[tuple[Any, ...]]:
+    """Phases in any order in which each may find what it reads."""
+    phases: list[tuple[Any, ...]] = []
+    inputs: dict[int, list[int]] = {}
+    for _ in range(data.draw(st.integers(1, 12))):
+        network = data.draw(st.integers(0, networks - 1))
+        if network not in inputs or data.draw(st.booleans()):
+            inputs[network] = data.draw(st.lists(st.sampled_from([-1, -2, *inputs]), min_size=1, max_size=3))
+            phases.append(("forward", network, inputs[network]))
+        if data.draw(st.booleans()):
+            phases.append(("loss", network, loss, 0.5, 1.0, 0.0, [0.5] * len(inputs[network])))
+            to = data.draw(st.sampled_from([-1, inputs[network][0]]))
+            phases.append(("backward", network, max(to, -1)))
+            if to >= 0:
+                phases.append(("backward", to, -1))
+            phases.append(("update", to if to >= 0 else network, rule))
+    return phases
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+@given(data=st.data())
+def test_any_plan_is_safe(module: Any, data: Any) -> None:
+    """Any plan of three networks of one width is refused, or runs, and writes into its parameters alone."""
+    guarded, width, count = Guarded(), data.draw(st.sampled_from([1, 5, 17])), data.draw(st.integers(1, 70))
+    rule = module.optimizer_rules().index("sgd")
+
+    def layer(activation: int) -> tuple[Any, ...]:
+        weight, bias = guarded.array((width, width), np.float32, 0.01), guarded.array((width,), np.float32)
+        return weight, bias, activation, 0.5, [], [], None, None
+
+    networks = [[layer(0) for _ in range(data.draw(st.integers(1, 3)))] for _ in range(3)]
+    phases = plan_of(data, 3, rule, 0)
+    batch = data.draw(st.integers(1, count))
+    order = guarded.array((count,), np.int64, 0)
+    order[:] = np.arange(count)[::-1]
+    x = guarded.array((count, width), data.draw(st.sampled_from([np.float32, np.uint8])), 1)
+    updates, losses = (sum(phase[0] == kind for phase in phases) for kind in ("update", "loss"))
+    tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
+    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 2.0])), 0.0)
+    rest = (order, batch, tables, [0.0] * losses, None, guarded.array((count, width), np.float32))
+    with contextlib.suppress(ValueError):
+        module.train(*arguments, *rest)
     assert guarded.intact()
 
 

@@ -103,6 +103,12 @@ inline Index elements(Index rows, Index columns, const char* name) {
   return count;
 }
 
+// A function of the module, and the names of its arguments.
+template <class Function, class... Names>
+void def(py::module_& m, const char* name, Function function, Names... names) {
+  m.def(name, function, py::arg(names)...);
+}
+
 void bind_training(py::module_& m);  // training.cpp
 
 }  // namespace gemmlet::bindings

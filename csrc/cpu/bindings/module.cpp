@@ -49,62 +49,65 @@ void column_sum(const py::array& x, py::array& out) {
   });
 }
 
+struct Input {
+  const py::array& array;
+  const char* name;
+};
+
+// call(inputs, output, size) without the GIL, for contiguous arrays of one size and dtype.
+template <class Call, class... More>
+auto for_alike(py::array& out, Call&& call, Input first, More... more) {
+  return for_dtype(first.array, first.name, [&](auto zero) {
+    using T = decltype(zero);
+    const Index n = first.array.size();
+    const T* const inputs[] = {contiguous<T>(first.array, n, first.name), contiguous<T>(more.array, n, more.name)...};
+    T* const output = writable<T>(out, n, "out");
+    return without_gil([&] { return call(inputs, output, n); });
+  });
+}
+
 void activation_forward(int activation, const py::array& x, double parameter, py::array& out) {
   checked_index(activation, activation_count, "activation");
-  for_dtype(x, "x", [&](auto zero) {
-    using T = decltype(zero);
-    const T* xp = contiguous<T>(x, x.size(), "x");
-    T* yp = writable<T>(out, x.size(), "out");
-    const Index n = x.size();
-    without_gil([&] { gemmlet::activation_forward<T>(activation, xp, static_cast<T>(parameter), yp, n); });
-  });
+  const auto call = [&]<class T>(const T* const* in, T* y, Index n) {
+    gemmlet::activation_forward<T>(activation, in[0], static_cast<T>(parameter), y, n);
+  };
+  for_alike(out, call, Input{x, "x"});
 }
 
 void activation_backward(int activation, const py::array& grad_y, const py::array& saved, double parameter,
                          py::array& out) {
   checked_index(activation, activation_count, "activation");
-  for_dtype(grad_y, "grad_y", [&](auto zero) {
-    using T = decltype(zero);
-    const Index n = grad_y.size();
-    const T* gp = contiguous<T>(grad_y, n, "grad_y");
-    const T* sp = contiguous<T>(saved, n, "saved");
-    T* op = writable<T>(out, n, "out");
-    without_gil([&] { gemmlet::activation_backward<T>(activation, gp, sp, static_cast<T>(parameter), op, n); });
-  });
+  const auto call = [&]<class T>(const T* const* in, T* grad_x, Index n) {
+    gemmlet::activation_backward<T>(activation, in[0], in[1], static_cast<T>(parameter), grad_x, n);
+  };
+  for_alike(out, call, Input{grad_y, "grad_y"}, Input{saved, "saved"});
 }
 
-// The rows and columns of a contiguous matrix that has both.
-std::pair<Index, Index> shape_of_rows(const py::array& x, const char* name) {
-  if (x.ndim() != 2 || x.shape(0) == 0 || x.shape(1) == 0) refuse(name, "not a matrix with rows and columns");
-  return {x.shape(0), x.shape(1)};
+// The columns of a matrix that has some, and rows.
+Index columns_of(const py::array& x, const char* name) {
+  if (x.ndim() != 2 || x.size() == 0) refuse(name, "not a matrix with rows and columns");
+  return x.shape(1);
 }
 
 void row_function_forward(int function, const py::array& x, py::array& out) {
   checked_index(function, row_function_count, "function");
-  const auto [rows, columns] = shape_of_rows(x, "x");
-  for_dtype(x, "x", [&, rows = rows, columns = columns](auto zero) {
-    using T = decltype(zero);
-    const T* xp = contiguous<T>(x, rows * columns, "x");
-    T* yp = writable<T>(out, rows * columns, "out");
-    without_gil([&] { gemmlet::row_function_forward<T>(function, xp, yp, rows, columns); });
-  });
+  const auto call = [&, columns = columns_of(x, "x")]<class T>(const T* const* in, T* y, Index n) {
+    gemmlet::row_function_forward<T>(function, in[0], y, n / columns, columns);
+  };
+  for_alike(out, call, Input{x, "x"});
 }
 
 void row_function_backward(int function, const py::array& grad_y, const py::array& y, py::array& out) {
   checked_index(function, row_function_count, "function");
-  const auto [rows, columns] = shape_of_rows(grad_y, "grad_y");
-  for_dtype(grad_y, "grad_y", [&, rows = rows, columns = columns](auto zero) {
-    using T = decltype(zero);
-    const T* gp = contiguous<T>(grad_y, rows * columns, "grad_y");
-    const T* yp = contiguous<T>(y, rows * columns, "y");
-    T* op = writable<T>(out, rows * columns, "out");
-    without_gil([&] { gemmlet::row_function_backward<T>(function, gp, yp, op, rows, columns); });
-  });
+  const auto call = [&, columns = columns_of(grad_y, "grad_y")]<class T>(const T* const* in, T* grad_x, Index n) {
+    gemmlet::row_function_backward<T>(function, in[0], in[1], grad_x, n / columns, columns);
+  };
+  for_alike(out, call, Input{grad_y, "grad_y"}, Input{y, "y"});
 }
 
 double softmax_cross_entropy(const py::array& logits, const py::array& labels, double smoothing, py::array& out) {
-  const auto [rows, columns] = shape_of_rows(logits, "logits");
-  return for_dtype(logits, "logits", [&, rows = rows, columns = columns](auto zero) {
+  const Index columns = columns_of(logits, "logits"), rows = logits.shape(0);
+  return for_dtype(logits, "logits", [&](auto zero) {
     using T = decltype(zero);
     const T* zp = contiguous<T>(logits, rows * columns, "logits");
     T* gp = writable<T>(out, rows * columns, "out");
@@ -129,15 +132,11 @@ double softmax_cross_entropy(const py::array& logits, const py::array& labels, d
 double elementwise_loss(int loss, const py::array& prediction, const py::array& target, double parameter,
                         py::array& out) {
   checked_index(loss, loss_count, "loss");
-  const Index n = prediction.size();
-  if (n == 0) refuse("prediction", "no elements");
-  return for_dtype(prediction, "prediction", [&](auto zero) {
-    using T = decltype(zero);
-    const T* pp = contiguous<T>(prediction, n, "prediction");
-    const T* tp = contiguous<T>(target, n, "target");
-    T* gp = writable<T>(out, n, "out");
-    return without_gil([&] { return gemmlet::elementwise_loss<T>(loss, pp, tp, static_cast<T>(parameter), gp, n); });
-  });
+  if (prediction.size() == 0) refuse("prediction", "no elements");
+  const auto call = [&]<class T>(const T* const* in, T* gradient, Index n) {
+    return gemmlet::elementwise_loss<T>(loss, in[0], in[1], static_cast<T>(parameter), gradient, n);
+  };
+  return for_alike(out, call, Input{prediction, "prediction"}, Input{target, "target"});
 }
 
 void optimizer_update(int rule, py::array& param, const py::array& grad, std::vector<py::array> state,
@@ -183,24 +182,17 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   // Waits for a running call that uses the pool.
   m.def("set_num_threads", [](int count) { without_gil([&] { gemmlet_set_num_threads(count); }); }, py::arg("count"));
   m.def("get_num_threads", &gemmlet_get_num_threads);
-  m.def("fma_loop", &fma_loop, py::arg("is_double"), py::arg("steps"));
-  m.def("mark", &gemmlet_mark);
-  m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("b"), py::arg("activation"), py::arg("parameter"),
-        py::arg("y"), py::arg("z"));
-  m.def("column_sum", &column_sum, py::arg("x"), py::arg("out"));
-  m.def("activation_forward", &activation_forward, py::arg("activation"), py::arg("x"), py::arg("parameter"),
-        py::arg("out"));
-  m.def("activation_backward", &activation_backward, py::arg("activation"), py::arg("grad_y"), py::arg("saved"),
-        py::arg("parameter"), py::arg("out"));
-  m.def("row_function_forward", &row_function_forward, py::arg("function"), py::arg("x"), py::arg("out"));
-  m.def("row_function_backward", &row_function_backward, py::arg("function"), py::arg("grad_y"), py::arg("y"),
-        py::arg("out"));
-  m.def("softmax_cross_entropy", &softmax_cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("smoothing"),
-        py::arg("out"));
-  m.def("elementwise_loss", &elementwise_loss, py::arg("loss"), py::arg("prediction"), py::arg("target"),
-        py::arg("parameter"), py::arg("out"));
-  m.def("optimizer_update", &optimizer_update, py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"),
-        py::arg("scalars"));
+  def(m, "fma_loop", &fma_loop, "is_double", "steps");
+  def(m, "mark", &gemmlet_mark);
+  def(m, "linear", &linear, "x", "w", "b", "activation", "parameter", "y", "z");
+  def(m, "column_sum", &column_sum, "x", "out");
+  def(m, "activation_forward", &activation_forward, "activation", "x", "parameter", "out");
+  def(m, "activation_backward", &activation_backward, "activation", "grad_y", "saved", "parameter", "out");
+  def(m, "row_function_forward", &row_function_forward, "function", "x", "out");
+  def(m, "row_function_backward", &row_function_backward, "function", "grad_y", "y", "out");
+  def(m, "softmax_cross_entropy", &softmax_cross_entropy, "logits", "labels", "smoothing", "out");
+  def(m, "elementwise_loss", &elementwise_loss, "loss", "prediction", "target", "parameter", "out");
+  def(m, "optimizer_update", &optimizer_update, "rule", "param", "grad", "state", "scalars");
   bind_training(m);
   gemmlet::add_fast_paths(m);
 }

@@ -3,6 +3,7 @@
 #include <limits>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "cpu/bindings/bindings.h"
@@ -16,19 +17,50 @@ using LayerTuple = std::tuple<py::array, py::array, int, double, std::vector<py:
                               OptionalArray, OptionalArray>;
 using LayerTuples = std::vector<LayerTuple>;
 
+// The memory of the arrays of a call. What is written may overlap nothing else: indices are checked before training starts.
+class Memory {
+ public:
+  void read(const py::array& a) { add(a, false); }
+  void write(const py::array& a) { add(a, true); }
+  void check() {
+    std::ranges::sort(parts_, {}, &Part::begin);
+    std::uintptr_t end = 0, written_end = 0;
+    for (const Part& part : parts_) {
+      if (part.begin < (part.written ? end : written_end)) refuse("networks", "a parameter overlaps another array");
+      end = std::max(end, part.end);
+      if (part.written) written_end = std::max(written_end, part.end);
+    }
+  }
+
+ private:
+  struct Part {
+    std::uintptr_t begin, end;
+    bool written;
+  };
+  void add(const py::array& a, bool written) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(a.data());
+    if (a.size() > 0) parts_.push_back({begin, begin + static_cast<std::uintptr_t>(a.nbytes()), written});
+  }
+
+  std::vector<Part> parts_;
+};
+
 template <class T>
-Parameter<T> parameter(py::array& value, std::vector<py::array>& states, OptionalArray& average, int rule) {
-  Parameter<T> p{writable<T>(value, value.size(), "networks"), {}, nullptr};
+Parameter<T> parameter(py::array& value, std::vector<py::array>& states, OptionalArray& average, int rule,
+                       Memory& memory) {
+  const auto own = [&](py::array& a) {
+    memory.write(a);
+    return writable<T>(a, value.size(), "networks");
+  };
+  Parameter<T> p{own(value), {}, average ? own(*average) : nullptr};
   if (static_cast<int>(states.size()) != (rule < 0 ? 0 : optimizer_state_count(rule)))
     refuse("networks", "wrong number of states");
-  static_assert(max_states == 2);
-  for (std::size_t s = 0; s < states.size(); ++s) p.state[s] = writable<T>(states[s], value.size(), "networks");
-  if (average) p.average = writable<T>(*average, value.size(), "networks");
+  for (std::size_t s = 0; s < states.size(); ++s) p.state[s] = own(states[s]);
   return p;
 }
 
 template <class T>
-std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule) {
+std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, Memory& memory) {
   const char* name = "networks";
   if (tuples.empty()) refuse(name, "no layers");
   std::vector<Layer<T>> layers;
@@ -37,8 +69,9 @@ std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule) {
       refuse(name, "a weight of shape (in, out) and a bias of shape (out,) are needed");
     if (!layers.empty() && layers.back().out != weight.shape(0)) refuse(name, "widths do not fit");
     if (activation != -1) checked_index(activation, activation_names().size(), name);
-    layers.push_back({weight.shape(0), weight.shape(1), parameter<T>(weight, weight_states, weight_average, rule),
-                      parameter<T>(bias, bias_states, bias_average, rule), weight.shape(1), activation,
+    layers.push_back({weight.shape(0), weight.shape(1),
+                      parameter<T>(weight, weight_states, weight_average, rule, memory),
+                      parameter<T>(bias, bias_states, bias_average, rule, memory), weight.shape(1), activation,
                       static_cast<T>(number)});
   }
   return layers;
@@ -65,6 +98,7 @@ Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros) {
   return samples;
 }
 
+constexpr Index max_inputs = 16;
 constexpr Index max_positions = std::numeric_limits<std::int32_t>::max();
 
 template <class T>
@@ -106,12 +140,19 @@ std::tuple<Fields...> fields(const py::tuple& phase) {
   }
 }
 
+using GivenTargets = std::variant<py::array, std::vector<double>>;
+
 // Reads phases, and checks that each finds what it reads.
 template <class T>
 class Checker {
  public:
-  Checker(Plan<T>& plan, const Batches<T>& batches, Index noise_columns, Index samples)
-      : plan_(plan), batches_(batches), noise_columns_(noise_columns), samples_(samples), has_(plan.networks.size()) {}
+  Checker(Plan<T>& plan, const Batches<T>& batches, Memory& memory, Index noise_columns, Index samples)
+      : plan_(plan),
+        batches_(batches),
+        memory_(memory),
+        noise_columns_(noise_columns),
+        samples_(samples),
+        has_(plan.networks.size()) {}
 
   void operator()(const py::tuple& tuple) {
     const auto kind = tuple.empty() ? py::str() : py::str(tuple[0]);
@@ -120,7 +161,7 @@ class Checker {
       add({Phase::forward, network, std::move(inputs), -1, -1});
     } else if (kind.equal(py::str("loss"))) {
       const auto [network, loss, parameter, weight, smoothing, targets] =
-          fields<int, int, double, double, double, py::object>(tuple);
+          fields<int, int, double, double, double, GivenTargets>(tuple);
       add({Phase::loss, network, {}, -1, -1});
       if (loss != softmax_loss) checked_index(loss, loss_names().size(), "loss");
       plan_.losses.push_back({loss, static_cast<T>(parameter), weight, smoothing, targets_of(targets, network, loss)});
@@ -151,7 +192,7 @@ class Checker {
   void add(Phase phase) {
     State& state = has(phase.network);
     if (phase.kind == Phase::forward) {
-      need(!phase.inputs.empty() && phase.inputs.size() <= 16, "a network without inputs, or with too many");
+      need(!phase.inputs.empty() && phase.inputs.size() <= max_inputs, "a network without inputs, or with too many");
       for (const int source : phase.inputs) {
         Index width = source == samples_source ? plan_.samples.features : noise_columns_;
         if (source >= 0) {
@@ -161,6 +202,9 @@ class Checker {
         need(source >= noise_source, "an unknown input");
         need(width == layers(phase.network).front().in, "widths do not fit");
       }
+      // Whoever has read the outputs that are replaced now can no longer go backward, nor be updated.
+      for (State& other : has_)
+        if (std::ranges::count(other.inputs, phase.network) > 0) other = {};
       state = {phase.inputs, none};
     } else {
       need(!state.inputs.empty(), "a network that has not gone forward");
@@ -181,16 +225,17 @@ class Checker {
     plan_.phases.push_back(std::move(phase));
   }
 
-  Targets<T> targets_of(const py::object& given, int network, int loss) {
+  Targets<T> targets_of(const GivenTargets& given, int network, int loss) {
     const Index out = layers(network).back().out;
     Targets<T> targets{nullptr, nullptr, {}};
-    if (!py::isinstance<py::array>(given)) {
-      for (const double number : given.cast<std::vector<double>>()) targets.constants.push_back(static_cast<T>(number));
-      if (loss == softmax_loss || targets.constants.size() != has(network).inputs.size())
+    if (const auto* constants = std::get_if<std::vector<double>>(&given)) {
+      for (const double number : *constants) targets.constants.push_back(static_cast<T>(number));
+      if (loss == softmax_loss || constants->size() != has(network).inputs.size())
         refuse("targets", "not one number for each input of the network");
       return targets;
     }
-    const auto array = given.cast<py::array>();
+    const auto& array = std::get<py::array>(given);
+    memory_.read(array);
     if (array.dtype().num() != py::dtype::num_of<Index>()) {
       targets.values = contiguous<T>(array, elements(samples_, out, "targets"), "targets");
       return targets;
@@ -206,6 +251,7 @@ class Checker {
 
   Plan<T>& plan_;
   const Batches<T>& batches_;
+  Memory& memory_;
   Index noise_columns_, samples_;
   std::vector<State> has_;
 };
@@ -237,8 +283,9 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
   return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) {
     using T = decltype(zero);
     Plan<T> plan{};
+    Memory memory;
     for (std::size_t n = 0; n < networks.size(); ++n)
-      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(phases, n)));
+      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(phases, n), memory));
     Batches<T> batches{};
     const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
     static_cast<Steps&>(batches) = checked_steps(order, batch, count);
@@ -248,12 +295,15 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
         indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches) : dense_samples<T>(x, features, skip_zeros);
     plan.samples.scale = static_cast<T>(scale);
     plan.samples.shift = static_cast<T>(shift);
+    for (const auto& layers : plan.networks)
+      for (const Layer<T>& layer : layers)  // so that no size of the executor's buffers overflows
+        elements(batches.batch, max_inputs * 16 * (std::max(layer.in, layer.out) + 64), "batch");
     // Positions in a mini-batch are counted in 32 bits.
     if (!indptr && elements(batches.batch, features, "batch") > max_positions) plan.samples.skip_zeros = false;
     const Index noise_columns = noise && noise->ndim() == 2 ? noise->shape(1) : -1;
     if (noise) batches.noise = contiguous<T>(*noise, elements(batches.count, noise_columns, "noise"), "noise");
 
-    Checker<T> check(plan, batches, noise_columns, count);
+    Checker<T> check(plan, batches, memory, noise_columns, count);
     for (const py::tuple& phase : phases) check(phase);
     if (plan.phases.empty() || plan.phases.back().kind != Phase::update) refuse("phases", "no update at the end");
     if (plan.losses.size() != losses.size()) refuse("losses", "not one for each loss");
@@ -274,6 +324,11 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
     if (batches.hyperparameters.size() != hyperparameters.size())
       refuse("hyperparameters", "not one array for each update");
     if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
+    for (const py::array& a : hyperparameters) memory.read(a);
+    for (const py::array* a : {&x, &order}) memory.read(*a);
+    for (const OptionalArray* a : {&indptr, &indices, &decay, &noise})
+      if (*a) memory.read(**a);
+    memory.check();
     Outcome outcome = without_gil([&] { return gemmlet::train(plan, batches, losses); });
     return std::pair{std::move(outcome.losses), outcome.correct};
   });
@@ -282,9 +337,8 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
 }  // namespace
 
 void bind_training(py::module_& m) {
-  m.def("train", &train, py::arg("networks"), py::arg("phases"), py::arg("x"), py::arg("indptr"), py::arg("indices"),
-        py::arg("skip_zeros"), py::arg("scale"), py::arg("shift"), py::arg("order"), py::arg("batch"),
-        py::arg("hyperparameters"), py::arg("losses"), py::arg("decay"), py::arg("noise"));
+  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "scale", "shift", "order",
+      "batch", "hyperparameters", "losses", "decay", "noise");
 }
 
 }  // namespace gemmlet::bindings

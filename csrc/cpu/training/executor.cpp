@@ -12,18 +12,14 @@
 // Rows of activations and gradients are padded to whole vectors with zeros.
 #include <algorithm>
 #include <atomic>
-#include <cstddef>
-#include <memory>
+#include <deque>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "cpu/threads.h"
-#include "cpu/training/buffers.h"
 #include "cpu/training/loader.h"
 #include "cpu/training/loss.h"
-#include "cpu/training/network.h"
-#include "cpu/training/plan.h"
 
 namespace gemmlet {
 namespace {
@@ -47,12 +43,12 @@ struct Forward {
 
   Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, Index max_rows)
       : phase(forward), network(of), inputs(max_rows * static_cast<Index>(forward.inputs.size())) {
-    // Samples in the place that they have among the inputs.
-    const auto samples = std::find(phase.inputs.begin(), phase.inputs.end(), samples_source);
-    if (samples != phase.inputs.end() && max_rows > 0)
-      loader.emplace(plan.samples, max_rows * (samples - phase.inputs.begin() + 1), 0, inputs);
+    // Samples in the places that they have among the inputs.
+    const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
+    if (max_rows > 0 && last != phase.inputs.rend())
+      loader.emplace(plan.samples, max_rows * (phase.inputs.rend() - last), 0, inputs);
   }
-  Forward(const Forward&) = delete;
+  Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
 
 // A phase that is no forward, and what it works on. The rows of its network are those of `forward`.
@@ -69,7 +65,6 @@ struct Stage {
   std::vector<Work<T>> rows;
   Work<T> update;
   const double* hyperparameters;
-  std::vector<std::size_t> losses;
 };
 
 template <class T>
@@ -80,44 +75,33 @@ class Executor {
         batches_(batches),
         max_rows_(std::min(batches.batch, batches.count)),
         is_pipelined_(is_pipelined(plan)) {
-    std::vector<std::size_t> most_inputs(plan.networks.size(), 1);
-    for (const Phase& phase : plan.phases)
-      if (phase.kind == Phase::forward) {
-        std::size_t& most = most_inputs[static_cast<std::size_t>(phase.network)];
-        most = std::max(most, phase.inputs.size());
-      }
-    for (std::size_t n = 0; n < plan.networks.size(); ++n)
-      networks_.push_back(std::make_unique<Network<T>>(plan.networks[n], max_rows_ * static_cast<Index>(most_inputs[n]),
-                                                       is_pipelined_ ? 2 : 1));
+    for (std::size_t n = 0; n < plan.networks.size(); ++n) {
+      std::size_t inputs = 1;
+      for (const Phase& phase : plan.phases)
+        if (static_cast<std::size_t>(phase.network) == n) inputs = std::max(inputs, phase.inputs.size());
+      networks_.emplace_back(plan.networks[n], max_rows_ * static_cast<Index>(inputs), is_pipelined_ ? 2 : 1);
+    }
     std::vector<Forward<T>*> latest(plan.networks.size());
     std::vector<Work<T>> rows;
-    std::vector<std::size_t> losses;
     for (const Phase& phase : plan.phases) {
       Forward<T>*& forward = latest[static_cast<std::size_t>(phase.network)];
-      Objective<T>* objective = nullptr;
-      if (phase.kind == Phase::forward) {
-        forwards_.push_back(std::make_unique<Forward<T>>(
-            plan, phase, *networks_[static_cast<std::size_t>(phase.network)], is_pipelined_ ? 0 : max_rows_));
-        forward = forwards_.back().get();
-      } else if (phase.kind == Phase::loss) {
-        losses.push_back(objectives_.size());
-        objectives_.push_back(std::make_unique<Objective<T>>(plan.losses[objectives_.size()], forward->network,
-                                                             input_count(*forward), max_rows_));
-        objective = objectives_.back().get();
-      }
-      rows.push_back({phase, forward, objective});
-      if (phase.kind != Phase::update) continue;
-      const Work<T> update = rows.back();
-      rows.pop_back();
-      stages_.push_back(
-          {std::exchange(rows, {}), update, batches.hyperparameters[stages_.size()], std::exchange(losses, {})});
+      if (phase.kind == Phase::forward)
+        forward = &forwards_.emplace_back(plan, phase, network(phase.network), is_pipelined_ ? 0 : max_rows_);
+      Work<T> work{phase, forward, nullptr};
+      if (phase.kind == Phase::loss)
+        work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network,
+                                                   forward->input_count(), max_rows_);
+      if (phase.kind == Phase::update)
+        stages_.push_back({std::exchange(rows, {}), work, batches.hyperparameters[stages_.size()]});
+      else
+        rows.push_back(work);
     }
   }
 
   Outcome run(std::vector<double> losses) {
     outcome_ = {std::move(losses), 0};
     double work = 0;
-    for (const auto& network : networks_) work += network->work();
+    for (const Network<T>& each : networks_) work += each.work();
     if (is_pipelined_) make_slots();
     with_team(static_cast<double>(max_rows_) * work, [this](Member& member) { train(member); });
     return std::move(outcome_);
@@ -128,9 +112,9 @@ class Executor {
   // preactivations of some columns are computed by the thread that has just updated their weights.
   class Pipeline {
    public:
-    Pipeline(const Executor& executor, const Member& member)
+    Pipeline(Executor& executor, const Member& member)
         : executor_(executor),
-          network_(executor.forwards_[0]->network),
+          network_(executor.forwards_[0].network),
           columns_(network_.first_columns(member.index(), member.count())),
           own_(network_.first_layer(), columns_,
                member.count() > 1 && columns_.size() > 0 &&
@@ -138,7 +122,8 @@ class Executor {
       const bool own_slots = columns_.size() > 0 && 2 * member.count() <= static_cast<Index>(executor.slots_.size());
       number_ = own_slots ? 0 : member.index();
       share_of_ = own_slots ? 1 : member.count();
-      slots_ = &executor.slots_[static_cast<std::size_t>(own_slots ? 2 * member.index() : 0)];
+      const auto first_slot = static_cast<std::size_t>(own_slots ? 2 * member.index() : 0);
+      for (const std::size_t slot : {0, 1}) slots_[slot] = &executor.slots_[first_slot + slot];
     }
     Range columns() const { return columns_; }
     const Layer<T>& layer() const { return own_.layer(); }
@@ -165,7 +150,7 @@ class Executor {
     Range columns_;
     ThreadColumns<T> own_;
     Index number_, share_of_;
-    const std::unique_ptr<Slot<T>>* slots_;
+    Slot<T>* slots_[2];
   };
 
   // Two mini-batches; or two for each thread, where to load a row is less work than to fetch what another thread loaded.
@@ -174,7 +159,7 @@ class Executor {
     const bool each = samples.skip_zeros && samples.bytes != nullptr && max_rows_ <= tuning::private_loader_max_rows &&
                       get_num_threads() <= tuning::private_loader_max_threads;
     const Index nonzeros = max_nonzeros(samples, batches_), copies = each ? get_num_threads() : 1;
-    for (Index i = 0; i < 2 * copies; ++i) slots_.push_back(std::make_unique<Slot<T>>(samples, max_rows_, nonzeros));
+    for (Index i = 0; i < 2 * copies; ++i) slots_.emplace_back(samples, max_rows_, nonzeros);
   }
 
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
@@ -211,7 +196,7 @@ class Executor {
         const Network<T>& network = forward.network;
         const int rule = stage.update.phase.rule;
         network.update(rule, pipeline ? pipeline->layer() : network.first_layer(),
-                       pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * input_count(forward), me,
+                       pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * forward.input_count(), me,
                        all, pipeline ? pipeline->columns() : Range{0, 0},
                        stage.hyperparameters + step * optimizer_scalar_count(rule),
                        batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
@@ -223,14 +208,12 @@ class Executor {
     }
   }
 
-  static Index input_count(const Forward<T>& forward) { return static_cast<Index>(forward.phase.inputs.size()); }
-
   // A phase for some rows of the mini-batch, of each input of its network.
   void run_phase(const Work<T>& work, Index start, Index batch_rows, Range mine, Index slot,
                  const std::optional<Pipeline>& pipeline) {
     Forward<T>& forward = *work.forward;
     const Network<T>& network = forward.network;
-    for (Index input = 0; input < input_count(forward); ++input) {
+    for (Index input = 0; input < forward.input_count(); ++input) {
       const Index base = input * batch_rows;
       const Range rows{base + mine.first, base + mine.end};
       switch (work.phase.kind) {
@@ -248,8 +231,8 @@ class Executor {
         }
         case Phase::backward: {
           const int to = work.phase.to;
-          network.backward(slot, rows, batch_rows * input_count(forward),
-                           to < 0 ? nullptr : &networks_[static_cast<std::size_t>(to)]->output_gradients());
+          network.backward(slot, rows, batch_rows * forward.input_count(),
+                           to < 0 ? nullptr : &this->network(to).output_gradients());
           break;
         }
         case Phase::update:
@@ -268,14 +251,15 @@ class Executor {
         load(*forward.loader, batches_, at, i);
       else
         forward.inputs.rows[static_cast<std::size_t>(i)] =
-            source == noise_source ? batches_.noise + at * features
-                                   : networks_[static_cast<std::size_t>(source)]->outputs(0, i - base);
+            source == noise_source ? batches_.noise + at * features : network(source).outputs(0, i - base);
     }
   }
 
   void add_losses(const Stage<T>& stage, Index batch_rows) {
-    for (const std::size_t l : stage.losses) {
-      const Objective<T>& objective = *objectives_[l];
+    for (const Work<T>& work : stage.rows) {
+      if (work.objective == nullptr) continue;
+      const Objective<T>& objective = *work.objective;
+      const auto l = static_cast<std::size_t>(&objective.loss - plan_.losses.data());
       const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);
       for (std::size_t i = 0; i < rows; ++i) {
         outcome_.losses[l] += objective.losses[i] * objective.loss.weight;
@@ -284,15 +268,18 @@ class Executor {
     }
   }
 
+  Network<T>& network(int number) { return networks_[static_cast<std::size_t>(number)]; }
+
   const Plan<T>& plan_;
   const Batches<T>& batches_;
   Index max_rows_;
   bool is_pipelined_;
-  std::vector<std::unique_ptr<Network<T>>> networks_;
-  std::vector<std::unique_ptr<Forward<T>>> forwards_;
-  std::vector<std::unique_ptr<Objective<T>>> objectives_;
+  // Deques, as others point to their elements.
+  std::deque<Network<T>> networks_;
+  std::deque<Forward<T>> forwards_;
+  std::deque<Objective<T>> objectives_;
+  std::deque<Slot<T>> slots_;
   std::vector<Stage<T>> stages_;
-  std::vector<std::unique_ptr<Slot<T>>> slots_;
   Outcome outcome_;
 };
 

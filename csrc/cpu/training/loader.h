@@ -10,8 +10,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/training/buffers.h"
-#include "cpu/training/plan.h"
 #include "cpu/training/sparse.h"
 
 namespace gemmlet {

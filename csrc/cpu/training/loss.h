@@ -8,10 +8,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/training/buffers.h"
 #include "cpu/training/network.h"
-#include "cpu/training/plan.h"
 
 namespace gemmlet {
 namespace {

@@ -9,11 +9,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/training/buffers.h"
 #include "cpu/training/dense.h"
-#include "cpu/training/plan.h"
-#include "cpu/training/sparse.h"
 #include "cpu/training/update.h"
 #include "formulas/activations.h"
 
@@ -133,14 +129,13 @@ class Network {
     }
   }
 
-  void update(int rule, const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index,
-              Index count, Range first_columns, const double* hyperparameters, double average_decay) const {
-    using Function = void (Network::*)(const Layer<T>&, const Inputs<T>&, Index, Index, Index, Index, Range,
-                                       const double*, double) const;
-#define GEMMLET_ENTRY(name) &Network::update<optimizers::name>,
+  void update(int rule, const auto&... arguments) const {
+    using Function = void (*)(const Network&, decltype(arguments)...);
+#define GEMMLET_ENTRY(name) \
+  [](const Network& self, decltype(arguments)... a) { self.template update<optimizers::name>(a...); },
     static constexpr Function table[] = {GEMMLET_OPTIMIZER_RULES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-    (this->*table[rule])(first_layer, inputs, slot, rows, index, count, first_columns, hyperparameters, average_decay);
+    table[rule](*this, arguments...);
   }
 
   // Multiply-adds of one row, forward.

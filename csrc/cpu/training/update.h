@@ -10,10 +10,7 @@
 #include <cstdint>
 #include <new>
 
-#include "cpu/matmul/micro_kernel.h"
 #include "cpu/rows.h"
-#include "cpu/training/buffers.h"
-#include "cpu/training/plan.h"
 #include "cpu/training/sparse.h"
 #include "formulas/math.h"
 // After the functions that it is written on.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -40,58 +40,6 @@ from .numpy import NumpyBackend
 _SOURCES: dict[Source, int] = {SAMPLES: -1, NOISE: -2}
 
 _MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "baseline": "_cpu_baseline"}
-
-
-class _Extension(Protocol):
-    """What every extension module offers; its stub is `_cpu_baseline.pyi`."""
-
-    compiler: str
-    vector_bytes: int
-
-    def activations(self) -> list[str]: ...
-    def row_functions(self) -> list[str]: ...
-    def losses(self) -> list[str]: ...
-    def optimizer_rules(self) -> list[str]: ...
-    def set_num_threads(self, count: int) -> None: ...
-    def get_num_threads(self) -> int: ...
-    def fma_loop(self, is_double: bool, steps: int) -> float: ...
-    def mark(self) -> int: ...
-    def linear(
-        self, x: Array, w: Array, b: Array | None, activation: int, parameter: float, y: Array, z: Array | None
-    ) -> None: ...
-    def column_sum(self, x: Array, out: Array) -> None: ...
-    def activation_forward(self, activation: int, x: Array, parameter: float, out: Array) -> None: ...
-    def activation_backward(
-        self, activation: int, grad_y: Array, saved: Array, parameter: float, out: Array
-    ) -> None: ...
-    def row_function_forward(self, function: int, x: Array, out: Array) -> None: ...
-    def row_function_backward(self, function: int, grad_y: Array, y: Array, out: Array) -> None: ...
-    def softmax_cross_entropy(self, logits: Array, labels: Array, smoothing: float, out: Array) -> float: ...
-    def elementwise_loss(self, loss: int, prediction: Array, target: Array, parameter: float, out: Array) -> float: ...
-    def optimizer_update(
-        self, rule: int, param: Array, grad: Array, state: Sequence[Array], scalars: Sequence[float]
-    ) -> None: ...
-    def formula(
-        self, number: int, parameter: float, takes_parameter: bool, needs_x: bool, unit_interval: bool
-    ) -> object: ...
-    def quick(self, kind: str, formula: object) -> Callable[..., Any]: ...
-    def train(
-        self,
-        networks: Sequence[Sequence[tuple[Any, ...]]],
-        phases: Sequence[tuple[Any, ...]],
-        x: Array,
-        indptr: Array | None,
-        indices: Array | None,
-        skip_zeros: bool,
-        scale: float,
-        shift: float,
-        order: Array,
-        batch: int,
-        hyperparameters: Sequence[Array],
-        losses: Sequence[float],
-        decay: Array | None,
-        noise: Array | None,
-    ) -> tuple[list[float], int]: ...
 
 
 def available_isas() -> list[str]:
@@ -143,8 +91,8 @@ class CpuBackend(NumpyBackend):
 
     def __init__(self, isa: str | None = None) -> None:
         self.isa = _choose(isa)
-        module = importlib.import_module(f"gemmlet.{_MODULES[self.isa]}")
-        self._module = cast(_Extension, module)
+        # The stub `_cpu_baseline.pyi` has the signatures.
+        self._module = importlib.import_module(f"gemmlet.{_MODULES[self.isa]}")
         threadpool.register(_MODULES.values())
         self._activations = {name: number for number, name in enumerate(self._module.activations())}
         self._row_functions = {name: number for number, name in enumerate(self._module.row_functions())}
@@ -195,7 +143,7 @@ class CpuBackend(NumpyBackend):
 
     def get_num_threads(self) -> int:
         """How many threads the kernels use; threadpoolctl may have changed it."""
-        return self._module.get_num_threads()
+        return int(self._module.get_num_threads())
 
     # A registry entry that has no C++ formula (yet) is computed by the reference: `super()`.
 
@@ -254,7 +202,7 @@ class CpuBackend(NumpyBackend):
     def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         if labels.ndim == 2 and np.may_share_memory(labels, out):
             labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
-        return self._module.softmax_cross_entropy(logits, labels, label_smoothing, out)
+        return float(self._module.softmax_cross_entropy(logits, labels, label_smoothing, out))
 
     def elementwise_loss(
         self, loss: LossFormula, prediction: Array, target: Array, parameter: float, out: Array
@@ -262,7 +210,7 @@ class CpuBackend(NumpyBackend):
         number = self._losses.get(loss.name)
         if number is None:
             return super().elementwise_loss(loss, prediction, target, parameter, out)
-        return self._module.elementwise_loss(number, prediction, target, parameter, out)
+        return float(self._module.elementwise_loss(number, prediction, target, parameter, out))
 
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
