@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from .. import _arguments as arguments
-from .._signals import whole_steps
 from .._threads import get_num_threads
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
@@ -28,6 +27,9 @@ _CALL_SECONDS = 0.1
 
 # Threads that draw noise while a GPU trains: enough to be done earlier.
 _DRAWING_THREADS = 4
+
+# What `Backend.train` raises that has taken no step.
+_REFUSALS = (TypeError, ValueError, MemoryError)
 
 # When `fit` calls its callback.
 CALLBACK_EVERY = ("batch", "call", "epoch")
@@ -267,13 +269,19 @@ class Trainable(ABC):
                 partial(prepare, epoch, len(samples) - first - len(order)),
             )
             budget.start()
-            with whole_steps():
-                outcome = backend.train(plan, batch)
-                self.steps += steps
-                for optimizer, params in zip(optimizers, updated, strict=True):
-                    optimizer.advance(params, steps)
-            budget.stop(steps)
-            return outcome
+            trained = True
+            try:
+                return backend.train(plan, batch)
+            except _REFUSALS:
+                trained = False
+                raise
+            finally:
+                # After Ctrl-C too: it comes as the call returns.
+                if trained:
+                    budget.stop(steps)
+                    self.steps += steps
+                    for optimizer, params in zip(optimizers, updated, strict=True):
+                        optimizer.advance(params, steps)
 
         def log(epoch: int, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():

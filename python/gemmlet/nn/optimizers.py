@@ -152,7 +152,10 @@ class _RuleOptimizer(Optimizer):
     def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
         """See `Optimizer`."""
         states, rates = [self._state(param) for param in params], self._rates(factors)
-        tables = {s.steps: self._hyperparameters(len(s.arrays), s.steps + 1, rates)[1] for s in states}
+        tables: dict[int, Array] = {}
+        for state in states:
+            if state.steps not in tables:
+                tables[state.steps] = self._hyperparameters(len(state.arrays), state.steps + 1, rates)[1]
         return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
 
     def advance(self, params: Sequence[Array], steps: int) -> None:

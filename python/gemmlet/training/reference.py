@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._signals import whole_steps
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.losses import LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES
@@ -35,6 +36,7 @@ from .plan import (
 )
 
 
+@whole_steps()
 def train(backend: Any, plan: TrainingPlan, batches: Batches) -> Outcome:
     """See `Backend.train`."""
     plan, losses, correct = _on_cpu(backend, plan), list(batches.losses), 0

@@ -340,6 +340,7 @@ class CudaBackend(Launcher, NumpyBackend):
         """A new page-locked array, which every GPU copies from."""
         return self._first.empty_pinned(shape, dtype)
 
+    @whole_steps()
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         session, varied = self._sessions.get(plan), any(isinstance(table, list) for table in batches.hyperparameters)
         if varied or (session is None and not self.supports_fused(plan)):

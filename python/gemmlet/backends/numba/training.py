@@ -20,6 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ..._memory import aligned_zeros
+from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES
 from ...training.plan import (
@@ -471,6 +472,7 @@ class _Executor:
         return run
 
 
+@whole_steps()
 def train(plan: TrainingPlan, batches: Batches, split: Split) -> Outcome:
     """See `Backend.train`; the plan is one that `NumbaBackend.supports_fused`, each update has one table.
 
