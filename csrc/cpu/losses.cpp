@@ -4,7 +4,7 @@
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 // After the functions that it is written on.
-#include "formulas/losses.h"
+#include "formulas/rows.h"
 
 namespace gemmlet {
 namespace {
@@ -44,69 +44,32 @@ double evaluate(const T* prediction, const T* target, T parameter, T* gradient, 
   return sum / static_cast<double>(n);
 }
 
-// For each row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `share`, with t_j = keep * target_j +
-// spread. The target is one-hot at the row's index where `target` is null. The losses of the first n rows.
-template <class T, class Rows>
-[[gnu::flatten]] void cross_entropy(const Rows& rows, int n, T* gradient, const T* z, const Index* indices,
-                                    const T* target, double keep, double spread, T share, double* losses) {
-  using V = Vec<T>;
-  const V largest = rows.largest(z), k = splat(static_cast<T>(keep)), s = splat(static_cast<T>(spread));
-  double at_index[Rows::count] = {};  // the logit first, then its exponential
-  if (target == nullptr)
-    for (int r = 0; r < n; ++r)
-      at_index[r] = static_cast<double>(z[rows.at(r, indices[r])]) - static_cast<double>(rows.number(largest, r));
-  DoubleSum<T> exp_sum, target_sum, product_sum;
-  const auto power = [&](int first, V v) {
-    const V e = decay(v - largest);
-    exp_sum.add(part<T>(e, first));
-    return e;
-  };
-  const auto weigh = [&](int first, V v, V t) {
-    target_sum.add(part<T>(t, first));
-    // A class of no weight costs nothing, even at -inf.
-    product_sum.add(part<T>(select(t == V{}, V{}, t * (v - largest)), first));
-  };
-  if (target != nullptr)
-    rows.each([&](int first, V v, V t) { weigh(first, v, fma(k, t, s)); }, z, target);
-  else if (spread != 0)
-    rows.each([&](int first, V v) { weigh(first, v, s); }, z);
-  rows.map(gradient, power, z);
-  double total[Rows::count], log_total[Rows::count], weight[Rows::count], product[Rows::count], scale[Rows::count];
-  rows.totals(exp_sum, total);
-  rows.totals(exp_sum, log_total);
-  rows.logs(log_total);
-  rows.totals(target_sum, weight);
-  rows.totals(product_sum, product);
-  for (int r = 0; r < Rows::count; ++r) {
-    if (target == nullptr) {
-      weight[r] += keep;
-      if (keep != 0) product[r] += keep * at_index[r];
-    }
-    scale[r] = weight[r] / total[r];
-    if (r < n) losses[r] = weight[r] * log_total[r] - product[r];
+// The losses of the first n rows, against class indices or targets, one of them null.
+template <class L, class T, class Layout>
+[[gnu::flatten]] void evaluate_rows(const Layout& layout, int n, T* gradient, const T* z, const Index* indices,
+                                    const T* target, row_losses::Smoothing<double> smoothing, T scale,
+                                    double* losses) {
+  double of_row[Layout::count];
+  if (target == nullptr) {
+    const Operands<Layout> rows{layout, gradient, z, nullptr, {}, indices, n};
+    Layout::store_statistic(of_row, L::of_label(rows, smoothing, splat(scale)));
+  } else {
+    const row_losses::Smoothing<Vec<T>> s{constant<Vec<T>>(smoothing.keep), constant<Vec<T>>(smoothing.spread)};
+    const auto smoothed = [=](Vec<T> t) { return s.of_target(t); };
+    const Operands<Layout, decltype(smoothed)> rows{layout, gradient, z, target, smoothed};
+    Layout::store_statistic(of_row, L::of_targets(rows, splat(scale)));
   }
-  const V factor = rows.vector(scale), of_mean = splat(share);
-  if (target != nullptr) {
-    rows.map(gradient, [&](int, V e, V t) { return fma(e, factor, -fma(k, t, s)) * of_mean; }, gradient, target);
-    return;
-  }
-  for (int r = 0; r < n; ++r) at_index[r] = static_cast<double>(gradient[rows.at(r, indices[r])]);
-  rows.map(gradient, [&](int, V e) { return fma(e, factor, -s) * of_mean; }, gradient);
-  for (int r = 0; r < n; ++r) {
-    // In double: close to 0, where softmax is close to 1, this difference is all there is.
-    const double difference = at_index[r] * scale[r] - (keep + spread);
-    gradient[rows.at(r, indices[r])] = static_cast<T>(difference * static_cast<double>(share));
-  }
+  std::copy_n(of_row, n, losses);
 }
 
+using L = row_losses::softmax_cross_entropy;
 }  // namespace
 
 template <class T>
 double softmax_cross_entropy(const T* logits, const Index* indices, const T* targets, double smoothing, T* gradient,
                              Index rows, Index columns) {
-  const double spread = smoothing / static_cast<double>(columns);
-  const T share = static_cast<T>(1.0 / static_cast<double>(rows));
-  const double keep = 1.0 - smoothing;
+  const row_losses::Smoothing<double> targets_are{1.0 - smoothing, smoothing / static_cast<double>(columns)};
+  const T scale = static_cast<T>(1.0 / static_cast<double>(rows));
   const double sum = sum_chunks(rows, rows_per_chunk<T>(columns), [&](Index begin, Index end) {
     double total = 0, losses[lanes<T>];
     const auto add = [&](int n) {
@@ -116,7 +79,7 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
       for_rows(
           begin, end, columns,
           [&](const auto& layout, Index i, int n, T* to, const T* z) {
-            cross_entropy<T>(layout, n, to, z, indices + i, nullptr, keep, spread, share, losses);
+            evaluate_rows<L, T>(layout, n, to, z, indices + i, nullptr, targets_are, scale, losses);
             add(n);
           },
           gradient, logits);
@@ -124,7 +87,7 @@ double softmax_cross_entropy(const T* logits, const Index* indices, const T* tar
       for_rows(
           begin, end, columns,
           [&](const auto& layout, Index, int n, T* to, const T* z, const T* t) {
-            cross_entropy<T>(layout, n, to, z, nullptr, t, keep, spread, share, losses);
+            evaluate_rows<L, T>(layout, n, to, z, nullptr, t, targets_are, scale, losses);
             add(n);
           },
           gradient, logits, targets);
@@ -154,8 +117,8 @@ void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* 
                                 Index stride, Index rows, Index columns, double* losses) {
   if (columns > Across<T>::most_columns) {
     for (Index i = 0; i < rows; ++i)
-      cross_entropy<T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride,
-                       indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], 1.0, 0.0,
+      evaluate_rows<L, T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride,
+                       indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], {1.0, 0.0},
                        share, losses + i);
     return;
   }
@@ -167,8 +130,8 @@ void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* 
     if (targets != nullptr)
       for (int r = 0; r < n; ++r)
         for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
-    cross_entropy<T>(layout, n, z, z, indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : t, 1.0,
-                     0.0, share, losses + i);
+    evaluate_rows<L, T>(layout, n, z, z, indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : t, {1.0,
+                     0.0}, share, losses + i);
     layout.take_back(z, n, gradient + i * stride, stride);
   }
 }

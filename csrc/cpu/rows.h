@@ -1,11 +1,13 @@
 // Loops in vectors: over an array, over one row of a matrix, over several short rows at once.
 //
 // Contract
-//   Along and Across have the same members, so that a function of rows is written once, for `rows` of either type. Both
-//   read and write arrays in their own layout: Along one row of at least lanes<T> columns as it is, Across lanes<T> rows
-//   of any length, element (row r, column j) at [j * lanes<T> + r] (for_rows brings them there and back).
+//   Along and Across are layouts with the same members; both read and write arrays in their own order: Along one row of at
+//   least lanes<T> columns as it is, Across lanes<T> rows of any length, element (row r, column j) at [j * lanes<T> + r]
+//   (for_rows brings them there and back).
 //   map(out, f, in...) stores f(first, vectors of in...) throughout `out`, which may be one of the inputs;
 //   each(f, in...) does not store. The lanes below `first` are not part of the vector: sums must leave them out (part).
+//   A Statistic is a double for each row of the layout.
+//   Operands is what formulas/rows.h asks for, of either layout.
 //   Results do not depend on which rows stand beside a row.
 #pragma once
 
@@ -49,9 +51,28 @@ GEMMLET_INLINE Vec<T> part(Vec<T> v, int first) {
   return keep_lanes<T>(v, first, lanes<T>);
 }
 
+// A double for each of lanes<T> rows.
+template <class T>
+struct RowNumbers : Doubles<T> {
+  RowNumbers(double all = 0) : RowNumbers([=](int) { return splat(all); }) {}
+  RowNumbers(const Doubles<T>& d) : Doubles<T>(d) {}
+  template <class F>
+    requires std::invocable<F, int>
+  explicit RowNumbers(F part_of) {
+    for (int i = 0; i < this->parts; ++i) this->part[i] = part_of(i);
+  }
+  using Ref = const RowNumbers&;
+  friend RowNumbers operator+(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] + b.part[i]; }); }
+  friend RowNumbers operator-(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] - b.part[i]; }); }
+  friend RowNumbers operator*(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] * b.part[i]; }); }
+  friend RowNumbers operator/(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] / b.part[i]; }); }
+};
+
 template <class T>
 struct Along {
   static constexpr int count = 1;
+  using Number = T;
+  using Statistic = double;
   Index columns;
 
   Index at(int, Index column) const { return column; }
@@ -74,11 +95,12 @@ struct Along {
     return splat(result);
   }
 
-  // One number for each row: of a sum, of a vector that holds it in every lane; and a vector from them.
-  void totals(const DoubleSum<T>& sum, double* of_row) const { of_row[0] = sum.total(); }
-  void logs(double* of_row) const { of_row[0] = std::log(of_row[0]); }
-  T number(Vec<T> v, int) const { return v[0]; }
-  Vec<T> vector(const double* of_row) const { return splat(static_cast<T>(of_row[0])); }
+  static Statistic total(const DoubleSum<T>& sum) { return sum.total(); }
+  static Statistic statistic(Vec<T> v) { return static_cast<double>(v[0]); }
+  static Vec<T> vector(Statistic s) { return splat(static_cast<T>(s)); }
+  static Statistic log(Statistic s) { return std::log(s); }
+  static Statistic load_statistic(const double* of_row) { return *of_row; }
+  static void store_statistic(double* of_row, Statistic s) { *of_row = s; }
 
  private:
   // The last vector ends with the row, and overlaps the one before it. It is read before anything is written, as `out`
@@ -98,6 +120,8 @@ template <class T>
 struct Across {
   static constexpr int count = lanes<T>;
   static constexpr Index most_columns = 64;  // longer rows are about as fast along, and need no copy
+  using Number = T;
+  using Statistic = RowNumbers<T>;
   Index columns;
 
   Index at(int row, Index column) const { return column * lanes<T> + row; }
@@ -117,17 +141,17 @@ struct Across {
     return most;
   }
 
-  void totals(const DoubleSum<T>& sum, double* of_row) const {
-    for (int i = 0; i < sum.sum.parts; ++i) store(of_row + i * lanes<double>, sum.sum.part[i]);
+  static Statistic total(const DoubleSum<T>& sum) { return sum.sum; }
+  static Statistic statistic(Vec<T> v) { return to_double<T>(v); }
+  static Vec<T> vector(const Statistic& s) { return from_double<T>(s); }
+  static Statistic log(const Statistic& s) {
+    return Statistic([&](int i) { return gemmlet::log(s.part[i]); });
   }
-  void logs(double* of_row) const {
-    for (int i = 0; i < lanes<T>; i += lanes<double>) store(of_row + i, log(load(of_row + i)));
+  static Statistic load_statistic(const double* of_row) {
+    return Statistic([&](int i) { return load(of_row + i * lanes<double>); });
   }
-  T number(Vec<T> v, int row) const { return v[row]; }
-  Vec<T> vector(const double* of_row) const {
-    Doubles<T> d;
-    for (int i = 0; i < d.parts; ++i) d.part[i] = load(of_row + i * lanes<double>);
-    return from_double<T>(d);
+  static void store_statistic(double* of_row, const Statistic& s) {
+    for (int i = 0; i < s.parts; ++i) store(of_row + i * lanes<double>, s.part[i]);
   }
 
   // Rows of a matrix, `stride` apart, to this layout, zeros where there are no more of them; and back.
@@ -139,6 +163,100 @@ struct Across {
   void take_back(const T* from, Index rows, T* x, Index stride) const {
     for (Index r = 0; r < rows; ++r)
       for (Index j = 0; j < columns; ++j) x[r * stride + j] = from[j * lanes<T> + r];
+  }
+};
+
+// Rows in a layout, as formulas/rows.h asks for them. Second is a function of what stands at `second` beside each number,
+// or Alone. Results may take the place of either, but not of `second` where numbers turn.
+struct Alone {};
+template <class Layout, class Second = Alone>
+struct Operands {
+  using T = typename Layout::Number;
+  using V = Vec<T>;
+  using Statistic = typename Layout::Statistic;
+  template <int n>
+  struct Sums {
+    Statistic of[n] = {};
+  };
+  struct Terms {
+    V largest;
+    Statistic total;
+  };
+
+  Layout layout;
+  T* out;
+  const T* x;  // out, once the numbers have turned
+  const T* second = nullptr;
+  Second of_second{};
+  const Index* labels = nullptr;  // of the first label_count rows
+  int label_count = 0;
+
+  static V term(V v) { return decay(v); }
+  static V as_term(V v, V) { return v; }
+  static V exp(V v) { return gemmlet::exp(v); }
+  static Statistic log(const Statistic& s) { return Layout::log(s); }
+  static Statistic statistic(V v) { return Layout::statistic(v); }
+  static V vector(const Statistic& s) { return Layout::vector(s); }
+  static V divisor(const Statistic& s) { return Layout::vector(s); }
+
+  V largest() const { return layout.largest(x); }
+  template <class F>
+  void map(F f) const {
+    map_lanes([&](int, auto... v) { return f(v...); });
+  }
+  template <int n, class F>
+  Sums<n> turn(F f) {
+    DoubleSum<T> sum[n];
+    map_lanes([&](int first, auto... v) {
+      V summand[n];
+      const V result = f(v..., summand);
+      for (int k = 0; k < n; ++k) sum[k].add(part<T>(summand[k], first));
+      return result;
+    });
+    x = out;
+    Sums<n> sums;
+    for (int k = 0; k < n; ++k) sums.of[k] = Layout::total(sum[k]);
+    return sums;
+  }
+  Terms terms() {
+    const V most = largest();
+    return {most, turn<1>([=](V v, V* summand) { return *summand = term(v - most); }).of[0]};
+  }
+  Terms term_sum() const {
+    const V most = largest();
+    DoubleSum<T> sum;
+    layout.each([&](int first, V v) { sum.add(part<T>(term(v - most), first)); }, x);
+    return {most, Layout::total(sum)};
+  }
+  Statistic sum() const {
+    DoubleSum<T> sum;
+    layout.each([&](int first, V v) { sum.add(part<T>(v, first)); }, x);
+    return Layout::total(sum);
+  }
+  Statistic dot() const {
+    DoubleSum<T> sum;
+    layout.each([&](int first, V v, V w) { sum.add_product(part<T>(v, first), part<T>(w, first)); }, x, second);
+    return Layout::total(sum);
+  }
+
+  Statistic at_label() const {
+    double of_row[Layout::count] = {};
+    for (int r = 0; r < label_count; ++r) of_row[r] = static_cast<double>(x[layout.at(r, labels[r])]);
+    return Layout::load_statistic(of_row);
+  }
+  void set_label(const Statistic& s) const {
+    double of_row[Layout::count];
+    Layout::store_statistic(of_row, s);
+    for (int r = 0; r < label_count; ++r) out[layout.at(r, labels[r])] = static_cast<T>(of_row[r]);
+  }
+
+ private:
+  template <class F>
+  void map_lanes(F f) const {
+    if constexpr (std::is_same_v<Second, Alone>)
+      layout.map(out, f, x);
+    else
+      layout.map(out, [&](int first, V v, V w) { return f(first, v, of_second(w)); }, x, second);
   }
 };
 
