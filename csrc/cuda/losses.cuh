@@ -94,57 +94,6 @@ class LogSum {
   double product_ = 1, times_ = 0;
 };
 
-// Cross-entropy of softmax(z) with a target that is 1 for one class, whose logit is z_label, and 0 for the others. In z
-// there is -inf in its place. `share`: what the gradient is taken times.
-template <class R>
-struct ClassCrossEntropy {
-  using V = typename R::V;
-  using T = typename R::Number;
-
-  V total, difference;  // the loss is log(total) - difference
-  V largest, factor, of_label;
-
-  __device__ __forceinline__ ClassCrossEntropy(R& z, V z_label, V share) {
-    // The label's gradient is what the others sum up to: where its softmax is close to 1, that is all there is.
-    const auto others = z.terms(z_label);
-    largest = others.largest;
-    difference = z_label - largest;
-    const V all = others.total + term<T>(difference);
-    total = lowered<T>(all);
-    factor = part<T>(share, all);
-    of_label = -others.total * factor;
-  }
-
-  // The gradient of another class, of whose number z has made v.
-  __device__ __forceinline__ V of_other(V v) const { return R::as_term(v, largest) * factor; }
-};
-
-// Cross-entropy of softmax(z) with the targets t = target(column, slot), 0 beyond the row, for one row: returns the loss,
-// -sum_j t_j log_softmax(z)_j. Its gradient, softmax(z) sum_j t_j - t times `share`, is f(column, number, slot) for
-// write(row, f), row.map or row.each of it.
-template <class R, class Target, class Write>
-__device__ __forceinline__ typename R::V cross_entropy_of_targets(R& z, Target target, typename R::V share,
-                                                                  Write write) {
-  using V = typename R::V;
-  using T = typename R::Number;
-  const V largest = z.largest(-infinity<V>());
-  V total = 0, weight = 0, product = 0;
-  z.turn_into([&](int i, V v, int slot) {
-    const V t = target(i, slot), shifted = v - largest, e = term<T>(shifted);
-    total += e;
-    weight += t;
-    // A class of no weight costs nothing, even at -inf.
-    product += t == V(0) ? V(0) : t * shifted;
-    return e;
-  });
-  total = R::Threads::reduce(total, Sum{});
-  weight = R::Threads::reduce(weight, Sum{});
-  product = R::Threads::reduce(product, Sum{});
-  const V factor = weight / total;
-  write(z, [=](int i, V v, int slot) { return fma(R::as_term(v, largest), factor, -target(i, slot)) * share; });
-  return weight * log(lowered<T>(total)) - product;
-}
-
 // labels: class indices, or null; then `targets` (rows, columns) count. They are taken times `keep`, and `spread` is added to
 // each; whole: labels are there, keep is 1, spread 0.
 template <class T, bool whole, int Threads, int Values, int N>
@@ -156,7 +105,8 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
   if (is_refused(range, Index(0), Index(columns - 1), loss)) return;
   using Team = gemmlet::Team<Threads>;
   using Row = gemmlet::Row<T, Team, Values, N>;
-  const V share = static_cast<V>(1.0 / static_cast<double>(rows)), k = static_cast<V>(keep), s = static_cast<V>(spread);
+  const V share = static_cast<V>(1.0 / static_cast<double>(rows));
+  const row_losses::Smoothing<V> smoothing{static_cast<V>(keep), static_cast<V>(spread)};
   double total = 0;
   const Index apart = Team::count(), first = Team::index();
   if constexpr (whole) {
@@ -195,14 +145,14 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
         load(r + apart < rows, next_label);
         later_label = label_of(r + 2 * apart);
       }
-      const ClassCrossEntropy<Row> entropy(z, z_label, share);
+      const row_losses::softmax_cross_entropy::OfLabel<Row> entropy(z, z_label, share);
       // Of a long row the label's number is written once more, by the thread that has just written there: a choice for each
       // number would take longer.
       constexpr bool once = Row::held && Threads < 32;
       const int label_slot = Row::slot_of(label);
       z.map(to,
-            [=](int, V v, int slot) { return once && slot == label_slot ? entropy.of_label : entropy.of_other(v); });
-      if (!once && present && label_slot >= 0) to[label] = narrow<T>(entropy.of_label);
+            [=](int, V v, int slot) { return once && slot == label_slot ? entropy.at_label : entropy.of_other(v); });
+      if (!once && present && label_slot >= 0) to[label] = narrow<T>(entropy.at_label);
       to += step;
       totals.add(present ? static_cast<double>(entropy.total) : 1);
       total -= present ? static_cast<double>(entropy.difference) : 0;
@@ -217,12 +167,12 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
       V value;
       if (labels != nullptr) {
         const int label = present ? static_cast<int>(labels[r]) : 0;
-        const auto target = [=](int i, int) { return i < columns ? (i == label ? k + s : s) : V(0); };
-        value = cross_entropy_of_targets(z, target, share, write);
+        const auto target = [=](int i, int) { return i < columns ? smoothing.of_class(i == label) : V(0); };
+        value = row_losses::softmax_cross_entropy::of_targets(Operands(z, target, write), share);
       } else {
         const Row t(targets + at, columns, present, 0);
-        const auto target = [&](int i, int slot) { return i < columns ? fma(k, t.at(i, slot), s) : V(0); };
-        value = cross_entropy_of_targets(z, target, share, write);
+        const auto target = [&](int i, int slot) { return i < columns ? smoothing.of_target(t.at(i, slot)) : V(0); };
+        value = row_losses::softmax_cross_entropy::of_targets(Operands(z, target, write), share);
       }
       if (present && Team::thread() == 0) total += static_cast<double>(value);
     }

@@ -363,13 +363,13 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
         stored();
       };
       const auto of_output = [&](int j, int) { return j < out ? target.values[j] : T(0); };
-      loss = cross_entropy_of_targets(row, of_output, p.share, write);
+      loss = row_losses::softmax_cross_entropy::of_targets(Operands(row, of_output, write), p.share);
     } else {
       Lanes row(y, out, true, -infinity<T>(), target.label);
-      const ClassCrossEntropy<Lanes> entropy(row, y[target.label], p.share);
-      row.each([&](int j, T v, int) { end_of(j, j == target.label ? entropy.of_label : entropy.of_other(v)); });
+      const row_losses::softmax_cross_entropy::OfLabel<Lanes> entropy(row, y[target.label], p.share);
+      row.each([&](int j, T v, int) { end_of(j, j == target.label ? entropy.at_label : entropy.of_other(v)); });
       stored();
-      loss = log(entropy.total) - entropy.difference;
+      loss = entropy.loss();
     }
   } else {
     for (int j = lane; j < out; j += 32) {

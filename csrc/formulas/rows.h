@@ -111,8 +111,8 @@ struct softmax_cross_entropy {
   template <class R>
   struct OfLabel {
     using V = typename R::V;
-    V total, difference;  // the loss is log(total) - difference
-    V largest, factor, at_label;
+    V total, difference, largest, factor;
+    V at_label;  // the gradient there
 
     GEMMLET_INLINE OfLabel(R& r, V z_label, V scale) {
       const auto others = r.terms(z_label);
@@ -123,6 +123,7 @@ struct softmax_cross_entropy {
       factor = R::quotient(scale, all);
       at_label = -others.total * factor;
     }
+    GEMMLET_INLINE V loss() const { return log(total) - difference; }
     // The gradient at another class, of what map gives as v.
     GEMMLET_INLINE V of_other(V v) const { return R::as_term(v, largest) * factor; }
   };

@@ -132,7 +132,7 @@ def _scaled_kernel(given: np.dtype[Any], dtype: np.dtype[Any]) -> str:
 
 @functools.cache
 def _row_kernel(direction: str, name: str, dtype: str, team: Team) -> str:
-    return f"gemmlet::row_{direction}<gemmlet::{name}, {CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
+    return f"gemmlet::row_{direction}<gemmlet::row_functions::{name}, {CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
 
 
 @functools.cache
