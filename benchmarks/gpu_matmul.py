@@ -32,9 +32,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import cupy
 
-from gemmlet.backends import cuda_compile, cuda_matmul
-from gemmlet.backends.cuda_device import CudaDevice, Device
-from gemmlet.backends.cuda_matmul import Choice, Tile, mma, simt, wgmma
+from gemmlet.backends.cuda import compiler
+from gemmlet.backends.cuda import matmul as cuda_matmul
+from gemmlet.backends.cuda.device import CudaDevice, Device
+from gemmlet.backends.cuda.matmul import Choice, Tile, mma, simt, wgmma
 from gemmlet.formulas.activations import ACTIVATIONS
 
 DTYPES = {
@@ -360,7 +361,7 @@ def measure(device: CudaDevice, cublas: Cublas, pool: Pool, kind: str, shape: Sh
 
 def compile_one(source: str, name: str, arch: str) -> None:
     try:
-        cuda_compile.cubin(source, [name], arch)
+        compiler.cubin(source, [name], arch)
     except Exception:
         traceback.print_exc()  # it fails again where it is wanted, and nothing else
 
@@ -457,9 +458,7 @@ def main() -> None:
         return
 
     device, cublas = CudaDevice(0), Cublas()
-    print(
-        f"{device.name}, {device.arch}, {device.multiprocessors} multiprocessors, NVRTC {cuda_compile.nvrtc_version()}"
-    )
+    print(f"{device.name}, {device.arch}, {device.multiprocessors} multiprocessors, NVRTC {compiler.nvrtc_version()}")
     compiled = compile_all(device.arch, kinds)
     print(f"{compiled} kernels compiled, {time.monotonic() - began:.1f} s", flush=True)
     failed = False

@@ -21,7 +21,8 @@ import numpy as np
 
 import gemmlet
 from gemmlet import kernels, nn
-from gemmlet.backends import cuda_matmul, select
+from gemmlet.backends import select
+from gemmlet.backends.cuda import matmul as cuda_matmul
 from gemmlet.formulas.activations import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 import gemmlet
-from gemmlet.backends.cuda_backend import CudaBackend
+from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.bench.results import Row
 from gemmlet.bench.timing import Timed
 

@@ -26,7 +26,8 @@ from gpu_timing import Case, Gpu, Side
 
 import gemmlet
 from gemmlet import nn
-from gemmlet.backends import cuda_training, select
+from gemmlet.backends import select
+from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.bench import training as bench
 from gemmlet.bench.training import BATCH, BETA1, BETA2, EPS, GAN_LR, GENERATOR, LATENT, LAYERS, LR, GanTask, Task
 from gemmlet.data import Mnist, load_mnist

@@ -1,7 +1,7 @@
 # The instruction sets that the kernels are compiled for. Nothing else in the repository names a flag of one.
 #
 # GEMMLET_VECTOR_BYTES is the width of the vectors in csrc/cpu/simd.h. The names are those of the x86-64 psABI levels;
-# python/gemmlet/backends/cpu_backend.py picks the best that the processor and the operating system support.
+# python/gemmlet/backends/cpu.py picks the best that the processor and the operating system support.
 
 if(CMAKE_OSX_ARCHITECTURES)
   set(gemmlet_processor ${CMAKE_OSX_ARCHITECTURES})

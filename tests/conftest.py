@@ -18,7 +18,7 @@ import pytest
 import cuda_on_host.backend
 import gemmlet
 from gemmlet.backends import select
-from gemmlet.backends.numpy_backend import NumpyBackend
+from gemmlet.backends.numpy import NumpyBackend
 
 hypothesis.settings.register_profile(
     "gemmlet",
@@ -55,14 +55,14 @@ def _load(backend: str, isa: str | None) -> NumpyBackend:
         return cuda_on_host.backend.load()
     if backend != "cpu":
         return select.load(backend)
-    from gemmlet.backends.cpu_backend import CpuBackend
+    from gemmlet.backends.cpu import CpuBackend
 
     return CpuBackend(isa)
 
 
 def _isas() -> list[str]:
     try:
-        from gemmlet.backends.cpu_backend import available_isas
+        from gemmlet.backends.cpu import available_isas
     except ImportError:
         return []
     return available_isas()

@@ -514,7 +514,7 @@ def test_names_of_backends() -> None:
 
 def _modules() -> list[Any]:
     try:
-        from gemmlet.backends.cpu_backend import _MODULES, available_isas
+        from gemmlet.backends.cpu import _MODULES, available_isas
     except ImportError:
         return []
     return [importlib.import_module(f"gemmlet.{_MODULES[isa]}") for isa in available_isas()]

@@ -370,7 +370,7 @@ def test_roof() -> None:
 
 
 def test_fma_loop() -> None:
-    from gemmlet.backends import cpu_backend
+    from gemmlet.backends import cpu as cpu_backend
 
     if not cpu_backend.available_isas():
         pytest.skip("nothing is compiled here")

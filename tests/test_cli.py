@@ -22,7 +22,7 @@ from gemmlet import cli, nn
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
-from gemmlet.nn import fused
+from gemmlet.nn import fit
 
 for package in ("typer", "rich", "matplotlib", "sklearn", "safetensors"):
     pytest.importorskip(package)
@@ -734,7 +734,7 @@ def test_isa_that_is_none(digits, capsys, monkeypatch, words):
     monkeypatch.setenv("GEMMLET_DATA_DIR", str(digits))
     monkeypatch.setenv("GEMMLET_BACKEND", "cpu")
     monkeypatch.setenv("GEMMLET_ISA", "abacus")
-    monkeypatch.setattr("gemmlet.backends.cpu_backend.available_isas", lambda: ["baseline"])
+    monkeypatch.setattr("gemmlet.backends.cpu.available_isas", lambda: ["baseline"])
     assert call(*words.split()) == 2
     line = error_line(capsys)
     assert line.startswith("gemmlet: --backend: " if "--backend" in words else "gemmlet: GEMMLET_BACKEND: ")
@@ -897,7 +897,7 @@ def test_ctrl_c(digits, tmp_path, network):
 @pytest.fixture
 def press(monkeypatch):
     """Return a function that makes Ctrl-C come with the mini-batch of that number, each being a call by itself."""
-    monkeypatch.setattr(fused.Pace, "stop", lambda pace, done: None)
+    monkeypatch.setattr(fit.CallBudget, "stop", lambda pace, done: None)
 
     def at(batch, times=1):
         see, seen = train._Watch.see, []

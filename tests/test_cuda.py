@@ -20,8 +20,8 @@ import gemmlet
 from cuda_on_host import backend as place
 from cuda_on_host.backend import to_cpu, to_gpu
 from gemmlet import kernels, nn
-from gemmlet.backends import cuda_backend
-from gemmlet.backends.cuda_backend import ROW_TEAMS
+from gemmlet.backends.cuda import backend as cuda_backend
+from gemmlet.backends.cuda.backend import ROW_TEAMS
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, softmax_cross_entropy
 from support import (
@@ -134,7 +134,7 @@ def test_every_kernel_in_every_layout(name: str, layout: str, any_dtype: Any, rn
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_have_the_bits_of_the_cpu(name: str, rng: Any) -> None:
     """Where the CPU has a fused multiply-add, as a GPU always has."""
-    from gemmlet.backends.cpu_backend import CpuBackend, available_isas
+    from gemmlet.backends.cpu import CpuBackend, available_isas
 
     with_fma = [isa for isa in available_isas() if isa.startswith("x86-64-v")]
     if not with_fma:
@@ -493,7 +493,7 @@ def test_samples_of_a_gan_out_of_range(bad: float, dtype: Any, rng: Any) -> None
 
 @pytest.mark.skipif(IS_GPU, reason="there is a GPU")
 def test_without_a_gpu_the_choice_says_so() -> None:
-    from gemmlet.backends.cuda_backend import CudaBackend
+    from gemmlet.backends.cuda.backend import CudaBackend
 
     with pytest.raises(RuntimeError, match=r"^backend 'cuda' finds no usable GPU or driver: "):
         CudaBackend()

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 pytest.importorskip("cupy")
-from gemmlet.backends import cuda_backend, cuda_compile
-from gemmlet.backends.cuda_compile import ARCHITECTURES, OPTIONS, compile_cubin, cubin
+from gemmlet.backends.cuda import backend as cuda_backend
+from gemmlet.backends.cuda import compiler
+from gemmlet.backends.cuda.compiler import ARCHITECTURES, OPTIONS, compile_cubin, cubin
 
 ROOT = Path(__file__).parents[1]
 
 try:
-    cuda_compile.nvrtc_version()
+    compiler.nvrtc_version()
 except RuntimeError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -70,10 +71,10 @@ def test_the_clocks_of_a_cluster_compile(monkeypatch: pytest.MonkeyPatch) -> Non
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    sources = tool.with_clocks(dict(cuda_compile.sources()))
-    monkeypatch.setattr(cuda_compile, "sources", lambda: sources)
+    sources = tool.with_clocks(dict(compiler.sources()))
+    monkeypatch.setattr(compiler, "sources", lambda: sources)
     kernel = f"gemmlet::train_in_cluster<{tool.RANKS}, gemmlet::optimizers::sgd>"
-    made, _ = compile_cubin("cluster_training.cuh", [kernel], "sm_90a")
+    made, _ = compile_cubin("training/cluster.cuh", [kernel], "sm_90a")
     assert b"gemmlet_clocks" in made.image
 
 
@@ -89,8 +90,8 @@ template <class T> __global__ void __launch_bounds__(1024, 1) greedy(T* x) {
   for (int i = 0; i < 128; ++i) x[threadIdx.x * 128 + i] = held[i] * held[(i + 1) % 128];
 }
 """
-    with_greedy = {**cuda_compile.sources(), "cuda/greedy.cuh": text}
-    monkeypatch.setattr(cuda_compile, "sources", lambda: with_greedy)
+    with_greedy = {**compiler.sources(), "cuda/greedy.cuh": text}
+    monkeypatch.setattr(compiler, "sources", lambda: with_greedy)
     _, log = compile_cubin("greedy.cuh", ["greedy<float>"], "sm_80", (*OPTIONS, "--ptxas-options=-v"))
     (spilled,) = spills(log).values()
     assert spilled > SPILLED_BYTES
@@ -126,7 +127,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(arch)
         return compile_cubin(source, expressions, arch)
 
-    monkeypatch.setattr(cuda_compile, "compile_cubin", compile_)
+    monkeypatch.setattr(compiler, "compile_cubin", compile_)
     return done
 
 
@@ -163,20 +164,20 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
 
 def test_the_key_is_of_the_sources_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def key(source: str = "elementwise.cuh", kernel: str = KERNEL, arch: str = "sm_80") -> str:
-        return cuda_compile.key(source, [kernel], arch)
+        return compiler.key(source, [kernel], arch)
 
     keys = {key(), key("losses.cuh"), key(kernel=KERNEL.replace("relu", "tanh")), key(arch="sm_86")}
-    before = cuda_compile.sources()
+    before = compiler.sources()
     assert all(name.startswith(("cuda/", "formulas/")) for name in before)
-    monkeypatch.setattr(cuda_compile, "OPTIONS", (*OPTIONS, "-G"))
+    monkeypatch.setattr(compiler, "OPTIONS", (*OPTIONS, "-G"))
     keys.add(key())
-    monkeypatch.setattr(cuda_compile, "OPTIONS", OPTIONS)
+    monkeypatch.setattr(compiler, "OPTIONS", OPTIONS)
     # A header that is only included counts.
     changed = {**before, "formulas/math.h": before["formulas/math.h"] + "\n"}
-    monkeypatch.setattr(cuda_compile, "sources", lambda: changed)
+    monkeypatch.setattr(compiler, "sources", lambda: changed)
     keys.add(key())
-    monkeypatch.setattr(cuda_compile, "sources", lambda: before)
-    monkeypatch.setattr(cuda_compile, "nvrtc_version", lambda: "99.9")
+    monkeypatch.setattr(compiler, "sources", lambda: before)
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: "99.9")
     keys.add(key())
     assert len(keys) == 7
     assert all(re.fullmatch("[0-9a-f]{64}", k) for k in keys)
@@ -185,9 +186,9 @@ def test_the_key_is_of_the_sources_and_no_path(monkeypatch: pytest.MonkeyPatch) 
 def test_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GEMMLET_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cuda_compile.cache_folder() == tmp_path / "gemmlet"
+    assert compiler.cache_folder() == tmp_path / "gemmlet"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cuda_compile.cache_folder() == Path.home() / ".cache" / "gemmlet"
+    assert compiler.cache_folder() == Path.home() / ".cache" / "gemmlet"
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "replace", no_replace)
     with pytest.raises(OSError, match="disk full"):
-        cuda_compile.write(tmp_path / "x.cubin", b"content")
+        compiler.write(tmp_path / "x.cubin", b"content")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,16 +215,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_release_brings_cubins(
     package: Path, cache: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_compile, "PACKAGE", package)
+    monkeypatch.setattr(compiler, "PACKAGE", package)
     brought = cubin("elementwise.cuh", [KERNEL], "sm_80")
     assert compilations == []
     assert brought == compile_cubin("elementwise.cuh", [KERNEL], "sm_80")[0]
     # From then on it is in the cache.
-    monkeypatch.setattr(cuda_compile, "PACKAGE", cache)
+    monkeypatch.setattr(compiler, "PACKAGE", cache)
     assert cubin("elementwise.cuh", [KERNEL], "sm_80") == brought
     assert compilations == []
     # Others are compiled: of another architecture, of a source without an archive, of a key that it does not have.
-    monkeypatch.setattr(cuda_compile, "PACKAGE", package)
+    monkeypatch.setattr(compiler, "PACKAGE", package)
     cubin("elementwise.cuh", [KERNEL], "sm_86")
     cubin("optimizers.cuh", [next(iter(KERNELS["optimizers.cuh"]))], "sm_80")
     cubin("elementwise.cuh", [KERNEL.replace("relu", "tanh")], "sm_80")
@@ -234,15 +235,15 @@ def test_a_release_brings_cubins(
 def test_a_damaged_archive_is_passed_over(
     damage: str, package: Path, tmp_path: Path, cache: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = cuda_compile.archive(package / "cubins", "elementwise.cuh", "sm_80").read_bytes()
+    content = compiler.archive(package / "cubins", "elementwise.cuh", "sm_80").read_bytes()
     half = len(content) // 2
     damaged = {
         "cut": content[:half],
         "turned": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
         "not an archive": b"x" * 1000,
     }
-    cuda_compile.write(cuda_compile.archive(tmp_path / "cubins", "elementwise.cuh", "sm_80"), damaged[damage])
-    monkeypatch.setattr(cuda_compile, "PACKAGE", tmp_path)
+    compiler.write(compiler.archive(tmp_path / "cubins", "elementwise.cuh", "sm_80"), damaged[damage])
+    monkeypatch.setattr(compiler, "PACKAGE", tmp_path)
     assert cubin("elementwise.cuh", [KERNEL], "sm_80").image[:4] == b"\x7fELF"
     assert compilations == ["sm_80"]
 
@@ -264,7 +265,7 @@ def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cupy" else find(name))
     with pytest.raises(RuntimeError, match=r"CuPy.*gemmlet\[cuda12\]"):
-        cuda_compile.import_cupy()
+        compiler.import_cupy()
 
 
 def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,16 +280,16 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cupy:
         cuda = Cuda
 
-    cuda_compile._nvrtc.cache_clear()
-    monkeypatch.setattr(cuda_compile, "import_cupy", lambda: Cupy)
+    compiler._nvrtc.cache_clear()
+    monkeypatch.setattr(compiler, "import_cupy", lambda: Cupy)
     with pytest.raises(RuntimeError, match=r"NVRTC.*gemmlet\[cuda12\]"):
-        cuda_compile.nvrtc_version()
+        compiler.nvrtc_version()
     monkeypatch.undo()
-    assert cuda_compile.nvrtc_version()
+    assert compiler.nvrtc_version()
 
 
 def test_capabilities() -> None:
-    assert [cuda_compile.architecture(c) for c in ("75", "80", "90", "100", "103", "120")] == [
+    assert [compiler.architecture(c) for c in ("75", "80", "90", "100", "103", "120")] == [
         "sm_75", "sm_80", "sm_90a", "sm_100a", "sm_103", "sm_120"]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("cupy")
 from cuda_on_host.device import HostDevice
 from gemmlet import kernels, nn
 from gemmlet.backends import select
-from gemmlet.backends.cuda_backend import CudaBackend
+from gemmlet.backends.cuda.backend import CudaBackend
 from support import f64, one_call_of_each, same_bits
 
 

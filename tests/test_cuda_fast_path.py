@@ -20,9 +20,11 @@ import cuda_on_host.backend
 from cuda_on_host.backend import to_cpu, to_gpu
 from cuda_on_host.device import HostDevice
 from gemmlet import kernels
-from gemmlet.backends import cuda_compile, cuda_device, select
-from gemmlet.backends.cuda_backend import CudaBackend
-from gemmlet.backends.cuda_device import CudaDevice
+from gemmlet.backends import select
+from gemmlet.backends.cuda import compiler
+from gemmlet.backends.cuda import device as cuda_device
+from gemmlet.backends.cuda.backend import CudaBackend
+from gemmlet.backends.cuda.device import CudaDevice
 from support import QUICK_NAMES, UPDATED, Watched, arguments_of, complaint
 
 BACKEND = cuda_on_host.backend.load()
@@ -429,8 +431,8 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
-    monkeypatch.setattr(cuda_compile, "import_cupy", lambda: made)
-    monkeypatch.setattr(cuda_compile, "cubin", lambda source, names, arch: SimpleNamespace(image=b"", names={"k": "k"}))
+    monkeypatch.setattr(compiler, "import_cupy", lambda: made)
+    monkeypatch.setattr(compiler, "cubin", lambda source, names, arch: SimpleNamespace(image=b"", names={"k": "k"}))
     return made
 
 

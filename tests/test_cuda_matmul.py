@@ -19,8 +19,9 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 import cupy  # noqa: E402
 
 from cuda_on_host.device import COMPILER, HERE, ROOT, THREAD_ORDERS, HostDevice  # noqa: E402
-from gemmlet.backends import cuda_device, cuda_matmul  # noqa: E402
-from gemmlet.backends.cuda_matmul import Choice  # noqa: E402
+from gemmlet.backends.cuda import device as cuda_device  # noqa: E402
+from gemmlet.backends.cuda import matmul as cuda_matmul  # noqa: E402
+from gemmlet.backends.cuda.matmul import Choice  # noqa: E402
 from gemmlet.formulas.activations import ACTIVATIONS, Activation  # noqa: E402
 from support import assert_within, same_bits  # noqa: E402
 
@@ -318,8 +319,8 @@ def all_tiles() -> Iterator[tuple[str, cuda_matmul.Tile]]:
 
 def test_python_and_cpp_agree_on_tiles() -> None:
     cpp = {"float32": "float", "float64": "double", "float16": "gemmlet::float16", "bfloat16": "gemmlet::bfloat16"}
-    lines = ['#include "cuda_host.h"', '#include "cuda/matmul_simt.cuh"', '#include "cuda/matmul_mma.cuh"']
-    lines += ['#include "cuda/matmul_thin.cuh"', '#include "cuda/matmul_wgmma.cuh"']
+    lines = ['#include "cuda_host.h"', '#include "cuda/matmul/simt.cuh"', '#include "cuda/matmul/mma.cuh"']
+    lines += ['#include "cuda/matmul/skinny.cuh"', '#include "cuda/matmul/wgmma.cuh"']
     for dtype, tile in all_tiles():
         numbers = ", ".join(map(str, tile.parameters))
         name = f"gemmlet::{tile.kernel.title()}Tile<{cpp[dtype]}, {numbers}>"

@@ -27,9 +27,10 @@ pytest.importorskip("cupy")
 
 import test_cuda_training
 from cuda_on_host.device import COMPILER, ROOT, THREAD_ORDERS, CompileError, HostDevice, sanitized_environment
-from gemmlet.backends import cuda_backend, cuda_matmul
-from gemmlet.backends.cuda_backend import CudaBackend
-from gemmlet.backends.numpy_backend import NumpyBackend
+from gemmlet.backends.cuda import backend as cuda_backend
+from gemmlet.backends.cuda import matmul as cuda_matmul
+from gemmlet.backends.cuda.backend import CudaBackend
+from gemmlet.backends.numpy import NumpyBackend
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
@@ -327,7 +328,7 @@ WRONG = [
         ("at * layout.to[d]", "at * layout.from[d]", "copies"),
     ),
     *mutants(
-        "reduce",
+        "warp_reduce",
         ("int distance = Lanes / 2; distance > 0", "int distance = Lanes / 2; distance > 1", "rows_by_lanes"),
         ("return a > b || b != b ? a : b;", "return a < b || b != b ? a : b;", "ranges"),
         ("unsigned warp = 1; warp < blockDim.x / 32", "unsigned warp = 1; warp < blockDim.x / 32 - 1", "ranges"),
@@ -381,7 +382,7 @@ WRONG = [
         ("if (present && Team::thread() == 0) total", "if (present) total", "cross_entropy"),
     ),
     *mutants(
-        "reductions",
+        "column_sum",
         ("int w = 1; w < warps", "int w = 1; w < warps - 1", "columns"),
         ("(rows + gridDim.y - 1) / gridDim.y", "rows / gridDim.y", "columns"),
         ("end = begin + share < rows ? begin + share : rows", "end = begin + share", "columns"),
@@ -404,7 +405,7 @@ WRONG = [
         ("if (i < n) one(", "one(", "optimizers"),
     ),
     *mutants(
-        "matmul",
+        "matmul/common",
         ("min(row_tiles - group * group_rows, group_rows)", "group_rows", "simt_float32"),
         ("last < k ? last : k", "last", "simt_float32"),
         ("count / depth + (count % depth > 0)", "count / depth", "simt_float32"),
@@ -419,7 +420,7 @@ WRONG = [
         ("int slice = 1; slice < slices", "int slice = 1; slice < slices - 1", "simt_float32"),
     ),
     *mutants(
-        "matmul_simt",
+        "matmul/simt",
         ("lines_left_ > 0 && step < steps_left_ ? 16 : 0", "lines_left_ > 0 ? 16 : 0", "simt_float32"),
         ("line < lines_left_ && step < steps_left_", "line < lines_left_", "simt_float32"),
         ("wait_for_copies<Tile::ahead - 1>();\n  " + BARRIER, "wait_for_copies<3>();\n  " + BARRIER, "simt_float32"),
@@ -433,7 +434,7 @@ WRONG = [
         ("fma(a_now[step % 2]", "fma(a_now[(step + 1) % 2]", "simt_float32"),
     ),
     *mutants(
-        "matmul_thin",
+        "matmul/skinny",
         ("step < steps.last; ++step", "step < steps.last - 1; ++step", "thin_float32"),
         ("step <= last - size - (batch - 1) * apart", "step <= last - size", "thin_float32"),
         ("lanes >= first", "lanes > first", "thin_float32"),
@@ -441,7 +442,7 @@ WRONG = [
         ("int warp = 1; warp < warps", "int warp = 2; warp < warps", "thin_float32"),
     ),
     *mutants(
-        "matmul_mma",
+        "matmul/mma",
         ("i * apart < outer_left_ ? valid * size : 0", "valid * size", "mma_float16"),
         ("low = j < valid ?", "low = j <= valid ?", "mma_float16"),
         ("j < valid ? 4 : 0", "4", "mma_tf32"),
@@ -453,7 +454,7 @@ WRONG = [
         ("upper(lane / 8, is_b) * 8", "upper(lane / 8, !is_b) * 8", "mma_float16"),
     ),
     *mutants(
-        "matmul_wgmma",
+        "matmul/wgmma",
         ("& (Tile::alignment - 1)", "& 15", "wgmma_float16"),
         ("lines_apart >> 4 << 16 | eight_rows >> 4", "eight_rows >> 4 << 16 | lines_apart >> 4", "wgmma_float16"),
         ("i * (along_lines ? 16 * 128 : 32)", "i * (along_lines ? 8 * 128 : 32)", "wgmma_float16"),
@@ -511,7 +512,7 @@ WRONG = [
         ("first_column_ + first + row : line_of", "first_column_ + row : line_of", "wgmma_tf32"),
     ),
     *mutants(
-        "small_product",
+        "matmul/small",
         ("column < 0 ? T(1)", "column < 0 ? T(0)", "mlp"),
         ("upper ? sum[i + kept / 2] : sum[i], give", "upper ? sum[i] : sum[i], give", "mlp"),
         ("< depth) {\n          a_lines", "< depth - 1) {\n          a_lines", "mlp"),
@@ -525,19 +526,25 @@ WRONG = [
         ("int g = 1; g < groups", "int g = 2; g < groups", "mlp_in_tiles"),
     ),
     *mutants(
-        "network",
+        "training/top",
         ("int warp = 1; warp < threads / 32", "int warp = 2; warp < threads / 32", "mlp"),
         (BARRIER + "\n  for (int j = thread", "for (int j = thread", "mlp"),
         (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),
         (BARRIER + "\n  const Index below_row", "const Index below_row", "mlp"),
+    ),
+    *mutants(
+        "training/gather",
         ("T(0);\n  " + BARRIER, "T(0);", "mlp_of_sparse"),
-        ("if (p.closes) ++p.progress->next;", "", "mlp"),
-        ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
-        ("+= p.weight * loss", "+= loss", "mlp"),
         ("k < p.features; k += static_cast", "k < p.features - 1; k += static_cast", "gan"),
     ),
     *mutants(
-        "cluster_training",
+        "training/update",
+        ("if (p.closes) ++p.progress->next;", "", "mlp"),
+        ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
+        ("+= p.weight * loss", "+= loss", "mlp"),
+    ),
+    *mutants(
+        "training/cluster",
         ("count == tile_features && reinterpret", "reinterpret", "mlp_in_a_cluster"),
         ("if (i < p.rows) {\n    const Index sample", "{\n    const Index sample", "mlp_in_a_cluster"),
         ("first_step * Rule::scalar_count;", "0;", "mlp_in_a_cluster"),
@@ -564,7 +571,7 @@ WRONG = [
 # Races that no order of a CPU's threads shows, or not in every run.
 RACES = [
     *mutants(
-        "reduce",
+        "warp_reduce",
         (FENCE + "\n    last", "last", "elementwise_losses"),
         ("== blocks - 1;\n    " + FENCE, "== blocks - 1;", "elementwise_losses"),
         ("__shared__ bool last;\n  " + BARRIER, "__shared__ bool last;", "columns"),
@@ -573,23 +580,23 @@ RACES = [
         (BARRIER + "\n  v = reduce_lanes<Threads", "v = reduce_lanes<Threads", "rows_by_blocks"),
         ("(Threads / 32)], op);\n  " + BARRIER, "(Threads / 32)], op);", "rows_by_blocks"),
     ),
-    *mutants("reduce", ("gridDim.x * gridDim.y * gridDim.z", "gridDim.x", "columns")),
+    *mutants("warp_reduce", ("gridDim.x * gridDim.y * gridDim.z", "gridDim.x", "columns")),
     *mutants("losses", ("if (!is_last_block(counter)) return;", "is_last_block(counter);", "elementwise_losses")),
-    *mutants("reductions", ("of_warps[warp][lane] = sum;\n    " + BARRIER, "of_warps[warp][lane] = sum;", "columns")),
-    *mutants("matmul_simt", (BARRIER + "\n        write", "write", "simt_float32")),
-    *mutants("matmul_thin", ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "thin_float32")),
+    *mutants("column_sum", ("of_warps[warp][lane] = sum;\n    " + BARRIER, "of_warps[warp][lane] = sum;", "columns")),
+    *mutants("matmul/simt", (BARRIER + "\n        write", "write", "simt_float32")),
+    *mutants("matmul/skinny", ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "thin_float32")),
     *mutants(
-        "matmul_mma",
+        "matmul/mma",
         (BARRIER + "\n        read", "read", "mma_float16"),
         (BARRIER + "\n  float* const sums", "float* const sums", "mma_float16"),
     ),
     *mutants(
-        "matmul_wgmma",
+        "matmul/wgmma",
         ("ptx::wait_for_phase(stages.full(), stages.parity());\n          ptx::f", "ptx::f", "wgmma_float16"),
         ("__syncwarp();\n      const Columns of", "const Columns of", "wgmma_float16"),
     ),
     *mutants(
-        "cluster_training",
+        "training/cluster",
         (BARRIER + "\n    {\n#pragma", "{\n#pragma", "mlp_in_a_cluster"),
         ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),
         ("}\n      __syncwarp();\n      Pack<float, 2> y;", "}\n      Pack<float, 2> y;", "mlp_in_a_cluster"),

@@ -21,11 +21,12 @@ pytest.importorskip("cupy")
 
 import cuda_on_host.backend
 from cuda_on_host.device import COMPILER, SANITIZERS, THREAD_ORDERS, HostDevice
-from gemmlet.backends import cuda_training, select
-from gemmlet.backends.numpy_backend import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
+from gemmlet.backends import select
+from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+from gemmlet.training.old_plan import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from support import assert_within, same_bits
 
 if shutil.which(COMPILER) is None:

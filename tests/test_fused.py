@@ -26,7 +26,10 @@ import gemmlet
 from cuda_on_host.backend import skip_long
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, StopTraining, fused, linear_decay
+from gemmlet.backends import select
+from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, StopTraining, dataset, linear_decay
+from gemmlet.training import reference
+from gemmlet.training.plan import SAMPLES, Activation, Dataset, Forward, Gather, Linear, Parameter, TrainingPlan
 from support import assert_within, run_on, same_bits
 
 # Of float64 and float32 weights after dozens of steps, relative to the largest: rounding, as training carries it on.
@@ -42,44 +45,45 @@ RULES: dict[str, Callable[[], Any]] = {
 }
 
 
+def fuses(backend: Any, activation: str = "relu") -> bool:
+    """Whether it has an executor of its own for networks with this activation."""
+    zeros = np.zeros((1, 1), np.float32)
+    network = (Linear(Parameter(zeros), Parameter(zeros[0])), Activation(activation, 0.0))
+    plan = TrainingPlan((network,), (Gather(Dataset(zeros)), Forward(0, (SAMPLES,))))
+    return bool(backend.supports_fused(plan))
+
+
 @pytest.fixture
 def fusing(any_threads_backend: Any) -> Any:
-    if not any_threads_backend.fuses("mlp", [], [], "sgd"):
-        pytest.skip("it has no fused training")
+    if not fuses(any_threads_backend):
+        pytest.skip("it has no executor of its own")
     skip_long(any_threads_backend)  # test_cuda_training.py has some of it
-    return any_threads_backend
-
-
-@pytest.fixture
-def fusing_gan(any_threads_backend: Any) -> Any:
-    if not any_threads_backend.fuses("gan", [], [], "sgd"):
-        pytest.skip("it has no fused training of a GAN")
-    skip_long(any_threads_backend)
     return any_threads_backend
 
 
 @contextlib.contextmanager
 def one_by_one() -> Iterator[None]:
-    """Within, `fit` takes single steps."""
+    """Within, `fit` trains with the reference executor."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_can", lambda *arguments: False)
+        for backend in select._loaded.values():
+            patch.setattr(backend, "supports_fused", lambda plan: False)
         yield
 
 
 @contextlib.contextmanager
-def calls_of(backend: Any, name: str) -> Iterator[list[tuple[float, float]]]:
-    """The calls of a method of the backend: when each began and ended."""
+def calls_of(owner: Any, name: str) -> Iterator[list[tuple[float, float]]]:
+    """The calls of a function of a backend or a module: when each began and ended."""
     times: list[tuple[float, float]] = []
-    method = getattr(backend, name)
+    function = getattr(owner, name)
 
     def timed(*arguments: Any) -> Any:
         start = time.perf_counter()
-        result = method(*arguments)
+        result = function(*arguments)
         times.append((start, time.perf_counter()))
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, name, timed)
+        patch.setattr(owner, name, timed)
         yield times
 
 
@@ -138,13 +142,12 @@ def check(make: Callable[[], Any], backend: Any, dtype: Any, *data: Any, **argum
         called = {k: v() if callable(v) else v for k, v in arguments.items()}
         return fitted(make(), *data, **called)
 
-    with calls_of(backend, "train_mlp") as mlp, calls_of(backend, "train_gan") as gan:
+    with calls_of(reference, "train") as calls:
         result = run()
-    assert mlp or gan
-    with calls_of(backend, "train_mlp") as mlp, calls_of(backend, "train_gan") as gan, one_by_one():
+    assert not calls
+    with calls_of(reference, "train") as calls, one_by_one():
         assert_close(result, run(), dtype)
-    assert not mlp
-    assert not gan
+    assert calls
     with gemmlet.use_backend("numpy"):
         assert_close(result, run(), dtype)
 
@@ -180,8 +183,8 @@ def check_mlp(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str, fusing: Any, dtype: Any) -> None:
-    if not fusing.fuses("mlp", [activation], [], "sgd"):
-        pytest.skip("Numba has no twin of it, so that the reference computes it, step by step")
+    if not fuses(fusing, activation):
+        pytest.skip("Numba has no scalar kernel of it, so that the reference trains")
     layers = [9, 4, 3] if activation == "exp" else [9, 17, 8, 3]  # exp of exp soon overflows
     check_mlp(layers, fusing, dtype, activation=activation, rule="adam", epochs=12)
 
@@ -283,12 +286,12 @@ def small_gan(variant: str, dtype: Any) -> GAN:
 
 @pytest.mark.parametrize("variant", GANS)
 @pytest.mark.parametrize("images", [False, True], ids=["float", "uint8"])
-def test_gan(variant: str, images: bool, fusing_gan: Any, dtype: Any, rng: Any) -> None:
+def test_gan(variant: str, images: bool, fusing: Any, dtype: Any, rng: Any) -> None:
     x = rng.integers(0, 256, (60, 33), np.uint8) if images else rng.uniform(size=(60, 33)).astype(dtype)
     for batch in (1, 16, 25, 100):
         check(
             lambda: small_gan(variant, dtype),
-            fusing_gan,
+            fusing,
             dtype,
             x[:20] if batch == 1 else x,
             batch_size=batch,
@@ -297,12 +300,12 @@ def test_gan(variant: str, images: bool, fusing_gan: Any, dtype: Any, rng: Any) 
         )
 
 
-def test_gan_with_an_optimizer_for_each(fusing_gan: Any, dtype: Any, rng: Any) -> None:
+def test_gan_with_an_optimizer_for_each(fusing: Any, dtype: Any, rng: Any) -> None:
     x = rng.uniform(size=(60, 33)).astype(dtype)
     for first, second in itertools.permutations(["sgd", "nesterov", "adamw"], 2):
         check(
             lambda: small_gan("averaged", dtype),
-            fusing_gan,
+            fusing,
             dtype,
             x,
             batch_size=16,
@@ -351,11 +354,11 @@ def test_same_bits_over_many_steps(kind: str, fusing: Any, dtype: Any) -> None:
         assert same(run(2, rule, lambda progress: None), expected), rule
 
 
-def test_gan_same_bits_for_any_number_of_threads(fusing_gan: Any, dtype: Any, rng: Any) -> None:
+def test_gan_same_bits_for_any_number_of_threads(fusing: Any, dtype: Any, rng: Any) -> None:
     x = rng.uniform(size=(130, 200)).astype(dtype)
     expected: list[Any] = []
     for threads in (1, 2, 3, 2):
-        set_threads(fusing_gan, threads)
+        set_threads(fusing, threads)
         result = fitted(GAN(20, [130, 200], [140, 1], dtype=dtype), x, epochs=2, batch_size=50)
         expected = expected or result
         assert same(result, expected), threads
@@ -389,7 +392,7 @@ def test_skipping_zeros_changes_no_bit(
         for batch in (1, 16):
             results = []
             for below in (0, 2):
-                monkeypatch.setattr(fused, "SPARSE_BELOW", below)
+                monkeypatch.setattr(dataset, "SPARSE_BELOW", below)
                 arguments = {"batch_size": batch, "epochs": 2, "optimizer": RULES[rule]()}
                 results.append(fitted(MLP([features, width, 2], dtype=dtype), x, y, **arguments))
             assert_same_sums(fusing, *results, dtype)
@@ -403,7 +406,7 @@ def test_skipping_zeros_in_long_mini_batches(
     x, y = with_zeros("some", rng, 333, 70, np.uint8), rng.integers(0, 2, size=333)
     results = []
     for below in (0, 2):
-        monkeypatch.setattr(fused, "SPARSE_BELOW", below)
+        monkeypatch.setattr(dataset, "SPARSE_BELOW", below)
         results.append(
             fitted(MLP([70, 33, 2], dtype=dtype), x, y, batch_size=batch, epochs=2, optimizer=RULES["sgd"]())
         )
@@ -414,7 +417,8 @@ def test_zeros_are_skipped_where_there_are_many(fusing: Any, rng: Any) -> None:
     """What decides it; the tests above set it."""
     for share, skipped in ((0.1, True), (0.9, False)):
         x = (rng.uniform(size=(50, 40)) < share).astype(np.float32)
-        assert fused.Samples(x, 40, np.dtype(np.float32)).feed(fused.SPARSE_BELOW).skip_zeros is skipped
+        given = dataset.Samples(x, 40, np.dtype(np.float32)).dataset(may_skip_zeros=True)
+        assert given.skip_zeros is skipped
 
 
 # Sparse matrices.
@@ -472,7 +476,7 @@ def test_sparse_matrices(images: bool, any_threads_backend: Any, dtype: Any, rng
         before, other = memory_of(x), MLP([70, 20, 3], dtype=dtype)
         assert (x.toarray() == dense).all(), name
         result = fitted(other, x, y, validation_data=(x.tocsr()[:9], y[:9]), **arguments)
-        if any_threads_backend.fuses("mlp", [], [], "sgd") and not in_cluster:
+        if fuses(any_threads_backend) and not in_cluster:
             assert same(result, expected), name
         else:
             assert_close(result, expected, dtype)
@@ -706,11 +710,9 @@ def test_state_goes_on(fusing: Any, dtype: Any) -> None:
         return result + fitted(model, x, y, epochs=2, batch_size=16, optimizer=rule)
 
     for unequal, rule in itertools.product((False, True), ("momentum", "adam", "adamw")):
-        with calls_of(fusing, "train_mlp") as calls:
+        with calls_of(reference, "train") as calls:
             result = run(unequal, RULES[rule]())
-            first = len(calls)
-            run(not unequal, RULES[rule]())
-        assert (first < len(calls) - first) is unequal  # the second `fit` of one of the two took single steps
+        assert bool(calls) is unequal  # the second `fit` has hyperparameters of its own for each parameter
         with one_by_one():
             assert_close(result, run(unequal, RULES[rule]()), dtype)
 
@@ -925,8 +927,6 @@ assert getattr(network, "steps", 0) == getattr(other, "steps", 0)
 @pytest.mark.parametrize("kind", ["mlp", "gan"])
 def test_ctrl_c(kind: str, any_threads_backend: Any) -> None:
     """It ends `fit` soon, and between two steps."""
-    if not any_threads_backend.fuses(kind, [], [], "sgd"):
-        pytest.skip("it has no fused training of that network")
     run_on(any_threads_backend, f"import sys\nsys.argv.append({kind!r})\n{INTERRUPTED}")
 
 
@@ -1029,7 +1029,7 @@ def test_other_threads_run_meanwhile(fusing: Any) -> None:
             time.sleep(0.001)
 
     thread = threading.Thread(target=tick)
-    with calls_of(fusing, "train_mlp") as calls:
+    with calls_of(fusing, "train") as calls:
         thread.start()
         try:
             MLP([256, 512, 10]).fit(x, y, 2, 256)

@@ -575,7 +575,7 @@ def test_arrays_of_one_layout_are_not_copied(name: str, any_threads_backend: Any
         pytest.skip("the reference computes in float64 copies")
     base = name.removesuffix("_backward")
     if any_threads_backend.name == "numba" and base in ACTIVATIONS:
-        from gemmlet.backends.numba_formulas import twins
+        from gemmlet.backends.numba.formulas import twins
 
         if name not in twins(np.dtype(np.float32)):
             pytest.skip("it has no twin, and the reference computes in float64 copies")

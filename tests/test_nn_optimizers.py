@@ -156,7 +156,7 @@ def test_by_name(name: str) -> None:
         (lambda: Adam(beta2=-0.1), ValueError, r"beta2 must be within \[0, 1\]"),
         (lambda: Adam(eps=-1e-8), ValueError, "eps must be at least 0"),
         (lambda: AdamW(weight_decay=None), TypeError, "weight_decay must be a real number, got NoneType"),
-        (lambda: Optimizer(0.1), TypeError, "abstract"),
+        (lambda: Optimizer(), TypeError, "abstract"),
     ],
 )
 def test_bad_settings(call: object, error: type[Exception], message: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemmlet.nn import normals
-from gemmlet.nn.training import Ahead, sample_order
+from gemmlet.nn.dataset import Ahead, sample_order
 from support import same_bits
 
 PART = normals._PART

@@ -19,7 +19,7 @@ from gemmlet import kernels
 from support import QUICK_NAMES, UPDATED, Watched, arguments_of, complaint, copies, outcome, same_bits
 
 try:
-    from gemmlet.backends.cpu_backend import CpuBackend, available_isas
+    from gemmlet.backends.cpu import CpuBackend, available_isas
 
     ISAS = available_isas()
 except ImportError:

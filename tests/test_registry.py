@@ -16,7 +16,7 @@ import pytest
 
 import gemmlet
 from gemmlet import kernels, nn
-from gemmlet.backends import cpu_backend
+from gemmlet.backends import cpu as cpu_backend
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
@@ -38,7 +38,7 @@ def test_numba_has_only_what_the_registry_has() -> None:
     pytest.importorskip("numba")
     import numpy as np
 
-    from gemmlet.backends.numba_formulas import twins
+    from gemmlet.backends.numba.formulas import twins
 
     known = {*ACTIVATIONS, *(f"{name}_backward" for name in ACTIVATIONS), *LOSSES, *OPTIMIZER_RULES, "exponential"}
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -171,7 +171,7 @@ def test_automatic_choice_falls_back_and_says_so_once() -> None:
 import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 import numpy as np
-from gemmlet.backends import cpu_backend, select
+from gemmlet.backends import cpu as cpu_backend, select
 cpu_backend.available_isas = lambda: []
 sys.modules["numba"] = None
 import importlib.util

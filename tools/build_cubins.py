@@ -3,7 +3,7 @@
     python tools/build_cubins.py [--arch sm_80,sm_90a] [--out python/gemmlet/cubins] [--jobs N]
 
 Run it before a wheel is built. Of each architecture and source it makes an archive of what
-`gemmlet.backends.cuda_device` asks for, under the keys by which that looks: found by users whose NVRTC has the version
+`gemmlet.backends.cuda.device` asks for, under the keys by which that looks: found by users whose NVRTC has the version
 of this machine's; others compile. An archive that is complete is left alone. No GPU is needed.
 """
 
@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gemmlet.backends import cuda_backend, cuda_compile
+from gemmlet.backends.cuda import backend as cuda_backend
+from gemmlet.backends.cuda import compiler
 
 
 def is_complete(path: Path, names: Mapping[str, str]) -> bool:
@@ -33,7 +34,7 @@ def build(path: Path, source: str, names: Mapping[str, str], arch: str, pool: Th
     """Write an archive of kernels, whose expressions are by file name."""
 
     def compiled(expression: str) -> bytes:
-        return cuda_compile.to_bytes(cuda_compile.compile_cubin(source, [expression], arch)[0])
+        return compiler.to_bytes(compiler.compile_cubin(source, [expression], arch)[0])
 
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz") as archive:
@@ -42,15 +43,15 @@ def build(path: Path, source: str, names: Mapping[str, str], arch: str, pool: Th
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    cuda_compile.write(path, packed.getvalue())
+    compiler.write(path, packed.getvalue())
     path.chmod(0o644)
 
 
 def main() -> int:
     """Compile what is not there yet, and say how much it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default=",".join(cuda_compile.ARCHITECTURES))
-    parser.add_argument("--out", type=Path, default=cuda_compile.PACKAGE / "cubins")
+    parser.add_argument("--arch", default=",".join(compiler.ARCHITECTURES))
+    parser.add_argument("--out", type=Path, default=compiler.PACKAGE / "cubins")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="kernels whose names hold this")
     arguments = parser.parse_args()
@@ -61,8 +62,8 @@ def main() -> int:
                 wanted = sorted(expression for expression in expressions if arguments.only in expression)
                 if not wanted or arch not in cuda_backend.ARCHITECTURES.get(source, (arch,)):
                     continue
-                names = {f"{cuda_compile.key(source, [expression], arch)}.cubin": expression for expression in wanted}
-                path = cuda_compile.archive(arguments.out, source, arch)
+                names = {f"{compiler.key(source, [expression], arch)}.cubin": expression for expression in wanted}
+                path = compiler.archive(arguments.out, source, arch)
                 if not is_complete(path, names):
                     build(path, source, names, arch, pool)
                 size, count = size + path.stat().st_size, count + len(names)

@@ -1,4 +1,4 @@
-"""Clock cycles of each phase of a step of fused training by a cluster (csrc/cuda/cluster_training.cuh).
+"""Clock cycles of each phase of a step of fused training by a cluster (csrc/cuda/training/cluster.cuh).
 
     python tools/cluster_phases.py        # on a machine with a Hopper GPU
 
@@ -14,7 +14,8 @@ import numpy as np
 
 import gemmlet
 from gemmlet import nn
-from gemmlet.backends import cuda_compile, select
+from gemmlet.backends import select
+from gemmlet.backends.cuda import compiler
 
 STEPS, BATCH, RANKS, WARPS = 64, 64, 16, 8
 # How a phase begins in the source, and what comes before it.
@@ -29,7 +30,7 @@ PHASES = [
     ("    // The gradient of the first layer's weights: units", "small sums"),
     ("    // The warp needs this mini-batch no more.", "gradient products, update"),
 ]
-FILE = "cuda/cluster_training.cuh"
+FILE = "cuda/training/cluster.cuh"
 
 
 def with_clocks(sources: dict[str, str]) -> dict[str, str]:
@@ -70,10 +71,10 @@ def clocks_of(device: Any, cupy: Any, modules: int) -> np.ndarray:
 
 def main() -> None:
     """Print the table of both optimizers."""
-    sources = with_clocks(dict(cuda_compile.sources()))
-    cuda_compile.sources = lambda: sources  # type: ignore[assignment]
+    sources = with_clocks(dict(compiler.sources()))
+    compiler.sources = lambda: sources  # type: ignore[assignment]
     backend: Any = select.load("cuda")
-    device, cupy = backend._first, cuda_compile.import_cupy()
+    device, cupy = backend._first, compiler.import_cupy()
     rng = np.random.default_rng(0)
     x = (rng.integers(1, 256, (2 * STEPS * BATCH, 784)) * (rng.random((2 * STEPS * BATCH, 784)) < 0.2)).astype(np.uint8)
     labels = rng.integers(0, 10, len(x))

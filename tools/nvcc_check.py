@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Those of NVRTC (backends/cuda_compile.py) as nvcc spells them; formulas are constexpr, for host and device.
+# Those of NVRTC (backends/cuda/compiler.py) as nvcc spells them; formulas are constexpr, for host and device.
 OPTIONS = ("-std=c++17", "--expt-relaxed-constexpr", "-fmad=false", "-Werror", "all-warnings", "-cubin")
 
 
@@ -29,7 +29,7 @@ def source(expressions: dict[str, list[str]], only: str) -> str:
 
 def check(nvcc: str, arch: str, only: str) -> subprocess.CompletedProcess[str]:
     """Compile them all; the result has nvcc's messages."""
-    from gemmlet.backends import cuda_backend
+    from gemmlet.backends.cuda import backend as cuda_backend
 
     # An activation is a small part of a product's kernel, at its end: the longest one is enough.
     expressions = cuda_backend.expressions(fused=["gelu"])

@@ -29,7 +29,7 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktra
 export PYTHONPATH="$folder/site" PYTHONMALLOC=malloc GEMMLET_TEST_BACKENDS=${GEMMLET_TEST_BACKENDS:-cpu}
 "$python" -c '
 import gemmlet, pathlib
-from gemmlet.backends import cpu_backend
+from gemmlet.backends import cpu as cpu_backend
 assert pathlib.Path(gemmlet.__file__).is_relative_to("'"$folder"'"), gemmlet.__file__
 print("under ASan and UBSan:", *cpu_backend.available_isas())'
 # Not captured, as what the sanitizers print before they end the process would be lost.

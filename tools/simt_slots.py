@@ -18,8 +18,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 
-from gemmlet.backends import cuda_compile, cuda_matmul
-from gemmlet.backends.cuda_matmul import Tile
+from gemmlet.backends.cuda import compiler
+from gemmlet.backends.cuda import matmul as cuda_matmul
+from gemmlet.backends.cuda.matmul import Tile
 
 _FFMA = re.compile(r"FFMA R\d+, (R\d+)(\.reuse)?, (R\d+)(\.reuse)?, (R\d+)(\.reuse)?$")
 _REGISTERS, _SHARED, _THREADS = 65536, 227 * 1024, 2048  # of a multiprocessor
@@ -71,8 +72,8 @@ def report(tile: Tile, arch: str, nvdisasm: str) -> str:
     """A line about a tile."""
     epilogue = cuda_matmul.linear_epilogue("float32", "relu")
     source, name = cuda_matmul.kernel_of(tile, "float32", (False, True), epilogue)
-    options = (*cuda_compile.OPTIONS, "--ptxas-options=-v")
-    made, log = cuda_compile.compile_cubin(source, [name], arch, options)
+    options = (*compiler.OPTIONS, "--ptxas-options=-v")
+    made, log = compiler.compile_cubin(source, [name], arch, options)
     used = re.search(r"Used (\d+) registers", log)
     assert used is not None
     registers = int(used[1])

@@ -23,7 +23,7 @@ import numpy as np
 import gemmlet
 from gemmlet import kernels
 from gemmlet.backends import select
-from gemmlet.backends.cpu_backend import CpuBackend, available_isas
+from gemmlet.backends.cpu import CpuBackend, available_isas
 from gemmlet.formulas.activations import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

@@ -5,7 +5,7 @@
 //   computed in Compute<T>. Losses are summed in double, by thread, block and grid in an order that the grid fixes:
 //   `partial` takes one number for each block, and the last block adds them and writes the mean to *loss.
 //   `range`, if it is not null, holds the smallest and the largest prediction, or class index, as a launch before this one
-//   has found them (value_range of reductions.cuh): outside [0, 1], or of the classes, loss[1] becomes 1, and nothing else is
+//   has found them (value_range of column_sum.cuh): outside [0, 1], or of the classes, loss[1] becomes 1, and nothing else is
 //   read or written. So a check costs no wait of its own. The loss may be memory of the CPU.
 //   counter: 0 before the launch, and again after it. Blocks have `elements_threads` threads, or those of rows.cuh; grids
 //   of any size.
@@ -13,8 +13,8 @@
 #pragma once
 
 #include "cuda/pack.cuh"
-#include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/warp_reduce.cuh"
 
 namespace gemmlet {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/pack.cuh"
-#include "cuda/value.cuh"
+#include "cuda/scalar.cuh"
 
 namespace gemmlet {
 

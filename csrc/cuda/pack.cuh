@@ -4,7 +4,7 @@
 //   Addresses are multiples of sizeof(Pack<T, N>), which is at most 16 bytes, what one thread moves at once.
 #pragma once
 
-#include "cuda/value.cuh"
+#include "cuda/scalar.cuh"
 
 namespace gemmlet {
 

@@ -12,8 +12,8 @@
 #pragma once
 
 #include "cuda/pack.cuh"
-#include "cuda/reduce.cuh"
-#include "cuda/value.cuh"
+#include "cuda/scalar.cuh"
+#include "cuda/warp_reduce.cuh"
 
 namespace gemmlet {
 

@@ -2,7 +2,7 @@
 // and scalars of float and of double.
 //
 // Contract
-//   Whoever includes this file has declared for V (a SIMD vector: cpu/simd.h; a scalar on a GPU: cuda/value.cuh) the
+//   Whoever includes this file has declared for V (a SIMD vector: cpu/simd.h; a scalar on a GPU: cuda/scalar.cuh) the
 //   types ScalarOf<V> and IntVecOf<V>, and constant, select, fma, quotient, product_error, bits, from_bits,
 //   sum_shifted_right.
 //   Any input, NaN, infinities and subnormals included; results that are subnormal are rounded once. Errors, in ULP,

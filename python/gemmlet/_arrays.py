@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .backends import select
 
 if TYPE_CHECKING:
-    from .backends.cuda_backend import CudaBackend
+    from .backends.cuda.backend import CudaBackend
 
 Array = NDArray[Any]
 
@@ -40,10 +40,10 @@ def from_gpu_object(value: Any, name: str) -> Any:
     by_dlpack = device is not None and device()[0] in _CUDA_DEVICES
     if not by_dlpack and not _has_cuda_interface(value):
         return None
-    from .backends import cuda_compile
+    from .backends.cuda import compiler
 
     try:
-        cupy = cuda_compile.import_cupy()
+        cupy = compiler.import_cupy()
         return cupy.from_dlpack(value) if by_dlpack else cupy.asarray(value)
     except Exception as error:  # whatever a foreign library raises
         message = f"{name} ({type(value).__name__}), an array on a GPU, cannot be read: {error}"

@@ -12,7 +12,7 @@ import pytest
 from gemmlet.backends import select
 
 if TYPE_CHECKING:
-    from gemmlet.backends.cuda_backend import CudaBackend
+    from gemmlet.backends.cuda.backend import CudaBackend
 
 
 def load() -> CudaBackend:
@@ -21,7 +21,7 @@ def load() -> CudaBackend:
         raise RuntimeError("CuPy is not installed")
     # Which imports CuPy, without its warning that no CUDA is found.
     from cuda_on_host.device import HostDevice
-    from gemmlet.backends.cuda_backend import CudaBackend
+    from gemmlet.backends.cuda.backend import CudaBackend
 
     try:
         return select.load("cuda")

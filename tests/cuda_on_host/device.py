@@ -118,7 +118,7 @@ class Graph:
 
 
 class HostDevice:
-    """The `gemmlet.backends.cuda_device.Device` that is no GPU.
+    """The `gemmlet.backends.cuda.device.Device` that is no GPU.
 
     Parameters
     ----------

@@ -17,17 +17,17 @@ import numpy as np
 from .. import _threads
 
 if TYPE_CHECKING:
-    from .numpy_backend import NumpyBackend
+    from .base import Backend
 
 CHOICES = ("cpu", "cuda", "numba", "numpy")
 # In this order without a request by name. Arrays on a GPU go to "cuda" in any case.
 _AUTOMATIC = ("cpu", "numba", "numpy")
 
-_loaded: dict[str, NumpyBackend] = {}
-_current: NumpyBackend | None = None
+_loaded: dict[str, Backend] = {}
+_current: Backend | None = None
 
 
-def load(name: str) -> NumpyBackend:
+def load(name: str) -> Backend:
     """Return the backend called `name`, loading it at its first use.
 
     Raises
@@ -41,23 +41,23 @@ def load(name: str) -> NumpyBackend:
         return _loaded[name]
     if name not in CHOICES:
         raise ValueError(f"backend {name!r} is unknown; the choices are {', '.join(CHOICES)}")
-    backend: NumpyBackend
+    backend: Backend
     if name == "cpu":
-        from .cpu_backend import CpuBackend
+        from .cpu import CpuBackend
 
         backend = CpuBackend()
     elif name == "numba":
         if importlib.util.find_spec("numba") is None:
             raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
-        from .numba_backend import NumbaBackend
+        from .numba.backend import NumbaBackend
 
         backend = NumbaBackend()
     elif name == "cuda":
-        from .cuda_backend import CudaBackend
+        from .cuda.backend import CudaBackend
 
         backend = CudaBackend()
     else:
-        from .numpy_backend import NumpyBackend
+        from .numpy import NumpyBackend
 
         backend = NumpyBackend()
     backend.set_num_threads(_threads.get_num_threads())
@@ -65,7 +65,7 @@ def load(name: str) -> NumpyBackend:
     return _loaded[name]
 
 
-def _automatic() -> NumpyBackend:
+def _automatic() -> Backend:
     refusals = []
     for name in _AUTOMATIC:
         try:
@@ -82,7 +82,7 @@ def _automatic() -> NumpyBackend:
     raise AssertionError("the numpy backend always loads")
 
 
-def current() -> NumpyBackend:
+def current() -> Backend:
     """Return the backend in use, choosing it at the first call: `GEMMLET_BACKEND`, else the first that loads."""
     global _current
     if _current is None:
@@ -91,7 +91,7 @@ def current() -> NumpyBackend:
     return _current
 
 
-def of(array: Any) -> NumpyBackend:
+def of(array: Any) -> Backend:
     """Return the backend for this array: the one in use, but `cuda` if it is on a GPU."""
     if type(array) is np.ndarray:
         return current()
@@ -129,13 +129,13 @@ class use_backend:  # noqa: N801 - it is used as a function
         It cannot be loaded here; the message says why.
     """
 
-    def __init__(self, backend: str | NumpyBackend) -> None:
+    def __init__(self, backend: str | Backend) -> None:
         global _current
         chosen = load(backend) if isinstance(backend, str) else backend
         self._previous = _current
         self.backend = _current = chosen
 
-    def __enter__(self) -> NumpyBackend:
+    def __enter__(self) -> Backend:
         return self.backend
 
     def __exit__(

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 import gemmlet
-from gemmlet.backends import cpu_backend, select
+from gemmlet.backends import cpu as cpu_backend
+from gemmlet.backends import select
 
 from . import machine, training
 from .case import Call, Case, Settings

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmlet.backends import cpu_backend
+from gemmlet.backends import cpu as cpu_backend
 
 from .case import Case
 

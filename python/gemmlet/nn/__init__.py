@@ -5,10 +5,10 @@ same bits on one backend, whatever `gemmlet.set_num_threads` says. (The matrix p
 is NumPy's BLAS, which may add in another order where the number of its own threads is another.)
 """
 
+from .fit import GANHistory, GANProgress, History, Progress, StopTraining
 from .gan import GAN
 from .mlp import MLP
-from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, linear_decay, make_optimizer
-from .training import GANHistory, GANProgress, History, Progress, StopTraining
+from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
 
 __all__ = [
     "GAN",
@@ -17,6 +17,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "ClipNorm",
     "GANHistory",
     "GANProgress",
     "History",

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import _arguments as arguments
+
 
 def whole_number(value: Any, name: str, low: int) -> int:
     """Return `value` as an int of at least `low`."""
@@ -66,3 +68,11 @@ def pair(value: Any, name: str) -> tuple[Any, Any]:
         shown = f"{len(value)} items" if isinstance(value, Sequence) else type(value).__name__
         raise TypeError(f"{name} must be a pair (x, y), got {shown}")
     return value[0], value[1]
+
+
+def fraction(value: Any, name: str) -> float:
+    """Return `value` as a float within [0, 1)."""
+    number = arguments.number(value, name, low=0.0, high=1.0)
+    if number == 1.0:
+        raise ValueError(f"{name} must be below 1, got 1")
+    return number

@@ -1,4 +1,4 @@
-"""A stack of linear layers with activations between them, and its gradients: what the MLP and the GAN are made of."""
+"""A stack of linear layers with activations between them: what the MLP and the GAN are made of."""
 
 from __future__ import annotations
 
@@ -38,15 +38,6 @@ class Layer:
     bias: Array
     activation: str | None
     activation_parameter: float | None
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the backward pass of one layer needs of its forward pass; `z` only where the activation asks for it."""
-
-    x: Array
-    y: Array
-    z: Array | None
 
 
 class Dense:
@@ -93,6 +84,10 @@ class Dense:
         """The arrays that training changes: weight and bias of each layer in turn."""
         return [array for layer in self.layers for array in (layer.weight, layer.bias)]
 
+    def copy(self) -> Self:
+        """Return a network of the same parameters, in arrays of its own."""
+        return self.brought(aligned_copy)
+
     def brought(self, bring: Callable[[Array], Array]) -> Self:
         """Return the network with its parameters where `bring` puts them."""
         there = copy.copy(self)
@@ -106,59 +101,6 @@ class Dense:
                 x, layer.weight, layer.bias, layer.activation, activation_parameter=layer.activation_parameter
             )
         return x
-
-    def record(self, x: Array) -> list[Record]:
-        """Forward pass that keeps what `backward` needs; the result is the last record's `y`."""
-        records = []
-        for layer in self.layers:
-            need_z = layer.activation is not None and ACTIVATIONS[layer.activation].needs_x
-            result = kernels.linear(
-                x,
-                layer.weight,
-                layer.bias,
-                layer.activation,
-                activation_parameter=layer.activation_parameter,
-                return_preactivation=need_z,
-            )
-            y, z = result if need_z else (result, None)
-            records.append(Record(x, y, z))
-            x = y
-        return records
-
-    def backward(
-        self, grad: Array, records: Sequence[Record], *, need_input: bool = False, need_parameters: bool = True
-    ) -> tuple[Array | None, list[Array]]:
-        """Gradients from the gradient of the result.
-
-        Returns
-        -------
-        grad_x : ndarray or None
-            With respect to the input, if `need_input`.
-        gradients : list of ndarray
-            One for each of `parameters`; empty without `need_parameters`.
-        """
-        gradients: list[Array] = []
-        current: Array | None = grad
-        for i in reversed(range(len(self.layers))):
-            layer, record = self.layers[i], records[i]
-            current, grad_w, grad_b = kernels.linear_backward(
-                current,
-                record.x,
-                layer.weight,
-                record.y,
-                layer.activation,
-                z=record.z,
-                activation_parameter=layer.activation_parameter,
-                need_x=i > 0 or need_input,
-                need_w=need_parameters,
-                need_b=need_parameters,
-            )
-            if need_parameters:
-                assert grad_w is not None
-                assert grad_b is not None
-                gradients += [grad_b, grad_w]
-        gradients.reverse()
-        return current, gradients
 
 
 def activation_name(value: Any, name: str = "activation") -> str:

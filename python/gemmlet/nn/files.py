@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _checks as checks
 from .dense import Dense
+from .optimizers import Optimizer, make_optimizer
 
 Array = NDArray[Any]
 
@@ -110,3 +113,80 @@ def copy_into(dense: Dense, tensors: dict[str, Array], prefix: str = "") -> None
     """Set the parameters from tensors that `check_tensors` has passed."""
     for name, array in named_tensors(dense, prefix).items():
         array[...] = tensors[name]
+
+
+class Saved(ABC):
+    """Base of the networks that are saved to files."""
+
+    dtype: np.dtype[Any]
+    seed: int
+    steps: int
+    default_optimizer: Optimizer
+    default_batch_size: int
+
+    @abstractmethod
+    def _config(self) -> dict[str, Any]:
+        """The arguments of the constructor, but for those above."""
+
+    @abstractmethod
+    def _parts(self) -> dict[str, Dense]:
+        """All stacks of layers, by the prefix of their tensors' names."""
+
+    @staticmethod
+    @abstractmethod
+    def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
+        """The widths of `_parts`, from input to output."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the network to a safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            An existing file is replaced. The configuration is in the metadata, under ``gemmlet``, as JSON.
+
+        Raises
+        ------
+        ImportError
+            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
+        OSError
+            The file cannot be written.
+        """
+        config = self._config() | {
+            "dtype": str(self.dtype),
+            "seed": self.seed,
+            "default_optimizer": self.default_optimizer.settings(),
+            "default_batch_size": self.default_batch_size,
+            "steps": self.steps,
+        }
+        tensors: dict[str, Array] = {}
+        for prefix, dense in self._parts().items():
+            tensors |= named_tensors(dense, prefix)
+        write(path, type(self).__name__, config, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a network that `save` has written.
+
+        Raises
+        ------
+        ImportError
+            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
+        OSError
+            The file is missing or cannot be read.
+        ValueError
+            It is corrupt or holds something else; the message names it.
+        """
+        config, tensors = read(path, cls.__name__)
+        with errors_name(path, cls.__name__):
+            # Perceptrons that were saved before there were averages have neither.
+            steps = checks.whole_number(config.pop("steps") if "ema_decay" in config else 0, "steps", 0)
+            shapes: dict[str, tuple[int, ...]] = {}
+            for prefix, widths in cls._widths(config).items():
+                shapes |= expected_shapes(widths, prefix)
+            check_tensors(tensors, shapes, np.dtype(config["dtype"]))
+            network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
+        for prefix, dense in network._parts().items():
+            copy_into(dense, tensors, prefix)
+        network.steps = steps
+        return network

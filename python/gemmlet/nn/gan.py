@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import math
-import os
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
 from .. import _arrays as arrays
-from .. import kernels
-from .._threads import get_num_threads
 from ..backends import select
+from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, Loss, Phase, TrainingPlan, Update
+from ..training.reference import gradients
 from . import _checks as checks
 from . import files
-from .dense import Dense, Record, activation_name
-from .fused import GanNetworks, Pace, Steps, gan_steps
-from .normals import fill_normal
-from .optimizers import Adam, Optimizer, Schedule, as_optimizer, lr_factors, make_optimizer
-from .training import CALLBACK_EVERY, CHUNK, Ahead, GANHistory, GANProgress, Samples, StopTraining, sample_order, slices
+from .dataset import CHUNK, Samples, slices
+from .dense import Dense, activation_name
+from .fit import GANHistory, GANProgress, Trainable, network_of
+from .optimizers import Adam, Optimizer, Schedule, as_optimizer
 
 Array = NDArray[Any]
-
-# Which draw noise while a GPU trains: enough to be done earlier.
-_DRAWING_THREADS = 4
 
 LOSSES = ("non_saturating", "minimax")
 GENERATOR_OUTPUTS = ("tanh", "sigmoid")
 
+# Positions in the plan's networks.
+_GENERATOR, _DISCRIMINATOR = 0, 1
 
-class GAN:
+
+class GAN(Trainable, files.Saved):
     """Generative adversarial network (Goodfellow et al., 2014) of two multilayer perceptrons.
 
     The generator G makes a sample from noise z, the discriminator D tells samples of the data from generated ones; each
@@ -112,8 +107,8 @@ class GAN:
         self.discriminator_activation = activation_name(discriminator_activation, "discriminator_activation")
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
         self.loss = checks.choice(loss, "loss", LOSSES)
-        self.label_smoothing = _fraction(label_smoothing, "label_smoothing")
-        self.ema_decay = _fraction(ema_decay, "ema_decay")
+        self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
+        self.ema_decay = checks.fraction(ema_decay, "ema_decay")
         self.dtype = checks.float_dtype(dtype)
         self.seed = checks.whole_number(seed, "seed", 0)
         if default_optimizer is None:
@@ -126,7 +121,14 @@ class GAN:
         # Streams of their own: samples drawn in between do not change what is learnt.
         seeds = np.random.SeedSequence(self.seed).spawn(4)
         draw, self._shuffle, self._training_noise, self._sampling_noise = (np.random.default_rng(s) for s in seeds)
-        self._generator = self._new_generator(draw)
+        self._generator = Dense(
+            [self.latent_dim, *self.generator],
+            self.generator_activation,
+            self.generator_output,
+            self.dtype,
+            draw,
+            _slope(self.generator_activation),
+        )
         self._discriminator = Dense(
             [self.features, *self.discriminator],
             self.discriminator_activation,
@@ -135,21 +137,7 @@ class GAN:
             draw,
             _slope(self.discriminator_activation),
         )
-        self._average = self._generator
-        if self.ema_decay:
-            self._average = self._new_generator(draw)
-            for average, param in zip(self._average.parameters, self._generator.parameters, strict=True):
-                average[...] = param
-
-    def _new_generator(self, rng: np.random.Generator) -> Dense:
-        return Dense(
-            [self.latent_dim, *self.generator],
-            self.generator_activation,
-            self.generator_output,
-            self.dtype,
-            rng,
-            _slope(self.generator_activation),
-        )
+        self._average = self._generator.copy() if self.ema_decay else self._generator
 
     @classmethod
     def classic(cls, seed: int = 0) -> GAN:
@@ -242,163 +230,73 @@ class GAN:
             An argument does not fit; nothing has been trained then.
         """
         samples = self._samples(x)
-        epochs = checks.whole_number(epochs, "epochs", 1)
-        size = self.default_batch_size if batch_size is None else checks.whole_number(batch_size, "batch_size", 1)
-        rule = self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)
+        settings = self._settings(
+            batch_size,
+            epochs=epochs,
+            lr_schedule=lr_schedule,
+            shuffle=shuffle,
+            verbose=verbose,
+            callback=callback,
+            callback_every=callback_every,
+        )
+        rule = self._optimizer(optimizer)
         other = rule
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
-        rng = self._shuffle if arguments.flag(shuffle, "shuffle") else None
-        verbose = arguments.flag(verbose, "verbose")
-        checks.optional_callable(lr_schedule, "lr_schedule")
-        checks.optional_callable(callback, "callback")
-        every = checks.choice(callback_every, "callback_every", CALLBACK_EVERY)
-
+        names, states = zip(
+            rule.prepare(self.generator_parameters), other.prepare(self.discriminator_parameters), strict=True
+        )
+        discriminator_update, generator_update = (
+            Update(_DISCRIMINATOR, names[1], other.max_norm), Update(_GENERATOR, names[0], rule.max_norm)
+        )
+        phases = [
+            self._gather(samples.dataset(may_skip_zeros=False)),
+            # The same noise serves both steps, so that the generator's forward pass is done once.
+            Forward(_GENERATOR, (NOISE,)),
+            *self._discriminator_phases(),
+            discriminator_update,
+            *self._generator_phases(),
+            generator_update,
+        ]
         history = GANHistory()
-        start = time.perf_counter()
-        batches = math.ceil(len(samples) / size)
-        steps = self._fused_steps(samples, rule, other)
-        one_by_one = steps is None or (callback is not None and every == "batch")
-        pace, orders = Pace(), Ahead(rng, sample_order)
-        by_threads = None if steps is None else partial(self._draw_by_threads, steps)
-        noises = Ahead(self._training_noise, self._draw, by_threads)
-
-        def prepare(epoch: int, rest: int) -> None:
-            """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""
-            if not rest and epoch < epochs:
-                rest = len(samples)
-                orders.prepare(rest)
-            if rest:
-                noises.prepare(min(rest, size * (1 if one_by_one else pace.following())))
-
-        def write_back() -> None:
-            if steps is not None:
-                steps.write_back()
-
-        try:
-            for epoch in range(1, epochs + 1):
-                generator_sum, discriminator_sum, seen, batch = 0.0, 0.0, 0, 0
-                order = orders.take(len(samples))
-                stopped = False
-                while batch < batches and not stopped:
-                    where = order[seen : seen + size * (1 if one_by_one else pace.steps)]
-                    noise = noises.take(len(where))
-                    done = math.ceil(len(where) / size)
-                    factors = lr_factors(lr_schedule, (epoch - 1) * batches + batch, done, epochs * batches)
-                    fused = None
-                    if steps is not None:
-                        decay, rest = self._decay(self.steps + np.arange(1, done + 1)), len(samples) - seen - len(where)
-                        # Counted before: Ctrl-C comes as the call returns, its steps done.
-                        self.steps += done
-                        pace.start()
-                        try:
-                            sums = generator_sum, discriminator_sum
-                            fused = steps.take(where, size, factors, noise, decay, sums, partial(prepare, epoch, rest))
-                        except (TypeError, ValueError, MemoryError):
-                            self.steps -= done
-                            raise
-                        pace.stop(done)
-                        if fused is None:
-                            self.steps -= done
-                    if fused is not None:
-                        generator_sum, discriminator_sum = fused
-                    else:
-                        # From now on no more noise is drawn than a step uses: what is learnt shall not depend on
-                        # the pace.
-                        one_by_one, where = True, where[:size]
-                        write_back()
-                        losses = self._step(self._scaled(samples.batch(where)), noise[:size], rule, other, factors[0])
-                        generator_sum += losses[0] * len(where)
-                        discriminator_sum += losses[1] * len(where)
-                    seen += len(where)
-                    batch += math.ceil(len(where) / size)
-                    if callback is not None and (batch == batches or every != "epoch"):
-                        means = generator_sum / seen, discriminator_sum / seen
-                        write_back()
-                        try:
-                            callback(GANProgress(epoch, epochs, batch, batches, *means, batch == batches))
-                        except StopTraining:
-                            stopped = True
-                history.generator_loss.append(generator_sum / seen)
-                history.discriminator_loss.append(discriminator_sum / seen)
-                if verbose:
-                    print(
-                        f"epoch {epoch}/{epochs}  generator loss {history.generator_loss[-1]:.4f}  "
-                        f"discriminator loss {history.discriminator_loss[-1]:.4f}",
-                        flush=True,
-                    )
-                if stopped:
-                    break
-        finally:
-            write_back()
-        history.seconds = time.perf_counter() - start
+        self._train(history, samples, self._plan(phases, states), [other, rule], settings)
         return history
 
-    def _step(
-        self, real: Array, noise: Array, rule: Optimizer, other: Optimizer, lr_factor: float
-    ) -> tuple[float, float]:
-        """One step of the discriminator and one of the generator; the losses of the two, generator first."""
-        records = self._generator.record(noise)
-        discriminator_loss, gradients = self._discriminator_gradients(real, records[-1].y)
-        for param, grad in zip(self.discriminator_parameters, gradients, strict=True):
-            other.update(param, grad, lr_factor=lr_factor)
-        # The same noise serves the generator, so that its forward pass is done once.
-        generator_loss, gradients = self._generator_gradients(records)
-        for param, grad in zip(self.generator_parameters, gradients, strict=True):
-            rule.update(param, grad, lr_factor=lr_factor)
-        self.steps += 1
-        self._update_average()
-        return generator_loss, discriminator_loss
+    def _plan(self, phases: Sequence[Phase], states: Sequence[Any] = (None, None)) -> TrainingPlan:
+        average = self._average if self.ema_decay else None
+        networks = network_of(self._generator, states[0], average), network_of(self._discriminator, states[1])
+        return TrainingPlan(networks, tuple(phases))
 
-    def _fused_steps(self, samples: Samples, rule: Optimizer, other: Optimizer) -> Steps | None:
-        """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
-        average = None if self._average is self._generator else self._average
-        scale, shift = (2.0, -1.0) if self.generator_output == "tanh" else (1.0, 0.0)
-        return gan_steps(
-            GanNetworks(self._generator, self._discriminator, average),
-            samples,
-            scale,
-            shift,
-            1.0 - self.label_smoothing,
-            self.loss == "non_saturating",
-            rule,
-            other,
-        )
+    def _gather(self, dataset: Dataset) -> Gather:
+        """Samples, from [0, 1] to the range of the generator."""
+        return Gather(dataset, 2.0, -1.0) if self.generator_output == "tanh" else Gather(dataset)
 
-    def _decay(self, steps: Any) -> Any:
-        """Of the moving average after so many steps, a number or an array: at first it follows closely."""
-        return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
+    def _discriminator_phases(self) -> list[Phase]:
+        """From samples, and from what is generated, to the discriminator's gradients."""
+        targets = 1.0 - self.label_smoothing, 0.0
+        return [
+            Forward(_DISCRIMINATOR, (SAMPLES, _GENERATOR)),
+            Loss(_DISCRIMINATOR, "binary_cross_entropy_with_logits", targets),
+            Backward(_DISCRIMINATOR),
+        ]
 
-    def _update_average(self) -> None:
-        if self._average is self._generator:
-            return
-        decay = float(self._decay(self.steps))
-        for average, param in zip(self._average.parameters, self._generator.parameters, strict=True):
-            average *= decay
-            average += (1.0 - decay) * param
+    def _generator_phases(self) -> list[Phase]:
+        """From what is generated to the generator's gradients, through the discriminator as it is then.
 
-    def _discriminator_gradients(self, real: Array, fake: Array) -> tuple[float, list[Array]]:
-        both = np.concatenate([real, fake])
-        targets = np.zeros((len(both), 1), self.dtype)
-        targets[: len(real)] = 1.0 - self.label_smoothing
-        records = self._discriminator.record(both)
-        loss, grad = kernels.binary_cross_entropy_with_logits(records[-1].y, targets)
-        # The kernel's mean is over both halves, the loss the sum of the means over each.
-        grad *= 2.0
-        return 2.0 * loss, self._discriminator.backward(grad, records)[1]
+        minimax: ``log(1 - D)`` shall become small, so that the loss of the target 0 is maximised.
+        """
+        target, sign = (1.0, 1.0) if self.loss == "non_saturating" else (0.0, -1.0)
+        return [
+            Forward(_DISCRIMINATOR, (_GENERATOR,)),
+            Loss(_DISCRIMINATOR, "binary_cross_entropy_with_logits", (target,), sign=sign),
+            Backward(_DISCRIMINATOR, to=_GENERATOR),
+            Backward(_GENERATOR),
+        ]
 
-    def _generator_gradients(self, generated: list[Record]) -> tuple[float, list[Array]]:
-        records = self._discriminator.record(generated[-1].y)
-        logits = records[-1].y
-        if self.loss == "non_saturating":
-            loss, grad = kernels.binary_cross_entropy_with_logits(logits, np.ones_like(logits))
-        else:
-            loss, grad = kernels.binary_cross_entropy_with_logits(logits, np.zeros_like(logits))
-            loss = -loss
-            np.negative(grad, out=grad)
-        grad_fake, _ = self._discriminator.backward(grad, records, need_input=True, need_parameters=False)
-        assert grad_fake is not None
-        return loss, self._generator.backward(grad_fake, generated)[1]
+    _progress = GANProgress
+
+    def _metrics(self, losses: Sequence[float], accuracy: float) -> dict[str, float]:
+        return {"generator_loss": losses[1], "discriminator_loss": losses[0]}
 
     def discriminator_loss_and_gradients(self, x: Any, z: Any) -> tuple[float, list[Array]]:
         """Loss of the discriminator, and its gradients: one array for each of `discriminator_parameters`.
@@ -412,7 +310,13 @@ class GAN:
         """
         samples = self._samples(x)
         noise = arrays.to_cpu(self._checked_noise(z, len(samples)))
-        return self._discriminator_gradients(self._scaled(samples.batch(slice(None))), self._generator.forward(noise))
+        phases = [
+            self._gather(samples.dataset(may_skip_zeros=False)),
+            Forward(_GENERATOR, (NOISE,)),
+            *self._discriminator_phases(),
+        ]
+        step = gradients(samples.backend, self._plan(phases), len(samples), noise)
+        return step.losses[0], step.gradients[_DISCRIMINATOR]
 
     def generator_loss_and_gradients(self, z: Any) -> tuple[float, list[Array]]:
         """Loss of the generator, and its gradients: one array for each of `generator_parameters`.
@@ -425,7 +329,9 @@ class GAN:
         noise = arrays.to_cpu(self._checked_noise(z, None))
         if not len(noise):
             raise ValueError("z is empty; expected at least one row")
-        return self._generator_gradients(self._generator.record(noise))
+        phases = [Gather(Dataset(noise)), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
+        step = gradients(select.current(), self._plan(phases), len(noise), noise)
+        return step.losses[0], step.gradients[_GENERATOR]
 
     # Use.
 
@@ -484,16 +390,6 @@ class GAN:
             arrays.assign(result[where], made)
         return result
 
-    def _draw(self, rng: np.random.Generator, n: int) -> Array:
-        # Drawn in float64 for either dtype, so that both get the same numbers.
-        return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
-
-    def _draw_by_threads(self, steps: Steps, rng: np.random.Generator, n: int) -> Array:
-        """The same, where a GPU takes it from."""
-        noise = steps.empty_pinned((n, self.latent_dim), self.dtype)
-        fill_normal(rng, noise.reshape(-1), min(get_num_threads(), _DRAWING_THREADS))
-        return noise
-
     # Arguments.
 
     def _samples(self, x: Any) -> Samples:
@@ -506,10 +402,6 @@ class GAN:
                 raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
         return samples
 
-    def _scaled(self, rows: Array) -> Array:
-        """Bring samples from [0, 1] to the range of the generator."""
-        return arrays.scaled(rows, self.dtype, 2.0, -1.0) if self.generator_output == "tanh" else rows
-
     def _checked_noise(self, z: Any, n: int | None) -> Array:
         noise = arguments.as_floats(z, "z", self.dtype)
         if noise.ndim != 2 or noise.shape[1] != self.latent_dim or n not in (None, len(noise)):
@@ -518,83 +410,22 @@ class GAN:
 
     # Files.
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write both networks to a safetensors file, whole or not at all.
-
-        Parameters
-        ----------
-        path : path
-            An existing file is replaced. The configuration is in the metadata, under ``gemmlet``, as JSON.
-
-        Raises
-        ------
-        ImportError
-            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
-        OSError
-            The file cannot be written.
-        """
-        config = {
-            "latent_dim": self.latent_dim,
-            "generator": self.generator,
-            "discriminator": self.discriminator,
-            "generator_activation": self.generator_activation,
-            "discriminator_activation": self.discriminator_activation,
-            "generator_output": self.generator_output,
-            "loss": self.loss,
-            "label_smoothing": self.label_smoothing,
-            "ema_decay": self.ema_decay,
-            "dtype": str(self.dtype),
-            "seed": self.seed,
-            "default_optimizer": self.default_optimizer.settings(),
-            "default_batch_size": self.default_batch_size,
-            "steps": self.steps,
-        }
-        tensors: dict[str, Array] = {}
-        for prefix, dense in self._parts().items():
-            tensors |= files.named_tensors(dense, prefix)
-        files.write(path, "GAN", config, tensors)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read networks that `save` has written.
-
-        Raises
-        ------
-        ImportError
-            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
-        OSError
-            The file is missing or cannot be read.
-        ValueError
-            It is corrupt or holds something else; the message names it.
-        """
-        config, tensors = files.read(path, "GAN")
-        with files.errors_name(path, "GAN"):
-            steps = checks.whole_number(config.pop("steps"), "steps", 0)
-            generator = [config["latent_dim"], *config["generator"]]
-            shapes = files.expected_shapes(generator, "generator.")
-            if config["ema_decay"]:
-                shapes |= files.expected_shapes(generator, "average.")
-            shapes |= files.expected_shapes([generator[-1], *config["discriminator"]], "discriminator.")
-            files.check_tensors(tensors, shapes, np.dtype(config["dtype"]))
-            gan = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
-        for prefix, dense in gan._parts().items():
-            files.copy_into(dense, tensors, prefix)
-        gan.steps = steps
-        return gan
+    def _config(self) -> dict[str, Any]:
+        names = (
+            "latent_dim", "generator", "discriminator", "generator_activation", "discriminator_activation",
+            "generator_output", "loss", "label_smoothing", "ema_decay",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     def _parts(self) -> dict[str, Dense]:
-        """Return the networks by the prefix of their tensors' names."""
         parts = {"generator.": self._generator, "discriminator.": self._discriminator}
-        if self._average is not self._generator:
-            parts["average."] = self._average
-        return parts
+        return parts | ({"average.": self._average} if self.ema_decay else {})
 
-
-def _fraction(value: Any, name: str) -> float:
-    number = arguments.number(value, name, low=0.0, high=1.0)
-    if number == 1.0:
-        raise ValueError(f"{name} must be below 1, got 1")
-    return number
+    @staticmethod
+    def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
+        generator = [config["latent_dim"], *config["generator"]]
+        widths = {"generator.": generator, "discriminator.": [generator[-1], *config["discriminator"]]}
+        return widths | ({"average.": generator} if config["ema_decay"] else {})
 
 
 def _slope(activation: str) -> float | None:

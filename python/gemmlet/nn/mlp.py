@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -15,19 +12,21 @@ from numpy.typing import DTypeLike, NDArray
 from .. import _arguments as arguments
 from .. import _arrays as arrays
 from .. import kernels
+from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
+from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from . import files
+from .dataset import CHUNK, Samples, slices
 from .dense import Dense, activation_name, activation_number
-from .fused import Pace, Steps, mlp_steps
-from .optimizers import SGD, Optimizer, Schedule, as_optimizer, lr_factors, make_optimizer
-from .training import CALLBACK_EVERY, CHUNK, Ahead, History, Progress, Samples, StopTraining, sample_order, slices
+from .fit import VALIDATION, History, Progress, Trainable, network_of
+from .optimizers import SGD, Optimizer, Schedule, as_optimizer
 
 Array = NDArray[Any]
 
 OUTPUTS = ("softmax", "sigmoid", "identity")
 
 
-class MLP:
+class MLP(Trainable, files.Saved):
     """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
 
     Parameters
@@ -50,6 +49,13 @@ class MLP:
         Draws the first weights and the order of the samples. The same seed gives the same bits.
     activation_parameter : float, optional
         The number that the activation takes, where it takes one (`negative_slope` of leaky_relu, `alpha` of elu).
+    label_smoothing : float, within [0, 1)
+        With softmax, targets of the objective become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy
+        et al., 2016); so do those of `evaluate`.
+    ema_decay : float, within [0, 1)
+        What the network is used with is an exponential moving average of its parameters with this decay per step
+        (Polyak and Juditsky, 1992); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the parameters
+        themselves.
     default_optimizer : str or Optimizer
         What `fit` uses if it is given none: a name, or an optimizer whose settings are taken.
     default_batch_size : int
@@ -85,6 +91,8 @@ class MLP:
         dtype: DTypeLike = np.float32,
         seed: int = 0,
         activation_parameter: float | None = None,
+        label_smoothing: float = 0.0,
+        ema_decay: float = 0.0,
         default_optimizer: str | Optimizer = "adam",
         default_batch_size: int = 64,
     ) -> None:
@@ -94,13 +102,19 @@ class MLP:
         self.dtype = checks.float_dtype(dtype)
         self.seed = checks.whole_number(seed, "seed", 0)
         self.activation_parameter = activation_number(activation, activation_parameter)
+        self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
+        self.ema_decay = checks.fraction(ema_decay, "ema_decay")
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
         self.default_batch_size = checks.whole_number(default_batch_size, "default_batch_size", 1)
         if output == "softmax" and self.layers[-1] < 2:
             raise ValueError('output "softmax" needs at least 2 outputs; for one output use "sigmoid"')
+        if self.label_smoothing and output != "softmax":
+            raise ValueError(f'label_smoothing needs output "softmax", this network has {output!r}')
+        self.steps = 0
         # Two streams, so that the order of the samples does not depend on how many weights were drawn.
         draw, self._shuffle = (np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(2))
         self._dense = Dense(self.layers, activation, None, self.dtype, draw, self.activation_parameter)
+        self._average = self._dense.copy() if self.ema_decay else self._dense
 
     @classmethod
     def classic(cls, seed: int = 0) -> MLP:
@@ -181,129 +195,53 @@ class MLP:
             An argument does not fit; nothing has been trained then.
         """
         samples, targets = self._samples_and_targets(x, y)
-        epochs = checks.whole_number(epochs, "epochs", 1)
-        size = self.default_batch_size if batch_size is None else checks.whole_number(batch_size, "batch_size", 1)
-        rule = self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)
-        validation = None
+        settings = self._settings(
+            batch_size,
+            epochs=epochs,
+            lr_schedule=lr_schedule,
+            shuffle=shuffle,
+            verbose=verbose,
+            callback=callback,
+            callback_every=callback_every,
+        )
+        rule = self._optimizer(optimizer)
+        validate = None
         if validation_data is not None:
             names = "validation_data[0]", "validation_data[1]"
             validation = self._samples_and_targets(*checks.pair(validation_data, "validation_data"), names)
-        rng = self._shuffle if arguments.flag(shuffle, "shuffle") else None
-        verbose = arguments.flag(verbose, "verbose")
-        checks.optional_callable(lr_schedule, "lr_schedule")
-        checks.optional_callable(callback, "callback")
-        every = checks.choice(callback_every, "callback_every", CALLBACK_EVERY)
+            validation[0].stay()
+
+            def validate() -> dict[str, float]:
+                return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
         history = History()
-        start = time.perf_counter()
-        if validation is not None:
-            validation[0].stay()
-        batches = math.ceil(len(samples) / size)
-        steps = self._fused_steps(samples, targets, rule)
-        one_by_one = steps is None or (callback is not None and every == "batch")
-        pace, orders = Pace(), Ahead(rng, sample_order)
-
-        def prepare(epoch: int, rest: int) -> None:
-            """Draw the order of the next epoch, if the call that runs leaves no samples of this one."""
-            if not rest and epoch < epochs:
-                orders.prepare(len(samples))
-
-        def write_back() -> None:
-            if steps is not None:
-                steps.write_back()
-
-        try:
-            for epoch in range(1, epochs + 1):
-                loss_sum, correct, seen, batch = 0.0, 0.0, 0, 0
-                order = orders.take(len(samples))
-                done = False
-                try:
-                    while not done:
-                        where = order[seen : seen + size * (1 if one_by_one else pace.steps)]
-                        count = math.ceil(len(where) / size)
-                        factors = lr_factors(lr_schedule, (epoch - 1) * batches + batch, count, epochs * batches)
-                        fused = None
-                        if steps is not None:
-                            rest = len(samples) - seen - len(where)
-                            pace.start()
-                            fused = steps.take(where, size, factors, loss_sum, partial(prepare, epoch, rest))
-                            pace.stop(count)
-                        if fused is not None:
-                            loss_sum, right = fused
-                        else:
-                            write_back()
-                            where = where[:size]
-                            loss, right = self._step(samples.batch(where), targets[where], rule, factors[0])
-                            loss_sum += loss * len(where)
-                        seen += len(where)
-                        correct += right
-                        batch += math.ceil(len(where) / size)
-                        scores: tuple[float | None, float | None] = (None, None)
-                        if batch == batches:
-                            done = True
-                            if validation is not None:
-                                write_back()
-                                scores = self._evaluate(*validation)
-                            self._log(history, epoch, epochs, loss_sum / seen, correct / seen, scores, verbose)
-                        if callback is not None and (done or every != "epoch"):
-                            write_back()
-                            callback(
-                                Progress(epoch, epochs, batch, batches, loss_sum / seen, correct / seen, done, *scores)
-                            )
-                except StopTraining:
-                    if not done:
-                        unknown = (None, None) if validation is None else (math.nan, math.nan)
-                        self._log(history, epoch, epochs, loss_sum / seen, correct / seen, unknown, verbose)
-                    break
-        finally:
-            write_back()
-        history.seconds = time.perf_counter() - start
+        self._train(history, samples, self._plan(samples, targets, rule), [rule], settings, validate)
         return history
 
-    def _step(self, rows: Array, targets: Array, rule: Optimizer, lr_factor: float) -> tuple[float, float]:
-        """One mini-batch, written with the public kernels: its loss, and the number of right answers."""
-        loss, right, gradients = self._gradients(rows, targets)
-        for param, grad in zip(self.parameters, gradients, strict=True):
-            rule.update(param, grad, lr_factor=lr_factor)
-        return loss, right
-
-    def _fused_steps(self, samples: Samples, targets: Array, rule: Optimizer) -> Steps | None:
-        """The same for many mini-batches in one call, where the backend has it: see `gemmlet.nn.fused`."""
-        loss, row_weight = {
-            "softmax": ("softmax_cross_entropy", 1.0),
-            "sigmoid": ("binary_cross_entropy_with_logits", 1.0),
-            "identity": ("mean_squared_error", 1.0 / self.layers[-1]),
+    def _plan(self, samples: Samples, targets: Array, rule: Optimizer | None = None) -> TrainingPlan:
+        """A step; without `rule` all but the update."""
+        loss, reduction = {
+            "softmax": ("softmax_cross_entropy", "sum"),
+            "sigmoid": ("binary_cross_entropy_with_logits", "sum"),
+            "identity": ("mean_squared_error", "mean"),
         }[self.output]
-        steps = mlp_steps(self._dense, loss, row_weight, samples, targets, rule)
-        if steps is None or self.output != "identity":
-            return steps
+        phases: list[Phase] = [
+            Gather(samples.dataset(may_skip_zeros=True)),
+            Forward(0, (SAMPLES,)),
+            Loss(0, loss, np.ascontiguousarray(targets), self.label_smoothing, reduction),
+            Backward(0),
+        ]
+        states = None
+        if rule is not None:
+            name, states = rule.prepare(self.parameters)
+            phases.append(Update(0, name, rule.max_norm))
+        average = self._average if self.ema_decay else None
+        return TrainingPlan((network_of(self._dense, states, average),), tuple(phases))
 
-        def without_classes(*arguments: Any) -> tuple[float, float] | None:
-            fused = steps.take(*arguments)
-            return None if fused is None else (fused[0], math.nan)
+    _progress = Progress
 
-        return steps._replace(take=without_classes)
-
-    @staticmethod
-    def _log(
-        history: History,
-        epoch: int,
-        epochs: int,
-        loss: float,
-        accuracy: float,
-        scores: tuple[float | None, float | None],
-        verbose: bool,
-    ) -> None:
-        """Put an epoch into the history, and print it if wanted."""
-        history.loss.append(loss)
-        history.accuracy.append(accuracy)
-        line = f"epoch {epoch}/{epochs}  loss {loss:.4f}  accuracy {accuracy:.4f}"
-        if scores[0] is not None and scores[1] is not None:
-            history.validation_loss.append(scores[0])
-            history.validation_accuracy.append(scores[1])
-            line += f"  validation loss {scores[0]:.4f}  accuracy {scores[1]:.4f}"
-        if verbose:
-            print(line, flush=True)
+    def _metrics(self, losses: Sequence[float], accuracy: float) -> dict[str, float]:
+        return {"loss": losses[0], "accuracy": math.nan if self.output == "identity" else accuracy}
 
     def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
         """Loss of all samples as one mini-batch, and its gradients: one array for each of `parameters`.
@@ -314,45 +252,19 @@ class MLP:
             As in `fit`.
         """
         samples, targets = self._samples_and_targets(x, y)
-        loss, _, gradients = self._gradients(samples.batch(slice(None)), targets)
-        return loss, gradients
+        step = gradients(samples.backend, self._plan(samples, targets), len(samples))
+        return step.losses[0], step.gradients[0]
 
-    def _gradients(self, rows: Array, targets: Array) -> tuple[float, float, list[Array]]:
-        """Loss, number of right answers (NaN for identity outputs) and gradients."""
-        records = self._dense.record(rows)
-        outputs = records[-1].y
-        loss, grad = self._loss(outputs, targets)
-        if self.output == "sigmoid":
-            grad *= outputs.shape[1]
-        _, gradients = self._dense.backward(grad, records)
-        return loss, self._count_right(outputs, targets), gradients
-
-    def _loss(self, outputs: Array, targets: Array) -> tuple[float, Array]:
-        """Loss, and the kernel's gradient with respect to what the last layer gives, where that is."""
+    def _loss(self, outputs: Array, targets: Array) -> float:
+        """The objective, where the outputs are."""
         if self.output == "softmax":
-            loss, grad = kernels.softmax_cross_entropy(outputs, arrays.beside(targets, outputs))
-        elif self.output == "sigmoid":
-            wanted = np.zeros(outputs.shape, self.dtype)
-            if outputs.shape[1] == 1:
-                wanted[:, 0] = targets
-            else:
-                wanted[np.arange(len(targets)), targets] = 1.0
-            loss, grad = kernels.binary_cross_entropy_with_logits(outputs, arrays.beside(wanted, outputs))
+            labels = arrays.beside(targets, outputs)
+            return kernels.softmax_cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)[0]
+        wanted = arrays.beside(one_hot(targets, outputs.shape, self.dtype), outputs)
+        if self.output == "sigmoid":
             # The kernel's mean is over all elements, the objective's over the samples.
-            loss *= outputs.shape[1]
-        else:
-            loss, grad = kernels.mean_squared_error(outputs, arrays.beside(targets, outputs))
-        return loss, grad
-
-    def _count_right(self, outputs: Array, targets: Array) -> float:
-        if self.output == "identity":
-            return math.nan
-        return float(np.count_nonzero(self._classes(outputs) == targets))
-
-    @staticmethod
-    def _classes(logits: Array) -> Array:
-        logits = arrays.to_cpu(logits)
-        return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else np.argmax(logits, axis=1)
+            return kernels.binary_cross_entropy_with_logits(outputs, wanted)[0] * outputs.shape[1]
+        return kernels.mean_squared_error(outputs, wanted)[0]
 
     # Use.
 
@@ -376,7 +288,7 @@ class MLP:
             return outputs[:, 0] if self.layers[-1] == 1 else outputs
         classes = np.empty(len(samples), np.int64)
         for where, outputs in self._outputs(samples):
-            classes[where] = self._classes(outputs)
+            classes[where] = predicted_classes(arrays.to_cpu(outputs))
         return arrays.beside(classes, samples.array)
 
     def predict_proba(self, x: Any) -> Array:
@@ -414,11 +326,12 @@ class MLP:
         return {"loss": loss, "accuracy": accuracy}
 
     def _evaluate(self, samples: Samples, targets: Array) -> tuple[float, float]:
-        loss_sum = right = 0.0
+        loss_sum, correct = 0.0, 0
         for where, outputs in self._outputs(samples):
-            loss_sum += self._loss(outputs, targets[where])[0] * len(outputs)
-            right += self._count_right(outputs, targets[where])
-        return loss_sum / len(samples), right / len(samples)
+            loss_sum += self._loss(outputs, targets[where]) * len(outputs)
+            if self.output != "identity":
+                correct += np.count_nonzero(predicted_classes(arrays.to_cpu(outputs)) == targets[where])
+        return loss_sum / len(samples), math.nan if self.output == "identity" else correct / len(samples)
 
     def features(self, x: Any) -> Array:
         """Activations of the last hidden layer: what the network sees in each sample.
@@ -445,7 +358,7 @@ class MLP:
     def _outputs(self, samples: Samples, depth: int | None = None) -> Iterator[tuple[slice, Array]]:
         """What the last layer gives, or the first `depth` ones, some samples at a time, where the backend computes."""
         backend = samples.backend
-        dense = self._dense.brought(lambda array: backend.bring(array, samples.array))
+        dense = self._average.brought(lambda array: backend.bring(array, samples.array))
         for where in slices(len(samples), CHUNK):
             yield where, dense.forward(samples.chunk(where), depth)
 
@@ -498,49 +411,14 @@ class MLP:
 
     # Files.
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the network to a safetensors file, whole or not at all.
+    def _config(self) -> dict[str, Any]:
+        names = "layers", "activation", "output", "activation_parameter", "label_smoothing", "ema_decay"
+        return {name: getattr(self, name) for name in names}
 
-        Parameters
-        ----------
-        path : path
-            An existing file is replaced. The configuration is in the metadata, under ``gemmlet``, as JSON.
+    def _parts(self) -> dict[str, Dense]:
+        return {"": self._dense} | ({"average.": self._average} if self.ema_decay else {})
 
-        Raises
-        ------
-        ImportError
-            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
-        OSError
-            The file cannot be written.
-        """
-        config = {
-            "layers": self.layers,
-            "activation": self.activation,
-            "output": self.output,
-            "dtype": str(self.dtype),
-            "seed": self.seed,
-            "activation_parameter": self.activation_parameter,
-            "default_optimizer": self.default_optimizer.settings(),
-            "default_batch_size": self.default_batch_size,
-        }
-        files.write(path, "MLP", config, files.named_tensors(self._dense))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a network that `save` has written.
-
-        Raises
-        ------
-        ImportError
-            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
-        OSError
-            The file is missing or cannot be read.
-        ValueError
-            It is corrupt or holds something else; the message names it.
-        """
-        config, tensors = files.read(path, "MLP")
-        with files.errors_name(path, "MLP"):
-            files.check_tensors(tensors, files.expected_shapes(config["layers"]), np.dtype(config["dtype"]))
-            network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
-        files.copy_into(network._dense, tensors)
-        return network
+    @staticmethod
+    def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
+        layers = config["layers"]
+        return {"": layers} | ({"average.": layers} if config.get("ema_decay") else {})

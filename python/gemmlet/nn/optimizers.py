@@ -14,6 +14,7 @@ from .. import _arguments as arguments
 from .. import kernels
 from .._memory import aligned_zeros
 from ..formulas.optimizers import OPTIMIZER_RULES, adam_numbers, adam_table, sgd_numbers
+from ..training.reference import clip_by_norm
 from . import _checks as checks
 
 Array = NDArray[Any]
@@ -31,16 +32,6 @@ class _State:
     steps: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What steps to come need: the rule, its numbers (steps, numbers), and the state of each parameter."""
-
-    rule: str
-    scalars: NDArray[np.float64]
-    states: list[tuple[Array, ...]]
-
-
-@dataclass
 class Optimizer(ABC):
     """Base of the optimizers.
 
@@ -53,22 +44,15 @@ class Optimizer(ABC):
         What `make_optimizer` and `fit` know it by.
     lr : float
         Learning rate, at least 0. Like the other settings it may be changed between steps.
+    max_norm : float or None
+        What `ClipNorm` limits the gradients to.
     """
 
     name: ClassVar[str]
-
     lr: float
-    _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False, compare=False)
+    max_norm: float | None = None
 
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            if setting.init and setting.name != "nesterov":
-                high = 1.0 if setting.name in ("momentum", "beta1", "beta2") else np.inf
-                number = arguments.number(getattr(self, setting.name), setting.name, low=0.0, high=high)
-                if setting.name in ("beta1", "beta2") and number == 1.0:
-                    raise ValueError(f"{setting.name} must be below 1, got 1")
-                setattr(self, setting.name, number)
-
+    @abstractmethod
     def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
         """Update one parameter in place.
 
@@ -86,6 +70,49 @@ class Optimizer(ABC):
         TypeError, ValueError
             A dtype, a shape or a setting does not fit.
         """
+
+    @abstractmethod
+    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
+        """The rule that updates all of `params`, and its state for each."""
+
+    @abstractmethod
+    def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
+        """The rule's hyperparameters at the next updates of `params`, as `Batches` has them.
+
+        `factors` has one for each step, as `update` takes it.
+        """
+
+    @abstractmethod
+    def advance(self, params: Sequence[Array], steps: int) -> None:
+        """Take note that so many updates of all of `params` were done."""
+
+    @abstractmethod
+    def fresh(self) -> Self:
+        """Return an optimizer with the same settings and no state."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the settings, as `make_optimizer` takes them."""
+
+
+@dataclass
+class _RuleOptimizer(Optimizer):
+    """An optimizer that is a rule of the registry."""
+
+    lr: float
+    _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.init and setting.name != "nesterov":
+                high = 1.0 if setting.name in ("momentum", "beta1", "beta2") else np.inf
+                number = arguments.number(getattr(self, setting.name), setting.name, low=0.0, high=high)
+                if setting.name in ("beta1", "beta2") and number == 1.0:
+                    raise ValueError(f"{setting.name} must be below 1, got 1")
+                setattr(self, setting.name, number)
+
+    def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
+        """See `Optimizer`."""
         state = self._state(param)
         lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
         self._apply(state.param, grad, state.arrays, state.steps + 1, lr)
@@ -112,31 +139,33 @@ class Optimizer(ABC):
         arguments.number(lr * float(factors.max()), "lr", low=0.0)
         return lr * factors
 
-    def plan(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Plan | None:
-        """What the next updates of all of `params` need; None if some have had more updates than others.
-
-        `factors` has one for each step, as `update` takes it.
-        """
+    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
+        """See `Optimizer`."""
         states = [self._state(param) for param in params]
-        if len({(state.steps, len(state.arrays)) for state in states}) > 1:
-            return None
-        # So that `planned` finds them; a state with no step is as good as none.
+        if len({len(state.arrays) for state in states}) > 1:
+            raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
+        rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(np.ones(1)))
         for state in states:
             self._advance(state, 0)
-        rule, scalars = self._numbers(len(states[0].arrays), states[0].steps + 1, self._rates(factors))
-        return Plan(rule, scalars, [state.arrays for state in states])
+        return rule, [state.arrays for state in states]
 
-    def planned(self, params: Sequence[Array], steps: int) -> None:
-        """Take note that so many steps of a plan were done."""
+    def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
+        """See `Optimizer`."""
+        states, rates = [self._state(param) for param in params], self._rates(factors)
+        tables = {s.steps: self._hyperparameters(len(s.arrays), s.steps + 1, rates)[1] for s in states}
+        return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
+
+    def advance(self, params: Sequence[Array], steps: int) -> None:
+        """See `Optimizer`."""
         for param in params:
             self._advance(self._state(param), steps)
 
     def fresh(self) -> Self:
-        """Return an optimizer with the same settings and no state."""
+        """See `Optimizer`."""
         return replace(self)
 
     def settings(self) -> dict[str, Any]:
-        """Return the name and the settings, as `make_optimizer` takes them."""
+        """See `Optimizer`."""
         return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @property
@@ -149,12 +178,12 @@ class Optimizer(ABC):
         """Call the kernel; `step` is 1 at the first update."""
 
     @abstractmethod
-    def _numbers(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
-        """The rule and its numbers at the steps from `step` on, for parameters with so many arrays of state."""
+    def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+        """The rule and its hyperparameters at the steps from `step` on, for parameters with so many arrays of state."""
 
 
 @dataclass
-class SGD(Optimizer):
+class SGD(_RuleOptimizer):
     """Stochastic gradient descent, with momentum and weight decay if wanted (`gemmlet.kernels.sgd_update`).
 
     Parameters
@@ -190,7 +219,7 @@ class SGD(Optimizer):
             param, grad, *arrays, lr=lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay
         )
 
-    def _numbers(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+    def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.momentum, self.nesterov, self.weight_decay
         rule, scalars = sgd_numbers(arrays > 0, float(rates[0]), *settings)
         numbers = np.empty((len(rates), len(scalars)))
@@ -200,7 +229,7 @@ class SGD(Optimizer):
 
 
 @dataclass
-class Adam(Optimizer):
+class Adam(_RuleOptimizer):
     """Adam (Kingma and Ba, 2015; `gemmlet.kernels.adam_update`).
 
     Parameters
@@ -242,7 +271,7 @@ class Adam(Optimizer):
             weight_decay=self.weight_decay,
         )
 
-    def _numbers(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+    def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
         first = adam_numbers(step, float(rates[0]), *settings)  # which checks them, too
         return "adam", adam_table(step, rates, *settings) if len(rates) > 1 else np.array([first])
@@ -265,6 +294,72 @@ class AdamW(Adam):
     _decoupled: ClassVar[bool] = True
 
     weight_decay: float = 0.01
+
+
+class ClipNorm(Optimizer):
+    """An optimizer whose gradients are clipped by norm first (Pascanu et al., 2013).
+
+    Where the Euclidean norm of all gradients of a network together is above `max_norm`, `fit` scales them down to it.
+    `update` knows one gradient, and clips by its norm. The settings are the optimizer's: ``clipped.optimizer.lr``.
+
+    Parameters
+    ----------
+    optimizer : str or Optimizer
+    max_norm : float, above 0
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument does not fit.
+
+    Notes
+    -----
+    Clipping needs all gradients before the first update, so that `fit` writes them to memory: a step takes longer.
+    """
+
+    def __init__(self, optimizer: str | Optimizer, max_norm: float) -> None:
+        self.optimizer = as_optimizer(optimizer)
+        norms = arguments.number(max_norm, "max_norm", low=0.0, open_low=True), self.optimizer.max_norm
+        self.max_norm: float = min(norm for norm in norms if norm is not None)
+
+    def __repr__(self) -> str:
+        return f"ClipNorm({self.optimizer!r}, {self.max_norm})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClipNorm) and (self.optimizer, self.max_norm) == (other.optimizer, other.max_norm)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """The optimizer's."""
+        return self.optimizer.lr
+
+    def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
+        """See `Optimizer`."""
+        clipped = np.array(grad)
+        clip_by_norm([clipped], self.max_norm)
+        self.optimizer.update(param, clipped, lr_factor=lr_factor)
+
+    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
+        """See `Optimizer`."""
+        return self.optimizer.prepare(params)
+
+    def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
+        """See `Optimizer`."""
+        return self.optimizer.hyperparameters(params, factors)
+
+    def advance(self, params: Sequence[Array], steps: int) -> None:
+        """See `Optimizer`."""
+        self.optimizer.advance(params, steps)
+
+    def fresh(self) -> Self:
+        """See `Optimizer`."""
+        return type(self)(self.optimizer.fresh(), self.max_norm)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Optimizer`."""
+        return self.optimizer.settings() | {"max_norm": self.max_norm}
 
 
 def linear_decay(done: float) -> float:
@@ -296,13 +391,15 @@ def lr_factors(schedule: Schedule | None, first: int, count: int, total: int) ->
 OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}
 
 
-def make_optimizer(name: str, **settings: Any) -> Optimizer:
+def make_optimizer(name: str, *, max_norm: float | None = None, **settings: Any) -> Optimizer:
     """Return a new optimizer by its name.
 
     Parameters
     ----------
     name : str
         ``"sgd"``, ``"adam"`` or ``"adamw"``.
+    max_norm : float, optional
+        Clips gradients by norm, see `ClipNorm`.
     **settings
         What `SGD`, `Adam` or `AdamW` take: ``lr=0.01``, say.
 
@@ -316,7 +413,8 @@ def make_optimizer(name: str, **settings: Any) -> Optimizer:
     for setting in settings:
         if setting not in known:
             raise TypeError(f"optimizer {name!r} has no setting {setting!r}; it has {', '.join(known)}")
-    return kind(**settings)
+    optimizer = kind(**settings)
+    return optimizer if max_norm is None else ClipNorm(optimizer, max_norm)
 
 
 def as_optimizer(value: Any, name: str = "optimizer") -> Optimizer:

@@ -3,7 +3,7 @@
 
 #include "cuda/pack.cuh"
 #include "cuda/shared.cuh"
-#include "cuda/value.cuh"
+#include "cuda/scalar.cuh"
 
 namespace shim {
 

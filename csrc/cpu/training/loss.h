@@ -1,0 +1,89 @@
+// The loss and its gradient for rows of outputs, and how many rows are classified correctly.
+//
+// Contract
+//   Each row is evaluated by itself; the gradient is multiplied by a scale, 1 / rows of the mini-batch for a mean.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/training/buffers.h"
+#include "cpu/training/network.h"
+#include "cpu/training/plan.h"
+
+namespace gemmlet {
+namespace {
+
+// The class that a row of outputs stands for; NaN counts as the largest, as in NumPy.
+template <class T>
+Index predicted_class(const T* row, Index columns) {
+  if (columns == 1) return row[0] > T(0);
+  Index best = 0;
+  for (Index j = 1; j < columns; ++j)
+    if (row[j] > row[best] || (row[j] != row[j] && row[best] == row[best])) best = j;
+  return best;
+}
+
+// The loss and its gradient for rows of outputs.
+template <class T>
+struct Objective {
+  Targets<T> targets;
+  int loss;
+  T parameter;
+  double row_weight;
+  Index out;
+  Rows<T> one_hot;
+  std::vector<double> losses;
+  std::vector<Index> right, indices;
+  std::vector<const T*> values;
+
+  Objective(const Targets<T>& wanted, int loss_number, T loss_parameter, double weight, Index outputs, Index most_rows)
+      : targets(wanted),
+        loss(loss_number),
+        parameter(loss_parameter),
+        row_weight(weight),
+        out(outputs),
+        one_hot(most_rows, outputs),
+        losses(static_cast<std::size_t>(most_rows)),
+        right(static_cast<std::size_t>(most_rows)),
+        indices(static_cast<std::size_t>(most_rows)),
+        values(static_cast<std::size_t>(most_rows)) {}
+
+  // Rows of the mini-batch, which are samples[rows.first] and so on.
+  void evaluate(const Index* samples, Range rows, const Network<T>& network, Index slot, T share) {
+    const Rows<T>& gradients = network.output_gradients();
+    for (Index i = rows.first; i < rows.end; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      indices[at] = targets.indices == nullptr ? 0 : targets.indices[samples[i]];
+      values[at] = targets.values == nullptr ? nullptr : targets.values + samples[i] * out;
+      right[at] = targets.indices != nullptr && predicted_class(network.outputs(slot, i), out) == indices[at];
+    }
+    const auto first = static_cast<std::size_t>(rows.first);
+    if (loss == softmax_loss) {
+      softmax_cross_entropy_rows(network.outputs(slot, rows.first),
+                                 targets.values != nullptr ? nullptr : &indices[first],
+                                 targets.values != nullptr ? &values[first] : nullptr, share, gradients.row(rows.first),
+                                 gradients.stride, rows.size(), out, &losses[first]);
+      return;
+    }
+    for (Index i = rows.first; i < rows.end; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      const T* wanted = values[at];
+      if (wanted == nullptr) {
+        std::fill_n(one_hot.row(i), out, T(0));
+        if (out == 1)
+          one_hot.row(i)[0] = static_cast<T>(indices[at]);
+        else
+          one_hot.row(i)[indices[at]] = T(1);
+        wanted = one_hot.row(i);
+      }
+      losses[at] =
+          elementwise_loss_row(loss, network.outputs(slot, i), wanted, parameter, share, gradients.row(i), out);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace gemmlet

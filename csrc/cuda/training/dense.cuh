@@ -1,0 +1,136 @@
+// Fused training: a layer, forward and backward. Contract: step.cuh.
+#pragma once
+
+#include "cuda/training/formulas.cuh"
+#include "cuda/training/step.cuh"
+
+namespace gemmlet {
+
+template <class T>
+struct Layer {
+  const T* parameters;
+  int in, out;
+};
+
+// y = activation(x w + b); z, unless null, takes the preactivation.
+template <class T>
+struct ForwardEnd {
+  const T* bias;
+  Activation<T> activation;
+  T *y, *z;
+  int rows, out;
+
+  template <int n>
+  struct Loaded {
+    T bias[n];
+  };
+  __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < out; }
+  template <int n>
+  __device__ __forceinline__ Loaded<n> load(int, int j) const {
+    Loaded<n> loaded;
+    load_numbers<n>(bias + j, loaded.bias);
+    return loaded;
+  }
+  template <int n>
+  __device__ __forceinline__ void store(int i, int j, const Loaded<n>& loaded, T (&sum)[n]) const {
+    const Index at = static_cast<Index>(i) * row_stride(out) + j;
+#pragma unroll
+    for (int c = 0; c < n; ++c) sum[c] += loaded.bias[c];
+    if (z != nullptr) store_numbers<n>(z + at, sum);
+    T result[n];
+    activation.forward(sum, result);
+    store_numbers<n>(y + at, result);
+  }
+};
+
+template <class T, class N>
+struct Forward {
+  Input<N> input;
+  Layer<T> layer;
+  Activation<T> activation;
+  T *y, *z;
+  int rows;
+};
+
+// The tile at (tile_row, tile_column), both counted in tiles.
+template <class Tile, class T, class N>
+__device__ __forceinline__ void forward_tile(const Forward<T, N>& p, const Rows<N>& rows, int tile_row, int tile_column,
+                                             T* memory) {
+  const Layer<T>& layer = p.layer;
+  const LinesOfRows<T, N> x{rows, p.rows};
+  const LinesOfColumns<T> w{layer.parameters, row_stride(layer.out)};
+  const T* const bias = layer.parameters + static_cast<Index>(layer.in) * row_stride(layer.out);
+  const ForwardEnd<T> end{bias, p.activation, p.y, p.z, p.rows, layer.out};
+  Tile::multiply(x, w, layer.in, tile_row * Tile::rows, tile_column * Tile::columns, end, memory);
+}
+
+// A layer whose inputs are the mini-batch. Grid: tiles of rows, tiles of columns.
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::most_threads, 1) forward(const __grid_constant__ Forward<T, T> p) {
+  const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
+  forward_tile<Tile>(p, p.input.all(), row, column, dynamic_shared<T>());
+}
+
+// A first layer whose inputs are samples; opens a step. Grid: the same, and one column more.
+template <class T, class N, class Tile>
+__global__ void __launch_bounds__(Tile::most_threads, 1)
+    first_forward(const __grid_constant__ Forward<T, N> p, const __grid_constant__ Brought<T> brought) {
+  const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
+  if (blockIdx.y < gridDim.y - 1)
+    forward_tile<Tile>(p, p.input.at_opening(brought.progress), row, column, dynamic_shared<T>());
+  else if (row == 0)
+    open_step(brought);
+}
+
+// What a layer gave that has another above it: its gradient goes on through its activation.
+template <class T>
+struct Below {
+  Activation<T> activation;
+  const T* saved;  // its preactivations where the activation needs them, else its results
+  T* grad;         // of its preactivations
+};
+
+template <class T>
+struct BackwardEnd {
+  Below<T> below;
+  int rows, width;
+
+  template <int n>
+  struct Loaded {
+    T saved[n];
+  };
+  __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < width; }
+  __device__ __forceinline__ Index at(int i, int j) const { return static_cast<Index>(i) * row_stride(width) + j; }
+  template <int n>
+  __device__ __forceinline__ Loaded<n> load(int i, int j) const {
+    Loaded<n> loaded;
+    load_numbers<n>(below.saved + at(i, j), loaded.saved);
+    return loaded;
+  }
+  template <int n>
+  __device__ __forceinline__ void store(int i, int j, const Loaded<n>& loaded, T (&sum)[n]) const {
+    below.activation.backward(sum, loaded.saved);
+    store_numbers<n>(below.grad + at(i, j), sum);
+  }
+};
+
+template <class T>
+struct Backward {
+  const T* grad;  // of the layer's preactivations
+  Layer<T> layer;
+  Below<T> below;
+  int rows;
+};
+
+// The same grid, for layer.in columns.
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::most_threads, 1) backward(const __grid_constant__ Backward<T> p) {
+  const Layer<T>& layer = p.layer;
+  const int stride = row_stride(layer.out);
+  const LinesOfRows<T, T> grad{{p.grad, stride, nullptr}, p.rows}, w{{layer.parameters, stride, nullptr}, layer.in};
+  const BackwardEnd<T> end{p.below, p.rows, layer.in};
+  const int row = static_cast<int>(blockIdx.x) * Tile::rows, column = static_cast<int>(blockIdx.y) * Tile::columns;
+  Tile::multiply(grad, w, layer.out, row, column, end, dynamic_shared<T>());
+}
+
+}  // namespace gemmlet

@@ -1,0 +1,73 @@
+// Fused training: the samples of a mini-batch as rows of a matrix. Contract: step.cuh.
+#pragma once
+
+#include "cuda/training/dense.cuh"
+
+namespace gemmlet {
+
+// The samples of a mini-batch as rows of a matrix, scale * number + shift each.
+template <class T, class N>
+struct Gather {
+  const N* samples;
+  int features;
+  T scale, shift;
+  T* rows;
+};
+
+template <class T, class N>
+__device__ __forceinline__ void gather_row(const Gather<T, N>& p, Index sample, int i) {
+  const N* const from = p.samples + sample * p.features;
+  T* const to = p.rows + static_cast<Index>(i) * row_stride(p.features);
+  for (int k = static_cast<int>(threadIdx.x); k < p.features; k += static_cast<int>(blockDim.x))
+    to[k] = number<T>(from[k]) * p.scale + p.shift;
+}
+
+// Opens a step of two adversarial networks: the generator's first layer, and the samples. Grid: what forward takes, and
+// beyond its columns more of them, until there is a block for each sample and one besides.
+template <class T, class N, class Tile>
+__global__ void __launch_bounds__(Tile::most_threads, 1)
+    first_forward_and_gather(const __grid_constant__ Forward<T, T> p, const __grid_constant__ Brought<T> brought,
+                             const __grid_constant__ Gather<T, N> gather, int tile_columns) {
+  const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
+  const Progress* const progress = brought.progress;
+  if (column < tile_columns) {
+    forward_tile<Tile>(p, p.input.at_opening(progress), row, column, dynamic_shared<T>());
+    return;
+  }
+  const int i = (column - tile_columns) * static_cast<int>(gridDim.x) + row;
+  if (i < p.rows)
+    gather_row(gather, progress->order[progress->next * progress->batch + i], i);
+  else if (i == p.rows)
+    open_step(brought);
+}
+
+// The rows of a sparse matrix as those of a dense one.
+template <class T>
+struct Expand {
+  const T* values;
+  const Index* row_start;
+  const int* columns;
+  int features;
+  T* rows;
+};
+
+inline constexpr int expand_threads = 256;
+
+// Opens a step. Grid: a block for each row, and one besides.
+template <class T>
+__global__ void __launch_bounds__(expand_threads)
+    expand(const __grid_constant__ Expand<T> p, const __grid_constant__ Brought<T> brought) {
+  const int i = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  if (i == brought.rows) {
+    open_step(brought);
+    return;
+  }
+  const Progress* const progress = brought.progress;
+  const Index sample = progress->order[progress->next * progress->batch + i], end = p.row_start[sample + 1];
+  T* const to = p.rows + static_cast<Index>(i) * row_stride(p.features);
+  for (int k = thread; k < p.features; k += expand_threads) to[k] = T(0);
+  __syncthreads();
+  for (Index e = p.row_start[sample] + thread; e < end; e += expand_threads) to[p.columns[e]] = p.values[e];
+}
+
+}  // namespace gemmlet

@@ -1,0 +1,145 @@
+// Fused training: losses, and the gradients of the last preactivations. Contract: step.cuh.
+#pragma once
+
+#include "cuda/losses.cuh"
+#include "cuda/training/formulas.cuh"
+#include "cuda/training/step.cuh"
+
+namespace gemmlet {
+
+// What rows of outputs are compared with, and how.
+template <class T>
+struct Objective {
+  int loss;
+  T parameter, share;    // of a row in the gradient
+  const int* labels;     // classes of the rows; or
+  const T* values;       // (all samples, out), with no space between the rows,
+  const Index* samples;  // and which of them the rows are; or null all:
+  T first, second;       // each target of the first `boundary` rows, and of those after them
+  int boundary;
+  double* losses;  // of each row
+  int* right;      // whether each row's largest output (of a single one, its sign) is the class; or null
+};
+
+// Whether output a at place i comes before b at place j as the class that is meant: NaN counts as the largest.
+template <class T>
+__device__ __forceinline__ bool comes_first(T a, int i, T b, int j) {
+  const bool a_is_nan = a != a, b_is_nan = b != b;
+  if (a_is_nan != b_is_nan) return a_is_nan;
+  return a > b || (!(a < b) && i < j);
+}
+
+// By a warp: whether `label` is the class that is meant.
+template <class T>
+__device__ inline bool is_right(const T* y, int out, int label) {
+  if (out == 1) return (y[0] > T(0)) == label;
+  bool other = false;
+  for (int j = static_cast<int>(threadIdx.x % 32); j < out; j += 32) other |= comes_first(y[j], j, y[label], label);
+  return !__any_sync(0xffffffffu, other);
+}
+
+// The targets of a row.
+template <class T>
+struct Target {
+  int label;        // or -1
+  const T* values;  // or null
+  T all;
+
+  __device__ __forceinline__ Target(const Objective<T>& p, int i, int out)
+      : label(p.labels == nullptr ? -1 : p.labels[i]),
+        values(p.values == nullptr ? nullptr : p.values + p.samples[i] * out),
+        all(i < p.boundary ? p.first : p.second) {}
+
+  __device__ __forceinline__ T of_output(int j, int out) const {
+    if (values != nullptr) return values[j];
+    if (label < 0) return all;
+    return out == 1 ? static_cast<T>(label) : static_cast<T>(j == label);
+  }
+};
+
+// Row i of the mini-batch, by a warp: y its `out` results, z their preactivations. Its gradient goes through the
+// activation to store(j, the gradient of preactivation j); when all of them have, the warp calls stored(). lanes: 16 where
+// there are at most as many results, which stay in registers then; else 32.
+template <int lanes, class T, class Store, class Stored>
+__device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target<T>& target,
+                                             const Activation<T>& activation, int i, const T* y, const T* z, int out,
+                                             Store store, Stored stored) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const auto end = [&](int j, T gradient) {
+    T grad[1] = {gradient};
+    activation.with([&](auto formula) {
+      grad[0] = formula.backward(grad[0], formula.needs_x ? z[j] : y[j], activation.parameter);
+    });
+    store(j, grad[0]);
+  };
+
+  double loss = 0;
+  if (p.loss == softmax_loss) {
+    using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
+    const auto end_of = [&](int j, T gradient) {
+      if (lane < lanes && j < out) end(j, gradient);
+    };
+    if (target.values != nullptr) {
+      Lanes row(y, out, true, -infinity<T>());
+      const auto write = [&](const auto& of, auto f) {
+        of.each([&](int j, T v, int slot) { end_of(j, f(j, v, slot)); });
+        stored();
+      };
+      const auto of_output = [&](int j, int) { return j < out ? target.values[j] : T(0); };
+      loss = row_losses::softmax_cross_entropy::of_targets(Operands(row, of_output, write), p.share);
+    } else {
+      Lanes row(y, out, true, -infinity<T>(), target.label);
+      const row_losses::softmax_cross_entropy::OfLabel<Lanes> entropy(row, y[target.label], p.share);
+      row.each([&](int j, T v, int) { end_of(j, j == target.label ? entropy.at_label : entropy.of_other(v)); });
+      stored();
+      loss = entropy.loss();
+    }
+  } else {
+    for (int j = lane; j < out; j += 32) {
+      T of_output = 0, gradient = 0;
+      switch (static_cast<LossNumber>(p.loss)) {
+#define GEMMLET_ENTRY(name)                                                                            \
+  case LossNumber::name:                                                                               \
+    losses::name::evaluate(y[j], target.of_output(j, out), p.parameter, p.share, of_output, gradient); \
+    break;
+        GEMMLET_LOSSES(GEMMLET_ENTRY)
+#undef GEMMLET_ENTRY
+      }
+      loss += static_cast<double>(of_output);
+      end(j, gradient);
+    }
+    stored();
+    loss = reduce_lanes<32>(loss, Sum{});
+  }
+  const bool right = p.right != nullptr && target.label >= 0 && is_right(y, out, target.label);
+  if (lane == 0) {
+    p.losses[i] = loss;
+    if (p.right != nullptr) p.right[i] = right;
+  }
+}
+
+template <class T>
+struct Loss {
+  const T *y, *z;
+  int out;
+  Activation<T> activation;
+  Objective<T> objective;
+  T* grad;
+  int rows;
+};
+
+inline constexpr int loss_threads = 128;
+
+// A warp for each row.
+template <class T>
+__global__ void __launch_bounds__(loss_threads, 1) loss(const __grid_constant__ Loss<T> p) {
+  const int i = static_cast<int>(blockIdx.x * (loss_threads / 32) + threadIdx.x / 32);
+  if (i >= p.rows) return;
+  const Index at = static_cast<Index>(i) * row_stride(p.out);
+  T* const grad = p.grad + at;
+  evaluate_row<32>(
+      p.objective, Target<T>(p.objective, i, p.out), p.activation, i, p.y + at, p.z == nullptr ? nullptr : p.z + at,
+      p.out, [=](int j, T gradient) { grad[j] = gradient; }, [] {});
+}
+
+}  // namespace gemmlet

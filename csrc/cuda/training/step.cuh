@@ -1,0 +1,102 @@
+// Fused training: what the kernels of a step share, and where a call of them has come to. What a step computes:
+// cpu/network.h. The kernels: gather.cuh, dense.cuh, loss.cuh, top.cuh, update.cuh.
+//
+// Contract
+//   float and double. A matrix of w columns has rows that are row_stride(w) numbers apart, and begins at a multiple of
+//   16 bytes; what stands in its columns from w on is of no meaning, here and in every kernel.
+//   A layer's parameters are such a matrix of in + 1 rows: the weights, and the bias as the last. Behind it, `plane`
+//   numbers further on each, are matrices like it: the states of the optimizer's rule, then the moving average.
+//   All that kernels are given is the same in every step of so many rows, so that a step can be recorded once: which one
+//   it is they learn from Progress. The first kernel of a step opens it, the last is told that it `closes` it. Each
+//   kernel needs what those before it have written.
+//   Activations and losses are called by their places in the lists of csrc/formulas; a loss may be softmax_loss, too.
+//   Sizes are at least 1, indices in range.
+//   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (matmul/small.cuh);
+//   losses are added up in double. No float atomics: the same bits on every run.
+// Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top; none for the others.
+#pragma once
+
+#include "cuda/matmul/small.cuh"
+
+namespace gemmlet {
+
+// From one row to the next: they begin at multiples of 16 bytes.
+__device__ __forceinline__ constexpr int row_stride(int width) { return (width + 3) / 4 * 4; }
+
+// How far a call has come, and where that is which belongs to the call alone.
+struct Progress {
+  const Index* order;        // the samples of the mini-batches
+  const double* numbers[2];  // the rules' numbers of up to two networks, step by step
+  const double* decay;       // of the moving averages, one number a step
+  const void* noise;         // a row for each of `order`
+  Index batch;
+  Index next, step;  // the step that is opened next, and the one that has been opened
+  double loss[2];
+  Index right;
+};
+
+// What belongs to a step, where its kernels find it at once: they would have to read one address after another. The
+// block that opens the step brings it.
+template <class T>
+struct Brought {
+  static constexpr int most_numbers = 11;  // of a rule, and at the end the average's decay and 1 - decay
+  Progress* progress;
+  int rows;
+  Index* samples;        // those of the mini-batch
+  const Index* indices;  // the classes of all samples, or null
+  int* labels;           // those of the mini-batch
+  T* numbers;            // of both networks
+  int number_counts[2];  // in Progress
+  bool averages;         // of the first network
+};
+
+// By one block of the kernel that opens the step. There, nothing else reads `step`, or what is brought; in the one that
+// closes it, nothing else reads `next`.
+template <class T>
+__device__ inline void open_step(const Brought<T>& p) {
+  const Progress& progress = *p.progress;
+  const Index step = progress.next;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  for (int i = thread; i < p.rows; i += threads) {
+    const Index sample = progress.order[step * progress.batch + i];
+    p.samples[i] = sample;
+    if (p.indices != nullptr) p.labels[i] = static_cast<int>(p.indices[sample]);
+  }
+  for (int network = 0; network < 2; ++network) {
+    const int count = p.number_counts[network];
+    for (int s = thread; s < count; s += threads)
+      p.numbers[network * Brought<T>::most_numbers + s] = static_cast<T>(progress.numbers[network][step * count + s]);
+  }
+  if (thread != 0) return;
+  p.progress->step = step;
+  if (p.averages) {
+    p.numbers[Brought<T>::most_numbers - 2] = static_cast<T>(progress.decay[step]);
+    p.numbers[Brought<T>::most_numbers - 1] = static_cast<T>(1.0 - progress.decay[step]);
+  }
+}
+
+// What a layer's inputs are: rows of a matrix, or samples, or rows of noise.
+template <class N>
+struct Input {
+  const N* rows;  // null: noise
+  Index stride;
+  const Index* samples;  // of the mini-batch, once they are brought; null: the rows are the mini-batch
+
+  __device__ __forceinline__ Rows<N> in_step(const Progress* progress) const {
+    return rows != nullptr ? Rows<N>{rows, stride, samples} : noise(progress, progress->step);
+  }
+  // Where they are the mini-batch.
+  __device__ __forceinline__ Rows<N> all() const { return {rows, stride, nullptr}; }
+  // In the kernel that opens the step.
+  __device__ __forceinline__ Rows<N> at_opening(const Progress* progress) const {
+    const Index step = progress->next;
+    return rows != nullptr ? Rows<N>{rows, stride, progress->order + step * progress->batch} : noise(progress, step);
+  }
+
+ private:
+  __device__ __forceinline__ Rows<N> noise(const Progress* progress, Index step) const {
+    return {static_cast<const N*>(progress->noise) + step * progress->batch * stride, stride, nullptr};
+  }
+};
+
+}  // namespace gemmlet

@@ -1,0 +1,145 @@
+// Fused training: the gradients of weights, and one step of the optimizer. Contract: step.cuh.
+#pragma once
+
+#include "cuda/training/step.cuh"
+#include "cuda/warp_reduce.cuh"
+
+namespace gemmlet {
+
+// A layer of the network: its first block in the grid, what went into it, and the gradients of its preactivations.
+template <class T>
+struct UpdatedLayer {
+  int first_block;
+  int in, out;
+  T* parameters;
+  const T* x;  // of the network's first layer, Update::input counts
+  const T* grad;
+};
+
+template <class T, class N>
+struct Update {
+  static constexpr int most_layers = 8;
+  UpdatedLayer<T> layers[most_layers];
+  int layer_count, blocks;
+  bool has_first;  // whether layers[0] is the network's first
+  Input<N> input;
+  int rows;
+  Index plane;
+  bool averages;
+  const T* numbers;      // that are brought
+  int network;           // whose loss in Progress
+  const double* losses;  // of the rows, `loss_rows`, which are to be added up; none where it is 0
+  const int* right;      // or null
+  int loss_rows;
+  double weight;  // of each
+  bool closes;
+  Progress* progress;
+};
+
+// One step of the rule for some weights.
+template <class T, class Rule>
+struct UpdateEnd {
+  T* parameters;
+  Index plane;
+  int rows, out;  // with the bias
+  bool averages;
+  const T* numbers;
+
+  template <int n>
+  struct Loaded {
+    T value[n], state[Rule::state_count > 0 ? Rule::state_count : 1][n], average[n];
+    T numbers[Rule::scalar_count], decay, gain;
+  };
+  __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < out; }
+  __device__ __forceinline__ T* at(int i, int j) const {
+    return parameters + static_cast<Index>(i) * row_stride(out) + j;
+  }
+  template <int n>
+  __device__ __forceinline__ Loaded<n> load(int i, int j) const {
+    Loaded<n> loaded;
+    load_numbers<n>(at(i, j), loaded.value);
+#pragma unroll
+    for (int s = 0; s < Rule::state_count; ++s) load_numbers<n>(at(i, j) + (1 + s) * plane, loaded.state[s]);
+#pragma unroll
+    for (int s = 0; s < Rule::scalar_count; ++s) loaded.numbers[s] = numbers[s];
+    if (averages) {
+      load_numbers<n>(at(i, j) + (1 + Rule::state_count) * plane, loaded.average);
+      loaded.decay = numbers[Brought<T>::most_numbers - 2];
+      loaded.gain = numbers[Brought<T>::most_numbers - 1];
+    }
+    return loaded;
+  }
+  template <int n>
+  __device__ __forceinline__ void store(int i, int j, const Loaded<n>& loaded, T (&gradient)[n]) const {
+    constexpr int states = Rule::state_count;
+    T value[n], state[states > 0 ? states : 1][n];
+#pragma unroll
+    for (int c = 0; c < n; ++c) {
+      T of_one[states > 0 ? states : 1];
+#pragma unroll
+      for (int s = 0; s < states; ++s) of_one[s] = loaded.state[s][c];
+      value[c] = loaded.value[c];
+      Rule::apply(value[c], gradient[c], of_one, loaded.numbers);
+#pragma unroll
+      for (int s = 0; s < states; ++s) state[s][c] = of_one[s];
+    }
+    store_numbers<n>(at(i, j), value);
+#pragma unroll
+    for (int s = 0; s < states; ++s) store_numbers<n>(at(i, j) + (1 + s) * plane, state[s]);
+    if (averages) {
+      T average[n];
+#pragma unroll
+      for (int c = 0; c < n; ++c)
+        average[c] = optimizers::moving_average(loaded.average[c], value[c], loaded.decay, loaded.gain);
+      store_numbers<n>(at(i, j) + (1 + states) * plane, average);
+    }
+  }
+};
+
+// The mini-batch's losses into Progress, by a block.
+template <class T, class N>
+__device__ __forceinline__ void add_losses(const Update<T, N>& p, double* memory) {
+  double loss = 0, right = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < p.loss_rows; i += static_cast<int>(blockDim.x)) {
+    loss += p.losses[i];
+    if (p.right != nullptr) right += p.right[i];
+  }
+  loss = reduce_block(loss, Sum{}, memory);
+  right = reduce_block(right, Sum{}, memory);
+  if (threadIdx.x != 0) return;
+  p.progress->loss[p.network] += p.weight * loss;
+  p.progress->right += static_cast<Index>(right);
+  if (p.closes) ++p.progress->next;
+}
+
+// The gradient of some weights, and their update: block `block` of p.blocks.
+template <class Rule, class T, class N>
+__device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T* memory) {
+  int l = p.layer_count - 1;
+  while (block < p.layers[l].first_block) --l;
+  const UpdatedLayer<T>& layer = p.layers[l];
+  const int tile = block - layer.first_block, tiles_across = (layer.out + WideTile::columns - 1) / WideTile::columns;
+  const int row = tile / tiles_across * WideTile::rows, column = tile % tiles_across * WideTile::columns;
+
+  const UpdateEnd<T, Rule> end{layer.parameters, p.plane, layer.in + 1, layer.out, p.averages, p.numbers};
+  const LinesOfColumns<T> grad{layer.grad, row_stride(layer.out)};
+  if (p.has_first && l == 0) {
+    const LinesOfPicked<T, N> x{p.input.in_step(p.progress), layer.in};
+    WideTile::multiply(x, grad, p.rows, row, column, end, memory);
+  } else {
+    const LinesOfPicked<T, T> x{{layer.x, row_stride(layer.in), nullptr}, layer.in};
+    WideTile::multiply(x, grad, p.rows, row, column, end, memory);
+  }
+}
+
+// All weights of a network, or up to most_layers layers of it. Grid: p.blocks, and one that adds up the losses.
+template <class T, class N, class Rule>
+__global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid_constant__ Update<T, N> p) {
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < p.blocks)
+    update_tile<Rule>(p, block, dynamic_shared<T>());
+  else
+    add_losses(p, dynamic_shared<double>());
+}
+
+}  // namespace gemmlet

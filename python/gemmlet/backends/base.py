@@ -1,0 +1,122 @@
+"""The contract of a backend: what `gemmlet.kernels` and `gemmlet.nn` ask of whatever computes.
+
+A backend gets arrays that `gemmlet.kernels` has checked: one floating-point dtype, shapes that fit, `out` allocated and
+free of overlap except where it is an input itself. Elementwise and row functions get C-contiguous arrays; matrix
+products get any strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formulas.activations import Activation
+from ..formulas.losses import Loss, RowFunction
+from ..formulas.optimizers import OptimizerRule, Scalars
+from ..training.plan import Batches, Outcome, TrainingPlan
+
+Array = NDArray[Any]
+
+
+class Backend(Protocol):
+    """Computes the kernels; the reference is `NumpyBackend`, and what a backend leaves out is computed by that."""
+
+    name: str
+
+    # By the names of kernels: functions that take the kernel's arguments as the caller gave them, in the order of its
+    # signature, and return its result, or None where anything about the arguments is unusual, with nothing written.
+    # Of `<rule>_update` the arguments are `param`, `grad`, the tuples of states and of numbers, and the result is True.
+    quick: Mapping[str, Callable[..., Any]]
+
+    def describe(self) -> dict[str, str]:
+        """What `gemmlet.show_config` prints about this backend."""
+
+    def set_num_threads(self, count: int) -> None:
+        """Set how many threads the kernels may use."""
+
+    def get_num_threads(self) -> int:
+        """Return what `gemmlet.get_num_threads` does."""
+
+    # Matrix products.
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """``out = a @ b``: (m, k) by (k, n)."""
+
+    def linear(
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        activation: Activation | None,
+        parameter: float,
+        out: Array,
+        preactivation: Array | None,
+    ) -> None:
+        """``out = activation(x @ w + b)``; `preactivation`, if given, takes ``x @ w + b``."""
+
+    def column_sum(self, x: Array, out: Array) -> None:
+        """``out[j] = sum_i x[i, j]``, any strides."""
+
+    # Elementwise and row functions.
+
+    def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
+        """``out = activation(x)``."""
+
+    def activation_backward(
+        self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
+    ) -> None:
+        """``out = grad_y * activation'``, `saved` being the `x` or the `y` that the formula reads."""
+
+    def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
+        """``out = function(x)``, (rows, columns), columns > 0."""
+
+    def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
+        """``out`` = the gradient with respect to the function's input."""
+
+    # Losses: the gradient into `out`, the mean is returned.
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
+
+    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
+        """Mean over all elements."""
+
+    # Optimizers.
+
+    def update(
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+    ) -> None:
+        """Update `param` and its state in place."""
+
+    # Training.
+
+    def bring(self, array: Any, beside: Any = None) -> Any:
+        """The array where this backend computes: itself, or a copy on a GPU, on that of `beside` if it is on one."""
+
+    def supports_fused(self, plan: TrainingPlan) -> bool:
+        """Whether this backend has an executor of its own for the plan."""
+
+    def stage(self, plan: TrainingPlan) -> TrainingPlan:
+        """Move what the calls of one `fit` read to where this backend computes: the plan that `train` gets.
+
+        What these calls change may stay on a GPU from one to the next: until `write_back` the arrays of the networks
+        must be neither read nor changed.
+        """
+
+    def write_back(self, plan: TrainingPlan) -> None:
+        """Update the arrays of the networks of a plan that `stage` has returned."""
+
+    def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A new array on the CPU: page-locked, where a GPU copies from it faster and by itself.
+
+        Once it is given to a call, it is not to be changed before the call has returned.
+        """
+
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        """Take the steps of a plan on mini-batches; a plan that is not supported is left to the reference.
+
+        Where it raises TypeError, ValueError or MemoryError, no step of an executor of its own has been taken.
+        """

@@ -1,0 +1,324 @@
+"""The compiled backend: C++ kernels, one extension module for each instruction set, the best one loaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from ..formulas.activations import ACTIVATIONS, Activation
+from ..formulas.losses import LOSSES, Loss, RowFunction
+from ..formulas.optimizers import OptimizerRule, Scalars
+from ..training.old_plan import FusedLayer, GanRun, MlpRun
+from . import threadpool
+from .base import Array
+from .numpy import NumpyBackend
+
+_MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "baseline": "_cpu_baseline"}
+
+
+class _Extension(Protocol):
+    """What every extension module offers; its stub is `_cpu_baseline.pyi`."""
+
+    compiler: str
+    vector_bytes: int
+
+    def activations(self) -> list[str]: ...
+    def row_functions(self) -> list[str]: ...
+    def losses(self) -> list[str]: ...
+    def optimizer_rules(self) -> list[str]: ...
+    def set_num_threads(self, count: int) -> None: ...
+    def get_num_threads(self) -> int: ...
+    def fma_loop(self, is_double: bool, steps: int) -> float: ...
+    def mark(self) -> int: ...
+    def linear(
+        self, x: Array, w: Array, b: Array | None, activation: int, parameter: float, y: Array, z: Array | None
+    ) -> None: ...
+    def column_sum(self, x: Array, out: Array) -> None: ...
+    def activation_forward(self, activation: int, x: Array, parameter: float, out: Array) -> None: ...
+    def activation_backward(
+        self, activation: int, grad_y: Array, saved: Array, parameter: float, out: Array
+    ) -> None: ...
+    def row_function_forward(self, function: int, x: Array, out: Array) -> None: ...
+    def row_function_backward(self, function: int, grad_y: Array, y: Array, out: Array) -> None: ...
+    def softmax_cross_entropy(self, logits: Array, labels: Array, smoothing: float, out: Array) -> float: ...
+    def elementwise_loss(self, loss: int, prediction: Array, target: Array, parameter: float, out: Array) -> float: ...
+    def optimizer_update(
+        self, rule: int, param: Array, grad: Array, state: Sequence[Array], scalars: Sequence[float]
+    ) -> None: ...
+    def formula(
+        self, number: int, parameter: float, takes_parameter: bool, needs_x: bool, unit_interval: bool
+    ) -> object: ...
+    def quick(self, kind: str, formula: object) -> Callable[..., Any]: ...
+    def train_mlp(
+        self,
+        layers: Sequence[tuple[Any, ...]],
+        x: Array,
+        row_start: Array | None,
+        columns: Array | None,
+        skip_zeros: bool,
+        targets: Array,
+        loss: int,
+        loss_parameter: float,
+        row_weight: float,
+        order: Array,
+        batch: int,
+        rule: int,
+        scalars: Array,
+        loss_sum: float,
+    ) -> tuple[float, int]: ...
+    def train_gan(
+        self,
+        generator: Sequence[tuple[Any, ...]],
+        discriminator: Sequence[tuple[Any, ...]],
+        x: Array,
+        scale: float,
+        shift: float,
+        noise: Array,
+        real_target: float,
+        non_saturating: bool,
+        order: Array,
+        batch: int,
+        generator_rule: int,
+        generator_scalars: Array,
+        discriminator_rule: int,
+        discriminator_scalars: Array,
+        decay: Array,
+        loss_sums: tuple[float, float],
+    ) -> tuple[float, float]: ...
+
+
+def available_isas() -> list[str]:
+    """Return the instruction sets that were built and can run here, best first.
+
+    The processor and the operating system are asked; on arm64 there is the baseline alone, which is NEON.
+    """
+    try:
+        features = importlib.import_module("gemmlet._cpu_features")
+    except ImportError:
+        return []
+    built = [isa for isa in features.supported() if importlib.util.find_spec(f"gemmlet.{_MODULES[isa]}") is not None]
+    return cast("list[str]", built)
+
+
+def _choose(isa: str | None) -> str:
+    """The instruction set to load: the best, or the one that is asked for.
+
+    What is asked for and cannot be had is a ValueError, so that no other backend silently takes its place.
+    """
+    available = available_isas()
+    if not available:
+        raise RuntimeError("backend 'cpu' was not compiled for this platform: no extension module is installed")
+    wanted = isa or os.environ.get("GEMMLET_ISA") or available[0]
+    if wanted not in _MODULES:
+        raise ValueError(f"instruction set {wanted!r} is unknown; GEMMLET_ISA takes {', '.join(_MODULES)}")
+    if wanted not in available:
+        raise ValueError(f"instruction set {wanted!r} cannot run here; GEMMLET_ISA takes {', '.join(available)}")
+    return wanted
+
+
+class CpuBackend(NumpyBackend):
+    """The compiled kernels.
+
+    Parameters
+    ----------
+    isa : str, optional
+        The instruction set; by default the best that can run here, or what ``GEMMLET_ISA`` lowers it to.
+
+    Raises
+    ------
+    RuntimeError
+        Nothing was compiled for this platform.
+    ValueError
+        There is no such instruction set, or it cannot run here.
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = _choose(isa)
+        module = importlib.import_module(f"gemmlet.{_MODULES[self.isa]}")
+        self._module = cast(_Extension, module)
+        threadpool.register(_MODULES.values())
+        self._activations = {name: number for number, name in enumerate(self._module.activations())}
+        self._row_functions = {name: number for number, name in enumerate(self._module.row_functions())}
+        self._losses = {name: number for number, name in enumerate(self._module.losses())}
+        self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
+        self.quick = self._quick_functions()
+
+    def _quick_functions(self) -> dict[str, Callable[..., Any]]:
+        """The fast path (csrc/cpu/bindings/fast_path.cpp) of every formula that registry and extension both have."""
+        quick, formula = self._module.quick, self._module.formula
+        functions: dict[str, Callable[..., Any]] = {}
+        activations = {
+            name: formula(number, entry.default, entry.parameter is not None, entry.needs_x, False)
+            for name, number in self._activations.items()
+            if (entry := ACTIVATIONS.get(name)) is not None
+        }
+        rows = {name: formula(number, 0.0, False, False, False) for name, number in self._row_functions.items()}
+        for kind, formulas in (("activation", activations), ("row_function", rows)):
+            for name, made in formulas.items():
+                functions[name] = quick(kind, made)
+                functions[f"{name}_backward"] = quick(f"{kind}_backward", made)
+        for name, number in self._losses.items():
+            if (loss := LOSSES.get(name)) is not None:
+                made = formula(number, loss.default, loss.parameter is not None, False, loss.unit_interval)
+                functions[name] = quick("loss", made)
+        for name, number in self._rules.items():
+            functions[f"{name}_update"] = quick("update", formula(number, 0.0, False, False, False))
+        functions["softmax_cross_entropy"] = quick("softmax_cross_entropy", formula(0, 0.0, False, False, False))
+        functions["linear"] = quick("linear", activations)
+        functions["linear_backward"] = quick("linear_backward", activations)
+        return functions
+
+    def describe(self) -> dict[str, str]:
+        """What `gemmlet.show_config` prints about this backend."""
+        import platform
+
+        isa = "baseline (NEON)" if platform.machine().lower() in {"arm64", "aarch64"} else self.isa
+        return {
+            "backend": self.name,
+            "isa": isa,
+            "vectors": f"{self._module.vector_bytes} bytes",
+            "threads": str(self._module.get_num_threads()),
+            "compiler": self._module.compiler,
+        }
+
+    def set_num_threads(self, count: int) -> None:
+        """Set how many threads the kernels use."""
+        self._module.set_num_threads(count)
+
+    def get_num_threads(self) -> int:
+        """How many threads the kernels use; threadpoolctl may have changed it."""
+        return self._module.get_num_threads()
+
+    # A registry entry that has no C++ formula (yet) is computed by the reference: `super()`.
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """``out = a @ b``."""
+        self._module.linear(a, b, None, -1, 0.0, out, None)
+
+    def linear(
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        activation: Activation | None,
+        parameter: float,
+        out: Array,
+        preactivation: Array | None,
+    ) -> None:
+        """``out = activation(x @ w + b)`` in one pass."""
+        number = -1 if activation is None else self._activations.get(activation.name)
+        if number is None:
+            super().linear(x, w, b, activation, parameter, out, preactivation)
+        else:
+            self._module.linear(x, w, b, number, parameter, out, preactivation)
+
+    def column_sum(self, x: Array, out: Array) -> None:
+        """``out[j] = sum_i x[i, j]``."""
+        self._module.column_sum(x, out)
+
+    def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
+        """``out = activation(x)``."""
+        number = self._activations.get(activation.name)
+        if number is None:
+            super().activation(activation, x, parameter, out)
+        else:
+            self._module.activation_forward(number, x, parameter, out)
+
+    def activation_backward(
+        self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
+    ) -> None:
+        """``out = grad_y * activation'``."""
+        number = self._activations.get(activation.name)
+        if number is None:
+            super().activation_backward(activation, grad_y, saved, parameter, out)
+        else:
+            self._module.activation_backward(number, grad_y, saved, parameter, out)
+
+    def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
+        """``out = function(x)``, row by row."""
+        number = self._row_functions.get(function.name)
+        if number is None:
+            super().row_function(function, x, out)
+        else:
+            self._module.row_function_forward(number, x, out)
+
+    def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
+        """``out`` = the gradient with respect to the function's input."""
+        number = self._row_functions.get(function.name)
+        if number is None:
+            super().row_function_backward(function, grad_y, y, out)
+        else:
+            self._module.row_function_backward(number, grad_y, y, out)
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        """Mean loss; the gradient goes to `out`."""
+        if labels.ndim == 2 and np.may_share_memory(labels, out):
+            labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
+        return self._module.softmax_cross_entropy(logits, labels, label_smoothing, out)
+
+    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
+        """Mean loss; the gradient goes to `out`."""
+        number = self._losses.get(loss.name)
+        if number is None:
+            return super().elementwise_loss(loss, prediction, target, parameter, out)
+        return self._module.elementwise_loss(number, prediction, target, parameter, out)
+
+    def update(
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+    ) -> None:
+        """Update `param` and its state in place."""
+        number = self._rules.get(rule.name)
+        if number is None:
+            super().update(rule, param, grad, state, scalars)
+        else:
+            self._module.optimizer_update(number, param, grad, state, scalars)
+
+    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+        """Whether C++ has all of these formulas."""
+        known = all(name in self._activations for name in activations)
+        return known and all(self._loss_number(name) is not None for name in losses) and rule in self._rules
+
+    def _loss_number(self, name: str) -> int | None:
+        return -1 if name == "softmax_cross_entropy" else self._losses.get(name)
+
+    def _tuples(self, layers: Sequence[FusedLayer]) -> list[tuple[Any, ...]]:
+        return [
+            (
+                layer.weight,
+                layer.bias,
+                -1 if layer.activation is None else self._activations[layer.activation],
+                layer.activation_parameter,
+                layer.weight_state,
+                layer.bias_state,
+                layer.weight_average,
+                layer.bias_average,
+            )
+            for layer in layers
+        ]
+
+    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
+        """Train a stack of layers."""
+        network, feed = run.network, run.feed
+        number = self._loss_number(run.loss)
+        assert number is not None
+        parameter = 0.0 if number < 0 else LOSSES[run.loss].default
+        return self._module.train_mlp(
+            self._tuples(network.layers), *feed, run.targets, number, parameter, run.row_weight, run.order, run.batch,
+            self._rules[network.rule], network.scalars, run.loss_sum,
+        )  # fmt: skip
+
+    def train_gan(self, run: GanRun) -> tuple[float, float]:
+        """Train two adversarial stacks of layers."""
+        g, d = run.generator, run.discriminator
+        return self._module.train_gan(
+            self._tuples(g.layers), self._tuples(d.layers), run.feed.x, run.scale, run.shift, run.noise,
+            run.real_target, run.non_saturating, run.order, run.batch, self._rules[g.rule], g.scalars,
+            self._rules[d.rule], d.scalars, run.decay, run.loss_sums,
+        )  # fmt: skip

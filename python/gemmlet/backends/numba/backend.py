@@ -1,0 +1,292 @@
+"""The Numba backend: the fallback where no compiled module loads.
+
+The matrix product is NumPy's BLAS; everything else is one pass, compiled at its first use for each function and dtype
+(a fraction of a second each, nothing is cached on disk). The formulas are those of `.formulas`; an entry without a twin
+there is computed by the reference.
+
+Threads: Numba's own (``parallel=True``) abort the process when two Python threads call at once, or hang after a fork.
+So large arrays are split over a small pool of Python threads, as compiled code runs without the GIL. Work is split over
+whole elements, rows, or blocks whose partial sums are added in one order: results do not depend on the number of
+threads.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding
+
+from ..._signals import whole_steps
+from ...formulas.activations import ACTIVATIONS, Activation
+from ...formulas.losses import Loss, RowFunction
+from ...formulas.optimizers import OptimizerRule, Scalars
+from ...training.old_plan import MlpRun
+from ..base import Array
+from ..numpy import NumpyBackend
+from . import training
+from .formulas import twins
+from .loops import (
+    BLOCK,
+    backward_loop,
+    cross_entropy_loop,
+    epilogue_loop,
+    forward_loop,
+    loss_loop,
+    row_backward_loop,
+    row_loop,
+    update_loop,
+)
+
+# The least work worth a thread, in elements: handing over a task costs about as much as 20,000 elements of the cheapest
+# pass.
+_ELEMENTS_PER_THREAD = 65_536
+
+# Threads.
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gemmlet")
+
+
+if hasattr(os, "register_at_fork"):
+    # Threads do not survive a fork: the child starts its own.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _apart(array: Array, out: Array) -> Array:
+    """`array` flat, and copied if `out` is the same memory."""
+    return (array.copy() if np.may_share_memory(array, out) else array).reshape(-1)
+
+
+# The usual call, which is answered without the checks of `gemmlet.kernels`: C-contiguous arrays that behave, too small
+# for a second thread.
+
+
+def _quick_result(out: Any, like: Array, *inputs: Array) -> Any:
+    """A new array, or `out` if it needs no care: None else."""
+    if out is None:
+        return np.empty_like(like)
+    if type(out) is not np.ndarray or out.dtype != like.dtype or out.shape != like.shape or not out.flags.carray:
+        return None
+    return None if any(np.may_share_memory(out, array) for array in inputs) else out
+
+
+def _quick_forward(entry: Activation) -> Callable[..., Any]:
+    loops: dict[Any, Any] = {}  # by dtypes that may be asked for, as they come
+
+    def quick(x: Any, parameter: Any, out: Any) -> Any:
+        if type(x) is not np.ndarray or x.size >= _ELEMENTS_PER_THREAD or not x.flags.carray:
+            return None
+        if x.dtype not in loops:
+            loops[x.dtype] = _quick_loop(forward_loop, entry.name, entry.name, x.dtype, entry)
+        loop, number, default = loops[x.dtype]
+        if loop is None or type(parameter) is not type(default) or parameter != default:
+            return None
+        y = _quick_result(out, x, x)
+        if y is not None:
+            loop(x.reshape(-1), number, y.reshape(-1))
+        return y
+
+    return quick
+
+
+def _quick_backward(entry: Activation) -> Callable[..., Any]:
+    loops: dict[Any, Any] = {}
+
+    def quick(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
+        saved, other = (x, y) if entry.needs_x else (y, x)
+        if not type(grad_y) is type(saved) is np.ndarray or grad_y.size >= _ELEMENTS_PER_THREAD:
+            return None
+        dtype, shape = grad_y.dtype, grad_y.shape
+        if saved.dtype != dtype or saved.shape != shape or not (grad_y.flags.carray and saved.flags.carray):
+            return None
+        if other is not None and (type(other) is not np.ndarray or other.dtype != dtype or other.shape != shape):
+            return None
+        if dtype not in loops:
+            loops[dtype] = _quick_loop(backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
+        loop, number, default = loops[dtype]
+        if loop is None or type(parameter) is not type(default) or parameter != default:
+            return None
+        grad_x = _quick_result(out, grad_y, grad_y, saved)
+        if grad_x is not None:
+            loop(grad_y.reshape(-1), saved.reshape(-1), number, grad_x.reshape(-1))
+        return grad_x
+
+    return quick
+
+
+def _quick_loop(factory: Any, name: str, twin: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
+    """The loop, if there is one for the dtype, the formula's number, and the argument that stands for it."""
+    if dtype not in (np.float32, np.float64) or twin not in twins(dtype):
+        return None, None, None
+    number = float(dtype.type(entry.default))
+    return factory(name, dtype), number, None if entry.parameter is None else entry.default
+
+
+class NumbaBackend(NumpyBackend):
+    """Fused passes compiled by Numba around NumPy's matrix product."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self._threads = 1
+        self.quick = {name: _quick_forward(entry) for name, entry in ACTIVATIONS.items()}
+        self.quick |= {f"{name}_backward": _quick_backward(entry) for name, entry in ACTIVATIONS.items()}
+
+    def describe(self) -> dict[str, str]:
+        """What `gemmlet.show_config` prints about this backend."""
+        return {
+            "backend": self.name,
+            "isa": f"{binding.get_host_cpu_name()} (compiled by Numba {numba.__version__})",
+            "threads": f"{self._threads} (the matrix product: NumPy's BLAS)",
+        }
+
+    def set_num_threads(self, count: int) -> None:
+        """Split large arrays into so many parts; the BLAS is the caller's to set."""
+        self._threads = count
+
+    def _split(self, size: int, unit: int, run: Callable[[slice], None]) -> None:
+        """Call `run` on slices that cover `size` elements, each of whole units, at the same time."""
+        parts = min(self._threads, size // _ELEMENTS_PER_THREAD)
+        if parts < 2:
+            run(slice(0, size))
+            return
+        length = -(-size // (parts * unit)) * unit
+        slices = [slice(start, min(start + length, size)) for start in range(0, size, length)]
+        futures = [_pool().submit(run, part) for part in slices[1:]]
+        run(slices[0])
+        for future in futures:
+            future.result()
+
+    def linear(
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        activation: Activation | None,
+        parameter: float,
+        out: Array,
+        preactivation: Array | None,
+    ) -> None:
+        """``out = activation(x @ w + b)``; `preactivation`, if given, takes ``x @ w + b``."""
+        name = "identity" if activation is None else activation.name
+        if name not in twins(out.dtype) or not out.size:
+            super().linear(x, w, b, activation, parameter, out, preactivation)
+            return
+        self.matmul(x, w, out)
+        loop = epilogue_loop(name, out.dtype)
+        none = np.empty(0, out.dtype)
+        y, z = out.reshape(-1), none if preactivation is None else preactivation.reshape(-1)
+        bias, columns = none if b is None else b, out.shape[1]
+        self._split(y.size, columns, lambda part: loop(y[part], columns, bias, parameter, z[part]))
+
+    def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
+        """``out = activation(x)``."""
+        if activation.name not in twins(out.dtype):
+            super().activation(activation, x, parameter, out)
+            return
+        y = out.reshape(-1)
+        if np.may_share_memory(x, out):
+            in_place = epilogue_loop(activation.name, out.dtype)
+            none = np.empty(0, out.dtype)
+            self._split(y.size, 1, lambda part: in_place(y[part], 1, none, parameter, none))
+            return
+        flat, loop = x.reshape(-1), forward_loop(activation.name, out.dtype)
+        self._split(y.size, 1, lambda part: loop(flat[part], parameter, y[part]))
+
+    def activation_backward(
+        self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
+    ) -> None:
+        """``out = grad_y * activation'``, `saved` being the `x` or the `y` that the formula reads."""
+        if f"{activation.name}_backward" not in twins(out.dtype):
+            super().activation_backward(activation, grad_y, saved, parameter, out)
+            return
+        loop = backward_loop(activation.name, out.dtype)
+        grad, grad_x = _apart(grad_y, out), out.reshape(-1)
+        kept = _apart(saved, out)
+        self._split(grad_x.size, 1, lambda part: loop(grad[part], kept[part], parameter, grad_x[part]))
+
+    def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
+        """``out = function(x)``, (rows, columns), columns > 0."""
+        if function.name not in ("softmax", "log_softmax"):
+            super().row_function(function, x, out)
+            return
+        loop, columns = row_loop(function.name, out.dtype), out.shape[1]
+        flat, y = x.reshape(-1), out.reshape(-1)
+        self._split(y.size, columns, lambda part: loop(flat[part], columns, y[part]))
+
+    def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
+        """``out`` = the gradient with respect to the function's input."""
+        if function.name not in ("softmax", "log_softmax"):
+            super().row_function_backward(function, grad_y, y, out)
+            return
+        loop, columns = row_backward_loop(function.name, out.dtype), out.shape[1]
+        grad, kept, grad_x = grad_y.reshape(-1), y.reshape(-1), out.reshape(-1)
+        self._split(grad_x.size, columns, lambda part: loop(grad[part], kept[part], columns, grad_x[part]))
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
+        rows, columns = logits.shape
+        loop, dtype = cross_entropy_loop(out.dtype), out.dtype
+        z, gradient, losses = logits.reshape(-1), out.reshape(-1), np.empty(rows)
+        indices = labels if labels.ndim == 1 else np.empty(0, np.int64)
+        soft = labels.reshape(-1) if labels.ndim == 2 else np.empty(0, dtype)
+        scale = dtype.type(1.0 / rows)
+
+        def run(part: slice) -> None:
+            lines = slice(part.start // columns, part.stop // columns)
+            loop(
+                z[part], columns, indices[lines], soft[part], label_smoothing, scale, losses[lines], gradient[part]
+            )  # fmt: skip
+
+        self._split(z.size, columns, run)
+        return float(np.sum(losses) / rows)
+
+    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
+        """Mean over all elements."""
+        if loss.name not in twins(out.dtype):
+            return super().elementwise_loss(loss, prediction, target, parameter, out)
+        loop = loss_loop(loss.name, out.dtype)
+        p, t, gradient = _apart(prediction, out), _apart(target, out), out.reshape(-1)
+        sums, share = np.empty(-(-p.size // BLOCK)), 1.0 / p.size
+
+        def run(part: slice) -> None:
+            blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+            loop(p[part], t[part], parameter, share, sums[blocks], gradient[part])
+
+        self._split(p.size, BLOCK, run)
+        return float(np.sum(sums) / p.size)
+
+    def update(
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+    ) -> None:
+        """Update `param` and its state in place."""
+        if rule.name not in twins(param.dtype) or len(state) > 2:
+            super().update(rule, param, grad, state, scalars)
+            return
+        loop = update_loop(rule.name, param.dtype, len(state), len(scalars))
+        p, g, states = param.reshape(-1), grad.reshape(-1), [s.reshape(-1) for s in state]
+        self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), scalars))
+
+    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
+        """Only a multilayer perceptron's steps, and with formulas that have twins."""
+        known = twins(np.dtype(np.float32))
+        functions = [name for activation in activations for name in (activation, f"{activation}_backward")]
+        cross_entropy = "softmax_cross_entropy"
+        return network == "mlp" and all(
+            name in known or name == cross_entropy for name in (*functions, *losses, rule)
+        )  # fmt: skip
+
+    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
+        """Train a stack of layers."""
+        with whole_steps():
+            return training.train_mlp(run, self._split)

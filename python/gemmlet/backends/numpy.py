@@ -1,0 +1,138 @@
+"""The reference backend: the registry's NumPy expressions, evaluated in float64, and NumPy's own matrix product.
+
+Other backends derive from this one and override what they do better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _threads
+from ..formulas.activations import Activation
+from ..formulas.losses import Loss, RowFunction, softmax_cross_entropy
+from ..formulas.optimizers import OptimizerRule, Scalars
+from ..training import reference
+from ..training.plan import Batches, Outcome, TrainingPlan
+from .base import Array, Backend
+
+
+def _f64(array: Array) -> NDArray[np.float64]:
+    return array.astype(np.float64, copy=False)
+
+
+class NumpyBackend(Backend):
+    """Computes everything with NumPy alone."""
+
+    name = "numpy"
+    quick: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": self.name, "isa": "NumPy's own", "threads": "1 (the matrix product: NumPy's BLAS)"}
+
+    def set_num_threads(self, count: int) -> None:
+        """Elementwise NumPy has one thread, and the BLAS is the caller's to set."""
+
+    def get_num_threads(self) -> int:
+        return _threads.get_num_threads()
+
+    # Matrix products.
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        with np.errstate(all="ignore"):
+            np.matmul(a, b, out=out)
+
+    def linear(
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        activation: Activation | None,
+        parameter: float,
+        out: Array,
+        preactivation: Array | None,
+    ) -> None:
+        self.matmul(x, w, out)
+        if b is not None:
+            with np.errstate(all="ignore"):
+                out += b
+        if preactivation is not None:
+            preactivation[...] = out
+        if activation is not None:
+            self.activation(activation, out, parameter, out)
+
+    def column_sum(self, x: Array, out: Array) -> None:
+        out[...] = np.sum(_f64(x), axis=0)
+
+    # Elementwise and row functions.
+
+    def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
+        with np.errstate(all="ignore"):
+            out[...] = activation.forward(_f64(x), parameter)
+
+    def activation_backward(
+        self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
+    ) -> None:
+        with np.errstate(all="ignore"):
+            kept = _f64(saved)
+            out[...] = activation.backward(_f64(grad_y), kept, kept, parameter)
+
+    def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
+        with np.errstate(all="ignore"):
+            out[...] = function.forward(_f64(x))
+
+    def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
+        with np.errstate(all="ignore"):
+            out[...] = function.backward(_f64(grad_y), _f64(y))
+
+    # Losses: the gradient into `out`, the mean is returned.
+
+    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        rows, classes = logits.shape
+        targets = np.zeros(logits.shape) if labels.ndim == 1 else _f64(labels)
+        if labels.ndim == 1:
+            targets[np.arange(rows), labels] = 1.0
+        targets = (1.0 - label_smoothing) * targets + label_smoothing / classes
+        with np.errstate(all="ignore"):
+            loss, gradient = softmax_cross_entropy(_f64(logits), targets)
+            out[...] = gradient / rows
+        return float(np.mean(loss))
+
+    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
+        with np.errstate(all="ignore"):
+            value, out[...] = loss.evaluate(_f64(prediction), _f64(target), parameter, 1.0 / prediction.size)
+            return float(np.mean(value))
+
+    # Optimizers.
+
+    def update(
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+    ) -> None:
+        with np.errstate(all="ignore"):
+            results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *scalars)
+            for target, result in zip((param, *state), results, strict=True):
+                target[...] = result
+
+    # Training.
+
+    def bring(self, array: Any, beside: Any = None) -> Any:
+        return array
+
+    def supports_fused(self, plan: TrainingPlan) -> bool:
+        return False
+
+    def stage(self, plan: TrainingPlan) -> TrainingPlan:
+        return plan
+
+    def write_back(self, plan: TrainingPlan) -> None:
+        """Everything is where it belongs."""
+
+    def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return np.empty(shape, dtype)
+
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        return reference.train(self, plan, batches)

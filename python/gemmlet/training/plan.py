@@ -1,0 +1,259 @@
+"""A training step as data: networks as lists of layer operations, and the phases that a step runs in order.
+
+`gemmlet.nn` makes one `TrainingPlan` for each `fit`; `Backend.train` executes it for the mini-batches of a call, which
+are its `Batches`. The executor of `backends/numpy.py` runs any plan phase by phase and is the reference. The others fuse
+phases where a plan allows it (`Backend.supports_fused`) and leave the rest to the reference.
+
+An executor may compute phases in another order, or several at a time, where the results agree to rounding. Every
+executor gives the same bits for any number of threads, and however mini-batches are divided among calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# Inputs of a `Forward`, beside the outputs of other networks: rows of the dataset, and rows of noise.
+SAMPLES, NOISE = "samples", "noise"
+Source = str | int
+
+
+class Dataset(NamedTuple):
+    """Samples: rows (n, features) of uint8 or of the networks' dtype, or the three arrays of a CSR matrix.
+
+    uint8 counts as value/255. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that so many
+    numbers are 0 that it pays to skip them; the result is the same.
+    """
+
+    x: Array
+    indptr: NDArray[np.int64] | None = None
+    indices: NDArray[np.int32] | None = None
+    skip_zeros: bool = False
+
+
+# Layer operations.
+
+
+class Parameter(NamedTuple):
+    """An array that training changes in place, the optimizer's state for it, and its moving average, if wanted."""
+
+    value: Array
+    state: tuple[Array, ...] = ()
+    average: Array | None = None
+
+    def arrays(self) -> tuple[Array | None, ...]:
+        """All of them."""
+        return self.value, *self.state, self.average
+
+
+class Linear(NamedTuple):
+    """``x @ weight + bias``: weight (in_features, out_features), bias (out_features,)."""
+
+    weight: Parameter
+    bias: Parameter
+
+
+class Activation(NamedTuple):
+    """An activation of the registry, and its parameter, 0 if it takes none."""
+
+    name: str
+    parameter: float
+
+
+Network = tuple[Linear | Activation, ...]
+
+
+class DenseLayer(NamedTuple):
+    """A `Linear` with the `Activation` that follows it, which executors fuse."""
+
+    weight: Parameter
+    bias: Parameter
+    activation: str | None
+    parameter: float
+
+
+def dense_layers(network: Network) -> list[DenseLayer] | None:
+    """The network as dense layers; None if it has other operations."""
+    layers: list[DenseLayer] = []
+    for operation in network:
+        if isinstance(operation, Linear):
+            layers.append(DenseLayer(*operation, None, 0.0))
+        elif isinstance(operation, Activation) and layers and layers[-1].activation is None:
+            layers[-1] = layers[-1]._replace(activation=operation.name, parameter=operation.parameter)
+        else:
+            return None
+    return layers
+
+
+# Phases; `network` is a position in `TrainingPlan.networks`.
+
+
+class Gather(NamedTuple):
+    """Bring the mini-batch's rows of the dataset, as ``scale * x + shift``, and its rows of noise, if there is any."""
+
+    dataset: Dataset
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+class Forward(NamedTuple):
+    """Compute a network's outputs for the rows of its inputs; those of several inputs follow each other."""
+
+    network: int
+    inputs: tuple[Source, ...]
+
+
+class Loss(NamedTuple):
+    """Evaluate a loss of a network's outputs, and its gradient with respect to them.
+
+    Attributes
+    ----------
+    network : int
+    name : str
+        ``"softmax_cross_entropy"``, or an elementwise loss of the registry with its default parameter.
+    targets : ndarray or tuple of float
+        For all samples of the dataset: class indices, int64 of shape (n,), or numbers (n, outputs); an elementwise loss
+        takes class indices as one-hot rows, or as the number itself if there is one output. A tuple has one target for
+        each input of the network's `Forward`.
+    label_smoothing : float
+        Of softmax_cross_entropy, as of the kernel.
+    reduction : {"sum", "mean"}
+        Over the outputs of a row, for elementwise losses. The objective is the sum over the rows, divided by the size of
+        the mini-batch.
+    sign : {1.0, -1.0}
+        -1 maximises.
+    """
+
+    network: int
+    name: str
+    targets: Any
+    label_smoothing: float = 0.0
+    reduction: str = "sum"
+    sign: float = 1.0
+
+
+class Backward(NamedTuple):
+    """Turn the gradient of a network's outputs into that of its parameters; or, with `to`, of that network's outputs.
+
+    The parameters' gradients are left out in the second case.
+    """
+
+    network: int
+    to: int | None = None
+
+
+class AllReduce(NamedTuple):
+    """Call `reduce` with the gradients of a network's parameters, to be changed in place.
+
+    Where training is distributed, it replaces them by their mean over all processes.
+    """
+
+    network: int
+    reduce: Callable[[Sequence[Array]], None]
+
+
+class Update(NamedTuple):
+    """Update a network's parameters by an optimizer rule, and their moving averages, if they have some.
+
+    With `max_norm`, gradients are scaled so that the Euclidean norm of all of them together is at most this.
+    """
+
+    network: int
+    rule: str
+    max_norm: float | None = None
+
+
+Phase = Gather | Forward | Loss | Backward | AllReduce | Update
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPlan:
+    """What a step does: see the module. `phases` begin with `Gather`; `Loss`, `Backward` and `Update` follow a `Forward`."""
+
+    networks: tuple[Network, ...]
+    phases: tuple[Phase, ...]
+
+    @property
+    def gather(self) -> Gather:
+        """The first phase."""
+        first = self.phases[0]
+        assert isinstance(first, Gather)
+        return first
+
+    @property
+    def losses(self) -> list[Loss]:
+        """In the order of the sums that `Backend.train` returns."""
+        return [phase for phase in self.phases if isinstance(phase, Loss)]
+
+    @property
+    def updates(self) -> list[Update]:
+        """In the order of `Batches.hyperparameters`."""
+        return [phase for phase in self.phases if isinstance(phase, Update)]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of all parameters."""
+        return next(p.value.dtype for p in self.parameters(0))
+
+    def parameters(self, network: int) -> Iterator[Parameter]:
+        """Those of a network, in order."""
+        for operation in self.networks[network]:
+            if isinstance(operation, Linear):
+                yield from operation
+
+    def activations(self) -> set[str]:
+        """The names of all activations."""
+        return {o.name for network in self.networks for o in network if isinstance(o, Activation)}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The mini-batches of one call of `Backend.train`.
+
+    Attributes
+    ----------
+    order : ndarray of int64
+        Which samples; `size` of them make a mini-batch, the last of which may be smaller.
+    size : int
+    hyperparameters : tuple of ndarray
+        Of each `Update`, the hyperparameters of its rule at each step, shape (steps, count). In place of an array stands
+        a list of one for each parameter where they differ, which only the reference takes.
+    losses : tuple of float
+        What the losses of the rows are added to, one for each `Loss`.
+    decay : ndarray of float64, shape (steps,), optional
+        Of the moving averages.
+    noise : ndarray, shape (len(order), columns), optional
+    meanwhile : callable, optional
+        An executor whose processor would only wait for a GPU calls it while it does: it prepares the next call, and
+        raises nothing.
+    """
+
+    order: NDArray[np.int64]
+    size: int
+    hyperparameters: tuple[Any, ...]
+    losses: tuple[float, ...]
+    decay: NDArray[np.float64] | None = None
+    noise: Array | None = None
+    meanwhile: Callable[[], None] | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number of mini-batches."""
+        return -(-len(self.order) // self.size)
+
+
+class Outcome(NamedTuple):
+    """What `Backend.train` returns: `Batches.losses` with the rows' losses added, and how many rows were correct.
+
+    A row is correct if its largest output (of a single one the sign) is its class; counted where the targets of the
+    first loss are class indices, else 0.
+    """
+
+    losses: tuple[float, ...]
+    correct: int

@@ -1,0 +1,233 @@
+"""The reference executor: a training plan, phase by phase, with the kernels of any backend.
+
+It gives the bits of the same step written with the public functions of `gemmlet.kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import singledispatchmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formulas.activations import ACTIVATIONS
+from ..formulas.losses import LOSSES
+from ..formulas.optimizers import OPTIMIZER_RULES
+from .plan import (
+    NOISE,
+    SAMPLES,
+    AllReduce,
+    Array,
+    Backward,
+    Batches,
+    DenseLayer,
+    Forward,
+    Gather,
+    Loss,
+    Outcome,
+    Source,
+    TrainingPlan,
+    Update,
+    dense_layers,
+)
+
+
+def train(backend: Any, plan: TrainingPlan, batches: Batches) -> Outcome:
+    """See `Backend.train`."""
+    losses, correct = list(batches.losses), 0
+    updates = plan.updates
+    for number in range(batches.steps):
+        rows = slice(number * batches.size, (number + 1) * batches.size)
+        step = Step(backend, plan, batches.order[rows], None if batches.noise is None else batches.noise[rows])
+        for phase in plan.phases:
+            if isinstance(phase, Update):
+                table = batches.hyperparameters[updates.index(phase)]
+                decay = 0.0 if batches.decay is None else float(batches.decay[number])
+                step.update(phase, [t[number] for t in table] if isinstance(table, list) else table[number], decay)
+            else:
+                step.run(phase)
+        losses = [total + loss * step.rows for total, loss in zip(losses, step.losses, strict=True)]
+        correct += step.correct
+    return Outcome(tuple(losses), correct)
+
+
+def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None) -> Step:
+    """The step of a plan without updates, the first `rows` samples being the mini-batch."""
+    step = Step(backend, plan, np.arange(rows), noise)
+    for phase in plan.phases:
+        step.run(phase)
+    return step
+
+
+class _Record(NamedTuple):
+    """What the backward pass of a layer needs of its forward pass; `saved` is the activation's input or output."""
+
+    x: Array
+    saved: Array
+
+
+class Step:
+    """One step, and what its phases leave behind.
+
+    Attributes
+    ----------
+    rows : int
+        The size of the mini-batch.
+    losses : list of float
+        Of each `Loss`, the mean over the mini-batch.
+    correct : int
+        See `Outcome`.
+    gradients : dict of list of ndarray
+        By network, of all parameters; what `Backward` gives.
+    """
+
+    def __init__(
+        self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None
+    ) -> None:
+        self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
+        self._layers = [dense_layers(network) or [] for network in plan.networks]
+        self._values: dict[Source, Array] = {}
+        self._records: dict[int, list[_Record]] = {}
+        self._grad: dict[int, Array] = {}  # of a network's outputs
+        self.rows, self.losses, self.correct = len(where), list[float](), 0
+        self.gradients: dict[int, list[Array]] = {}
+
+    @singledispatchmethod
+    def run(self, phase: Any) -> None:
+        """Do a phase: any but `Update`, which needs hyperparameters."""
+        raise TypeError(f"no phase of a plan: {phase}")
+
+    @run.register
+    def _(self, phase: Gather) -> None:
+        dataset, where, dtype = phase.dataset, self._where, self._plan.dtype
+        if dataset.indptr is None:
+            x = dataset.x if isinstance(dataset.x, np.ndarray) else self._backend.to_cpu(dataset.x)
+            self._values[SAMPLES] = scaled(x[where], dtype, phase.scale, phase.shift)
+        else:
+            assert dataset.indices is not None
+            rows = np.zeros((len(where), self._layers[0][0].weight.value.shape[0]), dtype)
+            for row, sample in zip(rows, where, strict=True):
+                numbers = slice(dataset.indptr[sample], dataset.indptr[sample + 1])
+                row[dataset.indices[numbers]] = dataset.x[numbers]
+            self._values[SAMPLES] = rows
+        if self._noise is not None:
+            self._values[NOISE] = self._noise
+
+    @run.register
+    def _(self, phase: Forward) -> None:
+        inputs = [self._values[source] for source in phase.inputs]
+        x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        records = self._records[phase.network] = []
+        for layer in self._layers[phase.network]:
+            entry = None if layer.activation is None else ACTIVATIONS[layer.activation]
+            y = np.empty((len(x), layer.bias.value.size), x.dtype)
+            z = np.empty_like(y) if entry is not None and entry.needs_x else None
+            self._backend.linear(x, layer.weight.value, layer.bias.value, entry, layer.parameter, y, z)
+            records.append(_Record(x, y if z is None else z))
+            x = y
+        self._values[phase.network] = x
+
+    @run.register
+    def _(self, phase: Loss) -> None:
+        outputs = self._values[phase.network]
+        grad, targets = np.empty_like(outputs), phase.targets
+        # The kernels' mean is over all rows, and of elementwise losses over the outputs; the objective's is not.
+        factor = phase.sign * len(outputs) / self.rows
+        if isinstance(targets, tuple):
+            wanted = np.repeat(np.array(targets, outputs.dtype), len(outputs) // len(targets))[:, np.newaxis]
+        else:
+            wanted = targets[self._where]
+            if wanted.ndim == 1 and not self.losses:
+                self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
+        if phase.name == "softmax_cross_entropy":
+            loss = self._backend.softmax_cross_entropy(outputs, wanted, phase.label_smoothing, grad)
+        else:
+            entry = LOSSES[phase.name]
+            if phase.reduction == "sum":
+                factor *= outputs.shape[1]
+            wanted = one_hot(wanted, outputs.shape, outputs.dtype)
+            loss = self._backend.elementwise_loss(entry, outputs, wanted, entry.default, grad)
+        grad *= factor
+        self._grad[phase.network] = grad
+        self.losses.append(loss * factor)
+
+    @run.register
+    def _(self, phase: Backward) -> None:
+        backend, grad, gradients = self._backend, self._grad[phase.network], list[Array]()
+        layers, records = self._layers[phase.network], self._records[phase.network]
+        for i in range(len(layers) - 1, -1, -1):
+            weight, record, grad_z = layers[i].weight.value, records[i], grad
+            if layers[i].activation is not None:
+                grad_z, entry = np.empty_like(grad), ACTIVATIONS[str(layers[i].activation)]
+                backend.activation_backward(entry, grad, record.saved, layers[i].parameter, grad_z)
+            if i > 0 or phase.to is not None:
+                grad = np.empty((len(grad_z), len(weight)), grad_z.dtype)
+                backend.matmul(grad_z, weight.T, grad)
+            if phase.to is None:
+                grad_weight, grad_bias = np.empty_like(weight), np.empty_like(layers[i].bias.value)
+                backend.matmul(record.x.T, grad_z, grad_weight)
+                backend.column_sum(grad_z, grad_bias)
+                gradients += grad_bias, grad_weight
+        if phase.to is None:
+            self.gradients[phase.network] = gradients[::-1]
+        else:
+            self._grad[phase.to] = grad
+
+    @run.register
+    def _(self, phase: AllReduce) -> None:
+        phase.reduce(self.gradients[phase.network])
+
+    def update(self, phase: Update, hyperparameters: Any, decay: float) -> None:
+        """Do an update; `hyperparameters` are numbers, or a list of as many for each parameter."""
+        gradients = self.gradients[phase.network]
+        if phase.max_norm is not None:
+            clip_by_norm(gradients, phase.max_norm)
+        rule = OPTIMIZER_RULES[phase.rule]
+        for i, (p, grad) in enumerate(zip(self._plan.parameters(phase.network), gradients, strict=True)):
+            numbers = hyperparameters[i] if isinstance(hyperparameters, list) else hyperparameters
+            self._backend.update(rule, p.value, grad, p.state, tuple(numbers.tolist()))
+            if (average := p.average) is not None:
+                average *= decay
+                average += (1.0 - decay) * p.value
+
+
+def scaled(x: Array, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Array:
+    """Return ``scale * x + shift``: numbers of `dtype`, or bytes, which count as value/255; C-contiguous."""
+    numbers: Array = x.astype(dtype, order="C")
+    if x.dtype == np.uint8:
+        numbers /= 255.0
+    if (scale, shift) != (1.0, 0.0):
+        numbers *= scale
+        numbers += shift
+    return numbers
+
+
+def predicted_classes(outputs: Array) -> NDArray[np.int64]:
+    """The class of each row: its largest output, NaN counting as the largest; of a single one whether it is above 0."""
+    return (outputs[:, 0] > 0).astype(np.int64) if outputs.shape[1] == 1 else np.argmax(outputs, axis=1)
+
+
+def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Targets of an elementwise loss, in the shape of the outputs: class indices as one-hot rows, see `Loss`."""
+    if targets.ndim == 2:
+        return targets
+    rows = np.zeros(shape, dtype)
+    if shape[1] == 1:
+        rows[:, 0] = targets
+    else:
+        rows[np.arange(len(targets)), targets] = 1.0
+    return rows
+
+
+def clip_by_norm(gradients: Sequence[Array], max_norm: float) -> None:
+    """Scale arrays in place so that the Euclidean norm of all of them together is at most `max_norm`.
+
+    Computed in float64. Where the norm is not finite, nothing is scaled. Source: Pascanu et al., 2013.
+    """
+    norm = math.sqrt(sum(float(np.sum(np.square(grad, dtype=np.float64))) for grad in gradients))
+    if max_norm < norm < math.inf:
+        for grad in gradients:
+            grad *= max_norm / norm
