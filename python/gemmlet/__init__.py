@@ -6,11 +6,11 @@ import importlib
 from types import ModuleType
 
 from ._precision import get_float32_matmul_precision, set_float32_matmul_precision
+from ._version import __version__
 from .backends.select import get_num_threads, set_num_threads, show_config, use_backend
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "data",
     "get_float32_matmul_precision",
     "get_num_threads",

@@ -10,11 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _arrays as arrays
+from .backends import select
+from .backends.base import Backend
+from .formulas.optimizers import adam_scalars
 
 Array = NDArray[Any]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _GPU_FLOATS = ("float32", "float64", "float16", "bfloat16")
+
+_CUDA_DEVICES = (2, 13)  # DLPack's numbers: memory of a GPU, and managed memory
 
 
 def as_array(value: Any, name: str) -> Array:
@@ -28,7 +33,7 @@ def as_array(value: Any, name: str) -> Array:
         raise TypeError(f"{name} is None; expected an array")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(...)")
-    on_gpu = arrays.from_gpu_object(value, name)
+    on_gpu = _from_gpu_object(value, name)
     if on_gpu is not None:
         if on_gpu.data.ptr % on_gpu.itemsize:
             raise TypeError(f"{name} is not aligned to its dtype")
@@ -39,6 +44,31 @@ def as_array(value: Any, name: str) -> Array:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
         raise TypeError(f"{name} ({type(value).__name__}) cannot be read as an array: {error}") from error
+
+
+def _from_gpu_object(value: Any, name: str) -> Any:
+    """`value` as a CuPy array on the same memory, for DLPack and ``__cuda_array_interface__``; None if on no GPU."""
+    if arrays.is_on_gpu(value):
+        return value
+    device = getattr(value, "__dlpack_device__", None)
+    by_dlpack = device is not None and device()[0] in _CUDA_DEVICES
+    if not by_dlpack and not _has_cuda_interface(value):
+        return None
+    from .backends.cuda import compiler
+
+    try:
+        cupy = compiler.import_cupy()
+        return cupy.from_dlpack(value) if by_dlpack else cupy.asarray(value)
+    except Exception as error:  # whatever a foreign library raises
+        message = f"{name} ({type(value).__name__}), an array on a GPU, cannot be read: {error}"
+        raise TypeError(message) from error
+
+
+def _has_cuda_interface(value: Any) -> bool:
+    try:
+        return hasattr(value, "__cuda_array_interface__")
+    except RuntimeError:  # PyTorch's, of a tensor that requires a gradient
+        return True
 
 
 def _has_numpy_protocol(value: Any) -> bool:
@@ -83,6 +113,11 @@ def check_place(array: Array, name: str, like: Array | np.dtype[Any] | None) -> 
         raise ValueError(f"{name} is on {here}, the other arguments on {there}; all must be in one place")
 
 
+def on_cpu(array: Array) -> Array:
+    """Return the array if it is NumPy's, else a copy that is."""
+    return select.of(array).to_cpu(array)
+
+
 def is_aligned(array: Array) -> bool:
     """Whether every element stands at a multiple of its size."""
     return bool(array.flags.aligned)
@@ -94,10 +129,10 @@ def check_shape(array: Array, name: str, shape: tuple[int, ...], why: str) -> No
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} ({why})")
 
 
-def output(out: Any, name: str, shape: tuple[int, ...], like: Array) -> Array:
+def output(backend: Backend, out: Any, name: str, shape: tuple[int, ...], like: Array) -> Array:
     """Return the memory of `out` after checking it, or a new array, of the dtype and in the place of `like`."""
     if out is None:
-        return arrays.empty(shape, like.dtype, like)
+        return backend.empty(shape, like.dtype, like)
     array = as_array(out, name)
     if array.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {like.dtype}")
@@ -181,3 +216,40 @@ def flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return bool(value)
+
+
+def sgd_hyperparameters(
+    has_velocity: bool, lr: float, momentum: float, nesterov: bool, weight_decay: float
+) -> tuple[str, tuple[float, ...]]:
+    """The rule that `sgd_update` follows, and its hyperparameters, checked."""
+    nesterov = flag(nesterov, "nesterov")
+    rate = number(lr, "lr", low=0.0)
+    mu = number(momentum, "momentum", low=0.0, high=1.0)
+    decay = number(weight_decay, "weight_decay", low=0.0)
+    if has_velocity:
+        return "momentum", (rate, decay, mu, float(nesterov))
+    if mu or nesterov:
+        raise ValueError("velocity is missing: momentum and nesterov need it")
+    return "sgd", (rate, decay)
+
+
+def adam_hyperparameters(
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
+) -> tuple[float, ...]:
+    """The hyperparameters of Adam's rule (AdamW's, if `decoupled`) at one step, checked."""
+    if type(step) is not int and (not isinstance(step, np.integer | int) or isinstance(step, bool)):
+        raise TypeError(f"step must be an integer, got {type(step).__name__}")
+    if step < 1:
+        raise ValueError(f"step must be at least 1 (the first update), got {step}")
+    settings = (
+        number(lr, "lr", low=0.0),
+        number(beta1, "beta1", low=0.0, high=1.0),
+        number(beta2, "beta2", low=0.0, high=1.0),
+        number(eps, "eps", low=0.0),
+        number(weight_decay, "weight_decay", low=0.0),
+    )
+    for name, beta in (("beta1", settings[1]), ("beta2", settings[2])):
+        if beta == 1.0:
+            raise ValueError(f"{name} must be below 1, got {beta:g}")
+    # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
+    return adam_scalars(min(int(step), 2**53), *settings, decoupled)

@@ -27,11 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _arguments as arguments
-from . import _arrays as arrays
+from ._arguments import adam_hyperparameters, sgd_hyperparameters
+from ._arrays import computed_in
 from .backends import select
+from .backends.base import Backend
 from .formulas.activations import ACTIVATIONS, Activation
 from .formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
-from .formulas.optimizers import OPTIMIZER_RULES, adam_numbers, sgd_numbers
+from .formulas.optimizers import OPTIMIZER_RULES
 
 Array = NDArray[Any]
 
@@ -54,6 +56,7 @@ def _refuse_overlap(out: Array, **inputs: Array | None) -> None:
 
 
 def _elementwise(
+    backend: Backend,
     call: Callable[..., Any],
     inputs: tuple[Array | None, ...],
     outputs: tuple[Array, ...],
@@ -76,10 +79,10 @@ def _elementwise(
             inputs = tuple(None if a is None else a.T for a in inputs)
             outputs = tuple(a.T for a in outputs)
         else:
-            inputs = tuple(None if a is None else arrays.contiguous(a) for a in inputs)
-    buffers = tuple(o if o.flags.c_contiguous else arrays.copy(o) for o in outputs)
+            inputs = tuple(None if a is None else backend.contiguous(a) for a in inputs)
+    buffers = tuple(o if o.flags.c_contiguous else backend.copy(o) for o in outputs)
     inputs = tuple(
-        arrays.copy(a)
+        backend.copy(a)
         if a is not None and any(arguments.overlaps(a, o) and not arguments.same_view(a, o) for o in buffers)
         else a
         for a in inputs
@@ -87,13 +90,13 @@ def _elementwise(
     result = call(*inputs, *buffers)
     for target, buffer in zip(outputs, buffers, strict=True):
         if buffer is not target:
-            arrays.assign(target, buffer)
+            backend.assign(target, buffer)
     return result
 
 
-def _like(x: Array, out: Any) -> Array:
+def _like(backend: Backend, x: Array, out: Any) -> Array:
     """`out` after its checks, or a new array in the layout of `x`."""
-    return arrays.empty_like(x) if out is None else arguments.output(out, "out", x.shape, x)
+    return backend.empty_like(x) if out is None else arguments.output(backend, out, "out", x.shape, x)
 
 
 def _returned(out: Any, array: Array) -> Any:
@@ -152,21 +155,21 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
         raise ValueError(f"the stacks of a {left.shape} and b {right.shape} do not broadcast") from None
     full = (*stack, matrices[0].shape[-2], matrices[1].shape[-1])
     shape = full[:-2] + full[-2:-1] * (left.ndim > 1) + full[-1:] * (right.ndim > 1)
-    result = arguments.output(out, "out", shape, left)
+    backend = select.of(left)
+    result = arguments.output(backend, out, "out", shape, left)
     if out is not None:
         _refuse_overlap(result, a=left, b=right)
-    buffer = result if result.flags.c_contiguous else arrays.empty(shape, left.dtype, left)
-    backend = select.of(left)
+    buffer = result if result.flags.c_contiguous else backend.empty(shape, left.dtype, left)
     if not stack:
         backend.matmul(*matrices, buffer.reshape(full))
     else:
-        lefts = arrays.broadcast_to(matrices[0], (*stack, *matrices[0].shape[-2:]))
-        rights = arrays.broadcast_to(matrices[1], (*stack, *matrices[1].shape[-2:]))
+        lefts = np.broadcast_to(matrices[0], (*stack, *matrices[0].shape[-2:]))
+        rights = np.broadcast_to(matrices[1], (*stack, *matrices[1].shape[-2:]))
         products = buffer.reshape(full)
         for index in np.ndindex(stack):
             backend.matmul(lefts[index], rights[index], products[index])
     if buffer is not result:
-        arrays.assign(result, buffer)
+        backend.assign(result, buffer)
     return _returned(out, result)
 
 
@@ -183,14 +186,14 @@ def _activation_named(activation: Any) -> Activation | None:
 def _activation_parameter(entry: Activation | None, value: Any, name: str, dtype: np.dtype[Any]) -> float:
     """The activation's number, rounded to the dtype that it computes in; its default where none was given."""
     if value is None:
-        return 0.0 if entry is None else float(arrays.computed_in(dtype).type(entry.default))
+        return 0.0 if entry is None else float(computed_in(dtype).type(entry.default))
     if entry is None or entry.parameter is None:
         raise ValueError(f"{name} was given, but the activation {entry.name if entry else None!r} takes none")
     return _rounded(arguments.number(value, name, low=0.0, open_low=True), name, dtype, value)
 
 
 def _rounded(number: float, name: str, dtype: np.dtype[Any], value: Any) -> float:
-    computed = arrays.computed_in(dtype)
+    computed = computed_in(dtype)
     if number > float(np.finfo(computed).max):
         raise ValueError(f"{name} must be finite in {computed}, got {value!r}")
     return float(computed.type(number))
@@ -259,18 +262,18 @@ def linear(
     if b_ is not None:
         arguments.check_shape(b_, "b", w_.shape[1:], "out_features of w")
     shape = (*x_.shape[:-1], w_.shape[1])
-    y = arguments.output(out, "out", shape, x_)
+    backend = select.of(x_)
+    y = arguments.output(backend, out, "out", shape, x_)
     if out is not None:
         _refuse_overlap(y, x=x_, w=w_, b=b_)
     if b_ is not None:
-        b_ = arrays.contiguous(b_)
-    z = arrays.empty(shape, x_.dtype, x_) if keep_z else None
-    buffer = y if y.flags.c_contiguous else arrays.empty(shape, x_.dtype, x_)
-    select.of(x_).linear(
-        arrays.rows(x_), w_, b_, entry, parameter, arrays.rows(buffer), None if z is None else arrays.rows(z)
-    )
+        b_ = backend.contiguous(b_)
+    z = backend.empty(shape, x_.dtype, x_) if keep_z else None
+    buffer = y if y.flags.c_contiguous else backend.empty(shape, x_.dtype, x_)
+    as_matrix = backend.as_matrix
+    backend.linear(as_matrix(x_), w_, b_, entry, parameter, as_matrix(buffer), None if z is None else as_matrix(z))
     if buffer is not y:
-        arrays.assign(y, buffer)
+        backend.assign(y, buffer)
     return _returned(out, y) if z is None else (_returned(out, y), z)
 
 
@@ -354,24 +357,28 @@ def linear_backward(
     saved = _saved(entry, used, {"y": y, "z": z}, grad, hint)
     backend = select.of(grad)
     if entry is not None:
-        grad_z = arrays.empty_like(grad, "C")
+        grad_z = backend.empty_like(grad, "C")
         _elementwise(
-            lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o), (grad, saved), (grad_z,), new=True
+            backend,
+            lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o),
+            (grad, saved),
+            (grad_z,),
+            new=True,
         )
     else:
         grad_z = grad
-    rows = arrays.rows(grad_z)
+    rows = backend.as_matrix(grad_z)
     grad_x = grad_w = grad_b = None
     if need_x:
         assert w_ is not None
-        grad_x = arrays.empty((*grad.shape[:-1], w_.shape[0]), grad.dtype, grad)
-        backend.matmul(rows, w_.T, arrays.rows(grad_x))
+        grad_x = backend.empty((*grad.shape[:-1], w_.shape[0]), grad.dtype, grad)
+        backend.matmul(rows, w_.T, backend.as_matrix(grad_x))
     if need_w:
         assert x_ is not None
-        grad_w = arrays.empty((x_.shape[-1], grad.shape[-1]), grad.dtype, grad)
-        backend.matmul(arrays.rows(x_).T, rows, grad_w)
+        grad_w = backend.empty((x_.shape[-1], grad.shape[-1]), grad.dtype, grad)
+        backend.matmul(backend.as_matrix(x_).T, rows, grad_w)
     if need_b:
-        grad_b = arrays.empty(grad.shape[-1:], grad.dtype, grad)
+        grad_b = backend.empty(grad.shape[-1:], grad.dtype, grad)
         backend.column_sum(rows, grad_b)
     return grad_x, grad_w, grad_b
 
@@ -402,9 +409,9 @@ def _own_number(entry: Activation | Loss, value: Any, dtype: np.dtype[Any] | Non
 def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> Any:
     x_ = arguments.as_floats(x, "x")
     value = _own_number(entry, parameter, x_.dtype)
-    y = _like(x_, out)
     backend = select.of(x_)
-    _elementwise(lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,), new=out is None)
+    y = _like(backend, x_, out)
+    _elementwise(backend, lambda a, o: backend.activation(entry, a, value, o), (x_,), (y,), new=out is None)
     return _returned(out, y)
 
 
@@ -412,10 +419,14 @@ def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, paramet
     grad = arguments.as_floats(grad_y, "grad_y")
     value = _own_number(entry, parameter, grad.dtype)
     saved = _saved(entry, "x" if entry.needs_x else "y", {"x": x, "y": y}, grad)
-    grad_x = _like(grad, out)
     backend = select.of(grad)
+    grad_x = _like(backend, grad, out)
     _elementwise(
-        lambda g, s, o: backend.activation_backward(entry, g, s, value, o), (grad, saved), (grad_x,), new=out is None
+        backend,
+        lambda g, s, o: backend.activation_backward(entry, g, s, value, o),
+        (grad, saved),
+        (grad_x,),
+        new=out is None,
     )
     return _returned(out, grad_x)
 
@@ -507,11 +518,12 @@ def _row_forward(entry: RowFunction, x: Any, out: Any) -> Any:
     x_ = arguments.as_floats(x, "x")
     if x_.ndim == 0:
         raise ValueError("x is a scalar; expected at least one dimension")
-    y = arguments.output(out, "out", x_.shape, x_)
+    backend = select.of(x_)
+    y = arguments.output(backend, out, "out", x_.shape, x_)
     if x_.size:
-        backend = select.of(x_)
         _elementwise(
-            lambda a, o: backend.row_function(entry, arrays.rows(a), arrays.rows(o)),
+            backend,
+            lambda *matrices: backend.row_function(entry, *map(backend.as_matrix, matrices)),
             (x_,),
             (y,),
             rows=True,
@@ -530,11 +542,12 @@ def _row_backward(entry: RowFunction, grad_y: Any, x: Any, y: Any, out: Any) -> 
         arguments.check_shape(arguments.as_floats(x, "x", grad), "x", grad.shape, "the shape of grad_y")
     y_ = arguments.as_floats(y, "y", grad)
     arguments.check_shape(y_, "y", grad.shape, "the shape of grad_y")
-    grad_x = arguments.output(out, "out", grad.shape, grad)
+    backend = select.of(grad)
+    grad_x = arguments.output(backend, out, "out", grad.shape, grad)
     if grad.size:
-        backend = select.of(grad)
         _elementwise(
-            lambda g, s, o: backend.row_function_backward(entry, arrays.rows(g), arrays.rows(s), arrays.rows(o)),
+            backend,
+            lambda *matrices: backend.row_function_backward(entry, *map(backend.as_matrix, matrices)),
             (grad, y_),
             (grad_x,),
             rows=True,
@@ -591,17 +604,22 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
     t = arguments.as_floats(targets, "targets", p)
     arguments.check_shape(t, "targets", p.shape, f"the shape of {entry.prediction}")
     value = _own_number(entry, parameter)
+    backend = select.of(p)
     if entry.unit_interval and p.size:
-        low, high = arrays.value_range(p)
+        low, high = backend.value_range(p)
         if low < 0 or high > 1:
             raise ValueError(f"{entry.prediction} must lie within [0, 1], got {low:g} to {high:g}")
-    grad = _like(p, out)
+    grad = _like(backend, p, out)
     if not p.size:
         return float("nan"), _returned(out, grad)
-    backend = select.of(p)
     # `rows`: the order of the elements is that of the sum, which shall not depend on the layout.
     loss = _elementwise(
-        lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o), (p, t), (grad,), rows=True, new=out is None
+        backend,
+        lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o),
+        (p, t),
+        (grad,),
+        rows=True,
+        new=out is None,
     )
     return float(loss), _returned(out, grad)
 
@@ -675,6 +693,7 @@ def softmax_cross_entropy(
         raise ValueError(f"logits has shape {z.shape}, expected (rows, classes)")
     smoothing = arguments.number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
     t = arguments.as_array(labels, "labels")
+    backend = select.of(z)
     if t.ndim == 1:
         if t.dtype.kind not in "iu":
             raise TypeError(
@@ -682,7 +701,7 @@ def softmax_cross_entropy(
             )
         arguments.check_shape(t, "labels", z.shape[:1], "one index per row of logits")
         arguments.check_place(t, "labels", z)
-        t, low, high = arrays.as_indices(t)
+        t, low, high = backend.as_indices(t)
         if t.size and (low < 0 or high >= z.shape[1]):
             raise ValueError(f"labels must lie within [0, {z.shape[1]}), got {low} to {high}")
     elif t.ndim == 0:
@@ -690,14 +709,14 @@ def softmax_cross_entropy(
     else:
         t = arguments.as_floats(t, "labels", z)
         arguments.check_shape(t, "labels", z.shape, "one probability per class")
-    grad = arguments.output(out, "out", z.shape, z)
+    grad = arguments.output(backend, out, "out", z.shape, z)
     if not z.size:
         return float("nan"), _returned(out, grad)
     if t.ndim == 1 and out is not None and arguments.overlaps(t, grad):
-        t = arrays.copy(t)
-    backend = select.of(z)
+        t = backend.copy(t)
     inputs = (z,) if t.ndim == 1 else (z, t)
     loss = _elementwise(
+        backend,
         lambda a, *rest: backend.softmax_cross_entropy(a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
         inputs,
         (grad,),
@@ -730,7 +749,9 @@ def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalar
             raise ValueError(f"{name} overlaps {other}: each needs memory of its own")
     outputs = tuple(written.values())
     backend = select.of(p)
-    _elementwise(lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs, new=True)
+    _elementwise(
+        backend, lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs, new=True
+    )
 
 
 def sgd_update(
@@ -765,7 +786,7 @@ def sgd_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, arrays overlap, or `velocity` is missing.
     """
-    rule, scalars = sgd_numbers(velocity is not None, lr, momentum, nesterov, weight_decay)
+    rule, scalars = sgd_hyperparameters(velocity is not None, lr, momentum, nesterov, weight_decay)
     _update(rule, param, grad, {} if velocity is None else {"velocity": velocity}, scalars)
 
 
@@ -800,7 +821,8 @@ def adam_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, or arrays overlap.
     """
-    _update("adam", param, grad, {"m": m, "v": v}, adam_numbers(step, lr, beta1, beta2, eps, weight_decay, False))
+    hyperparameters = adam_hyperparameters(step, lr, beta1, beta2, eps, weight_decay, False)
+    _update("adam", param, grad, {"m": m, "v": v}, hyperparameters)
 
 
 def adamw_update(
@@ -830,7 +852,8 @@ def adamw_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, or arrays overlap.
     """
-    _update("adam", param, grad, {"m": m, "v": v}, adam_numbers(step, lr, beta1, beta2, eps, weight_decay, True))
+    hyperparameters = adam_hyperparameters(step, lr, beta1, beta2, eps, weight_decay, True)
+    _update("adam", param, grad, {"m": m, "v": v}, hyperparameters)
 
 
 for _entry in ACTIVATIONS.values():

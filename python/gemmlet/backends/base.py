@@ -8,7 +8,7 @@ products get any strides.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,47 @@ class Backend(Protocol):
 
     def get_num_threads(self) -> int:
         """Return what `gemmlet.get_num_threads` does."""
+
+    # Arrays. They are where this backend computes, or NumPy's; of what `like` is in the place of, nothing else is used.
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Array:
+        """A new C-contiguous array in the place of `like`."""
+
+    def empty_like(self, array: Array, order: Literal["K", "C"] = "K") -> Array:
+        """A new array of the same shape, dtype and place; with "K" in the same layout too, if that has no gaps."""
+
+    def copy(self, array: Array) -> Array:
+        """A C-contiguous copy in the same place."""
+
+    def contiguous(self, array: Array) -> Array:
+        """The array if it is C-contiguous, else a copy that is."""
+
+    def as_matrix(self, array: Array) -> Array:
+        """The array with its leading dimensions merged into one; a view wherever there is one."""
+
+    def assign(self, target: Any, source: Any) -> None:
+        """``target[...] = source``, of one shape and dtype; a `target` on the CPU takes a `source` from anywhere."""
+
+    def to_cpu(self, array: Array) -> Array:
+        """The array if it is NumPy's, else a copy that is."""
+
+    def bring(self, array: Array, beside: Any = None) -> Array:
+        """The array where this backend computes: itself, or a copy on a GPU, on that of `beside` if it is on one."""
+
+    def placed_like(self, array: Array, like: Any) -> Array:
+        """The array, or a copy of it on the GPU where `like` is."""
+
+    def scaled(self, array: Array, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Array:
+        """``scale * array + shift``: numbers of `dtype`, or bytes, which count as value/255; C-contiguous."""
+
+    def value_range(self, array: Array) -> tuple[float, float]:
+        """The smallest and the largest of at least one element, NaN passed over."""
+
+    def extremes(self, array: Array) -> tuple[float, float]:
+        """The smallest and the largest of at least one number of an array (n, ...); NaN where there is one."""
+
+    def as_indices(self, array: Array) -> tuple[Array, int, int]:
+        """Integers as int64, C-contiguous, and the smallest and the largest of them; (0, 0) if there are none."""
 
     # Matrix products.
 
@@ -92,9 +133,6 @@ class Backend(Protocol):
         """Update `param` and its state in place."""
 
     # Training.
-
-    def bring(self, array: Any, beside: Any = None) -> Any:
-        """The array where this backend computes: itself, or a copy on a GPU, on that of `beside` if it is on one."""
 
     def supports_fused(self, plan: TrainingPlan) -> bool:
         """Whether this backend has an executor of its own for the plan."""

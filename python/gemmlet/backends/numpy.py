@@ -5,9 +5,10 @@ Other backends derive from this one and override what they do better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,56 @@ class NumpyBackend(Backend):
 
     def get_num_threads(self) -> int:
         return _threads.get_num_threads()
+
+    # Arrays.
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Array:
+        return np.empty(shape, dtype)
+
+    def empty_like(self, array: Array, order: Literal["K", "C"] = "K") -> Array:
+        return np.empty_like(array, order=order)
+
+    def copy(self, array: Array) -> Array:
+        result = self.empty(array.shape, array.dtype, array)
+        self.assign(result, array)
+        return result
+
+    def contiguous(self, array: Array) -> Array:
+        return array if array.flags.c_contiguous else self.copy(array)
+
+    def as_matrix(self, array: Array) -> Array:
+        return array if array.ndim == 2 else array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+
+    def assign(self, target: Any, source: Any) -> None:
+        target[...] = source
+
+    def to_cpu(self, array: Array) -> Array:
+        return array
+
+    def bring(self, array: Array, beside: Any = None) -> Array:
+        return array
+
+    def placed_like(self, array: Array, like: Any) -> Array:
+        return array
+
+    def scaled(self, array: Array, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Array:
+        numbers = array.astype(dtype, order="C")
+        if array.dtype == np.uint8:
+            numbers /= 255.0
+        if (scale, shift) != (1.0, 0.0):
+            numbers *= scale
+            numbers += shift
+        return numbers
+
+    def value_range(self, array: Array) -> tuple[float, float]:
+        return np.fmin.reduce(array, None), np.fmax.reduce(array, None)
+
+    def extremes(self, array: Array) -> tuple[float, float]:
+        return float(array.min()), float(array.max())
+
+    def as_indices(self, array: Array) -> tuple[Array, int, int]:
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        return np.require(array, np.int64, ["C_CONTIGUOUS", "ALIGNED"]), low, high
 
     # Matrix products.
 
@@ -118,9 +169,6 @@ class NumpyBackend(Backend):
                 target[...] = result
 
     # Training.
-
-    def bring(self, array: Any, beside: Any = None) -> Any:
-        return array
 
     def supports_fused(self, plan: TrainingPlan) -> bool:
         return False

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _threads
+from .._version import __version__
 
 if TYPE_CHECKING:
     from .base import Backend
@@ -176,8 +177,6 @@ def get_num_threads() -> int:
 def config() -> dict[str, str]:
     """What computes here: backend, ISA, threads and versions, as text."""
     import platform
-
-    from .. import __version__
 
     return {
         "gemmlet": __version__,

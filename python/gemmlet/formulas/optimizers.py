@@ -9,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _arguments as arguments
-
 Array = NDArray[np.float64]
 Scalars = tuple[float, ...]
 
@@ -132,43 +130,3 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
         ),
     )
 }
-
-
-# The numbers of a rule from the settings that users give.
-
-
-def sgd_numbers(
-    has_velocity: bool, lr: float, momentum: float, nesterov: bool, weight_decay: float
-) -> tuple[str, tuple[float, ...]]:
-    """The rule that `sgd_update` follows, and its numbers, checked."""
-    nesterov = arguments.flag(nesterov, "nesterov")
-    rate = arguments.number(lr, "lr", low=0.0)
-    mu = arguments.number(momentum, "momentum", low=0.0, high=1.0)
-    decay = arguments.number(weight_decay, "weight_decay", low=0.0)
-    if has_velocity:
-        return "momentum", (rate, decay, mu, float(nesterov))
-    if mu or nesterov:
-        raise ValueError("velocity is missing: momentum and nesterov need it")
-    return "sgd", (rate, decay)
-
-
-def adam_numbers(
-    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
-) -> tuple[float, ...]:
-    """The numbers of Adam's rule (AdamW's, if `decoupled`) at one step, checked."""
-    if type(step) is not int and (not isinstance(step, np.integer | int) or isinstance(step, bool)):
-        raise TypeError(f"step must be an integer, got {type(step).__name__}")
-    if step < 1:
-        raise ValueError(f"step must be at least 1 (the first update), got {step}")
-    numbers = (
-        arguments.number(lr, "lr", low=0.0),
-        arguments.number(beta1, "beta1", low=0.0, high=1.0),
-        arguments.number(beta2, "beta2", low=0.0, high=1.0),
-        arguments.number(eps, "eps", low=0.0),
-        arguments.number(weight_decay, "weight_decay", low=0.0),
-    )
-    for name, beta in (("beta1", numbers[1]), ("beta2", numbers[2])):
-        if beta == 1.0:
-            raise ValueError(f"{name} must be below 1, got {beta:g}")
-    # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
-    return adam_scalars(min(int(step), 2**53), *numbers, decoupled)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _arguments as arguments
-from .. import _arrays as arrays
+from .._arrays import is_on_gpu
 from ..backends import select
 from ..backends.base import Backend
 from ..training.plan import Dataset
@@ -65,7 +65,7 @@ class Samples:
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row")
         self.array: Any = _canonical(array, dtype) if is_sparse else array
         self.is_sparse = is_sparse
-        self.on_gpu = not is_sparse and arrays.is_on_gpu(array)
+        self.on_gpu = not is_sparse and is_on_gpu(array)
         self.features = features
         self.dtype = dtype
 
@@ -81,15 +81,15 @@ class Samples:
         """Put them where the backend computes, if they are to be used more than once."""
         if not self.is_sparse:
             self.array = self.backend.bring(self.array)
-            self.on_gpu = arrays.is_on_gpu(self.array)
+            self.on_gpu = is_on_gpu(self.array)
 
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
         if self.is_sparse:
-            return self.backend.bring(self.array[where].toarray())  # type: ignore[no-any-return]
-        rows = arrays.contiguous(self.backend.bring(self.array[where]))
+            return self.backend.bring(self.array[where].toarray())
+        rows = self.backend.contiguous(self.backend.bring(self.array[where]))
         rows = rows.reshape(len(rows), self.features)
-        return rows if rows.dtype == self.dtype else arrays.scaled(rows, self.dtype)
+        return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
 
     def dataset(self, *, may_skip_zeros: bool) -> Dataset:
         """The samples as training takes them; zeros are skipped, if they may be, where there are many."""
@@ -97,7 +97,7 @@ class Samples:
             indptr, indices = self.array.indptr, self.array.indices
             return Dataset(self.array.data, indptr.astype(np.int64, copy=False), indices.astype(np.int32, copy=False), True)
         if self.on_gpu:
-            return Dataset(arrays.contiguous(self.array).reshape(len(self), self.features))
+            return Dataset(self.backend.contiguous(self.array).reshape(len(self), self.features))
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
         if not arguments.is_aligned(rows):
             rows = rows.copy()

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
-from .. import _arrays as arrays
 from ..backends import select
 from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients
@@ -309,7 +308,7 @@ class GAN(Trainable, files.Saved):
             Noise for the generator, as many rows as there are samples.
         """
         samples = self._samples(x)
-        noise = arrays.to_cpu(self._checked_noise(z, len(samples)))
+        noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
             Forward(_GENERATOR, (NOISE,)),
@@ -326,7 +325,7 @@ class GAN(Trainable, files.Saved):
         z : array_like, shape (n, latent_dim)
             Noise, at least one row.
         """
-        noise = arrays.to_cpu(self._checked_noise(z, None))
+        noise = arguments.on_cpu(self._checked_noise(z, None))
         if not len(noise):
             raise ValueError("z is empty; expected at least one row")
         phases = [Gather(Dataset(noise)), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
@@ -380,14 +379,14 @@ class GAN(Trainable, files.Saved):
             noise = self.noise(count)
         else:
             noise = self._checked_noise(z, count)
-        result = arrays.empty((len(noise), self.features), self.dtype, noise)
         backend = select.of(noise)
+        result = backend.empty((len(noise), self.features), self.dtype, noise)
         generator = self._average.brought(lambda array: backend.bring(array, noise))
         for where in slices(len(noise), CHUNK):
             made = generator.forward(backend.bring(noise[where]))
             if self.generator_output == "tanh":
-                made = arrays.scaled(made, self.dtype, 0.5, 0.5)
-            arrays.assign(result[where], made)
+                made = backend.scaled(made, self.dtype, 0.5, 0.5)
+            backend.assign(result[where], made)
         return result
 
     # Arguments.
@@ -397,7 +396,7 @@ class GAN(Trainable, files.Saved):
         if not len(samples):
             raise ValueError("x is empty; expected at least one sample")
         if samples.array.dtype != np.uint8:
-            low, high = arrays.extremes(samples.array)
+            low, high = samples.backend.extremes(samples.array)
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
         return samples

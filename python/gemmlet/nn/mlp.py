@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
-from .. import _arrays as arrays
 from .. import kernels
+from ..backends import select
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
@@ -257,10 +257,11 @@ class MLP(Trainable, files.Saved):
 
     def _loss(self, outputs: Array, targets: Array) -> float:
         """The objective, where the outputs are."""
+        backend = select.of(outputs)
         if self.output == "softmax":
-            labels = arrays.beside(targets, outputs)
+            labels = backend.placed_like(targets, outputs)
             return kernels.softmax_cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)[0]
-        wanted = arrays.beside(one_hot(targets, outputs.shape, self.dtype), outputs)
+        wanted = backend.placed_like(one_hot(targets, outputs.shape, self.dtype), outputs)
         if self.output == "sigmoid":
             # The kernel's mean is over all elements, the objective's over the samples.
             return kernels.binary_cross_entropy_with_logits(outputs, wanted)[0] * outputs.shape[1]
@@ -288,8 +289,8 @@ class MLP(Trainable, files.Saved):
             return outputs[:, 0] if self.layers[-1] == 1 else outputs
         classes = np.empty(len(samples), np.int64)
         for where, outputs in self._outputs(samples):
-            classes[where] = predicted_classes(arrays.to_cpu(outputs))
-        return arrays.beside(classes, samples.array)
+            classes[where] = predicted_classes(arguments.on_cpu(outputs))
+        return samples.backend.placed_like(classes, samples.array)
 
     def predict_proba(self, x: Any) -> Array:
         """Probabilities that the outputs stand for.
@@ -330,7 +331,7 @@ class MLP(Trainable, files.Saved):
         for where, outputs in self._outputs(samples):
             loss_sum += self._loss(outputs, targets[where]) * len(outputs)
             if self.output != "identity":
-                correct += np.count_nonzero(predicted_classes(arrays.to_cpu(outputs)) == targets[where])
+                correct += np.count_nonzero(predicted_classes(arguments.on_cpu(outputs)) == targets[where])
         return loss_sum / len(samples), math.nan if self.output == "identity" else correct / len(samples)
 
     def features(self, x: Any) -> Array:
@@ -366,9 +367,9 @@ class MLP(Trainable, files.Saved):
         self, samples: Samples, width: int, function: Callable[[Array], Array] | None = None, depth: int | None = None
     ) -> Array:
         """Those of all samples, of each chunk what `function` gives, in the place of the samples."""
-        result = arrays.empty((len(samples), width), self.dtype, samples.array)
+        result = samples.backend.empty((len(samples), width), self.dtype, samples.array)
         for where, outputs in self._outputs(samples, depth):
-            arrays.assign(result[where], outputs if function is None else function(outputs))
+            samples.backend.assign(result[where], outputs if function is None else function(outputs))
         return result
 
     # Arguments.
@@ -391,7 +392,7 @@ class MLP(Trainable, files.Saved):
         """Class indices as int64, or numbers as rows."""
         outputs = self.layers[-1]
         if self.output == "identity":
-            numbers = arrays.to_cpu(arguments.as_floats(y, name, self.dtype))
+            numbers = arguments.on_cpu(arguments.as_floats(y, name, self.dtype))
             if numbers.ndim == 1 and outputs == 1:
                 return numbers[:, np.newaxis]
             if numbers.ndim != 2 or numbers.shape[1] != outputs:
@@ -399,7 +400,7 @@ class MLP(Trainable, files.Saved):
                     f"{name} has shape {numbers.shape}, expected (n,{'' if outputs == 1 else f' {outputs}'})"
                 )
             return numbers
-        labels = arrays.to_cpu(arguments.as_array(y, name))
+        labels = arguments.on_cpu(arguments.as_array(y, name))
         if labels.ndim != 1:
             raise ValueError(f"{name} has shape {labels.shape}, expected (n,): a class index for each sample")
         if labels.dtype.kind not in "iu":

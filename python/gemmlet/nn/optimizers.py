@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .. import _arguments as arguments
 from .. import kernels
 from .._memory import aligned_zeros
-from ..formulas.optimizers import OPTIMIZER_RULES, adam_numbers, adam_table, sgd_numbers
+from ..formulas.optimizers import OPTIMIZER_RULES, adam_table
 from ..training.reference import clip_by_norm
 from . import _checks as checks
 
@@ -221,7 +221,7 @@ class SGD(_RuleOptimizer):
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.momentum, self.nesterov, self.weight_decay
-        rule, scalars = sgd_numbers(arrays > 0, float(rates[0]), *settings)
+        rule, scalars = arguments.sgd_hyperparameters(arrays > 0, float(rates[0]), *settings)
         numbers = np.empty((len(rates), len(scalars)))
         numbers[:] = scalars
         numbers[:, OPTIMIZER_RULES[rule].scalars.index("lr")] = rates
@@ -273,7 +273,7 @@ class Adam(_RuleOptimizer):
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
-        first = adam_numbers(step, float(rates[0]), *settings)  # which checks them, too
+        first = arguments.adam_hyperparameters(step, float(rates[0]), *settings)  # which checks them, too
         return "adam", adam_table(step, rates, *settings) if len(rates) > 1 else np.array([first])
 
 

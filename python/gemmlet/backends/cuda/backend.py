@@ -7,15 +7,16 @@ backend was chosen by name, are copied to the first GPU and back.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ... import _arrays as arrays
 from ... import _precision, _threads
+from ..._arrays import computed_in, is_on_gpu, name_of
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
 from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule, Scalars
@@ -290,15 +291,11 @@ class CudaBackend(NumpyBackend):
             "threads": f"{_threads.get_num_threads()} (of the CPU)",
         }
 
-    # Devices and arrays.
+    # Devices.
 
     def device_of(self, array: Any) -> Device:
         """The GPU that an array is on."""
         return self.device(array.data.device_id)
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], beside: Any) -> Any:
-        """Return a new array on the GPU where `beside` is."""
-        return self.device_of(beside).empty(shape, dtype)
 
     def _placed(self, *given: Any, writes: int) -> _InPlace:
         """A device and the arrays on it; of NumPy arrays, copies, of which the last `writes` come back in the end."""
@@ -315,22 +312,6 @@ class CudaBackend(NumpyBackend):
         if array.ndim > 1 and array.flags.f_contiguous and not array.flags.c_contiguous:
             return device.upload(array.T).T
         return device.upload(np.ascontiguousarray(array).reshape(array.shape))
-
-    def bring(self, array: Any, beside: Any = None) -> Any:
-        """A copy on the GPU where `beside` is, else on the first one; itself if it is on a GPU."""
-        if arrays.is_on_gpu(array):
-            return array
-        return self._upload(self.device_of(beside) if arrays.is_on_gpu(beside) else self._first, array)
-
-    def scaled(self, x: Any, dtype: np.dtype[Any], scale: float, shift: float) -> Any:
-        """``scale * x + shift`` of a C-contiguous array on a GPU, whose bytes count as value/255."""
-        device = self.device_of(x)
-        result = device.empty(x.shape, dtype)
-        if x.size:
-            (kernel,) = device.kernels("elementwise.cuh", [_scaled_kernel(x.dtype, dtype)])
-            arguments = pointer(x), pointer(result), number(scale, dtype), number(shift, dtype), np.int64(x.size)
-            device.launch(kernel, (-(-x.size // THREADS), 1, 1), THREADS, arguments)
-        return result
 
     def device(self, number: int) -> Device:
         """The GPU of this number."""
@@ -374,8 +355,43 @@ class CudaBackend(NumpyBackend):
             found = self._launches[device.id, expression] = device.prepare(source, expression, parameters, block)
         return found
 
+    def find_range(
+        self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, result: int = 0, copy: int = 0
+    ) -> None:
+        """Launch what finds the smallest and the largest of `size` numbers at an address, NaN passed over.
+
+        to: the C++ type of both, ``"double"`` or ``"long long"``, which go to the address `result`, else to `Scratch`;
+        at `copy`, if it is not 0, all numbers are stored in that type.
+        """
+        kernel = _range_kernel(name_of(dtype), to)
+        launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
+        scratch = self.scratch(device)
+        blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
+        launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
+
+    # Arrays. NumPy's, which come when this backend was chosen by name, stay on the CPU.
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: Any) -> Any:
+        if not is_on_gpu(like):
+            return super().empty(shape, dtype, like)
+        return self.device_of(like).empty(shape, dtype)
+
+    def empty_like(self, array: Any, order: Literal["K", "C"] = "K") -> Any:
+        if not is_on_gpu(array):
+            return super().empty_like(array, order)
+        if order == "K" and array.flags.f_contiguous and not array.flags.c_contiguous:
+            return self.empty(array.shape[::-1], array.dtype, array).T
+        return self.empty(array.shape, array.dtype, array)
+
+    def as_matrix(self, array: Any) -> Any:
+        # CuPy's `reshape` would copy by a kernel of its own.
+        return super().as_matrix(self.contiguous(array) if array.ndim != 2 and is_on_gpu(array) else array)
+
     def assign(self, target: Any, source: Any) -> None:
-        """``target[...] = source``: arrays of one shape and dtype on a GPU, any strides, that do not overlap."""
+        """On a GPU they are on the same one, and do not overlap."""
+        if not is_on_gpu(target):
+            super().assign(target, self.to_cpu(source))
+            return
         device = self.device_of(target)
         if source.nbytes == 0:
             return
@@ -386,52 +402,71 @@ class CudaBackend(NumpyBackend):
             raise ValueError(f"an array of {target.ndim} dimensions is not supported on a GPU, at most 8 are")
         for d, (length, from_stride, to_stride) in enumerate(merged):
             layout[:, d] = length, from_stride // source.itemsize, to_stride // target.itemsize
-        cpp = CPP_TYPES[arrays.name_of(source.dtype)]
+        cpp = CPP_TYPES[name_of(source.dtype)]
         (kernel,) = device.kernels("elementwise.cuh", [f"gemmlet::strided_copy<{cpp}, {cpp}>"])
         arguments = (pointer(source), pointer(target), np.void(layout.tobytes()), np.int32(len(merged)))
         device.launch(kernel, (-(-source.size // THREADS), 1, 1), THREADS, (*arguments, np.int64(source.size)))
 
     def to_cpu(self, array: Any) -> Array:
-        """A NumPy array with the values of a C-contiguous one on a GPU."""
+        if not is_on_gpu(array):
+            return super().to_cpu(array)
         result = np.empty(array.shape, array.dtype)
-        self.device_of(array).download(array, result)
+        self.device_of(array).download(self.contiguous(array), result)
+        return result
+
+    def bring(self, array: Any, beside: Any = None) -> Any:
+        """Without `beside` the first GPU is meant."""
+        if is_on_gpu(array):
+            return array
+        return self._upload(self.device_of(beside) if is_on_gpu(beside) else self._first, array)
+
+    def placed_like(self, array: Any, like: Any) -> Any:
+        return self.bring(array, like) if is_on_gpu(like) else array
+
+    def scaled(self, array: Any, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Any:
+        if not is_on_gpu(array):
+            return super().scaled(array, dtype, scale, shift)
+        x, device = self.contiguous(array), self.device_of(array)
+        result = device.empty(x.shape, dtype)
+        if x.size:
+            (kernel,) = device.kernels("elementwise.cuh", [_scaled_kernel(x.dtype, dtype)])
+            arguments = pointer(x), pointer(result), number(scale, dtype), number(shift, dtype), np.int64(x.size)
+            device.launch(kernel, (-(-x.size // THREADS), 1, 1), THREADS, arguments)
         return result
 
     def value_range(self, array: Any) -> tuple[float, float]:
-        """The smallest and the largest of at least one element, NaN passed over."""
-        array, device = arrays.contiguous(array), self.device_of(array)
+        if not is_on_gpu(array):
+            return super().value_range(array)
+        array, device = self.contiguous(array), self.device_of(array)
         found = self._result(device)
         self.find_range(device, array.dtype, "double", address(array), array.size, found.place)
         device.synchronize()
         low, high = found.floats
         return low, high
 
+    def extremes(self, array: Any) -> tuple[float, float]:
+        if not is_on_gpu(array):
+            return super().extremes(array)
+        low, high = self.value_range(array)
+        # There a NaN is not passed over.
+        numbers = self.contiguous(array).reshape(len(array), -1)
+        sums = self.empty(numbers.shape[1:], array.dtype, array)
+        self.column_sum(numbers, sums)
+        return (math.nan, math.nan) if np.isnan(self.to_cpu(sums)).any() else (low, high)
+
     def as_indices(self, array: Any) -> tuple[Any, int, int]:
-        """Integers as int64, C-contiguous, and the smallest and the largest of them; (0, 0) if there are none."""
+        if not is_on_gpu(array):
+            return super().as_indices(array)
         device = self.device_of(array)
         result = device.empty(array.shape, np.dtype(np.int64))
         if not array.size:
             return result, 0, 0
-        array = arrays.contiguous(array)
+        array = self.contiguous(array)
         found = self._result(device)
         self.find_range(device, array.dtype, "long long", address(array), array.size, found.place, address(result))
         device.synchronize()
         low, high = found.integers
         return result, low, high
-
-    def find_range(
-        self, device: Device, dtype: np.dtype[Any], to: str, at: int, size: int, result: int = 0, copy: int = 0
-    ) -> None:
-        """Launch what finds the smallest and the largest of `size` numbers at an address, NaN passed over.
-
-        to: the C++ type of both, ``"double"`` or ``"long long"``, which go to the address `result`, else to `Scratch`;
-        at `copy`, if it is not 0, all numbers are stored in that type.
-        """
-        kernel = _range_kernel(arrays.name_of(dtype), to)
-        launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
-        scratch = self.scratch(device)
-        blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
-        launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
 
     # Matrix products.
 
@@ -474,11 +509,11 @@ class CudaBackend(NumpyBackend):
         blocks = -(-columns // (8 if down else 32))
         # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
         shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
-        kernel = _column_sum_kernel(arrays.name_of(dtype), down)
+        kernel = _column_sum_kernel(name_of(dtype), down)
         launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
 
         def run(x: int, out: int, counter: int) -> None:
-            partial = device.empty((shares, columns), arrays.computed_in(dtype)) if shares > 1 else None
+            partial = device.empty((shares, columns), computed_in(dtype)) if shares > 1 else None
             launch(blocks, shares, x, row_stride, column_stride, rows, columns, out, address(partial), counter)
 
         return run
@@ -487,7 +522,7 @@ class CudaBackend(NumpyBackend):
 
     def activation_launch(self, device: Device, direction: str, name: str, dtype: np.dtype[Any]) -> Prepared:
         """That of an activation's kernel: the addresses of two arrays (backward three), the parameter, the size."""
-        kind = arrays.name_of(dtype)
+        kind = name_of(dtype)
         parameters = (*("QQ" if direction == "forward" else "QQQ"), _CODES[kind], "q")
         launch = self.prepared(device, "elementwise.cuh", _activation_kernel(direction, name, kind), parameters)
         return Prepared(launch, MAP_BYTES // dtype.itemsize)
@@ -512,7 +547,7 @@ class CudaBackend(NumpyBackend):
         self, device: Device, direction: str, name: str, dtype: np.dtype[Any], columns: int, *addresses: int
     ) -> Prepared:
         """That of a row function's kernel: the addresses of two matrices (backward three), rows, columns."""
-        kind = arrays.name_of(dtype)
+        kind = name_of(dtype)
         team = _team(kind, columns, *addresses)
         parameters = (*("QQ" if direction == "forward" else "QQQ"), "q", "i")
         threads = max(THREADS, team.threads)
@@ -559,7 +594,7 @@ class CudaBackend(NumpyBackend):
 
         It takes the addresses of logits, indices and targets, two numbers, and the gradient's address, rows, columns.
         """
-        kind = arrays.name_of(dtype)
+        kind = name_of(dtype)
         team = _team(kind, columns, *addresses)
         parameters = (*"QQQddQqi", *_MEAN)
         threads = max(THREADS, team.threads)
@@ -582,7 +617,7 @@ class CudaBackend(NumpyBackend):
 
     def loss_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
         """That of a loss's kernel: the addresses of prediction and target, the parameter, the gradient's, the size."""
-        kind = arrays.name_of(dtype)
+        kind = name_of(dtype)
         parameters = ("Q", "Q", _CODES[kind], "Q", "q", *_MEAN)
         launch = self.prepared(device, "losses.cuh", _loss_kernel(name, kind), parameters)
         return Prepared(launch, PACK_BYTES // dtype.itemsize, "elements")
@@ -600,7 +635,7 @@ class CudaBackend(NumpyBackend):
 
     def update_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
         """That of a rule's kernel: the addresses of param, grad and two states, nine numbers, the size."""
-        kind = arrays.name_of(dtype)
+        kind = name_of(dtype)
         parameters = ("Q", "Q", *["Q"] * RULE_STATES, f"{RULE_NUMBERS}d", "q")
         launch = self.prepared(device, "optimizers.cuh", _update_kernel(name, kind), parameters)
         return Prepared(launch, PACK_BYTES // dtype.itemsize)
@@ -636,7 +671,7 @@ class CudaBackend(NumpyBackend):
         return self._first.empty_pinned(shape, dtype)
 
     def _trains(self, feed: Feed) -> Device:
-        return self.device_of(feed.x) if arrays.is_on_gpu(feed.x) else self._first
+        return self.device_of(feed.x) if is_on_gpu(feed.x) else self._first
 
     def train_mlp(self, run: MlpRun) -> tuple[float, int]:
         """Train a stack of layers."""
