@@ -11,10 +11,6 @@
 namespace gemmlet {
 namespace {
 
-// Elements in one task, which shall be worth handing over: some 5 microseconds. What has no exponential, root or
-// quotient in it is as fast as memory, and takes a tenth of the time of the rest.
-constexpr Index costly_chunk = serial_elements, cheap_chunk = 32768;
-
 template <class F>
 constexpr bool cheap_forward = false;
 template <>
@@ -51,14 +47,14 @@ template <class T, class F>
 void forward(const T* x, T parameter, T* y, Index n) {
   parallel_chunks(
       n, [&](Index i, Index end) { forward_range<T, F>(x, splat(parameter), y, i, end); },
-      cheap_forward<F> ? cheap_chunk : costly_chunk);
+      cheap_forward<F> ? tuning::cheap_chunk : tuning::costly_chunk);
 }
 
 template <class T, class F>
 void backward(const T* grad_y, const T* saved, T parameter, T* grad_x, Index n) {
   parallel_chunks(
       n, [&](Index i, Index end) { backward_range<T, F>(grad_y, saved, splat(parameter), grad_x, i, end); },
-      cheap_backward<F> ? cheap_chunk : costly_chunk);
+      cheap_backward<F> ? tuning::cheap_chunk : tuning::costly_chunk);
 }
 
 template <class T, class F, class Layout>
@@ -129,14 +125,13 @@ void row_function_backward(int function, const T* grad_y, const T* y, T* grad_x,
 template <class T>
 void column_sum(View<T> x, T* sum) {
   // Each column is one sum in double from the first row to the last; threads take columns.
-  constexpr Index block = 64;
-  const bool large = x.rows * x.columns > 4 * chunk_elements;
+  const bool large = x.rows * x.columns > 4 * tuning::chunk_elements;
   parallel_chunks(
       x.columns,
       [&](Index begin, Index end) {
-        for (Index j = begin; j < end; j += block) {
-          const Index width = end - j < block ? end - j : block;
-          double total[block] = {};
+        for (Index j = begin; j < end; j += tuning::column_sum_block) {
+          const Index width = end - j < tuning::column_sum_block ? end - j : tuning::column_sum_block;
+          double total[tuning::column_sum_block] = {};
           for (Index i = 0; i < x.rows; ++i) {
             const T* row = x.data + i * x.row_stride + j * x.column_stride;
             if (x.column_stride == 1)
@@ -147,7 +142,7 @@ void column_sum(View<T> x, T* sum) {
           for (Index c = 0; c < width; ++c) sum[j + c] = static_cast<T>(total[c]);
         }
       },
-      large ? block : x.columns + 1);
+      large ? tuning::column_sum_block : x.columns + 1);
 }
 
 std::vector<std::string> activation_names() {

@@ -15,6 +15,8 @@ namespace gemmlet {
 
 using Index = std::int64_t;
 
+constexpr Index ceil_div(Index n, Index size) { return (n + size - 1) / size; }
+
 // Element (i, j) stands at data[i * row_stride + j * column_stride]; strides count elements, and may be 0 or negative.
 template <class T>
 struct View {
@@ -26,8 +28,7 @@ struct View {
 template <class T>
 void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T* y, T* z);
 
-// elementwise.cpp. Up to serial_elements the calling thread does all: a task of parallel_for may call them.
-inline constexpr Index serial_elements = 4096;
+// elementwise.cpp. Up to tuning::costly_chunk the calling thread does all: a task of parallel_for may call them.
 template <class T>
 void activation_forward(int activation, const T* x, T parameter, T* y, Index n);
 template <class T>

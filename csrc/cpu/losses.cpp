@@ -38,7 +38,7 @@ template <class T, class F>
 template <class T, class F>
 double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
   const T share = static_cast<T>(1.0 / static_cast<double>(n));
-  const double sum = sum_chunks(n, chunk_elements, [&](Index begin, Index end) {
+  const double sum = sum_chunks(n, tuning::chunk_elements, [&](Index begin, Index end) {
     return evaluate_range<T, F>(prediction, target, splat(parameter), splat(share), gradient, begin, end);
   });
   return sum / static_cast<double>(n);
@@ -115,7 +115,7 @@ bool within_unit_interval(const T* x, Index n) {
 template <class T>
 void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, T share, T* gradient,
                                 Index stride, Index rows, Index columns, double* losses) {
-  if (columns > Across<T>::most_columns) {
+  if (columns > tuning::across_max_columns) {
     for (Index i = 0; i < rows; ++i)
       evaluate_rows<L, T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride,
                        indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], {1.0, 0.0},
@@ -123,7 +123,7 @@ void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* 
     return;
   }
   const Across<T> layout{columns};
-  alignas(64) T z[Across<T>::most_columns * lanes<T>], t[Across<T>::most_columns * lanes<T>];
+  alignas(64) T z[tuning::across_max_columns * lanes<T>], t[tuning::across_max_columns * lanes<T>];
   for (Index i = 0; i < rows; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
     layout.bring(logits + i * stride, n, z, stride);

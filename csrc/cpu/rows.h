@@ -119,7 +119,6 @@ struct Along {
 template <class T>
 struct Across {
   static constexpr int count = lanes<T>;
-  static constexpr Index most_columns = 64;  // longer rows are about as fast along, and need no copy
   using Number = T;
   using Statistic = RowNumbers<T>;
   Index columns;
@@ -264,12 +263,12 @@ struct Operands {
 // on, `rows` being the layout.
 template <class T, class F, class... In>
 void for_rows(Index begin, Index end, Index columns, F&& f, T* out, const In*... in) {
-  if (columns > Across<T>::most_columns) {
+  if (columns > tuning::across_max_columns) {
     for (Index i = begin; i < end; ++i) f(Along<T>{columns}, i, 1, out + i * columns, in + i * columns...);
     return;
   }
   const Across<T> rows{columns};
-  alignas(GEMMLET_VECTOR_BYTES) T buffers[sizeof...(In)][Across<T>::most_columns * lanes<T>];
+  alignas(GEMMLET_VECTOR_BYTES) T buffers[sizeof...(In)][tuning::across_max_columns * lanes<T>];
   for (Index i = begin; i < end; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
     int b = 0;
@@ -284,7 +283,7 @@ void for_rows(Index begin, Index end, Index columns, F&& f, T* out, const In*...
 // Rows in one task: some `chunk_elements`, whole groups of those that are computed at once.
 template <class T>
 Index rows_per_chunk(Index columns) {
-  return (chunk_elements / columns / lanes<T> + 1) * lanes<T>;
+  return (tuning::chunk_elements / columns / lanes<T> + 1) * lanes<T>;
 }
 
 }  // namespace gemmlet

@@ -29,12 +29,9 @@ inline void pause_processor() {
 #endif
 }
 
-// Long enough to bridge the time between the phases of one call, too short to be seen in the processor's load.
-constexpr std::chrono::microseconds spin_time{30};
-
 template <class Condition>
 bool spin_until(Condition done) {
-  const auto end = std::chrono::steady_clock::now() + spin_time;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds{tuning::spin_microseconds};
   do {
     for (int i = 0; i < 64; ++i) {
       if (done()) return true;

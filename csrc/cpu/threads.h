@@ -15,6 +15,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/tuning.h"
+
 namespace gemmlet {
 
 void set_num_threads(int count);  // the caller included
@@ -54,10 +56,8 @@ void run_team(const F& f) {
 
 // For loops over n elements: chunks of a fixed size, so that sums over a chunk are the same for any number of threads,
 // and a small array is one task. f(begin, end).
-inline constexpr std::int64_t chunk_elements = 8192;
-
 template <class F>
-void parallel_chunks(std::int64_t n, const F& f, std::int64_t chunk = chunk_elements) {
+void parallel_chunks(std::int64_t n, const F& f, std::int64_t chunk = tuning::chunk_elements) {
   parallel_for((n + chunk - 1) / chunk, [&](std::int64_t i) {
     const std::int64_t begin = i * chunk;
     f(begin, begin + chunk < n ? begin + chunk : n);

@@ -1,50 +1,86 @@
-// Every number of the matrix product that depends on the machine.
+// Every tuned number of the CPU kernels.
 //
-// rows, vectors   the micro-kernel's tile: rows x vectors accumulators, one register each, beside `vectors` of w and
-//                 one of x, in 16 registers (x86-64 before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
-// depth           k is cut into nearly equal runs of at most `depth`: a tile's rows of x (20 KiB for float, of 12 rows)
-//                 stay in a first-level cache of 32 KiB while strip after strip of w passes by. It fixes the order of
-//                 summation, for all block sizes and threads.
-// task_rows       rows of x that one task goes through: each run of w is packed once for all of them.
-// block_rows      rows of x of which a run (156 KiB for float) is copied at a time, if it is copied.
-// block_columns   columns of w that are packed at a time (208 KiB for float): in the second level for all tiles.
-// copied_from_columns, turned_from_columns   so many columns of w pay for a copy of a run of block_rows of x; for one
-//                 that turns x round, where it lies column by column.
-// wide_columns    of w are then packed at a time (1.6 MiB for float), in the third level: each strip comes from there for
-//                 each tile, in the order that it lies in, which was faster than to go through the tiles of block_rows
-//                 for each strip.
-// dot_rows        up to so many rows of x, to turn w round costs more than dots do.
-// dot_block       dot products that are computed at a time, one register each.
-// thin_depth, thin_rows   up to so many steps of k, to store y is most of the work; from so many rows on, that holds where
-//                 w has to be turned round as well.
-// thin_block      rows that then share what is loaded of w: thin_depth of x and a sum each.
+// Contract
+//   Constants alone, for bindings and kernels of any instruction set. Those marked "order" fix the order of a sum: to change
+//   one changes results.
+//   Machine: AMD EPYC (Zen 4), 2 processors, caches of 32 KiB, 1 MiB and 32 MiB, GCC 12. Commands: `gemmlet bench matmul
+//   linear` for matmul, `gemmlet bench epoch gan` for training, `gemmlet bench activations losses` for the rest; --threads 1
+//   for cache and register blocks, 2 for parallel_work and chunks. Both sides alternate in one process.
 #pragma once
 
-#include "cpu/simd.h"
+#include <cstdint>
 
-namespace gemmlet {
+namespace gemmlet::tuning {
 
-template <class T>
-struct TileSizes {
+// Matmul: register tile and cache blocks, named as in BLIS; x is its A, w its B.
+
+// mr x nr_vectors accumulators, one register each, beside nr_vectors registers of w and one of x: 16 registers (x86-64
+// before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
+// A block of dot products has dot_product_block accumulators. Up to dot_product_max_rows rows of x, packing a transposed w
+// costs more than the dot-product kernel (order).
+// small_k_block rows of x share each load of w in the small-K kernel.
 #if defined(__AVX512F__) || defined(__aarch64__)
-  static constexpr int rows = 12, dot_rows = 16, dot_block = 16, thin_block = 2;
+constexpr int mr = 12, dot_product_max_rows = 16, dot_product_block = 16, small_k_block = 2;
 #else
-  static constexpr int rows = 6, dot_rows = 8, dot_block = 8, thin_block = 1;
+constexpr int mr = 6, dot_product_max_rows = 8, dot_product_block = 8, small_k_block = 1;
 #endif
-  static constexpr int vectors = 2;
-  static constexpr int columns = vectors * lanes<T>;
-  static constexpr int depth = 416;
-  static constexpr int task_rows = 1152;
-  static constexpr int block_rows = 96;
-  static constexpr int block_columns = 128;
-  static constexpr int copied_from_columns = 512, turned_from_columns = 128;
-  static constexpr int wide_columns = 1024;
-  static constexpr int thin_depth = 10, thin_rows = 4;
-  static_assert(depth % columns == 0);
-  static_assert(block_rows % rows == 0 && block_columns % columns == 0 && wide_columns % columns == 0);
+constexpr int nr_vectors = 2;
+// K is cut into blocks of nearly equal size, at most kc: an mr x kc part of x (20 KiB for float) stays in the first-level
+// cache while panel after panel of w passes (order). 256 instead of 416: y is read and written more often, 3 to 8 % slower.
+constexpr int kc = 416;
+// A kc x nc block of w (208 KiB for float) is packed at a time, for the second-level cache, once for all task_mc rows.
+constexpr int nc = 128, task_mc = 1152;
+// Where x is packed too, mc rows at a time (156 KiB for float), w is packed in blocks of wide_nc columns (1.6 MiB) for the
+// third-level cache: every mr rows of x read its panels in the order they lie in, which is faster than all mc rows for
+// each panel.
+constexpr int mc = 96, wide_nc = 1024;
+// Columns of w from which packing x pays: for rows of x, and for an x that lies column by column and is transposed.
+constexpr int pack_x_min_columns = 512, pack_transposed_x_min_columns = 128;
+// Up to this K writing y dominates: the small-K kernel. From small_k_min_rows rows on that holds for a transposed w too.
+constexpr int small_k_max = 10, small_k_min_rows = 4;
+// Multiply-adds below which a second thread costs more than it saves: some 20 microseconds.
+constexpr double matmul_parallel_work = 500e3;
+// Rows ahead that packing prefetches: each row of w is on a page of its own, which the hardware prefetcher does not follow.
+constexpr std::int64_t pack_prefetch_rows = 8;
 
-  // Below this many multiplications a second thread costs more than it saves (some 20 microseconds).
-  static constexpr double parallel_work = 500e3;
-};
+// Elementwise functions, losses, sums of columns.
 
-}  // namespace gemmlet
+// Elements of a chunk of parallel_chunks (order, for losses); small arrays are one task.
+constexpr std::int64_t chunk_elements = 8192;
+// Elements of a task, some 5 microseconds: of functions with an exponential, root or quotient, and of those that are as
+// fast as memory, where a second thread for 16,384 elements cost more than it saved.
+constexpr std::int64_t costly_chunk = 4096, cheap_chunk = 32768;
+// Longer rows are about as fast along their vectors, and need no transposed copy (order).
+constexpr std::int64_t across_max_columns = 64;
+// Columns of column_sum that one pass over the rows adds up.
+constexpr std::int64_t column_sum_block = 64;
+
+// Threads and bindings.
+
+// How long a thread spins before it sleeps: longer than the gap between the phases of a call, too short for processor load.
+constexpr int spin_microseconds = 30;
+// Work from which a call releases the GIL, in elements of an elementwise function (some microseconds); a multiply-add of a
+// matmul counts as 1 / multiply_adds_per_element of one.
+constexpr std::int64_t gil_release_elements = 2048, multiply_adds_per_element = 16;
+
+// Training.
+
+// Multiply-adds of a mini-batch's forward pass below which a second thread costs more than it saves.
+constexpr double training_parallel_work = 200e3;
+// Rows of the mini-batch that pass through all layers together: their activations stay in the second-level cache.
+constexpr std::int64_t row_block = 48;
+// Row stride of the weights, in bytes, from which they are packed for several rows of x, packed_kc rows at a time: each row
+// is on a page of its own, and many of them share a set of the cache.
+constexpr std::int64_t pack_min_stride = 4096, packed_kc = 256;
+// Mini-batch size below which grad_x uses the dot-product kernel: packing the transposed weights would cost more than it
+// saves (order).
+constexpr std::int64_t tiles_min_rows = 16;
+// Blocks of 64 features that all sparse rows of a mini-batch use in turn: the weights stay in the first-level cache.
+constexpr std::int64_t sparse_blocks = 2;
+// Mini-batches in a call from which a thread copies its own columns of the first layer.
+constexpr std::int64_t thread_columns_min_steps = 8;
+// Up to this many threads, and rows of a mini-batch, each thread loads all rows of bytes: that is less work than fetching
+// what another thread loaded.
+constexpr std::int64_t private_loader_max_threads = 4, private_loader_max_rows = 1024;
+
+}  // namespace gemmlet::tuning

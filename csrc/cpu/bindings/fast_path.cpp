@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/tuning.h"
 
 namespace gemmlet {
 namespace {
@@ -37,11 +38,6 @@ using Arguments = PyObject* const*;
 
 constexpr int c_order = Api::NPY_ARRAY_C_CONTIGUOUS_, f_order = Api::NPY_ARRAY_F_CONTIGUOUS_;
 
-// Work, in elements of an elementwise function, from which the GIL is let go: some microseconds.
-constexpr Index long_work = 2048;
-// A multiplication of a matrix product counts as so much less.
-constexpr Index products_per_element = 16;
-
 // Runs `call`, without the GIL if the work is long; false with a Python error set if it throws. Where the interpreter is
 // about to end, CPython before 3.14 ends a thread that asks for the GIL by unwinding its stack. So no caller of this
 // holds an object with a destructor: references are plain pointers in this file.
@@ -49,7 +45,7 @@ template <class Call>
 bool run(Index work, Call&& call) {
   char error[200] = "";
   bool out_of_memory = false;
-  PyThreadState* state = work < long_work ? nullptr : PyEval_SaveThread();
+  PyThreadState* state = work < tuning::gil_release_elements ? nullptr : PyEval_SaveThread();
   try {
     call();
   } catch (const std::bad_alloc&) {
@@ -360,21 +356,21 @@ PyObject* cross_entropy(const Formula&, Arguments a) {
 
 // param, grad, the tuple of states, the tuple of numbers; True when done
 PyObject* update(const Formula& formula, Arguments a) {
-  constexpr int most_states = 2, most_numbers = 9;
+  constexpr int max_states = 2, max_nonzeros = 9;
   const int states = optimizer_state_count(formula.number), numbers = optimizer_scalar_count(formula.number);
-  if (states > most_states || numbers > most_numbers || !PyTuple_CheckExact(a[2]) || !PyTuple_CheckExact(a[3]) ||
+  if (states > max_states || numbers > max_nonzeros || !PyTuple_CheckExact(a[2]) || !PyTuple_CheckExact(a[3]) ||
       PyTuple_GET_SIZE(a[2]) != states || PyTuple_GET_SIZE(a[3]) != numbers)
     return unusual;
   Alike arrays(a[0]);
   if (!arrays.fits() || !writable(arrays.first())) return unusual;
   const Array* gradient = arrays.add(a[1]);
   if (gradient == nullptr || !arrays.last_is_apart()) return unusual;
-  std::array<const Array*, most_states> state{};
+  std::array<const Array*, max_states> state{};
   for (int s = 0; s < states; ++s) {
     state[s] = arrays.add(PyTuple_GET_ITEM(a[2], s));
     if (state[s] == nullptr || !writable(state[s]) || !arrays.last_is_apart()) return unusual;
   }
-  std::array<double, most_numbers> scalars{};
+  std::array<double, max_nonzeros> scalars{};
   for (int s = 0; s < numbers; ++s) {
     PyObject* number = PyTuple_GET_ITEM(a[3], s);
     if (!PyFloat_Check(number)) return unusual;
@@ -382,7 +378,7 @@ PyObject* update(const Formula& formula, Arguments a) {
   }
   return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
     using T = decltype(zero);
-    std::array<T*, most_states> kept{};
+    std::array<T*, max_states> kept{};
     for (int s = 0; s < states; ++s) kept[s] = data<T>(state[s]);
     const bool well = run(arrays.size(), [&] {
       optimizer_update(formula.number, data<T>(arrays.first()), data<T>(gradient), kept.data(), scalars.data(),
@@ -460,7 +456,7 @@ PyObject* product(PyObject* formulas, Arguments a) {
     if (y == nullptr) return nullptr;
     const bool keep_z = a[4] == Py_True;
     if (keep_z && (z = new_array(x, 2, shape, false)) == nullptr) return result_if(false, y);
-    const Index work = shape[0] * shape[1] * (x->dimensions[1] / products_per_element + 1);
+    const Index work = shape[0] * shape[1] * (x->dimensions[1] / tuning::multiply_adds_per_element + 1);
     const bool well = run(work, [&] {
       linear(view<T>(x), view<T>(w), b == nullptr ? nullptr : data<T>(b), formula == nullptr ? -1 : formula->number,
              formula == nullptr ? T(0) : static_cast<T>(formula->parameter), data<T>(y), keep_z ? data<T>(z) : nullptr);
@@ -509,7 +505,7 @@ PyObject* product_gradient(PyObject* formulas, Arguments a) {
     PyObject* grad_b = result(need_b, 1, grad_y->dimensions[1], 0);
     if (grad_x == nullptr || grad_w == nullptr || grad_b == nullptr) return tuple_of(grad_x, grad_w, grad_b);
     const Index inner = need_x ? w->dimensions[0] : need_w ? x->dimensions[1] : 1;
-    const bool well = run(arrays.size() * (inner / products_per_element + 1), [&] {
+    const bool well = run(arrays.size() * (inner / tuning::multiply_adds_per_element + 1), [&] {
       std::unique_ptr<T[]> memory;
       View<T> grad_z = view<T>(grad_y);
       if (formula != nullptr) {

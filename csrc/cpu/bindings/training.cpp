@@ -19,7 +19,7 @@ template <class T>
 Parameter<T> parameter(py::array& value, std::vector<py::array>& states, OptionalArray& average, int rule) {
   Parameter<T> p{writable<T>(value, value.size(), "layers"), {}, nullptr};
   if (static_cast<int>(states.size()) != optimizer_state_count(rule)) refuse("layers", "wrong number of states");
-  static_assert(most_states == 2);
+  static_assert(max_states == 2);
   for (std::size_t s = 0; s < states.size(); ++s) p.state[s] = writable<T>(states[s], value.size(), "layers");
   if (average) p.average = writable<T>(*average, value.size(), "layers");
   return p;
@@ -69,7 +69,7 @@ Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros) {
   return samples;
 }
 
-constexpr Index most_places = std::numeric_limits<std::int32_t>::max();
+constexpr Index max_positions = std::numeric_limits<std::int32_t>::max();
 
 template <class T>
 Samples<T> sparse_samples(const py::array& x, const py::array& row_start, const py::array& columns, Index features,
@@ -84,15 +84,15 @@ Samples<T> sparse_samples(const py::array& x, const py::array& row_start, const 
                      T(0),
                      true};
   // Of the rows that are read.
-  Index numbers = 0;
+  Index nonzeros = 0;
   for (Index i = 0; i < steps.count; ++i) {
-    const Index begin = samples.row_start[steps.order[i]], end = samples.row_start[steps.order[i] + 1];
+    const Index begin = samples.indptr[steps.order[i]], end = samples.indptr[steps.order[i] + 1];
     if (begin < 0 || begin > end || end > x.size()) refuse("row_start", "out of range");
     for (Index e = begin; e < end; ++e)
-      if (samples.columns[e] < (e == begin ? 0 : samples.columns[e - 1] + 1) || samples.columns[e] >= features)
+      if (samples.indices[e] < (e == begin ? 0 : samples.indices[e - 1] + 1) || samples.indices[e] >= features)
         refuse("columns", "out of range, or not ascending");
-    numbers = (i % steps.batch == 0 ? 0 : numbers) + (end - begin);
-    if (numbers > most_places) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
+    nonzeros = (i % steps.batch == 0 ? 0 : nonzeros) + (end - begin);
+    if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
   }
   return samples;
 }
@@ -114,7 +114,7 @@ std::pair<double, Index> train_mlp(LayerTuples layers, const py::array& x, const
     Samples<T> samples = row_start ? sparse_samples<T>(x, *row_start, *columns, features, steps)
                                    : dense_samples<T>(x, features, skip_zeros);
     // Places in a mini-batch are counted in 32 bits.
-    if (!row_start && elements(steps.batch, features, "batch") > most_places) samples.skip_zeros = false;
+    if (!row_start && elements(steps.batch, features, "batch") > max_positions) samples.skip_zeros = false;
     Targets<T> wanted{nullptr, nullptr};
     if (targets.dtype().num() == py::dtype::num_of<Index>()) {
       wanted.indices = contiguous<Index>(targets, count, "targets");
@@ -131,7 +131,7 @@ std::pair<double, Index> train_mlp(LayerTuples layers, const py::array& x, const
       return gemmlet::train_mlp<T>(checked, samples, wanted, loss, static_cast<T>(loss_parameter), row_weight, steps,
                                    update, loss_sum);
     });
-    return std::pair{outcome.loss, outcome.right};
+    return std::pair{outcome.loss, outcome.correct};
   });
 }
 

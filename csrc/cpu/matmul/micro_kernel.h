@@ -1,13 +1,13 @@
-// The tiles that every matrix product here is made of: small blocks of results that live in registers.
+// The micro-kernels of every matmul: tiles of results that stay in registers, and the packing of panels for them.
 //
 // Contract
-//   accumulate   rows x vectors results, sum += x w over `depth` steps, first to last: one fused multiply-add for an
-//                element and a step where the instruction set has it. Where x and w stand is for the caller to say, so
-//                that the same loop runs on packed panels, on matrices as they are, and on rows that lie anywhere.
-//   accumulate_sparse  the same for one row of x, of which only the numbers that are not 0 are there.
-//   dots         a vector of results, each the dot product of two contiguous rows; the sum runs in `lanes` interleaved
-//                parts, which are then added pairwise.
-//   Nothing is read outside of the arrays; load_masked reads lanes that it then drops.
+//   accumulate         sum += x w for rows x vectors results over kc steps, sequentially: one fused multiply-add for each
+//                      element and step where the instruction set has it. x and w are types, so that one loop serves packed
+//                      panels, strided matrices and rows given by pointers.
+//   accumulate_sparse  the same for one sparse row of x.
+//   dot_products       the dot-product kernel: a vector of results, each the dot product of two contiguous rows; `lanes`
+//                      interleaved partial sums, added pairwise.
+//   Nothing is read outside of the arrays. load_masked reads lanes that it then drops.
 #pragma once
 
 #include <bit>
@@ -16,14 +16,21 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/simd.h"
 #include "cpu/tuning.h"
 
 namespace gemmlet {
 
+// Columns of a panel of w, and of a register tile.
+template <class T>
+constexpr int nr = tuning::nr_vectors * lanes<T>;
+static_assert(tuning::kc % nr<float> == 0 && tuning::nc % nr<float> == 0 && tuning::wide_nc % nr<float> == 0);
+static_assert(tuning::mc % tuning::mr == 0);
+
 template <int n>
 using Constant = std::integral_constant<int, n>;
 
-// f(Constant<n>{}) for the n at run time, 1 <= n <= most.
+// f(Constant<n>{}) for an n at run time, 1 <= n <= most.
 template <int most, class F>
 [[gnu::always_inline]] inline void with_constant(int n, F&& f) {
   if constexpr (most == 1) {
@@ -36,15 +43,14 @@ template <int most, class F>
   }
 }
 
-// The compiler takes p as it is: it does not compute it from another pointer, nor keep sums of it and an offset. Left to
-// itself, GCC has a register for each row of a tile, and fetches those that do not fit from vector registers, which costs
-// a sixth of the time.
+// Makes p opaque: the compiler neither derives it from another pointer nor keeps sums of it and an offset. Otherwise GCC keeps
+// a pointer for each row of a tile and spills those that do not fit to vector registers, which costs a sixth of the time.
 template <class T>
 [[gnu::always_inline]] inline void keep(const T*& p) {
   asm("" : "+r"(p));
 }
 
-// Where x stands. steps<rows>() goes through the steps of the sum: enter() one, at(row) is a number of it, next().
+// Layouts of x. steps<rows>() iterates over K: enter() a step, at(row) an element of it, next().
 template <class T>
 struct Strided {
   const T* data;
@@ -52,7 +58,7 @@ struct Strided {
 
   template <int rows>
   struct Steps {
-    // So many rows share a pointer: for their offsets there are registers.
+    // Rows that share a pointer: their offsets fit the registers.
     static constexpr int together = rows <= 6 ? rows : 3, groups = (rows + together - 1) / together;
     const T* group[groups];
     Index row_stride, step_stride;
@@ -75,11 +81,11 @@ struct Strided {
   }
 };
 template <class T>
-struct RowsAnywhere {
+struct RowPointers {
   const T* const* rows;
 
   struct Steps {
-    // Each is loaded when it is needed: there are not registers enough.
+    // Volatile: each pointer is loaded when it is used, as they do not all fit the registers.
     const T* const volatile* rows;
     Index step;
     void enter() {}
@@ -91,9 +97,9 @@ struct RowsAnywhere {
     return {rows, 0};
   }
 };
-// The transpose: the tile's rows are columns `first` and on of rows that lie anywhere.
+// The transpose: row r of the tile is column first + r of the rows.
 template <class T>
-struct ColumnsOfRowsAnywhere {
+struct ColumnsOfRowPointers {
   const T* const* rows;
   Index first;
 
@@ -114,17 +120,17 @@ struct ColumnsOfRowsAnywhere {
   }
 };
 
-// The vectors of w of one step begin at w + step * stride; from one to the next it is `apart`.
+// Layouts of w. The vectors of step k begin at w + k * stride, `apart` from each other.
 template <class T>
-struct Strip {
+struct Panel {
   using Number = T;
   const T* w;
   Index stride, apart;
   Vec<T> vector(const T* w_k, int v) const { return load(w_k + v * apart); }
 };
-// The same side by side, so many whole ones and then one of which w has the first `count` lanes.
+// Adjacent vectors, `whole` full ones and one of `count` lanes.
 template <class T, int whole>
-struct PartOfStrip {
+struct PartialPanel {
   using Number = T;
   const T* w;
   Index stride;
@@ -135,30 +141,30 @@ struct PartOfStrip {
   }
 };
 
-// From 0 if `begin`, else from what is there. A function of its own, so that its loop has all registers for itself.
+// Starts from 0 if `begin`, else from total. Not inlined, so that its loop has all registers.
 template <int rows, int vectors, class X, class W, class T = typename W::Number>
-[[gnu::noinline]] void accumulate(const X& x, const W& strip, Index depth, bool begin,
+[[gnu::noinline]] void accumulate(const X& x, const W& panel, Index kc, bool begin,
                                   Vec<typename W::Number> (&total)[rows][vectors]) {
   Vec<T> sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = begin ? Vec<T>{} : total[r][v];
-  const T* w = strip.w;
+  const T* w = panel.w;
   auto x_k = x.template steps<rows>();
   // The main loop:
-  for (Index k = 0; k < depth; ++k) {
+  for (Index k = 0; k < kc; ++k) {
     x_k.enter();
     Vec<T> w_k[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) w_k[v] = strip.vector(w, v);
+    for (int v = 0; v < vectors; ++v) w_k[v] = panel.vector(w, v);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const Vec<T> x_rk = splat<T>(x_k.at(r));
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x_rk, w_k[v], sum[r][v]);
     }
-    w += strip.stride;
+    w += panel.stride;
     x_k.next();
   }
 #pragma GCC unroll 16
@@ -167,55 +173,55 @@ template <int rows, int vectors, class X, class W, class T = typename W::Number>
     for (int v = 0; v < vectors; ++v) total[r][v] = sum[r][v];
 }
 
-// How many vectors of w go with so many rows of x: their accumulators fit the registers.
+// Vectors of w beside `rows` rows of x: as many as their accumulators leave registers for.
 template <class T>
 constexpr int vectors_beside(int rows) {
-  return rows == 1 ? 8 : rows <= 3 ? 4 : TileSizes<T>::vectors;
+  return rows == 1 ? 8 : rows <= 3 ? 4 : tuning::nr_vectors;
 }
 
-// The sums of a tile, row after row: any height and width.
+// The accumulators of a tile of any height and width, row by row.
 template <class T>
-using Sums = Vec<T>[TileSizes<T>::rows * TileSizes<T>::vectors * 2];
+using Sums = Vec<T>[tuning::mr * tuning::nr_vectors * 2];
 
-// One vector, as wide as TileSizes says, or as registers allow.
+// Width of a tile: one vector, nr_vectors, or as many as the registers allow.
 enum class Width { one, usual, wide };
 
 template <class T>
 constexpr int vectors_in(Width width, int rows) {
-  return width == Width::one ? 1 : width == Width::usual ? TileSizes<T>::vectors : vectors_beside<T>(rows);
+  return width == Width::one ? 1 : width == Width::usual ? tuning::nr_vectors : vectors_beside<T>(rows);
 }
 
 template <Width width, class T, class X, class W>
-inline void compute_tile(int rows, const X& x, const W& strip, Index depth, Sums<T>& sums) {
-  with_constant<TileSizes<T>::rows>(rows, [&]<int height>(Constant<height>) {
+inline void compute_tile(int rows, const X& x, const W& panel, Index kc, Sums<T>& sums) {
+  with_constant<tuning::mr>(rows, [&]<int height>(Constant<height>) {
     constexpr int vectors = vectors_in<T>(width, height);
-    accumulate(x, strip, depth, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
+    accumulate(x, panel, kc, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
   });
 }
 
-// Numbers and where in their row they stand.
+// A sparse row: nonzeros and their indices.
 template <class T>
 struct SparseRow {
-  const std::int32_t* columns;
+  const std::int32_t* indices;
   const T* values;
   Index count;
 
   bool empty() const { return count == 0; }
-  // f(place, number), first to last.
+  // f(index, value), in order.
   template <class F>
   [[gnu::always_inline]] void for_each(F&& f) const {
-    for (Index i = 0; i < count; ++i) f(Index{columns[i]}, values[i]);
+    for (Index i = 0; i < count; ++i) f(Index{indices[i]}, values[i]);
   }
 };
 
-// Bytes, of which those count whose bits are set in 64-bit words; byte i, which is bit i % 64 of word i / 64, stands for
-// the number numbers[byte]. The words are number `first` to `end`.
+// A sparse row of bytes: byte i counts if bit i % 64 of mask i / 64 is set, and has the value value_of_byte[byte]. Masks
+// `first` to `end`.
 template <class T>
 struct MaskedBytes {
   const std::uint8_t* bytes;
   const std::uint64_t* masks;
   Index first, end;
-  const T* numbers;
+  const T* value_of_byte;
 
   bool empty() const {
     std::uint64_t any = 0;
@@ -227,12 +233,12 @@ struct MaskedBytes {
     for (Index word = first; word < end; ++word)
       for (std::uint64_t rest = masks[word]; rest != 0; rest &= rest - 1) {
         const Index i = word * 64 + std::countr_zero(rest);
-        f(i, numbers[bytes[i]]);
+        f(i, value_of_byte[bytes[i]]);
       }
   }
 };
 
-// sum += x w: row k of w begins at w + k * stride; its vectors stand one after the other, but for the last.
+// total += x w. Row k of w begins at w + k * stride; its vectors are adjacent but for the last, which begins at `last`.
 template <int vectors, class T, class Sparse>
 [[gnu::always_inline]] inline void accumulate_sparse(const Sparse& x, const T* w, Index stride, Index last,
                                                      Vec<T> (&total)[vectors]) {
@@ -246,7 +252,7 @@ template <int vectors, class T, class Sparse>
   });
 }
 
-// The first n lanes at p, the others 0. It reads a whole vector where that ends before `end`.
+// The first n lanes at p, the others 0. Reads a whole vector where that ends before `end`.
 template <class T>
 inline Vec<T> load_masked(const T* p, int n, const T* end) {
   if (n == lanes<T>) return load(p);
@@ -258,7 +264,7 @@ inline Vec<T> load_masked(const T* p, int n, const T* end) {
 
 namespace detail {
 
-// Each block of `block` lanes of the result: the halves of the block of `a` added, then those of the block of `b`.
+// Each block of `block` lanes of the result: the sum of the halves of that block of a, then of b.
 template <int block, class V, std::size_t... i>
 inline V fold(V a, V b, std::index_sequence<i...>) {
   constexpr int n = sizeof...(i), half = block / 2;
@@ -286,11 +292,11 @@ inline V lane_totals(V (&v)[sizeof(V) / sizeof(ScalarOf<V>)]) {
   return detail::totals<sizeof(V) / sizeof(ScalarOf<V>)>(v);
 }
 
-// result[r][i] = a_r . b_i for `rows` rows of a and `count` <= lanes rows of b, the rest of the lanes 0. The arrays that
-// they are in end at a_end and b_end.
+// result[r][i] = a_r . b_i for `rows` rows of a and `count` <= lanes rows of b; the other lanes are 0. a_end and b_end are the
+// ends of the arrays.
 template <int rows, class T>
-[[gnu::always_inline]] inline void dots(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride,
-                                        const T* b_end, int count, Index depth, Vec<T> (&result)[rows]) {
+[[gnu::always_inline]] inline void dot_products(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride,
+                                                const T* b_end, int count, Index length, Vec<T> (&result)[rows]) {
   constexpr int n = lanes<T>;
   Vec<T> sum[rows][n];
   for (int r = 0; r < rows; ++r)
@@ -298,7 +304,7 @@ template <int rows, class T>
   Index k = 0;
   if (count == n) {
     // The main loop:
-    for (; k + n <= depth; k += n) {
+    for (; k + n <= length; k += n) {
       Vec<T> a_k[rows];
       for (int r = 0; r < rows; ++r) a_k[r] = load(a + r * a_stride + k);
 #pragma GCC unroll 16
@@ -309,8 +315,8 @@ template <int rows, class T>
     }
   }
   // The tail:
-  for (; k < depth; k += n) {
-    const int part = static_cast<int>(depth - k < n ? depth - k : n);
+  for (; k < length; k += n) {
+    const int part = static_cast<int>(length - k < n ? length - k : n);
     Vec<T> a_k[rows];
     for (int r = 0; r < rows; ++r) a_k[r] = load_masked(a + r * a_stride + k, part, a_end);
 #pragma GCC unroll 16
@@ -323,20 +329,20 @@ template <int rows, class T>
   for (int r = 0; r < rows; ++r) result[r] = lane_totals(sum[r]);
 }
 
-// result[r * columns + c] = a_r . b_c, summed in the same order: a block of both needs fewer loads than rows of results do.
-// rows * columns is a multiple of `lanes`.
+// result[r * columns + c] = a_r . b_c, reduced in the same order, with fewer loads than dot_products. rows * columns is a
+// multiple of `lanes`.
 template <int rows, int columns, class T>
-[[gnu::noinline]] void dot_block(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride, const T* b_end,
-                                 Index depth, T (&result)[rows * columns]) {
+[[gnu::noinline]] void dot_product_tile(const T* a, Index a_stride, const T* a_end, const T* b, Index b_stride,
+                                        const T* b_end, Index length, T (&result)[rows * columns]) {
   constexpr int n = lanes<T>;
   static_assert(rows * columns % n == 0);
   Vec<T> sum[rows * columns];
 #pragma GCC unroll 16
   for (int i = 0; i < rows * columns; ++i) sum[i] = Vec<T>{};
-  // The main loop; the last round may be a part of a vector.
-  for (Index k = 0; k < depth; k += n) {
+  // The main loop; its last iteration may be a partial vector.
+  for (Index k = 0; k < length; k += n) {
     Vec<T> a_k[rows], b_k[columns];
-    if (const Index part = depth - k; part >= n) {
+    if (const Index part = length - k; part >= n) {
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) a_k[r] = load(a + r * a_stride + k);
 #pragma GCC unroll 8
@@ -362,7 +368,7 @@ template <int rows, int columns, class T>
 }
 
 namespace detail {
-// In each block of 2 `unit` lanes: the first half (or the second) of the block of a, then that of b.
+// Each block of 2 `unit` lanes: the first (or second) half of that block of a, then of b.
 template <int unit, bool second, class V, std::size_t... i>
 inline V interleave(V a, V b, std::index_sequence<i...>) {
   constexpr int n = sizeof...(i);
@@ -391,27 +397,23 @@ inline void transpose_from(V* v) {
 }
 }  // namespace detail
 
-// Rows become columns, for `lanes` vectors: blocks of 1, 2, 4, ... lanes across the diagonal change places.
+// Transposes `lanes` vectors: blocks of 1, 2, 4, ... lanes swap across the diagonal.
 template <class V>
 inline void transpose(V (&v)[sizeof(V) / sizeof(ScalarOf<V>)]) {
   detail::transpose_from<1>(v);
 }
 
-// While a row of w is packed, the one so many rows on is fetched: its page is another, which the processor does not guess.
-inline constexpr Index prefetched_rows = 8;
-
-// Copies w to a strip: TileSizes::columns columns of a row stand together, those that w has not are 0. w.columns is at
-// most that.
+// Packs w, at most nr columns, into a panel: the nr elements of a row are adjacent, missing columns are 0.
 template <class T>
-inline void pack_strip(const View<T>& w, T* packed) {
-  constexpr int n = lanes<T>, columns = TileSizes<T>::columns;
+inline void pack_panel(const View<T>& w, T* packed) {
+  constexpr int n = lanes<T>, columns = nr<T>;
   for (int j = 0; j < columns; j += n, packed += n) {
     const int count = static_cast<int>(w.columns - j < n ? (w.columns > j ? w.columns - j : 0) : n);
     const T* from = w.data + j * w.column_stride;
     Index k = 0;
     if (w.column_stride == 1 && count == n) {
       for (; k < w.rows; ++k) {
-        __builtin_prefetch(from + (k + prefetched_rows) * w.row_stride);
+        __builtin_prefetch(from + (k + tuning::pack_prefetch_rows) * w.row_stride);
         store(packed + k * columns, load(from + k * w.row_stride));
       }
     } else if (w.row_stride == 1) {
@@ -430,20 +432,20 @@ inline void pack_strip(const View<T>& w, T* packed) {
   }
 }
 
-// The same for any number of columns, strip after strip.
+// Packs any number of columns, panel after panel.
 template <class T>
 [[gnu::noinline]] void pack(const View<T>& w, T* packed) {
-  constexpr Index columns = TileSizes<T>::columns;
-  const Index strip_size = w.rows * columns;
+  constexpr Index columns = nr<T>;
+  const Index panel_size = w.rows * columns;
   Index j = 0;
   if (w.column_stride == 1) {
-    // Row by row, as w lies: each row is on a page of its own.
+    // Row by row: each row of w is on a page of its own.
     const Index whole = w.columns / columns;
     for (Index k = 0; k < w.rows; ++k) {
       const T* from = w.data + k * w.row_stride;
       T* to = packed + k * columns;
-      for (Index strip = 0; strip < whole; ++strip, from += columns, to += strip_size) {
-        __builtin_prefetch(from + prefetched_rows * w.row_stride);
+      for (Index panel = 0; panel < whole; ++panel, from += columns, to += panel_size) {
+        __builtin_prefetch(from + tuning::pack_prefetch_rows * w.row_stride);
 #pragma GCC unroll 4
         for (int v = 0; v < columns; v += lanes<T>) store(to + v, load(from + v));
       }
@@ -451,9 +453,9 @@ template <class T>
     j = whole * columns;
   }
   for (; j < w.columns; j += columns)
-    pack_strip<T>({w.data + j * w.column_stride, w.rows, w.columns - j < columns ? w.columns - j : columns,
+    pack_panel<T>({w.data + j * w.column_stride, w.rows, w.columns - j < columns ? w.columns - j : columns,
                    w.row_stride, w.column_stride},
-                  packed + j / columns * strip_size);
+                  packed + j / columns * panel_size);
 }
 
 }  // namespace gemmlet

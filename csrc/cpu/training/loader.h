@@ -1,8 +1,8 @@
-// The mini-batch: gathers samples by index, decodes bytes, scales and shifts, lists what is not 0.
+// The mini-batch: gather by index, decode bytes, scale and shift, list nonzeros.
 //
 // Contract
-//   Rows are used where they lie if nothing of them changes; else they are written to the loader's own buffers. A loader
-//   brings any row on any thread, each row once. Samples are read only.
+//   Dense rows that need no decoding are not copied. Different threads may load different rows of one mini-batch. Samples
+//   are read only.
 #pragma once
 
 #include <algorithm>
@@ -17,45 +17,45 @@
 namespace gemmlet {
 namespace {
 
-// Makes samples the rows of a mini-batch.
+// Gathers samples into the rows of a mini-batch.
 template <class T>
-class Feed {
+class Loader {
  public:
-  // most_numbers: that are not 0, in a mini-batch of sparse rows.
-  Feed(const Samples<T>& samples, Index most_rows, Index most_numbers, Inputs<T>& inputs)
-      : samples_(samples), inputs_(inputs), blocks_(pieces(samples.features, block_features)) {
+  // max_nonzeros: of a mini-batch of sparse rows.
+  Loader(const Samples<T>& samples, Index max_rows, Index max_nonzeros, Inputs<T>& inputs)
+      : samples_(samples), inputs_(inputs), blocks_(ceil_div(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse() && samples.bytes != nullptr) {
-      masks_ = space<std::uint64_t>(most_rows * blocks_);
-      inputs.masked.rows.resize(static_cast<std::size_t>(most_rows));
-      const Index words = pieces(most_rows, 64), count = samples.features * words;
-      inputs.masked.features = {words, of_byte_, space<std::uint8_t>(count * 64), space<std::uint64_t>(count)};
+      masks_ = space<std::uint64_t>(max_rows * blocks_);
+      inputs.masked.rows.resize(static_cast<std::size_t>(max_rows));
+      const Index words = ceil_div(max_rows, 64), count = samples.features * words;
+      inputs.masked.features = {words, value_of_byte_, space<std::uint8_t>(count * 64), space<std::uint64_t>(count)};
     } else if (sparse()) {
-      begin_ = space<std::int32_t>(most_rows * (blocks_ + 1));
-      inputs.listed.rows.resize(static_cast<std::size_t>(most_rows));
-      inputs.listed.features = {space<std::int32_t>(samples.features + 1), space<std::int32_t>(most_numbers),
-                                space<T>(most_numbers)};
-      if (samples.row_start == nullptr) {
-        columns_ = space<std::int32_t>(most_numbers);
-        values_ = space<T>(most_numbers);
+      begin_ = space<std::int32_t>(max_rows * (blocks_ + 1));
+      inputs.listed.rows.resize(static_cast<std::size_t>(max_rows));
+      inputs.listed.features = {space<std::int32_t>(samples.features + 1), space<std::int32_t>(max_nonzeros),
+                                space<T>(max_nonzeros)};
+      if (samples.indptr == nullptr) {
+        indices_ = space<std::int32_t>(max_nonzeros);
+        values_ = space<T>(max_nonzeros);
       }
     } else if (samples.bytes != nullptr || !unchanged) {
-      rows_ = Rows<T>(most_rows, samples.features);
+      rows_ = Rows<T>(max_rows, samples.features);
     }
-    for (int byte = 0; byte < 256; ++byte) of_byte_[byte] = static_cast<T>(byte) / T(255);
+    for (int byte = 0; byte < 256; ++byte) value_of_byte_[byte] = static_cast<T>(byte) / T(255);
   }
 
-  bool sparse() const { return samples_.row_start != nullptr || samples_.skip_zeros; }
+  bool sparse() const { return samples_.indptr != nullptr || samples_.skip_zeros; }
 
-  // Has the cache fetch a sample that is soon to be brought: samples in random order are not in it.
+  // Prefetches a sample of the next mini-batch: samples in random order are not in the cache.
   void prefetch(Index sample) const {
     const Index features = samples_.features;
     const char *from, *end;
-    if (samples_.row_start != nullptr) {
-      from = reinterpret_cast<const char*>(samples_.values + samples_.row_start[sample]);
-      end = reinterpret_cast<const char*>(samples_.values + samples_.row_start[sample + 1]);
-      for (Index e = samples_.row_start[sample]; e < samples_.row_start[sample + 1]; e += 16)
-        __builtin_prefetch(samples_.columns + e, 0, 2);
+    if (samples_.indptr != nullptr) {
+      from = reinterpret_cast<const char*>(samples_.values + samples_.indptr[sample]);
+      end = reinterpret_cast<const char*>(samples_.values + samples_.indptr[sample + 1]);
+      for (Index e = samples_.indptr[sample]; e < samples_.indptr[sample + 1]; e += 16)
+        __builtin_prefetch(samples_.indices + e, 0, 2);
     } else if (samples_.bytes != nullptr) {
       from = reinterpret_cast<const char*>(samples_.bytes + sample * features);
       end = from + features;
@@ -66,8 +66,8 @@ class Feed {
     for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
   }
 
-  // Sample number `sample` becomes row `row` of the mini-batch.
-  void bring(Index sample, Index row) const {
+  // Loads sample `sample` into row `row`.
+  void load(Index sample, Index row) const {
     const Index features = samples_.features;
     if (sparse() && samples_.bytes != nullptr) {
       inputs_.masked.rows[static_cast<std::size_t>(row)] = masked_row(sample, row);
@@ -100,66 +100,66 @@ class Feed {
       std::copy_n(bytes + whole * block_features, rest, last);
       masks[whole] = mask_of_bytes(last);
     }
-    return {bytes, masks, of_byte_};
+    return {bytes, masks, value_of_byte_};
   }
 
   BlockedRow<T> listed_row(Index sample, Index row) const {
     const Index features = samples_.features;
     std::int32_t* begin = begin_.get() + row * (blocks_ + 1);
-    if (samples_.row_start != nullptr) {
-      const Index at = samples_.row_start[sample], count = samples_.row_start[sample + 1] - at;
-      const std::int32_t* columns = samples_.columns + at;
+    if (samples_.indptr != nullptr) {
+      const Index at = samples_.indptr[sample], count = samples_.indptr[sample + 1] - at;
+      const std::int32_t* indices = samples_.indices + at;
       Index e = 0;
       for (Index block = 0; block <= blocks_; ++block) {
-        while (e < count && columns[e] < block * block_features) ++e;
+        while (e < count && indices[e] < block * block_features) ++e;
         begin[block] = static_cast<std::int32_t>(e);
       }
-      return {columns, samples_.values + at, begin};
+      return {indices, samples_.values + at, begin};
     }
-    std::int32_t* columns = columns_.get() + row * features;
+    std::int32_t* indices = indices_.get() + row * features;
     T* values = values_.get() + row * features;
     Index count = 0;
     for (Index k = 0; k < features; ++k) {
       if (k % block_features == 0) begin[k / block_features] = static_cast<std::int32_t>(count);
-      // Each number is written, and counts if it is not zero.
+      // Branch-free: every value is written, and counted if it is not 0.
       const T value = samples_.values[sample * features + k];
-      columns[count] = static_cast<std::int32_t>(k);
+      indices[count] = static_cast<std::int32_t>(k);
       values[count] = value;
       count += value != T(0);
     }
     begin[blocks_] = static_cast<std::int32_t>(count);
-    return {columns, values, begin};
+    return {indices, values, begin};
   }
 
   const Samples<T>& samples_;
   Inputs<T>& inputs_;
   Index blocks_;
   Rows<T> rows_;
-  Buffer<std::int32_t> columns_, begin_;
+  Buffer<std::int32_t> indices_, begin_;
   Buffer<T> values_;
   Buffer<std::uint64_t> masks_;
-  T of_byte_[256];
+  T value_of_byte_[256];
 };
 
-// A mini-batch, and what brings it.
+// A mini-batch and its loader.
 template <class T>
 struct Slot {
   Inputs<T> inputs;
-  Feed<T> feed;
+  Loader<T> loader;
 
-  Slot(const Samples<T>& samples, Index most_rows, Index most_numbers)
-      : inputs(most_rows), feed(samples, most_rows, most_numbers, inputs) {}
+  Slot(const Samples<T>& samples, Index max_rows, Index max_nonzeros)
+      : inputs(max_rows), loader(samples, max_rows, max_nonzeros, inputs) {}
 };
 
-// How many numbers that are not 0 a mini-batch has at most.
+// The most nonzeros that a mini-batch has.
 template <class T>
-Index most_numbers(const Samples<T>& samples, const Steps& steps) {
-  if (samples.row_start == nullptr) return std::min(steps.batch, steps.count) * samples.features;
-  Index most = 0, numbers = 0;
+Index max_nonzeros(const Samples<T>& samples, const Steps& steps) {
+  if (samples.indptr == nullptr) return std::min(steps.batch, steps.count) * samples.features;
+  Index most = 0, nonzeros = 0;
   for (Index i = 0; i < steps.count; ++i) {
-    if (i % steps.batch == 0) numbers = 0;
-    numbers += samples.row_start[steps.order[i] + 1] - samples.row_start[steps.order[i]];
-    most = std::max(most, numbers);
+    if (i % steps.batch == 0) nonzeros = 0;
+    nonzeros += samples.indptr[steps.order[i] + 1] - samples.indptr[steps.order[i]];
+    most = std::max(most, nonzeros);
   }
   return most;
 }

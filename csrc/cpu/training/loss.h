@@ -1,7 +1,7 @@
-// The loss and its gradient for rows of outputs, and how many rows are classified correctly.
+// The loss and its gradient for rows of outputs, and the number of correctly classified rows.
 //
 // Contract
-//   Each row is evaluated by itself; the gradient is multiplied by a scale, 1 / rows of the mini-batch for a mean.
+//   Rows are independent. The gradient is multiplied by `scale`: row_weight / rows of the mini-batch.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace gemmlet {
 namespace {
 
-// The class that a row of outputs stands for; NaN counts as the largest, as in NumPy.
+// The predicted class: the largest output, or the sign of a single one. NaN counts as the largest, as in NumPy.
 template <class T>
 Index predicted_class(const T* row, Index columns) {
   if (columns == 1) return row[0] > T(0);
@@ -26,7 +26,7 @@ Index predicted_class(const T* row, Index columns) {
   return best;
 }
 
-// The loss and its gradient for rows of outputs.
+// The loss of a mini-batch, row by row.
 template <class T>
 struct Objective {
   Targets<T> targets;
@@ -36,35 +36,35 @@ struct Objective {
   Index out;
   Rows<T> one_hot;
   std::vector<double> losses;
-  std::vector<Index> right, indices;
+  std::vector<Index> correct, indices;
   std::vector<const T*> values;
 
-  Objective(const Targets<T>& wanted, int loss_number, T loss_parameter, double weight, Index outputs, Index most_rows)
+  Objective(const Targets<T>& wanted, int loss_number, T loss_parameter, double weight, Index outputs, Index max_rows)
       : targets(wanted),
         loss(loss_number),
         parameter(loss_parameter),
         row_weight(weight),
         out(outputs),
-        one_hot(most_rows, outputs),
-        losses(static_cast<std::size_t>(most_rows)),
-        right(static_cast<std::size_t>(most_rows)),
-        indices(static_cast<std::size_t>(most_rows)),
-        values(static_cast<std::size_t>(most_rows)) {}
+        one_hot(max_rows, outputs),
+        losses(static_cast<std::size_t>(max_rows)),
+        correct(static_cast<std::size_t>(max_rows)),
+        indices(static_cast<std::size_t>(max_rows)),
+        values(static_cast<std::size_t>(max_rows)) {}
 
-  // Rows of the mini-batch, which are samples[rows.first] and so on.
-  void evaluate(const Index* samples, Range rows, const Network<T>& network, Index slot, T share) {
+  // Rows of the mini-batch; row i is samples[i].
+  void evaluate(const Index* samples, Range rows, const Network<T>& network, Index slot, T scale) {
     const Rows<T>& gradients = network.output_gradients();
     for (Index i = rows.first; i < rows.end; ++i) {
       const auto at = static_cast<std::size_t>(i);
       indices[at] = targets.indices == nullptr ? 0 : targets.indices[samples[i]];
       values[at] = targets.values == nullptr ? nullptr : targets.values + samples[i] * out;
-      right[at] = targets.indices != nullptr && predicted_class(network.outputs(slot, i), out) == indices[at];
+      correct[at] = targets.indices != nullptr && predicted_class(network.outputs(slot, i), out) == indices[at];
     }
     const auto first = static_cast<std::size_t>(rows.first);
     if (loss == softmax_loss) {
       softmax_cross_entropy_rows(network.outputs(slot, rows.first),
                                  targets.values != nullptr ? nullptr : &indices[first],
-                                 targets.values != nullptr ? &values[first] : nullptr, share, gradients.row(rows.first),
+                                 targets.values != nullptr ? &values[first] : nullptr, scale, gradients.row(rows.first),
                                  gradients.stride, rows.size(), out, &losses[first]);
       return;
     }
@@ -80,7 +80,7 @@ struct Objective {
         wanted = one_hot.row(i);
       }
       losses[at] =
-          elementwise_loss_row(loss, network.outputs(slot, i), wanted, parameter, share, gradients.row(i), out);
+          elementwise_loss_row(loss, network.outputs(slot, i), wanted, parameter, scale, gradients.row(i), out);
     }
   }
 };

@@ -1,8 +1,8 @@
-// The layers of one network: forward and backward for some rows, update for some weights.
+// The layers of one network: forward and backward of some rows, update of some weights.
 //
 // Contract
-//   Rows may be divided among threads as they like; between forward and backward of all rows and the update stands a
-//   barrier. Results do not depend on the division.
+//   Any division of rows and weights among threads gives the same bits. A barrier separates backward of all rows from the
+//   update, and the update from the next forward.
 #pragma once
 
 #include <algorithm>
@@ -20,72 +20,71 @@
 namespace gemmlet {
 namespace {
 
-// The layers of one network, and the space that mini-batches need: `slots` of them at a time as far as the first layer's
-// results are concerned, one beyond.
+// Parameters and activations of one network. The first layer's activations are double-buffered: one set for each slot.
 template <class T>
 class Network {
  public:
-  Network(const std::vector<Layer<T>>& layers, Index most_rows, Index slots = 1)
-      : layers_(layers), most_rows_(most_rows) {
+  Network(const std::vector<Layer<T>>& layers, Index max_rows, Index slots = 1) : layers_(layers), max_rows_(max_rows) {
     for (std::size_t l = 0; l < layers.size(); ++l) {
-      const Index rows = l == 0 ? slots * most_rows : most_rows;
+      const Index rows = l == 0 ? slots * max_rows : max_rows;
       y_.emplace_back(rows, layers[l].out);
       z_.push_back(activation_needs_x(layers[l].activation) ? Rows<T>(rows, layers[l].out) : Rows<T>());
-      grad_.emplace_back(most_rows, layers[l].out);
+      grad_.emplace_back(max_rows, layers[l].out);
       y_rows_.emplace_back(static_cast<std::size_t>(rows));
       y_[l].point(y_rows_[l].data(), 0, rows);
     }
   }
 
-  // Row `row` of the results, and of their gradients, which the caller writes between forward and backward.
+  // Row `row` of the outputs, and the gradients of the outputs, which the caller writes between forward and backward.
   const T* outputs(Index slot, Index row) const {
-    return y_.back().row(row + (layers_.size() == 1 ? slot * most_rows_ : 0));
+    return y_.back().row(row + (layers_.size() == 1 ? slot * max_rows_ : 0));
   }
   const Rows<T>& output_gradients() const { return grad_.back(); }
 
   const Layer<T>& first_layer() const { return layers_[0]; }
 
-  // The first layer's preactivations of some rows, in some columns, which `layer` has: first_layer() or OwnColumns.
+  // The first layer's preactivations of some rows and columns; `layer` is first_layer() or a ThreadColumns' layer.
   void forward_first(const Layer<T>& layer, const Inputs<T>& inputs, Index slot, Range rows, Range columns) const {
     const Rows<T>& target = preactivations(0);
-    T* to = target.row(slot * most_rows_ + rows.first);
+    T* to = target.row(slot * max_rows_ + rows.first);
     const bool sparse = inputs.if_sparse([&](const auto& x) {
       forward_sparse(x.rows.data() + rows.first, rows.size(), layer, columns, to, target.stride);
     });
     if (!sparse)
-      for (Index first = rows.first; first < rows.end; first += most_task_rows, to += most_task_rows * target.stride)
-        forward_dense(inputs.rows.data() + first, std::min(most_task_rows, rows.end - first), layer, columns, to,
+      for (Index first = rows.first; first < rows.end;
+           first += tuning::row_block, to += tuning::row_block * target.stride)
+        forward_dense(inputs.rows.data() + first, std::min(tuning::row_block, rows.end - first), layer, columns, to,
                       target.stride);
   }
 
-  // All that follows, for some rows.
+  // Everything after the first layer's preactivations, for some rows.
   void forward_rest(Index slot, Range rows) const {
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = layers_[l];
-      const Index at = rows.first + (l == 0 ? slot * most_rows_ : 0);
+      const Index at = rows.first + (l == 0 ? slot * max_rows_ : 0);
       const Rows<T>& z = preactivations(l);
       if (l > 0) {
-        const Index below = rows.first + (l == 1 ? slot * most_rows_ : 0);
+        const Index below = rows.first + (l == 1 ? slot * max_rows_ : 0);
         forward_dense(y_rows_[l - 1].data() + below, rows.size(), layer, {0, layer.out}, z.row(at), z.stride);
       }
       if (layer.activation >= 0)
-        for_pieces(rows.size() * z.stride, [&](Index i, Index n) {
+        for_chunks(rows.size() * z.stride, [&](Index i, Index n) {
           activation_forward(layer.activation, z.row(at) + i, layer.activation_parameter, y_[l].row(at) + i, n);
         });
     }
   }
 
-  // From the gradients of the outputs to those of every layer's preactivation; and of the inputs, unless null. The
-  // mini-batch has batch_rows.
+  // From the gradients of the outputs to those of every layer's preactivations, and of the inputs unless null, for some
+  // rows of a mini-batch of batch_rows.
   void backward(Index slot, Range rows, Index batch_rows, const Rows<T>* input_gradients) const {
-    // By the mini-batch, not by the task: the two sum in different orders.
-    const auto backward_inputs = batch_rows < tiles_from_rows ? backward_by_dots<T> : backward_by_tiles<T>;
+    // Chosen by the mini-batch, not by the rows of this call: the two reduce in different orders.
+    const auto backward_inputs = batch_rows < tuning::tiles_min_rows ? backward_dot_products<T> : backward_tiles<T>;
     for (std::size_t l = layers_.size(); l-- > 0;) {
       const Layer<T>& layer = layers_[l];
       T* grad = grad_[l].row(rows.first);
       if (layer.activation >= 0) {
-        const T* saved = (z_[l].stride > 0 ? z_[l] : y_[l]).row(rows.first + (l == 0 ? slot * most_rows_ : 0));
-        for_pieces(rows.size() * grad_[l].stride, [&](Index i, Index n) {
+        const T* saved = (z_[l].stride > 0 ? z_[l] : y_[l]).row(rows.first + (l == 0 ? slot * max_rows_ : 0));
+        for_chunks(rows.size() * grad_[l].stride, [&](Index i, Index n) {
           activation_backward(layer.activation, grad + i, saved + i, layer.activation_parameter, grad + i, n);
         });
       }
@@ -95,12 +94,12 @@ class Network {
     }
   }
 
-  // Part `index` of `count` of all weights is updated from the inputs, activations and gradients of `rows` rows; the
-  // first layer's part is given by columns, if there are any.
-  template <class OptimizerRule>
+  // Updates part `index` of `count` of all weights from the inputs, activations and gradients of `rows` rows. The first
+  // layer's part is first_columns, unless that is empty.
+  template <class UpdateRule>
   void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count,
-              Range first_columns, const double* scalars, double average_decay) const {
-    const Updating<T, OptimizerRule> update(scalars, average_decay);
+              Range first_columns, const double* hyperparameters, double average_decay) const {
+    const UpdateEpilogue<T, UpdateRule> update(hyperparameters, average_decay);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
       const bool by_columns = l == 0 && first_columns.size() > 0;
@@ -108,8 +107,8 @@ class Network {
       const Range inputs_part = by_columns ? Range{0, layer.in} : part_of(layer.in, index, count);
       if (by_columns || index == static_cast<Index>(l) % count) update_bias(layer, grad_[l], rows, columns, update);
       const bool sparse = l == 0 && inputs.if_sparse([&](const auto& x) {
-        // A rule with state is never idle.
-        if constexpr (OptimizerRule::state_count == 0)
+        // Rules with states are never idle.
+        if constexpr (UpdateRule::state_count == 0)
           if (rows == 1 && update.idle_without_gradient) {
             if (by_columns || index == 0) update_from_row(layer, x.rows[0], grad_[0], columns, update);
             return;
@@ -117,8 +116,8 @@ class Network {
         if (by_columns) {
           update_sparse(layer, x.features, grad_[0], {0, layer.in}, columns, update);
         } else {
-          // In turn, as they are not equally full.
-          for (Index block = index; block < pieces(layer.in, block_features); block += count) {
+          // Round-robin over blocks: their numbers of nonzeros differ.
+          for (Index block = index; block < ceil_div(layer.in, block_features); block += count) {
             const Index first = block * block_features;
             update_sparse(layer, x.features, grad_[0], {first, std::min(layer.in, first + block_features)}, columns,
                           update);
@@ -126,20 +125,20 @@ class Network {
         }
       });
       if (!sparse) {
-        const T* const* x = l == 0 ? inputs.rows.data() : y_rows_[l - 1].data() + (l == 1 ? slot * most_rows_ : 0);
+        const T* const* x = l == 0 ? inputs.rows.data() : y_rows_[l - 1].data() + (l == 1 ? slot * max_rows_ : 0);
         update_dense(layer, x, grad_[l], rows, inputs_part, columns, update);
       }
     }
   }
 
   void update(int rule, const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index,
-              Index count, Range first_columns, const double* scalars, double average_decay) const {
+              Index count, Range first_columns, const double* hyperparameters, double average_decay) const {
     using Function = void (Network::*)(const Layer<T>&, const Inputs<T>&, Index, Index, Index, Index, Range,
                                        const double*, double) const;
 #define GEMMLET_ENTRY(name) &Network::update<optimizers::name>,
     static constexpr Function table[] = {GEMMLET_OPTIMIZER_RULES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-    (this->*table[rule])(first_layer, inputs, slot, rows, index, count, first_columns, scalars, average_decay);
+    (this->*table[rule])(first_layer, inputs, slot, rows, index, count, first_columns, hyperparameters, average_decay);
   }
 
   // Multiply-adds of one row, forward.
@@ -149,22 +148,22 @@ class Network {
     return total;
   }
 
-  // The columns of the first layer that member `index` of `count` always works on, so that they stay in its cache; none
-  // if there are too few to go round.
+  // The columns of the first layer that belong to member `index` of `count` for the whole call, so that they stay in its
+  // cache; none if the panels cannot be divided evenly enough.
   Range first_columns(Index index, Index count) const {
-    const Index unit = 2 * lanes<T>, strips = layers_[0].out / unit;
-    if (strips < count || (strips % count != 0 && strips < 4 * count)) return {0, 0};
-    const Range part = part_of(strips, index, count);
+    const Index unit = 2 * lanes<T>, panels = layers_[0].out / unit;
+    if (panels < count || (panels % count != 0 && panels < 4 * count)) return {0, 0};
+    const Range part = part_of(panels, index, count);
     return {part.first * unit, index + 1 == count ? layers_[0].out : part.end * unit};
   }
 
  private:
   const Rows<T>& preactivations(std::size_t l) const { return z_[l].stride > 0 ? z_[l] : y_[l]; }
 
-  // Pieces that an elementwise function does not divide among threads: this is inside of a task.
+  // Chunks that elementwise functions compute on the calling thread: this runs inside a task.
   template <class F>
-  static void for_pieces(Index n, F&& f) {
-    for (Index at = 0; at < n; at += serial_elements) f(at, std::min(serial_elements, n - at));
+  static void for_chunks(Index n, F&& f) {
+    for (Index at = 0; at < n; at += tuning::costly_chunk) f(at, std::min(tuning::costly_chunk, n - at));
   }
 
   static bool activation_needs_x(int activation) {
@@ -175,7 +174,7 @@ class Network {
   }
 
   const std::vector<Layer<T>>& layers_;
-  Index most_rows_;
+  Index max_rows_;
   std::vector<Rows<T>> y_, z_, grad_;
   std::vector<std::vector<const T*>> y_rows_;
 };

@@ -1,8 +1,8 @@
-// Gradients of weights and biases, with the optimizer in the epilogue: no gradient of a weight is written to memory.
+// grad_w and grad_b with the optimizer in the epilogue: no weight gradient is written to memory.
 //
 // Contract
-//   Gradients are summed over the rows of the mini-batch in order, in registers; the optimizer's rule then updates value,
-//   states and average in place. Rows of weights are contiguous, `stride` apart; nothing beyond the columns is written.
+//   Gradients are reduced in registers, sequentially over the rows of the mini-batch; the optimizer then updates values,
+//   states and averages in place. Nothing outside the given rows and columns of a parameter is written.
 #pragma once
 
 #include <algorithm>
@@ -22,39 +22,38 @@
 namespace gemmlet {
 namespace {
 
-// One optimizer update of some columns of one row of a parameter, its gradient being in registers; what of its state and
-// average there is, too.
-template <class T, class OptimizerRule>
-struct Updating {
-  Vec<T> numbers[OptimizerRule::scalar_count];
+// The optimizer update of some columns of one row of a parameter, its states and its average; the gradient is in registers.
+template <class T, class UpdateRule>
+struct UpdateEpilogue {
+  Vec<T> hyperparameters[UpdateRule::scalar_count];
   Vec<T> decay, gain;
   bool idle_without_gradient;
 
-  Updating(const double* scalars, double average_decay)
+  UpdateEpilogue(const double* values, double average_decay)
       : decay(constant<Vec<T>>(average_decay)),
         gain(constant<Vec<T>>(1.0 - average_decay)),
-        idle_without_gradient(OptimizerRule::idle_without_gradient(scalars)) {
-    for (int s = 0; s < OptimizerRule::scalar_count; ++s) numbers[s] = constant<Vec<T>>(scalars[s]);
+        idle_without_gradient(UpdateRule::idle_without_gradient(values)) {
+    for (int s = 0; s < UpdateRule::scalar_count; ++s) hyperparameters[s] = constant<Vec<T>>(values[s]);
   }
 
-  // Has the cache fetch what holds element `at`.
+  // Prefetches element `at` of the parameter, its states and its average.
   [[gnu::always_inline]] void prefetch(const Parameter<T>& p, Index at) const {
     __builtin_prefetch(p.value + at, 1);
-    for (int s = 0; s < OptimizerRule::state_count; ++s) __builtin_prefetch(p.state[s] + at, 1);
+    for (int s = 0; s < UpdateRule::state_count; ++s) __builtin_prefetch(p.state[s] + at, 1);
     if (p.average != nullptr) __builtin_prefetch(p.average + at, 1);
   }
 
-  // Vector v begins at `at + v * second` and has n lanes. All is loaded before any is stored, as the vectors may overlap.
+  // Vector v begins at `at + v * second` and has n lanes. All loads precede all stores: the vectors may overlap.
   template <int vectors>
   [[gnu::always_inline]] void operator()(const Parameter<T>& p, Index at, Index second, int n,
                                          const Vec<T> (&gradient)[vectors]) const {
-    constexpr int states = OptimizerRule::state_count;
+    constexpr int states = UpdateRule::state_count;
     Vec<T> value[vectors], state[vectors][std::max(states, 1)];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       value[v] = load_lanes(p.value + at + v * second, n);
       for (int s = 0; s < states; ++s) state[v][s] = load_lanes(p.state[s] + at + v * second, n);
-      OptimizerRule::apply(value[v], gradient[v], state[v], numbers);
+      UpdateRule::apply(value[v], gradient[v], state[v], hyperparameters);
     }
     if (p.average != nullptr) {
       Vec<T> average[vectors];
@@ -70,9 +69,9 @@ struct Updating {
   }
 };
 
-// As for_strips, for arrays that are read and written: a single vector at the end has n lanes, and overlaps nothing.
+// for_panels for arrays that are updated in place: a single vector at the end has n lanes and overlaps nothing.
 template <class T, class F>
-inline void for_written_strips(Range columns, F&& f) {
+inline void for_written_panels(Range columns, F&& f) {
   constexpr Index n = lanes<T>;
   Index j = columns.first;
   for (; j + 2 * n <= columns.end; j += 2 * n) f(j, n, lanes<T>, Constant<2>{});
@@ -82,10 +81,10 @@ inline void for_written_strips(Range columns, F&& f) {
     f(j, n, static_cast<int>(columns.end - j), Constant<1>{});
 }
 
-template <class T, class OptimizerRule>
+template <class T, class UpdateRule>
 void update_bias(const Layer<T>& layer, const Rows<T>& grad, Index rows, Range columns,
-                 const Updating<T, OptimizerRule>& update) {
-  for_written_strips<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
+                 const UpdateEpilogue<T, UpdateRule>& update) {
+  for_written_panels<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
     Vec<T> sum[vectors] = {};
     for (Index i = 0; i < rows; ++i)
       for (int v = 0; v < vectors; ++v) sum[v] = sum[v] + load(grad.row(i) + j + v * second);
@@ -93,31 +92,31 @@ void update_bias(const Layer<T>& layer, const Rows<T>& grad, Index rows, Range c
   });
 }
 
-// Some inputs' weights, in some columns, from the rows x of the mini-batch and the gradients of their preactivations.
-template <class T, class OptimizerRule>
+// The weights of a range of inputs and columns, from the rows x of the mini-batch and the gradients of the preactivations.
+template <class T, class UpdateRule>
 void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad, Index rows, Range inputs,
-                  Range columns, const Updating<T, OptimizerRule>& update) {
-  constexpr int most = TileSizes<T>::rows;
-  const Index tiles = pieces(inputs.size(), most);
+                  Range columns, const UpdateEpilogue<T, UpdateRule>& update) {
+  constexpr int max_height = tuning::mr;
+  const Index tiles = ceil_div(inputs.size(), max_height);
   for (Index tile = 0; tile < tiles; ++tile) {
     const Range part = part_of(inputs.size(), tile, tiles);
     const Index k = inputs.first + part.first;
     const int height = static_cast<int>(part.size());
-    for_written_strips<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
-      // The next strip of the parameter and its state comes from far away, but has the time of this strip's sums.
-      // Its first line may be here already, so that it is fetched from its end, a line or two of a row.
-      constexpr Index strip_size = 2 * lanes<T>, line = 64 / static_cast<Index>(sizeof(T));
-      const Index next = j + strip_size, last = std::min(next + strip_size, columns.end) - 1;
+    for_written_panels<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
+      // The next panel of the parameter and its states comes from memory while this panel is reduced. Its first line may be
+      // in the cache already, so the prefetch covers its end: one or two lines of each row.
+      constexpr Index panel_size = 2 * lanes<T>, line = 64 / static_cast<Index>(sizeof(T));
+      const Index next = j + panel_size, last = std::min(next + panel_size, columns.end) - 1;
       for (int r = 0; r < height && next <= last; ++r) {
         const Index row = (k + r) * layer.stride;
         update.prefetch(layer.weight, row + last);
-        if constexpr (strip_size > line) update.prefetch(layer.weight, row + std::max(next, last - line));
+        if constexpr (panel_size > line) update.prefetch(layer.weight, row + std::max(next, last - line));
       }
       Sums<T> sums;
-      const ColumnsOfRowsAnywhere<T> x_at{x, k};
-      const Strip<T> strip{grad.row(0) + j, grad.stride, second};
-      with_constant<most>(height, [&]<int rows_at_once>(Constant<rows_at_once>) {
-        accumulate(x_at, strip, rows, true, reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(sums));
+      const ColumnsOfRowPointers<T> x_at{x, k};
+      const Panel<T> panel{grad.row(0) + j, grad.stride, second};
+      with_constant<max_height>(height, [&]<int rows_at_once>(Constant<rows_at_once>) {
+        accumulate(x_at, panel, rows, true, reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(sums));
       });
       for (int r = 0; r < height; ++r)
         update(layer.weight, (k + r) * layer.stride + j, second, n,
@@ -126,10 +125,10 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
   }
 }
 
-// As update_dense, for one input, from the rows of the mini-batch in which it is not 0.
-template <int vectors, class T, class Sparse, class OptimizerRule>
+// update_dense for one input, from the rows of the mini-batch in which it is not 0.
+template <int vectors, class T, class Sparse, class UpdateRule>
 [[gnu::always_inline]] inline void update_from(const Sparse& rows, const Layer<T>& layer, Index k, const Rows<T>& grad,
-                                               Index j, Index end, const Updating<T, OptimizerRule>& update) {
+                                               Index j, Index end, const UpdateEpilogue<T, UpdateRule>& update) {
   constexpr int n = lanes<T>;
   Vec<T> sum[vectors] = {};
   accumulate_sparse(rows, grad.row(0) + j, grad.stride, (vectors - 1) * n, sum);
@@ -147,9 +146,9 @@ template <int vectors, class T, class Sparse, class OptimizerRule>
   }
 }
 
-template <class T, class Features, class OptimizerRule>
+template <class T, class Features, class UpdateRule>
 void update_sparse(const Layer<T>& layer, const Features& features, const Rows<T>& grad, Range inputs, Range columns,
-                   const Updating<T, OptimizerRule>& update) {
+                   const UpdateEpilogue<T, UpdateRule>& update) {
   constexpr Index n = lanes<T>;
   for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
     for (Index k = inputs.first; k < inputs.end; ++k) {
@@ -161,25 +160,25 @@ void update_sparse(const Layer<T>& layer, const Features& features, const Rows<T
   });
 }
 
-// The same from a single row, for a rule that is idle without gradient.
-template <class T, class Row, class OptimizerRule>
+// update_sparse for a mini-batch of one row, and a rule that changes nothing where the gradient is 0.
+template <class T, class Row, class UpdateRule>
 void update_from_row(const Layer<T>& layer, const Row& x, const Rows<T>& grad, Range columns,
-                     const Updating<T, OptimizerRule>& update) {
+                     const UpdateEpilogue<T, UpdateRule>& update) {
   static constexpr std::int32_t first_row = 0;
   for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
-    x.blocks(0, pieces(layer.in, block_features)).for_each([&](Index k, T number) {
-      update_from<vectors>(SparseRow<T>{&first_row, &number, 1}, layer, k, grad, j, columns.end, update);
+    x.blocks(0, ceil_div(layer.in, block_features)).for_each([&](Index k, T value) {
+      update_from<vectors>(SparseRow<T>{&first_row, &value, 1}, layer, k, grad, j, columns.end, update);
     });
   });
 }
 
-// A layer of which some columns of the weights, and of what belongs to them, stand in memory of their own, so that no
-// cache line and no guess of a processor's prefetching is shared with who has the other columns. All offsets stay as
-// they are but for `stride`. Where there is no memory it is the layer itself.
+// A layer with a thread's columns of the weights, states and average in memory of the thread's own: no cache line, and no
+// line that the hardware prefetcher fetches, is shared with the owner of the other columns. Offsets keep their meaning,
+// only `stride` differs. If the allocation fails it is the layer itself.
 template <class T>
-class OwnColumns {
+class ThreadColumns {
  public:
-  OwnColumns(const Layer<T>& layer, Range columns, bool wanted) : whole_(layer), layer_(layer), columns_(columns) {
+  ThreadColumns(const Layer<T>& layer, Range columns, bool wanted) : whole_(layer), layer_(layer), columns_(columns) {
     const std::size_t count = static_cast<std::size_t>(columns.first + layer.in * columns.size());
     if (!wanted) return;
     for_arrays([&](Buffer<T>& own, T*, T*&) {
@@ -194,9 +193,9 @@ class OwnColumns {
       for_rows([&](Index there_at, Index here_at) { std::copy_n(from + there_at, columns_.size(), used + here_at); });
     });
   }
-  OwnColumns(const OwnColumns&) = delete;
-  OwnColumns& operator=(const OwnColumns&) = delete;
-  ~OwnColumns() {
+  ThreadColumns(const ThreadColumns&) = delete;
+  ThreadColumns& operator=(const ThreadColumns&) = delete;
+  ~ThreadColumns() {
     if (layer_.stride == whole_.stride) return;
     for_arrays([&](Buffer<T>&, T* to, T*& used) {
       for_rows([&](Index there_at, Index here_at) { std::copy_n(used + here_at, columns_.size(), to + there_at); });
@@ -205,13 +204,13 @@ class OwnColumns {
   const Layer<T>& layer() const { return layer_; }
 
  private:
-  // f(memory, the layer's array, what is used) for the weights, their states and their average, as far as they are there.
+  // f(buffer, the layer's array, the array in use) for the weights and what exists of their states and average.
   template <class F>
   void for_arrays(F&& f) {
     f(own_[0], whole_.weight.value, layer_.weight.value);
-    for (int s = 0; s < most_states; ++s)
+    for (int s = 0; s < max_states; ++s)
       if (whole_.weight.state[s] != nullptr) f(own_[1 + s], whole_.weight.state[s], layer_.weight.state[s]);
-    if (whole_.weight.average != nullptr) f(own_[1 + most_states], whole_.weight.average, layer_.weight.average);
+    if (whole_.weight.average != nullptr) f(own_[1 + max_states], whole_.weight.average, layer_.weight.average);
   }
   template <class F>
   void for_rows(F&& f) const {
@@ -221,7 +220,7 @@ class OwnColumns {
   const Layer<T>& whole_;
   Layer<T> layer_;
   Range columns_;
-  Buffer<T> own_[2 + most_states];
+  Buffer<T> own_[2 + max_states];
 };
 
 }  // namespace
