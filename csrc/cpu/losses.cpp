@@ -44,56 +44,105 @@ double evaluate(const T* prediction, const T* target, T parameter, T* gradient, 
   return sum / static_cast<double>(n);
 }
 
+using row_losses::Smoothing;
+
 // The losses of the first n rows, against class indices or targets, one of them null.
 template <class L, class T, class Layout>
 [[gnu::flatten]] void evaluate_rows(const Layout& layout, int n, T* gradient, const T* z, const Index* indices,
-                                    const T* target, row_losses::Smoothing<double> smoothing, T scale,
-                                    double* losses) {
+                                    const T* target, Smoothing<double> smoothing, T scale, double* losses) {
   double of_row[Layout::count];
-  if (target == nullptr) {
-    const Operands<Layout> rows{layout, gradient, z, nullptr, {}, indices, n};
-    Layout::store_statistic(of_row, L::of_label(rows, smoothing, splat(scale)));
-  } else {
-    const row_losses::Smoothing<Vec<T>> s{constant<Vec<T>>(smoothing.keep), constant<Vec<T>>(smoothing.spread)};
-    const auto smoothed = [=](Vec<T> t) { return s.of_target(t); };
-    const Operands<Layout, decltype(smoothed)> rows{layout, gradient, z, target, smoothed};
-    Layout::store_statistic(of_row, L::of_targets(rows, splat(scale)));
+  if constexpr (L::has_label_form) {
+    if (target == nullptr) {
+      const Operands<Layout> rows{layout, gradient, z, nullptr, {}, indices, n};
+      Layout::store_statistic(of_row, L::of_label(rows, smoothing, splat(scale)));
+      std::copy_n(of_row, n, losses);
+      return;
+    }
   }
+  std::vector<T> one_hot;
+  if (!L::has_label_form && target == nullptr) {
+    one_hot.resize(static_cast<std::size_t>(layout.columns * Layout::count));
+    for (int r = 0; r < n; ++r) one_hot[static_cast<std::size_t>(layout.at(r, indices[r]))] = T(1);
+    target = one_hot.data();
+  }
+  const Smoothing<Vec<T>> lanes_of{constant<Vec<T>>(smoothing.keep), constant<Vec<T>>(smoothing.spread)};
+  const auto smoothed = [=](Vec<T> t) { return lanes_of.of_target(t); };
+  const Operands<Layout, decltype(smoothed)> rows{layout, gradient, z, target, smoothed};
+  Layout::store_statistic(of_row, L::of_targets(rows, splat(scale)));
   std::copy_n(of_row, n, losses);
 }
 
-using L = row_losses::softmax_cross_entropy;
-}  // namespace
-
-template <class T>
-double softmax_cross_entropy(const T* logits, const Index* indices, const T* targets, double smoothing, T* gradient,
-                             Index rows, Index columns) {
-  const row_losses::Smoothing<double> targets_are{1.0 - smoothing, smoothing / static_cast<double>(columns)};
+template <class T, class L>
+double evaluate_mean(const T* logits, const Index* indices, const T* targets, Smoothing<double> smoothing, T* gradient,
+                     Index rows, Index columns) {
   const T scale = static_cast<T>(1.0 / static_cast<double>(rows));
   const double sum = sum_chunks(rows, rows_per_chunk<T>(columns), [&](Index begin, Index end) {
-    double total = 0, losses[lanes<T>];
-    const auto add = [&](int n) {
+    double total = 0;
+    const auto evaluate = [&](const auto& layout, Index i, int n, T* to, const T* z, const T* t) {
+      double losses[lanes<T>];
+      const Index* labels = targets == nullptr ? indices + i : nullptr;
+      evaluate_rows<L, T>(layout, n, to, z, labels, t, smoothing, scale, losses);
       for (int r = 0; r < n; ++r) total += losses[r];
     };
     if (targets == nullptr)
       for_rows(
           begin, end, columns,
-          [&](const auto& layout, Index i, int n, T* to, const T* z) {
-            evaluate_rows<L, T>(layout, n, to, z, indices + i, nullptr, targets_are, scale, losses);
-            add(n);
-          },
+          [&](const auto& layout, Index i, int n, T* to, const T* z) { evaluate(layout, i, n, to, z, nullptr); },
           gradient, logits);
     else
-      for_rows(
-          begin, end, columns,
-          [&](const auto& layout, Index, int n, T* to, const T* z, const T* t) {
-            evaluate_rows<L, T>(layout, n, to, z, nullptr, t, targets_are, scale, losses);
-            add(n);
-          },
-          gradient, logits, targets);
+      for_rows(begin, end, columns, evaluate, gradient, logits, targets);
     return total;
   });
   return sum / static_cast<double>(rows);
+}
+
+template <class T, class L>
+void evaluate_each(const T* logits, const Index* indices, const T* const* targets, Smoothing<double> smoothing, T scale,
+                   T* gradient, Index stride, Index rows, Index columns, double* losses) {
+  const auto labels_from = [=](Index i) { return indices == nullptr ? nullptr : indices + i; };
+  if (columns > tuning::across_max_columns) {
+    for (Index i = 0; i < rows; ++i)
+      evaluate_rows<L, T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride, labels_from(i),
+                          targets == nullptr ? nullptr : targets[i], smoothing, scale, losses + i);
+    return;
+  }
+  const Across<T> layout{columns};
+  alignas(64) T z[tuning::across_max_columns * lanes<T>], t[tuning::across_max_columns * lanes<T>];
+  for (Index i = 0; i < rows; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
+    layout.bring(logits + i * stride, n, z, stride);
+    if (targets != nullptr)
+      for (int r = 0; r < n; ++r)
+        for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
+    evaluate_rows<L, T>(layout, n, z, z, labels_from(i), targets == nullptr ? nullptr : t, smoothing, scale,
+                        losses + i);
+    layout.take_back(z, n, gradient + i * stride, stride);
+  }
+}
+
+}  // namespace
+
+template <class T>
+double row_loss(int loss, const T* logits, const Index* indices, const T* targets, double smoothing, T* gradient,
+                Index rows, Index columns) {
+  using Function = double (*)(const T*, const Index*, const T*, Smoothing<double>, T*, Index, Index);
+#define GEMMLET_ENTRY(name) &evaluate_mean<T, row_losses::name>,
+  static constexpr Function table[] = {GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+  return table[loss](logits, indices, targets, row_losses::label_smoothing(smoothing, columns), gradient, rows,
+                     columns);
+}
+
+template <class T>
+void row_loss_each(int loss, const T* logits, const Index* indices, const T* const* targets, double smoothing, T scale,
+                   T* gradient, Index stride, Index rows, Index columns, double* losses) {
+  using Function = void (*)(const T*, const Index*, const T* const*, Smoothing<double>, T, T*, Index, Index, Index,
+                            double*);
+#define GEMMLET_ENTRY(name) &evaluate_each<T, row_losses::name>,
+  static constexpr Function table[] = {GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+  table[loss](logits, indices, targets, row_losses::label_smoothing(smoothing, columns), scale, gradient, stride, rows,
+              columns, losses);
 }
 
 template <class T>
@@ -110,30 +159,6 @@ bool within_unit_interval(const T* x, Index n) {
   int outside = 0;
   for (Index i = 0; i < n; ++i) outside |= (x[i] < T(0)) | (x[i] > T(1));
   return outside == 0;
-}
-
-template <class T>
-void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, T share, T* gradient,
-                                Index stride, Index rows, Index columns, double* losses) {
-  if (columns > tuning::across_max_columns) {
-    for (Index i = 0; i < rows; ++i)
-      evaluate_rows<L, T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride,
-                       indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], {1.0, 0.0},
-                       share, losses + i);
-    return;
-  }
-  const Across<T> layout{columns};
-  alignas(64) T z[tuning::across_max_columns * lanes<T>], t[tuning::across_max_columns * lanes<T>];
-  for (Index i = 0; i < rows; i += lanes<T>) {
-    const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
-    layout.bring(logits + i * stride, n, z, stride);
-    if (targets != nullptr)
-      for (int r = 0; r < n; ++r)
-        for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
-    evaluate_rows<L, T>(layout, n, z, z, indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : t, {1.0,
-                     0.0}, share, losses + i);
-    layout.take_back(z, n, gradient + i * stride, stride);
-  }
 }
 
 template <class T>
@@ -154,15 +179,19 @@ int elementwise_loss_number(const std::string& name) {
 std::vector<std::string> loss_names() {
 #define GEMMLET_ENTRY(name) #name,
   return {GEMMLET_LOSSES(GEMMLET_ENTRY)};
+}
+
+std::vector<std::string> row_loss_names() {
+  return {GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                                                  \
-  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index);            \
-  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                      \
-  template bool within_unit_interval(const T*, Index);                                                          \
-  template void softmax_cross_entropy_rows(const T*, const Index*, const T* const*, T, T*, Index, Index, Index, \
-                                           double*);                                                            \
+#define GEMMLET_INSTANTIATE(T)                                                                                      \
+  template double row_loss(int, const T*, const Index*, const T*, double, T*, Index, Index);                        \
+  template void row_loss_each(int, const T*, const Index*, const T* const*, double, T, T*, Index, Index, Index,     \
+                              double*);                                                                             \
+  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                          \
+  template bool within_unit_interval(const T*, Index);                                                              \
   template double elementwise_loss_row(int, const T*, const T*, T, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

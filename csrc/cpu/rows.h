@@ -191,7 +191,10 @@ struct Operands {
   int label_count = 0;
 
   static V term(V v) { return decay(v); }
-  static V as_term(V v, V) { return v; }
+  template <class F>
+  static V turned(V v, F) {
+    return v;
+  }
   static V exp(V v) { return gemmlet::exp(v); }
   static Statistic log(const Statistic& s) { return Layout::log(s); }
   static Statistic statistic(V v) { return Layout::statistic(v); }

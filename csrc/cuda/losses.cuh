@@ -94,13 +94,12 @@ class LogSum {
   double product_ = 1, times_ = 0;
 };
 
-// labels: class indices, or null; then `targets` (rows, columns) count. They are taken times `keep`, and `spread` is added to
-// each; whole: labels are there, keep is 1, spread 0.
-template <class T, bool whole, int Threads, int Values, int N>
+// labels: class indices, or null; then `targets` (rows, columns) count, smoothed by `keep` and `spread`. whole: labels are
+// there, keep is 1, spread 0.
+template <class L, class T, bool whole, int Threads, int Values, int N>
 __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 2>))
-    softmax_cross_entropy(const T* logits, const Index* labels, const T* targets, double keep, double spread,
-                          T* gradient, Index rows, int columns, const Index* range, double* partial, double* loss,
-                          unsigned* counter) {
+    row_loss(const T* logits, const Index* labels, const T* targets, double keep, double spread, T* gradient,
+             Index rows, int columns, const Index* range, double* partial, double* loss, unsigned* counter) {
   using V = Compute<T>;
   if (is_refused(range, Index(0), Index(columns - 1), loss)) return;
   using Team = gemmlet::Team<Threads>;
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
   const row_losses::Smoothing<V> smoothing{static_cast<V>(keep), static_cast<V>(spread)};
   double total = 0;
   const Index apart = Team::count(), first = Team::index();
-  if constexpr (whole) {
+  if constexpr (whole && L::has_label_form) {
     // A label is loaded a round before its logit; and that together with the row, before the gradient is written, which may
     // be in its place. Teams within a warp, which wait for nobody else, load a row while they compute the one before, as
     // far as registers last.
@@ -145,17 +144,17 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
         load(r + apart < rows, next_label);
         later_label = label_of(r + 2 * apart);
       }
-      const row_losses::softmax_cross_entropy::OfLabel<Row> entropy(z, z_label, share);
+      const typename L::template OfLabel<Row> of_row(z, z_label, share);
       // Of a long row the label's number is written once more, by the thread that has just written there: a choice for each
       // number would take longer.
       constexpr bool once = Row::held && Threads < 32;
       const int label_slot = Row::slot_of(label);
       z.map(to,
-            [=](int, V v, int slot) { return once && slot == label_slot ? entropy.at_label : entropy.of_other(v); });
-      if (!once && present && label_slot >= 0) to[label] = narrow<T>(entropy.at_label);
+            [=](int, V v, int slot) { return once && slot == label_slot ? of_row.at_label : of_row.of_other(v); });
+      if (!once && present && label_slot >= 0) to[label] = narrow<T>(of_row.at_label);
       to += step;
-      totals.add(present ? static_cast<double>(entropy.total) : 1);
-      total -= present ? static_cast<double>(entropy.difference) : 0;
+      totals.add(present ? static_cast<double>(of_row.total) : 1);
+      total -= present ? static_cast<double>(of_row.difference) : 0;
     }
     total = Team::thread() == 0 ? total + totals.value() : 0;
   } else {
@@ -168,11 +167,11 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
       if (labels != nullptr) {
         const int label = present ? static_cast<int>(labels[r]) : 0;
         const auto target = [=](int i, int) { return i < columns ? smoothing.of_class(i == label) : V(0); };
-        value = row_losses::softmax_cross_entropy::of_targets(Operands(z, target, write), share);
+        value = L::of_targets(Operands(z, target, write), share);
       } else {
         const Row t(targets + at, columns, present, 0);
         const auto target = [&](int i, int slot) { return i < columns ? smoothing.of_target(t.at(i, slot)) : V(0); };
-        value = row_losses::softmax_cross_entropy::of_targets(Operands(z, target, write), share);
+        value = L::of_targets(Operands(z, target, write), share);
       }
       if (present && Team::thread() == 0) total += static_cast<double>(value);
     }

@@ -220,12 +220,13 @@ class Row : public RowValues<T> {
     }
   }
 
-  // The term of a number v that `map` or `each` gives when held ones have turned into that.
-  __device__ __forceinline__ static V as_term(V v, V largest) {
+  // f(v) of a number v that `map` or `each` gives when held ones have turned into that.
+  template <class F>
+  __device__ __forceinline__ static V turned(V v, F f) {
     if constexpr (held)
       return v;
     else
-      return term(v - largest);
+      return f(v);
   }
 
  private:
@@ -287,7 +288,10 @@ class Operands : public RowValues<typename R::Number> {
 
   __device__ __forceinline__ Operands(R& row, Second second, Write write) : row_(row), second_(second), write_(write) {}
 
-  __device__ __forceinline__ static V as_term(V v, V largest) { return R::as_term(v, largest); }
+  template <class F>
+  __device__ __forceinline__ static V turned(V v, F f) {
+    return R::turned(v, f);
+  }
 
   __device__ __forceinline__ V largest() const { return row_.largest(-infinity<V>()); }
   __device__ __forceinline__ auto terms() const { return row_.terms(); }

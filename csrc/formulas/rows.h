@@ -10,7 +10,7 @@
 //     r.term_sum()             the same, but every z_j stays
 //     r.turn<n>(f)             each z_j turns into f(z_j[, second], summand), which sets summand[0 ... n - 1]; of[i] is
 //                              the sum of summand[i], a statistic
-//     r.as_term(v, largest)    the term of what map gives as v, once numbers have turned into terms
+//     r.turned(v, f)           what map gives as v, once each z_j has turned into f(z_j): some rows turn it only then
 //     r.sum(), r.dot()         statistics: sum_j z_j, and sum_j of z_j times the number beside it
 //     r.map(f)                 the result at j is f(z_j[, second])
 //     r.term(v), r.exp(v)      exp(v): as a term, v <= 0; as a result
@@ -31,7 +31,8 @@ struct softmax {
   GEMMLET_INLINE static void forward(R r) {
     const auto of_row = r.terms();
     const auto total = r.divisor(of_row.total);
-    r.map([=](auto v) { return R::as_term(v, of_row.largest) / total; });
+    const auto term = [=](auto x) { return R::term(x - of_row.largest); };
+    r.map([=](auto v) { return R::turned(v, term) / total; });
   }
   template <class R>
   GEMMLET_INLINE static void backward(R r) {
@@ -62,7 +63,7 @@ struct log_softmax {
 
 namespace gemmlet::row_losses {
 
-// Label smoothing of a target: keep = 1 - smoothing, spread = smoothing / classes.
+// Label smoothing of targets.
 template <class V>
 struct Smoothing {
   V keep, spread;
@@ -72,14 +73,19 @@ struct Smoothing {
   GEMMLET_INLINE V of_class(bool is_label) const { return is_label ? keep + spread : spread; }
 };
 
+GEMMLET_INLINE Smoothing<double> label_smoothing(double smoothing, double classes) {
+  return {1.0 - smoothing, smoothing / classes};
+}
+
 // loss = -sum_j t_j log_softmax(z)_j, gradient = softmax(z) sum_j t_j - t
 struct softmax_cross_entropy {
   template <class R, class V>
   GEMMLET_INLINE static auto of_targets(R r, V scale) {
     const V largest = r.largest();
+    const auto term = [=](V z) { return R::term(z - largest); };
     const auto sums = r.template turn<3>([=](V z, V t, V* summand) { return weigh<R>(z - largest, t, summand); });
     const V factor = r.vector(sums.of[1] / sums.of[0]);
-    r.map([=](V v, V t) { return fma(R::as_term(v, largest), factor, -t) * scale; });
+    r.map([=](V v, V t) { return fma(R::turned(v, term), factor, -t) * scale; });
     return sums.of[1] * r.log(sums.of[0]) - sums.of[2];
   }
 
@@ -125,7 +131,9 @@ struct softmax_cross_entropy {
     }
     GEMMLET_INLINE V loss() const { return log(total) - difference; }
     // The gradient at another class, of what map gives as v.
-    GEMMLET_INLINE V of_other(V v) const { return R::as_term(v, largest) * factor; }
+    GEMMLET_INLINE V of_other(V v) const {
+      return R::turned(v, [=](V z) { return R::term(z - largest); }) * factor;
+    }
   };
 
  private:

@@ -32,7 +32,7 @@ from ._arrays import computed_in
 from .backends import select
 from .backends.base import Backend
 from .formulas.activations import ACTIVATIONS, Activation
-from .formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from .formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES, Loss, RowFunction, RowLoss
 from .formulas.optimizers import OPTIMIZER_RULES
 
 Array = NDArray[Any]
@@ -42,7 +42,7 @@ _UPDATES = ["adam_update", "adamw_update", "sgd_update"]
 _FORWARD = [*ACTIVATIONS, *ROW_FUNCTIONS]
 
 __all__ = sorted(
-    [*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, "softmax_cross_entropy"]
+    [*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, *ROW_LOSSES]
 )
 
 
@@ -432,7 +432,7 @@ def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, paramet
 
 
 _KERNEL = """
-def {name}({parameters}, *, out=None):
+def {name}({parameters}, out=None):
     quick = current().quick.get("{name}")
     result = None if quick is None else quick({arguments}, out)
     if result is None:
@@ -447,8 +447,12 @@ def _publish(name: str, careful: Callable[..., Any], arrays: tuple[str, ...], en
     It is compiled from text, so that it has the argument names of its own that the registry gives, and the cost of a
     plain function: the binding of ``*args, **kwargs`` by hand costs more than a small kernel.
     """
-    parameter = getattr(entry, "parameter", None)
-    parameters = ", ".join([*arrays, *([f"{parameter}={entry.default!r}"] if parameter else [])])
+    if isinstance(entry, RowLoss):
+        parameter, signature = "label_smoothing", ["*", "label_smoothing=0.0"]
+    else:
+        parameter = getattr(entry, "parameter", None)
+        signature = [*([f"{parameter}={entry.default!r}"] if parameter else []), "*"]
+    parameters = ", ".join([*arrays, *signature])
     arguments = ", ".join([*arrays, parameter or "None"])
     scope: dict[str, Any] = {"__name__": __name__, "current": select.current, "quick_on_gpu": select.quick_on_gpu}
     scope["careful"] = careful
@@ -656,38 +660,7 @@ Source: {entry.source}.
     )
 
 
-def softmax_cross_entropy(
-    logits: Any, labels: Any, *, label_smoothing: float = 0.0, out: Any = None
-) -> tuple[float, Any]:
-    """Cross-entropy of ``softmax(logits)``, the mean over the rows, and its gradient, in one pass.
-
-    Parameters
-    ----------
-    logits : array_like, shape (rows, classes)
-    labels : array_like, shape (rows,) of any integer dtype, or (rows, classes) of the dtype of `logits`
-        Class indices, or one probability per class (one-hot or soft).
-    label_smoothing : float, within [0, 1]
-        Targets become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy et al., 2016).
-    out : array_like, optional
-        Takes the gradient; it may be `logits`.
-
-    Returns
-    -------
-    loss : float
-        ``mean_i(-sum_j t_ij * log_softmax(logits)_ij)``, summed in float64. NaN if there are no rows.
-    gradient : ndarray, shape (rows, classes)
-        ``(softmax(logits) * sum_j t_ij - t) / rows``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype or a shape does not fit, or a class index is out of range.
-    """
-    quick = select.current().quick.get("softmax_cross_entropy")
-    if quick is not None and (result := quick(logits, labels, label_smoothing, out)) is not None:
-        return result  # type: ignore[no-any-return]
-    if (result := select.quick_on_gpu("softmax_cross_entropy")(logits, labels, label_smoothing, out)) is not None:
-        return result  # type: ignore[no-any-return]
+def _row_loss(entry: RowLoss, logits: Any, labels: Any, label_smoothing: Any, out: Any) -> tuple[float, Any]:
     z = arguments.as_floats(logits, "logits")
     if z.ndim != 2:
         raise ValueError(f"logits has shape {z.shape}, expected (rows, classes)")
@@ -717,13 +690,53 @@ def softmax_cross_entropy(
     inputs = (z,) if t.ndim == 1 else (z, t)
     loss = _elementwise(
         backend,
-        lambda a, *rest: backend.softmax_cross_entropy(a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
+        lambda a, *rest: backend.row_loss(entry, a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
         inputs,
         (grad,),
         rows=True,
         new=out is None,
     )
     return float(loss), _returned(out, grad)
+
+
+def _publish_row_loss(entry: RowLoss) -> None:
+    doc = f"""Loss {entry.name}, the mean over the rows, and its gradient, in one pass.
+
+Of one row it is ``{entry.formula}``, with logits z and targets t.
+
+Parameters
+----------
+logits : array_like, shape (rows, classes)
+labels : array_like, shape (rows,) of any integer dtype, or (rows, classes) of the dtype of `logits`
+    Class indices, or one probability per class (one-hot or soft).
+label_smoothing : float, within [0, 1]
+    Targets become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy et al., 2016).
+out : array_like, optional
+    Takes the gradient; it may be `logits`.
+
+Returns
+-------
+loss : float
+    Summed in float64. NaN if there are no rows.
+gradient : ndarray, shape (rows, classes)
+    ``({entry.gradient}) / rows``.
+
+Raises
+------
+TypeError, ValueError
+    A dtype or a shape does not fit, or a class index is out of range.
+
+Notes
+-----
+Source: {entry.source}.
+"""
+    _publish(
+        entry.name,
+        lambda logits, labels, smoothing, out: _row_loss(entry, logits, labels, smoothing, out),
+        ("logits", "labels"),
+        entry,
+        doc,
+    )
 
 
 # Optimizer updates.
@@ -862,6 +875,8 @@ for _row_entry in ROW_FUNCTIONS.values():
     _publish_row_function(_row_entry)
 for _loss_entry in LOSSES.values():
     _publish_loss(_loss_entry)
+for _row_loss_entry in ROW_LOSSES.values():
+    _publish_row_loss(_row_loss_entry)
 
 if TYPE_CHECKING:
 

@@ -23,6 +23,7 @@ using namespace gemmlet::bindings;
 const std::size_t activation_count = gemmlet::activation_names().size();
 const std::size_t row_function_count = gemmlet::row_function_names().size();
 const std::size_t loss_count = gemmlet::loss_names().size();
+const std::size_t row_loss_count = gemmlet::row_loss_names().size();
 const std::size_t rule_count = gemmlet::optimizer_rule_names().size();
 
 void linear(const py::array& x, const py::array& w, const OptionalArray& b, int activation, double parameter,
@@ -102,7 +103,8 @@ void row_function_backward(int function, const py::array& grad_y, const py::arra
   });
 }
 
-double softmax_cross_entropy(const py::array& logits, const py::array& labels, double smoothing, py::array& out) {
+double row_loss(int loss, const py::array& logits, const py::array& labels, double smoothing, py::array& out) {
+  checked_index(loss, row_loss_count, "loss");
   const auto [rows, columns] = shape_of_rows(logits, "logits");
   return for_dtype(logits, "logits", [&, rows = rows, columns = columns](auto zero) {
     using T = decltype(zero);
@@ -122,7 +124,7 @@ double softmax_cross_entropy(const py::array& logits, const py::array& labels, d
       if (targets == gp) refuse("out", "may not be the labels");
     }
     return without_gil(
-        [&] { return gemmlet::softmax_cross_entropy<T>(zp, indices, targets, smoothing, gp, rows, columns); });
+        [&] { return gemmlet::row_loss<T>(loss, zp, indices, targets, smoothing, gp, rows, columns); });
   });
 }
 
@@ -179,6 +181,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("activations", &gemmlet::activation_names, "Names, in the order of their numbers.");
   m.def("row_functions", &gemmlet::row_function_names, "Names, in the order of their numbers.");
   m.def("losses", &gemmlet::loss_names, "Names, in the order of their numbers.");
+  m.def("row_losses", &gemmlet::row_loss_names, "Names, in the order of their numbers.");
   m.def("optimizer_rules", &gemmlet::optimizer_rule_names, "Names, in the order of their numbers.");
   // It waits for the end of a call that uses the pool.
   m.def("set_num_threads", [](int count) { without_gil([&] { gemmlet_set_num_threads(count); }); }, py::arg("count"));
@@ -195,7 +198,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("row_function_forward", &row_function_forward, py::arg("function"), py::arg("x"), py::arg("out"));
   m.def("row_function_backward", &row_function_backward, py::arg("function"), py::arg("grad_y"), py::arg("y"),
         py::arg("out"));
-  m.def("softmax_cross_entropy", &softmax_cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("smoothing"),
+  m.def("row_loss", &row_loss, py::arg("loss"), py::arg("logits"), py::arg("labels"), py::arg("smoothing"),
         py::arg("out"));
   m.def("elementwise_loss", &elementwise_loss, py::arg("loss"), py::arg("prediction"), py::arg("target"),
         py::arg("parameter"), py::arg("out"));

@@ -102,7 +102,7 @@ std::pair<double, Index> train_mlp(LayerTuples layers, const py::array& x, const
                                    double loss_parameter, double row_weight, const py::array& order, Index batch,
                                    int rule, const py::array& scalars, double loss_sum) {
   if (layers.empty()) refuse("layers", "no layers");
-  if (loss != softmax_loss) checked_index(loss, loss_names().size(), "loss");
+  checked_index(is_row_loss(loss) ? ~loss : loss, (is_row_loss(loss) ? row_loss_names() : loss_names()).size(), "loss");
   if (row_start.has_value() != columns.has_value()) refuse("columns", "goes with row_start");
   return for_dtype(std::get<0>(layers[0]), "layers", [&](auto zero) {
     using T = decltype(zero);
@@ -120,7 +120,7 @@ std::pair<double, Index> train_mlp(LayerTuples layers, const py::array& x, const
       wanted.indices = contiguous<Index>(targets, count, "targets");
       for (Index i = 0; i < steps.count; ++i) {
         const Index index = wanted.indices[steps.order[i]];
-        if (index < 0 || index >= (out == 1 && loss != softmax_loss ? 2 : out))
+        if (index < 0 || index >= (out == 1 && !is_row_loss(loss) ? 2 : out))
           refuse("targets", "a class index that is out of range");
       }
     } else {

@@ -61,11 +61,10 @@ struct Objective {
       correct[at] = targets.indices != nullptr && predicted_class(network.outputs(slot, i), out) == indices[at];
     }
     const auto first = static_cast<std::size_t>(rows.first);
-    if (loss == softmax_loss) {
-      softmax_cross_entropy_rows(network.outputs(slot, rows.first),
-                                 targets.values != nullptr ? nullptr : &indices[first],
-                                 targets.values != nullptr ? &values[first] : nullptr, scale, gradients.row(rows.first),
-                                 gradients.stride, rows.size(), out, &losses[first]);
+    if (is_row_loss(loss)) {
+      row_loss_each(~loss, network.outputs(slot, rows.first), targets.values != nullptr ? nullptr : &indices[first],
+                    targets.values != nullptr ? &values[first] : nullptr, 0.0, scale, gradients.row(rows.first),
+                    gradients.stride, rows.size(), out, &losses[first]);
       return;
     }
     for (Index i = rows.first; i < rows.end; ++i) {

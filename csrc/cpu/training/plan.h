@@ -63,15 +63,15 @@ struct Rule {
   const double* hyperparameters;
 };
 
-inline constexpr int softmax_loss = -1;
+// A loss is the index of an elementwise loss in its list, or ~index of a row loss in its.
+constexpr bool is_row_loss(int loss) { return loss < 0; }
 
 struct MlpOutcome {
   double loss;    // loss_sum plus the loss of each row before the update of its mini-batch
   Index correct;  // rows whose predicted class, the largest output or the sign of a single one, is the target
 };
 
-// loss: softmax_loss, or an elementwise loss, whose sum over a row is multiplied by row_weight; class indices stand for
-// one-hot targets there.
+// The sum of an elementwise loss over a row is multiplied by row_weight; class indices stand for one-hot targets there.
 template <class T>
 MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samples, const Targets<T>& targets,
                      int loss, T loss_parameter, double row_weight, const Steps& steps, const Rule& rule,

@@ -57,6 +57,29 @@ struct Target {
   }
 };
 
+// The loss of a row; end(j, gradient) takes each gradient, those beyond the row too.
+template <class L, int lanes, class T, class End, class Stored>
+__device__ __forceinline__ T evaluate_row_loss(const Target<T>& target, const T* y, int out, T scale, End end,
+                                               Stored stored) {
+  using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
+  if constexpr (L::has_label_form) {
+    if (target.values == nullptr) {
+      Lanes row(y, out, true, -infinity<T>(), target.label);
+      const typename L::template OfLabel<Lanes> of_row(row, y[target.label], scale);
+      row.each([&](int j, T v, int) { end(j, j == target.label ? of_row.at_label : of_row.of_other(v)); });
+      stored();
+      return of_row.loss();
+    }
+  }
+  Lanes row(y, out, true, -infinity<T>());
+  const auto write = [&](const auto& of, auto f) {
+    of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); });
+    stored();
+  };
+  const auto of_output = [&](int j, int) { return j < out ? target.of_output(j, out) : T(0); };
+  return L::of_targets(Operands(row, of_output, write), scale);
+}
+
 // Row i of the mini-batch, by a warp: y its `out` results, z their preactivations. Its gradient goes through the
 // activation to store(j, the gradient of preactivation j); when all of them have, the warp calls stored(). lanes: 16 where
 // there are at most as many results, which stay in registers then; else 32.
@@ -74,25 +97,17 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
   };
 
   double loss = 0;
-  if (p.loss == softmax_loss) {
-    using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
+  if (is_row_loss(p.loss)) {
     const auto end_of = [&](int j, T gradient) {
       if (lane < lanes && j < out) end(j, gradient);
     };
-    if (target.values != nullptr) {
-      Lanes row(y, out, true, -infinity<T>());
-      const auto write = [&](const auto& of, auto f) {
-        of.each([&](int j, T v, int slot) { end_of(j, f(j, v, slot)); });
-        stored();
-      };
-      const auto of_output = [&](int j, int) { return j < out ? target.values[j] : T(0); };
-      loss = row_losses::softmax_cross_entropy::of_targets(Operands(row, of_output, write), p.share);
-    } else {
-      Lanes row(y, out, true, -infinity<T>(), target.label);
-      const row_losses::softmax_cross_entropy::OfLabel<Lanes> entropy(row, y[target.label], p.share);
-      row.each([&](int j, T v, int) { end_of(j, j == target.label ? entropy.at_label : entropy.of_other(v)); });
-      stored();
-      loss = entropy.loss();
+    switch (static_cast<RowLossNumber>(~p.loss)) {
+#define GEMMLET_ENTRY(name)                                                                        \
+  case RowLossNumber::name:                                                                        \
+    loss = evaluate_row_loss<row_losses::name, lanes>(target, y, out, p.share, end_of, stored); \
+    break;
+      GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)
+#undef GEMMLET_ENTRY
     }
   } else {
     for (int j = lane; j < out; j += 32) {

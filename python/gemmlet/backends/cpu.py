@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ..formulas.activations import ACTIVATIONS, Activation
-from ..formulas.losses import LOSSES, Loss, RowFunction
+from ..formulas.losses import LOSSES, Loss, RowFunction, RowLoss
 from ..formulas.optimizers import OptimizerRule, Scalars
 from ..training.old_plan import FusedLayer, GanRun, MlpRun
 from . import threadpool
@@ -30,6 +30,7 @@ class _Extension(Protocol):
     def activations(self) -> list[str]: ...
     def row_functions(self) -> list[str]: ...
     def losses(self) -> list[str]: ...
+    def row_losses(self) -> list[str]: ...
     def optimizer_rules(self) -> list[str]: ...
     def set_num_threads(self, count: int) -> None: ...
     def get_num_threads(self) -> int: ...
@@ -45,7 +46,7 @@ class _Extension(Protocol):
     ) -> None: ...
     def row_function_forward(self, function: int, x: Array, out: Array) -> None: ...
     def row_function_backward(self, function: int, grad_y: Array, y: Array, out: Array) -> None: ...
-    def softmax_cross_entropy(self, logits: Array, labels: Array, smoothing: float, out: Array) -> float: ...
+    def row_loss(self, loss: int, logits: Array, labels: Array, smoothing: float, out: Array) -> float: ...
     def elementwise_loss(self, loss: int, prediction: Array, target: Array, parameter: float, out: Array) -> float: ...
     def optimizer_update(
         self, rule: int, param: Array, grad: Array, state: Sequence[Array], scalars: Sequence[float]
@@ -147,6 +148,7 @@ class CpuBackend(NumpyBackend):
         self._activations = {name: number for number, name in enumerate(self._module.activations())}
         self._row_functions = {name: number for number, name in enumerate(self._module.row_functions())}
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
+        self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
         self.quick = self._quick_functions()
 
@@ -168,9 +170,10 @@ class CpuBackend(NumpyBackend):
             if (loss := LOSSES.get(name)) is not None:
                 made = formula(number, loss.default, loss.parameter is not None, False, loss.unit_interval)
                 functions[name] = quick("loss", made)
+        for name, number in self._row_losses.items():
+            functions[name] = quick("row_loss", formula(number, 0.0, False, False, False))
         for name, number in self._rules.items():
             functions[f"{name}_update"] = quick("update", formula(number, 0.0, False, False, False))
-        functions["softmax_cross_entropy"] = quick("softmax_cross_entropy", formula(0, 0.0, False, False, False))
         functions["linear"] = quick("linear", activations)
         functions["linear_backward"] = quick("linear_backward", activations)
         return functions
@@ -257,11 +260,14 @@ class CpuBackend(NumpyBackend):
         else:
             self._module.row_function_backward(number, grad_y, y, out)
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+    def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         """Mean loss; the gradient goes to `out`."""
+        number = self._row_losses.get(loss.name)
+        if number is None:
+            return super().row_loss(loss, logits, labels, label_smoothing, out)
         if labels.ndim == 2 and np.may_share_memory(labels, out):
             labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
-        return self._module.softmax_cross_entropy(logits, labels, label_smoothing, out)
+        return self._module.row_loss(number, logits, labels, label_smoothing, out)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         """Mean loss; the gradient goes to `out`."""
@@ -286,7 +292,7 @@ class CpuBackend(NumpyBackend):
         return known and all(self._loss_number(name) is not None for name in losses) and rule in self._rules
 
     def _loss_number(self, name: str) -> int | None:
-        return -1 if name == "softmax_cross_entropy" else self._losses.get(name)
+        return ~self._row_losses[name] if name in self._row_losses else self._losses.get(name)
 
     def _tuples(self, layers: Sequence[FusedLayer]) -> list[tuple[Any, ...]]:
         return [

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import ACTIVATIONS
-from ..formulas.losses import LOSSES
+from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES
 from .plan import (
     NOISE,
@@ -142,8 +142,9 @@ class Step:
             wanted = targets[self._where]
             if wanted.ndim == 1 and not self.losses:
                 self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
-        if phase.name == "softmax_cross_entropy":
-            loss = self._backend.softmax_cross_entropy(outputs, wanted, phase.label_smoothing, grad)
+        if phase.name in ROW_LOSSES:
+            entry = ROW_LOSSES[phase.name]
+            loss = self._backend.row_loss(entry, outputs, wanted, phase.label_smoothing, grad)
         else:
             entry = LOSSES[phase.name]
             if phase.reduction == "sum":

@@ -20,7 +20,7 @@ import numpy as np
 
 from ... import _precision
 from ...formulas.activations import ACTIVATIONS, Activation
-from ...formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES, Loss, RowFunction
 from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
 from . import compiler, matmul
 from .types import FLOATS, RULE_NUMBERS, RULE_STATES
@@ -47,9 +47,10 @@ def fast_paths(backend: CudaBackend) -> dict[str, FastPath]:
         found[name], found[f"{name}_backward"] = made.row_function(function), made.row_function_backward(function)
     for name, loss in LOSSES.items():
         found[name] = made.loss(loss)
+    for name in ROW_LOSSES:
+        found[name] = made.row_loss(name)
     for name, rule in OPTIMIZER_RULES.items():
         found[f"{name}_update"] = made.update(rule)
-    found["softmax_cross_entropy"] = made.softmax_cross_entropy()
     found["linear"], found["linear_backward"] = made.linear(), made.linear_backward()
     return found
 
@@ -260,11 +261,11 @@ class _FastPaths:
 
         return call
 
-    def softmax_cross_entropy(self) -> FastPath:
+    def row_loss(self, name: str) -> FastPath:
         """``call(logits, labels, label_smoothing, out)``."""
         backend, first, another, output = self.backend, self.first, self.another, self.output
         array_type = self.array_type
-        known, fill = self._remembered(lambda d, *rest: (backend.cross_entropy_launch(d, *rest),))
+        known, fill = self._remembered(lambda d, *rest: (backend.row_loss_launch(d, name, *rest),))
 
         def call(logits: Any, labels: Any, label_smoothing: Any, out: Any) -> Any:
             given = first(logits)

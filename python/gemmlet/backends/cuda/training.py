@@ -238,11 +238,16 @@ _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
 
 @functools.cache
 def _places(kind: str) -> dict[str, int]:
-    """The numbers by which kernels know activations or losses: their places in C++'s list."""
-    text = compiler.sources()[f"formulas/{kind}.h"]
+    """The numbers by which kernels know activations, losses or row losses: their places in C++'s list."""
+    text = "".join(text for name, text in compiler.sources().items() if name.startswith("formulas/"))
     declared = re.search(rf"#define GEMMLET_{kind.upper()}\(X\)((?:.*\\\n)*.*)", text)
     assert declared is not None
     return {name: place for place, name in enumerate(re.findall(r"X\((\w+)\)", declared[1]))}
+
+
+def _loss_number(name: str) -> int:
+    rows = _places("row_losses")
+    return ~rows[name] if name in rows else _places("losses")[name]
 
 
 def expressions() -> dict[str, list[str]]:
@@ -273,7 +278,7 @@ def _source(kernel: str) -> str:
 
 def fuses(activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
     """Whether C++ has all of these formulas."""
-    known_losses = {"softmax_cross_entropy", *_places("losses")}
+    known_losses = {*_places("row_losses"), *_places("losses")}
     return (
         all(name in _places("activations") for name in activations)
         and all(name in known_losses for name in losses)
@@ -918,11 +923,10 @@ class _MlpSession(_Session):
             )
             self.add(f"expand<{self.type}>", (rows + 1, 1), _EXPAND_THREADS, p, brought)
             self.forward(network, 0, self.dense, rows)
-        softmax = self.loss == "softmax_cross_entropy"
         objective = _filled(
             self.structs.objective,
-            loss=-1 if softmax else _places("losses")[self.loss],
-            parameter=0.0 if softmax else LOSSES[self.loss].default,
+            loss=_loss_number(self.loss),
+            parameter=LOSSES[self.loss].default if self.loss in LOSSES else 0.0,
             share=self.row_weight / rows,
             labels=address(self.labels) if classes else 0,
             values=0 if classes else address(self.targets),
@@ -971,7 +975,7 @@ class _GanSession(_Session):
     def _objective(self, share: float, targets: tuple[float, float], boundary: int) -> np.void:
         return _filled(
             self.structs.objective,
-            loss=_places("losses")["binary_cross_entropy_with_logits"],
+            loss=_loss_number("binary_cross_entropy_with_logits"),
             share=share,
             first=targets[0],
             second=targets[1],

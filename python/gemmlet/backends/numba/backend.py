@@ -26,7 +26,7 @@ from llvmlite import binding
 
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
-from ...formulas.losses import Loss, RowFunction
+from ...formulas.losses import Loss, RowFunction, RowLoss
 from ...formulas.optimizers import OptimizerRule, Scalars
 from ...training.old_plan import MlpRun
 from ..base import Array
@@ -233,8 +233,10 @@ class NumbaBackend(NumpyBackend):
         grad, kept, grad_x = grad_y.reshape(-1), y.reshape(-1), out.reshape(-1)
         self._split(grad_x.size, columns, lambda part: loop(grad[part], kept[part], columns, grad_x[part]))
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+    def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
+        if loss.name != "softmax_cross_entropy":
+            return super().row_loss(loss, logits, labels, label_smoothing, out)
         rows, columns = logits.shape
         loop, dtype = cross_entropy_loop(out.dtype), out.dtype
         z, gradient, losses = logits.reshape(-1), out.reshape(-1), np.empty(rows)
