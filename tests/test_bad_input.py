@@ -325,7 +325,12 @@ def test_arguments_that_are_missing_or_unknown(name: str, rng: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [case for case in CASES if case[1] in ARRAYS or (case[0] in ROW_LOSSES and case[1] == "labels")]
+    ("name", "argument"),
+    [
+        (name, argument)
+        for name, argument in CASES
+        if argument in ARRAYS or (name in ROW_LOSSES and argument == "labels")
+    ],
 )
 def test_dtypes_must_agree(name: str, argument: str, any_threads_backend: Any, dtype: Any, rng: Any) -> None:
     """A float64 array among float32 ones, or the other way round, is not cast."""

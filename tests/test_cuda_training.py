@@ -24,7 +24,7 @@ from cuda_on_host.device import COMPILER, SANITIZERS, THREAD_ORDERS, HostDevice
 from gemmlet.backends import select
 from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES
+from gemmlet.formulas.losses import LOSSES, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
 from gemmlet.training.old_plan import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
 from support import assert_within, same_bits
@@ -262,12 +262,12 @@ def test_every_activation(activation: str, device: Any, cpu: Any, dtype: Any, mo
 
 
 @pytest.mark.parametrize("top", [True, False])
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", *LOSSES])
+@pytest.mark.parametrize("loss", [*ROW_LOSSES, *LOSSES])
 def test_every_loss(loss: str, top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if not top:
         monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
     for out, classes in itertools.product((1, 2, 10, 40), (True, False)):
-        if loss == "softmax_cross_entropy" and out == 1:
+        if loss in ROW_LOSSES and out == 1:
             continue
         output = "sigmoid" if loss == "binary_cross_entropy" else None
         Mlp([6, 9, out], dtype, loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
@@ -367,10 +367,10 @@ def test_every_activation_in_a_cluster(activation: str, device: Any, cpu: Any, c
     in_cluster((9, 13, 3), hidden=activation, output=activation).check(device, cpu)
 
 
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", *LOSSES])
+@pytest.mark.parametrize("loss", [*ROW_LOSSES, *LOSSES])
 def test_every_loss_in_a_cluster(loss: str, device: Any, cpu: Any, cluster: None) -> None:
     for out, classes in itertools.product((1, 2, 10, 16), (True, False)):
-        if loss == "softmax_cross_entropy" and out == 1:
+        if loss in ROW_LOSSES and out == 1:
             continue
         output = "sigmoid" if loss == "binary_cross_entropy" else None
         in_cluster((6, 9, out), loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
@@ -699,7 +699,7 @@ def test_blocks_of_small_tiles() -> None:
 
 def test_fuses_what_there_is() -> None:
     for rule in OPTIMIZER_RULES:
-        assert cuda_training.fuses(ACTIVATIONS, ["softmax_cross_entropy", *LOSSES], rule)
+        assert cuda_training.fuses(ACTIVATIONS, [*ROW_LOSSES, *LOSSES], rule)
     assert not cuda_training.fuses(["hardtanh"], [], "sgd")
     assert not cuda_training.fuses([], ["hinge"], "sgd")
     assert not cuda_training.fuses([], [], "lion")

@@ -1,8 +1,8 @@
 """A formula stands once in C++ (csrc/formulas) and once in Python (gemmlet/formulas), and nowhere else.
 
-What is looked for elsewhere: a function of the mathematics that formulas are made of, such as an exponential or a choice
-by element; a struct of a formula's name; and a list of formulas. What consists of products and sums alone is seen by its
-name only.
+What is looked for elsewhere: a function of the mathematics that formulas are made of, such as an exponential or a
+choice by element; a struct of a formula's name; and a list of formulas. A copy that consists of sums and products alone
+is found by its name only.
 """
 
 from __future__ import annotations

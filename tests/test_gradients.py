@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
 
 torch = pytest.importorskip("torch")
@@ -39,6 +39,9 @@ TORCH_ROW_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "softmax": lambda x: functional.softmax(x, dim=-1),
     "log_softmax": lambda x: functional.log_softmax(x, dim=-1),
 }
+TORCH_ROW_LOSSES: dict[str, Callable[..., Any]] = {
+    "softmax_cross_entropy": functional.cross_entropy  # of logits, labels, label_smoothing
+}
 TORCH_LOSSES: dict[str, Callable[..., Any]] = {
     "binary_cross_entropy_with_logits": functional.binary_cross_entropy_with_logits,
     "binary_cross_entropy": functional.binary_cross_entropy,
@@ -57,6 +60,7 @@ def test_everything_has_its_counterpart() -> None:
     assert all(torch_activation(name) for name in ACTIVATIONS)
     assert set(TORCH_ROW_FUNCTIONS) == set(ROW_FUNCTIONS)
     assert set(TORCH_LOSSES) == set(LOSSES)
+    assert set(TORCH_ROW_LOSSES) == set(ROW_LOSSES)
     assert set(TORCH_OPTIMIZERS) == {name for name in kernels.__all__ if name.endswith("_update")}
     assert {name.removesuffix("_update") for name in TORCH_OPTIMIZERS} >= set(OPTIMIZER_RULES) - {"momentum"}
 
@@ -168,7 +172,8 @@ def test_loss_at_the_limits(name: str, backend: Any) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["indices", "one-hot", "soft"])
-def test_softmax_cross_entropy(kind: str, smoothing: float, backend: Any, rng: Any) -> None:
+@pytest.mark.parametrize("name", list(ROW_LOSSES))
+def test_row_loss(name: str, kind: str, smoothing: float, backend: Any, rng: Any) -> None:
     for rows, classes in [(1, 2), (1, 10), (7, 3), (64, 10), (33, 101), (2000, 10)]:
         logits, indices = rng.normal(scale=4, size=(rows, classes)), rng.integers(0, classes, size=rows)
         labels = {
@@ -177,9 +182,9 @@ def test_softmax_cross_entropy(kind: str, smoothing: float, backend: Any, rng: A
             "soft": rng.dirichlet(np.ones(classes), size=rows),
         }[kind]
         leaf_z = leaf(logits)
-        expected = functional.cross_entropy(leaf_z, torch.tensor(labels), label_smoothing=smoothing)
+        expected = TORCH_ROW_LOSSES[name](leaf_z, torch.tensor(labels), label_smoothing=smoothing)
         expected.backward()
-        loss, gradient = kernels.softmax_cross_entropy(logits, labels, label_smoothing=smoothing)
+        loss, gradient = getattr(kernels, name)(logits, labels, label_smoothing=smoothing)
         assert_close(loss, expected)
         assert_close(gradient, leaf_z.grad)
 

@@ -136,8 +136,8 @@ double row_loss(int loss, const T* logits, const Index* indices, const T* target
 template <class T>
 void row_loss_each(int loss, const T* logits, const Index* indices, const T* const* targets, double smoothing, T scale,
                    T* gradient, Index stride, Index rows, Index columns, double* losses) {
-  using Function = void (*)(const T*, const Index*, const T* const*, Smoothing<double>, T, T*, Index, Index, Index,
-                            double*);
+  using Function =
+      void (*)(const T*, const Index*, const T* const*, Smoothing<double>, T, T*, Index, Index, Index, double*);
 #define GEMMLET_ENTRY(name) &evaluate_each<T, row_losses::name>,
   static constexpr Function table[] = {GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
@@ -186,12 +186,12 @@ std::vector<std::string> row_loss_names() {
 #undef GEMMLET_ENTRY
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                                                      \
-  template double row_loss(int, const T*, const Index*, const T*, double, T*, Index, Index);                        \
-  template void row_loss_each(int, const T*, const Index*, const T* const*, double, T, T*, Index, Index, Index,     \
-                              double*);                                                                             \
-  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                          \
-  template bool within_unit_interval(const T*, Index);                                                              \
+#define GEMMLET_INSTANTIATE(T)                                                                                  \
+  template double row_loss(int, const T*, const Index*, const T*, double, T*, Index, Index);                    \
+  template void row_loss_each(int, const T*, const Index*, const T* const*, double, T, T*, Index, Index, Index, \
+                              double*);                                                                         \
+  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                      \
+  template bool within_unit_interval(const T*, Index);                                                          \
   template double elementwise_loss_row(int, const T*, const T*, T, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

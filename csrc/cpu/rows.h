@@ -62,10 +62,18 @@ struct RowNumbers : Doubles<T> {
     for (int i = 0; i < this->parts; ++i) this->part[i] = part_of(i);
   }
   using Ref = const RowNumbers&;
-  friend RowNumbers operator+(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] + b.part[i]; }); }
-  friend RowNumbers operator-(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] - b.part[i]; }); }
-  friend RowNumbers operator*(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] * b.part[i]; }); }
-  friend RowNumbers operator/(Ref a, Ref b) { return RowNumbers([&](int i) { return a.part[i] / b.part[i]; }); }
+  friend RowNumbers operator+(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] + b.part[i]; });
+  }
+  friend RowNumbers operator-(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] - b.part[i]; });
+  }
+  friend RowNumbers operator*(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] * b.part[i]; });
+  }
+  friend RowNumbers operator/(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] / b.part[i]; });
+  }
 };
 
 template <class T>

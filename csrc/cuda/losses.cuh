@@ -149,8 +149,7 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
       // number would take longer.
       constexpr bool once = Row::held && Threads < 32;
       const int label_slot = Row::slot_of(label);
-      z.map(to,
-            [=](int, V v, int slot) { return once && slot == label_slot ? of_row.at_label : of_row.of_other(v); });
+      z.map(to, [=](int, V v, int slot) { return once && slot == label_slot ? of_row.at_label : of_row.of_other(v); });
       if (!once && present && label_slot >= 0) to[label] = narrow<T>(of_row.at_label);
       to += step;
       totals.add(present ? static_cast<double>(of_row.total) : 1);

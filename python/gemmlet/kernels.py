@@ -41,9 +41,7 @@ _PRODUCTS = ["linear", "linear_backward", "matmul"]
 _UPDATES = ["adam_update", "adamw_update", "sgd_update"]
 _FORWARD = [*ACTIVATIONS, *ROW_FUNCTIONS]
 
-__all__ = sorted(
-    [*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, *ROW_LOSSES]
-)
+__all__ = sorted([*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, *ROW_LOSSES])
 
 
 # Arguments in the layout that backends want.
@@ -448,11 +446,11 @@ def _publish(name: str, careful: Callable[..., Any], arrays: tuple[str, ...], en
     plain function: the binding of ``*args, **kwargs`` by hand costs more than a small kernel.
     """
     if isinstance(entry, RowLoss):
-        parameter, signature = "label_smoothing", ["*", "label_smoothing=0.0"]
+        parameter: str | None = "label_smoothing"
+        parameters = ", ".join([*arrays, "*", "label_smoothing=0.0"])
     else:
         parameter = getattr(entry, "parameter", None)
-        signature = [*([f"{parameter}={entry.default!r}"] if parameter else []), "*"]
-    parameters = ", ".join([*arrays, *signature])
+        parameters = ", ".join([*arrays, *([f"{parameter}={entry.default!r}"] if parameter else []), "*"])
     arguments = ", ".join([*arrays, parameter or "None"])
     scope: dict[str, Any] = {"__name__": __name__, "current": select.current, "quick_on_gpu": select.quick_on_gpu}
     scope["careful"] = careful

@@ -123,8 +123,7 @@ double row_loss(int loss, const py::array& logits, const py::array& labels, doub
       targets = contiguous<T>(labels, rows * columns, "labels");
       if (targets == gp) refuse("out", "may not be the labels");
     }
-    return without_gil(
-        [&] { return gemmlet::row_loss<T>(loss, zp, indices, targets, smoothing, gp, rows, columns); });
+    return without_gil([&] { return gemmlet::row_loss<T>(loss, zp, indices, targets, smoothing, gp, rows, columns); });
   });
 }
 

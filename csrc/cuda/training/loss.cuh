@@ -102,8 +102,8 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
       if (lane < lanes && j < out) end(j, gradient);
     };
     switch (static_cast<RowLossNumber>(~p.loss)) {
-#define GEMMLET_ENTRY(name)                                                                        \
-  case RowLossNumber::name:                                                                        \
+#define GEMMLET_ENTRY(name)                                                                     \
+  case RowLossNumber::name:                                                                     \
     loss = evaluate_row_loss<row_losses::name, lanes>(target, y, out, p.share, end_of, stored); \
     break;
       GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)

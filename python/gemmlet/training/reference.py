@@ -143,8 +143,8 @@ class Step:
             if wanted.ndim == 1 and not self.losses:
                 self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
         if phase.name in ROW_LOSSES:
-            entry = ROW_LOSSES[phase.name]
-            loss = self._backend.row_loss(entry, outputs, wanted, phase.label_smoothing, grad)
+            row_entry = ROW_LOSSES[phase.name]
+            loss = self._backend.row_loss(row_entry, outputs, wanted, phase.label_smoothing, grad)
         else:
             entry = LOSSES[phase.name]
             if phase.reduction == "sum":
