@@ -86,18 +86,18 @@ struct Along {
   Index at(int, Index column) const { return column; }
 
   template <class F, class... In>
-  void each(F&& f, const In*... in) const {
-    run([&](Index, int first, Vec<In>... v) { f(first, v...); }, in...);
+  GEMMLET_INLINE void each(F&& f, const In*... in) const {
+    run([&](Index, int first, Vec<In>... v) GEMMLET_INLINE_LAMBDA { f(first, v...); }, in...);
   }
   template <class F, class... In>
-  void map(T* out, F&& f, const In*... in) const {
-    run([&](Index j, int first, Vec<In>... v) { store(out + j, f(first, v...)); }, in...);
+  GEMMLET_INLINE void map(T* out, F&& f, const In*... in) const {
+    run([&](Index j, int first, Vec<In>... v) GEMMLET_INLINE_LAMBDA { store(out + j, f(first, v...)); }, in...);
   }
 
   // NaN may be passed over: exp(NaN - max) brings it back.
-  Vec<T> largest(const T* x) const {
+  GEMMLET_INLINE Vec<T> largest(const T* x) const {
     Vec<T> most = load(x);
-    each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);
+    each([&](int, Vec<T> v) GEMMLET_INLINE_LAMBDA { most = select(v > most, v, most); }, x);
     T result = -std::numeric_limits<T>::infinity();
     for (int i = 0; i < lanes<T>; ++i) result = most[i] > result ? most[i] : result;
     return splat(result);
@@ -114,10 +114,10 @@ struct Along {
   // The last vector ends with the row, and overlaps the one before it. It is read before anything is written, as `out`
   // may be an input.
   template <class F, class... In>
-  void run(F&& f, const In*... in) const {
+  GEMMLET_INLINE void run(F&& f, const In*... in) const {
     const Index last = columns - lanes<T>;
     const int rest = static_cast<int>(columns % lanes<T>);
-    [&](Vec<In>... end) {
+    [&](Vec<In>... end) GEMMLET_INLINE_LAMBDA {
       for (Index j = 0; j <= last; j += lanes<T>) f(j, 0, load(in + j)...);
       if (rest > 0) f(last, lanes<T> - rest, end...);
     }(load(in + last)...);
@@ -134,17 +134,17 @@ struct Across {
   Index at(int row, Index column) const { return column * lanes<T> + row; }
 
   template <class F, class... In>
-  void each(F&& f, const In*... in) const {
+  GEMMLET_INLINE void each(F&& f, const In*... in) const {
     for (Index j = 0; j < columns * lanes<T>; j += lanes<T>) f(0, load(in + j)...);
   }
   template <class F, class... In>
-  void map(T* out, F&& f, const In*... in) const {
+  GEMMLET_INLINE void map(T* out, F&& f, const In*... in) const {
     for (Index j = 0; j < columns * lanes<T>; j += lanes<T>) store(out + j, f(0, load(in + j)...));
   }
 
-  Vec<T> largest(const T* x) const {
+  GEMMLET_INLINE Vec<T> largest(const T* x) const {
     Vec<T> most = splat(-std::numeric_limits<T>::infinity());
-    each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);
+    each([&](int, Vec<T> v) GEMMLET_INLINE_LAMBDA { most = select(v > most, v, most); }, x);
     return most;
   }
 
@@ -198,26 +198,26 @@ struct Operands {
   const Index* labels = nullptr;  // of the first label_count rows
   int label_count = 0;
 
-  static V term(V v) { return decay(v); }
+  GEMMLET_INLINE static V term(V v) { return decay(v); }
   template <class F>
-  static V turned(V v, F) {
+  GEMMLET_INLINE static V turned(V v, F) {
     return v;
   }
-  static V exp(V v) { return gemmlet::exp(v); }
-  static Statistic log(const Statistic& s) { return Layout::log(s); }
-  static Statistic statistic(V v) { return Layout::statistic(v); }
-  static V vector(const Statistic& s) { return Layout::vector(s); }
-  static V divisor(const Statistic& s) { return Layout::vector(s); }
+  GEMMLET_INLINE static V exp(V v) { return gemmlet::exp(v); }
+  GEMMLET_INLINE static Statistic log(const Statistic& s) { return Layout::log(s); }
+  GEMMLET_INLINE static Statistic statistic(V v) { return Layout::statistic(v); }
+  GEMMLET_INLINE static V vector(const Statistic& s) { return Layout::vector(s); }
+  GEMMLET_INLINE static V divisor(const Statistic& s) { return Layout::vector(s); }
 
-  V largest() const { return layout.largest(x); }
+  GEMMLET_INLINE V largest() const { return layout.largest(x); }
   template <class F>
-  void map(F f) const {
-    map_lanes([&](int, auto... v) { return f(v...); });
+  GEMMLET_INLINE void map(F f) const {
+    map_lanes([&](int, auto... v) GEMMLET_INLINE_LAMBDA { return f(v...); });
   }
   template <int n, class F>
-  Sums<n> turn(F f) {
+  GEMMLET_INLINE Sums<n> turn(F f) {
     DoubleSum<T> sum[n];
-    map_lanes([&](int first, auto... v) {
+    map_lanes([&](int first, auto... v) GEMMLET_INLINE_LAMBDA {
       V summand[n];
       const V result = f(v..., summand);
       for (int k = 0; k < n; ++k) sum[k].add(part<T>(summand[k], first));
@@ -228,33 +228,35 @@ struct Operands {
     for (int k = 0; k < n; ++k) sums.of[k] = Layout::total(sum[k]);
     return sums;
   }
-  Terms terms() {
+  GEMMLET_INLINE Terms terms() {
     const V most = largest();
-    return {most, turn<1>([=](V v, V* summand) { return *summand = term(v - most); }).of[0]};
+    return {most, turn<1>([=](V v, V* summand) GEMMLET_INLINE_LAMBDA { return *summand = term(v - most); }).of[0]};
   }
-  Terms term_sum() const {
+  GEMMLET_INLINE Terms term_sum() const {
     const V most = largest();
     DoubleSum<T> sum;
-    layout.each([&](int first, V v) { sum.add(part<T>(term(v - most), first)); }, x);
+    layout.each([&](int first, V v) GEMMLET_INLINE_LAMBDA { sum.add(part<T>(term(v - most), first)); }, x);
     return {most, Layout::total(sum)};
   }
-  Statistic sum() const {
+  GEMMLET_INLINE Statistic sum() const {
     DoubleSum<T> sum;
-    layout.each([&](int first, V v) { sum.add(part<T>(v, first)); }, x);
+    layout.each([&](int first, V v) GEMMLET_INLINE_LAMBDA { sum.add(part<T>(v, first)); }, x);
     return Layout::total(sum);
   }
-  Statistic dot() const {
+  GEMMLET_INLINE Statistic dot() const {
     DoubleSum<T> sum;
-    layout.each([&](int first, V v, V w) { sum.add_product(part<T>(v, first), part<T>(w, first)); }, x, second);
+    layout.each([&](int first, V v, V w)
+                    GEMMLET_INLINE_LAMBDA { sum.add_product(part<T>(v, first), part<T>(w, first)); },
+                x, second);
     return Layout::total(sum);
   }
 
-  Statistic at_label() const {
+  GEMMLET_INLINE Statistic at_label() const {
     double of_row[Layout::count] = {};
     for (int r = 0; r < label_count; ++r) of_row[r] = static_cast<double>(x[layout.at(r, labels[r])]);
     return Layout::load_statistic(of_row);
   }
-  void set_label(const Statistic& s) const {
+  GEMMLET_INLINE void set_label(const Statistic& s) const {
     double of_row[Layout::count];
     Layout::store_statistic(of_row, s);
     for (int r = 0; r < label_count; ++r) out[layout.at(r, labels[r])] = static_cast<T>(of_row[r]);
@@ -262,11 +264,11 @@ struct Operands {
 
  private:
   template <class F>
-  void map_lanes(F f) const {
+  GEMMLET_INLINE void map_lanes(F f) const {
     if constexpr (std::is_same_v<Second, Alone>)
       layout.map(out, f, x);
     else
-      layout.map(out, [&](int first, V v, V w) { return f(first, v, of_second(w)); }, x, second);
+      layout.map(out, [&](int first, V v, V w) GEMMLET_INLINE_LAMBDA { return f(first, v, of_second(w)); }, x, second);
   }
 };
 

@@ -13,6 +13,7 @@
 #else
 #define GEMMLET_INLINE [[gnu::always_inline]] inline
 #endif
+#define GEMMLET_INLINE_LAMBDA
 
 namespace gemmlet {
 

@@ -31,13 +31,13 @@ struct softmax {
   GEMMLET_INLINE static void forward(R r) {
     const auto of_row = r.terms();
     const auto total = r.divisor(of_row.total);
-    const auto term = [=](auto x) { return R::term(x - of_row.largest); };
-    r.map([=](auto v) { return R::turned(v, term) / total; });
+    const auto term = [=](auto x) GEMMLET_INLINE_LAMBDA { return R::term(x - of_row.largest); };
+    r.map([=](auto v) GEMMLET_INLINE_LAMBDA { return R::turned(v, term) / total; });
   }
   template <class R>
   GEMMLET_INLINE static void backward(R r) {
     const auto dot = r.vector(r.dot());
-    r.map([=](auto grad_y, auto y) { return y * (grad_y - dot); });
+    r.map([=](auto grad_y, auto y) GEMMLET_INLINE_LAMBDA { return y * (grad_y - dot); });
   }
 };
 
@@ -46,12 +46,12 @@ struct log_softmax {
   GEMMLET_INLINE static void forward(R r) {
     const auto of_row = r.term_sum();
     const auto log_total = r.vector(r.log(of_row.total));
-    r.map([=](auto x) { return (x - of_row.largest) - log_total; });
+    r.map([=](auto x) GEMMLET_INLINE_LAMBDA { return (x - of_row.largest) - log_total; });
   }
   template <class R>
   GEMMLET_INLINE static void backward(R r) {
     const auto total = r.vector(r.sum());
-    r.map([=](auto grad_y, auto y) { return fma(-R::exp(y), total, grad_y); });
+    r.map([=](auto grad_y, auto y) GEMMLET_INLINE_LAMBDA { return fma(-R::exp(y), total, grad_y); });
   }
 };
 
@@ -82,10 +82,11 @@ struct softmax_cross_entropy {
   template <class R, class V>
   GEMMLET_INLINE static auto of_targets(R r, V scale) {
     const V largest = r.largest();
-    const auto term = [=](V z) { return R::term(z - largest); };
-    const auto sums = r.template turn<3>([=](V z, V t, V* summand) { return weigh<R>(z - largest, t, summand); });
+    const auto term = [=](V z) GEMMLET_INLINE_LAMBDA { return R::term(z - largest); };
+    const auto sums = r.template turn<3>([=](V z, V t, V* summand)
+                                             GEMMLET_INLINE_LAMBDA { return weigh<R>(z - largest, t, summand); });
     const V factor = r.vector(sums.of[1] / sums.of[0]);
-    r.map([=](V v, V t) { return fma(R::turned(v, term), factor, -t) * scale; });
+    r.map([=](V v, V t) GEMMLET_INLINE_LAMBDA { return fma(R::turned(v, term), factor, -t) * scale; });
     return sums.of[1] * r.log(sums.of[0]) - sums.of[2];
   }
 
@@ -101,13 +102,16 @@ struct softmax_cross_entropy {
     const auto difference = r.at_label() - r.statistic(largest);
     typename R::template Sums<3> sums;
     if (spread != 0)
-      sums = r.template turn<3>([=](V z, V* summand) { return weigh<R>(z - largest, t, summand); });
+      sums =
+          r.template turn<3>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA { return weigh<R>(z - largest, t, summand); });
     else
-      sums.of[0] = r.template turn<1>([=](V z, V* summand) { return *summand = R::term(z - largest); }).of[0];
+      sums.of[0] = r.template turn<1>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA {
+                      return *summand = R::term(z - largest);
+                    }).of[0];
     const auto weight = sums.of[1] + keep, product = keep != 0 ? sums.of[2] + keep * difference : sums.of[2];
     const auto factor = weight / sums.of[0];
     const auto at_label = (r.at_label() * factor - smoothing.of_class(true)) * r.statistic(scale);
-    r.map([=, f = r.vector(factor)](V v) { return fma(v, f, -t) * scale; });
+    r.map([=, f = r.vector(factor)](V v) GEMMLET_INLINE_LAMBDA { return fma(v, f, -t) * scale; });
     r.set_label(at_label);
     return weight * r.log(sums.of[0]) - product;
   }
@@ -132,7 +136,8 @@ struct softmax_cross_entropy {
     GEMMLET_INLINE V loss() const { return log(total) - difference; }
     // The gradient at another class, of what map gives as v.
     GEMMLET_INLINE V of_other(V v) const {
-      return R::turned(v, [=](V z) { return R::term(z - largest); }) * factor;
+      const V most = largest;
+      return R::turned(v, [=](V z) GEMMLET_INLINE_LAMBDA { return R::term(z - most); }) * factor;
     }
   };
 
