@@ -20,8 +20,8 @@ import gemmlet
 from cuda_on_host import backend as place
 from cuda_on_host.backend import to_cpu, to_gpu
 from gemmlet import kernels, nn
-from gemmlet.backends.cuda import backend as cuda_backend
-from gemmlet.backends.cuda.backend import ROW_TEAMS
+from gemmlet.backends.cuda import launches
+from gemmlet.backends.cuda.launches import ROW_TEAMS
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import (
@@ -184,7 +184,7 @@ def test_16_bits_are_rounded_once(name: str, dtype: str) -> None:
 
 def allow_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let grids have so many at most, and the backend make what has a place for each of them anew."""
-    monkeypatch.setattr(cuda_backend, "MOST_BLOCKS", dict.fromkeys(cuda_backend.MOST_BLOCKS, count))
+    monkeypatch.setattr(launches, "MOST_BLOCKS", dict.fromkeys(launches.MOST_BLOCKS, count))
     monkeypatch.setattr(BACKEND, "_own", threading.local())
 
 

@@ -27,7 +27,7 @@ pytest.importorskip("cupy")
 
 import test_cuda_training
 from cuda_on_host.device import COMPILER, ROOT, THREAD_ORDERS, CompileError, HostDevice, sanitized_environment
-from gemmlet.backends.cuda import backend as cuda_backend
+from gemmlet.backends.cuda import launches
 from gemmlet.backends.cuda import matmul as cuda_matmul
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.numpy import NumpyBackend
@@ -632,14 +632,14 @@ def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-FEW_PARTS = {"MOST_PARTS": 3, "MOST_BLOCKS": dict.fromkeys(cuda_backend.MOST_BLOCKS, 3)}
+FEW_PARTS = {"MOST_PARTS": 3, "MOST_BLOCKS": dict.fromkeys(launches.MOST_BLOCKS, 3)}
 
 
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that blocks go round."""
     for name, few in FEW_PARTS.items():
-        monkeypatch.setattr(cuda_backend, name, few)
+        monkeypatch.setattr(launches, name, few)
 
 
 @pytest.mark.parametrize("order", THREAD_ORDERS)
@@ -664,7 +664,7 @@ def found(mutant: Mutant, folder: pathlib.Path) -> bool:
 def each_in_a_child() -> None:
     """Print for each mutant how a process ended that has run its checks: they may write anywhere."""
     for name, few in FEW_PARTS.items():
-        setattr(cuda_backend, name, few)
+        setattr(launches, name, few)
     for number, mutant in enumerate(WRONG):
         child = os.fork()
         if child == 0:
@@ -699,7 +699,7 @@ def test_a_mutant_fails(number: int, ends: tuple[dict[int, int], str]) -> None:
 def under_thread_sanitizer() -> None:
     """Run the checks of all races, without a mutant and then with each."""
     for name, few in FEW_PARTS.items():
-        setattr(cuda_backend, name, few)
+        setattr(launches, name, few)
     for name in sorted({name for mutant in RACES for name in mutant.checks}):
         CHECKS[name](Run(HostDevice(), quick=True))
     for mutant in RACES:

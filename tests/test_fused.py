@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 import gemmlet
 from cuda_on_host.backend import skip_long
 from gemmlet import kernels
-from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.backends import select
+from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, StopTraining, dataset, linear_decay
 from gemmlet.training import reference
 from gemmlet.training.plan import SAMPLES, Activation, Dataset, Forward, Gather, Linear, Parameter, TrainingPlan

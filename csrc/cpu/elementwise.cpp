@@ -20,13 +20,13 @@ constexpr bool cheap_forward<activations::relu> = true;
 template <>
 constexpr bool cheap_forward<activations::leaky_relu> = true;
 
-// Gradients in terms of y are polynomials, but for this one.
+// Gradients in terms of y are polynomials, except softplus.
 template <class F>
 constexpr bool cheap_backward = !F::needs_x;
 template <>
 constexpr bool cheap_backward<activations::softplus> = false;
 
-// One loop for the body and the tail, so that the formula is there once.
+// One loop for body and tail, so that the formula is inlined once.
 template <class T, class F>
 [[gnu::flatten]] void forward_range(const T* x, Vec<T> parameter, T* y, Index i, Index end) {
   for (; i < end; i += lanes<T>) {
@@ -124,7 +124,7 @@ void row_function_backward(int function, const T* grad_y, const T* y, T* grad_x,
 
 template <class T>
 void column_sum(View<T> x, T* sum) {
-  // Each column is one sum in double from the first row to the last; threads take columns.
+  // Each column is reduced sequentially, in double; threads divide the columns.
   const bool large = x.rows * x.columns > 4 * tuning::chunk_elements;
   parallel_chunks(
       x.columns,

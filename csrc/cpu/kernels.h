@@ -28,7 +28,7 @@ struct View {
 template <class T>
 void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T* y, T* z);
 
-// elementwise.cpp. Up to tuning::costly_chunk the calling thread does all: a task of parallel_for may call them.
+// elementwise.cpp. Up to tuning::costly_chunk elements run on the calling thread, so that tasks of parallel_for may call them.
 template <class T>
 void activation_forward(int activation, const T* x, T parameter, T* y, Index n);
 template <class T>
@@ -48,18 +48,17 @@ template <class T>
 double elementwise_loss(int loss, const T* prediction, const T* target, T parameter, T* gradient, Index n);
 template <class T>
 bool within_unit_interval(const T* x, Index n);  // NaN passes
-// For rows of a larger whole, on the calling thread: the loss of each (elementwise: the sum) goes to losses; the gradient
-// is multiplied by `share`. Rows of logits and gradient are `stride` apart. Either indices, or targets by row, is null.
+// Rows of a mini-batch, on the calling thread: the loss of each row (elementwise: its sum) goes to losses; the gradient
+// is multiplied by `scale`. Rows of logits and gradient are `stride` apart. Either indices, or targets by row, is null.
 template <class T>
 void row_loss_each(int loss, const T* logits, const Index* indices, const T* const* targets, double smoothing, T scale,
                    T* gradient, Index stride, Index rows, Index columns, double* losses);
 template <class T>
-double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T share, T* gradient, Index n);
-int elementwise_loss_number(const std::string& name);
+double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T* gradient, Index n);
 
-// optimizers.cpp: the rule's state_count arrays and scalar_count numbers.
+// optimizers.cpp: the rule's state_count arrays and scalar_count hyperparameters.
 template <class T>
-void optimizer_update(int rule, T* param, const T* grad, T* const* state, const double* scalars, Index n);
+void optimizer_update(int rule, T* param, const T* grad, T* const* state, const double* hyperparameters, Index n);
 int optimizer_state_count(int rule);
 int optimizer_scalar_count(int rule);
 

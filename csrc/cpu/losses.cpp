@@ -22,13 +22,13 @@ double sum_chunks(Index n, Index chunk, F&& f) {
 
 // The sum of the losses from `i` to `end`.
 template <class T, class F>
-[[gnu::flatten]] double evaluate_range(const T* prediction, const T* target, Vec<T> parameter, Vec<T> share,
+[[gnu::flatten]] double evaluate_range(const T* prediction, const T* target, Vec<T> parameter, Vec<T> scale,
                                        T* gradient, Index i, Index end) {
   DoubleSum<T> total;
   for (; i < end; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
     Vec<T> loss, slope;
-    F::evaluate(load_lanes(prediction + i, n), load_lanes(target + i, n), parameter, share, loss, slope);
+    F::evaluate(load_lanes(prediction + i, n), load_lanes(target + i, n), parameter, scale, loss, slope);
     total.add(n == lanes<T> ? loss : keep_lanes<T>(loss, 0, n));
     store_lanes(gradient + i, slope, n);
   }
@@ -37,9 +37,9 @@ template <class T, class F>
 
 template <class T, class F>
 double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
-  const T share = static_cast<T>(1.0 / static_cast<double>(n));
+  const T scale = static_cast<T>(1.0 / static_cast<double>(n));
   const double sum = sum_chunks(n, tuning::chunk_elements, [&](Index begin, Index end) {
-    return evaluate_range<T, F>(prediction, target, splat(parameter), splat(share), gradient, begin, end);
+    return evaluate_range<T, F>(prediction, target, splat(parameter), splat(scale), gradient, begin, end);
   });
   return sum / static_cast<double>(n);
 }
@@ -110,13 +110,13 @@ void evaluate_each(const T* logits, const Index* indices, const T* const* target
   alignas(64) T z[tuning::across_max_columns * lanes<T>], t[tuning::across_max_columns * lanes<T>];
   for (Index i = 0; i < rows; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
-    layout.bring(logits + i * stride, n, z, stride);
+    layout.transpose_in(logits + i * stride, n, z, stride);
     if (targets != nullptr)
       for (int r = 0; r < n; ++r)
         for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
     evaluate_rows<L, T>(layout, n, z, z, labels_from(i), targets == nullptr ? nullptr : t, smoothing, scale,
                         losses + i);
-    layout.take_back(z, n, gradient + i * stride, stride);
+    layout.transpose_out(z, n, gradient + i * stride, stride);
   }
 }
 
@@ -162,13 +162,13 @@ bool within_unit_interval(const T* x, Index n) {
 }
 
 template <class T>
-double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T share, T* gradient,
+double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T* gradient,
                             Index n) {
   using Function = double (*)(const T*, const T*, Vec<T>, Vec<T>, T*, Index, Index);
 #define GEMMLET_ENTRY(name) &evaluate_range<T, losses::name>,
   static constexpr Function table[] = {GEMMLET_LOSSES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-  return table[loss](prediction, target, splat(parameter), splat(share), gradient, 0, n);
+  return table[loss](prediction, target, splat(parameter), splat(scale), gradient, 0, n);
 }
 
 int elementwise_loss_number(const std::string& name) {

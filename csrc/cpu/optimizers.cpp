@@ -10,17 +10,17 @@ namespace gemmlet {
 namespace {
 
 template <class T, class Rule>
-void update(T* param, const T* grad, T* const* state, const double* scalars, Index n) {
+void update(T* param, const T* grad, T* const* state, const double* values, Index n) {
   using V = Vec<T>;
-  V numbers[Rule::scalar_count];
-  for (int s = 0; s < Rule::scalar_count; ++s) numbers[s] = constant<V>(scalars[s]);
+  V hyperparameters[Rule::scalar_count];
+  for (int s = 0; s < Rule::scalar_count; ++s) hyperparameters[s] = constant<V>(values[s]);
   parallel_chunks(n, [&](Index begin, Index end) {
     for_lanes<T>(end - begin, [&](Index j, int lane_count) {
       const Index i = begin + j;
       V p = load_lanes(param + i, lane_count);
       V kept[std::max(Rule::state_count, 1)];
       for (int s = 0; s < Rule::state_count; ++s) kept[s] = load_lanes(state[s] + i, lane_count);
-      Rule::apply(p, load_lanes(grad + i, lane_count), kept, numbers);
+      Rule::apply(p, load_lanes(grad + i, lane_count), kept, hyperparameters);
       for (int s = 0; s < Rule::state_count; ++s) store_lanes(state[s] + i, kept[s], lane_count);
       store_lanes(param + i, p, lane_count);
     });
@@ -30,12 +30,12 @@ void update(T* param, const T* grad, T* const* state, const double* scalars, Ind
 }  // namespace
 
 template <class T>
-void optimizer_update(int rule, T* param, const T* grad, T* const* state, const double* scalars, Index n) {
+void optimizer_update(int rule, T* param, const T* grad, T* const* state, const double* hyperparameters, Index n) {
   using Function = void (*)(T*, const T*, T* const*, const double*, Index);
 #define GEMMLET_ENTRY(name) &update<T, optimizers::name>,
   static constexpr Function table[] = {GEMMLET_OPTIMIZER_RULES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-  table[rule](param, grad, state, scalars, n);
+  table[rule](param, grad, state, hyperparameters, n);
 }
 
 int optimizer_state_count(int rule) {

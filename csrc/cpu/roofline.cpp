@@ -1,4 +1,4 @@
-// What this processor can do at most: fused multiply-adds that need nothing but registers.
+// Peak arithmetic throughput: fused multiply-adds on registers alone.
 #include "cpu/roofline.h"
 
 #include <atomic>
@@ -9,7 +9,7 @@
 namespace gemmlet {
 namespace {
 
-// As many independent chains as keep two units with a latency of 4 to 6 cycles busy.
+// Independent chains that keep two units with a latency of 4 to 6 cycles busy.
 constexpr int chains = 12;
 
 template <class T>

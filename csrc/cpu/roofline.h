@@ -1,4 +1,4 @@
-// For the benchmarks: what the processor can do at most.
+// The compute roofline of this processor, for the benchmarks.
 #pragma once
 
 #include <cstdint>

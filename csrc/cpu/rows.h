@@ -1,14 +1,13 @@
-// Loops in vectors: over an array, over one row of a matrix, over several short rows at once.
+// Vector loops: over an array, along one row of a matrix, across several short rows.
 //
 // Contract
-//   Along and Across are layouts with the same members; both read and write arrays in their own order: Along one row of at
-//   least lanes<T> columns as it is, Across lanes<T> rows of any length, element (row r, column j) at [j * lanes<T> + r]
-//   (for_rows brings them there and back).
+//   Along and Across are layouts with the same members: Along one row of at least lanes<T> columns as it is, Across
+//   lanes<T> rows of any length, transposed: element (row r, column j) at [j * lanes<T> + r] (for_rows transposes them).
 //   map(out, f, in...) stores f(first, vectors of in...) throughout `out`, which may be one of the inputs;
 //   each(f, in...) does not store. The lanes below `first` are not part of the vector: sums must leave them out (part).
 //   A Statistic is a double for each row of the layout.
-//   Operands is what formulas/rows.h asks for, of either layout.
-//   Results do not depend on which rows stand beside a row.
+//   Operands is what formulas/rows.h asks for, in either layout.
+//   Results of a row do not depend on the other rows.
 #pragma once
 
 #include <algorithm>
@@ -161,13 +160,13 @@ struct Across {
     for (int i = 0; i < s.parts; ++i) store(of_row + i * lanes<double>, s.part[i]);
   }
 
-  // Rows of a matrix, `stride` apart, to this layout, zeros where there are no more of them; and back.
-  void bring(const T* x, Index rows, T* to, Index stride) const {
+  // Transposes rows of a matrix into this layout, missing rows as zeros; and back.
+  void transpose_in(const T* x, Index rows, T* to, Index stride) const {
     if (rows < lanes<T>) std::fill_n(to, columns * lanes<T>, T(0));
     for (Index r = 0; r < rows; ++r)
       for (Index j = 0; j < columns; ++j) to[j * lanes<T> + r] = x[r * stride + j];
   }
-  void take_back(const T* from, Index rows, T* x, Index stride) const {
+  void transpose_out(const T* from, Index rows, T* x, Index stride) const {
     for (Index r = 0; r < rows; ++r)
       for (Index j = 0; j < columns; ++j) x[r * stride + j] = from[j * lanes<T> + r];
   }
@@ -285,11 +284,11 @@ void for_rows(Index begin, Index end, Index columns, F&& f, T* out, const In*...
   for (Index i = begin; i < end; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
     int b = 0;
-    (rows.bring(in + i * columns, n, buffers[b++], columns), ...);
+    (rows.transpose_in(in + i * columns, n, buffers[b++], columns), ...);
     [&]<std::size_t... k>(std::index_sequence<k...>) {
       f(rows, i, n, buffers[0], static_cast<const In*>(buffers[k])...);
     }(std::index_sequence_for<In...>{});
-    rows.take_back(buffers[0], n, out + i * columns, columns);
+    rows.transpose_out(buffers[0], n, out + i * columns, columns);
   }
 }
 

@@ -149,7 +149,7 @@ GEMMLET_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 }
 #endif
 
-// a / b; a GPU takes a shorter way, and asks for more: cuda/scalar.cuh.
+// a / b; a GPU takes a shorter way, and asks for more: cuda/value.cuh.
 template <class V>
 GEMMLET_INLINE V quotient(V a, V b) {
   return a / b;

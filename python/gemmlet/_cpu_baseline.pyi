@@ -42,37 +42,19 @@ def optimizer_update(
 ) -> None: ...
 def formula(number: int, parameter: float, takes_parameter: bool, needs_x: bool, unit_interval: bool) -> object: ...
 def quick(kind: str, formula: object) -> Callable[..., Any]: ...
-def train_mlp(
-    layers: Sequence[tuple[Any, ...]],
+def train(
+    networks: Sequence[Sequence[tuple[Any, ...]]],
+    phases: Sequence[tuple[Any, ...]],
     x: NDArray[Any],
-    row_start: NDArray[Any] | None,
-    columns: NDArray[Any] | None,
+    indptr: NDArray[Any] | None,
+    indices: NDArray[Any] | None,
     skip_zeros: bool,
-    targets: NDArray[Any],
-    loss: int,
-    loss_parameter: float,
-    row_weight: float,
-    order: NDArray[Any],
-    batch: int,
-    rule: int,
-    scalars: NDArray[Any],
-    loss_sum: float,
-) -> tuple[float, int]: ...
-def train_gan(
-    generator: Sequence[tuple[Any, ...]],
-    discriminator: Sequence[tuple[Any, ...]],
-    x: NDArray[Any],
     scale: float,
     shift: float,
-    noise: NDArray[Any],
-    real_target: float,
-    non_saturating: bool,
     order: NDArray[Any],
     batch: int,
-    generator_rule: int,
-    generator_scalars: NDArray[Any],
-    discriminator_rule: int,
-    discriminator_scalars: NDArray[Any],
-    decay: NDArray[Any],
-    loss_sums: tuple[float, float],
-) -> tuple[float, float]: ...
+    hyperparameters: Sequence[NDArray[Any]],
+    losses: Sequence[float],
+    decay: NDArray[Any] | None,
+    noise: NDArray[Any] | None,
+) -> tuple[list[float], int]: ...

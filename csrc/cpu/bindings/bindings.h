@@ -1,4 +1,4 @@
-// What the bindings share: checks of arrays, and calls without the GIL.
+// Shared by the bindings: checks of arrays, and calls without the GIL.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -48,7 +48,7 @@ View<T> view(const py::array& a, const char* name) {
   check_dtype<T>(a, name);
   if (a.ndim() != 2) refuse(name, "not a matrix");
   const Index item = sizeof(T);
-  // A stride that is never taken may be anything.
+  // The stride of an axis of length 1 is arbitrary.
   const auto stride = [&](int axis) -> Index {
     if (a.shape(axis) < 2) return 0;
     if (a.strides(axis) % item != 0) refuse(name, "a stride that is no multiple of the item size");
@@ -103,6 +103,6 @@ inline Index elements(Index rows, Index columns, const char* name) {
   return count;
 }
 
-void bind_network(py::module_& m);  // training.cpp
+void bind_training(py::module_& m);  // training.cpp
 
 }  // namespace gemmlet::bindings

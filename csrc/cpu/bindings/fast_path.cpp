@@ -1,16 +1,15 @@
-// The usual call of a public kernel in one C function: checks, a new array for the result, the kernel.
+// The fast path of the public kernels: argument checks, allocation of the result and the kernel in one C function.
 //
 // Contract
-//   A quick function takes the arguments as the caller of gemmlet.kernels gave them, and returns the result; or it
-//   returns None, having written nothing, where anything is unusual. Then kernels.py takes the careful way, which
-//   computes the same bits, or raises the error that names the argument: no words about errors here.
+//   A fast path takes the arguments of a call of gemmlet.kernels and returns the result; or None, having written nothing,
+//   where anything is unusual. Then kernels.py takes the general path, which computes the same bits or raises the error:
+//   there are no error messages here.
 //   Usual are np.ndarray itself (no subclass), one dtype, float32 or float64 in native byte order, aligned; for
-//   elementwise and row functions contiguous in one order, for products matrices of any strides; an output that is
-//   new, or that lies on an input exactly or apart from all of them. So whatever passes here needs no copy.
-//   The GIL is kept while a kernel works for less than some microseconds: to let it go and take it back costs a tenth
-//   of one, and whoever waits for it in between would have to be woken.
-//   pybind11 is bypassed for the call alone, as its conversion of arguments costs more than a small kernel: plain
-//   METH_FASTCALL functions, whose `self` says which formula they stand for.
+//   elementwise and row functions contiguous in one order, for matmul matrices of any strides; an output that is new,
+//   equals an input or overlaps none. So nothing is copied here.
+//   Releasing and reacquiring the GIL costs about 0.1 us, more under contention, so short calls keep it.
+//   pybind11 is bypassed for the call: its conversion of arguments costs more than a small kernel. The functions are
+//   METH_FASTCALL, and their `self` is the formula.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -65,7 +64,7 @@ PyObject* result_if(bool well, PyObject* result) {
   return result;
 }
 
-// Which formula a quick function stands for; its `self`.
+// The formula of a fast path; its `self`.
 struct Formula {
   int number;
   double parameter;  // the default
@@ -76,14 +75,14 @@ constexpr const char* capsule_name = "gemmlet formula";
 
 // Arrays.
 
-// Set before there is a quick function. Not where they are used: what Api::get() or a static local variable waits for
-// another thread to make, that thread may not make without the GIL.
+// Set before the first fast path is made, not where they are used: Api::get() or a static local variable may wait for another
+// thread, which needs the GIL to proceed.
 const Api* numpy = nullptr;
 PyTypeObject* array_type = nullptr;
 
 int type_number(const Array* a) { return py::detail::array_descriptor_proxy(a->descr)->type_num; }
 
-// The array that `object` is, or null where it is not of the usual kind.
+// `object` as an array, or null if it is unusual.
 const Array* usual(PyObject* object) {
   if (Py_TYPE(object) != array_type) return nullptr;
   const Array* a = py::detail::array_proxy(object);
@@ -109,7 +108,7 @@ T* data(const Array* a) {
   return reinterpret_cast<T*>(a->data);
 }
 
-// From the first to past the last byte, of arrays that are not empty.
+// The bytes of an array that is not empty: first, and one past the last.
 struct Bytes {
   const char *begin, *end;
   explicit Bytes(const Array* a, Index item) : begin(a->data), end(a->data + item) {
@@ -193,7 +192,7 @@ PyObject* for_type(bool is_float, Call&& call) {
   return is_float ? call(float{}) : call(double{});
 }
 
-// The formula's number; None where it takes none.
+// The parameter of the formula; None where it takes none.
 template <class T>
 bool parameter(const Formula& formula, PyObject* given, T& result) {
   result = T(0);
@@ -329,7 +328,7 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
       return unusual;
     indices = data<Index>(labels);
     bool outside = false;
-    for (Index i = 0; i < rows; ++i)  // without a sign, negative ones are large
+    for (Index i = 0; i < rows; ++i)  // as unsigned numbers, negative ones are large
       outside |= static_cast<std::uint64_t>(indices[i]) >= static_cast<std::uint64_t>(columns);
     if (outside) return unusual;
   } else {
@@ -354,12 +353,13 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
   });
 }
 
-// param, grad, the tuple of states, the tuple of numbers; True when done
+// param, grad, the tuple of states, the tuple of hyperparameters; True when done
 PyObject* update(const Formula& formula, Arguments a) {
-  constexpr int max_states = 2, max_nonzeros = 9;
-  const int states = optimizer_state_count(formula.number), numbers = optimizer_scalar_count(formula.number);
-  if (states > max_states || numbers > max_nonzeros || !PyTuple_CheckExact(a[2]) || !PyTuple_CheckExact(a[3]) ||
-      PyTuple_GET_SIZE(a[2]) != states || PyTuple_GET_SIZE(a[3]) != numbers)
+  constexpr int max_states = 2, max_hyperparameters = 9;
+  const int states = optimizer_state_count(formula.number),
+            hyperparameter_count = optimizer_scalar_count(formula.number);
+  if (states > max_states || hyperparameter_count > max_hyperparameters || !PyTuple_CheckExact(a[2]) ||
+      !PyTuple_CheckExact(a[3]) || PyTuple_GET_SIZE(a[2]) != states || PyTuple_GET_SIZE(a[3]) != hyperparameter_count)
     return unusual;
   Alike arrays(a[0]);
   if (!arrays.fits() || !writable(arrays.first())) return unusual;
@@ -370,25 +370,25 @@ PyObject* update(const Formula& formula, Arguments a) {
     state[s] = arrays.add(PyTuple_GET_ITEM(a[2], s));
     if (state[s] == nullptr || !writable(state[s]) || !arrays.last_is_apart()) return unusual;
   }
-  std::array<double, max_nonzeros> scalars{};
-  for (int s = 0; s < numbers; ++s) {
+  std::array<double, max_hyperparameters> hyperparameters{};
+  for (int s = 0; s < hyperparameter_count; ++s) {
     PyObject* number = PyTuple_GET_ITEM(a[3], s);
     if (!PyFloat_Check(number)) return unusual;
-    scalars[s] = PyFloat_AS_DOUBLE(number);
+    hyperparameters[s] = PyFloat_AS_DOUBLE(number);
   }
   return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
     using T = decltype(zero);
     std::array<T*, max_states> kept{};
     for (int s = 0; s < states; ++s) kept[s] = data<T>(state[s]);
     const bool well = run(arrays.size(), [&] {
-      optimizer_update(formula.number, data<T>(arrays.first()), data<T>(gradient), kept.data(), scalars.data(),
+      optimizer_update(formula.number, data<T>(arrays.first()), data<T>(gradient), kept.data(), hyperparameters.data(),
                        arrays.size());
     });
     return well ? Py_NewRef(Py_True) : nullptr;
   });
 }
 
-// Products. Their `self` is a dict from the names of activations to their formulas.
+// linear. The `self` is a dict from the names of activations to their formulas.
 
 // A matrix of the usual kind, with elements, whose strides are whole elements.
 const Array* matrix(PyObject* object, int type) {
@@ -424,7 +424,7 @@ bool find_formula(PyObject* formulas, PyObject* name, const Formula*& formula) {
 }
 
 // x, w, b, activation, return_preactivation, out
-PyObject* product(PyObject* formulas, Arguments a) {
+PyObject* linear_forward(PyObject* formulas, Arguments a) {
   const Array* x = usual(a[0]);
   const int type = x == nullptr ? 0 : type_number(x);
   x = matrix(a[0], type);
@@ -467,7 +467,7 @@ PyObject* product(PyObject* formulas, Arguments a) {
 }
 
 // grad_y, x, w, y, activation, z, need_x, need_w, need_b
-PyObject* product_gradient(PyObject* formulas, Arguments a) {
+PyObject* linear_gradient(PyObject* formulas, Arguments a) {
   Alike arrays(a[0], c_order);
   const Formula* formula;
   if (!arrays.fits() || arrays.dimensions() != 2 || arrays.size() == 0 || !find_formula(formulas, a[4], formula))
@@ -561,16 +561,16 @@ py::capsule make_formula(int number, double parameter, bool takes_parameter, boo
   return capsule;
 }
 
-// The quick function of a kind for a formula, or for a dict from names to formulas of activations.
-py::object make_quick(const std::string& kind, const py::object& formula) {
-  const bool product_kind = kind == "linear" || kind == "linear_backward";
-  if (product_kind) {
+// The fast path of a kind for a formula, or for a dict from names to formulas of activations.
+py::object make_fast_path(const std::string& kind, const py::object& formula) {
+  const bool takes_dict = kind == "linear" || kind == "linear_backward";
+  if (takes_dict) {
     if (!py::isinstance<py::dict>(formula)) throw py::type_error("formula: not a dict");
     for (const auto& item : py::reinterpret_borrow<py::dict>(formula))
       check_formula(py::reinterpret_borrow<py::object>(item.second), activation_names().size());
-    // Nobody else may change it.
+    // A copy that no caller can change.
     const py::object own = py::reinterpret_steal<py::object>(PyDict_Copy(formula.ptr()));
-    return kind == "linear" ? made<&product, 6>(own) : made<&product_gradient, 9>(own);
+    return kind == "linear" ? made<&linear_forward, 6>(own) : made<&linear_gradient, 9>(own);
   }
   const auto is = [&](const char* name, const std::vector<std::string>& list) {
     if (kind != name) return false;
@@ -589,12 +589,12 @@ py::object make_quick(const std::string& kind, const py::object& formula) {
 
 }  // namespace
 
-void add_quick_functions(py::module_& m) {
+void add_fast_paths(py::module_& m) {
   numpy = &Api::get();
   array_type = numpy->PyArray_Type_;
   m.def("formula", &make_formula, py::arg("number"), py::arg("parameter"), py::arg("takes_parameter"),
         py::arg("needs_x"), py::arg("unit_interval"));
-  m.def("quick", &make_quick, py::arg("kind"), py::arg("formula"));
+  m.def("quick", &make_fast_path, py::arg("kind"), py::arg("formula"));
 }
 
 }  // namespace gemmlet

@@ -1,5 +1,5 @@
-// All that the bindings need to know of the instruction set. They themselves are compiled once, for the baseline, and are
-// part of each extension module.
+// The part of the bindings that depends on the instruction set; the rest is compiled once, for the baseline, and linked into
+// each extension module.
 #include <Python.h>
 
 namespace gemmlet {

@@ -1,5 +1,5 @@
-// The bindings: checks that protect memory, the GIL released, the call. No maths. Checks with friendlier words are in
-// python/gemmlet/_arguments.py; those here say what a caller inside the package did wrong.
+// The bindings: checks that protect memory, then the call without the GIL. No maths. The checks of user arguments are in
+// python/gemmlet/_arguments.py; those here are for callers inside the package.
 #include "cpu/bindings/bindings.h"
 
 #include <functional>
@@ -10,8 +10,8 @@
 namespace py = pybind11;
 
 namespace gemmlet {
-void add_quick_functions(py::module_& m);  // fast_path.cpp
-extern const int vector_bytes;             // isa.cpp
+void add_fast_paths(py::module_& m);  // fast_path.cpp
+extern const int vector_bytes;        // isa.cpp
 }  // namespace gemmlet
 
 namespace {
@@ -164,7 +164,7 @@ double fma_loop(bool is_double, std::int64_t steps) {
 
 }  // namespace
 
-// For threadpoolctl, which calls them through ctypes.
+// threadpoolctl calls these through ctypes.
 extern "C" {
 __attribute__((visibility("default"))) void gemmlet_set_num_threads(int count) {
   gemmlet::set_num_threads(count < 1 ? 1 : count);
@@ -182,7 +182,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("losses", &gemmlet::loss_names, "Names, in the order of their numbers.");
   m.def("row_losses", &gemmlet::row_loss_names, "Names, in the order of their numbers.");
   m.def("optimizer_rules", &gemmlet::optimizer_rule_names, "Names, in the order of their numbers.");
-  // It waits for the end of a call that uses the pool.
+  // Waits for a running call that uses the pool.
   m.def("set_num_threads", [](int count) { without_gil([&] { gemmlet_set_num_threads(count); }); }, py::arg("count"));
   m.def("get_num_threads", &gemmlet_get_num_threads);
   m.def("fma_loop", &fma_loop, py::arg("is_double"), py::arg("steps"));
@@ -203,6 +203,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         py::arg("parameter"), py::arg("out"));
   m.def("optimizer_update", &optimizer_update, py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"),
         py::arg("scalars"));
-  bind_network(m);
-  gemmlet::add_quick_functions(m);
+  bind_training(m);
+  gemmlet::add_fast_paths(m);
 }

@@ -1,8 +1,9 @@
-// The bindings of fused training. What comes from gemmlet.nn is checked as far as memory is concerned: dtypes, sizes,
-// indices.
+// The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices.
 #include <algorithm>
-
 #include <limits>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/bindings/bindings.h"
 #include "cpu/training/plan.h"
@@ -17,18 +18,19 @@ using LayerTuples = std::vector<LayerTuple>;
 
 template <class T>
 Parameter<T> parameter(py::array& value, std::vector<py::array>& states, OptionalArray& average, int rule) {
-  Parameter<T> p{writable<T>(value, value.size(), "layers"), {}, nullptr};
-  if (static_cast<int>(states.size()) != optimizer_state_count(rule)) refuse("layers", "wrong number of states");
+  Parameter<T> p{writable<T>(value, value.size(), "networks"), {}, nullptr};
+  if (static_cast<int>(states.size()) != (rule < 0 ? 0 : optimizer_state_count(rule)))
+    refuse("networks", "wrong number of states");
   static_assert(max_states == 2);
-  for (std::size_t s = 0; s < states.size(); ++s) p.state[s] = writable<T>(states[s], value.size(), "layers");
-  if (average) p.average = writable<T>(*average, value.size(), "layers");
+  for (std::size_t s = 0; s < states.size(); ++s) p.state[s] = writable<T>(states[s], value.size(), "networks");
+  if (average) p.average = writable<T>(*average, value.size(), "networks");
   return p;
 }
 
 template <class T>
-std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, const char* name) {
+std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule) {
+  const char* name = "networks";
   if (tuples.empty()) refuse(name, "no layers");
-  checked_index(rule, optimizer_rule_names().size(), "rule");
   std::vector<Layer<T>> layers;
   for (auto& [weight, bias, activation, number, weight_states, bias_states, weight_average, bias_average] : tuples) {
     if (weight.ndim() != 2 || bias.ndim() != 1 || bias.shape(0) != weight.shape(1) || weight.size() == 0)
@@ -42,21 +44,15 @@ std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, const char* 
   return layers;
 }
 
-const double* checked_scalars(const py::array& scalars, int rule, Index steps, const char* name) {
-  return contiguous<double>(scalars, steps * optimizer_scalar_count(rule), name);
-}
-
 Steps checked_steps(const py::array& order, Index batch, Index samples) {
   const Index count = order.size();
   const Index* indices = contiguous<Index>(order, count, "order");
   if (batch < 1) refuse("batch", "must be at least 1");
   for (Index i = 0; i < count; ++i)
     if (indices[i] < 0 || indices[i] >= samples) refuse("order", "an index that is out of range");
-  // More than there are would only overflow.
+  // A larger batch could overflow sizes.
   return {indices, count, std::min(batch, std::max(count, Index{1}))};
 }
-
-Index step_count(const Steps& steps) { return (steps.count + steps.batch - 1) / steps.batch; }
 
 template <class T>
 Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros) {
@@ -72,110 +68,221 @@ Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros) {
 constexpr Index max_positions = std::numeric_limits<std::int32_t>::max();
 
 template <class T>
-Samples<T> sparse_samples(const py::array& x, const py::array& row_start, const py::array& columns, Index features,
+Samples<T> sparse_samples(const py::array& x, const py::array& indptr, const py::array& indices, Index features,
                           const Steps& steps) {
-  const Index rows = row_start.size() - 1;
+  const Index rows = indptr.size() - 1;
   Samples<T> samples{features,
                      contiguous<T>(x, x.size(), "x"),
                      nullptr,
-                     contiguous<Index>(row_start, rows + 1, "row_start"),
-                     contiguous<std::int32_t>(columns, x.size(), "columns"),
+                     contiguous<Index>(indptr, rows + 1, "indptr"),
+                     contiguous<std::int32_t>(indices, x.size(), "indices"),
                      T(1),
                      T(0),
                      true};
-  // Of the rows that are read.
+  // The rows of `order` only.
   Index nonzeros = 0;
   for (Index i = 0; i < steps.count; ++i) {
     const Index begin = samples.indptr[steps.order[i]], end = samples.indptr[steps.order[i] + 1];
-    if (begin < 0 || begin > end || end > x.size()) refuse("row_start", "out of range");
+    if (begin < 0 || begin > end || end > x.size()) refuse("indptr", "out of range");
     for (Index e = begin; e < end; ++e)
       if (samples.indices[e] < (e == begin ? 0 : samples.indices[e - 1] + 1) || samples.indices[e] >= features)
-        refuse("columns", "out of range, or not ascending");
+        refuse("indices", "out of range, or not ascending");
     nonzeros = (i % steps.batch == 0 ? 0 : nonzeros) + (end - begin);
     if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
   }
   return samples;
 }
 
-std::pair<double, Index> train_mlp(LayerTuples layers, const py::array& x, const OptionalArray& row_start,
-                                   const OptionalArray& columns, bool skip_zeros, const py::array& targets, int loss,
-                                   double loss_parameter, double row_weight, const py::array& order, Index batch,
-                                   int rule, const py::array& scalars, double loss_sum) {
-  if (layers.empty()) refuse("layers", "no layers");
-  checked_index(is_row_loss(loss) ? ~loss : loss, (is_row_loss(loss) ? row_loss_names() : loss_names()).size(), "loss");
-  if (row_start.has_value() != columns.has_value()) refuse("columns", "goes with row_start");
-  return for_dtype(std::get<0>(layers[0]), "layers", [&](auto zero) {
-    using T = decltype(zero);
-    const std::vector<Layer<T>> checked = checked_layers<T>(layers, rule, "layers");
-    const Index features = checked.front().in, out = checked.back().out;
-    if (row_start && row_start->size() == 0) refuse("row_start", "empty");
-    const Index count = row_start ? row_start->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
-    const Steps steps = checked_steps(order, batch, count);
-    Samples<T> samples = row_start ? sparse_samples<T>(x, *row_start, *columns, features, steps)
-                                   : dense_samples<T>(x, features, skip_zeros);
-    // Places in a mini-batch are counted in 32 bits.
-    if (!row_start && elements(steps.batch, features, "batch") > max_positions) samples.skip_zeros = false;
-    Targets<T> wanted{nullptr, nullptr};
-    if (targets.dtype().num() == py::dtype::num_of<Index>()) {
-      wanted.indices = contiguous<Index>(targets, count, "targets");
-      for (Index i = 0; i < steps.count; ++i) {
-        const Index index = wanted.indices[steps.order[i]];
-        if (index < 0 || index >= (out == 1 && !is_row_loss(loss) ? 2 : out))
-          refuse("targets", "a class index that is out of range");
-      }
-    } else {
-      wanted.values = contiguous<T>(targets, elements(count, out, "targets"), "targets");
-    }
-    const Rule update{rule, checked_scalars(scalars, rule, step_count(steps), "scalars")};
-    const MlpOutcome outcome = without_gil([&] {
-      return gemmlet::train_mlp<T>(checked, samples, wanted, loss, static_cast<T>(loss_parameter), row_weight, steps,
-                                   update, loss_sum);
-    });
-    return std::pair{outcome.loss, outcome.correct};
-  });
+// The fields of a phase after its kind.
+template <class... Fields>
+std::tuple<Fields...> fields(const py::tuple& phase) {
+  if (phase.size() != 1 + sizeof...(Fields)) refuse("phases", "a phase with a wrong number of fields");
+  try {
+    return [&]<std::size_t... i>(std::index_sequence<i...>) {
+      return std::tuple<Fields...>{phase[1 + i].template cast<Fields>()...};
+    }(std::index_sequence_for<Fields...>{});
+  } catch (const py::cast_error&) {
+    refuse("phases", "a field of the wrong type");
+  }
 }
 
-std::pair<double, double> train_gan(LayerTuples generator, LayerTuples discriminator, const py::array& x, double scale,
-                                    double shift, const py::array& noise, double real_target, bool non_saturating,
-                                    const py::array& order, Index batch, int generator_rule,
-                                    const py::array& generator_scalars, int discriminator_rule,
-                                    const py::array& discriminator_scalars, const py::array& decay,
-                                    std::pair<double, double> loss_sums) {
-  if (generator.empty()) refuse("generator", "no layers");
-  return for_dtype(std::get<0>(generator[0]), "generator", [&](auto zero) {
+// Reads phases, and checks that each finds what it reads.
+template <class T>
+class Checker {
+ public:
+  Checker(Plan<T>& plan, const Batches<T>& batches, Index noise_columns, Index samples)
+      : plan_(plan), batches_(batches), noise_columns_(noise_columns), samples_(samples), has_(plan.networks.size()) {}
+
+  void operator()(const py::tuple& tuple) {
+    const auto kind = tuple.empty() ? py::str() : py::str(tuple[0]);
+    if (kind.equal(py::str("forward"))) {
+      auto [network, inputs] = fields<int, std::vector<int>>(tuple);
+      add({Phase::forward, network, std::move(inputs), -1, -1});
+    } else if (kind.equal(py::str("loss"))) {
+      const auto [network, loss, parameter, weight, smoothing, targets] =
+          fields<int, int, double, double, double, py::object>(tuple);
+      add({Phase::loss, network, {}, -1, -1});
+      const bool of_rows = is_row_loss(loss);
+      checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
+      plan_.losses.push_back({loss, static_cast<T>(parameter), weight, smoothing, targets_of(targets, network, loss)});
+    } else if (kind.equal(py::str("backward"))) {
+      const auto [network, to] = fields<int, int>(tuple);
+      add({Phase::backward, network, {}, to, -1});
+    } else if (kind.equal(py::str("update"))) {
+      const auto [network, rule] = fields<int, int>(tuple);
+      add({Phase::update, network, {}, -1, rule});
+    } else {
+      refuse("phases", "an unknown kind of phase");
+    }
+  }
+
+ private:
+  enum Gradient { none, of_outputs, of_parameters };
+  struct State {
+    std::vector<int> inputs;  // of the latest forward phase
+    Gradient gradient = none;
+  };
+
+  static void need(bool there, const char* what) {
+    if (!there) refuse("phases", what);
+  }
+  State& has(int network) { return has_[static_cast<std::size_t>(checked_index(network, has_.size(), "phases"))]; }
+  const std::vector<Layer<T>>& layers(int network) const { return plan_.networks[static_cast<std::size_t>(network)]; }
+
+  void add(Phase phase) {
+    State& state = has(phase.network);
+    if (phase.kind == Phase::forward) {
+      need(!phase.inputs.empty() && phase.inputs.size() <= 16, "a network without inputs, or with too many");
+      for (const int source : phase.inputs) {
+        Index width = source == samples_source ? plan_.samples.features : noise_columns_;
+        if (source >= 0) {
+          need(source != phase.network && has(source).inputs.size() == 1, "outputs that are not there");
+          width = layers(source).back().out;
+        }
+        need(source >= noise_source, "an unknown input");
+        need(width == layers(phase.network).front().in, "widths do not fit");
+      }
+      state = {phase.inputs, none};
+    } else {
+      need(!state.inputs.empty(), "a network that has not gone forward");
+    }
+    if (phase.kind == Phase::loss) state.gradient = of_outputs;
+    if (phase.kind == Phase::backward) {
+      need(state.gradient == of_outputs, "no gradient to go backward from");
+      if (phase.to >= 0) {
+        need(state.inputs == std::vector<int>{phase.to}, "the gradient of something else than the input");
+        has(phase.to).gradient = of_outputs;
+      }
+      state.gradient = phase.to >= 0 ? none : of_parameters;
+    }
+    if (phase.kind == Phase::update) {
+      need(state.gradient == of_parameters, "an update without gradient");
+      state.gradient = none;
+    }
+    plan_.phases.push_back(std::move(phase));
+  }
+
+  Targets<T> targets_of(const py::object& given, int network, int loss) {
+    const Index out = layers(network).back().out;
+    Targets<T> targets{nullptr, nullptr, {}};
+    if (!py::isinstance<py::array>(given)) {
+      for (const double number : given.cast<std::vector<double>>()) targets.constants.push_back(static_cast<T>(number));
+      if (is_row_loss(loss) || targets.constants.size() != has(network).inputs.size())
+        refuse("targets", "not one number for each input of the network");
+      return targets;
+    }
+    const auto array = given.cast<py::array>();
+    if (array.dtype().num() != py::dtype::num_of<Index>()) {
+      targets.values = contiguous<T>(array, elements(samples_, out, "targets"), "targets");
+      return targets;
+    }
+    targets.indices = contiguous<Index>(array, samples_, "targets");
+    for (Index i = 0; i < batches_.count; ++i) {
+      const Index index = targets.indices[batches_.order[i]];
+      if (index < 0 || index >= (out == 1 && !is_row_loss(loss) ? 2 : out))
+        refuse("targets", "a class index that is out of range");
+    }
+    return targets;
+  }
+
+  Plan<T>& plan_;
+  const Batches<T>& batches_;
+  Index noise_columns_, samples_;
+  std::vector<State> has_;
+};
+
+// The rule that updates a network; -1 is none.
+int rule_of(const std::vector<py::tuple>& phases, std::size_t network) {
+  int found = -1;
+  for (const py::tuple& phase : phases) {
+    if (phase.empty() || !py::str(phase[0]).equal(py::str("update"))) continue;
+    const auto [of, rule] = fields<int, int>(phase);
+    checked_index(rule, optimizer_rule_names().size(), "rule");
+    if (static_cast<std::size_t>(of) != network) continue;
+    if (found != -1 && found != rule) refuse("phases", "two rules for one network");
+    found = rule;
+  }
+  return found;
+}
+
+std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases,
+                                            const py::array& x, const OptionalArray& indptr,
+                                            const OptionalArray& indices, bool skip_zeros, double scale, double shift,
+                                            const py::array& order, Index batch,
+                                            const std::vector<py::array>& hyperparameters,
+                                            const std::vector<double>& losses, const OptionalArray& decay,
+                                            const OptionalArray& noise) {
+  if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
+  if (indptr.has_value() != indices.has_value()) refuse("indices", "goes with indptr");
+  if (indptr && indptr->size() == 0) refuse("indptr", "empty");
+  return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<Layer<T>> g = checked_layers<T>(generator, generator_rule, "generator"),
-                                d = checked_layers<T>(discriminator, discriminator_rule, "discriminator");
-    if (g.back().out != d.front().in) refuse("discriminator", "its first width is not the generator's last");
-    if (d.back().out != 1) refuse("discriminator", "its last width is not 1");
-    Samples<T> samples = dense_samples<T>(x, d.front().in, false);
-    samples.scale = static_cast<T>(scale);
-    samples.shift = static_cast<T>(shift);
-    const Steps steps = checked_steps(order, batch, x.shape(0));
-    const T* z = contiguous<T>(noise, elements(steps.count, g.front().in, "noise"), "noise");
-    const Rule g_rule{generator_rule,
-                      checked_scalars(generator_scalars, generator_rule, step_count(steps), "generator_scalars")};
-    const Rule d_rule{discriminator_rule, checked_scalars(discriminator_scalars, discriminator_rule, step_count(steps),
-                                                          "discriminator_scalars")};
-    const double* averaging = contiguous<double>(decay, step_count(steps), "decay");
-    const GanOutcome outcome = without_gil([&] {
-      return gemmlet::train_gan<T>(g, d, samples, z, static_cast<T>(real_target), non_saturating, steps, g_rule, d_rule,
-                                   averaging, {loss_sums.first, loss_sums.second});
-    });
-    return std::pair{outcome.generator_loss, outcome.discriminator_loss};
+    Plan<T> plan{};
+    for (std::size_t n = 0; n < networks.size(); ++n)
+      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(phases, n)));
+    Batches<T> batches{};
+    const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
+    static_cast<Steps&>(batches) = checked_steps(order, batch, count);
+    const Index steps = (batches.count + batches.batch - 1) / batches.batch;
+    const Index features = indptr ? plan.networks[0].front().in : count > 0 ? x.size() / count : 0;
+    plan.samples =
+        indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches) : dense_samples<T>(x, features, skip_zeros);
+    plan.samples.scale = static_cast<T>(scale);
+    plan.samples.shift = static_cast<T>(shift);
+    // Positions in a mini-batch are counted in 32 bits.
+    if (!indptr && elements(batches.batch, features, "batch") > max_positions) plan.samples.skip_zeros = false;
+    const Index noise_columns = noise && noise->ndim() == 2 ? noise->shape(1) : -1;
+    if (noise) batches.noise = contiguous<T>(*noise, elements(batches.count, noise_columns, "noise"), "noise");
+
+    Checker<T> check(plan, batches, noise_columns, count);
+    for (const py::tuple& phase : phases) check(phase);
+    if (plan.phases.empty() || plan.phases.back().kind != Phase::update) refuse("phases", "no update at the end");
+    if (plan.losses.size() != losses.size()) refuse("losses", "not one for each loss");
+    if (!is_pipelined(plan)) {
+      if (indptr) refuse("indptr", "a sparse matrix is for a plan of one network alone");
+      plan.samples.skip_zeros = false;
+    }
+    for (const Phase& phase : plan.phases) {
+      if (phase.kind != Phase::update) continue;
+      const std::size_t u = batches.hyperparameters.size();
+      if (u == hyperparameters.size()) refuse("hyperparameters", "not one array for each update");
+      const Index size = steps * optimizer_scalar_count(phase.rule);
+      batches.hyperparameters.push_back(contiguous<double>(hyperparameters[u], size, "hyperparameters"));
+    }
+    if (batches.hyperparameters.size() != hyperparameters.size())
+      refuse("hyperparameters", "not one array for each update");
+    if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
+    Outcome outcome = without_gil([&] { return gemmlet::train(plan, batches, losses); });
+    return std::pair{std::move(outcome.losses), outcome.correct};
   });
 }
 
 }  // namespace
 
-void bind_network(py::module_& m) {
-  m.def("train_mlp", &train_mlp, py::arg("layers"), py::arg("x"), py::arg("row_start"), py::arg("columns"),
-        py::arg("skip_zeros"), py::arg("targets"), py::arg("loss"), py::arg("loss_parameter"), py::arg("row_weight"),
-        py::arg("order"), py::arg("batch"), py::arg("rule"), py::arg("scalars"), py::arg("loss_sum"));
-  m.def("train_gan", &train_gan, py::arg("generator"), py::arg("discriminator"), py::arg("x"), py::arg("scale"),
-        py::arg("shift"), py::arg("noise"), py::arg("real_target"), py::arg("non_saturating"), py::arg("order"),
-        py::arg("batch"), py::arg("generator_rule"), py::arg("generator_scalars"), py::arg("discriminator_rule"),
-        py::arg("discriminator_scalars"), py::arg("decay"), py::arg("loss_sums"));
+void bind_training(py::module_& m) {
+  m.def("train", &train, py::arg("networks"), py::arg("phases"), py::arg("x"), py::arg("indptr"), py::arg("indices"),
+        py::arg("skip_zeros"), py::arg("scale"), py::arg("shift"), py::arg("order"), py::arg("batch"),
+        py::arg("hyperparameters"), py::arg("losses"), py::arg("decay"), py::arg("noise"));
 }
 
 }  // namespace gemmlet::bindings

@@ -1,18 +1,20 @@
-// Fused training: the loops over mini-batches of an MLP and of a GAN, on all threads of a team. Contract in plan.h.
+// The executor of training plans: see plan.h.
 //
-// A step of a network has two phases, with a barrier after each. Rows: each thread takes some rows of the mini-batch
-// through all layers, the loss, and back to the gradients of every layer's preactivations; rows are independent. Weights:
-// each thread reduces the gradient of some weights in registers and updates them there.
+// A step is a number of stages, each of two parts. Rows: each thread takes some rows of the mini-batch through the
+// stage's phases, forward, loss and backward to the gradients of every layer's preactivation; no row needs another.
+// Weights: each thread takes some rows of a network's weights, adds up their gradient in registers, and updates them
+// there, so that no gradient of a weight is ever written. Between the parts all threads meet.
 //
-// Every reduction is sequential: over input features in order, then over the rows of the mini-batch; backward through a
-// layer reduces as dense.h says. None depends on the number of threads. Skipping a zero leaves out a term that is 0, which
-// changes no bit.
-#include "cpu/training/plan.h"
-
+// Every reduction is sequential: over input features in order, over the rows of the mini-batch in order; a step from
+// outputs back to inputs sums as micro_kernel.h's dot-product kernel does. None of it depends on how the work is divided.
+// To skip a zero leaves out a product that is 0, which changes no bit.
+//
+// Rows of activations and gradients are padded to whole vectors with zeros.
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -21,11 +23,12 @@
 #include "cpu/training/loader.h"
 #include "cpu/training/loss.h"
 #include "cpu/training/network.h"
+#include "cpu/training/plan.h"
 
 namespace gemmlet {
 namespace {
 
-// f(member) on all threads, if the work of a step is worth them.
+// f(member) on all threads, if a step has work enough for them.
 template <class F>
 void with_team(double work, const F& f) {
   if (work > tuning::training_parallel_work && get_num_threads() > 1) return run_team(f);
@@ -34,184 +37,274 @@ void with_team(double work, const F& f) {
   f(alone);
 }
 
+// A forward phase with the rows that it reads: of input number i those from i * (rows of the mini-batch) on.
+template <class T>
+struct Forward {
+  const Phase& phase;
+  Network<T>& network;
+  Inputs<T> inputs;
+  std::optional<Loader<T>> loader;
+
+  Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, Index max_rows)
+      : phase(forward), network(of), inputs(max_rows * static_cast<Index>(forward.inputs.size())) {
+    // Samples in the place that they have among the inputs.
+    const auto samples = std::find(phase.inputs.begin(), phase.inputs.end(), samples_source);
+    if (samples != phase.inputs.end() && max_rows > 0)
+      loader.emplace(plan.samples, max_rows * (samples - phase.inputs.begin() + 1), 0, inputs);
+  }
+  Forward(const Forward&) = delete;
+};
+
+// A phase that is no forward, and what it works on. The rows of its network are those of `forward`.
+template <class T>
+struct Work {
+  const Phase& phase;
+  Forward<T>* forward;
+  Objective<T>* objective;
+};
+
+// Phases up to an update, that included.
+template <class T>
+struct Stage {
+  std::vector<Work<T>> rows;
+  Work<T> update;
+  const double* hyperparameters;
+  std::vector<std::size_t> losses;
+};
+
+template <class T>
+class Executor {
+ public:
+  Executor(const Plan<T>& plan, const Batches<T>& batches)
+      : plan_(plan),
+        batches_(batches),
+        max_rows_(std::min(batches.batch, batches.count)),
+        is_pipelined_(is_pipelined(plan)) {
+    std::vector<std::size_t> most_inputs(plan.networks.size(), 1);
+    for (const Phase& phase : plan.phases)
+      if (phase.kind == Phase::forward) {
+        std::size_t& most = most_inputs[static_cast<std::size_t>(phase.network)];
+        most = std::max(most, phase.inputs.size());
+      }
+    for (std::size_t n = 0; n < plan.networks.size(); ++n)
+      networks_.push_back(std::make_unique<Network<T>>(plan.networks[n], max_rows_ * static_cast<Index>(most_inputs[n]),
+                                                       is_pipelined_ ? 2 : 1));
+    std::vector<Forward<T>*> latest(plan.networks.size());
+    std::vector<Work<T>> rows;
+    std::vector<std::size_t> losses;
+    for (const Phase& phase : plan.phases) {
+      Forward<T>*& forward = latest[static_cast<std::size_t>(phase.network)];
+      Objective<T>* objective = nullptr;
+      if (phase.kind == Phase::forward) {
+        forwards_.push_back(std::make_unique<Forward<T>>(
+            plan, phase, *networks_[static_cast<std::size_t>(phase.network)], is_pipelined_ ? 0 : max_rows_));
+        forward = forwards_.back().get();
+      } else if (phase.kind == Phase::loss) {
+        losses.push_back(objectives_.size());
+        objectives_.push_back(std::make_unique<Objective<T>>(plan.losses[objectives_.size()], forward->network,
+                                                             input_count(*forward), max_rows_));
+        objective = objectives_.back().get();
+      }
+      rows.push_back({phase, forward, objective});
+      if (phase.kind != Phase::update) continue;
+      const Work<T> update = rows.back();
+      rows.pop_back();
+      stages_.push_back(
+          {std::exchange(rows, {}), update, batches.hyperparameters[stages_.size()], std::exchange(losses, {})});
+    }
+  }
+
+  Outcome run(std::vector<double> losses) {
+    outcome_ = {std::move(losses), 0};
+    double work = 0;
+    for (const auto& network : networks_) work += network->work();
+    if (is_pipelined_) make_slots();
+    with_team(static_cast<double>(max_rows_) * work, [this](Member& member) { train(member); });
+    return std::move(outcome_);
+  }
+
+ private:
+  // The first layer of the only network, one mini-batch ahead: rows are gathered while others go backward, and the
+  // preactivations of some columns are computed by the thread that has just updated their weights.
+  class Pipeline {
+   public:
+    Pipeline(const Executor& executor, const Member& member)
+        : executor_(executor),
+          network_(executor.forwards_[0]->network),
+          columns_(network_.first_columns(member.index(), member.count())),
+          own_(network_.first_layer(), columns_,
+               member.count() > 1 && columns_.size() > 0 &&
+                   executor.batches_.count > tuning::thread_columns_min_steps * executor.batches_.batch) {
+      const bool own_slots = columns_.size() > 0 && 2 * member.count() <= static_cast<Index>(executor.slots_.size());
+      number_ = own_slots ? 0 : member.index();
+      share_of_ = own_slots ? 1 : member.count();
+      slots_ = &executor.slots_[static_cast<std::size_t>(own_slots ? 2 * member.index() : 0)];
+    }
+    Range columns() const { return columns_; }
+    const Layer<T>& layer() const { return own_.layer(); }
+    Inputs<T>& inputs(Index slot) const { return slots_[slot]->inputs; }
+
+    // This member's rows of the mini-batch that begins at `start`.
+    void gather(Index start, Index slot) const {
+      const Batches<T>& batches = executor_.batches_;
+      const Range rows = part_of(executor_.rows_from(start), number_, share_of_);
+      for (Index i = rows.first; i < rows.end; ++i) executor_.load(slots_[slot]->loader, batches, start + i, i);
+    }
+    // What is done with them once all members have theirs.
+    void begin(Index start, Index slot) const {
+      const Index rows = executor_.rows_from(start), features = executor_.plan_.samples.features;
+      if (slots_[slot]->loader.sparse() && rows > 0)
+        for (Index block = number_; block < ceil_div(features, block_features); block += share_of_)
+          inputs(slot).list(rows, features, block);
+      if (columns_.size() > 0) network_.forward_first(layer(), inputs(slot), slot, {0, rows}, columns_);
+    }
+
+   private:
+    const Executor& executor_;
+    const Network<T>& network_;
+    Range columns_;
+    ThreadColumns<T> own_;
+    Index number_, share_of_;
+    const std::unique_ptr<Slot<T>>* slots_;
+  };
+
+  // Two mini-batches; or two for each thread, where to load a row is less work than to fetch what another thread loaded.
+  void make_slots() {
+    const Samples<T>& samples = plan_.samples;
+    const bool each = samples.skip_zeros && samples.bytes != nullptr && max_rows_ <= tuning::private_loader_max_rows &&
+                      get_num_threads() <= tuning::private_loader_max_threads;
+    const Index nonzeros = max_nonzeros(samples, batches_), copies = each ? get_num_threads() : 1;
+    for (Index i = 0; i < 2 * copies; ++i) slots_.push_back(std::make_unique<Slot<T>>(samples, max_rows_, nonzeros));
+  }
+
+  Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
+
+  // Sample order[at] becomes a row of the loader's inputs; that of the next mini-batch is fetched into the cache.
+  static void load(const Loader<T>& loader, const Batches<T>& batches, Index at, Index row) {
+    loader.load(batches.order[at], row);
+    if (at + batches.batch < batches.count) loader.prefetch(batches.order[at + batches.batch]);
+  }
+
+  void train(Member& member) {
+    const Index me = member.index(), all = member.count();
+    std::optional<Pipeline> pipeline;
+    if (is_pipelined_) {
+      pipeline.emplace(*this, member);
+      pipeline->gather(0, 0);
+      member.barrier();
+      pipeline->begin(0, 0);
+      member.barrier();
+    }
+    Index slot = 0, step = 0;
+    for (Index start = 0; start < batches_.count; start += batches_.batch, ++step) {
+      const Index batch_rows = rows_from(start), next = start + batches_.batch;
+      const Range mine = part_of(batch_rows, me, all);
+      for (const Stage<T>& stage : stages_) {
+        for (Index first = mine.first; first < mine.end; first += tuning::row_block) {
+          const Range rows{first, std::min(mine.end, first + tuning::row_block)};
+          for (const Work<T>& work : stage.rows) run_phase(work, start, batch_rows, rows, slot, pipeline);
+        }
+        if (pipeline) pipeline->gather(next, slot ^ 1);
+        member.barrier();
+
+        const Forward<T>& forward = *stage.update.forward;
+        const Network<T>& network = forward.network;
+        const int rule = stage.update.phase.rule;
+        network.update(rule, pipeline ? pipeline->layer() : network.first_layer(),
+                       pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * input_count(forward), me,
+                       all, pipeline ? pipeline->columns() : Range{0, 0},
+                       stage.hyperparameters + step * optimizer_scalar_count(rule),
+                       batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
+        if (me == 0) add_losses(stage, batch_rows);
+        if (pipeline) pipeline->begin(next, slot ^ 1);
+        member.barrier();
+      }
+      if (pipeline) slot ^= 1;
+    }
+  }
+
+  static Index input_count(const Forward<T>& forward) { return static_cast<Index>(forward.phase.inputs.size()); }
+
+  // A phase for some rows of the mini-batch, of each input of its network.
+  void run_phase(const Work<T>& work, Index start, Index batch_rows, Range mine, Index slot,
+                 const std::optional<Pipeline>& pipeline) {
+    Forward<T>& forward = *work.forward;
+    const Network<T>& network = forward.network;
+    for (Index input = 0; input < input_count(forward); ++input) {
+      const Index base = input * batch_rows;
+      const Range rows{base + mine.first, base + mine.end};
+      switch (work.phase.kind) {
+        case Phase::forward:
+          if (!pipeline) gather(forward, static_cast<std::size_t>(input), start, base, rows);
+          if (!pipeline || pipeline->columns().size() == 0)
+            network.forward_first(network.first_layer(), pipeline ? pipeline->inputs(slot) : forward.inputs, slot, rows,
+                                  {0, network.first_layer().out});
+          network.forward_rest(slot, rows);
+          break;
+        case Phase::loss: {
+          const T scale = static_cast<T>(work.objective->loss.weight / static_cast<double>(batch_rows));
+          work.objective->evaluate(batches_.order + start, base, static_cast<std::size_t>(input), rows, slot, scale);
+          break;
+        }
+        case Phase::backward: {
+          const int to = work.phase.to;
+          network.backward(slot, rows, batch_rows * input_count(forward),
+                           to < 0 ? nullptr : &networks_[static_cast<std::size_t>(to)]->output_gradients());
+          break;
+        }
+        case Phase::update:
+          break;
+      }
+    }
+  }
+
+  // Rows of an input, of which `base` is the first.
+  void gather(Forward<T>& forward, std::size_t input, Index start, Index base, Range rows) {
+    const int source = forward.phase.inputs[input];
+    const Index features = forward.network.first_layer().in;
+    for (Index i = rows.first; i < rows.end; ++i) {
+      const Index at = start + i - base;
+      if (source == samples_source)
+        load(*forward.loader, batches_, at, i);
+      else
+        forward.inputs.rows[static_cast<std::size_t>(i)] =
+            source == noise_source ? batches_.noise + at * features
+                                   : networks_[static_cast<std::size_t>(source)]->outputs(0, i - base);
+    }
+  }
+
+  void add_losses(const Stage<T>& stage, Index batch_rows) {
+    for (const std::size_t l : stage.losses) {
+      const Objective<T>& objective = *objectives_[l];
+      const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);
+      for (std::size_t i = 0; i < rows; ++i) {
+        outcome_.losses[l] += objective.losses[i] * objective.loss.weight;
+        if (l == 0) outcome_.correct += objective.correct[i];
+      }
+    }
+  }
+
+  const Plan<T>& plan_;
+  const Batches<T>& batches_;
+  Index max_rows_;
+  bool is_pipelined_;
+  std::vector<std::unique_ptr<Network<T>>> networks_;
+  std::vector<std::unique_ptr<Forward<T>>> forwards_;
+  std::vector<std::unique_ptr<Objective<T>>> objectives_;
+  std::vector<Stage<T>> stages_;
+  std::vector<std::unique_ptr<Slot<T>>> slots_;
+  Outcome outcome_;
+};
+
 }  // namespace
 
 template <class T>
-MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samples, const Targets<T>& targets,
-                     int loss, T loss_parameter, double row_weight, const Steps& steps, const Rule& rule,
-                     double loss_sum) {
-  if (steps.count == 0) return {loss_sum, 0};
-  const Index max_rows = std::min(steps.batch, steps.count);
-  const Network<T> network(layers, max_rows, 2);
-  // Double-buffered mini-batches: shared by all threads, or two for each thread.
-  const bool private_loaders = samples.skip_zeros && samples.bytes != nullptr &&
-                               max_rows <= tuning::private_loader_max_rows &&
-                               get_num_threads() <= tuning::private_loader_max_threads;
-  const Index nonzeros = max_nonzeros(samples, steps), loaders = private_loaders ? get_num_threads() : 1;
-  std::vector<std::unique_ptr<Slot<T>>> slots;
-  for (Index i = 0; i < 2 * loaders; ++i) slots.push_back(std::make_unique<Slot<T>>(samples, max_rows, nonzeros));
-  Objective<T> objective(targets, loss, loss_parameter, row_weight, layers.back().out, max_rows);
-  MlpOutcome outcome{loss_sum, 0};
-
-  const auto train = [&](Member& member) {
-    const Index me = member.index(), all = member.count();
-    const Range columns = network.first_columns(me, all);
-    const ThreadColumns<T> own(
-        network.first_layer(), columns,
-        all > 1 && columns.size() > 0 && steps.count > tuning::thread_columns_min_steps * steps.batch);
-    const Layer<T>& first_layer = own.layer();
-    const auto rows_from = [&](Index start) { return std::clamp<Index>(steps.count - start, 0, steps.batch); };
-    const bool own_slots = columns.size() > 0 && all <= loaders;
-    const Index part = own_slots ? 0 : me, parts = own_slots ? 1 : all;
-    const std::unique_ptr<Slot<T>>* const slot_at = &slots[static_cast<std::size_t>(own_slots ? 2 * me : 0)];
-    // Loads this member's rows of the mini-batch that begins at `start`.
-    const auto load_rows = [&](Index start, Index slot) {
-      const Range rows = part_of(rows_from(start), part, parts);
-      const Loader<T>& loader = slot_at[slot]->loader;
-      for (Index i = rows.first; i < rows.end; ++i) {
-        loader.load(steps.order[start + i], i);
-        if (start + steps.batch + i < steps.count) loader.prefetch(steps.order[start + steps.batch + i]);
-      }
-    };
-    // The first layer of that mini-batch, once all members have loaded their rows.
-    const auto forward_loaded = [&](Index start, Index slot) {
-      const Index rows = rows_from(start);
-      Inputs<T>& inputs = slot_at[slot]->inputs;
-      if (slot_at[slot]->loader.sparse() && rows > 0)
-        for (Index block = part; block < ceil_div(samples.features, block_features); block += parts)
-          inputs.list(rows, samples.features, block);
-      if (columns.size() > 0) network.forward_first(first_layer, inputs, slot, {0, rows}, columns);
-    };
-
-    load_rows(0, 0);
-    member.barrier();
-    forward_loaded(0, 0);
-    member.barrier();
-    const double* hyperparameters = rule.hyperparameters;
-    Index slot = 0;
-    for (Index start = 0; start < steps.count; start += steps.batch, slot ^= 1) {
-      const Index batch_rows = rows_from(start);
-      const Range mine = part_of(batch_rows, me, all);
-      const T scale = static_cast<T>(row_weight / static_cast<double>(batch_rows));
-      for (Index first = mine.first; first < mine.end; first += tuning::row_block) {
-        const Range rows{first, std::min(mine.end, first + tuning::row_block)};
-        if (columns.size() == 0)
-          network.forward_first(first_layer, slot_at[slot]->inputs, slot, rows, {0, layers[0].out});
-        network.forward_rest(slot, rows);
-        objective.evaluate(steps.order + start, rows, network, slot, scale);
-        network.backward(slot, rows, batch_rows, nullptr);
-      }
-      load_rows(start + steps.batch, slot ^ 1);
-      member.barrier();
-
-      network.update(rule.rule, first_layer, slot_at[slot]->inputs, slot, batch_rows, me, all, columns, hyperparameters,
-                     0.0);
-      hyperparameters += optimizer_scalar_count(rule.rule);
-      if (me == 0)
-        for (std::size_t i = 0; i < static_cast<std::size_t>(batch_rows); ++i) {
-          outcome.loss += objective.losses[i] * row_weight;
-          outcome.correct += objective.correct[i];
-        }
-      forward_loaded(start + steps.batch, slot ^ 1);
-      member.barrier();
-    }
-  };
-  with_team(static_cast<double>(max_rows) * network.work(), train);
-  return outcome;
+Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double> losses) {
+  if (batches.count == 0) return {std::move(losses), 0};
+  return Executor<T>(plan, batches).run(std::move(losses));
 }
 
-template <class T>
-GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<Layer<T>>& discriminator,
-                     const Samples<T>& samples, const T* noise, T real_target, bool non_saturating, const Steps& steps,
-                     const Rule& generator_rule, const Rule& discriminator_rule, const double* decay,
-                     GanOutcome outcome) {
-  if (steps.count == 0) return outcome;
-  const Index max_rows = std::min(steps.batch, steps.count), latent = generator.front().in;
-  const int loss = elementwise_loss_number("binary_cross_entropy_with_logits");
-  const Network<T> g(generator, max_rows), d(discriminator, 2 * max_rows);
-  // The discriminator's mini-batch: the samples, then the generated rows.
-  Inputs<T> g_inputs(max_rows), d_inputs(2 * max_rows), generated(max_rows);
-  const Loader<T> loader(samples, max_rows, 0, d_inputs);
-  for (Index i = 0; i < max_rows; ++i) generated.rows[static_cast<std::size_t>(i)] = g.outputs(0, i);
-  std::vector<double> losses(static_cast<std::size_t>(2 * max_rows));
-
-  const auto train = [&](Member& member) {
-    const Index me = member.index(), all = member.count();
-    const double *g_hyperparameters = generator_rule.hyperparameters,
-                 *d_hyperparameters = discriminator_rule.hyperparameters, *d_decay = decay;
-    for (Index start = 0; start < steps.count; start += steps.batch) {
-      const Index batch_rows = std::min(steps.batch, steps.count - start);
-      const Range mine = part_of(batch_rows, me, all);
-      const T scale = static_cast<T>(1.0 / static_cast<double>(batch_rows));
-      const auto evaluate = [&](Index i, T target, T weight) {
-        losses[static_cast<std::size_t>(i)] =
-            elementwise_loss_row(loss, d.outputs(0, i), &target, T(0), weight, d.output_gradients().row(i), Index{1});
-      };
-      const auto for_row_blocks = [&](auto&& f) {
-        for (Index first = mine.first; first < mine.end; first += tuning::row_block)
-          f(Range{first, std::min(mine.end, first + tuning::row_block)});
-      };
-      const auto forward = [](const Network<T>& network, const Inputs<T>& inputs, Range rows, Index out) {
-        network.forward_first(network.first_layer(), inputs, 0, rows, {0, out});
-        network.forward_rest(0, rows);
-      };
-      const Index g_out = generator.front().out, d_out = discriminator.front().out;
-
-      for_row_blocks([&](Range rows) {
-        for (Index i = rows.first; i < rows.end; ++i) {
-          const auto at = static_cast<std::size_t>(i);
-          loader.load(steps.order[start + i], i);
-          if (start + steps.batch + i < steps.count) loader.prefetch(steps.order[start + steps.batch + i]);
-          g_inputs.rows[at] = noise + (start + i) * latent;
-          d_inputs.rows[static_cast<std::size_t>(batch_rows) + at] = generated.rows[at];
-        }
-        forward(g, g_inputs, rows, g_out);
-        for (const bool real : {true, false}) {
-          const Range half = real ? rows : Range{rows.first + batch_rows, rows.end + batch_rows};
-          forward(d, d_inputs, half, d_out);
-          for (Index i = half.first; i < half.end; ++i) evaluate(i, real ? real_target : T(0), scale);
-          d.backward(0, half, 2 * batch_rows, nullptr);
-        }
-      });
-      member.barrier();
-      d.update(discriminator_rule.rule, d.first_layer(), d_inputs, 0, 2 * batch_rows, me, all, {0, 0},
-               d_hyperparameters, 0.0);
-      d_hyperparameters += optimizer_scalar_count(discriminator_rule.rule);
-      if (me == 0)
-        for (Index i = 0; i < 2 * batch_rows; ++i) outcome.discriminator_loss += losses[static_cast<std::size_t>(i)];
-      member.barrier();
-
-      // The generator's loss passes through the updated discriminator. Minimax minimizes log(1 - D): the loss of target 0,
-      // with the sign of loss and gradient changed.
-      for_row_blocks([&](Range rows) {
-        forward(d, generated, rows, d_out);
-        for (Index i = rows.first; i < rows.end; ++i)
-          non_saturating ? evaluate(i, T(1), scale) : evaluate(i, T(0), -scale);
-        d.backward(0, rows, batch_rows, &g.output_gradients());
-        g.backward(0, rows, batch_rows, nullptr);
-      });
-      member.barrier();
-      g.update(generator_rule.rule, g.first_layer(), g_inputs, 0, batch_rows, me, all, {0, 0}, g_hyperparameters,
-               *d_decay++);
-      g_hyperparameters += optimizer_scalar_count(generator_rule.rule);
-      if (me == 0)
-        for (Index i = 0; i < batch_rows; ++i) {
-          const double row_loss = losses[static_cast<std::size_t>(i)];
-          outcome.generator_loss += non_saturating ? row_loss : -row_loss;
-        }
-      member.barrier();
-    }
-  };
-  with_team(static_cast<double>(max_rows) * (g.work() + d.work()), train);
-  return outcome;
-}
-
-#define GEMMLET_INSTANTIATE(T)                                                                                      \
-  template MlpOutcome train_mlp(const std::vector<Layer<T>>&, const Samples<T>&, const Targets<T>&, int, T, double, \
-                                const Steps&, const Rule&, double);                                                 \
-  template GanOutcome train_gan(const std::vector<Layer<T>>&, const std::vector<Layer<T>>&, const Samples<T>&,      \
-                                const T*, T, bool, const Steps&, const Rule&, const Rule&, const double*, GanOutcome);
-GEMMLET_INSTANTIATE(float)
-GEMMLET_INSTANTIATE(double)
+template Outcome train(const Plan<float>&, const Batches<float>&, std::vector<double>);
+template Outcome train(const Plan<double>&, const Batches<double>&, std::vector<double>);
 
 }  // namespace gemmlet

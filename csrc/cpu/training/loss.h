@@ -1,7 +1,7 @@
-// The loss and its gradient for rows of outputs, and the number of correctly classified rows.
+// The loss and its gradient for rows of outputs, and how many rows are classified correctly.
 //
 // Contract
-//   Rows are independent. The gradient is multiplied by `scale`: row_weight / rows of the mini-batch.
+//   Each row is evaluated by itself; the gradient is multiplied by a scale, 1 / rows of the mini-batch for a mean.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace gemmlet {
 namespace {
 
-// The predicted class: the largest output, or the sign of a single one. NaN counts as the largest, as in NumPy.
+// The class that a row of outputs stands for; NaN counts as the largest, as in NumPy.
 template <class T>
 Index predicted_class(const T* row, Index columns) {
   if (columns == 1) return row[0] > T(0);
@@ -26,60 +26,59 @@ Index predicted_class(const T* row, Index columns) {
   return best;
 }
 
-// The loss of a mini-batch, row by row.
+// The loss of a network's outputs.
 template <class T>
 struct Objective {
-  Targets<T> targets;
-  int loss;
-  T parameter;
-  double row_weight;
-  Index out;
-  Rows<T> one_hot;
+  const Loss<T>& loss;
+  const Network<T>& network;
+  Index inputs, out;
+  Rows<T> wanted;
   std::vector<double> losses;
   std::vector<Index> correct, indices;
   std::vector<const T*> values;
 
-  Objective(const Targets<T>& wanted, int loss_number, T loss_parameter, double weight, Index outputs, Index max_rows)
-      : targets(wanted),
-        loss(loss_number),
-        parameter(loss_parameter),
-        row_weight(weight),
-        out(outputs),
-        one_hot(max_rows, outputs),
-        losses(static_cast<std::size_t>(max_rows)),
-        correct(static_cast<std::size_t>(max_rows)),
-        indices(static_cast<std::size_t>(max_rows)),
-        values(static_cast<std::size_t>(max_rows)) {}
+  // For max_rows of each of the network's inputs.
+  Objective(const Loss<T>& of, const Network<T>& outputs, Index input_count, Index max_rows)
+      : loss(of),
+        network(outputs),
+        inputs(input_count),
+        out(outputs.output_width()),
+        wanted(inputs * max_rows, out),
+        losses(static_cast<std::size_t>(inputs * max_rows)),
+        correct(losses.size()),
+        indices(losses.size()),
+        values(losses.size()) {}
 
-  // Rows of the mini-batch; row i is samples[i].
-  void evaluate(const Index* samples, Range rows, const Network<T>& network, Index slot, T scale) {
+  // Evaluates rows of the network's input number `input`; its first row is `base`, which belongs to samples[0].
+  void evaluate(const Index* samples, Index base, std::size_t input, Range rows, Index slot, T scale) {
     const Rows<T>& gradients = network.output_gradients();
+    const Targets<T>& targets = loss.targets;
     for (Index i = rows.first; i < rows.end; ++i) {
       const auto at = static_cast<std::size_t>(i);
-      indices[at] = targets.indices == nullptr ? 0 : targets.indices[samples[i]];
-      values[at] = targets.values == nullptr ? nullptr : targets.values + samples[i] * out;
+      const Index sample = samples[i - base];
+      indices[at] = targets.indices == nullptr ? 0 : targets.indices[sample];
       correct[at] = targets.indices != nullptr && predicted_class(network.outputs(slot, i), out) == indices[at];
+      if (targets.values != nullptr) {
+        values[at] = targets.values + sample * out;
+      } else if (!is_row_loss(loss.loss)) {
+        T* row = wanted.row(i);
+        std::fill_n(row, out, targets.indices == nullptr ? targets.constants[input] : T(0));
+        if (targets.indices != nullptr) row[out == 1 ? 0 : indices[at]] = out == 1 ? static_cast<T>(indices[at]) : T(1);
+        values[at] = row;
+      }
     }
     const auto first = static_cast<std::size_t>(rows.first);
-    if (is_row_loss(loss)) {
-      row_loss_each(~loss, network.outputs(slot, rows.first), targets.values != nullptr ? nullptr : &indices[first],
-                    targets.values != nullptr ? &values[first] : nullptr, 0.0, scale, gradients.row(rows.first),
-                    gradients.stride, rows.size(), out, &losses[first]);
+    if (is_row_loss(loss.loss)) {
+      row_loss_each(~loss.loss, network.outputs(slot, rows.first),
+                    targets.values != nullptr ? nullptr : &indices[first],
+                    targets.values != nullptr ? &values[first] : nullptr, loss.label_smoothing, scale,
+                    gradients.row(rows.first), gradients.stride, rows.size(), out, &losses[first]);
       return;
     }
     for (Index i = rows.first; i < rows.end; ++i) {
       const auto at = static_cast<std::size_t>(i);
-      const T* wanted = values[at];
-      if (wanted == nullptr) {
-        std::fill_n(one_hot.row(i), out, T(0));
-        if (out == 1)
-          one_hot.row(i)[0] = static_cast<T>(indices[at]);
-        else
-          one_hot.row(i)[indices[at]] = T(1);
-        wanted = one_hot.row(i);
-      }
-      losses[at] =
-          elementwise_loss_row(loss, network.outputs(slot, i), wanted, parameter, scale, gradients.row(i), out);
+      losses[at] = elementwise_loss_row(loss.loss, network.outputs(slot, i), values[at], loss.parameter, scale,
+                                        gradients.row(i), out);
     }
   }
 };

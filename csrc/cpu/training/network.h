@@ -41,6 +41,8 @@ class Network {
   }
   const Rows<T>& output_gradients() const { return grad_.back(); }
 
+  Index output_width() const { return layers_.back().out; }
+
   const Layer<T>& first_layer() const { return layers_[0]; }
 
   // The first layer's preactivations of some rows and columns; `layer` is first_layer() or a ThreadColumns' layer.

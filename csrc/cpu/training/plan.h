@@ -1,13 +1,13 @@
-// The types of fused training below the bindings, and its entry points: whole mini-batches in one call, for a multilayer
-// perceptron and for a GAN.
+// A training step as data: networks, and the phases that a step runs in order (python/gemmlet/training/plan.py).
 //
 // Contract
-//   Weights, biases and optimizer states are contiguous, are updated in place, and overlap nothing. Sizes are at least 1,
-//   indices in range. The weights equal those of the same steps written with the functions of kernels.h up to rounding,
-//   and have the same bits for any number of threads.
-//   `skip_zeros` skips zeros of the samples: the bits stay the same as long as all weights are finite.
+//   Weights, biases and optimizer states are contiguous and change in place; nothing of them overlaps anything else.
+//   Sizes are at least 1, indices in range. The weights are those of the same steps written with the functions of
+//   kernels.h, to rounding, and have the same bits for any number of threads.
+//   Zeros are skipped where `skip_zeros` says so: the bits stay the same, as long as all weights are finite.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -19,75 +19,106 @@ inline constexpr int max_states = 2;
 template <class T>
 struct Parameter {
   T* value;
-  T* state[max_states];  // the state_count arrays of the optimizer's rule
-  T* average;            // the moving average of the value, or null
+  T* state[max_states];  // as many as the optimizer's rule has
+  T* average;            // a moving average of the value, or null
 };
 
 template <class T>
 struct Layer {
   Index in, out;
   Parameter<T> weight, bias;  // (in, out), (out)
-  Index stride;               // between rows of the weights, their states and their average
+  Index stride;               // from one row of the weights, and of all that belongs to them, to the next
   int activation;             // -1 is none
   T activation_parameter;
 };
 
-// The dataset: dense values, bytes, or a CSR matrix; x = scale * value + shift.
+// Rows of numbers, in one of three forms; x is scale * number + shift.
 template <class T>
 struct Samples {
   Index features;
-  const T* values;            // (rows, features), or the nonzeros of a CSR matrix
-  const std::uint8_t* bytes;  // (rows, features), instead of values: value = byte / 255
-  // CSR: row i has the nonzeros indptr[i] to indptr[i + 1], their column indices ascending; null for dense samples.
+  const T* values;            // (rows, features); or the numbers of a sparse matrix
+  const std::uint8_t* bytes;  // (rows, features), instead of values: the number is byte / 255
+  // A sparse matrix by rows: row i has the numbers indptr[i] ... indptr[i + 1], their column indices ascending; else null.
   const Index* indptr;
   const std::int32_t* indices;
   T scale, shift;
-  bool skip_zeros;  // of bytes or values; needs shift 0, and fewer than 2^31 values in a mini-batch
+  bool skip_zeros;  // with bytes or values; needs shift 0, and fewer than 2^31 numbers in a mini-batch
 };
 
-// Class indices, or values (rows, out); the other is null.
+// What the outputs are compared with: class indices, numbers (rows, out), or one number for each input of the network; the
+// others are null or empty. Class indices stand for one-hot rows of an elementwise loss, of one output for 0 and 1.
 template <class T>
 struct Targets {
   const Index* indices;
   const T* values;
-};
-
-// The mini-batches: samples order[0] to order[count - 1], `batch` at a time.
-struct Steps {
-  const Index* order;
-  Index count, batch;
-};
-// The optimizer. The hyperparameters of step s begin at hyperparameters + s * optimizer_scalar_count(rule).
-struct Rule {
-  int rule;
-  const double* hyperparameters;
+  std::vector<T> constants;
 };
 
 // A loss is the index of an elementwise loss in its list, or ~index of a row loss in its.
 constexpr bool is_row_loss(int loss) { return loss < 0; }
 
-struct MlpOutcome {
-  double loss;    // loss_sum plus the loss of each row before the update of its mini-batch
-  Index correct;  // rows whose predicted class, the largest output or the sign of a single one, is the target
+template <class T>
+struct Loss {
+  int loss;
+  T parameter;
+  double weight;  // of the sum over a row in the objective, which is divided by the rows of the mini-batch
+  double label_smoothing;
+  Targets<T> targets;
 };
 
-// The sum of an elementwise loss over a row is multiplied by row_weight; class indices stand for one-hot targets there.
-template <class T>
-MlpOutcome train_mlp(const std::vector<Layer<T>>& layers, const Samples<T>& samples, const Targets<T>& targets,
-                     int loss, T loss_parameter, double row_weight, const Steps& steps, const Rule& rule,
-                     double loss_sum);
+// What a network's first layer reads: the samples, the noise, or the outputs of a network (its number).
+inline constexpr int samples_source = -1, noise_source = -2;
 
-struct GanOutcome {
-  double generator_loss, discriminator_loss;  // sums over the rows
+struct Phase {
+  enum Kind { forward, loss, backward, update } kind;
+  int network;
+  std::vector<int> inputs;  // forward: the rows of these sources follow each other
+  int to;                   // backward: the network whose outputs get the gradient; -1 is none
+  int rule;                 // update
 };
 
-// Each mini-batch is a step of the discriminator, whose last width is 1, then one of the generator, on the same noise (one
-// row for each sample, in order). The discriminator's targets are real_target for samples and 0 for generated rows.
-// decay: of the generator's moving averages, one for each step.
+// Phases are in an order in which each finds what it reads; the last is an update. Only where the plan is_pipelined may
+// samples be sparse, and their zeros be skipped.
 template <class T>
-GanOutcome train_gan(const std::vector<Layer<T>>& generator, const std::vector<Layer<T>>& discriminator,
-                     const Samples<T>& samples, const T* noise, T real_target, bool non_saturating, const Steps& steps,
-                     const Rule& generator_rule, const Rule& discriminator_rule, const double* decay,
-                     GanOutcome loss_sums);
+struct Plan {
+  std::vector<std::vector<Layer<T>>> networks;
+  std::vector<Phase> phases;
+  std::vector<Loss<T>> losses;  // in the order of the phases
+  Samples<T> samples;
+};
+
+// Whether samples go through one network alone, which is updated once: then the executor prepares a mini-batch ahead.
+template <class T>
+bool is_pipelined(const Plan<T>& plan) {
+  int forwards = 0, updates = 0;
+  for (const Phase& phase : plan.phases) {
+    forwards += phase.kind == Phase::forward;
+    updates += phase.kind == Phase::update;
+  }
+  return forwards == 1 && updates == 1 && plan.phases[0].inputs == std::vector<int>{samples_source};
+}
+
+// The mini-batches: rows order[0] ... order[count - 1], `batch` at a time.
+struct Steps {
+  const Index* order;
+  Index count, batch;
+};
+
+template <class T>
+struct Batches : Steps {
+  // Of each update: those of step s begin at s * optimizer_scalar_count(rule).
+  std::vector<const double*> hyperparameters;
+  const double* decay;  // of the averages, one for each step; or null
+  const T* noise;       // `count` rows, or null
+};
+
+struct Outcome {
+  std::vector<double> losses;  // those given, and each row's loss, as it was before its mini-batch's updates
+  // Rows whose largest output (of a single one: its sign) is the class that the first loss has as an index.
+  Index correct;
+};
+
+template <class T>
+Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double> losses);
 
 }  // namespace gemmlet

@@ -63,8 +63,8 @@ class Backend(Protocol):
     def to_cpu(self, array: Array) -> Array:
         """The array if it is NumPy's, else a copy that is."""
 
-    def bring(self, array: Array, beside: Any = None) -> Array:
-        """The array where this backend computes: itself, or a copy on a GPU, on that of `beside` if it is on one."""
+    def to_device(self, array: Array, like: Any = None) -> Array:
+        """The array where this backend computes: itself, or a copy on a GPU, on that of `like` if it is on one."""
 
     def placed_like(self, array: Array, like: Any) -> Array:
         """The array, or a copy of it on the GPU where `like` is."""

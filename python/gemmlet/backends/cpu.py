@@ -5,18 +5,38 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..formulas.activations import ACTIVATIONS, Activation
-from ..formulas.losses import LOSSES, Loss, RowFunction, RowLoss
+from ..formulas.losses import LOSSES, RowFunction, RowLoss
+from ..formulas.losses import Loss as LossFormula
 from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training.old_plan import FusedLayer, GanRun, MlpRun
+from ..training.plan import (
+    NOISE,
+    SAMPLES,
+    Backward,
+    Batches,
+    DenseLayer,
+    Forward,
+    Loss,
+    Outcome,
+    Phase,
+    Source,
+    TrainingPlan,
+    UnsupportedError,
+    Update,
+    dense_layers,
+)
 from . import threadpool
 from .base import Array
 from .numpy import NumpyBackend
+
+# By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
+_SOURCES: dict[Source, int] = {SAMPLES: -1, NOISE: -2}
 
 _MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "baseline": "_cpu_baseline"}
 
@@ -55,42 +75,23 @@ class _Extension(Protocol):
         self, number: int, parameter: float, takes_parameter: bool, needs_x: bool, unit_interval: bool
     ) -> object: ...
     def quick(self, kind: str, formula: object) -> Callable[..., Any]: ...
-    def train_mlp(
+    def train(
         self,
-        layers: Sequence[tuple[Any, ...]],
+        networks: Sequence[Sequence[tuple[Any, ...]]],
+        phases: Sequence[tuple[Any, ...]],
         x: Array,
-        row_start: Array | None,
-        columns: Array | None,
+        indptr: Array | None,
+        indices: Array | None,
         skip_zeros: bool,
-        targets: Array,
-        loss: int,
-        loss_parameter: float,
-        row_weight: float,
-        order: Array,
-        batch: int,
-        rule: int,
-        scalars: Array,
-        loss_sum: float,
-    ) -> tuple[float, int]: ...
-    def train_gan(
-        self,
-        generator: Sequence[tuple[Any, ...]],
-        discriminator: Sequence[tuple[Any, ...]],
-        x: Array,
         scale: float,
         shift: float,
-        noise: Array,
-        real_target: float,
-        non_saturating: bool,
         order: Array,
         batch: int,
-        generator_rule: int,
-        generator_scalars: Array,
-        discriminator_rule: int,
-        discriminator_scalars: Array,
-        decay: Array,
-        loss_sums: tuple[float, float],
-    ) -> tuple[float, float]: ...
+        hyperparameters: Sequence[Array],
+        losses: Sequence[float],
+        decay: Array | None,
+        noise: Array | None,
+    ) -> tuple[list[float], int]: ...
 
 
 def available_isas() -> list[str]:
@@ -150,6 +151,7 @@ class CpuBackend(NumpyBackend):
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
+        self._planned: WeakKeyDictionary[TrainingPlan, tuple[Any, Any] | None] = WeakKeyDictionary()
         self.quick = self._quick_functions()
 
     def _quick_functions(self) -> dict[str, Callable[..., Any]]:
@@ -179,7 +181,6 @@ class CpuBackend(NumpyBackend):
         return functions
 
     def describe(self) -> dict[str, str]:
-        """What `gemmlet.show_config` prints about this backend."""
         import platform
 
         isa = "baseline (NEON)" if platform.machine().lower() in {"arm64", "aarch64"} else self.isa
@@ -192,7 +193,6 @@ class CpuBackend(NumpyBackend):
         }
 
     def set_num_threads(self, count: int) -> None:
-        """Set how many threads the kernels use."""
         self._module.set_num_threads(count)
 
     def get_num_threads(self) -> int:
@@ -202,7 +202,6 @@ class CpuBackend(NumpyBackend):
     # A registry entry that has no C++ formula (yet) is computed by the reference: `super()`.
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
-        """``out = a @ b``."""
         self._module.linear(a, b, None, -1, 0.0, out, None)
 
     def linear(
@@ -215,7 +214,6 @@ class CpuBackend(NumpyBackend):
         out: Array,
         preactivation: Array | None,
     ) -> None:
-        """``out = activation(x @ w + b)`` in one pass."""
         number = -1 if activation is None else self._activations.get(activation.name)
         if number is None:
             super().linear(x, w, b, activation, parameter, out, preactivation)
@@ -223,11 +221,9 @@ class CpuBackend(NumpyBackend):
             self._module.linear(x, w, b, number, parameter, out, preactivation)
 
     def column_sum(self, x: Array, out: Array) -> None:
-        """``out[j] = sum_i x[i, j]``."""
         self._module.column_sum(x, out)
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        """``out = activation(x)``."""
         number = self._activations.get(activation.name)
         if number is None:
             super().activation(activation, x, parameter, out)
@@ -237,7 +233,6 @@ class CpuBackend(NumpyBackend):
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        """``out = grad_y * activation'``."""
         number = self._activations.get(activation.name)
         if number is None:
             super().activation_backward(activation, grad_y, saved, parameter, out)
@@ -245,7 +240,6 @@ class CpuBackend(NumpyBackend):
             self._module.activation_backward(number, grad_y, saved, parameter, out)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
-        """``out = function(x)``, row by row."""
         number = self._row_functions.get(function.name)
         if number is None:
             super().row_function(function, x, out)
@@ -253,7 +247,6 @@ class CpuBackend(NumpyBackend):
             self._module.row_function_forward(number, x, out)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
-        """``out`` = the gradient with respect to the function's input."""
         number = self._row_functions.get(function.name)
         if number is None:
             super().row_function_backward(function, grad_y, y, out)
@@ -261,7 +254,6 @@ class CpuBackend(NumpyBackend):
             self._module.row_function_backward(number, grad_y, y, out)
 
     def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
-        """Mean loss; the gradient goes to `out`."""
         number = self._row_losses.get(loss.name)
         if number is None:
             return super().row_loss(loss, logits, labels, label_smoothing, out)
@@ -269,8 +261,9 @@ class CpuBackend(NumpyBackend):
             labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
         return self._module.row_loss(number, logits, labels, label_smoothing, out)
 
-    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
-        """Mean loss; the gradient goes to `out`."""
+    def elementwise_loss(
+        self, loss: LossFormula, prediction: Array, target: Array, parameter: float, out: Array
+    ) -> float:
         number = self._losses.get(loss.name)
         if number is None:
             return super().elementwise_loss(loss, prediction, target, parameter, out)
@@ -279,52 +272,56 @@ class CpuBackend(NumpyBackend):
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
     ) -> None:
-        """Update `param` and its state in place."""
         number = self._rules.get(rule.name)
         if number is None:
             super().update(rule, param, grad, state, scalars)
         else:
             self._module.optimizer_update(number, param, grad, state, scalars)
 
-    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
-        """Whether C++ has all of these formulas."""
-        known = all(name in self._activations for name in activations)
-        return known and all(self._loss_number(name) is not None for name in losses) and rule in self._rules
+    # Training.
 
-    def _loss_number(self, name: str) -> int | None:
-        return ~self._row_losses[name] if name in self._row_losses else self._losses.get(name)
+    def supports_fused(self, plan: TrainingPlan) -> bool:
+        """Whether C++ has all formulas and phases of the plan."""
+        return self._arguments(plan) is not None
 
-    def _tuples(self, layers: Sequence[FusedLayer]) -> list[tuple[Any, ...]]:
-        return [
-            (
-                layer.weight,
-                layer.bias,
-                -1 if layer.activation is None else self._activations[layer.activation],
-                layer.activation_parameter,
-                layer.weight_state,
-                layer.bias_state,
-                layer.weight_average,
-                layer.bias_average,
-            )
-            for layer in layers
-        ]
-
-    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
-        """Train a stack of layers."""
-        network, feed = run.network, run.feed
-        number = self._loss_number(run.loss)
-        assert number is not None
-        parameter = 0.0 if number < 0 else LOSSES[run.loss].default
-        return self._module.train_mlp(
-            self._tuples(network.layers), *feed, run.targets, number, parameter, run.row_weight, run.order, run.batch,
-            self._rules[network.rule], network.scalars, run.loss_sum,
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        """In C++: all steps in one call, no gradient of a parameter is written to memory."""
+        if not self.supports_fused(plan) or any(isinstance(table, list) for table in batches.hyperparameters):
+            return super().train(plan, batches)
+        arguments, (dataset, scale, shift) = self._arguments(plan), plan.gather
+        assert arguments is not None
+        losses, correct = self._module.train(
+            *arguments, dataset.x, dataset.indptr, dataset.indices, dataset.skip_zeros, scale, shift, batches.order,
+            batches.size, batches.hyperparameters, batches.losses, batches.decay, batches.noise,
         )  # fmt: skip
+        return Outcome(tuple(losses), correct)
 
-    def train_gan(self, run: GanRun) -> tuple[float, float]:
-        """Train two adversarial stacks of layers."""
-        g, d = run.generator, run.discriminator
-        return self._module.train_gan(
-            self._tuples(g.layers), self._tuples(d.layers), run.feed.x, run.scale, run.shift, run.noise,
-            run.real_target, run.non_saturating, run.order, run.batch, self._rules[g.rule], g.scalars,
-            self._rules[d.rule], d.scalars, run.decay, run.loss_sums,
-        )  # fmt: skip
+    def _arguments(self, plan: TrainingPlan) -> tuple[Any, Any] | None:
+        """Networks and phases as the extension module takes them; None if it does not know something of them."""
+        if plan not in self._planned:
+            try:
+                networks = [[self._layer(layer) for layer in dense_layers(network)] for network in plan.networks]
+                self._planned[plan] = networks, [self._phase(plan, phase) for phase in plan.phases[1:]]
+            except (KeyError, UnsupportedError):
+                self._planned[plan] = None
+        return self._planned[plan]
+
+    def _layer(self, layer: DenseLayer) -> tuple[Any, ...]:
+        (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
+        number = -1 if activation is None else self._activations[activation]
+        return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
+
+    def _phase(self, plan: TrainingPlan, phase: Phase) -> tuple[Any, ...]:
+        """A phase as the extension module takes it."""
+        if isinstance(phase, Forward):
+            return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
+        if isinstance(phase, Loss):
+            rows = self._row_losses
+            number = ~rows[phase.name] if phase.name in rows else self._losses[phase.name]
+            parameter = LOSSES[phase.name].default if phase.name in LOSSES else 0.0
+            return "loss", phase.network, number, parameter, plan.weight(phase), phase.label_smoothing, phase.targets
+        if isinstance(phase, Backward):
+            return "backward", phase.network, -1 if phase.to is None else phase.to
+        if isinstance(phase, Update) and phase.max_norm is None:
+            return "update", phase.network, self._rules[phase.rule]
+        raise UnsupportedError(phase)

@@ -66,7 +66,7 @@ class NumpyBackend(Backend):
     def to_cpu(self, array: Array) -> Array:
         return array
 
-    def bring(self, array: Array, beside: Any = None) -> Array:
+    def to_device(self, array: Array, like: Any = None) -> Array:
         return array
 
     def placed_like(self, array: Array, like: Any) -> Array:

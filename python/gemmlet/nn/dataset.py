@@ -80,14 +80,14 @@ class Samples:
     def stay(self) -> None:
         """Put them where the backend computes, if they are to be used more than once."""
         if not self.is_sparse:
-            self.array = self.backend.bring(self.array)
+            self.array = self.backend.to_device(self.array)
             self.on_gpu = is_on_gpu(self.array)
 
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
         if self.is_sparse:
-            return self.backend.bring(self.array[where].toarray())
-        rows = self.backend.contiguous(self.backend.bring(self.array[where]))
+            return self.backend.to_device(self.array[where].toarray())
+        rows = self.backend.contiguous(self.backend.to_device(self.array[where]))
         rows = rows.reshape(len(rows), self.features)
         return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
 
@@ -95,7 +95,9 @@ class Samples:
         """The samples as training takes them; zeros are skipped, if they may be, where there are many."""
         if self.is_sparse:
             indptr, indices = self.array.indptr, self.array.indices
-            return Dataset(self.array.data, indptr.astype(np.int64, copy=False), indices.astype(np.int32, copy=False), True)
+            return Dataset(
+                self.array.data, indptr.astype(np.int64, copy=False), indices.astype(np.int32, copy=False), True
+            )
         if self.on_gpu:
             return Dataset(self.backend.contiguous(self.array).reshape(len(self), self.features))
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
@@ -103,7 +105,7 @@ class Samples:
             rows = rows.copy()
         # A thousand rows, evenly spread, tell the density.
         some = rows[:: max(1, len(rows) // 1000)]
-        return Dataset(rows, skip_zeros=may_skip_zeros and np.count_nonzero(some) < SPARSE_BELOW * some.size)
+        return Dataset(rows, skip_zeros=may_skip_zeros and bool(np.count_nonzero(some) < SPARSE_BELOW * some.size))
 
 
 def _canonical(matrix: Any, dtype: np.dtype[Any]) -> Any:

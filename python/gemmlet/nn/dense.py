@@ -86,12 +86,12 @@ class Dense:
 
     def copy(self) -> Self:
         """Return a network of the same parameters, in arrays of its own."""
-        return self.brought(aligned_copy)
+        return self.with_parameters(aligned_copy)
 
-    def brought(self, bring: Callable[[Array], Array]) -> Self:
-        """Return the network with its parameters where `bring` puts them."""
+    def with_parameters(self, move: Callable[[Array], Array]) -> Self:
+        """Return the network with ``move(parameter)`` in place of each parameter."""
         there = copy.copy(self)
-        there.layers = [replace(layer, weight=bring(layer.weight), bias=bring(layer.bias)) for layer in self.layers]
+        there.layers = [replace(layer, weight=move(layer.weight), bias=move(layer.bias)) for layer in self.layers]
         return there
 
     def forward(self, x: Array, depth: int | None = None) -> Array:

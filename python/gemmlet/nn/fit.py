@@ -256,9 +256,7 @@ class Trainable(ABC):
             """Train on samples of the epoch, from `first` on."""
             noise = None if self._training_noise is None else noises.take(len(order))
             steps = math.ceil(len(order) / size)
-            factors = lr_factors(
-                settings.lr_schedule, (epoch - 1) * batches + first // size, steps, epochs * batches
-            )
+            factors = lr_factors(settings.lr_schedule, (epoch - 1) * batches + first // size, steps, epochs * batches)
             batch = training.Batches(
                 order,
                 min(size, len(order)),
@@ -324,7 +322,9 @@ VALIDATION = ("validation_loss", "validation_accuracy")
 _LABELS = {"validation_accuracy": "accuracy"}
 
 
-def network_of(dense: Dense, states: Sequence[tuple[Array, ...]] | None = None, average: Dense | None = None) -> training.Network:
+def network_of(
+    dense: Dense, states: Sequence[tuple[Array, ...]] | None = None, average: Dense | None = None
+) -> training.Network:
     """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages."""
     if states is None:
         states = [()] * len(dense.parameters)

@@ -242,28 +242,27 @@ class GAN(Trainable, files.Saved):
         other = rule
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
-        names, states = zip(
-            rule.prepare(self.generator_parameters), other.prepare(self.discriminator_parameters), strict=True
-        )
-        discriminator_update, generator_update = (
-            Update(_DISCRIMINATOR, names[1], other.max_norm), Update(_GENERATOR, names[0], rule.max_norm)
-        )
+        generator_rule, generator_states = rule.prepare(self.generator_parameters)
+        discriminator_rule, discriminator_states = other.prepare(self.discriminator_parameters)
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
             # The same noise serves both steps, so that the generator's forward pass is done once.
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
-            discriminator_update,
+            Update(_DISCRIMINATOR, discriminator_rule, other.max_norm),
             *self._generator_phases(),
-            generator_update,
+            Update(_GENERATOR, generator_rule, rule.max_norm),
         ]
         history = GANHistory()
-        self._train(history, samples, self._plan(phases, states), [other, rule], settings)
+        self._train(
+            history, samples, self._plan(phases, generator_states, discriminator_states), [other, rule], settings
+        )
         return history
 
-    def _plan(self, phases: Sequence[Phase], states: Sequence[Any] = (None, None)) -> TrainingPlan:
+    def _plan(self, phases: Sequence[Phase], *states: Sequence[tuple[Array, ...]]) -> TrainingPlan:
+        generator, discriminator = states or (None, None)
         average = self._average if self.ema_decay else None
-        networks = network_of(self._generator, states[0], average), network_of(self._discriminator, states[1])
+        networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
         return TrainingPlan(networks, tuple(phases))
 
     def _gather(self, dataset: Dataset) -> Gather:
@@ -381,9 +380,9 @@ class GAN(Trainable, files.Saved):
             noise = self._checked_noise(z, count)
         backend = select.of(noise)
         result = backend.empty((len(noise), self.features), self.dtype, noise)
-        generator = self._average.brought(lambda array: backend.bring(array, noise))
+        generator = self._average.with_parameters(lambda array: backend.to_device(array, noise))
         for where in slices(len(noise), CHUNK):
-            made = generator.forward(backend.bring(noise[where]))
+            made = generator.forward(backend.to_device(noise[where]))
             if self.generator_output == "tanh":
                 made = backend.scaled(made, self.dtype, 0.5, 0.5)
             backend.assign(result[where], made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -264,8 +264,8 @@ class MLP(Trainable, files.Saved):
         wanted = backend.placed_like(one_hot(targets, outputs.shape, self.dtype), outputs)
         if self.output == "sigmoid":
             # The kernel's mean is over all elements, the objective's over the samples.
-            return kernels.binary_cross_entropy_with_logits(outputs, wanted)[0] * outputs.shape[1]
-        return kernels.mean_squared_error(outputs, wanted)[0]
+            return float(kernels.binary_cross_entropy_with_logits(outputs, wanted)[0] * outputs.shape[1])
+        return float(kernels.mean_squared_error(outputs, wanted)[0])
 
     # Use.
 
@@ -331,7 +331,7 @@ class MLP(Trainable, files.Saved):
         for where, outputs in self._outputs(samples):
             loss_sum += self._loss(outputs, targets[where]) * len(outputs)
             if self.output != "identity":
-                correct += np.count_nonzero(predicted_classes(arguments.on_cpu(outputs)) == targets[where])
+                correct += int(np.count_nonzero(predicted_classes(arguments.on_cpu(outputs)) == targets[where]))
         return loss_sum / len(samples), math.nan if self.output == "identity" else correct / len(samples)
 
     def features(self, x: Any) -> Array:
@@ -359,7 +359,7 @@ class MLP(Trainable, files.Saved):
     def _outputs(self, samples: Samples, depth: int | None = None) -> Iterator[tuple[slice, Array]]:
         """What the last layer gives, or the first `depth` ones, some samples at a time, where the backend computes."""
         backend = samples.backend
-        dense = self._average.brought(lambda array: backend.bring(array, samples.array))
+        dense = self._average.with_parameters(lambda array: backend.to_device(array, samples.array))
         for where in slices(len(samples), CHUNK):
             yield where, dense.forward(samples.chunk(where), depth)
 

@@ -1,8 +1,8 @@
 """A training step as data: networks as lists of layer operations, and the phases that a step runs in order.
 
 `gemmlet.nn` makes one `TrainingPlan` for each `fit`; `Backend.train` executes it for the mini-batches of a call, which
-are its `Batches`. The executor of `backends/numpy.py` runs any plan phase by phase and is the reference. The others fuse
-phases where a plan allows it (`Backend.supports_fused`) and leave the rest to the reference.
+are its `Batches`. The executor of `reference.py` runs any plan, phase by phase. Those of the backends fuse phases where
+a plan allows it (`Backend.supports_fused`) and leave the rest to the reference.
 
 An executor may compute phases in another order, or several at a time, where the results agree to rounding. Every
 executor gives the same bits for any number of threads, and however mini-batches are divided among calls.
@@ -78,8 +78,12 @@ class DenseLayer(NamedTuple):
     parameter: float
 
 
-def dense_layers(network: Network) -> list[DenseLayer] | None:
-    """The network as dense layers; None if it has other operations."""
+class UnsupportedError(Exception):
+    """An executor does not know something of a plan, which is then left to the reference."""
+
+
+def dense_layers(network: Network) -> list[DenseLayer]:
+    """The network as dense layers; `UnsupportedError` if it has other operations."""
     layers: list[DenseLayer] = []
     for operation in network:
         if isinstance(operation, Linear):
@@ -87,7 +91,7 @@ def dense_layers(network: Network) -> list[DenseLayer] | None:
         elif isinstance(operation, Activation) and layers and layers[-1].activation is None:
             layers[-1] = layers[-1]._replace(activation=operation.name, parameter=operation.parameter)
         else:
-            return None
+            raise UnsupportedError(operation)
     return layers
 
 
@@ -124,8 +128,8 @@ class Loss(NamedTuple):
     label_smoothing : float
         Of row losses, as of the kernel.
     reduction : {"sum", "mean"}
-        Over the outputs of a row, for elementwise losses. The objective is the sum over the rows, divided by the size of
-        the mini-batch.
+        Over the outputs of a row, for elementwise losses. The objective is the sum over the rows, divided by the size
+        of the mini-batch.
     sign : {1.0, -1.0}
         -1 maximises.
     """
@@ -174,7 +178,7 @@ Phase = Gather | Forward | Loss | Backward | AllReduce | Update
 
 @dataclass(frozen=True, eq=False)
 class TrainingPlan:
-    """What a step does: see the module. `phases` begin with `Gather`; `Loss`, `Backward` and `Update` follow a `Forward`."""
+    """What a step does: `Gather`, and then phases of which each finds what it reads."""
 
     networks: tuple[Network, ...]
     phases: tuple[Phase, ...]
@@ -207,6 +211,11 @@ class TrainingPlan:
             if isinstance(operation, Linear):
                 yield from operation
 
+    def weight(self, loss: Loss) -> float:
+        """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""
+        outputs = [p.value.shape[-1] for p in self.parameters(loss.network)][-1]
+        return loss.sign / (outputs if loss.reduction == "mean" else 1)
+
     def activations(self) -> set[str]:
         """The names of all activations."""
         return {o.name for network in self.networks for o in network if isinstance(o, Activation)}
@@ -222,8 +231,8 @@ class Batches:
         Which samples; `size` of them make a mini-batch, the last of which may be smaller.
     size : int
     hyperparameters : tuple of ndarray
-        Of each `Update`, the hyperparameters of its rule at each step, shape (steps, count). In place of an array stands
-        a list of one for each parameter where they differ, which only the reference takes.
+        Of each `Update`, the hyperparameters of its rule at each step, shape (steps, count). Where they differ between
+        parameters, a list of one array for each, which only the reference takes.
     losses : tuple of float
         What the losses of the rows are added to, one for each `Loss`.
     decay : ndarray of float64, shape (steps,), optional

@@ -23,7 +23,6 @@ from .plan import (
     Array,
     Backward,
     Batches,
-    DenseLayer,
     Forward,
     Gather,
     Loss,
@@ -84,11 +83,9 @@ class Step:
         By network, of all parameters; what `Backward` gives.
     """
 
-    def __init__(
-        self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None
-    ) -> None:
+    def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
-        self._layers = [dense_layers(network) or [] for network in plan.networks]
+        self._layers = [dense_layers(network) for network in plan.networks]
         self._values: dict[Source, Array] = {}
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs
@@ -104,8 +101,8 @@ class Step:
     def _(self, phase: Gather) -> None:
         dataset, where, dtype = phase.dataset, self._where, self._plan.dtype
         if dataset.indptr is None:
-            x = dataset.x if isinstance(dataset.x, np.ndarray) else self._backend.to_cpu(dataset.x)
-            self._values[SAMPLES] = scaled(x[where], dtype, phase.scale, phase.shift)
+            x = self._backend.to_cpu(dataset.x)[where]
+            self._values[SAMPLES] = self._backend.scaled(x, dtype, phase.scale, phase.shift)
         else:
             assert dataset.indices is not None
             rows = np.zeros((len(where), self._layers[0][0].weight.value.shape[0]), dtype)
@@ -193,17 +190,6 @@ class Step:
             if (average := p.average) is not None:
                 average *= decay
                 average += (1.0 - decay) * p.value
-
-
-def scaled(x: Array, dtype: np.dtype[Any], scale: float = 1.0, shift: float = 0.0) -> Array:
-    """Return ``scale * x + shift``: numbers of `dtype`, or bytes, which count as value/255; C-contiguous."""
-    numbers: Array = x.astype(dtype, order="C")
-    if x.dtype == np.uint8:
-        numbers /= 255.0
-    if (scale, shift) != (1.0, 0.0):
-        numbers *= scale
-        numbers += shift
-    return numbers
 
 
 def predicted_classes(outputs: Array) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +23,9 @@ from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES, Loss, RowFunction
 from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
 from . import compiler, matmul
+from .device import Device
+from .launches import Launcher
 from .types import FLOATS, RULE_NUMBERS, RULE_STATES
-
-if TYPE_CHECKING:
-    from .backend import CudaBackend
-    from .device import Device
 
 FastPath = Callable[..., Any]
 
@@ -37,9 +35,9 @@ _LARGEST = {name: float(np.finfo(np.float64 if name == "float64" else np.float32
 _INT64 = np.dtype(np.int64)
 
 
-def fast_paths(backend: CudaBackend) -> dict[str, FastPath]:
+def fast_paths(launcher: Launcher) -> dict[str, FastPath]:
     """Return the fast path of each kernel, by its name; those of updates by the rule's."""
-    made = _FastPaths(backend)
+    made = _FastPaths(launcher)
     found: dict[str, FastPath] = {}
     for name, activation in ACTIVATIONS.items():
         found[name], found[f"{name}_backward"] = made.activation(activation), made.activation_backward(activation)
@@ -63,8 +61,8 @@ def _apart(at: int, size: int, other: int, other_size: int) -> bool:
 class _FastPaths:
     """What makes them: closures, as attributes of an object would cost as much as the checks."""
 
-    def __init__(self, backend: CudaBackend) -> None:
-        self.backend = backend
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
         self.array_type = array_type = compiler.import_cupy().ndarray
 
         def first(array: Any) -> tuple[int, tuple[int, ...], np.dtype[Any], int, int] | None:
@@ -103,7 +101,7 @@ class _FastPaths:
         def fill(gpu: int, dtype: np.dtype[Any], *rest: Any) -> Any:
             made: tuple[Any, ...] = ()
             if dtype.name in _LARGEST and dtype.isnative:
-                device = self.backend.device(gpu)
+                device = self.launcher.device(gpu)
                 made = device, _LARGEST[dtype.name], *make(device, dtype, *rest)
             found[gpu, dtype, *rest] = made
             return made
@@ -112,8 +110,8 @@ class _FastPaths:
 
     def activation(self, entry: Activation) -> FastPath:
         """``call(x, parameter, out)``."""
-        backend, first, output, takes_number = self.backend, self.first, self.output, entry.parameter is not None
-        known, fill = self._remembered(lambda d, dtype: backend.activation_launch(d, "forward", entry.name, dtype))
+        launcher, first, output, takes_number = self.launcher, self.first, self.output, entry.parameter is not None
+        known, fill = self._remembered(lambda d, dtype: launcher.activation_launch(d, "forward", entry.name, dtype))
 
         def call(x: Any, parameter: Any, out: Any) -> Any:
             given = first(x)
@@ -141,9 +139,9 @@ class _FastPaths:
 
     def activation_backward(self, entry: Activation) -> FastPath:
         """``call(grad_y, x, y, parameter, out)``."""
-        backend, first, another, output = self.backend, self.first, self.another, self.output
+        launcher, first, another, output = self.launcher, self.first, self.another, self.output
         takes_number, needs_x = entry.parameter is not None, entry.needs_x
-        known, fill = self._remembered(lambda d, dtype: backend.activation_launch(d, "backward", entry.name, dtype))
+        known, fill = self._remembered(lambda d, dtype: launcher.activation_launch(d, "backward", entry.name, dtype))
 
         def call(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
             given = first(grad_y)
@@ -175,8 +173,8 @@ class _FastPaths:
 
     def row_function(self, entry: RowFunction) -> FastPath:
         """``call(x, None, out)``."""
-        backend, first, output = self.backend, self.first, self.output
-        known, fill = self._remembered(lambda d, *rest: (backend.row_launch(d, "forward", entry.name, *rest),))
+        launcher, first, output = self.launcher, self.first, self.output
+        known, fill = self._remembered(lambda d, *rest: (launcher.row_launch(d, "forward", entry.name, *rest),))
 
         def call(x: Any, _: Any, out: Any) -> Any:
             given = first(x)
@@ -201,8 +199,8 @@ class _FastPaths:
 
     def row_function_backward(self, entry: RowFunction) -> FastPath:
         """``call(grad_y, x, y, None, out)``."""
-        backend, first, another, output = self.backend, self.first, self.another, self.output
-        known, fill = self._remembered(lambda d, *rest: (backend.row_launch(d, "backward", entry.name, *rest),))
+        launcher, first, another, output = self.launcher, self.first, self.another, self.output
+        known, fill = self._remembered(lambda d, *rest: (launcher.row_launch(d, "backward", entry.name, *rest),))
 
         def call(grad_y: Any, x: Any, y: Any, _: Any, out: Any) -> Any:
             given = first(grad_y)
@@ -229,9 +227,9 @@ class _FastPaths:
 
     def loss(self, entry: Loss) -> FastPath:
         """``call(prediction, targets, parameter, out)``."""
-        backend, first, another, output = self.backend, self.first, self.another, self.output
+        launcher, first, another, output = self.launcher, self.first, self.another, self.output
         takes_number, unit_interval = entry.parameter is not None, entry.unit_interval
-        known, fill = self._remembered(lambda d, dtype: (backend.loss_launch(d, entry.name, dtype),))
+        known, fill = self._remembered(lambda d, dtype: (launcher.loss_launch(d, entry.name, dtype),))
 
         def call(prediction: Any, targets: Any, parameter: Any, out: Any) -> Any:
             given = first(prediction)
@@ -251,21 +249,21 @@ class _FastPaths:
                 return None
             size = prediction.size
             if unit_interval:
-                backend.find_range(device, dtype, "double", at, size)
+                launcher.find_range(device, dtype, "double", at, size)
             if out is None:
                 out = device.empty(shape, dtype)
                 gradient = out.data.ptr
             values = at, target, parameter, gradient, size
-            mean = backend.mean(device, kernel.launch, kernel.blocks(size), *values, check=unit_interval)
+            mean = launcher.mean(device, kernel.launch, kernel.blocks(size), *values, check=unit_interval)
             return None if mean is None else (mean, out)
 
         return call
 
     def row_loss(self, name: str) -> FastPath:
         """``call(logits, labels, label_smoothing, out)``."""
-        backend, first, another, output = self.backend, self.first, self.another, self.output
+        launcher, first, another, output = self.launcher, self.first, self.another, self.output
         array_type = self.array_type
-        known, fill = self._remembered(lambda d, *rest: (backend.row_loss_launch(d, name, *rest),))
+        known, fill = self._remembered(lambda d, *rest: (launcher.row_loss_launch(d, name, *rest),))
 
         def call(logits: Any, labels: Any, label_smoothing: Any, out: Any) -> Any:
             given = first(logits)
@@ -290,21 +288,21 @@ class _FastPaths:
                 if not gradient or (indices and not _apart(gradient, nbytes, indices, 8 * rows)):
                     return None
             if indices:
-                backend.find_range(device, _INT64, "long long", indices, rows)
+                launcher.find_range(device, _INT64, "long long", indices, rows)
             if out is None:
                 out = device.empty(shape, dtype)
                 gradient = out.data.ptr
             numbers = 1.0 - label_smoothing, label_smoothing / columns
             values = at, indices, targets, *numbers, gradient, rows, columns
-            mean = backend.mean(device, kernel.launch, kernel.blocks(rows), *values, check=of_classes)
+            mean = launcher.mean(device, kernel.launch, kernel.blocks(rows), *values, check=of_classes)
             return None if mean is None else (mean, out)
 
         return call
 
     def update(self, entry: OptimizerRule) -> FastPath:
         """``call(param, grad, states, scalars)``; True when done."""
-        backend, first, another, count = self.backend, self.first, self.another, len(entry.state)
-        known, fill = self._remembered(lambda d, dtype: backend.update_launch(d, entry.name, dtype))
+        launcher, first, another, count = self.launcher, self.first, self.another, len(entry.state)
+        known, fill = self._remembered(lambda d, dtype: launcher.update_launch(d, entry.name, dtype))
         no_states = (0,) * (RULE_STATES - count)
         no_numbers = (0.0,) * (RULE_NUMBERS - len(entry.scalars))
 
@@ -381,7 +379,7 @@ class _FastPaths:
 
     def linear_backward(self) -> FastPath:
         """``call(grad_y, x, w, y, activation, z, need_x, need_w, need_b)``."""
-        backend, first, another, array_type = self.backend, self.first, self.another, self.array_type
+        launcher, first, another, array_type = self.launcher, self.first, self.another, self.array_type
         known, fill = self._remembered(lambda _, dtype: (dtype.itemsize,))
 
         def matrix(array: Any, dtype: np.dtype[Any], gpu: int) -> tuple[int, tuple[int, int], tuple[int, int]] | None:
@@ -412,7 +410,7 @@ class _FastPaths:
             """
             backward = to_x = to_w = to_b = None
             if activation is not None:
-                backward = backend.activation_launch(device, "backward", activation, dtype)
+                backward = launcher.activation_launch(device, "backward", activation, dtype)
                 strides = shape[1] * dtype.itemsize, dtype.itemsize
 
             def product(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
@@ -426,7 +424,7 @@ class _FastPaths:
                 to_w = product((x_layout[0][::-1], x_layout[1][::-1], x_layout[2]), grad)
             if need_b:
                 row, column = (stride // dtype.itemsize for stride in strides)
-                to_b = backend.column_sums(device, dtype, shape, (row, column))
+                to_b = launcher.column_sums(device, dtype, shape, (row, column))
             return backward, to_x, to_w, to_b
 
         def call(
@@ -472,7 +470,7 @@ class _FastPaths:
             backward, to_x, to_w, to_b = plan(
                 device, dtype, shape, grad_y.strides, activation, w_layout, x_layout, need_b, tf32
             )
-            scratch = backend.scratch(device)
+            scratch = launcher.scratch(device)
             grad_x = grad_w = grad_b = None
             if backward is not None:
                 grad_at = at

@@ -143,7 +143,6 @@ class NumbaBackend(NumpyBackend):
         self.quick |= {f"{name}_backward": _quick_backward(entry) for name, entry in ACTIVATIONS.items()}
 
     def describe(self) -> dict[str, str]:
-        """What `gemmlet.show_config` prints about this backend."""
         return {
             "backend": self.name,
             "isa": f"{binding.get_host_cpu_name()} (compiled by Numba {numba.__version__})",
@@ -177,7 +176,6 @@ class NumbaBackend(NumpyBackend):
         out: Array,
         preactivation: Array | None,
     ) -> None:
-        """``out = activation(x @ w + b)``; `preactivation`, if given, takes ``x @ w + b``."""
         name = "identity" if activation is None else activation.name
         if name not in twins(out.dtype) or not out.size:
             super().linear(x, w, b, activation, parameter, out, preactivation)
@@ -190,7 +188,6 @@ class NumbaBackend(NumpyBackend):
         self._split(y.size, columns, lambda part: loop(y[part], columns, bias, parameter, z[part]))
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        """``out = activation(x)``."""
         if activation.name not in twins(out.dtype):
             super().activation(activation, x, parameter, out)
             return
@@ -206,7 +203,6 @@ class NumbaBackend(NumpyBackend):
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        """``out = grad_y * activation'``, `saved` being the `x` or the `y` that the formula reads."""
         if f"{activation.name}_backward" not in twins(out.dtype):
             super().activation_backward(activation, grad_y, saved, parameter, out)
             return
@@ -216,7 +212,6 @@ class NumbaBackend(NumpyBackend):
         self._split(grad_x.size, 1, lambda part: loop(grad[part], kept[part], parameter, grad_x[part]))
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
-        """``out = function(x)``, (rows, columns), columns > 0."""
         if function.name not in ("softmax", "log_softmax"):
             super().row_function(function, x, out)
             return
@@ -225,7 +220,6 @@ class NumbaBackend(NumpyBackend):
         self._split(y.size, columns, lambda part: loop(flat[part], columns, y[part]))
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
-        """``out`` = the gradient with respect to the function's input."""
         if function.name not in ("softmax", "log_softmax"):
             super().row_function_backward(function, grad_y, y, out)
             return
@@ -234,7 +228,6 @@ class NumbaBackend(NumpyBackend):
         self._split(grad_x.size, columns, lambda part: loop(grad[part], kept[part], columns, grad_x[part]))
 
     def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
-        """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
         if loss.name != "softmax_cross_entropy":
             return super().row_loss(loss, logits, labels, label_smoothing, out)
         rows, columns = logits.shape
@@ -254,7 +247,6 @@ class NumbaBackend(NumpyBackend):
         return float(np.sum(losses) / rows)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
-        """Mean over all elements."""
         if loss.name not in twins(out.dtype):
             return super().elementwise_loss(loss, prediction, target, parameter, out)
         loop = loss_loop(loss.name, out.dtype)
@@ -271,7 +263,6 @@ class NumbaBackend(NumpyBackend):
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
     ) -> None:
-        """Update `param` and its state in place."""
         if rule.name not in twins(param.dtype) or len(state) > 2:
             super().update(rule, param, grad, state, scalars)
             return
