@@ -62,7 +62,7 @@ PYTHON_ALLOWED = ("formulas", "backends/numba", "bench")
 
 
 def code_of(path: Path) -> str:
-    return re.sub(r'//[^\n]*|"(?:\\.|[^"\\\n])*"', "", path.read_text("utf-8"))
+    return re.sub(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|\bGEMMLET_INLINE(_LAMBDA)? ', "", path.read_text("utf-8"))
 
 
 def formula_sources(root: Path) -> list[Path]:
