@@ -5,5 +5,5 @@ from collections.abc import Callable
 from gemmlet.bench.case import Case
 
 
-def bench_losses(run: Callable[[Case, str], None], case: Case, side: str) -> None:
-    run(case, side)
+def bench_losses(run: Callable[[Case, str], None], case: Case, implementation: str) -> None:
+    run(case, implementation)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from gemmlet.bench.case import Case
 
 
-def bench_epoch(run: Callable[[Case, str], None], case: Case, side: str) -> None:
-    run(case, side)
+def bench_epoch(run: Callable[[Case, str], None], case: Case, implementation: str) -> None:
+    run(case, implementation)
 
 
-def bench_gan(run: Callable[[Case, str], None], case: Case, side: str) -> None:
-    run(case, side)
+def bench_gan(run: Callable[[Case, str], None], case: Case, implementation: str) -> None:
+    run(case, implementation)

@@ -1,9 +1,9 @@
-"""The benchmarks for pytest: the cases of `gemmlet bench`, each side a test, grouped by case.
+"""The benchmarks for pytest: the cases of `gemmlet bench`, each implementation a test, grouped by case.
 
     python -m pytest benchmarks
     python -m pytest benchmarks/bench_activations.py -k "tanh and float32" --benchmark-columns=min,median
 
-Each result is checked against a float64 reference before it is timed. All sides get the threads that
+Each result is checked against a float64 reference before it is timed. All implementations get the threads that
 `gemmlet.get_num_threads` says.
 """
 
@@ -19,30 +19,33 @@ import gemmlet
 from gemmlet.bench import timing
 from gemmlet.bench.case import Case, Settings
 from gemmlet.bench.cases import GROUPS
-from gemmlet.bench.sides import SIDES, same_threads
+from gemmlet.bench.implementations import IMPLEMENTATIONS, same_threads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="fewer shapes, and no sides that compile for seconds")
+    parser.addoption(
+        "--quick", action="store_true", help="fewer shapes, and no implementations that compile for seconds"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give ``bench_<group>`` every case of the group and every side that is installed."""
+    """Give ``bench_<group>`` every case of the group and every implementation that is installed."""
     settings = Settings(quick=metafunc.config.getoption("--quick"))
     metafunc.parametrize(
-        ("case", "side"),
+        ("case", "implementation"),
         [
-            pytest.param(case, side, id=f"{case.name}-{side}")
+            pytest.param(case, implementation, id=f"{case.name}-{implementation}")
             for case in GROUPS[metafunc.function.__name__.removeprefix("bench_")](settings)
-            for side in case.sides
-            if SIDES[side].available() and not (settings.quick and SIDES[side].compiles)
+            for implementation in case.implementations
+            if IMPLEMENTATIONS[implementation].available()
+            and not (settings.quick and IMPLEMENTATIONS[implementation].compiles)
         ],
     )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> Iterator[None]:
-    available = [side.name for side in SIDES.values() if side.available()]
+    available = [each.name for each in IMPLEMENTATIONS.values() if each.available()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peers warn of when they are imported is theirs
         with same_threads(gemmlet.get_num_threads(), available):
@@ -51,13 +54,13 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def run(benchmark: Any) -> Callable[[Case, str], None]:
-    """Check one side of a case, then time it."""
+    """Check one implementation of a case, then time it."""
 
-    def check_and_time(case: Case, side: str) -> None:
+    def check_and_time(case: Case, implementation: str) -> None:
         benchmark.group = case.key
         benchmark.extra_info.update(case.labels, units=case.units, unit=case.unit)
-        prepared = timing.check(case, side)
-        with SIDES[side].entered():
+        prepared = timing.check(case, implementation)
+        with IMPLEMENTATIONS[implementation].entered():
             benchmark(prepared.call)
 
     return check_and_time

@@ -764,17 +764,17 @@ def cases(family: str, data_dir: Path | None = None) -> list[Case]:
 
 
 def summary(row: Row) -> str:
-    """One line: times, the share of the roof, and how many times as long the peers take."""
+    """One line: times, the percentage of the roofline, and how many times as long the peers take."""
     parts = []
-    for name, timed in row.sides.items():
+    for name, timed in row.timed.items():
         if timed.failed is not None:
             parts.append(f"{name} FAILED {timed.failed}")
             continue
         ratio = row.ratio(name) if name != "gemmlet" else None
         parts.append(f"{name} {duration(row.percentile(name, 50))}" + (f" ({ratio:.2f})" if ratio else ""))
-    share = row.share_of_roof()
-    roof = "" if share is None else f"  {share:.0%} of the roof"
-    return f"{row.key}: {', '.join(parts)}{roof}"
+    share = row.roofline_share()
+    roofline = "" if share is None else f"  {share:.0%} of roofline"
+    return f"{row.key}: {', '.join(parts)}{roofline}"
 
 
 def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -843,7 +843,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.family == "matmul":
             facts["products"] = {kind: gpu.product_rate(kind) for kind in ("float32", "bfloat16", "float16", "tf32")}
         write({"roof": facts})
-        print(f"  roof: {facts}", flush=True)
+        print(f"  roofline: {facts}", flush=True)
         gpu.free()
         chosen = [case for case in cases(options.family, options.data_dir) if case.key not in done]
         try:

@@ -93,20 +93,20 @@ LAYERS += [
 ]
 BACKWARD = [Shape(784, 128, k, "tn") for k in (64, 4096, 60000)]
 BACKWARD += [Shape(64, 784, 128, "nt"), Shape(4096, 784, 128, "nt"), Shape(1024, 1024, 4096, "tn")]
-THIN = [Shape(1, 4096, 4096, cold=True), Shape(1, 4096, 4096, "nt", True), Shape(4, 4096, 4096, cold=True)]
-THIN += [Shape(16384, 1, 4096, cold=True), Shape(8, 4096, 4096, cold=True), Shape(100000, 3, 128, cold=True)]
-THIN += [Shape(1, 128, 784), Shape(64, 1, 128), Shape(1, 784, 60000, cold=True)]
+SKINNY = [Shape(1, 4096, 4096, cold=True), Shape(1, 4096, 4096, "nt", True), Shape(4, 4096, 4096, cold=True)]
+SKINNY += [Shape(16384, 1, 4096, cold=True), Shape(8, 4096, 4096, cold=True), Shape(100000, 3, 128, cold=True)]
+SKINNY += [Shape(1, 128, 784), Shape(64, 1, 128), Shape(1, 784, 60000, cold=True)]
 LAYOUTS = [Shape(2048, 2048, 2048, layouts) for layouts in ("nt", "tn", "tt")]
 
 SHAPES = {
-    "float32": SQUARES + LAYERS + BACKWARD + THIN + LAYOUTS,
-    "bfloat16": [*SQUARES, Shape(8192, 8192, 8192), *LAYERS[::3], *BACKWARD[1:3], *THIN[:5], *LAYOUTS],
+    "float32": SQUARES + LAYERS + BACKWARD + SKINNY + LAYOUTS,
+    "bfloat16": [*SQUARES, Shape(8192, 8192, 8192), *LAYERS[::3], *BACKWARD[1:3], *SKINNY[:5], *LAYOUTS],
     "float16": [*SQUARES[1:], Shape(8192, 8192, 8192), *LAYERS[:2]],
     "tf32": [*SQUARES, *LAYERS[:2], *LAYOUTS[:1]],
-    "float64": [*SQUARES[:2], *LAYERS[:2], *THIN[:1]],
+    "float64": [*SQUARES[:2], *LAYERS[:2], *SKINNY[:1]],
 }
 QUICK = {
-    "float32": [SQUARES[0], SQUARES[2], LAYERS[0], LAYERS[3], LAYERS[8], LAYERS[-1], THIN[0]],
+    "float32": [SQUARES[0], SQUARES[2], LAYERS[0], LAYERS[3], LAYERS[8], LAYERS[-1], SKINNY[0]],
     "bfloat16": [SQUARES[0], SQUARES[2], LAYERS[0]],
     "tf32": [SQUARES[2]],
 }
@@ -271,7 +271,7 @@ def more_tiles(arch: str, kind: str, layouts: str) -> list[Tile]:
 def with_more(found: list[Choice], device: CudaDevice, kind: str, m: int, n: int, k: int, layouts: str) -> list[Choice]:
     """Return what the backend has found, and of `MORE_TILES` what can do it as well."""
     kernels = {choice.tile.kernel for choice in found}
-    if "thin" in kernels:
+    if "skinny" in kernels:
         return found
     # wgmma takes not all operands, which the backend knows.
     more = [t for t in more_tiles(device.arch, kind, layouts) if t.kernel != "wgmma" or "wgmma" in kernels]
@@ -375,7 +375,7 @@ def compile_all(arch: str, kinds: Sequence[str]) -> int:
         wanted[cuda_matmul.combine_kernel(epilogues[0])] = None
         for epilogue, layouts in itertools.product(epilogues, itertools.product((False, True), repeat=2)):
             found = [*cuda_matmul.tiles(name, kind == "tf32", arch)]
-            found += [cuda_matmul.thin(name, 32, n, False) for n in (1, 4)]
+            found += [cuda_matmul.skinny(name, 32, n, False) for n in (1, 4)]
             found += [t for t in more_tiles(arch, kind, "nn") if t.kernel == "simt" or layouts == (False, True)]
             for tile in found:
                 if cuda_matmul.takes(tile, name, layouts):

@@ -63,7 +63,7 @@ WITHOUT_GPU = (
     "test_data.py",
     "test_documents.py",
     "test_gpu_report.py",
-    "test_quick.py",
+    "test_fast_path.py",
 )
 TEST_PROCESSES = 12
 

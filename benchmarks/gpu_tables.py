@@ -67,8 +67,8 @@ def groups(timed: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 @dataclass(frozen=True)
-class RoofTarget:
-    """A share of the roof that every row has to reach."""
+class RooflineTarget:
+    """A percentage of the roofline that every row has to reach."""
 
     work: str
     chosen: Callable[[Row], bool]
@@ -78,10 +78,10 @@ class RoofTarget:
         """Return what the rows say."""
         required = f"{self.at_least:g} of the copy bandwidth, every row"
         chosen = [row for row in timed if self.chosen(row)]
-        failed = [row.name for row in chosen if "gemmlet" in row.sides and row.sides["gemmlet"].failed is not None]
+        failed = [row.name for row in chosen if "gemmlet" in row.timed and row.timed["gemmlet"].failed is not None]
         if failed:
             return Verdict(self.work, required, f"fails: {failed[0]}", met=False)
-        shares = {row.name: share for row in chosen if (share := row.share_of_roof()) is not None}
+        shares = {row.name: share for row in chosen if (share := row.roofline_share()) is not None}
         if not shares:
             return Verdict(self.work, required, "not measured", met=None)
         worst = min(shares, key=lambda name: shares[name])
@@ -108,14 +108,14 @@ def _large(*dtypes: str) -> Callable[[Row], bool]:
 
 _EPOCH, _GAN, _CALL = "MNIST epoch 784-128-10, batch 64", "GAN step, batch 64", "a call on a small array, tanh 64x128"
 
-TARGETS: tuple[Target | Limit | RoofTarget, ...] = (
+TARGETS: tuple[Target | Limit | RooflineTarget, ...] = (
     Target("linear float32, 1024³ to 4096³", _of("linear", set="squares"), ("cuBLAS",), 0.97),
     Target("linear float32, layers up to 1024 wide, batch 64 to 4096", _wide(0, 1024), ("cuBLAS",), 1.2),
     Target("linear float32, layers 4096 wide, batch 64 to 1024", _wide(4096, 4096), ("cuBLAS",), 1.0),
     Target("matmul bfloat16 and float16, 4096³ and 8192³", _large("bfloat16", "float16"), ("cuBLAS",), 0.9),
     Target("matmul TF32, 4096³ and 8192³", _large("tf32"), ("cuBLAS",), 0.9),
-    RoofTarget("elementwise, 100 million elements", _of("elementwise"), 0.92),
-    RoofTarget("losses and functions of rows, 100 million elements", _unwaited("losses"), 0.9),
+    RooflineTarget("elementwise, 100 million elements", _of("elementwise"), 0.92),
+    RooflineTarget("losses and functions of rows, 100 million elements", _unwaited("losses"), 0.9),
     Limit(_CALL, _of("overhead", call="tanh 64x128"), 8e-6),
     Limit(_EPOCH, _of("epoch"), 6e-3),
     Target(_EPOCH, _of("epoch"), ("pytorch graph",), 1.3),
@@ -128,7 +128,7 @@ TARGETS: tuple[Target | Limit | RoofTarget, ...] = (
 def verdicts(report: Report) -> list[Verdict]:
     """Return what the run says about each target."""
     timed = rows(report)
-    found = [t.verdict(timed) if isinstance(t, RoofTarget) else verdict(t, timed) for t in TARGETS]
+    found = [t.verdict(timed) if isinstance(t, RooflineTarget) else verdict(t, timed) for t in TARGETS]
     return [*_facts(report), *found]
 
 
@@ -176,20 +176,20 @@ def _short(seconds: float) -> str:
 
 
 def _peers(of_it: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in of_it for name in row.sides if name != "gemmlet"))
+    return list(dict.fromkeys(name for row in of_it for name in row.timed if name != "gemmlet"))
 
 
 def _ours(row: Row) -> list[str]:
     if not row.measured("gemmlet"):
         return ["FAILED", ""]
-    share = row.share_of_roof()
+    share = row.roofline_share()
     return [_short(row.percentile("gemmlet", 50)), "" if share is None else f"{share:.0%}"]
 
 
 def _theirs(row: Row, peer: str) -> str:
-    if peer not in row.sides:
+    if peer not in row.timed:
         return ""
-    if row.sides[peer].failed is not None:
+    if row.timed[peer].failed is not None:
         return "failed"
     ratio = row.ratio(peer)
     time = _short(row.percentile(peer, 50))
@@ -262,7 +262,7 @@ def _failed(report: Report) -> list[str]:
     return [
         f"{side} fails in {row.key}: {timed.failed}"
         for row in rows(report)
-        for side, timed in row.sides.items()
+        for side, timed in row.timed.items()
         if timed.failed is not None
     ]
 
@@ -281,14 +281,14 @@ def markdown(report: Report) -> str:
     lines += [
         "",
         "p20, p50, p80: percentiles of gemmlet's time. Each peer: its time over gemmlet's, the median over the rounds, "
-        f"and its own median time; above 1 gemmlet is ahead, {LOST} marks what it loses. Of the roof: the time that "
+        f"and its own median time; above 1 gemmlet is ahead, {LOST} marks what it loses. % of roofline: the time that "
         "this card's copies, or cuBLAS at 8192³ in that type, would take, over gemmlet's.",
         "",
     ]
     for name, of_it in groups(rows(report)):
         peers = _peers(of_it)
         lost = sum(any((row.ratio(peer) or 1.0) < 1 for peer in peers) for row in of_it)
-        head = [name, "p20", "p50", "p80", "of the roof", *peers]
+        head = [name, "p20", "p50", "p80", "% of roofline", *peers]
         table = [[row.name, *_percentiles(row), *(_markdown_peer(row, peer) for peer in peers)] for row in of_it]
         title = f"{name} (one {of_it[0].unit}): {len(of_it)} rows, {lost or 'none'} behind a peer"
         lines += [f"<details><summary>{title}</summary>", "", *_markdown_table(head, table), "", "</details>", ""]
@@ -298,7 +298,7 @@ def markdown(report: Report) -> str:
 def _percentiles(row: Row) -> list[str]:
     if not row.measured("gemmlet"):
         return [f"{LOST} failed", "", "", ""]
-    share = row.share_of_roof()
+    share = row.roofline_share()
     times = [duration(row.percentile("gemmlet", percent)) for percent in (20, 50, 80)]
     return [*times, "" if share is None else f"{share:.0%}"]
 

@@ -139,13 +139,13 @@ class Gpu:
         return 2.0 * source.nbytes / statistics.median(seconds)
 
     def product_rate(self, kind: str) -> float | None:
-        """Operations a second of a product of cuBLAS, 8192³, which stands in for the arithmetic's roof."""
+        """Operations a second of a product of cuBLAS, 8192³, which stands in for the arithmetic's roofline."""
         if kind not in self.product_rates:
             try:
                 self.product_rates[kind] = None if self.torch is None else self._measured_product_rate(kind)
-            except Exception as error:  # there is no roof then, and all else goes on
+            except Exception as error:  # there is no roofline then, and all else goes on
                 self.product_rates[kind] = None
-                self.notes.append(f"no roof for {kind}: {_in_short(error)}")
+                self.notes.append(f"no roofline for {kind}: {_in_short(error)}")
             self.free()
         return self.product_rates[kind]
 
@@ -392,7 +392,7 @@ class Case:
     flops, bytes
         The least work: operations of the products, and bytes read and written, each array once.
     rate
-        What cuBLAS reaches in this type is the roof of the operations; None: the bytes are all that counts.
+        What cuBLAS reaches in this type is the roofline of the operations; None: the bytes are all that counts.
     """
 
     group: str
@@ -411,7 +411,7 @@ class Case:
         """The row's key."""
         return f"{self.group}: {self.name}"
 
-    def roof(self, gpu: Gpu) -> float | None:
+    def roofline(self, gpu: Gpu) -> float | None:
         """Return the least seconds, by what this GPU copies and cuBLAS multiplies."""
         rate = None if self.rate is None else gpu.product_rate(self.rate)
         floors = [self.bytes / gpu.copy_rate if self.bytes else 0.0, self.flops / rate if rate else 0.0]
@@ -426,7 +426,7 @@ def run(gpu: Gpu, case: Case, seconds: float, seed: int = 0) -> Row:
     LostError
         The GPU cannot be used any more; the message says since what.
     """
-    roof = case.roof(gpu)
+    roofline = case.roofline(gpu)
     inputs = case.inputs(gpu)
     sides: dict[str, Side] = {}
     timed: dict[str, Timed] = {}
@@ -446,9 +446,7 @@ def run(gpu: Gpu, case: Case, seconds: float, seed: int = 0) -> Row:
     for name, samples in alternate(gpu, sides, seconds, random.Random(seed)).items():
         timed[name] = Timed(tuple(samples))
     sides.clear()
-    return Row(
-        case.group, case.name, case.unit, timed, dict(case.labels), flops=case.flops, bytes=case.bytes, roof=roof
-    )
+    return Row(case.group, case.name, case.unit, timed, dict(case.labels), case.flops, case.bytes, roofline)
 
 
 def alternate(gpu: Gpu, sides: Mapping[str, Side], seconds: float, rng: random.Random) -> dict[str, list[float]]:

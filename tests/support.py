@@ -245,13 +245,13 @@ def copies(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: v.copy(order="C") if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
 
 
-# The quick function behind each kernel.
-QUICK_NAMES = {name: name for name in kernels.__all__} | {"matmul": "linear", "sgd_update": "momentum_update"}
-QUICK_NAMES["adamw_update"] = "adam_update"
+# The fast path behind each kernel.
+FAST_PATHS = {name: name for name in kernels.__all__} | {"matmul": "linear", "sgd_update": "momentum_update"}
+FAST_PATHS["adamw_update"] = "adam_update"
 
 
 class Watched:
-    """Calls of a quick function: how many it answered, and how many it left to the general path."""
+    """Calls of a fast path: how many it answered, and how many it left to the general path."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.answered, self.left = function, 0, 0

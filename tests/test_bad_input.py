@@ -623,7 +623,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "optimizer_rules", "get_num_threads", "set_num_threads"}
     others |= {"fma_loop", "mark"}  # in test_bench.py
-    others |= {"formula", "quick"}  # see test_quick.py
+    others |= {"formula", "quick"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == set(calls) | others
     return calls

@@ -1,4 +1,4 @@
-"""The benchmarks: every case is there, checks find a wrong side, and what is reported follows from the samples."""
+"""The benchmarks: every case is there, checks find a wrong result, and what is reported follows from the samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import pytest
 import gemmlet
 from gemmlet import kernels
 from gemmlet.bench import cases as bench_cases
-from gemmlet.bench import instructions, results, roof, scaling, sides, suite, targets, timing, training
+from gemmlet.bench import implementations, instructions, results, roofline, scaling, suite, targets, timing, training
 from gemmlet.bench.case import Case, Prepared, Settings
 from gemmlet.bench.results import Results, Row
 from gemmlet.bench.timing import Plan, Timed
@@ -52,9 +52,9 @@ def undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def some_roof(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A roof that takes no seconds to measure."""
-    monkeypatch.setattr(roof, "measure", lambda threads: roof.Roof({"float32": 1e11}, {2**20: 1e10}))
+def some_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A roofline that takes no seconds to measure."""
+    monkeypatch.setattr(roofline, "measure", lambda threads: roofline.Roofline({"float32": 1e11}, {2**20: 1e10}))
 
 
 def call(*words: Any) -> int:
@@ -68,14 +68,14 @@ def call(*words: Any) -> int:
 
 
 @pytest.mark.parametrize("settings", [QUICK, FULL], ids=["quick", "full"])
-def test_cases_have_keys_and_sides_of_their_own(settings: Settings) -> None:
+def test_cases_have_keys_and_implementations_of_their_own(settings: Settings) -> None:
     found = suite.chosen_cases(settings, suite.Choice())
     assert len({case.key for case in found}) == len(found)
     assert {case.group for case in found} == set(bench_cases.GROUPS)
     for case in found:
-        assert sides.OURS in case.sides
-        assert "numpy" in case.sides
-        assert set(case.sides) <= set(sides.SIDES)
+        assert implementations.OURS in case.implementations
+        assert "numpy" in case.implementations
+        assert set(case.implementations) <= set(implementations.IMPLEMENTATIONS)
         assert json.loads(json.dumps(dict(case.labels))) == case.labels
 
 
@@ -100,7 +100,7 @@ def test_a_new_activation_appears_without_an_edit(monkeypatch: pytest.MonkeyPatc
         f"{kernel} 16,384 {dtype}" for dtype in ("float32", "float64") for kernel in ("new", "new_backward")
     ]
     for case in found:
-        assert {"gemmlet", "numpy"} <= set(case.sides)
+        assert {"gemmlet", "numpy"} <= set(case.implementations)
         timing.check(case, "numpy")
         timing.check(case, "gemmlet")
 
@@ -117,15 +117,15 @@ def test_peers_have_the_functions_that_the_tables_name(known: str, find: str) ->
 
 
 def test_peers_are_right() -> None:
-    """Each side of a few cases that are small; `pytest benchmarks` checks all of them."""
+    """Each implementation of a few cases that are small; `pytest benchmarks` checks all of them."""
     chosen = ["tanh 16,384 float64", "softmax_cross_entropy 64x10 float32", "adam 100,000 float64", "x.T@g 784x64x128"]
     found = [case for words in chosen for case in suite.chosen_cases(QUICK, suite.Choice((), words))]
     assert len(found) >= len(chosen)
     for case in found:
-        for side in suite.chosen_sides(
-            case, QUICK, suite.Choice(sides=("numpy", "gemmlet", "pytorch", "pytorch fused"))
+        for implementation in suite.chosen_implementations(
+            case, QUICK, suite.Choice(implementations=("numpy", "gemmlet", "pytorch", "pytorch fused"))
         ):
-            timing.check(case, side)
+            timing.check(case, implementation)
 
 
 def test_trainings_agree() -> None:
@@ -133,9 +133,11 @@ def test_trainings_agree() -> None:
     case = training.digits_case(QUICK, (784, 16, 10), 300, 64, "float64", ("gemmlet", "numpy"))
     inputs = case.inputs()
     exact = case.exact(inputs)
-    for side in case.sides:
-        worst = max(np.abs(a - b).max() for a, b in zip(case.prepare(side, inputs).result(), exact, strict=True))
-        assert worst < 1e-12, side
+    for implementation in case.implementations:
+        worst = max(
+            np.abs(a - b).max() for a, b in zip(case.prepare(implementation, inputs).result(), exact, strict=True)
+        )
+        assert worst < 1e-12, implementation
     assert max(np.abs(a - b).max() for a, b in zip(inputs.parameters, exact, strict=True)) > 1e-3  # it has learnt
 
 
@@ -166,7 +168,7 @@ def made_up(**made: Any) -> Case:
     ],
     ids=["values", "a little", "nan", "shape", "number"],
 )
-def test_a_wrong_side_is_found_and_never_timed(wrong: Any) -> None:
+def test_a_wrong_implementation_is_found_and_never_timed(wrong: Any) -> None:
     times = []
 
     def right(x: Any) -> Any:
@@ -186,7 +188,7 @@ def test_a_wrong_side_is_found_and_never_timed(wrong: Any) -> None:
         timing.check(case, "numpy")
 
 
-def test_a_side_that_raises_leaves_the_others() -> None:
+def test_an_implementation_that_raises_leaves_the_others() -> None:
     def raises(x: Any) -> Any:
         raise RuntimeError("no\nsuch thing")
 
@@ -204,7 +206,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def side(self, seconds: float) -> Prepared:
+    def implementation(self, seconds: float) -> Prepared:
         def run() -> None:
             self.now += seconds
 
@@ -214,7 +216,11 @@ class Clock:
 def test_samples_are_seconds_per_call() -> None:
     clock = Clock()
     timed = timing.alternate(
-        {"gemmlet": clock.side(1e-5), "numpy": clock.side(3e-3), "pytorch": clock.side(0.2)},
+        {
+            "gemmlet": clock.implementation(1e-5),
+            "numpy": clock.implementation(3e-3),
+            "pytorch": clock.implementation(0.2),
+        },
         Plan(1.0, 3, 50, 1e-3, 5e-3),
         random.Random(0),
         clock,
@@ -224,10 +230,10 @@ def test_samples_are_seconds_per_call() -> None:
     assert np.allclose(timed["pytorch"], 0.2)
     # A round takes about 0.2 s, so that there are some five.
     assert {len(samples) for samples in timed.values()} == {4}
-    assert timing.calls_per_sample(clock.side(1e-5).call, 1e-3, clock) == 100
+    assert timing.calls_per_sample(clock.implementation(1e-5).call, 1e-3, clock) == 100
 
 
-def test_a_side_is_warmed_up_until_it_is_fast_again() -> None:
+def test_an_implementation_is_warmed_up_until_it_is_fast_again() -> None:
     clock = Clock()
     seconds = itertools.chain([1e-4] * 3, [1e-2] * 5, itertools.repeat(1e-4))
 
@@ -292,7 +298,7 @@ def test_quiet_by_used_time_that_grows_at_ticks(begin: float, monkeypatch: pytes
 def test_rounds_are_at_least_and_at_most_what_the_plan_says() -> None:
     clock = Clock()
     for seconds, expected in ((1e-9, 3), (1e9, 50)):
-        timed = timing.alternate({"gemmlet": clock.side(1e-4)}, Plan(seconds, 3, 50), random.Random(0), clock)
+        timed = timing.alternate({"gemmlet": clock.implementation(1e-4)}, Plan(seconds, 3, 50), random.Random(0), clock)
         assert len(timed["gemmlet"]) == expected
 
 
@@ -311,14 +317,16 @@ def test_units_divide_the_time() -> None:
     assert np.median(timing.run(case, ["gemmlet"], Plan(0.001, 3))["gemmlet"].samples) < np.median(slow) / 50
 
 
-def test_same_threads_for_every_side() -> None:
+def test_same_threads_for_every_implementation() -> None:
     import threadpoolctl
 
     names = [
-        side.name for side in sides.SIDES.values() if side.package in (None, "torch", "numexpr") and side.available()
+        implementation.name
+        for implementation in implementations.IMPLEMENTATIONS.values()
+        if implementation.package in (None, "torch", "numexpr") and implementation.available()
     ]
     before = gemmlet.get_num_threads()
-    with sides.same_threads(1, names):
+    with implementations.same_threads(1, names):
         assert gemmlet.get_num_threads() == 1
         assert {library["num_threads"] for library in threadpoolctl.threadpool_info()} == {1}
         if "torch" in sys.modules:
@@ -326,14 +334,14 @@ def test_same_threads_for_every_side() -> None:
     assert gemmlet.get_num_threads() == before
 
 
-def test_missing_peers_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch, some_roof: None) -> None:
-    find = sides.importlib.util.find_spec
+def test_missing_peers_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch, some_roofline: None) -> None:
+    find = implementations.importlib.util.find_spec
     gone = {"torch", "jax", "sklearn", "numexpr", "numba"}
     monkeypatch.setattr(
-        sides.importlib.util, "find_spec", lambda name, *rest: None if name in gone else find(name, *rest)
+        implementations.importlib.util, "find_spec", lambda name, *rest: None if name in gone else find(name, *rest)
     )
     run = suite.run(QUICK, suite.Choice(["activations"], "gelu_tanh 16,384 float32"), Plan(0.001, 2), 1)
-    assert [list(row.sides) for row in run.rows] == [["gemmlet", "numpy"]] * 2
+    assert [list(row.timed) for row in run.rows] == [["gemmlet", "numpy"]] * 2
     assert run.notes[0].startswith("Left out, as they are not installed: jax, numba, numexpr, sklearn, torch")
 
 
@@ -353,20 +361,20 @@ def test_blas_variables_are_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert suite.without_blas_variables({"PATH": "x"}) is None
 
 
-# The roof.
+# The roofline.
 
 
-def test_roof() -> None:
-    top = roof.measure(1, (2**16, 2**20))
+def test_roofline() -> None:
+    top = roofline.measure(1, (2**16, 2**20))
     assert set(top.copy) == {2**16, 2**20}
     assert all(1e8 < rate < 1e13 for rate in top.copy.values())
     assert all(1e8 < rate < 1e13 for rate in top.flops.values())
     case = dataclasses.replace(made_up(), flops=1e9, bytes=8.0)
-    known = roof.Roof({"float64": 1e9}, {1024: 1e9, 2048: 2e9})
+    known = roofline.Roofline({"float64": 1e9}, {1024: 1e9, 2048: 2e9})
     assert known.seconds(case) == 1.0
     assert known.seconds(dataclasses.replace(case, flops=0.0, bytes=1024.0)) == pytest.approx(1024e-9)
     assert known.seconds(dataclasses.replace(case, flops=0.0, bytes=4096.0)) == pytest.approx(2048e-9)
-    assert roof.Roof({}, {}).seconds(case) is None
+    assert roofline.Roofline({}, {}).seconds(case) is None
 
 
 def test_fma_loop() -> None:
@@ -389,9 +397,12 @@ def test_fma_loop() -> None:
 # Results.
 
 
-def row(name: str = "tanh", group: str = "activations", roof: float | None = None, **samples: Any) -> Row:
-    made = {side: Timed(failed=s) if isinstance(s, str) else Timed(tuple(s)) for side, s in samples.items()}
-    return Row(group, name, "call", made, {"kernel": name, "dtype": "float32"}, 1.0, 2.0, roof)
+def row(name: str = "tanh", group: str = "activations", roofline: float | None = None, **samples: Any) -> Row:
+    made = {
+        implementation: Timed(failed=s) if isinstance(s, str) else Timed(tuple(s))
+        for implementation, s in samples.items()
+    }
+    return Row(group, name, "call", made, {"kernel": name, "dtype": "float32"}, 1.0, 2.0, roofline)
 
 
 def run_of(*rows: Row, measure: str = results.TIME, **settings: Any) -> Results:
@@ -407,12 +418,12 @@ def saved(name: str, run: Results) -> Path:
 
 
 def test_json_round_trip() -> None:
-    run = run_of(row(gemmlet=[1e-6, 2e-6], numpy=[3e-6, 4e-6], jax="it broke", roof=1e-6), measure=results.TIME)
+    run = run_of(row(gemmlet=[1e-6, 2e-6], numpy=[3e-6, 4e-6], jax="it broke", roofline=1e-6), measure=results.TIME)
     read = results.load(saved("a.json", run))
     assert read == dataclasses.replace(run, rows=list(run.rows), notes=list(run.notes))
     assert read.rows[0].ratio("numpy") == 2.5
     assert read.rows[0].ratio("jax") is None
-    assert read.rows[0].share_of_roof() == pytest.approx(1 / 1.5)
+    assert read.rows[0].roofline_share() == pytest.approx(1 / 1.5)
 
 
 @pytest.mark.parametrize(
@@ -488,7 +499,7 @@ def test_compare_of_different_measures(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_is_lost_is_shown_and_marked(capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_of(row(gemmlet=[2e-6], numpy=[1e-6], pytorch=[3e-6], roof=1e-6), row("gelu", gemmlet="wrong result"))
+    run = run_of(row(gemmlet=[2e-6], numpy=[1e-6], pytorch=[3e-6], roofline=1e-6), row("gelu", gemmlet="wrong result"))
     assert call("--from", saved("a.json", run)) == 0
     shown = capsys.readouterr().out
     assert "▼ 0.50 (1.00 µs)" in shown
@@ -531,9 +542,17 @@ def test_targets() -> None:
 
 def test_every_target_has_rows() -> None:
     found = suite.chosen_cases(FULL, suite.Choice())
-    fast = {side: Timed((1.0,)) for side in sides.SIDES}
+    fast = {implementation: Timed((1.0,)) for implementation in implementations.IMPLEMENTATIONS}
     rows = [
-        Row(case.group, case.name, case.unit, {s: fast[s] for s in case.sides}, case.labels, case.flops, case.bytes)
+        Row(
+            case.group,
+            case.name,
+            case.unit,
+            {s: fast[s] for s in case.implementations},
+            case.labels,
+            case.flops,
+            case.bytes,
+        )
         for case in found
     ]
     for target in targets.TARGETS:
@@ -569,7 +588,7 @@ def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
 # The command.
 
 
-def test_measures_saves_and_compares(capsys: pytest.CaptureFixture[str], some_roof: None) -> None:
+def test_measures_saves_and_compares(capsys: pytest.CaptureFixture[str], some_roofline: None) -> None:
     words = ["overhead", "--filter", "TANH 1", "--seconds", 0.001, "--threads", 1, "--sides", "gemmlet,numpy"]
     assert call(*words, "--out", "here/there") == 0
     shown = capsys.readouterr().out
@@ -673,9 +692,9 @@ def test_scaling_in_a_process_of_its_own() -> None:
 def test_scaling_curves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked = []
 
-    def measured(side: str, point: scaling.Point) -> dict[str, Any]:
-        asked.append((side, point))
-        if side == "numpy" and point.batch == 1:
+    def measured(implementation: str, point: scaling.Point) -> dict[str, Any]:
+        asked.append((implementation, point))
+        if implementation == "numpy" and point.batch == 1:
             return {"failed": "too small"}
         return {"images_per_second": 1e5 / point.depth, "loaded_mb": 50.0, "peak_mb": 100.0 + point.width}
 
@@ -684,7 +703,7 @@ def test_scaling_curves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     curves = json.loads(Path("s/scaling.json").read_text())["curves"]
     assert list(curves) == ["batch", "width", "depth", "threads"]
     assert [point["value"] for point in curves["threads"]] == [1, 2, 3]
-    assert {point.threads for side, point in asked if point.batch != 64} == {3}
+    assert {point.threads for implementation, point in asked if point.batch != 64} == {3}
     assert curves["depth"][1]["sides"]["gemmlet"]["images_per_second"] == 1e5 / 4
     assert Path("s/scaling.png").stat().st_size > 10_000
     assert "numpy fails at batch 1: too small" in capsys.readouterr().out

@@ -19,6 +19,7 @@ import pytest
 import cuda_on_host.backend
 import gemmlet
 from gemmlet import cli, nn
+from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
@@ -34,7 +35,7 @@ import threadpoolctl  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from gemmlet.bench.suite import BLAS_VARIABLES  # noqa: E402
-from gemmlet.cli import plots, train  # noqa: E402
+from gemmlet.cli import plots, train_mlp, training  # noqa: E402
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = mnist.SHA256
 MLP_PICTURES = {
@@ -238,7 +239,7 @@ def test_mlp_metrics_are_those_of_the_saved_model(mlp, digits):
 
 
 def test_mlp_held_out_images_are_not_learnt_from(mlp, digits):
-    kept, held_out = train.hold_out(200, seed=5)
+    kept, held_out = train_mlp.hold_out(200, seed=5)
     assert len(held_out) == 20
     assert sorted([*kept, *held_out]) == list(range(200))
     data, model = load_mnist(digits), nn.MLP([784, 256, 10], "relu", seed=5)
@@ -275,7 +276,7 @@ def test_mlp_classic(digits, tmp_path):
     assert (model.layers, model.activation, model.output) == ([784, 128, 10], "tanh", "sigmoid")
     assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("sgd", 0.1, 16)
     assert (metrics["hidden"], metrics["classic"], metrics["lr_decay"]) == ([128], True, False)
-    data, (kept, _) = load_mnist(digits), train.hold_out(200, seed=0)
+    data, (kept, _) = load_mnist(digits), train_mlp.hold_out(200, seed=0)
     history = nn.MLP.classic(seed=0).fit(data.x_train[kept], data.y_train[kept], epochs=1)
     assert metrics["history"]["loss"] == history.loss
 
@@ -445,7 +446,7 @@ def test_optimizers(digits, tmp_path, words, lr):
     assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == (name, lr, 50)
     # The network got just these settings.
     data, model = load_mnist(digits), nn.MLP([784, 256, 10], "relu", seed=0)
-    kept, _ = train.hold_out(200, seed=0)
+    kept, _ = train_mlp.hold_out(200, seed=0)
     some, rule = (data.x_train[kept], data.y_train[kept]), nn.make_optimizer(name, lr=lr)
     history = model.fit(*some, epochs=1, batch_size=50, optimizer=rule, lr_schedule=nn.linear_decay)
     assert metrics["history"]["loss"] == history.loss
@@ -790,7 +791,7 @@ def test_too_large_for_the_memory(digits, tmp_path, capsys, monkeypatch):
     def refuse(*_, **__):
         raise MemoryError("Unable to allocate 7.28 TiB")
 
-    monkeypatch.setattr(train.nn, "MLP", refuse)
+    monkeypatch.setattr(train_mlp.nn, "MLP", refuse)
     assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 1
     line = error_line(capsys)
     assert "--hidden" in line
@@ -811,12 +812,24 @@ def test_error_leaves_the_old_file(tmp_path):
     files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(path, {"a": float("nan")})
-    with contextlib.suppress(ZeroDivisionError), files.replacing(path) as temporary:
+    with contextlib.suppress(ZeroDivisionError), replacing(path) as temporary:
         temporary.write_text("half")
         assert temporary.suffix == ".json"
         raise ZeroDivisionError
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_two_writers_of_one_file(tmp_path):
+    path = tmp_path / "a.json"
+    with replacing(path) as outer:
+        outer.write_text("outer")
+        with replacing(path) as inner:
+            inner.write_text("inner")
+        assert path.read_text() == "inner"
+    assert path.read_text() == "outer"
+    (tmp_path / "b").touch()
+    assert path.stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
 def write_half(self, content, *_, **__):
@@ -900,7 +913,7 @@ def press(monkeypatch):
     monkeypatch.setattr(fit.CallBudget, "stop", lambda pace, done: None)
 
     def at(batch, times=1):
-        see, seen = train._Watch.see, []
+        see, seen = training.Watch.see, []
 
         def pressed(self, progress, figures):
             seen.append(progress)
@@ -909,7 +922,7 @@ def press(monkeypatch):
                     signal.raise_signal(signal.SIGINT)
             see(self, progress, figures)
 
-        monkeypatch.setattr(train._Watch, "see", pressed)
+        monkeypatch.setattr(training.Watch, "see", pressed)
 
     return at
 
@@ -976,7 +989,7 @@ def test_second_ctrl_c_while_training(digits, tmp_path, press, capsys):
 
 
 def test_ctrl_c_before_the_training(digits, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "load_mnist", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(training, "load_mnist", lambda _: signal.raise_signal(signal.SIGINT))
     assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 130
     assert error_line(capsys) == "gemmlet: interrupted\n"
     assert not (tmp_path / "out").exists()

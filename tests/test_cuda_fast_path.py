@@ -25,7 +25,7 @@ from gemmlet.backends.cuda import compiler
 from gemmlet.backends.cuda import device as cuda_device
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.cuda.device import CudaDevice
-from support import QUICK_NAMES, UPDATED, Watched, arguments_of, complaint
+from support import FAST_PATHS, UPDATED, Watched, arguments_of, complaint
 
 BACKEND = cuda_on_host.backend.load()
 
@@ -37,8 +37,8 @@ ELEMENTWISE = [name for name in kernels.__all__ if name not in ("matmul", "linea
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Watched]:
     """The fast paths, watched."""
-    functions = {name: Watched(function) for name, function in BACKEND.quick.items()}
-    monkeypatch.setattr(BACKEND, "quick", functions)
+    functions = {name: Watched(function) for name, function in BACKEND.fast_paths.items()}
+    monkeypatch.setattr(BACKEND, "fast_paths", functions)
     return functions
 
 
@@ -63,7 +63,7 @@ def outcome(name: str, arguments: dict[str, Any]) -> list[Any]:
 def general(name: str, arguments: dict[str, Any]) -> list[Any]:
     """The result without fast paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BACKEND, "quick", MappingProxyType({}))
+        patch.setattr(BACKEND, "fast_paths", MappingProxyType({}))
         return outcome(name, arguments)
 
 
@@ -83,7 +83,7 @@ def arrays_in(arguments: dict[str, Any]) -> list[str]:
 def test_same_bits_as_the_general_path(name: str, shape: Any, any_dtype: Any, watched: Any, rng: Any) -> None:
     arguments = arguments_of(name, rng, any_dtype, *shape)
     got = outcome(name, moved(arguments))
-    assert watched[QUICK_NAMES[name]].answered == 1
+    assert watched[FAST_PATHS[name]].answered == 1
     assert same(got, general(name, moved(arguments)))
 
 
@@ -96,14 +96,14 @@ def test_outputs(name: str, watched: Any, rng: Any) -> None:
     result = getattr(kernels, name)(**given, out=(out := to_gpu(np.full_like(expected[-1], 99))))
     assert (result[-1] if isinstance(result, tuple) else result) is out
     assert same([to_cpu(out)], expected[-1:])
-    assert watched[QUICK_NAMES[name]].answered == 1
+    assert watched[FAST_PATHS[name]].answered == 1
     if name in ELEMENTWISE:
         for key in arrays_in(arguments):
             if arguments[key].shape == expected[-1].shape:
                 given = moved(arguments)
                 getattr(kernels, name)(**given, out=given[key])
                 assert same([to_cpu(given[key])], expected[-1:]), key
-        assert watched[QUICK_NAMES[name]].left == 0
+        assert watched[FAST_PATHS[name]].left == 0
 
 
 def layouts(array: np.ndarray) -> Iterator[Callable[[], Any]]:
@@ -117,7 +117,7 @@ def layouts(array: np.ndarray) -> Iterator[Callable[[], Any]]:
 @pytest.mark.parametrize("b", [False, True])
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 def test_layers(activation: str | None, b: bool, any_dtype: Any, watched: Any, rng: Any) -> None:
-    """Matrices of any strides; the numbers before the activation; and thin ones."""
+    """Matrices of any strides; the numbers before the activation; and skinny ones."""
     for m, k, n in [(9, 16, 8), (70, 5, 3), (1, 300, 24), (3, 40, 65)]:
         x, w, bias = (rng.normal(size=shape).astype(any_dtype) for shape in ((m, k), (k, n), (n,)))
         for (of_x, of_w), keep in zip(
@@ -217,10 +217,10 @@ def test_unusual_arrays(name: str, watched: Any, rng: Any) -> None:
         for what, make in unusual_arrays(good[key]):
             if what == "on another GPU" and len(arrays_in(good)) == 1:
                 continue
-            answered = watched[QUICK_NAMES[name]].answered
+            answered = watched[FAST_PATHS[name]].answered
             mine, theirs = moved(good) | {key: make()}, moved(good) | {key: make()}
             got = complaint(lambda m=mine: outcome(name, m))
-            left = watched[QUICK_NAMES[name]].answered == answered
+            left = watched[FAST_PATHS[name]].answered == answered
             expected = complaint(lambda t=theirs: general(name, t))
             label = f"{key}: {what}"
             if isinstance(expected, tuple):
@@ -245,7 +245,7 @@ def test_unusual_outputs(name: str, watched: Any, rng: Any) -> None:
         got = complaint(lambda m=mine: outcome(name, m))
         expected = complaint(lambda t=theirs: general(name, t))
         assert got == expected if isinstance(expected, tuple) else same(got, expected), what
-        assert watched[QUICK_NAMES[name]].answered == 0, what
+        assert watched[FAST_PATHS[name]].answered == 0, what
     for key in arrays_in(good):
         memory = np.zeros(good[key].size + result.size, np.float32)
         if good[key].dtype != np.float32:
@@ -260,7 +260,7 @@ def test_unusual_outputs(name: str, watched: Any, rng: Any) -> None:
                 runs.append(complaint(lambda r=run, a=array, o=out, k=key: r(name, moved(good) | {k: a, "out": o})))
             assert runs[0] == runs[1] if isinstance(runs[1], tuple) else same(runs[0], runs[1]), key
             # What a gradient is not computed from may be written to.
-            assert watched[QUICK_NAMES[name]].answered == 0 or name.endswith("_backward"), key
+            assert watched[FAST_PATHS[name]].answered == 0 or name.endswith("_backward"), key
 
 
 @pytest.mark.parametrize("name", [n for n in kernels.__all__ if n.endswith("_update")])
@@ -271,7 +271,7 @@ def test_updates_refuse_shared_memory(name: str, watched: Any, rng: Any) -> None
         given[one] = given[other]
         with pytest.raises(ValueError, match="overlaps"):
             getattr(kernels, name)(**given)
-    assert watched[QUICK_NAMES[name]].answered == 0
+    assert watched[FAST_PATHS[name]].answered == 0
 
 
 def test_numbers(watched: Any) -> None:

@@ -277,8 +277,8 @@ def test_zero_strides(kind: str, rng: np.random.Generator) -> None:
 
 def test_same_bits_in_every_order_of_threads(kind: str, rng: np.random.Generator) -> None:
     a, b = rng.normal(size=(70, 300)).astype(DTYPES[kind]), rng.normal(size=(300, 45)).astype(DTYPES[kind])
-    thin = rng.normal(size=(300, 2)).astype(DTYPES[kind])
-    pairs = [(by_row(a), by_column(b)), (misaligned(a), by_row(b)), (by_column(a), by_row(thin))]
+    skinny = rng.normal(size=(300, 2)).astype(DTYPES[kind])
+    pairs = [(by_row(a), by_column(b)), (misaligned(a), by_row(b)), (by_column(a), by_row(skinny))]
     for x, w in pairs:
         for choice in choices(kind, x, w):
             results = []
@@ -326,9 +326,9 @@ def test_python_and_cpp_agree_on_tiles() -> None:
         name = f"gemmlet::{tile.kernel.title()}Tile<{cpp[dtype]}, {numbers}>"
         lines.append(f"static_assert({name}::threads == {tile.threads} && {name}::shared_bytes == {tile.shared});")
     for dtype, along_lines in itertools.product(cpp, (True, False)):
-        lines_of_block = cuda_matmul.thin_lines(dtype, along_lines)
+        lines_of_block = cuda_matmul.skinny_lines(dtype, along_lines)
         lines.append(
-            f"static_assert(gemmlet::thin_lines<{cpp[dtype]}>({str(along_lines).lower()}) == {lines_of_block});"
+            f"static_assert(gemmlet::skinny_lines<{cpp[dtype]}>({str(along_lines).lower()}) == {lines_of_block});"
         )
     command = [COMPILER, "-std=c++17", "-fsyntax-only", "-x", "c++", f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-"]
     done = subprocess.run(command, input="\n".join(lines), text=True, capture_output=True)

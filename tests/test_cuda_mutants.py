@@ -157,14 +157,14 @@ def checked_losses(run: Run) -> None:
         p = run.rng.uniform(0.1, 0.9, 3000).astype(np.float32)
         gradient = run.place(poison(p), 0)
         p[1234] = p[1234] if bad is None else bad
-        loss = run.backend.quick["binary_cross_entropy"](run.place(p, 0), run.place(p[::-1], 0), None, gradient)
+        loss = run.backend.fast_paths["binary_cross_entropy"](run.place(p, 0), run.place(p[::-1], 0), None, gradient)
         assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
     for bad, smoothing in itertools.product((None, -1, 10), (0.0, 0.1)):
         z, labels = run.normal(70, 10), run.rng.integers(0, 10, 70)
         labels[:2], labels[50] = (0, 9), labels[50] if bad is None else bad
         gradient = run.place(poison(z), 0)
         arguments = run.place(z, 0), run.place(labels, 0), smoothing, gradient
-        loss = run.backend.quick["softmax_cross_entropy"](*arguments)
+        loss = run.backend.fast_paths["softmax_cross_entropy"](*arguments)
         assert (loss is None) == np.all(np.isnan(run.device.view(gradient))) == (bad is not None)
 
 
@@ -191,13 +191,13 @@ def ranges(run: Run) -> None:
 def optimizers(run: Run) -> None:
     for n, offset in ((1, 0), (1030, 0), (1030, 1)):
         p, g, m, v = (run.normal(n) for _ in range(4))
-        scalars = tuple(np.linspace(0.1, 0.9, len(OPTIMIZER_RULES["adam"].scalars)))
-        run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), scalars, offset=offset)
+        hyperparameters = tuple(np.linspace(0.1, 0.9, len(OPTIMIZER_RULES["adam"].hyperparameters)))
+        run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), hyperparameters, offset=offset)
 
 
 def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:
     """Products of small integers, exact, by one tile of a kernel: several tiles and steps, and parts of both."""
-    sizes = {"thin": [(150, 3, 300), (1, 300, 70)], "wgmma": [(152, 304, 296)]}
+    sizes = {"skinny": [(150, 3, 300), (1, 300, 70)], "wgmma": [(152, 304, 296)]}
     # The smallest; but of wgmma's the one with clusters.
     first = max if kernel == "wgmma" else min
 
@@ -245,7 +245,8 @@ def call_of_training(name: str) -> Any:
     if name == "mlp_in_a_cluster":
         return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
     kind = "sparse" if name == "mlp_of_sparse" else "floats"
-    return test_cuda_training.Mlp((150, 69, 34, 40), np.float32, rule="momentum", count=90, batch=70, kind=kind)
+    how = {"rule": "momentum", "count": 90, "batch": 70, "kind": kind, "sign": -1.0}
+    return test_cuda_training.Mlp((150, 69, 34, 40), np.float32, **how)
 
 
 def training(name: str, plan: str) -> Callable[[Run], None]:
@@ -277,7 +278,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         ranges,
         optimizers,
         products("simt", "float32"),
-        products("thin", "float32"),
+        products("skinny", "float32"),
         products("mma", "float16"),
         products("mma", "float32", tf32=True),
         products("wgmma", "float16"),
@@ -440,11 +441,11 @@ WRONG = [
     ),
     *mutants(
         "matmul/skinny",
-        ("step < steps.last; ++step", "step < steps.last - 1; ++step", "thin_float32"),
-        ("step <= last - size - (batch - 1) * apart", "step <= last - size", "thin_float32"),
-        ("lanes >= first", "lanes > first", "thin_float32"),
-        ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "thin_float32"),
-        ("int warp = 1; warp < warps", "int warp = 2; warp < warps", "thin_float32"),
+        ("step < steps.last; ++step", "step < steps.last - 1; ++step", "skinny_float32"),
+        ("step <= last - size - (batch - 1) * apart", "step <= last - size", "skinny_float32"),
+        ("lanes >= first", "lanes > first", "skinny_float32"),
+        ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "skinny_float32"),
+        ("int warp = 1; warp < warps", "int warp = 2; warp < warps", "skinny_float32"),
     ),
     *mutants(
         "matmul/mma",
@@ -565,7 +566,7 @@ WRONG = [
         ("ptx::wait_for_phase(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
         ("Ranks * quads * 16", "Ranks * quads * 16 + 16", "mlp_in_a_cluster"),
         ("rows_of_warp * quads * 16", "8 * quads * 16", "mlp_in_a_cluster"),
-        ("}\n    }\n    " + BARRIER + "\n\n    float numbers", "}\n    }\n    float numbers", "mlp_in_a_cluster"),
+        ("}\n    }\n    " + BARRIER + "\n\n    float hyper", "}\n    }\n    float hyper", "mlp_in_a_cluster"),
         ("wait_for_copies<1>", "wait_for_copies<2>", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 3);", "mlp_in_a_cluster"),
         ("int part = 0; part < 3; ++part)\n#pragma", "int part = 0; part < 2; ++part)\n#pragma", "mlp_in_a_cluster"),
@@ -589,7 +590,7 @@ RACES = [
     *mutants("losses", ("if (!is_last_block(counter)) return;", "is_last_block(counter);", "elementwise_losses")),
     *mutants("column_sum", ("of_warps[warp][lane] = sum;\n    " + BARRIER, "of_warps[warp][lane] = sum;", "columns")),
     *mutants("matmul/simt", (BARRIER + "\n        write", "write", "simt_float32")),
-    *mutants("matmul/skinny", ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "thin_float32")),
+    *mutants("matmul/skinny", ("= of_warp;\n    }\n  " + BARRIER, "= of_warp;\n    }", "skinny_float32")),
     *mutants(
         "matmul/mma",
         (BARRIER + "\n        read", "read", "mma_float16"),
@@ -608,7 +609,7 @@ RACES = [
         ("}\n    __syncwarp();\n\n    // What the units", "}\n    // What the units", "mlp_in_a_cluster"),
         ("ptx::wait_for_phase(barrier, turn);\n      const int j", "const int j", "mlp_in_a_cluster"),
         ("ptx::wait_for_phase(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
-        ("}\n    }\n    " + BARRIER + "\n\n    float numbers", "}\n    }\n    float numbers", "mlp_in_a_cluster"),
+        ("}\n    }\n    " + BARRIER + "\n\n    float hyper", "}\n    }\n    float hyper", "mlp_in_a_cluster"),
         ("wait_for_copies<1>();\n    __syncwarp();", "wait_for_copies<1>();", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 2);", "mlp_in_a_cluster"),
         ("&& (!of_all || rank == 0)", "", "mlp_in_a_cluster"),
@@ -708,7 +709,7 @@ def under_thread_sanitizer() -> None:
             for name in mutant.checks:
                 try:
                     CHECKS[name](Run(HostDevice(root), quick=True))
-                    print("FOUND NOTHING:", mutant)
+                    print("FOUND NOSKINNYG:", mutant)
                 except AssertionError as error:
                     print("FOUND NO RACE:", mutant, error)
                 except RuntimeError as error:

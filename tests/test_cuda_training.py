@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,33 @@ import pytest
 pytest.importorskip("cupy")
 
 import cuda_on_host.backend
-from cuda_on_host.device import COMPILER, SANITIZERS, THREAD_ORDERS, HostDevice
+from cuda_on_host.device import COMPILER, HERE, ROOT, SANITIZERS, THREAD_ORDERS, HostDevice
 from gemmlet.backends import select
+from gemmlet.backends.cuda import declarations
 from gemmlet.backends.cuda import training as cuda_training
+from gemmlet.backends.cuda.backend import CudaBackend
+from gemmlet.backends.cuda.training import Session
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_LOSSES
-from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
-from gemmlet.training.old_plan import Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
+from gemmlet.training.plan import (
+    NOISE,
+    SAMPLES,
+    Activation,
+    AllReduce,
+    Backward,
+    Batches,
+    Dataset,
+    Forward,
+    Gather,
+    Linear,
+    Loss,
+    Network,
+    Outcome,
+    Parameter,
+    TrainingPlan,
+    Update,
+)
 from support import assert_within, same_bits
 
 if shutil.which(COMPILER) is None:
@@ -87,41 +108,40 @@ def network(
     output: str | None = None,
     averaged: bool = False,
     seed: int = 0,
-) -> list[FusedLayer]:
+) -> Network:
     """A network in the middle of its training: states are not 0."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> Any:
         return (0.6 * rng.normal(size=shape)).astype(dtype)
 
-    def states(*shape: int) -> tuple[Any, ...]:
-        return tuple(0.1 * draw(*shape) ** 2 for _ in OPTIMIZER_RULES[rule].state)
-
-    layers = []
+    operations: list[Any] = []
     for i, (before, after) in enumerate(itertools.pairwise(widths)):
-        activation = hidden if i + 2 < len(widths) else output
-        parameter = 0.0 if activation is None else ACTIVATIONS[activation].default
-        average = (draw(before, after), draw(after)) if averaged else (None, None)
-        arrays = draw(before, after) / np.sqrt(before, dtype=dtype), draw(after)
-        layers.append(FusedLayer(*arrays, activation, parameter, states(before, after), states(after), *average))
-    return layers
+        shapes, parameters = ((before, after), (after,)), []
+        states = [tuple(0.1 * draw(*shape) ** 2 for _ in OPTIMIZER_RULES[rule].state) for shape in shapes]
+        averages = [draw(*shape) if averaged else None for shape in shapes]
+        values = draw(before, after) / np.sqrt(before, dtype=dtype), draw(after)
+        parameters = list(map(Parameter, values, states, averages))
+        operations.append(Linear(*parameters))
+        if activation := hidden if i + 2 < len(widths) else output:
+            operations.append(Activation(activation, ACTIVATIONS[activation].default))
+    return tuple(operations)
 
 
 def numbers(rule: str, steps: int, lr: float = 0.05) -> Any:
     """The rule's numbers, other ones in each step."""
     rates = lr * (1 - 0.05 * np.arange(steps))
     if rule == "adam":
-        return np.array([adam_scalars(7 + s, r / 5, 0.8, 0.95, 1e-3, 0.1, s % 2 == 0) for s, r in enumerate(rates)])
+        return np.array(
+            [adam_hyperparameters(7 + s, r / 5, 0.8, 0.95, 1e-3, 0.1, s % 2 == 0) for s, r in enumerate(rates)]
+        )
     rest = {"sgd": (0.03,), "momentum": (0.03, 0.8)}[rule]
     return np.array([(r, *rest, *([float(s % 2)] if rule == "momentum" else [])) for s, r in enumerate(rates)])
 
 
-def arrays_of(layers: Sequence[FusedLayer]) -> list[Any]:
-    found: list[Any] = []
-    for layer in layers:
-        averages = [a for a in (layer.weight_average, layer.bias_average) if a is not None]
-        found += [layer.weight, layer.bias, *layer.weight_state, *layer.bias_state, *averages]
-    return found
+def arrays_of(plan: TrainingPlan) -> list[Any]:
+    parameters = [p for number in range(len(plan.networks)) for p in plan.parameters(number)]
+    return [array for p in parameters for array in p.arrays() if array is not None]
 
 
 def assert_close(results: Sequence[Any], expected: Sequence[Any], dtype: Any) -> None:
@@ -130,25 +150,76 @@ def assert_close(results: Sequence[Any], expected: Sequence[Any], dtype: Any) ->
         assert_within(result, wanted, BOUNDS[str(dtype)] * max(1.0, float(np.abs(wanted).max())))
 
 
-def samples(n: int, features: int, dtype: Any, kind: str = "floats") -> Feed:
+def samples(n: int, features: int, dtype: Any, kind: str = "floats") -> Dataset:
     rng = np.random.default_rng(n)
     if kind == "bytes":
-        return Feed(rng.integers(0, 256, (n, features), np.uint8), None, None, False)
+        return Dataset(rng.integers(0, 256, (n, features), np.uint8))
     x = rng.normal(size=(n, features)).astype(dtype)
     if kind == "floats":
-        return Feed(x, None, None, False)
+        return Dataset(x)
     there = rng.uniform(size=x.shape) < 0.3
     there[1] = False
-    start = np.concatenate([[0], np.cumsum(there.sum(1))])
-    return Feed(x[there], start, np.nonzero(there)[1].astype(np.int32), True)
+    indptr = np.concatenate([[0], np.cumsum(there.sum(1))])
+    return Dataset(x[there], indptr, np.nonzero(there)[1].astype(np.int32), True)
 
 
 def some_order(n: int, count: int) -> Any:
     return np.random.default_rng(count).integers(0, n, count)
 
 
-class Mlp:
-    """A call of train_mlp, which can be done again from the same start."""
+def by_session(device: Any) -> Callable[[TrainingPlan, Batches], Outcome]:
+    """Train in one call, on a device."""
+
+    def train(plan: TrainingPlan, batches: Batches) -> Outcome:
+        session = Session(device, plan)
+        outcome = session.train(batches)
+        session.write_back()
+        return outcome
+
+    return train
+
+
+def part(batches: Batches, steps: slice, losses: Sequence[float]) -> Batches:
+    """Some steps of a call, whose losses are added to `losses`."""
+    rows = slice(steps.start * batches.size, steps.stop * batches.size)
+    return replace(
+        batches,
+        order=batches.order[rows],
+        hyperparameters=tuple(table[steps] for table in batches.hyperparameters),
+        losses=tuple(losses),
+        decay=None if batches.decay is None else batches.decay[steps],
+        noise=None if batches.noise is None else batches.noise[rows],
+    )
+
+
+class Problem:
+    """A plan and a call of `train`, which can be done again from the same start."""
+
+    plan: TrainingPlan
+    batches: Batches
+
+    def call(self) -> TrainingPlan:
+        """The plan, with networks of its own."""
+        return replace(self.plan, networks=copy.deepcopy(self.plan.networks))
+
+    def run(self, train: Any) -> list[Any]:
+        """All arrays, the losses, and how many rows were correct. `train` is that of a backend."""
+        plan = self.call()
+        outcome = train(plan, self.batches)
+        return [*arrays_of(plan), *map(np.array, outcome.losses), np.array(outcome.correct)]
+
+    def on(self, device: Any) -> list[Any]:
+        return self.run(by_session(device))
+
+    def check(self, device: Any, cpu: Any) -> None:
+        result, expected = self.on(device), self.run(cpu.train)
+        assert_close(result, expected, self.plan.dtype)
+        assert result[-1] == expected[-1]
+        assert not same_bits(result[0], arrays_of(self.plan)[0])
+
+
+class Mlp(Problem):
+    """That of one network."""
 
     def __init__(
         self,
@@ -157,6 +228,8 @@ class Mlp:
         *,
         loss: str = "softmax_cross_entropy",
         classes: bool = True,
+        smoothing: float = 0.0,
+        sign: float = 1.0,
         rule: str = "sgd",
         n: int = 50,
         count: int = 43,
@@ -164,38 +237,34 @@ class Mlp:
         kind: str = "floats",
         **settings: Any,
     ) -> None:
-        self.layers = network(widths, dtype, rule, **settings)
-        self.feed = samples(n, widths[0], dtype, kind)
         rng, out = np.random.default_rng(5), widths[-1]
-        self.targets = (
-            rng.integers(0, 2 if out == 1 else out, n) if classes else rng.uniform(size=(n, out)).astype(dtype)
+        targets = rng.integers(0, 2 if out == 1 else out, n) if classes else rng.uniform(size=(n, out)).astype(dtype)
+        phases = (
+            Gather(samples(n, widths[0], dtype, kind)),
+            Forward(0, (SAMPLES,)),
+            Loss(0, loss, targets, smoothing, "sum" if loss == "softmax_cross_entropy" else "mean", sign),
+            Backward(0),
+            Update(0, rule),
         )
-        self.order, self.batch, self.rule, self.loss = some_order(n, count), batch, rule, loss
-        self.numbers = numbers(rule, -(-count // batch))
+        self.plan = TrainingPlan((network(widths, dtype, rule, **settings),), phases)
+        steps = -(-count // batch)
+        decay = np.linspace(0.2, 0.7, steps) if settings.get("averaged") else None
+        self.batches = Batches(some_order(n, count), batch, (numbers(rule, steps),), (2.5,), decay)
 
-    def run(self, train: Any) -> list[Any]:
-        """All arrays, the loss, and how many were right. `train` is that of a backend."""
-        run = self.call()
-        loss, right = train(run)
-        return [*arrays_of(run.network.layers), np.array(loss), np.array(right)]
+    @property
+    def layers(self) -> list[Linear]:
+        return [operation for operation in self.plan.networks[0] if isinstance(operation, Linear)]
 
-    def call(self) -> MlpRun:
-        network = FusedNetwork(copy.deepcopy(self.layers), self.rule, self.numbers)
-        return MlpRun(network, self.feed, self.targets, self.loss, 0.3, self.order, self.batch, 2.5)
+    @property
+    def x(self) -> Any:
+        return self.plan.gather.dataset.x
 
-    def on(self, device: Any) -> list[Any]:
-        return self.run(partial(cuda_training.train_mlp, device))
-
-    def check(self, device: Any, cpu: Any) -> list[Any]:
-        result, expected = self.on(device), self.run(cpu.train_mlp)
-        assert_close(result, expected, self.layers[0].weight.dtype)
-        assert result[-1] == expected[-1]
-        assert not same_bits(result[0], self.layers[0].weight)
-        return result
+    def use(self, dataset: Dataset) -> None:
+        self.plan = replace(self.plan, phases=(Gather(dataset), *self.plan.phases[1:]))
 
 
-class Gan:
-    """The same of train_gan."""
+class Gan(Problem):
+    """That of two adversarial networks."""
 
     def __init__(
         self,
@@ -204,38 +273,32 @@ class Gan:
         generator: Sequence[int] = (7, 20, 33),
         discriminator: Sequence[int] = (33, 24, 1),
         output: str = "tanh",
-        averaged: bool = True,
+        averaged: tuple[bool, bool] = (True, False),
         non_saturating: bool = True,
         rules: tuple[str, str] = ("adam", "adam"),
         count: int = 43,
         batch: int = 16,
         kind: str = "bytes",
     ) -> None:
-        self.generator = network(generator, dtype, rules[0], hidden="relu", output=output, averaged=averaged)
-        self.discriminator = network(discriminator, dtype, rules[1], hidden="leaky_relu", seed=1)
-        self.feed, self.order, self.batch = samples(50, generator[-1], dtype, kind), some_order(50, count), batch
-        self.noise = np.random.default_rng(6).normal(size=(count, generator[0])).astype(dtype)
+        loss = "binary_cross_entropy_with_logits"
+        phases = (
+            Gather(samples(50, generator[-1], dtype, kind), 2.0, -1.0),
+            Forward(0, (NOISE,)),
+            *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1), Update(1, rules[1])),
+            Forward(1, (0,)),
+            Loss(1, loss, (1.0 if non_saturating else 0.0,), sign=1.0 if non_saturating else -1.0),
+            *(Backward(1, 0), Backward(0), Update(0, rules[0])),
+        )
+        networks = (
+            network(generator, dtype, rules[0], hidden="relu", output=output, averaged=averaged[0]),
+            network(discriminator, dtype, rules[1], hidden="leaky_relu", averaged=averaged[1], seed=1),
+        )
+        self.plan = TrainingPlan(networks, phases)
         steps = -(-count // batch)
-        self.settings = non_saturating, rules, (numbers(rules[0], steps), numbers(rules[1], steps, 0.02))
-        self.decay = np.linspace(0.2, 0.7, steps)
-
-    def run(self, train: Any) -> list[Any]:
-        run = self.call()
-        losses = train(run)
-        return [*arrays_of(run.generator.layers), *arrays_of(run.discriminator.layers), *map(np.array, losses)]
-
-    def call(self) -> GanRun:
-        non_saturating, rules, numbers = self.settings
-        layers = copy.deepcopy(self.generator), copy.deepcopy(self.discriminator)
-        networks = map(FusedNetwork, layers, rules, numbers)
-        settings = 0.9, non_saturating, self.order, self.batch, self.decay, (1.0, 2.0)
-        return GanRun(*networks, self.feed, 2.0, -1.0, self.noise, *settings)
-
-    def on(self, device: Any) -> list[Any]:
-        return self.run(partial(cuda_training.train_gan, device))
-
-    def check(self, device: Any, cpu: Any) -> None:
-        assert_close(self.on(device), self.run(cpu.train_gan), self.generator[0].weight.dtype)
+        tables = numbers(rules[1], steps, 0.02), numbers(rules[0], steps)
+        noise = np.random.default_rng(6).normal(size=(count, generator[0])).astype(dtype)
+        decay = np.linspace(0.2, 0.7, steps)
+        self.batches = Batches(some_order(50, count), batch, tables, (2.0, 1.0), decay, noise)
 
 
 def same(results: Sequence[Any], expected: Sequence[Any]) -> bool:
@@ -273,6 +336,19 @@ def test_every_loss(loss: str, top: bool, device: Any, cpu: Any, dtype: Any, mon
         Mlp([6, 9, out], dtype, loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
 
 
+@pytest.mark.parametrize("top", [True, False])
+def test_label_smoothing(top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not top:
+        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+    for out, classes in itertools.product((2, 10, 40), (True, False)):
+        Mlp([6, 9, out], dtype, classes=classes, smoothing=0.3, batch=11).check(device, cpu)
+
+
+@pytest.mark.parametrize("rule", OPTIMIZER_RULES)
+def test_averages(rule: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None:
+    Mlp([37, 45, 19, 5], dtype, rule=rule, averaged=True, kind="bytes").check(device, cpu)
+
+
 @pytest.mark.parametrize("rule", OPTIMIZER_RULES)
 def test_every_rule(rule: str, device: Any, cpu: Any, dtype: Any) -> None:
     for kind in ("floats", "bytes", "sparse"):
@@ -298,19 +374,21 @@ def test_which_answers_are_right(top: bool, device: Any, cpu: Any, dtype: Any, m
         monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
     for out in (1, 3, 40):
         mlp = Mlp([2, 4, out], dtype, loss="mean_squared_error", n=120, count=120, batch=120)
-        mlp.order = np.arange(120)
-        mlp.targets[:80], mlp.targets[80:] = 7 % max(out, 2), 0
-        mlp.feed.x[::3, 0] = np.nan
-        mlp.layers[-1].weight[:] = 0  # whose product with NaN is NaN, too
-        mlp.layers[-1].bias[:] = 0
-        mlp.layers[-1].bias[[7 % out, 32 % out]] = 1  # (the second is the first lane's)
-        right = [mlp.run(train)[-1] for train in (partial(cuda_training.train_mlp, device), cpu.train_mlp)]
-        assert right[0] == right[1] > 0
+        mlp.batches = replace(mlp.batches, order=np.arange(120))
+        targets = mlp.plan.losses[0].targets
+        targets[:80], targets[80:] = 7 % max(out, 2), 0
+        mlp.x[::3, 0] = np.nan
+        mlp.layers[-1].weight.value[:] = 0  # whose product with NaN is NaN, too
+        mlp.layers[-1].bias.value[:] = 0
+        mlp.layers[-1].bias.value[[7 % out, 32 % out]] = 1  # (the second is the first lane's)
+        correct = [mlp.run(train)[-1] for train in (by_session(device), cpu.train)]
+        assert correct[0] == correct[1] > 0
 
 
 GANS: dict[str, dict[str, Any]] = {
     "averaged": {},
-    "minimax": {"non_saturating": False, "averaged": False},
+    "both averaged": {"averaged": (True, True), "rules": ("sgd", "momentum")},
+    "minimax": {"non_saturating": False, "averaged": (False, False)},
     "floats": {"kind": "floats", "rules": ("momentum", "sgd"), "output": "sigmoid"},
     "deep": {"generator": (3, 17, 5, 33), "discriminator": (33, 9, 16, 1), "output": "silu"},
     "shallow": {"generator": (4, 33), "discriminator": (33, 1), "batch": 7},
@@ -376,15 +454,20 @@ def test_every_loss_in_a_cluster(loss: str, device: Any, cpu: Any, cluster: None
         in_cluster((6, 9, out), loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
 
 
+def test_label_smoothing_in_a_cluster(device: Any, cpu: Any, cluster: None) -> None:
+    for out, classes in itertools.product((2, 10, 16), (True, False)):
+        in_cluster((6, 9, out), classes=classes, smoothing=0.3, batch=11).check(device, cpu)
+
+
 def test_weights_of_any_size_in_a_cluster(device: Any, cpu: Any, cluster: None) -> None:
     """Their parts in bfloat16 have the exponents of float."""
     for size in (1e-30, 1e-10, 1e10, 1e30):
         mlp = in_cluster((9, 5, 3), hidden="identity", loss="mean_squared_error", classes=False)
-        mlp.layers[0].weight[:] *= np.float32(size)
-        mlp.layers[1].weight[:] /= np.float32(size)
-        mlp.layers[0].bias[:] *= np.float32(size)
-        mlp.numbers[:] = 0  # which keeps them
-        got, expected = mlp.on(device), mlp.run(cpu.train_mlp)
+        mlp.layers[0].weight.value[:] *= np.float32(size)
+        mlp.layers[1].weight.value[:] /= np.float32(size)
+        mlp.layers[0].bias.value[:] *= np.float32(size)
+        mlp.batches.hyperparameters[0][:] = 0  # which keeps them
+        got, expected = mlp.on(device), mlp.run(cpu.train)
         assert same(got[:-2], expected[:-2])
         np.testing.assert_allclose(got[-2], expected[-2], rtol=1e-6)
 
@@ -392,10 +475,10 @@ def test_weights_of_any_size_in_a_cluster(device: Any, cpu: Any, cluster: None) 
 def test_rows_that_are_not_there_in_a_cluster(device: Any, cpu: Any, cluster: None) -> None:
     """Of them the units give exp(100), which is infinite."""
     mlp = in_cluster((9, 5, 3), hidden="exp", batch=3, count=9)
-    mlp.feed.x[:] = 255
-    mlp.layers[0].weight[:] = -100 / 9
-    mlp.layers[0].bias[:] = 100
-    mlp.numbers[:, 0] = 1e-3
+    mlp.x[:] = 255
+    mlp.layers[0].weight.value[:] = -100 / 9
+    mlp.layers[0].bias.value[:] = 100
+    mlp.batches.hyperparameters[0][:, 0] = 1e-3
     mlp.check(device, cpu)
 
 
@@ -414,6 +497,7 @@ def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -
     assert not launched((9, 8, 3), np.float64)
     assert not launched((9, 8, 3), kind="floats")
     assert not launched((9, 8, 3), kind="sparse")
+    assert not launched((9, 8, 3), averaged=True)
     assert not launched((9, 8, 3), arch="sm_80")
 
 
@@ -421,11 +505,7 @@ def test_a_cluster_of_16_takes_a_whole_gpu(device: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (8, 16))
     for arch, multiprocessors, size in (("host", 4, 16), ("sm_90a", 132, 16), ("sm_90a", 60, 0)):
         counting = Counting(device, arch=arch, multiprocessors=multiprocessors)
-        run = in_cluster((9, 100, 3)).call()
-        feed, targets = cuda_training.hold(counting, run.feed, run.targets)
-        session = cuda_training._MlpSession(counting, run._replace(feed=feed, targets=targets), 16)
-        session.launches(16)
-        assert session._cluster_size(session._launches, 16) == size
+        assert Session(counting, in_cluster((9, 100, 3)).plan)._cluster_size(16) == size
 
 
 def test_a_cluster_without_memory_has_none_reserved(
@@ -433,13 +513,13 @@ def test_a_cluster_without_memory_has_none_reserved(
 ) -> None:
     """After a call that fails for lack of it, a shorter one finds the memory that the first one had."""
     mlp = in_cluster((9, 8, 3), count=40, batch=4)
-    feed, targets = cuda_training.hold(device, mlp.feed, mlp.targets)
-    held, plain = mlp.call()._replace(feed=feed, targets=targets), mlp.call()
+    first, second = mlp.call(), mlp.call()
+    session, other = Session(device, first), Session(device, second)
 
-    def train(run: MlpRun, steps: int) -> tuple[float, int]:
-        return cuda_training.train_mlp(device, run._replace(order=run.order[: 4 * steps]))
+    def train(session: Session, steps: int) -> Outcome:
+        return session.train(part(mlp.batches, slice(0, steps), (0.0,)))
 
-    train(held, 2)
+    train(session, 2)
     empty = type(device).empty
 
     def limited(_: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -450,11 +530,12 @@ def test_a_cluster_without_memory_has_none_reserved(
     with monkeypatch.context() as patch:
         patch.setattr(type(device), "empty", limited)
         with pytest.raises(MemoryError):
-            train(held, 10)
-    train(plain, 2)
-    assert train(held, 2) == train(plain, 2)
-    cuda_training.write_back(feed)
-    assert same(arrays_of(held.network.layers), arrays_of(plain.network.layers))
+            train(session, 10)
+    train(other, 2)
+    assert train(session, 2) == train(other, 2)
+    session.write_back()
+    other.write_back()
+    assert same(arrays_of(first), arrays_of(second))
 
 
 # The same bits.
@@ -474,20 +555,20 @@ def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch:
 def test_a_sparse_matrix_gives_the_bits_of_the_dense_one(device: Any, dtype: Any) -> None:
     mlp = Mlp([37, 19, 5], dtype, kind="sparse")
     expected = mlp.on(device)
-    x, start, columns, _ = mlp.feed
-    assert start is not None
-    dense = np.zeros((len(start) - 1, 37), dtype)
-    dense[np.repeat(np.arange(len(dense)), np.diff(start)), columns] = x
-    mlp.feed = Feed(dense, None, None, False)
+    x, indptr, indices, _ = mlp.plan.gather.dataset
+    assert indptr is not None
+    dense = np.zeros((len(indptr) - 1, 37), dtype)
+    dense[np.repeat(np.arange(len(dense)), np.diff(indptr)), indices] = x
+    mlp.use(Dataset(dense))
     assert same(mlp.on(device), expected)
 
 
 def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
     """Rounded as NumPy's division is."""
     mlp = Mlp([256, 4], dtype, kind="bytes")
-    mlp.feed.x[:] = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), (50, 1)), axis=1)
+    mlp.x[:] = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), (50, 1)), axis=1)
     expected = mlp.on(device)
-    mlp.feed = mlp.feed._replace(x=mlp.feed.x.astype(dtype) / dtype.type(255))
+    mlp.use(Dataset(mlp.x.astype(dtype) / dtype.type(255)))
     assert same(mlp.on(device), expected)
 
 
@@ -513,89 +594,100 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
     monkeypatch.setattr(type(device), "record", lambda *a: recorded.update(["record"]) or record(*a))
     monkeypatch.setattr(type(device), "upload", lambda d, a, *out: sent.append(a.nbytes) or upload(d, a, *out))
 
-    feed, targets = cuda_training.hold(device, problem.feed, getattr(problem, "targets", None))
+    plan = problem.call()
+    session = Session(device, plan)
     assert len(sent) == (2 if is_mlp else 1)
     sent.clear()
     pieces = [slice(0, 1), slice(1, 2), slice(2, 6), slice(6, 9), slice(9, 10)]
+    losses, correct = problem.batches.losses, 0
+    for steps in pieces:
+        if steps.start == 6:
+            session.write_back()
+        losses, more = session.train(part(problem.batches, steps, losses))
+        correct += more
+    session.write_back()
 
-    def parts(run: Any, networks: Sequence[str], *of_steps: str) -> Iterator[Any]:
-        for steps in pieces:
-            rows = slice(steps.start * batch, steps.stop * batch)
-            changes = {name: getattr(run, name)[steps] for name in of_steps}
-            for name in networks:
-                changes[name] = getattr(run, name)._replace(scalars=getattr(run, name).scalars[steps])
-            if steps.start == 6:
-                cuda_training.write_back(feed)
-            yield run._replace(feed=feed, order=run.order[rows], **changes), rows
-
-    def mlp_by_steps(run: MlpRun) -> tuple[float, int]:
-        loss, right = run.loss_sum, 0
-        for part, _ in parts(run, ["network"]):
-            loss, more = cuda_training.train_mlp(device, part._replace(targets=targets, loss_sum=loss))
-            right += more
-        cuda_training.write_back(feed)
-        return loss, right
-
-    def gan_by_steps(run: GanRun) -> tuple[float, float]:
-        losses = run.loss_sums
-        for part, rows in parts(run, ["generator", "discriminator"], "decay"):
-            losses = cuda_training.train_gan(device, part._replace(noise=run.noise[rows], loss_sums=losses))
-        cuda_training.write_back(feed)
-        return losses
-
-    assert same(problem.run(mlp_by_steps if is_mlp else gan_by_steps), expected)
+    assert same([*arrays_of(plan), *map(np.array, losses), np.array(correct)], expected)
     # For mini-batches alone and in threes, and for the last one.
     assert recorded == ({} if "cluster" in network else {"record": 3})
-    (session,) = feed.sessions.values()
     per_call = len(sent) // len(pieces)
     assert per_call == (2 if is_mlp else 3)
-    states = [session._state_bytes if call in (0, 3) else cuda_training._PROGRESS.itemsize for call in range(5)]
+    states = [session._state.nbytes if call in (0, 3) else cuda_training._PROGRESS.itemsize for call in range(5)]
     assert sent[::per_call] == states
 
 
 def test_what_is_looked_at_after_write_back(device: Any, dtype: Any) -> None:
-    """Changes to arrays count then; calls of other arrays leave the first ones up to date."""
-    mlp = Mlp([9, 8, 3], dtype, rule="adam")
-    feed, targets = cuda_training.hold(device, mlp.feed, mlp.targets)
+    """Changes to arrays count then; each plan has networks of its own."""
+    mlp, backend = Mlp([9, 8, 3], dtype, rule="adam"), CudaBackend([device])
 
-    def train(run: MlpRun) -> None:
-        cuda_training.train_mlp(device, run._replace(feed=feed, targets=targets))
+    def train(plan: TrainingPlan) -> None:
+        backend.train(plan, mlp.batches)
 
-    once, changed, other = mlp.call(), mlp.call(), mlp.call()
+    once, changed, other = (backend.stage(mlp.call()) for _ in range(3))
     train(once)
-    assert same(arrays_of(once.network.layers), arrays_of(mlp.layers))
-    train(other)  # in place of `once`, which is written back
-    expected = arrays_of(once.network.layers)
+    assert same(arrays_of(once), arrays_of(mlp.plan))
+    train(other)
+    backend.write_back(once)
+    expected = arrays_of(once)
     assert same(expected, mlp.on(device)[:-2])
     train(other)
-    cuda_training.write_back(feed)
-    twice = arrays_of(other.network.layers)
+    backend.write_back(other)
+    twice = arrays_of(other)
     train(once)
-    cuda_training.write_back(feed)
-    cuda_training.write_back(feed)
-    assert same(arrays_of(once.network.layers), twice)
+    backend.write_back(once)
+    backend.write_back(once)
+    assert same(arrays_of(once), twice)
 
     train(changed)
-    cuda_training.write_back(feed)
-    for array in arrays_of(changed.network.layers):
+    backend.write_back(changed)
+    for array in arrays_of(changed):
         array *= 0.5
-    halved = copy.deepcopy(changed.network)
+    halved = replace(mlp.plan, networks=copy.deepcopy(changed.networks))
     train(changed)
-    cuda_training.write_back(feed)
-    cuda_training.train_mlp(device, mlp.call()._replace(network=halved))
-    assert same(arrays_of(changed.network.layers), arrays_of(halved.layers))
+    backend.write_back(changed)
+    train(halved)  # which is not staged
+    assert same(arrays_of(changed), arrays_of(halved))
+
+
+def test_what_the_kernels_cannot_is_left_to_the_reference(device: Any, dtype: Any) -> None:
+    """A plan of its own is not staged then; and a call in between others finds the networks, and leaves them."""
+    mlp, backend = Mlp([9, 8, 3], dtype, rule="momentum"), CudaBackend([device])
+    clipped = mlp.call()
+    clipped = replace(clipped, phases=(*clipped.phases[:-1], Update(0, "momentum", 1e9)))
+    assert not backend.supports_fused(clipped)
+    assert backend.stage(clipped) is clipped
+    assert not backend._sessions
+    dataset = Dataset(cuda_on_host.backend.to_gpu(mlp.x, device))
+    on_gpu = replace(clipped, networks=mlp.call().networks, phases=(Gather(dataset), *clipped.phases[1:]))
+    varied = backend.stage(mlp.call())
+    tables = ([mlp.batches.hyperparameters[0]] * 4,)
+    for plan in (clipped, on_gpu, varied):
+        for hyperparameters in (mlp.batches.hyperparameters, tables, mlp.batches.hyperparameters):
+            outcome = backend.train(plan, replace(mlp.batches, hyperparameters=hyperparameters))
+        backend.write_back(plan)
+        assert outcome.correct
+    assert same(arrays_of(on_gpu), arrays_of(clipped))
+    assert_close(arrays_of(varied), arrays_of(clipped), dtype)
+
+
+def test_a_plan_that_is_gone_leaves_nothing(device: Any, dtype: Any) -> None:
+    backend = CudaBackend([device])
+    plan = backend.stage(Mlp([9, 8, 3], dtype).plan)
+    assert len(backend._sessions) == 1
+    del plan
+    assert not backend._sessions
 
 
 def test_larger_mini_batches_find_the_networks(device: Any, dtype: Any) -> None:
-    """A session gives way to one with more space, and what it knows is not lost."""
+    """A session makes more space, and what it knows is not lost."""
     mlp = Mlp([9, 8, 3], dtype, count=40, batch=40)
-    feed, targets = cuda_training.hold(device, mlp.feed, mlp.targets)
-    held, plain = mlp.call()._replace(feed=feed, targets=targets), mlp.call()
+    staged, plain = mlp.call(), mlp.call()
+    session = Session(device, staged)
     for rows in (5, 40, 7):
-        for run in (held, plain):
-            cuda_training.train_mlp(device, run._replace(order=run.order[:rows]))
-    cuda_training.write_back(feed)
-    assert same(arrays_of(held.network.layers), arrays_of(plain.network.layers))
+        for train in (session.train, lambda batches: by_session(device)(plain, batches)):
+            train(replace(mlp.batches, order=mlp.batches.order[:rows]))
+    session.write_back()
+    assert same(arrays_of(staged), arrays_of(plain))
 
 
 def test_the_next_call_is_prepared_meanwhile(device: Any, dtype: Any) -> None:
@@ -612,7 +704,8 @@ def test_the_next_call_is_prepared_meanwhile(device: Any, dtype: Any) -> None:
             self._device.download(*arguments)
 
     watched = Watched(device)
-    cuda_training.train_gan(watched, gan.call()._replace(meanwhile=lambda: events.append("meanwhile")))
+    batches = replace(gan.batches, meanwhile=lambda: events.append("meanwhile"))
+    by_session(watched)(gan.call(), batches)
     assert events.count("meanwhile") == 1
     assert [e for e in events if e != "launch"] == ["meanwhile", "download", "download"]
     assert events.index("meanwhile") > max(place for place, e in enumerate(events) if e == "launch")
@@ -623,12 +716,13 @@ def test_noise_that_is_written_too_early_is_found(device: Any, dtype: Any) -> No
     if not hasattr(device, "view"):
         pytest.skip("a GPU does not notice")
     gan = Gan(dtype)
-    noise = device.empty_pinned(gan.noise.shape, dtype)
-    noise[...] = gan.noise
-    run = gan.call()._replace(noise=noise)
-    cuda_training.train_gan(device, run)
+    assert gan.batches.noise is not None
+    noise = device.empty_pinned(gan.batches.noise.shape, dtype)
+    noise[...] = gan.batches.noise
+    train, batches = by_session(device), replace(gan.batches, noise=noise)
+    train(gan.call(), batches)
     with pytest.raises(RuntimeError, match="page-locked memory was written"):
-        cuda_training.train_gan(device, run._replace(meanwhile=lambda: noise.fill(0)))
+        train(gan.call(), replace(batches, meanwhile=lambda: noise.fill(0)))
 
 
 # What is launched.
@@ -681,8 +775,7 @@ def test_blocks_of_small_tiles() -> None:
     """As many turns as the largest block needs, and no more warps; half as large where two blocks share a processor."""
 
     def block(rows: int, columns: int, depth: int, dtype: Any = np.float32, **least: int) -> tuple[str, int, int]:
-        session = cuda_training._Session(HostDevice(), np.dtype(dtype), rows)
-        tiles = session._tiles(rows, columns, depth, **least)
+        tiles = cuda_training._tiles(np.dtype(dtype), rows, columns, depth, **least)
         return tiles.kind.removeprefix("gemmlet::"), tiles.block // 32, tiles.shared
 
     assert block(64, 128, 784) == ("SmallTile<8>", 13, 13 * 64 * 4)
@@ -698,11 +791,34 @@ def test_blocks_of_small_tiles() -> None:
 
 
 def test_fuses_what_there_is() -> None:
-    for rule in OPTIMIZER_RULES:
-        assert cuda_training.fuses(ACTIVATIONS, [*ROW_LOSSES, *LOSSES], rule)
-    assert not cuda_training.fuses(["hardtanh"], [], "sgd")
-    assert not cuda_training.fuses([], ["hinge"], "sgd")
-    assert not cuda_training.fuses([], [], "lion")
+    supports, dtype = cuda_training.supports_fused, np.dtype(np.float32)
+
+    def fuses(activation: str = "tanh", loss: str = "mean_squared_error", rule: str = "sgd") -> bool:
+        plan = Mlp([3, 2, 2], dtype, loss=loss).plan
+        linear, *rest = plan.networks[0]
+        phases = (*plan.phases[:-1], Update(0, rule))
+        return supports(TrainingPlan(((linear, Activation(activation, 0.0), *rest[1:]),), phases))
+
+    assert all(fuses(activation=name) for name in ACTIVATIONS)
+    assert all(fuses(loss=name) for name in (*ROW_LOSSES, *LOSSES))
+    assert all(fuses(rule=name) for name in OPTIMIZER_RULES)
+    assert not fuses(activation="hardtanh")
+    assert not fuses(loss="hinge")
+    assert not fuses(rule="lion")
+
+    plan, gan = Mlp([3, 2, 2], dtype).plan, Gan(dtype).plan
+    assert supports(gan)
+    gather, forward, loss, backward, update = plan.phases
+    for phases in (
+        (gather, forward, loss, backward, AllReduce(0, lambda gradients: None), update),
+        (gather, forward, loss, backward, Update(0, "sgd", 1.0)),
+        (Gather(plan.gather.dataset, 2.0), forward, loss, backward, update),
+        plan.phases[:-1],
+    ):
+        assert not supports(replace(plan, phases=phases))
+    assert not supports(replace(plan, networks=((*plan.networks[0], *[Activation("tanh", 0.0)] * 2),)))
+    assert not supports(replace(gan, phases=(Gather(samples(5, 33, dtype, "sparse")), *gan.phases[1:])))
+    assert not supports(replace(gan, phases=gan.phases[:6]))
 
 
 @pytest.mark.parametrize("name", ["small", "cluster"])
@@ -720,20 +836,42 @@ def test_without_memory_nothing_is_written(name: str, device: Any, dtype: Any, m
             return method(*arguments)
 
         monkeypatch.setattr(type(device), name, limited)
-    run = mlp.call()
-    layers = run.network.layers
+    plan = mlp.call()
     for fails_at in range(50):  # noqa: B007 - `limited` reads it
         calls = itertools.count()
         try:
-            cuda_training.train_mlp(device, run)
+            by_session(device)(plan, mlp.batches)
         except MemoryError:
-            assert same(arrays_of(layers), arrays_of(mlp.layers))
+            assert same(arrays_of(plan), arrays_of(mlp.plan))
         else:
             break
     assert fails_at > 5
-    assert not same(arrays_of(layers), arrays_of(mlp.layers))
+    assert not same(arrays_of(plan), arrays_of(mlp.plan))
 
 
 def test_no_mini_batches(device: Any, dtype: Any) -> None:
     mlp = Mlp([9, 8, 3], dtype, count=0)
     assert mlp.on(device)[-2:] == [2.5, 0]
+
+
+def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
+    """What is read from the sources has the compiler's sizes and offsets."""
+    t = {"float32": "float", "float64": "double"}[np.dtype(dtype).name]
+    names = {"Progress": "Progress", "ArrangeSamples": "ArrangeSamples", "CloseSteps": "CloseSteps"}
+    for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
+        names[name] = f"{name}<{t}>"
+    names |= {"Loss": f"Loss<{t}>", "Top": f"Top<{t}>"}
+    for name in ("Forward", "Gather", "Update"):
+        names[name] = f"{name}<{t}, unsigned char>"
+    names |= {"ClusterTraining": "ClusterTraining"} if t == "float" else {}
+    lines = ['#include "cuda_host.h"', '#include "cuda/training/cluster.cuh"', '#include "cuda/training/gather.cuh"']
+    lines += ['#include "cuda/training/top.cuh"', '#include "cuda/training/update.cuh"', "namespace gemmlet {"]
+    for name, cpp in names.items():
+        struct = declarations.struct(name, np.dtype(dtype))
+        lines += [f"using {name}Type = {cpp};", f"static_assert(sizeof({cpp}) == {struct.itemsize});"]
+        assert struct.fields is not None
+        for member, (_, offset, *_) in struct.fields.items():
+            lines.append(f"static_assert(__builtin_offsetof({name}Type, {member}) == {offset});")
+    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-x", "c++", f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-"]
+    done = subprocess.run(command, input="\n".join([*lines, "}"]), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -29,7 +29,19 @@ from gemmlet.backends import select
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, StopTraining, dataset, linear_decay
 from gemmlet.training import reference
-from gemmlet.training.plan import SAMPLES, Activation, Dataset, Forward, Gather, Linear, Parameter, TrainingPlan
+from gemmlet.training.plan import (
+    SAMPLES,
+    Activation,
+    Backward,
+    Dataset,
+    Forward,
+    Gather,
+    Linear,
+    Loss,
+    Parameter,
+    TrainingPlan,
+    Update,
+)
 from support import assert_within, run_on, same_bits
 
 # Of float64 and float32 weights after dozens of steps, relative to the largest: rounding, as training carries it on.
@@ -49,8 +61,8 @@ def fuses(backend: Any, activation: str = "relu") -> bool:
     """Whether it has an executor of its own for networks with this activation."""
     zeros = np.zeros((1, 1), np.float32)
     network = (Linear(Parameter(zeros), Parameter(zeros[0])), Activation(activation, 0.0))
-    plan = TrainingPlan((network,), (Gather(Dataset(zeros)), Forward(0, (SAMPLES,))))
-    return bool(backend.supports_fused(plan))
+    phases = Gather(Dataset(zeros)), Forward(0, (SAMPLES,)), Loss(0, "mean_squared_error", zeros), Backward(0)
+    return bool(backend.supports_fused(TrainingPlan((network,), (*phases, Update(0, "sgd")))))
 
 
 @pytest.fixture
@@ -65,8 +77,7 @@ def fusing(any_threads_backend: Any) -> Any:
 def one_by_one() -> Iterator[None]:
     """Within, `fit` trains with the reference executor."""
     with pytest.MonkeyPatch.context() as patch:
-        for backend in select._loaded.values():
-            patch.setattr(backend, "supports_fused", lambda plan: False)
+        patch.setattr(type(select.current()), "supports_fused", lambda backend, plan: False)
         yield
 
 
@@ -621,7 +632,7 @@ def test_schedules(network: str, rule: str, schedule: Any, fusing: Any, dtype: A
             assert optimizer.lr == rate
         return result
 
-    with calls_of(fusing, f"train_{network}") as calls:
+    with calls_of(fusing, "train") as calls:
         result = run()
     if network == "mlp":
         assert 3 <= len(calls) < 15
@@ -654,7 +665,7 @@ def test_when_a_callback_is_called(network: str, fusing: Any, dtype: Any, rng: A
     for every in ("batch", "call", "epoch"):
         made: Any = MLP([6, 16, 3], dtype=dtype) if network == "mlp" else small_gan("averaged", dtype)
         steps = told[every] = []
-        with calls_of(fusing, f"train_{network}") as calls:
+        with calls_of(fusing, "train") as calls:
             arguments = {"epochs": 3, "batch_size": 16, "callback": steps.append, "callback_every": every}
             results.append(fitted(made, *data, **arguments))
         assert len(calls) in (0, len(steps)) or every == "epoch"

@@ -145,12 +145,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def timed(gpu: Gpu, case: Case) -> Row:
     row = gpu_timing.run(gpu, case, 0.01)
-    for name, side in row.sides.items():
+    for name, side in row.timed.items():
         assert side.failed is None, (case.key, name, side.failed)
         assert len(side.samples) == 2
         # (An epoch of gemmlet is a difference, which is nothing but noise for a few samples.)
         assert min(side.samples) > 0 or case.group in ("epoch", "gan")
-    assert list(row.sides) == list(case.sides)
+    assert list(row.timed) == list(case.sides)
     return row
 
 
@@ -169,13 +169,13 @@ def small_products() -> Iterator[Case]:
 @pytest.mark.parametrize("case", list(small_products()), ids=lambda case: case.key)
 def test_products(gpu: OnCpu, case: Case) -> None:
     row = timed(gpu, case)
-    assert (row.roof is None) is (row.group == "overhead")
+    assert (row.roofline is None) is (row.group == "overhead")
 
 
 @pytest.mark.parametrize("family", ["elementwise", "losses", "optimizers"])
 def test_elements(gpu: OnCpu, family: str) -> None:
     for case in gpu_cases.cases(family):
-        assert timed(gpu, case).share_of_roof() is not None
+        assert timed(gpu, case).roofline_share() is not None
 
 
 def test_families_have_the_cases_of_the_targets() -> None:
@@ -183,7 +183,9 @@ def test_families_have_the_cases_of_the_targets() -> None:
     cases += gpu_cases.cases("training")
     assert len({case.key for case in cases}) == len(cases)
     assert set(gpu_cases.FAMILIES) | set(gpu_report.STAGES) == set(gpu_report.SECONDS)
-    rows = [Row(c.group, c.name, c.unit, {n: Timed((1.0, 1.0)) for n in c.sides}, c.labels, roof=1.0) for c in cases]
+    rows = [
+        Row(c.group, c.name, c.unit, {n: Timed((1.0, 1.0)) for n in c.sides}, c.labels, roofline=1.0) for c in cases
+    ]
     report = {"rows": gpu_cases.rows_as_json(rows)}
     found = {v.work: v for v in gpu_tables.verdicts(report)}
     for target in gpu_tables.TARGETS:
@@ -203,14 +205,14 @@ def test_a_wrong_or_broken_side_is_not_timed(gpu: OnCpu) -> None:
 
     sides = {"gemmlet": side(0.5), "wrong": side(2.0), "nan": side(np.nan), "broken": broken}
     row = gpu_timing.run(gpu, Case("g", "n", lambda gpu: None, sides, lambda gpu, inputs, result: result), 0.01)
-    assert row.sides["gemmlet"].failed is None
-    assert row.sides["wrong"].failed == "wrong result: 2 times the tolerance"
-    assert row.sides["nan"].failed == "wrong result: nan times the tolerance"
-    assert row.sides["broken"].failed == "RuntimeError: some thing"
+    assert row.timed["gemmlet"].failed is None
+    assert row.timed["wrong"].failed == "wrong result: 2 times the tolerance"
+    assert row.timed["nan"].failed == "wrong result: nan times the tolerance"
+    assert row.timed["broken"].failed == "RuntimeError: some thing"
     assert "FAILED RuntimeError" in gpu_cases.summary(row)
     gpu.torch = None
     for case in (gpu_cases.linear_case(6, 11, 7, "tanh", "layers", list(gpu_cases.LINEAR_SIDES)),):
-        assert list(gpu_timing.run(gpu, case, 0.01).sides) == ["gemmlet", "cupy", "jax"]
+        assert list(gpu_timing.run(gpu, case, 0.01).timed) == ["gemmlet", "cupy", "jax"]
 
 
 def test_an_element_that_is_not_written_is_seen(gpu: OnCpu) -> None:
@@ -332,7 +334,7 @@ def test_sanitized_checks(capsys: pytest.CaptureFixture[str]) -> None:
     checks = list(gpu_sanitized.checks(device))
     names = [name for name, _ in checks]
     assert len(names) == len(set(names))
-    for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "thin", "simt", "mma ", "wgmma", "transposed"):
+    for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "skinny", "simt", "mma ", "wgmma", "transposed"):
         assert any(part in name for name in names), part
     some = [*list(gpu_sanitized.trainings(rng))[:1], *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
     assert gpu_sanitized.run(some, 60.0)
@@ -533,7 +535,7 @@ def made_up() -> dict[str, Any]:
             sides = {name: Timed(tuple(1e-3 * rng.uniform(0.9, 1.1, 9))) for name in case.sides}
             roof = 9.9e-4 if case.bytes else None
             rows.append(Row(case.group, case.name, case.unit, sides, dict(case.labels), case.flops, case.bytes, roof))
-    rows[2] = Row("linear", rows[2].name, "call", {**rows[2].sides, "jax": Timed(failed="broken | in parts")})
+    rows[2] = Row("linear", rows[2].name, "call", {**rows[2].timed, "jax": Timed(failed="broken | in parts")})
     stage = {"ok": True, "seconds": 31.0, "summary": "fine", "failures": []}
     return {
         "date": "2026-02-03T04:05:06+00:00",

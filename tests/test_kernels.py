@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
-from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 from support import (
     LENGTHS,
     SHAPES,
@@ -272,7 +272,7 @@ def test_adam(shape: Any, decoupled: bool, step: int, backend: Any, dtype: Any, 
     numbers = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.03}
     (kernels.adamw_update if decoupled else kernels.adam_update)(param, grad, m, v, step=step, **numbers)
     exact, exact_m, exact_v = OPTIMIZER_RULES["adam"].apply(
-        p0, g0, m0, v0, *adam_scalars(step, **numbers, decoupled=decoupled)
+        p0, g0, m0, v0, *adam_hyperparameters(step, **numbers, decoupled=decoupled)
     )
     eps = np.finfo(dtype).eps
     g_size = np.abs(g0) + 0.03 * np.abs(p0)

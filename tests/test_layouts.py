@@ -575,10 +575,10 @@ def test_arrays_of_one_layout_are_not_copied(name: str, any_threads_backend: Any
         pytest.skip("the reference computes in float64 copies")
     base = name.removesuffix("_backward")
     if any_threads_backend.name == "numba" and base in ACTIVATIONS:
-        from gemmlet.backends.numba.formulas import twins
+        from gemmlet.backends.numba.formulas import scalar_kernels
 
-        if name not in twins(np.dtype(np.float32)):
-            pytest.skip("it has no twin, and the reference computes in float64 copies")
+        if name not in scalar_kernels(np.dtype(np.float32)):
+            pytest.skip("it has no scalar kernel, and the reference computes in float64 copies")
     ordered = base in ROW_FUNCTIONS or name in LOSSES or name in ROW_LOSSES
     arguments = arguments_of(name, rng, np.float32, 300, 1000)
     out = np.empty((300, 1000), np.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemmlet.formulas.optimizers import adam_scalars, adam_table
+from gemmlet.formulas.optimizers import adam_hyperparameters, adam_table
 from gemmlet.nn import OPTIMIZERS, SGD, Adam, AdamW, Optimizer, linear_decay, make_optimizer
 from gemmlet.nn.optimizers import lr_factors
 from support import same_bits
@@ -116,7 +116,9 @@ def test_adams_numbers_of_many_steps(decoupled: bool, betas: tuple[float, float]
     for step in (1, 9, 1000, 10**6, 2**53):
         rates = rng.uniform(0, 0.01, 300)
         table = adam_table(step, rates, *betas, 1e-8, 0.03, decoupled)
-        rows = [adam_scalars(step + i, rate, *betas, 1e-8, 0.03, decoupled) for i, rate in enumerate(rates.tolist())]
+        rows = [
+            adam_hyperparameters(step + i, rate, *betas, 1e-8, 0.03, decoupled) for i, rate in enumerate(rates.tolist())
+        ]
         assert same_bits(table, np.array(rows))
 
 

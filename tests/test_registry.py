@@ -39,11 +39,11 @@ def test_numba_has_only_what_the_registry_has() -> None:
     pytest.importorskip("numba")
     import numpy as np
 
-    from gemmlet.backends.numba.formulas import twins
+    from gemmlet.backends.numba.formulas import scalar_kernels
 
     known = {*ACTIVATIONS, *(f"{name}_backward" for name in ACTIVATIONS), *LOSSES, *OPTIMIZER_RULES, "exponential"}
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
-        assert not set(twins(dtype)) - known
+        assert not set(scalar_kernels(dtype)) - known
 
 
 def test_public_names_follow_from_the_registry() -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemmlet._files import replacing
 from gemmlet.data import load_mnist
 
 SEED = 0
@@ -63,9 +63,8 @@ def write_sample(source: Path, target: Path, train: int = TRAIN, test: int = TES
             (f"{prefix}-images-idx3-ubyte.gz", x[chosen].reshape(-1, 28, 28)),
             (f"{prefix}-labels-idx1-ubyte.gz", y[chosen].astype(np.uint8)),
         ):
-            temporary = target / f".{name}.tmp"
-            temporary.write_bytes(idx_bytes(values))
-            os.replace(temporary, target / name)
+            with replacing(target / name) as temporary:
+                temporary.write_bytes(idx_bytes(values))
 
 
 def main() -> None:

@@ -372,13 +372,13 @@ __device__ __forceinline__ void finish_products(float (&d)[128]) {
 // here: bits 7 to 9 of an address are XORed into bits 4 to 6. A row of 128 bytes is then 64 steps of a line, 8 rows are
 // next to each other, and from 8 lines to the next ones it is the second distance. Or, if transposed, a row is 64 lines
 // of a step, from 8 steps to the next ones it is the second distance, and from 64 lines to the next ones the first.
-#define GEMMLET_WGMMA(function, type, count, columns, a_at, b_at, adds_at, a_turned_at, b_turned_at)                  \
+#define GEMMLET_WGMMA(function, type, count, columns, a_at, b_at, adds_at, a_transposed_at, b_transposed_at)          \
   template <bool a_transposed, bool b_transposed>                                                                     \
   __device__ __forceinline__ void function(float (&d)[count], unsigned long long a, unsigned long long b, int adds) { \
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at                                                    \
                  ", 0;\n"                                                                                             \
                  "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" GEMMLET_D##count##_NAMES   \
-                 "}, " a_at ", " b_at ", adds, 1, 1, " a_turned_at ", " b_turned_at ";\n}"                            \
+                 "}, " a_at ", " b_at ", adds, 1, 1, " a_transposed_at ", " b_transposed_at ";\n}"                    \
                  : GEMMLET_D##count                                                                                   \
                  : "l"(a), "l"(b), "r"(adds), "n"(a_transposed), "n"(b_transposed)                                    \
                  : "memory");                                                                                         \

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from . import _arrays as arrays
 from .backends import select
 from .backends.base import Backend
-from .formulas.optimizers import adam_scalars
+from .formulas import optimizers
 
 Array = NDArray[Any]
 
@@ -252,4 +252,4 @@ def adam_hyperparameters(
         if beta == 1.0:
             raise ValueError(f"{name} must be below 1, got {beta:g}")
     # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
-    return adam_scalars(min(int(step), 2**53), *settings, decoupled)
+    return optimizers.adam_hyperparameters(min(int(step), 2**53), *settings, decoupled)

@@ -132,10 +132,10 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     Each element is a sum over k in an order that the backend fixes, whatever the number of threads. Its error is at
     most ``k * eps * (abs(a) @ abs(b))`` (Higham, Accuracy and Stability of Numerical Algorithms, 3.5).
     """
-    quick = select.current().quick.get("linear")
-    if quick is not None and (result := quick(a, b, None, None, False, out)) is not None:
+    fast_path = select.current().fast_paths.get("linear")
+    if fast_path is not None and (result := fast_path(a, b, None, None, False, out)) is not None:
         return result
-    if (result := select.quick_on_gpu("linear")(a, b, None, None, False, out)) is not None:
+    if (result := select.fast_path_on_gpu("linear")(a, b, None, None, False, out)) is not None:
         return result
     left = arguments.as_floats(a, "a")
     right = arguments.as_floats(b, "b", left)
@@ -236,15 +236,15 @@ def linear(
     TypeError, ValueError
         A dtype, a shape, the activation or `out` does not fit.
     """
-    quick = select.current().quick.get("linear")
+    fast_path = select.current().fast_paths.get("linear")
     if (
-        quick is not None
+        fast_path is not None
         and activation_parameter is None
-        and (result := quick(x, w, b, activation, return_preactivation, out)) is not None
+        and (result := fast_path(x, w, b, activation, return_preactivation, out)) is not None
     ):
         return result
     if activation_parameter is None:
-        result = select.quick_on_gpu("linear")(x, w, b, activation, return_preactivation, out)
+        result = select.fast_path_on_gpu("linear")(x, w, b, activation, return_preactivation, out)
         if result is not None:
             return result
     x_ = arguments.as_floats(x, "x")
@@ -317,15 +317,15 @@ def linear_backward(
     TypeError, ValueError
         A dtype or a shape does not fit, or `y` or `z` is missing where the activation needs it.
     """
-    quick = select.current().quick.get("linear_backward")
+    fast_path = select.current().fast_paths.get("linear_backward")
     if (
-        quick is not None
+        fast_path is not None
         and activation_parameter is None
-        and (result := quick(grad_y, x, w, y, activation, z, need_x, need_w, need_b)) is not None
+        and (result := fast_path(grad_y, x, w, y, activation, z, need_x, need_w, need_b)) is not None
     ):
         return result  # type: ignore[no-any-return]
     if activation_parameter is None:
-        result = select.quick_on_gpu("linear_backward")(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
+        result = select.fast_path_on_gpu("linear_backward")(grad_y, x, w, y, activation, z, need_x, need_w, need_b)
         if result is not None:
             return result  # type: ignore[no-any-return]
     grad = arguments.as_floats(grad_y, "grad_y")
@@ -431,16 +431,16 @@ def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, paramet
 
 _KERNEL = """
 def {name}({parameters}, out=None):
-    quick = current().quick.get("{name}")
-    result = None if quick is None else quick({arguments}, out)
+    fast_path = current().fast_paths.get("{name}")
+    result = None if fast_path is None else fast_path({arguments}, out)
     if result is None:
-        result = quick_on_gpu("{name}")({arguments}, out)
-    return careful({arguments}, out) if result is None else result
+        result = fast_path_on_gpu("{name}")({arguments}, out)
+    return general({arguments}, out) if result is None else result
 """
 
 
-def _publish(name: str, careful: Callable[..., Any], arrays: tuple[str, ...], entry: Any, doc: str) -> None:
-    """Make the kernel `name`: the backend's quick function, else ``careful(*arrays, number, out)``.
+def _publish(name: str, general: Callable[..., Any], arrays: tuple[str, ...], entry: Any, doc: str) -> None:
+    """Make the kernel `name`: the backend's fast path, else ``general(*arrays, number, out)``.
 
     It is compiled from text, so that it has the argument names of its own that the registry gives, and the cost of a
     plain function: the binding of ``*args, **kwargs`` by hand costs more than a small kernel.
@@ -452,8 +452,12 @@ def _publish(name: str, careful: Callable[..., Any], arrays: tuple[str, ...], en
         parameter = getattr(entry, "parameter", None)
         parameters = ", ".join([*arrays, *([f"{parameter}={entry.default!r}"] if parameter else []), "*"])
     arguments = ", ".join([*arrays, parameter or "None"])
-    scope: dict[str, Any] = {"__name__": __name__, "current": select.current, "quick_on_gpu": select.quick_on_gpu}
-    scope["careful"] = careful
+    scope: dict[str, Any] = {
+        "__name__": __name__,
+        "current": select.current,
+        "fast_path_on_gpu": select.fast_path_on_gpu,
+        "general": general,
+    }
     exec(_KERNEL.format(name=name, parameters=parameters, arguments=arguments), scope)
     scope[name].__doc__ = doc
     globals()[name] = scope[name]
@@ -740,12 +744,12 @@ Source: {entry.source}.
 # Optimizer updates.
 
 
-def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalars: tuple[float, ...]) -> None:
+def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], hyperparameters: tuple[float, ...]) -> None:
     kernel, states = f"{rule_name}_update", tuple(state.values())
-    quick = select.current().quick.get(kernel)
-    if quick is not None and quick(param, grad, states, scalars) is not None:
+    fast_path = select.current().fast_paths.get(kernel)
+    if fast_path is not None and fast_path(param, grad, states, hyperparameters) is not None:
         return
-    if select.quick_on_gpu(kernel)(param, grad, states, scalars) is not None:
+    if select.fast_path_on_gpu(kernel)(param, grad, states, hyperparameters) is not None:
         return
     rule = OPTIMIZER_RULES[rule_name]
     p = arguments.updated(param, "param")
@@ -761,7 +765,7 @@ def _update(rule_name: str, param: Any, grad: Any, state: dict[str, Any], scalar
     outputs = tuple(written.values())
     backend = select.of(p)
     _elementwise(
-        backend, lambda gradient, q, *s: backend.update(rule, q, gradient, s, scalars), (g,), outputs, new=True
+        backend, lambda gradient, q, *s: backend.update(rule, q, gradient, s, hyperparameters), (g,), outputs, new=True
     )
 
 
@@ -797,8 +801,8 @@ def sgd_update(
     TypeError, ValueError
         A dtype, a shape or a number does not fit, arrays overlap, or `velocity` is missing.
     """
-    rule, scalars = sgd_hyperparameters(velocity is not None, lr, momentum, nesterov, weight_decay)
-    _update(rule, param, grad, {} if velocity is None else {"velocity": velocity}, scalars)
+    rule, hyperparameters = sgd_hyperparameters(velocity is not None, lr, momentum, nesterov, weight_decay)
+    _update(rule, param, grad, {} if velocity is None else {"velocity": velocity}, hyperparameters)
 
 
 def adam_update(

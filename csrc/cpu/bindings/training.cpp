@@ -258,6 +258,9 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
     for (const py::tuple& phase : phases) check(phase);
     if (plan.phases.empty() || plan.phases.back().kind != Phase::update) refuse("phases", "no update at the end");
     if (plan.losses.size() != losses.size()) refuse("losses", "not one for each loss");
+    const bool is_scaled = scale != 1.0 || shift != 0.0;
+    if (indptr && is_scaled) refuse("scale", "a sparse matrix is not scaled");
+    if (is_scaled) plan.samples.skip_zeros = false;
     if (!is_pipelined(plan)) {
       if (indptr) refuse("indptr", "a sparse matrix is for a plan of one network alone");
       plan.samples.skip_zeros = false;

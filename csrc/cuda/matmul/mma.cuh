@@ -3,7 +3,7 @@
 // Contract
 //   See common.cuh. A block computes a tile of rows x columns, a warp some fragments of 16 x 16 of it, from tiles of both
 //   operands in shared memory, which copies that run ahead (cp.async) fill in turns, `stages` of them.
-//   Operands lie in shared memory as they do in memory, step by step or line by line, and are turned round, where they
+//   Operands lie in shared memory as they do in memory, step by step or line by line, and are transposed, where they
 //   must be, when they are read from there. 16 bytes are copied at a time where the operand is packed; else they are
 //   gathered number by number, which takes any layout, and several times as long.
 //   TF32 is float with 10 bits after the point, rounded to nearest, ties away from zero; its products are exact in float.

@@ -4,7 +4,7 @@
 //   See common.cuh. A block computes a tile of rows x columns, a thread some rows x some columns of it, from tiles of
 //   both operands in shared memory, which copies that run ahead (cp.async) fill in turns, `stages` of them.
 //   16 bytes are copied at a time where that is told (a_packed, b_packed): where the operand is packed along its lines and
-//   these are whole packs; else number by number, which takes any layout, and turns round what is contiguous along k.
+//   these are whole packs; else number by number, which takes any layout, and transposes what is contiguous along k.
 //   The order of a sum: a tile's depth is cut into `slices`, one for each group of warps. A slice adds its steps of
 //   every tile, first to last, by fused multiply-adds, beginning with 0; then the slices are added, first to last.
 #pragma once

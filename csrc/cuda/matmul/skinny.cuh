@@ -3,7 +3,7 @@
 // Contract
 //   See common.cuh; for every type. `many` is the operand of many lines (b, or a where the result has few columns), `few`
 //   the other one, of at most `count` lines. Each number of `many` goes from memory to a register, 16 bytes at a time where
-//   it is packed, and is used `count` times there. A block has thin_lines<T>(along_lines) of its lines, one after the other.
+//   it is packed, and is used `count` times there. A block has skinny_lines<T>(along_lines) of its lines, one after the other.
 //   The order of a sum: 32 threads (8, where `many` lies along k) each add every 32nd step (8th pack of steps), first to last,
 //   by fused multiply-adds, beginning with 0; then the threads' sums are added, by halves within a warp, and in order
 //   from warp to warp.
@@ -13,11 +13,11 @@
 
 namespace gemmlet {
 
-inline constexpr int thin_threads = 256;
+inline constexpr int skinny_threads = 256;
 
 // Eight threads side by side read 128 bytes of neighbours; there are 32 such groups.
 template <class T>
-__host__ __device__ constexpr int thin_lines(bool along_lines) {
+__host__ __device__ constexpr int skinny_lines(bool along_lines) {
   return along_lines ? 8 * pack_size<T> : 32;
 }
 
@@ -56,8 +56,8 @@ __device__ __forceinline__ C sum_over_lanes(C value, int first, int last) {
 
 // Hands on the sum for a line of each operand.
 template <class C, class Epilogue>
-__device__ __forceinline__ void put_thin(const Epilogue& epilogue, bool many_are_rows, int many_line, int few_line,
-                                         C sum) {
+__device__ __forceinline__ void put_skinny(const Epilogue& epilogue, bool many_are_rows, int many_line, int few_line,
+                                           C sum) {
   const int row = many_are_rows ? many_line : few_line, column = many_are_rows ? few_line : many_line;
   const C sums[1] = {sum};
   epilogue.template put<1>(row, column, epilogue.template columns<1>(column), sums);
@@ -65,12 +65,12 @@ __device__ __forceinline__ void put_thin(const Epilogue& epilogue, bool many_are
 
 // So many packs on their way hide a memory's latency; gathered ones are many loads each.
 template <int count>
-inline constexpr int thin_batch = count == 1 ? 8 : 4;
+inline constexpr int skinny_batch = count == 1 ? 8 : 4;
 
 // `many` lies along k: groups take a line each, and their threads packs of steps.
 template <int count, class T, class Epilogue>
-__device__ __forceinline__ void thin_by_line(const Operand<T>& many, const Operand<T>& few, StepRange steps,
-                                             bool many_are_rows, const Epilogue& epilogue) {
+__device__ __forceinline__ void skinny_by_line(const Operand<T>& many, const Operand<T>& few, StepRange steps,
+                                               bool many_are_rows, const Epilogue& epilogue) {
   using C = Compute<T>;
   constexpr int N = pack_size<T>;
   const int line = blockIdx.x * 32 + threadIdx.x / 8;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void thin_by_line(const Operand<T>& many, const Opera
     }
   };
   const int first = steps.first + threadIdx.x % 8 * N;
-  int step = many.packed ? for_steps<thin_batch<count>, 8 * N, N>(
+  int step = many.packed ? for_steps<skinny_batch<count>, 8 * N, N>(
                                first, steps.last, [&](int s) { return load_pack<N>(row + s); }, add)
                          : for_steps<1, 8 * N, N>(
                                first, steps.last,
@@ -106,16 +106,16 @@ __device__ __forceinline__ void thin_by_line(const Operand<T>& many, const Opera
 #pragma unroll
   for (int f = 0; f < count; ++f) {
     const C whole = sum_over_lanes(sum[f], 1, 8);
-    if (threadIdx.x % 8 == f && line < many.lines && f < few.lines) put_thin(epilogue, many_are_rows, line, f, whole);
+    if (threadIdx.x % 8 == f && line < many.lines && f < few.lines) put_skinny(epilogue, many_are_rows, line, f, whole);
   }
 }
 
 // `many` lies along its lines: threads take a pack of lines each, and their groups every 32nd step.
 template <int count, class T, class Epilogue>
-__device__ __forceinline__ void thin_by_step(const Operand<T>& many, const Operand<T>& few, StepRange steps,
-                                             bool many_are_rows, const Epilogue& epilogue) {
+__device__ __forceinline__ void skinny_by_step(const Operand<T>& many, const Operand<T>& few, StepRange steps,
+                                               bool many_are_rows, const Epilogue& epilogue) {
   using C = Compute<T>;
-  constexpr int N = pack_size<T>, lines = 8 * N, warps = thin_threads / 32;
+  constexpr int N = pack_size<T>, lines = 8 * N, warps = skinny_threads / 32;
   const int first = blockIdx.x * lines, line = first + threadIdx.x % 8 * N;
   const bool packed = many.packed && line + N <= many.lines;
   // Where there are no such lines, others are read, and the sums dropped.
@@ -136,7 +136,7 @@ __device__ __forceinline__ void thin_by_step(const Operand<T>& many, const Opera
   };
   const int first_step = steps.first + threadIdx.x / 8;
   if (packed)
-    for_steps<thin_batch<count>, 32, 1>(
+    for_steps<skinny_batch<count>, 32, 1>(
         first_step, steps.last, [&](int s) { return load_pack<N>(column + s * many.step_stride); }, add);
   else
     for_steps<1, 32, 1>(
@@ -159,24 +159,24 @@ __device__ __forceinline__ void thin_by_step(const Operand<T>& many, const Opera
       if (threadIdx.x % 32 < 8) partial[threadIdx.x / 32][f][threadIdx.x % 8 * N + j] = of_warp;
     }
   __syncthreads();
-  for (int i = threadIdx.x; i < count * lines; i += thin_threads) {
+  for (int i = threadIdx.x; i < count * lines; i += skinny_threads) {
     const int f = i / lines, l = i % lines;
     if (f >= few.lines || first + l >= many.lines) continue;
     C whole = partial[0][f][l];
 #pragma unroll
     for (int warp = 1; warp < warps; ++warp) whole = whole + partial[warp][f][l];
-    put_thin(epilogue, many_are_rows, first + l, f, whole);
+    put_skinny(epilogue, many_are_rows, first + l, f, whole);
   }
 }
 
 template <int count, class T, class Epilogue>
-__global__ void __launch_bounds__(thin_threads)
-    matmul_thin(Operand<T> many, Operand<T> few, int k, int steps_per_split, int many_are_rows, Epilogue epilogue) {
+__global__ void __launch_bounds__(skinny_threads)
+    matmul_skinny(Operand<T> many, Operand<T> few, int k, int steps_per_split, int many_are_rows, Epilogue epilogue) {
   const StepRange steps = step_range(k, steps_per_split);
   if (many.along_lines)
-    thin_by_step<count>(many, few, steps, many_are_rows, epilogue);
+    skinny_by_step<count>(many, few, steps, many_are_rows, epilogue);
   else
-    thin_by_line<count>(many, few, steps, many_are_rows, epilogue);
+    skinny_by_line<count>(many, few, steps, many_are_rows, epilogue);
 }
 
 }  // namespace gemmlet

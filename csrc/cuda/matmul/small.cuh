@@ -127,7 +127,7 @@ __device__ __forceinline__ void exchange_sums(T (&sum)[N], int lane) {
 // each warp.
 template <int side>
 struct SmallTile {
-  static constexpr int rows = side, columns = side, most_threads = 512;
+  static constexpr int rows = side, columns = side, max_threads = 512;
   // A lane takes eight rows and four columns of number k; so many neighbours share it.
   static constexpr int lanes_across = side / 4, lanes = lanes_across * side / 8, results = side * side;
   // As many as there are registers for, with eight addresses of rows.
@@ -188,7 +188,7 @@ struct SmallTile {
 // Many results, or short sums: both operands go through shared memory. 32 x 32 results; blocks of 256 threads, of which
 // each quarter has a quarter of every stage's depth; shared memory for 128 * stride numbers.
 struct WideTile {
-  static constexpr int rows = 32, columns = 32, most_threads = 256;
+  static constexpr int rows = 32, columns = 32, max_threads = 256;
   static constexpr int groups = 4;
   template <class T>
   static constexpr int stage_depth = 256 / static_cast<int>(sizeof(T));
@@ -198,7 +198,7 @@ struct WideTile {
   // A thread's share of one operand's stages: numbers of one line.
   template <class T, class Operand>
   struct Share {
-    static constexpr int each = stage_depth<T> * 32 / most_threads;
+    static constexpr int each = stage_depth<T> * 32 / max_threads;
     typename Operand::template Lines<1> line;
     int first_k, place;
     T held[each];

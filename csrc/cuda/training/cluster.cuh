@@ -14,7 +14,7 @@
 //   samples are multiplied by. A parameter or gradient of 2^127 or more counts as infinite.
 //   Sums over the mini-batch are over the rows in steps of 16 for the first layer's weights, and of every eighth row first
 //   for the other parameters. Everything has a fixed order: the same bits on every run, also if the steps are divided.
-// Dynamic shared memory: ClusterMemory<Ranks>, and twice a mini-batch.
+// Dynamic shared memory: cluster_memory_bytes, and twice a mini-batch.
 #pragma once
 
 #include "cuda/training/loss.cuh"
@@ -24,9 +24,9 @@ namespace gemmlet {
 inline constexpr int cluster_threads = 256, cluster_warps = cluster_threads / 32;
 // Rows of a mini-batch, with those that are not there, and each block's hidden units: what warps and fragments take.
 inline constexpr int cluster_rows = 64, cluster_units = 8;
-inline constexpr int most_cluster_outputs = 16;
+inline constexpr int max_cluster_outputs = 16;
 // Features go in steps of 16, of which every eighth one is a warp's.
-inline constexpr int most_warp_steps = 7;
+inline constexpr int max_warp_steps = 7;
 
 // A mini-batch as tensor cores take it: bfloat16, 8 features of 64 rows after the other.
 inline constexpr int tile_features = 8, tile_numbers = cluster_rows * tile_features;
@@ -83,7 +83,7 @@ struct ClusterTraining {
   float *first, *last;  // the parameters of both layers
   Index plane;
   Activation<float> hidden_activation, activation;
-  Objective<float> objective;  // labels, losses and right: of the first step, those of the others behind them
+  Objective<float> objective;  // labels, losses and correct: of the first step, those of the others behind them
 };
 
 // Rows of 20 numbers begin in other banks, eight of them together in all.
@@ -97,17 +97,20 @@ struct alignas(16) ClusterMemory {
   unsigned char of_warps[cluster_warps][cluster_warps * 32 * 2 * sizeof(float)];
   float grad[cluster_rows][cluster_stride];  // of the outputs' preactivations; behind them a 1
   float weight[cluster_units][cluster_stride];
-  float bias[cluster_units], last_bias[most_cluster_outputs];
+  float bias[cluster_units], last_bias[max_cluster_outputs];
   // What each block of the cluster adds to the outputs of this one's rows.
-  float parts[Ranks][rows_of_block][most_cluster_outputs];
+  float parts[Ranks][rows_of_block][max_cluster_outputs];
   // Of the rule, and the classes, of this step and the one before it.
-  float numbers[2][Brought<float>::most_numbers + 1];
+  float hyperparameters[2][Staged<float>::max_hyperparameters + 1];
   int labels[2][cluster_rows];
   // For the parts of each of this block's rows, and for the gradients of each warp's 8 rows.
   unsigned long long parts_barrier[rows_of_block], grad_barrier[cluster_warps];
 };
 
-inline constexpr int one_column = most_cluster_outputs;
+// What is left for it beside two mini-batches of as many features as there may be, in the 227 KiB that a block has.
+inline constexpr int cluster_memory_bytes = 27648;
+
+inline constexpr int one_column = max_cluster_outputs;
 
 struct OfWarp {
   // Of its 8 rows: the units' results, then the gradients of their preactivations.
@@ -115,7 +118,7 @@ struct OfWarp {
   // These gradients, the three parts of each: of a part and a unit, the rows.
   bfloat16 parts[3][cluster_units][8];
   // A row of outputs, of their preactivations, and of their gradients.
-  float y[most_cluster_outputs], z[most_cluster_outputs], grad[most_cluster_outputs];
+  float y[max_cluster_outputs], z[max_cluster_outputs], grad[max_cluster_outputs];
 };
 
 template <int Ranks>
@@ -152,11 +155,11 @@ struct Kept {
 #pragma unroll
     for (int s = 0; s < planes; ++s) to[s * plane] = value[s][i];
   }
-  __device__ __forceinline__ void update(int i, float gradient, const float* numbers) {
+  __device__ __forceinline__ void update(int i, float gradient, const float* hyperparameters) {
     float state[states > 0 ? states : 1];
 #pragma unroll
     for (int s = 0; s < states; ++s) state[s] = value[1 + s][i];
-    Rule::apply(value[0][i], gradient, state, numbers);
+    Rule::apply(value[0][i], gradient, state, hyperparameters);
 #pragma unroll
     for (int s = 0; s < states; ++s) value[1 + s][i] = state[s];
   }
@@ -176,6 +179,7 @@ template <int Ranks, class Rule>
 __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads, 1)
     train_in_cluster(const __grid_constant__ ClusterTraining p, Index steps) {
   using Memory = ClusterMemory<Ranks>;
+  static_assert(sizeof(Memory) <= cluster_memory_bytes);
   constexpr int rows_of_block = Memory::rows_of_block;
   auto* const dynamic = dynamic_shared<unsigned char>();
   Memory& memory = *reinterpret_cast<Memory*>(dynamic);
@@ -186,7 +190,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   const int out = p.out, quads = (out + 3) / 4;
   const int all_steps = feature_steps(p.features);
   const Index first_step = p.progress->next;
-  const double* const all_numbers = p.progress->numbers[0] + first_step * Rule::scalar_count;
+  const double* const all_hyperparameters = p.progress->hyperparameters[0] + first_step * Rule::scalar_count;
   const Index* const order = p.progress->order + first_step * p.progress->batch;
   const Index batch = p.progress->batch;
   constexpr float scale = 1.0f / 255.0f;
@@ -200,9 +204,9 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     const bool there = feature < p.features && unit < p.hidden;
     return there ? p.first + static_cast<Index>(feature) * first_stride + unit : nullptr;
   };
-  Kept<Rule, 4> weights[most_warp_steps];
+  Kept<Rule, 4> weights[max_warp_steps];
 #pragma unroll
-  for (int q = 0; q < most_warp_steps; ++q)
+  for (int q = 0; q < max_warp_steps; ++q)
 #pragma unroll
     for (int c = 0; c < 4; ++c) weights[q].load(c, first_weight(q, c), p.plane);
 
@@ -214,7 +218,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   __syncthreads();
 
   // The other parameters: first the weights of the last layer, unit by unit, then its biases, then those of the units.
-  constexpr int rounds = (cluster_units * most_cluster_outputs / 4 + most_cluster_outputs / 4 + cluster_units / 4 +
+  constexpr int rounds = (cluster_units * max_cluster_outputs / 4 + max_cluster_outputs / 4 + cluster_units / 4 +
                           cluster_threads / 8 - 1) /
                          (cluster_threads / 8);
   const int weight_tasks = cluster_units * quads, tasks = weight_tasks + quads + cluster_units / 4;
@@ -255,7 +259,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     if (task.to >= 0) numbers_of_memory[task.to] = small.value[0][round];
   }
 
-  const ptx::SharedAddress tiles = ptx::shared_address(dynamic + sizeof(Memory));
+  const ptx::SharedAddress tiles = ptx::shared_address(dynamic + cluster_memory_bytes);
   constexpr int step_bytes = 2 * tile_numbers * static_cast<int>(sizeof(bfloat16));
   const int batch_bytes = all_steps * step_bytes;
   // A warp copies what it will read, and nobody else does.
@@ -265,7 +269,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       const auto* const from = own_tiles + step * batch_bytes;
       const ptx::SharedAddress to = tiles + (static_cast<int>(step % 2) * batch_bytes + warp * step_bytes + lane * 16);
 #pragma unroll
-      for (int q = 0; q < most_warp_steps; ++q) {
+      for (int q = 0; q < max_warp_steps; ++q) {
         if (q * cluster_warps + warp >= all_steps) break;
 #pragma unroll
         for (int part = 0; part < step_bytes / (32 * 16); ++part) {
@@ -292,13 +296,13 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     OfWarp& own = of_warp(memory, warp);
 
     // Needed later.
-    float number_of_rule = 0;
+    float hyperparameter = 0;
     int label = 0;
     const int labelled = rank * rows_of_block + thread;
     if (thread < Rule::scalar_count)
-      number_of_rule = static_cast<float>(all_numbers[step * Rule::scalar_count + thread]);
-    const bool brings_label = thread < rows_of_block && labelled < p.rows && p.objective.labels != nullptr;
-    if (brings_label) label = p.objective.labels[step * p.rows + labelled];
+      hyperparameter = static_cast<float>(all_hyperparameters[step * Rule::scalar_count + thread]);
+    const bool stages_label = thread < rows_of_block && labelled < p.rows && p.objective.labels != nullptr;
+    if (stages_label) label = p.objective.labels[step * p.rows + labelled];
 
     // Forward: each warp's part of the hidden units' sums, all rows.
     float sum[cluster_rows / 16][4] = {};
@@ -307,7 +311,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     {
       const ptx::SharedAddress from = batch_tiles + lane / 16 * 1024 + lane / 8 % 2 * 128 + lane % 8 * 16;
 #pragma unroll
-      for (int q = 0; q < most_warp_steps; ++q) {
+      for (int q = 0; q < max_warp_steps; ++q) {
         if (q * cluster_warps + warp >= all_steps) break;
         const float (&w)[4] = weights[q].value[0];
         const Parts low(w[0], w[1]), high(w[2], w[3]);
@@ -332,8 +336,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
           store_pack(to, Pack<float, 2>{sum[m][2 * half], sum[m][2 * half + 1]});
         }
     }
-    if (thread < Rule::scalar_count) memory.numbers[turn][thread] = number_of_rule;
-    if (brings_label) memory.labels[turn][labelled] = label;
+    if (thread < Rule::scalar_count) memory.hyperparameters[turn][thread] = hyperparameter;
+    if (stages_label) memory.labels[turn][labelled] = label;
     __syncthreads();
 
     // The sums of a warp's 8 rows: lanes have row g, units 2t and 2t + 1.
@@ -389,7 +393,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     if (objective.labels != nullptr) objective.labels = memory.labels[turn];
     objective.samples = order + step * batch;
     objective.losses += step * p.rows;
-    if (objective.right != nullptr) objective.right += step * p.rows;
+    if (objective.correct != nullptr) objective.correct += step * p.rows;
 #pragma unroll
     for (int first = 0; first < rows_of_block; first += cluster_warps) {
       const int slot = first + warp, row = rank * rows_of_block + slot;
@@ -407,7 +411,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
         p.activation.forward(preactivation, y);
         own.z[j] = preactivation[0];
         own.y[j] = y[0];
-      } else if (lane < most_cluster_outputs) {
+      } else if (lane < max_cluster_outputs) {
         own.grad[j] = 0;
       }
       __syncwarp();
@@ -437,7 +441,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     {
       float grad[2] = {};
 #pragma unroll
-      for (int q = 0; q < most_cluster_outputs / 4; ++q) {
+      for (int q = 0; q < max_cluster_outputs / 4; ++q) {
         if (q >= quads) break;
         float dz[4];
         load_numbers<4>(memory.grad[i] + 4 * q, dz);
@@ -461,9 +465,9 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     }
     __syncthreads();
 
-    float numbers[Rule::scalar_count];
+    float hyperparameters[Rule::scalar_count];
 #pragma unroll
-    for (int s = 0; s < Rule::scalar_count; ++s) numbers[s] = memory.numbers[turn][s];
+    for (int s = 0; s < Rule::scalar_count; ++s) hyperparameters[s] = memory.hyperparameters[turn][s];
 
 #pragma unroll
     for (int round = 0; round < rounds; ++round) {
@@ -481,7 +485,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       // Lanes 2 c and 2 c + 1 of the 8 get number c.
       exchange_sums<4, 2, 4>(grad, lane);
       grad[0] += __shfl_xor_sync(0xffffffffu, grad[0], 1);
-      small.update(round, grad[0], numbers);
+      small.update(round, grad[0], hyperparameters);
       if (task.to >= 0) numbers_of_memory[task.to] = small.value[0][round];
     }
 
@@ -498,7 +502,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       }
       const ptx::SharedAddress from = batch_tiles + lane * 16;
 #pragma unroll
-      for (int q = 0; q < most_warp_steps; ++q) {
+      for (int q = 0; q < max_warp_steps; ++q) {
         if (q * cluster_warps + warp >= all_steps) break;
         // Of 8 features and of the 8 after them; of the first two parts and of the third.
         float sums[2][2][4] = {};
@@ -517,7 +521,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const float (&two)[4] = sums[c / 2][0];
-          weights[q].update(c, two[c % 2] + (two[2 + c % 2] + sums[c / 2][1][c % 2]), numbers);
+          weights[q].update(c, two[c % 2] + (two[2 + c % 2] + sums[c / 2][1][c % 2]), hyperparameters);
         }
       }
     }
@@ -528,7 +532,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   ptx::wait_for_copies<0>();
 
 #pragma unroll
-  for (int q = 0; q < most_warp_steps; ++q)
+  for (int q = 0; q < max_warp_steps; ++q)
 #pragma unroll
     for (int c = 0; c < 4; ++c)
       if (float* const to = first_weight(q, c)) weights[q].store(c, to, p.plane);
@@ -537,7 +541,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     // Made anew, as addresses would take registers all along.
     const SmallTask task = small_task(round);
     const int biases = place(memory.last_bias);
-    const bool of_all = task.to >= biases && task.to < biases + most_cluster_outputs;
+    const bool of_all = task.to >= biases && task.to < biases + max_cluster_outputs;
     if (task.global != nullptr && (!of_all || rank == 0)) small.store(round, task.global, p.plane);
   }
 }
@@ -548,7 +552,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
 
 struct CloseSteps {
   const double* losses;  // of each row of each step
-  const int* right;      // or null
+  const int* correct;    // or null
   int rows;
   double weight;  // of each loss
   Progress* progress;
@@ -559,7 +563,7 @@ template <int threads>
 __global__ void __launch_bounds__(threads) close_steps(const __grid_constant__ CloseSteps p, Index steps) {
   __shared__ double of_steps[threads];
   const int thread = static_cast<int>(threadIdx.x);
-  double total = p.progress->loss[0], right = 0;
+  double total = p.progress->loss[0], correct = 0;
   for (Index first = 0; first < steps; first += threads) {
     double loss = 0;
     if (first + thread < steps) {
@@ -567,9 +571,9 @@ __global__ void __launch_bounds__(threads) close_steps(const __grid_constant__ C
       // Many loads at a time.
 #pragma unroll 16
       for (int i = 0; i < p.rows; ++i) loss += p.losses[at + i];
-      if (p.right != nullptr) {
+      if (p.correct != nullptr) {
 #pragma unroll 16
-        for (int i = 0; i < p.rows; ++i) right += p.right[at + i];
+        for (int i = 0; i < p.rows; ++i) correct += p.correct[at + i];
       }
     }
     of_steps[thread] = p.weight * loss;
@@ -579,10 +583,10 @@ __global__ void __launch_bounds__(threads) close_steps(const __grid_constant__ C
       for (int s = 0; s < count; ++s) total += of_steps[s];
     __syncthreads();
   }
-  right = reduce_block(right, Sum{}, of_steps);
+  correct = reduce_block(correct, Sum{}, of_steps);
   if (thread != 0) return;
   p.progress->loss[0] = total;
-  p.progress->right += static_cast<Index>(right);
+  p.progress->correct += static_cast<Index>(correct);
   p.progress->next += steps;
 }
 

@@ -14,7 +14,7 @@ struct Layer {
 
 // y = activation(x w + b); z, unless null, takes the preactivation.
 template <class T>
-struct ForwardEnd {
+struct ForwardEpilogue {
   const T* bias;
   Activation<T> activation;
   T *y, *z;
@@ -60,29 +60,29 @@ __device__ __forceinline__ void forward_tile(const Forward<T, N>& p, const Rows<
   const LinesOfRows<T, N> x{rows, p.rows};
   const LinesOfColumns<T> w{layer.parameters, row_stride(layer.out)};
   const T* const bias = layer.parameters + static_cast<Index>(layer.in) * row_stride(layer.out);
-  const ForwardEnd<T> end{bias, p.activation, p.y, p.z, p.rows, layer.out};
-  Tile::multiply(x, w, layer.in, tile_row * Tile::rows, tile_column * Tile::columns, end, memory);
+  const ForwardEpilogue<T> epilogue{bias, p.activation, p.y, p.z, p.rows, layer.out};
+  Tile::multiply(x, w, layer.in, tile_row * Tile::rows, tile_column * Tile::columns, epilogue, memory);
 }
 
 // A layer whose inputs are the mini-batch. Grid: tiles of rows, tiles of columns.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::most_threads, 1) forward(const __grid_constant__ Forward<T, T> p) {
+__global__ void __launch_bounds__(Tile::max_threads, 1) forward(const __grid_constant__ Forward<T, T> p) {
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   forward_tile<Tile>(p, p.input.all(), row, column, dynamic_shared<T>());
 }
 
 // A first layer whose inputs are samples; opens a step. Grid: the same, and one column more.
 template <class T, class N, class Tile>
-__global__ void __launch_bounds__(Tile::most_threads, 1)
-    first_forward(const __grid_constant__ Forward<T, N> p, const __grid_constant__ Brought<T> brought) {
+__global__ void __launch_bounds__(Tile::max_threads, 1)
+    first_forward(const __grid_constant__ Forward<T, N> p, const __grid_constant__ Staged<T> staged) {
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   if (blockIdx.y < gridDim.y - 1)
-    forward_tile<Tile>(p, p.input.at_opening(brought.progress), row, column, dynamic_shared<T>());
+    forward_tile<Tile>(p, p.input.at_opening(staged.progress), row, column, dynamic_shared<T>());
   else if (row == 0)
-    open_step(brought);
+    open_step(staged);
 }
 
-// What a layer gave that has another above it: its gradient goes on through its activation.
+// The results of a layer that has another above it: the gradient goes back through its activation.
 template <class T>
 struct Below {
   Activation<T> activation;
@@ -91,7 +91,7 @@ struct Below {
 };
 
 template <class T>
-struct BackwardEnd {
+struct BackwardEpilogue {
   Below<T> below;
   int rows, width;
 
@@ -124,13 +124,13 @@ struct Backward {
 
 // The same grid, for layer.in columns.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::most_threads, 1) backward(const __grid_constant__ Backward<T> p) {
+__global__ void __launch_bounds__(Tile::max_threads, 1) backward(const __grid_constant__ Backward<T> p) {
   const Layer<T>& layer = p.layer;
   const int stride = row_stride(layer.out);
   const LinesOfRows<T, T> grad{{p.grad, stride, nullptr}, p.rows}, w{{layer.parameters, stride, nullptr}, layer.in};
-  const BackwardEnd<T> end{p.below, p.rows, layer.in};
+  const BackwardEpilogue<T> epilogue{p.below, p.rows, layer.in};
   const int row = static_cast<int>(blockIdx.x) * Tile::rows, column = static_cast<int>(blockIdx.y) * Tile::columns;
-  Tile::multiply(grad, w, layer.out, row, column, end, dynamic_shared<T>());
+  Tile::multiply(grad, w, layer.out, row, column, epilogue, dynamic_shared<T>());
 }
 
 }  // namespace gemmlet

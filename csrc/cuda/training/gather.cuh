@@ -25,11 +25,11 @@ __device__ __forceinline__ void gather_row(const Gather<T, N>& p, Index sample, 
 // Opens a step of two adversarial networks: the generator's first layer, and the samples. Grid: what forward takes, and
 // beyond its columns more of them, until there is a block for each sample and one besides.
 template <class T, class N, class Tile>
-__global__ void __launch_bounds__(Tile::most_threads, 1)
-    first_forward_and_gather(const __grid_constant__ Forward<T, T> p, const __grid_constant__ Brought<T> brought,
+__global__ void __launch_bounds__(Tile::max_threads, 1)
+    first_forward_and_gather(const __grid_constant__ Forward<T, T> p, const __grid_constant__ Staged<T> staged,
                              const __grid_constant__ Gather<T, N> gather, int tile_columns) {
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
-  const Progress* const progress = brought.progress;
+  const Progress* const progress = staged.progress;
   if (column < tile_columns) {
     forward_tile<Tile>(p, p.input.at_opening(progress), row, column, dynamic_shared<T>());
     return;
@@ -38,15 +38,15 @@ __global__ void __launch_bounds__(Tile::most_threads, 1)
   if (i < p.rows)
     gather_row(gather, progress->order[progress->next * progress->batch + i], i);
   else if (i == p.rows)
-    open_step(brought);
+    open_step(staged);
 }
 
-// The rows of a sparse matrix as those of a dense one.
+// Rows of a sparse matrix (CSR) as those of a dense one.
 template <class T>
 struct Expand {
   const T* values;
-  const Index* row_start;
-  const int* columns;
+  const Index* indptr;
+  const int* indices;
   int features;
   T* rows;
 };
@@ -56,18 +56,18 @@ inline constexpr int expand_threads = 256;
 // Opens a step. Grid: a block for each row, and one besides.
 template <class T>
 __global__ void __launch_bounds__(expand_threads)
-    expand(const __grid_constant__ Expand<T> p, const __grid_constant__ Brought<T> brought) {
+    expand(const __grid_constant__ Expand<T> p, const __grid_constant__ Staged<T> staged) {
   const int i = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-  if (i == brought.rows) {
-    open_step(brought);
+  if (i == staged.rows) {
+    open_step(staged);
     return;
   }
-  const Progress* const progress = brought.progress;
-  const Index sample = progress->order[progress->next * progress->batch + i], end = p.row_start[sample + 1];
+  const Progress* const progress = staged.progress;
+  const Index sample = progress->order[progress->next * progress->batch + i], end = p.indptr[sample + 1];
   T* const to = p.rows + static_cast<Index>(i) * row_stride(p.features);
   for (int k = thread; k < p.features; k += expand_threads) to[k] = T(0);
   __syncthreads();
-  for (Index e = p.row_start[sample] + thread; e < end; e += expand_threads) to[p.columns[e]] = p.values[e];
+  for (Index e = p.indptr[sample] + thread; e < end; e += expand_threads) to[p.indices[e]] = p.values[e];
 }
 
 }  // namespace gemmlet

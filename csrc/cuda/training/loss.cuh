@@ -7,21 +7,22 @@
 
 namespace gemmlet {
 
-// What rows of outputs are compared with, and how.
+// The loss, and the targets of rows of outputs.
 template <class T>
 struct Objective {
   int loss;
-  T parameter, share;    // of a row in the gradient
+  T parameter, scale;    // of a row in the gradient
+  T keep, spread;        // of row losses: targets are taken times `keep`, and `spread` is added
   const int* labels;     // classes of the rows; or
   const T* values;       // (all samples, out), with no space between the rows,
   const Index* samples;  // and which of them the rows are; or null all:
   T first, second;       // each target of the first `boundary` rows, and of those after them
   int boundary;
   double* losses;  // of each row
-  int* right;      // whether each row's largest output (of a single one, its sign) is the class; or null
+  int* correct;    // whether each row's largest output (of a single one, its sign) is the class; or null
 };
 
-// Whether output a at place i comes before b at place j as the class that is meant: NaN counts as the largest.
+// Whether output a at place i is predicted before b at place j: NaN counts as the largest.
 template <class T>
 __device__ __forceinline__ bool comes_first(T a, int i, T b, int j) {
   const bool a_is_nan = a != a, b_is_nan = b != b;
@@ -29,9 +30,9 @@ __device__ __forceinline__ bool comes_first(T a, int i, T b, int j) {
   return a > b || (!(a < b) && i < j);
 }
 
-// By a warp: whether `label` is the class that is meant.
+// By a warp: whether `label` is the predicted class.
 template <class T>
-__device__ inline bool is_right(const T* y, int out, int label) {
+__device__ inline bool is_correct(const T* y, int out, int label) {
   if (out == 1) return (y[0] > T(0)) == label;
   bool other = false;
   for (int j = static_cast<int>(threadIdx.x % 32); j < out; j += 32) other |= comes_first(y[j], j, y[label], label);
@@ -59,13 +60,13 @@ struct Target {
 
 // The loss of a row; end(j, gradient) takes each gradient, those beyond the row too.
 template <class L, int lanes, class T, class End, class Stored>
-__device__ __forceinline__ T evaluate_row_loss(const Target<T>& target, const T* y, int out, T scale, End end,
-                                               Stored stored) {
+__device__ __forceinline__ T evaluate_row_loss(const Objective<T>& p, const Target<T>& target, const T* y, int out,
+                                               End end, Stored stored) {
   using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
   if constexpr (L::has_label_form) {
-    if (target.values == nullptr) {
+    if (target.values == nullptr && p.spread == T(0)) {
       Lanes row(y, out, true, -infinity<T>(), target.label);
-      const typename L::template OfLabel<Lanes> of_row(row, y[target.label], scale);
+      const typename L::template OfLabel<Lanes> of_row(row, y[target.label], p.scale);
       row.each([&](int j, T v, int) { end(j, j == target.label ? of_row.at_label : of_row.of_other(v)); });
       stored();
       return of_row.loss();
@@ -76,8 +77,9 @@ __device__ __forceinline__ T evaluate_row_loss(const Target<T>& target, const T*
     of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); });
     stored();
   };
-  const auto of_output = [&](int j, int) { return j < out ? target.of_output(j, out) : T(0); };
-  return L::of_targets(Operands(row, of_output, write), scale);
+  const row_losses::Smoothing<T> smoothing{p.keep, p.spread};
+  const auto of_output = [&](int j, int) { return j < out ? smoothing.of_target(target.of_output(j, out)) : T(0); };
+  return L::of_targets(Operands(row, of_output, write), p.scale);
 }
 
 // Row i of the mini-batch, by a warp: y its `out` results, z their preactivations. Its gradient goes through the
@@ -102,9 +104,9 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
       if (lane < lanes && j < out) end(j, gradient);
     };
     switch (static_cast<RowLossNumber>(~p.loss)) {
-#define GEMMLET_ENTRY(name)                                                                     \
-  case RowLossNumber::name:                                                                     \
-    loss = evaluate_row_loss<row_losses::name, lanes>(target, y, out, p.share, end_of, stored); \
+#define GEMMLET_ENTRY(name)                                                               \
+  case RowLossNumber::name:                                                               \
+    loss = evaluate_row_loss<row_losses::name, lanes>(p, target, y, out, end_of, stored); \
     break;
       GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)
 #undef GEMMLET_ENTRY
@@ -115,7 +117,7 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
       switch (static_cast<LossNumber>(p.loss)) {
 #define GEMMLET_ENTRY(name)                                                                            \
   case LossNumber::name:                                                                               \
-    losses::name::evaluate(y[j], target.of_output(j, out), p.parameter, p.share, of_output, gradient); \
+    losses::name::evaluate(y[j], target.of_output(j, out), p.parameter, p.scale, of_output, gradient); \
     break;
         GEMMLET_LOSSES(GEMMLET_ENTRY)
 #undef GEMMLET_ENTRY
@@ -126,10 +128,10 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
     stored();
     loss = reduce_lanes<32>(loss, Sum{});
   }
-  const bool right = p.right != nullptr && target.label >= 0 && is_right(y, out, target.label);
+  const bool correct = p.correct != nullptr && target.label >= 0 && is_correct(y, out, target.label);
   if (lane == 0) {
     p.losses[i] = loss;
-    if (p.right != nullptr) p.right[i] = right;
+    if (p.correct != nullptr) p.correct[i] = correct;
   }
 }
 

@@ -20,40 +20,39 @@
 
 namespace gemmlet {
 
-// From one row to the next: they begin at multiples of 16 bytes.
+// The distance from row to row: rows begin at multiples of 16 bytes.
 __device__ __forceinline__ constexpr int row_stride(int width) { return (width + 3) / 4 * 4; }
 
-// How far a call has come, and where that is which belongs to the call alone.
+// The step that a call has come to, and the addresses of what belongs to the call alone.
 struct Progress {
-  const Index* order;        // the samples of the mini-batches
-  const double* numbers[2];  // the rules' numbers of up to two networks, step by step
-  const double* decay;       // of the moving averages, one number a step
-  const void* noise;         // a row for each of `order`
+  const Index* order;                // the samples of the mini-batches
+  const double* hyperparameters[2];  // of up to two networks, step by step
+  const double* decay;               // of the moving averages, one number a step
+  const void* noise;                 // a row for each of `order`
   Index batch;
   Index next, step;  // the step that is opened next, and the one that has been opened
   double loss[2];
-  Index right;
+  Index correct;
 };
 
-// What belongs to a step, where its kernels find it at once: they would have to read one address after another. The
-// block that opens the step brings it.
+// The data of a step, which the block that opens it stages: its kernels would have to follow one address after another.
 template <class T>
-struct Brought {
-  static constexpr int most_numbers = 11;  // of a rule, and at the end the average's decay and 1 - decay
+struct Staged {
+  static constexpr int max_hyperparameters = 11;  // of a rule, and at the end the average's decay and 1 - decay
   Progress* progress;
   int rows;
-  Index* samples;        // those of the mini-batch
-  const Index* indices;  // the classes of all samples, or null
-  int* labels;           // those of the mini-batch
-  T* numbers;            // of both networks
-  int number_counts[2];  // in Progress
-  bool averages;         // of the first network
+  Index* samples;                // those of the mini-batch
+  const Index* indices;          // the classes of all samples, or null
+  int* labels;                   // those of the mini-batch
+  T* hyperparameters;            // of both networks
+  int hyperparameter_counts[2];  // in Progress
+  bool averages;                 // of any network
 };
 
-// By one block of the kernel that opens the step. There, nothing else reads `step`, or what is brought; in the one that
+// By one block of the kernel that opens the step. There, nothing else reads `step`, or what is staged; in the one that
 // closes it, nothing else reads `next`.
 template <class T>
-__device__ inline void open_step(const Brought<T>& p) {
+__device__ inline void open_step(const Staged<T>& p) {
   const Progress& progress = *p.progress;
   const Index step = progress.next;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -63,24 +62,24 @@ __device__ inline void open_step(const Brought<T>& p) {
     if (p.indices != nullptr) p.labels[i] = static_cast<int>(p.indices[sample]);
   }
   for (int network = 0; network < 2; ++network) {
-    const int count = p.number_counts[network];
+    const int count = p.hyperparameter_counts[network];
+    T* const hyperparameters = p.hyperparameters + network * Staged<T>::max_hyperparameters;
     for (int s = thread; s < count; s += threads)
-      p.numbers[network * Brought<T>::most_numbers + s] = static_cast<T>(progress.numbers[network][step * count + s]);
+      hyperparameters[s] = static_cast<T>(progress.hyperparameters[network][step * count + s]);
+    if (thread == 0 && p.averages) {
+      hyperparameters[Staged<T>::max_hyperparameters - 2] = static_cast<T>(progress.decay[step]);
+      hyperparameters[Staged<T>::max_hyperparameters - 1] = static_cast<T>(1.0 - progress.decay[step]);
+    }
   }
-  if (thread != 0) return;
-  p.progress->step = step;
-  if (p.averages) {
-    p.numbers[Brought<T>::most_numbers - 2] = static_cast<T>(progress.decay[step]);
-    p.numbers[Brought<T>::most_numbers - 1] = static_cast<T>(1.0 - progress.decay[step]);
-  }
+  if (thread == 0) p.progress->step = step;
 }
 
-// What a layer's inputs are: rows of a matrix, or samples, or rows of noise.
+// The inputs of a layer: rows of a matrix, samples, or rows of noise.
 template <class N>
 struct Input {
   const N* rows;  // null: noise
   Index stride;
-  const Index* samples;  // of the mini-batch, once they are brought; null: the rows are the mini-batch
+  const Index* samples;  // of the mini-batch, once they are staged; null: the rows are the mini-batch
 
   __device__ __forceinline__ Rows<N> in_step(const Progress* progress) const {
     return rows != nullptr ? Rows<N>{rows, stride, samples} : noise(progress, progress->step);

@@ -17,14 +17,14 @@ struct Top {
   Below<T> below;
 };
 
-inline constexpr int most_top_threads = 256;
+inline constexpr int max_top_threads = 256;
 // Columns that go through the inputs together.
 inline constexpr int top_columns = 16;
 
 // A block of whole warps for each row. Shared memory: for each warp, and three times besides, a number for each of the
 // outputs, rounded up to top_columns.
 template <class T>
-__global__ void __launch_bounds__(most_top_threads, 1) top(const __grid_constant__ Top<T> p) {
+__global__ void __launch_bounds__(max_top_threads, 1) top(const __grid_constant__ Top<T> p) {
   const Layer<T>& layer = p.layer;
   const int i = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, threads = static_cast<int>(blockDim.x);

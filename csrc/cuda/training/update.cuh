@@ -18,18 +18,18 @@ struct UpdatedLayer {
 
 template <class T, class N>
 struct Update {
-  static constexpr int most_layers = 8;
-  UpdatedLayer<T> layers[most_layers];
+  static constexpr int max_layers = 8;
+  UpdatedLayer<T> layers[max_layers];
   int layer_count, blocks;
   bool has_first;  // whether layers[0] is the network's first
   Input<N> input;
   int rows;
   Index plane;
   bool averages;
-  const T* numbers;      // that are brought
-  int network;           // whose loss in Progress
-  const double* losses;  // of the rows, `loss_rows`, which are to be added up; none where it is 0
-  const int* right;      // or null
+  const T* hyperparameters;  // that are staged
+  int network;               // whose loss in Progress
+  const double* losses;      // of the rows, `loss_rows`, which are to be added up; none where it is 0
+  const int* correct;        // or null
   int loss_rows;
   double weight;  // of each
   bool closes;
@@ -38,17 +38,17 @@ struct Update {
 
 // One step of the rule for some weights.
 template <class T, class Rule>
-struct UpdateEnd {
+struct UpdateEpilogue {
   T* parameters;
   Index plane;
   int rows, out;  // with the bias
   bool averages;
-  const T* numbers;
+  const T* hyperparameters;
 
   template <int n>
   struct Loaded {
     T value[n], state[Rule::state_count > 0 ? Rule::state_count : 1][n], average[n];
-    T numbers[Rule::scalar_count], decay, gain;
+    T hyperparameters[Rule::scalar_count], decay, gain;
   };
   __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < out; }
   __device__ __forceinline__ T* at(int i, int j) const {
@@ -61,11 +61,11 @@ struct UpdateEnd {
 #pragma unroll
     for (int s = 0; s < Rule::state_count; ++s) load_numbers<n>(at(i, j) + (1 + s) * plane, loaded.state[s]);
 #pragma unroll
-    for (int s = 0; s < Rule::scalar_count; ++s) loaded.numbers[s] = numbers[s];
+    for (int s = 0; s < Rule::scalar_count; ++s) loaded.hyperparameters[s] = hyperparameters[s];
     if (averages) {
       load_numbers<n>(at(i, j) + (1 + Rule::state_count) * plane, loaded.average);
-      loaded.decay = numbers[Brought<T>::most_numbers - 2];
-      loaded.gain = numbers[Brought<T>::most_numbers - 1];
+      loaded.decay = hyperparameters[Staged<T>::max_hyperparameters - 2];
+      loaded.gain = hyperparameters[Staged<T>::max_hyperparameters - 1];
     }
     return loaded;
   }
@@ -79,7 +79,7 @@ struct UpdateEnd {
 #pragma unroll
       for (int s = 0; s < states; ++s) of_one[s] = loaded.state[s][c];
       value[c] = loaded.value[c];
-      Rule::apply(value[c], gradient[c], of_one, loaded.numbers);
+      Rule::apply(value[c], gradient[c], of_one, loaded.hyperparameters);
 #pragma unroll
       for (int s = 0; s < states; ++s) state[s][c] = of_one[s];
     }
@@ -99,16 +99,16 @@ struct UpdateEnd {
 // The mini-batch's losses into Progress, by a block.
 template <class T, class N>
 __device__ __forceinline__ void add_losses(const Update<T, N>& p, double* memory) {
-  double loss = 0, right = 0;
+  double loss = 0, correct = 0;
   for (int i = static_cast<int>(threadIdx.x); i < p.loss_rows; i += static_cast<int>(blockDim.x)) {
     loss += p.losses[i];
-    if (p.right != nullptr) right += p.right[i];
+    if (p.correct != nullptr) correct += p.correct[i];
   }
   loss = reduce_block(loss, Sum{}, memory);
-  right = reduce_block(right, Sum{}, memory);
+  correct = reduce_block(correct, Sum{}, memory);
   if (threadIdx.x != 0) return;
   p.progress->loss[p.network] += p.weight * loss;
-  p.progress->right += static_cast<Index>(right);
+  p.progress->correct += static_cast<Index>(correct);
   if (p.closes) ++p.progress->next;
 }
 
@@ -121,20 +121,21 @@ __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T*
   const int tile = block - layer.first_block, tiles_across = (layer.out + WideTile::columns - 1) / WideTile::columns;
   const int row = tile / tiles_across * WideTile::rows, column = tile % tiles_across * WideTile::columns;
 
-  const UpdateEnd<T, Rule> end{layer.parameters, p.plane, layer.in + 1, layer.out, p.averages, p.numbers};
+  const UpdateEpilogue<T, Rule> epilogue{layer.parameters, p.plane,    layer.in + 1,
+                                         layer.out,        p.averages, p.hyperparameters};
   const LinesOfColumns<T> grad{layer.grad, row_stride(layer.out)};
   if (p.has_first && l == 0) {
     const LinesOfPicked<T, N> x{p.input.in_step(p.progress), layer.in};
-    WideTile::multiply(x, grad, p.rows, row, column, end, memory);
+    WideTile::multiply(x, grad, p.rows, row, column, epilogue, memory);
   } else {
     const LinesOfPicked<T, T> x{{layer.x, row_stride(layer.in), nullptr}, layer.in};
-    WideTile::multiply(x, grad, p.rows, row, column, end, memory);
+    WideTile::multiply(x, grad, p.rows, row, column, epilogue, memory);
   }
 }
 
-// All weights of a network, or up to most_layers layers of it. Grid: p.blocks, and one that adds up the losses.
+// All weights of a network, or up to max_layers layers of it. Grid: p.blocks, and one that adds up the losses.
 template <class T, class N, class Rule>
-__global__ void __launch_bounds__(WideTile::most_threads, 1) update(const __grid_constant__ Update<T, N> p) {
+__global__ void __launch_bounds__(WideTile::max_threads, 1) update(const __grid_constant__ Update<T, N> p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < p.blocks)
     update_tile<Rule>(p, block, dynamic_shared<T>());

@@ -8,15 +8,17 @@ products get any strides.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction, RowLoss
-from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training.plan import Batches, Outcome, TrainingPlan
+from ..formulas.optimizers import Hyperparameters, OptimizerRule
+
+if TYPE_CHECKING:
+    from ..training.plan import Batches, Outcome, TrainingPlan
 
 Array = NDArray[Any]
 
@@ -29,7 +31,7 @@ class Backend(Protocol):
     # By the names of kernels: functions that take the kernel's arguments as the caller gave them, in the order of its
     # signature, and return its result, or None where anything about the arguments is unusual, with nothing written.
     # Of `<rule>_update` the arguments are `param`, `grad`, the tuples of states and of numbers, and the result is True.
-    quick: Mapping[str, Callable[..., Any]]
+    fast_paths: Mapping[str, Callable[..., Any]]
 
     def describe(self) -> dict[str, str]:
         """What `gemmlet.show_config` prints about this backend."""
@@ -128,7 +130,7 @@ class Backend(Protocol):
     # Optimizers.
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         """Update `param` and its state in place."""
 

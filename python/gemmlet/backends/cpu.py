@@ -14,7 +14,7 @@ import numpy as np
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, RowFunction, RowLoss
 from ..formulas.losses import Loss as LossFormula
-from ..formulas.optimizers import OptimizerRule, Scalars
+from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from ..training.plan import (
     NOISE,
     SAMPLES,
@@ -152,11 +152,11 @@ class CpuBackend(NumpyBackend):
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
         self._planned: WeakKeyDictionary[TrainingPlan, tuple[Any, Any] | None] = WeakKeyDictionary()
-        self.quick = self._quick_functions()
+        self.fast_paths = self._make_fast_paths()
 
-    def _quick_functions(self) -> dict[str, Callable[..., Any]]:
+    def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
         """The fast path (csrc/cpu/bindings/fast_path.cpp) of every formula that registry and extension both have."""
-        quick, formula = self._module.quick, self._module.formula
+        fast_path, formula = self._module.quick, self._module.formula
         functions: dict[str, Callable[..., Any]] = {}
         activations = {
             name: formula(number, entry.default, entry.parameter is not None, entry.needs_x, False)
@@ -166,18 +166,18 @@ class CpuBackend(NumpyBackend):
         rows = {name: formula(number, 0.0, False, False, False) for name, number in self._row_functions.items()}
         for kind, formulas in (("activation", activations), ("row_function", rows)):
             for name, made in formulas.items():
-                functions[name] = quick(kind, made)
-                functions[f"{name}_backward"] = quick(f"{kind}_backward", made)
+                functions[name] = fast_path(kind, made)
+                functions[f"{name}_backward"] = fast_path(f"{kind}_backward", made)
         for name, number in self._losses.items():
             if (loss := LOSSES.get(name)) is not None:
                 made = formula(number, loss.default, loss.parameter is not None, False, loss.unit_interval)
-                functions[name] = quick("loss", made)
+                functions[name] = fast_path("loss", made)
         for name, number in self._row_losses.items():
-            functions[name] = quick("row_loss", formula(number, 0.0, False, False, False))
+            functions[name] = fast_path("row_loss", formula(number, 0.0, False, False, False))
         for name, number in self._rules.items():
-            functions[f"{name}_update"] = quick("update", formula(number, 0.0, False, False, False))
-        functions["linear"] = quick("linear", activations)
-        functions["linear_backward"] = quick("linear_backward", activations)
+            functions[f"{name}_update"] = fast_path("update", formula(number, 0.0, False, False, False))
+        functions["linear"] = fast_path("linear", activations)
+        functions["linear_backward"] = fast_path("linear_backward", activations)
         return functions
 
     def describe(self) -> dict[str, str]:
@@ -270,13 +270,13 @@ class CpuBackend(NumpyBackend):
         return self._module.elementwise_loss(number, prediction, target, parameter, out)
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         number = self._rules.get(rule.name)
         if number is None:
-            super().update(rule, param, grad, state, scalars)
+            super().update(rule, param, grad, state, hyperparameters)
         else:
-            self._module.optimizer_update(number, param, grad, state, scalars)
+            self._module.optimizer_update(number, param, grad, state, hyperparameters)
 
     # Training.
 

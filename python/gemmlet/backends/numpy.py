@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from .. import _threads
 from ..formulas.activations import Activation
 from ..formulas.losses import Loss, RowFunction, RowLoss
-from ..formulas.optimizers import OptimizerRule, Scalars
-from ..training import reference
-from ..training.plan import Batches, Outcome, TrainingPlan
+from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from .base import Array, Backend
+
+if TYPE_CHECKING:
+    from ..training.plan import Batches, Outcome, TrainingPlan
 
 
 def _f64(array: Array) -> NDArray[np.float64]:
@@ -30,7 +31,7 @@ class NumpyBackend(Backend):
     """Computes everything with NumPy alone."""
 
     name = "numpy"
-    quick: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    fast_paths: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
     def describe(self) -> dict[str, str]:
         return {"backend": self.name, "isa": "NumPy's own", "threads": "1 (the matrix product: NumPy's BLAS)"}
@@ -161,10 +162,10 @@ class NumpyBackend(Backend):
     # Optimizers.
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         with np.errstate(all="ignore"):
-            results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *scalars)
+            results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *hyperparameters)
             for target, result in zip((param, *state), results, strict=True):
                 target[...] = result
 
@@ -183,4 +184,6 @@ class NumpyBackend(Backend):
         return np.empty(shape, dtype)
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        from ..training import reference  # here, as kernels alone do not need it
+
         return reference.train(self, plan, batches)

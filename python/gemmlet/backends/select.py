@@ -100,16 +100,16 @@ def of(array: Any) -> Backend:
 
 
 def _declines(*_: Any) -> None:
-    """What stands for a quick function that is not there."""
+    """What stands for a fast path that is not there."""
 
 
-def quick_on_gpu(name: str) -> Callable[..., Any]:
-    """Return the quick function of a kernel for arrays on a GPU, which are computed there whatever is in use.
+def fast_path_on_gpu(name: str) -> Callable[..., Any]:
+    """Return the fast path of a kernel for arrays on a GPU, which are computed there whatever is in use.
 
     It declines everything before the first array on a GPU has come, and where `cuda` is in use, whose own has declined.
     """
     cuda = _loaded.get("cuda")
-    return _declines if cuda is None or cuda is current() else cuda.quick.get(name, _declines)
+    return _declines if cuda is None or cuda is current() else cuda.fast_paths.get(name, _declines)
 
 
 class use_backend:  # noqa: N801 - it is used as a function

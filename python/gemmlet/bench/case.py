@@ -1,4 +1,4 @@
-"""What a case is: one piece of work, the sides that do it, and the result that each must have."""
+"""What a case is: one piece of work, the implementations that do it, and the result that each must have."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One side of a case, ready to run.
+    """One implementation of a case, ready to run.
 
     Attributes
     ----------
@@ -62,15 +62,15 @@ class Case:
         Together they are the row's key in tables and files.
     inputs
         Draws the arguments, the same ones every time.
-    sides
-        For each side's name a function of the inputs that returns the call; all that need not be timed happens in it.
+    implementations
+        By name, a function of the inputs that returns the call. It does all that is not to be timed.
     exact
         A function of the inputs that returns the right result, computed in float64.
     rtol, atol
         A result may be off by ``atol + rtol * abs(exact)``, element by element.
     flops, bytes
         The least work: floating-point operations of the products, and bytes read and written, each array once. With
-        them goes the distance to the roof; zeros where it makes no sense.
+        them goes the distance to the roofline; zeros where it makes no sense.
     units, unit
         How many of what one call does: times are given for one.
     labels
@@ -80,7 +80,7 @@ class Case:
     group: str
     name: str
     inputs: Callable[[], Any]
-    sides: Mapping[str, Factory]
+    implementations: Mapping[str, Factory]
     exact: Callable[[Any], Any]
     rtol: float
     atol: float
@@ -95,9 +95,9 @@ class Case:
         """The row's key."""
         return f"{self.group}: {self.name}"
 
-    def prepare(self, side: str, inputs: Any) -> Prepared:
-        """Return one side, ready to run on `inputs`."""
-        made = self.sides[side](inputs)
+    def prepare(self, implementation: str, inputs: Any) -> Prepared:
+        """Return one implementation, ready to run on `inputs`."""
+        made = self.implementations[implementation](inputs)
         return made if isinstance(made, Prepared) else Prepared(made, made)
 
     def error(self, result: Any, exact: Any) -> float:

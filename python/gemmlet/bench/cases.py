@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,11 @@ import numpy as np
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS, Activation
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, softmax_cross_entropy
-from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_scalars
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 
 from . import training
 from .case import Array, Call, Case, Factory, Prepared, Settings
-from .sides import OURS
+from .implementations import OURS
 
 FLOATS = ("float32", "float64")
 # What single kernels may be off by; products get what their length allows.
@@ -56,8 +56,33 @@ def _tensors(*arrays: Array) -> list[Any]:
     return [torch.from_numpy(array) for array in arrays]
 
 
+def _in_place(call: Call, param: Array) -> Prepared:
+    """A call that changes `param`, which is its result."""
+
+    def result() -> Array:
+        call()
+        return param
+
+    return Prepared(call, result)
+
+
+def _torch_loss(name: str, pair: tuple[Array, Array]) -> Prepared:
+    """A loss of `torch.nn.functional` and its gradient."""
+    import torch
+
+    function = getattr(torch.nn.functional, name)
+    prediction, targets = _tensors(*pair)
+    prediction.requires_grad_()
+
+    def call() -> tuple[Any, Any]:
+        loss = function(prediction, targets)
+        return loss, *torch.autograd.grad(loss, prediction)
+
+    return _torch_result(call)
+
+
 def _jitted(function: Callable[..., Any], *arrays: Any) -> Call:
-    """A call of a jitted function that waits for its result; the arguments lie on JAX's side already."""
+    """A call of a jitted function that waits for its result; the arguments are JAX's already."""
     import jax
 
     compiled = jax.jit(function)
@@ -133,7 +158,7 @@ def matmul(settings: Settings) -> Iterator[Case]:
 
 def _linear(activation: str, batch: int, width: int) -> Case:
     entry = ACTIVATIONS[activation]
-    plain = _numpy_forward(entry)
+    plain = _numpy_activation(entry)
 
     def inputs() -> tuple[Array, Array, Array]:
         rng = _rng()
@@ -254,28 +279,26 @@ def _numpy_gelu(x: Array, out: Array) -> Array:
     return out
 
 
-def _numpy_forward(entry: Activation) -> Callable[[Array, Array], Array]:
-    write = _NUMPY_FORWARD.get(entry.name)
+def _evaluate(entry: Activation, backward: bool, arrays: Sequence[Array]) -> Any:
+    """The registry's expression of `x`, or of the gradient and what is saved for the backward pass."""
+    parameter = arrays[0].dtype.type(entry.default)
+    if not backward:
+        return entry.forward(arrays[0], parameter)
+    grad_y, saved = arrays
+    return entry.backward(grad_y, saved, saved, parameter)
 
-    def plain(x: Array, out: Array) -> Array:
+
+def _numpy_activation(entry: Activation, backward: bool = False) -> Callable[..., Array]:
+    """An activation or its gradient in NumPy: a function of the operands and `out`, which it returns."""
+    table: Mapping[str, Callable[..., Any]] = _NUMPY_BACKWARD if backward else _NUMPY_FORWARD
+    write = table.get(entry.name)
+
+    def plain(*arrays: Array) -> Array:
         if write is None:
-            out[...] = entry.forward(x, x.dtype.type(entry.default))
+            arrays[-1][...] = _evaluate(entry, backward, arrays[:-1])
         else:
-            write(x, out)
-        return out
-
-    return plain
-
-
-def _numpy_backward(entry: Activation) -> Callable[[Array, Array, Array], Array]:
-    write = _NUMPY_BACKWARD.get(entry.name)
-
-    def plain(grad_y: Array, saved: Array, out: Array) -> Array:
-        if write is None:
-            out[...] = entry.backward(grad_y, saved, saved, saved.dtype.type(entry.default))
-        else:
-            write(grad_y, saved, out)
-        return out
+            write(*arrays)
+        return arrays[-1]
 
     return plain
 
@@ -326,97 +349,65 @@ TORCH_ACTIVATIONS = {*_TORCH_BACKWARD, "identity", "softplus"}
 JAX_ACTIVATIONS = {*TORCH_ACTIVATIONS}
 
 
-def _activation(entry: Activation, size: int, dtype: str) -> Case:
+def _activation(entry: Activation, backward: bool, size: int, dtype: str) -> Case:
     name = entry.name
-    kernel = getattr(kernels, name)
-    plain = _numpy_forward(entry)
+    kernel = f"{name}_backward" if backward else name
+    plain = _numpy_activation(entry, backward)
 
-    def inputs() -> Array:
-        return np.asarray(2 * _normal(_rng(), size, dtype))
-
-    def ours(x: Array) -> Call:
-        return partial(kernel, x, out=np.empty_like(x))
-
-    def numexpr(x: Array) -> Call:
-        import numexpr
-
-        expression, out = _NUMEXPR[name], np.empty_like(x)
-        return lambda: numexpr.evaluate(expression, {"x": x}, out=out, casting="same_kind")
-
-    sides: dict[str, Factory] = {
-        OURS: ours,
-        "gemmlet-numba": ours,
-        "numpy": lambda x: partial(plain, x, np.empty_like(x)),
-    }
-    if name in TORCH_ACTIVATIONS:
-        sides["pytorch"] = lambda x: _torch_result(partial(_torch_function(name), *_tensors(x)))
-    if name in JAX_ACTIVATIONS:
-        sides["jax"] = lambda x: _jitted(_jax_function(name), x)
-    if name in _NUMEXPR:
-        sides["numexpr"] = numexpr
-    return Case(
-        "activations",
-        f"{name} {size:,} {dtype}",
-        inputs,
-        sides,
-        lambda x: entry.forward(x.astype(np.float64), entry.default),
-        rtol=TOLERANCES[dtype],
-        atol=TOLERANCES[dtype],
-        bytes=2.0 * size * np.dtype(dtype).itemsize,
-        labels={"kernel": name, "size": size, "dtype": dtype, "elementwise": True},
-    )
-
-
-def _activation_backward(entry: Activation, size: int, dtype: str) -> Case:
-    name = entry.name
-    kernel = getattr(kernels, f"{name}_backward")
-    plain = _numpy_backward(entry)
-
-    def inputs() -> tuple[Array, Array]:
+    def inputs() -> tuple[Array, ...]:
         rng = _rng()
-        x = 2 * _normal(rng, size, dtype)
+        x = np.asarray(2 * _normal(rng, size, dtype))
+        if not backward:
+            return (x,)
         saved = x if entry.needs_x else entry.forward(x.astype(np.float64), entry.default).astype(dtype)
         return _normal(rng, size, dtype), saved
 
-    def exact(pair: tuple[Array, Array]) -> Array:
-        grad_y, kept = (a.astype(np.float64) for a in pair)
-        return entry.backward(grad_y, kept, kept, entry.default)
+    def ours(arrays: tuple[Array, ...]) -> Call:
+        # The gradient takes x and y, and reads the one of them that it needs.
+        return partial(getattr(kernels, kernel), *arrays, *arrays[1:], out=np.empty_like(arrays[0]))
 
-    def ours(pair: tuple[Array, Array]) -> Call:
-        grad_y, saved = pair
-        return partial(kernel, grad_y, saved, saved, out=np.empty_like(saved))
-
-    def pytorch(pair: tuple[Array, Array]) -> Prepared:
+    def pytorch(arrays: tuple[Array, ...]) -> Prepared:
         import torch
 
-        return _torch_result(partial(_TORCH_BACKWARD[name], torch.ops.aten, *_tensors(*pair)))
+        function = partial(_TORCH_BACKWARD[name], torch.ops.aten) if backward else _torch_function(name)
+        return _torch_result(partial(function, *_tensors(*arrays)))
 
-    sides: dict[str, Factory] = {
+    def numexpr(arrays: tuple[Array, ...]) -> Call:
+        import numexpr
+
+        (x,) = arrays
+        expression, out = _NUMEXPR[name], np.empty_like(x)
+        return lambda: numexpr.evaluate(expression, {"x": x}, out=out, casting="same_kind")
+
+    implementations: dict[str, Factory] = {
         OURS: ours,
         "gemmlet-numba": ours,
-        "numpy": lambda pair: partial(plain, pair[0], pair[1], np.empty_like(pair[1])),
+        "numpy": lambda arrays: partial(plain, *arrays, np.empty_like(arrays[0])),
     }
-    if name in _TORCH_BACKWARD:
-        sides["pytorch"] = pytorch
+    if name in (_TORCH_BACKWARD if backward else TORCH_ACTIVATIONS):
+        implementations["pytorch"] = pytorch
+    if name in JAX_ACTIVATIONS and not backward:
+        implementations["jax"] = lambda arrays: _jitted(_jax_function(name), *arrays)
+    if name in _NUMEXPR and not backward:
+        implementations["numexpr"] = numexpr
     return Case(
         "activations",
-        f"{name}_backward {size:,} {dtype}",
+        f"{kernel} {size:,} {dtype}",
         inputs,
-        sides,
-        exact,
+        implementations,
+        lambda arrays: _evaluate(entry, backward, [a.astype(np.float64) for a in arrays]),
         rtol=TOLERANCES[dtype],
         atol=TOLERANCES[dtype],
-        bytes=3.0 * size * np.dtype(dtype).itemsize,
-        labels={"kernel": f"{name}_backward", "size": size, "dtype": dtype, "elementwise": True},
+        bytes=(3.0 if backward else 2.0) * size * np.dtype(dtype).itemsize,
+        labels={"kernel": kernel, "size": size, "dtype": dtype, "elementwise": True},
     )
 
 
 def activations(settings: Settings) -> Iterator[Case]:
     """Every activation of the registry and its gradient."""
     sizes = (16_384,) if settings.quick else (16_384, 1_000_000)
-    for entry, size, dtype in itertools.product(ACTIVATIONS.values(), sizes, FLOATS):
-        yield _activation(entry, size, dtype)
-        yield _activation_backward(entry, size, dtype)
+    for entry, size, dtype, backward in itertools.product(ACTIVATIONS.values(), sizes, FLOATS, (False, True)):
+        yield _activation(entry, backward, size, dtype)
 
 
 # Losses and functions of rows.
@@ -452,18 +443,6 @@ def _softmax_cross_entropy(rows: int, classes: int, dtype: str) -> Case:
 
         return call
 
-    def pytorch(pair: tuple[Array, Array]) -> Prepared:
-        import torch
-
-        z, labels = _tensors(*pair)
-        z.requires_grad_()
-
-        def call() -> tuple[Any, Any]:
-            loss = torch.nn.functional.cross_entropy(z, labels)
-            return loss, *torch.autograd.grad(loss, z)
-
-        return _torch_result(call)
-
     def jax(pair: tuple[Array, Array]) -> Call:
         import jax
 
@@ -476,7 +455,13 @@ def _softmax_cross_entropy(rows: int, classes: int, dtype: str) -> Case:
         "losses",
         f"softmax_cross_entropy {rows}x{classes} {dtype}",
         inputs,
-        {OURS: ours, "gemmlet-numba": ours, "numpy": numpy, "pytorch": pytorch, "jax": jax},
+        {
+            OURS: ours,
+            "gemmlet-numba": ours,
+            "numpy": numpy,
+            "pytorch": partial(_torch_loss, "cross_entropy"),
+            "jax": jax,
+        },
         exact,
         rtol=10 * TOLERANCES[dtype],
         atol=TOLERANCES[dtype] / rows,
@@ -516,27 +501,14 @@ def _loss(entry: Loss, size: int, dtype: str) -> Case:
 
         return call
 
-    def pytorch(pair: tuple[Array, Array]) -> Prepared:
-        import torch
-
-        function = getattr(torch.nn.functional, _TORCH_LOSSES[entry.name])
-        prediction, targets = _tensors(*pair)
-        prediction.requires_grad_()
-
-        def call() -> tuple[Any, Any]:
-            loss = function(prediction, targets)
-            return loss, *torch.autograd.grad(loss, prediction)
-
-        return _torch_result(call)
-
-    sides: dict[str, Factory] = {OURS: ours, "gemmlet-numba": ours, "numpy": numpy}
+    implementations: dict[str, Factory] = {OURS: ours, "gemmlet-numba": ours, "numpy": numpy}
     if entry.name in _TORCH_LOSSES:
-        sides["pytorch"] = pytorch
+        implementations["pytorch"] = partial(_torch_loss, _TORCH_LOSSES[entry.name])
     return Case(
         "losses",
         f"{entry.name} {size:,} {dtype}",
         inputs,
-        sides,
+        implementations,
         exact,
         rtol=10 * TOLERANCES[dtype],
         atol=TOLERANCES[dtype] / size,
@@ -570,19 +542,19 @@ def _row_function(name: str, backward: bool, rows: int, columns: int, dtype: str
         return _torch_result(lambda: function(grad_y, y, 1, y.dtype))
 
     function: Callable[..., Array] = entry.backward if backward else entry.forward
-    sides: dict[str, Factory] = {
+    implementations: dict[str, Factory] = {
         OURS: ours,
         "gemmlet-numba": ours,
         "numpy": lambda arrays: partial(function, *arrays),
         "pytorch": pytorch,
     }
     if not backward:
-        sides["jax"] = lambda arrays: _jitted(_jax_function(name), *arrays)
+        implementations["jax"] = lambda arrays: _jitted(_jax_function(name), *arrays)
     return Case(
         "losses",
         f"{kernel} {rows}x{columns} {dtype}",
         inputs,
-        sides,
+        implementations,
         lambda arrays: function(*(a.astype(np.float64) for a in arrays)),
         rtol=10 * TOLERANCES[dtype],
         atol=TOLERANCES[dtype] * (np.sqrt(columns) if backward else 1.0),
@@ -609,12 +581,12 @@ _LR = 1e-3
 _UPDATES: dict[str, tuple[str, str, dict[str, float], tuple[float, ...], str]] = {
     "sgd": ("sgd_update", "sgd", {}, (_LR, 0.0), "SGD"),
     "sgd with momentum": ("sgd_update", "momentum", {"momentum": 0.9}, (_LR, 0.0, 0.9, 0.0), "SGD"),
-    "adam": ("adam_update", "adam", {}, adam_scalars(1, _LR, 0.9, 0.999, 1e-8, 0.0, False), "Adam"),
+    "adam": ("adam_update", "adam", {}, adam_hyperparameters(1, _LR, 0.9, 0.999, 1e-8, 0.0, False), "Adam"),
     "adamw": (
         "adamw_update",
         "adam",
         {"weight_decay": 0.01},
-        adam_scalars(1, _LR, 0.9, 0.999, 1e-8, 0.01, True),
+        adam_hyperparameters(1, _LR, 0.9, 0.999, 1e-8, 0.01, True),
         "AdamW",
     ),
 }
@@ -634,37 +606,21 @@ def _update(title: str, size: int, dtype: str) -> Case:
         param, grad = pair[0].copy(), pair[1]
         state = [np.zeros(size, dtype) for _ in rule.state]
         step = {} if rule_name in ("sgd", "momentum") else {"step": 1}
-        call = partial(getattr(kernels, kernel), param, grad, *state, lr=_LR, **numbers, **step)
-
-        def result() -> Array:
-            call()
-            return param
-
-        return Prepared(call, result)
+        return _in_place(partial(getattr(kernels, kernel), param, grad, *state, lr=_LR, **numbers, **step), param)
 
     def numpy(pair: tuple[Array, Array]) -> Prepared:
         param, grad = pair[0].copy(), pair[1]
-        call = training.numpy_update(rule_name, param, scalars)
-
-        def result() -> Array:
-            call(grad)
-            return param
-
-        return Prepared(partial(call, grad), result)
+        return _in_place(partial(training.numpy_rule(rule_name, param), grad, scalars), param)
 
     def pytorch(pair: tuple[Array, Array], fused: bool = False) -> Prepared:
         import torch
 
-        param, grad = _tensors(pair[0].copy(), pair[1])
-        param.requires_grad_()
-        param.grad = grad
-        optimizer = getattr(torch.optim, torch_class)([param], lr=_LR, fused=fused, **numbers)
-
-        def result() -> Array:
-            optimizer.step()
-            return np.asarray(param.detach().numpy())
-
-        return Prepared(optimizer.step, result)
+        param = pair[0].copy()
+        tensor, grad = _tensors(param, pair[1])  # the tensor is a view of `param`
+        tensor.requires_grad_()
+        tensor.grad = grad
+        optimizer = getattr(torch.optim, torch_class)([tensor], lr=_LR, fused=fused, **numbers)
+        return _in_place(optimizer.step, param)
 
     return Case(
         "optimizers",
@@ -696,13 +652,17 @@ def optimizers(settings: Settings) -> Iterator[Case]:
 # The cost of a call.
 
 
-def _overhead(name: str, ours: Factory, numpy: Factory, inputs: Callable[[], Any], exact: Factory) -> Case:
+def _overhead(name: str, ours: Factory, numpy: Factory, *shapes: tuple[int, ...]) -> Case:
+    def exact(given: list[Array]) -> Any:
+        made = numpy(given)
+        return made.result() if isinstance(made, Prepared) else made()
+
     return Case(
         "overhead",
         name,
-        inputs,
+        lambda: [np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate(shapes)],
         {OURS: ours, "numpy": numpy},
-        lambda given: exact(given),
+        exact,
         rtol=1e-5,
         atol=1e-5,
         labels={"kernel": name.split()[0]},
@@ -712,53 +672,27 @@ def _overhead(name: str, ours: Factory, numpy: Factory, inputs: Callable[[], Any
 def overhead(settings: Settings) -> Iterator[Case]:
     """The smallest calls, where nothing but the cost of a call counts; float64, and results allocated."""
 
-    def draw(*shapes: tuple[int, ...]) -> Callable[[], list[Array]]:
-        return lambda: [np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate(shapes)]
+    def given_to(function: Callable[..., Any], *more: Any) -> Factory:
+        return lambda given: partial(function, *given, *more)
 
     def updated(step: Callable[[Array, Array], Any]) -> Factory:
         def factory(given: list[Array]) -> Prepared:
             param, grad = given[0].copy(), given[1]
-
-            def result() -> Array:
-                step(param, grad)
-                return param
-
-            return Prepared(partial(step, param, grad), result)
+            return _in_place(partial(step, param, grad), param)
 
         return factory
 
     def numpy_sgd(param: Array, grad: Array) -> None:
         param -= 0.1 * grad
 
+    def numpy_linear(given: list[Array]) -> Call:
+        return lambda: np.tanh(given[0] @ given[1] + given[2])
+
     for size in (1, 10):
-        yield _overhead(
-            f"tanh {size}",
-            lambda given: partial(kernels.tanh, *given),
-            lambda given: partial(np.tanh, *given),
-            draw((size,)),
-            lambda given: np.tanh(given[0]),
-        )
-    yield _overhead(
-        "matmul 4x4x4",
-        lambda given: partial(kernels.matmul, *given),
-        lambda given: partial(np.matmul, *given),
-        draw((4, 4), (4, 4)),
-        lambda given: given[0] @ given[1],
-    )
-    yield _overhead(
-        "linear tanh 1x16x4",
-        lambda given: partial(kernels.linear, given[0], given[1], given[2], "tanh"),
-        lambda given: lambda: np.tanh(given[0] @ given[1] + given[2]),
-        draw((1, 16), (16, 4), (4,)),
-        lambda given: np.tanh(given[0] @ given[1] + given[2]),
-    )
-    yield _overhead(
-        "sgd_update 10",
-        updated(partial(kernels.sgd_update, lr=0.1)),
-        updated(numpy_sgd),
-        draw((10,), (10,)),
-        lambda given: given[0] - 0.1 * given[1],
-    )
+        yield _overhead(f"tanh {size}", given_to(kernels.tanh), given_to(np.tanh), (size,))
+    yield _overhead("matmul 4x4x4", given_to(kernels.matmul), given_to(np.matmul), (4, 4), (4, 4))
+    yield _overhead("linear tanh 1x16x4", given_to(kernels.linear, "tanh"), numpy_linear, (1, 16), (16, 4), (4,))
+    yield _overhead("sgd_update 10", updated(partial(kernels.sgd_update, lr=0.1)), updated(numpy_sgd), (10,), (10,))
 
 
 # Importing.

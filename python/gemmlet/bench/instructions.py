@@ -23,8 +23,8 @@ from gemmlet.backends import select
 from . import machine, training
 from .case import Call, Case, Settings
 from .cases import GROUPS
+from .implementations import OURS
 from .results import INSTRUCTIONS, Results, Row
-from .sides import OURS
 from .timing import Timed
 
 ISAS = ("x86-64-v3", "baseline")

@@ -11,7 +11,7 @@ from typing import Any
 import gemmlet
 from gemmlet.backends import select
 
-from .sides import SIDES, processors
+from .implementations import IMPLEMENTATIONS, processors
 
 # Where the name of a distribution is not that of its package.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
         "compiler": facts.get("compiler", ""),
         "python": platform.python_version(),
     }
-    packages = ["numpy", *(side.package for side in SIDES.values() if side.package and side.available())]
+    packages = ["numpy", *(each.package for each in IMPLEMENTATIONS.values() if each.package and each.available())]
     for package in dict.fromkeys(packages):
         distribution = _DISTRIBUTIONS.get(package, package)
         try:

@@ -10,23 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..cli.files import replacing
+from .._files import replacing
+from .implementations import IMPLEMENTATIONS, OURS
 from .results import Row
-from .sides import OURS, SIDES
 
 # Okabe and Ito's colours, which colour-blind people can tell apart as well.
 _COLORS = ("#000000", "#999999", "#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#b8a800")
 _MARKERS = ("o", "x", "s", "^", "v", "D", "P", "*", "<")
-STYLE = dict(zip(SIDES, zip(_COLORS, _MARKERS, strict=True), strict=True))
+STYLE = dict(zip(IMPLEMENTATIONS, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 
-def _save(figure: Figure, path: Path) -> None:
-    # A figure made without pyplot draws with Agg and belongs to nobody else.
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a figure. One made without pyplot draws with Agg and belongs to nobody else."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=dpi)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Leave out the frame's upper and right line, and add a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
@@ -50,32 +51,32 @@ def ratios(path: Path, group: str, rows: Sequence[Row], subtitle: str) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("time of the peer / time of gemmlet (right of 1 gemmlet is ahead)")
     axes.set_title(f"{group}\n{subtitle}", fontsize=9)
-    _plain(axes)
+    plain(axes)
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(figure, path)
+    save(figure, path, dpi=110)
 
 
 def scaling(path: Path, axes_points: Mapping[str, Sequence[Mapping[str, Any]]], subtitle: str) -> None:
-    """Draw throughput (top) and peak memory (bottom) of each side over each parameter."""
+    """Draw throughput (top) and peak memory (bottom) of each implementation over each parameter."""
     figure = Figure(figsize=(4.0 * len(axes_points), 7), layout="constrained")
     grid = figure.subplots(2, len(axes_points), squeeze=False, sharex="col")
     for column, (parameter, points) in enumerate(axes_points.items()):
         for quantity, row, label in (("images_per_second", 0, "images per second"), ("peak_mb", 1, "peak memory (MB)")):
             axes = grid[row][column]
-            for side, (color, marker) in STYLE.items():
+            for name, (color, marker) in STYLE.items():
                 line = [
-                    (p["value"], p["sides"][side][quantity]) for p in points if quantity in p["sides"].get(side, {})
+                    (p["value"], p["sides"][name][quantity]) for p in points if quantity in p["sides"].get(name, {})
                 ]
                 if line:
                     x, y = zip(*line, strict=True)
-                    axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=side)
+                    axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=name)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xticks([p["value"] for p in points], [f"{p['value']}" for p in points], fontsize=7)
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylabel(label if column == 0 else "")
             axes.set_xlabel(parameter if row else "")
-            _plain(axes)
+            plain(axes)
     grid[0][0].legend(frameon=False, fontsize=7)
     figure.suptitle(f"Training an MLP\n{subtitle}", fontsize=9)
-    _save(figure, path)
+    save(figure, path, dpi=110)

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .implementations import IMPLEMENTATIONS, OURS
 from .results import TIME, Change, Results, Row, compare, differences
-from .sides import OURS, SIDES
 from .targets import TARGETS, Verdict, verdict
 from .timing import duration
 
@@ -38,36 +38,36 @@ def _heading(name: str, rows: Sequence[Row]) -> tuple[str, list[str]]:
 
 def _columns(rows: Sequence[Row]) -> list[str]:
     """The peers that any of the rows has, in one order."""
-    return [name for name in SIDES if name != OURS and any(name in row.sides for row in rows)]
+    return [name for name in IMPLEMENTATIONS if name != OURS and any(name in row.timed for row in rows)]
 
 
 def _own_cells(row: Row) -> list[str]:
-    """p20, p50, p80 and the share of the roof."""
-    ours = row.sides.get(OURS)
+    """p20, p50, p80 and the percentage of the roofline."""
+    ours = row.timed.get(OURS)
     if ours is None:
         return ["", "", "", ""]
     if ours.failed is not None:
         return [f"{LOST} failed", "", "", ""]
-    share = row.share_of_roof()
+    share = row.roofline_share()
     times = [duration(row.percentile(OURS, percent)) for percent in (20, 50, 80)]
     return [*times, "" if share is None else f"{share:.0%}"]
 
 
 def _peer_cell(row: Row, peer: str) -> str:
-    if peer not in row.sides:
+    if peer not in row.timed:
         return ""
-    if row.sides[peer].failed is not None:
+    if row.timed[peer].failed is not None:
         return "failed"
     time, ratio = duration(row.percentile(peer, 50)), row.ratio(peer)
     return time if ratio is None else f"{f'{LOST} ' if ratio < 1 else ''}{ratio:.2f} ({time})"
 
 
-_OWN_COLUMNS = ("p20", "p50", "p80", "of the roof")
+_OWN_COLUMNS = ("p20", "p50", "p80", "% of roofline")
 EXPLANATION = (
     "p20, p50, p80: percentiles of gemmlet's time for one unit of work. Each peer: its median time over gemmlet's, "
     "taken within each round, and its own median time; above 1 gemmlet is ahead. "
-    f"{LOST} marks what gemmlet loses. Of the roof: the least time that this machine's arithmetic and memory allow, "
-    "over gemmlet's."
+    f"{LOST} marks what gemmlet loses. % of roofline: the least time that this machine's arithmetic and memory "
+    "allow, over gemmlet's."
 )
 
 
@@ -92,9 +92,9 @@ def show(console: Console, results: Results) -> None:
             table.add_row(shown, *(f"[red]{cell}[/red]" if LOST in cell else cell for cell in cells))
         console.print(table)
     for row in results.rows:
-        for side, timed in row.sides.items():
+        for name, timed in row.timed.items():
             if timed.failed is not None:
-                console.print(f"{side} fails in {row.key}: {timed.failed}", markup=False, soft_wrap=True)
+                console.print(f"{name} fails in {row.key}: {timed.failed}", markup=False, soft_wrap=True)
     if results.measure == TIME:
         console.print(EXPLANATION)
         verdicts = [verdict(target, results.rows) for target in TARGETS]
@@ -156,22 +156,24 @@ def show_changes(console: Console, old: Results, new: Results, tolerance: float)
     return not slower
 
 
-def show_scaling(console: Console, curves: Mapping[str, Sequence[Mapping[str, Any]]], sides: Sequence[str]) -> None:
+def show_scaling(
+    console: Console, curves: Mapping[str, Sequence[Mapping[str, Any]]], implementations: Sequence[str]
+) -> None:
     """Print a table for each parameter: images per second, and the peak of memory."""
     for parameter, points in curves.items():
-        table = Table(parameter, *sides, title="Images per second (peak memory in MB)", title_justify="left")
+        table = Table(parameter, *implementations, title="Images per second (peak memory in MB)", title_justify="left")
         for point in points:
             cells = [
                 "failed" if "failed" in m else f"{m['images_per_second']:,.0f} ({m['peak_mb']:,.0f})"
-                for m in (point["sides"][side] for side in sides)
+                for m in (point["sides"][name] for name in implementations)
             ]
             table.add_row(str(point["value"]), *cells)
         console.print(table)
     for parameter, points in curves.items():
         for point in points:
-            for side, measured in point["sides"].items():
+            for name, measured in point["sides"].items():
                 if "failed" in measured:
-                    console.print(f"{side} fails at {parameter} {point['value']}: {measured['failed']}", markup=False)
+                    console.print(f"{name} fails at {parameter} {point['value']}: {measured['failed']}", markup=False)
 
 
 # Markdown.
@@ -182,17 +184,17 @@ def markdown(results: Results) -> str:
     machine, settings = results.machine, results.settings
     lines = [
         f"Measured on {settings['date'][:10]}: {machine['cpu']}, {machine['processors']} processors, "
-        f"{', '.join(machine['caches'])}; {machine['system']}; {settings['threads']} threads for every side. "
+        f"{', '.join(machine['caches'])}; {machine['system']}; {settings['threads']} threads for every implementation. "
         + ", ".join(f"{name} {version}" for name, version in results.versions.items())
         + ".",
         "",
     ]
-    if flops := results.roof.get("flops"):
+    if flops := results.roofline.get("flops"):
         peaks = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in flops.items())
         copies = ", ".join(
-            f"{rate / 1e9:.0f} GB/s at {int(size) / 1e6:.3g} MB" for size, rate in results.roof["copy"].items()
+            f"{rate / 1e9:.0f} GB/s at {int(size) / 1e6:.3g} MB" for size, rate in results.roofline["copy"].items()
         )
-        lines += [f"The roof: {peaks}; copies, read and written: {copies}.", ""]
+        lines += [f"The roofline: {peaks}; copies, read and written: {copies}.", ""]
     for note in results.notes:
         lines += [f"{note}.", ""]
     verdicts = [verdict(target, results.rows) for target in TARGETS]

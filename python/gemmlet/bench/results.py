@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .sides import OURS
+from .implementations import OURS
 from .timing import Timed, percentile, ratio
 
 SCHEMA = 1
@@ -20,53 +20,57 @@ TIME, INSTRUCTIONS = "seconds", "instructions"
 # How much more than before is a regression.
 TOLERANCES = {TIME: 0.25, INSTRUCTIONS: 0.03}
 
+# What files and attributes call the same; files say "sides" and "roof" for `Row.timed` and `roofline`.
+_RUN = ("measure", "machine", "versions", "settings", "notes")
+_ROW = ("group", "name", "unit", "labels", "flops", "bytes")
+
 
 @dataclass(frozen=True)
 class Row:
-    """A case and what each side took, in seconds or instructions for one `unit`.
+    """A case and what each implementation took, in seconds or instructions for one `unit`.
 
     Attributes
     ----------
-    roof
+    roofline
         The least seconds that the work takes on this machine; None where that is not known.
     """
 
     group: str
     name: str
     unit: str
-    sides: Mapping[str, Timed]
+    timed: Mapping[str, Timed]
     labels: Mapping[str, Any] = field(default_factory=dict)
     flops: float = 0.0
     bytes: float = 0.0
-    roof: float | None = None
+    roofline: float | None = None
 
     @property
     def key(self) -> str:
         """What the row is known by."""
         return f"{self.group}: {self.name}"
 
-    def measured(self, side: str) -> bool:
-        """Whether there are samples of a side."""
-        return side in self.sides and bool(self.sides[side].samples)
+    def measured(self, implementation: str) -> bool:
+        """Whether there are samples of an implementation."""
+        return implementation in self.timed and bool(self.timed[implementation].samples)
 
-    def percentile(self, side: str, percent: float) -> float:
-        """Return a percentile of a side's samples."""
-        return percentile(self.sides[side].samples, percent)
+    def percentile(self, implementation: str, percent: float) -> float:
+        """Return a percentile of an implementation's samples."""
+        return percentile(self.timed[implementation].samples, percent)
 
-    def ratio(self, peer: str, side: str = OURS) -> float | None:
-        """How many times as long as `side` the peer takes; above 1 the side is ahead. None if one was not measured."""
-        if not (self.measured(peer) and self.measured(side)):
+    def ratio(self, peer: str, implementation: str = OURS) -> float | None:
+        """Return the peer's time over that of `implementation`, None if one is missing; above 1 the peer is slower."""
+        if not (self.measured(peer) and self.measured(implementation)):
             return None
-        return ratio(self.sides[side].samples, self.sides[peer].samples)
+        return ratio(self.timed[implementation].samples, self.timed[peer].samples)
 
-    def share_of_roof(self) -> float | None:
-        """Return the share of the roof that gemmlet reaches, by its median."""
-        return self.roof / self.percentile(OURS, 50) if self.roof and self.measured(OURS) else None
+    def roofline_share(self) -> float | None:
+        """Return the share of the roofline that gemmlet reaches, by its median."""
+        return self.roofline / self.percentile(OURS, 50) if self.roofline and self.measured(OURS) else None
 
     @property
     def peers(self) -> list[str]:
-        """The sides that gemmlet is compared with."""
-        return [name for name in self.sides if name != OURS]
+        """The implementations that gemmlet is compared with."""
+        return [name for name in self.timed if name != OURS]
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Results:
     ----------
     measure
         "seconds" or "instructions".
-    machine, versions, settings, roof
+    machine, versions, settings, roofline
         What it was measured on, and how.
     notes
         What a reader has to know besides.
@@ -89,38 +93,21 @@ class Results:
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
-    roof: Mapping[str, Any] = field(default_factory=dict)
+    roofline: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return the run for a JSON file."""
-        return {
-            "schema": SCHEMA,
-            "measure": self.measure,
-            "machine": dict(self.machine),
-            "versions": dict(self.versions),
-            "settings": dict(self.settings),
-            "notes": list(self.notes),
-            "roof": dict(self.roof),
-            "rows": [_row_as_json(row) for row in self.rows],
-        }
+        same = {name: getattr(self, name) for name in _RUN}
+        return {"schema": SCHEMA, **same, "roof": self.roofline, "rows": [_row_as_json(row) for row in self.rows]}
 
 
 def _row_as_json(row: Row) -> dict[str, Any]:
     sides: dict[str, Any] = {}
-    for name, timed in row.sides.items():
+    for name, timed in row.timed.items():
         # Five digits: the clock has no more, and files stay small.
         samples = [float(f"{value:.5g}") if value < 1 else value for value in timed.samples]
         sides[name] = {"samples": samples} if timed.failed is None else {"failed": timed.failed}
-    return {
-        "group": row.group,
-        "name": row.name,
-        "unit": row.unit,
-        "labels": dict(row.labels),
-        "flops": row.flops,
-        "bytes": row.bytes,
-        "roof": row.roof,
-        "sides": sides,
-    }
+    return {**{name: getattr(row, name) for name in _ROW}, "roof": row.roofline, "sides": sides}
 
 
 def from_json(content: Any) -> Results:
@@ -140,12 +127,12 @@ def from_json(content: Any) -> Results:
     try:
         rows = []
         for row in content["rows"]:
-            sides = {
-                name: Timed(tuple(side.get("samples", ())), side.get("failed")) for name, side in row["sides"].items()
+            timed = {
+                name: Timed(tuple(saved.get("samples", ())), saved.get("failed"))
+                for name, saved in row["sides"].items()
             }
-            rows.append(Row(**{**row, "sides": sides}))
-        names = ("measure", "machine", "versions", "settings", "notes", "roof")
-        return Results(rows=rows, **{name: content[name] for name in names})
+            rows.append(Row(timed=timed, roofline=row["roof"], **{name: row[name] for name in _ROW}))
+        return Results(rows=rows, roofline=content["roof"], **{name: content[name] for name in _RUN})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"results of gemmlet bench that are damaged ({error})") from error
 
@@ -188,7 +175,7 @@ class Change:
 
 
 def compare(old: Results, new: Results, tolerance: float) -> list[Change]:
-    """Compare gemmlet's side of the rows that both runs have, by its 20th percentile, which noise moves least.
+    """Compare gemmlet's times of the rows that both runs have, by the 20th percentile, which noise moves least.
 
     Raises
     ------
@@ -206,7 +193,7 @@ def compare(old: Results, new: Results, tolerance: float) -> list[Change]:
             tolerance,
         )
         for row in new.rows
-        if row.key in before and OURS in row.sides
+        if row.key in before and OURS in row.timed
     ]
     if not changes:
         raise ValueError("the two runs have no row in common")

@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import training
-from .sides import OURS, SIDES, processors, same_threads
+from .implementations import IMPLEMENTATIONS, OURS, processors, same_threads
 
 LINES = (OURS, "numpy", "pytorch", "jax")
 
@@ -50,18 +50,18 @@ def axes(threads: int, quick: bool) -> dict[str, tuple[int, ...]]:
     }
 
 
-def measure(side: str, point: Point) -> dict[str, float]:
+def measure(implementation: str, point: Point) -> dict[str, float]:
     """Train in this process: images per second (median), and MB of memory, with the packages loaded and at the peak."""
     if hasattr(os, "sched_setaffinity") and point.threads < processors():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: point.threads])
-    with same_threads(point.threads, [side]), SIDES[side].entered():
+    with same_threads(point.threads, [implementation]), IMPLEMENTATIONS[implementation].entered():
         loaded = peak_memory()
         rng = np.random.default_rng(0)
         count = max(1024, 4 * point.batch) // point.batch * point.batch
         layers = (training.LAYERS[0], *[point.width] * point.depth, training.LAYERS[-1])
         x = rng.random((count, layers[0]), "float32")
         task = training.task(layers, x, rng.integers(0, layers[-1], count), point.batch, "float32")
-        call = training.MLP_SIDES[side](task).call
+        call = training.MLP_IMPLEMENTATIONS[implementation](task).call
         call()
         samples: list[float] = []
         end = time.perf_counter() + point.seconds
@@ -83,8 +83,8 @@ def peak_memory() -> float:
         return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def _in_a_process(side: str, point: Point) -> dict[str, Any]:
-    command = [sys.executable, "-m", __name__, side, json.dumps(asdict(point))]
+def _in_a_process(implementation: str, point: Point) -> dict[str, Any]:
+    command = [sys.executable, "-m", __name__, implementation, json.dumps(asdict(point))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": " ".join(done.stderr.split())[-200:] or f"exit status {done.returncode}"}
@@ -95,28 +95,24 @@ def run(
     threads: int,
     seconds: float,
     quick: bool,
-    sides: tuple[str, ...],
+    implementations: tuple[str, ...],
     progress: Callable[[str, int, int], None] = lambda text, number, count: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure all points; for each parameter a list of ``{"value": ..., "sides": {side: measured}}``."""
+    """Measure all points; for each parameter a list of ``{"value": ..., "sides": {name: measured}}``."""
     base = Point(threads=threads, seconds=seconds)
     values = axes(threads, quick)
-    count, number = sum(map(len, values.values())) * len(sides), 0
+    count, number = sum(map(len, values.values())) * len(implementations), 0
     curves: dict[str, list[dict[str, Any]]] = {}
     for parameter, points in values.items():
         curves[parameter] = []
         for value in points:
             measured: dict[str, Any] = {}
-            for side in _shuffled(sides, seed=number):
-                progress(f"{parameter} {value}, {side}", number, count)
-                measured[side] = _in_a_process(side, replace(base, **{parameter: value}))
+            for name in random.Random(number).sample(implementations, len(implementations)):
+                progress(f"{parameter} {value}, {name}", number, count)
+                measured[name] = _in_a_process(name, replace(base, **{parameter: value}))
                 number += 1
-            curves[parameter].append({"value": value, "sides": {side: measured[side] for side in sides}})
+            curves[parameter].append({"value": value, "sides": {name: measured[name] for name in implementations}})
     return curves
-
-
-def _shuffled(sides: tuple[str, ...], seed: int) -> Iterator[str]:
-    return iter(random.Random(seed).sample(sides, len(sides)))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import machine, roof, timing, training
+from . import machine, roofline, timing, training
 from .case import Case, Settings
 from .cases import GROUPS
+from .implementations import IMPLEMENTATIONS, missing_packages, same_threads
 from .results import TIME, Results, Row
-from .sides import SIDES, missing_packages, same_threads
 
 # They change which kernels NumPy's BLAS takes, or how it blocks them: a peer is measured as its users have it.
 BLAS_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -34,13 +34,13 @@ class Choice:
         Empty is all.
     words
         Only cases whose key has all of them, in any case of letters.
-    sides
+    implementations
         Empty is all.
     """
 
     groups: Sequence[str] = ()
     words: str = ""
-    sides: Sequence[str] = ()
+    implementations: Sequence[str] = ()
 
 
 def chosen_cases(settings: Settings, choice: Choice) -> list[Case]:
@@ -50,14 +50,14 @@ def chosen_cases(settings: Settings, choice: Choice) -> list[Case]:
     return [case for case in found if all(word in case.key.lower() for word in words)]
 
 
-def chosen_sides(case: Case, settings: Settings, choice: Choice) -> list[str]:
-    """Return the sides of a case that are chosen and can be run here."""
+def chosen_implementations(case: Case, settings: Settings, choice: Choice) -> list[str]:
+    """Return the implementations of a case that are chosen and can be run here."""
     return [
         name
-        for name in case.sides
-        if SIDES[name].available()
-        and not (settings.quick and SIDES[name].compiles and name not in choice.sides)
-        and (not choice.sides or name in choice.sides)
+        for name in case.implementations
+        if IMPLEMENTATIONS[name].available()
+        and not (settings.quick and IMPLEMENTATIONS[name].compiles and name not in choice.implementations)
+        and (not choice.implementations or name in choice.implementations)
     ]
 
 
@@ -66,7 +66,7 @@ def run(
     choice: Choice,
     plan: timing.Plan,
     threads: int,
-    progress: Callable[[Case, int, int], None] = lambda case, number, count: None,
+    progress: Callable[[str, int, int], None] = lambda key, number, count: None,
 ) -> Results:
     """Check and time the chosen cases.
 
@@ -75,27 +75,29 @@ def run(
     settings, choice, plan
         Which cases, and for how long.
     threads
-        For every side.
+        For every implementation.
     progress : callable
-        Told of each case before it runs, with its number from 0 and how many there are.
+        Told the key of each case before it runs, its number from 0 and how many there are.
     """
     cases = chosen_cases(settings, choice)
-    names = {case.key: chosen_sides(case, settings, choice) for case in cases}
-    used = {name for sides in names.values() for name in sides}
+    names = {case.key: chosen_implementations(case, settings, choice) for case in cases}
+    used = {name for implementations in names.values() for name in implementations}
     notes = []
     if missing := missing_packages():
         notes.append(f"Left out, as they are not installed: {', '.join(missing)} (pip install 'gemmlet[bench]')")
     if settings.quick:
-        left_out = [side.name for side in SIDES.values() if side.compiles and side.name not in choice.sides]
+        left_out = [
+            each.name for each in IMPLEMENTATIONS.values() if each.compiles and each.name not in choice.implementations
+        ]
         notes.append(f"--quick: fewer shapes and rounds, and without {' and '.join(left_out)}")
     if any(case.group in ("epoch", "gan") for case in cases):
         notes.append(f"Images: {training.data_source(settings)}")
     rows = []
     with same_threads(threads, used) as complaints:
         notes += complaints
-        top = roof.measure(threads)
+        top = roofline.measure(threads)
         for number, case in enumerate(cases):
-            progress(case, number, len(cases))
+            progress(case.key, number, len(cases))
             timed = timing.run(case, names[case.key], plan, seed=number)
             rows.append(
                 Row(case.group, case.name, case.unit, timed, case.labels, case.flops, case.bytes, top.seconds(case))

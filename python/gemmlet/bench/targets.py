@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from .implementations import OURS
 from .results import Row
-from .sides import OURS
 from .timing import duration
 
 
@@ -27,7 +27,7 @@ class Target:
         The ratio to reach.
     mean
         Whether the geometric mean over the rows has to reach it; else every row has to.
-    side
+    implementation
         Whose time it is.
     """
 
@@ -36,7 +36,7 @@ class Target:
     peers: tuple[str, ...]
     at_least: float
     mean: bool = False
-    side: str = OURS
+    implementation: str = OURS
 
     @property
     def required(self) -> str:
@@ -77,77 +77,64 @@ class Verdict:
     met: bool | None
 
 
-def _of(**labels: object) -> Callable[[Row], bool]:
-    """Rows with these labels; of a tuple any value will do."""
+def _of(group: str | None = None, **labels: object) -> Callable[[Row], bool]:
+    """Rows of this group, or of any, with these labels; of a tuple any value will do."""
 
     def chosen(row: Row) -> bool:
-        return all(
+        return group in (None, row.group) and all(
             row.labels.get(name) in (value if isinstance(value, tuple) else (value,)) for name, value in labels.items()
         )
 
     return chosen
 
 
-def _group(name: str, chosen: Callable[[Row], bool] = lambda row: True) -> Callable[[Row], bool]:
-    return lambda row: row.group == name and chosen(row)
+def _each(work: str, chosen: Callable[[Row], bool], *ratios: tuple[str, float]) -> Iterator[Target]:
+    """Targets of the same work, each a peer and the ratio to reach."""
+    return (Target(work, chosen, (peer,), ratio) for peer, ratio in ratios)
 
 
-_ALL_SINGLE = ("tanh", "sigmoid", "gelu")
 _BEST = ("numpy", "pytorch")
 _EPOCH = "MNIST epoch 784-128-10, batch 64, images as they are in MNIST"
+_MNIST = _of("epoch", data="MNIST", dtype="float32")
 _LAYERS = "matmul over the shapes of the layers, batches 1 to 1024, float32 and float64"
+_LINEAR = "linear with tanh, gelu, sigmoid: batch 64 to 1024, widths 128 to 1024"
+_CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
 TARGETS: tuple[Target | Limit, ...] = (
-    *(
-        Target(_EPOCH, _group("epoch", _of(data="MNIST", dtype="float32")), (peer,), ratio)
-        for peer, ratio in (("numpy", 3.5), ("jax", 2.5), ("pytorch", 6.0), ("scikit-learn", 6.0))
+    *_each(_EPOCH, _MNIST, ("numpy", 3.5), ("jax", 2.5), ("pytorch", 6.0), ("scikit-learn", 6.0)),
+    *_each("the same on dense random input", _of("epoch", data="dense random"), ("numpy", 1.9), ("jax", 1.4)),
+    Target("one image at a time, float64", _of("epoch", batch=1), ("numpy",), 8.0),
+    *_each(
+        "GAN step 100-256-784 and 784-256-1, batch 64, Adam",
+        _of("gan"),
+        ("numpy", 2.5),
+        ("jax", 1.25),
+        ("pytorch", 2.2),
     ),
-    *(
-        Target("the same on dense random input", _group("epoch", _of(data="dense random")), (peer,), ratio)
-        for peer, ratio in (("numpy", 1.9), ("jax", 1.4))
-    ),
-    Target("one image at a time, float64", _group("epoch", _of(batch=1)), ("numpy",), 8.0),
-    *(
-        Target("GAN step 100-256-784 and 784-256-1, batch 64, Adam", _group("gan"), (peer,), ratio)
-        for peer, ratio in (("numpy", 2.5), ("jax", 1.25), ("pytorch", 2.2))
-    ),
-    Target(_LAYERS, _group("matmul", _of(set="layers")), _BEST, 1.1, mean=True),
-    Target(_LAYERS, _group("matmul", _of(set="layers")), _BEST, 0.9),
-    Target("matmul 512³ to 4096³", _group("matmul", _of(set="squares")), _BEST, 0.97),
-    *(
-        Target(
-            "linear with tanh, gelu, sigmoid: batch 64 to 1024, widths 128 to 1024", _group("linear"), (peer,), ratio
-        )
-        for peer, ratio in (("numpy", 1.3), ("pytorch compiled", 1.1))
-    ),
+    Target(_LAYERS, _of("matmul", set="layers"), _BEST, 1.1, mean=True),
+    Target(_LAYERS, _of("matmul", set="layers"), _BEST, 0.9),
+    Target("matmul 512³ to 4096³", _of("matmul", set="squares"), _BEST, 0.97),
+    *_each(_LINEAR, _of("linear"), ("numpy", 1.3), ("pytorch compiled", 1.1)),
     *(
         Target(
             f"tanh, sigmoid, gelu at 16,384 and 1 million elements, {dtype}",
-            _group("activations", _of(kernel=_ALL_SINGLE, dtype=dtype)),
+            _of("activations", kernel=("tanh", "sigmoid", "gelu"), dtype=dtype),
             _BEST,
             ratio,
         )
         for dtype, ratio in (("float32", 1.5), ("float64", 1.3))
     ),
-    *(
-        Target(
-            "softmax cross-entropy with gradient, 64×10 to 4096×1000",
-            _group("losses", _of(kernel="softmax_cross_entropy")),
-            (peer,),
-            ratio,
-        )
-        for peer, ratio in (("numpy", 3.0), ("pytorch", 1.5))
-    ),
-    Target("Adam update of a million parameters", _group("optimizers", _of(update="adam")), ("pytorch fused",), 1.0),
-    Limit("import gemmlet over import numpy", _group("import"), 0.030),
+    *_each(_CROSS_ENTROPY, _of("losses", kernel="softmax_cross_entropy"), ("numpy", 3.0), ("pytorch", 1.5)),
+    Target("Adam update of a million parameters", _of("optimizers", update="adam"), ("pytorch fused",), 1.0),
+    Limit("import gemmlet over import numpy", _of("import"), 0.030),
+    Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
     Target(
-        "backend numba, MNIST epoch",
-        _group("epoch", _of(dtype="float32", data="MNIST")),
+        "backend numba, every elementwise kernel",
+        _of(elementwise=True),
         ("numpy",),
         1.0,
-        side="gemmlet-numba",
+        implementation="gemmlet-numba",
     ),
-    Target("backend numba, every elementwise kernel", _of(elementwise=True), ("numpy",), 1.0, side="gemmlet-numba"),
 )
 
 
@@ -169,9 +156,9 @@ def verdict(target: Target | Limit, rows: Iterable[Row]) -> Verdict:
         return say(duration(max(times)), max(times) <= target.seconds) if times else say("not measured", None)
     ratios: dict[str, float] = {}
     for row in chosen:
-        if target.side in row.sides and row.sides[target.side].failed is not None:
+        if target.implementation in row.timed and row.timed[target.implementation].failed is not None:
             return say(f"fails: {row.name}", met=False)
-        found = [row.ratio(peer, target.side) for peer in target.peers]
+        found = [row.ratio(peer, target.implementation) for peer in target.peers]
         known = [ratio for ratio in found if ratio is not None]
         # Against the better of two, one of them says nothing.
         if len(known) == len(found):
@@ -183,5 +170,5 @@ def verdict(target: Target | Limit, rows: Iterable[Row]) -> Verdict:
     if len(ratios) > 1:
         words += f" (geometric mean of {len(ratios)} rows); worst {ratios[worst]:.2f}, {worst}"
     if len(ratios) < len(chosen):
-        words += f"; {len(chosen) - len(ratios)} rows lack a side"
+        words += f"; {len(chosen) - len(ratios)} rows lack an implementation"
     return say(words, (mean if target.mean else ratios[worst]) >= target.at_least)

@@ -1,4 +1,4 @@
-"""How a case is timed: the result checked, then all sides alternating in one process, in a random order each round."""
+"""How a case is timed: results checked, then implementations alternating in one process, in a new order each round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .case import Case, Prepared
-from .sides import SIDES
+from .implementations import IMPLEMENTATIONS
 
 Clock = Callable[[], float]
 
@@ -26,18 +26,18 @@ class Plan:
     Attributes
     ----------
     seconds
-        For a case, all sides together; more if `least_rounds` take longer.
+        For a case, all implementations together; more if `least_rounds` take longer.
     least_rounds, most_rounds
-        Each round times each side once.
+        Each round times each implementation once.
     sample_seconds
         A sample is as many calls as take about this long, so that the clock's own cost does not count.
     warm_seconds, most_warm_seconds
-        Before each sample the side runs untimed: for so long, and until a call takes at most twice as long as its
-        fastest so far.
+        Before each sample the implementation runs untimed: for so long, and until a call takes at most twice as long as
+        its fastest so far.
     first_warm_seconds
         The least before the first sample, so that a fastest call is known that none of this has spoilt.
     most_quiet_seconds
-        Before that, the longest wait for the threads of the side before it to stop spinning on processors that
+        Before that, the longest wait for the threads of the previous implementation to stop spinning on processors that
         this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a product, and PyTorch or this
         library, called meanwhile, has one processor of two.
     """
@@ -54,43 +54,43 @@ class Plan:
 
 @dataclass(frozen=True)
 class Timed:
-    """What came out for one side: seconds for one unit of work, one number a round; or why there are none."""
+    """What came out for one implementation: seconds for one unit of work, one number a round; or why there are none."""
 
     samples: tuple[float, ...] = ()
     failed: str | None = None
 
 
 def run(case: Case, names: Sequence[str], plan: Plan, seed: int = 0) -> dict[str, Timed]:
-    """Check and time the sides `names` of a case.
+    """Check and time the implementations `names` of a case.
 
     Returns
     -------
     dict
-        One entry for each side. One that cannot be run, or whose result is wrong, has `failed` and no samples.
+        One entry for each. One that cannot be run, or whose result is wrong, has `failed` and no samples.
     """
     inputs = case.inputs()
     exact = case.exact(inputs)
     results: dict[str, Timed] = {}
-    sides: dict[str, Prepared] = {}
+    ready: dict[str, Prepared] = {}
     for name in names:
         try:
-            with SIDES[name].entered():
+            with IMPLEMENTATIONS[name].entered():
                 prepared = case.prepare(name, inputs)
                 error = case.error(prepared.result(), exact)
-        except Exception as problem:  # a peer may fail in any way, and the other sides are still to be timed
+        except Exception as problem:  # a peer may fail in any way, and the other implementations are still to be timed
             results[name] = Timed(failed=f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
             continue
         if not error <= 1.0:
             results[name] = Timed(failed=f"wrong result: {error:.3g} times the tolerance")
         else:
-            sides[name] = prepared
-    for name, samples in alternate(sides, plan, random.Random(seed)).items():
+            ready[name] = prepared
+    for name, samples in alternate(ready, plan, random.Random(seed)).items():
         results[name] = Timed(tuple(seconds / case.units for seconds in samples))
     return {name: results[name] for name in names}
 
 
 def check(case: Case, name: str) -> Prepared:
-    """Return the side `name` of a case, ready to be called, after a check of its result.
+    """Return the implementation `name` of a case, ready to be called, after a check of its result.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def check(case: Case, name: str) -> Prepared:
         The result is wrong.
     """
     inputs = case.inputs()
-    with SIDES[name].entered():
+    with IMPLEMENTATIONS[name].entered():
         prepared = case.prepare(name, inputs)
         error = case.error(prepared.result(), case.exact(inputs))
     if not error <= 1.0:
@@ -166,56 +166,56 @@ def _warm_up(call: Callable[[], Any], plan: Plan, fastest: float, clock: Clock) 
 
 
 def alternate(
-    sides: Mapping[str, Prepared], plan: Plan, rng: random.Random, clock: Clock = time.perf_counter
+    ready: Mapping[str, Prepared], plan: Plan, rng: random.Random, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds per call, a sample for each round and side."""
+    """Seconds per call, a sample for each round and implementation."""
     counts: dict[str, int] = {}
-    fastest: dict[str, float] = {}  # of the sides that are warmed up
+    fastest: dict[str, float] = {}  # of the implementations that are warmed up
     round_seconds = 0.0
-    for name, side in sides.items():
-        with SIDES[name].entered():
-            side.call()  # the first one may still compile or allocate
+    for name, prepared in ready.items():
+        with IMPLEMENTATIONS[name].entered():
+            prepared.call()  # the first one may still compile or allocate
             _wait_until_quiet(plan.most_quiet_seconds)
             start = clock()
-            side.call()
+            prepared.call()
             once = clock() - start
             # What takes long itself is not spoilt by some milliseconds at its start.
-            slow = side.own_clock or once > 10 * plan.warm_seconds
+            slow = prepared.own_clock or once > 10 * plan.warm_seconds
             if slow:
                 counts[name] = 1
                 round_seconds += once
             else:
                 first = replace(plan, warm_seconds=plan.first_warm_seconds)
-                fastest[name] = _warm_up(side.call, first, once, clock)
-                counts[name] = calls_per_sample(side.call, plan.sample_seconds, clock)
+                fastest[name] = _warm_up(prepared.call, first, once, clock)
+                counts[name] = calls_per_sample(prepared.call, plan.sample_seconds, clock)
                 round_seconds += plan.warm_seconds + max(fastest[name], plan.sample_seconds)
     rounds = 0
-    if sides:
+    if ready:
         rounds = min(max(int(plan.seconds / round_seconds), plan.least_rounds), plan.most_rounds)
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    samples: dict[str, list[float]] = {name: [] for name in ready}
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(rounds):
-            for name in rng.sample(list(sides), len(sides)):
-                with SIDES[name].entered():
+            for name in rng.sample(list(ready), len(ready)):
+                with IMPLEMENTATIONS[name].entered():
                     _wait_until_quiet(plan.most_quiet_seconds)
                     if name in fastest:
-                        fastest[name] = _warm_up(sides[name].call, plan, fastest[name], clock)
-                    samples[name].append(_sample(sides[name], counts[name], clock))
+                        fastest[name] = _warm_up(ready[name].call, plan, fastest[name], clock)
+                    samples[name].append(_sample(ready[name], counts[name], clock))
     finally:
         if collecting:
             gc.enable()
     return samples
 
 
-def _sample(side: Prepared, count: int, clock: Clock) -> float:
+def _sample(prepared: Prepared, count: int, clock: Clock) -> float:
     """Seconds of one call, the mean over `count` of them."""
-    if side.own_clock:
-        return float(side.call())
+    if prepared.own_clock:
+        return float(prepared.call())
     start = clock()
     for _ in range(count):
-        side.call()
+        prepared.call()
     return (clock() - start) / count
 
 

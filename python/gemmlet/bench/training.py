@@ -20,10 +20,10 @@ import numpy as np
 
 from gemmlet import nn
 from gemmlet.data import Mnist, load_mnist
-from gemmlet.formulas.optimizers import adam_scalars
+from gemmlet.formulas.optimizers import adam_hyperparameters
 
 from .case import Array, Call, Case, Prepared, Settings
-from .sides import OURS
+from .implementations import OURS
 
 BATCH, LR = 64, 0.1
 LAYERS = (784, 128, 10)
@@ -197,6 +197,16 @@ def torch_mlp(t: Task, compiled: bool = False) -> Prepared:
     return Prepared(lambda: epoch(torch.randperm(len(labels))), result)
 
 
+def _jax_dense(parameters: Sequence[Any], x: Any) -> Any:
+    """Linear layers with tanh between them."""
+    import jax.numpy as jnp
+
+    *hidden, (w, b) = zip(parameters[::2], parameters[1::2], strict=True)
+    for weight, bias in hidden:
+        x = jnp.tanh(x @ weight + bias)
+    return x @ w + b
+
+
 def jax_mlp(t: Task) -> Prepared:
     """Return an epoch in JAX, jitted as a whole."""
     import jax
@@ -205,11 +215,7 @@ def jax_mlp(t: Task) -> Prepared:
     n, batch = len(t.labels), t.batch
 
     def loss(parameters: list[Any], x: Any, labels: Any) -> Any:
-        for i, (w, b) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
-            x = x @ w + b
-            if i < len(parameters) // 2 - 1:
-                x = jnp.tanh(x)
-        return -jax.nn.log_softmax(x)[jnp.arange(len(labels)), labels].mean()
+        return -jax.nn.log_softmax(_jax_dense(parameters, x))[jnp.arange(len(labels)), labels].mean()
 
     def step(parameters: list[Any], x: Any, labels: Any) -> list[Any]:
         gradients = jax.grad(loss)(parameters, x, labels)
@@ -268,7 +274,7 @@ def sklearn_mlp(t: Task) -> Prepared:
     return Prepared(lambda: model.partial_fit(t.x, t.labels), result)
 
 
-MLP_SIDES: dict[str, Callable[[Task], Prepared]] = {
+MLP_IMPLEMENTATIONS: dict[str, Callable[[Task], Prepared]] = {
     OURS: gemmlet_mlp,
     "gemmlet-numba": gemmlet_mlp,
     "numpy": numpy_mlp,
@@ -279,9 +285,13 @@ MLP_SIDES: dict[str, Callable[[Task], Prepared]] = {
 }
 
 
+def _matmul_flops(layers: Sequence[int]) -> list[float]:
+    return [2.0 * before * after for before, after in pairwise(layers)]
+
+
 def mlp_flops(layers: Sequence[int]) -> float:
     """Operations for one sample of a training: three products a layer, but for the gradient of the input."""
-    products = [2.0 * before * after for before, after in pairwise(layers)]
+    products = _matmul_flops(layers)
     return 3.0 * sum(products) - products[0]
 
 
@@ -292,7 +302,7 @@ def mlp_case(
     count: int,
     batch: int,
     dtype: str,
-    sides: Sequence[str] = tuple(MLP_SIDES),
+    implementations: Sequence[str] = tuple(MLP_IMPLEMENTATIONS),
 ) -> Case:
     """Return the case of an epoch, or with one image at a time of an image, of an MLP with tanh and SGD."""
     single = batch == 1
@@ -302,7 +312,7 @@ def mlp_case(
         f"{data} {'-'.join(map(str, layers))} tanh, {'one image at a time' if single else f'batch {batch}'}, "
         f"{count:,} images, {dtype}",
         inputs,
-        {name: MLP_SIDES[name] for name in sides},
+        {name: MLP_IMPLEMENTATIONS[name] for name in implementations},
         exact_mlp,
         # Rounding errors grow from update to update: in float32 the peers' are up to 1e-6 after an epoch.
         rtol=0.0,
@@ -316,7 +326,7 @@ def mlp_case(
 
 
 def digits_case(
-    settings: Settings, layers: Sequence[int], count: int, batch: int, dtype: str, sides: Sequence[str]
+    settings: Settings, layers: Sequence[int], count: int, batch: int, dtype: str, implementations: Sequence[str]
 ) -> Case:
     """Return the case of an MLP on images as they are in MNIST."""
     checked = min(count, 200) if batch == 1 else None
@@ -324,7 +334,7 @@ def digits_case(
     def inputs() -> Task:
         return task(layers, *_digits(settings, count), batch, dtype, checked)
 
-    return mlp_case("MNIST", inputs, layers, count, batch, dtype, sides)
+    return mlp_case("MNIST", inputs, layers, count, batch, dtype, implementations)
 
 
 def epoch(settings: Settings) -> Iterator[Case]:
@@ -335,18 +345,12 @@ def epoch(settings: Settings) -> Iterator[Case]:
         samples = np.random.default_rng(0).random((count, LAYERS[0]), "float32")
         return task(LAYERS, samples, _digits(settings, count)[1], BATCH, "float32")
 
-    yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_SIDES))
+    yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_IMPLEMENTATIONS))
     yield mlp_case("dense random", dense, LAYERS, count, BATCH, "float32")
     yield digits_case(settings, LAYERS, singles, 1, "float64", (OURS, "gemmlet-numba", "numpy"))
 
 
 # Optimizer updates in NumPy, in place.
-
-
-def numpy_update(rule: str, param: Array, scalars: Sequence[float]) -> Callable[[Array], None]:
-    """Return a function of the gradient that updates `param` by a rule of the registry, with this step's numbers."""
-    update = numpy_rule(rule, param)
-    return lambda grad: update(grad, scalars)
 
 
 def numpy_rule(rule: str, param: Array) -> Callable[[Array, Sequence[float]], None]:
@@ -444,21 +448,22 @@ def gemmlet_gan(t: GanTask) -> Prepared:
 class NumpyGan:
     """The loop in NumPy."""
 
-    def __init__(self, generator: Sequence[Array], discriminator: Sequence[Array], seed: int = 0) -> None:
-        self.generator = [p.copy() for p in generator]
-        self.discriminator = [p.copy() for p in discriminator]
+    def __init__(self, t: GanTask, seed: int = 0) -> None:
+        self.real = t.real
+        self.generator = [p.copy() for p in t.generator]
+        self.discriminator = [p.copy() for p in t.discriminator]
         self.rng = np.random.default_rng(seed)
         self.steps = 0
         self._updates = [numpy_rule("adam", p) for p in (*self.generator, *self.discriminator)]
 
     def _update(self, gradients: Sequence[Array], offset: int) -> None:
-        numbers = adam_scalars(self.steps, GAN_LR, BETA1, BETA2, EPS, 0.0, False)
+        numbers = adam_hyperparameters(self.steps, GAN_LR, BETA1, BETA2, EPS, 0.0, False)
         for update, grad in zip(self._updates[offset : offset + len(gradients)], gradients, strict=True):
             update(grad, numbers)
 
-    def epoch(self, real: Array) -> tuple[float, float]:
-        """Train on samples in their order; returns the mean losses."""
-        losses = [self._step(real[start : start + BATCH]) for start in range(0, len(real), BATCH)]
+    def epoch(self, n: int) -> tuple[float, float]:
+        """Train on the first `n` images in their order; returns the mean losses."""
+        losses = [self._step(self.real[start : min(start + BATCH, n)]) for start in range(0, n, BATCH)]
         generator, discriminator = np.mean(losses, axis=0)
         return float(generator), float(discriminator)
 
@@ -511,8 +516,8 @@ def _tanh_backward(grad_y: Array, y: Array) -> Array:
 
 def numpy_gan(t: GanTask) -> Prepared:
     """Return an epoch of the loop in NumPy."""
-    gan = NumpyGan(t.generator, t.discriminator)
-    return Prepared(lambda: gan.epoch(t.real), _checked(lambda n: gan.epoch(t.real[:n])))
+    gan = NumpyGan(t)
+    return Prepared(lambda: gan.epoch(len(t.real)), _checked(gan.epoch))
 
 
 def torch_gan(t: GanTask) -> Prepared:
@@ -558,10 +563,6 @@ def jax_gan(t: GanTask) -> Prepared:
     import jax
     import jax.numpy as jnp
 
-    def dense(parameters: Any, x: Any) -> Any:
-        hidden = jnp.tanh(x @ parameters[0] + parameters[1])
-        return hidden @ parameters[2] + parameters[3]
-
     def adam(parameters: Any, gradients: Any, moments: Any, step: Any) -> tuple[Any, Any]:
         first = [BETA1 * m + (1 - BETA1) * g for m, g in zip(moments[0], gradients, strict=True)]
         second = [BETA2 * v + (1 - BETA2) * g * g for v, g in zip(moments[1], gradients, strict=True)]
@@ -570,19 +571,19 @@ def jax_gan(t: GanTask) -> Prepared:
         return new, (first, second)
 
     def discriminator_loss(parameters: Any, both: Any) -> Any:
-        logits = dense(parameters, both)
+        logits = _jax_dense(parameters, both)
         half = len(both) // 2
         return jax.nn.softplus(-logits[:half]).mean() + jax.nn.softplus(logits[half:]).mean()
 
     def generator_loss(parameters: Any, discriminator: Any, z: Any) -> Any:
-        return jax.nn.softplus(-dense(discriminator, jnp.tanh(dense(parameters, z)))).mean()
+        return jax.nn.softplus(-_jax_dense(discriminator, jnp.tanh(_jax_dense(parameters, z)))).mean()
 
     def step(carry: Any, real: Any) -> tuple[Any, Any]:
         generator, discriminator, moments_g, moments_d, key, count = carry
         key, drawn = jax.random.split(key)
         count = count + 1
         z = jax.random.normal(drawn, (len(real), LATENT), real.dtype)
-        fake = jnp.tanh(dense(generator, z))
+        fake = jnp.tanh(_jax_dense(generator, z))
         both = jnp.concatenate([real, fake])
         loss_d, gradients = jax.value_and_grad(discriminator_loss)(discriminator, both)
         discriminator, moments_d = adam(discriminator, gradients, moments_d, count)
@@ -612,18 +613,12 @@ def jax_gan(t: GanTask) -> Prepared:
 
 def exact_gan(t: GanTask) -> Array:
     """Return the mean losses of the checked epochs in float64, the mean over a few seeds of the noise."""
-    real = t.real.astype(np.float64)
-    parameters = [[p.astype(np.float64) for p in part] for part in (t.generator, t.discriminator)]
-    gans = [NumpyGan(parameters[0], parameters[1], seed) for seed in range(3)]
-    runs = [_checked(partial(_numpy_losses, gan, real))() for gan in gans]
-    return np.asarray(np.mean(runs, axis=0))
+    generator, discriminator = ([p.astype(np.float64) for p in part] for part in (t.generator, t.discriminator))
+    exact = replace(t, real=t.real.astype(np.float64), generator=generator, discriminator=discriminator)
+    return np.asarray(np.mean([_checked(NumpyGan(exact, seed).epoch)() for seed in range(3)], axis=0))
 
 
-def _numpy_losses(gan: NumpyGan, real: Array, n: int) -> tuple[float, float]:
-    return gan.epoch(real[:n])
-
-
-GAN_SIDES: dict[str, Callable[[GanTask], Prepared]] = {
+GAN_IMPLEMENTATIONS: dict[str, Callable[[GanTask], Prepared]] = {
     OURS: gemmlet_gan,
     "gemmlet-numba": gemmlet_gan,
     "numpy": numpy_gan,
@@ -634,12 +629,10 @@ GAN_SIDES: dict[str, Callable[[GanTask], Prepared]] = {
 
 def gan_flops() -> float:
     """Operations of a step for one image: both networks forward, and what each backward pass needs."""
-    g = [2.0 * a * b for a, b in pairwise((LATENT, *GENERATOR))]
-    d = [2.0 * a * b for a, b in pairwise((GENERATOR[-1], *DISCRIMINATOR))]
-    generator = 3 * sum(g) - g[0]
-    discriminator = 2 * (3 * sum(d) - d[0])  # a real and a generated image
-    through = 2 * sum(d)  # forward, and back to the generated image
-    return generator + discriminator + through
+    discriminator = (GENERATOR[-1], *DISCRIMINATOR)
+    # A generated image goes through the discriminator once more, forward and back.
+    through = 2 * sum(_matmul_flops(discriminator))
+    return mlp_flops((LATENT, *GENERATOR)) + 2 * mlp_flops(discriminator) + through
 
 
 def gan_case(settings: Settings, count: int) -> Case:
@@ -649,9 +642,9 @@ def gan_case(settings: Settings, count: int) -> Case:
         "gan",
         f"step 100-256-784 and 784-256-1, batch {min(count, BATCH)}, Adam, float32",
         lambda: gan_task(_digits(settings, count)[0]),
-        GAN_SIDES,
+        GAN_IMPLEMENTATIONS,
         exact_gan,
-        # Each side has noise of its own, and so losses of its own, which the mean over a few steps brings close.
+        # Each implementation draws its own noise: losses differ, and their means over a few steps are close.
         rtol=0.0,
         atol=0.05,
         flops=gan_flops() * count / steps,

@@ -13,16 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .errors import UserError
+
 # What the extra `train` brings, by the names they are imported under.
 _EXTRA = ("typer", "rich", "matplotlib", "PIL", "sklearn", "safetensors")
-
-
-class UserError(Exception):
-    """Something the user gave cannot be used; its one line is all that is printed, and the exit status is `code`."""
-
-    def __init__(self, message: str, code: int = 2) -> None:
-        super().__init__(" ".join(message.split()))
-        self.code = code
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

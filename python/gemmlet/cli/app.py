@@ -1,4 +1,4 @@
-"""The commands and their options. What a training does is in `train`."""
+"""The commands and their options. What a training does is in `train_mlp` and `train_gan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import typer
 from .. import nn
 from ..backends import select
 from ..bench.results import TOLERANCES
-from . import UserError, bench, info, train
+from . import bench, info, train_gan, train_mlp, training
+from .errors import UserError
 
 
 def _version(wanted: bool) -> None:
@@ -22,7 +23,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _widths(defaults: train.Defaults) -> str:
+def _widths(defaults: training.Defaults) -> str:
     return ",".join(map(str, defaults.hidden))
 
 
@@ -37,15 +38,16 @@ DataDir = Annotated[
 Epochs = Annotated[
     int | None,
     typer.Option(
-        help="Passes over the training images.", show_default=f"mlp {train.MLP.epochs}, gan {train.GAN.epochs}"
+        help="Passes over the training images.",
+        show_default=f"mlp {train_mlp.DEFAULTS.epochs}, gan {train_gan.DEFAULTS.epochs}",
     ),
 ]
 BatchSize = Annotated[
     int | None,
     typer.Option(
         help="Images in a mini-batch.",
-        show_default=f"mlp {train.MLP.batch_size}, with --classic {train.CLASSIC_MLP.batch_size}; "
-        f"gan {train.GAN.batch_size}",
+        show_default=f"mlp {train_mlp.DEFAULTS.batch_size}, with --classic {train_mlp.CLASSIC.batch_size}; "
+        f"gan {train_gan.DEFAULTS.batch_size}",
     ),
 ]
 Lr = Annotated[
@@ -59,8 +61,8 @@ OptimizerName = Annotated[
     typer.Option(
         metavar="NAME",
         help=f"One of {', '.join(nn.OPTIMIZERS)}.",
-        show_default=f"mlp {train.MLP.optimizer}, with --classic {train.CLASSIC_MLP.optimizer}; "
-        f"gan {train.GAN.optimizer}",
+        show_default=f"mlp {train_mlp.DEFAULTS.optimizer}, with --classic {train_mlp.CLASSIC.optimizer}; "
+        f"gan {train_gan.DEFAULTS.optimizer}",
     ),
 ]
 Hidden = Annotated[
@@ -68,7 +70,7 @@ Hidden = Annotated[
     typer.Option(
         metavar="WIDTHS",
         help="Hidden layers, such as 128 or 256,128; a GAN's discriminator has them in reverse.",
-        show_default=f"mlp {_widths(train.MLP)}; gan {_widths(train.GAN)}",
+        show_default=f"mlp {_widths(train_mlp.DEFAULTS)}; gan {_widths(train_gan.DEFAULTS)}",
     ),
 ]
 Seed = Annotated[
@@ -117,57 +119,47 @@ def _info() -> None:
     info.show()
 
 
-@train_app.command("mlp")
-def _mlp(
-    data_dir: DataDir = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    optimizer: OptimizerName = None,
-    hidden: Hidden = None,
-    seed: Seed = 0,
-    backend: BackendName = None,
-    threads: Threads = None,
-    out: Out = Path("runs/mlp"),
-    classic: Annotated[
-        bool, typer.Option("--classic", help="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.")
-    ] = False,
-) -> int:
+def _add_training(name: str, run: Callable[[training.Options], int], classic_help: str, description: str) -> None:
+    def command(
+        data_dir: DataDir = None,
+        epochs: Epochs = None,
+        batch_size: BatchSize = None,
+        lr: Lr = None,
+        optimizer: OptimizerName = None,
+        hidden: Hidden = None,
+        seed: Seed = 0,
+        backend: BackendName = None,
+        threads: Threads = None,
+        out: Out = Path("runs", name),
+        classic: bool = typer.Option(False, "--classic", help=classic_help),
+    ) -> int:
+        options = training.Options(
+            data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic
+        )
+        return _uninterrupted(run, options)
+
+    train_app.command(name, help=description)(command)
+
+
+_add_training(
+    "mlp",
+    train_mlp.run,
+    "784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
     """Train a classifier of digits.
 
     The curves show a tenth of the training images that is held out; the test images are used once, at the end. Ctrl-C
     stops early and saves what was learnt.
-    """
-    return _uninterrupted(
-        train.train_mlp,
-        train.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
-    )
-
-
-@train_app.command("gan")
-def _gan(
-    data_dir: DataDir = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: Lr = None,
-    optimizer: OptimizerName = None,
-    hidden: Hidden = None,
-    seed: Seed = 0,
-    backend: BackendName = None,
-    threads: Threads = None,
-    out: Out = Path("runs/gan"),
-    classic: Annotated[
-        bool, typer.Option("--classic", help="100-256-784 tanh generator, 784-256-1 discriminator.")
-    ] = False,
-) -> int:
+    """,
+)
+_add_training(
+    "gan",
+    train_gan.run,
+    "100-256-784 tanh generator, 784-256-1 discriminator.",
     """Train a generator of digits, and measure it with a classifier trained on the spot.
 
     Ctrl-C stops early and saves what was learnt.
-    """
-    return _uninterrupted(
-        train.train_gan,
-        train.Options(data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic),
-    )
+    """,
+)
 
 
 @app.command("bench")
@@ -179,12 +171,16 @@ def _bench(
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with all of these words, as in 'tanh float32'.")
     ] = "",
     sides: Annotated[
-        str, typer.Option(metavar="NAMES", help="Only these sides, as in gemmlet,numpy.", show_default="all installed")
+        str,
+        typer.Option(
+            metavar="NAMES", help="Only these implementations, as in gemmlet,numpy.", show_default="all installed"
+        ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: a minute or two.")] = False,
     threads: Threads = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Seconds for a case, all sides together.", show_default="1, with --quick 0.1")
+        float | None,
+        typer.Option(help="Seconds for a case, all implementations together.", show_default="1, with --quick 0.1"),
     ] = None,
     data_dir: Annotated[
         Path | None,
@@ -195,7 +191,7 @@ def _bench(
         ),
     ] = None,
     out: Out = Path("runs/bench"),
-    only_list: Annotated[bool, typer.Option("--list", help="List the cases and their sides.")] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="List the cases and their implementations.")] = False,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Curves over batch, width, depth and threads, with peak memory, instead.")
     ] = False,
@@ -225,26 +221,8 @@ def _bench(
 
     Peers that are not installed are left out; they come with the extra bench.
     """
-    return _uninterrupted(
-        bench.run,
-        bench.Options(
-            tuple(groups or ()),
-            words,
-            sides,
-            quick,
-            threads,
-            seconds,
-            data_dir,
-            out,
-            only_list,
-            scaling,
-            instructions,
-            earlier,
-            compare,
-            tolerance,
-            markdown,
-        ),
-    )
+    options = locals()
+    return _uninterrupted(bench.run, bench.Options(**options))
 
 
 Given = TypeVar("Given")

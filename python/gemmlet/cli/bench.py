@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import get_num_threads
+from .._files import replacing
 from ..bench import instructions, machine, report, scaling, suite
 from ..bench.case import Case, Settings
 from ..bench.cases import GROUPS
+from ..bench.implementations import IMPLEMENTATIONS
 from ..bench.results import TIME, TOLERANCES, Results, load
-from ..bench.sides import SIDES
 from ..bench.timing import Plan
-from . import UserError, files, info, train
+from . import files, info
+from .errors import UserError
 
 _WIDTH = 150
 
@@ -28,23 +32,23 @@ _QUICK = Plan(0.05, 3, sample_seconds=1e-3, warm_seconds=4e-3, first_warm_second
 
 @dataclass(frozen=True)
 class Options:
-    """The command line, unchecked; None where it says nothing."""
+    """The parameters of the command in `app`, unchecked; None where the command line says nothing."""
 
-    groups: tuple[str, ...] = ()
-    filter: str = ""
-    sides: str = ""
-    quick: bool = False
-    threads: int | None = None
-    seconds: float | None = None
-    data_dir: Path | None = None
-    out: Path = Path("runs/bench")
-    list: bool = False
-    scaling: bool = False
-    instructions: bool = False
-    earlier: Path | None = None
-    compare: Path | None = None
-    tolerance: float | None = None
-    markdown: Path | None = None
+    groups: list[str] | None
+    words: str
+    sides: str
+    quick: bool
+    threads: int | None
+    seconds: float | None
+    data_dir: Path | None
+    out: Path
+    only_list: bool
+    scaling: bool
+    instructions: bool
+    earlier: Path | None
+    compare: Path | None
+    tolerance: float | None
+    markdown: Path | None
 
 
 def run(options: Options) -> int:
@@ -53,11 +57,15 @@ def run(options: Options) -> int:
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
     _check(options)
     settings = Settings(options.quick, options.data_dir)
-    choice = suite.Choice(options.groups, options.filter, _sides(options.sides))
-    if options.list:
+    choice = suite.Choice(options.groups or (), options.words, _implementations(options.sides))
+    if options.only_list:
         for case in _cases(settings, choice):
             console.print(
-                f"{case.key}  [{', '.join(case.sides)}]", markup=False, soft_wrap=True, overflow="ignore", crop=False
+                f"{case.key}  [{', '.join(case.implementations)}]",
+                markup=False,
+                soft_wrap=True,
+                overflow="ignore",
+                crop=False,
             )
         return 0
     earlier = None if options.compare is None else _load(options.compare, "--compare")
@@ -85,7 +93,7 @@ def run(options: Options) -> int:
 
 
 def _check(options: Options) -> None:
-    for name in options.groups:
+    for name in options.groups or ():
         if name not in GROUPS:
             raise UserError(f"group {name!r} is unknown; the choices are {', '.join(GROUPS)}")
     if options.threads is not None and not 1 <= options.threads <= 1024:
@@ -104,13 +112,13 @@ def _check(options: Options) -> None:
         raise UserError("--markdown is for times: leave out --instructions")
     if options.scaling and (options.compare or options.markdown):
         raise UserError("--scaling has curves, not rows: leave out --compare and --markdown")
-    if options.instructions and (options.groups or options.filter or options.sides or options.threads):
+    if options.instructions and (options.groups or options.words or options.sides or options.threads):
         raise UserError(
             "--instructions has a set of cases of its own: leave out GROUP, --filter, --sides and --threads"
         )
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError(f"--data-dir {options.data_dir} is not a folder")
-    train.check_folder(options.out)
+    files.check_folder(options.out)
     if options.markdown is not None:
         try:
             report.between_markers(options.markdown.read_text(), "")
@@ -118,13 +126,15 @@ def _check(options: Options) -> None:
             raise UserError(f"--markdown {options.markdown}: {error}") from error
 
 
-def _sides(text: str) -> tuple[str, ...]:
+def _implementations(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        if name not in SIDES:
-            raise UserError(f"--sides: {name!r} is unknown; the choices are {', '.join(SIDES)}")
-        if not SIDES[name].available():
-            raise UserError(f"--sides: {name} needs the package {SIDES[name].package}: pip install 'gemmlet[bench]'")
+        if name not in IMPLEMENTATIONS:
+            raise UserError(f"--sides: {name!r} is unknown; the choices are {', '.join(IMPLEMENTATIONS)}")
+        if not IMPLEMENTATIONS[name].available():
+            raise UserError(
+                f"--sides: {name} needs the package {IMPLEMENTATIONS[name].package}: pip install 'gemmlet[bench]'"
+            )
     return names
 
 
@@ -151,19 +161,16 @@ def _measure(console: Console, options: Options, settings: Settings, choice: sui
     usual = _QUICK if options.quick else _USUAL
     plan = usual if options.seconds is None else replace(usual, seconds=options.seconds)
     try:
-        with _bar(console) as bar:
-            task = bar.add_task("", total=None)
-
-            def progress(case: Case, number: int, count: int) -> None:
-                bar.update(task, total=count, completed=number, description=case.key)
-
+        with _progress(console) as progress:
             return suite.run(settings, choice, plan, _threads(options), progress)
     except (OSError, ValueError) as error:  # of the data
         raise UserError(str(error).replace("(data_dir)", "(--data-dir)")) from error
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar, and yield a function that moves it: it takes what is measured, its number and how many there are."""
+    with Progress(
         MofNCompleteColumn(),
         BarColumn(20),
         TimeElapsedColumn(),
@@ -171,7 +178,9 @@ def _bar(console: Console) -> Progress:
         console=console,
         disable=not console.is_interactive,
         transient=True,
-    )
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, number, count: bar.update(task, description=text, completed=number, total=count)
 
 
 def _count(console: Console) -> Results:
@@ -186,19 +195,18 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
     from ..bench import plots
 
     threads = _threads(options)
-    sides = tuple(name for name in scaling.LINES if SIDES[name].available() and name in (choice.sides or SIDES))
-    if not sides:
+    implementations = tuple(
+        name
+        for name in scaling.LINES
+        if IMPLEMENTATIONS[name].available() and name in (choice.implementations or IMPLEMENTATIONS)
+    )
+    if not implementations:
         raise UserError(f"--sides: none of them is in the curves, which have {', '.join(scaling.LINES)}")
-    with _bar(console) as bar:
-        task = bar.add_task("", total=None)
-
-        def progress(text: str, number: int, count: int) -> None:
-            bar.update(task, total=count, completed=number, description=text)
-
+    with _progress(console) as progress:
         seconds = (0.1 if options.quick else 1.0) if options.seconds is None else options.seconds
-        curves = scaling.run(threads, seconds, options.quick, sides, progress)
-    report.show_scaling(console, curves, sides)
-    out = train.make_folder(options.out)
+        curves = scaling.run(threads, seconds, options.quick, implementations, progress)
+    report.show_scaling(console, curves, implementations)
+    out = files.make_folder(options.out)
     facts = machine.machine()
     files.write_json(
         out / "scaling.json",
@@ -212,7 +220,7 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
 def _save(console: Console, options: Options, results: Results) -> None:
     from ..bench import plots
 
-    out = train.make_folder(options.out)
+    out = files.make_folder(options.out)
     files.write_json(out / "bench.json", results.as_json())
     shown = f"{results.machine['cpu']}, {results.settings['threads']} threads"
     for name, rows in report.groups(results):
@@ -225,5 +233,5 @@ def _write_markdown(path: Path, results: Results) -> None:
     if results.measure != TIME:
         raise UserError(f"--markdown is for times, and these are {results.measure}")
     text = report.between_markers(path.read_text(), report.markdown(results))
-    with files.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text)

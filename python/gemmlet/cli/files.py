@@ -1,24 +1,15 @@
-"""Results appear whole or not at all: written under another name, then renamed."""
+"""The folder that the option ``--out`` names, and the JSON files in it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`, with its ending; what is written there takes its place if the block ends well."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from .._files import replacing
+from .errors import UserError
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -26,3 +17,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def check_folder(out: Path) -> None:
+    """Raise unless `out` is a folder that can be written to, or can become one."""
+    try:
+        existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    except OSError as error:  # a name too long, or a folder that is closed to us
+        raise UserError(f"--out {out}: {error.strerror}") from error
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: {existing} is a file, expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {existing} cannot be written to")
+
+
+def make_folder(out: Path, inside: str = ".") -> Path:
+    """Return the folder `inside` the folder `out`, which is made unless it is there."""
+    folder = out / inside
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder {folder} cannot be made ({error.strerror})") from error
+    return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..backends import select
-from . import UserError
+from .errors import UserError
 
 
 def show() -> None:

@@ -10,29 +10,20 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import nn
+from .._files import replacing
+from ..bench.plots import plain, save
 from .evaluation import RocCurve
-from .files import replacing
 
 Array = NDArray[Any]
 
 _BLUE, _ORANGE, _GREY = "#2b6cb0", "#dd6b20", "#718096"
 _SIDE = 28
-
-
-def _save(figure: Figure, path: Path) -> None:
-    # A figure made without pyplot draws with Agg and belongs to nobody else.
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
 
 
 def _epochs(axes: Axes, count: int) -> None:
@@ -48,20 +39,17 @@ def _line(axes: Axes, values: Sequence[float], color: str, label: str) -> None:
     axes.plot(range(1, len(values) + 1), values, color=color, label=label, marker=marker, markersize=3.5)
 
 
-def learning_curves(
-    path: Path,
-    loss: Sequence[float],
-    accuracy: Sequence[float],
-    validation_loss: Sequence[float],
-    validation_accuracy: Sequence[float],
-) -> None:
+def learning_curves(path: Path, history: nn.History) -> None:
     """Draw loss and accuracy over the epochs, for the training and the held-out images."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, training, held_out in ((left, loss, validation_loss), (right, accuracy, validation_accuracy)):
+    for axes, training, held_out in (
+        (left, history.loss, history.validation_loss),
+        (right, history.accuracy, history.validation_accuracy),
+    ):
         _line(axes, training, _BLUE, "training images (mean over the epoch)")
         _line(axes, held_out, _ORANGE, "held-out images (after the epoch)")
-        _plain(axes)
+        plain(axes)
         _epochs(axes, len(training))
     left.set(title="Loss", ylabel="cross-entropy per image (nats)")
     left.set_ylim(bottom=0)
@@ -70,7 +58,7 @@ def learning_curves(
     low, high = right.get_ylim()
     right.set_ylim(max(low, -0.01), min(high, 1.01))  # around points that are all the same it may go far beyond
     right.yaxis.set_major_formatter(PercentFormatter(1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion_matrix(path: Path, labels: Array, predicted: Array) -> None:
@@ -88,7 +76,7 @@ def confusion_matrix(path: Path, labels: Array, predicted: Array) -> None:
         for seen in range(10):
             count = counts[true, seen]
             if true == seen:
-                axes.add_patch(_cell(seen, true))
+                axes.add_patch(Rectangle((seen - 0.5, true - 0.5), 1, 1, facecolor="#d9ead3", edgecolor="none"))
             if count:
                 strong = true == seen or count > 0.7 * mistakes.max()
                 axes.text(seen, true, f"{count}", ha="center", va="center", fontweight="bold" if strong else "normal")
@@ -101,13 +89,7 @@ def confusion_matrix(path: Path, labels: Array, predicted: Array) -> None:
     axes.spines[:].set_visible(False)
     right = np.trace(counts) / counts.sum()
     axes.set_title(f"Confusion matrix: {right:.2%} of {counts.sum():,} test images are right")
-    _save(figure, path)
-
-
-def _cell(x: int, y: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#d9ead3", edgecolor="none")
+    save(figure, path)
 
 
 def roc_curves(path: Path, curves: Sequence[RocCurve], count: int) -> None:
@@ -131,9 +113,9 @@ def roc_curves(path: Path, curves: Sequence[RocCurve], count: int) -> None:
         ylabel="true positive rate",
         title="ROC curves, each digit against the rest, on the test images",
     )
-    _plain(axes)
+    plain(axes)
     figure.legend(title="digit", loc="outside right center", frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def worst_mistakes(
@@ -155,7 +137,7 @@ def worst_mistakes(
     for axes, i in zip(figure.axes, worst, strict=False):
         axes.imshow(images[i].reshape(_SIDE, _SIDE), cmap="gray_r", vmin=0, vmax=255)
         axes.set_title(f"is {labels[i]}, seen as {predicted[i]}\n({confidence[i]:.1%} sure)", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def gan_losses(path: Path, generator: Sequence[float], discriminator: Sequence[float]) -> None:
@@ -164,12 +146,12 @@ def gan_losses(path: Path, generator: Sequence[float], discriminator: Sequence[f
     axes = figure.subplots()
     _line(axes, generator, _BLUE, "generator: −log D(sample)")
     _line(axes, discriminator, _ORANGE, "discriminator: −log D(digit) − log(1 − D(sample))")
-    _plain(axes)
+    plain(axes)
     _epochs(axes, len(generator))
     axes.set_ylim(bottom=0)
     axes.set(title="Losses of the GAN (mean over the epoch)", ylabel="loss (nats)")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def class_shares(path: Path, shares: Sequence[float]) -> None:
@@ -179,14 +161,14 @@ def class_shares(path: Path, shares: Sequence[float]) -> None:
     bars = axes.bar(range(10), shares, color=_BLUE)
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=9, padding=2)
     axes.axhline(0.1, color=_GREY, linestyle=":", label="equal shares")
-    _plain(axes)
+    plain(axes)
     axes.grid(visible=False, axis="x")
     axes.set(xticks=range(10), xlabel="digit, as the classifier sees it", ylabel="share of the samples")
     axes.set_title("Which digits the generator draws")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(y=0.12)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def sample_grid(samples: Array, title: str, *, columns: int = 10, zoom: int = 2) -> Image.Image:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Scalars = tuple[float, ...]
+Hyperparameters = tuple[float, ...]
 
 
 class OptimizerRule(NamedTuple):
@@ -22,16 +22,16 @@ class OptimizerRule(NamedTuple):
         The kernel is ``<name>_update``.
     state
         The names of the arrays it keeps for each parameter; they start at zero.
-    scalars
+    hyperparameters
         The names of the numbers that `apply` takes, in their order.
     apply
-        ``apply(param, grad, *state, *scalars) -> (param, *state)``, on float64.
+        ``apply(param, grad, *state, *hyperparameters) -> (param, *state)``, on float64.
     """
 
     name: str
     formula: str
     state: tuple[str, ...]
-    scalars: tuple[str, ...]
+    hyperparameters: tuple[str, ...]
     apply: Callable[..., tuple[Array, ...]]
     source: str
 
@@ -69,9 +69,9 @@ def _adam(
     return shrink * p - step_size * m / (np.sqrt(v) * correction + eps), m, v
 
 
-def adam_scalars(
+def adam_hyperparameters(
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
-) -> Scalars:
+) -> Hyperparameters:
     """The numbers of Adam's rule at one step (Kingma and Ba, 2015); `decoupled` is AdamW (Loshchilov and Hutter, 2019).
 
     ``step_size = lr / (1 - beta1**step)`` and ``correction = 1 / sqrt(1 - beta2**step)`` undo the bias of moments that
@@ -90,9 +90,9 @@ def adam_table(
     """The same numbers at the steps from `step` on, a row for each of `rates`: the same bits, and sooner."""
     # Powers are Python's: NumPy's own are others in the last place.
     powers = [np.array([beta**s for s in range(step, step + len(rates))]) for beta in (beta1, beta2)]
-    column = OPTIMIZER_RULES["adam"].scalars.index
-    table = np.empty((len(rates), len(OPTIMIZER_RULES["adam"].scalars)))
-    table[:] = adam_scalars(step, float(rates[0]), beta1, beta2, eps, weight_decay, decoupled)
+    column = OPTIMIZER_RULES["adam"].hyperparameters.index
+    table = np.empty((len(rates), len(OPTIMIZER_RULES["adam"].hyperparameters)))
+    table[:] = adam_hyperparameters(step, float(rates[0]), beta1, beta2, eps, weight_decay, decoupled)
     table[:, column("step_size")] = rates / (1.0 - powers[0])
     table[:, column("correction")] = 1.0 / np.sqrt(1.0 - powers[1])
     if decoupled:
@@ -107,7 +107,7 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
             name="sgd",
             formula="p -= lr * (g + weight_decay * p)",
             state=(),
-            scalars=("lr", "weight_decay"),
+            hyperparameters=("lr", "weight_decay"),
             apply=_sgd,
             source="Robbins and Monro, 1951",
         ),
@@ -115,7 +115,7 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
             name="momentum",
             formula="g += weight_decay * p; v = momentum * v + g; p -= lr * (g + momentum * v if nesterov else v)",
             state=("velocity",),
-            scalars=("lr", "weight_decay", "momentum", "nesterov"),
+            hyperparameters=("lr", "weight_decay", "momentum", "nesterov"),
             apply=_momentum,
             source="Sutskever et al., 2013, in PyTorch's form",
         ),
@@ -124,7 +124,7 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
             formula="g += l2 * p; m = beta1 * m + gain1 * g; v = beta2 * v + gain2 * g**2; "
             "p = shrink * p - step_size * m / (sqrt(v) * correction + eps)",
             state=("m", "v"),
-            scalars=("step_size", "beta1", "beta2", "gain1", "gain2", "eps", "correction", "l2", "shrink"),
+            hyperparameters=("step_size", "beta1", "beta2", "gain1", "gain2", "eps", "correction", "l2", "shrink"),
             apply=_adam,
             source="Kingma and Ba, 2015; Loshchilov and Hutter, 2019",
         ),

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .._files import replacing
 from . import _checks as checks
 from .dense import Dense
 from .optimizers import Optimizer, make_optimizer
@@ -54,16 +55,10 @@ def expected_shapes(widths: Sequence[int], prefix: str = "") -> dict[str, tuple[
 
 def write(path: str | os.PathLike[str], kind: str, config: dict[str, Any], tensors: dict[str, Array]) -> None:
     """Write a network to `path`, whole or not at all."""
-    target = Path(path)
     metadata = {_KEY: json.dumps({"network": kind, "config": config})}
     content = _safetensors().numpy.save(tensors, metadata)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -337,5 +337,5 @@ def network_of(
             number = ACTIVATIONS[layer.activation].default
             if layer.activation_parameter is not None:
                 number = layer.activation_parameter
-            operations.append(training.Activation(layer.activation, float(layer.bias.dtype.type(number))))
+            operations.append(training.Activation(layer.activation, float(number)))
     return tuple(operations)

@@ -126,7 +126,7 @@ class GAN(Trainable, files.Saved):
             self.generator_output,
             self.dtype,
             draw,
-            _slope(self.generator_activation),
+            _slope(self.generator_activation, self.dtype),
         )
         self._discriminator = Dense(
             [self.features, *self.discriminator],
@@ -134,7 +134,7 @@ class GAN(Trainable, files.Saved):
             None,
             self.dtype,
             draw,
-            _slope(self.discriminator_activation),
+            _slope(self.discriminator_activation, self.dtype),
         )
         self._average = self._generator.copy() if self.ema_decay else self._generator
 
@@ -426,5 +426,6 @@ class GAN(Trainable, files.Saved):
         return widths | ({"average.": generator} if config["ema_decay"] else {})
 
 
-def _slope(activation: str) -> float | None:
-    return 0.2 if activation == "leaky_relu" else None
+def _slope(activation: str, dtype: np.dtype[Any]) -> float | None:
+    # Rounded, as the public kernels do: Numba's executor computes with it in float64.
+    return float(dtype.type(0.2)) if activation == "leaky_relu" else None

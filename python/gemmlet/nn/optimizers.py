@@ -221,10 +221,10 @@ class SGD(_RuleOptimizer):
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.momentum, self.nesterov, self.weight_decay
-        rule, scalars = arguments.sgd_hyperparameters(arrays > 0, float(rates[0]), *settings)
-        numbers = np.empty((len(rates), len(scalars)))
-        numbers[:] = scalars
-        numbers[:, OPTIMIZER_RULES[rule].scalars.index("lr")] = rates
+        rule, first = arguments.sgd_hyperparameters(arrays > 0, float(rates[0]), *settings)
+        numbers = np.empty((len(rates), len(first)))
+        numbers[:] = first
+        numbers[:, OPTIMIZER_RULES[rule].hyperparameters.index("lr")] = rates
         return rule, numbers
 
 

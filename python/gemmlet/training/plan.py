@@ -99,7 +99,10 @@ def dense_layers(network: Network) -> list[DenseLayer]:
 
 
 class Gather(NamedTuple):
-    """Bring the mini-batch's rows of the dataset, as ``scale * x + shift``, and its rows of noise, if there is any."""
+    """Bring the mini-batch's rows of the dataset, as ``scale * x + shift``, and its rows of noise, if there is any.
+
+    A CSR matrix is not scaled.
+    """
 
     dataset: Dataset
     scale: float = 1.0

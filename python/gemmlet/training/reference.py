@@ -85,7 +85,11 @@ class Step:
 
     def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
-        self._layers = [dense_layers(network) for network in plan.networks]
+        # The public kernels round an activation's parameter to the dtype.
+        self._layers = [
+            [layer._replace(parameter=float(plan.dtype.type(layer.parameter))) for layer in dense_layers(network)]
+            for network in plan.networks
+        ]
         self._values: dict[Source, Array] = {}
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ import numpy as np
 
 from ... import _precision, _threads
 from ..._arrays import is_on_gpu, name_of
+from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction, RowLoss
-from ...formulas.optimizers import OptimizerRule, Scalars
-from ...training.old_plan import Feed, GanRun, MlpRun
+from ...formulas.optimizers import Hyperparameters, OptimizerRule
+from ...training.plan import Batches, Outcome, TrainingPlan
 from ..base import Array
 from ..numpy import NumpyBackend
 from . import compiler, fast_path, launches, matmul, training
@@ -88,7 +90,9 @@ class CudaBackend(Launcher, NumpyBackend):
 
     def __init__(self, devices: Sequence[Device] = ()) -> None:
         super().__init__(devices)
-        self.quick = fast_path.fast_paths(self)
+        # Of the plans that are staged.
+        self._sessions = weakref.WeakKeyDictionary[TrainingPlan, training.Session]()
+        self.fast_paths = fast_path.fast_paths(self)
 
     def describe(self) -> dict[str, str]:
         return {
@@ -302,44 +306,51 @@ class CudaBackend(Launcher, NumpyBackend):
     # Optimizers.
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         with self._placed(grad, *state, param, writes=1 + len(state)) as (device, g, *rest):
             *states, p = rest
             if p.size:
                 launch, per_block, _ = self.update_launch(device, rule.name, p.dtype)
                 places = *map(address, states), *[0] * (RULE_STATES - len(states))
-                numbers = *scalars, *[0.0] * (RULE_NUMBERS - len(scalars))
+                numbers = *hyperparameters, *[0.0] * (RULE_NUMBERS - len(hyperparameters))
                 launch(-(-p.size // per_block), 1, address(p), address(g), *places, *numbers, p.size)
 
-    # Fused training.
+    # Training.
 
-    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
-        """Whether whole steps of a network of these can be done on the GPU."""
-        return training.fuses(activations, losses, rule)
+    def supports_fused(self, plan: TrainingPlan) -> bool:
+        return training.supports_fused(plan)
 
-    def hold(self, feed: Feed, targets: Array | None) -> tuple[Feed, Any]:
-        """Samples and targets on the GPU where the samples are, else on the first."""
-        return training.hold(self._trains(feed), feed, targets)
+    def stage(self, plan: TrainingPlan) -> TrainingPlan:
+        """Dataset and targets go to the GPU where the samples are, else to the first; the plan stays as it is."""
+        if self.supports_fused(plan):
+            self._sessions[plan] = self._session(plan)
+        return plan
 
-    def write_back(self, feed: Feed) -> None:
-        """Copy what is newer on the GPU into the networks' arrays."""
-        training.write_back(feed)
+    def _session(self, plan: TrainingPlan) -> training.Session:
+        x = plan.gather.dataset.x
+        return training.Session(self.device_of(x) if is_on_gpu(x) else self._first, plan)
+
+    @whole_steps()
+    def write_back(self, plan: TrainingPlan) -> None:
+        if plan in self._sessions:
+            self._sessions[plan].write_back()
 
     def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A new page-locked array, which every GPU copies from."""
         return self._first.empty_pinned(shape, dtype)
 
-    def _trains(self, feed: Feed) -> Device:
-        return self.device_of(feed.x) if is_on_gpu(feed.x) else self._first
-
-    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
-        """Train a stack of layers."""
-        return training.train_mlp(self._trains(run.feed), run)
-
-    def train_gan(self, run: GanRun) -> tuple[float, float]:
-        """Train two adversarial stacks of layers."""
-        return training.train_gan(self._trains(run.feed), run)
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        session, varied = self._sessions.get(plan), any(isinstance(table, list) for table in batches.hyperparameters)
+        if varied or (session is None and not self.supports_fused(plan)):
+            self.write_back(plan)
+            return super().train(plan, batches)
+        if session is not None:
+            return session.train(batches)
+        session = self._session(plan)
+        outcome = session.train(batches)
+        session.write_back()
+        return outcome
 
 
 def _merged(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int, int]]:

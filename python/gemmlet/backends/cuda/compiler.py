@@ -18,10 +18,11 @@ import importlib.util
 import json
 import os
 import tarfile
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..._files import replacing
 
 # What a release is compiled for ahead of time. The "a" is for instructions of that architecture alone.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
@@ -177,15 +178,8 @@ def _of_bytes(content: bytes) -> Cubin | None:
 def write(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _read(path: Path) -> Cubin | None:

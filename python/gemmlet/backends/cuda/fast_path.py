@@ -1,7 +1,7 @@
 """The usual call of a kernel on a GPU, from the caller's arguments to the launch.
 
 A launch costs some microseconds, and the general path of `gemmlet.kernels`, which finds the words for every error,
-costs more than that. The functions here are what `NumpyBackend.quick` describes: for anything unusual they return None,
+costs more than that. The functions here are what `Backend.fast_paths` describes: for anything unusual they return None,
 with nothing written, and the general path computes the same bits or raises.
 
 Usual are arrays of the type `cupy.ndarray` itself, not empty, of one dtype and on one GPU, that are C-contiguous and
@@ -300,13 +300,13 @@ class _FastPaths:
         return call
 
     def update(self, entry: OptimizerRule) -> FastPath:
-        """``call(param, grad, states, scalars)``; True when done."""
+        """``call(param, grad, states, hyperparameters)``; True when done."""
         launcher, first, another, count = self.launcher, self.first, self.another, len(entry.state)
         known, fill = self._remembered(lambda d, dtype: launcher.update_launch(d, entry.name, dtype))
         no_states = (0,) * (RULE_STATES - count)
-        no_numbers = (0.0,) * (RULE_NUMBERS - len(entry.scalars))
+        no_numbers = (0.0,) * (RULE_NUMBERS - len(entry.hyperparameters))
 
-        def call(param: Any, grad: Any, states: tuple[Any, ...], scalars: tuple[float, ...]) -> Any:
+        def call(param: Any, grad: Any, states: tuple[Any, ...], hyperparameters: tuple[float, ...]) -> Any:
             given = first(param)
             if given is None or len(states) != count:
                 return None
@@ -320,7 +320,7 @@ class _FastPaths:
                 return None
             _, _, launch, per_block, _ = prepared
             size = param.size
-            launch(-(-size // per_block), 1, at, *others, *no_states, *scalars, *no_numbers, size)
+            launch(-(-size // per_block), 1, at, *others, *no_states, *hyperparameters, *no_numbers, size)
             return True
 
         return call

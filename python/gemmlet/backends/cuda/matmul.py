@@ -34,7 +34,7 @@ class Tile:
     Attributes
     ----------
     kernel : str
-        ``"simt"``, ``"mma"`` and ``"wgmma"`` compute tiles, ``"thin"`` products of at most four rows or columns.
+        ``"simt"``, ``"mma"`` and ``"wgmma"`` compute tiles, ``"skinny"`` products of at most four rows or columns.
     rows, columns : int
         Of the result, for a block.
     depth : int
@@ -53,7 +53,7 @@ class Tile:
         Whether the kernel computes the transpose, of the second operand and the first.
     """
 
-    kernel: Literal["simt", "mma", "wgmma", "thin"]
+    kernel: Literal["simt", "mma", "wgmma", "skinny"]
     rows: int
     columns: int
     depth: int
@@ -146,11 +146,11 @@ def wgmma(
     return Tile("wgmma", rows, columns, depth, threads, shared, start, step, 1.0, parameters, cluster, transposed)
 
 
-def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
-    """Return what ``matmul_thin<count>`` does with so many lines a block, of the operand that has many."""
+def skinny(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
+    """Return what ``matmul_skinny<count>`` does with so many lines a block, of the operand that has many."""
     rows, columns = (lines, count) if lines_are_rows else (count, lines)
-    step = lines * SIZES[dtype] / _THIN_BYTES
-    return Tile("thin", rows, columns, 256, 256, 0, _THIN_START, step, _THIN_BUSY[count], (count,))
+    step = lines * SIZES[dtype] / _SKINNY_BYTES
+    return Tile("skinny", rows, columns, 256, 256, 0, _SKINNY_START, step, _SKINNY_BUSY[count], (count,))
 
 
 # The constants of the estimate that tiles and splits are chosen by were fitted to what benchmarks/gpu_matmul.py
@@ -158,9 +158,9 @@ def thin(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
 # tried with which no product took over 7 % longer than with the best one (float32: 0.4 % in the mean of 33 shapes).
 _SECOND_PASS = 2000.0  # ns
 _SECOND_PASS_BYTES = 3300.0  # a ns, of all partial sums
-_THIN_START = 1500.0  # ns
-_THIN_BYTES = 31.0  # a ns, from memory to a multiprocessor
-_THIN_BUSY = {1: 4.0, 4: 2.0}  # by how many lines there are at most: what keeps the memory busy
+_SKINNY_START = 1500.0  # ns
+_SKINNY_BYTES = 31.0  # a ns, from memory to a multiprocessor
+_SKINNY_BUSY = {1: 4.0, 4: 2.0}  # by how many lines there are at most: what keeps the memory busy
 
 _SIMT_TILES = {
     "float32": (
@@ -216,12 +216,12 @@ _WGMMA_TILES = {
     ),
 }
 
-# A line's worth of rows (or columns) that the thin kernel takes at once: one, or up to four.
-_THIN_COUNTS = (1, 4)
+# A line's worth of rows (or columns) that the skinny kernel takes at once: one, or up to four.
+_SKINNY_COUNTS = (1, 4)
 
 
 def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
-    """Return the tiles that there are for products of this type, but for thin ones."""
+    """Return the tiles that there are for products of this type, but for skinny ones."""
     if dtype in _SIMT_TILES and not tf32:
         return _SIMT_TILES[dtype]
     return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul/wgmma.cuh"] else ()))
@@ -379,28 +379,28 @@ def candidates(
     k: int,
     dtype: str,
     tf32: bool,
-    thin_lines: tuple[int, int],
+    skinny_lines: tuple[int, int],
     arch: str,
     multiprocessors: int,
     along_lines: tuple[bool, bool] | None,
 ) -> list[Choice]:
     """Return all that can compute a product, the one with the lowest estimate first.
 
-    `thin_lines` are how many lines of a and of b a block of the thin kernel takes; for `along_lines` see `takes`.
+    `skinny_lines` are how many lines of a and of b a block of the skinny kernel takes; for `along_lines` see `takes`.
     """
     shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
     found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared and takes(tile, dtype, along_lines)]
     few = min(m, n)
-    if few <= _THIN_COUNTS[-1]:
-        count = next(count for count in _THIN_COUNTS if few <= count)
-        found = [thin(dtype, thin_lines[0] if n <= m else thin_lines[1], count, n <= m)]
+    if few <= _SKINNY_COUNTS[-1]:
+        count = next(count for count in _SKINNY_COUNTS if few <= count)
+        found = [skinny(dtype, skinny_lines[0] if n <= m else skinny_lines[1], count, n <= m)]
     choices = [Choice(tile, splits) for tile in found for splits in splits_of(tile, m, n, k, multiprocessors)]
 
     return sorted(choices, key=lambda choice: estimate(choice, m, n, k, SIZES[dtype], multiprocessors))
 
 
-def thin_lines(dtype: str, along_lines: bool) -> int:
-    """Return ``thin_lines<T>(along_lines)``."""
+def skinny_lines(dtype: str, along_lines: bool) -> int:
+    """Return ``skinny_lines<T>(along_lines)``."""
     return 8 * (16 // SIZES[dtype]) if along_lines else 32
 
 
@@ -412,19 +412,19 @@ def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
 def _choices(device: Device, facts: _Facts, tf32: bool) -> list[Choice]:
     first, second = facts.operands()
     dtype = name_of(facts.dtype)
-    thin = thin_lines(dtype, first.along_lines), thin_lines(dtype, second.along_lines)
+    skinny = skinny_lines(dtype, first.along_lines), skinny_lines(dtype, second.along_lines)
     mapped = first.row_bytes > 0 and second.row_bytes > 0
     layouts = (first.along_lines, second.along_lines) if mapped else None
     k, cores = facts.a_shape[1], device.multiprocessors
-    return candidates(first.lines, second.lines, k, dtype, tf32, thin, device.arch, cores, layouts)
+    return candidates(first.lines, second.lines, k, dtype, tf32, skinny, device.arch, cores, layouts)
 
 
 def kernel_of(tile: Tile, dtype: str, along_lines: Sequence[bool], epilogue: str) -> tuple[str, str]:
     """Return the source and the name of a kernel. Of ``"simt"`` the operands' `in_packs` count for `along_lines`."""
     name = FLOATS[dtype]
     numbers = ", ".join(map(str, tile.parameters))
-    if tile.kernel == "thin":
-        return "matmul/skinny.cuh", f"gemmlet::matmul_thin<{numbers}, {name}, {epilogue}>"
+    if tile.kernel == "skinny":
+        return "matmul/skinny.cuh", f"gemmlet::matmul_skinny<{numbers}, {name}, {epilogue}>"
     layouts = ", ".join("true" if along else "false" for along in along_lines[:: -1 if tile.transposed else 1])
     tile_type = f"gemmlet::{tile.kernel.title()}Tile<{name}, {numbers}>"
     return f"matmul/{tile.kernel}.cuh", f"gemmlet::matmul_{tile.kernel}<{tile_type}, {layouts}, {epilogue}>"
@@ -462,9 +462,9 @@ def expressions(activations: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]
         finals = [linear_epilogue(dtype, name) for name in activations]
         for epilogue in finals:
             add(combine_kernel(epilogue))
-        thin_tiles = (thin(dtype, thin_lines(dtype, True), count, False) for count in _THIN_COUNTS)
+        skinny_tiles = (skinny(dtype, skinny_lines(dtype, True), count, False) for count in _SKINNY_COUNTS)
         on_tensor_cores = tiles(dtype, True, "sm_90a") if dtype in _MMA_TILES else ()
-        for tile in (*_SIMT_TILES.get(dtype, ()), *on_tensor_cores, *thin_tiles):
+        for tile in (*_SIMT_TILES.get(dtype, ()), *on_tensor_cores, *skinny_tiles):
             for layouts in itertools.product((False, True), repeat=2):
                 if not takes(tile, dtype, layouts):
                     continue
@@ -569,10 +569,10 @@ def prepared(
         # They take tiles in turn.
         blocks = min(blocks, max(device.multiprocessors // (splits * tile.cluster), 1) * tile.cluster)
     else:
-        # The thin kernel takes the operand of many lines first, and is told which one it is.
-        second_first = tile.kernel == "thin" and n > m
+        # The skinny kernel takes the operand of many lines first, and is told which one it is.
+        second_first = tile.kernel == "skinny" and n > m
         operand, given = _OPERAND, _as_structs(operands, second_first)
-        if tile.kernel == "thin":
+        if tile.kernel == "skinny":
             sizes = k, steps, int(not second_first)
     epilogue, layout = (final, final_layout) if splits == 1 else (partial_epilogue(dtype), _PARTIAL)
     size = facts.dtype.itemsize

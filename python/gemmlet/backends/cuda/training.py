@@ -1,33 +1,52 @@
-"""Mini-batches of a multilayer perceptron, and of two adversarial networks, in one call on the GPU.
+"""The CUDA executor of training plans: the mini-batches of a call, from one wait for the GPU to the next.
 
-At the start of a call all that it needs goes to the GPU: the order of the samples, the rules' numbers, noise. At its
-end the losses come back. In between, a step is a handful of launches (csrc/cuda/training), recorded once for each
-number of rows as a graph that knows from a counter on the GPU which step it is; or a cluster of blocks does hundreds of
-steps in one launch (csrc/cuda/training/cluster.cuh). What the next call needs is prepared meanwhile.
+At the start of a call all that it needs goes to the GPU: the order of the samples, the rules' hyperparameters, noise.
+At its end the losses come back. In between, a step is a handful of launches (csrc/cuda/training), made from the plan's
+phases and recorded once for each number of rows as a graph that knows from a counter on the GPU which step it is; or a
+cluster of blocks takes hundreds of steps in one launch (csrc/cuda/training/cluster.cuh). What the next call needs is
+prepared meanwhile.
 
-The samples stay on the GPU from call to call, in what `hold` returns; so do the graphs; and so do parameters and
-optimizer states, which go there with the first call and come back by `write_back`.
+A plan's `Session` keeps on the GPU what calls share: dataset and targets, the graphs, and parameters and optimizer
+states, which go there with the first call and come back by `write_back`.
 
-Results depend on the GPU only by whether a cluster trains (`_Session._cluster_size`): otherwise which kernels compute a
+Results depend on the GPU only by whether a cluster trains (`Session._cluster_size`): otherwise which kernels compute a
 step follows from its sizes alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
-from ...training.old_plan import Array, Feed, FusedLayer, FusedNetwork, GanRun, MlpRun
-from . import compiler
+from ...training.plan import (
+    NOISE,
+    SAMPLES,
+    Array,
+    Backward,
+    Batches,
+    Dataset,
+    Forward,
+    Gather,
+    Loss,
+    Network,
+    Outcome,
+    Phase,
+    TrainingPlan,
+    UnsupportedError,
+    Update,
+    dense_layers,
+)
+from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
 
@@ -76,28 +95,25 @@ _CLUSTER_MULTIPROCESSORS = 100
 # Mini-batches are arranged for the cluster before a launch of it, as many as have so many bytes.
 MOST_ARRANGED_BYTES = 128 << 20
 
-# As in training/cluster.cuh.
-_CLUSTER_THREADS = 256
-_CLUSTER_ROWS, _CLUSTER_UNITS, _CLUSTER_OUTPUTS = 64, 8, 16
+# Of training/cluster.cuh.
+_CLUSTER_THREADS, _CLUSTER_BYTES = constant("cluster_threads"), constant("cluster_memory_bytes")
+_CLUSTER_ROWS, _CLUSTER_UNITS = constant("cluster_rows"), constant("cluster_units")
+_CLUSTER_OUTPUTS = constant("max_cluster_outputs")
 _CLUSTER_FEATURES = 800
 
-# As in csrc/cuda/training and matmul/small.cuh.
-_MOST_LAYERS = 8
-_TOP_COLUMNS = 16
-_LOSS_THREADS = 128
-_EXPAND_THREADS = 256
-_WIDE_THREADS, _WIDE_NUMBERS = 256, 128 * 36
-_WIDE_SIDE = 32
-_MOST_NUMBERS = 11
+# Of the other files of csrc/cuda/training, and of matmul/small.cuh.
+_MAX_LAYERS = constant("Update::max_layers")
+_TOP_COLUMNS = constant("top_columns")
+_LOSS_THREADS = constant("loss_threads")
+_EXPAND_THREADS = constant("expand_threads")
+_WIDE_THREADS, _WIDE_NUMBERS = constant("WideTile::max_threads"), 128 * constant("WideTile::stride")
+_WIDE_SIDE = constant("WideTile::rows")
+_MAX_HYPERPARAMETERS = constant("Staged::max_hyperparameters")
 
 
 #
-# What the kernels take, as csrc/cuda/training declares it
+# What the kernels take
 #
-
-
-def _struct(*fields: tuple[Any, ...]) -> np.dtype[Any]:
-    return np.dtype(list(fields), align=True)
 
 
 def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
@@ -109,145 +125,36 @@ def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
     return result
 
 
-_PROGRESS = _struct(
-    ("order", "u8"),
-    ("numbers", "u8", (2,)),
-    ("decay", "u8"),
-    ("noise", "u8"),
-    ("batch", "i8"),
-    ("next", "i8"),
-    ("step", "i8"),
-    ("loss", "f8", (2,)),
-    ("right", "i8"),
-)
-_INPUT = _struct(("rows", "u8"), ("stride", "i8"), ("samples", "u8"))
-_LAYER = _struct(("parameters", "u8"), ("in", "i4"), ("out", "i4"))
-_BROUGHT = _struct(
-    ("progress", "u8"),
-    ("rows", "i4"),
-    ("samples", "u8"),
-    ("indices", "u8"),
-    ("labels", "u8"),
-    ("numbers", "u8"),
-    ("number_counts", "i4", (2,)),
-    ("averages", "?"),
-)
-_EXPAND = _struct(("values", "u8"), ("row_start", "u8"), ("columns", "u8"), ("features", "i4"), ("rows", "u8"))
-_UPDATED_LAYER = _struct(
-    ("first_block", "i4"), ("in", "i4"), ("out", "i4"), ("parameters", "u8"), ("x", "u8"), ("grad", "u8")
-)
-_UPDATE = _struct(
-    ("layers", _UPDATED_LAYER, (_MOST_LAYERS,)),
-    ("layer_count", "i4"),
-    ("blocks", "i4"),
-    ("has_first", "?"),
-    ("input", _INPUT),
-    ("rows", "i4"),
-    ("plane", "i8"),
-    ("averages", "?"),
-    ("numbers", "u8"),
-    ("network", "i4"),
-    ("losses", "u8"),
-    ("right", "u8"),
-    ("loss_rows", "i4"),
-    ("weight", "f8"),
-    ("closes", "?"),
-    ("progress", "u8"),
-)
-
-
-_ARRANGE = _struct(
-    ("samples", "u8"),
-    ("features", "i4"),
-    ("indices", "u8"),
-    ("progress", "u8"),
-    ("rows", "i4"),
-    ("tiles", "u8"),
-    ("labels", "u8"),
-)
-_CLOSE = _struct(("losses", "u8"), ("right", "u8"), ("rows", "i4"), ("weight", "f8"), ("progress", "u8"))
+_PROGRESS = struct("Progress")
+_INPUT = struct("Input")
+_LAYER = struct("Layer")
+_STAGED = struct("Staged")
+_EXPAND = struct("Expand")
+_UPDATED_LAYER = struct("UpdatedLayer")
+_UPDATE = struct("Update")
+_ARRANGE = struct("ArrangeSamples")
+_CLOSE = struct("CloseSteps")
 
 
 class _Structs:
     """Those that hold numbers of the network's type."""
 
     def __init__(self, t: np.dtype[Any]) -> None:
-        self.activation = _struct(("number", "i4"), ("parameter", t))
-        self.below = _struct(("activation", self.activation), ("saved", "u8"), ("grad", "u8"))
-        self.objective = _struct(
-            ("loss", "i4"),
-            ("parameter", t),
-            ("share", t),
-            ("labels", "u8"),
-            ("values", "u8"),
-            ("samples", "u8"),
-            ("first", t),
-            ("second", t),
-            ("boundary", "i4"),
-            ("losses", "u8"),
-            ("right", "u8"),
-        )
-        self.forward = _struct(
-            ("input", _INPUT),
-            ("layer", _LAYER),
-            ("activation", self.activation),
-            ("y", "u8"),
-            ("z", "u8"),
-            ("rows", "i4"),
-        )
-        self.backward = _struct(("grad", "u8"), ("layer", _LAYER), ("below", self.below), ("rows", "i4"))
-        self.loss = _struct(
-            ("y", "u8"),
-            ("z", "u8"),
-            ("out", "i4"),
-            ("activation", self.activation),
-            ("objective", self.objective),
-            ("grad", "u8"),
-            ("rows", "i4"),
-        )
-        self.top = _struct(
-            ("x", "u8"),
-            ("layer", _LAYER),
-            ("activation", self.activation),
-            ("objective", self.objective),
-            ("grad", "u8"),
-            ("below", self.below),
-        )
-        self.cluster = _struct(
-            ("progress", "u8"),
-            ("tiles", "u8"),
-            ("rows", "i4"),
-            ("features", "i4"),
-            ("hidden", "i4"),
-            ("out", "i4"),
-            ("first", "u8"),
-            ("last", "u8"),
-            ("plane", "i8"),
-            ("hidden_activation", self.activation),
-            ("activation", self.activation),
-            ("objective", self.objective),
-        )
-        self.gather = _struct(("samples", "u8"), ("features", "i4"), ("scale", t), ("shift", t), ("rows", "u8"))
+        self.activation = struct("Activation", t)
+        self.below = struct("Below", t)
+        self.objective = struct("Objective", t)
+        self.forward = struct("Forward", t)
+        self.backward = struct("Backward", t)
+        self.loss = struct("Loss", t)
+        self.top = struct("Top", t)
+        self.cluster = struct("ClusterTraining", t)
+        self.gather = struct("Gather", t)
 
 
 _structs = functools.cache(_Structs)
 
 # The tiles of matmul/small.cuh, and the rows and columns of each.
 _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
-
-
-@functools.cache
-def _places(kind: str) -> dict[str, int]:
-    """The numbers by which kernels know activations, losses or row losses: their places in C++'s list."""
-    text = "".join(text for name, text in compiler.sources().items() if name.startswith("formulas/"))
-    declared = re.search(rf"#define GEMMLET_{kind.upper()}\(X\)((?:.*\\\n)*.*)", text)
-    assert declared is not None
-    return {name: place for place, name in enumerate(re.findall(r"X\((\w+)\)", declared[1]))}
-
-
-def _loss_number(name: str) -> int:
-    rows = _places("row_losses")
-    return ~rows[name] if name in rows else _places("losses")[name]
 
 
 def expressions() -> dict[str, list[str]]:
@@ -276,60 +183,33 @@ def _source(kernel: str) -> str:
     return f"training/{_SOURCES[kernel.partition('<')[0]]}.cuh"
 
 
-def fuses(activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
-    """Whether C++ has all of these formulas."""
-    known_losses = {*_places("row_losses"), *_places("losses")}
-    return (
-        all(name in _places("activations") for name in activations)
-        and all(name in known_losses for name in losses)
-        and rule in OPTIMIZER_RULES
-    )
+def supports_fused(plan: TrainingPlan) -> bool:
+    """Whether the kernels of csrc/cuda/training can take the plan's steps."""
+    phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
+    is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
+    losses = places("losses").keys() | (set() if is_gan else places("row_losses").keys())
+    with contextlib.suppress(UnsupportedError):
+        return (
+            phases in _STEPS
+            and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
+            and all(map(dense_layers, plan.networks))
+            and plan.activations() <= places("activations").keys()
+            and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
+            and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
+        )
+    return False
 
 
-#
-# What stays on the GPU between calls
-#
-
-
-class ResidentFeed(Feed):
-    """A feed whose arrays are on a GPU, and what training on it has made there."""
-
-    sessions: dict[Any, _Session]
-
-
-def hold(device: Device, feed: Feed, targets: Any = None) -> tuple[ResidentFeed, Any]:
-    """Return samples and targets as they are on the GPU: copies, or themselves where they are there already."""
-    if isinstance(feed, ResidentFeed):
-        return feed, targets
-
-    def resident(array: Any) -> Any:
-        if not isinstance(array, np.ndarray):
-            return array
-        return device.upload(np.ascontiguousarray(array))
-
-    held = ResidentFeed(resident(feed.x), resident(feed.row_start), resident(feed.columns), feed.skip_zeros)
-    held.sessions = {}
-    return held, resident(targets)
-
-
-@whole_steps()
-def write_back(feed: Feed) -> None:
-    """See `NumpyBackend.write_back`."""
-    for session in getattr(feed, "sessions", {}).values():
-        session.write_back()
-
-
-class _Launch(NamedTuple):
-    kernel: str
-    grid: tuple[int, int, int]
-    block: int
-    arguments: tuple[Any, ...]
-    shared: int
-
-    @property
-    def name(self) -> str:
-        """The kernel's, without its types."""
-        return self.kernel.removeprefix("gemmlet::").partition("<")[0]
+# The phases after `Gather` of the plans that there are kernels for, as far as these plans agree.
+_STEPS = (
+    # One network.
+    ((Forward, 0, (SAMPLES,)), (Loss, 0), (Backward, 0, None), (Update, 0)),
+    # A generator and a discriminator.
+    (
+        *((Forward, 0, (NOISE,)), (Forward, 1, (SAMPLES, 0)), (Loss, 1), (Backward, 1, None), (Update, 1)),
+        *((Forward, 1, (0,)), (Loss, 1), (Backward, 1, 0), (Backward, 0, None), (Update, 0)),
+    ),
+)
 
 
 def _stride(width: int) -> int:
@@ -349,7 +229,7 @@ class _Input(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """How a product is launched."""
+    """How a matmul is launched."""
 
     kind: str  # in C++
     grid: tuple[int, int]
@@ -365,328 +245,187 @@ def _kind_of_tile(rows: int, columns: int) -> str:
     return "SmallTile<8>"
 
 
-class _Stack:
-    """One network on the GPU: its parameters' place in the state, and its matrices of so many rows."""
+def _tiles(dtype: np.dtype[Any], rows: int, columns: int, depth: int, least_warps: int = 1) -> _Tiles:
+    """The tiles of a matmul."""
+    kind = _kind_of_tile(rows, columns)
+    side = _TILES[kind]
+    threads, numbers = _WIDE_THREADS, _WIDE_NUMBERS
+    grid = _pieces(rows, side), _pieces(columns, side)
+    if kind != "WideTile":
+        # Each warp takes so many numbers of the depth at a time: as few turns as the largest block allows, and no
+        # more warps than that. One for each of its results a block must have.
+        at_a_time = (16 if side == 8 else 4) * (16 // dtype.itemsize)
+        most_warps = 16 if grid[0] * grid[1] <= MOST_LARGE_BLOCKS else 8
+        turns = _pieces(depth, at_a_time * most_warps)
+        warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns), least_warps)
+        threads, numbers = 32 * warps, warps * side * side
+    return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * dtype.itemsize)
 
-    def __init__(
-        self, device: Device, network: FusedNetwork, rows: int, state_offset: int, *, output: Any = None
-    ) -> None:
-        layers, rule, _ = network
-        self.rule, self.averages = rule, _has_averages(network)
-        self.dtype = dtype = layers[0].weight.dtype
-        self.widths = [layers[0].weight.shape[0], *(layer.weight.shape[1] for layer in layers)]
-        self.activations = [_filled(_structs(dtype).activation, **_activation(layer)) for layer in layers]
-        self.planes = 1 + len(OPTIMIZER_RULES[rule].state) + self.averages
-        self._sizes = [(layer.weight.shape[0] + 1) * _stride(layer.weight.shape[1]) for layer in layers]
-        self.plane = sum(self._sizes)
-        self.state_offset, self.state_bytes = state_offset, self.planes * self.plane * dtype.itemsize
 
-        def matrix(width: int, wanted: bool = True) -> Any:
-            return device.empty((rows, _stride(width)), dtype) if wanted else None
+class _Network:
+    """A network on the GPU: parameters, optimizer state and averages from byte `start` on of the state, to `end`.
 
-        needs_x = [layer.activation is not None and ACTIVATIONS[layer.activation].needs_x for layer in layers]
-        self.y = [matrix(width) for width in self.widths[1:-1]] + [
-            matrix(self.widths[-1]) if output is None else output
+    Attributes
+    ----------
+    y, z, grad : list
+        Matrices of each layer, for the rows of a mini-batch: outputs, preactivations where backward needs them, and
+        gradients of the preactivations.
+    """
+
+    def __init__(self, network: Network, rule: str, start: int) -> None:
+        layers = dense_layers(network)
+        self.layers, self.rule, self.start = layers, rule, _pieces(start, 256) * 256
+        self.dtype = layers[0].weight.value.dtype
+        self.widths = [len(layers[0].weight.value), *(layer.bias.value.size for layer in layers)]
+        self.averages = layers[0].weight.average is not None
+        # Where each layer begins in a plane, one of which has all parameters, one each state of the optimizer, and one
+        # the averages.
+        sizes = [(inputs + 1) * _stride(outputs) for inputs, outputs in pairwise(self.widths)]
+        *self._starts, self.plane = map(int, np.cumsum([0, *sizes]))
+        self.planes = 1 + len(layers[0].weight.state) + self.averages
+        self.end = self.start + self.planes * self.plane * self.dtype.itemsize
+        kind, numbers = _structs(self.dtype).activation, places("activations")
+        self.activations = [
+            _filled(kind, number=numbers[layer.activation or "identity"], parameter=layer.parameter) for layer in layers
         ]
-        self.z = [matrix(width, needed) for width, needed in zip(self.widths[1:], needs_x, strict=True)]
+
+    def reserve(self, device: Device, rows: int, output: Any = None) -> None:
+        """Make the matrices, of which `output` may be the last outputs."""
+
+        def matrix(width: int) -> Any:
+            return device.empty((rows, _stride(width)), self.dtype)
+
+        needs_x = [layer.activation is not None and ACTIVATIONS[layer.activation].needs_x for layer in self.layers]
+        self.y = [matrix(width) for width in self.widths[1:-1]]
+        self.y.append(matrix(self.widths[-1]) if output is None else output)
+        self.z = [matrix(width) if needed else None for width, needed in zip(self.widths[1:], needs_x, strict=True)]
         self.grad = [matrix(width) for width in self.widths[1:]]
 
-    def parameters(self, state: int, layer: int) -> int:
-        """The address of a layer's parameters, the state's being `state`."""
-        return state + self.state_offset + int(sum(self._sizes[:layer])) * self.dtype.itemsize
-
     def layer(self, state: int, layer: int) -> np.void:
-        """A layer, as kernels take it."""
-        parameters = self.parameters(state, layer)
+        """A layer, as kernels take it; `state` is the address of the state."""
+        parameters = state + self.start + self._starts[layer] * self.dtype.itemsize
         return _filled(_LAYER, **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
 
     def below(self, layer: int) -> np.void:
         """A layer as the one below another."""
-        saved = self.y[layer] if self.z[layer] is None else self.z[layer]
-        return _filled(
-            _structs(self.dtype).below,
-            activation=self.activations[layer],
-            saved=address(saved),
-            grad=address(self.grad[layer]),
-        )
+        saved, grad = self.y[layer] if self.z[layer] is None else self.z[layer], self.grad[layer]
+        matrices = {"saved": address(saved), "grad": address(grad)}
+        return _filled(_structs(self.dtype).below, activation=self.activations[layer], **matrices)
 
-    def copies(self, network: FusedNetwork, state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
-        """Each array of `network`, and the view of a copy of the state on the CPU that belongs to it."""
-        own = state[self.state_offset : self.state_offset + self.state_bytes].view(self.dtype)
-        for p, plane in enumerate(own.reshape(self.planes, self.plane)):
-            start = 0
-            for layer, size in zip(network.layers, self._sizes, strict=True):
-                inputs, outputs = layer.weight.shape
-                matrix = plane[start : start + size].reshape(inputs + 1, -1)[:, :outputs]
-                weights: list[Any] = [layer.weight, *layer.weight_state, layer.weight_average]
-                biases: list[Any] = [layer.bias, *layer.bias_state, layer.bias_average]
-                yield weights[p], matrix[:inputs]
-                yield biases[p], matrix[inputs]
-                start += size
-
-
-def _activation(layer: FusedLayer) -> dict[str, Any]:
-    name = "identity" if layer.activation is None else layer.activation
-    return {"number": _places("activations")[name], "parameter": layer.activation_parameter}
-
-
-class _Session:
-    """Networks on the GPU, which share one state behind a `_PROGRESS`, and the steps that are recorded for them."""
-
-    def __init__(self, device: Device, dtype: np.dtype[Any], rows: int) -> None:
-        self.device, self.dtype, self.capacity = device, dtype, rows
-        self.structs, self.type = _structs(dtype), CPP_TYPES[dtype.name]
-        self.stacks: list[_Stack] = []
-        self._state_bytes = _pieces(_PROGRESS.itemsize, 256) * 256
-        self._steps: dict[int, list[_Launch]] = {}
-        self._graphs: dict[tuple[int, int], Any] = {}
-        self._launches: list[_Launch] = []
-
-    # Putting it together.
-
-    def stack(self, network: FusedNetwork, rows: int, **settings: Any) -> _Stack:
-        """Add a network."""
-        stack = _Stack(self.device, network, rows, self._state_bytes, **settings)
-        self.stacks.append(stack)
-        self._state_bytes += _pieces(stack.state_bytes, 256) * 256
-        return stack
-
-    def complete(self) -> None:
-        """Make the state, when all networks are there."""
-        empty = self.device.empty
-        self._state = empty((self._state_bytes,), np.dtype(np.uint8))
-        self.state = self.progress = address(self._state)
-        # The same on the CPU.
-        self._host = self.device.empty_pinned((self._state_bytes,), np.uint8)
-        self._host[:] = 0
-        # What belongs to a call alone, there and here; longer ones take their place where a call needs that.
-        self._own, self._own_host = empty((0,), np.uint8), self.device.empty_pinned((0,), np.uint8)
-        # The networks whose arrays are older than the state.
-        self._ahead: Sequence[FusedNetwork] = ()
-        # What is brought for a step.
-        self.samples = empty((self.capacity,), np.dtype(np.int64))
-        self.labels = empty((self.capacity,), np.dtype(np.int32))
-        self._numbers = empty((2, _MOST_NUMBERS), self.dtype)
-
-    def launches(self, rows: int) -> None:
-        """Those of a step of so many rows, by `add` and what calls it."""
-        raise NotImplementedError
-
-    def add(self, kernel: str, grid: tuple[int, int], block: int, *arguments: np.generic, shared: int = 0) -> None:
-        self._launches.append(_Launch(f"gemmlet::{kernel}", (*grid, 1), block, arguments, shared))
-
-    def _tiles(self, rows: int, columns: int, depth: int, least_warps: int = 1) -> _Tiles:
-        """The tiles of a product."""
-        kind = _kind_of_tile(rows, columns)
-        side = _TILES[kind]
-        threads, numbers = _WIDE_THREADS, _WIDE_NUMBERS
-        grid = _pieces(rows, side), _pieces(columns, side)
-        if kind != "WideTile":
-            # Each warp takes so many numbers of the depth at a time: as few turns as the largest block allows, and no
-            # more warps than that. One for each of its results a block must have.
-            at_a_time = (16 if side == 8 else 4) * (16 // self.dtype.itemsize)
-            most_warps = 16 if grid[0] * grid[1] <= MOST_LARGE_BLOCKS else 8
-            turns = _pieces(depth, at_a_time * most_warps)
-            warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns), least_warps)
-            threads, numbers = 32 * warps, warps * side * side
-        return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * self.dtype.itemsize)
-
-    def input_of_samples(self, x: Any) -> _Input:
-        """Rows of x, those of the mini-batch."""
-        rows, stride, samples = address(x), x.shape[1], address(self.samples)
-        return _Input(CPP_TYPES[x.dtype.name], _filled(_INPUT, rows=rows, stride=stride, samples=samples))
-
-    def input_of_rows(self, matrix: Any) -> _Input:
-        """Rows of a matrix, all of them."""
-        return _Input(self.type, _filled(_INPUT, rows=address(matrix), stride=matrix.shape[1]))
-
-    def input_of_noise(self, width: int) -> _Input:
-        """Rows of the call's noise, those of the mini-batch."""
-        return _Input(self.type, _filled(_INPUT, stride=width))
-
-    def brought(self, rows: int, indices: Any = None) -> np.void:
-        """What the kernel that opens a step brings; of class indices, the mini-batch's."""
-        counts = [len(OPTIMIZER_RULES[stack.rule].scalars) for stack in self.stacks]
-        return _filled(
-            _BROUGHT,
-            progress=self.progress,
-            rows=rows,
-            samples=address(self.samples),
-            indices=address(indices),
-            labels=address(self.labels),
-            numbers=address(self._numbers),
-            number_counts=[*counts, 0][:2],
-            averages=self.stacks[0].averages,
-        )
-
-    def forward_arguments(
-        self, stack: _Stack, layer: int, given: _Input, rows: int, least_warps: int = 1
-    ) -> tuple[_Tiles, np.void]:
-        """How one layer is launched, and what of itself it is told."""
-        inputs, outputs = stack.widths[layer : layer + 2]
-        return self._tiles(rows, outputs, inputs, least_warps), _filled(
-            self.structs.forward,
-            input=given.value,
-            layer=stack.layer(self.state, layer),
-            activation=stack.activations[layer],
-            y=address(stack.y[layer]),
-            z=address(stack.z[layer]),
-            rows=rows,
-        )
-
-    def forward(self, stack: _Stack, layer: int, given: Any, rows: int) -> None:
-        """One layer, from a matrix."""
-        tiles, p = self.forward_arguments(stack, layer, self.input_of_rows(given), rows)
-        self.add(f"forward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
-
-    def backward(self, stack: _Stack, layer: int, below: np.void, rows: int) -> None:
-        """The gradient of one layer's preactivations becomes that of those below."""
-        inputs, outputs = stack.widths[layer : layer + 2]
-        tiles = self._tiles(rows, inputs, outputs)
-        p = _filled(
-            self.structs.backward,
-            grad=address(stack.grad[layer]),
-            layer=stack.layer(self.state, layer),
-            below=below,
-            rows=rows,
-        )
-        self.add(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
-
-    def has_top(self, stack: _Stack, rows: int) -> bool:
+    def has_top(self, rows: int) -> bool:
         """Whether the last layer goes with the loss in one kernel."""
-        inputs, outputs = stack.widths[-2:]
+        inputs, outputs = self.widths[-2:]
         size = rows * inputs * _stride(outputs) * self.dtype.itemsize
-        return len(stack.y) > 1 and outputs <= MOST_TOP_OUTPUTS and size <= MOST_TOP_BYTES
+        return len(self.layers) > 1 and outputs <= MOST_TOP_OUTPUTS and size <= MOST_TOP_BYTES
 
-    def rest_and_back(self, stack: _Stack, rows: int, objective: np.void) -> None:
-        """From the results of the first layer to the loss, and to the gradients of all preactivations."""
-        last, top = len(stack.y) - 1, self.has_top(stack, rows)
-        for layer in range(1, last + 1 - top):
-            self.forward(stack, layer, stack.y[layer - 1], rows)
-        common = {"activation": stack.activations[last], "objective": objective, "grad": address(stack.grad[last])}
-        outputs = stack.widths[-1]
-        if top:
-            inputs = stack.widths[-2]
-            block = min(256, _pieces(inputs, 32) * 32)
-            numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
-            p = _filled(
-                self.structs.top,
-                x=address(stack.y[last - 1]),
-                layer=stack.layer(self.state, last),
-                below=stack.below(last - 1),
-                **common,
-            )
-            self.add(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
-        else:
-            y, z = address(stack.y[last]), address(stack.z[last])
-            p = _filled(self.structs.loss, y=y, z=z, out=outputs, rows=rows, **common)
-            self.add(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
-        for layer in range(last - top, 0, -1):
-            self.backward(stack, layer, stack.below(layer - 1), rows)
+    def copies(self, state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
+        """Each array of the network, and the view of a copy of the state on the CPU that belongs to it."""
+        planes = state[self.start : self.end].view(self.dtype).reshape(self.planes, self.plane)
+        for layer, start in zip(self.layers, self._starts, strict=True):
+            inputs, outputs = layer.weight.value.shape
+            stride = _stride(outputs)
+            # (Without averages, there are as many planes as arrays before None.)
+            for plane, *arrays in zip(planes, layer.weight.arrays(), layer.bias.arrays(), strict=False):
+                matrix = plane[start : start + (inputs + 1) * stride].reshape(inputs + 1, stride)[:, :outputs]
+                yield from zip(arrays, (matrix[:inputs], matrix[inputs]), strict=True)
 
-    def update(
-        self,
-        stack: _Stack,
-        given: _Input,
-        rows: int,
-        *,
-        losses: Any,
-        right: Any = None,
-        weight: float = 1.0,
-        closes: bool = False,
-    ) -> None:
-        """All weights of a network, and the sums of the losses."""
-        number = self.stacks.index(stack)
-        count = len(stack.y)
-        for first in range(0, count, _MOST_LAYERS):
-            end = min(first + _MOST_LAYERS, count)
-            updated = np.zeros(_MOST_LAYERS, _UPDATED_LAYER)
-            blocks = 0
-            for place, layer in enumerate(range(first, end)):
-                inputs, outputs = stack.widths[layer : layer + 2]
-                updated[place] = (
-                    blocks,
-                    inputs,
-                    outputs,
-                    stack.parameters(self.state, layer),
-                    address(stack.y[layer - 1]) if layer else 0,
-                    address(stack.grad[layer]),
-                )
-                blocks += _pieces(inputs + 1, _WIDE_SIDE) * _pieces(outputs, _WIDE_SIDE)
-            last = end == count
-            p = _filled(
-                _UPDATE,
-                layers=updated,
-                layer_count=end - first,
-                blocks=blocks,
-                has_first=first == 0,
-                input=given.value,
-                rows=rows,
-                plane=stack.plane,
-                averages=stack.averages,
-                numbers=address(self._numbers) + number * _MOST_NUMBERS * self.dtype.itemsize,
-                network=number,
-                losses=address(losses),
-                right=address(right),
-                loss_rows=rows if last else 0,
-                weight=weight,
-                closes=closes and last,
-                progress=self.progress,
-            )
-            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{stack.rule}>"
-            self.add(kernel, (blocks + 1, 1), _WIDE_THREADS, p, shared=_WIDE_NUMBERS * self.dtype.itemsize)
 
-    # Using it.
+class _Pass(NamedTuple):
+    """A forward pass through a network: its inputs, their number, and whether the last layer is left to the loss."""
 
-    def train(
-        self,
-        networks: Sequence[FusedNetwork],
-        order: NDArray[np.int64],
-        batch: int,
-        losses: Sequence[float],
-        noise: Array | None = None,
-        decay: NDArray[np.float64] | None = None,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> tuple[list[float], int]:
-        """All steps of a call; the sums of the losses, those given included, and how many rows were right.
+    given: _Input
+    rows: int
+    top: bool
 
-        The networks' arrays are older than the state then, until `write_back`.
-        """
-        full, rest = divmod(len(order), batch)
+
+class Session:
+    """A plan on the GPU: its dataset and targets, its networks in one state behind a `_PROGRESS`, and recorded steps.
+
+    Where a `Forward` takes samples and what a network generates, these are rows of one matrix, the latter first.
+    """
+
+    def __init__(self, device: Device, plan: TrainingPlan) -> None:
+        def resident(value: Any) -> Any:
+            return device.upload(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+
+        def staged(phase: Phase) -> Phase:
+            if isinstance(phase, Gather):
+                return phase._replace(dataset=Dataset(*map(resident, phase.dataset)))
+            return phase._replace(targets=resident(phase.targets)) if isinstance(phase, Loss) else phase
+
+        self.device, self.dtype, self.type = device, plan.dtype, CPP_TYPES[plan.dtype.name]
+        self.structs, self.plan = _structs(plan.dtype), replace(plan, phases=tuple(map(staged, plan.phases)))
+        rules, end = {update.network: update.rule for update in plan.updates}, _PROGRESS.itemsize
+        self.networks = list[_Network]()
+        for number, network in enumerate(plan.networks):
+            self.networks.append(_Network(network, rules[number], end))
+            end = self.networks[-1].end
+        self._state = device.empty((end,), np.uint8)
+        self.state = address(self._state)
+        # The same on the CPU.
+        self._host = device.empty_pinned((end,), np.uint8)
+        self._host[:] = 0
+        self._is_newer = False  # whether the state is newer than the networks' arrays
+        # What belongs to a call alone, there and here; longer ones take their place where a call needs that.
+        self._own, self._own_host = device.empty((0,), np.uint8), device.empty_pinned((0,), np.uint8)
+        # The size of the largest mini-batch that there is space for; and what takes steps of so many rows, so many
+        # together, or 0 for any number.
+        self._capacity, self._graphs = 0, dict[tuple[int, int], Any]()
+        self._gathered: Any = None  # the matrix of samples, if they are gathered before a kernel reads them
+
+    # Calls.
+
+    def train(self, batches: Batches) -> Outcome:
+        """See `Backend.train`; the networks' arrays are older than the state then, until `write_back`."""
+        order, noise, updates = batches.order, batches.noise, len(batches.hyperparameters)
+        if not len(order):
+            return Outcome(batches.losses, 0)
+        size = min(batches.size, len(order))
+        full, rest = divmod(len(order), size)
         # Before anything is sent, as it takes time, and may fail.
-        runs = self._runs(batch, full) + self._runs(rest, 1 if rest else 0)
-        numbers = [network.scalars for network in networks]
-        places, own_bytes = self._place(order, *numbers, *(() if decay is None else (decay,)))
+        self._reserve(size)
+        runs = self._runs(size, full) + self._runs(rest, 1 if rest else 0)
+        decay = np.zeros(batches.steps) if batches.decay is None else batches.decay
+        places, own_bytes = self._place(order, *batches.hyperparameters, decay)
         there = None if noise is None else self.device.empty(noise.shape, noise.dtype)
-        if self._ahead and not _same_arrays(self._ahead, networks):
-            self.write_back()
-        sent = self._host[: _PROGRESS.itemsize] if self._ahead else self._host
-        if not self._ahead:
-            for array, copy in self._copies(networks):
+        sent = self._host[: _PROGRESS.itemsize] if self._is_newer else self._host
+        if not self._is_newer:
+            for array, copy in self._copies():
                 copy[...] = array
         progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
-        progress["order"], progress["batch"], progress["next"], progress["right"] = places[0], batch, 0, 0
-        progress["numbers"][0, : len(networks)] = places[1 : 1 + len(networks)]
-        if noise is not None:
-            progress["noise"], progress["decay"] = address(there), places[-1]
-        progress["loss"][0, : len(losses)] = losses
+        progress["order"], progress["batch"], progress["next"], progress["correct"] = places[0], size, 0, 0
+        progress["hyperparameters"][0, :updates], progress["decay"] = places[1:-1], places[-1]
+        progress["noise"], progress["loss"][0, :updates] = address(there), batches.losses
 
         try:
             self.device.upload(sent, self._state[: len(sent)])
             self.device.upload(self._own_host[:own_bytes], self._own[:own_bytes])
             if noise is not None:
                 self.device.upload(np.ascontiguousarray(noise), there)
-            self._ahead = networks
+            self._is_newer = True
             for graph, times in runs:
                 graph.replay(times)
-            if meanwhile is not None:
-                meanwhile()
+            if batches.meanwhile is not None:
+                batches.meanwhile()
         except BaseException:
             # What is sent from must not change, or go, before it has been sent.
             self.device.synchronize()
             raise
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
-        return [float(value) for value in progress["loss"][0, : len(losses)]], int(progress["right"][0])
+        return Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
+
+    def write_back(self) -> None:
+        """Copy the state into the networks' arrays, if it is newer than they are."""
+        if self._is_newer:
+            self.device.download(self._state, self._host)
+            for array, copy in self._copies():
+                array[...] = copy
+            self._is_newer = False
+
+    def _copies(self) -> Iterator[tuple[Array, Array]]:
+        """Each array of the networks, and the view of the state on the CPU that belongs to it."""
+        for network in self.networks:
+            yield from network.copies(self._host)
 
     def _place(self, *arrays: Array) -> tuple[list[int], int]:
         """Copy what belongs to a call to where it is sent from: its addresses on the GPU, and how many bytes it is."""
@@ -701,108 +440,300 @@ class _Session:
             self._own_host[place : place + array.nbytes].view(array.dtype)[...] = array.reshape(-1)
         return [address(self._own) + place for place in places], end
 
-    def _copies(self, networks: Sequence[FusedNetwork]) -> Iterator[tuple[Array, Array]]:
-        """Each array of the networks, and the view of the state on the CPU that belongs to it."""
-        for stack, network in zip(self.stacks, networks, strict=True):
-            yield from stack.copies(network, self._host)
-
-    def write_back(self) -> None:
-        """Copy the state into the networks' arrays, if it is newer than they are."""
-        if self._ahead:
-            self.device.download(self._state, self._host)
-            for array, copy in self._copies(self._ahead):
-                array[...] = copy
-            self._ahead = ()
+    def _reserve(self, rows: int) -> None:
+        """Make the matrices for mini-batches of `rows`, if there are none as large."""
+        if rows <= self._capacity:
+            return
+        device, networks = self.device, self.networks
+        # First of all the old memory is given back; there may be none then.
+        self._capacity, self._gathered = 0, None
+        self._graphs.clear()
+        for network in networks:
+            network.y = network.z = network.grad = []
+        most = [0] * len(networks)  # rows
+        for phase in self.plan.phases:
+            if isinstance(phase, Forward):
+                most[phase.network] = max(most[phase.network], rows * len(phase.inputs))
+        if len(networks) > 1 or self.plan.gather.dataset.indptr is not None:
+            self._gathered = device.empty((most[-1], _stride(networks[-1].widths[0])), self.dtype)
+        for network, count in zip(networks, most, strict=True):
+            network.reserve(device, count, None if network is networks[-1] else self._gathered)
+        self._losses = device.empty((max(most),), np.dtype(np.float64))
+        self._correct = device.empty((rows,), np.dtype(np.int32))
+        # What is staged for a step.
+        self._samples = device.empty((rows,), np.dtype(np.int64))
+        self._labels = device.empty((rows,), np.dtype(np.int32))
+        self._hyperparameters = device.empty((2, _MAX_HYPERPARAMETERS), self.dtype)
+        self._capacity = rows
 
     def _runs(self, rows: int, steps: int) -> list[tuple[Graph, int]]:
-        """What does so many steps of so many rows, and how often."""
+        """What takes so many steps of so many rows, and how often."""
         if not steps:
             return []
-        if rows not in self._steps:
-            self._launches = []
-            self.launches(rows)
-            self._steps[rows] = self._launches
-        launches = self._steps[rows]
-        if size := self._cluster_size(launches, rows):
+        if size := self._cluster_size(rows):
             if (rows, 0) not in self._graphs:
-                self._graphs[rows, 0] = _Cluster(self.device, self.structs, launches, size, rows)
+                self._graphs[rows, 0] = _Cluster(self, size, rows)
             self._graphs[rows, 0].reserve(steps)
             return [(self._graphs[rows, 0], steps)]
         runs = []
         for together, times in ((STEPS_TOGETHER, steps // STEPS_TOGETHER), (1, steps % STEPS_TOGETHER)):
             if times and (rows, together) not in self._graphs:
-                self._graphs[rows, together] = self._recorded(launches, together)
+                self._graphs[rows, together] = self._recorded(rows, together)
             if times:
                 runs.append((self._graphs[rows, together], times))
         return runs
 
-    def _cluster_size(self, launches: Sequence[_Launch], rows: int) -> int:
-        """Of the cluster that can do these launches; 0 if none can."""
-        names = [launch.name for launch in launches]
-        if self.device.arch not in ARCHITECTURES[CLUSTER_SOURCE] or names != ["first_forward", "top", "update"]:
+    def _cluster_size(self, rows: int) -> int:
+        """Of the cluster that can take steps of so many rows; 0 if none can."""
+        network, dataset = self.networks[0], self.plan.gather.dataset
+        if self.device.arch not in ARCHITECTURES[CLUSTER_SOURCE] or len(self.networks) > 1 or len(network.layers) != 2:
             return 0
-        if self.type != "float" or not launches[0].kernel.startswith("gemmlet::first_forward<float, unsigned char,"):
+        if self.type != "float" or dataset.x.dtype != np.uint8 or dataset.indptr is not None or network.averages:
             return 0
-        features, hidden, out = self.stacks[0].widths
-        if features > _CLUSTER_FEATURES or out > _CLUSTER_OUTPUTS or rows > _CLUSTER_ROWS or self.stacks[0].averages:
+        features, hidden, out = network.widths
+        if features > _CLUSTER_FEATURES or out > _CLUSTER_OUTPUTS or rows > _CLUSTER_ROWS:
             return 0
         few = self.device.multiprocessors < _CLUSTER_MULTIPROCESSORS and self.device.arch != "host"
         sizes = [size for size in CLUSTER_SIZES if size * _CLUSTER_UNITS >= hidden and not (size > 8 and few)]
         return min(sizes, default=0)
 
-    def _recorded(self, launches: Sequence[_Launch], times: int) -> Graph:
-        device = self.device
+    def _recorded(self, rows: int, times: int) -> Graph:
+        """A graph of so many steps."""
+        # Launches: the name of a kernel, and what `Device.launch` takes with it.
+        self._rows, self._launches, self._passes = rows, list[tuple[str, *tuple[Any, ...]]](), dict[int, _Pass]()
+        for phase in self.plan.phases:
+            self._add(phase)
+        device, launches = self.device, self._launches
         # They are compiled first: not while a stream is recorded. Each on its own, as many networks share it.
-        kernels = [device.kernels(_source(launch.name), [launch.kernel])[0] for launch in launches]
+        kernels = [device.kernels(_source(name), [f"gemmlet::{name}"])[0] for name, *_ in launches]
 
         def record() -> None:
             for _ in range(times):
-                for kernel, launch in zip(kernels, launches, strict=True):
-                    device.launch(kernel, launch.grid, launch.block, launch.arguments, launch.shared)
+                for kernel, (_, *how) in zip(kernels, launches, strict=True):
+                    device.launch(kernel, *how)
 
         return device.record(record)
+
+    # Phases.
+
+    @functools.singledispatchmethod
+    def _add(self, phase: Any) -> None:
+        """Add the launches of a phase; of all phases, the first one opens the step, the last one closes it."""
+        raise TypeError(f"no phase of a plan: {phase}")
+
+    @_add.register
+    def _(self, phase: Gather) -> None:
+        """Of a CSR matrix; other rows are gathered by the kernel of the first layer."""
+        if phase.dataset.indptr is not None:
+            values, indptr, indices = map(address, phase.dataset[:3])
+            places = {"values": values, "indptr": indptr, "indices": indices, "rows": address(self._gathered)}
+            p = _filled(_EXPAND, features=self.networks[0].widths[0], **places)
+            self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._staged())
+
+    @_add.register
+    def _(self, phase: Forward) -> None:
+        network, rows = self.networks[phase.network], self._rows * len(phase.inputs)
+        has_loss = any(loss.network == phase.network for loss in self.plan.losses)
+        top = has_loss and network.has_top(rows)
+        x, kernel = self.plan.gather.dataset.x, "forward"
+        if phase.inputs == (NOISE,):
+            given, kernel = _Input(self.type, _filled(_INPUT, stride=network.widths[0])), "first_forward_and_gather"
+        elif self._gathered is None:
+            samples = _filled(_INPUT, rows=address(x), stride=x.shape[1], samples=address(self._samples))
+            given, kernel = _Input(CPP_TYPES[x.dtype.name], samples), "first_forward"
+        else:
+            given = self._input_of(self._gathered)
+        self._forward(network, 0, given, rows, kernel)
+        self._passes[phase.network] = _Pass(given, rows, top)
+        for layer in range(1, len(network.layers) - top):
+            self._forward(network, layer, self._input_of(network.y[layer - 1]), rows)
+
+    @_add.register
+    def _(self, phase: Loss) -> None:
+        network, (_, rows, top) = self.networks[phase.network], self._passes[phase.network]
+        last, outputs = len(network.layers) - 1, network.widths[-1]
+        common = {"activation": network.activations[last], "grad": address(network.grad[last])}
+        common["objective"] = self.objective(phase, self._rows)
+        if top:
+            inputs = network.widths[-2]
+            block = min(256, _pieces(inputs, 32) * 32)
+            numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
+            x, below = address(network.y[last - 1]), network.below(last - 1)
+            p = _filled(self.structs.top, x=x, layer=network.layer(self.state, last), below=below, **common)
+            self._launch(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
+        else:
+            y, z = address(network.y[last]), address(network.z[last])
+            p = _filled(self.structs.loss, y=y, z=z, out=outputs, rows=rows, **common)
+            self._launch(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
+
+    @_add.register
+    def _(self, phase: Backward) -> None:
+        network, (_, rows, top) = self.networks[phase.network], self._passes[phase.network]
+        to = None if phase.to is None else self.networks[phase.to]
+        # The gradient of each layer's preactivations becomes that of the layer below.
+        for layer in range(len(network.layers) - 1 - top, 0 if to is None else -1, -1):
+            inputs, outputs = network.widths[layer : layer + 2]
+            tiles = _tiles(self.dtype, rows, inputs, outputs)
+            below = network.below(layer - 1) if layer or to is None else to.below(-1)
+            common = {"grad": address(network.grad[layer]), "layer": network.layer(self.state, layer)}
+            p = _filled(self.structs.backward, below=below, rows=rows, **common)
+            self._launch(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+
+    @_add.register
+    def _(self, phase: Update) -> None:
+        """And those of the sums of the losses: the first update adds up what the first `Loss` has left, and so on."""
+        network, (given, rows, _) = self.networks[phase.network], self._passes[phase.network]
+        number, count = self.plan.updates.index(phase), len(network.layers)
+        loss = self.plan.losses[number]
+        for first in range(0, count, _MAX_LAYERS):
+            end = min(first + _MAX_LAYERS, count)
+            updated = np.zeros(_MAX_LAYERS, _UPDATED_LAYER)
+            blocks = 0
+            for place, layer in enumerate(range(first, end)):
+                inputs, outputs = network.widths[layer : layer + 2]
+                x, grad = address(network.y[layer - 1]) if layer else 0, address(network.grad[layer])
+                parameters = network.layer(self.state, layer)["parameters"]
+                updated[place] = blocks, inputs, outputs, parameters, x, grad
+                blocks += _pieces(inputs + 1, _WIDE_SIDE) * _pieces(outputs, _WIDE_SIDE)
+            p = _filled(
+                _UPDATE,
+                layers=updated,
+                layer_count=end - first,
+                blocks=blocks,
+                has_first=first == 0,
+                input=given.value,
+                rows=rows,
+                plane=network.plane,
+                averages=network.averages,
+                hyperparameters=address(self._hyperparameters) + number * _MAX_HYPERPARAMETERS * self.dtype.itemsize,
+                network=number,
+                losses=address(self._losses),
+                correct=address(self._correct) if _has_classes(loss) else 0,
+                loss_rows=rows if end == count else 0,
+                weight=self.plan.weight(loss),
+                closes=end == count and phase is self.plan.phases[-1],
+                progress=self.state,
+            )
+            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}>"
+            self._launch(kernel, (blocks + 1, 1), _WIDE_THREADS, p, shared=_WIDE_NUMBERS * self.dtype.itemsize)
+
+    # Launches.
+
+    def _launch(self, kernel: str, grid: tuple[int, int], block: int, *arguments: np.generic, shared: int = 0) -> None:
+        self._launches.append((kernel, (*grid, 1), block, arguments, shared))
+
+    def _input_of(self, matrix: Any) -> _Input:
+        """All rows of a matrix."""
+        return _Input(self.type, _filled(_INPUT, rows=address(matrix), stride=matrix.shape[1]))
+
+    def _staged(self) -> np.void:
+        """What the kernel that opens a step stages; of class indices, the mini-batch's."""
+        (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].hyperparameters) for u in self.plan.updates]
+        return _filled(
+            _STAGED,
+            progress=self.state,
+            rows=self._rows,
+            samples=address(self._samples),
+            indices=address(loss.targets) if _has_classes(loss) else 0,
+            labels=address(self._labels),
+            hyperparameters=address(self._hyperparameters),
+            hyperparameter_counts=[*counts, 0][:2],
+            averages=any(network.averages for network in self.networks),
+        )
+
+    def _forward(self, network: _Network, layer: int, given: _Input, rows: int, kernel: str = "forward") -> None:
+        """One layer; the kernel that opens the step gathers, too: its own samples, or those that others will need."""
+        gather, (inputs, outputs) = self.plan.gather, network.widths[layer : layer + 2]
+        x, gathers = gather.dataset.x, kernel == "first_forward_and_gather"
+        # (Samples are gathered by blocks of that size, too.)
+        tiles = _tiles(self.dtype, rows, outputs, inputs, least_warps=8 if gathers else 1)
+        tile_rows, columns = tiles.grid
+        p = _filled(
+            self.structs.forward,
+            input=given.value,
+            layer=network.layer(self.state, layer),
+            activation=network.activations[layer],
+            y=address(network.y[layer]),
+            z=address(network.z[layer]),
+            rows=rows,
+        )
+        arguments, types = list[np.generic]([p]), [self.type]
+        if kernel != "forward":
+            arguments.append(self._staged())
+            types.append(CPP_TYPES[x.dtype.name])
+            columns += 1
+        if gathers:
+            scaling, to = {"scale": gather.scale, "shift": gather.shift}, address(self._gathered[rows:])
+            samples = _filled(self.structs.gather, samples=address(x), features=x.shape[1], rows=to, **scaling)
+            arguments += samples, np.int32(tiles.grid[1])
+            columns = tiles.grid[1] + _pieces(rows + 1, tile_rows)
+        kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
+        self._launch(kernel, (tile_rows, columns), tiles.block, *arguments, shared=tiles.shared)
+
+    def objective(self, loss: Loss, rows: int) -> np.void:
+        """A loss as kernels take it, in a step of so many rows."""
+        classes, of_rows = _has_classes(loss), places("row_losses")
+        # Of each input: what is generated comes first here.
+        first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
+        return _filled(
+            self.structs.objective,
+            loss=~of_rows[loss.name] if loss.name in of_rows else places("losses")[loss.name],
+            parameter=0.0 if loss.name in of_rows else LOSSES[loss.name].default,
+            scale=self.plan.weight(loss) / rows,
+            keep=1.0 - loss.label_smoothing,
+            spread=loss.label_smoothing / self.networks[loss.network].widths[-1],
+            labels=address(self._labels) if classes else 0,
+            values=0 if classes or isinstance(loss.targets, tuple) else address(loss.targets),
+            samples=address(self._samples),
+            first=first,
+            second=second,
+            boundary=rows,
+            losses=address(self._losses),
+            correct=address(self._correct) if classes else 0,
+        )
+
+
+def _has_classes(loss: Loss) -> bool:
+    """Whether its targets are class indices."""
+    return not isinstance(loss.targets, tuple) and loss.targets.ndim == 1
 
 
 class _Cluster:
     """Steps of so many rows in a cluster, some hundreds in each launch of it."""
 
-    def __init__(self, device: Device, structs: _Structs, launches: Sequence[_Launch], size: int, rows: int) -> None:
-        self._device, self._size, self._rows = device, size, rows
-        first, top, update = (launch.arguments[0] for launch in launches)
-        brought = launches[0].arguments[1]
-        given, layers = first["input"], update["layers"]
-        features, hidden = int(layers[0]["in"]), int(layers[0]["out"])
+    def __init__(self, session: Session, size: int, rows: int) -> None:
+        self._device, self._size, self._rows = session.device, size, rows
+        (network,), (loss,), dataset = session.networks, session.plan.losses, session.plan.gather.dataset
+        features, hidden, out = network.widths
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
         # (Steps are the second number of a grid.)
         self._most_steps = min(max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
-        progress = brought["progress"]
-        self._arrange = _filled(
-            _ARRANGE, samples=given["rows"], features=features, indices=brought["indices"], progress=progress, rows=rows
-        )
+        common = {"progress": session.state, "rows": rows}
+        indices = address(loss.targets) if _has_classes(loss) else 0
+        self._arrange = _filled(_ARRANGE, samples=address(dataset.x), features=features, indices=indices, **common)
+        first, last = (network.layer(session.state, layer)["parameters"] for layer in (0, 1))
         self._train = _filled(
-            structs.cluster,
-            progress=progress,
-            rows=rows,
+            session.structs.cluster,
             features=features,
             hidden=hidden,
-            out=layers[1]["out"],
-            first=layers[0]["parameters"],
-            last=layers[1]["parameters"],
-            plane=update["plane"],
-            hidden_activation=first["activation"],
-            activation=top["activation"],
-            objective=top["objective"],
+            out=out,
+            first=first,
+            last=last,
+            plane=network.plane,
+            hidden_activation=network.activations[0],
+            activation=network.activations[1],
+            objective=session.objective(loss, rows),
+            **common,
         )
-        self._close = _filled(_CLOSE, rows=rows, weight=update["weight"], progress=progress)
-        rule = launches[2].kernel.rpartition("::")[2].rstrip(">")
+        self._close = _filled(_CLOSE, weight=session.plan.weight(loss), **common)
         names = [
             f"arrange_samples<{_CLUSTER_THREADS}>",
-            f"train_in_cluster<{size}, gemmlet::optimizers::{rule}>",
+            f"train_in_cluster<{size}, gemmlet::optimizers::{network.rule}>",
             f"close_steps<{_CLUSTER_THREADS}>",
         ]
         # Each on its own, as rules share the others.
-        self._kernels = [device.kernels(CLUSTER_SOURCE, [f"gemmlet::{name}"])[0] for name in names]
-        self._shared = _cluster_bytes(size) + 2 * 2 * self._step_numbers
+        self._kernels = [self._device.kernels(CLUSTER_SOURCE, [f"gemmlet::{name}"])[0] for name in names]
+        self._shared = _CLUSTER_BYTES + 2 * 2 * self._step_numbers
         self._reserved = 0
 
     def reserve(self, steps: int) -> None:
@@ -820,16 +751,13 @@ class _Cluster:
             empty((steps, rows), np.dtype(np.int32)),
         ]
         self._reserved = steps
-        tiles, labels, losses, right = map(address, self._memory)
+        tiles, labels, losses, correct = map(address, self._memory)
         for p in (self._arrange, self._train):
             p["tiles"] = tiles
-        self._arrange["labels"] = labels
         objective = self._train["objective"]
-        if objective["labels"]:
-            objective["labels"] = labels
+        self._arrange["labels"], objective["labels"] = labels, labels if self._arrange["indices"] else 0
         for p in (objective, self._close):
-            p["losses"] = losses
-            p["right"] = right
+            p["losses"], p["correct"] = losses, correct
 
     def replay(self, count: int = 1) -> None:
         """Do so many steps."""
@@ -843,200 +771,3 @@ class _Cluster:
             )  # fmt: skip
             launch(close, (1, 1, 1), threads, (self._close, np.int64(steps)))
             count -= steps
-
-
-def _cluster_bytes(size: int) -> int:
-    """Of ClusterMemory."""
-    sums, matrices = 8 * 8 * 64, (_CLUSTER_ROWS + _CLUSTER_UNITS) * 20
-    biases, parts = _CLUSTER_UNITS + _CLUSTER_OUTPUTS, _CLUSTER_ROWS * _CLUSTER_OUTPUTS
-    numbers = sums + matrices + biases + parts + 2 * (_MOST_NUMBERS + 1) + 2 * _CLUSTER_ROWS
-    return 4 * numbers + 8 * (_CLUSTER_ROWS // size + 8)
-
-
-def _session(feed: ResidentFeed, key: tuple[Any, ...], rows: int, make: Callable[[], _Session]) -> _Session:
-    """The session for these settings on this feed, if it has space for so many rows; else a new one."""
-    session = feed.sessions.get(key)
-    for other in feed.sessions.values():
-        if other is not session or session.capacity < rows:
-            other.write_back()
-    if session is None or session.capacity < rows:
-        # First of all the old one's memory is given back.
-        feed.sessions.pop(key, None)
-        session = feed.sessions[key] = make()
-    return session
-
-
-def _same_arrays(networks: Sequence[FusedNetwork], others: Sequence[FusedNetwork]) -> bool:
-    """Whether networks of one shape have the very same arrays, and not only equal ones."""
-
-    def arrays(networks: Sequence[FusedNetwork]) -> Iterator[Any]:
-        for network in networks:
-            for layer in network.layers:
-                yield from (layer.weight, *layer.weight_state, layer.weight_average)
-                yield from (layer.bias, *layer.bias_state, layer.bias_average)
-
-    return all(a is b for a, b in zip(arrays(networks), arrays(others), strict=True))
-
-
-def _shape(network: FusedNetwork) -> tuple[Any, ...]:
-    """What kernels are told of a network."""
-    layers = tuple(
-        (layer.weight.shape, layer.weight.dtype, layer.activation, layer.activation_parameter)
-        for layer in network.layers
-    )
-    return layers, network.rule, _has_averages(network)
-
-
-def _has_averages(network: FusedNetwork) -> bool:
-    return network.layers[0].weight_average is not None
-
-
-class _MlpSession(_Session):
-    def __init__(self, device: Device, run: MlpRun, rows: int) -> None:
-        super().__init__(device, run.network.layers[0].weight.dtype, rows)
-        # (Not what holds this session: it would hold itself.)
-        self.feed, self.targets, self.loss, self.row_weight = Feed(*run.feed), run.targets, run.loss, run.row_weight
-        self.network = self.stack(run.network, rows)
-        features = self.network.widths[0]
-        self.dense = None if self.feed.row_start is None else device.empty((rows, _stride(features)), self.dtype)
-        self.losses, self.right = device.empty((rows,), np.dtype(np.float64)), device.empty((rows,), np.dtype(np.int32))
-        self.complete()
-
-    def launches(self, rows: int) -> None:
-        feed, network = self.feed, self.network
-        classes = self.targets.dtype == np.int64
-        brought = self.brought(rows, self.targets if classes else None)
-        if self.dense is None:
-            given = self.input_of_samples(feed.x)
-            tiles, p = self.forward_arguments(network, 0, given, rows)
-            kernel, grid = f"first_forward<{self.type}, {given.type}, {tiles.kind}>", (tiles.grid[0], tiles.grid[1] + 1)
-            self.add(kernel, grid, tiles.block, p, brought, shared=tiles.shared)
-        else:
-            given = self.input_of_rows(self.dense)
-            p = _filled(
-                _EXPAND,
-                values=address(feed.x),
-                row_start=address(feed.row_start),
-                columns=address(feed.columns),
-                features=network.widths[0],
-                rows=address(self.dense),
-            )
-            self.add(f"expand<{self.type}>", (rows + 1, 1), _EXPAND_THREADS, p, brought)
-            self.forward(network, 0, self.dense, rows)
-        objective = _filled(
-            self.structs.objective,
-            loss=_loss_number(self.loss),
-            parameter=LOSSES[self.loss].default if self.loss in LOSSES else 0.0,
-            share=self.row_weight / rows,
-            labels=address(self.labels) if classes else 0,
-            values=0 if classes else address(self.targets),
-            samples=address(self.samples),
-            losses=address(self.losses),
-            right=address(self.right),
-        )
-        self.rest_and_back(network, rows, objective)
-        losses = {"losses": self.losses, "right": self.right, "weight": self.row_weight}
-        self.update(network, given, rows, **losses, closes=True)
-
-
-@whole_steps()
-def train_mlp(device: Device, run: MlpRun) -> tuple[float, int]:
-    """See `NumpyBackend.train_mlp`."""
-    if not len(run.order):
-        return run.loss_sum, 0
-    held = isinstance(run.feed, ResidentFeed)
-    feed, targets = hold(device, run.feed, run.targets)
-    run, batch = run._replace(feed=feed, targets=targets), min(run.batch, len(run.order))
-    session = _session(
-        feed,
-        (_shape(run.network), address(targets), run.loss, run.row_weight),
-        batch,
-        lambda: _MlpSession(device, run, batch),
-    )
-    losses, right = session.train([run.network], run.order, batch, [run.loss_sum], meanwhile=run.meanwhile)
-    if not held:
-        session.write_back()
-    return losses[0], right
-
-
-class _GanSession(_Session):
-    def __init__(self, device: Device, run: GanRun, rows: int) -> None:
-        super().__init__(device, run.generator.layers[0].weight.dtype, rows)
-        self.x, self.scale, self.shift = run.feed.x, run.scale, run.shift
-        self.real_target, self.non_saturating = run.real_target, run.non_saturating
-        features = run.discriminator.layers[0].weight.shape[0]
-        # What the discriminator sees: first what is generated, then as many samples.
-        self.seen = device.empty((2 * rows, _stride(features)), self.dtype)
-        self.generator = self.stack(run.generator, rows, output=self.seen)
-        self.discriminator = self.stack(run.discriminator, 2 * rows)
-        self.losses = device.empty((2 * rows,), np.dtype(np.float64))
-        self.complete()
-
-    def _objective(self, share: float, targets: tuple[float, float], boundary: int) -> np.void:
-        return _filled(
-            self.structs.objective,
-            loss=_loss_number("binary_cross_entropy_with_logits"),
-            share=share,
-            first=targets[0],
-            second=targets[1],
-            boundary=boundary,
-            losses=address(self.losses),
-        )
-
-    def launches(self, rows: int) -> None:
-        g, d = self.generator, self.discriminator
-        noise, seen = self.input_of_noise(g.widths[0]), self.input_of_rows(self.seen)
-        samples = _filled(
-            self.structs.gather,
-            samples=address(self.x),
-            features=d.widths[0],
-            scale=self.scale,
-            shift=self.shift,
-            rows=address(self.seen[rows:]),
-        )
-        # (Samples are gathered by blocks of that size, too.)
-        tiles, p = self.forward_arguments(g, 0, noise, rows, least_warps=8)
-        tile_rows, tile_columns = tiles.grid
-        grid = tile_rows, tile_columns + _pieces(rows + 1, tile_rows)
-        kernel = f"first_forward_and_gather<{self.type}, {CPP_TYPES[self.x.dtype.name]}, {tiles.kind}>"
-        arguments = p, self.brought(rows), samples, np.int32(tile_columns)
-        self.add(kernel, grid, tiles.block, *arguments, shared=tiles.shared)
-        for layer in range(1, len(g.y)):
-            self.forward(g, layer, g.y[layer - 1], rows)
-
-        # A step of the discriminator.
-        self.forward(d, 0, self.seen, 2 * rows)
-        self.rest_and_back(d, 2 * rows, self._objective(1.0 / rows, (0.0, self.real_target), rows))
-        self.update(d, seen, 2 * rows, losses=self.losses)
-
-        # One of the generator, whose loss goes through the discriminator as it is now. minimax: log(1 - D) shall become
-        # small, so that loss and gradient of the target 0 change their sign.
-        sign, target = (1.0, 1.0) if self.non_saturating else (-1.0, 0.0)
-        self.forward(d, 0, self.seen, rows)
-        self.rest_and_back(d, rows, self._objective(sign / rows, (target, target), 0))
-        last = len(g.y) - 1
-        self.backward(d, 0, g.below(last), rows)
-        for layer in range(last, 0, -1):
-            self.backward(g, layer, g.below(layer - 1), rows)
-        self.update(g, noise, rows, losses=self.losses, weight=sign, closes=True)
-
-
-@whole_steps()
-def train_gan(device: Device, run: GanRun) -> tuple[float, float]:
-    """See `NumpyBackend.train_gan`."""
-    if not len(run.order):
-        return run.loss_sums
-    held = isinstance(run.feed, ResidentFeed)
-    feed, _ = hold(device, run.feed)
-    run, batch = run._replace(feed=feed), min(run.batch, len(run.order))
-    networks = run.generator, run.discriminator
-    session = _session(
-        feed,
-        (*map(_shape, networks), run.scale, run.shift, run.real_target, run.non_saturating),
-        batch,
-        lambda: _GanSession(device, run, batch),
-    )
-    losses, _ = session.train(networks, run.order, batch, run.loss_sums, run.noise, run.decay, run.meanwhile)
-    if not held:
-        session.write_back()
-    return losses[0], losses[1]

@@ -1,8 +1,8 @@
 """The Numba backend: the fallback where no compiled module loads.
 
 The matrix product is NumPy's BLAS; everything else is one pass, compiled at its first use for each function and dtype
-(a fraction of a second each, nothing is cached on disk). The formulas are those of `.formulas`; an entry without a twin
-there is computed by the reference.
+(a fraction of a second each, nothing is cached on disk). The formulas are the scalar kernels of `.formulas`; what has
+none is computed by the reference.
 
 Threads: Numba's own (``parallel=True``) abort the process when two Python threads call at once, or hang after a fork.
 So large arrays are split over a small pool of Python threads, as compiled code runs without the GIL. Work is split over
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,15 +24,14 @@ import numba
 import numpy as np
 from llvmlite import binding
 
-from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction, RowLoss
-from ...formulas.optimizers import OptimizerRule, Scalars
-from ...training.old_plan import MlpRun
+from ...formulas.optimizers import Hyperparameters, OptimizerRule
+from ...training.plan import SAMPLES, Batches, Forward, Gather, Outcome, TrainingPlan, UnsupportedError, dense_layers
 from ..base import Array
 from ..numpy import NumpyBackend
 from . import training
-from .formulas import twins
+from .formulas import scalar_kernels
 from .loops import (
     BLOCK,
     backward_loop,
@@ -71,7 +70,7 @@ def _apart(array: Array, out: Array) -> Array:
 # for a second thread.
 
 
-def _quick_result(out: Any, like: Array, *inputs: Array) -> Any:
+def _fast_result(out: Any, like: Array, *inputs: Array) -> Any:
     """A new array, or `out` if it needs no care: None else."""
     if out is None:
         return np.empty_like(like)
@@ -80,29 +79,29 @@ def _quick_result(out: Any, like: Array, *inputs: Array) -> Any:
     return None if any(np.may_share_memory(out, array) for array in inputs) else out
 
 
-def _quick_forward(entry: Activation) -> Callable[..., Any]:
+def _fast_forward(entry: Activation) -> Callable[..., Any]:
     loops: dict[Any, Any] = {}  # by dtypes that may be asked for, as they come
 
-    def quick(x: Any, parameter: Any, out: Any) -> Any:
+    def fast_path(x: Any, parameter: Any, out: Any) -> Any:
         if type(x) is not np.ndarray or x.size >= _ELEMENTS_PER_THREAD or not x.flags.carray:
             return None
         if x.dtype not in loops:
-            loops[x.dtype] = _quick_loop(forward_loop, entry.name, entry.name, x.dtype, entry)
+            loops[x.dtype] = _fast_loop(forward_loop, entry.name, entry.name, x.dtype, entry)
         loop, number, default = loops[x.dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
-        y = _quick_result(out, x, x)
+        y = _fast_result(out, x, x)
         if y is not None:
             loop(x.reshape(-1), number, y.reshape(-1))
         return y
 
-    return quick
+    return fast_path
 
 
-def _quick_backward(entry: Activation) -> Callable[..., Any]:
+def _fast_backward(entry: Activation) -> Callable[..., Any]:
     loops: dict[Any, Any] = {}
 
-    def quick(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
+    def fast_path(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
         saved, other = (x, y) if entry.needs_x else (y, x)
         if not type(grad_y) is type(saved) is np.ndarray or grad_y.size >= _ELEMENTS_PER_THREAD:
             return None
@@ -112,21 +111,21 @@ def _quick_backward(entry: Activation) -> Callable[..., Any]:
         if other is not None and (type(other) is not np.ndarray or other.dtype != dtype or other.shape != shape):
             return None
         if dtype not in loops:
-            loops[dtype] = _quick_loop(backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
+            loops[dtype] = _fast_loop(backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
         loop, number, default = loops[dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
-        grad_x = _quick_result(out, grad_y, grad_y, saved)
+        grad_x = _fast_result(out, grad_y, grad_y, saved)
         if grad_x is not None:
             loop(grad_y.reshape(-1), saved.reshape(-1), number, grad_x.reshape(-1))
         return grad_x
 
-    return quick
+    return fast_path
 
 
-def _quick_loop(factory: Any, name: str, twin: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
+def _fast_loop(factory: Any, name: str, key: str, dtype: np.dtype[Any], entry: Activation) -> tuple[Any, Any, Any]:
     """The loop, if there is one for the dtype, the formula's number, and the argument that stands for it."""
-    if dtype not in (np.float32, np.float64) or twin not in twins(dtype):
+    if dtype not in (np.float32, np.float64) or key not in scalar_kernels(dtype):
         return None, None, None
     number = float(dtype.type(entry.default))
     return factory(name, dtype), number, None if entry.parameter is None else entry.default
@@ -139,8 +138,8 @@ class NumbaBackend(NumpyBackend):
 
     def __init__(self) -> None:
         self._threads = 1
-        self.quick = {name: _quick_forward(entry) for name, entry in ACTIVATIONS.items()}
-        self.quick |= {f"{name}_backward": _quick_backward(entry) for name, entry in ACTIVATIONS.items()}
+        self.fast_paths = {name: _fast_forward(entry) for name, entry in ACTIVATIONS.items()}
+        self.fast_paths |= {f"{name}_backward": _fast_backward(entry) for name, entry in ACTIVATIONS.items()}
 
     def describe(self) -> dict[str, str]:
         return {
@@ -177,7 +176,7 @@ class NumbaBackend(NumpyBackend):
         preactivation: Array | None,
     ) -> None:
         name = "identity" if activation is None else activation.name
-        if name not in twins(out.dtype) or not out.size:
+        if name not in scalar_kernels(out.dtype) or not out.size:
             super().linear(x, w, b, activation, parameter, out, preactivation)
             return
         self.matmul(x, w, out)
@@ -188,7 +187,7 @@ class NumbaBackend(NumpyBackend):
         self._split(y.size, columns, lambda part: loop(y[part], columns, bias, parameter, z[part]))
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        if activation.name not in twins(out.dtype):
+        if activation.name not in scalar_kernels(out.dtype):
             super().activation(activation, x, parameter, out)
             return
         y = out.reshape(-1)
@@ -203,7 +202,7 @@ class NumbaBackend(NumpyBackend):
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        if f"{activation.name}_backward" not in twins(out.dtype):
+        if f"{activation.name}_backward" not in scalar_kernels(out.dtype):
             super().activation_backward(activation, grad_y, saved, parameter, out)
             return
         loop = backward_loop(activation.name, out.dtype)
@@ -247,7 +246,7 @@ class NumbaBackend(NumpyBackend):
         return float(np.sum(losses) / rows)
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
-        if loss.name not in twins(out.dtype):
+        if loss.name not in scalar_kernels(out.dtype):
             return super().elementwise_loss(loss, prediction, target, parameter, out)
         loop = loss_loop(loss.name, out.dtype)
         p, t, gradient = _apart(prediction, out), _apart(target, out), out.reshape(-1)
@@ -261,25 +260,34 @@ class NumbaBackend(NumpyBackend):
         return float(np.sum(sums) / p.size)
 
     def update(
-        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], scalars: Scalars
+        self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
-        if rule.name not in twins(param.dtype) or len(state) > 2:
-            super().update(rule, param, grad, state, scalars)
+        if rule.name not in scalar_kernels(param.dtype) or len(state) > 2:
+            super().update(rule, param, grad, state, hyperparameters)
             return
-        loop = update_loop(rule.name, param.dtype, len(state), len(scalars))
+        loop = update_loop(rule.name, param.dtype, len(state), len(hyperparameters))
         p, g, states = param.reshape(-1), grad.reshape(-1), [s.reshape(-1) for s in state]
-        self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), scalars))
+        self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), hyperparameters))
 
-    def fuses(self, network: str, activations: Iterable[str], losses: Iterable[str], rule: str) -> bool:
-        """Only a multilayer perceptron's steps, and with formulas that have twins."""
-        known = twins(np.dtype(np.float32))
-        functions = [name for activation in activations for name in (activation, f"{activation}_backward")]
-        cross_entropy = "softmax_cross_entropy"
-        return network == "mlp" and all(
-            name in known or name == cross_entropy for name in (*functions, *losses, rule)
-        )  # fmt: skip
+    # Training.
 
-    def train_mlp(self, run: MlpRun) -> tuple[float, int]:
-        """Train a stack of layers."""
-        with whole_steps():
-            return training.train_mlp(run, self._split)
+    def supports_fused(self, plan: TrainingPlan) -> bool:
+        """Dense layers of formulas that have scalar kernels; zeros are skipped in the input of a single network."""
+        activations, dataset = plan.activations(), plan.gather.dataset
+        names = activations | {f"{name}_backward" for name in activations}
+        names |= {loss.name for loss in plan.losses} | {update.rule for update in plan.updates}
+        forwards = [phase for phase in plan.phases if isinstance(phase, Forward)]
+        try:
+            for network in plan.networks:
+                dense_layers(network)
+        except UnsupportedError:
+            return False
+        return names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys() and (
+            not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))])
+        )
+
+    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+        """Matmuls by NumPy's BLAS, everything between them compiled."""
+        if not self.supports_fused(plan) or any(isinstance(table, list) for table in batches.hyperparameters):
+            return super().train(plan, batches)
+        return training.train(plan, batches, self._split)

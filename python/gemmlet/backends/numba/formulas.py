@@ -1,14 +1,14 @@
-"""Scalar twins of the registry's formulas, written so that LLVM turns loops over them into SIMD code.
+"""Scalar kernels for the registry's formulas, written so that LLVM turns loops over them into SIMD code.
 
 Without Intel's SVML Numba calls the C library for each exp or tanh. So the functions below are polynomials without a
 branch: both sides are computed and one is selected. Sums of products are marked as contractible in the few places where
 a fused multiply-add may help; everything else is rounded as written. Accuracy: as the registry demands, see
 ``formulas/activations.py``. float32 is computed in float32, except where its bound asks for more.
 
-``twins(dtype)`` returns the functions under the registry's names: ``tanh(x, parameter)``, ``tanh_backward(grad_y,
-saved, parameter)``, a loss ``huber(prediction, target, parameter, share) -> (loss in float64, gradient)``, an optimizer
-rule ``adam(param, grad, *state, *scalars) -> (param, *state)``. `parameter`, `share` and the scalars are float64. An
-entry without a twin is computed by the reference.
+``scalar_kernels(dtype)`` returns the functions under the registry's names: ``tanh(x, parameter)``,
+``tanh_backward(grad_y, saved, parameter)``, a loss ``huber(prediction, target, parameter, share) -> (loss in float64,
+gradient)``, an optimizer rule ``adam(param, grad, *state, *hyperparameters) -> (param, *state)``. `parameter`, `share`
+and the hyperparameters are float64. An entry without one is computed by the reference.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -161,7 +161,7 @@ _NORMAL_TAIL = (
 
 
 @functools.cache
-def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
+def scalar_kernels(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
     """Return the compiled scalar functions for `dtype`, float32 or float64, under the registry's names."""
     F = dtype.type
     single = F is np.float32
@@ -169,7 +169,7 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
     limits = np.finfo(dtype)
     found: dict[str, Callable[..., Any]] = {}
 
-    def twin(function: Callable[..., Any]) -> Any:
+    def scalar_kernel(function: Callable[..., Any]) -> Any:
         found[function.__name__] = _inline(function)
         return found[function.__name__]
 
@@ -257,41 +257,41 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
 
     # Activations.
 
-    @twin
+    @scalar_kernel
     def identity(x, parameter):
         return x
 
-    @twin
+    @scalar_kernel
     def identity_backward(grad_y, saved, parameter):
         return grad_y
 
-    @twin
+    @scalar_kernel
     def relu(x, parameter):
         return select(x <= zero, zero, x)
 
-    @twin
+    @scalar_kernel
     def relu_backward(grad_y, saved, parameter):
         return select(saved > zero, grad_y, zero * saved)
 
-    @twin
+    @scalar_kernel
     def leaky_relu(x, parameter):
         return select(x > zero, x, F(parameter * x))
 
-    @twin
+    @scalar_kernel
     def leaky_relu_backward(grad_y, saved, parameter):
         return select(saved > zero, grad_y, select(saved <= zero, F(parameter * grad_y), saved * grad_y))
 
-    @twin
+    @scalar_kernel
     def elu(x, parameter):
         return select(x < zero, F(parameter * expm1(x)), x)
 
-    @twin
+    @scalar_kernel
     def elu_backward(grad_y, saved, parameter):
         return select(saved > zero, grad_y, F(grad_y * (saved + parameter)))
 
     tanh_highest, tanh_branch = F(10) if single else F(22), F(0.625)
 
-    @twin
+    @scalar_kernel
     def tanh(x, parameter):
         a = select(abs(x) > tanh_highest, tanh_highest, abs(x))
         z = a * a
@@ -299,71 +299,71 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
         large = one - two / (exponential(two * a) + one)
         return copysign(select(a < tanh_branch, small, large), x)
 
-    @twin
+    @scalar_kernel
     def tanh_backward(grad_y, saved, parameter):
         return grad_y * ((one - saved) * (one + saved))
 
-    @twin
+    @scalar_kernel
     def sigmoid(x, parameter):
         e = exponential(-abs(x))
         return select(x >= zero, one, e) / (one + e)
 
-    @twin
+    @scalar_kernel
     def sigmoid_backward(grad_y, saved, parameter):
         return grad_y * (saved * (one - saved))
 
-    @twin
+    @scalar_kernel
     def exp(x, parameter):
         return exponential(x)
 
-    @twin
+    @scalar_kernel
     def exp_backward(grad_y, saved, parameter):
         return grad_y * saved
 
-    @twin
+    @scalar_kernel
     def silu(x, parameter):
         # Times x before the scale: exp(x) may be subnormal where the product is not.
         p, scale = exp_parts(-abs(x))
         below = select(x < -largest_factor, -largest_factor, x) * p * scale
         return select(x >= zero, x, below) / (one + p * scale)
 
-    @twin
+    @scalar_kernel
     def silu_backward(grad_y, saved, parameter):
         s, other = logistic_pair(saved)
         return grad_y * (s * (one + clip(saved, -largest_factor, largest_factor) * other))
 
     gelu_linear, gelu_cubic, gelu_slope = F(1.5957691216057308), F(0.044715), F(3 * 0.044715)
 
-    @twin
+    @scalar_kernel
     def gelu_tanh(x, parameter):
         u = gelu_linear * x * (one + gelu_cubic * x * x)
         s, _ = logistic_pair(u)
         return select(x < -largest_factor, -largest_factor, x) * s
 
-    @twin
+    @scalar_kernel
     def gelu_tanh_backward(grad_y, saved, parameter):
         x = clip(saved, -largest_factor, largest_factor)
         s, other = logistic_pair(gelu_linear * x * (one + gelu_cubic * x * x))
         return grad_y * (s * (one + x * (gelu_linear * (one + gelu_slope * x * x)) * other))
 
-    @twin
+    @scalar_kernel
     def softplus(x, parameter):
         return select(x > zero, x, zero) + log1p(exponential(-abs(x)))
 
-    @twin
+    @scalar_kernel
     def softplus_backward(grad_y, saved, parameter):
         return grad_y * -expm1(-saved)
 
     if single:
         # Relative accuracy far out in the tail asks for more than float32.
-        wide = twins(np.dtype(np.float64))
+        wide = scalar_kernels(np.dtype(np.float64))
         gelu64, gelu_backward64 = wide["gelu"], wide["gelu_backward"]
 
-        @twin
+        @scalar_kernel
         def gelu(x, parameter):
             return F(gelu64(np.float64(x), parameter))
 
-        @twin
+        @scalar_kernel
         def gelu_backward(grad_y, saved, parameter):
             return F(gelu_backward64(np.float64(grad_y), np.float64(saved), parameter))
 
@@ -382,13 +382,13 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
             p, scale = exp_parts(-half * square)
             return muladd(-half * rest, p, p), scale, tail_polynomial((a - five) / (a + five)) / (one + a)
 
-        @twin
+        @scalar_kernel
         def gelu(x, parameter):
             a = select(abs(x) > furthest, furthest, abs(x))
             p, scale, ratio = normal_tail(a)
             return select(x < zero, -a * ratio * p * scale, x * (one - ratio * (p * scale)))
 
-        @twin
+        @scalar_kernel
         def gelu_backward(grad_y, saved, parameter):
             a = select(abs(saved) > furthest, furthest, abs(saved))
             p, scale, ratio = normal_tail(a)
@@ -402,7 +402,7 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
     def times(weight, value):
         return select(weight == zero, zero, weight * value)
 
-    @twin
+    @scalar_kernel
     def binary_cross_entropy_with_logits(z, t, parameter, share):
         e = exponential(-abs(z))
         positive, negative = select(z > zero, z, zero), select(z < zero, -z, zero)
@@ -411,7 +411,7 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
 
     lowest_log, smallest_product = F(-100), F(1e-12)
 
-    @twin
+    @scalar_kernel
     def binary_cross_entropy(p, t, parameter, share):
         log_p, log_q = logarithm(p), log1p(-p)
         log_p = select(log_p < lowest_log, lowest_log, log_p)
@@ -420,12 +420,12 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
         slope = (p - t) / select(product < smallest_product, smallest_product, product)
         return np.float64(-(t * log_p + (one - t) * log_q)), slope * share
 
-    @twin
+    @scalar_kernel
     def mean_squared_error(p, t, parameter, share):
         d = np.float64(p) - np.float64(t)
         return d * d, d * (2.0 * share)
 
-    @twin
+    @scalar_kernel
     def huber(p, t, delta, share):
         d = np.float64(p) - np.float64(t)
         size = abs(d)
@@ -434,17 +434,17 @@ def twins(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
 
     # Optimizer rules.
 
-    @twin
+    @scalar_kernel
     def sgd(p, g, lr, weight_decay):
         return (p - F(lr) * (g + F(weight_decay) * p),)
 
-    @twin
+    @scalar_kernel
     def momentum(p, g, velocity, lr, weight_decay, mu, nesterov):
         g = g + F(weight_decay) * p
         velocity = F(mu) * velocity + g
         return p - F(lr) * select(nesterov != 0.0, g + F(mu) * velocity, velocity), velocity
 
-    @twin
+    @scalar_kernel
     def adam(p, g, m, v, step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink):
         g = g + F(l2) * p
         m = F(beta1) * m + F(gain1) * g

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numba import njit, types
 
-from .formulas import twins
+from .formulas import scalar_kernels
 
 # Elements in one block: a few arrays of that many fit into the first-level cache. A power of two.
 BLOCK = 1024
@@ -44,7 +44,7 @@ def forward_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     """``loop(x, parameter, out)``: ``out = activation(x)``."""
     if name == "identity":
         return lambda x, parameter, out: np.copyto(out, x)
-    f = twins(dtype)[name]
+    f = scalar_kernels(dtype)[name]
 
     def loop(x, parameter, out):
         for i in range(x.size):
@@ -58,7 +58,7 @@ def backward_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     """``loop(grad_y, saved, parameter, out)``: ``out = grad_y * activation'``."""
     if name == "identity":
         return lambda grad_y, saved, parameter, out: np.copyto(out, grad_y)
-    f = twins(dtype)[f"{name}_backward"]
+    f = scalar_kernels(dtype)[f"{name}_backward"]
 
     def loop(grad_y, saved, parameter, out):
         for i in range(grad_y.size):
@@ -70,7 +70,7 @@ def backward_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
 @functools.cache
 def epilogue_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     """Bias and activation over whole rows, in place; `z` takes what stands between them. Empty arrays are left out."""
-    f = twins(dtype)[name]
+    f = scalar_kernels(dtype)[name]
 
     def loop(y, columns, bias, parameter, z):
         step = max(1, BLOCK // columns) * columns
@@ -108,7 +108,7 @@ def _tree_sum(values):
 def loss_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     """Gradients of the mean, and the sum of each block of losses."""
     F = dtype.type
-    f = twins(dtype)[name]
+    f = scalar_kernels(dtype)[name]
 
     def loop(prediction, target, parameter, share, sums, out):
         losses = np.empty(BLOCK)
@@ -128,25 +128,25 @@ def loss_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def update_loop(name: str, dtype: np.dtype[Any], states: int, scalars: int) -> Callable[..., Any]:
-    """``loop(param, grad, *state, scalars)``: a step of an optimizer's rule, in place."""
-    f = twins(dtype)[name]
+def update_loop(name: str, dtype: np.dtype[Any], states: int, hyperparameters: int) -> Callable[..., Any]:
+    """``loop(param, grad, *state, hyperparameters)``: a step of an optimizer's rule, in place."""
+    f = scalar_kernels(dtype)[name]
 
-    def without_state(param, grad, scalars):
+    def without_state(param, grad, hyperparameters):
         for i in range(param.size):
-            (param[i],) = f(param[i], grad[i], *scalars)
+            (param[i],) = f(param[i], grad[i], *hyperparameters)
 
-    def with_one(param, grad, state, scalars):
+    def with_one(param, grad, state, hyperparameters):
         for i in range(param.size):
-            param[i], state[i] = f(param[i], grad[i], state[i], *scalars)
+            param[i], state[i] = f(param[i], grad[i], state[i], *hyperparameters)
 
-    def with_two(param, grad, state, state2, scalars):
+    def with_two(param, grad, state, state2, hyperparameters):
         for i in range(param.size):
-            param[i], state[i], state2[i] = f(param[i], grad[i], state[i], state2[i], *scalars)
+            param[i], state[i], state2[i] = f(param[i], grad[i], state[i], state2[i], *hyperparameters)
 
     loop: Callable[..., None] = (without_state, with_one, with_two)[states]
     written = _array(dtype, written=True)
-    return _compiled(loop, written, _array(dtype), *[written] * states, types.UniTuple(types.float64, scalars))
+    return _compiled(loop, written, _array(dtype), *[written] * states, types.UniTuple(types.float64, hyperparameters))
 
 
 # Rows: exp over a block of them at once, as one row may be shorter than a SIMD register.
@@ -184,7 +184,7 @@ def _dot(a, b):
 @functools.cache
 def _shifted_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
     """For a block of rows: each minus its largest element, and the exponentials of that."""
-    exponential = twins(dtype)["exponential"]
+    exponential = scalar_kernels(dtype)["exponential"]
 
     @_compile
     def shifted(x, columns, difference, e):
@@ -231,7 +231,7 @@ def row_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
 def row_backward_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     """``loop(grad_y, y, columns, out)``: the gradient with respect to its input."""
     F = dtype.type
-    exponential = twins(dtype)["exponential"]
+    exponential = scalar_kernels(dtype)["exponential"]
 
     if name == "softmax":
 

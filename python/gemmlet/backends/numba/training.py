@@ -1,9 +1,8 @@
-"""Mini-batches of a multilayer perceptron in one call, for the Numba backend.
+"""The executor of training plans for the Numba backend.
 
-The matrix products are NumPy's BLAS, into arrays that are made once; everything between them is compiled. Inputs that
-are mostly 0 go without products: the first layer adds up rows of its weights for the numbers that are not 0, and its
-update goes through the features, each with the rows of the mini-batch in which it is not 0. That sums in another order
-than a product.
+Matmuls are NumPy's BLAS, into arrays that are allocated once per call; everything between them is compiled. Where most
+inputs are 0, the first layer has no matmul: its output sums the rows of its weight for the nonzeros of a sample, its
+weight gradient those of the output's gradient for the nonzeros of a feature. That sums in another order than the BLAS.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -11,8 +10,8 @@ than a product.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
+from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,25 @@ from numpy.typing import NDArray
 from ..._memory import aligned_zeros
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES
-from ...training.old_plan import Array, Feed, FusedLayer, MlpRun
+from ...training.plan import (
+    NOISE,
+    SAMPLES,
+    AllReduce,
+    Array,
+    Backward,
+    Batches,
+    Dataset,
+    DenseLayer,
+    Forward,
+    Gather,
+    Loss,
+    Outcome,
+    Source,
+    TrainingPlan,
+    Update,
+    dense_layers,
+)
+from ...training.reference import clip_by_norm, one_hot
 from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
 Split = Callable[[int, int, Callable[[slice], None]], None]
@@ -31,139 +48,129 @@ Split = Callable[[int, int, Callable[[slice], None]], None]
 _compile = njit(error_model="numpy", nogil=True, fastmath={"contract"})
 
 
-# Samples.
+# Samples. Nonzeros are the three arrays of a CSR matrix: those of row i stand from indptr[i] to indptr[i + 1].
 
 
 @_compile
-def _values(samples, where, of_byte, out):
-    """Rows of bytes, as what they stand for."""
+def _decode(samples, where, table, out):
+    """Rows of bytes, each replaced by its number in the table."""
     for i in range(where.size):
         row, to = samples[where[i]], out[i]
         for k in range(row.size):
-            to[k] = of_byte[row[k]]
+            to[k] = table[row[k]]
 
 
-def _values_of_bytes(dtype: np.dtype[Any]) -> Array:
-    values: Array = np.arange(256, dtype=dtype) / dtype.type(255)
-    return values
+# Elements that are skipped together if all are 0.
+_GROUP = 16
 
 
-# Numbers that are looked at together, as most are 0.
-_TOGETHER = 16
-
-
-def _numbers_loop(value_of: Callable[..., Any]) -> Callable[..., Any]:
-    """The numbers that are not 0 and their columns, row after row; row i has number begin[i] to begin[i + 1]."""
+def _nonzeros_loop(value_of: Callable[..., Any]) -> Callable[..., Any]:
     value_of = njit(forceinline=True)(value_of)
 
     @_compile
-    def loop(samples, where, table, columns, numbers, begin):
+    def loop(samples, where, table, indptr, indices, values):
         count = 0
         for i in range(where.size):
-            begin[i] = count
+            indptr[i] = count
             row = samples[where[i]]
-            for first in range(0, row.size, _TOGETHER):
-                some = row[first : first + _TOGETHER]
-                any_number = False
-                for k in range(some.size):
-                    any_number |= some[k] != 0
-                if any_number:
-                    for k in range(some.size):
-                        # Each is written, and counts if it is not 0.
-                        columns[count] = first + k
-                        numbers[count] = value_of(some[k], table)
-                        count += some[k] != 0
-        begin[where.size] = count
+            for first in range(0, row.size, _GROUP):
+                group = row[first : first + _GROUP]
+                nonzero = False
+                for k in range(group.size):
+                    nonzero |= group[k] != 0
+                if nonzero:
+                    for k in range(group.size):
+                        # Without a branch: a 0 is overwritten by the next element.
+                        indices[count] = first + k
+                        values[count] = value_of(group[k], table)
+                        count += group[k] != 0
+        indptr[where.size] = count
 
     return loop  # type: ignore[no-any-return]
 
 
-_numbers_of_bytes = _numbers_loop(lambda value, table: table[value])
-_numbers_of_floats = _numbers_loop(lambda value, table: value)
+_nonzeros_of_bytes = _nonzeros_loop(lambda value, table: table[value])
+_nonzeros_of_floats = _nonzeros_loop(lambda value, table: value)
 
 
 @_compile
-def _numbers_of_sparse_rows(values, row_start, all_columns, where, columns, numbers, begin):
+def _rows_of_csr(all_values, all_indptr, all_indices, where, indptr, indices, values):
     count = 0
     for i in range(where.size):
-        begin[i] = count
-        for e in range(row_start[where[i]], row_start[where[i] + 1]):
-            columns[count], numbers[count] = all_columns[e], values[e]
+        indptr[i] = count
+        for e in range(all_indptr[where[i]], all_indptr[where[i] + 1]):
+            indices[count], values[count] = all_indices[e], all_values[e]
             count += 1
-    begin[where.size] = count
+    indptr[where.size] = count
 
 
 @_compile
-def _by_feature(columns, numbers, begin, rows, feature_begin, feature_rows, feature_numbers):
-    """The same, feature after feature."""
-    feature_begin[:] = 0
-    for e in range(begin[rows]):
-        feature_begin[columns[e] + 1] += 1
-    for k in range(1, feature_begin.size):
-        feature_begin[k] += feature_begin[k - 1]
+def _transpose(indptr, indices, values, rows, feature_indptr, feature_rows, feature_values):
+    feature_indptr[:] = 0
+    for e in range(indptr[rows]):
+        feature_indptr[indices[e] + 1] += 1
+    for k in range(1, feature_indptr.size):
+        feature_indptr[k] += feature_indptr[k - 1]
     for i in range(rows):
-        for e in range(begin[i], begin[i + 1]):
-            k = columns[e]
-            place = feature_begin[k]
-            feature_rows[place], feature_numbers[place] = i, numbers[e]
-            feature_begin[k] = place + 1
-    # Each has moved on to where the next one begins.
-    for k in range(feature_begin.size - 1, 0, -1):
-        feature_begin[k] = feature_begin[k - 1]
-    feature_begin[0] = 0
+        for e in range(indptr[i], indptr[i + 1]):
+            k = indices[e]
+            place = feature_indptr[k]
+            feature_rows[place], feature_values[place] = i, values[e]
+            feature_indptr[k] = place + 1
+    # Each has advanced to the beginning of the next.
+    for k in range(feature_indptr.size - 1, 0, -1):
+        feature_indptr[k] = feature_indptr[k - 1]
+    feature_indptr[0] = 0
 
 
 @_compile
-def _add_rows(rows, which, numbers, first, end, total):
-    """``total += sum_e numbers[e] * rows[which[e]]``: four at a time, so that `total` is read and written less."""
+def _sum_rows(rows, which, values, first, end, total):
+    """``total = sum_e values[e] * rows[which[e]]``: four rows at a time, so that `total` is read and written less."""
+    total[:] = 0
     whole = first + (end - first) // 4 * 4
     for e in range(first, whole, 4):
         a, b, c, d = rows[which[e]], rows[which[e + 1]], rows[which[e + 2]], rows[which[e + 3]]
-        p, q, r, s = numbers[e], numbers[e + 1], numbers[e + 2], numbers[e + 3]
+        p, q, r, s = values[e], values[e + 1], values[e + 2], values[e + 3]
         for j in range(total.size):
             total[j] = total[j] + p * a[j] + q * b[j] + r * c[j] + s * d[j]
     for e in range(whole, end):
-        row, number = rows[which[e]], numbers[e]
+        row, value = rows[which[e]], values[e]
         for j in range(total.size):
-            total[j] += number * row[j]
+            total[j] += value * row[j]
 
 
 @_compile
-def _sparse_product(columns, numbers, begin, w, out):
+def _sparse_matmul(indptr, indices, values, b, out):
     for i in range(out.shape[0]):
-        out[i] = 0
-        _add_rows(w, columns, numbers, begin[i], begin[i + 1], out[i])
+        _sum_rows(b, indices, values, indptr[i], indptr[i + 1], out[i])
 
 
 @functools.cache
-def _sparse_update_loop(name: str, dtype: np.dtype[Any], states: int, scalars: int) -> Callable[..., Any]:
-    """The gradient of each feature's weights, and their update."""
-    update = update_loop(name, dtype, states, scalars)
+def _sparse_update_loop(name: str, dtype: np.dtype[Any], states: int, count: int) -> Callable[..., Any]:
+    """A step of the rule, each row of the gradient computed where it is used."""
+    update = update_loop(name, dtype, states, count)
 
-    def without_state(begin, which, numbers, grad, gradient, scalars, param):
+    @_compile
+    def loop(indptr, rows, values, grad, hyperparameters, param, gradient, *state):
         for k in range(param.shape[0]):
-            gradient[:] = 0
-            _add_rows(grad, which, numbers, begin[k], begin[k + 1], gradient)
-            update(param[k], gradient, scalars)
+            _sum_rows(grad, rows, values, indptr[k], indptr[k + 1], gradient)
+            # Numba compiles the branch of this many states alone.
+            if len(state) == 0:
+                update(param[k], gradient, hyperparameters)
+            elif len(state) == 1:
+                update(param[k], gradient, state[0][k], hyperparameters)
+            else:
+                update(param[k], gradient, state[0][k], state[1][k], hyperparameters)
 
-    def with_one(begin, which, numbers, grad, gradient, scalars, param, state):
-        for k in range(param.shape[0]):
-            gradient[:] = 0
-            _add_rows(grad, which, numbers, begin[k], begin[k + 1], gradient)
-            update(param[k], gradient, state[k], scalars)
+    return loop  # type: ignore[no-any-return]
 
-    def with_two(begin, which, numbers, grad, gradient, scalars, param, state, state2):
-        for k in range(param.shape[0]):
-            gradient[:] = 0
-            _add_rows(grad, which, numbers, begin[k], begin[k + 1], gradient)
-            update(param[k], gradient, state[k], state2[k], scalars)
 
-    return _compile((without_state, with_one, with_two)[states])  # type: ignore[no-any-return]
+# Layers, losses and updates.
 
 
 @_compile
-def _column_sums(rows, sums, out):
-    """`sums` is float64 space for them."""
+def _column_sum(rows, sums, out):
+    """`sums` is scratch space of float64."""
     sums[:] = 0
     for i in range(rows.shape[0]):
         row = rows[i]
@@ -174,9 +181,9 @@ def _column_sums(rows, sums, out):
 
 
 @_compile
-def _count_right(outputs, classes):
-    """Rows whose largest output, or the sign of the only one, is the class; NaN counts as the largest."""
-    right = 0
+def _count_correct(outputs, classes):
+    """Rows whose largest output, or the sign of a single one, is the class; NaN counts as the largest."""
+    correct = 0
     for i in range(classes.size):
         row, best = outputs[i], 0
         if row.size == 1:
@@ -184,74 +191,82 @@ def _count_right(outputs, classes):
         for j in range(1, row.size):
             if row[j] > row[best] or (row[j] != row[j] and row[best] == row[best]):
                 best = j
-        right += best == classes[i]
-    return right
+        correct += best == classes[i]
+    return correct
+
+
+@njit(error_model="numpy", nogil=True)
+def _move_average(average, value, decay, rest):
+    """Without fused multiply-adds: the bits of the reference."""
+    for i in range(average.size):
+        average[i] = average[i] * decay + rest * value[i]
 
 
 class _Sparse:
-    """The numbers of a mini-batch that are not 0, by rows and by features."""
+    """The nonzeros of a mini-batch, by rows and by features."""
 
-    def __init__(self, feed: Feed, features: int, batch: int, order: NDArray[np.int64], dtype: np.dtype[Any]) -> None:
-        self.feed = feed
-        if feed.row_start is None:
+    def __init__(self, dataset: Dataset, features: int, size: int, order: NDArray[np.int64], table: Array) -> None:
+        self.dataset, self.table, self.rows = dataset, table, 0
+        if dataset.indptr is None:
             # A group is written whole before it is counted.
-            most = batch * features + _TOGETHER
+            most = size * features + _GROUP
         else:
-            lengths = (feed.row_start[1:] - feed.row_start[:-1])[order]
-            most = int(max(lengths[i : i + batch].sum() for i in range(0, len(order), batch)))
-        self.columns, self.feature_rows = np.empty(most, np.int32), np.empty(most, np.int32)
-        self.numbers, self.feature_numbers = np.empty(most, dtype), np.empty(most, dtype)
-        self.begin, self.feature_begin = np.empty(batch + 1, np.int64), np.empty(features + 1, np.int64)
-        self.of_byte = _values_of_bytes(dtype)
+            lengths = np.diff(dataset.indptr)[order]
+            most = int(max(lengths[i : i + size].sum() for i in range(0, len(order), size)))
+        self.by_row, self.by_feature = (
+            (np.empty(lists + 1, np.int64), np.empty(most, np.int32), np.empty(most, table.dtype))
+            for lists in (size, features)
+        )
 
-    def bring(self, where: NDArray[np.int64]) -> None:
+    def gather(self, where: NDArray[np.int64]) -> None:
         """Take the samples at `where`."""
-        feed, numbers = self.feed, (self.columns, self.numbers, self.begin)
-        if feed.row_start is not None:
-            _numbers_of_sparse_rows(feed.x, feed.row_start, feed.columns, where, *numbers)
-        elif feed.x.dtype == np.uint8:
-            _numbers_of_bytes(feed.x, where, self.of_byte, *numbers)
+        x, indptr, indices, _ = self.dataset
+        self.rows = len(where)
+        if indptr is not None:
+            _rows_of_csr(x, indptr, indices, where, *self.by_row)
         else:
-            _numbers_of_floats(feed.x, where, self.of_byte, *numbers)
+            gather = _nonzeros_of_bytes if x.dtype == np.uint8 else _nonzeros_of_floats
+            gather(x, where, self.table, *self.by_row)
 
-    def product(self, w: Array, out: Array) -> None:
-        """``out`` = the mini-batch's rows @ w."""
-        _sparse_product(self.columns, self.numbers, self.begin, w, out)
+    def __len__(self) -> int:
+        return self.rows
 
-    def by_feature(self, rows: int) -> tuple[Array, ...]:
-        """Where each feature's numbers begin, and their rows and values."""
-        feature_lists = self.feature_begin, self.feature_rows, self.feature_numbers
-        _by_feature(self.columns, self.numbers, self.begin, rows, *feature_lists)
-        return feature_lists
+    def transpose(self) -> None:
+        """Compute `by_feature`."""
+        _transpose(*self.by_row, self.rows, *self.by_feature)
 
 
 class _Layer:
-    """The arrays of a layer: its parameters, and space for a mini-batch."""
+    """The arrays of a layer: its parameters, and space for so many rows."""
 
-    def __init__(self, layer: FusedLayer, batch: int, split: Split) -> None:
-        self.split = split
-        dtype, out = layer.weight.dtype, layer.weight.shape[1]
-        activation = ACTIVATIONS["identity" if layer.activation is None else layer.activation]
-        self.weight, self.bias = layer.weight, layer.bias
-        self.weight_state, self.bias_state = layer.weight_state, layer.bias_state
-        self.parameter = layer.activation_parameter
+    def __init__(self, layer: DenseLayer, rows: int, split: Split) -> None:
+        self.split, self.parameter = split, layer.parameter
+        self.weight, self.bias = layer.weight.value, layer.bias.value
+        dtype, out = self.weight.dtype, self.bias.size
+        activation = ACTIVATIONS[layer.activation or "identity"]
         self.epilogue = epilogue_loop(activation.name, dtype)
         self.backward = None if layer.activation is None else backward_loop(activation.name, dtype)
-        self.y, self.grad_y = (aligned_zeros((batch, out), dtype) for _ in range(2))
-        self.z = aligned_zeros((batch if activation.needs_x else 0, out), dtype)
+        self.y, self.grad_y = (aligned_zeros((rows, out), dtype) for _ in range(2))
+        self.z = aligned_zeros((rows if activation.needs_x else 0, out), dtype)
         self.saved = self.z if activation.needs_x else self.y
-        self.grad_z = self.grad_y if self.backward is None else aligned_zeros((batch, out), dtype)
-        self.grad_weight, self.grad_bias = np.empty_like(layer.weight), aligned_zeros((out,), dtype)
+        self.grad_z = self.grad_y if self.backward is None else aligned_zeros((rows, out), dtype)
+        self.grad_weight, self.grad_bias = np.empty_like(self.weight), aligned_zeros((out,), dtype)
         self.sums = np.empty(out)
 
-    def finish_forward(self, rows: int) -> None:
-        """Bias and activation, in place."""
-        y, z, columns = self.y[:rows].reshape(-1), self.z[:rows].reshape(-1), self.y.shape[1]
+    def forward(self, x: Array | _Sparse) -> Array:
+        """The layer's output."""
+        rows, columns = len(x), self.bias.size
+        if isinstance(x, _Sparse):
+            _sparse_matmul(*x.by_row, self.weight, self.y[:rows])
+        else:
+            np.matmul(x, self.weight, out=self.y[:rows])
+        y, z = self.y[:rows].reshape(-1), self.z[:rows].reshape(-1)
         self.split(
             y.size, columns, lambda part: self.epilogue(y[part], columns, self.bias, self.parameter, z[part])
         )  # fmt: skip
+        return self.y[:rows]
 
-    def begin_backward(self, rows: int) -> Array:
+    def backward_activation(self, rows: int) -> Array:
         """The gradient of the preactivation."""
         backward = self.backward
         if backward is not None:
@@ -261,93 +276,219 @@ class _Layer:
             )  # fmt: skip
         return self.grad_z[:rows]
 
-    def update_weight(self, update: Callable[..., None], numbers: tuple[float, ...]) -> None:
-        """A step of the rule with `grad_weight`."""
-        arrays = [a.reshape(-1) for a in (self.weight, self.grad_weight, *self.weight_state)]
-        self.split(arrays[0].size, 1, lambda part: update(*(a[part] for a in arrays), numbers))
+
+def _loss_function(phase: Loss, rows: int, width: int, dtype: np.dtype[Any]) -> Callable[..., float]:
+    """``evaluate(outputs, targets, scale, grad)``: the sum of the losses; gradients times `scale`."""
+    if phase.name == "softmax_cross_entropy":
+        cross_entropy, losses = cross_entropy_loop(dtype), np.empty(rows)
+        no_indices, no_soft = np.empty(0, np.int64), np.empty(0, dtype)
+
+        def evaluate(outputs: Array, targets: Array, scale: float, grad: Array) -> float:
+            labels = (targets, no_soft) if targets.ndim == 1 else (no_indices, targets.reshape(-1))
+            numbers = phase.label_smoothing, dtype.type(scale), losses[: len(outputs)]
+            cross_entropy(outputs.reshape(-1), width, *labels, *numbers, grad.reshape(-1))
+            return float(losses[: len(outputs)].sum())
+
+    else:
+        elementwise, parameter = loss_loop(phase.name, dtype), LOSSES[phase.name].default
+        sums = np.empty(-(-rows * width // BLOCK))
+
+        def evaluate(outputs: Array, targets: Array, scale: float, grad: Array) -> float:
+            targets, blocks = one_hot(targets, outputs.shape, dtype), sums[: -(-outputs.size // BLOCK)]
+            elementwise(outputs.reshape(-1), targets.reshape(-1), parameter, scale, blocks, grad.reshape(-1))
+            return float(blocks.sum())
+
+    return evaluate
 
 
-def train_mlp(run: MlpRun, split: Split) -> tuple[float, int]:
-    """See `NumpyBackend.train_mlp`.
+class _Executor:
+    """A call of `train`: `prepare` gives what each phase does in a step; the memory for it is allocated once.
+
+    Attributes
+    ----------
+    step : int
+    where : ndarray of int64
+        The samples of the step's mini-batch.
+    losses : list of float
+    correct : int
+        See `Outcome`.
+    """
+
+    def __init__(self, plan: TrainingPlan, batches: Batches, split: Split) -> None:
+        self._plan, self._batches, self._split, self._dtype = plan, batches, split, plan.dtype
+        self.size, self.losses, self.correct = min(batches.size, len(batches.order)), list(batches.losses), 0
+        self.step, self.where = 0, batches.order
+        # The rows of each source, and of each network at most, in mini-batches.
+        multiples: dict[Source, int] = {SAMPLES: 1, NOISE: 1}
+        most = [0] * len(plan.networks)
+        for phase in plan.phases:
+            if isinstance(phase, Forward):
+                multiples[phase.network] = sum(multiples[source] for source in phase.inputs)
+                most[phase.network] = max(most[phase.network], multiples[phase.network])
+        self._layers = [
+            [_Layer(layer, self.size * multiple, split) for layer in dense_layers(network)]
+            for network, multiple in zip(plan.networks, most, strict=True)
+        ]
+        self._sparse: _Sparse | None = None
+        # The input's weight gradient is not written, unless it is needed as a whole.
+        self._whole_gradients = any(
+            isinstance(p, AllReduce) or (isinstance(p, Update) and p.max_norm is not None) for p in plan.phases
+        )
+        self._values: dict[Source, Any] = {}
+        self._inputs: dict[int, Any] = {}  # of the last forward pass of each network
+
+    def _gradients(self, network: int) -> list[Array]:
+        return [grad for layer in self._layers[network] for grad in (layer.grad_weight, layer.grad_bias)]
+
+    @singledispatchmethod
+    def prepare(self, phase: Any) -> Callable[[], None]:
+        """What the phase does in a step."""
+        raise TypeError(f"no phase of a plan: {phase}")
+
+    @prepare.register
+    def _(self, phase: Gather) -> Callable[[], None]:
+        dataset, noise, size = phase.dataset, self._batches.noise, self.size
+
+        def scale(numbers: Array) -> Array:
+            if (phase.scale, phase.shift) != (1.0, 0.0):
+                numbers *= phase.scale
+                numbers += phase.shift
+            return numbers
+
+        table = scale(np.arange(256, dtype=self._dtype) / self._dtype.type(255))
+        if dataset.skip_zeros:
+            features = len(self._layers[0][0].weight)
+            self._sparse = _Sparse(dataset, features, size, self._batches.order, table)
+        samples = np.empty((0 if self._sparse else size, dataset.x.shape[-1]), self._dtype)
+        sparse = self._sparse
+
+        def run() -> None:
+            if sparse is not None:
+                sparse.gather(self.where)
+                self._values[SAMPLES] = sparse
+            else:
+                x = self._values[SAMPLES] = samples[: len(self.where)]
+                if dataset.x.dtype == np.uint8:
+                    _decode(dataset.x, self.where, table, x)
+                else:
+                    scale(np.take(dataset.x, self.where, axis=0, out=x, mode="clip"))
+            if noise is not None:
+                self._values[NOISE] = noise[self.step * size :][: len(self.where)]
+
+        return run
+
+    @prepare.register
+    def _(self, phase: Forward) -> Callable[[], None]:
+        layers, several = self._layers[phase.network], len(phase.inputs) > 1
+        joined = np.empty((len(layers[0].y) if several else 0, len(layers[0].weight)), self._dtype)
+
+        def run() -> None:
+            inputs = [self._values[source] for source in phase.inputs]
+            x = np.concatenate(inputs, out=joined[: sum(map(len, inputs))]) if several else inputs[0]
+            self._inputs[phase.network] = x
+            for layer in layers:
+                x = layer.forward(x)
+            self._values[phase.network] = x
+
+        return run
+
+    @prepare.register
+    def _(self, phase: Loss) -> Callable[[], None]:
+        number = next(i for i, loss in enumerate(self._plan.losses) if loss is phase)
+        last, targets = self._layers[phase.network][-1], phase.targets
+        evaluate = _loss_function(phase, len(last.y), last.bias.size, self._dtype)
+        weight = self._plan.weight(phase)
+
+        def run() -> None:
+            outputs, rows = self._values[phase.network], len(self.where)
+            if isinstance(targets, tuple):
+                wanted = np.repeat(np.array(targets, self._dtype), len(outputs) // len(targets))[:, np.newaxis]
+            else:
+                wanted = targets[self.where]
+                if wanted.ndim == 1 and number == 0:
+                    self.correct += int(_count_correct(outputs, wanted))
+            total = evaluate(outputs, wanted, weight / rows, last.grad_y[: len(outputs)])
+            self.losses[number] += total * weight
+
+        return run
+
+    @prepare.register
+    def _(self, phase: Backward) -> Callable[[], None]:
+        layers = self._layers[phase.network]
+        below = None if phase.to is None else self._layers[phase.to][-1]
+
+        def run() -> None:
+            rows = len(self._values[phase.network])
+            for i in range(len(layers) - 1, -1, -1):
+                grad, previous = layers[i].backward_activation(rows), layers[i - 1] if i > 0 else below
+                if previous is not None:
+                    np.matmul(grad, layers[i].weight.T, out=previous.grad_y[:rows])
+                if phase.to is None:
+                    x = layers[i - 1].y[:rows] if i > 0 else self._inputs[phase.network]
+                    _column_sum(grad, layers[i].sums, layers[i].grad_bias)
+                    if not isinstance(x, _Sparse):
+                        np.matmul(x.T, grad, out=layers[i].grad_weight)
+                        continue
+                    x.transpose()
+                    if self._whole_gradients:
+                        _sparse_matmul(*x.by_feature, grad, layers[i].grad_weight)
+
+        return run
+
+    @prepare.register
+    def _(self, phase: AllReduce) -> Callable[[], None]:
+        return lambda: phase.reduce(self._gradients(phase.network))
+
+    @prepare.register
+    def _(self, phase: Update) -> Callable[[], None]:
+        gradients, decays, F = self._gradients(phase.network), self._batches.decay, self._dtype.type
+        table = self._batches.hyperparameters[self._plan.updates.index(phase)]
+        parameters, first = list(self._plan.parameters(phase.network)), self._layers[phase.network][0]
+        kind = phase.rule, self._dtype, len(parameters[0].state), table.shape[1]
+        update, sparse = update_loop(*kind), None if self._whole_gradients else self._sparse
+        flat = [
+            [array.reshape(-1) for array in (p.value, grad, *p.state)]
+            for p, grad in zip(parameters, gradients, strict=True)
+        ]
+        weights, biases = flat[::2], flat[1::2]
+        if phase.network == 0 and sparse is not None:
+            sparse_update = _sparse_update_loop(*kind)
+            del weights[0]
+        averages = [[p.average.reshape(-1), p.value.reshape(-1)] for p in parameters if p.average is not None]
+
+        def in_parts(loop: Callable[..., None], arrays: list[Array], *numbers: Any) -> None:
+            self._split(arrays[0].size, 1, lambda part: loop(*(a[part] for a in arrays), *numbers))
+
+        def run() -> None:
+            hyperparameters, decay = tuple(table[self.step].tolist()), 0.0 if decays is None else decays[self.step]
+            if phase.max_norm is not None:
+                clip_by_norm(gradients, phase.max_norm)
+            for arrays in biases:
+                update(*arrays, hyperparameters)
+            for arrays in weights:
+                in_parts(update, arrays, hyperparameters)
+            if phase.network == 0 and sparse is not None:
+                # The bias gradient is done with, and aligned space for a row.
+                grad = first.grad_z[: len(self.where)]
+                value, state = parameters[0].value, parameters[0].state
+                sparse_update(*sparse.by_feature, grad, hyperparameters, value, first.grad_bias, *state)
+            for arrays in averages:
+                in_parts(_move_average, arrays, F(decay), F(1.0 - decay))
+
+        return run
+
+
+def train(plan: TrainingPlan, batches: Batches, split: Split) -> Outcome:
+    """See `Backend.train`; the plan is one that `NumbaBackend.supports_fused`, each update has one table.
 
     ``split(size, unit, run)`` calls `run` on slices of whole units that cover `size` elements, in several threads if
     there are many.
     """
-    layers, rule, scalars = run.network
-    feed, targets, loss, row_weight, order = run.feed, run.targets, run.loss, run.row_weight, run.order
-    batch, loss_sum = min(run.batch, len(order)), run.loss_sum
-    dtype, features = layers[0].weight.dtype, layers[0].weight.shape[0]
-    stack = [_Layer(layer, batch, split) for layer in layers]
-    first, last, width = stack[0], stack[-1], stack[-1].y.shape[1]
-    sparse = _Sparse(feed, features, batch, order, dtype) if feed.skip_zeros else None
-    x = np.empty((0 if sparse else batch, features), dtype)
-    of_byte = _values_of_bytes(dtype)
-    settings = dtype, len(first.weight_state), scalars.shape[1]
-    update, sparse_update = update_loop(rule, *settings), _sparse_update_loop(rule, *settings)
-    losses, wanted = np.empty(max(batch, -(-batch * width // BLOCK))), np.empty((batch, width), dtype)
-    no_indices, no_labels = np.empty(0, np.int64), np.empty(0, dtype)
-    classes = targets.ndim == 1
-    if loss == "softmax_cross_entropy":
-        cross_entropy = cross_entropy_loop(dtype)
-    else:
-        elementwise, parameter = loss_loop(loss, dtype), LOSSES[loss].default
-    right = 0
-
-    def evaluate(where: NDArray[np.int64], rows: int) -> float:
-        """The sum of the losses; the last layer's gradient."""
-        outputs, grad, some = last.y[:rows], last.grad_y[:rows].reshape(-1), targets[where]
-        share = row_weight / rows
-        if loss == "softmax_cross_entropy":
-            indices, labels = (some, no_labels) if classes else (no_indices, some.reshape(-1))
-            cross_entropy(
-                outputs.reshape(-1), width, indices, labels, 0.0, dtype.type(share), losses[:rows], grad
-            )  # fmt: skip
-            return float(losses[:rows].sum())
-        if classes:
-            one_hot = wanted[:rows]
-            one_hot[...] = 0
-            if width == 1:
-                one_hot[:, 0] = some
-            else:
-                one_hot[np.arange(rows), some] = 1
-            some = one_hot
-        sums = losses[: -(-outputs.size // BLOCK)]
-        elementwise(outputs.reshape(-1), some.reshape(-1), parameter, share, sums, grad)
-        return float(sums.sum())
-
+    executor = _Executor(plan, batches, split)
+    actions = [executor.prepare(phase) for phase in plan.phases]
     with np.errstate(all="ignore"):
-        for step, start in enumerate(range(0, len(order), batch)):
-            where, numbers = order[start : start + batch], tuple(scalars[step].tolist())
-            rows = len(where)
-            inputs = x[:rows]
-            if sparse is not None:
-                sparse.bring(where)
-                sparse.product(first.weight, first.y[:rows])
-            else:
-                if feed.x.dtype == np.uint8:
-                    _values(feed.x, where, of_byte, inputs)
-                else:
-                    np.take(feed.x, where, axis=0, out=inputs, mode="clip")
-                np.matmul(inputs, first.weight, out=first.y[:rows])
-            first.finish_forward(rows)
-            for below, layer in itertools.pairwise(stack):
-                np.matmul(below.y[:rows], layer.weight, out=layer.y[:rows])
-                layer.finish_forward(rows)
-            loss_sum += evaluate(where, rows) * row_weight
-            if classes:
-                right += _count_right(last.y[:rows], targets[where])
-
-            for i in range(len(stack) - 1, -1, -1):
-                layer, grad = stack[i], stack[i].begin_backward(rows)
-                if i > 0:
-                    np.matmul(grad, layer.weight.T, out=stack[i - 1].grad_y[:rows])
-                _column_sums(grad, layer.sums, layer.grad_bias)
-                update(layer.bias, layer.grad_bias, *layer.bias_state, numbers)
-                if i == 0 and sparse is not None:
-                    sparse_update(
-                        *sparse.by_feature(rows), grad, layer.grad_bias, numbers, layer.weight, *layer.weight_state
-                    )  # fmt: skip
-                    continue
-                np.matmul((inputs if i == 0 else stack[i - 1].y[:rows]).T, grad, out=layer.grad_weight)
-                layer.update_weight(update, numbers)
-    return loss_sum, int(right)
+        for executor.step in range(batches.steps):
+            executor.where = batches.order[executor.step * executor.size :][: executor.size]
+            for action in actions:
+                action()
+    return Outcome(tuple(executor.losses), executor.correct)

@@ -1,4 +1,4 @@
-"""The quick functions: the same bits as the careful way, and every unusual argument is left to it."""
+"""The fast paths: the same bits as the general path, and every unusual argument is left to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from gemmlet import kernels
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
-from support import QUICK_NAMES, UPDATED, Watched, arguments_of, complaint, copies, outcome, same_bits
+from support import FAST_PATHS, UPDATED, Watched, arguments_of, complaint, copies, outcome, same_bits
 
 try:
     from gemmlet.backends.cpu import CpuBackend, available_isas
@@ -31,20 +31,20 @@ pytestmark = pytest.mark.skipif(not ISAS, reason="nothing is compiled here")
 
 @pytest.fixture(params=ISAS)
 def watched(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, dict[str, Watched]]]:
-    """A compiled backend in use, with its quick functions watched."""
+    """A compiled backend in use, with its fast paths watched."""
     import gemmlet
 
     backend = CpuBackend(request.param)
-    functions = {name: Watched(function) for name, function in backend.quick.items()}
-    monkeypatch.setattr(backend, "quick", functions)
+    functions = {name: Watched(function) for name, function in backend.fast_paths.items()}
+    monkeypatch.setattr(backend, "fast_paths", functions)
     with gemmlet.use_backend(backend):
         yield backend, functions
 
 
-def careful(backend: Any, name: str, arguments: dict[str, Any]) -> list[Any]:
-    """The result without quick functions."""
+def general(backend: Any, name: str, arguments: dict[str, Any]) -> list[Any]:
+    """The result without fast paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "quick", MappingProxyType({}))
+        patch.setattr(backend, "fast_paths", MappingProxyType({}))
         return outcome(name, arguments)
 
 
@@ -57,12 +57,12 @@ SHAPES = [(1, 1), (3, 5), (1, 10), (64, 10), (7, 33), (70, 101)]
 
 @pytest.mark.parametrize("name", kernels.__all__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_bits_as_the_careful_way(name: str, shape: Any, watched: Any, dtype: Any, rng: Any) -> None:
+def test_same_bits_as_the_general_path(name: str, shape: Any, watched: Any, dtype: Any, rng: Any) -> None:
     backend, functions = watched
     arguments = arguments_of(name, rng, dtype, *shape)
-    expected = careful(backend, name, copies(arguments))
+    expected = general(backend, name, copies(arguments))
     got = outcome(name, copies(arguments))
-    assert functions[QUICK_NAMES[name]].answered == 1
+    assert functions[FAST_PATHS[name]].answered == 1
     assert len(got) == len(expected)
     assert all(same_bits(a, b) and a.flags.c_contiguous for a, b in zip(got, expected, strict=True))
 
@@ -95,9 +95,9 @@ def test_other_shapes_and_outputs(name: str, watched: Any, dtype: Any, rng: Any)
             for given in (mine, theirs):
                 if out is not None:
                     given["out"] = given[first] if isinstance(out, str) else out.copy(order="K")
-            answered = functions[QUICK_NAMES[name]].answered
-            got, expected = outcome(name, mine), careful(backend, name, theirs)
-            assert functions[QUICK_NAMES[name]].answered == answered + 1
+            answered = functions[FAST_PATHS[name]].answered
+            got, expected = outcome(name, mine), general(backend, name, theirs)
+            assert functions[FAST_PATHS[name]].answered == answered + 1
             for a, b in zip(got, expected, strict=True):
                 assert same_bits(a, b)
                 assert a.strides == b.strides
@@ -106,7 +106,7 @@ def test_other_shapes_and_outputs(name: str, watched: Any, dtype: Any, rng: Any)
 
 
 def unusual_arrays(good: Any) -> Iterator[tuple[str, Any]]:
-    """Arrays of the same shape and numbers that the quick functions shall leave alone, or errors."""
+    """Arrays of the same shape and numbers that the fast paths shall leave alone, or errors."""
 
     class Subclass(np.ndarray):
         pass
@@ -133,7 +133,7 @@ def unusual_arrays(good: Any) -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_unusual_arrays(name: str, watched: Any, dtype: Any, rng: Any) -> None:
-    """The same result, or the same error, as the careful way."""
+    """The same result, or the same error, as the general path."""
     backend, _ = watched
     good = arguments_of(name, rng, dtype, 6, 5)
     for key in arrays_in(good):
@@ -142,7 +142,7 @@ def test_unusual_arrays(name: str, watched: Any, dtype: Any, rng: Any) -> None:
             if key in UPDATED and isinstance(bad, np.ndarray):
                 mine[key], theirs[key] = (bad.copy("K") if what not in ("unaligned",) else bad for _ in range(2))
             got = complaint(lambda m=mine: outcome(name, m))
-            expected = complaint(lambda t=theirs: careful(backend, name, t))
+            expected = complaint(lambda t=theirs: general(backend, name, t))
             label = f"{key}: {what}"
             if isinstance(expected, tuple):
                 assert got == expected, label
@@ -172,11 +172,11 @@ def test_unusual_outputs(name: str, watched: Any, dtype: Any, rng: Any) -> None:
     ):
         mine, theirs = copies(good) | {key: overlapped, "out": out}, copies(good) | {key: overlapped.copy()}
         kept = np.array(memory)
-        expected = careful(backend, name, theirs)
+        expected = general(backend, name, theirs)
         got = complaint(lambda m=mine: outcome(name, m))
         if isinstance(got, tuple):
             memory[...] = kept
-            assert complaint(lambda m=mine: careful(backend, name, m)) == got
+            assert complaint(lambda m=mine: general(backend, name, m)) == got
             assert np.array_equal(memory, kept)
         else:
             assert any(same_bits(got[-1], e) for e in expected)
@@ -194,7 +194,7 @@ def test_arrays_that_were_pickled_are_usual(watched: Any, dtype: Any) -> None:
 def test_labels(watched: Any, dtype: Any) -> None:
     backend, functions = watched
     z, labels = np.arange(12, dtype=dtype).reshape(4, 3), np.array([0, 1, 2, 1])
-    expected = careful(backend, "softmax_cross_entropy", {"logits": z, "labels": labels})
+    expected = general(backend, "softmax_cross_entropy", {"logits": z, "labels": labels})
     for given in (labels, labels.astype(np.int32), labels.astype(np.uint8), np.repeat(labels, 2)[::2]):
         got = outcome("softmax_cross_entropy", {"logits": z, "labels": given})
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
@@ -226,7 +226,7 @@ def test_numbers_of_activations(watched: Any, dtype: Any) -> None:
     backend, functions = watched
     x = np.linspace(-2, 2, 9).astype(dtype)
     for number in (0.25, np.float64(0.25), 1, np.float32(0.5)):
-        expected = careful(backend, "elu", {"x": x, "alpha": number})[0]
+        expected = general(backend, "elu", {"x": x, "alpha": number})[0]
         assert same_bits(kernels.elu(x, number), expected)
         assert same_bits(kernels.elu(x, alpha=number), expected)
     assert functions["elu"].answered == 4

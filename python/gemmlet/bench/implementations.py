@@ -1,4 +1,4 @@
-"""The sides of a comparison: gemmlet and its peers, what each needs, and how all get the same number of threads."""
+"""What is compared, gemmlet and its peers: what each needs, and how all get the same number of threads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ from gemmlet.backends import select
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a comparison.
+class Implementation:
+    """One of what is compared.
 
     Attributes
     ----------
@@ -26,7 +27,7 @@ class Side:
     backend
         The backend of gemmlet that it runs on; None is the one in use.
     compiles
-        Whether it compiles for seconds before its first result; ``--quick`` leaves such sides out.
+        Whether it compiles for seconds before its first result; ``--quick`` leaves it out.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Side:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Run a block on this side's backend."""
+        """Run a block on this implementation's backend."""
         if self.backend is None:
             yield
         else:
@@ -51,25 +52,25 @@ class Side:
 # What everything is compared from.
 OURS = "gemmlet"
 
-SIDES: dict[str, Side] = {
-    side.name: side
-    for side in (
-        Side(OURS),
-        Side("gemmlet-numba", "numba", backend="numba", compiles=True),
-        Side("numpy"),
-        Side("pytorch", "torch"),
-        Side("pytorch fused", "torch"),
-        Side("pytorch compiled", "torch", compiles=True),
-        Side("jax", "jax"),
-        Side("scikit-learn", "sklearn"),
-        Side("numexpr", "numexpr"),
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    each.name: each
+    for each in (
+        Implementation(OURS),
+        Implementation("gemmlet-numba", "numba", backend="numba", compiles=True),
+        Implementation("numpy"),
+        Implementation("pytorch", "torch"),
+        Implementation("pytorch fused", "torch"),
+        Implementation("pytorch compiled", "torch", compiles=True),
+        Implementation("jax", "jax"),
+        Implementation("scikit-learn", "sklearn"),
+        Implementation("numexpr", "numexpr"),
     )
 }
 
 
 def missing_packages() -> list[str]:
     """Return the packages of peers that are not installed."""
-    return sorted({side.package for side in SIDES.values() if side.package and not side.available()})
+    return sorted({each.package for each in IMPLEMENTATIONS.values() if each.package and not each.available()})
 
 
 def processors() -> int:
@@ -82,13 +83,13 @@ def processors() -> int:
 
 @contextlib.contextmanager
 def same_threads(count: int, names: Iterable[str]) -> Iterator[list[str]]:
-    """Give every side `count` threads while the block runs, and yield notes about those that do not obey.
+    """Give every implementation `count` threads while the block runs, and yield notes about those that do not obey.
 
-    The packages of the sides `names` are imported first, as only a library that is loaded can be told.
+    Their packages are imported first, as only a library that is loaded can be told.
     """
     import threadpoolctl
 
-    packages = {SIDES[name].package for name in names}
+    packages = {IMPLEMENTATIONS[name].package for name in names}
     if "jax" in packages:
         import jax
 
@@ -100,18 +101,13 @@ def same_threads(count: int, names: Iterable[str]) -> Iterator[list[str]]:
     select.current()
     before = gemmlet.get_num_threads()
     restore = []
-    if "torch" in packages:
-        import torch
-
-        restore.append((torch.set_num_threads, torch.get_num_threads()))
-    if "numexpr" in packages:
-        import numexpr
-
-        restore.append((numexpr.set_num_threads, numexpr.get_num_threads()))
+    for name in packages & {"torch", "numexpr"}:
+        module = sys.modules[str(name)]
+        restore.append((module.set_num_threads, module.get_num_threads()))
     notes = []
     if "jax" in packages and processors() != count:
         notes.append(
-            f"JAX has a thread for each of the {processors()} processors, the other sides {count}: "
+            f"JAX has a thread for each of the {processors()} processors, the other implementations {count}: "
             "it takes no number at run time"
         )
     with threadpoolctl.threadpool_limits(count):

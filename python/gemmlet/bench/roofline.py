@@ -1,4 +1,4 @@
-"""The roof: what this machine can do at most, measured in the same run as everything that is held against it."""
+"""The roofline: what this machine can do at most, measured in the same run as everything that is held against it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .case import Case
 COPY_BYTES = tuple(2**power for power in range(14, 29, 2))
 _REPEATS = 10
 # Of the target against a page, in elements: some processors copy at a tenth of their speed where the addresses of both
-# sides agree in their last twelve bits.
+# implementations agree in their last twelve bits.
 _OFFSETS = (0, 528)
 
 
 @dataclass(frozen=True)
-class Roof:
-    """The most that this machine does, with the threads that every side has.
+class Roofline:
+    """The most that this machine does, with the threads that every implementation has.
 
     Attributes
     ----------
@@ -83,8 +83,8 @@ def _copy_rate(size: int, threads: int, pool: ThreadPoolExecutor) -> float:
     return max(rates)
 
 
-def measure(threads: int, copies: tuple[int, ...] = COPY_BYTES) -> Roof:
-    """Measure the roof for this many threads."""
+def measure(threads: int, copies: tuple[int, ...] = COPY_BYTES) -> Roofline:
+    """Measure the roofline for this many threads."""
     flops = {}
     try:
         module = cpu_backend.CpuBackend()._module
@@ -96,4 +96,4 @@ def measure(threads: int, copies: tuple[int, ...] = COPY_BYTES) -> Roof:
             done = module.fma_loop(is_double, steps)
             flops[dtype] = done / _best(lambda d=is_double: module.fma_loop(d, steps))  # type: ignore[misc]
     with ThreadPoolExecutor(threads) as pool:
-        return Roof(flops, {size: _copy_rate(size, threads, pool) for size in copies})
+        return Roofline(flops, {size: _copy_rate(size, threads, pool) for size in copies})

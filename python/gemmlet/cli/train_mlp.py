@@ -1,0 +1,93 @@
+"""What ``gemmlet train mlp`` does, from checked options to the files in ``--out``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import nn
+from . import evaluation, files, training
+from .training import Array, Defaults, Options, Watch
+
+# With a rate that falls to 0, Adam may start with more than its usual 1e-3.
+_OPTIMIZERS = {"sgd": nn.SGD(0.1), "adam": nn.Adam(3e-3), "adamw": nn.AdamW(3e-3)}
+DEFAULTS = Defaults((256,), 10, 64, "adam", _OPTIMIZERS, lr_decay=True)
+ACTIVATION = "relu"
+CLASSIC = Defaults((128,), 10, 16, "sgd", _OPTIMIZERS, lr_decay=False)
+
+# The share of the training images that the learning curves are measured on, and that the network never learns from.
+HELD_OUT = 0.1
+
+
+def run(options: Options) -> int:
+    """Train an MLP, write the results to the folder ``--out`` and return the exit status."""
+    watch = Watch(options, CLASSIC if options.classic else DEFAULTS)
+    settings, data = watch.settings, watch.data
+    if settings.classic:
+        model = nn.MLP.classic(seed=settings.seed)
+    else:
+        model = nn.MLP([784, *settings.hidden, 10], ACTIVATION, seed=settings.seed)
+    kept, held_out = hold_out(len(data.y_train), settings.seed)
+
+    def callback(p: nn.Progress) -> None:
+        watch.see(p, {"loss": p.loss, "accuracy": p.accuracy, "held out": p.validation_accuracy})
+
+    with watch:
+        with watch.bar():
+            history = model.fit(
+                data.x_train[kept],
+                data.y_train[kept],
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                optimizer=settings.optimizer,
+                lr_schedule=nn.linear_decay if settings.lr_decay else None,
+                validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
+                callback=callback,
+                callback_every="call",
+            )
+        _finish(model, history, watch)
+    return 130 if watch.interrupted else 0
+
+
+def hold_out(count: int, seed: int) -> tuple[Array, Array]:
+    """Divide positions 0 to `count` at random into those to train with and the share `HELD_OUT`, each ascending."""
+    order = np.random.default_rng(seed).permutation(count)
+    held_out = int(count * HELD_OUT)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _finish(model: nn.MLP, history: nn.History, watch: Watch) -> None:
+    """Save the network, measure it on the test images, and write and show what came out."""
+    from . import plots
+
+    out, data = watch.settings.out, watch.data
+    probabilities = model.predict_proba(data.x_test)
+    training.check_finite(probabilities)
+    model.save(out / "model.safetensors")
+    # Not the largest probability: several sigmoids may be rounded to 1.
+    predicted = model.predict(data.x_test)
+    curves = evaluation.roc_curves(data.y_test, probabilities)
+    scores = evaluation.classification(data.y_test, predicted, curves)
+    files.write_json(
+        out / "metrics.json",
+        {
+            **scores,
+            **watch.facts(history.seconds),
+            "layers": model.layers,
+            "history": training.curves(history, "loss", "accuracy", "validation_loss", "validation_accuracy"),
+        },
+    )
+    plots.learning_curves(out / "learning_curves.png", history)
+    plots.confusion_matrix(out / "confusion_matrix.png", data.y_test, predicted)
+    plots.roc_curves(out / "roc_curves.png", curves, len(data.y_test))
+    plots.worst_mistakes(out / "worst_mistakes.png", data.x_test, data.y_test, predicted, probabilities)
+    watch.finish(
+        f"On {len(data.y_test):,} test images",
+        {
+            "accuracy": training.percent(scores["test_accuracy"]),
+            "precision (macro)": training.percent(scores["macro_precision"]),
+            "recall (macro)": training.percent(scores["macro_recall"]),
+            "F1 (macro)": training.percent(scores["macro_f1"]),
+            "ROC AUC (one against the rest)": "-" if scores["roc_auc"] is None else f"{scores['roc_auc']:.5f}",
+            "training time": f"{history.seconds:.1f} s",
+        },
+    )
