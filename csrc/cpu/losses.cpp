@@ -46,30 +46,31 @@ double evaluate(const T* prediction, const T* target, T parameter, T* gradient, 
 
 using row_losses::Smoothing;
 
-// The losses of the first n rows, against class indices or targets, one of them null.
+// The losses of the first n rows, against targets; and against class indices.
 template <class L, class T, class Layout>
-[[gnu::flatten]] void evaluate_rows(const Layout& layout, int n, T* gradient, const T* z, const Index* indices,
-                                    const T* target, Smoothing<double> smoothing, T scale, double* losses) {
+[[gnu::flatten]] void evaluate_rows(const Layout& layout, int n, T* gradient, const T* z, const T* target,
+                                    Smoothing<double> smoothing, T scale, double* losses) {
   double of_row[Layout::count];
-  if constexpr (L::has_label_form) {
-    if (target == nullptr) {
-      const Operands<Layout> rows{layout, gradient, z, nullptr, {}, indices, n};
-      Layout::store_statistic(of_row, L::of_label(rows, smoothing, splat(scale)));
-      std::copy_n(of_row, n, losses);
-      return;
-    }
-  }
-  std::vector<T> one_hot;
-  if (!L::has_label_form && target == nullptr) {
-    one_hot.resize(static_cast<std::size_t>(layout.columns * Layout::count));
-    for (int r = 0; r < n; ++r) one_hot[static_cast<std::size_t>(layout.at(r, indices[r]))] = T(1);
-    target = one_hot.data();
-  }
   const Smoothing<Vec<T>> lanes_of{constant<Vec<T>>(smoothing.keep), constant<Vec<T>>(smoothing.spread)};
   const auto smoothed = [=](Vec<T> t) { return lanes_of.of_target(t); };
   const Operands<Layout, decltype(smoothed)> rows{layout, gradient, z, target, smoothed};
   Layout::store_statistic(of_row, L::of_targets(rows, splat(scale)));
   std::copy_n(of_row, n, losses);
+}
+
+template <class L, class T, class Layout>
+[[gnu::flatten]] void evaluate_rows(const Layout& layout, int n, T* gradient, const T* z, const Index* indices,
+                                    Smoothing<double> smoothing, T scale, double* losses) {
+  if constexpr (L::has_label_form) {
+    double of_row[Layout::count];
+    const Operands<Layout> rows{layout, gradient, z, nullptr, {}, indices, n};
+    Layout::store_statistic(of_row, L::of_label(rows, smoothing, splat(scale)));
+    std::copy_n(of_row, n, losses);
+  } else {
+    std::vector<T> one_hot(static_cast<std::size_t>(layout.columns * Layout::count));
+    for (int r = 0; r < n; ++r) one_hot[static_cast<std::size_t>(layout.at(r, indices[r]))] = T(1);
+    evaluate_rows<L, T>(layout, n, gradient, z, one_hot.data(), smoothing, scale, losses);
+  }
 }
 
 template <class T, class L>
@@ -78,16 +79,15 @@ double evaluate_mean(const T* logits, const Index* indices, const T* targets, Sm
   const T scale = static_cast<T>(1.0 / static_cast<double>(rows));
   const double sum = sum_chunks(rows, rows_per_chunk<T>(columns), [&](Index begin, Index end) {
     double total = 0;
-    const auto evaluate = [&](const auto& layout, Index i, int n, T* to, const T* z, const T* t) {
+    const auto evaluate = [&](const auto& layout, Index, int n, T* to, const T* z, const auto* wanted) {
       double losses[lanes<T>];
-      const Index* labels = targets == nullptr ? indices + i : nullptr;
-      evaluate_rows<L, T>(layout, n, to, z, labels, t, smoothing, scale, losses);
+      evaluate_rows<L, T>(layout, n, to, z, wanted, smoothing, scale, losses);
       for (int r = 0; r < n; ++r) total += losses[r];
     };
     if (targets == nullptr)
       for_rows(
           begin, end, columns,
-          [&](const auto& layout, Index i, int n, T* to, const T* z) { evaluate(layout, i, n, to, z, nullptr); },
+          [&](const auto& layout, Index i, int n, T* to, const T* z) { evaluate(layout, i, n, to, z, indices + i); },
           gradient, logits);
     else
       for_rows(begin, end, columns, evaluate, gradient, logits, targets);
@@ -99,11 +99,16 @@ double evaluate_mean(const T* logits, const Index* indices, const T* targets, Sm
 template <class T, class L>
 void evaluate_each(const T* logits, const Index* indices, const T* const* targets, Smoothing<double> smoothing, T scale,
                    T* gradient, Index stride, Index rows, Index columns, double* losses) {
-  const auto labels_from = [=](Index i) { return indices == nullptr ? nullptr : indices + i; };
+  const auto evaluate = [&](const auto& layout, Index i, int n, T* to, const T* from, const T* target) {
+    if (targets == nullptr)
+      evaluate_rows<L, T>(layout, n, to, from, indices + i, smoothing, scale, losses + i);
+    else
+      evaluate_rows<L, T>(layout, n, to, from, target, smoothing, scale, losses + i);
+  };
   if (columns > tuning::across_max_columns) {
     for (Index i = 0; i < rows; ++i)
-      evaluate_rows<L, T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride, labels_from(i),
-                          targets == nullptr ? nullptr : targets[i], smoothing, scale, losses + i);
+      evaluate(Along<T>{columns}, i, 1, gradient + i * stride, logits + i * stride,
+               targets == nullptr ? nullptr : targets[i]);
     return;
   }
   const Across<T> layout{columns};
@@ -114,8 +119,7 @@ void evaluate_each(const T* logits, const Index* indices, const T* const* target
     if (targets != nullptr)
       for (int r = 0; r < n; ++r)
         for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
-    evaluate_rows<L, T>(layout, n, z, z, labels_from(i), targets == nullptr ? nullptr : t, smoothing, scale,
-                        losses + i);
+    evaluate(layout, i, n, z, z, t);
     layout.transpose_out(z, n, gradient + i * stride, stride);
   }
 }

@@ -106,7 +106,10 @@ struct Along {
   static Statistic statistic(Vec<T> v) { return static_cast<double>(v[0]); }
   static Vec<T> vector(Statistic s) { return splat(static_cast<T>(s)); }
   static Statistic log(Statistic s) { return std::log(s); }
-  static Statistic load_statistic(const double* of_row) { return *of_row; }
+  template <class F>
+  GEMMLET_INLINE static Statistic statistic_of(F f) {
+    return f(0);
+  }
   static void store_statistic(double* of_row, Statistic s) { *of_row = s; }
 
  private:
@@ -153,8 +156,12 @@ struct Across {
   static Statistic log(const Statistic& s) {
     return Statistic([&](int i) { return gemmlet::log(s.part[i]); });
   }
-  static Statistic load_statistic(const double* of_row) {
-    return Statistic([&](int i) { return load(of_row + i * lanes<double>); });
+  // f(row) for each row, put into lanes one by one: a vector load of numbers just stored would wait for the stores.
+  template <class F>
+  GEMMLET_INLINE static Statistic statistic_of(F f) {
+    Statistic s;
+    for (int i = 0; i < lanes<T>; ++i) s.part[i / lanes<double>][i % lanes<double>] = f(i);
+    return s;
   }
   static void store_statistic(double* of_row, const Statistic& s) {
     for (int i = 0; i < s.parts; ++i) store(of_row + i * lanes<double>, s.part[i]);
@@ -223,9 +230,7 @@ struct Operands {
       return result;
     });
     x = out;
-    Sums<n> sums;
-    for (int k = 0; k < n; ++k) sums.of[k] = Layout::total(sum[k]);
-    return sums;
+    return totals(sum);
   }
   GEMMLET_INLINE Terms terms() {
     const V most = largest();
@@ -233,14 +238,23 @@ struct Operands {
   }
   GEMMLET_INLINE Terms term_sum() const {
     const V most = largest();
-    DoubleSum<T> sum;
-    layout.each([&](int first, V v) GEMMLET_INLINE_LAMBDA { sum.add(part<T>(term(v - most), first)); }, x);
-    return {most, Layout::total(sum)};
+    return {most, sums<1>([=](V v, V* summand) GEMMLET_INLINE_LAMBDA { *summand = term(v - most); }).of[0]};
   }
   GEMMLET_INLINE Statistic sum() const {
-    DoubleSum<T> sum;
-    layout.each([&](int first, V v) GEMMLET_INLINE_LAMBDA { sum.add(part<T>(v, first)); }, x);
-    return Layout::total(sum);
+    return sums<1>([](V v, V* summand) GEMMLET_INLINE_LAMBDA { *summand = v; }).of[0];
+  }
+  // Of what f(v, summand) sets, as turn does, while the numbers stay.
+  template <int n, class F>
+  GEMMLET_INLINE Sums<n> sums(F f) const {
+    DoubleSum<T> sum[n];
+    layout.each(
+        [&](int first, V v) GEMMLET_INLINE_LAMBDA {
+          V summand[n];
+          f(v, summand);
+          for (int k = 0; k < n; ++k) sum[k].add(part<T>(summand[k], first));
+        },
+        x);
+    return totals(sum);
   }
   GEMMLET_INLINE Statistic dot() const {
     DoubleSum<T> sum;
@@ -251,9 +265,10 @@ struct Operands {
   }
 
   GEMMLET_INLINE Statistic at_label() const {
-    double of_row[Layout::count] = {};
-    for (int r = 0; r < label_count; ++r) of_row[r] = static_cast<double>(x[layout.at(r, labels[r])]);
-    return Layout::load_statistic(of_row);
+    const auto of_row = [&](int r) GEMMLET_INLINE_LAMBDA { return static_cast<double>(x[layout.at(r, labels[r])]); };
+    if (label_count == Layout::count) [[likely]]
+      return Layout::statistic_of(of_row);
+    return Layout::statistic_of([&](int r) GEMMLET_INLINE_LAMBDA { return r < label_count ? of_row(r) : 0.0; });
   }
   GEMMLET_INLINE void set_label(const Statistic& s) const {
     double of_row[Layout::count];
@@ -262,6 +277,12 @@ struct Operands {
   }
 
  private:
+  template <int n>
+  GEMMLET_INLINE static Sums<n> totals(const DoubleSum<T> (&sum)[n]) {
+    Sums<n> totals;
+    for (int k = 0; k < n; ++k) totals.of[k] = Layout::total(sum[k]);
+    return totals;
+  }
   template <class F>
   GEMMLET_INLINE void map_lanes(F f) const {
     if constexpr (std::is_same_v<Second, Alone>)

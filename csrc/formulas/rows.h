@@ -83,8 +83,10 @@ struct softmax_cross_entropy {
   GEMMLET_INLINE static auto of_targets(R r, V scale) {
     const V largest = r.largest();
     const auto term = [=](V z) GEMMLET_INLINE_LAMBDA { return R::term(z - largest); };
-    const auto sums = r.template turn<3>([=](V z, V t, V* summand)
-                                             GEMMLET_INLINE_LAMBDA { return weigh<R>(z - largest, t, summand); });
+    const auto sums = r.template turn<3>([=](V z, V t, V* summand) GEMMLET_INLINE_LAMBDA {
+      weigh(z - largest, t, summand + 1);
+      return *summand = term(z);
+    });
     const V factor = r.vector(sums.of[1] / sums.of[0]);
     r.map([=](V v, V t) GEMMLET_INLINE_LAMBDA { return fma(R::turned(v, term), factor, -t) * scale; });
     return sums.of[1] * r.log(sums.of[0]) - sums.of[2];
@@ -94,26 +96,26 @@ struct softmax_cross_entropy {
   // difference that V does not hold.
   static constexpr bool has_label_form = true;
 
-  // For a row that gives and takes the number at its label as a statistic (at_label, set_label), in double.
+  // For a row that gives and takes the number at its label as a statistic (at_label, set_label), in double. Smoothing has
+  // a pass of its own (sums): with the terms' it would need more registers than there are.
   template <class R, class V>
   GEMMLET_INLINE static auto of_label(R r, Smoothing<double> smoothing, V scale) {
     const double keep = smoothing.keep, spread = smoothing.spread;
     const V t = constant<V>(spread), largest = r.largest();
     const auto difference = r.at_label() - r.statistic(largest);
-    typename R::template Sums<3> sums;
+    typename R::template Sums<2> spread_sums;
     if (spread != 0)
-      sums =
-          r.template turn<3>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA { return weigh<R>(z - largest, t, summand); });
-    else
-      sums.of[0] = r.template turn<1>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA {
-                      return *summand = R::term(z - largest);
-                    }).of[0];
-    const auto weight = sums.of[1] + keep, product = keep != 0 ? sums.of[2] + keep * difference : sums.of[2];
-    const auto factor = weight / sums.of[0];
+      spread_sums = r.template sums<2>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA { weigh(z - largest, t, summand); });
+    const auto total = r.template turn<1>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA {
+                          return *summand = R::term(z - largest);
+                        }).of[0];
+    const auto weight = spread_sums.of[0] + keep;
+    const auto product = keep != 0 ? spread_sums.of[1] + keep * difference : spread_sums.of[1];
+    const auto factor = weight / total;
     const auto at_label = (r.at_label() * factor - smoothing.of_class(true)) * r.statistic(scale);
     r.map([=, f = r.vector(factor)](V v) GEMMLET_INLINE_LAMBDA { return fma(v, f, -t) * scale; });
     r.set_label(at_label);
-    return weight * r.log(sums.of[0]) - product;
+    return weight * r.log(total) - product;
   }
 
   // For a row that has -inf at its label, whose logit is z_label, without smoothing: the label's gradient is what the others
@@ -142,12 +144,10 @@ struct softmax_cross_entropy {
   };
 
  private:
-  template <class R, class V>
-  GEMMLET_INLINE static V weigh(V shifted, V t, V* summand) {
-    const V e = R::term(shifted);
-    summand[0] = e, summand[1] = t;
-    summand[2] = losses::times(t, shifted);  // a class of no weight costs nothing, even at -inf
-    return e;
+  template <class V>
+  GEMMLET_INLINE static void weigh(V shifted, V t, V* summand) {
+    summand[0] = t;
+    summand[1] = losses::times(t, shifted);  // a class of no weight costs nothing, even at -inf
   }
 };
 
