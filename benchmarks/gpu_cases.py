@@ -32,7 +32,7 @@ from gemmlet import kernels
 from gemmlet.bench.results import Results, Row
 from gemmlet.bench.timing import duration
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 
 LOST_STATUS = 3  # of a process that lost the GPU
 
@@ -591,7 +591,7 @@ def loss_case(name: str, columns: int | None, dtype: str, waited: bool = False) 
         if columns is None:
             call = functools.partial(backend.elementwise_loss, LOSSES[name], x.z, x.t, 0.0, x.grad)
         else:
-            call = functools.partial(backend.softmax_cross_entropy, x.z, x.t, 0.0, x.grad)
+            call = functools.partial(backend.row_loss, ROW_LOSSES[name], x.z, x.t, 0.0, x.grad)
 
         def result() -> tuple[float, Any]:
             loss, _ = public(x)

@@ -15,7 +15,7 @@ import numpy as np
 from gemmlet import kernels
 from gemmlet._arguments import as_array
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 
 # Scalars, empty arrays, single elements, primes, and more dimensions than two.
 SHAPES = [(), (0,), (1,), (0, 3), (3, 0), (7,), (13, 17), (101,), (1, 1), (2, 3, 5), (257, 1), (1, 257)]
@@ -146,6 +146,9 @@ def one_call_of_each(rng: np.random.Generator, dtype: Any, rows: int, columns: i
         prediction = unit if LOSSES[name].unit_interval else x
         calls[name] = lambda: getattr(kernels, name)(prediction, unit[::-1].copy())
 
+    def row_loss(name: str) -> None:
+        calls[name] = lambda: getattr(kernels, name)(x, labels, label_smoothing=0.1)
+
     def update(name: str, states: int, **numbers: Any) -> None:
         def call() -> tuple:
             arrays = [x.copy(), *(unit.copy() for _ in range(states))]
@@ -160,7 +163,8 @@ def one_call_of_each(rng: np.random.Generator, dtype: Any, rows: int, columns: i
         row_function(name)
     for name in LOSSES:
         loss(name)
-    calls["softmax_cross_entropy"] = lambda: kernels.softmax_cross_entropy(x, labels, label_smoothing=0.1)
+    for name in ROW_LOSSES:
+        row_loss(name)
     update("sgd_update", 1, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
     update("adam_update", 2, step=3, weight_decay=0.01)
     update("adamw_update", 2, step=3)
@@ -205,7 +209,7 @@ def arguments_of(name: str, rng: np.random.Generator, dtype: Any, rows: int, col
             LOSSES[name].prediction: unit() if LOSSES[name].unit_interval else 3 * normal(*shape),
             "targets": unit(),
         }
-    if name == "softmax_cross_entropy":
+    if name in ROW_LOSSES:
         labels = rng.integers(0, max(columns, 1), size=rows)
         return {"logits": 3 * normal(*shape), "labels": labels, "label_smoothing": 0.1}
     if name == "matmul":

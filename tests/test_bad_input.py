@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import gemmlet
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import UPDATED, arguments_of, copies, outcome, run_on
 
 ROWS, COLUMNS = 5, 3
@@ -161,7 +161,7 @@ def misshapen(name: str, arguments: dict[str, Any], argument: str) -> list[tuple
         return {"x": [(5, 4), (4,), ()], "w": [(4, 7), (3,), (), (1, 3, 7)], "b": [(8,), (1, 7), (7, 1), ()]}[argument]
     if name == "linear_backward" and argument in ("x", "w"):
         return {"x": [(6, 3), (5, 4), (3,), (1, 5, 3), ()], "w": [(3, 8), (3,), (1, 3, 7), ()]}[argument]
-    if name == "softmax_cross_entropy":
+    if name in ROW_LOSSES:
         return [(6, 3), (3,), (1, 5, 3), ()]
     if len([v for v in arguments.values() if isinstance(v, np.ndarray)]) == 1:
         return [()] if name in ROW_FUNCTIONS else []
@@ -185,7 +185,7 @@ def bad_arrays(name: str, arguments: dict[str, Any], argument: str) -> Iterator[
     for shape in misshapen(name, arguments, argument):
         # The message may be about another argument, which no longer fits: then it still tells this one's shape.
         told = re.escape(str(shape)) if shape else r"\(\)|scalar"
-        if name == "softmax_cross_entropy" and shape == (6, 3):
+        if name in ROW_LOSSES and shape == (6, 3):
             told = r"\(6,\)"  # the labels are too few
         yield np.full(shape, 0.5, good.dtype), ValueError, (told,)
     if not may_be_missing(name, argument):
@@ -325,7 +325,12 @@ def test_arguments_that_are_missing_or_unknown(name: str, rng: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [case for case in CASES if case[1] in ARRAYS or case == ("softmax_cross_entropy", "labels")]
+    ("name", "argument"),
+    [
+        (name, argument)
+        for name, argument in CASES
+        if argument in ARRAYS or (name in ROW_LOSSES and argument == "labels")
+    ],
 )
 def test_dtypes_must_agree(name: str, argument: str, any_threads_backend: Any, dtype: Any, rng: Any) -> None:
     """A float64 array among float32 ones, or the other way round, is not cast."""
@@ -563,7 +568,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
         "activation_backward": {"activation": 0, "grad_y": array(30), "saved": array(30), "parameter": 0.5},
         "row_function_forward": {"function": 0, "x": array(6, 5), "out": array(6, 5)},
         "row_function_backward": {"function": 0, "grad_y": array(6, 5), "y": array(6, 5), "out": array(6, 5)},
-        "softmax_cross_entropy": {"logits": array(6, 5), "labels": labels, "smoothing": 0.1, "out": array(6, 5)},
+        "row_loss": {"loss": 0, "logits": array(6, 5), "labels": labels, "smoothing": 0.1, "out": array(6, 5)},
         "elementwise_loss": {"loss": 0, "prediction": array(30), "target": array(30), "parameter": 0.5},
         "optimizer_update": {"rule": rule, "param": array(30), "grad": array(30), "state": [array(30), array(30)]},
     }

@@ -27,7 +27,7 @@ from gemmlet.bench.case import Case, Prepared, Settings
 from gemmlet.bench.results import Results, Row
 from gemmlet.bench.timing import Plan, Timed
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
 
 for package in ("typer", "rich", "matplotlib", "sklearn", "safetensors", "threadpoolctl"):
@@ -82,7 +82,7 @@ def test_cases_have_keys_and_implementations_of_their_own(settings: Settings) ->
 def test_every_kernel_is_timed() -> None:
     timed = {case.labels.get("kernel") for case in suite.chosen_cases(FULL, suite.Choice())}
     forward = [*ACTIVATIONS, *ROW_FUNCTIONS]
-    every = {*forward, *(f"{name}_backward" for name in forward), *LOSSES, "softmax_cross_entropy"}
+    every = {*forward, *(f"{name}_backward" for name in forward), *LOSSES, *ROW_LOSSES}
     every |= {"matmul", "linear", "sgd_update", "adam_update", "adamw_update"}
     # linear_backward is three products and a gradient, which are timed each by itself.
     assert set(kernels.__all__) - {"linear_backward"} == every

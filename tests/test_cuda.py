@@ -23,7 +23,7 @@ from gemmlet import kernels, nn
 from gemmlet.backends.cuda import launches
 from gemmlet.backends.cuda.launches import ROW_TEAMS
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, softmax_cross_entropy
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import (
     UPDATED,
     arguments_of,
@@ -204,12 +204,12 @@ def test_rows_of_every_length(columns: int, any_dtype: Any, rng: Any, monkeypatc
     for name, entry in ROW_FUNCTIONS.items():
         y = getattr(kernels, name)(to_gpu(x))
         exact = entry.forward(f64(x))
-        error = relative * exact if name == "softmax" else absolute
+        error = absolute if name == "log_softmax" else relative * np.abs(exact)
         assert_within(f64(to_cpu(y)), exact, error + rounding * np.abs(exact) + tiny)
         grad_x = getattr(kernels, f"{name}_backward")(to_gpu(grad), None, y)
         y = f64(to_cpu(y))
-        size = np.sum(np.abs(f64(grad)) * (y if name == "softmax" else 1.0), axis=-1, keepdims=True)
-        factor = y if name == "softmax" else np.exp(y)
+        size = np.sum(np.abs(f64(grad)) * (1.0 if name == "log_softmax" else np.abs(y)), axis=-1, keepdims=True)
+        factor = np.exp(y) if name == "log_softmax" else np.abs(y)
         error = (columns + 8) * computed * (factor * (np.abs(f64(grad)) + size) + np.abs(f64(grad)))
         exact = entry.backward(f64(grad), y)
         assert_within(f64(to_cpu(grad_x)), exact, error + rounding * np.abs(exact) + tiny)
@@ -217,13 +217,13 @@ def test_rows_of_every_length(columns: int, any_dtype: Any, rng: Any, monkeypatc
     narrow = labels.astype(np.uint8 if columns < 256 else np.int16)
     soft = rng.uniform(size=(rows, columns)).astype(any_dtype)
     log_p = -ROW_FUNCTIONS["log_softmax"].forward(f64(x))
-    for labels_given, smoothing in itertools.product((labels, narrow, soft), (0.0, 0.1)):
-        loss, gradient = kernels.softmax_cross_entropy(to_gpu(x), to_gpu(labels_given), label_smoothing=smoothing)
+    for entry, labels_given, smoothing in itertools.product(ROW_LOSSES.values(), (labels, narrow, soft), (0.0, 0.1)):
+        loss, gradient = getattr(kernels, entry.name)(to_gpu(x), to_gpu(labels_given), label_smoothing=smoothing)
         targets = f64(soft) if labels_given is soft else np.eye(columns)[labels] if columns < 8000 else None
         if targets is None:  # too large to be worth it
             continue
         targets = (1 - smoothing) * targets + smoothing / columns
-        value, slope = softmax_cross_entropy(f64(x), targets)
+        value, slope = entry.evaluate(f64(x), targets)
         assert isinstance(loss, float)
         terms = np.sum(targets * (absolute + 4 * computed * log_p), axis=-1)
         assert_within(loss, np.mean(value), np.mean(terms) + rows * 2.0**-52 * abs(np.mean(value)))

@@ -32,7 +32,7 @@ from gemmlet.backends.cuda import matmul as cuda_matmul
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.numpy import NumpyBackend
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
 
 if shutil.which(COMPILER) is None:
@@ -131,17 +131,18 @@ def rows_by_blocks(run: Run) -> None:
 
 
 def cross_entropy(run: Run) -> None:
+    loss = ROW_LOSSES["softmax_cross_entropy"]
     for rows, columns in ((1, 10), (70, 10), (9, 300)):
         z = run.normal(rows, columns)
-        run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.1, poison(z))
+        run.compare("row_loss", loss, z, run.rng.integers(0, columns, rows), 0.1, poison(z))
         soft = run.rng.dirichlet(np.ones(columns), rows).astype(np.float32)
-        run.compare("softmax_cross_entropy", z, soft, 0.1, poison(z))
-        run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
+        run.compare("row_loss", loss, z, soft, 0.1, poison(z))
+        run.compare("row_loss", loss, z, run.rng.integers(0, columns, rows), 0.0, poison(z))
     # More rows than a few rounds take; whole packs of 16 bits; and so many rows for a thread that the product of their
     # sums would be too large.
     for rows, columns, dtype in ((1200, 10, np.float32), (2, 24, np.float16), (3 * 128 * 160, 16, np.float32)):
         z = (run.normal(rows, columns) if columns != 16 else np.zeros((rows, columns))).astype(dtype)
-        run.compare("softmax_cross_entropy", z, run.rng.integers(0, columns, rows), 0.0, poison(z))
+        run.compare("row_loss", loss, z, run.rng.integers(0, columns, rows), 0.0, poison(z))
 
 
 def elementwise_losses(run: Run) -> None:
@@ -309,7 +310,8 @@ class Mutant(NamedTuple):
 
 
 def mutants(file: str, *changes: tuple[str, str, str]) -> list[Mutant]:
-    return [Mutant(f"{file}.cuh", text, instead, tuple(checks.split())) for text, instead, checks in changes]
+    path = file if file.endswith(".h") else f"{file}.cuh"
+    return [Mutant(path, text, instead, tuple(checks.split())) for text, instead, checks in changes]
 
 
 BARRIER, FENCE = "__syncthreads();", "__threadfence();"
@@ -344,13 +346,19 @@ WRONG = [
         ("if (column(j) < end_) store_pack", "if (column(j) <= end_) store_pack", "rows_by_lanes"),
         ("j / N * N * Team::size >= width_", "j * N * Team::size >= width_", "cross_entropy"),
         ("larger = Largest{}(larger, number[k]);", "", "rows_by_blocks"),
-        ("total *= lowered<T>(term_of<T>(most, larger));", "", "rows_by_blocks"),
+        ("total *= lowered(term_of(most, larger));", "", "rows_by_blocks"),
         ("least = Largest{}(least, v);", "least = v;", "rows_by_lanes"),
         ("at / N % Team::size == Team::thread()", "at % Team::size == Team::thread()", "cross_entropy"),
         ("slot == i ? absent : widen(word)", "widen(word)", "cross_entropy"),
         ("if (slot >> 1 == i / 2) word", "if (false) word", "cross_entropy"),
         ("(slot & 1) == 0 ? 0xffffu", "(slot & 1) == 1 ? 0xffffu", "cross_entropy"),
         ("s += f(i, v, slot);", "s = f(i, v, slot);", "rows_by_blocks"),
+    ),
+    *mutants(
+        "../formulas/rows.h",
+        ("others.total + R::term(difference)", "others.total", "cross_entropy"),
+        ("at_label = -others.total", "at_label = others.total", "cross_entropy"),
+        ("losses::times(t, shifted)", "t", "cross_entropy"),
     ),
     *mutants(
         "losses",
@@ -369,16 +377,13 @@ WRONG = [
         ("range[0] < low || range[1] > high", "range[1] > high", "checked_losses"),
         ("range[0] < low || range[1] > high", "range[0] < low", "checked_losses"),
         ("loss[1] = 1;", "loss[1] = 0;", "checked_losses"),
-        ("others.total + term<T>(difference)", "others.total", "cross_entropy"),
-        ("of_label = -others.total", "of_label = others.total", "cross_entropy"),
         ("present && label_slot >= 0", "present && label_slot < 0", "cross_entropy"),
-        ("slot == label_slot ? entropy.of_label", "slot == label_slot ? -entropy.of_label", "cross_entropy"),
+        ("slot == label_slot ? of_row.at_label", "slot == label_slot ? -of_row.at_label", "cross_entropy"),
         ("later_label = label_of(r + 2 * apart)", "later_label = label_of(r + apart)", "cross_entropy"),
         ("++times_;", "", "cross_entropy"),
         ("Team::thread() == 0 ? total + totals.value() : 0", "total + totals.value()", "cross_entropy"),
-        ("t == V(0) ? V(0) : t * shifted", "t", "cross_entropy"),
-        ("i < columns ? (i == label ? k + s : s) : V(0)", "i == label ? k + s : s", "cross_entropy"),
-        ("i < columns ? fma(k, t.at(i, slot), s) : V(0)", "fma(k, t.at(i, slot), s)", "cross_entropy"),
+        ("i < columns ? smoothing.of_class(i == label) : V(0)", "smoothing.of_class(i == label)", "cross_entropy"),
+        ("i < columns ? smoothing.of_target(t", "true ? smoothing.of_target(t", "cross_entropy"),
         ("if (present && Team::thread() == 0) total", "if (Team::thread() == 0) total", "cross_entropy"),
         ("if (present && Team::thread() == 0) total", "if (present) total", "cross_entropy"),
     ),

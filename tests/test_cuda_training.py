@@ -28,7 +28,7 @@ from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.cuda.training import Session
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES
+from gemmlet.formulas.losses import LOSSES, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 from gemmlet.training.plan import (
     NOISE,
@@ -325,12 +325,12 @@ def test_every_activation(activation: str, device: Any, cpu: Any, dtype: Any, mo
 
 
 @pytest.mark.parametrize("top", [True, False])
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", *LOSSES])
+@pytest.mark.parametrize("loss", [*ROW_LOSSES, *LOSSES])
 def test_every_loss(loss: str, top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if not top:
         monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
     for out, classes in itertools.product((1, 2, 10, 40), (True, False)):
-        if loss == "softmax_cross_entropy" and out == 1:
+        if loss in ROW_LOSSES and out == 1:
             continue
         output = "sigmoid" if loss == "binary_cross_entropy" else None
         Mlp([6, 9, out], dtype, loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
@@ -445,10 +445,10 @@ def test_every_activation_in_a_cluster(activation: str, device: Any, cpu: Any, c
     in_cluster((9, 13, 3), hidden=activation, output=activation).check(device, cpu)
 
 
-@pytest.mark.parametrize("loss", ["softmax_cross_entropy", *LOSSES])
+@pytest.mark.parametrize("loss", [*ROW_LOSSES, *LOSSES])
 def test_every_loss_in_a_cluster(loss: str, device: Any, cpu: Any, cluster: None) -> None:
     for out, classes in itertools.product((1, 2, 10, 16), (True, False)):
-        if loss == "softmax_cross_entropy" and out == 1:
+        if loss in ROW_LOSSES and out == 1:
             continue
         output = "sigmoid" if loss == "binary_cross_entropy" else None
         in_cluster((6, 9, out), loss=loss, classes=classes, output=output, batch=11).check(device, cpu)
@@ -800,7 +800,7 @@ def test_fuses_what_there_is() -> None:
         return supports(TrainingPlan(((linear, Activation(activation, 0.0), *rest[1:]),), phases))
 
     assert all(fuses(activation=name) for name in ACTIVATIONS)
-    assert all(fuses(loss=name) for name in ("softmax_cross_entropy", *LOSSES))
+    assert all(fuses(loss=name) for name in (*ROW_LOSSES, *LOSSES))
     assert all(fuses(rule=name) for name in OPTIMIZER_RULES)
     assert not fuses(activation="hardtanh")
     assert not fuses(loss="hinge")

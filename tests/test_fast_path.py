@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gemmlet import kernels
-from gemmlet.formulas.losses import LOSSES
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import FAST_PATHS, UPDATED, Watched, arguments_of, complaint, copies, outcome, same_bits
 
 try:
@@ -72,9 +72,9 @@ def test_other_shapes_and_outputs(name: str, watched: Any, dtype: Any, rng: Any)
     """More dimensions, none, Fortran order, `out` apart and `out` in place."""
     backend, functions = watched
     base = name.removesuffix("_backward")
-    by_rows = base in ("softmax", "log_softmax", "softmax_cross_entropy")
+    by_rows = base in {*ROW_FUNCTIONS, *ROW_LOSSES}
     reshapes: list[Callable[[Any], Any]] = [lambda a: a]
-    if base != "softmax_cross_entropy":
+    if base not in ROW_LOSSES:
         reshapes.append(lambda a: a.reshape(2, 3, 5))
     if not by_rows:
         reshapes += [lambda a: a.reshape(-1), lambda a: np.array(a.flat[0])]
@@ -295,8 +295,8 @@ def test_what_makes_them_refuses(watched: Any) -> None:
     good = module.formula(0, 0.0, False, False, False)
     with pytest.raises(ValueError, match="kind"):
         module.quick("no such kind", good)
-    kinds = ("activation", "activation_backward", "row_function", "row_function_backward", "loss", "update")
-    for kind in (*kinds, "softmax_cross_entropy"):
+    kinds = ("activation", "activation_backward", "row_function", "row_function_backward", "loss", "row_loss", "update")
+    for kind in kinds:
         for bad in (None, 0, {}):
             with pytest.raises(TypeError, match="formula"):
                 module.quick(kind, bad)

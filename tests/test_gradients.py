@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
 
 torch = pytest.importorskip("torch")
@@ -36,8 +37,11 @@ def torch_activation(name: str) -> Callable[..., Any]:
 
 
 TORCH_ROW_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "softmax": lambda x: functional.softmax(x, dim=-1),
-    "log_softmax": lambda x: functional.log_softmax(x, dim=-1),
+    "softmax": functional.softmax,
+    "log_softmax": functional.log_softmax,
+}
+TORCH_ROW_LOSSES: dict[str, Callable[..., Any]] = {
+    "softmax_cross_entropy": functional.cross_entropy  # of logits, labels, label_smoothing
 }
 # As for activations.
 TORCH_LOSSES: dict[str, Callable[..., Any]] = {
@@ -46,10 +50,10 @@ TORCH_LOSSES: dict[str, Callable[..., Any]] = {
 }
 
 
-def torch_loss(name: str) -> Callable[..., Any]:
-    found = TORCH_LOSSES.get(name) or getattr(functional, name, None)
-    assert found is not None, f"PyTorch has no {name}: say in TORCH_LOSSES what it is made of there"
-    return found
+def counterpart(of_torch: dict[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
+    found = of_torch.get(name) or getattr(functional, name, None) or getattr(functional, f"{name}_loss", None)
+    assert found is not None, f"PyTorch has no {name}: say above what it is made of there"
+    return partial(found, dim=-1) if of_torch is TORCH_ROW_FUNCTIONS else found
 
 
 # For each update the optimizer, with what its state calls the arrays.
@@ -62,8 +66,12 @@ TORCH_OPTIMIZERS: dict[str, tuple[Any, dict[str, str]]] = {
 
 def test_everything_has_its_counterpart() -> None:
     assert all(torch_activation(name) for name in ACTIVATIONS)
-    assert set(TORCH_ROW_FUNCTIONS) == set(ROW_FUNCTIONS)
-    assert all(torch_loss(name) for name in LOSSES)
+    for of_torch, entries in (
+        (TORCH_ROW_FUNCTIONS, ROW_FUNCTIONS),
+        (TORCH_LOSSES, LOSSES),
+        (TORCH_ROW_LOSSES, ROW_LOSSES),
+    ):
+        assert all(counterpart(of_torch, name) for name in entries)
     assert set(TORCH_OPTIMIZERS) == {name for name in kernels.__all__ if name.endswith("_update")}
     assert {name.removesuffix("_update") for name in TORCH_OPTIMIZERS} >= set(OPTIMIZER_RULES) - {"momentum"}
 
@@ -129,7 +137,7 @@ def test_row_function(name: str, shape: tuple[int, ...], backend: Any, rng: Any)
     for scale in (0.01, 3.0, 30.0):
         x, grad = rng.normal(scale=scale, size=shape), rng.normal(size=shape)
         leaf_x = leaf(x)
-        expected = TORCH_ROW_FUNCTIONS[name](leaf_x)
+        expected = counterpart(TORCH_ROW_FUNCTIONS, name)(leaf_x)
         expected.backward(torch.tensor(grad))
         y = getattr(kernels, name)(x)
         assert_close(y, expected, elementwise=name == "softmax")
@@ -152,7 +160,7 @@ def test_loss(name: str, shape: tuple[int, ...], backend: Any, rng: Any) -> None
     targets = [np.asarray(rng.uniform(size=shape)), np.asarray(rng.integers(0, 2, size=shape).astype(np.float64))]
     for t, arguments in itertools.product(targets, [(), *([(0.3,), (2.5,)] if entry.parameter else [])]):
         leaf_p = leaf(np.asarray(p))
-        expected = torch_loss(name)(leaf_p, torch.tensor(t), *arguments)
+        expected = counterpart(TORCH_LOSSES, name)(leaf_p, torch.tensor(t), *arguments)
         expected.backward()
         loss, gradient = getattr(kernels, name)(np.asarray(p), t, *arguments)
         assert_close(loss, expected)
@@ -164,7 +172,7 @@ def test_loss_at_the_limits(name: str, backend: Any) -> None:
     p, t = (np.ravel(a) for a in np.meshgrid([0.0, 1e-14, 1e-300, 0.5, 1 - 1e-14, 1.0], [0.0, 0.3, 1.0]))
     for i in range(p.size):
         leaf_p = leaf(p[i : i + 1])
-        expected = torch_loss(name)(leaf_p, torch.tensor(t[i : i + 1]))
+        expected = counterpart(TORCH_LOSSES, name)(leaf_p, torch.tensor(t[i : i + 1]))
         expected.backward()
         loss, gradient = getattr(kernels, name)(p[i : i + 1], t[i : i + 1])
         assert_close(loss, expected)
@@ -175,7 +183,8 @@ def test_loss_at_the_limits(name: str, backend: Any) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["indices", "one-hot", "soft"])
-def test_softmax_cross_entropy(kind: str, smoothing: float, backend: Any, rng: Any) -> None:
+@pytest.mark.parametrize("name", list(ROW_LOSSES))
+def test_row_loss(name: str, kind: str, smoothing: float, backend: Any, rng: Any) -> None:
     for rows, classes in [(1, 2), (1, 10), (7, 3), (64, 10), (33, 101), (2000, 10)]:
         logits, indices = rng.normal(scale=4, size=(rows, classes)), rng.integers(0, classes, size=rows)
         labels = {
@@ -184,9 +193,9 @@ def test_softmax_cross_entropy(kind: str, smoothing: float, backend: Any, rng: A
             "soft": rng.dirichlet(np.ones(classes), size=rows),
         }[kind]
         leaf_z = leaf(logits)
-        expected = functional.cross_entropy(leaf_z, torch.tensor(labels), label_smoothing=smoothing)
+        expected = counterpart(TORCH_ROW_LOSSES, name)(leaf_z, torch.tensor(labels), label_smoothing=smoothing)
         expected.backward()
-        loss, gradient = kernels.softmax_cross_entropy(logits, labels, label_smoothing=smoothing)
+        loss, gradient = getattr(kernels, name)(logits, labels, label_smoothing=smoothing)
         assert_close(loss, expected)
         assert_close(gradient, leaf_z.grad)
 

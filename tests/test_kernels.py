@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, softmax_cross_entropy
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 from support import (
     LENGTHS,
@@ -155,9 +155,9 @@ def test_row_function(name: str, backend: Any, dtype: Any, rng: Any) -> None:
             continue
         relative, absolute = row_bounds(x, eps)
         exact = entry.forward(f64(x))
-        assert_within(y, exact, relative * exact if name == "softmax" else absolute)
-        size = np.sum(np.abs(f64(grad)) * (f64(y) if name == "softmax" else 1.0), axis=-1, keepdims=True)
-        factor = np.abs(f64(y)) if name == "softmax" else np.exp(f64(y))
+        assert_within(y, exact, absolute if name == "log_softmax" else relative * np.abs(exact))
+        size = np.sum(np.abs(f64(grad)) * (1.0 if name == "log_softmax" else np.abs(f64(y))), axis=-1, keepdims=True)
+        factor = np.exp(f64(y)) if name == "log_softmax" else np.abs(f64(y))
         bound = (shape[-1] + 8) * eps * (factor * (np.abs(f64(grad)) + size) + np.abs(f64(grad)))
         assert_within(result, entry.backward(f64(grad), f64(y)), bound)
 
@@ -198,7 +198,8 @@ def test_huber_delta(backend: Any, dtype: Any, rng: Any) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["int8", "int32", "int64", "uint8", "uint64", "soft", "one-hot", "unnormalised"])
-def test_softmax_cross_entropy(kind: str, smoothing: float, backend: Any, dtype: Any, rng: Any) -> None:
+@pytest.mark.parametrize("name", list(ROW_LOSSES))
+def test_row_loss(name: str, kind: str, smoothing: float, backend: Any, dtype: Any, rng: Any) -> None:
     eps = np.finfo(dtype).eps
     shapes = [
         (1, 1),
@@ -220,8 +221,8 @@ def test_softmax_cross_entropy(kind: str, smoothing: float, backend: Any, dtype:
         labels = indices.astype(kind) if "int" in kind else targets.astype(dtype)
         targets = targets if "int" in kind else f64(labels)
         targets = (1 - smoothing) * targets + smoothing / classes
-        loss, grad = kernels.softmax_cross_entropy(logits, labels, label_smoothing=smoothing)
-        value, slope = softmax_cross_entropy(f64(logits), targets)
+        loss, grad = getattr(kernels, name)(logits, labels, label_smoothing=smoothing)
+        value, slope = ROW_LOSSES[name].evaluate(f64(logits), targets)
         relative, absolute = row_bounds(logits, eps)
         log_p = -ROW_FUNCTIONS["log_softmax"].forward(f64(logits))
         terms = np.sum(targets * (absolute + 4 * eps * log_p), axis=-1)
@@ -232,8 +233,9 @@ def test_softmax_cross_entropy(kind: str, smoothing: float, backend: Any, dtype:
         assert_within(grad, slope / rows, bound)
 
 
-def test_softmax_cross_entropy_of_no_rows(backend: Any, dtype: Any) -> None:
-    loss, grad = kernels.softmax_cross_entropy(np.zeros((0, 3), dtype), np.zeros(0, np.int64))
+@pytest.mark.parametrize("name", list(ROW_LOSSES))
+def test_row_loss_of_no_rows(name: str, backend: Any, dtype: Any) -> None:
+    loss, grad = getattr(kernels, name)(np.zeros((0, 3), dtype), np.zeros(0, np.int64))
     assert math.isnan(loss)
     assert grad.shape == (0, 3)
 

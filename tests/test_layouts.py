@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gemmlet import _arguments, kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import UPDATED, arguments_of, copies, outcome, same_bits
 
 PRODUCTS = ("linear", "linear_backward", "matmul")
@@ -236,7 +236,7 @@ def test_out_overlaps_an_input(name: str, backend: Any, dtype: Any, rng: Any) ->
     """Views of one buffer, shifted, reversed or transposed: as if the inputs had been copied first."""
     rows = columns = 23
     arguments = arguments_for(name, backend, rng, dtype, rows, columns)
-    if name == "softmax_cross_entropy":
+    if name in ROW_LOSSES:
         softmax_labels(arguments)
     size = rows * columns
     shaped = [k for k, v in arrays_of(arguments).items() if v.shape == (rows, columns)]
@@ -292,7 +292,7 @@ def test_any_two_slices_of_one_buffer(source: Any, target: Any, size: int, name:
 
     buffer = np.linspace(0.01, 0.99, 60 + 3 * 50)
     arguments = arguments_of(name, np.random.default_rng(1), np.float64, 1, size)
-    if name == "softmax_cross_entropy":
+    if name in ROW_LOSSES:
         softmax_labels(arguments)
     argument = list(arrays_of(arguments))[-1]
     read, out = view(*source), view(*target)
@@ -328,14 +328,14 @@ def test_updates_in_any_strides(name: str, backend: Any, dtype: Any, rng: Any) -
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_empty_arrays(name: str, shape: tuple[int, int], backend: Any, dtype: Any, rng: Any) -> None:
-    if name == "softmax_cross_entropy" and shape == (5, 0):
+    if name in ROW_LOSSES and shape == (5, 0):
         pytest.skip("no class index fits")
     arguments = arguments_of(name, rng, dtype, *shape)
     before = copies(arguments)
     results = outcome(name, arguments)
     if name in ACTIVATIONS or name in ROW_FUNCTIONS or (name.endswith("_backward") and name not in PRODUCTS):
         assert [r.shape for r in results] == [shape]
-    elif name in LOSSES or name == "softmax_cross_entropy":
+    elif name in LOSSES or name in ROW_LOSSES:
         loss, gradient = results
         assert math.isnan(loss)
         assert gradient.shape == shape
@@ -579,7 +579,7 @@ def test_arrays_of_one_layout_are_not_copied(name: str, any_threads_backend: Any
 
         if name not in scalar_kernels(np.dtype(np.float32)):
             pytest.skip("it has no scalar kernel, and the reference computes in float64 copies")
-    ordered = base in ROW_FUNCTIONS or name in LOSSES or name == "softmax_cross_entropy"
+    ordered = base in ROW_FUNCTIONS or name in LOSSES or name in ROW_LOSSES
     arguments = arguments_of(name, rng, np.float32, 300, 1000)
     out = np.empty((300, 1000), np.float32)
     assert peak(lambda: getattr(kernels, name)(**arguments, out=out)) < ALLOWED

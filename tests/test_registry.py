@@ -18,7 +18,7 @@ import gemmlet
 from gemmlet import kernels, nn
 from gemmlet.backends import cpu as cpu_backend
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
 
 PACKAGE = Path(gemmlet.__file__).parent
@@ -31,6 +31,7 @@ def test_both_languages_list_the_same(module: str) -> None:
     assert set(extension.activations()) == set(ACTIVATIONS)
     assert set(extension.row_functions()) == set(ROW_FUNCTIONS)
     assert set(extension.losses()) == set(LOSSES)
+    assert set(extension.row_losses()) == set(ROW_LOSSES)
     assert set(extension.optimizer_rules()) == set(OPTIMIZER_RULES)
 
 
@@ -47,7 +48,7 @@ def test_numba_has_only_what_the_registry_has() -> None:
 
 def test_public_names_follow_from_the_registry() -> None:
     forward = [*ACTIVATIONS, *ROW_FUNCTIONS]
-    generated = {*forward, *(f"{name}_backward" for name in forward), *LOSSES}
+    generated = {*forward, *(f"{name}_backward" for name in forward), *LOSSES, *ROW_LOSSES}
     assert generated <= set(kernels.__all__)
     assert len(kernels.__all__) == len(set(kernels.__all__))
     public = {

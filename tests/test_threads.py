@@ -126,7 +126,7 @@ def long_calls(dtype: Any) -> dict[str, Callable[[], Any]]:
         "activation_backward": lambda: kernels.gelu_backward(x, y, None, out=out),
         "row_function_forward": lambda: kernels.softmax(x, out=out),
         "row_function_backward": lambda: kernels.log_softmax_backward(x, None, y, out=out),
-        "softmax_cross_entropy": lambda: kernels.softmax_cross_entropy(x, labels, out=out),
+        "row_loss": lambda: kernels.softmax_cross_entropy(x, labels, out=out),
         "elementwise_loss": lambda: kernels.binary_cross_entropy_with_logits(x, y, out=out),
         "optimizer_update": lambda: kernels.adam_update(out, x, y.copy(), y.copy(), step=1),
     }

@@ -5,6 +5,8 @@
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "formulas/activations.h"
+// After the functions that it is written on.
+#include "formulas/rows.h"
 
 namespace gemmlet {
 namespace {
@@ -55,67 +57,19 @@ void backward(const T* grad_y, const T* saved, T parameter, T* grad_x, Index n) 
       cheap_backward<F> ? tuning::cheap_chunk : tuning::costly_chunk);
 }
 
-struct softmax {
-  template <class T, class Rows>
-  [[gnu::flatten]] static void forward(const Rows& rows, T* y, const T* x) {
-    using V = Vec<T>;
-    const V largest = rows.largest(x);
-    DoubleSum<T> sum;
-    const auto power = [&](int first, V v) {
-      const V e = decay(v - largest);
-      sum.add(part<T>(e, first));
-      return e;
-    };
-    rows.map(y, power, x);
-    double total[Rows::count];
-    rows.totals(sum, total);
-    const V divisor = rows.vector(total);
-    rows.map(y, [&](int, V e) { return e / divisor; }, y);
-  }
-  template <class T, class Rows>
-  [[gnu::flatten]] static void backward(const Rows& rows, T* grad_x, const T* grad_y, const T* y) {
-    using V = Vec<T>;
-    DoubleSum<T> dot;
-    rows.each([&](int first, V g, V p) { dot.add_product(part<T>(g, first), part<T>(p, first)); }, grad_y, y);
-    double total[Rows::count];
-    rows.totals(dot, total);
-    const V d = rows.vector(total);
-    rows.map(grad_x, [&](int, V g, V p) { return p * (g - d); }, grad_y, y);
-  }
-};
+template <class T, class F, class Layout>
+[[gnu::flatten]] void row_forward(const Layout& layout, T* y, const T* x) {
+  F::forward(Operands<Layout>{layout, y, x});
+}
 
-struct log_softmax {
-  template <class T, class Rows>
-  [[gnu::flatten]] static void forward(const Rows& rows, T* y, const T* x) {
-    using V = Vec<T>;
-    const V largest = rows.largest(x);
-    DoubleSum<T> sum;
-    rows.each([&](int first, V v) { sum.add(part<T>(decay(v - largest), first)); }, x);
-    double total[Rows::count];
-    rows.totals(sum, total);
-    rows.logs(total);
-    const V log_total = rows.vector(total);
-    rows.map(y, [&](int, V v) { return (v - largest) - log_total; }, x);
-  }
-  template <class T, class Rows>
-  [[gnu::flatten]] static void backward(const Rows& rows, T* grad_x, const T* grad_y, const T* y) {
-    using V = Vec<T>;
-    DoubleSum<T> sum;
-    rows.each([&](int first, V g) { sum.add(part<T>(g, first)); }, grad_y);
-    double of_row[Rows::count];
-    rows.totals(sum, of_row);
-    const V total = rows.vector(of_row);
-    rows.map(grad_x, [&](int, V g, V p) { return fma(-exp(p), total, g); }, grad_y, y);
-  }
-};
-
-#define GEMMLET_ROW_FUNCTIONS(X) \
-  X(softmax)                     \
-  X(log_softmax)
+template <class T, class F, class Layout>
+[[gnu::flatten]] void row_backward(const Layout& layout, T* grad_x, const T* grad_y, const T* y) {
+  F::backward(Operands<Layout, std::identity>{layout, grad_x, grad_y, y});
+}
 
 template <class T, class F>
 void rows_forward(const T* x, T* y, Index rows, Index columns) {
-  const auto call = [](const auto& layout, Index, int, T* to, const T* from) { F::forward(layout, to, from); };
+  const auto call = [](const auto& layout, Index, int, T* to, const T* from) { row_forward<T, F>(layout, to, from); };
   parallel_chunks(
       rows, [&](Index begin, Index end) { for_rows(begin, end, columns, call, y, x); }, rows_per_chunk<T>(columns));
 }
@@ -123,7 +77,7 @@ void rows_forward(const T* x, T* y, Index rows, Index columns) {
 template <class T, class F>
 void rows_backward(const T* grad_y, const T* y, T* grad_x, Index rows, Index columns) {
   const auto call = [](const auto& layout, Index, int, T* to, const T* g, const T* p) {
-    F::backward(layout, to, g, p);
+    row_backward<T, F>(layout, to, g, p);
   };
   parallel_chunks(
       rows, [&](Index begin, Index end) { for_rows(begin, end, columns, call, grad_x, grad_y, y); },
@@ -153,7 +107,7 @@ void activation_backward(int activation, const T* grad_y, const T* saved, T para
 template <class T>
 void row_function_forward(int function, const T* x, T* y, Index rows, Index columns) {
   using Function = void (*)(const T*, T*, Index, Index);
-#define GEMMLET_ENTRY(name) &rows_forward<T, name>,
+#define GEMMLET_ENTRY(name) &rows_forward<T, row_functions::name>,
   static constexpr Function table[] = {GEMMLET_ROW_FUNCTIONS(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
   table[function](x, y, rows, columns);
@@ -162,7 +116,7 @@ void row_function_forward(int function, const T* x, T* y, Index rows, Index colu
 template <class T>
 void row_function_backward(int function, const T* grad_y, const T* y, T* grad_x, Index rows, Index columns) {
   using Function = void (*)(const T*, const T*, T*, Index, Index);
-#define GEMMLET_ENTRY(name) &rows_backward<T, name>,
+#define GEMMLET_ENTRY(name) &rows_backward<T, row_functions::name>,
   static constexpr Function table[] = {GEMMLET_ROW_FUNCTIONS(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
   table[function](grad_y, y, grad_x, rows, columns);

@@ -2,7 +2,7 @@
 //
 // Contract
 //   Pointers without strides are contiguous. An output of an elementwise or row function may be one of its inputs;
-//   beyond that nothing overlaps. Sizes may be 0, except the columns of a row function and of softmax_cross_entropy.
+//   beyond that nothing overlaps. Sizes may be 0, except the columns of a row function or loss.
 //   Results do not depend on the number of threads. Names are looked up in the lists of csrc/formulas/ (see the *_names
 //   functions).
 #pragma once
@@ -42,8 +42,8 @@ void column_sum(View<T> x, T* sum);
 
 // losses.cpp: the gradient of the mean goes to `gradient`, the mean is returned. Either indices or targets is null.
 template <class T>
-double softmax_cross_entropy(const T* logits, const Index* indices, const T* targets, double smoothing, T* gradient,
-                             Index rows, Index columns);
+double row_loss(int loss, const T* logits, const Index* indices, const T* targets, double smoothing, T* gradient,
+                Index rows, Index columns);
 template <class T>
 double elementwise_loss(int loss, const T* prediction, const T* target, T parameter, T* gradient, Index n);
 template <class T>
@@ -51,8 +51,8 @@ bool within_unit_interval(const T* x, Index n);  // NaN passes
 // Rows of a mini-batch, on the calling thread: the loss of each row (elementwise: its sum) goes to losses; the gradient
 // is multiplied by `scale`. Rows of logits and gradient are `stride` apart. Either indices, or targets by row, is null.
 template <class T>
-void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, double smoothing,
-                                T scale, T* gradient, Index stride, Index rows, Index columns, double* losses);
+void row_loss_each(int loss, const T* logits, const Index* indices, const T* const* targets, double smoothing, T scale,
+                   T* gradient, Index stride, Index rows, Index columns, double* losses);
 template <class T>
 double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T* gradient, Index n);
 
@@ -65,6 +65,7 @@ int optimizer_scalar_count(int rule);
 std::vector<std::string> activation_names();
 std::vector<std::string> row_function_names();
 std::vector<std::string> loss_names();
+std::vector<std::string> row_loss_names();
 std::vector<std::string> optimizer_rule_names();
 
 }  // namespace gemmlet

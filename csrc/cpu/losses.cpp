@@ -1,10 +1,10 @@
-// Losses: the mean and its gradient in one pass. Reductions in double, over chunks of a fixed size, in a fixed order.
+// Losses: the mean and its gradient in one pass. Sums in double, over chunks of a fixed size, in a fixed order.
 #include <algorithm>
 
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 // After the functions that it is written on.
-#include "formulas/losses.h"
+#include "formulas/rows.h"
 
 namespace gemmlet {
 namespace {
@@ -44,93 +44,109 @@ double evaluate(const T* prediction, const T* target, T parameter, T* gradient, 
   return sum / static_cast<double>(n);
 }
 
-// For each row: -sum_j t_j log_softmax(z)_j, and softmax(z) sum_j t_j - t times `scale`, with t_j = keep * target_j +
-// spread. The target is one-hot at the row's index where `target` is null. The losses of the first n rows.
-template <class T, class Rows>
-[[gnu::flatten]] void cross_entropy(const Rows& rows, int n, T* gradient, const T* z, const Index* indices,
-                                    const T* target, double keep, double spread, T scale, double* losses) {
-  using V = Vec<T>;
-  const V largest = rows.largest(z), k = splat(static_cast<T>(keep)), s = splat(static_cast<T>(spread));
-  double at_index[Rows::count] = {};  // the logit first, then its exponential
-  if (target == nullptr)
-    for (int r = 0; r < n; ++r)
-      at_index[r] = static_cast<double>(z[rows.at(r, indices[r])]) - static_cast<double>(rows.number(largest, r));
-  DoubleSum<T> exp_sum, target_sum, product_sum;
-  const auto power = [&](int first, V v) {
-    const V e = decay(v - largest);
-    exp_sum.add(part<T>(e, first));
-    return e;
-  };
-  const auto weigh = [&](int first, V v, V t) {
-    target_sum.add(part<T>(t, first));
-    // A class of weight 0 adds no loss, even at -inf.
-    product_sum.add(part<T>(select(t == V{}, V{}, t * (v - largest)), first));
-  };
-  if (target != nullptr)
-    rows.each([&](int first, V v, V t) { weigh(first, v, fma(k, t, s)); }, z, target);
-  else if (spread != 0)
-    rows.each([&](int first, V v) { weigh(first, v, s); }, z);
-  rows.map(gradient, power, z);
-  double total[Rows::count], log_total[Rows::count], weight[Rows::count], product[Rows::count], exp_scale[Rows::count];
-  rows.totals(exp_sum, total);
-  rows.totals(exp_sum, log_total);
-  rows.logs(log_total);
-  rows.totals(target_sum, weight);
-  rows.totals(product_sum, product);
-  for (int r = 0; r < Rows::count; ++r) {
-    if (target == nullptr) {
-      weight[r] += keep;
-      if (keep != 0) product[r] += keep * at_index[r];
-    }
-    exp_scale[r] = weight[r] / total[r];
-    if (r < n) losses[r] = weight[r] * log_total[r] - product[r];
+using row_losses::Smoothing;
+
+// The losses of the first n rows, against targets; and against class indices.
+template <class L, class T, class Layout>
+[[gnu::flatten]] void evaluate_rows(const Layout& layout, int n, T* gradient, const T* z, const T* target,
+                                    Smoothing<double> smoothing, T scale, double* losses) {
+  double of_row[Layout::count];
+  const Smoothing<Vec<T>> lanes_of{constant<Vec<T>>(smoothing.keep), constant<Vec<T>>(smoothing.spread)};
+  const auto smoothed = [=](Vec<T> t) { return lanes_of.of_target(t); };
+  const Operands<Layout, decltype(smoothed)> rows{layout, gradient, z, target, smoothed};
+  Layout::store_statistic(of_row, L::of_targets(rows, splat(scale)));
+  std::copy_n(of_row, n, losses);
+}
+
+template <class L, class T, class Layout>
+[[gnu::flatten]] void evaluate_rows(const Layout& layout, int n, T* gradient, const T* z, const Index* indices,
+                                    Smoothing<double> smoothing, T scale, double* losses) {
+  if constexpr (L::has_label_form) {
+    double of_row[Layout::count];
+    const Operands<Layout> rows{layout, gradient, z, nullptr, {}, indices, n};
+    Layout::store_statistic(of_row, L::of_label(rows, smoothing, splat(scale)));
+    std::copy_n(of_row, n, losses);
+  } else {
+    std::vector<T> one_hot(static_cast<std::size_t>(layout.columns * Layout::count));
+    for (int r = 0; r < n; ++r) one_hot[static_cast<std::size_t>(layout.at(r, indices[r]))] = T(1);
+    evaluate_rows<L, T>(layout, n, gradient, z, one_hot.data(), smoothing, scale, losses);
   }
-  const V factor = rows.vector(exp_scale), mean_scale = splat(scale);
-  if (target != nullptr) {
-    rows.map(gradient, [&](int, V e, V t) { return fma(e, factor, -fma(k, t, s)) * mean_scale; }, gradient, target);
+}
+
+template <class T, class L>
+double evaluate_mean(const T* logits, const Index* indices, const T* targets, Smoothing<double> smoothing, T* gradient,
+                     Index rows, Index columns) {
+  const T scale = static_cast<T>(1.0 / static_cast<double>(rows));
+  const double sum = sum_chunks(rows, rows_per_chunk<T>(columns), [&](Index begin, Index end) {
+    double total = 0;
+    const auto evaluate = [&](const auto& layout, Index, int n, T* to, const T* z, const auto* wanted) {
+      double losses[lanes<T>];
+      evaluate_rows<L, T>(layout, n, to, z, wanted, smoothing, scale, losses);
+      for (int r = 0; r < n; ++r) total += losses[r];
+    };
+    if (targets == nullptr)
+      for_rows(
+          begin, end, columns,
+          [&](const auto& layout, Index i, int n, T* to, const T* z) { evaluate(layout, i, n, to, z, indices + i); },
+          gradient, logits);
+    else
+      for_rows(begin, end, columns, evaluate, gradient, logits, targets);
+    return total;
+  });
+  return sum / static_cast<double>(rows);
+}
+
+template <class T, class L>
+void evaluate_each(const T* logits, const Index* indices, const T* const* targets, Smoothing<double> smoothing, T scale,
+                   T* gradient, Index stride, Index rows, Index columns, double* losses) {
+  const auto evaluate = [&](const auto& layout, Index i, int n, T* to, const T* from, const T* target) {
+    if (targets == nullptr)
+      evaluate_rows<L, T>(layout, n, to, from, indices + i, smoothing, scale, losses + i);
+    else
+      evaluate_rows<L, T>(layout, n, to, from, target, smoothing, scale, losses + i);
+  };
+  if (columns > tuning::across_max_columns) {
+    for (Index i = 0; i < rows; ++i)
+      evaluate(Along<T>{columns}, i, 1, gradient + i * stride, logits + i * stride,
+               targets == nullptr ? nullptr : targets[i]);
     return;
   }
-  for (int r = 0; r < n; ++r) at_index[r] = static_cast<double>(gradient[rows.at(r, indices[r])]);
-  rows.map(gradient, [&](int, V e) { return fma(e, factor, -s) * mean_scale; }, gradient);
-  for (int r = 0; r < n; ++r) {
-    // In double: where softmax is close to 1, this difference is close to 0.
-    const double difference = at_index[r] * exp_scale[r] - (keep + spread);
-    gradient[rows.at(r, indices[r])] = static_cast<T>(difference * static_cast<double>(scale));
+  const Across<T> layout{columns};
+  alignas(64) T z[tuning::across_max_columns * lanes<T>], t[tuning::across_max_columns * lanes<T>];
+  for (Index i = 0; i < rows; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
+    layout.transpose_in(logits + i * stride, n, z, stride);
+    if (targets != nullptr)
+      for (int r = 0; r < n; ++r)
+        for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
+    evaluate(layout, i, n, z, z, t);
+    layout.transpose_out(z, n, gradient + i * stride, stride);
   }
 }
 
 }  // namespace
 
 template <class T>
-double softmax_cross_entropy(const T* logits, const Index* indices, const T* targets, double smoothing, T* gradient,
-                             Index rows, Index columns) {
-  const double spread = smoothing / static_cast<double>(columns);
-  const T scale = static_cast<T>(1.0 / static_cast<double>(rows));
-  const double keep = 1.0 - smoothing;
-  const double sum = sum_chunks(rows, rows_per_chunk<T>(columns), [&](Index begin, Index end) {
-    double total = 0, losses[lanes<T>];
-    const auto add = [&](int n) {
-      for (int r = 0; r < n; ++r) total += losses[r];
-    };
-    if (targets == nullptr)
-      for_rows(
-          begin, end, columns,
-          [&](const auto& layout, Index i, int n, T* to, const T* z) {
-            cross_entropy<T>(layout, n, to, z, indices + i, nullptr, keep, spread, scale, losses);
-            add(n);
-          },
-          gradient, logits);
-    else
-      for_rows(
-          begin, end, columns,
-          [&](const auto& layout, Index, int n, T* to, const T* z, const T* t) {
-            cross_entropy<T>(layout, n, to, z, nullptr, t, keep, spread, scale, losses);
-            add(n);
-          },
-          gradient, logits, targets);
-    return total;
-  });
-  return sum / static_cast<double>(rows);
+double row_loss(int loss, const T* logits, const Index* indices, const T* targets, double smoothing, T* gradient,
+                Index rows, Index columns) {
+  using Function = double (*)(const T*, const Index*, const T*, Smoothing<double>, T*, Index, Index);
+#define GEMMLET_ENTRY(name) &evaluate_mean<T, row_losses::name>,
+  static constexpr Function table[] = {GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+  return table[loss](logits, indices, targets, row_losses::label_smoothing(smoothing, columns), gradient, rows,
+                     columns);
+}
+
+template <class T>
+void row_loss_each(int loss, const T* logits, const Index* indices, const T* const* targets, double smoothing, T scale,
+                   T* gradient, Index stride, Index rows, Index columns, double* losses) {
+  using Function =
+      void (*)(const T*, const Index*, const T* const*, Smoothing<double>, T, T*, Index, Index, Index, double*);
+#define GEMMLET_ENTRY(name) &evaluate_each<T, row_losses::name>,
+  static constexpr Function table[] = {GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+  table[loss](logits, indices, targets, row_losses::label_smoothing(smoothing, columns), scale, gradient, stride, rows,
+              columns, losses);
 }
 
 template <class T>
@@ -150,31 +166,6 @@ bool within_unit_interval(const T* x, Index n) {
 }
 
 template <class T>
-void softmax_cross_entropy_rows(const T* logits, const Index* indices, const T* const* targets, double smoothing,
-                                T scale, T* gradient, Index stride, Index rows, Index columns, double* losses) {
-  const double keep = 1.0 - smoothing, spread = smoothing / static_cast<double>(columns);
-  if (columns > tuning::across_max_columns) {
-    for (Index i = 0; i < rows; ++i)
-      cross_entropy<T>(Along<T>{columns}, 1, gradient + i * stride, logits + i * stride,
-                       indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : targets[i], keep,
-                       spread, scale, losses + i);
-    return;
-  }
-  const Across<T> layout{columns};
-  alignas(64) T z[tuning::across_max_columns * lanes<T>], t[tuning::across_max_columns * lanes<T>];
-  for (Index i = 0; i < rows; i += lanes<T>) {
-    const int n = static_cast<int>(std::min<Index>(lanes<T>, rows - i));
-    layout.transpose_in(logits + i * stride, n, z, stride);
-    if (targets != nullptr)
-      for (int r = 0; r < n; ++r)
-        for (Index j = 0; j < columns; ++j) t[layout.at(r, j)] = targets[i + r][j];
-    cross_entropy<T>(layout, n, z, z, indices == nullptr ? nullptr : indices + i, targets == nullptr ? nullptr : t,
-                     keep, spread, scale, losses + i);
-    layout.transpose_out(z, n, gradient + i * stride, stride);
-  }
-}
-
-template <class T>
 double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T* gradient,
                             Index n) {
   using Function = double (*)(const T*, const T*, Vec<T>, Vec<T>, T*, Index, Index);
@@ -184,18 +175,27 @@ double elementwise_loss_row(int loss, const T* prediction, const T* target, T pa
   return table[loss](prediction, target, splat(parameter), splat(scale), gradient, 0, n);
 }
 
+int elementwise_loss_number(const std::string& name) {
+  const std::vector<std::string> names = loss_names();
+  return static_cast<int>(std::find(names.begin(), names.end(), name) - names.begin());
+}
+
 std::vector<std::string> loss_names() {
 #define GEMMLET_ENTRY(name) #name,
   return {GEMMLET_LOSSES(GEMMLET_ENTRY)};
+}
+
+std::vector<std::string> row_loss_names() {
+  return {GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                                                   \
-  template double softmax_cross_entropy(const T*, const Index*, const T*, double, T*, Index, Index);             \
-  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                       \
-  template bool within_unit_interval(const T*, Index);                                                           \
-  template void softmax_cross_entropy_rows(const T*, const Index*, const T* const*, double, T, T*, Index, Index, \
-                                           Index, double*);                                                      \
+#define GEMMLET_INSTANTIATE(T)                                                                                  \
+  template double row_loss(int, const T*, const Index*, const T*, double, T*, Index, Index);                    \
+  template void row_loss_each(int, const T*, const Index*, const T* const*, double, T, T*, Index, Index, Index, \
+                              double*);                                                                         \
+  template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                      \
+  template bool within_unit_interval(const T*, Index);                                                          \
   template double elementwise_loss_row(int, const T*, const T*, T, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

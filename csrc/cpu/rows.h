@@ -1,11 +1,12 @@
 // Vector loops: over an array, along one row of a matrix, across several short rows.
 //
 // Contract
-//   Along and Across have the same members, so that a function of rows is written once, for `rows` of either type. Both
-//   read and write arrays in their own layout: Along one row of at least lanes<T> columns as it is, Across lanes<T> rows
-//   of any length, transposed: element (row r, column j) at [j * lanes<T> + r] (for_rows transposes them).
+//   Along and Across are layouts with the same members: Along one row of at least lanes<T> columns as it is, Across
+//   lanes<T> rows of any length, transposed: element (row r, column j) at [j * lanes<T> + r] (for_rows transposes them).
 //   map(out, f, in...) stores f(first, vectors of in...) throughout `out`, which may be one of the inputs;
 //   each(f, in...) does not store. The lanes below `first` are not part of the vector: sums must leave them out (part).
+//   A Statistic is a double for each row of the layout.
+//   Operands is what formulas/rows.h asks for, in either layout.
 //   Results of a row do not depend on the other rows.
 #pragma once
 
@@ -49,45 +50,76 @@ GEMMLET_INLINE Vec<T> part(Vec<T> v, int first) {
   return keep_lanes<T>(v, first, lanes<T>);
 }
 
+// A double for each of lanes<T> rows.
+template <class T>
+struct RowNumbers : Doubles<T> {
+  RowNumbers(double all = 0) : RowNumbers([=](int) { return splat(all); }) {}
+  RowNumbers(const Doubles<T>& d) : Doubles<T>(d) {}
+  template <class F>
+    requires std::invocable<F, int>
+  explicit RowNumbers(F part_of) {
+    for (int i = 0; i < this->parts; ++i) this->part[i] = part_of(i);
+  }
+  using Ref = const RowNumbers&;
+  friend RowNumbers operator+(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] + b.part[i]; });
+  }
+  friend RowNumbers operator-(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] - b.part[i]; });
+  }
+  friend RowNumbers operator*(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] * b.part[i]; });
+  }
+  friend RowNumbers operator/(Ref a, Ref b) {
+    return RowNumbers([&](int i) { return a.part[i] / b.part[i]; });
+  }
+};
+
 template <class T>
 struct Along {
   static constexpr int count = 1;
+  using Number = T;
+  using Statistic = double;
   Index columns;
 
   Index at(int, Index column) const { return column; }
 
   template <class F, class... In>
-  void each(F&& f, const In*... in) const {
-    run([&](Index, int first, Vec<In>... v) { f(first, v...); }, in...);
+  GEMMLET_INLINE void each(F&& f, const In*... in) const {
+    run([&](Index, int first, Vec<In>... v) GEMMLET_INLINE_LAMBDA { f(first, v...); }, in...);
   }
   template <class F, class... In>
-  void map(T* out, F&& f, const In*... in) const {
-    run([&](Index j, int first, Vec<In>... v) { store(out + j, f(first, v...)); }, in...);
+  GEMMLET_INLINE void map(T* out, F&& f, const In*... in) const {
+    run([&](Index j, int first, Vec<In>... v) GEMMLET_INLINE_LAMBDA { store(out + j, f(first, v...)); }, in...);
   }
 
-  // A NaN may be skipped: exp(NaN - max) restores it.
-  Vec<T> largest(const T* x) const {
+  // NaN may be passed over: exp(NaN - max) brings it back.
+  GEMMLET_INLINE Vec<T> largest(const T* x) const {
     Vec<T> most = load(x);
-    each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);
+    each([&](int, Vec<T> v) GEMMLET_INLINE_LAMBDA { most = select(v > most, v, most); }, x);
     T result = -std::numeric_limits<T>::infinity();
     for (int i = 0; i < lanes<T>; ++i) result = most[i] > result ? most[i] : result;
     return splat(result);
   }
 
-  // One value for each row: from a sum, from a vector with it in every lane; and a vector from those values.
-  void totals(const DoubleSum<T>& sum, double* of_row) const { of_row[0] = sum.total(); }
-  void logs(double* of_row) const { of_row[0] = std::log(of_row[0]); }
-  T number(Vec<T> v, int) const { return v[0]; }
-  Vec<T> vector(const double* of_row) const { return splat(static_cast<T>(of_row[0])); }
+  static Statistic total(const DoubleSum<T>& sum) { return sum.total(); }
+  static Statistic statistic(Vec<T> v) { return static_cast<double>(v[0]); }
+  static Vec<T> vector(Statistic s) { return splat(static_cast<T>(s)); }
+  static Statistic log(Statistic s) { return std::log(s); }
+  template <class F>
+  GEMMLET_INLINE static Statistic statistic_of(F f) {
+    return f(0);
+  }
+  static void store_statistic(double* of_row, Statistic s) { *of_row = s; }
 
  private:
   // The last vector ends with the row, and overlaps the one before it. It is read before anything is written, as `out`
   // may be an input.
   template <class F, class... In>
-  void run(F&& f, const In*... in) const {
+  GEMMLET_INLINE void run(F&& f, const In*... in) const {
     const Index last = columns - lanes<T>;
     const int rest = static_cast<int>(columns % lanes<T>);
-    [&](Vec<In>... end) {
+    [&](Vec<In>... end) GEMMLET_INLINE_LAMBDA {
       for (Index j = 0; j <= last; j += lanes<T>) f(j, 0, load(in + j)...);
       if (rest > 0) f(last, lanes<T> - rest, end...);
     }(load(in + last)...);
@@ -97,36 +129,42 @@ struct Along {
 template <class T>
 struct Across {
   static constexpr int count = lanes<T>;
+  using Number = T;
+  using Statistic = RowNumbers<T>;
   Index columns;
 
   Index at(int row, Index column) const { return column * lanes<T> + row; }
 
   template <class F, class... In>
-  void each(F&& f, const In*... in) const {
+  GEMMLET_INLINE void each(F&& f, const In*... in) const {
     for (Index j = 0; j < columns * lanes<T>; j += lanes<T>) f(0, load(in + j)...);
   }
   template <class F, class... In>
-  void map(T* out, F&& f, const In*... in) const {
+  GEMMLET_INLINE void map(T* out, F&& f, const In*... in) const {
     for (Index j = 0; j < columns * lanes<T>; j += lanes<T>) store(out + j, f(0, load(in + j)...));
   }
 
-  Vec<T> largest(const T* x) const {
+  GEMMLET_INLINE Vec<T> largest(const T* x) const {
     Vec<T> most = splat(-std::numeric_limits<T>::infinity());
-    each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);
+    each([&](int, Vec<T> v) GEMMLET_INLINE_LAMBDA { most = select(v > most, v, most); }, x);
     return most;
   }
 
-  void totals(const DoubleSum<T>& sum, double* of_row) const {
-    for (int i = 0; i < sum.sum.parts; ++i) store(of_row + i * lanes<double>, sum.sum.part[i]);
+  static Statistic total(const DoubleSum<T>& sum) { return sum.sum; }
+  static Statistic statistic(Vec<T> v) { return to_double<T>(v); }
+  static Vec<T> vector(const Statistic& s) { return from_double<T>(s); }
+  static Statistic log(const Statistic& s) {
+    return Statistic([&](int i) { return gemmlet::log(s.part[i]); });
   }
-  void logs(double* of_row) const {
-    for (int i = 0; i < lanes<T>; i += lanes<double>) store(of_row + i, log(load(of_row + i)));
+  // f(row) for each row, put into lanes one by one: a vector load of numbers just stored would wait for the stores.
+  template <class F>
+  GEMMLET_INLINE static Statistic statistic_of(F f) {
+    Statistic s;
+    for (int i = 0; i < lanes<T>; ++i) s.part[i / lanes<double>][i % lanes<double>] = f(i);
+    return s;
   }
-  T number(Vec<T> v, int row) const { return v[row]; }
-  Vec<T> vector(const double* of_row) const {
-    Doubles<T> d;
-    for (int i = 0; i < d.parts; ++i) d.part[i] = load(of_row + i * lanes<double>);
-    return from_double<T>(d);
+  static void store_statistic(double* of_row, const Statistic& s) {
+    for (int i = 0; i < s.parts; ++i) store(of_row + i * lanes<double>, s.part[i]);
   }
 
   // Transposes rows of a matrix into this layout, missing rows as zeros; and back.
@@ -138,6 +176,119 @@ struct Across {
   void transpose_out(const T* from, Index rows, T* x, Index stride) const {
     for (Index r = 0; r < rows; ++r)
       for (Index j = 0; j < columns; ++j) x[r * stride + j] = from[j * lanes<T> + r];
+  }
+};
+
+// Rows in a layout, as formulas/rows.h asks for them. Second is a function of what stands at `second` beside each number,
+// or Alone. Results may take the place of either, but not of `second` where numbers turn.
+struct Alone {};
+template <class Layout, class Second = Alone>
+struct Operands {
+  using T = typename Layout::Number;
+  using V = Vec<T>;
+  using Statistic = typename Layout::Statistic;
+  template <int n>
+  struct Sums {
+    Statistic of[n] = {};
+  };
+  struct Terms {
+    V largest;
+    Statistic total;
+  };
+
+  Layout layout;
+  T* out;
+  const T* x;  // out, once the numbers have turned
+  const T* second = nullptr;
+  Second of_second{};
+  const Index* labels = nullptr;  // of the first label_count rows
+  int label_count = 0;
+
+  GEMMLET_INLINE static V term(V v) { return decay(v); }
+  template <class F>
+  GEMMLET_INLINE static V turned(V v, F) {
+    return v;
+  }
+  GEMMLET_INLINE static V exp(V v) { return gemmlet::exp(v); }
+  GEMMLET_INLINE static Statistic log(const Statistic& s) { return Layout::log(s); }
+  GEMMLET_INLINE static Statistic statistic(V v) { return Layout::statistic(v); }
+  GEMMLET_INLINE static V vector(const Statistic& s) { return Layout::vector(s); }
+  GEMMLET_INLINE static V divisor(const Statistic& s) { return Layout::vector(s); }
+
+  GEMMLET_INLINE V largest() const { return layout.largest(x); }
+  template <class F>
+  GEMMLET_INLINE void map(F f) const {
+    map_lanes([&](int, auto... v) GEMMLET_INLINE_LAMBDA { return f(v...); });
+  }
+  template <int n, class F>
+  GEMMLET_INLINE Sums<n> turn(F f) {
+    DoubleSum<T> sum[n];
+    map_lanes([&](int first, auto... v) GEMMLET_INLINE_LAMBDA {
+      V summand[n];
+      const V result = f(v..., summand);
+      for (int k = 0; k < n; ++k) sum[k].add(part<T>(summand[k], first));
+      return result;
+    });
+    x = out;
+    return totals(sum);
+  }
+  GEMMLET_INLINE Terms terms() {
+    const V most = largest();
+    return {most, turn<1>([=](V v, V* summand) GEMMLET_INLINE_LAMBDA { return *summand = term(v - most); }).of[0]};
+  }
+  GEMMLET_INLINE Terms term_sum() const {
+    const V most = largest();
+    return {most, sums<1>([=](V v, V* summand) GEMMLET_INLINE_LAMBDA { *summand = term(v - most); }).of[0]};
+  }
+  GEMMLET_INLINE Statistic sum() const {
+    return sums<1>([](V v, V* summand) GEMMLET_INLINE_LAMBDA { *summand = v; }).of[0];
+  }
+  // Of what f(v, summand) sets, as turn does, while the numbers stay.
+  template <int n, class F>
+  GEMMLET_INLINE Sums<n> sums(F f) const {
+    DoubleSum<T> sum[n];
+    layout.each(
+        [&](int first, V v) GEMMLET_INLINE_LAMBDA {
+          V summand[n];
+          f(v, summand);
+          for (int k = 0; k < n; ++k) sum[k].add(part<T>(summand[k], first));
+        },
+        x);
+    return totals(sum);
+  }
+  GEMMLET_INLINE Statistic dot() const {
+    DoubleSum<T> sum;
+    layout.each([&](int first, V v, V w)
+                    GEMMLET_INLINE_LAMBDA { sum.add_product(part<T>(v, first), part<T>(w, first)); },
+                x, second);
+    return Layout::total(sum);
+  }
+
+  GEMMLET_INLINE Statistic at_label() const {
+    const auto of_row = [&](int r) GEMMLET_INLINE_LAMBDA { return static_cast<double>(x[layout.at(r, labels[r])]); };
+    if (label_count == Layout::count) [[likely]]
+      return Layout::statistic_of(of_row);
+    return Layout::statistic_of([&](int r) GEMMLET_INLINE_LAMBDA { return r < label_count ? of_row(r) : 0.0; });
+  }
+  GEMMLET_INLINE void set_label(const Statistic& s) const {
+    double of_row[Layout::count];
+    Layout::store_statistic(of_row, s);
+    for (int r = 0; r < label_count; ++r) out[layout.at(r, labels[r])] = static_cast<T>(of_row[r]);
+  }
+
+ private:
+  template <int n>
+  GEMMLET_INLINE static Sums<n> totals(const DoubleSum<T> (&sum)[n]) {
+    Sums<n> totals;
+    for (int k = 0; k < n; ++k) totals.of[k] = Layout::total(sum[k]);
+    return totals;
+  }
+  template <class F>
+  GEMMLET_INLINE void map_lanes(F f) const {
+    if constexpr (std::is_same_v<Second, Alone>)
+      layout.map(out, f, x);
+    else
+      layout.map(out, [&](int first, V v, V w) GEMMLET_INLINE_LAMBDA { return f(first, v, of_second(w)); }, x, second);
   }
 };
 
@@ -162,7 +313,7 @@ void for_rows(Index begin, Index end, Index columns, F&& f, T* out, const In*...
   }
 }
 
-// Rows of a task: about `chunk_elements` elements, in whole vectors of rows.
+// Rows in one task: some `chunk_elements`, whole groups of those that are computed at once.
 template <class T>
 Index rows_per_chunk(Index columns) {
   return (tuning::chunk_elements / columns / lanes<T> + 1) * lanes<T>;

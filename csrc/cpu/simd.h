@@ -22,6 +22,7 @@
 
 // Left to itself, GCC stops inlining where a formula is long, and calls a function for each of its instructions.
 #define GEMMLET_INLINE [[gnu::always_inline]] inline
+#define GEMMLET_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace gemmlet {
 

@@ -94,72 +94,21 @@ class LogSum {
   double product_ = 1, times_ = 0;
 };
 
-// Cross-entropy of softmax(z) with a target that is 1 for one class, whose logit is z_label, and 0 for the others. In z
-// there is -inf in its place. `share`: what the gradient is taken times.
-template <class R>
-struct ClassCrossEntropy {
-  using V = typename R::V;
-  using T = typename R::Number;
-
-  V total, difference;  // the loss is log(total) - difference
-  V largest, factor, of_label;
-
-  __device__ __forceinline__ ClassCrossEntropy(R& z, V z_label, V share) {
-    // The label's gradient is what the others sum up to: where its softmax is close to 1, that is all there is.
-    const auto others = z.terms(z_label);
-    largest = others.largest;
-    difference = z_label - largest;
-    const V all = others.total + term<T>(difference);
-    total = lowered<T>(all);
-    factor = part<T>(share, all);
-    of_label = -others.total * factor;
-  }
-
-  // The gradient of another class, of whose number z has made v.
-  __device__ __forceinline__ V of_other(V v) const { return R::as_term(v, largest) * factor; }
-};
-
-// Cross-entropy of softmax(z) with the targets t = target(column, slot), 0 beyond the row, for one row: returns the loss,
-// -sum_j t_j log_softmax(z)_j. Its gradient, softmax(z) sum_j t_j - t times `share`, is f(column, number, slot) for
-// write(row, f), row.map or row.each of it.
-template <class R, class Target, class Write>
-__device__ __forceinline__ typename R::V cross_entropy_of_targets(R& z, Target target, typename R::V share,
-                                                                  Write write) {
-  using V = typename R::V;
-  using T = typename R::Number;
-  const V largest = z.largest(-infinity<V>());
-  V total = 0, weight = 0, product = 0;
-  z.turn_into([&](int i, V v, int slot) {
-    const V t = target(i, slot), shifted = v - largest, e = term<T>(shifted);
-    total += e;
-    weight += t;
-    // A class of no weight costs nothing, even at -inf.
-    product += t == V(0) ? V(0) : t * shifted;
-    return e;
-  });
-  total = R::Threads::reduce(total, Sum{});
-  weight = R::Threads::reduce(weight, Sum{});
-  product = R::Threads::reduce(product, Sum{});
-  const V factor = weight / total;
-  write(z, [=](int i, V v, int slot) { return fma(R::as_term(v, largest), factor, -target(i, slot)) * share; });
-  return weight * log(lowered<T>(total)) - product;
-}
-
-// labels: class indices, or null; then `targets` (rows, columns) count. They are taken times `keep`, and `spread` is added to
-// each; whole: labels are there, keep is 1, spread 0.
-template <class T, bool whole, int Threads, int Values, int N>
+// labels: class indices, or null; then `targets` (rows, columns) count, smoothed by `keep` and `spread`. whole: labels are
+// there, keep is 1, spread 0.
+template <class L, class T, bool whole, int Threads, int Values, int N>
 __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 2>))
-    softmax_cross_entropy(const T* logits, const Index* labels, const T* targets, double keep, double spread,
-                          T* gradient, Index rows, int columns, const Index* range, double* partial, double* loss,
-                          unsigned* counter) {
+    row_loss(const T* logits, const Index* labels, const T* targets, double keep, double spread, T* gradient,
+             Index rows, int columns, const Index* range, double* partial, double* loss, unsigned* counter) {
   using V = Compute<T>;
   if (is_refused(range, Index(0), Index(columns - 1), loss)) return;
   using Team = gemmlet::Team<Threads>;
   using Row = gemmlet::Row<T, Team, Values, N>;
-  const V share = static_cast<V>(1.0 / static_cast<double>(rows)), k = static_cast<V>(keep), s = static_cast<V>(spread);
+  const V share = static_cast<V>(1.0 / static_cast<double>(rows));
+  const row_losses::Smoothing<V> smoothing{static_cast<V>(keep), static_cast<V>(spread)};
   double total = 0;
   const Index apart = Team::count(), first = Team::index();
-  if constexpr (whole) {
+  if constexpr (whole && L::has_label_form) {
     // A label is loaded a round before its logit; and that together with the row, before the gradient is written, which may
     // be in its place. Teams within a warp, which wait for nobody else, load a row while they compute the one before, as
     // far as registers last.
@@ -195,17 +144,16 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
         load(r + apart < rows, next_label);
         later_label = label_of(r + 2 * apart);
       }
-      const ClassCrossEntropy<Row> entropy(z, z_label, share);
+      const typename L::template OfLabel<Row> of_row(z, z_label, share);
       // Of a long row the label's number is written once more, by the thread that has just written there: a choice for each
       // number would take longer.
       constexpr bool once = Row::held && Threads < 32;
       const int label_slot = Row::slot_of(label);
-      z.map(to,
-            [=](int, V v, int slot) { return once && slot == label_slot ? entropy.of_label : entropy.of_other(v); });
-      if (!once && present && label_slot >= 0) to[label] = narrow<T>(entropy.of_label);
+      z.map(to, [=](int, V v, int slot) { return once && slot == label_slot ? of_row.at_label : of_row.of_other(v); });
+      if (!once && present && label_slot >= 0) to[label] = narrow<T>(of_row.at_label);
       to += step;
-      totals.add(present ? static_cast<double>(entropy.total) : 1);
-      total -= present ? static_cast<double>(entropy.difference) : 0;
+      totals.add(present ? static_cast<double>(of_row.total) : 1);
+      total -= present ? static_cast<double>(of_row.difference) : 0;
     }
     total = Team::thread() == 0 ? total + totals.value() : 0;
   } else {
@@ -217,12 +165,12 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
       V value;
       if (labels != nullptr) {
         const int label = present ? static_cast<int>(labels[r]) : 0;
-        const auto target = [=](int i, int) { return i < columns ? (i == label ? k + s : s) : V(0); };
-        value = cross_entropy_of_targets(z, target, share, write);
+        const auto target = [=](int i, int) { return i < columns ? smoothing.of_class(i == label) : V(0); };
+        value = L::of_targets(Operands(z, target, write), share);
       } else {
         const Row t(targets + at, columns, present, 0);
-        const auto target = [&](int i, int slot) { return i < columns ? fma(k, t.at(i, slot), s) : V(0); };
-        value = cross_entropy_of_targets(z, target, share, write);
+        const auto target = [&](int i, int slot) { return i < columns ? smoothing.of_target(t.at(i, slot)) : V(0); };
+        value = L::of_targets(Operands(z, target, write), share);
       }
       if (present && Team::thread() == 0) total += static_cast<double>(value);
     }

@@ -42,48 +42,16 @@ struct Team {
   }
 };
 
-// exp(x) for x <= 0, as a term of a sum and as numbers of type T need it: times `raise<T>`, which subnormal bfloat16 numbers
-// need, and which would cost an instruction to take off each. The error of a float, 2^-22 and |x| 2^-23 of it, is less than
-// that of a difference and a sum.
-template <class T>
-inline constexpr float raise = same_type<T, Compute<T>> ? 1.0f : raised_decay_times;
-template <class T>
-__device__ __forceinline__ Compute<T> term(Compute<T> x) {
-  if constexpr (same_type<T, double>)
-    return decay(x);
-  else if constexpr (same_type<T, float>)
-    return static_cast<float>(exp(Coarse(x)));
-  else
-    return static_cast<float>(raised_decay(Coarse(x)));
-}
-
-// term(x - largest) for x <= largest, which may be -inf for both: that of 0.
-template <class T>
-__device__ __forceinline__ Compute<T> term_of(Compute<T> x, Compute<T> largest) {
-  return x == largest ? Compute<T>(raise<T>) : term<T>(x - largest);
-}
-
-// A sum of terms without what they are raised by.
-template <class T>
-__device__ __forceinline__ Compute<T> lowered(Compute<T> total) {
-  return total * Compute<T>(1 / raise<T>);
-}
-
-// x / total, as numbers of type T need it.
-template <class T>
-__device__ __forceinline__ Compute<T> part(Compute<T> x, Compute<T> total) {
-  return static_cast<Compute<T>>(quotient(Sufficient<T>(x), Sufficient<T>(total)));
-}
-
 // A thread's share of a row, N neighbouring numbers at a time.
 template <class T, class Team, int Values, int N = 1>
-class Row {
+class Row : public RowValues<T> {
   static_assert(Values % N == 0);
   // Numbers of 16 bits are loaded in pairs: what stands for absent ones would cost instructions for each else.
   static constexpr int in_word = sizeof(T) == 2 && N % 2 == 0 ? 2 : 1, words = N / in_word;
   using Word = RegisterOf<T, in_word>;
 
  public:
+  using RowValues<T>::lowered, RowValues<T>::term, RowValues<T>::term_of;
   using V = Compute<T>;
   using Number = T;
   using Threads = Team;
@@ -222,7 +190,7 @@ class Row {
     if constexpr (held) {
       const V most = largest(least);
       turn_into([&](int, V v, int) {
-        const V e = term<T>(v - most);
+        const V e = term(v - most);
         total += e;
         return e;
       });
@@ -238,26 +206,27 @@ class Row {
           number[k] = i + k == without_ ? absent_ : widen(pack, k);
           larger = Largest{}(larger, number[k]);
         }
-        total *= lowered<T>(term_of<T>(most, larger));
+        total *= lowered(term_of(most, larger));
 #pragma unroll
-        for (int k = 0; k < N; ++k) total += term_of<T>(number[k], larger);
+        for (int k = 0; k < N; ++k) total += term_of(number[k], larger);
         most = larger;
       }
       const V of_thread = most;
       most = Team::reduce(most, Largest{});
       // A thread without any number has the sum 0; where the largest is infinite comes NaN, as of held rows.
-      total *= lowered<T>(term_of<T>(of_thread, most));
+      total *= lowered(term_of(of_thread, most));
       if (!(abs(most) < infinity<V>())) total = not_a_number<V>();
       return {most, Team::reduce(total, Sum{})};
     }
   }
 
-  // The term of a number v that `map` or `each` gives when held ones have turned into that.
-  __device__ __forceinline__ static V as_term(V v, V largest) {
+  // f(v) of a number v that `map` or `each` gives when held ones have turned into that.
+  template <class F>
+  __device__ __forceinline__ static V turned(V v, F f) {
     if constexpr (held)
       return v;
     else
-      return term<T>(v - largest);
+      return f(v);
   }
 
  private:
@@ -305,38 +274,65 @@ class Row {
   V absent_, value_[held ? Values : 1];
 };
 
-struct softmax {
-  template <class R, class T>
-  __device__ static void forward(R& x, T* y) {
-    using V = Compute<T>;
-    const auto e = x.terms();
-    const V scale = part<T>(V(1), e.total);
-    x.map(y, [=](int, V v, int) { return R::as_term(v, e.largest) * scale; });
-  }
-  template <class R, class T>
-  __device__ static void backward(const R& grad_y, const R& y, T* grad_x) {
-    using V = Compute<T>;
-    const V dot = grad_y.sum([&](int i, V g, int slot) { return g * y.at(i, slot); });
-    grad_y.map(grad_x, [&](int i, V g, int slot) { return y.at(i, slot) * (g - dot); });
-  }
-};
+// A row as formulas/rows.h asks for it. second(column, slot) is what stands beside a number; Alone: nothing does.
+// write(row, f) makes results f(column, number, slot), as row.map and row.each do.
+struct Alone {};
+template <class R, class Second, class Write>
+class Operands : public RowValues<typename R::Number> {
+ public:
+  using V = typename R::V;
+  template <int n>
+  struct Sums {
+    V of[n];
+  };
 
-struct log_softmax {
-  template <class R, class T>
-  __device__ static void forward(const R& x, T* y) {
-    using V = Compute<T>;
-    R turned = x;
-    const auto e = turned.terms();
-    const V log_total = log(lowered<T>(e.total));
-    x.map(y, [=](int, V v, int) { return (v - e.largest) - log_total; });
+  __device__ __forceinline__ Operands(R& row, Second second, Write write) : row_(row), second_(second), write_(write) {}
+
+  template <class F>
+  __device__ __forceinline__ static V turned(V v, F f) {
+    return R::turned(v, f);
   }
-  template <class R, class T>
-  __device__ static void backward(const R& grad_y, const R& y, T* grad_x) {
-    using V = Compute<T>;
-    using E = Sufficient<T>;
-    const V total = grad_y.sum([](int, V g, int) { return g; });
-    grad_y.map(grad_x, [&](int i, V g, int slot) { return fma(-static_cast<V>(exp(E(y.at(i, slot)))), total, g); });
+
+  __device__ __forceinline__ V largest() const { return row_.largest(-infinity<V>()); }
+  __device__ __forceinline__ auto terms() const { return row_.terms(); }
+  __device__ __forceinline__ auto term_sum() const {
+    R turned = row_;
+    return turned.terms();
   }
+  __device__ __forceinline__ V sum() const {
+    return row_.sum([](int, V v, int) { return v; });
+  }
+  __device__ __forceinline__ V dot() const {
+    return row_.sum([&](int i, V v, int slot) { return v * second_(i, slot); });
+  }
+  template <class F>
+  __device__ __forceinline__ void map(F f) const {
+    write_(row_, [=, second = second_](int i, V v, int slot) {
+      if constexpr (same_type<Second, Alone>)
+        return f(v);
+      else
+        return f(v, second(i, slot));
+    });
+  }
+  template <int n, class F>
+  __device__ __forceinline__ Sums<n> turn(F f) const {
+    Sums<n> sums{};
+    row_.turn_into([&](int i, V v, int slot) {
+      V summand[n];
+      const V result = f(v, second_(i, slot), summand);
+#pragma unroll
+      for (int k = 0; k < n; ++k) sums.of[k] += summand[k];
+      return result;
+    });
+#pragma unroll
+    for (int k = 0; k < n; ++k) sums.of[k] = R::Threads::reduce(sums.of[k], Sum{});
+    return sums;
+  }
+
+ private:
+  R& row_;
+  Second second_;
+  Write write_;
 };
 
 // What a thread needs besides the numbers that it holds, as found by compiling for each architecture.
@@ -363,7 +359,7 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
     const bool present = r < rows;
     const Index at = present ? r * columns : 0;
     Row<T, Team, Values, N> row(x + at, columns, present, -infinity<Compute<T>>());
-    F::forward(row, y + at);
+    F::forward(Operands(row, Alone{}, [=](const auto& of, auto f) { of.map(y + at, f); }));
   }
 }
 
@@ -375,7 +371,8 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
     const bool present = r < rows;
     const Index at = present ? r * columns : 0;
     const Row<T, Team, Values, N> grad(grad_y + at, columns, present, 0), result(y + at, columns, present, 0);
-    F::backward(grad, result, grad_x + at);
+    const auto beside = [&](int i, int slot) { return result.at(i, slot); };
+    F::backward(Operands(grad, beside, [=](const auto& of, auto f) { of.map(grad_x + at, f); }));
   }
 }
 

@@ -13,6 +13,7 @@
 #else
 #define GEMMLET_INLINE [[gnu::always_inline]] inline
 #endif
+#define GEMMLET_INLINE_LAMBDA
 
 namespace gemmlet {
 
@@ -132,8 +133,8 @@ GEMMLET_INLINE double quotient(double a, double b) { return a / b; }
 #include "cuda/reduced_precision.cuh"
 
 #include "formulas/activations.h"
-#include "formulas/losses.h"
 #include "formulas/optimizers.h"
+#include "formulas/rows.h"
 
 namespace gemmlet {
 
@@ -188,5 +189,40 @@ GEMMLET_INLINE T number(unsigned char byte) {
   const T of = T(255), reciprocal = T(1) / of, x = static_cast<T>(byte), quotient = x * reciprocal;
   return fma(fma(-quotient, of, x), reciprocal, quotient);
 }
+
+// The values of a row of numbers of type T, as formulas/rows.h asks for them.
+template <class T>
+struct RowValues {
+  using V = Compute<T>;
+  // Terms are taken times this, which subnormal bfloat16 numbers need, and which would cost an instruction to take off each.
+  static constexpr float raise = same_type<T, V> ? 1.0f : raised_decay_times;
+
+  // The error of a float, 2^-22 and |x| 2^-23 of it, is less than that of a difference and a sum.
+  GEMMLET_INLINE static V term(V x) {
+    if constexpr (same_type<T, double>)
+      return decay(x);
+    else if constexpr (same_type<T, float>)
+      return static_cast<float>(gemmlet::exp(Coarse(x)));
+    else
+      return static_cast<float>(raised_decay(Coarse(x)));
+  }
+  // term(x - largest) for x <= largest, which may be -inf for both: that of 0.
+  GEMMLET_INLINE static V term_of(V x, V largest) { return x == largest ? V(raise) : term(x - largest); }
+  // A sum of terms without what they are raised by.
+  GEMMLET_INLINE static V lowered(V total) { return total * V(1 / raise); }
+
+  GEMMLET_INLINE static V quotient(V a, V b) {
+    return static_cast<V>(gemmlet::quotient(Sufficient<T>(a), Sufficient<T>(b)));
+  }
+  GEMMLET_INLINE static V exp(V x) { return static_cast<V>(gemmlet::exp(Sufficient<T>(x))); }
+  GEMMLET_INLINE static V log(V total) { return gemmlet::log(lowered(total)); }
+  GEMMLET_INLINE static V vector(V statistic) { return statistic; }
+
+  struct Divisor {
+    V reciprocal;
+    GEMMLET_INLINE friend V operator/(V v, Divisor d) { return v * d.reciprocal; }
+  };
+  GEMMLET_INLINE static Divisor divisor(V total) { return {quotient(V(1), total)}; }
+};
 
 }  // namespace gemmlet

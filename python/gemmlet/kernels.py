@@ -33,7 +33,7 @@ from ._arrays import computed_in
 from .backends import select
 from .backends.base import Backend
 from .formulas.activations import ACTIVATIONS, Activation
-from .formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from .formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES, Loss, RowFunction, RowLoss
 from .formulas.optimizers import OPTIMIZER_RULES
 
 Array = NDArray[Any]
@@ -42,9 +42,7 @@ _PRODUCTS = ["linear", "linear_backward", "matmul"]
 _UPDATES = ["adam_update", "adamw_update", "sgd_update"]
 _FORWARD = [*ACTIVATIONS, *ROW_FUNCTIONS]
 
-__all__ = sorted(
-    [*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, "softmax_cross_entropy"]
-)
+__all__ = sorted([*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, *ROW_LOSSES])
 
 
 # Arguments in the layout that backends want.
@@ -426,7 +424,7 @@ def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, paramet
 
 
 _KERNEL = """
-def {name}({parameters}, *, out=None):
+def {name}({parameters}, out=None):
     fast_path = current().fast_paths.get("{name}")
     result = None if fast_path is None else fast_path({arguments}, out)
     if result is None:
@@ -441,8 +439,12 @@ def _publish(name: str, general: Callable[..., Any], arrays: tuple[str, ...], en
     It is compiled from text, so that it has the argument names of its own that the registry gives, and the cost of a
     plain function: the binding of ``*args, **kwargs`` by hand costs more than a small kernel.
     """
-    parameter = getattr(entry, "parameter", None)
-    parameters = ", ".join([*arrays, *([f"{parameter}={entry.default!r}"] if parameter else [])])
+    if isinstance(entry, RowLoss):
+        parameter: str | None = "label_smoothing"
+        parameters = ", ".join([*arrays, "*", "label_smoothing=0.0"])
+    else:
+        parameter = getattr(entry, "parameter", None)
+        parameters = ", ".join([*arrays, *([f"{parameter}={entry.default!r}"] if parameter else []), "*"])
     arguments = ", ".join([*arrays, parameter or "None"])
     scope: dict[str, Any] = {
         "__name__": __name__,
@@ -625,38 +627,7 @@ Source: {entry.source}.
     _publish(entry.name, _elementwise_loss, (entry.prediction, "targets"), entry, doc)
 
 
-def softmax_cross_entropy(
-    logits: Any, labels: Any, *, label_smoothing: float = 0.0, out: Any = None
-) -> tuple[float, Any]:
-    """Cross-entropy of ``softmax(logits)``, the mean over the rows, and its gradient, in one pass.
-
-    Parameters
-    ----------
-    logits : array_like, shape (rows, classes)
-    labels : array_like, shape (rows,) of any integer dtype, or (rows, classes) of the dtype of `logits`
-        Class indices, or one probability per class (one-hot or soft).
-    label_smoothing : float, within [0, 1]
-        Targets become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy et al., 2016).
-    out : array_like, optional
-        Takes the gradient; it may be `logits`.
-
-    Returns
-    -------
-    loss : float
-        ``mean_i(-sum_j t_ij * log_softmax(logits)_ij)``, summed in float64. NaN if there are no rows.
-    gradient : ndarray, shape (rows, classes)
-        ``(softmax(logits) * sum_j t_ij - t) / rows``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype or a shape does not fit, or a class index is out of range.
-    """
-    fast_path = select.current().fast_paths.get("softmax_cross_entropy")
-    if fast_path is not None and (result := fast_path(logits, labels, label_smoothing, out)) is not None:
-        return result  # type: ignore[no-any-return]
-    if (result := select.fast_path_on_gpu("softmax_cross_entropy")(logits, labels, label_smoothing, out)) is not None:
-        return result  # type: ignore[no-any-return]
+def _row_loss(entry: RowLoss, logits: Any, labels: Any, label_smoothing: Any, out: Any) -> tuple[float, Any]:
     z = arguments.as_floats(logits, "logits")
     if z.ndim != 2:
         raise ValueError(f"logits has shape {z.shape}, expected (rows, classes)")
@@ -686,13 +657,53 @@ def softmax_cross_entropy(
     inputs = (z,) if t.ndim == 1 else (z, t)
     loss = _elementwise(
         backend,
-        lambda a, *rest: backend.softmax_cross_entropy(a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
+        lambda a, *rest: backend.row_loss(entry, a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
         inputs,
         (grad,),
         rows=True,
         new=out is None,
     )
     return float(loss), _returned(out, grad)
+
+
+def _publish_row_loss(entry: RowLoss) -> None:
+    doc = f"""Loss {entry.name}, the mean over the rows, and its gradient, in one pass.
+
+Of one row it is ``{entry.formula}``, with logits z and targets t.
+
+Parameters
+----------
+logits : array_like, shape (rows, classes)
+labels : array_like, shape (rows,) of any integer dtype, or (rows, classes) of the dtype of `logits`
+    Class indices, or one probability per class (one-hot or soft).
+label_smoothing : float, within [0, 1]
+    Targets become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy et al., 2016).
+out : array_like, optional
+    Takes the gradient; it may be `logits`.
+
+Returns
+-------
+loss : float
+    Summed in float64. NaN if there are no rows.
+gradient : ndarray, shape (rows, classes)
+    ``({entry.gradient}) / rows``.
+
+Raises
+------
+TypeError, ValueError
+    A dtype or a shape does not fit, or a class index is out of range.
+
+Notes
+-----
+Source: {entry.source}.
+"""
+    _publish(
+        entry.name,
+        lambda logits, labels, smoothing, out: _row_loss(entry, logits, labels, smoothing, out),
+        ("logits", "labels"),
+        entry,
+        doc,
+    )
 
 
 # Optimizer updates.
@@ -831,6 +842,8 @@ for _row_entry in ROW_FUNCTIONS.values():
     _publish_row_function(_row_entry)
 for _loss_entry in LOSSES.values():
     _publish_loss(_loss_entry)
+for _row_loss_entry in ROW_LOSSES.values():
+    _publish_row_loss(_row_loss_entry)
 
 if TYPE_CHECKING:
 

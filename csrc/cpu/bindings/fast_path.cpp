@@ -312,7 +312,7 @@ PyObject* loss(const Formula& formula, Arguments a) {
 }
 
 // logits, labels, label_smoothing, out
-PyObject* cross_entropy(const Formula&, Arguments a) {
+PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
   Alike arrays(a[0], c_order);
   if (!arrays.fits() || arrays.dimensions() != 2 || arrays.size() == 0 || !PyFloat_Check(a[2])) return unusual;
   const double smoothing = PyFloat_AS_DOUBLE(a[2]);
@@ -345,8 +345,8 @@ PyObject* cross_entropy(const Formula&, Arguments a) {
       return result_if(false, gradient);
     double value = 0;
     const bool well = run(arrays.size(), [&] {
-      value = softmax_cross_entropy(data<T>(arrays.first()), indices, indices != nullptr ? nullptr : data<T>(labels),
-                                    smoothing, data<T>(gradient), rows, columns);
+      value = row_loss(formula.number, data<T>(arrays.first()), indices, indices != nullptr ? nullptr : data<T>(labels),
+                       smoothing, data<T>(gradient), rows, columns);
     });
     gradient = result_if(well, gradient);
     return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
@@ -582,7 +582,7 @@ py::object make_fast_path(const std::string& kind, const py::object& formula) {
   if (is("row_function", row_function_names())) return made<&row_function, 3>(formula);
   if (is("row_function_backward", row_function_names())) return made<&row_function_gradient, 5>(formula);
   if (is("loss", loss_names())) return made<&loss, 4>(formula);
-  if (is("softmax_cross_entropy", {""})) return made<&cross_entropy, 4>(formula);
+  if (is("row_loss", row_loss_names())) return made<&row_loss_and_gradient, 4>(formula);
   if (is("update", optimizer_rule_names())) return made<&update, 4>(formula);
   throw py::value_error("kind: none is called " + kind);
 }

@@ -23,6 +23,7 @@ using namespace gemmlet::bindings;
 const std::size_t activation_count = gemmlet::activation_names().size();
 const std::size_t row_function_count = gemmlet::row_function_names().size();
 const std::size_t loss_count = gemmlet::loss_names().size();
+const std::size_t row_loss_count = gemmlet::row_loss_names().size();
 const std::size_t rule_count = gemmlet::optimizer_rule_names().size();
 
 void linear(const py::array& x, const py::array& w, const OptionalArray& b, int activation, double parameter,
@@ -105,7 +106,8 @@ void row_function_backward(int function, const py::array& grad_y, const py::arra
   for_alike(out, call, Input{grad_y, "grad_y"}, Input{y, "y"});
 }
 
-double softmax_cross_entropy(const py::array& logits, const py::array& labels, double smoothing, py::array& out) {
+double row_loss(int loss, const py::array& logits, const py::array& labels, double smoothing, py::array& out) {
+  checked_index(loss, row_loss_count, "loss");
   const Index columns = columns_of(logits, "logits"), rows = logits.shape(0);
   return for_dtype(logits, "logits", [&](auto zero) {
     using T = decltype(zero);
@@ -124,8 +126,7 @@ double softmax_cross_entropy(const py::array& logits, const py::array& labels, d
       targets = contiguous<T>(labels, rows * columns, "labels");
       if (targets == gp) refuse("out", "may not be the labels");
     }
-    return without_gil(
-        [&] { return gemmlet::softmax_cross_entropy<T>(zp, indices, targets, smoothing, gp, rows, columns); });
+    return without_gil([&] { return gemmlet::row_loss<T>(loss, zp, indices, targets, smoothing, gp, rows, columns); });
   });
 }
 
@@ -178,6 +179,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("activations", &gemmlet::activation_names, "Names, in the order of their numbers.");
   m.def("row_functions", &gemmlet::row_function_names, "Names, in the order of their numbers.");
   m.def("losses", &gemmlet::loss_names, "Names, in the order of their numbers.");
+  m.def("row_losses", &gemmlet::row_loss_names, "Names, in the order of their numbers.");
   m.def("optimizer_rules", &gemmlet::optimizer_rule_names, "Names, in the order of their numbers.");
   // Waits for a running call that uses the pool.
   m.def("set_num_threads", [](int count) { without_gil([&] { gemmlet_set_num_threads(count); }); }, py::arg("count"));
@@ -190,7 +192,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def(m, "activation_backward", &activation_backward, "activation", "grad_y", "saved", "parameter", "out");
   def(m, "row_function_forward", &row_function_forward, "function", "x", "out");
   def(m, "row_function_backward", &row_function_backward, "function", "grad_y", "y", "out");
-  def(m, "softmax_cross_entropy", &softmax_cross_entropy, "logits", "labels", "smoothing", "out");
+  def(m, "row_loss", &row_loss, "loss", "logits", "labels", "smoothing", "out");
   def(m, "elementwise_loss", &elementwise_loss, "loss", "prediction", "target", "parameter", "out");
   def(m, "optimizer_update", &optimizer_update, "rule", "param", "grad", "state", "scalars");
   bind_training(m);

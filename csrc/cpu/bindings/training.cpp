@@ -163,7 +163,8 @@ class Checker {
       const auto [network, loss, parameter, weight, smoothing, targets] =
           fields<int, int, double, double, double, GivenTargets>(tuple);
       add({Phase::loss, network, {}, -1, -1});
-      if (loss != softmax_loss) checked_index(loss, loss_names().size(), "loss");
+      const bool of_rows = is_row_loss(loss);
+      checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
       plan_.losses.push_back({loss, static_cast<T>(parameter), weight, smoothing, targets_of(targets, network, loss)});
     } else if (kind.equal(py::str("backward"))) {
       const auto [network, to] = fields<int, int>(tuple);
@@ -230,7 +231,7 @@ class Checker {
     Targets<T> targets{nullptr, nullptr, {}};
     if (const auto* constants = std::get_if<std::vector<double>>(&given)) {
       for (const double number : *constants) targets.constants.push_back(static_cast<T>(number));
-      if (loss == softmax_loss || constants->size() != has(network).inputs.size())
+      if (is_row_loss(loss) || constants->size() != has(network).inputs.size())
         refuse("targets", "not one number for each input of the network");
       return targets;
     }
@@ -243,7 +244,7 @@ class Checker {
     targets.indices = contiguous<Index>(array, samples_, "targets");
     for (Index i = 0; i < batches_.count; ++i) {
       const Index index = targets.indices[batches_.order[i]];
-      if (index < 0 || index >= (out == 1 && loss != softmax_loss ? 2 : out))
+      if (index < 0 || index >= (out == 1 && !is_row_loss(loss) ? 2 : out))
         refuse("targets", "a class index that is out of range");
     }
     return targets;

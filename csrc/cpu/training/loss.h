@@ -57,7 +57,7 @@ struct Objective {
       correct[at] = targets.indices != nullptr && predicted_class(network.outputs(slot, i), out) == indices[at];
       if (targets.values != nullptr) {
         values[at] = targets.values + sample * out;
-      } else if (loss.loss != softmax_loss) {
+      } else if (!is_row_loss(loss.loss)) {
         T* row = wanted.row(i);
         std::fill_n(row, out, targets.indices == nullptr ? targets.constants[input] : T(0));
         if (targets.indices != nullptr) row[out == 1 ? 0 : indices[at]] = out == 1 ? static_cast<T>(indices[at]) : T(1);
@@ -65,11 +65,11 @@ struct Objective {
       }
     }
     const auto first = static_cast<std::size_t>(rows.first);
-    if (loss.loss == softmax_loss) {
-      softmax_cross_entropy_rows(network.outputs(slot, rows.first),
-                                 targets.values != nullptr ? nullptr : &indices[first],
-                                 targets.values != nullptr ? &values[first] : nullptr, loss.label_smoothing, scale,
-                                 gradients.row(rows.first), gradients.stride, rows.size(), out, &losses[first]);
+    if (is_row_loss(loss.loss)) {
+      row_loss_each(~loss.loss, network.outputs(slot, rows.first),
+                    targets.values != nullptr ? nullptr : &indices[first],
+                    targets.values != nullptr ? &values[first] : nullptr, loss.label_smoothing, scale,
+                    gradients.row(rows.first), gradients.stride, rows.size(), out, &losses[first]);
       return;
     }
     for (Index i = rows.first; i < rows.end; ++i) {

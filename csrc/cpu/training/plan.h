@@ -54,11 +54,12 @@ struct Targets {
   std::vector<T> constants;
 };
 
-inline constexpr int softmax_loss = -1;
+// A loss is the index of an elementwise loss in its list, or ~index of a row loss in its.
+constexpr bool is_row_loss(int loss) { return loss < 0; }
 
 template <class T>
 struct Loss {
-  int loss;  // softmax_loss, or an elementwise one
+  int loss;
   T parameter;
   double weight;  // of the sum over a row in the objective, which is divided by the rows of the mini-batch
   double label_smoothing;

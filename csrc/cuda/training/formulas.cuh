@@ -16,7 +16,13 @@ enum class LossNumber : int {
   GEMMLET_LOSSES(GEMMLET_ENTRY)
 #undef GEMMLET_ENTRY
 };
-inline constexpr int softmax_loss = -1;
+enum class RowLossNumber : int {
+#define GEMMLET_ENTRY(name) name,
+  GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)
+#undef GEMMLET_ENTRY
+};
+// A loss is the place of an elementwise one in its list, or ~place of a row loss in its.
+__device__ __forceinline__ constexpr bool is_row_loss(int loss) { return loss < 0; }
 
 template <class T>
 struct Activation {

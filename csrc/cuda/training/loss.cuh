@@ -12,7 +12,7 @@ template <class T>
 struct Objective {
   int loss;
   T parameter, scale;    // of a row in the gradient
-  T keep, spread;        // of softmax_loss: targets are taken times `keep`, and `spread` is added
+  T keep, spread;        // of row losses: targets are taken times `keep`, and `spread` is added
   const int* labels;     // classes of the rows; or
   const T* values;       // (all samples, out), with no space between the rows,
   const Index* samples;  // and which of them the rows are; or null all:
@@ -58,6 +58,30 @@ struct Target {
   }
 };
 
+// The loss of a row; end(j, gradient) takes each gradient, those beyond the row too.
+template <class L, int lanes, class T, class End, class Stored>
+__device__ __forceinline__ T evaluate_row_loss(const Objective<T>& p, const Target<T>& target, const T* y, int out,
+                                               End end, Stored stored) {
+  using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
+  if constexpr (L::has_label_form) {
+    if (target.values == nullptr && p.spread == T(0)) {
+      Lanes row(y, out, true, -infinity<T>(), target.label);
+      const typename L::template OfLabel<Lanes> of_row(row, y[target.label], p.scale);
+      row.each([&](int j, T v, int) { end(j, j == target.label ? of_row.at_label : of_row.of_other(v)); });
+      stored();
+      return of_row.loss();
+    }
+  }
+  Lanes row(y, out, true, -infinity<T>());
+  const auto write = [&](const auto& of, auto f) {
+    of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); });
+    stored();
+  };
+  const row_losses::Smoothing<T> smoothing{p.keep, p.spread};
+  const auto of_output = [&](int j, int) { return j < out ? smoothing.of_target(target.of_output(j, out)) : T(0); };
+  return L::of_targets(Operands(row, of_output, write), p.scale);
+}
+
 // Row i of the mini-batch, by a warp: y its `out` results, z their preactivations. Its gradient goes through the
 // activation to store(j, the gradient of preactivation j); when all of them have, the warp calls stored(). lanes: 16 where
 // there are at most as many results, which stay in registers then; else 32.
@@ -75,27 +99,17 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
   };
 
   double loss = 0;
-  if (p.loss == softmax_loss) {
-    using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
+  if (is_row_loss(p.loss)) {
     const auto end_of = [&](int j, T gradient) {
       if (lane < lanes && j < out) end(j, gradient);
     };
-    if (target.values != nullptr || p.spread != T(0)) {
-      Lanes row(y, out, true, -infinity<T>());
-      const auto write = [&](const auto& of, auto f) {
-        of.each([&](int j, T v, int slot) { end_of(j, f(j, v, slot)); });
-        stored();
-      };
-      const auto of_output = [&](int j, int) {
-        return j < out ? fma(p.keep, target.of_output(j, out), p.spread) : T(0);
-      };
-      loss = cross_entropy_of_targets(row, of_output, p.scale, write);
-    } else {
-      Lanes row(y, out, true, -infinity<T>(), target.label);
-      const ClassCrossEntropy<Lanes> entropy(row, y[target.label], p.scale);
-      row.each([&](int j, T v, int) { end_of(j, j == target.label ? entropy.of_label : entropy.of_other(v)); });
-      stored();
-      loss = log(entropy.total) - entropy.difference;
+    switch (static_cast<RowLossNumber>(~p.loss)) {
+#define GEMMLET_ENTRY(name)                                                               \
+  case RowLossNumber::name:                                                               \
+    loss = evaluate_row_loss<row_losses::name, lanes>(p, target, y, out, end_of, stored); \
+    break;
+      GEMMLET_ROW_LOSSES(GEMMLET_ENTRY)
+#undef GEMMLET_ENTRY
     }
   } else {
     for (int j = lane; j < out; j += 32) {

@@ -9,7 +9,7 @@
 //   All that kernels are given is the same in every step of so many rows, so that a step can be recorded once: which one
 //   it is they learn from Progress. The first kernel of a step opens it, the last is told that it `closes` it. Each
 //   kernel needs what those before it have written.
-//   Activations and losses are called by their places in the lists of csrc/formulas; a loss may be softmax_loss, too.
+//   Activations and losses are called by their places in the lists of csrc/formulas.
 //   Sizes are at least 1, indices in range.
 //   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (matmul/small.cuh);
 //   losses are added up in double. No float atomics: the same bits on every run.

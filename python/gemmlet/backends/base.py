@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import Activation
-from ..formulas.losses import Loss, RowFunction
+from ..formulas.losses import Loss, RowFunction, RowLoss
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Backend(Protocol):
 
     # Losses: the gradient into `out`, the mean is returned.
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+    def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         """Labels are int64 indices (rows,), in range, or floating point (rows, classes)."""
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..formulas.activations import ACTIVATIONS, Activation
-from ..formulas.losses import LOSSES, RowFunction
+from ..formulas.losses import LOSSES, RowFunction, RowLoss
 from ..formulas.losses import Loss as LossFormula
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from ..training.plan import (
@@ -97,6 +97,7 @@ class CpuBackend(NumpyBackend):
         self._activations = {name: number for number, name in enumerate(self._module.activations())}
         self._row_functions = {name: number for number, name in enumerate(self._module.row_functions())}
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
+        self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
         self._planned: WeakKeyDictionary[TrainingPlan, tuple[Any, Any] | None] = WeakKeyDictionary()
         self.fast_paths = self._make_fast_paths()
@@ -119,9 +120,10 @@ class CpuBackend(NumpyBackend):
             if (loss := LOSSES.get(name)) is not None:
                 made = formula(number, loss.default, loss.parameter is not None, False, loss.unit_interval)
                 functions[name] = fast_path("loss", made)
+        for name, number in self._row_losses.items():
+            functions[name] = fast_path("row_loss", formula(number, 0.0, False, False, False))
         for name, number in self._rules.items():
             functions[f"{name}_update"] = fast_path("update", formula(number, 0.0, False, False, False))
-        functions["softmax_cross_entropy"] = fast_path("softmax_cross_entropy", formula(0, 0.0, False, False, False))
         functions["linear"] = fast_path("linear", activations)
         functions["linear_backward"] = fast_path("linear_backward", activations)
         return functions
@@ -199,10 +201,13 @@ class CpuBackend(NumpyBackend):
         else:
             self._module.row_function_backward(number, grad_y, y, out)
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+    def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        number = self._row_losses.get(loss.name)
+        if number is None:
+            return super().row_loss(loss, logits, labels, label_smoothing, out)
         if labels.ndim == 2 and np.may_share_memory(labels, out):
             labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
-        return float(self._module.softmax_cross_entropy(logits, labels, label_smoothing, out))
+        return float(self._module.row_loss(number, logits, labels, label_smoothing, out))
 
     def elementwise_loss(
         self, loss: LossFormula, prediction: Array, target: Array, parameter: float, out: Array
@@ -276,9 +281,9 @@ class CpuBackend(NumpyBackend):
         if isinstance(phase, Forward):
             return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
         if isinstance(phase, Loss):
-            softmax = phase.name == "softmax_cross_entropy"
-            number = -1 if softmax else self._losses[phase.name]
-            parameter = 0.0 if softmax else LOSSES[phase.name].default
+            rows = self._row_losses
+            number = ~rows[phase.name] if phase.name in rows else self._losses[phase.name]
+            parameter = LOSSES[phase.name].default if phase.name in LOSSES else 0.0
             return "loss", phase.network, number, parameter, plan.weight(phase), phase.label_smoothing, phase.targets
         if isinstance(phase, Backward):
             return "backward", phase.network, -1 if phase.to is None else phase.to

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .. import _threads
 from ..formulas.activations import Activation
-from ..formulas.losses import Loss, RowFunction, softmax_cross_entropy
+from ..formulas.losses import Loss, RowFunction, RowLoss
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from .base import Array, Backend
 
@@ -143,16 +143,16 @@ class NumpyBackend(Backend):
 
     # Losses: the gradient into `out`, the mean is returned.
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+    def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         rows, classes = logits.shape
         targets = np.zeros(logits.shape) if labels.ndim == 1 else _f64(labels)
         if labels.ndim == 1:
             targets[np.arange(rows), labels] = 1.0
         targets = (1.0 - label_smoothing) * targets + label_smoothing / classes
         with np.errstate(all="ignore"):
-            loss, gradient = softmax_cross_entropy(_f64(logits), targets)
+            losses, gradient = loss.evaluate(_f64(logits), targets)
             out[...] = gradient / rows
-        return float(np.mean(loss))
+        return float(np.mean(losses))
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         with np.errstate(all="ignore"):

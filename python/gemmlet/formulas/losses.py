@@ -1,4 +1,4 @@
-"""Elementwise losses and the two row functions, one entry each, with the reference expression."""
+"""Elementwise losses, row functions and row losses, one entry each, with the reference expression."""
 
 from __future__ import annotations
 
@@ -150,3 +150,35 @@ def softmax_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     log_p = _log_softmax(logits)
     loss = -np.sum(_times(targets, log_p), axis=-1)
     return loss, np.exp(log_p) * np.sum(targets, axis=-1, keepdims=True) - targets
+
+
+class RowLoss(NamedTuple):
+    """A loss that is the mean of a function of one row of logits and its targets.
+
+    Attributes
+    ----------
+    formula, gradient
+        Of a row, in terms of logits z and targets t.
+    evaluate
+        ``evaluate(logits, targets) -> (loss of each row, its gradient)``, on float64.
+    """
+
+    name: str
+    formula: str
+    gradient: str
+    evaluate: Callable[[Array, Array], tuple[Array, Array]]
+    source: str
+
+
+ROW_LOSSES: dict[str, RowLoss] = {
+    entry.name: entry
+    for entry in (
+        RowLoss(
+            name="softmax_cross_entropy",
+            formula="-sum_j t_j * log_softmax(z)_j",
+            gradient="softmax(z) * sum_j t_j - t",
+            evaluate=softmax_cross_entropy,
+            source="the negative log-likelihood of a categorical variable",
+        ),
+    )
+}

@@ -270,7 +270,7 @@ class MLP(Trainable, files.Saved):
         backend = select.of(outputs)
         if self.output == "softmax":
             labels = backend.placed_like(targets, outputs)
-            return kernels.softmax_cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)[0]
+            return float(kernels.softmax_cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)[0])
         wanted = backend.placed_like(one_hot(targets, outputs.shape, self.dtype), outputs)
         mean = float(getattr(kernels, self.loss)(outputs, wanted)[0])
         # The kernel's mean is over all elements, the objective's of sigmoid outputs over the samples.

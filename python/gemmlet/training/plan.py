@@ -123,13 +123,13 @@ class Loss(NamedTuple):
     ----------
     network : int
     name : str
-        ``"softmax_cross_entropy"``, or an elementwise loss of the registry with its default parameter.
+        A row loss of the registry, or an elementwise loss with its default parameter.
     targets : ndarray or tuple of float
         For all samples of the dataset: class indices, int64 of shape (n,), or numbers (n, outputs); an elementwise loss
         takes class indices as one-hot rows, or as the number itself if there is one output. A tuple has one target for
         each input of the network's `Forward`.
     label_smoothing : float
-        Of softmax_cross_entropy, as of the kernel.
+        Of row losses, as of the kernel.
     reduction : {"sum", "mean"}
         Over the outputs of a row, for elementwise losses. The objective is the sum over the rows, divided by the size
         of the mini-batch.

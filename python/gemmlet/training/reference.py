@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .._signals import whole_steps
 from ..formulas.activations import ACTIVATIONS
-from ..formulas.losses import LOSSES
+from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES
 from .plan import (
     NOISE,
@@ -139,8 +139,8 @@ class Step:
         wanted = targets_of(phase, self._where, outputs)
         if wanted.ndim == 1 and not self.losses:
             self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
-        if phase.name == "softmax_cross_entropy":
-            loss = self._backend.softmax_cross_entropy(outputs, wanted, phase.label_smoothing, grad)
+        if phase.name in ROW_LOSSES:
+            loss = self._backend.row_loss(ROW_LOSSES[phase.name], outputs, wanted, phase.label_smoothing, grad)
         else:
             entry = LOSSES[phase.name]
             if phase.reduction == "sum":

@@ -18,7 +18,7 @@ from ... import _precision, _threads
 from ..._arrays import is_on_gpu, name_of
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
-from ...formulas.losses import Loss, RowFunction
+from ...formulas.losses import Loss, RowFunction, RowLoss
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import Batches, Outcome, TrainingPlan
 from ..base import Array
@@ -282,13 +282,13 @@ class CudaBackend(Launcher, NumpyBackend):
 
     # Losses.
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+    def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
         with self._placed(logits, labels, out, writes=1) as (device, z, t, grad):
             rows, columns = z.shape
             indices, targets = (address(t), 0) if t.ndim == 1 else (0, address(t))
             whole = t.ndim == 1 and label_smoothing == 0
             places = address(z), targets, address(grad)
-            kernel = self.cross_entropy_launch(device, z.dtype, columns, whole, *places)
+            kernel = self.row_loss_launch(device, loss.name, z.dtype, columns, whole, *places)
             numbers = 1.0 - label_smoothing, label_smoothing / columns
             values = address(z), indices, targets, *numbers, address(grad), rows, columns
             mean = self.mean(device, kernel.launch, kernel.blocks(rows), *values)

@@ -42,8 +42,8 @@ def constant(name: str) -> int:
 
 @functools.cache
 def places(kind: str) -> dict[str, int]:
-    """The numbers by which kernels know activations or losses: their places in C++'s list."""
-    text = compiler.sources()[f"formulas/{kind}.h"]
+    """The numbers by which kernels know activations, losses or row losses: their places in C++'s list."""
+    text = "".join(text for name, text in compiler.sources().items() if name.startswith("formulas/"))
     declared = re.search(rf"#define GEMMLET_{kind.upper()}\(X\)((?:.*\\\n)*.*)", text)
     assert declared is not None
     return {name: place for place, name in enumerate(re.findall(r"X\((\w+)\)", declared[1]))}

@@ -20,7 +20,7 @@ import numpy as np
 
 from ... import _precision
 from ...formulas.activations import ACTIVATIONS, Activation
-from ...formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, RowFunction
+from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES, Loss, RowFunction
 from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
 from . import compiler, matmul
 from .device import Device
@@ -45,9 +45,10 @@ def fast_paths(launcher: Launcher) -> dict[str, FastPath]:
         found[name], found[f"{name}_backward"] = made.row_function(function), made.row_function_backward(function)
     for name, loss in LOSSES.items():
         found[name] = made.loss(loss)
+    for name in ROW_LOSSES:
+        found[name] = made.row_loss(name)
     for name, rule in OPTIMIZER_RULES.items():
         found[f"{name}_update"] = made.update(rule)
-    found["softmax_cross_entropy"] = made.softmax_cross_entropy()
     found["linear"], found["linear_backward"] = made.linear(), made.linear_backward()
     return found
 
@@ -258,11 +259,11 @@ class _FastPaths:
 
         return call
 
-    def softmax_cross_entropy(self) -> FastPath:
+    def row_loss(self, name: str) -> FastPath:
         """``call(logits, labels, label_smoothing, out)``."""
         launcher, first, another, output = self.launcher, self.first, self.another, self.output
         array_type = self.array_type
-        known, fill = self._remembered(lambda d, *rest: (launcher.cross_entropy_launch(d, *rest),))
+        known, fill = self._remembered(lambda d, *rest: (launcher.row_loss_launch(d, name, *rest),))
 
         def call(logits: Any, labels: Any, label_smoothing: Any, out: Any) -> Any:
             given = first(logits)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..._arrays import computed_in, name_of
 from ...formulas.activations import ACTIVATIONS
-from ...formulas.losses import LOSSES, ROW_FUNCTIONS
+from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
 from .device import CudaDevice, Device, Launch
 from .types import COMPUTED, CPP_TYPES, FLOATS, INTEGERS, RULE_NUMBERS, RULE_STATES, SIZES, address
@@ -56,7 +56,7 @@ MOST_PARTS = 2048
 # The same of kernels that go round: of elementwise losses many short ones, so that none is waited for long; of
 # cross-entropy, whose blocks begin with a chain of loads, whole rounds of 132 multiprocessors (on an H200 1,024 blocks
 # reach 0.89 of the copy bandwidth at 1,000 columns, 8,192 reach 0.75). Functions of rows add nothing up.
-MOST_BLOCKS = {"elements": 8192, "cross_entropy": 1056, "rows": 32768}
+MOST_BLOCKS = {"elements": 8192, "row_loss": 1056, "rows": 32768}
 
 
 # The bytes of an array that a block of an activation's kernel takes, and one of an optimizer's or a loss's.
@@ -114,12 +114,13 @@ def scaled_kernel(given: np.dtype[Any], dtype: np.dtype[Any]) -> str:
 
 @functools.cache
 def _row_kernel(direction: str, name: str, dtype: str, team: Team) -> str:
-    return f"gemmlet::row_{direction}<gemmlet::{name}, {CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
+    return f"gemmlet::row_{direction}<gemmlet::row_functions::{name}, {CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
 
 
 @functools.cache
-def _cross_entropy_kernel(dtype: str, whole: bool, team: Team) -> str:
-    return f"gemmlet::softmax_cross_entropy<{CPP_TYPES[dtype]}, {str(whole).lower()}, {', '.join(map(str, team))}>"
+def _row_loss_kernel(name: str, dtype: str, whole: bool, team: Team) -> str:
+    values = CPP_TYPES[dtype], str(whole).lower(), *map(str, team)
+    return f"gemmlet::row_loss<gemmlet::row_losses::{name}, {', '.join(values)}>"
 
 
 @functools.cache
@@ -151,7 +152,8 @@ def expressions() -> dict[str, list[str]]:
             rows += [_row_kernel(direction, name, dtype, team) for name in ROW_FUNCTIONS for team in _teams(dtype)]
         elementwise.append(f"gemmlet::strided_copy<{cpp}, {cpp}>")
         losses += [_loss_kernel(name, dtype) for name in LOSSES]
-        losses += [_cross_entropy_kernel(dtype, whole, team) for whole in (True, False) for team in _teams(dtype)]
+        teams = [(whole, team) for whole in (True, False) for team in _teams(dtype)]
+        losses += [_row_loss_kernel(name, dtype, *team) for name in ROW_LOSSES for team in teams]
         optimizers += [_update_kernel(name, dtype) for name in OPTIMIZER_RULES]
         reductions += [_column_sum_kernel(dtype, down) for down in (True, False)]
         reductions.append(f"gemmlet::value_range<{cpp}, double>")
@@ -238,7 +240,7 @@ class Launcher:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
             partial, range_ = (
-                device.empty((max(MOST_BLOCKS["elements"], MOST_BLOCKS["cross_entropy"], 2 * MOST_PARTS),), np.float64),
+                device.empty((max(MOST_BLOCKS["elements"], MOST_BLOCKS["row_loss"], 2 * MOST_PARTS),), np.float64),
                 device.empty((2,), np.float64),
             )
             memory = counter, partial, range_
@@ -329,10 +331,10 @@ class Launcher:
         mean, refused = result.floats
         return None if refused else mean
 
-    def cross_entropy_launch(
-        self, device: Device, dtype: np.dtype[Any], columns: int, whole: bool, *addresses: int
+    def row_loss_launch(
+        self, device: Device, name: str, dtype: np.dtype[Any], columns: int, whole: bool, *addresses: int
     ) -> Prepared:
-        """That of the cross-entropy's kernel; `whole`: of class indices, not smoothed.
+        """That of a row loss's kernel; `whole`: of class indices, not smoothed.
 
         It takes the addresses of logits, indices and targets, two numbers, and the gradient's address, rows, columns.
         """
@@ -340,8 +342,8 @@ class Launcher:
         team = _team(kind, columns, *addresses)
         parameters = (*"QQQddQqi", *_MEAN)
         threads = max(THREADS, team.threads)
-        launch = self.prepared(device, "losses.cuh", _cross_entropy_kernel(kind, whole, team), parameters, threads)
-        return Prepared(launch, threads // team.threads, "cross_entropy")
+        launch = self.prepared(device, "losses.cuh", _row_loss_kernel(name, kind, whole, team), parameters, threads)
+        return Prepared(launch, threads // team.threads, "row_loss")
 
     def loss_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
         """That of a loss's kernel: the addresses of prediction and target, the parameter, the gradient's, the size."""

@@ -187,7 +187,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
     """Whether the kernels of csrc/cuda/training can take the plan's steps."""
     phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
-    losses = places("losses").keys() | (set() if is_gan else {"softmax_cross_entropy"})
+    losses = places("losses").keys() | (set() if is_gan else places("row_losses").keys())
     with contextlib.suppress(UnsupportedError):
         return (
             phases in _STEPS
@@ -672,13 +672,13 @@ class Session:
 
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of so many rows."""
-        classes, softmax = _has_classes(loss), loss.name == "softmax_cross_entropy"
+        classes, of_rows = _has_classes(loss), places("row_losses")
         # Of each input: what is generated comes first here.
         first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
         return _filled(
             self.structs.objective,
-            loss=-1 if softmax else places("losses")[loss.name],
-            parameter=0.0 if softmax else LOSSES[loss.name].default,
+            loss=~of_rows[loss.name] if loss.name in of_rows else places("losses")[loss.name],
+            parameter=0.0 if loss.name in of_rows else LOSSES[loss.name].default,
             scale=self.plan.weight(loss) / rows,
             keep=1.0 - loss.label_smoothing,
             spread=loss.label_smoothing / self.networks[loss.network].widths[-1],

@@ -25,7 +25,7 @@ import numpy as np
 from llvmlite import binding
 
 from ...formulas.activations import ACTIVATIONS, Activation
-from ...formulas.losses import Loss, RowFunction
+from ...formulas.losses import Loss, RowFunction, RowLoss
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import SAMPLES, Batches, Forward, Gather, Outcome, TrainingPlan, UnsupportedError, dense_layers
 from ..base import Array
@@ -226,7 +226,9 @@ class NumbaBackend(NumpyBackend):
         grad, kept, grad_x = grad_y.reshape(-1), y.reshape(-1), out.reshape(-1)
         self._split(grad_x.size, columns, lambda part: loop(grad[part], kept[part], columns, grad_x[part]))
 
-    def softmax_cross_entropy(self, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+    def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
+        if loss.name != "softmax_cross_entropy":
+            return super().row_loss(loss, logits, labels, label_smoothing, out)
         rows, columns = logits.shape
         loop, dtype = cross_entropy_loop(out.dtype), out.dtype
         z, gradient, losses = logits.reshape(-1), out.reshape(-1), np.empty(rows)
