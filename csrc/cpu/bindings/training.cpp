@@ -160,12 +160,11 @@ class Checker {
       auto [network, inputs] = fields<int, std::vector<int>>(tuple);
       add({Phase::forward, network, std::move(inputs), -1, -1});
     } else if (kind.equal(py::str("loss"))) {
-      const auto [network, loss, parameter, weight, smoothing, targets] =
-          fields<int, int, double, double, double, GivenTargets>(tuple);
+      const auto [network, loss, parameter, weight, targets] = fields<int, int, double, double, GivenTargets>(tuple);
       add({Phase::loss, network, {}, -1, -1});
       const bool of_rows = is_row_loss(loss);
       checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
-      plan_.losses.push_back({loss, static_cast<T>(parameter), weight, smoothing, targets_of(targets, network, loss)});
+      plan_.losses.push_back({loss, parameter, weight, targets_of(targets, network, loss)});
     } else if (kind.equal(py::str("backward"))) {
       const auto [network, to] = fields<int, int>(tuple);
       add({Phase::backward, network, {}, to, -1});

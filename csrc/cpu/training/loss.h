@@ -40,7 +40,7 @@ struct Objective {
         network(outputs),
         inputs(input_count),
         out(outputs.output_width()),
-        wanted(inputs * max_rows, out),
+        wanted(is_row_loss(of.loss) || of.targets.values != nullptr ? 0 : inputs * max_rows, out),
         losses(static_cast<std::size_t>(inputs * max_rows)),
         correct(losses.size()),
         indices(losses.size()),
@@ -68,14 +68,14 @@ struct Objective {
     if (is_row_loss(loss.loss)) {
       row_loss_each(~loss.loss, network.outputs(slot, rows.first),
                     targets.values != nullptr ? nullptr : &indices[first],
-                    targets.values != nullptr ? &values[first] : nullptr, loss.label_smoothing, scale,
+                    targets.values != nullptr ? &values[first] : nullptr, loss.parameter, scale,
                     gradients.row(rows.first), gradients.stride, rows.size(), out, &losses[first]);
       return;
     }
     for (Index i = rows.first; i < rows.end; ++i) {
       const auto at = static_cast<std::size_t>(i);
-      losses[at] = elementwise_loss_row(loss.loss, network.outputs(slot, i), values[at], loss.parameter, scale,
-                                        gradients.row(i), out);
+      losses[at] = elementwise_loss_row(loss.loss, network.outputs(slot, i), values[at], static_cast<T>(loss.parameter),
+                                        scale, gradients.row(i), out);
     }
   }
 };

@@ -60,9 +60,8 @@ constexpr bool is_row_loss(int loss) { return loss < 0; }
 template <class T>
 struct Loss {
   int loss;
-  T parameter;
-  double weight;  // of the sum over a row in the objective, which is divided by the rows of the mini-batch
-  double label_smoothing;
+  double parameter;  // the kernel's: label smoothing of a row loss
+  double weight;     // of the sum over a row in the objective, which is divided by the rows of the mini-batch
   Targets<T> targets;
 };
 

@@ -6,38 +6,20 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..formulas.activations import ACTIVATIONS, Activation
-from ..formulas.losses import LOSSES, RowFunction, RowLoss
-from ..formulas.losses import Loss as LossFormula
+from ..formulas.losses import LOSSES, Loss, RowFunction, RowLoss
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
-from ..training.plan import (
-    NOISE,
-    SAMPLES,
-    Backward,
-    Batches,
-    DenseLayer,
-    Forward,
-    Gather,
-    Loss,
-    Outcome,
-    Phase,
-    Source,
-    TrainingPlan,
-    UnsupportedError,
-    Update,
-    dense_layers,
-)
 from . import threadpool
 from .base import Array
 from .numpy import NumpyBackend
 
-# By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
-_SOURCES: dict[Source, int] = {SAMPLES: -1, NOISE: -2}
+if TYPE_CHECKING:
+    from ..training.plan import Batches, Outcome, TrainingPlan
 
 _MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "baseline": "_cpu_baseline"}
 
@@ -209,9 +191,7 @@ class CpuBackend(NumpyBackend):
             labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
         return float(self._module.row_loss(number, logits, labels, label_smoothing, out))
 
-    def elementwise_loss(
-        self, loss: LossFormula, prediction: Array, target: Array, parameter: float, out: Array
-    ) -> float:
+    def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         number = self._losses.get(loss.name)
         if number is None:
             return super().elementwise_loss(loss, prediction, target, parameter, out)
@@ -236,6 +216,8 @@ class CpuBackend(NumpyBackend):
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
         if not self.supports_fused(plan) or any(isinstance(table, list) for table in batches.hyperparameters):
             return super().train(plan, batches)
+        from ..training.plan import Outcome
+
         arguments, (dataset, scale, shift) = self._arguments(plan), plan.gather
         assert arguments is not None
         losses, correct = self._module.train(
@@ -247,46 +229,8 @@ class CpuBackend(NumpyBackend):
     def _arguments(self, plan: TrainingPlan) -> tuple[Any, Any] | None:
         """Networks and phases as the extension module takes them; None if it does not know something of them."""
         if plan not in self._planned:
-            try:
-                self._check_order(plan)
-                networks = [[self._layer(layer) for layer in dense_layers(network)] for network in plan.networks]
-                self._planned[plan] = networks, [self._phase(plan, phase) for phase in plan.phases[1:]]
-            except (KeyError, UnsupportedError):
-                self._planned[plan] = None
+            from .cpu_plan import Numbers, arguments  # here, as kernels alone do not need it
+
+            losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
+            self._planned[plan] = arguments(plan, Numbers(self._activations, losses, self._rules))
         return self._planned[plan]
-
-    @staticmethod
-    def _check_order(plan: TrainingPlan) -> None:
-        """Sparse matrices are for a single network; the executor keeps a gradient until it has been read once."""
-        kinds, latest = [type(phase) for phase in plan.phases], dict[int, type[Phase]]()
-        alone = kinds.count(Forward) == kinds.count(Update) == 1 and Forward(0, (SAMPLES,)) in plan.phases[1:2]
-        if plan.gather.dataset.indptr is not None and not alone:
-            raise UnsupportedError(plan.gather)
-        needed: dict[type[Phase], type[Phase]] = {Backward: Loss, Update: Backward}
-        for phase in plan.phases[1:]:
-            assert not isinstance(phase, Gather)
-            if needed.get(type(phase)) not in (None, latest.get(phase.network)):
-                raise UnsupportedError(phase)
-            latest[phase.network] = type(phase)
-            if isinstance(phase, Backward) and phase.to is not None:
-                latest[phase.to] = Loss
-
-    def _layer(self, layer: DenseLayer) -> tuple[Any, ...]:
-        (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
-        number = -1 if activation is None else self._activations[activation]
-        return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
-
-    def _phase(self, plan: TrainingPlan, phase: Phase) -> tuple[Any, ...]:
-        """A phase as the extension module takes it."""
-        if isinstance(phase, Forward):
-            return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
-        if isinstance(phase, Loss):
-            rows = self._row_losses
-            number = ~rows[phase.name] if phase.name in rows else self._losses[phase.name]
-            parameter = LOSSES[phase.name].default if phase.name in LOSSES else 0.0
-            return "loss", phase.network, number, parameter, plan.weight(phase), phase.label_smoothing, phase.targets
-        if isinstance(phase, Backward):
-            return "backward", phase.network, -1 if phase.to is None else phase.to
-        if isinstance(phase, Update) and phase.max_norm is None:
-            return "update", phase.network, self._rules[phase.rule]
-        raise UnsupportedError(phase)

@@ -168,6 +168,7 @@ class RowLoss(NamedTuple):
     gradient: str
     evaluate: Callable[[Array, Array], tuple[Array, Array]]
     source: str
+    default: float = 0.0  # of the label smoothing, which every one takes
 
 
 ROW_LOSSES: dict[str, RowLoss] = {

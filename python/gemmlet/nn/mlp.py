@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from .. import _arguments as arguments
 from .. import kernels
 from ..backends import select
-from ..formulas.losses import LOSSES
+from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 # What outputs mean, and the losses that they can be trained with, the default first.
 OUTPUTS = {
-    "softmax": ("softmax_cross_entropy",),
+    "softmax": tuple(ROW_LOSSES),
     "sigmoid": tuple(name for name, loss in LOSSES.items() if loss.prediction == "logits"),
     "identity": (
         "mean_squared_error",
@@ -238,7 +238,7 @@ class MLP(Trainable, files.Saved):
         phases: list[Phase] = [
             Gather(samples.dataset(may_skip_zeros=True)),
             Forward(0, (SAMPLES,)),
-            Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing, reduction),
+            Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),
         ]
         states = None
@@ -270,7 +270,7 @@ class MLP(Trainable, files.Saved):
         backend = select.of(outputs)
         if self.output == "softmax":
             labels = backend.placed_like(targets, outputs)
-            return float(kernels.softmax_cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)[0])
+            return float(getattr(kernels, self.loss)(outputs, labels, label_smoothing=self.label_smoothing)[0])
         wanted = backend.placed_like(one_hot(targets, outputs.shape, self.dtype), outputs)
         mean = float(getattr(kernels, self.loss)(outputs, wanted)[0])
         # The kernel's mean is over all elements, the objective's of sigmoid outputs over the samples.

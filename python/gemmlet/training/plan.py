@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..formulas.losses import LOSSES, ROW_LOSSES
+
 Array = NDArray[Any]
 
 # Inputs of a `Forward`, beside the outputs of other networks: rows of the dataset, and rows of noise.
@@ -128,8 +130,8 @@ class Loss(NamedTuple):
         For all samples of the dataset: class indices, int64 of shape (n,), or numbers (n, outputs); an elementwise loss
         takes class indices as one-hot rows, or as the number itself if there is one output. A tuple has one target for
         each input of the network's `Forward`.
-    label_smoothing : float
-        Of row losses, as of the kernel.
+    parameter : float, optional
+        The kernel's: label smoothing of a row loss, `delta` of huber. By default what the registry says.
     reduction : {"sum", "mean"}
         Over the outputs of a row, for elementwise losses. The objective is the sum over the rows, divided by the size
         of the mini-batch.
@@ -140,9 +142,16 @@ class Loss(NamedTuple):
     network: int
     name: str
     targets: Any
-    label_smoothing: float = 0.0
+    parameter: float | None = None
     reduction: str = "sum"
     sign: float = 1.0
+
+    @property
+    def value(self) -> float:
+        """`parameter`, or its default."""
+        if self.parameter is not None:
+            return self.parameter
+        return (ROW_LOSSES.get(self.name) or LOSSES[self.name]).default
 
 
 class Backward(NamedTuple):
@@ -179,7 +188,7 @@ class Update(NamedTuple):
 Phase = Gather | Forward | Loss | Backward | AllReduce | Update
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TrainingPlan:
     """What a step does: `Gather`, and then phases of which each finds what it reads."""
 
@@ -224,8 +233,7 @@ class TrainingPlan:
         return {o.name for network in self.networks for o in network if isinstance(o, Activation)}
 
 
-@dataclass(frozen=True)
-class Batches:
+class Batches(NamedTuple):
     """The mini-batches of one call of `Backend.train`.
 
     Attributes

@@ -140,13 +140,13 @@ class Step:
         if wanted.ndim == 1 and not self.losses:
             self.correct = int(np.count_nonzero(predicted_classes(outputs) == wanted))
         if phase.name in ROW_LOSSES:
-            loss = self._backend.row_loss(ROW_LOSSES[phase.name], outputs, wanted, phase.label_smoothing, grad)
+            loss = self._backend.row_loss(ROW_LOSSES[phase.name], outputs, wanted, phase.value, grad)
         else:
             entry = LOSSES[phase.name]
             if phase.reduction == "sum":
                 factor *= outputs.shape[1]
             wanted = one_hot(wanted, outputs.shape, outputs.dtype)
-            loss = self._backend.elementwise_loss(entry, outputs, wanted, entry.default, grad)
+            loss = self._backend.elementwise_loss(entry, outputs, wanted, phase.value, grad)
         grad *= factor
         self._grad[phase.network] = grad
         self.losses.append(loss * factor)

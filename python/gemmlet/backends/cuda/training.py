@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formulas.activations import ACTIVATIONS
-from ...formulas.losses import LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
 from ...training.plan import (
     NOISE,
@@ -678,10 +677,10 @@ class Session:
         return _filled(
             self.structs.objective,
             loss=~of_rows[loss.name] if loss.name in of_rows else places("losses")[loss.name],
-            parameter=0.0 if loss.name in of_rows else LOSSES[loss.name].default,
+            parameter=loss.value,
             scale=self.plan.weight(loss) / rows,
-            keep=1.0 - loss.label_smoothing,
-            spread=loss.label_smoothing / self.networks[loss.network].widths[-1],
+            keep=1.0 - loss.value,
+            spread=loss.value / self.networks[loss.network].widths[-1],
             labels=address(self._labels) if classes else 0,
             values=0 if classes or isinstance(loss.targets, tuple) else address(loss.targets),
             samples=address(self._samples),

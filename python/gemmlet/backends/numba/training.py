@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from ..._memory import aligned_zeros
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
-from ...formulas.losses import LOSSES
 from ...training.plan import (
     NOISE,
     SAMPLES,
@@ -287,12 +286,12 @@ def _loss_function(phase: Loss, rows: int, width: int, dtype: np.dtype[Any]) -> 
 
         def evaluate(outputs: Array, targets: Array, scale: float, grad: Array) -> float:
             labels = (targets, no_soft) if targets.ndim == 1 else (no_indices, targets.reshape(-1))
-            numbers = phase.label_smoothing, dtype.type(scale), losses[: len(outputs)]
+            numbers = phase.value, dtype.type(scale), losses[: len(outputs)]
             cross_entropy(outputs.reshape(-1), width, *labels, *numbers, grad.reshape(-1))
             return float(losses[: len(outputs)].sum())
 
     else:
-        elementwise, parameter = loss_loop(phase.name, dtype), LOSSES[phase.name].default
+        elementwise, parameter = loss_loop(phase.name, dtype), phase.value
         sums = np.empty(-(-rows * width // BLOCK))
 
         def evaluate(outputs: Array, targets: Array, scale: float, grad: Array) -> float:

@@ -1,0 +1,76 @@
+"""Training plans as the extension modules of the CPU take them: csrc/cpu/bindings/training.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..training.plan import (
+    NOISE,
+    SAMPLES,
+    Backward,
+    DenseLayer,
+    Forward,
+    Loss,
+    Phase,
+    Source,
+    TrainingPlan,
+    UnsupportedError,
+    Update,
+    dense_layers,
+)
+
+# By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
+_SOURCES: dict[Source, int] = {SAMPLES: -1, NOISE: -2}
+
+
+class Numbers(NamedTuple):
+    """The numbers by which C++ knows formulas; that of a row loss is ``~number``."""
+
+    activations: Mapping[str, int]
+    losses: Mapping[str, int]
+    rules: Mapping[str, int]
+
+
+def arguments(plan: TrainingPlan, numbers: Numbers) -> tuple[Any, Any] | None:
+    """Networks and phases; None if C++ does not know something of them.
+
+    Sparse matrices are for a single network, and the executor keeps a gradient until it has been read once.
+    """
+    try:
+        networks = [[_layer(layer, numbers) for layer in dense_layers(network)] for network in plan.networks]
+        phases, gradients = [], set[tuple[str, int]]()
+        for phase in plan.phases[1:]:
+            phases.append(_phase(plan, phase, numbers))
+            kind, network, to = phases[-1][:3]
+            if kind in ("backward", "update"):
+                gradients.remove((kind, network))  # a KeyError if there is none
+            if kind == "loss":
+                gradients = {g for g in gradients if g[1] != network} | {("backward", network)}
+            if kind == "backward":
+                gradients.add(("update", network) if to < 0 else ("backward", to))
+    except (KeyError, UnsupportedError):
+        return None
+    if plan.gather.dataset.indptr is not None:
+        kinds = [phase[0] for phase in phases]
+        if phases[0] != ("forward", 0, [_SOURCES[SAMPLES]]) or kinds.count("forward") + kinds.count("update") > 2:
+            return None
+    return networks, phases
+
+
+def _layer(layer: DenseLayer, numbers: Numbers) -> tuple[Any, ...]:
+    (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
+    number = -1 if activation is None else numbers.activations[activation]
+    return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
+
+
+def _phase(plan: TrainingPlan, phase: Phase, numbers: Numbers) -> tuple[Any, ...]:
+    if isinstance(phase, Forward):
+        return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
+    if isinstance(phase, Loss):
+        return "loss", phase.network, numbers.losses[phase.name], phase.value, plan.weight(phase), phase.targets
+    if isinstance(phase, Backward):
+        return "backward", phase.network, -1 if phase.to is None else phase.to
+    if isinstance(phase, Update) and phase.max_norm is None:
+        return "update", phase.network, numbers.rules[phase.rule]
+    raise UnsupportedError(phase)
