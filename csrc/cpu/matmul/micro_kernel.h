@@ -46,10 +46,11 @@ Buffer<T> space(Index count) {
 // f(first, count) for blocks of nearly equal size, at most `size`, that cover n: none is left with a single row.
 template <class F>
 inline void for_blocks(Index n, Index size, F&& f) {
-  const Index blocks = ceil_div(n, size);
+  if (n == 0) return;
+  const Index blocks = ceil_div(n, size), least = n / blocks, larger = n % blocks;
   Index first = 0;
   for (Index block = 0; block < blocks; ++block) {
-    const Index count = n / blocks + (block < n % blocks);
+    const Index count = least + (block < larger);
     f(first, count);
     first += count;
   }
