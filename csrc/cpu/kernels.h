@@ -22,6 +22,12 @@ template <class T>
 struct View {
   const T* data;
   Index rows, columns, row_stride, column_stride;
+
+  View transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  // Some of its rows, and of its columns.
+  View block(Index row, Index row_count, Index column, Index column_count) const {
+    return {data + row * row_stride + column * column_stride, row_count, column_count, row_stride, column_stride};
+  }
 };
 
 // matmul/matmul.cpp. z, if not null, takes the value before the activation; activation -1 is none.

@@ -1,4 +1,4 @@
-// Several numbers in one access of memory.
+// Several numbers in one access of memory; dynamic shared memory.
 //
 // Contract
 //   Addresses are multiples of sizeof(Pack<T, N>), which is at most 16 bytes, what one thread moves at once.
@@ -95,5 +95,16 @@ using RegisterOf = typename RegisterType<T, count>::type;
 
 // Whether p may be the address of a pack of 16 bytes.
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<unsigned long long>(p) % 16 == 0; }
+
+// The block's dynamic shared memory, 16-byte aligned; a launch says how many bytes there are.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+#else
+  return static_cast<T*>(cuda_host::dynamic_shared());
+#endif
+}
 
 }  // namespace gemmlet

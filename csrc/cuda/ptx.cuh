@@ -10,26 +10,22 @@
 
 namespace gemmlet::ptx {
 
+// An instruction that makes one number of another, with the letters that asm has for their types.
+#define GEMMLET_PTX(To, function, instruction, to, From, from) \
+  __device__ __forceinline__ To function(From x) {             \
+    To result;                                                 \
+    asm(instruction " %0, %1;" : to(result) : from(x));        \
+    return result;                                             \
+  }
+
 // cvt.f32.f16: exact.
-__device__ __forceinline__ float float_of_half(unsigned short h) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
-  return x;
-}
+GEMMLET_PTX(float, float_of_half, "cvt.f32.f16", "=f", unsigned short, "h")
 
 // cvt.rn.f16.f32: rounds to nearest, ties to even; subnormals are kept.
-__device__ __forceinline__ unsigned short half_of_float(float x) {
-  unsigned short h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-  return h;
-}
+GEMMLET_PTX(unsigned short, half_of_float, "cvt.rn.f16.f32", "=h", float, "f")
 
 // cvt.rn.bf16.f32 (sm_80): likewise.
-__device__ __forceinline__ unsigned short bfloat_of_float(float x) {
-  unsigned short h;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(x));
-  return h;
-}
+GEMMLET_PTX(unsigned short, bfloat_of_float, "cvt.rn.bf16.f32", "=h", float, "f")
 
 // cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32 (sm_80): likewise, two at once, `low` to the low bits.
 __device__ __forceinline__ unsigned halves_of_floats(float low, float high) {
@@ -48,11 +44,7 @@ __device__ __forceinline__ unsigned bfloats_of_floats(float low, float high) {
 //
 
 // abs.f32.
-__device__ __forceinline__ float abs(float x) {
-  float result;
-  asm("abs.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
+GEMMLET_PTX(float, abs, "abs.f32", "=f", float, "f")
 
 // copysign.f32.
 __device__ __forceinline__ float copysign(float magnitude, float sign) {
@@ -69,31 +61,15 @@ __device__ __forceinline__ float larger(float a, float b) {
 }
 
 // rcp.approx.ftz.f32: 1 / x, off by 1 ULP at most. Subnormal numbers are zeros to it, as `x` and as the result.
-__device__ __forceinline__ float reciprocal(float x) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
+GEMMLET_PTX(float, reciprocal, "rcp.approx.ftz.f32", "=f", float, "f")
 
 // ex2.approx.f32, ex2.approx.ftz.f32: 2^x, off by 2^-22 of it, and exactly 1 for 0; what would be subnormal is 0 to the
 // second.
-__device__ __forceinline__ float exp2(float x) {
-  float result;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-__device__ __forceinline__ float exp2_flushed(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
+GEMMLET_PTX(float, exp2, "ex2.approx.f32", "=f", float, "f")
+GEMMLET_PTX(float, exp2_flushed, "ex2.approx.ftz.f32", "=f", float, "f")
 
 // lg2.approx.ftz.f32: the logarithm to base 2, off by 2^-22 within [0.5, 2], else by 2^-22 of it. Of subnormal numbers -inf.
-__device__ __forceinline__ float log2_flushed(float x) {
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
+GEMMLET_PTX(float, log2_flushed, "lg2.approx.ftz.f32", "=f", float, "f")
 
 //
 // Shared memory, and asynchronous copies to it
@@ -167,11 +143,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], SharedAddress r
 }
 
 // cvt.rna.tf32.f32 (sm_80), on the bits: rounds to 10 bits after the point, to nearest, ties away from zero.
-__device__ __forceinline__ unsigned tf32_of_float(unsigned x) {
-  unsigned result;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "r"(x));
-  return result;
-}
+GEMMLET_PTX(unsigned, tf32_of_float, "cvt.rna.tf32.f32", "=r", unsigned, "r")
 
 // and.b32: x without the 13 bits that TF32 has not; where it stands, so that registers are not written between products.
 __device__ __forceinline__ unsigned cut_to_tf32(unsigned x) {
@@ -183,24 +155,16 @@ __device__ __forceinline__ unsigned cut_to_tf32(unsigned x) {
 // mma.sync.m16n8k16 (f16, bf16) and m16n8k8 (tf32), sm_80: d (16 x 8) += a @ b in float. A lane holds, of d, rows g and
 // g + 8, columns 2t and 2t + 1 of each. Of a, which is row by row 16 x 32 bytes: word t of rows g and g + 8, then word
 // t + 4 of them. Of b, column by column 8 x 32 bytes: words t and t + 4 of column g.
-__device__ __forceinline__ void mma_f16(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-}
-__device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-}
-__device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-}
+#define GEMMLET_MMA(function, shape, type)                                                                           \
+  __device__ __forceinline__ void function(float (&d)[4], const unsigned (&a)[4], unsigned b_low, unsigned b_high) { \
+    asm("mma.sync.aligned." shape ".row.col.f32." type "." type                                                      \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                       \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));                                      \
+  }
+GEMMLET_MMA(mma_f16, "m16n8k16", "f16")
+GEMMLET_MMA(mma_bf16, "m16n8k16", "bf16")
+GEMMLET_MMA(mma_tf32, "m16n8k8", "tf32")
 
 //
 // Clusters of blocks (sm_90)
@@ -405,6 +369,8 @@ GEMMLET_WGMMA(wgmma_bf16, "bf16", 128, "256", "%128", "%129", "%130", "%131", "%
 GEMMLET_WGMMA_TF32(64, "128", "%64, %65, %66, %67", "%68", "%69")
 GEMMLET_WGMMA_TF32(128, "256", "%128, %129, %130, %131", "%132", "%133")
 
+#undef GEMMLET_PTX
+#undef GEMMLET_MMA
 #undef GEMMLET_WGMMA_TF32
 #undef GEMMLET_WGMMA
 #undef GEMMLET_D4

@@ -207,20 +207,27 @@ bool parameter(const Formula& formula, PyObject* given, T& result) {
 
 constexpr PyObject* unusual = nullptr;
 
+// call(data of the first array, parameter, data of the result), without the GIL if there is much to do. `out`, or a new
+// array.
+template <class Call>
+PyObject* result_of(Alike& arrays, const Formula& formula, PyObject* given, PyObject* out, Call&& call) {
+  return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
+    using T = decltype(zero);
+    T number;
+    if (!parameter(formula, given, number)) return unusual;
+    PyObject* result = arrays.output(out);
+    if (result == nullptr) return unusual;
+    const bool well = run(arrays.size(), [&] { call(data<T>(arrays.first()), number, data<T>(result)); });
+    return result_if(well, result);
+  });
+}
+
 // x, parameter, out
 PyObject* activation(const Formula& formula, Arguments a) {
   Alike arrays(a[0]);
   if (!arrays.fits()) return unusual;
-  return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
-    using T = decltype(zero);
-    T number;
-    if (!parameter(formula, a[1], number)) return unusual;
-    PyObject* y = arrays.output(a[2]);
-    if (y == nullptr) return unusual;
-    const bool well = run(arrays.size(), [&] {
-      activation_forward(formula.number, data<T>(arrays.first()), number, data<T>(y), arrays.size());
-    });
-    return result_if(well, y);
+  return result_of(arrays, formula, a[1], a[2], [&]<class T>(const T* x, T number, T* y) {
+    activation_forward(formula.number, x, number, y, arrays.size());
   });
 }
 
@@ -230,17 +237,8 @@ PyObject* activation_gradient(const Formula& formula, Arguments a) {
   PyObject* const other = a[formula.needs_x ? 2 : 1];
   const Array* saved = arrays.fits() ? arrays.add(a[formula.needs_x ? 1 : 2]) : nullptr;
   if (saved == nullptr || (other != Py_None && arrays.add(other, false) == nullptr)) return unusual;
-  return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
-    using T = decltype(zero);
-    T number;
-    if (!parameter(formula, a[3], number)) return unusual;
-    PyObject* grad_x = arrays.output(a[4]);
-    if (grad_x == nullptr) return unusual;
-    const bool well = run(arrays.size(), [&] {
-      activation_backward(formula.number, data<T>(arrays.first()), data<T>(saved), number, data<T>(grad_x),
-                          arrays.size());
-    });
-    return result_if(well, grad_x);
+  return result_of(arrays, formula, a[3], a[4], [&]<class T>(const T* grad_y, T number, T* grad_x) {
+    activation_backward(formula.number, grad_y, data<T>(saved), number, grad_x, arrays.size());
   });
 }
 
@@ -248,16 +246,9 @@ PyObject* activation_gradient(const Formula& formula, Arguments a) {
 PyObject* row_function(const Formula& formula, Arguments a) {
   Alike arrays(a[0], c_order);
   if (!arrays.fits() || arrays.dimensions() == 0 || arrays.size() == 0) return unusual;
-  return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
-    using T = decltype(zero);
-    PyObject* y = arrays.output(a[2]);
-    if (y == nullptr) return unusual;
-    const Index columns = arrays.columns(), rows = arrays.size() / columns;
-    const bool well = run(arrays.size(), [&] {
-      row_function_forward(formula.number, data<T>(arrays.first()), data<T>(y), rows, columns);
-    });
-    return result_if(well, y);
-  });
+  const Index columns = arrays.columns(), rows = arrays.size() / columns;
+  return result_of(arrays, formula, a[1], a[2],
+                   [&]<class T>(const T* x, T, T* y) { row_function_forward(formula.number, x, y, rows, columns); });
 }
 
 // grad_y, x, y, None, out
@@ -266,15 +257,9 @@ PyObject* row_function_gradient(const Formula& formula, Arguments a) {
   if (!arrays.fits() || arrays.dimensions() == 0 || arrays.size() == 0) return unusual;
   const Array* y = arrays.add(a[2]);
   if (y == nullptr || (a[1] != Py_None && arrays.add(a[1], false) == nullptr)) return unusual;
-  return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
-    using T = decltype(zero);
-    PyObject* grad_x = arrays.output(a[4]);
-    if (grad_x == nullptr) return unusual;
-    const Index columns = arrays.columns(), rows = arrays.size() / columns;
-    const bool well = run(arrays.size(), [&] {
-      row_function_backward(formula.number, data<T>(arrays.first()), data<T>(y), data<T>(grad_x), rows, columns);
-    });
-    return result_if(well, grad_x);
+  const Index columns = arrays.columns(), rows = arrays.size() / columns;
+  return result_of(arrays, formula, a[3], a[4], [&]<class T>(const T* grad_y, T, T* grad_x) {
+    row_function_backward(formula.number, grad_y, data<T>(y), grad_x, rows, columns);
   });
 }
 
@@ -292,23 +277,15 @@ PyObject* loss(const Formula& formula, Arguments a) {
   if (!arrays.fits() || arrays.size() == 0) return unusual;
   const Array* target = arrays.add(a[1]);
   if (target == nullptr) return unusual;
-  return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
-    using T = decltype(zero);
-    T number;
-    if (!parameter(formula, a[2], number)) return unusual;
-    const T* prediction = data<T>(arrays.first());
-    const Index n = arrays.size();
-    PyObject* gradient = arrays.output(a[3]);
-    if (gradient == nullptr) return unusual;
-    bool inside = true;
-    double value = 0;
-    const bool well = run(n, [&] {
-      if (formula.unit_interval) inside = within_unit_interval(prediction, n);
-      if (inside) value = elementwise_loss(formula.number, prediction, data<T>(target), number, data<T>(gradient), n);
-    });
-    gradient = result_if(well && inside, gradient);
-    return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
+  const Index n = arrays.size();
+  bool inside = true;
+  double value = 0;
+  PyObject* gradient = result_of(arrays, formula, a[2], a[3], [&]<class T>(const T* prediction, T number, T* to) {
+    if (formula.unit_interval) inside = within_unit_interval(prediction, n);
+    if (inside) value = elementwise_loss(formula.number, prediction, data<T>(target), number, to, n);
   });
+  gradient = result_if(inside, gradient);
+  return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
 }
 
 // logits, labels, label_smoothing, out
@@ -335,22 +312,18 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
     labels = arrays.add(a[1]);
     if (labels == nullptr) return unusual;
   }
-  return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
-    using T = decltype(zero);
-    PyObject* gradient = arrays.output(a[3]);
-    if (gradient == nullptr) return unusual;
-    // The labels are read after the gradient has been written to.
-    const Index item = indices != nullptr ? sizeof(Index) : sizeof(T);
-    if (!Bytes(py::detail::array_proxy(gradient), sizeof(T)).apart_from(Bytes(labels, item)))
-      return result_if(false, gradient);
-    double value = 0;
-    const bool well = run(arrays.size(), [&] {
-      value = row_loss(formula.number, data<T>(arrays.first()), indices, indices != nullptr ? nullptr : data<T>(labels),
-                       smoothing, data<T>(gradient), rows, columns);
-    });
-    gradient = result_if(well, gradient);
-    return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
+  // The labels are read after the gradient has been written to.
+  bool apart = true;
+  double value = 0;
+  PyObject* gradient = result_of(arrays, Formula{}, Py_None, a[3], [&]<class T>(const T* logits, T, T* to) {
+    const Bytes read(labels, indices != nullptr ? sizeof(Index) : sizeof(T));
+    apart = reinterpret_cast<char*>(to + arrays.size()) <= read.begin || read.end <= reinterpret_cast<char*>(to);
+    if (apart)
+      value = row_loss(formula.number, logits, indices, indices != nullptr ? nullptr : data<T>(labels), smoothing, to,
+                       rows, columns);
   });
+  gradient = result_if(apart, gradient);
+  return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
 }
 
 // param, grad, the tuple of states, the tuple of hyperparameters; True when done
@@ -403,11 +376,6 @@ View<T> view(const Array* a) {
   constexpr Index item = sizeof(T);
   return {data<T>(a), a->dimensions[0], a->dimensions[1], a->dimensions[0] < 2 ? 0 : a->strides[0] / item,
           a->dimensions[1] < 2 ? 0 : a->strides[1] / item};
-}
-
-template <class T>
-View<T> transposed(View<T> v) {
-  return {v.data, v.columns, v.rows, v.column_stride, v.row_stride};
 }
 
 bool contiguous(const Array* a) { return (a->flags & c_order) != 0; }
@@ -514,8 +482,8 @@ PyObject* linear_gradient(PyObject* formulas, Arguments a) {
                             memory.get(), arrays.size());
         grad_z.data = memory.get();
       }
-      if (need_x) linear<T>(grad_z, transposed(view<T>(w)), nullptr, -1, T(0), data<T>(grad_x), nullptr);
-      if (need_w) linear<T>(transposed(view<T>(x)), grad_z, nullptr, -1, T(0), data<T>(grad_w), nullptr);
+      if (need_x) linear<T>(grad_z, view<T>(w).transposed(), nullptr, -1, T(0), data<T>(grad_x), nullptr);
+      if (need_w) linear<T>(view<T>(x).transposed(), grad_z, nullptr, -1, T(0), data<T>(grad_w), nullptr);
       if (need_b) column_sum(grad_z, data<T>(grad_b));
     });
     return tuple_of(result_if(well, grad_x), result_if(well, grad_w), result_if(well, grad_b));

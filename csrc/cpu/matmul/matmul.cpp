@@ -12,8 +12,6 @@
 //   w is packed, one K block at a time, unless at most two tiles of rows use it. x is packed only for many columns, which
 //   would each read it again.
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 #include "cpu/kernels.h"
@@ -75,36 +73,14 @@ Index block_size(Index n, Index unit, Index limit, Index pieces) {
   return std::clamp(even, unit, limit);
 }
 
-// f(first, count) for blocks of nearly equal size, at most `size`.
-template <class F>
-inline void for_blocks(Index n, Index size, F&& f) {
-  const Index count = ceil_div(n, size);
-  for (Index i = 0; i < count; ++i) f(n * i / count, n * (i + 1) / count - n * i / count);
-}
-
-// f(first, height) for tiles of nearly equal height: no tile is left with a single row.
-template <class T, class F>
-inline void for_tiles(Index rows, F&& f) {
-  if (rows == 0) return;
-  const Index count = (rows + tuning::mr - 1) / tuning::mr, height = rows / count, taller = rows % count;
-  Index first = 0;
-  for (Index t = 0; t < taller; ++t, first += height + 1) f(first, static_cast<int>(height + 1));
-  for (; first < rows; first += height) f(first, static_cast<int>(height));
-}
-
 // Packing buffers of a thread, allocated at first use. The row stride of x is an odd number of cache lines: no shared sets.
 template <class T>
 struct Buffers {
   static constexpr Index x_stride = tuning::kc + 64 / sizeof(T);
-  struct Free {
-    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
-  };
-  using Memory = std::unique_ptr<T[], Free>;
-  Memory w, wide_w, x, transposed;
+  Buffer<T> w, wide_w, x, transposed;
 
-  static T* get(Memory& memory, Index count) {
-    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
-    if (memory == nullptr) memory = Memory(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
+  static T* get(Buffer<T>& memory, Index count) {
+    if (memory == nullptr) memory = space<T>(count);
     return memory.get();
   }
 };
@@ -254,17 +230,12 @@ void compute_small_k(View<T> x, View<T> w, const O& out) {
   if (out.plain()) return small_k_sums(x, w, out.y, out.row_stride);
   for (Index i = 0; i < x.rows; ++i) {
     T* const y = out.y + i * out.row_stride;
-    small_k_sums({x.data + i * x.row_stride, 1, x.columns, x.row_stride, x.column_stride}, w, y, out.row_stride);
+    small_k_sums(x.block(i, 1, 0, x.columns), w, y, out.row_stride);
     for (Index j = 0; j < w.columns; j += lanes<T>) {
       const int n = static_cast<int>(std::min<Index>(lanes<T>, w.columns - j));
       out.put(i, j, load_lanes(y + j, n), n, true, true);
     }
   }
-}
-
-template <class T>
-View<T> transposed(View<T> a) {
-  return {a.data, a.columns, a.rows, a.column_stride, a.row_stride};
 }
 
 // Stores y, whose contiguous rows are the columns of out.
@@ -294,7 +265,7 @@ void compute_tiles(View<T> x, View<T> w, const O& out) {
       // Aligned as y is.
       T* const rows = Buffers<T>::get(buffers.w, tuning::nc * tuning::kc) + misalignment(part.y);
       const Index stride = ceil_div(columns, n) * n;
-      copy_rows<T>({w.data + first * w.column_stride, w.rows, columns, w.row_stride, w.column_stride}, rows, stride);
+      copy_rows(w.block(0, w.rows, first, columns), rows, stride);
       compute_small_k<T>(x, {rows, w.rows, columns, stride, 1}, part);
     });
     return;
@@ -302,7 +273,7 @@ void compute_tiles(View<T> x, View<T> w, const O& out) {
   if (x.row_stride == 1 && x.column_stride != 1 && x.rows >= nr<T> && w.columns < nr<T> && w.columns % lanes<T> != 0) {
     // y^T = w^T x^T: vectors run along the rows of x, and are full.
     T* const y = Buffers<T>::get(buffers.transposed, tuning::task_mc * nr<T>);
-    compute_tiles<T>(transposed(w), transposed(x), Output<T, Plain<T>>{y, nullptr, nullptr, x.rows, {}});
+    compute_tiles<T>(w.transposed(), x.transposed(), Output<T, Plain<T>>{y, nullptr, nullptr, x.rows, {}});
     return store_transposed(y, w.columns, x.rows, out);
   }
   Sums<T> sums;
@@ -324,7 +295,7 @@ void compute_tiles(View<T> x, View<T> w, const O& out) {
     const auto x_at = [&](Index row) {
       return Strided<T>{x.data + row * x.row_stride + k * x.column_stride, x.row_stride, x.column_stride};
     };
-    for_tiles<T>(direct ? x.rows : 0, [&](Index row, int height) {
+    for_blocks(direct ? x.rows : 0, tuning::mr, [&](Index row, int height) {
       Index j = 0;
       const auto tile = [&]<Width width>(const auto& panel) {
         const int vectors = vectors_in<T>(width, height);
@@ -354,15 +325,14 @@ void compute_tiles(View<T> x, View<T> w, const O& out) {
     });
     for (Index block = direct_columns; block < w.columns; block += nc) {
       const Index columns = std::min<Index>(nc, w.columns - block);
-      pack<T>({w.data + k * w.row_stride + block * w.column_stride, kc, columns, w.row_stride, w.column_stride},
-              packed);
+      pack(w.block(k, kc, block, columns), packed);
       for_blocks(x.rows, tuning::mc, [&](Index first_row, Index rows) {
         Strided<T> x_block = x_at(first_row);
         if (copied) {
-          copy_rows<T>({x_block.data, rows, kc, x.row_stride, x.column_stride}, x_copy, Buffers<T>::x_stride);
+          copy_rows(x.block(first_row, rows, k, kc), x_copy, Buffers<T>::x_stride);
           x_block = {x_copy, Buffers<T>::x_stride, 1};
         }
-        for_tiles<T>(rows, [&](Index tile, int height) {
+        for_blocks(rows, tuning::mr, [&](Index tile, int height) {
           const Index row = first_row + tile;
           const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
           for (Index j = 0; j < columns; j += nr<T>) {
@@ -468,10 +438,8 @@ void dispatch(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* 
   }
   const auto task = [&](Index index) {
     const Index i = index / across * task_m, j = index % across * task_n;
-    const View<T> x_part{x.data + i * x.row_stride, std::min(task_m, x.rows - i), x.columns, x.row_stride,
-                         x.column_stride};
-    const View<T> w_part{w.data + j * w.column_stride, w.rows, std::min(task_n, w.columns - j), w.row_stride,
-                         w.column_stride};
+    const View<T> x_part = x.block(i, std::min(task_m, x.rows - i), 0, x.columns);
+    const View<T> w_part = w.block(0, w.rows, j, std::min(task_n, w.columns - j));
     if (use_dot_products)
       compute_dot_products(x_part, w_part, out.at(i, j));
     else

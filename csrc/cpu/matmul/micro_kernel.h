@@ -13,6 +13,8 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -26,6 +28,33 @@ template <class T>
 constexpr int nr = tuning::nr_vectors * lanes<T>;
 static_assert(tuning::kc % nr<float> == 0 && tuning::nc % nr<float> == 0 && tuning::wide_nc % nr<float> == 0);
 static_assert(tuning::mc % tuning::mr == 0);
+
+// Memory that begins with a cache line, uninitialized, so that pages that are never used take none.
+template <class T>
+struct FreeAligned {
+  void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], FreeAligned<T>>;
+
+template <class T>
+Buffer<T> space(Index count) {
+  const std::size_t bytes = static_cast<std::size_t>(count > 1 ? count : 1) * sizeof(T);
+  return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
+}
+
+// f(first, count) for blocks of nearly equal size, at most `size`, that cover n: none is left with a single row.
+template <class F>
+inline void for_blocks(Index n, Index size, F&& f) {
+  if (n == 0) return;
+  const Index blocks = ceil_div(n, size), least = n / blocks, larger = n % blocks;
+  Index first = 0;
+  for (Index block = 0; block < blocks; ++block) {
+    const Index count = least + (block < larger);
+    f(first, count);
+    first += count;
+  }
+}
 
 template <int n>
 using Constant = std::integral_constant<int, n>;
@@ -257,9 +286,7 @@ template <class T>
 inline Vec<T> load_masked(const T* p, int n, const T* end) {
   if (n == lanes<T>) return load(p);
   if (masks_are_cheap || end - p < lanes<T>) return load_part(p, n);
-  IntVecOf<Vec<T>> lane;
-  for (int i = 0; i < lanes<T>; ++i) lane[i] = static_cast<IntOf<T>>(i);
-  return select(lane < static_cast<IntOf<T>>(n), load(p), Vec<T>{});
+  return keep_lanes<T>(load(p), 0, n);
 }
 
 namespace detail {
@@ -453,9 +480,8 @@ template <class T>
     j = whole * columns;
   }
   for (; j < w.columns; j += columns)
-    pack_panel<T>({w.data + j * w.column_stride, w.rows, w.columns - j < columns ? w.columns - j : columns,
-                   w.row_stride, w.column_stride},
-                  packed + j / columns * panel_size);
+    pack_panel(w.block(0, w.rows, j, w.columns - j < columns ? w.columns - j : columns),
+               packed + j / columns * panel_size);
 }
 
 }  // namespace gemmlet

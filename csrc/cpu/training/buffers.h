@@ -1,34 +1,17 @@
-// Storage of a training step: aligned buffers, padded rows; ranges of rows and columns.
+// Storage of a training step: padded rows; ranges of rows and columns.
 //
 // Contract
-//   Buffers are aligned to cache lines and uninitialized. Rows are zero-initialized and padded to whole cache lines.
+//   Rows are zero-initialized and padded to whole cache lines.
 //   As all headers of this folder but plan.h it is included by executor.cpp alone and has internal linkage: one translation
 //   unit for each instruction set.
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
-#include <memory>
-#include <new>
 
-#include "cpu/kernels.h"
+#include "cpu/matmul/micro_kernel.h"
 
 namespace gemmlet {
 namespace {
-
-template <class T>
-struct FreeAligned {
-  void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], FreeAligned<T>>;
-
-// Uninitialized, so that pages that are never used take no memory.
-template <class T>
-Buffer<T> space(Index count) {
-  const std::size_t bytes = static_cast<std::size_t>(std::max<Index>(count, 1)) * sizeof(T);
-  return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
-}
 
 // A matrix whose row stride is an odd number of cache lines, so that rows do not share cache sets.
 template <class T>
@@ -56,6 +39,19 @@ struct Range {
 
 // Part `index` of `count` nearly equal parts of n items.
 Range part_of(Index n, Index index, Index count) { return {n * index / count, n * (index + 1) / count}; }
+
+// f(first, second, n, vectors) for the panels of two vectors that cover the columns: the second vector begins `second`
+// after the first. The last panel overlaps the one before, but for a single vector, of which n lanes are columns.
+template <class T, class F>
+inline void for_panels(Range columns, F&& f) {
+  constexpr Index n = lanes<T>;
+  Index j = columns.first;
+  for (; j + 2 * n <= columns.end; j += 2 * n) f(j, n, lanes<T>, Constant<2>{});
+  if (columns.end - j > n)
+    f(j, columns.end - n - j, lanes<T>, Constant<2>{});
+  else if (columns.end > j)
+    f(j, n, static_cast<int>(columns.end - j), Constant<1>{});
+}
 
 }  // namespace
 }  // namespace gemmlet

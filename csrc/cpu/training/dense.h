@@ -15,30 +15,11 @@
 namespace gemmlet {
 namespace {
 
-// f(first, second, vectors) for the panels of two vectors that cover the columns, of which there is at least a vector: the
-// second vector begins `second` after the first. The last panel overlaps the one before.
-template <class T, class F>
-inline void for_panels(Range columns, F&& f) {
-  constexpr Index n = lanes<T>;
-  Index j = columns.first;
-  for (; j + 2 * n <= columns.end; j += 2 * n) f(j, n, Constant<2>{});
-  if (columns.end - j > n)
-    f(j, columns.end - n - j, Constant<2>{});
-  else if (columns.end > j)
-    f(columns.end - n, n, Constant<1>{});
-}
-
 // f(first, height) for tiles of nearly equal height, at most mr, that cover the rows.
-template <class T, class F>
+template <class F>
 inline void for_tiles(Index rows, F&& f) {
-  constexpr int max_height = tuning::mr;
-  const Index tiles = ceil_div(rows, max_height);
-  Index first = 0;
-  for (Index t = 0; t < tiles; ++t) {
-    const int count = static_cast<int>((rows - first) / (tiles - t));
-    with_constant<max_height>(count, [&](auto height) { f(first, height); });
-    first += count;
-  }
+  for_blocks(rows, tuning::mr,
+             [&](Index first, int count) { with_constant<tuning::mr>(count, [&](auto height) { f(first, height); }); });
 }
 
 template <class T>
@@ -67,9 +48,11 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
     }
   };
 
-  const auto panel = [&]<int vectors>(Index j, Index second, Constant<vectors>) {
+  for_panels<T>(columns, [&]<int vectors>(Index first, Index second, int part, Constant<vectors>) {
+    // Nothing of y is updated in place: a single vector overlaps the one before, if there is one.
+    const Index j = narrow ? first : first - (n - part);
     if (!narrow && (stride * static_cast<Index>(sizeof(T)) < tuning::pack_min_stride || rows < 2 * tuning::mr)) {
-      for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
+      for_tiles(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][vectors];
         accumulate(RowPointers<T>{x + row}, Panel<T>{w + j, stride, second}, layer.in, true, sum);
         finish(sum, row, j, second);
@@ -83,7 +66,7 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
           const T* source = w + (k + i) * stride + j + v * second;
           store(packed.w + (i * vectors + v) * n, narrow ? load_part(source, static_cast<int>(out)) : load(source));
         }
-      for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
+      for_tiles(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][vectors];
         const T* rows_at_k[height];
         for (int r = 0; r < height; ++r) {
@@ -96,12 +79,7 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
         if (k + kc == layer.in) finish(sum, row, j, second);
       });
     }
-  };
-
-  if (narrow)
-    panel(0, n, Constant<1>{});
-  else
-    for_panels<T>(columns, panel);
+  });
   if (columns.end == out)
     for (Index r = 0; r < rows; ++r) std::fill(y + r * y_stride + out, y + (r + 1) * y_stride, T(0));
 }
@@ -135,7 +113,7 @@ void backward_tiles(const T* grad_y, Index y_stride, Index rows, const Layer<T>&
     for (Index j = 0; j < layer.out; j += tuning::packed_kc) {
       const Index kc = std::min(tuning::packed_kc, layer.out - j);
       pack_panel<T>({layer.weight.value + k * layer.stride + j, kc, inputs, 1, layer.stride}, packed.w);
-      for_tiles<T>(rows, [&]<int height>(Index row, Constant<height>) {
+      for_tiles(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][2];
         T* to = grad_x + row * x_stride + k;
         const auto place = [&](int r, int v) { return to + r * x_stride + v * n; };

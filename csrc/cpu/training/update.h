@@ -66,22 +66,10 @@ struct UpdateEpilogue {
   }
 };
 
-// for_panels for arrays that are updated in place: a single vector at the end has n lanes and overlaps nothing.
-template <class T, class F>
-inline void for_written_panels(Range columns, F&& f) {
-  constexpr Index n = lanes<T>;
-  Index j = columns.first;
-  for (; j + 2 * n <= columns.end; j += 2 * n) f(j, n, lanes<T>, Constant<2>{});
-  if (columns.end - j > n)
-    f(j, columns.end - n - j, lanes<T>, Constant<2>{});
-  else if (columns.end > j)
-    f(j, n, static_cast<int>(columns.end - j), Constant<1>{});
-}
-
 template <class T, class UpdateRule>
 void update_bias(const Layer<T>& layer, const Rows<T>& grad, Index rows, Range columns,
                  const UpdateEpilogue<T, UpdateRule>& update) {
-  for_written_panels<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
+  for_panels<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
     Vec<T> sum[vectors] = {};
     for (Index i = 0; i < rows; ++i)
       for (int v = 0; v < vectors; ++v) sum[v] = sum[v] + load(grad.row(i) + j + v * second);
@@ -93,13 +81,9 @@ void update_bias(const Layer<T>& layer, const Rows<T>& grad, Index rows, Range c
 template <class T, class UpdateRule>
 void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad, Index rows, Range inputs,
                   Range columns, const UpdateEpilogue<T, UpdateRule>& update) {
-  constexpr int max_height = tuning::mr;
-  const Index tiles = ceil_div(inputs.size(), max_height);
-  for (Index tile = 0; tile < tiles; ++tile) {
-    const Range part = part_of(inputs.size(), tile, tiles);
-    const Index k = inputs.first + part.first;
-    const int height = static_cast<int>(part.size());
-    for_written_panels<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
+  for_blocks(inputs.size(), tuning::mr, [&](Index first, int height) {
+    const Index k = inputs.first + first;
+    for_panels<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
       // The next panel of the parameter and its states comes from memory while this panel is reduced. Its first line may be
       // in the cache already, so the prefetch covers its end: one or two lines of each row.
       constexpr Index panel_size = 2 * lanes<T>, line = 64 / static_cast<Index>(sizeof(T));
@@ -112,14 +96,14 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
       Sums<T> sums;
       const ColumnsOfRowPointers<T> x_at{x, k};
       const Panel<T> panel{grad.row(0) + j, grad.stride, second};
-      with_constant<max_height>(height, [&]<int rows_at_once>(Constant<rows_at_once>) {
+      with_constant<tuning::mr>(height, [&]<int rows_at_once>(Constant<rows_at_once>) {
         accumulate(x_at, panel, rows, true, reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(sums));
       });
       for (int r = 0; r < height; ++r)
         update(layer.weight, (k + r) * layer.stride + j, second, n,
                reinterpret_cast<const Vec<T>(&)[vectors]>(sums[r * vectors]));
     });
-  }
+  });
 }
 
 // update_dense for one input, from the rows of the mini-batch in which it is not 0.

@@ -14,7 +14,6 @@
 
 #include "cuda/matmul/common.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/shared.cuh"
 
 namespace gemmlet {
 

@@ -16,7 +16,6 @@
 #pragma once
 
 #include "cuda/pack.cuh"
-#include "cuda/shared.cuh"
 
 namespace gemmlet {
 

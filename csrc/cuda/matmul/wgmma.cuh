@@ -27,7 +27,6 @@
 
 #include "cuda/matmul/common.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/shared.cuh"
 
 namespace gemmlet {
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/pack.cuh"
-#include "cuda/shared.cuh"
 #include "cuda/scalar.cuh"
 
 namespace shim {
