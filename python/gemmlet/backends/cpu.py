@@ -15,29 +15,14 @@ from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, RowFunction
 from ..formulas.losses import Loss as LossFormula
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
-from ..training.plan import (
-    NOISE,
-    SAMPLES,
-    Backward,
-    Batches,
-    DenseLayer,
-    Forward,
-    Gather,
-    Loss,
-    Outcome,
-    Phase,
-    Source,
-    TrainingPlan,
-    UnsupportedError,
-    Update,
-    dense_layers,
-)
+from ..training import plan as training
+from ..training.plan import NOISE, SAMPLES, Backward, Forward, Gather, Loss, TrainingPlan, Update
 from . import threadpool
 from .base import Array
 from .numpy import NumpyBackend
 
 # By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
-_SOURCES: dict[Source, int] = {SAMPLES: -1, NOISE: -2}
+_SOURCES: dict[training.Source, int] = {SAMPLES: -1, NOISE: -2}
 
 _MODULES = {"x86-64-v4": "_cpu_x86_64_v4", "x86-64-v3": "_cpu_x86_64_v3", "baseline": "_cpu_baseline"}
 
@@ -227,7 +212,7 @@ class CpuBackend(NumpyBackend):
         """Whether C++ has all formulas and phases of the plan."""
         return self._arguments(plan) is not None
 
-    def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
+    def train(self, plan: TrainingPlan, batches: training.Batches) -> training.Outcome:
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
         if not self.supports_fused(plan) or any(isinstance(table, list) for table in batches.hyperparameters):
             return super().train(plan, batches)
@@ -237,41 +222,42 @@ class CpuBackend(NumpyBackend):
             *arguments, dataset.x, dataset.indptr, dataset.indices, dataset.skip_zeros, scale, shift, batches.order,
             batches.size, batches.hyperparameters, batches.losses, batches.decay, batches.noise,
         )  # fmt: skip
-        return Outcome(tuple(losses), correct)
+        return training.Outcome(tuple(losses), correct)
 
     def _arguments(self, plan: TrainingPlan) -> tuple[Any, Any] | None:
         """Networks and phases as the extension module takes them; None if it does not know something of them."""
         if plan not in self._planned:
             try:
                 self._check_order(plan)
-                networks = [[self._layer(layer) for layer in dense_layers(network)] for network in plan.networks]
+                stacks = map(training.dense_layers, plan.networks)
+                networks = [[self._layer(layer) for layer in layers] for layers in stacks]
                 self._planned[plan] = networks, [self._phase(plan, phase) for phase in plan.phases[1:]]
-            except (KeyError, UnsupportedError):
+            except (KeyError, training.UnsupportedError):
                 self._planned[plan] = None
         return self._planned[plan]
 
     @staticmethod
     def _check_order(plan: TrainingPlan) -> None:
         """Sparse matrices are for a single network; the executor keeps a gradient until it has been read once."""
-        kinds, latest = [type(phase) for phase in plan.phases], dict[int, type[Phase]]()
+        kinds, latest = [type(phase) for phase in plan.phases], dict[int, type[training.Phase]]()
         alone = kinds.count(Forward) == kinds.count(Update) == 1 and Forward(0, (SAMPLES,)) in plan.phases[1:2]
         if plan.gather.dataset.indptr is not None and not alone:
-            raise UnsupportedError(plan.gather)
-        needed: dict[type[Phase], type[Phase]] = {Backward: Loss, Update: Backward}
+            raise training.UnsupportedError(plan.gather)
+        needed: dict[type[training.Phase], type[training.Phase]] = {Backward: Loss, Update: Backward}
         for phase in plan.phases[1:]:
             assert not isinstance(phase, Gather)
             if needed.get(type(phase)) not in (None, latest.get(phase.network)):
-                raise UnsupportedError(phase)
+                raise training.UnsupportedError(phase)
             latest[phase.network] = type(phase)
             if isinstance(phase, Backward) and phase.to is not None:
                 latest[phase.to] = Loss
 
-    def _layer(self, layer: DenseLayer) -> tuple[Any, ...]:
+    def _layer(self, layer: training.DenseLayer) -> tuple[Any, ...]:
         (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
         number = -1 if activation is None else self._activations[activation]
         return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
 
-    def _phase(self, plan: TrainingPlan, phase: Phase) -> tuple[Any, ...]:
+    def _phase(self, plan: TrainingPlan, phase: training.Phase) -> tuple[Any, ...]:
         """A phase as the extension module takes it."""
         if isinstance(phase, Forward):
             return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
@@ -284,4 +270,4 @@ class CpuBackend(NumpyBackend):
             return "backward", phase.network, -1 if phase.to is None else phase.to
         if isinstance(phase, Update) and phase.max_norm is None:
             return "update", phase.network, self._rules[phase.rule]
-        raise UnsupportedError(phase)
+        raise training.UnsupportedError(phase)

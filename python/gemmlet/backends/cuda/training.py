@@ -28,24 +28,8 @@ from numpy.typing import NDArray
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
-from ...training.plan import (
-    NOISE,
-    SAMPLES,
-    Array,
-    Backward,
-    Batches,
-    Dataset,
-    Forward,
-    Gather,
-    Loss,
-    Network,
-    Outcome,
-    Phase,
-    TrainingPlan,
-    UnsupportedError,
-    Update,
-    dense_layers,
-)
+from ...training import plan as training
+from ...training.plan import NOISE, SAMPLES, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
@@ -188,11 +172,11 @@ def supports_fused(plan: TrainingPlan) -> bool:
     phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
     losses = places("losses").keys() | (set() if is_gan else {"softmax_cross_entropy"})
-    with contextlib.suppress(UnsupportedError):
+    with contextlib.suppress(training.UnsupportedError):
         return (
             phases in _STEPS
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
-            and all(map(dense_layers, plan.networks))
+            and all(map(training.dense_layers, plan.networks))
             and plan.activations() <= places("activations").keys()
             and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
             and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
@@ -272,8 +256,8 @@ class _Network:
         gradients of the preactivations.
     """
 
-    def __init__(self, network: Network, rule: str, start: int) -> None:
-        layers = dense_layers(network)
+    def __init__(self, network: training.Network, rule: str, start: int) -> None:
+        layers = training.dense_layers(network)
         self.layers, self.rule, self.start = layers, rule, _pieces(start, 256) * 256
         self.dtype = layers[0].weight.value.dtype
         self.widths = [len(layers[0].weight.value), *(layer.bias.value.size for layer in layers)]
@@ -348,9 +332,9 @@ class Session:
         def resident(value: Any) -> Any:
             return device.upload(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
 
-        def staged(phase: Phase) -> Phase:
+        def staged(phase: training.Phase) -> training.Phase:
             if isinstance(phase, Gather):
-                return phase._replace(dataset=Dataset(*map(resident, phase.dataset)))
+                return phase._replace(dataset=training.Dataset(*map(resident, phase.dataset)))
             return phase._replace(targets=resident(phase.targets)) if isinstance(phase, Loss) else phase
 
         self.device, self.dtype, self.type = device, plan.dtype, CPP_TYPES[plan.dtype.name]
@@ -375,11 +359,11 @@ class Session:
 
     # Calls.
 
-    def train(self, batches: Batches) -> Outcome:
+    def train(self, batches: training.Batches) -> training.Outcome:
         """See `Backend.train`; the networks' arrays are older than the state then, until `write_back`."""
         order, noise, updates = batches.order, batches.noise, len(batches.hyperparameters)
         if not len(order):
-            return Outcome(batches.losses, 0)
+            return training.Outcome(batches.losses, 0)
         size = min(batches.size, len(order))
         full, rest = divmod(len(order), size)
         # Before anything is sent, as it takes time, and may fail.
@@ -412,7 +396,7 @@ class Session:
             self.device.synchronize()
             raise
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
-        return Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
+        return training.Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
 
     def write_back(self) -> None:
         """Copy the state into the networks' arrays, if it is newer than they are."""
