@@ -36,17 +36,9 @@ from .types import CPP_TYPES, address
 
 CLUSTER_SOURCE = "training/cluster.cuh"
 
-# The files of csrc/cuda/training by the kernels of a step.
-_SOURCES = {
-    "first_forward": "dense",
-    "first_forward_and_gather": "gather",
-    "expand": "gather",
-    "forward": "dense",
-    "backward": "dense",
-    "loss": "loss",
-    "top": "top",
-    "update": "update",
-}
+# The files of csrc/cuda/training by the kernels of a step, but for kernels that have a file of their own name.
+_SOURCES = dict.fromkeys(("first_forward", "forward", "backward"), "dense")
+_SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand"), "gather")
 
 # Sources that not every architecture compiles, and those that do.
 ARCHITECTURES = {CLUSTER_SOURCE: ("sm_90a", "host")}
@@ -100,9 +92,9 @@ _MAX_HYPERPARAMETERS = constant("Staged::max_hyperparameters")
 #
 
 
-def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
-    """A struct with these members; 0 what is not named."""
-    record = np.zeros(1, dtype)
+def _filled(name: str, t: np.dtype[Any] | None = None, /, **values: Any) -> np.void:
+    """A struct with these members, 0 what is not named; `t` is the network's type, where it holds numbers of that."""
+    record = np.zeros(1, struct(name, t))
     for name, value in values.items():
         record[name] = value
     result: np.void = record[0]
@@ -110,32 +102,7 @@ def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
 
 
 _PROGRESS = struct("Progress")
-_INPUT = struct("Input")
-_LAYER = struct("Layer")
-_STAGED = struct("Staged")
-_EXPAND = struct("Expand")
 _UPDATED_LAYER = struct("UpdatedLayer")
-_UPDATE = struct("Update")
-_ARRANGE = struct("ArrangeSamples")
-_CLOSE = struct("CloseSteps")
-
-
-class _Structs:
-    """Those that hold numbers of the network's type."""
-
-    def __init__(self, t: np.dtype[Any]) -> None:
-        self.activation = struct("Activation", t)
-        self.below = struct("Below", t)
-        self.objective = struct("Objective", t)
-        self.forward = struct("Forward", t)
-        self.backward = struct("Backward", t)
-        self.loss = struct("Loss", t)
-        self.top = struct("Top", t)
-        self.cluster = struct("ClusterTraining", t)
-        self.gather = struct("Gather", t)
-
-
-_structs = functools.cache(_Structs)
 
 # The tiles of matmul/small.cuh, and the rows and columns of each.
 _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
@@ -164,7 +131,8 @@ def expressions() -> dict[str, list[str]]:
 
 def _source(kernel: str) -> str:
     """The file of a step's kernel."""
-    return f"training/{_SOURCES[kernel.partition('<')[0]]}.cuh"
+    name = kernel.partition("<")[0]
+    return f"training/{_SOURCES.get(name, name)}.cuh"
 
 
 def supports_fused(plan: TrainingPlan) -> bool:
@@ -268,9 +236,10 @@ class _Network:
         *self._starts, self.plane = map(int, np.cumsum([0, *sizes]))
         self.planes = 1 + len(layers[0].weight.state) + self.averages
         self.end = self.start + self.planes * self.plane * self.dtype.itemsize
-        kind, numbers = _structs(self.dtype).activation, places("activations")
+        numbers = places("activations")
         self.activations = [
-            _filled(kind, number=numbers[layer.activation or "identity"], parameter=layer.parameter) for layer in layers
+            _filled("Activation", self.dtype, number=numbers[layer.activation or "identity"], parameter=layer.parameter)
+            for layer in layers
         ]
 
     def reserve(self, device: Device, rows: int, output: Any = None) -> None:
@@ -288,13 +257,13 @@ class _Network:
     def layer(self, state: int, layer: int) -> np.void:
         """A layer, as kernels take it; `state` is the address of the state."""
         parameters = state + self.start + self._starts[layer] * self.dtype.itemsize
-        return _filled(_LAYER, **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
+        return _filled("Layer", **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
 
     def below(self, layer: int) -> np.void:
         """A layer as the one below another."""
         saved, grad = self.y[layer] if self.z[layer] is None else self.z[layer], self.grad[layer]
         matrices = {"saved": address(saved), "grad": address(grad)}
-        return _filled(_structs(self.dtype).below, activation=self.activations[layer], **matrices)
+        return _filled("Below", self.dtype, activation=self.activations[layer], **matrices)
 
     def has_top(self, rows: int) -> bool:
         """Whether the last layer goes with the loss in one kernel."""
@@ -338,7 +307,7 @@ class Session:
             return phase._replace(targets=resident(phase.targets)) if isinstance(phase, Loss) else phase
 
         self.device, self.dtype, self.type = device, plan.dtype, CPP_TYPES[plan.dtype.name]
-        self.structs, self.plan = _structs(plan.dtype), replace(plan, phases=tuple(map(staged, plan.phases)))
+        self.plan = replace(plan, phases=tuple(map(staged, plan.phases)))
         rules, end = {update.network: update.rule for update in plan.updates}, _PROGRESS.itemsize
         self.networks = list[_Network]()
         for number, network in enumerate(plan.networks):
@@ -511,7 +480,7 @@ class Session:
         if phase.dataset.indptr is not None:
             values, indptr, indices = map(address, phase.dataset[:3])
             places = {"values": values, "indptr": indptr, "indices": indices, "rows": address(self._gathered)}
-            p = _filled(_EXPAND, features=self.networks[0].widths[0], **places)
+            p = _filled("Expand", features=self.networks[0].widths[0], **places)
             self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._staged())
 
     @_add.register
@@ -521,9 +490,9 @@ class Session:
         top = has_loss and network.has_top(rows)
         x, kernel = self.plan.gather.dataset.x, "forward"
         if phase.inputs == (NOISE,):
-            given, kernel = _Input(self.type, _filled(_INPUT, stride=network.widths[0])), "first_forward_and_gather"
+            given, kernel = _Input(self.type, _filled("Input", stride=network.widths[0])), "first_forward_and_gather"
         elif self._gathered is None:
-            samples = _filled(_INPUT, rows=address(x), stride=x.shape[1], samples=address(self._samples))
+            samples = _filled("Input", rows=address(x), stride=x.shape[1], samples=address(self._samples))
             given, kernel = _Input(CPP_TYPES[x.dtype.name], samples), "first_forward"
         else:
             given = self._input_of(self._gathered)
@@ -543,11 +512,11 @@ class Session:
             block = min(256, _pieces(inputs, 32) * 32)
             numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
             x, below = address(network.y[last - 1]), network.below(last - 1)
-            p = _filled(self.structs.top, x=x, layer=network.layer(self.state, last), below=below, **common)
+            p = _filled("Top", self.dtype, x=x, layer=network.layer(self.state, last), below=below, **common)
             self._launch(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
         else:
             y, z = address(network.y[last]), address(network.z[last])
-            p = _filled(self.structs.loss, y=y, z=z, out=outputs, rows=rows, **common)
+            p = _filled("Loss", self.dtype, y=y, z=z, out=outputs, rows=rows, **common)
             self._launch(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
 
     @_add.register
@@ -560,7 +529,7 @@ class Session:
             tiles = _tiles(self.dtype, rows, inputs, outputs)
             below = network.below(layer - 1) if layer or to is None else to.below(-1)
             common = {"grad": address(network.grad[layer]), "layer": network.layer(self.state, layer)}
-            p = _filled(self.structs.backward, below=below, rows=rows, **common)
+            p = _filled("Backward", self.dtype, below=below, rows=rows, **common)
             self._launch(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
 
     @_add.register
@@ -580,7 +549,7 @@ class Session:
                 updated[place] = blocks, inputs, outputs, parameters, x, grad
                 blocks += _pieces(inputs + 1, _WIDE_SIDE) * _pieces(outputs, _WIDE_SIDE)
             p = _filled(
-                _UPDATE,
+                "Update",
                 layers=updated,
                 layer_count=end - first,
                 blocks=blocks,
@@ -608,13 +577,13 @@ class Session:
 
     def _input_of(self, matrix: Any) -> _Input:
         """All rows of a matrix."""
-        return _Input(self.type, _filled(_INPUT, rows=address(matrix), stride=matrix.shape[1]))
+        return _Input(self.type, _filled("Input", rows=address(matrix), stride=matrix.shape[1]))
 
     def _staged(self) -> np.void:
         """What the kernel that opens a step stages; of class indices, the mini-batch's."""
         (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].hyperparameters) for u in self.plan.updates]
         return _filled(
-            _STAGED,
+            "Staged",
             progress=self.state,
             rows=self._rows,
             samples=address(self._samples),
@@ -632,15 +601,9 @@ class Session:
         # (Samples are gathered by blocks of that size, too.)
         tiles = _tiles(self.dtype, rows, outputs, inputs, least_warps=8 if gathers else 1)
         tile_rows, columns = tiles.grid
-        p = _filled(
-            self.structs.forward,
-            input=given.value,
-            layer=network.layer(self.state, layer),
-            activation=network.activations[layer],
-            y=address(network.y[layer]),
-            z=address(network.z[layer]),
-            rows=rows,
-        )
+        y, z = address(network.y[layer]), address(network.z[layer])
+        common = {"layer": network.layer(self.state, layer), "activation": network.activations[layer], "rows": rows}
+        p = _filled("Forward", self.dtype, input=given.value, y=y, z=z, **common)
         arguments, types = list[np.generic]([p]), [self.type]
         if kernel != "forward":
             arguments.append(self._staged())
@@ -648,7 +611,7 @@ class Session:
             columns += 1
         if gathers:
             scaling, to = {"scale": gather.scale, "shift": gather.shift}, address(self._gathered[rows:])
-            samples = _filled(self.structs.gather, samples=address(x), features=x.shape[1], rows=to, **scaling)
+            samples = _filled("Gather", self.dtype, samples=address(x), features=x.shape[1], rows=to, **scaling)
             arguments += samples, np.int32(tiles.grid[1])
             columns = tiles.grid[1] + _pieces(rows + 1, tile_rows)
         kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
@@ -660,7 +623,8 @@ class Session:
         # Of each input: what is generated comes first here.
         first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
         return _filled(
-            self.structs.objective,
+            "Objective",
+            self.dtype,
             loss=-1 if softmax else places("losses")[loss.name],
             parameter=0.0 if softmax else LOSSES[loss.name].default,
             scale=self.plan.weight(loss) / rows,
@@ -692,12 +656,13 @@ class _Cluster:
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
         # (Steps are the second number of a grid.)
         self._most_steps = min(max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
-        common = {"progress": session.state, "rows": rows}
+        common, samples = {"progress": session.state, "rows": rows}, address(dataset.x)
         indices = address(loss.targets) if _has_classes(loss) else 0
-        self._arrange = _filled(_ARRANGE, samples=address(dataset.x), features=features, indices=indices, **common)
+        self._arrange = _filled("ArrangeSamples", samples=samples, features=features, indices=indices, **common)
         first, last = (network.layer(session.state, layer)["parameters"] for layer in (0, 1))
         self._train = _filled(
-            session.structs.cluster,
+            "ClusterTraining",
+            session.dtype,
             features=features,
             hidden=hidden,
             out=out,
@@ -709,7 +674,7 @@ class _Cluster:
             objective=session.objective(loss, rows),
             **common,
         )
-        self._close = _filled(_CLOSE, weight=session.plan.weight(loss), **common)
+        self._close = _filled("CloseSteps", weight=session.plan.weight(loss), **common)
         names = [
             f"arrange_samples<{_CLUSTER_THREADS}>",
             f"train_in_cluster<{size}, gemmlet::optimizers::{network.rule}>",
@@ -725,15 +690,10 @@ class _Cluster:
         steps = min(steps, self._most_steps)
         if steps <= self._reserved:
             return
-        empty, rows = self._device.empty, self._rows
         # First of all the old memory is given back; there may be none then.
         self._reserved, self._memory = 0, list[Any]()
-        self._memory = [
-            empty((steps, self._step_numbers), np.dtype(np.uint16)),
-            empty((steps, rows), np.dtype(np.int32)),
-            empty((steps, rows), np.dtype(np.float64)),
-            empty((steps, rows), np.dtype(np.int32)),
-        ]
+        each = (self._step_numbers, np.uint16), (self._rows, np.int32), (self._rows, np.float64), (self._rows, np.int32)
+        self._memory = [self._device.empty((steps, columns), np.dtype(kind)) for columns, kind in each]
         self._reserved = steps
         tiles, labels, losses, correct = map(address, self._memory)
         for p in (self._arrange, self._train):
