@@ -59,12 +59,12 @@ MORE_TILES: dict[str, tuple[Tile, ...]] = {
         mma("bfloat16", (256, 128, 32, 4, 2, 1, 4), 2600.0, 20.0),
         mma("bfloat16", (32, 64, 128, 1, 1, 4, 3), 1200.0, 4.5),
         # Without clusters 2048^3 took 0.92 of the time, and larger ones as long.
-        wgmma("bfloat16", 128, 256, 4, 1, 16, False, 3000.0, 11.5),
-        wgmma("bfloat16", 64, 128, 8, 1, 16, False, 3000.0, 4.0),
+        wgmma("bfloat16", (128, 256, 4, 1, 16), False, 3000.0, 11.5),
+        wgmma("bfloat16", (64, 128, 8, 1, 16), False, 3000.0, 4.0),
     ),
     "tf32": (
-        wgmma("float32", 128, 256, 4, 1, 16, True, 3000.0, 23.0),
-        wgmma("float32", 128, 128, 6, 2, 8, True, 3000.0, 11.0),
+        wgmma("float32", (128, 256, 4, 1, 16), True, 3000.0, 23.0),
+        wgmma("float32", (128, 128, 6, 2, 8), True, 3000.0, 11.0),
     ),
 }
 

@@ -347,14 +347,8 @@ def linear_backward(
     saved = _saved(entry, used, {"y": y, "z": z}, grad, hint)
     backend = select.of(grad)
     if entry is not None:
-        grad_z = backend.empty_like(grad, "C")
-        _elementwise(
-            backend,
-            lambda g, s, o: backend.activation_backward(entry, g, s, parameter, o),
-            (grad, saved),
-            (grad_z,),
-            new=True,
-        )
+        grad_z, backward = backend.empty_like(grad, "C"), partial(backend.activation_backward, entry)
+        _elementwise(backend, lambda g, s, o: backward(g, s, parameter, o), (grad, saved), (grad_z,), new=True)
     else:
         grad_z = grad
     rows = backend.as_matrix(grad_z)
@@ -412,14 +406,8 @@ def _activation_backward(entry: Activation, grad_y: Any, x: Any, y: Any, paramet
     value = _own_number(entry, parameter, grad.dtype)
     saved = _saved(entry, "x" if entry.needs_x else "y", {"x": x, "y": y}, grad)
     backend = select.of(grad)
-    grad_x = _like(backend, grad, out)
-    _elementwise(
-        backend,
-        lambda g, s, o: backend.activation_backward(entry, g, s, value, o),
-        (grad, saved),
-        (grad_x,),
-        new=out is None,
-    )
+    grad_x, backward = _like(backend, grad, out), partial(backend.activation_backward, entry)
+    _elementwise(backend, lambda g, s, o: backward(g, s, value, o), (grad, saved), (grad_x,), new=out is None)
     return _returned(out, grad_x)
 
 
@@ -589,15 +577,9 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
     grad = _like(backend, p, out)
     if not p.size:
         return float("nan"), _returned(out, grad)
+    evaluate = partial(backend.elementwise_loss, entry)
     # `rows`: the order of the elements is that of the sum, which shall not depend on the layout.
-    loss = _elementwise(
-        backend,
-        lambda a, b, o: backend.elementwise_loss(entry, a, b, value, o),
-        (p, t),
-        (grad,),
-        rows=True,
-        new=out is None,
-    )
+    loss = _elementwise(backend, lambda a, b, o: evaluate(a, b, value, o), (p, t), (grad,), rows=True, new=out is None)
     return float(loss), _returned(out, grad)
 
 
@@ -654,15 +636,12 @@ def _row_loss(entry: RowLoss, logits: Any, labels: Any, label_smoothing: Any, ou
         return float("nan"), _returned(out, grad)
     if t.ndim == 1 and out is not None and arguments.overlaps(t, grad):
         t = backend.copy(t)
+
+    def evaluate(z: Array, *rest: Array) -> float:
+        return backend.row_loss(entry, z, t if t.ndim == 1 else rest[0], smoothing, rest[-1])
+
     inputs = (z,) if t.ndim == 1 else (z, t)
-    loss = _elementwise(
-        backend,
-        lambda a, *rest: backend.row_loss(entry, a, rest[0] if t.ndim == 2 else t, smoothing, rest[-1]),
-        inputs,
-        (grad,),
-        rows=True,
-        new=out is None,
-    )
+    loss = _elementwise(backend, evaluate, inputs, (grad,), rows=True, new=out is None)
     return float(loss), _returned(out, grad)
 
 

@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..training.plan import (
-    NOISE,
-    SAMPLES,
-    Backward,
-    DenseLayer,
-    Forward,
-    Loss,
-    Phase,
-    Source,
-    TrainingPlan,
-    UnsupportedError,
-    Update,
-    dense_layers,
-)
+from ..training import plan as training
+from ..training.plan import NOISE, SAMPLES, Backward, Forward, Loss, TrainingPlan, Update
 
 # By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
-_SOURCES: dict[Source, int] = {SAMPLES: -1, NOISE: -2}
+_SOURCES: dict[training.Source, int] = {SAMPLES: -1, NOISE: -2}
 
 
 class Numbers(NamedTuple):
@@ -38,7 +26,7 @@ def arguments(plan: TrainingPlan, numbers: Numbers) -> tuple[Any, Any] | None:
     Sparse matrices are for a single network, and the executor keeps a gradient until it has been read once.
     """
     try:
-        networks = [[_layer(layer, numbers) for layer in dense_layers(network)] for network in plan.networks]
+        networks = [[_layer(layer, numbers) for layer in training.dense_layers(network)] for network in plan.networks]
         phases, gradients = [], set[tuple[str, int]]()
         for phase in plan.phases[1:]:
             phases.append(_phase(plan, phase, numbers))
@@ -49,7 +37,7 @@ def arguments(plan: TrainingPlan, numbers: Numbers) -> tuple[Any, Any] | None:
                 gradients = {g for g in gradients if g[1] != network} | {("backward", network)}
             if kind == "backward":
                 gradients.add(("update", network) if to < 0 else ("backward", to))
-    except (KeyError, UnsupportedError):
+    except (KeyError, training.UnsupportedError):
         return None
     if plan.gather.dataset.indptr is not None:
         kinds = [phase[0] for phase in phases]
@@ -58,13 +46,13 @@ def arguments(plan: TrainingPlan, numbers: Numbers) -> tuple[Any, Any] | None:
     return networks, phases
 
 
-def _layer(layer: DenseLayer, numbers: Numbers) -> tuple[Any, ...]:
+def _layer(layer: training.DenseLayer, numbers: Numbers) -> tuple[Any, ...]:
     (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
     number = -1 if activation is None else numbers.activations[activation]
     return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
 
 
-def _phase(plan: TrainingPlan, phase: Phase, numbers: Numbers) -> tuple[Any, ...]:
+def _phase(plan: TrainingPlan, phase: training.Phase, numbers: Numbers) -> tuple[Any, ...]:
     if isinstance(phase, Forward):
         return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
     if isinstance(phase, Loss):
@@ -73,4 +61,4 @@ def _phase(plan: TrainingPlan, phase: Phase, numbers: Numbers) -> tuple[Any, ...
         return "backward", phase.network, -1 if phase.to is None else phase.to
     if isinstance(phase, Update) and phase.max_norm is None:
         return "update", phase.network, numbers.rules[phase.rule]
-    raise UnsupportedError(phase)
+    raise training.UnsupportedError(phase)

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,9 +122,7 @@ class use_backend:  # noqa: N801 - it is used as a function
     def __enter__(self) -> Backend:
         return self.backend
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _current
         _current = self._previous
 

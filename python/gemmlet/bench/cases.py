@@ -42,6 +42,11 @@ def _normal(rng: np.random.Generator, shape: int | tuple[int, ...], dtype: str) 
     return np.asarray(rng.standard_normal(shape)).astype(dtype)
 
 
+def _gemmlet(factory: Factory) -> dict[str, Factory]:
+    """gemmlet, on the backend in use and on Numba's."""
+    return {OURS: factory, "gemmlet-numba": factory}
+
+
 def _torch_result(call: Call) -> Prepared:
     def result() -> Any:
         out = call()
@@ -203,18 +208,13 @@ def _linear(activation: str, batch: int, width: int) -> Case:
         function = _jax_function(activation)
         return _jitted(lambda x, w, b: function(x @ w + b), *arrays)
 
+    peers: dict[str, Factory] = {"numpy": numpy, "pytorch": pytorch, "jax": jax}
+    peers["pytorch compiled"] = partial(pytorch, compiled=True)
     return Case(
         "linear",
         f"{activation} {batch}x{width}x{width} float32",
         inputs,
-        {
-            OURS: ours,
-            "gemmlet-numba": ours,
-            "numpy": numpy,
-            "pytorch": pytorch,
-            "pytorch compiled": partial(pytorch, compiled=True),
-            "jax": jax,
-        },
+        {**_gemmlet(ours), **peers},
         lambda arrays: entry.forward(
             arrays[0].astype(np.float64) @ arrays[1].astype(np.float64) + arrays[2], entry.default
         ),
@@ -379,11 +379,8 @@ def _activation(entry: Activation, backward: bool, size: int, dtype: str) -> Cas
         expression, out = _NUMEXPR[name], np.empty_like(x)
         return lambda: numexpr.evaluate(expression, {"x": x}, out=out, casting="same_kind")
 
-    implementations: dict[str, Factory] = {
-        OURS: ours,
-        "gemmlet-numba": ours,
-        "numpy": lambda arrays: partial(plain, *arrays, np.empty_like(arrays[0])),
-    }
+    implementations = _gemmlet(ours)
+    implementations["numpy"] = lambda arrays: partial(plain, *arrays, np.empty_like(arrays[0]))
     if name in (_TORCH_BACKWARD if backward else TORCH_ACTIVATIONS):
         implementations["pytorch"] = pytorch
     if name in JAX_ACTIVATIONS and not backward:
@@ -455,13 +452,7 @@ def _softmax_cross_entropy(rows: int, classes: int, dtype: str) -> Case:
         "losses",
         f"softmax_cross_entropy {rows}x{classes} {dtype}",
         inputs,
-        {
-            OURS: ours,
-            "gemmlet-numba": ours,
-            "numpy": numpy,
-            "pytorch": partial(_torch_loss, "cross_entropy"),
-            "jax": jax,
-        },
+        {**_gemmlet(ours), "numpy": numpy, "pytorch": partial(_torch_loss, "cross_entropy"), "jax": jax},
         exact,
         rtol=10 * TOLERANCES[dtype],
         atol=TOLERANCES[dtype] / rows,
@@ -501,7 +492,7 @@ def _loss(entry: Loss, size: int, dtype: str) -> Case:
 
         return call
 
-    implementations: dict[str, Factory] = {OURS: ours, "gemmlet-numba": ours, "numpy": numpy}
+    implementations = {**_gemmlet(ours), "numpy": numpy}
     if entry.name in _TORCH_LOSSES:
         implementations["pytorch"] = partial(_torch_loss, _TORCH_LOSSES[entry.name])
     return Case(
@@ -542,12 +533,7 @@ def _row_function(name: str, backward: bool, rows: int, columns: int, dtype: str
         return _torch_result(lambda: function(grad_y, y, 1, y.dtype))
 
     function: Callable[..., Array] = entry.backward if backward else entry.forward
-    implementations: dict[str, Factory] = {
-        OURS: ours,
-        "gemmlet-numba": ours,
-        "numpy": lambda arrays: partial(function, *arrays),
-        "pytorch": pytorch,
-    }
+    implementations = {**_gemmlet(ours), "numpy": lambda arrays: partial(function, *arrays), "pytorch": pytorch}
     if not backward:
         implementations["jax"] = lambda arrays: _jitted(_jax_function(name), *arrays)
     return Case(
@@ -578,17 +564,12 @@ def losses(settings: Settings) -> Iterator[Case]:
 
 # What each update is given, the rule of the registry behind it, the numbers that the rule takes, and PyTorch's class.
 _LR = 1e-3
+_ADAM = partial(adam_hyperparameters, 1, _LR, 0.9, 0.999, 1e-8)
 _UPDATES: dict[str, tuple[str, str, dict[str, float], tuple[float, ...], str]] = {
     "sgd": ("sgd_update", "sgd", {}, (_LR, 0.0), "SGD"),
     "sgd with momentum": ("sgd_update", "momentum", {"momentum": 0.9}, (_LR, 0.0, 0.9, 0.0), "SGD"),
-    "adam": ("adam_update", "adam", {}, adam_hyperparameters(1, _LR, 0.9, 0.999, 1e-8, 0.0, False), "Adam"),
-    "adamw": (
-        "adamw_update",
-        "adam",
-        {"weight_decay": 0.01},
-        adam_hyperparameters(1, _LR, 0.9, 0.999, 1e-8, 0.01, True),
-        "AdamW",
-    ),
+    "adam": ("adam_update", "adam", {}, _ADAM(0.0, False), "Adam"),
+    "adamw": ("adamw_update", "adam", {"weight_decay": 0.01}, _ADAM(0.01, True), "AdamW"),
 }
 
 
@@ -599,6 +580,9 @@ def _update(title: str, size: int, dtype: str) -> Case:
     def inputs() -> tuple[Array, Array]:
         rng = _rng()
         return _normal(rng, size, dtype), _normal(rng, size, dtype)
+
+    def exact(pair: tuple[Array, Array]) -> Array:
+        return rule.apply(*(a.astype(np.float64) for a in pair), *(np.zeros(size) for _ in rule.state), *scalars)[0]
 
     # Every call is the first step once more, from where the last one ended: the work does not depend on the values.
 
@@ -626,16 +610,8 @@ def _update(title: str, size: int, dtype: str) -> Case:
         "optimizers",
         f"{title} {size:,} {dtype}",
         inputs,
-        {
-            OURS: ours,
-            "gemmlet-numba": ours,
-            "numpy": numpy,
-            "pytorch": pytorch,
-            "pytorch fused": partial(pytorch, fused=True),
-        },
-        lambda pair: rule.apply(*(a.astype(np.float64) for a in pair), *(np.zeros(size) for _ in rule.state), *scalars)[
-            0
-        ],
+        {**_gemmlet(ours), "numpy": numpy, "pytorch": pytorch, "pytorch fused": partial(pytorch, fused=True)},
+        exact,
         rtol=TOLERANCES[dtype],
         atol=TOLERANCES[dtype],
         bytes=float(np.dtype(dtype).itemsize * size * (3 + 2 * len(rule.state))),
@@ -734,14 +710,6 @@ def imports(settings: Settings) -> Iterator[Case]:
 
 # The groups, in the order of the tables.
 
-GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {
-    "epoch": training.epoch,
-    "gan": training.gan,
-    "matmul": matmul,
-    "linear": linear,
-    "activations": activations,
-    "losses": losses,
-    "optimizers": optimizers,
-    "overhead": overhead,
-    "import": imports,
-}
+_NAMED = (training.epoch, training.gan, matmul, linear, activations, losses, optimizers, overhead)
+GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
+GROUPS["import"] = imports  # a name that no function can have

@@ -74,43 +74,30 @@ _EPOCH = "MNIST epoch 784-128-10, batch 64, images as they are in MNIST"
 _MNIST = _of("epoch", data="MNIST", dtype="float32")
 _LAYERS = "matmul over the shapes of the layers, batches 1 to 1024, float32 and float64"
 _LINEAR = "linear with tanh, gelu, sigmoid: batch 64 to 1024, widths 128 to 1024"
+_GAN_STEP = "GAN step 100-256-784 and 784-256-1, batch 64, Adam"
+_KERNELS = ("tanh", "sigmoid", "gelu")
+_ACTIVATIONS = f"{', '.join(_KERNELS)} at 16,384 and 1 million elements"
+_ELEMENTWISE = "backend numba, every elementwise kernel"
 _CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
 TARGETS: tuple[Target | Limit, ...] = (
     *_each(_EPOCH, _MNIST, ("numpy", 3.5), ("jax", 2.5), ("pytorch", 6.0), ("scikit-learn", 6.0)),
     *_each("the same on dense random input", _of("epoch", data="dense random"), ("numpy", 1.9), ("jax", 1.4)),
     Target("one image at a time, float64", _of("epoch", batch=1), ("numpy",), 8.0),
-    *_each(
-        "GAN step 100-256-784 and 784-256-1, batch 64, Adam",
-        _of("gan"),
-        ("numpy", 2.5),
-        ("jax", 1.25),
-        ("pytorch", 2.2),
-    ),
+    *_each(_GAN_STEP, _of("gan"), ("numpy", 2.5), ("jax", 1.25), ("pytorch", 2.2)),
     Target(_LAYERS, _of("matmul", set="layers"), _BEST, 1.1, mean=True),
     Target(_LAYERS, _of("matmul", set="layers"), _BEST, 0.9),
     Target("matmul 512³ to 4096³", _of("matmul", set="squares"), _BEST, 0.97),
     *_each(_LINEAR, _of("linear"), ("numpy", 1.3), ("pytorch compiled", 1.1)),
     *(
-        Target(
-            f"tanh, sigmoid, gelu at 16,384 and 1 million elements, {dtype}",
-            _of("activations", kernel=("tanh", "sigmoid", "gelu"), dtype=dtype),
-            _BEST,
-            ratio,
-        )
+        Target(f"{_ACTIVATIONS}, {dtype}", _of("activations", kernel=_KERNELS, dtype=dtype), _BEST, ratio)
         for dtype, ratio in (("float32", 1.5), ("float64", 1.3))
     ),
     *_each(_CROSS_ENTROPY, _of("losses", kernel="softmax_cross_entropy"), ("numpy", 3.0), ("pytorch", 1.5)),
     Target("Adam update of a million parameters", _of("optimizers", update="adam"), ("pytorch fused",), 1.0),
     Limit("import gemmlet over import numpy", _of("import"), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
-    Target(
-        "backend numba, every elementwise kernel",
-        _of(elementwise=True),
-        ("numpy",),
-        1.0,
-        implementation="gemmlet-numba",
-    ),
+    Target(_ELEMENTWISE, _of(elementwise=True), ("numpy",), 1.0, implementation="gemmlet-numba"),
 )
 
 

@@ -60,13 +60,8 @@ def run(options: Options) -> int:
     choice = suite.Choice(options.groups or (), options.words, _implementations(options.sides))
     if options.only_list:
         for case in _cases(settings, choice):
-            console.print(
-                f"{case.key}  [{', '.join(case.implementations)}]",
-                markup=False,
-                soft_wrap=True,
-                overflow="ignore",
-                crop=False,
-            )
+            line = f"{case.key}  [{', '.join(case.implementations)}]"
+            console.print(line, markup=False, soft_wrap=True, overflow="ignore", crop=False)
         return 0
     earlier = None if options.compare is None else _load(options.compare, "--compare")
     info.choose_backend()

@@ -96,26 +96,18 @@ def _finish(model: nn.GAN, history: nn.GANHistory, watch: Watch) -> None:
     # What genuine digits score, for comparison: as many training images.
     genuine = data.x_train[np.random.default_rng(settings.seed).permutation(len(data.x_train))[:JUDGED]]
     genuine_distance = evaluation.frechet_distance(judge.features(genuine), real_features)
-    files.write_json(
-        out / "metrics.json",
-        {
-            **quality,
-            "frechet_distance_of_genuine_digits": genuine_distance,
-            "samples_judged": JUDGED,
-            "classifier_accuracy": judge_accuracy,
-            **watch.facts(history.seconds),
-            "history": training.curves(history, "generator_loss", "discriminator_loss"),
-        },
-    )
+    metrics = {**quality, "frechet_distance_of_genuine_digits": genuine_distance, "samples_judged": JUDGED}
+    metrics |= {"classifier_accuracy": judge_accuracy, **watch.facts(history.seconds)}
+    metrics["history"] = training.curves(history, "generator_loss", "discriminator_loss")
+    files.write_json(out / "metrics.json", metrics)
     plots.gan_losses(out / "loss_curves.png", history.generator_loss, history.discriminator_loss)
     plots.class_shares(out / "class_shares.png", quality["class_shares"])
     rarest = int(np.argmin(quality["class_shares"]))
+    confident = training.percent(quality["confident_share"])
     watch.finish(
         f"What a classifier ({judge_accuracy:.2%} right on the test images) makes of {JUDGED:,} samples",
         {
-            f"classified with a probability of at least {evaluation.CONFIDENT}": training.percent(
-                quality["confident_share"]
-            ),
+            f"classified with a probability of at least {evaluation.CONFIDENT}": confident,
             f"share of the rarest digit ({rarest})": training.percent(quality["class_shares"][rarest]),
             "Fréchet distance to the test images": f"{quality['frechet_distance']:.2f}",
             "the same for genuine training images": f"{genuine_distance:.2f}",

@@ -67,15 +67,9 @@ def _finish(model: nn.MLP, history: nn.History, watch: Watch) -> None:
     predicted = model.predict(data.x_test)
     curves = evaluation.roc_curves(data.y_test, probabilities)
     scores = evaluation.classification(data.y_test, predicted, curves)
-    files.write_json(
-        out / "metrics.json",
-        {
-            **scores,
-            **watch.facts(history.seconds),
-            "layers": model.layers,
-            "history": training.curves(history, "loss", "accuracy", "validation_loss", "validation_accuracy"),
-        },
-    )
+    metrics = {**scores, **watch.facts(history.seconds), "layers": model.layers}
+    metrics["history"] = training.curves(history, "loss", "accuracy", "validation_loss", "validation_accuracy")
+    files.write_json(out / "metrics.json", metrics)
     plots.learning_curves(out / "learning_curves.png", history)
     plots.confusion_matrix(out / "confusion_matrix.png", data.y_test, predicted)
     plots.roc_curves(out / "roc_curves.png", curves, len(data.y_test))

@@ -108,17 +108,9 @@ def check(options: Options, defaults: Defaults) -> Settings:
     if options.threads is not None:
         set_num_threads(options.threads)
     _limit_blas(get_num_threads())
-    return Settings(
-        hidden,
-        options.epochs or defaults.epochs,
-        options.batch_size or defaults.batch_size,
-        optimizer,
-        optimizer.lr,
-        defaults.lr_decay,
-        options.seed,
-        options.out,
-        options.classic,
-    )
+    epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
+    given = options.seed, options.out, options.classic
+    return Settings(hidden, epochs, batch_size, optimizer, optimizer.lr, defaults.lr_decay, *given)
 
 
 def _widths(text: str) -> tuple[int, ...]:

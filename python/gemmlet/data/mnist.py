@@ -183,15 +183,12 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     expected = int(np.prod(shape, dtype=object))
+    announced = f"its header announces {' × '.join(map(str, shape))} values"
     if len(values) != expected:
-        raise ValueError(
-            f"{path} is {'truncated' if len(values) < expected else 'corrupt'}: its header announces "
-            f"{' × '.join(map(str, shape))} values = {expected} bytes, but {len(values)} follow"
-        )
+        state = "truncated" if len(values) < expected else "corrupt"
+        raise ValueError(f"{path} is {state}: {announced} = {expected} bytes, but {len(values)} follow")
     if not expected:
-        raise ValueError(
-            f"{path} is empty: its header announces {' × '.join(map(str, shape))} values; expected at least one"
-        )
+        raise ValueError(f"{path} is empty: {announced}; expected at least one")
     # Not np.frombuffer(values) alone, which would be read-only.
     return np.frombuffer(bytearray(values), np.uint8).reshape(shape)
 

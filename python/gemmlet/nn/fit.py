@@ -206,8 +206,8 @@ class Trainable(ABC):
     def _metrics(self, losses: Sequence[float], accuracy: float) -> dict[str, float]:
         """What history and callback are told, by the names there, from the means of the losses of the plan."""
 
-    def _settings(self, batch_size: int | None, **settings: Any) -> Settings:
-        return Settings(batch_size=self.default_batch_size if batch_size is None else batch_size, **settings)
+    def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
+        return Settings(epochs, self.default_batch_size if batch_size is None else batch_size, *others)
 
     def _optimizer(self, optimizer: str | Optimizer | None) -> Optimizer:
         return self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)

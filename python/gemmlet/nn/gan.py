@@ -120,22 +120,14 @@ class GAN(Trainable, files.Saved):
         # Streams of their own: samples drawn in between do not change what is learnt.
         seeds = np.random.SeedSequence(self.seed).spawn(4)
         draw, self._shuffle, self._training_noise, self._sampling_noise = (np.random.default_rng(s) for s in seeds)
-        self._generator = Dense(
-            [self.latent_dim, *self.generator],
-            self.generator_activation,
-            self.generator_output,
-            self.dtype,
-            draw,
-            _slope(self.generator_activation, self.dtype),
-        )
-        self._discriminator = Dense(
-            [self.features, *self.discriminator],
-            self.discriminator_activation,
-            None,
-            self.dtype,
-            draw,
-            _slope(self.discriminator_activation, self.dtype),
-        )
+
+        def dense(widths: Sequence[int], activation: str, output: str | None) -> Dense:
+            # Rounded, as the public kernels do: Numba's executor computes with it in float64.
+            slope = float(self.dtype.type(0.2)) if activation == "leaky_relu" else None
+            return Dense(widths, activation, output, self.dtype, draw, slope)
+
+        self._generator = dense([self.latent_dim, *self.generator], self.generator_activation, self.generator_output)
+        self._discriminator = dense([self.features, *self.discriminator], self.discriminator_activation, None)
         self._average = self._generator.copy() if self.ema_decay else self._generator
 
     @classmethod
@@ -195,29 +187,17 @@ class GAN(Trainable, files.Saved):
         x : array_like, shape (n, features)
             Rows within [0, 1] of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as
             value/255 and are expanded a mini-batch at a time. On a GPU, they are trained on there.
-        epochs : int
-            How often each sample is used.
-        batch_size : int, optional
-            Samples per update; the last mini-batch of an epoch may be smaller. By default 64, or what the preset says.
+        epochs, batch_size, shuffle, verbose, callback_every
+            As in `MLP.fit`.
         optimizer : str or Optimizer, optional
             A name, ``"sgd"``, ``"adam"`` or ``"adamw"``, with its default settings; or an object, whose state is
             continued. By default Adam with a learning rate of 2e-4 and a `beta1` of 0.5, or what the preset says.
         discriminator_optimizer : str or Optimizer, optional
             One of its own for the discriminator; by default `optimizer` serves both.
         lr_schedule : callable, optional
-            ``lr_schedule(done)``, with the share of all mini-batches of this `fit` that is done, from 0 to below 1,
-            returns what both learning rates are multiplied by in the next one: `linear_decay`, say. `optimizer.lr`
-            stays as it is. The weights, which are a callback's to look at, may be older while it is asked.
-        shuffle : bool
-            Whether each epoch takes the samples in a new random order.
-        verbose : bool
-            Whether to print a line per epoch.
+            As in `MLP.fit`, for both learning rates.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
-        callback_every : {"batch", "call", "epoch"}
-            When it is called: after every mini-batch, which then is a call of the backend by itself; after every call,
-            which takes about a tenth of a second; or after every epoch. The last two train faster, on a GPU by far,
-            with the same result.
 
         Returns
         -------
@@ -229,15 +209,7 @@ class GAN(Trainable, files.Saved):
             An argument does not fit; nothing has been trained then.
         """
         samples = self._samples(x)
-        settings = self._settings(
-            batch_size,
-            epochs=epochs,
-            lr_schedule=lr_schedule,
-            shuffle=shuffle,
-            verbose=verbose,
-            callback=callback,
-            callback_every=callback_every,
-        )
+        settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
         rule = self._optimizer(optimizer)
         other = rule
         if discriminator_optimizer is not None:
@@ -253,10 +225,8 @@ class GAN(Trainable, files.Saved):
             *self._generator_phases(),
             Update(_GENERATOR, generator_rule, rule.max_norm),
         ]
-        history = GANHistory()
-        self._train(
-            history, samples, self._plan(phases, generator_states, discriminator_states), [other, rule], settings
-        )
+        history, plan = GANHistory(), self._plan(phases, generator_states, discriminator_states)
+        self._train(history, samples, plan, [other, rule], settings)
         return history
 
     def _plan(self, phases: Sequence[Phase], *states: Sequence[tuple[Array, ...]]) -> TrainingPlan:
@@ -424,8 +394,3 @@ class GAN(Trainable, files.Saved):
         generator = [config["latent_dim"], *config["generator"]]
         widths = {"generator.": generator, "discriminator.": [generator[-1], *config["discriminator"]]}
         return widths | ({"average.": generator} if config["ema_decay"] else {})
-
-
-def _slope(activation: str, dtype: np.dtype[Any]) -> float | None:
-    # Rounded, as the public kernels do: Numba's executor computes with it in float64.
-    return float(dtype.type(0.2)) if activation == "leaky_relu" else None

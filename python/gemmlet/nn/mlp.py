@@ -209,15 +209,7 @@ class MLP(Trainable, files.Saved):
             An argument does not fit; nothing has been trained then.
         """
         samples, targets = self._samples_and_targets(x, y)
-        settings = self._settings(
-            batch_size,
-            epochs=epochs,
-            lr_schedule=lr_schedule,
-            shuffle=shuffle,
-            verbose=verbose,
-            callback=callback,
-            callback_every=callback_every,
-        )
+        settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
         rule = self._optimizer(optimizer)
         validate = None
         if validation_data is not None:

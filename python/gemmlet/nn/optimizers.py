@@ -112,7 +112,6 @@ class _RuleOptimizer(Optimizer):
                 setattr(self, setting.name, number)
 
     def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
-        """See `Optimizer`."""
         state = self._state(param)
         lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
         self._apply(state.param, grad, state.arrays, state.steps + 1, lr)
@@ -140,7 +139,6 @@ class _RuleOptimizer(Optimizer):
         return lr * factors
 
     def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
-        """See `Optimizer`."""
         states = [self._state(param) for param in params]
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
@@ -150,7 +148,6 @@ class _RuleOptimizer(Optimizer):
         return rule, [state.arrays for state in states]
 
     def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
-        """See `Optimizer`."""
         states, rates = [self._state(param) for param in params], self._rates(factors)
         tables: dict[int, Array] = {}
         for state in states:
@@ -159,16 +156,13 @@ class _RuleOptimizer(Optimizer):
         return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
 
     def advance(self, params: Sequence[Array], steps: int) -> None:
-        """See `Optimizer`."""
         for param in params:
             self._advance(self._state(param), steps)
 
     def fresh(self) -> Self:
-        """See `Optimizer`."""
         return replace(self)
 
     def settings(self) -> dict[str, Any]:
-        """See `Optimizer`."""
         return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @property
@@ -262,17 +256,8 @@ class Adam(_RuleOptimizer):
         return 2
 
     def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
-        self._kernel(
-            param,
-            grad,
-            *arrays,
-            step=step,
-            lr=lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-        )
+        settings = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "weight_decay": self.weight_decay}
+        self._kernel(param, grad, *arrays, step=step, lr=lr, **settings)
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
@@ -343,29 +328,23 @@ class ClipNorm(Optimizer):
         self.optimizer.lr = value
 
     def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
-        """See `Optimizer`."""
         clipped = arguments.as_floats(grad, "grad").copy()
         clip_by_norm([clipped], self.max_norm)
         self.optimizer.update(param, clipped, lr_factor=lr_factor)
 
     def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
-        """See `Optimizer`."""
         return self.optimizer.prepare(params)
 
     def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
-        """See `Optimizer`."""
         return self.optimizer.hyperparameters(params, factors)
 
     def advance(self, params: Sequence[Array], steps: int) -> None:
-        """See `Optimizer`."""
         self.optimizer.advance(params, steps)
 
     def fresh(self) -> Self:
-        """See `Optimizer`."""
         return type(self)(self.optimizer.fresh(), self.max_norm)
 
     def settings(self) -> dict[str, Any]:
-        """See `Optimizer`."""
         return self.optimizer.settings() | {"max_norm": self.max_norm}
 
 

@@ -18,26 +18,12 @@ from .._signals import whole_steps
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES
-from .plan import (
-    NOISE,
-    SAMPLES,
-    AllReduce,
-    Array,
-    Backward,
-    Batches,
-    Forward,
-    Gather,
-    Loss,
-    Outcome,
-    Source,
-    TrainingPlan,
-    Update,
-    dense_layers,
-)
+from . import plan as training
+from .plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 
 
 @whole_steps()
-def train(backend: Any, plan: TrainingPlan, batches: Batches) -> Outcome:
+def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> training.Outcome:
     """See `Backend.train`."""
     plan, losses, correct = _on_cpu(backend, plan), list(batches.losses), 0
     for number in range(batches.steps):
@@ -53,7 +39,7 @@ def train(backend: Any, plan: TrainingPlan, batches: Batches) -> Outcome:
                 step.run(phase)
         losses = [total + loss * step.rows for total, loss in zip(losses, step.losses, strict=True)]
         correct += step.correct
-    return Outcome(tuple(losses), correct)
+    return training.Outcome(tuple(losses), correct)
 
 
 def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None) -> Step:
@@ -84,11 +70,9 @@ class Step:
     def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
         # The public kernels round an activation's parameter to the dtype.
-        self._layers = [
-            [layer._replace(parameter=float(plan.dtype.type(layer.parameter))) for layer in dense_layers(network)]
-            for network in plan.networks
-        ]
-        self._values: dict[Source, Array] = {}
+        F, stacks = plan.dtype.type, map(training.dense_layers, plan.networks)
+        self._layers = [[layer._replace(parameter=float(F(layer.parameter))) for layer in stack] for stack in stacks]
+        self._values: dict[training.Source, Array] = {}
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs
         self.rows, self.correct = len(where), 0

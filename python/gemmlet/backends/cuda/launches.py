@@ -324,9 +324,6 @@ class Launcher:
         scratch, result = self.scratch(device), self._result(device)
         result.floats[1] = 0.0
         launch(blocks, 1, *values, scratch.range if check else 0, scratch.partial, result.place, scratch.counter)
-        return self._waited_for(device, result)
-
-    def _waited_for(self, device: Device, result: Result) -> float | None:
         device.synchronize()
         mean, refused = result.floats
         return None if refused else mean

@@ -84,20 +84,11 @@ def mma(dtype: str, parameters: tuple[int, ...], start: float, step: float, busy
     return Tile("mma", rows, columns, depth, threads, shared, start, step, busy, parameters)
 
 
-def wgmma(
-    dtype: str,
-    x_lines: int,
-    y_lines: int,
-    stages: int,
-    cluster: int,
-    group_rows: int,
-    transposed: bool,
-    start: float,
-    step: float,
-) -> Tile:
-    """Return ``WgmmaTile<...>``."""
+def wgmma(dtype: str, parameters: tuple[int, ...], transposed: bool, start: float, step: float) -> Tile:
+    """Return ``WgmmaTile<..., transposed>``."""
+    x_lines, y_lines, stages, cluster, _ = parameters
     shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
-    parameters = (x_lines, y_lines, stages, cluster, group_rows, int(transposed))
+    parameters = (*parameters, int(transposed))
     rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
     threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
     return Tile("wgmma", rows, columns, depth, threads, shared, start, step, 1.0, parameters, cluster, transposed)
@@ -162,14 +153,14 @@ _WGMMA_TILES = {
     **dict.fromkeys(
         ("float16", "bfloat16"),
         (
-            wgmma("bfloat16", 128, 256, 4, 2, 8, False, 3000.0, 11.0),
-            wgmma("bfloat16", 128, 128, 6, 2, 8, False, 3000.0, 5.8),
-            wgmma("bfloat16", 64, 128, 8, 2, 16, False, 3000.0, 3.8),
+            wgmma("bfloat16", (128, 256, 4, 2, 8), False, 3000.0, 11.0),
+            wgmma("bfloat16", (128, 128, 6, 2, 8), False, 3000.0, 5.8),
+            wgmma("bfloat16", (64, 128, 8, 2, 16), False, 3000.0, 3.8),
         ),
     ),
     "float32": (
-        wgmma("float32", 128, 256, 4, 2, 8, False, 3000.0, 21.0),
-        wgmma("float32", 128, 256, 4, 2, 8, True, 3000.0, 21.0),
+        wgmma("float32", (128, 256, 4, 2, 8), False, 3000.0, 21.0),
+        wgmma("float32", (128, 256, 4, 2, 8), True, 3000.0, 21.0),
     ),
 }
 

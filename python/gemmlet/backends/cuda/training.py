@@ -27,41 +27,17 @@ from numpy.typing import NDArray
 
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.optimizers import OPTIMIZER_RULES
-from ...training.plan import (
-    NOISE,
-    SAMPLES,
-    Array,
-    Backward,
-    Batches,
-    Dataset,
-    Forward,
-    Gather,
-    Loss,
-    Network,
-    Outcome,
-    Phase,
-    TrainingPlan,
-    UnsupportedError,
-    Update,
-    dense_layers,
-)
+from ...training import plan as training
+from ...training.plan import NOISE, SAMPLES, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
 
 CLUSTER_SOURCE = "training/cluster.cuh"
 
-# The files of csrc/cuda/training by the kernels of a step.
-_SOURCES = {
-    "first_forward": "dense",
-    "first_forward_and_gather": "gather",
-    "expand": "gather",
-    "forward": "dense",
-    "backward": "dense",
-    "loss": "loss",
-    "top": "top",
-    "update": "update",
-}
+# The files of csrc/cuda/training by the kernels of a step, but for kernels that have a file of their own name.
+_SOURCES = dict.fromkeys(("first_forward", "forward", "backward"), "dense")
+_SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand"), "gather")
 
 # Sources that not every architecture compiles, and those that do.
 ARCHITECTURES = {CLUSTER_SOURCE: ("sm_90a", "host")}
@@ -115,9 +91,9 @@ _MAX_HYPERPARAMETERS = constant("Staged::max_hyperparameters")
 #
 
 
-def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
-    """A struct with these members; 0 what is not named."""
-    record = np.zeros(1, dtype)
+def _filled(name: str, t: np.dtype[Any] | None = None, /, **values: Any) -> np.void:
+    """A struct with these members, 0 what is not named; `t` is the network's type, where it holds numbers of that."""
+    record = np.zeros(1, struct(name, t))
     for name, value in values.items():
         record[name] = value
     result: np.void = record[0]
@@ -125,32 +101,7 @@ def _filled(dtype: np.dtype[Any], **values: Any) -> np.void:
 
 
 _PROGRESS = struct("Progress")
-_INPUT = struct("Input")
-_LAYER = struct("Layer")
-_STAGED = struct("Staged")
-_EXPAND = struct("Expand")
 _UPDATED_LAYER = struct("UpdatedLayer")
-_UPDATE = struct("Update")
-_ARRANGE = struct("ArrangeSamples")
-_CLOSE = struct("CloseSteps")
-
-
-class _Structs:
-    """Those that hold numbers of the network's type."""
-
-    def __init__(self, t: np.dtype[Any]) -> None:
-        self.activation = struct("Activation", t)
-        self.below = struct("Below", t)
-        self.objective = struct("Objective", t)
-        self.forward = struct("Forward", t)
-        self.backward = struct("Backward", t)
-        self.loss = struct("Loss", t)
-        self.top = struct("Top", t)
-        self.cluster = struct("ClusterTraining", t)
-        self.gather = struct("Gather", t)
-
-
-_structs = functools.cache(_Structs)
 
 # The tiles of matmul/small.cuh, and the rows and columns of each.
 _TILES = {"SmallTile<8>": 8, "SmallTile<16>": 16, "WideTile": 32}
@@ -179,7 +130,8 @@ def expressions() -> dict[str, list[str]]:
 
 def _source(kernel: str) -> str:
     """The file of a step's kernel."""
-    return f"training/{_SOURCES[kernel.partition('<')[0]]}.cuh"
+    name = kernel.partition("<")[0]
+    return f"training/{_SOURCES.get(name, name)}.cuh"
 
 
 def supports_fused(plan: TrainingPlan) -> bool:
@@ -187,11 +139,11 @@ def supports_fused(plan: TrainingPlan) -> bool:
     phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
     losses = places("losses").keys() | (set() if is_gan else places("row_losses").keys())
-    with contextlib.suppress(UnsupportedError):
+    with contextlib.suppress(training.UnsupportedError):
         return (
             phases in _STEPS
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
-            and all(map(dense_layers, plan.networks))
+            and all(map(training.dense_layers, plan.networks))
             and plan.activations() <= places("activations").keys()
             and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
             and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
@@ -271,8 +223,8 @@ class _Network:
         gradients of the preactivations.
     """
 
-    def __init__(self, network: Network, rule: str, start: int) -> None:
-        layers = dense_layers(network)
+    def __init__(self, network: training.Network, rule: str, start: int) -> None:
+        layers = training.dense_layers(network)
         self.layers, self.rule, self.start = layers, rule, _pieces(start, 256) * 256
         self.dtype = layers[0].weight.value.dtype
         self.widths = [len(layers[0].weight.value), *(layer.bias.value.size for layer in layers)]
@@ -283,9 +235,10 @@ class _Network:
         *self._starts, self.plane = map(int, np.cumsum([0, *sizes]))
         self.planes = 1 + len(layers[0].weight.state) + self.averages
         self.end = self.start + self.planes * self.plane * self.dtype.itemsize
-        kind, numbers = _structs(self.dtype).activation, places("activations")
+        numbers = places("activations")
         self.activations = [
-            _filled(kind, number=numbers[layer.activation or "identity"], parameter=layer.parameter) for layer in layers
+            _filled("Activation", self.dtype, number=numbers[layer.activation or "identity"], parameter=layer.parameter)
+            for layer in layers
         ]
 
     def reserve(self, device: Device, rows: int, output: Any = None) -> None:
@@ -303,13 +256,13 @@ class _Network:
     def layer(self, state: int, layer: int) -> np.void:
         """A layer, as kernels take it; `state` is the address of the state."""
         parameters = state + self.start + self._starts[layer] * self.dtype.itemsize
-        return _filled(_LAYER, **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
+        return _filled("Layer", **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
 
     def below(self, layer: int) -> np.void:
         """A layer as the one below another."""
         saved, grad = self.y[layer] if self.z[layer] is None else self.z[layer], self.grad[layer]
         matrices = {"saved": address(saved), "grad": address(grad)}
-        return _filled(_structs(self.dtype).below, activation=self.activations[layer], **matrices)
+        return _filled("Below", self.dtype, activation=self.activations[layer], **matrices)
 
     def has_top(self, rows: int) -> bool:
         """Whether the last layer goes with the loss in one kernel."""
@@ -347,13 +300,13 @@ class Session:
         def resident(value: Any) -> Any:
             return device.upload(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
 
-        def staged(phase: Phase) -> Phase:
+        def staged(phase: training.Phase) -> training.Phase:
             if isinstance(phase, Gather):
-                return phase._replace(dataset=Dataset(*map(resident, phase.dataset)))
+                return phase._replace(dataset=training.Dataset(*map(resident, phase.dataset)))
             return phase._replace(targets=resident(phase.targets)) if isinstance(phase, Loss) else phase
 
         self.device, self.dtype, self.type = device, plan.dtype, CPP_TYPES[plan.dtype.name]
-        self.structs, self.plan = _structs(plan.dtype), replace(plan, phases=tuple(map(staged, plan.phases)))
+        self.plan = replace(plan, phases=tuple(map(staged, plan.phases)))
         rules, end = {update.network: update.rule for update in plan.updates}, _PROGRESS.itemsize
         self.networks = list[_Network]()
         for number, network in enumerate(plan.networks):
@@ -374,11 +327,11 @@ class Session:
 
     # Calls.
 
-    def train(self, batches: Batches) -> Outcome:
+    def train(self, batches: training.Batches) -> training.Outcome:
         """See `Backend.train`; the networks' arrays are older than the state then, until `write_back`."""
         order, noise, updates = batches.order, batches.noise, len(batches.hyperparameters)
         if not len(order):
-            return Outcome(batches.losses, 0)
+            return training.Outcome(batches.losses, 0)
         size = min(batches.size, len(order))
         full, rest = divmod(len(order), size)
         # Before anything is sent, as it takes time, and may fail.
@@ -411,7 +364,7 @@ class Session:
             self.device.synchronize()
             raise
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
-        return Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
+        return training.Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
 
     def write_back(self) -> None:
         """Copy the state into the networks' arrays, if it is newer than they are."""
@@ -526,7 +479,7 @@ class Session:
         if phase.dataset.indptr is not None:
             values, indptr, indices = map(address, phase.dataset[:3])
             places = {"values": values, "indptr": indptr, "indices": indices, "rows": address(self._gathered)}
-            p = _filled(_EXPAND, features=self.networks[0].widths[0], **places)
+            p = _filled("Expand", features=self.networks[0].widths[0], **places)
             self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._staged())
 
     @_add.register
@@ -536,9 +489,9 @@ class Session:
         top = has_loss and network.has_top(rows)
         x, kernel = self.plan.gather.dataset.x, "forward"
         if phase.inputs == (NOISE,):
-            given, kernel = _Input(self.type, _filled(_INPUT, stride=network.widths[0])), "first_forward_and_gather"
+            given, kernel = _Input(self.type, _filled("Input", stride=network.widths[0])), "first_forward_and_gather"
         elif self._gathered is None:
-            samples = _filled(_INPUT, rows=address(x), stride=x.shape[1], samples=address(self._samples))
+            samples = _filled("Input", rows=address(x), stride=x.shape[1], samples=address(self._samples))
             given, kernel = _Input(CPP_TYPES[x.dtype.name], samples), "first_forward"
         else:
             given = self._input_of(self._gathered)
@@ -558,11 +511,11 @@ class Session:
             block = min(256, _pieces(inputs, 32) * 32)
             numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
             x, below = address(network.y[last - 1]), network.below(last - 1)
-            p = _filled(self.structs.top, x=x, layer=network.layer(self.state, last), below=below, **common)
+            p = _filled("Top", self.dtype, x=x, layer=network.layer(self.state, last), below=below, **common)
             self._launch(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
         else:
             y, z = address(network.y[last]), address(network.z[last])
-            p = _filled(self.structs.loss, y=y, z=z, out=outputs, rows=rows, **common)
+            p = _filled("Loss", self.dtype, y=y, z=z, out=outputs, rows=rows, **common)
             self._launch(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
 
     @_add.register
@@ -575,7 +528,7 @@ class Session:
             tiles = _tiles(self.dtype, rows, inputs, outputs)
             below = network.below(layer - 1) if layer or to is None else to.below(-1)
             common = {"grad": address(network.grad[layer]), "layer": network.layer(self.state, layer)}
-            p = _filled(self.structs.backward, below=below, rows=rows, **common)
+            p = _filled("Backward", self.dtype, below=below, rows=rows, **common)
             self._launch(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
 
     @_add.register
@@ -595,7 +548,7 @@ class Session:
                 updated[place] = blocks, inputs, outputs, parameters, x, grad
                 blocks += _pieces(inputs + 1, _WIDE_SIDE) * _pieces(outputs, _WIDE_SIDE)
             p = _filled(
-                _UPDATE,
+                "Update",
                 layers=updated,
                 layer_count=end - first,
                 blocks=blocks,
@@ -623,13 +576,13 @@ class Session:
 
     def _input_of(self, matrix: Any) -> _Input:
         """All rows of a matrix."""
-        return _Input(self.type, _filled(_INPUT, rows=address(matrix), stride=matrix.shape[1]))
+        return _Input(self.type, _filled("Input", rows=address(matrix), stride=matrix.shape[1]))
 
     def _staged(self) -> np.void:
         """What the kernel that opens a step stages; of class indices, the mini-batch's."""
         (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].hyperparameters) for u in self.plan.updates]
         return _filled(
-            _STAGED,
+            "Staged",
             progress=self.state,
             rows=self._rows,
             samples=address(self._samples),
@@ -647,15 +600,9 @@ class Session:
         # (Samples are gathered by blocks of that size, too.)
         tiles = _tiles(self.dtype, rows, outputs, inputs, least_warps=8 if gathers else 1)
         tile_rows, columns = tiles.grid
-        p = _filled(
-            self.structs.forward,
-            input=given.value,
-            layer=network.layer(self.state, layer),
-            activation=network.activations[layer],
-            y=address(network.y[layer]),
-            z=address(network.z[layer]),
-            rows=rows,
-        )
+        y, z = address(network.y[layer]), address(network.z[layer])
+        common = {"layer": network.layer(self.state, layer), "activation": network.activations[layer], "rows": rows}
+        p = _filled("Forward", self.dtype, input=given.value, y=y, z=z, **common)
         arguments, types = list[np.generic]([p]), [self.type]
         if kernel != "forward":
             arguments.append(self._staged())
@@ -663,7 +610,7 @@ class Session:
             columns += 1
         if gathers:
             scaling, to = {"scale": gather.scale, "shift": gather.shift}, address(self._gathered[rows:])
-            samples = _filled(self.structs.gather, samples=address(x), features=x.shape[1], rows=to, **scaling)
+            samples = _filled("Gather", self.dtype, samples=address(x), features=x.shape[1], rows=to, **scaling)
             arguments += samples, np.int32(tiles.grid[1])
             columns = tiles.grid[1] + _pieces(rows + 1, tile_rows)
         kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
@@ -675,7 +622,8 @@ class Session:
         # Of each input: what is generated comes first here.
         first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
         return _filled(
-            self.structs.objective,
+            "Objective",
+            self.dtype,
             loss=~of_rows[loss.name] if loss.name in of_rows else places("losses")[loss.name],
             parameter=loss.value,
             scale=self.plan.weight(loss) / rows,
@@ -707,12 +655,13 @@ class _Cluster:
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
         # (Steps are the second number of a grid.)
         self._most_steps = min(max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
-        common = {"progress": session.state, "rows": rows}
+        common, samples = {"progress": session.state, "rows": rows}, address(dataset.x)
         indices = address(loss.targets) if _has_classes(loss) else 0
-        self._arrange = _filled(_ARRANGE, samples=address(dataset.x), features=features, indices=indices, **common)
+        self._arrange = _filled("ArrangeSamples", samples=samples, features=features, indices=indices, **common)
         first, last = (network.layer(session.state, layer)["parameters"] for layer in (0, 1))
         self._train = _filled(
-            session.structs.cluster,
+            "ClusterTraining",
+            session.dtype,
             features=features,
             hidden=hidden,
             out=out,
@@ -724,7 +673,7 @@ class _Cluster:
             objective=session.objective(loss, rows),
             **common,
         )
-        self._close = _filled(_CLOSE, weight=session.plan.weight(loss), **common)
+        self._close = _filled("CloseSteps", weight=session.plan.weight(loss), **common)
         names = [
             f"arrange_samples<{_CLUSTER_THREADS}>",
             f"train_in_cluster<{size}, gemmlet::optimizers::{network.rule}>",
@@ -740,15 +689,10 @@ class _Cluster:
         steps = min(steps, self._most_steps)
         if steps <= self._reserved:
             return
-        empty, rows = self._device.empty, self._rows
         # First of all the old memory is given back; there may be none then.
         self._reserved, self._memory = 0, list[Any]()
-        self._memory = [
-            empty((steps, self._step_numbers), np.dtype(np.uint16)),
-            empty((steps, rows), np.dtype(np.int32)),
-            empty((steps, rows), np.dtype(np.float64)),
-            empty((steps, rows), np.dtype(np.int32)),
-        ]
+        each = (self._step_numbers, np.uint16), (self._rows, np.int32), (self._rows, np.float64), (self._rows, np.int32)
+        self._memory = [self._device.empty((steps, columns), np.dtype(kind)) for columns, kind in each]
         self._reserved = steps
         tiles, labels, losses, correct = map(address, self._memory)
         for p in (self._arrange, self._train):

@@ -30,19 +30,8 @@ from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import SAMPLES, Batches, Forward, Gather, Outcome, TrainingPlan, UnsupportedError, dense_layers
 from ..base import Array
 from ..numpy import NumpyBackend
-from . import training
+from . import loops, training
 from .formulas import scalar_kernels
-from .loops import (
-    BLOCK,
-    backward_loop,
-    cross_entropy_loop,
-    epilogue_loop,
-    forward_loop,
-    loss_loop,
-    row_backward_loop,
-    row_loop,
-    update_loop,
-)
 
 # The least work worth a thread, in elements: handing over a task costs about as much as 20,000 elements of the cheapest
 # pass.
@@ -80,14 +69,14 @@ def _fast_result(out: Any, like: Array, *inputs: Array) -> Any:
 
 
 def _fast_forward(entry: Activation) -> Callable[..., Any]:
-    loops: dict[Any, Any] = {}  # by dtypes that may be asked for, as they come
+    known: dict[Any, Any] = {}  # by dtypes that may be asked for, as they come
 
     def fast_path(x: Any, parameter: Any, out: Any) -> Any:
         if type(x) is not np.ndarray or x.size >= _ELEMENTS_PER_THREAD or not x.flags.carray:
             return None
-        if x.dtype not in loops:
-            loops[x.dtype] = _fast_loop(forward_loop, entry.name, entry.name, x.dtype, entry)
-        loop, number, default = loops[x.dtype]
+        if x.dtype not in known:
+            known[x.dtype] = _fast_loop(loops.forward_loop, entry.name, entry.name, x.dtype, entry)
+        loop, number, default = known[x.dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
         y = _fast_result(out, x, x)
@@ -99,7 +88,7 @@ def _fast_forward(entry: Activation) -> Callable[..., Any]:
 
 
 def _fast_backward(entry: Activation) -> Callable[..., Any]:
-    loops: dict[Any, Any] = {}
+    known: dict[Any, Any] = {}
 
     def fast_path(grad_y: Any, x: Any, y: Any, parameter: Any, out: Any) -> Any:
         saved, other = (x, y) if entry.needs_x else (y, x)
@@ -110,9 +99,9 @@ def _fast_backward(entry: Activation) -> Callable[..., Any]:
             return None
         if other is not None and (type(other) is not np.ndarray or other.dtype != dtype or other.shape != shape):
             return None
-        if dtype not in loops:
-            loops[dtype] = _fast_loop(backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
-        loop, number, default = loops[dtype]
+        if dtype not in known:
+            known[dtype] = _fast_loop(loops.backward_loop, entry.name, f"{entry.name}_backward", dtype, entry)
+        loop, number, default = known[dtype]
         if loop is None or type(parameter) is not type(default) or parameter != default:
             return None
         grad_x = _fast_result(out, grad_y, grad_y, saved)
@@ -180,7 +169,7 @@ class NumbaBackend(NumpyBackend):
             super().linear(x, w, b, activation, parameter, out, preactivation)
             return
         self.matmul(x, w, out)
-        loop = epilogue_loop(name, out.dtype)
+        loop = loops.epilogue_loop(name, out.dtype)
         none = np.empty(0, out.dtype)
         y, z = out.reshape(-1), none if preactivation is None else preactivation.reshape(-1)
         bias, columns = none if b is None else b, out.shape[1]
@@ -192,11 +181,11 @@ class NumbaBackend(NumpyBackend):
             return
         y = out.reshape(-1)
         if np.may_share_memory(x, out):
-            in_place = epilogue_loop(activation.name, out.dtype)
+            in_place = loops.epilogue_loop(activation.name, out.dtype)
             none = np.empty(0, out.dtype)
             self._split(y.size, 1, lambda part: in_place(y[part], 1, none, parameter, none))
             return
-        flat, loop = x.reshape(-1), forward_loop(activation.name, out.dtype)
+        flat, loop = x.reshape(-1), loops.forward_loop(activation.name, out.dtype)
         self._split(y.size, 1, lambda part: loop(flat[part], parameter, y[part]))
 
     def activation_backward(
@@ -205,7 +194,7 @@ class NumbaBackend(NumpyBackend):
         if f"{activation.name}_backward" not in scalar_kernels(out.dtype):
             super().activation_backward(activation, grad_y, saved, parameter, out)
             return
-        loop = backward_loop(activation.name, out.dtype)
+        loop = loops.backward_loop(activation.name, out.dtype)
         grad, grad_x = _apart(grad_y, out), out.reshape(-1)
         kept = _apart(saved, out)
         self._split(grad_x.size, 1, lambda part: loop(grad[part], kept[part], parameter, grad_x[part]))
@@ -214,7 +203,7 @@ class NumbaBackend(NumpyBackend):
         if function.name not in ("softmax", "log_softmax"):
             super().row_function(function, x, out)
             return
-        loop, columns = row_loop(function.name, out.dtype), out.shape[1]
+        loop, columns = loops.row_loop(function.name, out.dtype), out.shape[1]
         flat, y = x.reshape(-1), out.reshape(-1)
         self._split(y.size, columns, lambda part: loop(flat[part], columns, y[part]))
 
@@ -222,7 +211,7 @@ class NumbaBackend(NumpyBackend):
         if function.name not in ("softmax", "log_softmax"):
             super().row_function_backward(function, grad_y, y, out)
             return
-        loop, columns = row_backward_loop(function.name, out.dtype), out.shape[1]
+        loop, columns = loops.row_backward_loop(function.name, out.dtype), out.shape[1]
         grad, kept, grad_x = grad_y.reshape(-1), y.reshape(-1), out.reshape(-1)
         self._split(grad_x.size, columns, lambda part: loop(grad[part], kept[part], columns, grad_x[part]))
 
@@ -230,7 +219,7 @@ class NumbaBackend(NumpyBackend):
         if loss.name != "softmax_cross_entropy":
             return super().row_loss(loss, logits, labels, label_smoothing, out)
         rows, columns = logits.shape
-        loop, dtype = cross_entropy_loop(out.dtype), out.dtype
+        loop, dtype = loops.cross_entropy_loop(out.dtype), out.dtype
         z, gradient, losses = logits.reshape(-1), out.reshape(-1), np.empty(rows)
         indices = labels if labels.ndim == 1 else np.empty(0, np.int64)
         soft = labels.reshape(-1) if labels.ndim == 2 else np.empty(0, dtype)
@@ -248,15 +237,15 @@ class NumbaBackend(NumpyBackend):
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
         if loss.name not in scalar_kernels(out.dtype):
             return super().elementwise_loss(loss, prediction, target, parameter, out)
-        loop = loss_loop(loss.name, out.dtype)
+        loop = loops.loss_loop(loss.name, out.dtype)
         p, t, gradient = _apart(prediction, out), _apart(target, out), out.reshape(-1)
-        sums, share = np.empty(-(-p.size // BLOCK)), 1.0 / p.size
+        sums, share = np.empty(-(-p.size // loops.BLOCK)), 1.0 / p.size
 
         def run(part: slice) -> None:
-            blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+            blocks = slice(part.start // loops.BLOCK, -(-part.stop // loops.BLOCK))
             loop(p[part], t[part], parameter, share, sums[blocks], gradient[part])
 
-        self._split(p.size, BLOCK, run)
+        self._split(p.size, loops.BLOCK, run)
         return float(np.sum(sums) / p.size)
 
     def update(
@@ -265,7 +254,7 @@ class NumbaBackend(NumpyBackend):
         if rule.name not in scalar_kernels(param.dtype) or len(state) > 2:
             super().update(rule, param, grad, state, hyperparameters)
             return
-        loop = update_loop(rule.name, param.dtype, len(state), len(hyperparameters))
+        loop = loops.update_loop(rule.name, param.dtype, len(state), len(hyperparameters))
         p, g, states = param.reshape(-1), grad.reshape(-1), [s.reshape(-1) for s in state]
         self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), hyperparameters))
 

@@ -304,15 +304,6 @@ def cross_entropy_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
                         row[j] = (p[j] / F(total) * weight - F(kept * t[j] + share)) * scale
                 losses[i] = loss
 
-    read = _array(dtype)
-    return _compiled(
-        loop,
-        read,
-        types.intp,
-        types.Array(types.int64, 1, "C", readonly=True),
-        read,
-        types.float64,
-        numba.from_dtype(dtype),
-        _SUMS,
-        _array(dtype, written=True),
-    )
+    read, labels = _array(dtype), _array(np.dtype(np.int64))
+    numbers = types.float64, numba.from_dtype(dtype), _SUMS
+    return _compiled(loop, read, types.intp, labels, read, *numbers, _array(dtype, written=True))

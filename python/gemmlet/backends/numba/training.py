@@ -22,24 +22,8 @@ from numpy.typing import NDArray
 from ..._memory import aligned_zeros
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
-from ...training.plan import (
-    NOISE,
-    SAMPLES,
-    AllReduce,
-    Array,
-    Backward,
-    Batches,
-    Dataset,
-    DenseLayer,
-    Forward,
-    Gather,
-    Loss,
-    Outcome,
-    Source,
-    TrainingPlan,
-    Update,
-    dense_layers,
-)
+from ...training import plan as training
+from ...training.plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 from ...training.reference import clip_by_norm, one_hot, targets_of
 from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
@@ -206,7 +190,7 @@ def _move_average(average, value, decay, rest):
 class _Sparse:
     """The nonzeros of a mini-batch, by rows and by features."""
 
-    def __init__(self, dataset: Dataset, features: int, size: int, order: NDArray[np.int64], table: Array) -> None:
+    def __init__(self, dataset: training.Dataset, features: int, size: int, order: Array, table: Array) -> None:
         self.dataset, self.table, self.rows = dataset, table, 0
         if dataset.indptr is None:
             # A group is written whole before it is counted.
@@ -240,7 +224,7 @@ class _Sparse:
 class _Layer:
     """The arrays of a layer: its parameters, and space for so many rows."""
 
-    def __init__(self, layer: DenseLayer, rows: int, split: Split) -> None:
+    def __init__(self, layer: training.DenseLayer, rows: int, split: Split) -> None:
         self.split, self.parameter = split, layer.parameter
         self.weight, self.bias = layer.weight.value, layer.bias.value
         dtype, out = self.weight.dtype, self.bias.size
@@ -308,21 +292,21 @@ class _Executor:
     `where` are the samples of the mini-batch of a `step`; `losses` and `correct` are those of `Outcome`.
     """
 
-    def __init__(self, plan: TrainingPlan, batches: Batches, split: Split) -> None:
+    def __init__(self, plan: TrainingPlan, batches: training.Batches, split: Split) -> None:
         self._plan, self._batches, self._split, self._dtype = plan, batches, split, plan.dtype
         self.size, self.losses, self.correct = min(batches.size, len(batches.order)), list(batches.losses), 0
         self.step, self.where = 0, batches.order
         # Of the losses and the updates, in the order of the phases, which may be equal.
         self._numbers, self._tables = itertools.count(), iter(batches.hyperparameters)
         # The rows of each source, and of each network at most, in mini-batches.
-        multiples: dict[Source, int] = {SAMPLES: 1, NOISE: 1}
+        multiples: dict[training.Source, int] = {SAMPLES: 1, NOISE: 1}
         most = [0] * len(plan.networks)
         for phase in plan.phases:
             if isinstance(phase, Forward):
                 multiples[phase.network] = sum(multiples[source] for source in phase.inputs)
                 most[phase.network] = max(most[phase.network], multiples[phase.network])
         self._layers = [
-            [_Layer(layer, self.size * multiple, split) for layer in dense_layers(network)]
+            [_Layer(layer, self.size * multiple, split) for layer in training.dense_layers(network)]
             for network, multiple in zip(plan.networks, most, strict=True)
         ]
         self._sparse: _Sparse | None = None
@@ -330,7 +314,7 @@ class _Executor:
         self._whole_gradients = any(
             isinstance(p, AllReduce) or (isinstance(p, Update) and p.max_norm is not None) for p in plan.phases
         )
-        self._values: dict[Source, Any] = {}
+        self._values: dict[training.Source, Any] = {}
         self._inputs: dict[int, Any] = {}  # of the last forward pass of each network
 
     def _gradients(self, network: int) -> list[Array]:
@@ -472,7 +456,7 @@ class _Executor:
 
 
 @whole_steps()
-def train(plan: TrainingPlan, batches: Batches, split: Split) -> Outcome:
+def train(plan: TrainingPlan, batches: training.Batches, split: Split) -> training.Outcome:
     """See `Backend.train`; the plan is one that `NumbaBackend.supports_fused`, each update has one table.
 
     ``split(size, unit, run)`` calls `run` on slices of whole units that cover `size` elements, in several threads if
@@ -485,4 +469,4 @@ def train(plan: TrainingPlan, batches: Batches, split: Split) -> Outcome:
             executor.where = batches.order[executor.step * executor.size :][: executor.size]
             for action in actions:
                 action()
-    return Outcome(tuple(executor.losses), executor.correct)
+    return training.Outcome(tuple(executor.losses), executor.correct)
