@@ -182,8 +182,7 @@ def by_session(device: Any) -> Callable[[TrainingPlan, Batches], Outcome]:
 def part(batches: Batches, steps: slice, losses: Sequence[float]) -> Batches:
     """Some steps of a call, whose losses are added to `losses`."""
     rows = slice(steps.start * batches.size, steps.stop * batches.size)
-    return replace(
-        batches,
+    return batches._replace(
         order=batches.order[rows],
         hyperparameters=tuple(table[steps] for table in batches.hyperparameters),
         losses=tuple(losses),
@@ -374,7 +373,7 @@ def test_which_answers_are_right(top: bool, device: Any, cpu: Any, dtype: Any, m
         monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
     for out in (1, 3, 40):
         mlp = Mlp([2, 4, out], dtype, loss="mean_squared_error", n=120, count=120, batch=120)
-        mlp.batches = replace(mlp.batches, order=np.arange(120))
+        mlp.batches = mlp.batches._replace(order=np.arange(120))
         targets = mlp.plan.losses[0].targets
         targets[:80], targets[80:] = 7 % max(out, 2), 0
         mlp.x[::3, 0] = np.nan
@@ -663,7 +662,7 @@ def test_what_the_kernels_cannot_is_left_to_the_reference(device: Any, dtype: An
     tables = ([mlp.batches.hyperparameters[0]] * 4,)
     for plan in (clipped, on_gpu, varied):
         for hyperparameters in (mlp.batches.hyperparameters, tables, mlp.batches.hyperparameters):
-            outcome = backend.train(plan, replace(mlp.batches, hyperparameters=hyperparameters))
+            outcome = backend.train(plan, mlp.batches._replace(hyperparameters=hyperparameters))
         backend.write_back(plan)
         assert outcome.correct
     assert same(arrays_of(on_gpu), arrays_of(clipped))
@@ -685,7 +684,7 @@ def test_larger_mini_batches_find_the_networks(device: Any, dtype: Any) -> None:
     session = Session(device, staged)
     for rows in (5, 40, 7):
         for train in (session.train, lambda batches: by_session(device)(plain, batches)):
-            train(replace(mlp.batches, order=mlp.batches.order[:rows]))
+            train(mlp.batches._replace(order=mlp.batches.order[:rows]))
     session.write_back()
     assert same(arrays_of(staged), arrays_of(plain))
 
@@ -704,7 +703,7 @@ def test_the_next_call_is_prepared_meanwhile(device: Any, dtype: Any) -> None:
             self._device.download(*arguments)
 
     watched = Watched(device)
-    batches = replace(gan.batches, meanwhile=lambda: events.append("meanwhile"))
+    batches = gan.batches._replace(meanwhile=lambda: events.append("meanwhile"))
     by_session(watched)(gan.call(), batches)
     assert events.count("meanwhile") == 1
     assert [e for e in events if e != "launch"] == ["meanwhile", "download", "download"]
@@ -719,10 +718,10 @@ def test_noise_that_is_written_too_early_is_found(device: Any, dtype: Any) -> No
     assert gan.batches.noise is not None
     noise = device.empty_pinned(gan.batches.noise.shape, dtype)
     noise[...] = gan.batches.noise
-    train, batches = by_session(device), replace(gan.batches, noise=noise)
+    train, batches = by_session(device), gan.batches._replace(noise=noise)
     train(gan.call(), batches)
     with pytest.raises(RuntimeError, match="page-locked memory was written"):
-        train(gan.call(), replace(batches, meanwhile=lambda: noise.fill(0)))
+        train(gan.call(), batches._replace(meanwhile=lambda: noise.fill(0)))
 
 
 # What is launched.

@@ -6,7 +6,6 @@ What that computes is written out here with the public functions of `gemmlet.ker
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -90,7 +89,7 @@ def plan_and_batches(networks: Sequence[Network], phases: Sequence[Any], **chang
         np.linspace(0.5, 0.9, STEPS),
         rng.normal(size=(N, LATENT)).astype(plan.dtype),
     )
-    return plan, dataclasses.replace(batches, **changes)
+    return plan, batches._replace(**changes)
 
 
 def rule_name(rule: str) -> str:
@@ -284,8 +283,7 @@ def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     def part(first: int, end: int) -> Batches:
         rows = slice(first * BATCH, end * BATCH)
         tables = tuple(table[first:end] for table in batches.hyperparameters)
-        return dataclasses.replace(
-            batches,
+        return batches._replace(
             order=batches.order[rows],
             size=BATCH if end < STEPS else 1000 if end == first + 1 else BATCH,
             hyperparameters=tables,
@@ -304,7 +302,7 @@ def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
 def test_averages_without_a_decay_are_the_parameters(backend: Any, dtype: Any) -> None:
     plan, batches = mlp(dtype)
     there = backend.stage(plan)
-    backend.train(there, dataclasses.replace(batches, decay=None))
+    backend.train(there, batches._replace(decay=None))
     backend.write_back(there)
     for parameter in plan.parameters(0):
         assert same_bits(parameter.average, parameter.value)
@@ -394,7 +392,7 @@ def test_a_sparse_matrix_for_the_second_network(backend: Any, dtype: Any) -> Non
         phases = plan.phases[0], Forward(0, (NOISE,)), *plan.phases[5:]
         plan = TrainingPlan((network((9, 4), "tanh", dtype), *plan.networks[1:]), phases)
         (table,) = batches.hyperparameters[1:]
-        batches = dataclasses.replace(batches, noise=noise, hyperparameters=(table,), losses=(0.0,))
+        batches = batches._replace(noise=noise, hyperparameters=(table,), losses=(0.0,))
         reference.train(backend, plan, batches)
         results.append(arrays_of(plan))
     assert all(map(same_bits, *results))
