@@ -676,13 +676,7 @@ Notes
 -----
 Source: {entry.source}.
 """
-    _publish(
-        entry.name,
-        lambda logits, labels, smoothing, out: _row_loss(entry, logits, labels, smoothing, out),
-        ("logits", "labels"),
-        entry,
-        doc,
-    )
+    _publish(entry.name, _row_loss, ("logits", "labels"), entry, doc)
 
 
 # Optimizer updates.
