@@ -7,7 +7,6 @@ import importlib.util
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -81,7 +80,6 @@ class CpuBackend(NumpyBackend):
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
-        self._planned: WeakKeyDictionary[TrainingPlan, tuple[Any, Any] | None] = WeakKeyDictionary()
         self.fast_paths = self._make_fast_paths()
 
     def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
@@ -210,27 +208,15 @@ class CpuBackend(NumpyBackend):
 
     def supports_fused(self, plan: TrainingPlan) -> bool:
         """Whether C++ has all formulas and phases of the plan."""
-        return self._arguments(plan) is not None
+        if self.name not in plan.made:
+            from .cpu_plan import Numbers, executor  # here, as kernels alone do not need it
+
+            losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
+            plan.made[self.name] = executor(self._module, plan, Numbers(self._activations, losses, self._rules))
+        return plan.made[self.name] is not None
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
-        if not self.supports_fused(plan) or any(isinstance(table, list) for table in batches.hyperparameters):
+        if not self.supports_fused(plan) or list in map(type, batches.hyperparameters):
             return super().train(plan, batches)
-        from ..training.plan import Outcome
-
-        arguments, (dataset, scale, shift) = self._arguments(plan), plan.gather
-        assert arguments is not None
-        losses, correct = self._module.train(
-            *arguments, dataset.x, dataset.indptr, dataset.indices, dataset.skip_zeros, scale, shift, batches.order,
-            batches.size, batches.hyperparameters, batches.losses, batches.decay, batches.noise,
-        )  # fmt: skip
-        return Outcome(tuple(losses), correct)
-
-    def _arguments(self, plan: TrainingPlan) -> tuple[Any, Any] | None:
-        """Networks and phases as the extension module takes them; None if it does not know something of them."""
-        if plan not in self._planned:
-            from .cpu_plan import Numbers, arguments  # here, as kernels alone do not need it
-
-            losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
-            self._planned[plan] = arguments(plan, Numbers(self._activations, losses, self._rules))
-        return self._planned[plan]
+        return cast("Outcome", plan.made[self.name](batches))

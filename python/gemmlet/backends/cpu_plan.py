@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..training import plan as training
@@ -20,8 +20,10 @@ class Numbers(NamedTuple):
     rules: Mapping[str, int]
 
 
-def arguments(plan: TrainingPlan, numbers: Numbers) -> tuple[Any, Any] | None:
-    """Networks and phases; None if C++ does not know something of them.
+def executor(
+    module: Any, plan: TrainingPlan, numbers: Numbers
+) -> Callable[[training.Batches], training.Outcome] | None:
+    """``train(batches)`` of an extension module for a plan; None if it does not know something of it.
 
     Sparse matrices are for a single network, and the executor keeps a gradient until it has been read once.
     """
@@ -43,7 +45,15 @@ def arguments(plan: TrainingPlan, numbers: Numbers) -> tuple[Any, Any] | None:
         kinds = [phase[0] for phase in phases]
         if phases[0] != ("forward", 0, [_SOURCES[SAMPLES]]) or kinds.count("forward") + kinds.count("update") > 2:
             return None
-    return networks, phases
+    dataset, scale, shift = plan.gather
+    fixed = networks, phases, *dataset, scale, shift
+
+    def train(batches: training.Batches) -> training.Outcome:
+        order, size, hyperparameters, sums, decay, noise, _ = batches
+        losses, correct = module.train(*fixed, order, size, hyperparameters, sums, decay, noise)
+        return training.Outcome(tuple(losses), correct)
+
+    return train
 
 
 def _layer(layer: training.DenseLayer, numbers: Numbers) -> tuple[Any, ...]:

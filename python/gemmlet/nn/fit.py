@@ -299,8 +299,9 @@ class Trainable(ABC):
                         where = order[seen : seen + size * (1 if one_by_one else budget.steps)]
                         sums, more = call(epoch, seen, where, sums)
                         seen, correct = seen + len(where), correct + more
-                        metrics = self._metrics([total / seen for total in sums], correct / seen)
                         done = seen == len(samples)
+                        if done or callback is not None:
+                            metrics = self._metrics([total / seen for total in sums], correct / seen)
                         if done:
                             if validate is not None:
                                 backend.write_back(plan)

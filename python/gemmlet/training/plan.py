@@ -11,7 +11,7 @@ executor gives the same bits for any number of threads, and however mini-batches
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,6 +194,7 @@ class TrainingPlan:
 
     networks: tuple[Network, ...]
     phases: tuple[Phase, ...]
+    made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # of it by executors, by their names
 
     @property
     def gather(self) -> Gather:
