@@ -709,7 +709,7 @@ def under_thread_sanitizer() -> None:
             for name in mutant.checks:
                 try:
                     CHECKS[name](Run(HostDevice(root), quick=True))
-                    print("FOUND NOSKINNYG:", mutant)
+                    print("FOUND NOTHING:", mutant)
                 except AssertionError as error:
                     print("FOUND NO RACE:", mutant, error)
                 except RuntimeError as error:

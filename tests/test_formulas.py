@@ -56,7 +56,7 @@ ALLOWED = {
     "log(product_)); }": "a sum of logarithms is the logarithm of a product",
 }
 PYTHON_MATHEMATICS = re.compile(r"\b(np|math)\.(exp|exp2|expm1|log|log2|log1p|logaddexp|tanh)\b")
-# Numba's scalar twins, and what gemmlet is compared with.
+# Numba's scalar kernels, and what gemmlet is compared with.
 PYTHON_ALLOWED = ("formulas", "backends/numba", "bench")
 
 

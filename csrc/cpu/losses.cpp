@@ -175,11 +175,6 @@ double elementwise_loss_row(int loss, const T* prediction, const T* target, T pa
   return table[loss](prediction, target, splat(parameter), splat(scale), gradient, 0, n);
 }
 
-int elementwise_loss_number(const std::string& name) {
-  const std::vector<std::string> names = loss_names();
-  return static_cast<int>(std::find(names.begin(), names.end(), name) - names.begin());
-}
-
 std::vector<std::string> loss_names() {
 #define GEMMLET_ENTRY(name) #name,
   return {GEMMLET_LOSSES(GEMMLET_ENTRY)};

@@ -52,7 +52,7 @@ struct Scalar<long long> {
   using Unsigned = unsigned long long;
 };
 
-// As cpu/vector.h has them for vectors; a scalar is a vector of one.
+// As cpu/simd.h has them for vectors; a scalar is a vector of one.
 template <class V>
 using ScalarOf = V;
 template <class T>

@@ -1,5 +1,5 @@
 // Fused training of a perceptron with one hidden layer: all steps of a call in one launch, by one cluster of blocks, which
-// keeps the network. What a step computes: cpu/network.h.
+// keeps the network. What a step computes: cpu/training/plan.h.
 //
 // Contract
 //   Hopper (sm_90). float; samples are bytes, at most 800 features; at most 8 hidden units for each block of the cluster,

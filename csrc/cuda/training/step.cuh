@@ -1,5 +1,5 @@
 // Fused training: what the kernels of a step share, and where a call of them has come to. What a step computes:
-// cpu/network.h. The kernels: gather.cuh, dense.cuh, loss.cuh, top.cuh, update.cuh.
+// cpu/training/plan.h. The kernels: gather.cuh, dense.cuh, loss.cuh, top.cuh, update.cuh.
 //
 // Contract
 //   float and double. A matrix of w columns has rows that are row_stride(w) numbers apart, and begins at a multiple of

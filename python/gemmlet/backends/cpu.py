@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -80,6 +81,7 @@ class CpuBackend(NumpyBackend):
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
+        self._executors: WeakKeyDictionary[TrainingPlan, Any] = WeakKeyDictionary()  # None for the reference
         self.fast_paths = self._make_fast_paths()
 
     def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
@@ -208,15 +210,19 @@ class CpuBackend(NumpyBackend):
 
     def supports_fused(self, plan: TrainingPlan) -> bool:
         """Whether C++ has all formulas and phases of the plan."""
-        if self.name not in plan.made:
-            from .cpu_plan import Numbers, executor  # here, as kernels alone do not need it
-
-            losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
-            plan.made[self.name] = executor(self._module, plan, Numbers(self._activations, losses, self._rules))
-        return plan.made[self.name] is not None
+        return self._executor(plan) is not None
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
         if not self.supports_fused(plan) or list in map(type, batches.hyperparameters):
             return super().train(plan, batches)
-        return cast("Outcome", plan.made[self.name](batches))
+        return cast("Outcome", self._executor(plan)(batches))
+
+    def _executor(self, plan: TrainingPlan) -> Any:
+        if (found := self._executors.get(plan, self)) is not self:
+            return found
+        from .cpu_plan import Numbers, executor  # here, as kernels alone do not need it
+
+        losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
+        made = executor(self._module, plan, Numbers(self._activations, losses, self._rules))
+        return self._executors.setdefault(plan, made)

@@ -203,8 +203,8 @@ class Trainable(ABC):
     latent_dim = 0
 
     @abstractmethod
-    def _metrics(self, losses: Sequence[float], accuracy: float) -> dict[str, float]:
-        """What history and callback are told, by the names there, from the means of the losses of the plan."""
+    def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
+        """What history and callback are told, by the names there, from the sums of the plan's losses over samples."""
 
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
         return Settings(epochs, self.default_batch_size if batch_size is None else batch_size, *others)
@@ -233,9 +233,10 @@ class Trainable(ABC):
         started = time.perf_counter()
         epochs, size, callback, every = settings.epochs, settings.batch_size, settings.callback, settings.callback_every
         batches = math.ceil(len(samples) / size)
-        one_by_one = callback is not None and every == "batch"
         backend = samples.backend
         plan = backend.stage(plan)
+        # The reference takes a step a call: it may raise in the midst of several.
+        one_by_one = (callback is not None and every == "batch") or not backend.supports_fused(plan)
         updated = [[p.value for p in plan.parameters(update.network)] for update in plan.updates]
         budget, orders = CallBudget(), Ahead(self._shuffle if settings.shuffle else None, sample_order)
 
@@ -301,7 +302,7 @@ class Trainable(ABC):
                         seen, correct = seen + len(where), correct + more
                         done = seen == len(samples)
                         if done or callback is not None:
-                            metrics = self._metrics([total / seen for total in sums], correct / seen)
+                            metrics = self._metrics(sums, correct, seen)
                         if done:
                             if validate is not None:
                                 backend.write_back(plan)
@@ -316,10 +317,9 @@ class Trainable(ABC):
                                 )
                             )
                 except StopTraining:
-                    if not done:
-                        if validate is not None:
-                            metrics |= dict.fromkeys(VALIDATION, math.nan)
-                        log(epoch, metrics)
+                    if not done and seen:
+                        unknown = {} if validate is None else dict.fromkeys(VALIDATION, math.nan)
+                        log(epoch, self._metrics(sums, correct, seen) | unknown)
                     break
         finally:
             backend.write_back(plan)

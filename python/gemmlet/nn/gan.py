@@ -263,8 +263,8 @@ class GAN(Trainable, files.Saved):
 
     _progress = GANProgress
 
-    def _metrics(self, losses: Sequence[float], accuracy: float) -> dict[str, float]:
-        return {"generator_loss": losses[1], "discriminator_loss": losses[0]}
+    def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
+        return {"generator_loss": sums[1] / seen, "discriminator_loss": sums[0] / seen}
 
     def discriminator_loss_and_gradients(self, x: Any, z: Any) -> tuple[float, list[Array]]:
         """Loss of the discriminator, and its gradients: one array for each of `discriminator_parameters`.

@@ -242,8 +242,8 @@ class MLP(Trainable, files.Saved):
 
     _progress = Progress
 
-    def _metrics(self, losses: Sequence[float], accuracy: float) -> dict[str, float]:
-        return {"loss": losses[0], "accuracy": math.nan if self.output == "identity" else accuracy}
+    def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
+        return {"loss": sums[0] / seen, "accuracy": math.nan if self.output == "identity" else correct / seen}
 
     def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
         """Loss of all samples as one mini-batch, and its gradients: one array for each of `parameters`.

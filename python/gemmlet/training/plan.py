@@ -11,7 +11,7 @@ executor gives the same bits for any number of threads, and however mini-batches
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ class DenseLayer(NamedTuple):
 
 
 class UnsupportedError(Exception):
-    """An executor does not know something of a plan, which is then left to the reference."""
+    """An executor does not know something of a plan; a backend leaves it to the reference then."""
 
 
 def dense_layers(network: Network) -> list[DenseLayer]:
@@ -194,7 +194,6 @@ class TrainingPlan:
 
     networks: tuple[Network, ...]
     phases: tuple[Phase, ...]
-    made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # of it by executors, by their names
 
     @property
     def gather(self) -> Gather:
