@@ -6,8 +6,8 @@ Where the hashes hold:
   every function of a number is csrc's own, and no BLAS is called; so neither processor nor compiler matters.
 - numpy, numba: with the versions that fit_bits.json names. Their bits are those of NumPy's BLAS and vector loops, and
   of LLVM, which choose by processor: the child processes that compute here pin the choice to that of a Haswell.
-  (Two hashes of numba are newer than the others: since its executor trains the GAN too, the gradient of a single output's
-  bias is summed row by row, as in its MLP, and not pairwise by NumPy; float64 weights moved by at most 2 ULP.)
+  (Two hashes of numba are newer: since its executor trains the GAN too, the gradient of a single output's bias is
+  summed row by row, as in its MLP, and not pairwise by NumPy; float64 weights moved by at most 2 ULP.)
 - cuda: compiled by g++ for the CPU (tests/cuda_on_host), which contracts nothing; exp, log and tanh are csrc's own
   there too. On a GPU they are other ones, and the test is skipped.
 
