@@ -403,17 +403,17 @@ def test_tensor_maps_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
             return 0 if len(calls) < 3 else 1
 
     monkeypatch.setattr(cuda_device, "_driver", Driver)
-    cuda_device._tensor_map.cache_clear()
+    cuda_device.CudaDevice.tensor_map.cache_clear()
     try:
-        made = [cuda_device._tensor_map(4096, "uint16", (70, 40), 96, (128, 64)) for _ in range(2)]
+        made = [cuda_device.CudaDevice.tensor_map(4096, "uint16", (70, 40), 96, (128, 64)) for _ in range(2)]
         assert [bytes(m) for m in made] == [b"\1" * 128] * 2
         assert calls == [(1, 2, 4096, [40, 70], [96], [64, 128], [1, 1], 0, 3, 3, 0)]
-        assert bytes(cuda_device._tensor_map(4096, "tf32", (70, 40), 160, (128, 32))) == b"\2" * 128
+        assert bytes(cuda_device.CudaDevice.tensor_map(4096, "tf32", (70, 40), 160, (128, 32))) == b"\2" * 128
         assert calls[1][0] == 11
         with pytest.raises(RuntimeError, match=r"cuTensorMapEncodeTiled of \(70, 40\) at 0x1000.*error 1"):
-            cuda_device._tensor_map(4096, "uint32", (70, 40), 160, (128, 32))
+            cuda_device.CudaDevice.tensor_map(4096, "uint32", (70, 40), 160, (128, 32))
     finally:
-        cuda_device._tensor_map.cache_clear()
+        cuda_device.CudaDevice.tensor_map.cache_clear()
 
 
 def test_no_part_of_k_is_empty() -> None:

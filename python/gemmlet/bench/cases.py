@@ -110,11 +110,8 @@ def _product(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Ca
         right = _normal(rng, (n, k), dtype).T if role == "g@w.T" else _normal(rng, (k, n), dtype)
         return left, right
 
-    def ours(pair: tuple[Array, Array]) -> Call:
-        return partial(kernels.matmul, *pair, out=np.empty((m, n), dtype))
-
-    def numpy(pair: tuple[Array, Array]) -> Call:
-        return partial(np.matmul, *pair, out=np.empty((m, n), dtype))
+    def by(matmul: Callable[..., Array]) -> Factory:
+        return lambda pair: partial(matmul, *pair, out=np.empty((m, n), dtype))
 
     def pytorch(pair: tuple[Array, Array]) -> Prepared:
         import torch
@@ -134,7 +131,7 @@ def _product(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Ca
         "matmul",
         f"{role} {m}x{k}x{n} {dtype}",
         inputs,
-        {OURS: ours, "numpy": numpy, "pytorch": pytorch, "jax": jax},
+        {OURS: by(kernels.matmul), "numpy": by(np.matmul), "pytorch": pytorch, "jax": jax},
         lambda pair: pair[0].astype(np.float64) @ pair[1].astype(np.float64),
         # The error of a sum of k products is at most k * eps * sum |a| |b| (Higham, 3.5). Errors of either sign leave
         # about its root; no |a| |b| is much above 16.

@@ -85,14 +85,8 @@ def run() -> Results:
     if valgrind is None:
         raise CannotCountError("it needs valgrind, as in apt install valgrind")
     chosen = isa()
-    backend = cpu_backend.CpuBackend(chosen)
-    threads = gemmlet.get_num_threads()
-    with gemmlet.use_backend(backend):
-        gemmlet.set_num_threads(1)
-        try:
-            versions = machine.versions()
-        finally:
-            gemmlet.set_num_threads(threads)
+    with gemmlet.use_backend(cpu_backend.CpuBackend(chosen)):
+        versions = machine.versions()
     with tempfile.TemporaryDirectory() as folder:
         counts = _count(valgrind, chosen, Path(folder))
     rows = [

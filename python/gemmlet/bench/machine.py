@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -42,10 +43,8 @@ def versions() -> dict[str, str]:
     packages = ["numpy", *(each.package for each in IMPLEMENTATIONS.values() if each.package and each.available())]
     for package in dict.fromkeys(packages):
         distribution = _DISTRIBUTIONS.get(package, package)
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     found["blas"] = _blas()
     return {name: value for name, value in found.items() if value}
 

@@ -152,11 +152,8 @@ def show_changes(console: Console, old: Results, new: Results, tolerance: float)
         console.print(line, markup=False, soft_wrap=True)
     slower: list[Change] = [change for change in changes if change.slower]
     unit = "slower" if new.measure == TIME else "more instructions"
-    console.print(
-        f"{len(slower)} of {len(changes)} rows: more than {tolerance:.0%} {unit}."
-        if slower
-        else f"None of {len(changes)} rows is more than {tolerance:.0%} {unit}."
-    )
+    rows = f"{len(slower)} of {len(changes)} rows:" if slower else f"None of {len(changes)} rows is"
+    console.print(f"{rows} more than {tolerance:.0%} {unit}.")
     return not slower
 
 

@@ -105,10 +105,8 @@ def from_json(content: Any) -> Results:
     try:
         rows = []
         for row in content["rows"]:
-            timed = {
-                name: Timed(tuple(saved.get("samples", ())), saved.get("failed"))
-                for name, saved in row["sides"].items()
-            }
+            sides = row["sides"].items()
+            timed = {name: Timed(tuple(saved.get("samples", ())), saved.get("failed")) for name, saved in sides}
             rows.append(Row(timed=timed, roofline=row["roof"], **{name: row[name] for name in _ROW}))
         return Results(rows=rows, roofline=content["roof"], **{name: content[name] for name in _RUN})
     except (KeyError, TypeError, AttributeError) as error:

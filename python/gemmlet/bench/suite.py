@@ -82,22 +82,14 @@ def run(
         for number, case in enumerate(cases):
             progress(case.key, number, len(cases))
             timed = timing.run(case, names[case.key], plan, seed=number)
-            rows.append(
-                Row(case.group, case.name, case.unit, timed, case.labels, case.flops, case.bytes, top.seconds(case))
-            )
+            work = case.flops, case.bytes, top.seconds(case)
+            rows.append(Row(case.group, case.name, case.unit, timed, case.labels, *work))
         facts = machine.versions()
-    return Results(
-        TIME,
-        rows,
-        machine.machine(),
-        facts,
-        {
-            "threads": threads,
-            "quick": settings.quick,
-            "seconds_per_case": plan.seconds,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "load": list(os.getloadavg()),
-        },
-        notes,
-        top.as_json(),
-    )
+    ran_with = {
+        "threads": threads,
+        "quick": settings.quick,
+        "seconds_per_case": plan.seconds,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load": list(os.getloadavg()),
+    }
+    return Results(TIME, rows, machine.machine(), facts, ran_with, notes, top.as_json())

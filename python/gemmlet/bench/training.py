@@ -236,18 +236,9 @@ def sklearn_mlp(t: Task) -> Prepared:
     """Return an epoch of scikit-learn's `MLPClassifier`: `partial_fit` is one."""
     from sklearn.neural_network import MLPClassifier
 
-    model = MLPClassifier(
-        t.layers[1:-1],
-        activation="tanh",
-        solver="sgd",
-        alpha=0.0,
-        batch_size=t.batch,
-        learning_rate_init=LR,
-        momentum=0.0,
-        nesterovs_momentum=False,
-        shuffle=False,
-        random_state=0,
-    )
+    sgd = {"solver": "sgd", "learning_rate_init": LR, "momentum": 0.0, "nesterovs_momentum": False, "alpha": 0.0}
+    settings = {"activation": "tanh", "batch_size": t.batch, "shuffle": False, "random_state": 0}
+    model = MLPClassifier(t.layers[1:-1], **settings, **sgd)
     # Once for the shapes; then it starts from the same parameters as the others.
     model.partial_fit(t.x[: t.batch], t.labels[: t.batch], classes=np.arange(t.layers[-1]))
     for kept, given in ((model.coefs_, t.parameters[::2]), (model.intercepts_, t.parameters[1::2])):

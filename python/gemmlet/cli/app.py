@@ -23,31 +23,23 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _widths(defaults: training.Defaults) -> str:
-    return ",".join(map(str, defaults.hidden))
-
-
 def _data_dir(show_default: str) -> Any:
     help_text = "Folder with the four MNIST files, raw or gzipped."
     return typer.Option(metavar="FOLDER", help=help_text, show_default=show_default)
 
 
+# The defaults of each network, as the help shows them.
+_MLP, _CLASSIC, _GAN = train_mlp.DEFAULTS, train_mlp.CLASSIC, train_gan.DEFAULTS
+_EPOCHS = f"mlp {_MLP.epochs}, gan {_GAN.epochs}"
+_BATCH_SIZES = f"mlp {_MLP.batch_size}, with --classic {_CLASSIC.batch_size}; gan {_GAN.batch_size}"
+_OPTIMIZERS = f"mlp {_MLP.optimizer}, with --classic {_CLASSIC.optimizer}; gan {_GAN.optimizer}"
+_WIDTHS = "mlp {}; gan {}".format(*(",".join(map(str, each.hidden)) for each in (_MLP, _GAN)))
+# What bench --compare allows, as the help shows it.
+_TOLERANCES = "{seconds:.0%} of time, {instructions:.0%} of instructions".format(**TOLERANCES)
+
 DataDir = Annotated[Path | None, _data_dir("GEMMLET_DATA_DIR, else the download, else a small sample")]
-Epochs = Annotated[
-    int | None,
-    typer.Option(
-        help="Passes over the training images.",
-        show_default=f"mlp {train_mlp.DEFAULTS.epochs}, gan {train_gan.DEFAULTS.epochs}",
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Images in a mini-batch.",
-        show_default=f"mlp {train_mlp.DEFAULTS.batch_size}, with --classic {train_mlp.CLASSIC.batch_size}; "
-        f"gan {train_gan.DEFAULTS.batch_size}",
-    ),
-]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=_EPOCHS)]
+BatchSize = Annotated[int | None, typer.Option(help="Images in a mini-batch.", show_default=_BATCH_SIZES)]
 Lr = Annotated[
     float | None,
     typer.Option(
@@ -55,28 +47,19 @@ Lr = Annotated[
     ),
 ]
 OptimizerName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help=f"One of {', '.join(nn.OPTIMIZERS)}.",
-        show_default=f"mlp {train_mlp.DEFAULTS.optimizer}, with --classic {train_mlp.CLASSIC.optimizer}; "
-        f"gan {train_gan.DEFAULTS.optimizer}",
-    ),
+    str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(nn.OPTIMIZERS)}.", show_default=_OPTIMIZERS)
 ]
 Hidden = Annotated[
     str | None,
     typer.Option(
         metavar="WIDTHS",
         help="Hidden layers, such as 128 or 256,128; a GAN's discriminator has them in reverse.",
-        show_default=f"mlp {_widths(train_mlp.DEFAULTS)}; gan {_widths(train_gan.DEFAULTS)}",
+        show_default=_WIDTHS,
     ),
 ]
+# Numba and NumPy leave the matrix product to a BLAS, which may add in another order with other threads.
 Seed = Annotated[
-    int,
-    typer.Option(
-        # Numba and NumPy leave the matrix product to a BLAS, which may add in another order with other threads.
-        help="The same seed gives the same result, with the backend cpu for any number of threads."
-    ),
+    int, typer.Option(help="The same seed gives the same result, with the backend cpu for any number of threads.")
 ]
 BackendName = Annotated[
     str | None,
@@ -197,12 +180,7 @@ def _bench(
         typer.Option(metavar="FILE", help="Compare with an earlier bench.json; exit status 1 if a row got slower."),
     ] = None,
     tolerance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PERCENT",
-            help="How much slower a row may get.",
-            show_default="{seconds:.0%} of time, {instructions:.0%} of instructions".format(**TOLERANCES),
-        ),
+        float | None, typer.Option(metavar="PERCENT", help="How much slower a row may get.", show_default=_TOLERANCES)
     ] = None,
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the tables between the markers of a Markdown file.")

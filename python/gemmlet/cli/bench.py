@@ -96,11 +96,8 @@ def _check(options: Options) -> None:
     for option, value in (("--seconds", options.seconds), ("--tolerance", options.tolerance)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{option} must be a number above 0, got {value:g}")
-    modes = {
-        "--scaling": options.scaling,
-        "--instructions": options.instructions,
-        "--from": options.earlier is not None,
-    }
+    from_file = options.earlier is not None
+    modes = {"--scaling": options.scaling, "--instructions": options.instructions, "--from": from_file}
     if sum(modes.values()) > 1:
         raise UserError(f"{' and '.join(name for name, given in modes.items() if given)} exclude each other")
     if options.instructions and options.markdown is not None:
@@ -203,10 +200,8 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
     report.show_scaling(console, curves, implementations)
     out = files.make_folder(options.out)
     facts = machine.machine()
-    files.write_json(
-        out / "scaling.json",
-        {"machine": facts, "versions": machine.versions(), "settings": {"threads": threads}, "curves": curves},
-    )
+    content = {"machine": facts, "versions": machine.versions(), "settings": {"threads": threads}, "curves": curves}
+    files.write_json(out / "scaling.json", content)
     plots.scaling(out / "scaling.png", curves, f"{facts['cpu']}, {threads} threads where not said otherwise")
     console.print(f"Curves: {out}", markup=False, soft_wrap=True)
     return 0

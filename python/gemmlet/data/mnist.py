@@ -154,9 +154,8 @@ def read_images(path: Path) -> NDArray[np.uint8]:
     """Read an IDX file of 28 × 28 images, raw or gzipped, as rows of shape (n, 784)."""
     images = _read_idx(path, 3)
     if images.shape[1:] != (_SIDE, _SIDE):
-        raise ValueError(
-            f"{path} holds images of {images.shape[1]} × {images.shape[2]} pixels; expected {_SIDE} × {_SIDE}"
-        )
+        height, width = images.shape[1:]
+        raise ValueError(f"{path} holds images of {height} × {width} pixels; expected {_SIDE} × {_SIDE}")
     return images.reshape(len(images), _SIDE * _SIDE)
 
 
@@ -197,13 +196,11 @@ def _parse_header(header: bytes, path: Path, dimensions: int) -> tuple[int, ...]
     what = "image" if dimensions == 3 else "label"
     expected = f"an MNIST {what} file, which begins 00 00 08 {dimensions:02x}"
     if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in _IDX_TYPES:
-        raise ValueError(
-            f"{path} is no IDX file: it begins {header[:4].hex(' ') or 'nowhere (0 bytes)'}; expected {expected}"
-        )
+        begin = header[:4].hex(" ") or "nowhere (0 bytes)"
+        raise ValueError(f"{path} is no IDX file: it begins {begin}; expected {expected}")
     if header[2] != 0x08:
-        raise ValueError(
-            f"{path} holds {_IDX_TYPES[header[2]]} values (type code {header[2]:#04x}); expected {expected}"
-        )
+        kind = f"{_IDX_TYPES[header[2]]} values (type code {header[2]:#04x})"
+        raise ValueError(f"{path} holds {kind}; expected {expected}")
     if header[3] != dimensions:
         raise ValueError(f"{path} has {header[3]} dimension(s) instead of {dimensions}; expected {expected}")
     if len(header) < 4 + 4 * dimensions:

@@ -32,6 +32,7 @@ class _State:
     steps: int = 0
 
 
+@dataclass
 class Optimizer(ABC):
     """Base of the optimizers.
 
@@ -50,9 +51,18 @@ class Optimizer(ABC):
 
     name: ClassVar[str]
     lr: float
-    max_norm: float | None = None
+    max_norm: float | None = field(default=None, init=False, repr=False, compare=False)
+    _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @abstractmethod
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.init and setting.name != "nesterov":
+                high = 1.0 if setting.name in ("momentum", "beta1", "beta2") else np.inf
+                number = arguments.number(getattr(self, setting.name), setting.name, low=0.0, high=high)
+                if setting.name in ("beta1", "beta2") and number == 1.0:
+                    raise ValueError(f"{setting.name} must be below 1, got 1")
+                setattr(self, setting.name, number)
+
     def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
         """Update one parameter in place.
 
@@ -70,48 +80,6 @@ class Optimizer(ABC):
         TypeError, ValueError
             A dtype, a shape or a setting does not fit.
         """
-
-    @abstractmethod
-    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
-        """The rule that updates all of `params`, and its state for each."""
-
-    @abstractmethod
-    def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
-        """The rule's hyperparameters at the next updates of `params`, as `Batches` has them.
-
-        `factors` has one for each step, as `update` takes it.
-        """
-
-    @abstractmethod
-    def advance(self, params: Sequence[Array], steps: int) -> None:
-        """Take note that so many updates of all of `params` were done."""
-
-    @abstractmethod
-    def fresh(self) -> Self:
-        """Return an optimizer with the same settings and no state."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return the name and the settings, as `make_optimizer` takes them."""
-
-
-@dataclass
-class _RuleOptimizer(Optimizer):
-    """An optimizer that is a rule of the registry."""
-
-    lr: float
-    _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            if setting.init and setting.name != "nesterov":
-                high = 1.0 if setting.name in ("momentum", "beta1", "beta2") else np.inf
-                number = arguments.number(getattr(self, setting.name), setting.name, low=0.0, high=high)
-                if setting.name in ("beta1", "beta2") and number == 1.0:
-                    raise ValueError(f"{setting.name} must be below 1, got 1")
-                setattr(self, setting.name, number)
-
-    def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
         state = self._state(param)
         lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
         self._apply(state.param, grad, state.arrays, state.steps + 1, lr)
@@ -139,6 +107,7 @@ class _RuleOptimizer(Optimizer):
         return lr * factors
 
     def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
+        """The rule that updates all of `params`, and its state for each."""
         states = [self._state(param) for param in params]
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
@@ -148,6 +117,10 @@ class _RuleOptimizer(Optimizer):
         return rule, [state.arrays for state in states]
 
     def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
+        """The rule's hyperparameters at the next updates of `params`, as `Batches` has them.
+
+        `factors` has one for each step, as `update` takes it.
+        """
         states, rates = [self._state(param) for param in params], self._rates(factors)
         tables: dict[int, Array] = {}
         for state in states:
@@ -156,13 +129,16 @@ class _RuleOptimizer(Optimizer):
         return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
 
     def advance(self, params: Sequence[Array], steps: int) -> None:
+        """Take note that so many updates of all of `params` were done."""
         for param in params:
             self._advance(self._state(param), steps)
 
     def fresh(self) -> Self:
+        """Return an optimizer with the same settings and no state."""
         return replace(self)
 
     def settings(self) -> dict[str, Any]:
+        """Return the name and the settings, as `make_optimizer` takes them."""
         return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @property
@@ -180,7 +156,7 @@ class _RuleOptimizer(Optimizer):
 
 
 @dataclass
-class SGD(_RuleOptimizer):
+class SGD(Optimizer):
     """Stochastic gradient descent, with momentum and weight decay if wanted (`gemmlet.kernels.sgd_update`).
 
     Parameters
@@ -226,7 +202,7 @@ class SGD(_RuleOptimizer):
 
 
 @dataclass
-class Adam(_RuleOptimizer):
+class Adam(Optimizer):
     """Adam (Kingma and Ba, 2015; `gemmlet.kernels.adam_update`).
 
     Parameters
@@ -327,19 +303,21 @@ class ClipNorm(Optimizer):
     def lr(self, value: float) -> None:
         self.optimizer.lr = value
 
-    def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
+    @property
+    def _states(self) -> dict[int, _State]:  # type: ignore[override]
+        return self.optimizer._states
+
+    @property
+    def _arrays_per_parameter(self) -> int:
+        return self.optimizer._arrays_per_parameter
+
+    def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
         clipped = arguments.as_floats(grad, "grad").copy()
         clip_by_norm([clipped], self.max_norm)
-        self.optimizer.update(param, clipped, lr_factor=lr_factor)
+        self.optimizer._apply(param, clipped, arrays, step, lr)
 
-    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
-        return self.optimizer.prepare(params)
-
-    def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
-        return self.optimizer.hyperparameters(params, factors)
-
-    def advance(self, params: Sequence[Array], steps: int) -> None:
-        self.optimizer.advance(params, steps)
+    def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+        return self.optimizer._hyperparameters(arrays, step, rates)
 
     def fresh(self) -> Self:
         return type(self)(self.optimizer.fresh(), self.max_norm)

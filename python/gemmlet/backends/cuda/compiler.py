@@ -137,9 +137,10 @@ def cache_folder() -> Path:
 def cubin(source: str, expressions: Sequence[str], arch: str) -> Cubin:
     """Kernels of ``csrc/cuda/<source>``: from the package, from the cache, or compiled, and kept if that can be."""
     name = f"{key(source, expressions, arch)}.cubin"
-    kept = _read(cache_folder() / name)
-    if kept is not None:
-        return kept
+    with contextlib.suppress(OSError):
+        kept = _of_bytes((cache_folder() / name).read_bytes())
+        if kept is not None:
+            return kept
     made = _shipped(archive(PACKAGE / "cubins", source, arch), name)
     if made is None:
         made, _ = compile_cubin(source, expressions, arch)
@@ -168,14 +169,6 @@ def write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-
-
-def _read(path: Path) -> Cubin | None:
-    """The cubin in a file; None if nothing is there, or something else."""
-    try:
-        return _of_bytes(path.read_bytes())
-    except OSError:
-        return None
 
 
 def archive(folder: Path, source: str, arch: str) -> Path:

@@ -23,6 +23,9 @@ from . import compiler
 # A kernel with everything but the size of its grid and its arguments: ``launch(grid_x, grid_y, *values)``.
 Launch = Callable[..., None]
 
+# So many blocks along x, y and z.
+Grid = tuple[int, int, int]
+
 # What is copied as it is, or rounded to TF32.
 BoxNumber = Literal["uint16", "uint32", "tf32"]
 
@@ -52,13 +55,7 @@ class Device(Protocol):
         """
 
     def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        block: int,
-        arguments: Sequence[np.generic],
-        shared: int = 0,
-        cluster: int = 1,
+        self, kernel: Any, grid: Grid, block: int, arguments: Sequence[np.generic], shared: int = 0, cluster: int = 1
     ) -> None:
         """Start a kernel on the current stream.
 
@@ -174,13 +171,7 @@ class CudaDevice:
         return found
 
     def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        block: int,
-        arguments: Sequence[np.generic],
-        shared: int = 0,
-        cluster: int = 1,
+        self, kernel: Any, grid: Grid, block: int, arguments: Sequence[np.generic], shared: int = 0, cluster: int = 1
     ) -> None:
         with self._device:
             self._allow(kernel, shared, cluster)
@@ -233,10 +224,35 @@ class CudaDevice:
         self._cupy.cuda.runtime.memGetInfo()
         self._own.has_context = True
 
+    # Remembered, as it takes some microseconds; nothing of the arguments is looked at but their values.
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
     def tensor_map(
-        self, address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
+        address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
     ) -> np.void:
-        return _tensor_map(address, dtype, shape, row_bytes, box)
+        # CUtensorMapDataType: UINT16, UINT32, TFLOAT32.
+        number = {"uint16": 1, "uint32": 2, "tf32": 11}[dtype]
+        memory = ctypes.create_string_buffer(128 + 64)
+        offset = -ctypes.addressof(memory) % 64  # which the driver asks for
+        status = _driver().cuTensorMapEncodeTiled(
+            ctypes.byref(memory, offset),
+            ctypes.c_int(number),
+            ctypes.c_uint32(2),
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * 2)(*shape[::-1]),
+            (ctypes.c_uint64 * 1)(row_bytes),
+            (ctypes.c_uint32 * 2)(*box[::-1]),
+            (ctypes.c_uint32 * 2)(1, 1),
+            ctypes.c_int(0),  # not interleaved
+            ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
+            ctypes.c_int(3),  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+            ctypes.c_int(0),  # zeros beyond the array
+        )
+        if status:
+            raise RuntimeError(
+                f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}"
+            )
+        return np.void(memory.raw[offset : offset + 128])
 
     def pinned(self) -> NDArray[np.int64]:
         with self._device:
@@ -327,34 +343,6 @@ def _memory_for(size: int, offsets: Sequence[int]) -> tuple[bytearray, Any, int]
 def _driver() -> ctypes.CDLL:
     """The driver's library, for what CuPy does not bind; CuPy has loaded it."""
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-
-
-@functools.lru_cache(maxsize=4096)
-def _tensor_map(
-    address: int, dtype: BoxNumber, shape: tuple[int, int], row_bytes: int, box: tuple[int, int]
-) -> np.void:
-    """`Device.tensor_map`: some microseconds, and nothing of the arguments is looked at but their values."""
-    # CUtensorMapDataType: UINT16, UINT32, TFLOAT32.
-    number = {"uint16": 1, "uint32": 2, "tf32": 11}[dtype]
-    memory = ctypes.create_string_buffer(128 + 64)
-    offset = -ctypes.addressof(memory) % 64  # which the driver asks for
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.byref(memory, offset),
-        ctypes.c_int(number),
-        ctypes.c_uint32(2),
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(*shape[::-1]),
-        (ctypes.c_uint64 * 1)(row_bytes),
-        (ctypes.c_uint32 * 2)(*box[::-1]),
-        (ctypes.c_uint32 * 2)(1, 1),
-        ctypes.c_int(0),  # not interleaved
-        ctypes.c_int(3),  # CU_TENSOR_MAP_SWIZZLE_128B
-        ctypes.c_int(3),  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-        ctypes.c_int(0),  # zeros beyond the array
-    )
-    if status:
-        raise RuntimeError(f"cuTensorMapEncodeTiled of {shape} at {address:#x}, rows {row_bytes} apart: error {status}")
-    return np.void(memory.raw[offset : offset + 128])
 
 
 class _CudaGraph:

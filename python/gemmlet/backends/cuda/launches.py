@@ -6,6 +6,7 @@ A `Launcher` has the GPUs, and what was prepared on each; the backend and its fa
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -102,40 +103,15 @@ def _teams(dtype: str) -> list[Team]:
 
 
 @functools.cache
-def _activation_kernel(direction: str, name: str, dtype: str) -> str:
-    return f"gemmlet::activation_{direction}<gemmlet::activations::{name}, {CPP_TYPES[dtype]}>"
+def _kernel(function: str, formula: str, dtype: str, *more: str | int) -> str:
+    """Which kernel goes over arrays of `dtype` by a formula of csrc/formulas; `more` are template arguments."""
+    return f"gemmlet::{function}<gemmlet::{formula}, {', '.join(map(str, (CPP_TYPES[dtype], *more)))}>"
 
 
 @functools.cache
 def scaled_kernel(given: np.dtype[Any], dtype: np.dtype[Any]) -> str:
     """Which kernel makes `dtype` of `given`."""
     return f"gemmlet::scaled<{CPP_TYPES[dtype.name]}, {CPP_TYPES[given.name]}>"
-
-
-@functools.cache
-def _row_kernel(direction: str, name: str, dtype: str, team: Team) -> str:
-    return f"gemmlet::row_{direction}<gemmlet::row_functions::{name}, {CPP_TYPES[dtype]}, {', '.join(map(str, team))}>"
-
-
-@functools.cache
-def _row_loss_kernel(name: str, dtype: str, whole: bool, team: Team) -> str:
-    values = CPP_TYPES[dtype], str(whole).lower(), *map(str, team)
-    return f"gemmlet::row_loss<gemmlet::row_losses::{name}, {', '.join(values)}>"
-
-
-@functools.cache
-def _loss_kernel(name: str, dtype: str) -> str:
-    return f"gemmlet::elementwise_loss<gemmlet::losses::{name}, {CPP_TYPES[dtype]}>"
-
-
-@functools.cache
-def _update_kernel(name: str, dtype: str) -> str:
-    return f"gemmlet::optimizer_update<gemmlet::optimizers::{name}, {CPP_TYPES[dtype]}>"
-
-
-@functools.cache
-def _range_kernel(dtype: str, to: str) -> str:
-    return f"gemmlet::value_range<{CPP_TYPES[dtype]}, {to}>"
 
 
 @functools.cache
@@ -148,13 +124,14 @@ def expressions() -> dict[str, list[str]]:
     elementwise, rows, losses, optimizers, reductions = [], [], [], [], []
     for dtype, cpp in FLOATS.items():
         for direction in ("forward", "backward"):
-            elementwise += [_activation_kernel(direction, name, dtype) for name in ACTIVATIONS]
-            rows += [_row_kernel(direction, name, dtype, team) for name in ROW_FUNCTIONS for team in _teams(dtype)]
+            elementwise += [_kernel(f"activation_{direction}", f"activations::{name}", dtype) for name in ACTIVATIONS]
+            functions = itertools.product(ROW_FUNCTIONS, _teams(dtype))
+            rows += [_kernel(f"row_{direction}", f"row_functions::{name}", dtype, *team) for name, team in functions]
         elementwise.append(f"gemmlet::strided_copy<{cpp}, {cpp}>")
-        losses += [_loss_kernel(name, dtype) for name in LOSSES]
-        teams = [(whole, team) for whole in (True, False) for team in _teams(dtype)]
-        losses += [_row_loss_kernel(name, dtype, *team) for name in ROW_LOSSES for team in teams]
-        optimizers += [_update_kernel(name, dtype) for name in OPTIMIZER_RULES]
+        losses += [_kernel("elementwise_loss", f"losses::{name}", dtype) for name in LOSSES]
+        teams = [(whole, *team) for whole in ("true", "false") for team in _teams(dtype)]
+        losses += [_kernel("row_loss", f"row_losses::{name}", dtype, *team) for name in ROW_LOSSES for team in teams]
+        optimizers += [_kernel("optimizer_update", f"optimizers::{name}", dtype) for name in OPTIMIZER_RULES]
         reductions += [_column_sum_kernel(dtype, down) for down in (True, False)]
         reductions.append(f"gemmlet::value_range<{cpp}, double>")
     elementwise += [f"gemmlet::strided_copy<long long, {cpp}>" for cpp in INTEGERS.values()]
@@ -239,10 +216,8 @@ class Launcher:
         if found is None:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
-            partial, range_ = (
-                device.empty((max(MOST_BLOCKS["elements"], MOST_BLOCKS["row_loss"], 2 * MOST_PARTS),), np.float64),
-                device.empty((2,), np.float64),
-            )
+            most = max(MOST_BLOCKS["elements"], MOST_BLOCKS["row_loss"], 2 * MOST_PARTS)
+            partial, range_ = device.empty((most,), np.float64), device.empty((2,), np.float64)
             memory = counter, partial, range_
             found = Scratch(address(counter), address(partial), address(range_), partial.nbytes, memory)
             scratches[where] = found
@@ -274,7 +249,7 @@ class Launcher:
         to: the C++ type of both, ``"double"`` or ``"long long"``, which go to the address `result`, else to `Scratch`;
         at `copy`, if it is not 0, all numbers are stored in that type.
         """
-        kernel = _range_kernel(name_of(dtype), to)
+        kernel = f"gemmlet::value_range<{CPP_TYPES[name_of(dtype)]}, {to}>"
         launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
         scratch = self.scratch(device)
         blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
@@ -302,7 +277,8 @@ class Launcher:
         """That of an activation's kernel: the addresses of two arrays (backward three), the parameter, the size."""
         kind = name_of(dtype)
         parameters = (*("QQ" if direction == "forward" else "QQQ"), _CODES[kind], "q")
-        launch = self.prepared(device, "elementwise.cuh", _activation_kernel(direction, name, kind), parameters)
+        kernel = _kernel(f"activation_{direction}", f"activations::{name}", kind)
+        launch = self.prepared(device, "elementwise.cuh", kernel, parameters)
         return Prepared(launch, MAP_BYTES // dtype.itemsize)
 
     def row_launch(
@@ -313,7 +289,8 @@ class Launcher:
         team = _team(kind, columns, *addresses)
         parameters = (*("QQ" if direction == "forward" else "QQQ"), "q", "i")
         threads = max(THREADS, team.threads)
-        launch = self.prepared(device, "rows.cuh", _row_kernel(direction, name, kind, team), parameters, threads)
+        kernel = _kernel(f"row_{direction}", f"row_functions::{name}", kind, *team)
+        launch = self.prepared(device, "rows.cuh", kernel, parameters, threads)
         return Prepared(launch, threads // team.threads)
 
     def mean(self, device: Device, launch: Launch, blocks: int, *values: Any, check: bool = False) -> float | None:
@@ -339,19 +316,21 @@ class Launcher:
         team = _team(kind, columns, *addresses)
         parameters = (*"QQQddQqi", *_MEAN)
         threads = max(THREADS, team.threads)
-        launch = self.prepared(device, "losses.cuh", _row_loss_kernel(name, kind, whole, team), parameters, threads)
+        kernel = _kernel("row_loss", f"row_losses::{name}", kind, str(whole).lower(), *team)
+        launch = self.prepared(device, "losses.cuh", kernel, parameters, threads)
         return Prepared(launch, threads // team.threads, "row_loss")
 
     def loss_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
         """That of a loss's kernel: the addresses of prediction and target, the parameter, the gradient's, the size."""
         kind = name_of(dtype)
         parameters = ("Q", "Q", _CODES[kind], "Q", "q", *_MEAN)
-        launch = self.prepared(device, "losses.cuh", _loss_kernel(name, kind), parameters)
+        launch = self.prepared(device, "losses.cuh", _kernel("elementwise_loss", f"losses::{name}", kind), parameters)
         return Prepared(launch, PACK_BYTES // dtype.itemsize, "elements")
 
     def update_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
         """That of a rule's kernel: the addresses of param, grad and two states, nine numbers, the size."""
         kind = name_of(dtype)
         parameters = ("Q", "Q", *["Q"] * RULE_STATES, f"{RULE_NUMBERS}d", "q")
-        launch = self.prepared(device, "optimizers.cuh", _update_kernel(name, kind), parameters)
+        kernel = _kernel("optimizer_update", f"optimizers::{name}", kind)
+        launch = self.prepared(device, "optimizers.cuh", kernel, parameters)
         return Prepared(launch, PACK_BYTES // dtype.itemsize)

@@ -125,19 +125,16 @@ _SIMT_TILES = {
     ),
 }
 
-
-def _mma_tiles(dtype: str) -> tuple[Tile, ...]:
-    return (
-        mma(dtype, (128, 256, 32, 2, 4, 1, 4), 2600.0, 20.0),
-        mma(dtype, (128, 128, 32, 2, 2, 1, 4), 2600.0, 11.8),  # the largest for 99 KiB of shared memory
-        mma(dtype, (64, 128, 64, 2, 2, 1, 4), 1600.0, 9.0),
-        mma(dtype, (32, 32, 128, 1, 1, 4, 3), 1200.0, 3.0),
-    )
-
-
 _MMA_TILES = {
-    "float16": _mma_tiles("float16"),
-    "bfloat16": _mma_tiles("bfloat16"),
+    **dict.fromkeys(
+        ("float16", "bfloat16"),
+        (
+            mma("bfloat16", (128, 256, 32, 2, 4, 1, 4), 2600.0, 20.0),
+            mma("bfloat16", (128, 128, 32, 2, 2, 1, 4), 2600.0, 11.8),  # the largest for 99 KiB of shared memory
+            mma("bfloat16", (64, 128, 64, 2, 2, 1, 4), 1600.0, 9.0),
+            mma("bfloat16", (32, 32, 128, 1, 1, 4, 3), 1200.0, 3.0),
+        ),
+    ),
     # TF32: the same bytes, half the depth.
     "float32": (
         mma("float32", (128, 256, 16, 2, 4, 1, 4), 3900.0, 50.5),
@@ -265,11 +262,6 @@ def _as_structs(operands: tuple[_Operand, _Operand], second_first: bool) -> _Giv
     return lambda a, b: (a, first, b, second)
 
 
-def _facts(a: Any, b: Any) -> _Facts:
-    aligned = (array.data.ptr % 16 == 0 for array in (a, b))
-    return _Facts(a.shape, b.shape, a.strides, b.strides, a.dtype, *aligned)
-
-
 def _as_tensor_maps(device: Device, tile: Tile, operands: tuple[_Operand, _Operand], size: int) -> _Given:
     """Return what makes the tensor maps by which a kernel copies what its blocks take of its two operands."""
     x_lines, y_lines = tile.parameters[:2]
@@ -354,7 +346,8 @@ def skinny_lines(dtype: str, along_lines: bool) -> int:
 
 def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
     """Return all that can compute ``a @ b``, the best first, as far as is known."""
-    return _choices(device, _facts(a, b), tf32)
+    aligned = (array.data.ptr % 16 == 0 for array in (a, b))
+    return _choices(device, _Facts(a.shape, b.shape, a.strides, b.strides, a.dtype, *aligned), tf32)
 
 
 def _choices(device: Device, facts: _Facts, tf32: bool) -> list[Choice]:
