@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
+import importlib
 import io
 import json
 import math
@@ -410,6 +412,12 @@ def test_no_samples_no_predictions() -> None:
     assert MLP([5, 4, 3], output="identity").predict(nothing).shape == (0, 3)
 
 
+def test_the_example_of_the_docstring(backend: object) -> None:
+    results = doctest.testmod(importlib.import_module("gemmlet.nn.mlp"))
+    assert results.attempted
+    assert not results.failed
+
+
 def test_classic() -> None:
     model = MLP.classic(seed=4)
     assert (model.layers, model.activation, model.output, model.seed) == ([784, 128, 10], "tanh", "sigmoid", 4)
@@ -732,7 +740,7 @@ X, Y = np.zeros((3, 4), np.float32), np.array([0, 1, 2])
         ({"x": X[:, :3]}, ValueError, r"x has shape \(3, 3\), expected \(n, 4\)"),
         ({"x": X[0]}, ValueError, r"x has shape \(4,\), expected \(n, 4\)"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, "x is empty; expected at least one sample"),
-        ({"y": Y[:2]}, ValueError, "y has 2 entries, x 3 samples; expected as many"),
+        ({"y": Y[:2]}, ValueError, "x has 3 samples but y has 2 entries; they must match"),
         ({"y": [0, 1, 3]}, ValueError, "y must lie within 0 to 2, got 0 to 3"),
         ({"y": [0, -1, 2]}, ValueError, "y must lie within 0 to 2, got -1 to 2"),
         ({"y": [0.0, 1.0, 2.0]}, TypeError, r"y has dtype float64; class indices must be integers: y\.astype"),

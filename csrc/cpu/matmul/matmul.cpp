@@ -9,7 +9,7 @@
 //   - dot products: few rows of x or a single column of w, both contiguous along K, so that nothing need be transposed.
 //     The order is that of the dot-product kernel.
 //   - small K: writing y dominates. The order is that of tiles.
-//   w is packed, one K block at a time, unless at most two tiles of rows use it. x is packed only for many columns, which
+//   w is packed, one K block at a time, unless fewer than 2 * mr rows use it. x is packed only for many columns, which
 //   would each read it again.
 #include <algorithm>
 #include <type_traits>

@@ -1,8 +1,8 @@
 """A multilayer perceptron and a generative adversarial network.
 
-They are written on the public functions of `gemmlet.kernels` alone, and train on every backend. The same seed gives the
-same bits on one backend, whatever `gemmlet.set_num_threads` says. (The matrix product of the backends numba and numpy
-is NumPy's BLAS, which may add in another order where the number of its own threads is another.)
+They train on every backend: a step is a plan (`gemmlet.training`), which a backend executes. The same seed gives the
+same bits on one backend, whatever `gemmlet.set_num_threads` says. (The matmul of the backends numba and numpy is
+NumPy's BLAS, which may add in another order where the number of its own threads is another.)
 """
 
 from .fit import GANHistory, GANProgress, History, Progress, StopTraining

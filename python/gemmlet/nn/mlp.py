@@ -86,10 +86,10 @@ class MLP(Trainable, files.Saved):
     Examples
     --------
     >>> import numpy as np
-    >>> from gemmlet.nn import MLP
+    >>> from gemmlet.nn import MLP, Adam
     >>> x = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.float32)
     >>> model = MLP([2, 16, 2], seed=0)
-    >>> history = model.fit(x, [0, 1, 1, 0], epochs=300, batch_size=4, optimizer="adam")
+    >>> history = model.fit(x, [0, 1, 1, 0], epochs=300, batch_size=4, optimizer=Adam(0.05))
     >>> model.predict(x).tolist()
     [0, 1, 1, 0]
     """
@@ -385,7 +385,7 @@ class MLP(Trainable, files.Saved):
         targets = self._targets(y, names[1])
         if len(targets) != len(samples):
             raise ValueError(
-                f"{names[1]} has {len(targets)} entries, {names[0]} {len(samples)} samples; expected as many"
+                f"{names[0]} has {len(samples)} samples but {names[1]} has {len(targets)} entries; they must match"
             )
         return samples, targets
 
