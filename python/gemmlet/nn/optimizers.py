@@ -280,7 +280,7 @@ class ClipNorm(Optimizer):
     Notes
     -----
     Clipping needs all gradients before the first update. On the backends `cpu` and `cuda`, whose own executors never
-    write them to memory, `fit` trains with the reference executor then, which takes two to four times as long.
+    write them to memory, `fit` trains with the reference executor then, which takes longer.
     """
 
     def __init__(self, optimizer: str | Optimizer, max_norm: float) -> None:
