@@ -1003,6 +1003,41 @@ def test_labels_out_of_range_are_refused_before_training(
     assert same(model.parameters, before)
 
 
+@pytest.mark.parametrize("bad", [3, -1, 2**40])
+def test_labels_that_a_callback_makes_wrong_are_refused(bad: int, training: Any, dtype: Any) -> None:
+    x, y = mlp_problem([6, 3], "softmax", 64, dtype)
+    model, rule = MLP([6, 3], dtype=dtype), SGD(0.1)
+
+    def callback(progress: Any) -> None:
+        if progress.batch == 3:
+            y[:] = bad
+
+    if training.name == "cuda":
+        pytest.skip("it has a copy of them")
+    with pytest.raises(ValueError, match=r"range|labels must lie within"):
+        model.fit(x, y, 2, 8, rule, callback=callback)
+    assert model.steps == 3
+    assert {state.steps for state in rule._states.values()} == {3}
+
+
+def test_stop_training_from_a_schedule(training: Any, dtype: Any) -> None:
+    x, y = mlp_problem([6, 3], "softmax", 64, dtype)
+
+    def schedule(after: int) -> Callable[[float], float]:
+        asked = itertools.count()
+
+        def factor(done: float) -> float:
+            if next(asked) == after:
+                raise StopTraining
+            return 1.0
+
+        return factor
+
+    assert MLP([6, 3], dtype=dtype).fit(x, y, 2, 8, lr_schedule=schedule(0)).loss == []
+    model = MLP([6, 3], dtype=dtype)
+    assert len(model.fit(x, y, 2, 8, lr_schedule=schedule(12)).loss) == (2 if model.steps > 8 else 1)
+
+
 # Threads.
 
 

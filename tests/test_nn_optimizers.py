@@ -129,6 +129,13 @@ def test_linear_decay() -> None:
     np.testing.assert_array_equal(lr_factors(None, 4, 2, 8), [1, 1])
 
 
+def test_a_norm_that_is_set_is_checked() -> None:
+    optimizer = ClipNorm("sgd", 1.0)
+    optimizer.max_norm = -1.0
+    with pytest.raises(ValueError, match="max_norm must be above 0"):
+        MLP([2, 2]).fit(np.ones((3, 2), np.float32), [0, 1, 1], optimizer=optimizer)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_by_name(name: str) -> None:
     optimizer = make_optimizer(name, lr=0.125)

@@ -25,7 +25,7 @@ def executor(
 ) -> Callable[[training.Batches], training.Outcome] | None:
     """``train(batches)`` of an extension module for a plan; None if it does not know something of it.
 
-    Sparse matrices are for a single network, and the executor keeps a gradient until it has been read once.
+    Sparse matrices are for a single network, no network reads itself, and a gradient is read once.
     """
     try:
         networks = [[_layer(layer, numbers) for layer in training.dense_layers(network)] for network in plan.networks]
@@ -33,6 +33,8 @@ def executor(
         for phase in plan.phases[1:]:
             phases.append(_phase(plan, phase, numbers))
             kind, network, to = phases[-1][:3]
+            if kind == "forward" and network in to:
+                return None
             if kind in ("backward", "update"):
                 gradients.remove((kind, network))  # a KeyError if there is none
             if kind == "loss":
@@ -40,6 +42,8 @@ def executor(
             if kind == "backward":
                 gradients.add(("update", network) if to < 0 else ("backward", to))
     except (KeyError, training.UnsupportedError):
+        return None
+    if phases[-1][0] != "update":
         return None
     if plan.gather.dataset.indptr is not None:
         kinds = [phase[0] for phase in phases]

@@ -288,6 +288,10 @@ class ClipNorm(Optimizer):
         norms = arguments.number(max_norm, "max_norm", low=0.0, open_low=True), self.optimizer.max_norm
         self.max_norm: float = min(norm for norm in norms if norm is not None)
 
+    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
+        arguments.number(self.max_norm, "max_norm", low=0.0, open_low=True)  # it may have been set
+        return super().prepare(params)
+
     def __repr__(self) -> str:
         return f"ClipNorm({self.optimizer!r}, {self.max_norm})"
 

@@ -181,9 +181,14 @@ def predicted_classes(outputs: Array) -> NDArray[np.int64]:
 
 
 def targets_of(phase: Loss, where: NDArray[np.int64], outputs: Array) -> Array:
-    """The targets of a mini-batch's outputs, of the samples at `where`."""
+    """The targets of a mini-batch's outputs, of the samples at `where`; class indices are checked."""
     if not isinstance(phase.targets, tuple):
-        return phase.targets[where]  # type: ignore[no-any-return]
+        targets: Array = phase.targets[where]
+        if targets.ndim == 1:  # a callback may have changed them
+            low, high = (targets[0], targets[0]) if len(targets) == 1 else (targets.min(), targets.max())
+            if low < 0 or high >= max(outputs.shape[1], 2):
+                raise ValueError(f"labels must lie within [0, {max(outputs.shape[1], 2)}), got {low} to {high}")
+        return targets
     return np.repeat(np.array(phase.targets, outputs.dtype), len(outputs) // len(phase.targets))[:, np.newaxis]
 
 
