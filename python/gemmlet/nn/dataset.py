@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,12 @@ class Samples:
         if not self.is_sparse:
             self.array = self.backend.to_device(self.array)
             self.on_gpu = is_on_gpu(self.array)
+
+    def to_cpu(self) -> Self:
+        """Put them on the CPU, and return them."""
+        if self.on_gpu:
+            self.array, self.on_gpu = self.backend.to_cpu(self.array), False
+        return self
 
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""

@@ -276,14 +276,14 @@ class GAN(Trainable, files.Saved):
         z : array_like, shape (m, latent_dim)
             Noise for the generator, as many rows as there are samples.
         """
-        samples = self._samples(x)
+        samples = self._samples(x).to_cpu()
         noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
         ]
-        step = gradients(samples.backend, self._plan(phases), len(samples), noise)
+        step = gradients(select.current(), self._plan(phases), len(samples), noise)
         return step.losses[0], step.gradients[_DISCRIMINATOR]
 
     def generator_loss_and_gradients(self, z: Any) -> tuple[float, list[Array]]:

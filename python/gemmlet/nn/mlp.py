@@ -254,7 +254,7 @@ class MLP(Trainable, files.Saved):
             As in `fit`.
         """
         samples, targets = self._samples_and_targets(x, y)
-        step = gradients(samples.backend, self._plan(samples, targets), len(samples))
+        step = gradients(select.current(), self._plan(samples.to_cpu(), targets), len(samples))
         return step.losses[0], step.gradients[0]
 
     def _loss(self, outputs: Array, targets: Array) -> float:
