@@ -11,6 +11,9 @@ from ..training.plan import NOISE, SAMPLES, Backward, Forward, Loss, TrainingPla
 # By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
 _SOURCES: dict[training.Source, int] = {SAMPLES: -1, NOISE: -2}
 
+# Phases that read a gradient.
+_READERS = "backward", "update"
+
 
 class Numbers(NamedTuple):
     """The numbers by which C++ knows formulas; that of a row loss is ``~number``."""
@@ -29,18 +32,21 @@ def executor(
     """
     try:
         networks = [[_layer(layer, numbers) for layer in training.dense_layers(network)] for network in plan.networks]
-        phases, gradients = [], set[tuple[str, int]]()
+        phases: list[tuple[Any, ...]] = []
+        reader: dict[int, str] = {}  # by network, which phase its gradient is there for
         for phase in plan.phases[1:]:
             phases.append(_phase(plan, phase, numbers))
             kind, network, to = phases[-1][:3]
-            if kind == "forward" and network in to:
+            if (kind == "forward" and network in to) or (kind in _READERS and reader.get(network) != kind):
                 return None
-            if kind in ("backward", "update"):
-                gradients.remove((kind, network))  # a KeyError if there is none
             if kind == "loss":
-                gradients = {g for g in gradients if g[1] != network} | {("backward", network)}
-            if kind == "backward":
-                gradients.add(("update", network) if to < 0 else ("backward", to))
+                reader[network] = "backward"
+            elif kind == "backward":
+                reader[network] = "update" if to < 0 else ""
+                if to >= 0:
+                    reader[to] = "backward"
+            elif kind == "update":
+                reader[network] = ""
     except (KeyError, training.UnsupportedError):
         return None
     if phases[-1][0] != "update":

@@ -225,8 +225,9 @@ class TrainingPlan:
 
     def weight(self, loss: Loss) -> float:
         """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""
-        outputs = [p.value.shape[-1] for p in self.parameters(loss.network)][-1]
-        return loss.sign / (outputs if loss.reduction == "mean" else 1)
+        if loss.reduction == "sum":
+            return loss.sign
+        return loss.sign / [p.value.shape[-1] for p in self.parameters(loss.network)][-1]
 
     def activations(self) -> set[str]:
         """The names of all activations."""
