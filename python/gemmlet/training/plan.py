@@ -227,7 +227,8 @@ class TrainingPlan:
         """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""
         if loss.reduction == "sum":
             return loss.sign
-        return loss.sign / [p.value.shape[-1] for p in self.parameters(loss.network)][-1]
+        outputs: int = [p.value.shape[-1] for p in self.parameters(loss.network)][-1]
+        return loss.sign / outputs
 
     def activations(self) -> set[str]:
         """The names of all activations."""
