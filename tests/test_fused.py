@@ -1020,6 +1020,25 @@ def test_labels_that_a_callback_makes_wrong_are_refused(bad: int, training: Any,
     assert {state.steps for state in rule._states.values()} == {3}
 
 
+def test_what_a_wrong_label_leaves_is_what_so_many_steps_give(training: Any, dtype: Any) -> None:
+    """A call of several steps that would come to it is refused before its first."""
+    if training.name == "cuda":
+        pytest.skip("it has a copy of them")
+    x, y = mlp_problem([6, 3], "softmax", 160, dtype)
+    labels, model, rule = y.copy(), MLP([6, 3], dtype=dtype), Adam()
+
+    def spoil(progress: Any) -> None:
+        labels[-1] = 3
+
+    with pytest.raises(ValueError, match=r"range|labels must lie within"):
+        model.fit(x, labels, 2, 8, rule, shuffle=False, callback=spoil, callback_every="epoch")
+    assert {state.steps for state in rule._states.values()} == {model.steps}
+    assert 20 <= model.steps < 40
+    other = MLP([6, 3], dtype=dtype)
+    other.fit(x, y, 2, 8, Adam(), shuffle=False, callback=stop_after(model.steps))
+    assert same(model.parameters, other.parameters)
+
+
 def test_stop_training_from_a_schedule(training: Any, dtype: Any) -> None:
     x, y = mlp_problem([6, 3], "softmax", 64, dtype)
 

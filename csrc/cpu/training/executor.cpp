@@ -51,7 +51,7 @@ struct Forward {
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
 
-// A phase that is no forward, and what it works on. The rows of its network are those of `forward`.
+// A phase, the forward phase whose rows it works on (itself, if it is one), and the objective of a loss.
 template <class T>
 struct Work {
   const Phase& phase;

@@ -225,10 +225,11 @@ class TrainingPlan:
 
     def weight(self, loss: Loss) -> float:
         """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""
-        if loss.reduction == "sum":
-            return loss.sign
-        outputs: int = [p.value.shape[-1] for p in self.parameters(loss.network)][-1]
-        return loss.sign / outputs
+        return loss.sign if loss.reduction == "sum" else loss.sign / self.outputs(loss.network)
+
+    def outputs(self, network: int) -> int:
+        """The number of a network's outputs."""
+        return next(len(o.bias.value) for o in reversed(self.networks[network]) if isinstance(o, Linear))
 
     def activations(self) -> set[str]:
         """The names of all activations."""

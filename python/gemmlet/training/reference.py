@@ -25,6 +25,7 @@ from .plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, L
 @whole_steps()
 def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> training.Outcome:
     """See `Backend.train`."""
+    check_labels(plan, batches.order)
     plan, losses, correct = _on_cpu(backend, plan), list(batches.losses), 0
     for number in range(batches.steps):
         rows = slice(number * batches.size, (number + 1) * batches.size)
@@ -40,6 +41,15 @@ def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> traini
         losses = [total + loss * step.rows for total, loss in zip(losses, step.losses, strict=True)]
         correct += step.correct
     return training.Outcome(tuple(losses), correct)
+
+
+def check_labels(plan: TrainingPlan, order: NDArray[np.int64]) -> None:
+    """Raise ValueError if a class index of these samples is out of range: a callback may have changed it."""
+    for loss in plan.losses:
+        if not isinstance(loss.targets, tuple) and loss.targets.ndim == 1 and len(order):
+            labels, classes = loss.targets[order], max(plan.outputs(loss.network), 2)
+            if labels.min() < 0 or labels.max() >= classes:
+                raise ValueError(f"labels must lie within [0, {classes}), got {labels.min()} to {labels.max()}")
 
 
 def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None) -> Step:
@@ -181,14 +191,9 @@ def predicted_classes(outputs: Array) -> NDArray[np.int64]:
 
 
 def targets_of(phase: Loss, where: NDArray[np.int64], outputs: Array) -> Array:
-    """The targets of a mini-batch's outputs, of the samples at `where`; class indices are checked."""
+    """The targets of a mini-batch's outputs, of the samples at `where`."""
     if not isinstance(phase.targets, tuple):
-        targets: Array = phase.targets[where]
-        if targets.ndim == 1:  # a callback may have changed them
-            low, high = (targets[0], targets[0]) if len(targets) == 1 else (targets.min(), targets.max())
-            if low < 0 or high >= max(outputs.shape[1], 2):
-                raise ValueError(f"labels must lie within [0, {max(outputs.shape[1], 2)}), got {low} to {high}")
-        return targets
+        return phase.targets[where]  # type: ignore[no-any-return]
     return np.repeat(np.array(phase.targets, outputs.dtype), len(outputs) // len(phase.targets))[:, np.newaxis]
 
 

@@ -24,7 +24,7 @@ from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
 from ...training import plan as training
 from ...training.plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
-from ...training.reference import clip_by_norm, one_hot, targets_of
+from ...training.reference import check_labels, clip_by_norm, one_hot, targets_of
 from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
 Split = Callable[[int, int, Callable[[slice], None]], None]
@@ -462,6 +462,7 @@ def train(plan: TrainingPlan, batches: training.Batches, split: Split) -> traini
     ``split(size, unit, run)`` calls `run` on slices of whole units that cover `size` elements, in several threads if
     there are many.
     """
+    check_labels(plan, batches.order)
     executor = _Executor(plan, batches, split)
     actions = [executor.prepare(phase) for phase in plan.phases]
     with np.errstate(all="ignore"):
