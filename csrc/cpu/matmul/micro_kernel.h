@@ -170,15 +170,15 @@ struct PartialPanel {
   }
 };
 
-// Starts from 0 if `begin`, else from total. Not inlined, so that its loop has all registers.
-template <int rows, int vectors, class X, class W, class T = typename W::Number>
-[[gnu::noinline]] void accumulate(const X& x, const W& panel, Index kc, bool begin,
+// total = x w, or total += x w. Not inlined, so that its loop has all registers.
+template <bool adds = false, int rows, int vectors, class X, class W, class T = typename W::Number>
+[[gnu::noinline]] void accumulate(const X& x, const W& panel, Index kc,
                                   Vec<typename W::Number> (&total)[rows][vectors]) {
   Vec<T> sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[r][v] = begin ? Vec<T>{} : total[r][v];
+    for (int v = 0; v < vectors; ++v) sum[r][v] = adds ? total[r][v] : Vec<T>{};
   const T* w = panel.w;
   auto x_k = x.template steps<rows>();
   // The main loop:
@@ -224,7 +224,7 @@ template <Width width, class T, class X, class W>
 inline void compute_tile(int rows, const X& x, const W& panel, Index kc, Sums<T>& sums) {
   with_constant<tuning::mr>(rows, [&]<int height>(Constant<height>) {
     constexpr int vectors = vectors_in<T>(width, height);
-    accumulate(x, panel, kc, true, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
+    accumulate(x, panel, kc, reinterpret_cast<Vec<T>(&)[height][vectors]>(sums));
   });
 }
 

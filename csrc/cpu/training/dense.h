@@ -54,7 +54,7 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
     if (!narrow && (stride * static_cast<Index>(sizeof(T)) < tuning::pack_min_stride || rows < 2 * tuning::mr)) {
       for_tiles(rows, [&]<int height>(Index row, Constant<height>) {
         Vec<T> sum[height][vectors];
-        accumulate(RowPointers<T>{x + row}, Panel<T>{w + j, stride, second}, layer.in, true, sum);
+        accumulate(RowPointers<T>{x + row}, Panel<T>{w + j, stride, second}, layer.in, sum);
         finish(sum, row, j, second);
       });
       return;
@@ -73,7 +73,9 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
           rows_at_k[r] = x[row + r] + k;
           for (int v = 0; v < vectors; ++v) sum[r][v] = packed.sums[row + r][v];
         }
-        accumulate(RowPointers<T>{rows_at_k}, Panel<T>{packed.w, vectors * n, n}, kc, k == 0, sum);
+        const RowPointers<T> x_k{rows_at_k};
+        const Panel<T> panel{packed.w, vectors * n, n};
+        k == 0 ? accumulate(x_k, panel, kc, sum) : accumulate<true>(x_k, panel, kc, sum);
         for (int r = 0; r < height; ++r)
           for (int v = 0; v < vectors; ++v) packed.sums[row + r][v] = sum[r][v];
         if (k + kc == layer.in) finish(sum, row, j, second);
@@ -117,10 +119,15 @@ void backward_tiles(const T* grad_y, Index y_stride, Index rows, const Layer<T>&
         Vec<T> sum[height][2];
         T* to = grad_x + row * x_stride + k;
         const auto place = [&](int r, int v) { return to + r * x_stride + v * n; };
-        if (j > 0)
+        const Strided<T> grad_j{grad_y + row * y_stride + j, y_stride, 1};
+        const Panel<T> panel{packed.w, 2 * n, n};
+        if (j == 0) {
+          accumulate(grad_j, panel, kc, sum);
+        } else {
           for (int r = 0; r < height; ++r)
             for (int v = 0; v < 2; ++v) sum[r][v] = v * n < inputs ? load(place(r, v)) : Vec<T>{};
-        accumulate(Strided<T>{grad_y + row * y_stride + j, y_stride, 1}, Panel<T>{packed.w, 2 * n, n}, kc, j == 0, sum);
+          accumulate<true>(grad_j, panel, kc, sum);
+        }
         for (int r = 0; r < height; ++r)
           for (int v = 0; v < 2; ++v)
             if (v * n < inputs) store(place(r, v), sum[r][v]);

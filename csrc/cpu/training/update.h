@@ -97,7 +97,7 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
       const ColumnsOfRowPointers<T> x_at{x, k};
       const Panel<T> panel{grad.row(0) + j, grad.stride, second};
       with_constant<tuning::mr>(height, [&]<int rows_at_once>(Constant<rows_at_once>) {
-        accumulate(x_at, panel, rows, true, reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(sums));
+        accumulate(x_at, panel, rows, reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(sums));
       });
       for (int r = 0; r < height; ++r)
         update(layer.weight, (k + r) * layer.stride + j, second, n,
