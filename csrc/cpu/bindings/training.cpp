@@ -1,6 +1,7 @@
 // The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices.
 #include <algorithm>
 #include <limits>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <variant>
@@ -140,6 +141,12 @@ std::tuple<Fields...> fields(const py::tuple& phase) {
   }
 }
 
+// Empty where it is no string.
+std::string_view kind_of(const py::tuple& phase) {
+  const bool named = !phase.empty() && py::isinstance<py::str>(phase[0]);
+  return named ? phase[0].cast<std::string_view>() : std::string_view();
+}
+
 using GivenTargets = std::variant<py::array, std::vector<double>>;
 
 // Reads phases, and checks that each finds what it reads.
@@ -155,20 +162,20 @@ class Checker {
         has_(plan.networks.size()) {}
 
   void operator()(const py::tuple& tuple) {
-    const auto kind = tuple.empty() ? py::str() : py::str(tuple[0]);
-    if (kind.equal(py::str("forward"))) {
+    const std::string_view kind = kind_of(tuple);
+    if (kind == "forward") {
       auto [network, inputs] = fields<int, std::vector<int>>(tuple);
       add({Phase::forward, network, std::move(inputs), -1, -1});
-    } else if (kind.equal(py::str("loss"))) {
+    } else if (kind == "loss") {
       const auto [network, loss, parameter, weight, targets] = fields<int, int, double, double, GivenTargets>(tuple);
       add({Phase::loss, network, {}, -1, -1});
       const bool of_rows = is_row_loss(loss);
       checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
       plan_.losses.push_back({loss, parameter, weight, targets_of(targets, network, loss)});
-    } else if (kind.equal(py::str("backward"))) {
+    } else if (kind == "backward") {
       const auto [network, to] = fields<int, int>(tuple);
       add({Phase::backward, network, {}, to, -1});
-    } else if (kind.equal(py::str("update"))) {
+    } else if (kind == "update") {
       const auto [network, rule] = fields<int, int>(tuple);
       add({Phase::update, network, {}, -1, rule});
     } else {
@@ -260,7 +267,7 @@ class Checker {
 int rule_of(const std::vector<py::tuple>& phases, std::size_t network) {
   int found = -1;
   for (const py::tuple& phase : phases) {
-    if (phase.empty() || !py::str(phase[0]).equal(py::str("update"))) continue;
+    if (kind_of(phase) != "update") continue;
     const auto [of, rule] = fields<int, int>(phase);
     checked_index(rule, optimizer_rule_names().size(), "rule");
     if (static_cast<std::size_t>(of) != network) continue;
