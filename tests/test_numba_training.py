@@ -27,8 +27,9 @@ def problem(
     """A network, a plan that trains it on samples that are mostly 0, and the mini-batches."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(N, 40)) * (rng.uniform(size=(N, 40)) < 0.2)
-    model, rule = MLP([40, 37, 5], "gelu", dtype="float64", seed=4), SGD(0.1, momentum=0.9)
-    plan = model._plan(Samples(x, 40, model.dtype), rng.integers(0, 5, N), rule)
+    model = MLP([40, 37, 5], "gelu", dtype="float64", seed=4)
+    group = SGD(0.1, momentum=0.9).group(model.parameters)
+    plan = model._plan(Samples(x, 40, model.dtype), rng.integers(0, 5, N), group)
     *phases, update = plan.phases
     assert isinstance(update, Update)
     if reduce is not None:
@@ -36,7 +37,7 @@ def problem(
     plan = TrainingPlan(plan.networks, (*phases, update._replace(max_norm=max_norm)))
     order = rng.permutation(N)
     factors = np.linspace(1.0, 0.5, -(-N // BATCH))
-    return model, plan, Batches(order, BATCH, (rule.hyperparameters(model.parameters, factors),), (0.0,))
+    return model, plan, Batches(order, BATCH, (group.hyperparameters(factors),), (0.0,))
 
 
 def assert_agree(train: Callable[..., Outcome], other: Callable[..., Outcome], **changes: Any) -> None:

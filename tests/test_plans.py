@@ -79,8 +79,8 @@ def plan_and_batches(networks: Sequence[Network], phases: Sequence[Any], **chang
     tables = []
     for i, update in enumerate(plan.updates):
         values = [p.value for p in plan.parameters(update.network)]
-        made = optimizer(next(name for name in STATES if optimizer(name).prepare(values)[0] == update.rule))
-        tables.append(made.hyperparameters(values, np.linspace(1.0, 0.5, STEPS) / (i + 1)))
+        group = next(g for name in STATES if (g := optimizer(name).group(values)).rule == update.rule)
+        tables.append(group.hyperparameters(np.linspace(1.0, 0.5, STEPS) / (i + 1)))
     batches = Batches(
         rng.permutation(N),
         BATCH,
@@ -93,7 +93,7 @@ def plan_and_batches(networks: Sequence[Network], phases: Sequence[Any], **chang
 
 
 def rule_name(rule: str) -> str:
-    return optimizer(rule).prepare([np.zeros(1)])[0]
+    return optimizer(rule).group([np.zeros(1)]).rule
 
 
 def samples(dtype: Any, kind: str = "dense") -> Dataset:
@@ -321,7 +321,7 @@ def test_what_is_reduced(backend: Any, dtype: Any) -> None:
             gradient[...] = i + 1
 
     model, x = MLP([FEATURES, 9, 3], dtype=dtype), samples(dtype).x
-    plan = model._plan(model._samples(x), CLASSES, SGD(0.5))
+    plan = model._plan(model._samples(x), CLASSES, SGD(0.5).group(model.parameters))
     *phases, update = plan.phases
     plan = TrainingPlan(plan.networks, (*phases, AllReduce(0, reduce), update))
     before, (_, gradients) = copied(plan), model.loss_and_gradients(x, CLASSES)
@@ -338,13 +338,14 @@ def test_what_is_reduced(backend: Any, dtype: Any) -> None:
 @pytest.mark.parametrize("max_norm", [None, 0.2])
 def test_two_processes_take_the_step_of_the_whole_mini_batch(max_norm: float | None, backend: Any, dtype: Any) -> None:
     """Each has one half of it, and the mean of the gradients of both, which are clipped after that."""
-    model, rule, half = MLP([FEATURES, 9, 3], dtype=dtype), optimizer("adam"), BATCH // 2
-    alone = model._plan(model._samples(samples(dtype).x), CLASSES, rule)
+    model, half = MLP([FEATURES, 9, 3], dtype=dtype), BATCH // 2
+    group = optimizer("adam").group(model.parameters)
+    alone = model._plan(model._samples(samples(dtype).x), CLASSES, group)
     *phases, update = alone.phases
     clipped = update._replace(max_norm=max_norm)
     steps = N // BATCH
     order = np.random.default_rng(5).permutation(N)[: steps * BATCH]
-    tables = (rule.hyperparameters(model.parameters, np.ones(steps)),)
+    tables = (group.hyperparameters(np.ones(steps)),)
     barrier, sent = threading.Barrier(2, timeout=60), [[], []]
 
     def process(rank: int) -> tuple[Outcome, list[Any]]:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -81,7 +80,9 @@ class CpuBackend(NumpyBackend):
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
-        self._executors: WeakKeyDictionary[TrainingPlan, Any] = WeakKeyDictionary()  # None for the reference
+        # What `cpu_plan.executor` takes.
+        losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
+        self._numbers = self._activations, losses, self._rules
         self.fast_paths = self._make_fast_paths()
 
     def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
@@ -219,10 +220,8 @@ class CpuBackend(NumpyBackend):
         return cast("Outcome", self._executor(plan)(batches))
 
     def _executor(self, plan: TrainingPlan) -> Any:
-        if (found := self._executors.get(plan, self)) is not self:
-            return found
-        from .cpu_plan import Numbers, executor  # here, as kernels alone do not need it
+        if self not in plan.executors:
+            from .cpu_plan import executor  # here, as kernels alone do not need it
 
-        losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
-        made = executor(self._module, plan, Numbers(self._activations, losses, self._rules))
-        return self._executors.setdefault(plan, made)
+            plan.executors[self] = executor(self._module, plan, *self._numbers)
+        return plan.executors[self]

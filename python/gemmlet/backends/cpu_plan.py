@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..training import plan as training
 from ..training.plan import NOISE, SAMPLES, Backward, Forward, Loss, TrainingPlan, Update
@@ -15,27 +15,24 @@ _SOURCES: dict[training.Source, int] = {SAMPLES: -1, NOISE: -2}
 _READERS = "backward", "update"
 
 
-class Numbers(NamedTuple):
-    """The numbers by which C++ knows formulas; that of a row loss is ``~number``."""
-
-    activations: Mapping[str, int]
-    losses: Mapping[str, int]
-    rules: Mapping[str, int]
+# The numbers of formulas in an extension module, by name.
+Numbers = Mapping[str, int]
 
 
 def executor(
-    module: Any, plan: TrainingPlan, numbers: Numbers
+    module: Any, plan: TrainingPlan, activations: Numbers, losses: Numbers, rules: Numbers
 ) -> Callable[[training.Batches], training.Outcome] | None:
     """``train(batches)`` of an extension module for a plan; None if it does not know something of it.
 
+    The number of a row loss is ``~number`` here.
     Sparse matrices are for a single network, no network reads itself, and a gradient is read once.
     """
     try:
-        networks = [[_layer(layer, numbers) for layer in training.dense_layers(network)] for network in plan.networks]
+        networks = [[_layer(layer, activations) for layer in training.dense_layers(n)] for n in plan.networks]
         phases: list[tuple[Any, ...]] = []
         reader: dict[int, str] = {}  # by network, which phase its gradient is there for
         for phase in plan.phases[1:]:
-            phases.append(_phase(plan, phase, numbers))
+            phases.append(_phase(plan, phase, losses, rules))
             kind, network, to = phases[-1][:3]
             if (kind == "forward" and network in to) or (kind in _READERS and reader.get(network) != kind):
                 return None
@@ -66,19 +63,19 @@ def executor(
     return train
 
 
-def _layer(layer: training.DenseLayer, numbers: Numbers) -> tuple[Any, ...]:
+def _layer(layer: training.DenseLayer, activations: Numbers) -> tuple[Any, ...]:
     (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
-    number = -1 if activation is None else numbers.activations[activation]
+    number = -1 if activation is None else activations[activation]
     return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
 
 
-def _phase(plan: TrainingPlan, phase: training.Phase, numbers: Numbers) -> tuple[Any, ...]:
+def _phase(plan: TrainingPlan, phase: training.Phase, losses: Numbers, rules: Numbers) -> tuple[Any, ...]:
     if isinstance(phase, Forward):
         return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
     if isinstance(phase, Loss):
-        return "loss", phase.network, numbers.losses[phase.name], phase.value, plan.weight(phase), phase.targets
+        return "loss", phase.network, losses[phase.name], phase.value, plan.weight(phase), phase.targets
     if isinstance(phase, Backward):
         return "backward", phase.network, -1 if phase.to is None else phase.to
     if isinstance(phase, Update) and phase.max_norm is None:
-        return "update", phase.network, numbers.rules[phase.rule]
+        return "update", phase.network, rules[phase.rule]
     raise training.UnsupportedError(phase)

@@ -20,7 +20,7 @@ from . import _checks as checks
 from .dataset import Ahead, Array, Samples, sample_order
 from .dense import Dense
 from .normals import fill_normal
-from .optimizers import Optimizer, Schedule, as_optimizer, lr_factors
+from .optimizers import Optimizer, ParameterGroup, Schedule, as_optimizer, lr_factors
 
 # Between calls Python sees Ctrl-C: the seconds that one should take.
 _CALL_SECONDS = 0.1
@@ -225,19 +225,18 @@ class Trainable(ABC):
         history: Any,
         samples: Samples,
         plan: training.TrainingPlan,
-        optimizers: Sequence[Optimizer],
+        groups: Sequence[ParameterGroup],
         settings: Settings,
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
-        """Take all steps of a `fit`; `optimizers` are those of the plan's updates."""
-        started = time.perf_counter()
+        """Take all steps of a `fit`; `groups` are what the plan's updates update."""
+        started, n = time.perf_counter(), len(samples)
         epochs, size, callback, every = settings.epochs, settings.batch_size, settings.callback, settings.callback_every
-        batches = math.ceil(len(samples) / size)
+        batches = math.ceil(n / size)
         backend = samples.backend
         plan = backend.stage(plan)
         # The reference takes a step a call: it may raise in the midst of several.
         one_by_one = (callback is not None and every == "batch") or not backend.supports_fused(plan)
-        updated = [[p.value for p in plan.parameters(update.network)] for update in plan.updates]
         budget, orders = CallBudget(), Ahead(self._shuffle if settings.shuffle else None, sample_order)
 
         def draw_by_threads(rng: np.random.Generator, n: int) -> Array:
@@ -250,7 +249,7 @@ class Trainable(ABC):
         def prepare(epoch: int, rest: int) -> None:
             """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""
             if not rest and epoch < epochs:
-                rest = len(samples)
+                rest = n
                 orders.prepare(rest)
             if rest and self._training_noise is not None:
                 noises.prepare(min(rest, size * (1 if one_by_one else budget.following())))
@@ -263,11 +262,11 @@ class Trainable(ABC):
             batch = training.Batches(
                 order,
                 min(size, len(order)),
-                tuple(o.hyperparameters(params, factors) for o, params in zip(optimizers, updated, strict=True)),
+                tuple([group.hyperparameters(factors) for group in groups]),
                 sums,
                 self._decay(self.steps + np.arange(1, steps + 1)) if self.ema_decay else None,
                 noise,
-                partial(prepare, epoch, len(samples) - first - len(order)),
+                partial(prepare, epoch, n - first - len(order)),
             )
             budget.start()
             trained = True
@@ -281,8 +280,8 @@ class Trainable(ABC):
                 if trained:
                     budget.stop(steps)
                     self.steps += steps
-                    for optimizer, params in zip(optimizers, updated, strict=True):
-                        optimizer.advance(params, steps)
+                    for group in groups:
+                        group.advance(steps)
 
         def log(epoch: int, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():
@@ -294,13 +293,13 @@ class Trainable(ABC):
         try:
             for epoch in range(1, epochs + 1):
                 sums, correct, seen, done = (0.0,) * len(plan.losses), 0, 0, False
-                order = orders.take(len(samples))
+                order = orders.take(n)
                 try:
                     while not done:
                         where = order[seen : seen + size * (1 if one_by_one else budget.steps)]
                         sums, more = call(epoch, seen, where, sums)
                         seen, correct = seen + len(where), correct + more
-                        done = seen == len(samples)
+                        done = seen == n
                         if done or callback is not None:
                             metrics = self._metrics(sums, correct, seen)
                         if done:
@@ -331,12 +330,9 @@ VALIDATION = ("validation_loss", "validation_accuracy")
 _LABELS = {"validation_accuracy": "accuracy"}
 
 
-def network_of(
-    dense: Dense, states: Sequence[tuple[Array, ...]] | None = None, average: Dense | None = None
-) -> training.Network:
+def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:
     """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages."""
-    if states is None:
-        states = [()] * len(dense.parameters)
+    states = [()] * len(dense.parameters) if group is None else group.arrays()
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, dense.parameters, states, averages)
     operations: list[training.Linear | training.Activation] = []

@@ -17,7 +17,7 @@ from . import files
 from .dataset import CHUNK, Samples, slices
 from .dense import Dense, activation_name
 from .fit import GANHistory, GANProgress, Trainable, network_of
-from .optimizers import Adam, Optimizer, Schedule, as_optimizer
+from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
 
 Array = NDArray[Any]
 
@@ -214,23 +214,26 @@ class GAN(Trainable, files.Saved):
         other = rule
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
-        generator_rule, generator_states = rule.prepare(self.generator_parameters)
-        discriminator_rule, discriminator_states = other.prepare(self.discriminator_parameters)
+        generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
             # The same noise serves both steps, so that the generator's forward pass is done once.
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
-            Update(_DISCRIMINATOR, discriminator_rule, other.max_norm),
+            Update(_DISCRIMINATOR, discriminator.rule, other.max_norm),
             *self._generator_phases(),
-            Update(_GENERATOR, generator_rule, rule.max_norm),
+            Update(_GENERATOR, generator.rule, rule.max_norm),
         ]
-        history, plan = GANHistory(), self._plan(phases, generator_states, discriminator_states)
-        self._train(history, samples, plan, [other, rule], settings)
+        history, plan = GANHistory(), self._plan(phases, generator, discriminator)
+        self._train(history, samples, plan, [discriminator, generator], settings)
         return history
 
-    def _plan(self, phases: Sequence[Phase], *states: Sequence[tuple[Array, ...]]) -> TrainingPlan:
-        generator, discriminator = states or (None, None)
+    def _plan(
+        self,
+        phases: Sequence[Phase],
+        generator: ParameterGroup | None = None,
+        discriminator: ParameterGroup | None = None,
+    ) -> TrainingPlan:
         average = self._average if self.ema_decay else None
         networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
         return TrainingPlan(networks, tuple(phases))

@@ -20,7 +20,7 @@ from . import files
 from .dataset import CHUNK, Samples, slices
 from .dense import Dense, activation_name, activation_number
 from .fit import VALIDATION, History, Progress, Trainable, network_of
-from .optimizers import SGD, Optimizer, Schedule, as_optimizer
+from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
 
 Array = NDArray[Any]
 
@@ -220,12 +220,12 @@ class MLP(Trainable, files.Saved):
             def validate() -> dict[str, float]:
                 return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
-        history = History()
-        self._train(history, samples, self._plan(samples, targets, rule), [rule], settings, validate)
+        history, group = History(), rule.group(self.parameters)
+        self._train(history, samples, self._plan(samples, targets, group), [group], settings, validate)
         return history
 
-    def _plan(self, samples: Samples, targets: Array, rule: Optimizer | None = None) -> TrainingPlan:
-        """A step; without `rule` all but the update."""
+    def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:
+        """A step; without `group` all but the update."""
         reduction = "mean" if self.output == "identity" else "sum"
         phases: list[Phase] = [
             Gather(samples.dataset(may_skip_zeros=True)),
@@ -233,12 +233,10 @@ class MLP(Trainable, files.Saved):
             Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),
         ]
-        states = None
-        if rule is not None:
-            name, states = rule.prepare(self.parameters)
-            phases.append(Update(0, name, rule.max_norm))
+        if group is not None:
+            phases.append(Update(0, group.rule, group.optimizer.max_norm))
         average = self._average if self.ema_decay else None
-        return TrainingPlan((network_of(self._dense, states, average),), tuple(phases))
+        return TrainingPlan((network_of(self._dense, group, average),), tuple(phases))
 
     _progress = Progress
 

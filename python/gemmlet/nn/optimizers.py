@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,32 +106,15 @@ class Optimizer(ABC):
         arguments.number(lr * float(factors.max()), "lr", low=0.0)
         return lr * factors
 
-    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
-        """The rule that updates all of `params`, and its state for each."""
+    def group(self, params: Sequence[Array]) -> ParameterGroup:
+        """Parameters to be updated together, in each step of a plan; their state is this optimizer's."""
         states = [self._state(param) for param in params]
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
         rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(np.ones(1)))
         for state in states:
             self._advance(state, 0)
-        return rule, [state.arrays for state in states]
-
-    def hyperparameters(self, params: Sequence[Array], factors: NDArray[np.float64]) -> Array | list[Array]:
-        """The rule's hyperparameters at the next updates of `params`, as `Batches` has them.
-
-        `factors` has one for each step, as `update` takes it.
-        """
-        states, rates = [self._state(param) for param in params], self._rates(factors)
-        tables: dict[int, Array] = {}
-        for state in states:
-            if state.steps not in tables:
-                tables[state.steps] = self._hyperparameters(len(state.arrays), state.steps + 1, rates)[1]
-        return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
-
-    def advance(self, params: Sequence[Array], steps: int) -> None:
-        """Take note that so many updates of all of `params` were done."""
-        for param in params:
-            self._advance(self._state(param), steps)
+        return ParameterGroup(self, rule, states)
 
     def fresh(self) -> Self:
         """Return an optimizer with the same settings and no state."""
@@ -153,6 +136,35 @@ class Optimizer(ABC):
     @abstractmethod
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         """The rule and its hyperparameters at the steps from `step` on, for parameters with so many arrays of state."""
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that an optimizer updates together, by one rule, and its state for each."""
+
+    optimizer: Optimizer
+    rule: str
+    states: list[_State]
+
+    def arrays(self) -> list[tuple[Array, ...]]:
+        """The arrays of each state."""
+        return [state.arrays for state in self.states]
+
+    def hyperparameters(self, factors: NDArray[np.float64]) -> Array | list[Array]:
+        """The rule's hyperparameters at the next updates, as `Batches` has them.
+
+        `factors` has one for each step, as `Optimizer.update` takes it.
+        """
+        optimizer, states = self.optimizer, self.states
+        count, rates = len(states[0].arrays), optimizer._rates(factors)
+        tables = {
+            steps: optimizer._hyperparameters(count, steps + 1, rates)[1] for steps in {state.steps for state in states}
+        }
+        return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
+
+    def advance(self, steps: int) -> None:
+        """Take note that so many updates were done."""
+        for state in self.states:
+            state.steps += steps
 
 
 @dataclass
@@ -288,9 +300,9 @@ class ClipNorm(Optimizer):
         norms = arguments.number(max_norm, "max_norm", low=0.0, open_low=True), self.optimizer.max_norm
         self.max_norm: float = min(norm for norm in norms if norm is not None)
 
-    def prepare(self, params: Sequence[Array]) -> tuple[str, list[tuple[Array, ...]]]:
+    def group(self, params: Sequence[Array]) -> ParameterGroup:
         arguments.number(self.max_norm, "max_norm", low=0.0, open_low=True)  # it may have been set
-        return super().prepare(params)
+        return super().group(params)
 
     def __repr__(self) -> str:
         return f"ClipNorm({self.optimizer!r}, {self.max_norm})"

@@ -11,7 +11,7 @@ executor gives the same bits for any number of threads, and however mini-batches
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +91,7 @@ def dense_layers(network: Network) -> list[DenseLayer]:
         if isinstance(operation, Linear):
             layers.append(DenseLayer(*operation, None, 0.0))
         elif isinstance(operation, Activation) and layers and layers[-1].activation is None:
-            layers[-1] = layers[-1]._replace(activation=operation.name, parameter=operation.parameter)
+            layers[-1] = DenseLayer(*layers[-1][:2], *operation)
         else:
             raise UnsupportedError(operation)
     return layers
@@ -190,10 +190,14 @@ Phase = Gather | Forward | Loss | Backward | AllReduce | Update
 
 @dataclass(eq=False)
 class TrainingPlan:
-    """What a step does: `Gather`, and then phases of which each finds what it reads."""
+    """What a step does: `Gather`, and then phases of which each finds what it reads.
+
+    `executors` is the backends': what each keeps of the plan from one call to the next.
+    """
 
     networks: tuple[Network, ...]
     phases: tuple[Phase, ...]
+    executors: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def gather(self) -> Gather:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -90,8 +89,6 @@ class CudaBackend(Launcher, NumpyBackend):
 
     def __init__(self, devices: Sequence[Device] = ()) -> None:
         super().__init__(devices)
-        # Of the plans that are staged.
-        self._sessions = weakref.WeakKeyDictionary[TrainingPlan, training.Session]()
         self.fast_paths = fast_path.fast_paths(self)
 
     def describe(self) -> dict[str, str]:
@@ -324,7 +321,7 @@ class CudaBackend(Launcher, NumpyBackend):
     def stage(self, plan: TrainingPlan) -> TrainingPlan:
         """Dataset and targets go to the GPU where the samples are, else to the first; the plan stays as it is."""
         if self.supports_fused(plan):
-            self._sessions[plan] = self._session(plan)
+            plan.executors[self] = self._session(plan)
         return plan
 
     def _session(self, plan: TrainingPlan) -> training.Session:
@@ -333,8 +330,8 @@ class CudaBackend(Launcher, NumpyBackend):
 
     @whole_steps()
     def write_back(self, plan: TrainingPlan) -> None:
-        if plan in self._sessions:
-            self._sessions[plan].write_back()
+        if (session := plan.executors.get(self)) is not None:
+            session.write_back()
 
     def empty_pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A new page-locked array, which every GPU copies from."""
@@ -342,7 +339,8 @@ class CudaBackend(Launcher, NumpyBackend):
 
     @whole_steps()
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
-        session, varied = self._sessions.get(plan), any(isinstance(table, list) for table in batches.hyperparameters)
+        session: training.Session | None = plan.executors.get(self)
+        varied = any(isinstance(table, list) for table in batches.hyperparameters)
         if varied or (session is None and not self.supports_fused(plan)):
             self.write_back(plan)
             return super().train(plan, batches)
