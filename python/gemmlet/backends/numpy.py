@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .. import _threads
 from ..formulas.activations import Activation
-from ..formulas.losses import Loss, RowFunction, RowLoss
+from ..formulas.losses import Loss, RowFunction, RowLoss, smoothing
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from .base import Array, Backend
 
@@ -148,9 +148,9 @@ class NumpyBackend(Backend):
         targets = np.zeros(logits.shape) if labels.ndim == 1 else _f64(labels)
         if labels.ndim == 1:
             targets[np.arange(rows), labels] = 1.0
-        targets = (1.0 - label_smoothing) * targets + label_smoothing / classes
+        keep, spread = smoothing(label_smoothing, classes)
         with np.errstate(all="ignore"):
-            losses, gradient = loss.evaluate(_f64(logits), targets)
+            losses, gradient = loss.evaluate(_f64(logits), keep * targets + spread)
             out[...] = gradient / rows
         return float(np.mean(losses))
 

@@ -152,6 +152,11 @@ def softmax_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     return loss, np.exp(log_p) * np.sum(targets, axis=-1, keepdims=True) - targets
 
 
+def smoothing(label_smoothing: float, classes: int) -> tuple[float, float]:
+    """Of targets t that label smoothing makes ``keep * t + spread``: keep and spread."""
+    return 1.0 - label_smoothing, label_smoothing / classes
+
+
 class RowLoss(NamedTuple):
     """A loss that is the mean of a function of one row of logits and its targets.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,11 @@ def adam_table(
     if decoupled:
         table[:, column("shrink")] = 1.0 - rates * weight_decay
     return table
+
+
+def moving_average(average: Any, value: Any, decay: float, gain: float) -> Any:
+    """The next value of an exponential moving average; ``gain = 1 - decay``."""
+    return decay * average + gain * value
 
 
 OPTIMIZER_RULES: dict[str, OptimizerRule] = {

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .._signals import whole_steps
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.losses import LOSSES, ROW_LOSSES
-from ..formulas.optimizers import OPTIMIZER_RULES
+from ..formulas.optimizers import OPTIMIZER_RULES, moving_average
 from . import plan as training
 from .plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 
@@ -181,8 +181,7 @@ class Step:
             numbers = hyperparameters[i] if isinstance(hyperparameters, list) else hyperparameters
             self._backend.update(rule, p.value, grad, p.state, tuple(numbers.tolist()))
             if (average := p.average) is not None:
-                average *= decay
-                average += (1.0 - decay) * p.value
+                average[...] = moving_average(average, p.value, decay, 1.0 - decay)
 
 
 def predicted_classes(outputs: Array) -> NDArray[np.int64]:

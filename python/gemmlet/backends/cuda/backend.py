@@ -17,7 +17,7 @@ from ... import _precision, _threads
 from ..._arrays import is_on_gpu, name_of
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
-from ...formulas.losses import Loss, RowFunction, RowLoss
+from ...formulas.losses import Loss, RowFunction, RowLoss, smoothing
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import Batches, Outcome, TrainingPlan
 from ..base import Array
@@ -286,8 +286,7 @@ class CudaBackend(Launcher, NumpyBackend):
             whole = t.ndim == 1 and label_smoothing == 0
             places = address(z), targets, address(grad)
             kernel = self.row_loss_launch(device, loss.name, z.dtype, columns, whole, *places)
-            numbers = 1.0 - label_smoothing, label_smoothing / columns
-            values = address(z), indices, targets, *numbers, address(grad), rows, columns
+            values = address(z), indices, targets, *smoothing(label_smoothing, columns), address(grad), rows, columns
             mean = self.mean(device, kernel.launch, kernel.blocks(rows), *values)
             assert mean is not None
             return mean

@@ -20,7 +20,7 @@ import numpy as np
 
 from ... import _precision
 from ...formulas.activations import ACTIVATIONS, Activation
-from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES, Loss, RowFunction
+from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES, Loss, RowFunction, smoothing
 from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
 from . import compiler, matmul
 from .device import Device
@@ -292,8 +292,7 @@ class _FastPaths:
             if out is None:
                 out = device.empty(shape, dtype)
                 gradient = out.data.ptr
-            numbers = 1.0 - label_smoothing, label_smoothing / columns
-            values = at, indices, targets, *numbers, gradient, rows, columns
+            values = at, indices, targets, *smoothing(label_smoothing, columns), gradient, rows, columns
             mean = launcher.mean(device, kernel.launch, kernel.blocks(rows), *values, check=of_classes)
             return None if mean is None else (mean, out)
 

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from numba import njit, types
 
+from ...formulas.losses import smoothing
 from .formulas import scalar_kernels
 
 # Elements in one block: a few arrays of that many fit into the first-level cache. A power of two.
@@ -266,12 +267,12 @@ def row_backward_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
 def cross_entropy_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
     """Of softmax: class indices, else `soft` labels; the loss of each row, and gradients times `scale`."""
     F = dtype.type
-    shifted = _shifted_loop(dtype)
+    shifted, weights = _shifted_loop(dtype), njit(forceinline=True)(smoothing)
 
-    def loop(logits, columns, indices, soft, smoothing, scale, losses, out):
+    def loop(logits, columns, indices, soft, label_smoothing, scale, losses, out):
         step = max(1, BLOCK // columns) * columns
         differences, exponentials = np.empty(step, logits.dtype), np.empty(step, logits.dtype)
-        share, kept = smoothing / columns, 1.0 - smoothing
+        keep, spread = weights(label_smoothing, columns)
         for start in range(0, logits.size, step):
             block, result = logits[start : start + step], out[start : start + step]
             difference, e = differences[: block.size], exponentials[: block.size]
@@ -286,22 +287,22 @@ def cross_entropy_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
                 if indices.size:
                     label = indices[i]
                     # Weights of zero leave out what may be infinite.
-                    if kept != 0.0:
-                        loss = kept * (log_total - d[label])
-                    if share != 0.0:
-                        loss += share * (columns * log_total - _sum(d))
+                    if keep != 0.0:
+                        loss = keep * (log_total - d[label])
+                    if spread != 0.0:
+                        loss += spread * (columns * log_total - _sum(d))
                     for j in range(columns):
-                        row[j] = (p[j] / F(total) - F(share)) * scale
-                    row[label] = (p[label] / F(total) - F(share) - F(kept)) * scale
+                        row[j] = (p[j] / F(total) - F(spread)) * scale
+                    row[label] = (p[label] / F(total) - F(spread) - F(keep)) * scale
                 else:
                     t = soft[start + first : start + first + columns]
-                    weight = F(kept * _sum(t) + smoothing)
+                    weight = F(keep * _sum(t) + label_smoothing)
                     for j in range(columns):
-                        target = kept * t[j] + share
+                        target = keep * t[j] + spread
                         if target != 0.0:
                             loss += target * (log_total - d[j])
                     for j in range(columns):
-                        row[j] = (p[j] / F(total) * weight - F(kept * t[j] + share)) * scale
+                        row[j] = (p[j] / F(total) * weight - F(keep * t[j] + spread)) * scale
                 losses[i] = loss
 
     read, labels = _array(dtype), _array(np.dtype(np.int64))

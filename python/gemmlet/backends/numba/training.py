@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..._memory import aligned_zeros
 from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
+from ...formulas.optimizers import moving_average
 from ...training import plan as training
 from ...training.plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 from ...training.reference import check_labels, clip_by_norm, one_hot, targets_of
@@ -180,11 +181,14 @@ def _count_correct(outputs, classes):
     return correct
 
 
+_averaged = njit(forceinline=True)(moving_average)
+
+
 @njit(error_model="numpy", nogil=True)
-def _move_average(average, value, decay, rest):
+def _move_average(average, value, decay, gain):
     """Without fused multiply-adds: the bits of the reference."""
     for i in range(average.size):
-        average[i] = average[i] * decay + rest * value[i]
+        average[i] = _averaged(average[i], value[i], decay, gain)
 
 
 class _Sparse:
