@@ -156,12 +156,15 @@ struct Across {
   static Statistic log(const Statistic& s) {
     return Statistic([&](int i) { return gemmlet::log(s.part[i]); });
   }
-  // f(row) for each row, put into lanes one by one: a vector load of numbers just stored would wait for the stores.
+  // f(row) for each row, in registers: a vector load of numbers just stored would wait for the stores. The lambdas are
+  // inlined late: early, GCC inserts lane by lane.
   template <class F>
   GEMMLET_INLINE static Statistic statistic_of(F f) {
-    Statistic s;
-    for (int i = 0; i < lanes<T>; ++i) s.part[i / lanes<double>][i % lanes<double>] = f(i);
-    return s;
+    return Statistic([&](int part) {
+      return [&]<int... i>(std::integer_sequence<int, i...>) {
+        return Vec<double>{f(part * lanes<double> + i)...};
+      }(std::make_integer_sequence<int, lanes<double>>{});
+    });
   }
   static void store_statistic(double* of_row, const Statistic& s) {
     for (int i = 0; i < s.parts; ++i) store(of_row + i * lanes<double>, s.part[i]);
