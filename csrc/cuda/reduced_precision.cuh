@@ -63,7 +63,7 @@ GEMMLET_INLINE Coarse expm1(Coarse x) {
   return Coarse(abs(x.value) < series_end ? series : difference);
 }
 
-GEMMLET_INLINE Coarse log1p_of_share(Coarse x) {
+GEMMLET_INLINE Coarse log1p_unit(Coarse x) {
   const float series = x.value * fma(-0.5f, x.value, 1.0f);
   return Coarse(x.value < series_end ? series : ptx::log2_flushed(1.0f + x.value) * ln_2);
 }

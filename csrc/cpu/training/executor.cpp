@@ -121,7 +121,7 @@ class Executor {
                    executor.batches_.count > tuning::thread_columns_min_steps * executor.batches_.batch) {
       const bool own_slots = columns_.size() > 0 && 2 * member.count() <= static_cast<Index>(executor.slots_.size());
       number_ = own_slots ? 0 : member.index();
-      share_of_ = own_slots ? 1 : member.count();
+      members_ = own_slots ? 1 : member.count();
       const auto first_slot = static_cast<std::size_t>(own_slots ? 2 * member.index() : 0);
       for (const std::size_t slot : {0, 1}) slots_[slot] = &executor.slots_[first_slot + slot];
     }
@@ -132,14 +132,14 @@ class Executor {
     // This member's rows of the mini-batch that begins at `start`.
     void gather(Index start, Index slot) const {
       const Batches<T>& batches = executor_.batches_;
-      const Range rows = part_of(executor_.rows_from(start), number_, share_of_);
+      const Range rows = part_of(executor_.rows_from(start), number_, members_);
       for (Index i = rows.first; i < rows.end; ++i) executor_.load(slots_[slot]->loader, batches, start + i, i);
     }
     // What is done with them once all members have theirs.
     void begin(Index start, Index slot) const {
       const Index rows = executor_.rows_from(start), features = executor_.plan_.samples.features;
       if (slots_[slot]->loader.sparse() && rows > 0)
-        for (Index block = number_; block < ceil_div(features, block_features); block += share_of_)
+        for (Index block = number_; block < ceil_div(features, block_features); block += members_)
           inputs(slot).list(rows, features, block);
       if (columns_.size() > 0) network_.forward_first(layer(), inputs(slot), slot, {0, rows}, columns_);
     }
@@ -149,7 +149,7 @@ class Executor {
     const Network<T>& network_;
     Range columns_;
     ThreadColumns<T> own_;
-    Index number_, share_of_;
+    Index number_, members_;
     Slot<T>* slots_[2];
   };
 

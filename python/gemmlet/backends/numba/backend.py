@@ -239,11 +239,11 @@ class NumbaBackend(NumpyBackend):
             return super().elementwise_loss(loss, prediction, target, parameter, out)
         loop = loops.loss_loop(loss.name, out.dtype)
         p, t, gradient = _apart(prediction, out), _apart(target, out), out.reshape(-1)
-        sums, share = np.empty(-(-p.size // loops.BLOCK)), 1.0 / p.size
+        sums, scale = np.empty(-(-p.size // loops.BLOCK)), 1.0 / p.size
 
         def run(part: slice) -> None:
             blocks = slice(part.start // loops.BLOCK, -(-part.stop // loops.BLOCK))
-            loop(p[part], t[part], parameter, share, sums[blocks], gradient[part])
+            loop(p[part], t[part], parameter, scale, sums[blocks], gradient[part])
 
         self._split(p.size, loops.BLOCK, run)
         return float(np.sum(sums) / p.size)

@@ -110,7 +110,7 @@ def loss_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     F = dtype.type
     f = scalar_kernels(dtype)[name]
 
-    def loop(prediction, target, parameter, share, sums, out):
+    def loop(prediction, target, parameter, scale, sums, out):
         losses = np.empty(BLOCK)
         for block in range(sums.size):
             first = block * BLOCK
@@ -119,7 +119,7 @@ def loss_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
             gradient = out[first : first + BLOCK]
             losses[p.size :] = 0.0
             for i in range(p.size):
-                losses[i], slope = f(p[i], t[i], parameter, share)
+                losses[i], slope = f(p[i], t[i], parameter, scale)
                 gradient[i] = F(slope)
             sums[block] = _tree_sum(losses)
 
@@ -271,7 +271,7 @@ def cross_entropy_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
     def loop(logits, columns, indices, soft, smoothing, scale, losses, out):
         step = max(1, BLOCK // columns) * columns
         differences, exponentials = np.empty(step, logits.dtype), np.empty(step, logits.dtype)
-        share, kept = smoothing / columns, 1.0 - smoothing
+        spread, keep = smoothing / columns, 1.0 - smoothing
         for start in range(0, logits.size, step):
             block, result = logits[start : start + step], out[start : start + step]
             difference, e = differences[: block.size], exponentials[: block.size]
@@ -286,22 +286,22 @@ def cross_entropy_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
                 if indices.size:
                     label = indices[i]
                     # Weights of zero leave out what may be infinite.
-                    if kept != 0.0:
-                        loss = kept * (log_total - d[label])
-                    if share != 0.0:
-                        loss += share * (columns * log_total - _sum(d))
+                    if keep != 0.0:
+                        loss = keep * (log_total - d[label])
+                    if spread != 0.0:
+                        loss += spread * (columns * log_total - _sum(d))
                     for j in range(columns):
-                        row[j] = (p[j] / F(total) - F(share)) * scale
-                    row[label] = (p[label] / F(total) - F(share) - F(kept)) * scale
+                        row[j] = (p[j] / F(total) - F(spread)) * scale
+                    row[label] = (p[label] / F(total) - F(spread) - F(keep)) * scale
                 else:
                     t = soft[start + first : start + first + columns]
-                    weight = F(kept * _sum(t) + smoothing)
+                    weight = F(keep * _sum(t) + smoothing)
                     for j in range(columns):
-                        target = kept * t[j] + share
+                        target = keep * t[j] + spread
                         if target != 0.0:
                             loss += target * (log_total - d[j])
                     for j in range(columns):
-                        row[j] = (p[j] / F(total) * weight - F(kept * t[j] + share)) * scale
+                        row[j] = (p[j] / F(total) * weight - F(keep * t[j] + spread)) * scale
                 losses[i] = loss
 
     read, labels = _array(dtype), _array(np.dtype(np.int64))
