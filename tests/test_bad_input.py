@@ -575,7 +575,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     calls["linear"] |= {"y": array(6, 4), "z": array(6, 4)}
     calls["activation_backward"]["out"] = array(30)
     calls["elementwise_loss"]["out"] = array(30)
-    calls["optimizer_update"]["scalars"] = [0.1] * rules["adam"][1]
+    calls["optimizer_update"]["hyperparameters"] = [0.1] * rules["adam"][1]
 
     def layer(inputs: int, outputs: int, activation: int, averages: bool = False) -> tuple[Any, ...]:
         shapes = [(inputs, outputs), (outputs,)]
@@ -838,7 +838,7 @@ def bad_for_bindings(name: str, argument: str, good: Any, module: Any) -> Iterat
             yield -1
     elif argument in ("parameter", "smoothing"):
         yield from ("0.5", None, [0.5], 1j)
-    elif argument == "scalars":
+    elif argument == "hyperparameters":
         yield from ([], good[:-1], [*good, 0.1], None, ["a"] * len(good), 0.1)
     elif argument == "state":
         yield from ([], good[:1], [*good, good[0]], None, [None, None], [good[0], good[1][:-1]], good[0])

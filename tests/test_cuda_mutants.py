@@ -553,7 +553,7 @@ WRONG = [
         "training/cluster",
         ("count == tile_features && reinterpret", "reinterpret", "mlp_in_a_cluster"),
         ("if (i < p.rows) {\n    const Index sample", "{\n    const Index sample", "mlp_in_a_cluster"),
-        ("first_step * Rule::scalar_count;", "0;", "mlp_in_a_cluster"),
+        ("first_step * Rule::hyperparameter_count;", "0;", "mlp_in_a_cluster"),
         ("? 1.0f : 0.0f", "? 0.0f : 0.0f", "mlp_in_a_cluster"),
         (BARRIER + "\n    {\n#pragma", "{\n#pragma", "mlp_in_a_cluster"),
         ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),

@@ -26,7 +26,7 @@ PHASES = [
     ("    // What the units add to", "activation"),
     ("    // The loss of this block's rows;", "parts of outputs"),
     ("    // Back to the units.", "loss, other blocks' gradients"),
-    ("    float hyperparameters[Rule::scalar_count];", "gradients of units, barrier"),
+    ("    float hyperparameters[Rule::hyperparameter_count];", "gradients of units, barrier"),
     ("    // The gradient of the first layer's weights: units", "small sums"),
     ("    // The warp needs this mini-batch no more.", "gradient products, update"),
 ]

@@ -330,7 +330,7 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
 PyObject* update(const Formula& formula, Arguments a) {
   constexpr int max_states = 2, max_hyperparameters = 9;
   const int states = optimizer_state_count(formula.number),
-            hyperparameter_count = optimizer_scalar_count(formula.number);
+            hyperparameter_count = optimizer_hyperparameter_count(formula.number);
   if (states > max_states || hyperparameter_count > max_hyperparameters || !PyTuple_CheckExact(a[2]) ||
       !PyTuple_CheckExact(a[3]) || PyTuple_GET_SIZE(a[2]) != states || PyTuple_GET_SIZE(a[3]) != hyperparameter_count)
     return unusual;

@@ -325,7 +325,7 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
       if (phase.kind != Phase::update) continue;
       const std::size_t u = batches.hyperparameters.size();
       if (u == hyperparameters.size()) refuse("hyperparameters", "not one array for each update");
-      const Index size = steps * optimizer_scalar_count(phase.rule);
+      const Index size = steps * optimizer_hyperparameter_count(phase.rule);
       batches.hyperparameters.push_back(contiguous<double>(hyperparameters[u], size, "hyperparameters"));
     }
     if (batches.hyperparameters.size() != hyperparameters.size())

@@ -198,7 +198,7 @@ class Executor {
         network.update(rule, pipeline ? pipeline->layer() : network.first_layer(),
                        pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * forward.input_count(), me,
                        all, pipeline ? pipeline->columns() : Range{0, 0},
-                       stage.hyperparameters + step * optimizer_scalar_count(rule),
+                       stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
                        batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
         if (me == 0) add_losses(stage, batch_rows);
         if (pipeline) pipeline->begin(next, slot ^ 1);

@@ -190,7 +190,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   const int out = p.out, quads = (out + 3) / 4;
   const int all_steps = feature_steps(p.features);
   const Index first_step = p.progress->next;
-  const double* const all_hyperparameters = p.progress->hyperparameters[0] + first_step * Rule::scalar_count;
+  const double* const all_hyperparameters = p.progress->hyperparameters[0] + first_step * Rule::hyperparameter_count;
   const Index* const order = p.progress->order + first_step * p.progress->batch;
   const Index batch = p.progress->batch;
   constexpr float scale = 1.0f / 255.0f;
@@ -299,8 +299,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     float hyperparameter = 0;
     int label = 0;
     const int labelled = rank * rows_of_block + thread;
-    if (thread < Rule::scalar_count)
-      hyperparameter = static_cast<float>(all_hyperparameters[step * Rule::scalar_count + thread]);
+    if (thread < Rule::hyperparameter_count)
+      hyperparameter = static_cast<float>(all_hyperparameters[step * Rule::hyperparameter_count + thread]);
     const bool stages_label = thread < rows_of_block && labelled < p.rows && p.objective.labels != nullptr;
     if (stages_label) label = p.objective.labels[step * p.rows + labelled];
 
@@ -336,7 +336,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
           store_pack(to, Pack<float, 2>{sum[m][2 * half], sum[m][2 * half + 1]});
         }
     }
-    if (thread < Rule::scalar_count) memory.hyperparameters[turn][thread] = hyperparameter;
+    if (thread < Rule::hyperparameter_count) memory.hyperparameters[turn][thread] = hyperparameter;
     if (stages_label) memory.labels[turn][labelled] = label;
     __syncthreads();
 
@@ -465,9 +465,9 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     }
     __syncthreads();
 
-    float hyperparameters[Rule::scalar_count];
+    float hyperparameters[Rule::hyperparameter_count];
 #pragma unroll
-    for (int s = 0; s < Rule::scalar_count; ++s) hyperparameters[s] = memory.hyperparameters[turn][s];
+    for (int s = 0; s < Rule::hyperparameter_count; ++s) hyperparameters[s] = memory.hyperparameters[turn][s];
 
 #pragma unroll
     for (int round = 0; round < rounds; ++round) {

@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     # By the names of kernels: functions that take the kernel's arguments as the caller gave them, in the order of its
     # signature, and return its result, or None where anything about the arguments is unusual, with nothing written.
-    # Of `<rule>_update` the arguments are `param`, `grad`, the tuples of states and of numbers, and the result is True.
+    # Of `<rule>_update` the arguments are `param`, `grad`, tuples of states and hyperparameters; the result is True.
     fast_paths: Mapping[str, Callable[..., Any]]
 
     def describe(self) -> dict[str, str]:

@@ -559,7 +559,7 @@ def losses(settings: Settings) -> Iterator[Case]:
 
 # Optimizer updates.
 
-# What each update is given, the rule of the registry behind it, the numbers that the rule takes, and PyTorch's class.
+# What each update is given, the rule of the registry behind it, the rule's hyperparameters, and PyTorch's class.
 _LR = 1e-3
 _ADAM = partial(adam_hyperparameters, 1, _LR, 0.9, 0.999, 1e-8)
 _UPDATES: dict[str, tuple[str, str, dict[str, float], tuple[float, ...], str]] = {
@@ -571,7 +571,7 @@ _UPDATES: dict[str, tuple[str, str, dict[str, float], tuple[float, ...], str]] =
 
 
 def _update(title: str, size: int, dtype: str) -> Case:
-    kernel, rule_name, numbers, scalars, torch_class = _UPDATES[title]
+    kernel, rule_name, options, hyperparameters, torch_class = _UPDATES[title]
     rule = OPTIMIZER_RULES[rule_name]
 
     def inputs() -> tuple[Array, Array]:
@@ -579,7 +579,8 @@ def _update(title: str, size: int, dtype: str) -> Case:
         return _normal(rng, size, dtype), _normal(rng, size, dtype)
 
     def exact(pair: tuple[Array, Array]) -> Array:
-        return rule.apply(*(a.astype(np.float64) for a in pair), *(np.zeros(size) for _ in rule.state), *scalars)[0]
+        param, grad = (a.astype(np.float64) for a in pair)
+        return rule.apply(param, grad, *(np.zeros(size) for _ in rule.state), *hyperparameters)[0]
 
     # Every call is the first step once more, from where the last one ended: the work does not depend on the values.
 
@@ -587,11 +588,11 @@ def _update(title: str, size: int, dtype: str) -> Case:
         param, grad = pair[0].copy(), pair[1]
         state = [np.zeros(size, dtype) for _ in rule.state]
         step = {} if rule_name in ("sgd", "momentum") else {"step": 1}
-        return _in_place(partial(getattr(kernels, kernel), param, grad, *state, lr=_LR, **numbers, **step), param)
+        return _in_place(partial(getattr(kernels, kernel), param, grad, *state, lr=_LR, **options, **step), param)
 
     def numpy(pair: tuple[Array, Array]) -> Prepared:
         param, grad = pair[0].copy(), pair[1]
-        return _in_place(partial(training.numpy_rule(rule_name, param), grad, scalars), param)
+        return _in_place(partial(training.numpy_rule(rule_name, param), grad, hyperparameters), param)
 
     def pytorch(pair: tuple[Array, Array], fused: bool = False) -> Prepared:
         import torch
@@ -600,7 +601,7 @@ def _update(title: str, size: int, dtype: str) -> Case:
         tensor, grad = _tensors(param, pair[1])  # the tensor is a view of `param`
         tensor.requires_grad_()
         tensor.grad = grad
-        optimizer = getattr(torch.optim, torch_class)([tensor], lr=_LR, fused=fused, **numbers)
+        optimizer = getattr(torch.optim, torch_class)([tensor], lr=_LR, fused=fused, **options)
         return _in_place(optimizer.step, param)
 
     return Case(

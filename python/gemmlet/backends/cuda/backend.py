@@ -25,7 +25,7 @@ from ..numpy import NumpyBackend
 from . import compiler, fast_path, launches, matmul, training
 from .device import Device
 from .launches import THREADS, Launcher, scaled_kernel
-from .types import CPP_TYPES, RULE_NUMBERS, RULE_STATES, address, number, pointer
+from .types import CPP_TYPES, RULE_HYPERPARAMETERS, RULE_STATES, address, number, pointer
 
 # Sources that not every architecture compiles, and those that do.
 ARCHITECTURES = {**matmul.ARCHITECTURES, **training.ARCHITECTURES}
@@ -266,16 +266,16 @@ class CudaBackend(Launcher, NumpyBackend):
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
         with self._placed(x, out, writes=1) as (device, x_, y):
             rows, columns = y.shape
-            places = address(x_), address(y)
-            kernel = self.row_launch(device, "forward", function.name, y.dtype, columns, *places)
-            kernel.launch(kernel.blocks(rows), 1, *places, rows, columns)
+            addresses = address(x_), address(y)
+            kernel = self.row_launch(device, "forward", function.name, y.dtype, columns, *addresses)
+            kernel.launch(kernel.blocks(rows), 1, *addresses, rows, columns)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
         with self._placed(grad_y, y, out, writes=1) as (device, g, y_, grad_x):
             rows, columns = grad_x.shape
-            places = address(g), address(y_), address(grad_x)
-            kernel = self.row_launch(device, "backward", function.name, g.dtype, columns, *places)
-            kernel.launch(kernel.blocks(rows), 1, *places, rows, columns)
+            addresses = address(g), address(y_), address(grad_x)
+            kernel = self.row_launch(device, "backward", function.name, g.dtype, columns, *addresses)
+            kernel.launch(kernel.blocks(rows), 1, *addresses, rows, columns)
 
     # Losses.
 
@@ -284,8 +284,8 @@ class CudaBackend(Launcher, NumpyBackend):
             rows, columns = z.shape
             indices, targets = (address(t), 0) if t.ndim == 1 else (0, address(t))
             whole = t.ndim == 1 and label_smoothing == 0
-            places = address(z), targets, address(grad)
-            kernel = self.row_loss_launch(device, loss.name, z.dtype, columns, whole, *places)
+            addresses = address(z), targets, address(grad)
+            kernel = self.row_loss_launch(device, loss.name, z.dtype, columns, whole, *addresses)
             numbers = 1.0 - label_smoothing, label_smoothing / columns
             values = address(z), indices, targets, *numbers, address(grad), rows, columns
             mean = self.mean(device, kernel.launch, kernel.blocks(rows), *values)
@@ -309,9 +309,9 @@ class CudaBackend(Launcher, NumpyBackend):
             *states, p = rest
             if p.size:
                 launch, per_block, _ = self.update_launch(device, rule.name, p.dtype)
-                places = *map(address, states), *[0] * (RULE_STATES - len(states))
-                numbers = *hyperparameters, *[0.0] * (RULE_NUMBERS - len(hyperparameters))
-                launch(-(-p.size // per_block), 1, address(p), address(g), *places, *numbers, p.size)
+                addresses = *map(address, states), *[0] * (RULE_STATES - len(states))
+                numbers = *hyperparameters, *[0.0] * (RULE_HYPERPARAMETERS - len(hyperparameters))
+                launch(-(-p.size // per_block), 1, address(p), address(g), *addresses, *numbers, p.size)
 
     # Training.
 

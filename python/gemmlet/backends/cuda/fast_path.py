@@ -25,7 +25,7 @@ from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
 from . import compiler, matmul
 from .device import Device
 from .launches import Launcher
-from .types import FLOATS, RULE_NUMBERS, RULE_STATES
+from .types import FLOATS, RULE_HYPERPARAMETERS, RULE_STATES
 
 FastPath = Callable[..., Any]
 
@@ -304,7 +304,7 @@ class _FastPaths:
         launcher, first, another, count = self.launcher, self.first, self.another, len(entry.state)
         known, fill = self._remembered(lambda d, dtype: launcher.update_launch(d, entry.name, dtype))
         no_states = (0,) * (RULE_STATES - count)
-        no_numbers = (0.0,) * (RULE_NUMBERS - len(entry.hyperparameters))
+        absent = (0.0,) * (RULE_HYPERPARAMETERS - len(entry.hyperparameters))
 
         def call(param: Any, grad: Any, states: tuple[Any, ...], hyperparameters: tuple[float, ...]) -> Any:
             given = first(param)
@@ -320,7 +320,7 @@ class _FastPaths:
                 return None
             _, _, launch, per_block, _ = prepared
             size = param.size
-            launch(-(-size // per_block), 1, at, *others, *no_states, *hyperparameters, *no_numbers, size)
+            launch(-(-size // per_block), 1, at, *others, *no_states, *hyperparameters, *absent, size)
             return True
 
         return call

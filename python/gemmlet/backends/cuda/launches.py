@@ -18,7 +18,7 @@ from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
 from .device import CudaDevice, Device, Launch
-from .types import COMPUTED, CPP_TYPES, FLOATS, INTEGERS, RULE_NUMBERS, RULE_STATES, SIZES, address
+from .types import COMPUTED, CPP_TYPES, FLOATS, INTEGERS, RULE_HYPERPARAMETERS, RULE_STATES, SIZES, address
 
 # Threads of the blocks of all kernels here; csrc/cuda says the same (row_threads, __launch_bounds__).
 THREADS = 256
@@ -328,9 +328,9 @@ class Launcher:
         return Prepared(launch, PACK_BYTES // dtype.itemsize, "elements")
 
     def update_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
-        """That of a rule's kernel: the addresses of param, grad and two states, nine numbers, the size."""
+        """That of a rule's kernel: the addresses of param, grad and two states, nine hyperparameters, the size."""
         kind = name_of(dtype)
-        parameters = ("Q", "Q", *["Q"] * RULE_STATES, f"{RULE_NUMBERS}d", "q")
+        parameters = ("Q", "Q", *["Q"] * RULE_STATES, f"{RULE_HYPERPARAMETERS}d", "q")
         kernel = _kernel("optimizer_update", f"optimizers::{name}", kind)
         launch = self.prepared(device, "optimizers.cuh", kernel, parameters)
         return Prepared(launch, PACK_BYTES // dtype.itemsize)
