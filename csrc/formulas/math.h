@@ -10,7 +10,7 @@
 //   formulas/activations.py promises. Branch-free. expm1 ends at the largest finite exp; scaled_normal_tail takes no
 //   negative number; log1p_unit takes [0, 1].
 // Polynomials are minimax, from Sollya: fpminimax(f, degree, [|SG...|] or [|D...|], interval, relative); the command
-// stands beside each.
+// is above each.
 #pragma once
 
 namespace gemmlet {

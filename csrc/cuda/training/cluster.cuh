@@ -291,8 +291,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   ptx::wait_for_cluster();
 
   for (Index step = 0; step < steps; ++step) {
-    const int turn = static_cast<int>(step % 2);
-    const ptx::SharedAddress batch_tiles = tiles + (turn * batch_bytes + warp * step_bytes);
+    const int parity = static_cast<int>(step % 2);
+    const ptx::SharedAddress batch_tiles = tiles + (parity * batch_bytes + warp * step_bytes);
     OfWarp& own = of_warp(memory, warp);
 
     // Needed later.
@@ -336,8 +336,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
           store_pack(to, Pack<float, 2>{sum[m][2 * half], sum[m][2 * half + 1]});
         }
     }
-    if (thread < Rule::hyperparameter_count) memory.hyperparameters[turn][thread] = hyperparameter;
-    if (stages_label) memory.labels[turn][labelled] = label;
+    if (thread < Rule::hyperparameter_count) memory.hyperparameters[parity][thread] = hyperparameter;
+    if (stages_label) memory.labels[parity][labelled] = label;
     __syncthreads();
 
     // The sums of a warp's 8 rows: lanes have row g, units 2t and 2t + 1.
@@ -390,7 +390,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     // sends parts has all gradients of the step before, and so all blocks have read their parts of it; and who sends
     // gradients has the parts of all blocks, which send them when they have used the gradients of the step before.
     Objective<float> objective = p.objective;
-    if (objective.labels != nullptr) objective.labels = memory.labels[turn];
+    if (objective.labels != nullptr) objective.labels = memory.labels[parity];
     objective.samples = order + step * batch;
     objective.losses += step * p.rows;
     if (objective.correct != nullptr) objective.correct += step * p.rows;
@@ -400,7 +400,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       if (slot >= rows_of_block || row >= p.rows) break;
       const ptx::SharedAddress barrier = ptx::shared_address(&memory.parts_barrier[slot]);
       if (lane == 0) ptx::arrive_expecting(barrier, Ranks * quads * 16);
-      ptx::wait_for_phase(barrier, turn);
+      ptx::wait_for_phase(barrier, parity);
       const int j = lane % 16, first_rank = lane / 16 * (Ranks / 2);
       float z = 0;
 #pragma unroll
@@ -434,7 +434,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     if (rows_of_warp > 0) {
       const ptx::SharedAddress barrier = ptx::shared_address(&memory.grad_barrier[warp]);
       if (lane == 0) ptx::arrive_expecting(barrier, rows_of_warp * quads * 16);
-      ptx::wait_for_phase(barrier, turn);
+      ptx::wait_for_phase(barrier, parity);
     }
 
     // Back to the units.
@@ -467,7 +467,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
 
     float hyperparameters[Rule::hyperparameter_count];
 #pragma unroll
-    for (int s = 0; s < Rule::hyperparameter_count; ++s) hyperparameters[s] = memory.hyperparameters[turn][s];
+    for (int s = 0; s < Rule::hyperparameter_count; ++s) hyperparameters[s] = memory.hyperparameters[parity][s];
 
 #pragma unroll
     for (int round = 0; round < rounds; ++round) {
