@@ -419,9 +419,9 @@ def test_tensor_maps_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_part_of_k_is_empty() -> None:
     for k in (1, 7, 63, 64, 65, 784, 1000, 60000):
         for choice in cuda_matmul.candidates(40, 50, k, "float32", False, (32, 32), "sm_90a", 132, None):
-            depths = -(-k // choice.tile.depth)
-            steps = -(-depths // choice.splits)
-            assert steps * (choice.splits - 1) < depths <= steps * choice.splits
+            k_blocks = -(-k // choice.tile.k_block)
+            steps = -(-k_blocks // choice.splits)
+            assert steps * (choice.splits - 1) < k_blocks <= steps * choice.splits
 
 
 def test_expressions_are_all_that_is_launched(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:

@@ -772,10 +772,10 @@ def test_large_products_have_large_tiles() -> None:
 
 
 def test_blocks_of_small_tiles() -> None:
-    """As many turns as the largest block needs, and no more warps; half as large where two blocks share a processor."""
+    """The passes that the largest block needs, and no more warps; half as large where two blocks share a processor."""
 
-    def block(rows: int, columns: int, depth: int, dtype: Any = np.float32, **least: int) -> tuple[str, int, int]:
-        tiles = cuda_training._tiles(np.dtype(dtype), rows, columns, depth, **least)
+    def block(rows: int, columns: int, k: int, dtype: Any = np.float32, **least: int) -> tuple[str, int, int]:
+        tiles = cuda_training._tiles(np.dtype(dtype), rows, columns, k, **least)
         return tiles.kind.removeprefix("gemmlet::"), tiles.block // 32, tiles.shared
 
     assert block(64, 128, 784) == ("SmallTile<8>", 13, 13 * 64 * 4)

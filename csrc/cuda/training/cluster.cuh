@@ -8,7 +8,7 @@
 //   Three launches: arrange_samples, train_in_cluster, close_steps, each of the same steps, which begin at Progress::next.
 //   A block owns 8 hidden units: their weights and biases, the rows of the last layer's weights that belong to them, and
 //   the optimizer's states of all these never leave its registers. Every block updates the last layer's biases alike.
-//   Products with samples are made by tensor cores: bytes are exact in bfloat16, and so is a float as the sum of three of
+//   Matmuls with samples run on tensor cores: bytes are exact in bfloat16, and so is a float as the sum of three of
 //   them. Products are exact, then, and sums are in float, as tensor cores add: over the features in steps of 16, each
 //   warp its own, then over the warps. 1/255 is multiplied to sums of the first layer's inputs, and to the gradients that
 //   samples are multiplied by. A parameter or gradient of 2^127 or more counts as infinite.
@@ -196,7 +196,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   constexpr float scale = 1.0f / 255.0f;
 
   // A lane keeps the weights of unit g, and of features 2t, 2t + 1, 2t + 8, 2t + 9 of each step of its warp's: both the
-  // second operand of the forward product and the result of the one that gives their gradient.
+  // second operand of the forward matmul and the result of the one that gives their gradient.
   const int first_stride = row_stride(p.hidden), last_stride = row_stride(out);
   const auto first_weight = [&](int of_warp, int c) -> float* {
     const int feature = (of_warp * cluster_warps + warp) * 16 + c / 2 * 8 + 2 * t + c % 2,

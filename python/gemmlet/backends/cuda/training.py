@@ -196,19 +196,19 @@ def _kind_of_tile(rows: int, columns: int) -> str:
     return "SmallTile<8>"
 
 
-def _tiles(dtype: np.dtype[Any], rows: int, columns: int, depth: int, least_warps: int = 1) -> _Tiles:
+def _tiles(dtype: np.dtype[Any], rows: int, columns: int, k: int, least_warps: int = 1) -> _Tiles:
     """The tiles of a matmul."""
     kind = _kind_of_tile(rows, columns)
     side = _TILES[kind]
     threads, numbers = _WIDE_THREADS, _WIDE_NUMBERS
     grid = _pieces(rows, side), _pieces(columns, side)
     if kind != "WideTile":
-        # Each warp takes so many numbers of the depth at a time: as few turns as the largest block allows, and no
-        # more warps than that. One for each of its results a block must have.
+        # Each warp takes `at_a_time` steps of k at a time: as few passes as the largest block allows, and no more
+        # warps than that. A block must have a thread for each of its results.
         at_a_time = (16 if side == 8 else 4) * (16 // dtype.itemsize)
         most_warps = 16 if grid[0] * grid[1] <= MOST_LARGE_BLOCKS else 8
-        turns = _pieces(depth, at_a_time * most_warps)
-        warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns), least_warps)
+        passes = _pieces(k, at_a_time * most_warps)
+        warps = max(side * side // 32, _pieces(_pieces(k, at_a_time), passes), least_warps)
         threads, numbers = 32 * warps, warps * side * side
     return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * dtype.itemsize)
 
