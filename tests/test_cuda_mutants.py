@@ -503,11 +503,7 @@ WRONG = [
         ("if (lane < Tile::cluster)", "if (lane < 1)", "wgmma_float16"),
         ("parity());\n        reader", "parity() ^ 1);\n        reader", "wgmma_tf32"),
         ("ptx::wait_for_phase(stages.full(), stages.parity());\n            reader", "reader", "wgmma_tf32"),
-        (
-            "ptx::fence_wgmma();\n#pragma unroll\n          for (int i = 0; i < 4",
-            "for (int i = 0; i < 4",
-            "wgmma_tf32",
-        ),
+        ("ptx::fence_wgmma();\n#pragma unroll\n          for (int i = 0; i < 4", "for (int i = 0; i < 4", "wgmma_tf32"),
         ("ptx::wait_for_wgmma<0>();\n          leave(last);", "leave(last);", "wgmma_tf32"),
         ("ptx::wait_for_wgmma<0>();", "", "wgmma_tf32"),
         ("__syncwarp();\n      const Columns of", "const Columns of", "wgmma_float16"),
