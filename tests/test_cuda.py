@@ -542,7 +542,7 @@ def test_tensor_cores_take_float32_when_they_are_asked_to(rng: np.random.Generat
     try:
         for precision in ("high", "highest"):
             gemmlet.set_float32_matmul_precision(precision)
-            assert BACKEND.describe()["float32 products"] == precision
+            assert BACKEND.describe()["float32 matmuls"] == precision
             errors[precision] = np.max(np.abs(to_cpu(kernels.matmul(to_gpu(a), to_gpu(b))) - exact) / bound)
     finally:
         gemmlet.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""Every kernel of matrix products, forced, on awkward shapes and layouts; on the CPU, by tests/cuda_on_host."""
+"""Every matmul kernel, forced, on awkward shapes and layouts; on the CPU, by tests/cuda_on_host."""
 
 from __future__ import annotations
 

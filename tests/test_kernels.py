@@ -292,7 +292,7 @@ def test_adam_from_zero_moves_by_the_learning_rate(backend: Any, dtype: Any) -> 
     assert_within(param, [-0.25, 0.25, -0.25, 0.0], [1e-5, 1e-5, 1e-5, 0.0])
 
 
-# Matrix products. With small integers every product and sum is exact, in any order.
+# Matmuls. With small integers every product and sum is exact, in any order.
 
 SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 64, 65, 130, 257]
 

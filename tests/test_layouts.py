@@ -75,7 +75,7 @@ def laid_out(layout: str, values: Any) -> Any:
 def arguments_for(name: str, backend: Any, rng: Any, dtype: Any, rows: int = 6, columns: int = 37) -> dict[str, Any]:
     """Arguments whose result is one to the last bit, in any layout.
 
-    A matrix product may add in another order where a matrix is transposed, and so gets numbers whose products and sums
+    A matmul may add in another order where a matrix is transposed, and so gets numbers whose products and sums
     are exact.
     """
     arguments = arguments_of(name, rng, dtype, rows, columns)
@@ -542,7 +542,7 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
     "every second": lambda whole: whole[::2, ::2],
     "reversed": lambda whole: whole[::-2, ::-2],
 }
-# Those that a BLAS takes as they are; what else NumPy's matrix product copies is not ours to say.
+# Those that a BLAS takes as they are; what else NumPy's matmul copies is not ours to say.
 BLAS_VIEWS = ("contiguous", "window", "transposed")
 
 
@@ -552,7 +552,7 @@ def test_products_copy_no_views(left: str, any_threads_backend: Any, dtype: Any)
     if any_threads_backend.name == "cuda":
         pytest.skip("NumPy arrays are copied to the GPU and back")
     if left not in views:
-        pytest.skip("NumPy decides what its matrix product copies")
+        pytest.skip("NumPy decides what its matmul copies")
     activation = None if any_threads_backend.name == "numpy" else "relu"  # the reference's works on a float64 copy of y
     whole_a, whole_b = big_matrices(dtype)
     for right in views:

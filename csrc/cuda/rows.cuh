@@ -354,7 +354,7 @@ template <class F, class T, int Threads, int Values, int N>
 __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 1>))
     row_forward(const T* x, T* y, Index rows, int columns) {
   using Team = gemmlet::Team<Threads>;
-  // Every team goes round as often as the first of its block: reductions take all threads.
+  // Every team takes as many steps as the first of its block: reductions take all threads.
   for (Index r = Team::index(); r - threadIdx.x / Threads < rows; r += Team::count()) {
     const bool present = r < rows;
     const Index at = present ? r * columns : 0;

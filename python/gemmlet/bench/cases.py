@@ -30,7 +30,7 @@ from .case import Array, Call, Case, Factory, Prepared, Settings
 from .implementations import OURS
 
 FLOATS = ("float32", "float64")
-# What single kernels may be off by; products get what their length allows.
+# What single kernels may be off by; matmuls get what their K allows.
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -95,14 +95,14 @@ def _jitted(function: Callable[..., Any], *arrays: Any) -> Call:
     return lambda: jax.block_until_ready(compiled(*on_device))
 
 
-# Matrix products.
+# Matmuls.
 
 # (in_features, out_features) of the layers of the MLP and the GAN that the library is made for.
 LAYERS = ((784, 128), (128, 10), (100, 256), (256, 784), (784, 256), (256, 1))
 BATCHES = (1, 8, 64, 256, 1024)
 
 
-def _product(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Case:
+def _matmul(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Case:
     def inputs() -> tuple[Array, Array]:
         rng = _rng()
         # A transposed operand is the view that a backward pass has, not a copy of it.
@@ -144,15 +144,15 @@ def _product(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Ca
 
 
 def matmul(settings: Settings) -> Iterator[Case]:
-    """Products of the layers, forward and backward, and square ones."""
+    """Matmuls of the layers, forward and backward, and square ones."""
     layers = LAYERS[:3] if settings.quick else LAYERS
     batches = (1, 64) if settings.quick else BATCHES
     for dtype, (inner, outer), batch in itertools.product(FLOATS, layers, batches):
-        yield _product("x@w", batch, inner, outer, dtype, set="layers")
-        yield _product("x.T@g", inner, batch, outer, dtype, set="layers")
-        yield _product("g@w.T", batch, outer, inner, dtype, set="layers")
+        yield _matmul("x@w", batch, inner, outer, dtype, set="layers")
+        yield _matmul("x.T@g", inner, batch, outer, dtype, set="layers")
+        yield _matmul("g@w.T", batch, outer, inner, dtype, set="layers")
     for size in (512, 1024) if settings.quick else (512, 1024, 2048, 4096):
-        yield _product("x@w", size, size, size, "float32", set="squares")
+        yield _matmul("x@w", size, size, size, "float32", set="squares")
 
 
 # Linear layers.
@@ -224,7 +224,7 @@ def _linear(activation: str, batch: int, width: int) -> Case:
 
 
 def linear(settings: Settings) -> Iterator[Case]:
-    """Product, bias and activation."""
+    """Matmul, bias and activation."""
     batches, widths = ((64,), (128, 512)) if settings.quick else ((64, 256, 1024), (128, 512, 1024))
     for activation, batch, width in itertools.product(("tanh", "gelu", "sigmoid"), batches, widths):
         yield _linear(activation, batch, width)

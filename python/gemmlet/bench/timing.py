@@ -29,14 +29,14 @@ class Plan:
     most_rounds: int = 200
     # A sample is as many calls as take about this long, so that the clock's own cost does not count.
     sample_seconds: float = 2e-3
-    # Before each sample the implementation runs untimed: for so long, and until a call takes at most twice as long as
+    # Before each sample the implementation runs untimed: for this time, and until a call takes at most twice as long as
     # its fastest so far.
     warm_seconds: float = 6e-3
     most_warm_seconds: float = 0.25
     # The least before the first sample, so that a fastest call is known that none of this has spoilt.
     first_warm_seconds: float = 0.1
     # Before that, the longest wait for the threads of the previous implementation to stop spinning on processors that
-    # this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a product, and PyTorch or this
+    # this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a matmul, and PyTorch or this
     # library, called meanwhile, has one processor of two.
     most_quiet_seconds: float = 0.3
 

@@ -34,7 +34,7 @@ ARCHITECTURES = {**matmul.ARCHITECTURES, **training.ARCHITECTURES}
 def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
     """Every kernel that the backend launches, by source file: for compiling ahead of time, and for tests.
 
-    Products have the activations of `fused`; of the kernels of `fit`, those of usual networks are there.
+    Matmuls have the activations of `fused`; of the kernels of `fit`, those of usual networks are there.
     """
     return {**launches.expressions(), **matmul.expressions(fused), **training.expressions()}
 
@@ -97,7 +97,7 @@ class CudaBackend(Launcher, NumpyBackend):
             "isa": f"{self._first.arch}, {self._first.name}",
             "cupy": sys.modules["cupy"].__version__,
             "nvrtc": compiler.nvrtc_version(),
-            "float32 products": _precision.get_float32_matmul_precision(),
+            "float32 matmuls": _precision.get_float32_matmul_precision(),
             "threads": f"{_threads.get_num_threads()} (of the CPU)",
         }
 
@@ -218,7 +218,7 @@ class CudaBackend(Launcher, NumpyBackend):
         low, high = found.integers
         return result, low, high
 
-    # Matrix products.
+    # Matmuls.
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         self.linear(a, b, None, None, 0.0, out, None)

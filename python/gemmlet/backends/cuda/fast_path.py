@@ -315,8 +315,8 @@ class _FastPaths:
             prepared = 0 not in others and (known.get((gpu, dtype)) or fill(gpu, dtype))
             if not prepared:
                 return None
-            places = sorted((at, *others))
-            if any(after - before < nbytes for before, after in itertools.pairwise(places)):
+            addresses = sorted((at, *others))
+            if any(after - before < nbytes for before, after in itertools.pairwise(addresses)):
                 return None
             _, _, launch, per_block, _ = prepared
             size = param.size
@@ -403,7 +403,7 @@ class _FastPaths:
             need_b: bool,
             tf32: bool,
         ) -> tuple[Any, ...]:
-            """What is launched: the activation's gradient, both products, the sums; None for each that is not needed.
+            """What is launched: the activation's gradient, both matmuls, the sums; None for each that is not needed.
 
             Of w and x there are shape, strides and whether the address is a multiple of 16; they are multiplied
             transposed, without an array for it.
@@ -413,15 +413,15 @@ class _FastPaths:
                 backward = launcher.activation_launch(device, "backward", activation, dtype)
                 strides = shape[1] * dtype.itemsize, dtype.itemsize
 
-            def product(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+            def prepared(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
                 layouts, aligned = (a[0], b[0], a[1], b[1], dtype), (a[2], b[2], True)
                 return matmul.prepared(device, device.multiprocessors, layouts, aligned, "identity", 0.0, tf32, None)
 
             grad = shape, strides, True
             if w_layout is not None:
-                to_x = product(grad, (w_layout[0][::-1], w_layout[1][::-1], w_layout[2]))
+                to_x = prepared(grad, (w_layout[0][::-1], w_layout[1][::-1], w_layout[2]))
             if x_layout is not None:
-                to_w = product((x_layout[0][::-1], x_layout[1][::-1], x_layout[2]), grad)
+                to_w = prepared((x_layout[0][::-1], x_layout[1][::-1], x_layout[2]), grad)
             if need_b:
                 row, column = (stride // dtype.itemsize for stride in strides)
                 to_b = launcher.column_sums(device, dtype, shape, (row, column))

@@ -166,7 +166,7 @@ _SKINNY_COUNTS = (1, 4)
 
 
 def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
-    """Return the tiles that there are for products of this type, but for skinny ones."""
+    """Return the tiles for matmuls of this type, but for skinny ones."""
     if dtype in _SIMT_TILES and not tf32:
         return _SIMT_TILES[dtype]
     return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul/wgmma.cuh"] else ()))
