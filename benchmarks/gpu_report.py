@@ -72,7 +72,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _TOOL_SECONDS = 20.0
 
 # After an error of CUDA a process can time nothing more, and another one goes on with the rest.
-MOST_PROCESSES = 3
+MAX_PROCESSES = 3
 
 _TAIL_LINES = 40
 # Between the polite request to stop and the end.
@@ -384,7 +384,7 @@ def timed(job: Job, family: str) -> Stage:
     kept = WORK / f"{family}.jsonl"
     kept.unlink(missing_ok=True)
     end, processes, ended = time.monotonic() + job.limit(family), 0, Ended(None, 0.0)
-    while processes < MOST_PROCESSES and time.monotonic() < end - 10:
+    while processes < MAX_PROCESSES and time.monotonic() < end - 10:
         processes += 1
         left = end - time.monotonic()
         command: list[str | Path] = [sys.executable, HERE / "gpu_cases.py", family, kept, *job.data()]

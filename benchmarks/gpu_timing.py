@@ -31,9 +31,9 @@ Call = Callable[[], Any]
 # What an implementation needs, where that is not gemmlet and CuPy alone.
 PACKAGES = {"cuBLAS": "torch", "pytorch": "torch", "pytorch graph": "torch", "jax": "jax"}
 
-# A sample: as many calls as take SAMPLE_SECONDS, at most MOST_CALLS.
-SAMPLE_SECONDS, MOST_CALLS = 2e-3, 50
-LEAST_ROUNDS, MOST_ROUNDS = 7, 60
+# A sample: as many calls as take SAMPLE_SECONDS, at most MAX_CALLS.
+SAMPLE_SECONDS, MAX_CALLS = 2e-3, 50
+MIN_ROUNDS, MAX_ROUNDS = 7, 60
 
 # Elements of a float32 array that fill the largest memory needed for a copy: 1 GiB.
 _COPIED = 2**28
@@ -457,9 +457,9 @@ def alternate(
     for name, timed in implementations.items():
         timed.seconds(gpu, 1)
         once = timed.seconds(gpu, 1) * timed.units
-        counts[name] = max(1, min(MOST_CALLS, round(SAMPLE_SECONDS / max(once, 1e-7))))
+        counts[name] = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(once, 1e-7))))
         round_seconds += once * (counts[name] + 1)
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(round_seconds, 1e-6))))
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(round_seconds, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in implementations}
     collecting = gc.isenabled()
     gc.disable()

@@ -641,7 +641,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
-    others |= {"formula", "quick"}  # see test_fast_path.py
+    others |= {"formula", "fast_path"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
     return calls

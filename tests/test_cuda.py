@@ -183,8 +183,8 @@ def test_16_bits_are_rounded_once(name: str, dtype: str) -> None:
 
 
 def allow_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let grids have so many at most, and the backend make what has a place for each of them anew."""
-    monkeypatch.setattr(launches, "MOST_BLOCKS", dict.fromkeys(launches.MOST_BLOCKS, count))
+    """Let grids have few blocks at most, and the backend make what has a place for each of them anew."""
+    monkeypatch.setattr(launches, "MAX_BLOCKS", dict.fromkeys(launches.MAX_BLOCKS, count))
     monkeypatch.setattr(BACKEND, "_own", threading.local())
 
 

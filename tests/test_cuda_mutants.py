@@ -138,7 +138,7 @@ def cross_entropy(run: Run) -> None:
         soft = run.rng.dirichlet(np.ones(columns), rows).astype(np.float32)
         run.compare("row_loss", loss, z, soft, 0.1, poison(z))
         run.compare("row_loss", loss, z, run.rng.integers(0, columns, rows), 0.0, poison(z))
-    # More rows than a few rounds take; whole packs of 16 bits; and so many rows for a thread that the product of their
+    # More rows than a few rounds take; whole packs of 16 bits; and enough rows for a thread that the product of their
     # sums would be too large.
     for rows, columns, dtype in ((1200, 10, np.float32), (2, 24, np.float16), (3 * 128 * 160, 16, np.float32)):
         z = (run.normal(rows, columns) if columns != 16 else np.zeros((rows, columns))).astype(dtype)
@@ -629,7 +629,7 @@ def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-FEW_PARTS = {"MOST_PARTS": 3, "MOST_BLOCKS": dict.fromkeys(launches.MOST_BLOCKS, 3)}
+FEW_PARTS = {"MAX_PARTS": 3, "MAX_BLOCKS": dict.fromkeys(launches.MAX_BLOCKS, 3)}
 
 
 @pytest.fixture(autouse=True)

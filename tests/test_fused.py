@@ -916,7 +916,7 @@ except KeyboardInterrupt:
     took = time.perf_counter() - sent[0]
 assert took < 1, took
 
-# What it leaves is what so many steps give, and the optimizer knows how many they were.
+# What it leaves is what those steps give, and the optimizer knows how many they were.
 def weights(network):
     if isinstance(network, MLP):
         return network.parameters

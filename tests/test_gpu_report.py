@@ -137,8 +137,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu_training, "GAN_STEPS", 16)
     monkeypatch.setattr(gpu_training, "MORE_EPOCHS", 1)
     monkeypatch.setattr(gpu_timing, "SAMPLE_SECONDS", 1e-5)
-    monkeypatch.setattr(gpu_timing, "LEAST_ROUNDS", 2)
-    monkeypatch.setattr(gpu_timing, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(gpu_timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(gpu_timing, "MAX_ROUNDS", 2)
     with gemmlet.use_backend(select.current()):
         yield
 

@@ -88,7 +88,7 @@ def test_activation_parameter(name: str, backend: Any, dtype: Any, rng: Any) -> 
 
 @pytest.mark.parametrize("columns", [1, 3, 7, 8, 9, 17, 40])
 def test_a_product_of_few_steps_wherever_it_lies(columns: int, backend: Any, dtype: Any, rng: Any) -> None:
-    """The compiled product goes by where the result lies: the bits are the same, and nothing beside it changes."""
+    """The compiled matmul goes by where the result lies: the bits are the same, and nothing beside it changes."""
     for rows, steps in itertools.product([1, 5], [1, 2, 7, 10, 11]):
         x, w, b = (rng.normal(size=shape).astype(dtype) for shape in ((rows, steps), (steps, columns), columns))
         exact = f64(x) @ f64(w)

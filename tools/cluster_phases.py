@@ -54,7 +54,7 @@ def with_clocks(sources: dict[str, str]) -> dict[str, str]:
 
 
 def clocks_of(device: Any, cupy: Any, modules: int) -> np.ndarray:
-    """Return the readings, (ranks, warps, steps, phases), of what has been loaded after so many modules."""
+    """Return the readings, (ranks, warps, steps, phases), of what has been loaded after `modules` modules."""
     shape = RANKS, WARPS, STEPS, len(PHASES)
     for module in device._modules[modules:]:
         try:

@@ -11,8 +11,7 @@
 namespace gemmlet {
 
 struct Hyperparameters {
-  static constexpr int most = 9;
-  double value[most];
+  double value[9];
 };
 
 template <class Rule, class T>

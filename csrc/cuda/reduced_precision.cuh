@@ -6,7 +6,7 @@
 //   The functions take what those of math.h take, NaN, infinities and zeros of both signs included. Relative errors are
 //   2^-15 at most, also of results that become subnormal bfloat16 numbers. tests/test_cuda.py tries all numbers of 16 bits
 //   in all activations, with instructions that err as much as they may. Where a formula has a difference, as
-//   gelu's slope near its zero, the error is that of what cancels.
+//   gelu's slope near its zero, the error comes from cancellation.
 // Polynomials as in math.h.
 #pragma once
 

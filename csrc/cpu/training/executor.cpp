@@ -164,7 +164,7 @@ class Executor {
 
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
 
-  // Sample order[at] becomes a row of the loader's inputs; that of the next mini-batch is fetched into the cache.
+  // Sample order[at] becomes a row of the loader's inputs; the next mini-batch's is fetched into the cache.
   static void load(const Loader<T>& loader, const Batches<T>& batches, Index at, Index row) {
     loader.load(batches.order[at], row);
     if (at + batches.batch < batches.count) loader.prefetch(batches.order[at + batches.batch]);

@@ -9,7 +9,7 @@
 //   neighbours in memory, else those of neighbouring lines are. Lines beyond the last repeat it, and their sums are
 //   dropped.
 //   The epilogue has inside(i, j), load<n>(i, j), called before the main loop, so that what it reads has come, and
-//   store<n>(i, j, what load returned, sums) for n columns from j on. Where (i, j) is inside, the n - 1 columns beside
+//   store<n>(i, j, what load returned, sums) for n columns from j on. Where (i, j) is inside, the n - 1 columns after
 //   it must be in memory, but need not be inside.
 //   Sums are fma chains in T, several for each result, added in an order that depends on the tile's type, K and
 //   the block's size alone: the same bits on every run.

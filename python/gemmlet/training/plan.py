@@ -21,7 +21,7 @@ from ..formulas.losses import LOSSES, ROW_LOSSES
 
 Array = NDArray[Any]
 
-# Inputs of a `Forward`, beside the outputs of other networks: rows of the dataset, and rows of noise.
+# Inputs of a `Forward`, besides the outputs of other networks: rows of the dataset, and rows of noise.
 SAMPLES, NOISE = "samples", "noise"
 Source = str | int
 

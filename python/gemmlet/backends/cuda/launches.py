@@ -52,12 +52,12 @@ _MEAN = ("Q", "Q", "Q", "Q")
 
 # Blocks whose sums the last one adds: enough for two rounds of the largest GPUs. It is part of the result, whose bits
 # shall not depend on the GPU.
-MOST_PARTS = 2048
+MAX_PARTS = 2048
 
 # The same of grid-stride loops: of elementwise losses many short ones, so that none is waited for long; of
 # cross-entropy, whose blocks begin with a chain of loads, whole rounds of 132 multiprocessors (on an H200 1,024 blocks
 # reach 0.89 of the copy bandwidth at 1,000 columns, 8,192 reach 0.75). Functions of rows add nothing up.
-MOST_BLOCKS = {"elements": 8192, "row_loss": 1056, "rows": 32768}
+MAX_BLOCKS = {"elements": 8192, "row_loss": 1056, "rows": 32768}
 
 
 # The bytes of an array that a block of an activation's kernel takes, and one of an optimizer's or a loss's.
@@ -171,7 +171,7 @@ class Result(NamedTuple):
 class Prepared(NamedTuple):
     """What launches a kernel, and how many elements or rows a block takes, at a time in a grid-stride loop.
 
-    kind: of `MOST_BLOCKS`, for a grid-stride loop.
+    kind: of `MAX_BLOCKS`, for a grid-stride loop.
     """
 
     launch: Launch
@@ -180,7 +180,7 @@ class Prepared(NamedTuple):
 
     def blocks(self, count: int) -> int:
         """The blocks of a grid-stride loop over `count` elements or rows."""
-        return min(MOST_BLOCKS[self.kind], -(-count // self.per_block))
+        return min(MAX_BLOCKS[self.kind], -(-count // self.per_block))
 
 
 class Launcher:
@@ -216,7 +216,7 @@ class Launcher:
         if found is None:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
-            most = max(MOST_BLOCKS["elements"], MOST_BLOCKS["row_loss"], 2 * MOST_PARTS)
+            most = max(MAX_BLOCKS["elements"], MAX_BLOCKS["row_loss"], 2 * MAX_PARTS)
             partial, range_ = device.empty((most,), np.float64), device.empty((2,), np.float64)
             memory = counter, partial, range_
             found = Scratch(address(counter), address(partial), address(range_), partial.nbytes, memory)
@@ -252,7 +252,7 @@ class Launcher:
         kernel = f"gemmlet::value_range<{CPP_TYPES[name_of(dtype)]}, {to}>"
         launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
         scratch = self.scratch(device)
-        blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
+        blocks = min(MAX_PARTS, -(-size // (4 * THREADS)))
         launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
 
     def column_sums(
@@ -263,7 +263,7 @@ class Launcher:
         down = abs(row_stride) < abs(column_stride)
         blocks = -(-columns // (8 if down else 32))
         # Shares of the rows: enough to occupy all multiprocessors, with some hundred rows at least in each.
-        shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
+        shares = max(1, min(MAX_PARTS // blocks, rows // 512, 65535))
         kernel = _column_sum_kernel(name_of(dtype), down)
         launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
 

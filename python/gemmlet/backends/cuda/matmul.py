@@ -24,7 +24,7 @@ ARCHITECTURES = {"matmul/wgmma.cuh": ("sm_90a", "host")}
 
 # Of dynamic shared memory, for one block.
 _SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90a": 227, "sm_100a": 227, "host": 227}
-_LEAST_SHARED_KIB = 99
+_MIN_SHARED_KIB = 99
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def candidates(
 
     `skinny_lines` are how many lines of a and of b a block of the skinny kernel takes; for `along_lines` see `takes`.
     """
-    shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
+    shared = 1024 * _SHARED_KIB.get(arch, _MIN_SHARED_KIB)
     found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared and takes(tile, dtype, along_lines)]
     few = min(m, n)
     if few <= _SKINNY_COUNTS[-1]:

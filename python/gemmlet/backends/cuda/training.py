@@ -48,13 +48,13 @@ ARCHITECTURES = {CLUSTER_SOURCE: ("sm_90a", "host")}
 ENOUGH_TILES = 96
 
 # Up to this many tiles a multiprocessor has one block, which may be a large one; of more tiles two blocks share one.
-MOST_LARGE_BLOCKS = 128
+MAX_LARGE_BLOCKS = 128
 
 # The last layer goes with the loss in one kernel if it has at most these outputs, and if reading its weights anew for
 # each row comes to at most these bytes: some microseconds of the L2 cache, as long as the launches that are saved. By
 # arithmetic; not measured yet.
-MOST_TOP_OUTPUTS = 64
-MOST_TOP_BYTES = 8 << 20
+MAX_TOP_OUTPUTS = 64
+MAX_TOP_BYTES = 8 << 20
 
 # Steps in a graph, where there are as many: between graphs a GPU waits longer than within one. (32 were not faster.)
 STEPS_TOGETHER = 8
@@ -68,7 +68,7 @@ CLUSTER_SIZES: tuple[int, ...] = (8, 16)
 _CLUSTER_MULTIPROCESSORS = 100
 
 # Mini-batches are arranged for the cluster before a launch of it, at most this many bytes.
-MOST_ARRANGED_BYTES = 128 << 20
+MAX_ARRANGED_BYTES = 128 << 20
 
 # Of training/cluster.cuh.
 _CLUSTER_THREADS, _CLUSTER_BYTES = constant("cluster_threads"), constant("cluster_memory_bytes")
@@ -196,7 +196,7 @@ def _kind_of_tile(rows: int, columns: int) -> str:
     return "SmallTile<8>"
 
 
-def _tiles(dtype: np.dtype[Any], rows: int, columns: int, k: int, least_warps: int = 1) -> _Tiles:
+def _tiles(dtype: np.dtype[Any], rows: int, columns: int, k: int, min_warps: int = 1) -> _Tiles:
     """The tiles of a matmul."""
     kind = _kind_of_tile(rows, columns)
     side = _TILES[kind]
@@ -206,9 +206,9 @@ def _tiles(dtype: np.dtype[Any], rows: int, columns: int, k: int, least_warps: i
         # Each warp takes `at_a_time` steps of k at a time: as few passes as the largest block allows, and no more
         # warps than that. A block must have a thread for each of its results.
         at_a_time = (16 if side == 8 else 4) * (16 // dtype.itemsize)
-        most_warps = 16 if grid[0] * grid[1] <= MOST_LARGE_BLOCKS else 8
-        passes = _pieces(k, at_a_time * most_warps)
-        warps = max(side * side // 32, _pieces(_pieces(k, at_a_time), passes), least_warps)
+        max_warps = 16 if grid[0] * grid[1] <= MAX_LARGE_BLOCKS else 8
+        passes = _pieces(k, at_a_time * max_warps)
+        warps = max(side * side // 32, _pieces(_pieces(k, at_a_time), passes), min_warps)
         threads, numbers = 32 * warps, warps * side * side
     return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * dtype.itemsize)
 
@@ -268,7 +268,7 @@ class _Network:
         """Whether the last layer goes with the loss in one kernel."""
         inputs, outputs = self.widths[-2:]
         size = rows * inputs * _stride(outputs) * self.dtype.itemsize
-        return len(self.layers) > 1 and outputs <= MOST_TOP_OUTPUTS and size <= MOST_TOP_BYTES
+        return len(self.layers) > 1 and outputs <= MAX_TOP_OUTPUTS and size <= MAX_TOP_BYTES
 
     def copies(self, state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
         """Each array of the network, and the view of a copy of the state on the CPU that belongs to it."""
@@ -598,7 +598,7 @@ class Session:
         gather, (inputs, outputs) = self.plan.gather, network.widths[layer : layer + 2]
         x, gathers = gather.dataset.x, kernel == "first_forward_and_gather"
         # (Samples are gathered by blocks of that size, too.)
-        tiles = _tiles(self.dtype, rows, outputs, inputs, least_warps=8 if gathers else 1)
+        tiles = _tiles(self.dtype, rows, outputs, inputs, min_warps=8 if gathers else 1)
         tile_rows, columns = tiles.grid
         y, z = address(network.y[layer]), address(network.z[layer])
         common = {"layer": network.layer(self.state, layer), "activation": network.activations[layer], "rows": rows}
@@ -654,7 +654,7 @@ class _Cluster:
         features, hidden, out = network.widths
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
         # (Steps are the second number of a grid.)
-        self._most_steps = min(max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
+        self._max_steps = min(max(1, MAX_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
         common, samples = {"progress": session.state, "rows": rows}, address(dataset.x)
         indices = address(loss.targets) if _has_classes(loss) else 0
         self._arrange = _filled("ArrangeSamples", samples=samples, features=features, indices=indices, **common)
@@ -686,7 +686,7 @@ class _Cluster:
 
     def reserve(self, steps: int) -> None:
         """Have space for `steps` steps."""
-        steps = min(steps, self._most_steps)
+        steps = min(steps, self._max_steps)
         if steps <= self._reserved:
             return
         # First of all the old memory is given back; there may be none then.
