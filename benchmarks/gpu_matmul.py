@@ -486,7 +486,7 @@ def main() -> None:
                 arguments.json.write_text(json.dumps([r._asdict() for r in rows]))
     print(f"{time.monotonic() - began:.1f} s")
     if failed:
-        raise SystemExit("not all was right: see above")
+        raise SystemExit("something failed: see above")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 //   one changes results.
 //   Machine: AMD EPYC (Zen 4), 2 processors, caches of 32 KiB, 1 MiB and 32 MiB, GCC 12. Commands: `gemmlet bench matmul
 //   linear` for matmul, `gemmlet bench epoch gan` for training, `gemmlet bench activations losses` for the rest; --threads 1
-//   for cache and register blocks, 2 for parallel_work and chunks. Both sides alternate in one process.
+//   for cache and register blocks, 2 for parallel_work and chunks. Both variants alternate in one process.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@
 //   V as in activations.h, with log and log1p besides.
 //   evaluate(prediction, target, parameter, scale, loss, gradient): the loss per element, and its gradient times `scale`,
 //   1 / n for a mean. The scale is applied before a factor of 2 could overflow.
-//   Special values: a sure prediction that is right costs 0. The reference: python/gemmlet/formulas/losses.py.
+//   Special values: a sure prediction that is correct costs 0. The reference: python/gemmlet/formulas/losses.py.
 #pragma once
 
 namespace gemmlet::losses {

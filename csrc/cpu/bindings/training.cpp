@@ -123,7 +123,7 @@ Samples<T> sparse_samples(const py::array& x, const py::array& indptr, const py:
       if (samples.indices[e] < (e == begin ? 0 : samples.indices[e - 1] + 1) || samples.indices[e] >= features)
         refuse("indices", "out of range, or not ascending");
     nonzeros = (i % steps.batch == 0 ? 0 : nonzeros) + (end - begin);
-    if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
+    if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 nonzeros");
   }
   return samples;
 }

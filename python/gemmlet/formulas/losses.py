@@ -27,7 +27,7 @@ class Loss(NamedTuple):
 
 
 def _times(weight: Array, value: Array) -> Array:
-    """``weight * value``, and 0 where `weight` is 0: a sure prediction that is right costs nothing."""
+    """``weight * value``, and 0 where `weight` is 0: a sure prediction that is correct costs nothing."""
     return np.where(weight == 0, 0.0, weight * value)
 
 
