@@ -365,7 +365,7 @@ def two_views(dtype: Any, shift: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("shift", [-15, -4, -1, 0, 1, 4, 15])
 @pytest.mark.parametrize(("name", "argument"), [("matmul", "a"), ("matmul", "b"), ("linear", "x"), ("linear", "w")])
-def test_a_product_cannot_write_where_it_reads(
+def test_a_matmul_cannot_write_where_it_reads(
     name: str, argument: str, shift: int, any_threads_backend: Any, dtype: Any
 ) -> None:
     read, out = two_views(dtype, shift)
@@ -377,7 +377,7 @@ def test_a_product_cannot_write_where_it_reads(
         assert problem is None, problem
 
 
-def test_a_product_cannot_write_to_its_bias(any_threads_backend: Any, dtype: Any) -> None:
+def test_a_matmul_cannot_write_to_its_bias(any_threads_backend: Any, dtype: Any) -> None:
     buffer = np.zeros(32, dtype)
     arguments = {"x": np.ones((4, 4), dtype), "w": np.ones((4, 4), dtype)}
     for b in (buffer[:4], buffer[12:16], buffer[15:19], buffer[:8:2], buffer[3::-1]):
@@ -1006,7 +1006,7 @@ else:
     assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr[-2000:]}"
 
 
-def test_huge_products_of_nothing_are_refused(any_threads_backend: Any, dtype: Any) -> None:
+def test_huge_matmuls_of_nothing_are_refused(any_threads_backend: Any, dtype: Any) -> None:
     a, b = np.empty((2**40, 0), dtype), np.empty((0, 2**40), dtype)
     for call in (lambda: kernels.matmul(a, b), lambda: kernels.linear(a, b)):
         with pytest.raises((ValueError, MemoryError)):

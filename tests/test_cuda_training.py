@@ -766,7 +766,7 @@ def test_steps_are_few_launches(device: Any) -> None:
     ]
 
 
-def test_large_products_have_large_tiles() -> None:
+def test_large_matmuls_have_large_tiles() -> None:
     kinds = [cuda_training._kind_of_tile(*size) for size in ((64, 128), (128, 256), (64, 784), (1024, 128))]
     assert kinds == ["SmallTile<8>", "SmallTile<16>", "SmallTile<16>", "WideTile"]
 

@@ -87,7 +87,7 @@ def test_activation_parameter(name: str, backend: Any, dtype: Any, rng: Any) -> 
 
 
 @pytest.mark.parametrize("columns", [1, 3, 7, 8, 9, 17, 40])
-def test_a_product_of_few_steps_wherever_it_lies(columns: int, backend: Any, dtype: Any, rng: Any) -> None:
+def test_a_matmul_of_few_steps_wherever_it_lies(columns: int, backend: Any, dtype: Any, rng: Any) -> None:
     """The compiled matmul goes by where the result lies: the bits are the same, and nothing beside it changes."""
     for rows, steps in itertools.product([1, 5], [1, 2, 7, 10, 11]):
         x, w, b = (rng.normal(size=shape).astype(dtype) for shape in ((rows, steps), (steps, columns), columns))
@@ -104,7 +104,7 @@ def test_a_product_of_few_steps_wherever_it_lies(columns: int, backend: Any, dty
                 assert (memory[:start] == -7).all()
                 assert (memory[start + out.size :] == -7).all()
                 results.append(out)
-            if backend.name == "cpu":  # the others have NumPy's product
+            if backend.name == "cpu":  # the others have NumPy's matmul
                 assert all(same_bits(result, results[0]) for result in results)
 
 
