@@ -1,4 +1,4 @@
-"""Matrix products and linear layers, in the shapes of the networks, and square."""
+"""Matmuls and linear layers, in the shapes of the networks, and square."""
 
 from collections.abc import Callable
 

@@ -5,10 +5,10 @@
 ROWS is a file of JSON, one object a line, to which results are added as they come. Rows that it knows already are left
 out, so that after an error which no process survives another one goes on with the rest.
 
-Products are launched as CUDA graphs of several calls, each with operands of its own as far as they are few, so that
-neither Python nor a launch is what is timed; the sides `cupy` and `jax` are not, as neither can. The cuBLAS of the side
-`cuBLAS` is called by PyTorch, as CuPy records no call of it; in `linear` one kernel of CuPy adds the bias and applies
-the activation. Arrays of 100 million elements are larger than any L2 cache. Launches for them queue up.
+Matmuls are launched as CUDA graphs of several calls, with other operands in each until they exceed the L2 cache, so
+that neither Python nor a launch is what is timed; `cupy` and `jax` are not, as neither can. `cuBLAS` is called by
+PyTorch, as CuPy records no call of it; in `linear` one kernel of CuPy adds the bias and applies the activation. Arrays
+of 100 million elements are larger than any L2 cache. Launches for them queue up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_timing import Case, Gpu, LostError, Side, run
+from gpu_timing import Case, Gpu, Implementation, LostError, run
 
 from gemmlet import kernels
 from gemmlet.bench.results import Results, Row
@@ -41,12 +41,12 @@ ELEMENTS = 100_000_000
 _COMPARED = 1000
 
 # Relative errors, in the norm of a whole result, and of single elements.
-_PRODUCT_ERROR = {"float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1e-2}
+_MATMUL_ERROR = {"float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1e-2}
 _ELEMENT_ERROR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
 
 #
-# Products
+# Matmuls
 #
 
 
@@ -61,8 +61,8 @@ class Operands:
 
 
 @dataclass
-class Product:
-    """What the sides of a product compute: `calls` calls, over the sets of operands in turn."""
+class Matmul:
+    """What the implementations of a matmul compute: `calls` calls, over the sets of operands in turn."""
 
     sets: list[Operands]
     calls: int
@@ -71,7 +71,7 @@ class Product:
     exact: Any = None  # of the first set, in float64
 
     @property
-    def turns(self) -> Iterator[Operands]:
+    def each(self) -> Iterator[Operands]:
         """The operands of each call."""
         return itertools.islice(itertools.cycle(self.sets), self.calls)
 
@@ -87,8 +87,8 @@ class Product:
         return run_once
 
 
-def product(gpu: Gpu, m: int, k: int, n: int, kind: str, activation: str | None, calls: int) -> Product:
-    """Make the operands: so many sets that they do not fit in the L2 cache, but no more than there are calls."""
+def make_matmul(gpu: Gpu, m: int, k: int, n: int, kind: str, activation: str | None, calls: int) -> Matmul:
+    """Make the operands: enough sets to exceed the L2 cache, but no more than there are calls."""
     dtype = "float32" if kind == "tf32" else kind
     size = 2 if dtype in ("float16", "bfloat16") else 4
     sets = max(1, min(calls, math.ceil(3 * gpu.l2_bytes / (size * (m * k + k * n + m * n)))))
@@ -99,11 +99,11 @@ def product(gpu: Gpu, m: int, k: int, n: int, kind: str, activation: str | None,
         b = None if activation is None else gpu.normal((n,), dtype, seed=4 * seed + 2)
         return Operands(x, w, b, gpu.empty((m, n), dtype))
 
-    return Product([operands(seed) for seed in range(sets)], calls, activation, kind)
+    return Matmul([operands(seed) for seed in range(sets)], calls, activation, kind)
 
 
-def product_error(gpu: Gpu, p: Product, result: Any) -> float:
-    """The error in the norm, as a share of what is allowed; an element that was not written makes it NaN."""
+def matmul_error(gpu: Gpu, p: Matmul, result: Any) -> float:
+    """The error in the norm, over the tolerance; an element that was not written makes it NaN."""
     if p.exact is None:
         first = p.sets[0]
         p.exact = gpu.wide(first.x) @ gpu.wide(first.w)
@@ -113,21 +113,21 @@ def product_error(gpu: Gpu, p: Product, result: Any) -> float:
             p.exact = gpu.xp.tanh(p.exact) if p.activation == "tanh" else gpu.xp.maximum(p.exact, 0)
     difference = gpu.wide(result) - p.exact
     error = math.sqrt(float((difference * difference).sum()) / float((p.exact * p.exact).sum()))
-    return error / _PRODUCT_ERROR[p.kind]
+    return error / _MATMUL_ERROR[p.kind]
 
 
-def linear_ours(gpu: Gpu, p: Product) -> Side:
+def linear_ours(gpu: Gpu, p: Matmul) -> Implementation:
     """Return `kernels.linear`."""
 
     def calls() -> None:
-        for o in p.turns:
+        for o in p.each:
             kernels.linear(o.x, o.w, o.b, p.activation, out=o.y)
 
     call = gpu.graph(calls)
-    return Side(call, p.result(gpu, call), p.calls)
+    return Implementation(call, p.result(gpu, call), p.calls)
 
 
-def linear_cublas(gpu: Gpu, p: Product) -> Side:
+def linear_cublas(gpu: Gpu, p: Matmul) -> Implementation:
     """Return cuBLAS and one kernel."""
     finish = gpu.bias_activation(str(p.activation))
     operands = [(gpu.tensor(o.x), gpu.tensor(o.w), gpu.tensor(o.y), o) for o in p.sets]
@@ -138,22 +138,22 @@ def linear_cublas(gpu: Gpu, p: Product) -> Side:
             finish(o.y, o.b)
 
     call = gpu.torch_graph(calls)
-    return Side(call, p.result(gpu, call), p.calls)
+    return Implementation(call, p.result(gpu, call), p.calls)
 
 
-def linear_cupy(gpu: Gpu, p: Product) -> Side:
+def linear_cupy(gpu: Gpu, p: Matmul) -> Implementation:
     """Return the same with CuPy's own call of cuBLAS, not in a graph."""
     finish = gpu.bias_activation(str(p.activation))
 
     def call() -> None:
-        for o in p.turns:
+        for o in p.each:
             gpu.xp.dot(o.x, o.w, out=o.y)
             finish(o.y, o.b)
 
-    return Side(call, p.result(gpu, call), p.calls)
+    return Implementation(call, p.result(gpu, call), p.calls)
 
 
-def linear_torch(gpu: Gpu, p: Product) -> Side:
+def linear_torch(gpu: Gpu, p: Matmul) -> Implementation:
     """Return a layer of PyTorch's and its activation."""
     torch = gpu.torch
     activation = {"tanh": torch.tanh, "relu": torch.relu}[str(p.activation)]
@@ -173,14 +173,14 @@ def linear_torch(gpu: Gpu, p: Product) -> Side:
         gpu.synchronize()
         return gpu.array(first[0])
 
-    return Side(call, result, p.calls)
+    return Implementation(call, result, p.calls)
 
 
-def linear_jax(gpu: Gpu, p: Product) -> Side:
+def linear_jax(gpu: Gpu, p: Matmul) -> Implementation:
     """Return all calls as one program of JAX's."""
     jax = gpu.jax
     activation = {"tanh": jax.numpy.tanh, "relu": jax.nn.relu}[str(p.activation)]
-    operands = [tuple(gpu.jax_array(a) for a in (o.x, o.w, o.b)) for o in p.turns]
+    operands = [tuple(gpu.jax_array(a) for a in (o.x, o.w, o.b)) for o in p.each]
 
     @jax.jit
     def program(operands: Any) -> Any:
@@ -192,10 +192,10 @@ def linear_jax(gpu: Gpu, p: Product) -> Side:
     def result() -> Any:
         return gpu.upload(np.asarray(jax.block_until_ready(call())[0]))
 
-    return Side(call, result, p.calls, "host", jax.block_until_ready)
+    return Implementation(call, result, p.calls, "host", jax.block_until_ready)
 
 
-LINEAR_SIDES: dict[str, Callable[[Gpu, Product], Side]] = {
+LINEAR_IMPLEMENTATIONS: dict[str, Callable[[Gpu, Matmul], Implementation]] = {
     "gemmlet": linear_ours,
     "cuBLAS": linear_cublas,
     "cupy": linear_cupy,
@@ -204,17 +204,17 @@ LINEAR_SIDES: dict[str, Callable[[Gpu, Product], Side]] = {
 }
 
 
-def linear_case(m: int, k: int, n: int, activation: str, of: str, sides: Sequence[str]) -> Case:
+def linear_case(m: int, k: int, n: int, activation: str, of: str, names: Sequence[str]) -> Case:
     """Return the case of a layer."""
     flops = 2.0 * m * k * n
-    # So many calls that a graph takes much longer than its launch.
+    # Enough calls that a graph takes much longer than its launch.
     calls = 20 if flops < 2e9 else 4 if flops < 2e10 else 2
     return Case(
         "linear",
         f"{m}x{k}->{n} {activation}",
-        lambda gpu: product(gpu, m, k, n, "float32", activation, calls),
-        {name: LINEAR_SIDES[name] for name in sides},
-        product_error,
+        lambda gpu: make_matmul(gpu, m, k, n, "float32", activation, calls),
+        {name: LINEAR_IMPLEMENTATIONS[name] for name in names},
+        matmul_error,
         flops,
         4.0 * (m * k + k * n + n + m * n),
         "float32",
@@ -222,19 +222,19 @@ def linear_case(m: int, k: int, n: int, activation: str, of: str, sides: Sequenc
     )
 
 
-def matmul_ours(gpu: Gpu, p: Product) -> Side:
+def matmul_ours(gpu: Gpu, p: Matmul) -> Implementation:
     """Return `kernels.matmul`."""
 
     def calls() -> None:
-        for o in p.turns:
+        for o in p.each:
             kernels.matmul(o.x, o.w, out=o.y)
 
     with gpu.tf32(p.kind == "tf32"):
         call = gpu.graph(calls)
-    return Side(call, p.result(gpu, call), p.calls)
+    return Implementation(call, p.result(gpu, call), p.calls)
 
 
-def matmul_cublas(gpu: Gpu, p: Product) -> Side:
+def matmul_cublas(gpu: Gpu, p: Matmul) -> Implementation:
     """Return `torch.mm`."""
     operands = [tuple(gpu.tensor(a) for a in (o.x, o.w, o.y)) for o in p.sets]
 
@@ -244,20 +244,19 @@ def matmul_cublas(gpu: Gpu, p: Product) -> Side:
 
     with gpu.tf32(p.kind == "tf32"):
         call = gpu.torch_graph(calls)
-    return Side(call, p.result(gpu, call), p.calls)
+    return Implementation(call, p.result(gpu, call), p.calls)
 
 
 def matmul_case(side: int, kind: str) -> Case:
-    """Return the case of a square product."""
+    """Return the case of a square matmul."""
     flops = 2.0 * side**3
     calls = 10 if flops < 1e11 else 3
-    sides: dict[str, Callable[[Gpu, Product], Side]] = {"gemmlet": matmul_ours, "cuBLAS": matmul_cublas}
     return Case(
         "matmul",
         f"{side}³ {kind}",
-        lambda gpu: product(gpu, side, side, side, kind, None, calls),
-        sides,
-        product_error,
+        lambda gpu: make_matmul(gpu, side, side, side, kind, None, calls),
+        {"gemmlet": matmul_ours, "cuBLAS": matmul_cublas},
+        matmul_error,
         flops,
         3.0 * side * side * (4 if kind == "tf32" else 2),
         kind,
@@ -276,7 +275,7 @@ _COMPILED = ("gemmlet", "cuBLAS", "pytorch")
 
 
 def matmul() -> Iterator[Case]:
-    """Layers in float32, and products on tensor cores; first what there are targets for."""
+    """Layers in float32, and matmuls on tensor cores; first what there are targets for."""
 
     def jax(m: int, k: int, n: int) -> tuple[str, ...]:
         # Of few, as it compiles for seconds.
@@ -284,8 +283,8 @@ def matmul() -> Iterator[Case]:
         return ("jax",) if (m, k, n) in chosen else ()
 
     for side in (1024, 2048, 4096):
-        sides = (*_COMPILED, "cupy", *jax(side, side, side))
-        yield linear_case(side, side, side, "tanh", "squares", sides)
+        names = (*_COMPILED, "cupy", *jax(side, side, side))
+        yield linear_case(side, side, side, "tanh", "squares", names)
     for kind in ("bfloat16", "float16", "tf32"):
         yield matmul_case(4096, kind)
     for m, k, n in LAYERS:
@@ -306,14 +305,14 @@ def matmul() -> Iterator[Case]:
 #
 
 
-def overhead_case(name: str, make: Callable[[Gpu, Any], dict[str, Callable[[], Any]]], sides: Sequence[str]) -> Case:
-    """Return the case of a small call; `make` returns each side's, whose results are not checked here."""
+def overhead_case(name: str, make: Callable[[Gpu, Any], dict[str, Callable[[], Any]]], names: Sequence[str]) -> Case:
+    """Return the case of a small call; `make` returns each implementation's, whose results are not checked here."""
 
-    def side(name: str) -> Callable[[Gpu, Any], Side]:
-        def prepare(gpu: Gpu, inputs: Any) -> Side:
+    def implementation(name: str) -> Callable[[Gpu, Any], Implementation]:
+        def prepare(gpu: Gpu, inputs: Any) -> Implementation:
             call = make(gpu, inputs)[name]
             wait = gpu.jax.block_until_ready if name == "jax" else None
-            return Side(call, call, clock="host", wait=wait)
+            return Implementation(call, call, clock="host", wait=wait)
 
         return prepare
 
@@ -323,7 +322,12 @@ def overhead_case(name: str, make: Callable[[Gpu, Any], dict[str, Callable[[], A
         return x, w, b, gpu.empty((64, 128)), gpu.empty((64, 10)), gpu.upload(labels)
 
     return Case(
-        "overhead", name, inputs, {s: side(s) for s in sides}, lambda gpu, inputs, result: 0.0, labels={"call": name}
+        "overhead",
+        name,
+        inputs,
+        {each: implementation(each) for each in names},
+        lambda gpu, inputs, result: 0.0,
+        labels={"call": name},
     )
 
 
@@ -439,7 +443,7 @@ def elementwise_case(name: str, dtype: str) -> Case:
         arrays = [gpu.normal((ELEMENTS,), dtype, seed=seed) for seed in range(1 + backward)]
         return Elements(tuple(arrays), gpu.empty((ELEMENTS,), dtype), dtype)
 
-    def ours(gpu: Gpu, e: Elements) -> Side:
+    def ours(gpu: Gpu, e: Elements) -> Implementation:
         kernel = getattr(kernels, name)
 
         def call() -> Any:
@@ -450,11 +454,11 @@ def elementwise_case(name: str, dtype: str) -> Case:
                 kernel(*e.inputs, out=e.out)
             return e.out
 
-        return Side(call, call)
+        return Implementation(call, call)
 
-    def torch(gpu: Gpu, e: Elements) -> Side:
+    def torch(gpu: Gpu, e: Elements) -> Implementation:
         kernel, tensors = _torch_elementwise(name)(gpu.torch), [gpu.tensor(a) for a in e.inputs]
-        return Side(lambda: kernel(*tensors), lambda: gpu.array(kernel(*tensors)))
+        return Implementation(lambda: kernel(*tensors), lambda: gpu.array(kernel(*tensors)))
 
     def error(gpu: Gpu, e: Elements, result: Any) -> float:
         parts = [_ends(gpu, a) for a in e.inputs]
@@ -492,18 +496,18 @@ def row_case(name: str, columns: int, dtype: str) -> Case:
     def inputs(gpu: Gpu) -> Elements:
         return Elements((gpu.normal(shape, dtype, seed=1, scale=3.0),), gpu.empty(shape, dtype), dtype)
 
-    def ours(gpu: Gpu, e: Elements) -> Side:
+    def ours(gpu: Gpu, e: Elements) -> Implementation:
         kernel = getattr(kernels, name)
 
         def call() -> Any:
             kernel(*e.inputs, out=e.out)
             return e.out
 
-        return Side(call, call)
+        return Implementation(call, call)
 
-    def torch(gpu: Gpu, e: Elements) -> Side:
+    def torch(gpu: Gpu, e: Elements) -> Implementation:
         kernel, x = getattr(gpu.torch, name), gpu.tensor(e.inputs[0])
-        return Side(lambda: kernel(x, dim=1), lambda: gpu.array(kernel(x, dim=1)))
+        return Implementation(lambda: kernel(x, dim=1), lambda: gpu.array(kernel(x, dim=1)))
 
     def error(gpu: Gpu, e: Elements, result: Any) -> float:
         exact = np.asarray(ROW_FUNCTIONS[name].forward(_ends(gpu, e.inputs[0])))
@@ -584,9 +588,9 @@ def loss_case(name: str, columns: int | None, dtype: str, waited: bool = False) 
             return getattr(kernels, name)(x.z, x.t, out=x.grad)
         return kernels.softmax_cross_entropy(x.z, x.t, out=x.grad)
 
-    def ours(gpu: Gpu, x: Loss) -> Side:
+    def ours(gpu: Gpu, x: Loss) -> Implementation:
         if waited:
-            return Side(lambda: public(x), lambda: public(x))
+            return Implementation(lambda: public(x), lambda: public(x))
         backend = gpu.unwaited
         if columns is None:
             call = functools.partial(backend.elementwise_loss, LOSSES[name], x.z, x.t, 0.0, x.grad)
@@ -599,9 +603,9 @@ def loss_case(name: str, columns: int | None, dtype: str, waited: bool = False) 
             call()
             return loss, x.grad
 
-        return Side(call, result)
+        return Implementation(call, result)
 
-    def torch(gpu: Gpu, x: Loss) -> Side:
+    def torch(gpu: Gpu, x: Loss) -> Implementation:
         functional = gpu.torch.nn.functional
         function = {
             "softmax_cross_entropy": functional.cross_entropy,
@@ -619,7 +623,7 @@ def loss_case(name: str, columns: int | None, dtype: str, waited: bool = False) 
             loss, grad = call()
             return float(loss.detach()), gpu.array(grad)
 
-        return Side(call, result)
+        return Implementation(call, result)
 
     def error(gpu: Gpu, x: Loss, result: tuple[float, Any]) -> float:
         loss, grad = result
@@ -680,7 +684,7 @@ def optimizer_case(rule: str) -> Case:
         state = tuple(gpu.upload(np.zeros(ELEMENTS, np.float32)) for _ in range(states))
         return Update(param, grad, state, _ends(gpu, param))
 
-    def ours(gpu: Gpu, u: Update) -> Side:
+    def ours(gpu: Gpu, u: Update) -> Implementation:
         steps = itertools.count(1)
 
         def call() -> Any:
@@ -690,9 +694,9 @@ def optimizer_case(rule: str) -> Case:
                 kernels.sgd_update(u.param, u.grad, *u.state, lr=lr, momentum=0.9 * states)
             return u.param
 
-        return Side(call, call)
+        return Implementation(call, call)
 
-    def torch(gpu: Gpu, u: Update) -> Side:
+    def torch(gpu: Gpu, u: Update) -> Implementation:
         # A copy: both start from the same numbers, whichever comes first.
         param = gpu.tensor(gpu.normal((ELEMENTS,), seed=1)).detach().requires_grad_()
         param.grad = gpu.tensor(u.grad)
@@ -706,7 +710,7 @@ def optimizer_case(rule: str) -> Case:
             optimizer.step()
             return gpu.array(param)
 
-        return Side(optimizer.step, result)
+        return Implementation(optimizer.step, result)
 
     def error(gpu: Gpu, u: Update, result: Any) -> float:
         grad = _ends(gpu, u.grad)
@@ -841,7 +845,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {note}", flush=True)
         facts: dict[str, Any] = {"copy": gpu.copy_rate}
         if options.family == "matmul":
-            facts["products"] = {kind: gpu.product_rate(kind) for kind in ("float32", "bfloat16", "float16", "tf32")}
+            facts["products"] = {kind: gpu.matmul_rate(kind) for kind in ("float32", "bfloat16", "float16", "tf32")}
         write({"roof": facts})
         print(f"  roofline: {facts}", flush=True)
         gpu.free()

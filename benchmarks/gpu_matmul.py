@@ -1,11 +1,11 @@
-"""Matrix products on a GPU: checks every kernel, then times all of them beside cuBLAS, to choose tiles by.
+"""Matmuls on a GPU: checks every kernel, then times all of them and cuBLAS, to choose tiles by.
 
     python benchmarks/gpu_matmul.py [--quick] [--kinds float32,bfloat16] [--json FILE]
     python benchmarks/gpu_matmul.py --compile sm_90a    # into the cache, where there is no GPU
 
-Each side runs as a CUDA graph of many launches, the sides in turn, by CUDA events; medians. What must come from memory
-(products of few rows or columns) has its operands rotated past the L2 cache. "cuBLAS +" has one more kernel, that adds
-the bias and applies ReLU, which ours do within the product.
+Each implementation runs as a CUDA graph of many launches, all of them in turn, by CUDA events; medians. What must come
+from memory (matmuls with few rows or columns) has its operands rotated past the L2 cache. "cuBLAS +" has one more
+kernel, that adds the bias and applies ReLU, which ours do in the epilogue.
 """
 
 from __future__ import annotations
@@ -151,15 +151,15 @@ class Cublas:
             stride = x.strides[0] if by_row else x.strides[1]
             return (0 if by_row else 1), max(stride // size, x.shape[1] if by_row else x.shape[0])
 
-        (turned_a, stride_a), (turned_b, stride_b) = operand(a), operand(b)
+        (transposed_a, stride_a), (transposed_b, stride_b) = operand(a), operand(b)
         stream, pointer = ctypes.c_void_p(cupy.cuda.get_current_stream().ptr), ctypes.c_void_p
         self._do("cublasSetStream_v2", self._handle, stream)
         self._do("cublasSetWorkspace_v2", self._handle, pointer(self._workspace.ptr), ctypes.c_size_t(64 << 20))
-        # Columns are rows to it: the transpose of the product of the transposes.
+        # Columns are rows to it: out^T = b^T a^T.
         self._do(
-            "cublasGemmEx", self._handle, turned_b, turned_a, n, m, k, pointer(one.ctypes.data), pointer(b.data.ptr),
-            dtype, stride_b, pointer(a.data.ptr), dtype, stride_a, pointer(zero.ctypes.data), pointer(out.data.ptr),
-            dtype, n, compute, -1,
+            "cublasGemmEx", self._handle, transposed_b, transposed_a, n, m, k, pointer(one.ctypes.data),
+            pointer(b.data.ptr), dtype, stride_b, pointer(a.data.ptr), dtype, stride_a, pointer(zero.ctypes.data),
+            pointer(out.data.ptr), dtype, n, compute, -1,
         )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ class Pool:
 #
 
 
-class Side:
+class Implementation:
     """Launches as a graph, that takes about a millisecond or more."""
 
     def __init__(self, device: CudaDevice, calls: list[Callable[[], None]], wanted_ms: float) -> None:
@@ -263,7 +263,7 @@ class Side:
 
 
 def more_tiles(arch: str, kind: str, layouts: str) -> list[Tile]:
-    """Tiles that are tried beside the backend's: in one layout, where each has kernels of its own."""
+    """Tiles that are tried besides the backend's: in one layout, where each has kernels of its own."""
     shared = 1024 * (227 if arch in ("sm_90a", "sm_100a") else 99)
     return [t for t in MORE_TILES.get(kind, ()) if t.shared <= shared and (layouts == "nn" or t.kernel == "simt")]
 
@@ -342,15 +342,15 @@ def measure(device: CudaDevice, cublas: Cublas, pool: Pool, kind: str, shape: Sh
         return [call(*pair, out) for pair, out in zip(operands, outs, strict=True)]
 
     wanted = 1.0 if m * n * k < 2**33 else 0.0
-    sides: dict[str, Side] = {}
+    implementations: dict[str, Implementation] = {}
     for name, plus in (("cublas", False), ("cublas_plus", True)):
-        sides[name] = Side(device, theirs(plus), wanted)
+        implementations[name] = Implementation(device, theirs(plus), wanted)
     for choice in interesting(device, kind, *operands[0], layouts):
-        sides[f"{choice.tile}/{choice.splits}"] = Side(device, ours(choice), wanted)
+        implementations[f"{choice.tile}/{choice.splits}"] = Implementation(device, ours(choice), wanted)
     for _ in range(rounds):
-        for side in sides.values():
-            side.measure()
-    times = {name: side.median for name, side in sides.items()}
+        for implementation in implementations.values():
+            implementation.measure()
+    times = {name: implementation.median for name, implementation in implementations.items()}
     return Row(kind, shape, times.pop("cublas"), times.pop("cublas_plus"), times)
 
 
@@ -388,7 +388,7 @@ def compile_all(arch: str, kinds: Sequence[str]) -> int:
 def integers(
     device: Device, rng: np.random.Generator, dtype: np.dtype[Any], rows: int, columns: int, layout: str, step: int
 ) -> tuple[Any, Any]:
-    """A part of a larger matrix, on the CPU and on the GPU, so many numbers before the next multiple of 16 bytes."""
+    """A part of a larger matrix, on the CPU and on the GPU, `step` numbers before a multiple of 16 bytes."""
     shape = (rows, columns) if layout == "n" else (columns, rows)
     largest = 1 if dtype.itemsize == 2 else 4
     values = rng.integers(-largest, largest + 1, (shape[0] + 1, -(-shape[1] // 8) * 8 + 8)).astype(dtype)
@@ -447,7 +447,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     parser.add_argument("--kinds", default=None, help=f"of {','.join(DTYPES)}")
     parser.add_argument("--json", type=Path, default=None, help="where to write the times")
-    parser.add_argument("--seconds", type=float, default=80.0, help="begin no shape after so many")
+    parser.add_argument("--seconds", type=float, default=80.0, help="begin no shape after this time")
     parser.add_argument("--compile", metavar="ARCH", default=None, help="compile for it, and do nothing else")
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -464,7 +464,7 @@ def main() -> None:
     failed = False
     for kind in kinds:
         try:
-            print(f"{kind}: {check(device, kind)} products are exact, {time.monotonic() - began:.1f} s", flush=True)
+            print(f"{kind}: {check(device, kind)} results are exact, {time.monotonic() - began:.1f} s", flush=True)
         except Exception:
             failed = True
             traceback.print_exc()
@@ -486,7 +486,7 @@ def main() -> None:
                 arguments.json.write_text(json.dumps([r._asdict() for r in rows]))
     print(f"{time.monotonic() - began:.1f} s")
     if failed:
-        raise SystemExit("not all was right: see above")
+        raise SystemExit("something failed: see above")
 
 
 if __name__ == "__main__":

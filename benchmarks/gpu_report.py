@@ -71,8 +71,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # For a tool's start, and what it prints at its end.
 _TOOL_SECONDS = 20.0
 
-# After an error of CUDA a process can time nothing more, and another one goes on with the rest: so many at most.
-MOST_PROCESSES = 3
+# After an error of CUDA a process can time nothing more, and another one goes on with the rest.
+MAX_PROCESSES = 3
 
 _TAIL_LINES = 40
 # Between the polite request to stop and the end.
@@ -145,7 +145,7 @@ class Runner:
         environment: Mapping[str, str],
         show: Callable[[str], bool] = lambda line: True,
     ) -> Ended:
-        """Run a command for at most so many seconds; print those of its lines that `show` wants, as they come."""
+        """Run a command for at most `limit` seconds; print those of its lines that `show` wants, as they come."""
         limit, start = min(limit, self.left), time.monotonic()
         lines: list[str] = []
         process = subprocess.Popen(
@@ -384,7 +384,7 @@ def timed(job: Job, family: str) -> Stage:
     kept = WORK / f"{family}.jsonl"
     kept.unlink(missing_ok=True)
     end, processes, ended = time.monotonic() + job.limit(family), 0, Ended(None, 0.0)
-    while processes < MOST_PROCESSES and time.monotonic() < end - 10:
+    while processes < MAX_PROCESSES and time.monotonic() < end - 10:
         processes += 1
         left = end - time.monotonic()
         command: list[str | Path] = [sys.executable, HERE / "gpu_cases.py", family, kept, *job.data()]
@@ -491,7 +491,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="a folder with MNIST; without it the embedded sample is used")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="where the report goes")
     parser.add_argument("--only", default="", help=f"some of {','.join(SECONDS)}")
-    parser.add_argument("--seconds-per-row", type=float, default=0.3, help="all sides together, about")
+    parser.add_argument("--seconds-per-row", type=float, default=0.3, help="all implementations together, about")
     parser.add_argument("--minutes", type=float, default=7.75, help="for everything")
     earlier = (
         "show this report.json instead of measuring; several of one GPU, of which later ones count, are put together"

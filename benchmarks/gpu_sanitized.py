@@ -57,7 +57,7 @@ def _download(device: Any, array: Any) -> np.ndarray:
     return out
 
 
-def products(device: Any, rng: np.random.Generator) -> Iterator[Check]:
+def matmuls(device: Any, rng: np.random.Generator) -> Iterator[Check]:
     """Every tile, with whole sums and with divided ones, in one layout of each shape."""
     layouts = itertools.product((False, True), repeat=2)
 
@@ -73,22 +73,22 @@ def products(device: Any, rng: np.random.Generator) -> Iterator[Check]:
 
     # Sizes that divide into nothing; and few rows or columns, which have a kernel of their own.
     shapes = ((37, 300, 45), (3, 520, 67), (65, 130, 1), (131, 72, 264))
-    for (m, k, n), turned in zip(shapes, layouts, strict=True):
+    for (m, k, n), layout in zip(shapes, layouts, strict=True):
         for number, kind in enumerate((*DTYPES, "tf32")):
             dtype = DTYPES["float32" if kind == "tf32" else kind]
             a, b = (rng.normal(size=shape).astype(dtype) for shape in ((m, k), (k, n)))
             # Not the same layouts for all types.
-            turns = turned if number % 2 else tuple(not turn for turn in turned)
+            transposed = layout if number % 2 else tuple(not flag for flag in layout)
             operands = tuple(
-                device.upload(np.ascontiguousarray(x.T)).T if turn else device.upload(x)
-                for x, turn in zip((a, b), turns, strict=True)
+                device.upload(np.ascontiguousarray(x.T)).T if flag else device.upload(x)
+                for x, flag in zip((a, b), transposed, strict=True)
             )
             seen = set()
             for choice in cuda_matmul.choose(device, *operands, kind == "tf32"):
                 case = choice.tile, choice.splits > 1
                 if case not in seen:
                     seen.add(case)
-                    name = f"{kind} {m}x{k} @ {k}x{n}, {choice.tile}, {choice.splits} parts, turned {turns}"
+                    name = f"{kind} {m}x{k} @ {k}x{n}, {choice.tile}, {choice.splits} parts, transposed {transposed}"
                     yield name, lambda c=(kind, choice, operands, a, b): check(*c)
 
 
@@ -171,7 +171,7 @@ def checks(device: Any) -> Iterator[Check]:
     """Everything, what is most likely wrong first."""
     rng = np.random.default_rng(0)
     yield from trainings(rng)
-    yield from products(device, rng)
+    yield from matmuls(device, rng)
     yield from halves_and_strides(device, rng)
     yield from all_kernels(rng)
 

@@ -215,12 +215,12 @@ def text(report: Report) -> str:
     lines = [_machine(report), ""]
     for name, of_it in groups(rows(report)):
         peers = _peers(of_it)
-        head = [f"{name} (one {of_it[0].unit})", "gemmlet", "roof", *peers]
+        head = [f"{name} (one {of_it[0].unit})", "gemmlet", "%", *peers]
         table = [head, *([row.name, *_ours(row), *(_theirs(row, peer) for peer in peers)] for row in of_it)]
         lines += [*_aligned(table), ""]
     if lines[2:]:
         lines += [
-            "A peer's number: its median time over gemmlet's, taken within each round; above 1 gemmlet is ahead.",
+            "%: of roofline. A peer's number: its median time over gemmlet's, by round; above 1 gemmlet is ahead.",
             "",
         ]
     lines += [*_stages(report), ""]
@@ -236,13 +236,13 @@ def _target_cells(report: Report) -> list[list[str]]:
 
 def _machine(report: Report) -> str:
     gpu, versions = report["gpu"], report["versions"]
-    roof = report.get("roof", {})
+    roofline = report.get("roof", {})
     parts = [f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_bytes'] / 2**20:.0f} MiB"]
     parts.append(f"driver {gpu['driver']}")
     parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    if "copy" in roof:
-        parts.append(f"copies at {roof['copy'] / 1e9:,.0f} GB/s, read and written")
-    rates = {kind: rate for kind, rate in roof.get("products", {}).items() if rate}
+    if "copy" in roofline:
+        parts.append(f"copies at {roofline['copy'] / 1e9:,.0f} GB/s, read and written")
+    rates = {kind: rate for kind, rate in roofline.get("products", {}).items() if rate}
     if rates:
         parts.append("cuBLAS, 8192³: " + ", ".join(f"{kind} {rate / 1e12:.0f} TFLOP/s" for kind, rate in rates.items()))
     return "; ".join(parts)
@@ -260,9 +260,9 @@ def _stages(report: Report) -> list[str]:
 
 def _failed(report: Report) -> list[str]:
     return [
-        f"{side} fails in {row.key}: {timed.failed}"
+        f"{name} fails in {row.key}: {timed.failed}"
         for row in rows(report)
-        for side, timed in row.timed.items()
+        for name, timed in row.timed.items()
         if timed.failed is not None
     ]
 

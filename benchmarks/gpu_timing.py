@@ -28,16 +28,16 @@ from gemmlet.bench.timing import Timed
 
 Call = Callable[[], Any]
 
-# Of what a side is made, where it is not of gemmlet and CuPy alone.
+# What an implementation needs, where that is not gemmlet and CuPy alone.
 PACKAGES = {"cuBLAS": "torch", "pytorch": "torch", "pytorch graph": "torch", "jax": "jax"}
 
-# A sample: as many calls as take so long, at most so many.
-SAMPLE_SECONDS, MOST_CALLS = 2e-3, 50
-LEAST_ROUNDS, MOST_ROUNDS = 7, 60
+# A sample: as many calls as take SAMPLE_SECONDS, at most MAX_CALLS.
+SAMPLE_SECONDS, MAX_CALLS = 2e-3, 50
+MIN_ROUNDS, MAX_ROUNDS = 7, 60
 
 # Elements of a float32 array that fill the largest memory needed for a copy: 1 GiB.
 _COPIED = 2**28
-_ROOF_SIDE = 8192
+_ROOFLINE_SIZE = 8192
 
 # The sum of four evenly distributed numbers: close to a normal distribution, of variance 1. No cuRAND is needed.
 _NORMAL = """
@@ -76,7 +76,7 @@ class _Stream:
 class Gpu:
     """The first GPU, through CuPy and, where they are installed and have CUDA, PyTorch and JAX.
 
-    All sides but JAX's work on the default stream, so that one pair of events times any of them.
+    All implementations but JAX's work on the default stream, so that one pair of events times any of them.
 
     Attributes
     ----------
@@ -87,8 +87,8 @@ class Gpu:
     torch_device : str
     notes : list of str
         What is missing.
-    product_rates : dict
-        What `product_rate` has measured.
+    matmul_rates : dict
+        What `matmul_rate` has measured.
     """
 
     torch_device = "cuda"
@@ -96,7 +96,7 @@ class Gpu:
     def __init__(self, peers: tuple[str, ...] = ("torch", "jax")) -> None:
         self.xp: Any = importlib.import_module("cupy")
         self.notes: list[str] = []
-        self.product_rates: dict[str, float | None] = {}
+        self.matmul_rates: dict[str, float | None] = {}
         self.torch = self._peer("torch", lambda torch: torch.cuda.is_available()) if "torch" in peers else None
         self.jax = self._peer("jax", lambda jax: jax.default_backend() == "gpu") if "jax" in peers else None
         if self.torch is not None:
@@ -121,9 +121,9 @@ class Gpu:
 
     # Facts.
 
-    def has(self, side: str) -> bool:
-        """Return whether there is what a side needs."""
-        package = PACKAGES.get(side)
+    def has(self, implementation: str) -> bool:
+        """Return whether there is what an implementation needs."""
+        package = PACKAGES.get(implementation)
         return package is None or getattr(self, package) is not None
 
     @cached_property
@@ -138,25 +138,25 @@ class Gpu:
         seconds = [self.seconds(lambda: self.copy(source, target), 5) for _ in range(9)]
         return 2.0 * source.nbytes / statistics.median(seconds)
 
-    def product_rate(self, kind: str) -> float | None:
-        """Operations a second of a product of cuBLAS, 8192³, which stands in for the arithmetic's roofline."""
-        if kind not in self.product_rates:
+    def matmul_rate(self, kind: str) -> float | None:
+        """Operations a second of a matmul of cuBLAS, 8192³, which stands in for the arithmetic's roofline."""
+        if kind not in self.matmul_rates:
             try:
-                self.product_rates[kind] = None if self.torch is None else self._measured_product_rate(kind)
+                self.matmul_rates[kind] = None if self.torch is None else self._measured_matmul_rate(kind)
             except Exception as error:  # there is no roofline then, and all else goes on
-                self.product_rates[kind] = None
+                self.matmul_rates[kind] = None
                 self.notes.append(f"no roofline for {kind}: {_in_short(error)}")
             self.free()
-        return self.product_rates[kind]
+        return self.matmul_rates[kind]
 
-    def _measured_product_rate(self, kind: str) -> float:
+    def _measured_matmul_rate(self, kind: str) -> float:
         dtype = "float32" if kind == "tf32" else kind
-        shape = (_ROOF_SIDE, _ROOF_SIDE)
+        shape = (_ROOFLINE_SIZE, _ROOFLINE_SIZE)
         a, b, out = (self.tensor(self.normal(shape, dtype, seed=seed)) for seed in (1, 2, 3))
         torch = self.torch
         with self.tf32(kind == "tf32"):
             seconds = [self.seconds(lambda: torch.mm(a, b, out=out), 2) for _ in range(5)]
-        return 2.0 * _ROOF_SIDE**3 / statistics.median(seconds)
+        return 2.0 * _ROOFLINE_SIZE**3 / statistics.median(seconds)
 
     # Arrays.
 
@@ -248,7 +248,7 @@ class Gpu:
 
     @contextmanager
     def tf32(self, allowed: bool) -> Iterator[None]:
-        """Let gemmlet and PyTorch use TF32 in products of float32, or not."""
+        """Let gemmlet and PyTorch use TF32 in matmuls of float32, or not."""
         modules = [module for module in (gemmlet, self.torch) if module is not None]
         for module in modules:
             module.set_float32_matmul_precision("high" if allowed else "highest")
@@ -339,8 +339,8 @@ def _in_short(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a case, ready to run.
+class Implementation:
+    """One implementation of a case, ready to run.
 
     Attributes
     ----------
@@ -385,12 +385,12 @@ class Case:
         Together they are the row's key.
     inputs
         A function of the GPU that makes the arrays.
-    sides
-        For each side's name a function of the GPU and the inputs. The first is gemmlet.
+    implementations
+        For each name a function of the GPU and the inputs. The first is gemmlet.
     error
-        A function of the GPU, the inputs and a result: its error, as a share of what is allowed.
+        A function of the GPU, the inputs and a result: its error, over the tolerance.
     flops, bytes
-        The least work: operations of the products, and bytes read and written, each array once.
+        The least work: operations of the matmuls, and bytes read and written, each array once.
     rate
         What cuBLAS reaches in this type is the roofline of the operations; None: the bytes are all that counts.
     """
@@ -398,7 +398,7 @@ class Case:
     group: str
     name: str
     inputs: Callable[[Gpu], Any]
-    sides: Mapping[str, Callable[[Gpu, Any], Side]]
+    implementations: Mapping[str, Callable[[Gpu, Any], Implementation]]
     error: Callable[[Gpu, Any, Any], float]
     flops: float = 0.0
     bytes: float = 0.0
@@ -413,13 +413,13 @@ class Case:
 
     def roofline(self, gpu: Gpu) -> float | None:
         """Return the least seconds, by what this GPU copies and cuBLAS multiplies."""
-        rate = None if self.rate is None else gpu.product_rate(self.rate)
+        rate = None if self.rate is None else gpu.matmul_rate(self.rate)
         floors = [self.bytes / gpu.copy_rate if self.bytes else 0.0, self.flops / rate if rate else 0.0]
         return max(floors) or None
 
 
 def run(gpu: Gpu, case: Case, seconds: float, seed: int = 0) -> Row:
-    """Check each side of a case, then time all of them in turn.
+    """Check each implementation of a case, then time all of them in turn.
 
     Raises
     ------
@@ -428,43 +428,45 @@ def run(gpu: Gpu, case: Case, seconds: float, seed: int = 0) -> Row:
     """
     roofline = case.roofline(gpu)
     inputs = case.inputs(gpu)
-    sides: dict[str, Side] = {}
+    correct: dict[str, Implementation] = {}
     timed: dict[str, Timed] = {}
-    for name, make in case.sides.items():
+    for name, make in case.implementations.items():
         if not gpu.has(name):
             continue
         try:
-            side = make(gpu, inputs)
-            error = case.error(gpu, inputs, side.result())
+            implementation = make(gpu, inputs)
+            error = case.error(gpu, inputs, implementation.result())
             timed[name] = Timed(failed=f"wrong result: {error:.3g} times the tolerance")
             if error <= 1.0:
-                sides[name] = side
-        except Exception as problem:  # a side may fail in any way, and the others are still to be timed
+                correct[name] = implementation
+        except Exception as problem:  # one may fail in any way, and the others are still to be timed
             timed[name] = Timed(failed=_in_short(problem))
         if not gpu.alive():
             raise LostError(f"{case.key}, {name}: {timed[name].failed}")
-    for name, samples in alternate(gpu, sides, seconds, random.Random(seed)).items():
+    for name, samples in alternate(gpu, correct, seconds, random.Random(seed)).items():
         timed[name] = Timed(tuple(samples))
-    sides.clear()
+    correct.clear()
     return Row(case.group, case.name, case.unit, timed, dict(case.labels), case.flops, case.bytes, roofline)
 
 
-def alternate(gpu: Gpu, sides: Mapping[str, Side], seconds: float, rng: random.Random) -> dict[str, list[float]]:
-    """Seconds for a unit of work, one number for each round and side; in each round the sides are in a new order."""
+def alternate(
+    gpu: Gpu, implementations: Mapping[str, Implementation], seconds: float, rng: random.Random
+) -> dict[str, list[float]]:
+    """Seconds for a unit of work, one number for each round and implementation; each round has a new order."""
     counts, round_seconds = {}, 0.0
-    for name, side in sides.items():
-        side.seconds(gpu, 1)
-        once = side.seconds(gpu, 1) * side.units
-        counts[name] = max(1, min(MOST_CALLS, round(SAMPLE_SECONDS / max(once, 1e-7))))
+    for name, timed in implementations.items():
+        timed.seconds(gpu, 1)
+        once = timed.seconds(gpu, 1) * timed.units
+        counts[name] = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(once, 1e-7))))
         round_seconds += once * (counts[name] + 1)
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(round_seconds, 1e-6))))
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(round_seconds, 1e-6))))
+    samples: dict[str, list[float]] = {name: [] for name in implementations}
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(rounds):
-            for name in rng.sample(list(sides), len(sides)):
-                samples[name].append(sides[name].seconds(gpu, counts[name]))
+            for name in rng.sample(list(implementations), len(implementations)):
+                samples[name].append(implementations[name].seconds(gpu, counts[name]))
     finally:
         if collecting:
             gc.enable()

@@ -1,4 +1,4 @@
-"""Training on a GPU, beside the same in PyTorch and JAX; and what `gpu_report.py` checks of it.
+"""Training on a GPU, and the same in PyTorch and JAX; and what `gpu_report.py` checks of it.
 
     python benchmarks/gpu_training.py ROWS [--data-dir DIR]
 
@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from gpu_timing import Case, Gpu, Side
+from gpu_timing import Case, Gpu, Implementation
 
 import gemmlet
 from gemmlet import nn
@@ -34,7 +34,7 @@ from gemmlet.data import Mnist, load_mnist
 
 BACKEND = "cuda"
 SAMPLES, GAN_STEPS = 60_000, 200
-# An epoch is a difference: of a fit of one, and of one of so many more.
+# An epoch is a difference: of a fit of one, and of one of MORE_EPOCHS more.
 MORE_EPOCHS = 8
 CHECKED_STEPS = 100
 EPOCHS = 10
@@ -250,7 +250,7 @@ def _data(data_dir: Path | None) -> Mnist:
 
 
 def mlp_task(images: np.ndarray, labels: np.ndarray, count: int | None = None) -> Task:
-    """Return the task of an epoch of so many samples (all that MNIST has), repeated where there are fewer."""
+    """Return the task of an epoch of `count` samples (all that MNIST has), repeated where there are fewer."""
     count = SAMPLES if count is None else count
     where = np.arange(count) % len(labels)
     return bench.task(LAYERS, images[where], labels[where], BATCH, "float32", min(count, CHECKED_STEPS * BATCH))
@@ -280,8 +280,8 @@ def _difference(got: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float
 def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
     """Return the case of an epoch of the MLP with SGD or Adam."""
 
-    def ours(**way: Any) -> Callable[[Gpu, tuple[Task, Any]], Side]:
-        def prepare(gpu: Gpu, inputs: tuple[Task, Any]) -> Side:
+    def ours(**way: Any) -> Callable[[Gpu, tuple[Task, Any]], Implementation]:
+        def prepare(gpu: Gpu, inputs: tuple[Task, Any]) -> Implementation:
             t, _ = inputs
             model, settings = nn.MLP(list(t.layers), "tanh"), {"batch_size": t.batch, "optimizer": optimizer(rule)}
 
@@ -293,39 +293,41 @@ def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
                 fit(t.given[: t.checked], t.labels[: t.checked], epochs=1, shuffle=False)
                 return [p.copy() for p in model.parameters]
 
-            return Side(_more_epochs(lambda epochs: fit(t.given, t.labels, epochs=epochs), 1), result, clock="own")
+            return Implementation(
+                _more_epochs(lambda epochs: fit(t.given, t.labels, epochs=epochs), 1), result, clock="own"
+            )
 
         return prepare
 
-    def torch(graph: bool) -> Callable[[Gpu, tuple[Task, Any]], Side]:
-        def prepare(gpu: Gpu, inputs: tuple[Task, Any]) -> Side:
+    def torch(graph: bool) -> Callable[[Gpu, tuple[Task, Any]], Implementation]:
+        def prepare(gpu: Gpu, inputs: tuple[Task, Any]) -> Implementation:
             t, _ = inputs
-            side = TorchMlp(gpu, t, rule, graph)
+            model = TorchMlp(gpu, t, rule, graph)
 
             def call() -> None:
-                side.epoch(gpu.torch.randperm(len(t.labels), device=gpu.torch_device))
+                model.epoch(gpu.torch.randperm(len(t.labels), device=gpu.torch_device))
 
             def result() -> list[np.ndarray]:
-                side.epoch(gpu.torch.arange(t.checked, device=gpu.torch_device))
-                return side.parameters()
+                model.epoch(gpu.torch.arange(t.checked, device=gpu.torch_device))
+                return model.parameters()
 
-            return Side(_clocked(gpu, call), result, clock="own")
+            return Implementation(_clocked(gpu, call), result, clock="own")
 
         return prepare
 
-    def jax(gpu: Gpu, inputs: tuple[Task, Any]) -> Side:
+    def jax(gpu: Gpu, inputs: tuple[Task, Any]) -> Implementation:
         prepared = bench.jax_mlp(inputs[0])
-        return Side(_clocked(gpu, prepared.call), prepared.result, clock="own")
+        return Implementation(_clocked(gpu, prepared.call), prepared.result, clock="own")
 
     # Besides what fit does here, what it does on other GPUs.
-    sides = {
+    implementations = {
         "gemmlet": ours(CLUSTER_SIZES=cuda_training.CLUSTER_SIZES),
         "graphs": ours(CLUSTER_SIZES=()),
         "pytorch": torch(False),
         "pytorch graph": torch(True),
     }
     if rule == "sgd":
-        sides["jax"] = jax
+        implementations["jax"] = jax
 
     def inputs(gpu: Gpu) -> tuple[Task, Any]:
         t = task()
@@ -335,7 +337,7 @@ def mlp_case(rule: str, task: Callable[[], Task]) -> Case:
         "epoch",
         f"784-128-10 tanh, batch {BATCH}, {SAMPLES:,} images, {rule}",
         inputs,
-        sides,
+        implementations,
         lambda gpu, inputs, result: _difference(result, inputs[1]) / _WEIGHT_ERROR[rule],
         unit="epoch",
         labels={"rule": rule},
@@ -346,7 +348,7 @@ def gan_case(images: Callable[[], np.ndarray]) -> Case:
     """Return the case of a step of the GAN."""
     count = GAN_STEPS * BATCH
 
-    def ours(gpu: Gpu, inputs: tuple[GanTask, Any]) -> Side:
+    def ours(gpu: Gpu, inputs: tuple[GanTask, Any]) -> Implementation:
         t, _ = inputs
         model, rule = nn.GAN.classic(), nn.Adam(GAN_LR, beta1=BETA1)
 
@@ -358,19 +360,19 @@ def gan_case(images: Callable[[], np.ndarray]) -> Case:
             history = fit(1, n)
             return history.generator_loss[0], history.discriminator_loss[0]
 
-        return Side(_more_epochs(fit, GAN_STEPS), bench._checked(losses), clock="own")
+        return Implementation(_more_epochs(fit, GAN_STEPS), bench._checked(losses), clock="own")
 
-    def torch(graph: bool) -> Callable[[Gpu, tuple[GanTask, Any]], Side]:
-        def prepare(gpu: Gpu, inputs: tuple[GanTask, Any]) -> Side:
-            side = TorchGan(gpu, inputs[0], graph)
-            call = _clocked(gpu, lambda: side.epoch(count), GAN_STEPS)
-            return Side(call, bench._checked(side.losses), clock="own")
+    def torch(graph: bool) -> Callable[[Gpu, tuple[GanTask, Any]], Implementation]:
+        def prepare(gpu: Gpu, inputs: tuple[GanTask, Any]) -> Implementation:
+            model = TorchGan(gpu, inputs[0], graph)
+            call = _clocked(gpu, lambda: model.epoch(count), GAN_STEPS)
+            return Implementation(call, bench._checked(model.losses), clock="own")
 
         return prepare
 
-    def jax(gpu: Gpu, inputs: tuple[GanTask, Any]) -> Side:
+    def jax(gpu: Gpu, inputs: tuple[GanTask, Any]) -> Implementation:
         prepared = bench.jax_gan(inputs[0])
-        return Side(_clocked(gpu, prepared.call, GAN_STEPS), prepared.result, clock="own")
+        return Implementation(_clocked(gpu, prepared.call, GAN_STEPS), prepared.result, clock="own")
 
     def inputs(gpu: Gpu) -> tuple[GanTask, Any]:
         digits = images()
@@ -378,7 +380,7 @@ def gan_case(images: Callable[[], np.ndarray]) -> Case:
         return t, bench.exact_gan(replace(t, real=t.real[: bench.CHECKED_STEPS * BATCH]))
 
     def error(gpu: Gpu, inputs: tuple[GanTask, Any], result: Any) -> float:
-        # Each side has noise of its own; the mean losses over some steps are close.
+        # Each implementation has noise of its own; the mean losses over some steps are close.
         return float(np.max(np.abs(np.asarray(result) - inputs[1]))) / 0.05
 
     return Case(
@@ -408,7 +410,7 @@ def cases(data_dir: Path | None) -> Iterator[Case]:
 #
 
 
-def weights_beside(other: str, t: Task, rule: str) -> float:
+def weight_difference(other: str, t: Task, rule: str) -> float:
     """The largest difference of a weight after the checked steps, relative to the largest weight of its array."""
     trained = []
     for name in (BACKEND, other):
@@ -420,7 +422,7 @@ def weights_beside(other: str, t: Task, rule: str) -> float:
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in zip(*trained, strict=True))
 
 
-def check(data_dir: Path | None, beside: str) -> Iterator[tuple[str, Any]]:
+def check(data_dir: Path | None, other: str) -> Iterator[tuple[str, Any]]:
     """Train both networks; yield what came out, by name."""
     data = _data(data_dir)
     yield "data", data.source if data.is_sample else "MNIST from the folder that was given"
@@ -443,7 +445,7 @@ def check(data_dir: Path | None, beside: str) -> Iterator[tuple[str, Any]]:
         yield "gan_finite", bool(np.isfinite(gan.sample(64)).all() and np.isfinite(gan_history.generator_loss).all())
     t = mlp_task(data.x_train, data.y_train, CHECKED_STEPS * BATCH)
     for rule in ("sgd", "adam"):
-        yield f"weights_{rule}", weights_beside(beside, t, rule)
+        yield f"weights_{rule}", weight_difference(other, t, rule)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -452,14 +454,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--data-dir", type=Path)
     options = parser.parse_args(arguments)
-    beside = "cpu"
+    other = "cpu"
     try:
         select.load("cpu")
     except (RuntimeError, ImportError) as error:
-        beside = "numpy"
-        print(f"  beside the backend numpy, as cpu does not load: {error}", flush=True)
+        other = "numpy"
+        print(f"  compared with the backend numpy, as cpu does not load: {error}", flush=True)
     with options.rows.open("a") as file:
-        for name, value in check(options.data_dir, beside):
+        for name, value in check(options.data_dir, other):
             print(f"  {name}: {value}", flush=True)
             file.write(json.dumps({"trained": {name: value}}) + "\n")
             file.flush()

@@ -183,7 +183,7 @@ UPDATED = ("param", "velocity", "m", "v")
 def arguments_of(name: str, rng: np.random.Generator, dtype: Any, rows: int, columns: int) -> dict[str, Any]:
     """Keyword arguments with which a kernel can be called, every array in its own memory.
 
-    Elementwise arrays are (rows, columns). In products w is (columns, 7): x (rows, columns), and the result (rows, 7).
+    Elementwise arrays are (rows, columns). In matmuls w is (columns, 7): x (rows, columns), and the result (rows, 7).
     """
     shape = (rows, columns)
 

@@ -365,7 +365,7 @@ def two_views(dtype: Any, shift: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("shift", [-15, -4, -1, 0, 1, 4, 15])
 @pytest.mark.parametrize(("name", "argument"), [("matmul", "a"), ("matmul", "b"), ("linear", "x"), ("linear", "w")])
-def test_a_product_cannot_write_where_it_reads(
+def test_a_matmul_cannot_write_where_it_reads(
     name: str, argument: str, shift: int, any_threads_backend: Any, dtype: Any
 ) -> None:
     read, out = two_views(dtype, shift)
@@ -377,7 +377,7 @@ def test_a_product_cannot_write_where_it_reads(
         assert problem is None, problem
 
 
-def test_a_product_cannot_write_to_its_bias(any_threads_backend: Any, dtype: Any) -> None:
+def test_a_matmul_cannot_write_to_its_bias(any_threads_backend: Any, dtype: Any) -> None:
     buffer = np.zeros(32, dtype)
     arguments = {"x": np.ones((4, 4), dtype), "w": np.ones((4, 4), dtype)}
     for b in (buffer[:4], buffer[12:16], buffer[15:19], buffer[:8:2], buffer[3::-1]):
@@ -575,7 +575,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     calls["linear"] |= {"y": array(6, 4), "z": array(6, 4)}
     calls["activation_backward"]["out"] = array(30)
     calls["elementwise_loss"]["out"] = array(30)
-    calls["optimizer_update"]["scalars"] = [0.1] * rules["adam"][1]
+    calls["optimizer_update"]["hyperparameters"] = [0.1] * rules["adam"][1]
 
     def layer(inputs: int, outputs: int, activation: int, averages: bool = False) -> tuple[Any, ...]:
         shapes = [(inputs, outputs), (outputs,)]
@@ -641,7 +641,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
-    others |= {"formula", "quick"}  # see test_fast_path.py
+    others |= {"formula", "fast_path"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
     return calls
@@ -838,7 +838,7 @@ def bad_for_bindings(name: str, argument: str, good: Any, module: Any) -> Iterat
             yield -1
     elif argument in ("parameter", "smoothing"):
         yield from ("0.5", None, [0.5], 1j)
-    elif argument == "scalars":
+    elif argument == "hyperparameters":
         yield from ([], good[:-1], [*good, 0.1], None, ["a"] * len(good), 0.1)
     elif argument == "state":
         yield from ([], good[:1], [*good, good[0]], None, [None, None], [good[0], good[1][:-1]], good[0])
@@ -1006,7 +1006,7 @@ else:
     assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr[-2000:]}"
 
 
-def test_huge_products_of_nothing_are_refused(any_threads_backend: Any, dtype: Any) -> None:
+def test_huge_matmuls_of_nothing_are_refused(any_threads_backend: Any, dtype: Any) -> None:
     a, b = np.empty((2**40, 0), dtype), np.empty((0, 2**40), dtype)
     for call in (lambda: kernels.matmul(a, b), lambda: kernels.linear(a, b)):
         with pytest.raises((ValueError, MemoryError)):

@@ -183,8 +183,8 @@ def test_16_bits_are_rounded_once(name: str, dtype: str) -> None:
 
 
 def allow_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let grids have so many at most, and the backend make what has a place for each of them anew."""
-    monkeypatch.setattr(launches, "MOST_BLOCKS", dict.fromkeys(launches.MOST_BLOCKS, count))
+    """Let grids have few blocks at most, and the backend make what has a place for each of them anew."""
+    monkeypatch.setattr(launches, "MAX_BLOCKS", dict.fromkeys(launches.MAX_BLOCKS, count))
     monkeypatch.setattr(BACKEND, "_own", threading.local())
 
 
@@ -542,7 +542,7 @@ def test_tensor_cores_take_float32_when_they_are_asked_to(rng: np.random.Generat
     try:
         for precision in ("high", "highest"):
             gemmlet.set_float32_matmul_precision(precision)
-            assert BACKEND.describe()["float32 products"] == precision
+            assert BACKEND.describe()["float32 matmuls"] == precision
             errors[precision] = np.max(np.abs(to_cpu(kernels.matmul(to_gpu(a), to_gpu(b))) - exact) / bound)
     finally:
         gemmlet.set_float32_matmul_precision("highest")

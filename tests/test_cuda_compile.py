@@ -39,7 +39,7 @@ def spills(log: str) -> dict[str, int]:
     return {name: int(count) for name, count in entries}
 
 
-# An activation is a small part of a product's kernel, at its end: the longest one is enough.
+# An activation is a small part of a matmul's kernel, at its end: the longest one is enough.
 KERNELS = cuda_backend.expressions(fused=["gelu"])
 # All for the architecture that has instructions of its own; a sixth of them for the others, for time's sake, unless
 # GEMMLET_TEST_ALL_KERNELS is set: the code is the same.

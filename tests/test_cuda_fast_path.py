@@ -212,7 +212,7 @@ def unusual_arrays(good: np.ndarray) -> Iterator[tuple[str, Callable[[], Any]]]:
 def test_unusual_arrays(name: str, watched: Any, rng: Any) -> None:
     """The same result, or the same error, as by the general path."""
     good = arguments_of(name, rng, np.float32, 6, 8)
-    product = name not in ELEMENTWISE
+    matmul = name not in ELEMENTWISE
     for key in arrays_in(good):
         for what, make in unusual_arrays(good[key]):
             if what == "on another GPU" and len(arrays_in(good)) == 1:
@@ -229,7 +229,7 @@ def test_unusual_arrays(name: str, watched: Any, rng: Any) -> None:
             else:
                 assert isinstance(got, list), f"{label}: {got}"
                 assert same(got, expected), label
-            if what == "a subclass" or (not product and what in ("with gaps", "reversed", "in the middle of 16 bytes")):
+            if what == "a subclass" or (not matmul and what in ("with gaps", "reversed", "in the middle of 16 bytes")):
                 assert left, label
 
 

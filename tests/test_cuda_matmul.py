@@ -1,4 +1,4 @@
-"""Every kernel of matrix products, forced, on awkward shapes and layouts; on the CPU, by tests/cuda_on_host."""
+"""Every matmul kernel, forced, on awkward shapes and layouts; on the CPU, by tests/cuda_on_host."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ LAYOUT_PAIRS = list(itertools.product(LAYOUTS, LAYOUTS))
 #
 
 
-def product(
+def matmul(
     kind: str,
     a: Any,
     b: Any,
@@ -171,11 +171,11 @@ def test_sums_of_integers_are_exact(kind: str, turn: int, rng: np.random.Generat
             a_layout, b_layout = next(pairs)
             x, w = a_layout(a), b_layout(b)
             for choice in choices(kind, x, w):
-                result = product(kind, x, w, bias, choice=choice, misplaced=bool(turn))
+                result = matmul(kind, x, w, bias, choice=choice, misplaced=bool(turn))
                 assert same_bits(result, exact), (m, n, k, a_layout.__name__, b_layout.__name__, choice)
 
 
-def test_products_of_few_rows_or_columns(kind: str, rng: np.random.Generator) -> None:
+def test_matmuls_of_few_rows_or_columns(kind: str, rng: np.random.Generator) -> None:
     for few, many, k in [(1, 257, 2049), (2, 31, 600), (3, 65, 1023), (4, 130, 33), (1, 1, 5000), (4, 3, 0)]:
         for m, n in ((few, many), (many, few)):
             a, b, bias = integers(rng, (m, k), kind), integers(rng, (k, n), kind), integers(rng, (n,), kind)
@@ -183,7 +183,7 @@ def test_products_of_few_rows_or_columns(kind: str, rng: np.random.Generator) ->
             for a_layout, b_layout in [(by_row, by_row), (by_column, by_column), (misaligned, reversed_part)]:
                 x, w = a_layout(a), b_layout(b)
                 for choice in choices(kind, x, w):
-                    result = product(kind, x, w, bias, choice=choice)
+                    result = matmul(kind, x, w, bias, choice=choice)
                     assert same_bits(result, exact), (m, n, k, a_layout.__name__, b_layout.__name__, choice)
 
 
@@ -205,7 +205,7 @@ def test_error_of_a_sum(kind: str, rng: np.random.Generator) -> None:
         bound = (k + 1) * (STEP[kind] + 2.0**-53) * (abs(a_) @ abs(b_) + abs(f64(bias))) + ROUNDING[kind] * abs(exact)
         x, w = by_row(a), by_column(b)
         for choice in choices(kind, x, w):
-            assert_within(f64(product(kind, x, w, bias, choice=choice)), exact, 1.01 * bound)
+            assert_within(f64(matmul(kind, x, w, bias, choice=choice)), exact, 1.01 * bound)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -217,8 +217,8 @@ def test_activation_is_that_of_the_preactivation_as_rounded(name: str, rng: np.r
         x, w = by_row(a), by_row(b)
         whole, split = (next(c for c in (*choices(kind, x, w), None) if c is None or c.splits == s) for s in (1, 2))
         for choice in {whole, split}:
-            y, z = product(kind, x, w, None, activation, activation.default, choice, keep=True)
-            assert same_bits(y, product(kind, x, w, None, activation, activation.default, choice))
+            y, z = matmul(kind, x, w, None, activation, activation.default, choice, keep=True)
+            assert same_bits(y, matmul(kind, x, w, None, activation, activation.default, choice))
             assert_within(f64(z), f64(a) @ f64(b), 20 * ROUNDING[kind] * (abs(f64(a)) @ abs(f64(b))))
             # Formulas are computed in float at least; what they cost there, test_accuracy.py measures.
             parameter = activation.default if kind == "float64" else float(np.float32(activation.default))
@@ -242,7 +242,7 @@ def test_special_values(kind: str, rng: np.random.Generator) -> None:
         for a_layout, b_layout in [(by_row, by_row), (by_column, by_column), (misaligned, misaligned)]:
             x, w = a_layout(a.astype(DTYPES[kind])), b_layout(b.astype(DTYPES[kind]))
             for choice in choices(kind, x, w):
-                assert same_bits(product(kind, x, w, choice=choice), exact), (m, n, k, choice)
+                assert same_bits(matmul(kind, x, w, choice=choice), exact), (m, n, k, choice)
 
 
 def test_tf32_rounds_to_nearest_and_keeps_what_is_special() -> None:
@@ -255,7 +255,7 @@ def test_tf32_rounds_to_nearest_and_keeps_what_is_special() -> None:
     for layout in (by_row, by_column):
         x, w = layout(a), layout(b)
         for choice in choices("tf32", x, w):
-            result = product("tf32", x, w, choice=choice)
+            result = matmul("tf32", x, w, choice=choice)
             assert same_bits(result[:, 0], np.array(expected, np.float32)), choice
 
 
@@ -268,11 +268,11 @@ def test_zero_strides(kind: str, rng: np.random.Generator) -> None:
         w = cupy.ndarray(b_shape, w.dtype, w.data, strides=(w.itemsize, 0))
         exact = np.broadcast_to((f64(a) @ f64(b)).astype(a.dtype), (a_shape[0], b_shape[1]))
         for choice in choices(kind, x, w):
-            assert same_bits(product(kind, x, w, choice=choice), exact), choice
+            assert same_bits(matmul(kind, x, w, choice=choice), exact), choice
     x = cupy.ndarray((5, 40), x.dtype, x.data, strides=(0, 0))
     exact = (f64(a[0, 0]) * np.sum(f64(b))).astype(np.float32).astype(a.dtype)
     for choice in choices(kind, x, w):
-        assert np.all(product(kind, x, w, choice=choice) == exact), choice
+        assert np.all(matmul(kind, x, w, choice=choice) == exact), choice
 
 
 def test_same_bits_in_every_order_of_threads(kind: str, rng: np.random.Generator) -> None:
@@ -285,7 +285,7 @@ def test_same_bits_in_every_order_of_threads(kind: str, rng: np.random.Generator
             try:
                 for order in THREAD_ORDERS:
                     device().thread_order = order
-                    results.append(product(kind, x, w, choice=choice))
+                    results.append(matmul(kind, x, w, choice=choice))
             finally:
                 device().thread_order = "forward"
             assert all(same_bits(results[0], other) for other in results[1:]), choice
@@ -294,7 +294,7 @@ def test_same_bits_in_every_order_of_threads(kind: str, rng: np.random.Generator
 def test_empty_results_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device(), "launch", None)
     for m, n in [(0, 3), (3, 0), (0, 0)]:
-        product("float32", by_row(np.ones((m, 2), np.float32)), by_row(np.ones((2, n), np.float32)))
+        matmul("float32", by_row(np.ones((m, 2), np.float32)), by_row(np.ones((2, n), np.float32)))
 
 
 def test_too_large_a_dimension_is_named() -> None:
@@ -419,9 +419,9 @@ def test_tensor_maps_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_part_of_k_is_empty() -> None:
     for k in (1, 7, 63, 64, 65, 784, 1000, 60000):
         for choice in cuda_matmul.candidates(40, 50, k, "float32", False, (32, 32), "sm_90a", 132, None):
-            depths = -(-k // choice.tile.depth)
-            steps = -(-depths // choice.splits)
-            assert steps * (choice.splits - 1) < depths <= steps * choice.splits
+            k_blocks = -(-k // choice.tile.k_block)
+            steps = -(-k_blocks // choice.splits)
+            assert steps * (choice.splits - 1) < k_blocks <= steps * choice.splits
 
 
 def test_expressions_are_all_that_is_launched(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
@@ -438,5 +438,5 @@ def test_expressions_are_all_that_is_launched(monkeypatch: pytest.MonkeyPatch, r
             for m, n, k in [(70, 80, 300), (3, 80, 300)]:
                 x, w = layouts[0](integers(rng, (m, k), kind)), layouts[1](integers(rng, (k, n), kind))
                 for choice in choices(kind, x, w):
-                    product(kind, x, w, None, RELU, choice=choice)
+                    matmul(kind, x, w, None, RELU, choice=choice)
     assert launched <= known

@@ -42,7 +42,7 @@ if os.environ.get("GEMMLET_CUDA_HOST_SANITIZE") and __name__ != "__main__":
 
 
 class Run:
-    """Methods of the backend on one device, next to those of the reference; `quick`, where each product takes long."""
+    """Methods of the backend on one device, next to those of the reference; `quick`, where each matmul takes long."""
 
     def __init__(self, device: HostDevice, quick: bool = False) -> None:
         self.device = device
@@ -138,7 +138,7 @@ def cross_entropy(run: Run) -> None:
         soft = run.rng.dirichlet(np.ones(columns), rows).astype(np.float32)
         run.compare("row_loss", loss, z, soft, 0.1, poison(z))
         run.compare("row_loss", loss, z, run.rng.integers(0, columns, rows), 0.0, poison(z))
-    # More rows than a few rounds take; whole packs of 16 bits; and so many rows for a thread that the product of their
+    # More rows than a few rounds take; whole packs of 16 bits; and enough rows for a thread that the product of their
     # sums would be too large.
     for rows, columns, dtype in ((1200, 10, np.float32), (2, 24, np.float16), (3 * 128 * 160, 16, np.float32)):
         z = (run.normal(rows, columns) if columns != 16 else np.zeros((rows, columns))).astype(dtype)
@@ -195,8 +195,8 @@ def optimizers(run: Run) -> None:
         run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), hyperparameters, offset=offset)
 
 
-def products(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:
-    """Products of small integers, exact, by one tile of a kernel: several tiles and steps, and parts of both."""
+def matmuls(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:
+    """Matmuls of small integers, exact, by one tile of a kernel: several tiles and steps, and parts of both."""
     sizes = {"skinny": [(150, 3, 300), (1, 300, 70)], "wgmma": [(152, 304, 296)]}
     # The smallest; but of wgmma's the one with clusters.
     first = max if kernel == "wgmma" else min
@@ -277,12 +277,12 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         columns,
         ranges,
         optimizers,
-        products("simt", "float32"),
-        products("skinny", "float32"),
-        products("mma", "float16"),
-        products("mma", "float32", tf32=True),
-        products("wgmma", "float16"),
-        products("wgmma", "float32", tf32=True),
+        matmuls("simt", "float32"),
+        matmuls("skinny", "float32"),
+        matmuls("mma", "float16"),
+        matmuls("mma", "float32", tf32=True),
+        matmuls("wgmma", "float16"),
+        matmuls("wgmma", "float32", tf32=True),
         training("mlp", "small"),
         training("mlp_of_sparse", "small"),
         training("mlp_in_tiles", "wide"),
@@ -414,7 +414,7 @@ WRONG = [
         "matmul/common",
         ("min(row_tiles - group * group_rows, group_rows)", "group_rows", "simt_float32"),
         ("last < k ? last : k", "last", "simt_float32"),
-        ("count / depth + (count % depth > 0)", "count / depth", "simt_float32"),
+        ("count / k_block + (count % k_block > 0)", "count / k_block", "simt_float32"),
         (
             "row >= m || column >= n) return;\n    C number",
             "row > m || column >= n) return;\n    C number",
@@ -433,7 +433,7 @@ WRONG = [
         ("wait_for_copies<Tile::ahead - 1>();\n        _", "wait_for_copies<3>();\n        _", "simt_float32"),
         ("ptx::commit_copies();\n  ptx::wait_for_copies<0>", "ptx::wait_for_copies<0>", "simt_float32"),
         (BARRIER + "\n        write", "write", "simt_float32"),
-        ("slice_depth / 2 : slice_depth - 1, ahead", "slice_depth / 2 : slice_depth - 2, ahead", "simt_float32"),
+        ("slice_k / 2 : slice_k - 1, ahead", "slice_k / 2 : slice_k - 2, ahead", "simt_float32"),
         ("stages - 1 - has_spare", "stages - 1", "simt_float32"),
         (BARRIER + "\n    constexpr int height", "constexpr int height", "simt_float32"),
         ("read = next_stage(read)", "read = next_stage(next_stage(read))", "simt_float32"),
@@ -491,25 +491,21 @@ WRONG = [
         ("(1 << Tile::cluster) - 1", "1", "wgmma_float16"),
         ("ptx::wait_for_phase(stages.full(), stages.parity());\n          ptx::f", "ptx::f", "wgmma_float16"),
         (
-            "ptx::fence_products();\n#pragma unroll\n          for (int i = 0; i < Tile",
+            "ptx::fence_wgmma();\n#pragma unroll\n          for (int i = 0; i < Tile",
             "for (int i = 0; i < Tile",
             "wgmma_float16",
         ),
         ("adds = i > 0 || step > steps.first", "adds = 1", "wgmma_float16"),
-        ("wait_for_products<1>", "wait_for_products<2>", "wgmma_float16"),
+        ("wait_for_wgmma<1>", "wait_for_wgmma<2>", "wgmma_float16"),
         ("if (step > steps.first) leave(last);", "leave(stages.empty());", "wgmma_float16"),
-        ("ptx::finish_products(sum);\n", "leave(last);ptx::finish_products(sum);", "wgmma_float16"),
+        ("ptx::finish_wgmma(sum);\n", "leave(last);ptx::finish_wgmma(sum);", "wgmma_float16"),
         ("if constexpr (Tile::size == 2) leave(last);", "", "wgmma_float16"),
         ("if (lane < Tile::cluster)", "if (lane < 1)", "wgmma_float16"),
         ("parity());\n        reader", "parity() ^ 1);\n        reader", "wgmma_tf32"),
         ("ptx::wait_for_phase(stages.full(), stages.parity());\n            reader", "reader", "wgmma_tf32"),
-        (
-            "ptx::fence_products();\n#pragma unroll\n          for (int i = 0; i < 4",
-            "for (int i = 0; i < 4",
-            "wgmma_tf32",
-        ),
-        ("ptx::wait_for_products<0>();\n          leave(last);", "leave(last);", "wgmma_tf32"),
-        ("ptx::wait_for_products<0>();", "", "wgmma_tf32"),
+        ("ptx::fence_wgmma();\n#pragma unroll\n          for (int i = 0; i < 4", "for (int i = 0; i < 4", "wgmma_tf32"),
+        ("ptx::wait_for_wgmma<0>();\n          leave(last);", "leave(last);", "wgmma_tf32"),
+        ("ptx::wait_for_wgmma<0>();", "", "wgmma_tf32"),
         ("__syncwarp();\n      const Columns of", "const Columns of", "wgmma_float16"),
         ("      __syncwarp();\n    }\n  }\n\n private", "}\n  }\n\n private", "wgmma_float16"),
         ("from = (from ^ flips)", "from = from", "wgmma_float16"),
@@ -521,11 +517,11 @@ WRONG = [
         "matmul/small",
         ("column < 0 ? T(1)", "column < 0 ? T(0)", "mlp"),
         ("upper ? sum[i + kept / 2] : sum[i], give", "upper ? sum[i] : sum[i], give", "mlp"),
-        ("< depth) {\n          a_lines", "< depth - 1) {\n          a_lines", "mlp"),
-        ("u * per_turn < depth) {\n#pragma", "u * per_turn <= depth) {\n#pragma", "mlp"),
+        ("< k_size) {\n          a_lines", "< k_size - 1) {\n          a_lines", "mlp"),
+        ("u * warp_k < k_size) {\n#pragma", "u * warp_k <= k_size) {\n#pragma", "mlp"),
         ("unsigned warp = 1; warp <", "unsigned warp = 2; warp <", "mlp"),
         ("= sum[s];\n    }\n    " + BARRIER, "= sum[s];\n    }", "mlp"),
-        ("if (k < depth) line.load", "if (k <= depth) line.load", "mlp_in_tiles"),
+        ("if (k < k_size) line.load", "if (k <= k_size) line.load", "mlp_in_tiles"),
         ("b_share.put(b_memory);\n      " + BARRIER, "b_share.put(b_memory);", "mlp_in_tiles"),
         ("}\n      " + BARRIER + "\n    }", "}\n    }", "mlp_in_tiles"),
         ("sum[s]);\n    " + BARRIER, "sum[s]);", "mlp_in_tiles"),
@@ -553,7 +549,7 @@ WRONG = [
         "training/cluster",
         ("count == tile_features && reinterpret", "reinterpret", "mlp_in_a_cluster"),
         ("if (i < p.rows) {\n    const Index sample", "{\n    const Index sample", "mlp_in_a_cluster"),
-        ("first_step * Rule::scalar_count;", "0;", "mlp_in_a_cluster"),
+        ("first_step * Rule::hyperparameter_count;", "0;", "mlp_in_a_cluster"),
         ("? 1.0f : 0.0f", "? 0.0f : 0.0f", "mlp_in_a_cluster"),
         (BARRIER + "\n    {\n#pragma", "{\n#pragma", "mlp_in_a_cluster"),
         ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),
@@ -561,9 +557,9 @@ WRONG = [
         ("}\n    __syncwarp();\n\n    // What the units", "}\n    // What the units", "mlp_in_a_cluster"),
         (CLUSTER.replace("    ", "  "), "", "mlp_in_a_cluster"),
         ("ptx::fence_barrier_init();", "", "mlp_in_a_cluster"),
-        ("turn);\n      const int j", "1 - turn);\n      const int j", "mlp_in_a_cluster"),
-        ("ptx::wait_for_phase(barrier, turn);\n      const int j", "const int j", "mlp_in_a_cluster"),
-        ("ptx::wait_for_phase(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
+        ("parity);\n      const int j", "1 - parity);\n      const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, parity);\n      const int j", "const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, parity);\n    }", "}", "mlp_in_a_cluster"),
         ("Ranks * quads * 16", "Ranks * quads * 16 + 16", "mlp_in_a_cluster"),
         ("rows_of_warp * quads * 16", "8 * quads * 16", "mlp_in_a_cluster"),
         ("}\n    }\n    " + BARRIER + "\n\n    float hyper", "}\n    }\n    float hyper", "mlp_in_a_cluster"),
@@ -607,8 +603,8 @@ RACES = [
         ("= label;\n    " + BARRIER, "= label;", "mlp_in_a_cluster"),
         ("}\n      __syncwarp();\n      Pack<float, 2> y;", "}\n      Pack<float, 2> y;", "mlp_in_a_cluster"),
         ("}\n    __syncwarp();\n\n    // What the units", "}\n    // What the units", "mlp_in_a_cluster"),
-        ("ptx::wait_for_phase(barrier, turn);\n      const int j", "const int j", "mlp_in_a_cluster"),
-        ("ptx::wait_for_phase(barrier, turn);\n    }", "}", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, parity);\n      const int j", "const int j", "mlp_in_a_cluster"),
+        ("ptx::wait_for_phase(barrier, parity);\n    }", "}", "mlp_in_a_cluster"),
         ("}\n    }\n    " + BARRIER + "\n\n    float hyper", "}\n    }\n    float hyper", "mlp_in_a_cluster"),
         ("wait_for_copies<1>();\n    __syncwarp();", "wait_for_copies<1>();", "mlp_in_a_cluster"),
         ("__syncwarp();\n    copy(step + 2);", "copy(step + 2);", "mlp_in_a_cluster"),
@@ -633,7 +629,7 @@ def planted(mutant: Mutant, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-FEW_PARTS = {"MOST_PARTS": 3, "MOST_BLOCKS": dict.fromkeys(launches.MOST_BLOCKS, 3)}
+FEW_PARTS = {"MAX_PARTS": 3, "MAX_BLOCKS": dict.fromkeys(launches.MAX_BLOCKS, 3)}
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def use_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_training, "_kind_of_tile", lambda rows, columns: kind)
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", clusters)
     if not top:
-        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+        monkeypatch.setattr(cuda_training, "MAX_TOP_BYTES", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -328,7 +328,7 @@ def test_every_activation(activation: str, device: Any, cpu: Any, dtype: Any, mo
 @pytest.mark.parametrize("loss", [*ROW_LOSSES, *LOSSES])
 def test_every_loss(loss: str, top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if not top:
-        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+        monkeypatch.setattr(cuda_training, "MAX_TOP_BYTES", 0)
     for out, classes in itertools.product((1, 2, 10, 40), (True, False)):
         if loss in ROW_LOSSES and out == 1:
             continue
@@ -339,7 +339,7 @@ def test_every_loss(loss: str, top: bool, device: Any, cpu: Any, dtype: Any, mon
 @pytest.mark.parametrize("top", [True, False])
 def test_label_smoothing(top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if not top:
-        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+        monkeypatch.setattr(cuda_training, "MAX_TOP_BYTES", 0)
     for out, classes in itertools.product((2, 10, 40), (True, False)):
         Mlp([6, 9, out], dtype, classes=classes, smoothing=0.3, batch=11).check(device, cpu)
 
@@ -371,7 +371,7 @@ def test_long_sums(plan: str, device: Any, cpu: Any, dtype: Any) -> None:
 def test_which_answers_are_right(top: bool, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in NumPy: of equal outputs the first counts, and what is not a number as the largest."""
     if not top:
-        monkeypatch.setattr(cuda_training, "MOST_TOP_BYTES", 0)
+        monkeypatch.setattr(cuda_training, "MAX_TOP_BYTES", 0)
     for out in (1, 3, 40):
         mlp = Mlp([2, 4, out], dtype, loss="mean_squared_error", n=120, count=120, batch=120)
         mlp.batches = mlp.batches._replace(order=np.arange(120))
@@ -588,7 +588,7 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
         dtype, count=count, batch=batch
     )  # fmt: skip
     expected = problem.on(device)
-    monkeypatch.setattr(cuda_training, "MOST_ARRANGED_BYTES", 3 * 2048)
+    monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
     recorded, sent = Counter[str](), list[int]()
     record, upload = type(device).record, type(device).upload
     monkeypatch.setattr(type(device), "record", lambda *a: recorded.update(["record"]) or record(*a))
@@ -766,23 +766,23 @@ def test_steps_are_few_launches(device: Any) -> None:
     ]
 
 
-def test_large_products_have_large_tiles() -> None:
+def test_large_matmuls_have_large_tiles() -> None:
     kinds = [cuda_training._kind_of_tile(*size) for size in ((64, 128), (128, 256), (64, 784), (1024, 128))]
     assert kinds == ["SmallTile<8>", "SmallTile<16>", "SmallTile<16>", "WideTile"]
 
 
 def test_blocks_of_small_tiles() -> None:
-    """As many turns as the largest block needs, and no more warps; half as large where two blocks share a processor."""
+    """The passes that the largest block needs, and no more warps; half as large where two blocks share a processor."""
 
-    def block(rows: int, columns: int, depth: int, dtype: Any = np.float32, **least: int) -> tuple[str, int, int]:
-        tiles = cuda_training._tiles(np.dtype(dtype), rows, columns, depth, **least)
+    def block(rows: int, columns: int, k: int, dtype: Any = np.float32, **least: int) -> tuple[str, int, int]:
+        tiles = cuda_training._tiles(np.dtype(dtype), rows, columns, k, **least)
         return tiles.kind.removeprefix("gemmlet::"), tiles.block // 32, tiles.shared
 
     assert block(64, 128, 784) == ("SmallTile<8>", 13, 13 * 64 * 4)
     assert block(64, 128, 784, np.float64) == ("SmallTile<8>", 13, 13 * 64 * 8)
     assert block(64, 256, 784) == ("SmallTile<8>", 7, 7 * 64 * 4)
     assert block(64, 256, 100) == ("SmallTile<8>", 2, 2 * 64 * 4)
-    assert block(64, 256, 100, least_warps=8) == ("SmallTile<8>", 8, 8 * 64 * 4)
+    assert block(64, 256, 100, min_warps=8) == ("SmallTile<8>", 8, 8 * 64 * 4)
     assert block(128, 256, 784) == ("SmallTile<16>", 13, 13 * 256 * 4)
     assert block(64, 784, 256) == ("SmallTile<16>", 8, 8 * 256 * 4)
 

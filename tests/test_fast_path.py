@@ -294,22 +294,22 @@ def test_what_makes_them_refuses(watched: Any) -> None:
     module = watched[0]._module
     good = module.formula(0, 0.0, False, False, False)
     with pytest.raises(ValueError, match="kind"):
-        module.quick("no such kind", good)
+        module.fast_path("no such kind", good)
     kinds = ("activation", "activation_backward", "row_function", "row_function_backward", "loss", "row_loss", "update")
     for kind in kinds:
         for bad in (None, 0, {}):
             with pytest.raises(TypeError, match="formula"):
-                module.quick(kind, bad)
+                module.fast_path(kind, bad)
         for number in (-1, 99):
             with pytest.raises(ValueError, match="number"):
-                module.quick(kind, module.formula(number, 0.0, False, False, False))
+                module.fast_path(kind, module.formula(number, 0.0, False, False, False))
         with pytest.raises(TypeError, match="arguments expected"):
-            module.quick(kind, good)()
+            module.fast_path(kind, good)()
     for kind in ("linear", "linear_backward"):
         for bad in (None, good, {"tanh": 0}):
             with pytest.raises(TypeError, match="formula"):
-                module.quick(kind, bad)
+                module.fast_path(kind, bad)
         with pytest.raises(ValueError, match="number"):
-            module.quick(kind, {"tanh": module.formula(99, 0.0, False, False, False)})
+            module.fast_path(kind, {"tanh": module.formula(99, 0.0, False, False, False)})
         with pytest.raises(TypeError, match="arguments expected"):
-            module.quick(kind, {})()
+            module.fast_path(kind, {})()

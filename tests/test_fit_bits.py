@@ -262,7 +262,7 @@ def hash_of(results: list[Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what the bits depend on, beside the sources, on the backend in use."""
+    """Of what the bits depend on, besides the sources, on the backend in use."""
     name = select.current().name
     if name not in ("numpy", "numba"):
         return {}

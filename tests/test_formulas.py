@@ -37,10 +37,10 @@ MATMULS = {"matmul", "linear", "linear_backward"}
 # Arguments choose the rule, or its hyperparameters.
 UPDATES = {"sgd_update": ("sgd", "momentum"), "adam_update": ("adam",), "adamw_update": ("adam",)}
 
-# What a value type has: the mathematics of simd.h and of GPUs, beside csrc/formulas/math.h.
+# What a value type has: the mathematics of simd.h and of GPUs, besides csrc/formulas/math.h.
 VALUE_TYPES = {"cpu/simd.h", "cuda/scalar.cuh", "cuda/reduced_precision.cuh", "cuda/ptx.cuh"}
 MATHEMATICS = re.compile(
-    r"(?<!: )\b(exp|expf|exp2|expm1|log|logf|log2|log1p|log1p_of_share|tanh|erfc?|pow|sqrt|decay|decay_times"
+    r"(?<!: )\b(exp|expf|exp2|expm1|log|logf|log2|log1p|log1p_unit|tanh|erfc?|pow|sqrt|decay|decay_times"
     r"|unsigned_decay_times|scaled_normal_tail|select|copysign|at_least|at_most)(<[^<>()]*>)?\("
 )
 # Lines elsewhere that may have it, each with the reason.

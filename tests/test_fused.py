@@ -137,7 +137,7 @@ def same(results: list[Any], expected: list[Any]) -> bool:
 
 
 def assert_same_sums(backend: Any, results: list[Any], expected: list[Any], dtype: Any) -> None:
-    """To skip zeros leaves the sums as they are where a backend's own products sum first to last."""
+    """To skip zeros leaves the sums as they are where a backend's own matmuls sum first to last."""
     if backend.name == "cpu":
         assert same(results, expected)
     else:
@@ -916,7 +916,7 @@ except KeyboardInterrupt:
     took = time.perf_counter() - sent[0]
 assert took < 1, took
 
-# What it leaves is what so many steps give, and the optimizer knows how many they were.
+# What it leaves is what those steps give, and the optimizer knows how many they were.
 def weights(network):
     if isinstance(network, MLP):
         return network.parameters
@@ -1065,21 +1065,21 @@ def test_two_threads_fit_two_models(fusing: Any, dtype: Any, rng: Any) -> None:
     set_threads(fusing, 2)
     x, y = mlp_problem([64, 128, 10], "softmax", 1000, dtype)
     a, b = rng.normal(size=(100, 150)).astype(dtype), rng.normal(size=(150, 200)).astype(dtype)
-    product, done = kernels.matmul(a, b), threading.Event()
+    result, done = kernels.matmul(a, b), threading.Event()
 
     def fit(seed: int) -> list[Any]:
         return fitted(MLP([64, 128, 10], dtype=dtype, seed=seed), x, y, epochs=4)
 
-    def products() -> int:
+    def matmuls() -> int:
         count = 0
         while not done.is_set():
-            assert same_bits(kernels.matmul(a, b), product)
+            assert same_bits(kernels.matmul(a, b), result)
             count += 1
         return count
 
     expected = [fit(0), fit(1)]
     with ThreadPoolExecutor(3) as pool:
-        futures, others = [pool.submit(fit, seed) for seed in (0, 1)], pool.submit(products)
+        futures, others = [pool.submit(fit, seed) for seed in (0, 1)], pool.submit(matmuls)
         try:
             results = [future.result() for future in futures]
         finally:

@@ -36,7 +36,7 @@ import gpu_sanitized  # noqa: E402
 import gpu_tables  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_training  # noqa: E402
-from gpu_timing import Case, Gpu, Side  # noqa: E402
+from gpu_timing import Case, Gpu, Implementation  # noqa: E402
 
 try:
     BACKEND = cuda_on_host.backend.load()
@@ -56,10 +56,10 @@ class OnCpu(Gpu):
         import torch
 
         self.xp, self.torch, self.jax = np, torch, jax
-        self.notes, self.product_rates = [], {}
+        self.notes, self.matmul_rates = [], {}
         self.lost = False
 
-    def product_rate(self, kind: str) -> float:
+    def matmul_rate(self, kind: str) -> float:
         return 1e11
 
     def normal(self, shape: tuple[int, ...], dtype: str = "float32", *, seed: int, scale: float = 1.0) -> Any:
@@ -137,37 +137,37 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu_training, "GAN_STEPS", 16)
     monkeypatch.setattr(gpu_training, "MORE_EPOCHS", 1)
     monkeypatch.setattr(gpu_timing, "SAMPLE_SECONDS", 1e-5)
-    monkeypatch.setattr(gpu_timing, "LEAST_ROUNDS", 2)
-    monkeypatch.setattr(gpu_timing, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(gpu_timing, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(gpu_timing, "MAX_ROUNDS", 2)
     with gemmlet.use_backend(select.current()):
         yield
 
 
 def timed(gpu: Gpu, case: Case) -> Row:
     row = gpu_timing.run(gpu, case, 0.01)
-    for name, side in row.timed.items():
-        assert side.failed is None, (case.key, name, side.failed)
-        assert len(side.samples) == 2
+    for name, measured in row.timed.items():
+        assert measured.failed is None, (case.key, name, measured.failed)
+        assert len(measured.samples) == 2
         # (An epoch of gemmlet is a difference, which is nothing but noise for a few samples.)
-        assert min(side.samples) > 0 or case.group in ("epoch", "gan")
-    assert list(row.timed) == list(case.sides)
+        assert min(measured.samples) > 0 or case.group in ("epoch", "gan")
+    assert list(row.timed) == list(case.implementations)
     return row
 
 
 # The cases.
 
 
-def small_products() -> Iterator[Case]:
-    sides = list(gpu_cases.LINEAR_SIDES)
+def small_matmuls() -> Iterator[Case]:
+    names = list(gpu_cases.LINEAR_IMPLEMENTATIONS)
     for activation in ("tanh", "relu"):
-        yield gpu_cases.linear_case(6, 11, 7, activation, "layers", sides)
+        yield gpu_cases.linear_case(6, 11, 7, activation, "layers", names)
     for kind in ("bfloat16", "float16", "tf32"):
         yield gpu_cases.matmul_case(24, kind)
     yield from gpu_cases.overheads()
 
 
-@pytest.mark.parametrize("case", list(small_products()), ids=lambda case: case.key)
-def test_products(gpu: OnCpu, case: Case) -> None:
+@pytest.mark.parametrize("case", list(small_matmuls()), ids=lambda case: case.key)
+def test_matmuls(gpu: OnCpu, case: Case) -> None:
     row = timed(gpu, case)
     assert (row.roofline is None) is (row.group == "overhead")
 
@@ -184,7 +184,8 @@ def test_families_have_the_cases_of_the_targets() -> None:
     assert len({case.key for case in cases}) == len(cases)
     assert set(gpu_cases.FAMILIES) | set(gpu_report.STAGES) == set(gpu_report.SECONDS)
     rows = [
-        Row(c.group, c.name, c.unit, {n: Timed((1.0, 1.0)) for n in c.sides}, c.labels, roofline=1.0) for c in cases
+        Row(c.group, c.name, c.unit, {n: Timed((1.0, 1.0)) for n in c.implementations}, c.labels, roofline=1.0)
+        for c in cases
     ]
     report = {"rows": gpu_cases.rows_as_json(rows)}
     found = {v.work: v for v in gpu_tables.verdicts(report)}
@@ -196,22 +197,24 @@ def test_families_have_the_cases_of_the_targets() -> None:
     assert len(layers) == 36
 
 
-def test_a_wrong_or_broken_side_is_not_timed(gpu: OnCpu) -> None:
-    def side(value: float) -> Callable[[Gpu, Any], Side]:
-        return lambda gpu, inputs: Side(lambda: None, lambda: value)
+def test_a_wrong_or_broken_implementation_is_not_timed(gpu: OnCpu) -> None:
+    def result(value: float) -> Callable[[Gpu, Any], Implementation]:
+        return lambda gpu, inputs: Implementation(lambda: None, lambda: value)
 
-    def broken(gpu: Gpu, inputs: Any) -> Side:
+    def broken(gpu: Gpu, inputs: Any) -> Implementation:
         raise RuntimeError("some\nthing")
 
-    sides = {"gemmlet": side(0.5), "wrong": side(2.0), "nan": side(np.nan), "broken": broken}
-    row = gpu_timing.run(gpu, Case("g", "n", lambda gpu: None, sides, lambda gpu, inputs, result: result), 0.01)
+    implementations = {"gemmlet": result(0.5), "wrong": result(2.0), "nan": result(np.nan), "broken": broken}
+    row = gpu_timing.run(
+        gpu, Case("g", "n", lambda gpu: None, implementations, lambda gpu, inputs, result: result), 0.01
+    )
     assert row.timed["gemmlet"].failed is None
     assert row.timed["wrong"].failed == "wrong result: 2 times the tolerance"
     assert row.timed["nan"].failed == "wrong result: nan times the tolerance"
     assert row.timed["broken"].failed == "RuntimeError: some thing"
     assert "FAILED RuntimeError" in gpu_cases.summary(row)
     gpu.torch = None
-    for case in (gpu_cases.linear_case(6, 11, 7, "tanh", "layers", list(gpu_cases.LINEAR_SIDES)),):
+    for case in (gpu_cases.linear_case(6, 11, 7, "tanh", "layers", list(gpu_cases.LINEAR_IMPLEMENTATIONS)),):
         assert list(gpu_timing.run(gpu, case, 0.01).timed) == ["gemmlet", "cupy", "jax"]
 
 
@@ -222,21 +225,21 @@ def test_an_element_that_is_not_written_is_seen(gpu: OnCpu) -> None:
     assert case.error(gpu, inputs, result) < 1
     result[15_000] = np.nan
     assert not case.error(gpu, inputs, result) <= 1
-    p = gpu_cases.product(gpu, 5, 6, 7, "float32", "tanh", 3)
+    p = gpu_cases.make_matmul(gpu, 5, 6, 7, "float32", "tanh", 3)
     assert 1 < len(p.sets) <= 3
     good = np.tanh(p.sets[0].x @ p.sets[0].w + p.sets[0].b)
-    assert gpu_cases.product_error(gpu, p, good) < 1
-    assert not gpu_cases.product_error(gpu, p, np.where(np.arange(7) == 3, np.nan, good)) <= 1
-    assert gpu_cases.product_error(gpu, p, good * (1 + 1e-4)) > 1
+    assert gpu_cases.matmul_error(gpu, p, good) < 1
+    assert not gpu_cases.matmul_error(gpu, p, np.where(np.arange(7) == 3, np.nan, good)) <= 1
+    assert gpu_cases.matmul_error(gpu, p, good * (1 + 1e-4)) > 1
 
 
 def test_another_process_goes_on_after_the_gpu_is_lost(
     gpu: OnCpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def case(name: str, *, loses: bool = False, raises: bool = False) -> Case:
-        def prepare(gpu: Any, inputs: Any) -> Side:
+        def prepare(gpu: Any, inputs: Any) -> Implementation:
             gpu.lost = loses
-            return Side(lambda: None, lambda: 0.0)
+            return Implementation(lambda: None, lambda: 0.0)
 
         def inputs(gpu: Any) -> None:
             if raises:
@@ -270,7 +273,7 @@ def digits() -> Any:
 
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
 def test_epochs(gpu: OnCpu, rule: str, digits: Any) -> None:
-    """Each side's weights are checked; the last mini-batch is smaller than the others."""
+    """Each implementation's weights are checked; the last mini-batch is smaller than the others."""
     row = timed(gpu, gpu_training.mlp_case(rule, lambda: gpu_training.mlp_task(digits.x_train, digits.y_train)))
     assert row.unit == "epoch"
 
@@ -289,10 +292,10 @@ def test_recorded_steps_begin_where_the_loop_does(gpu: OnCpu, rule: str, digits:
     order = torch.from_numpy(np.random.default_rng(0).permutation(160))
     weights = []
     for graph in (False, True):
-        side = gpu_training.TorchMlp(gpu, task, rule, graph)
+        model = gpu_training.TorchMlp(gpu, task, rule, graph)
         for epoch_order in (order, torch.flip(order, (0,))):
-            side.epoch(epoch_order)
-        weights.append(side.parameters())
+            model.epoch(epoch_order)
+        weights.append(model.parameters())
         for first, trained in zip(task.parameters, weights[-1], strict=True):
             assert not np.array_equal(first, trained)
     for a, b in zip(*weights, strict=True):
@@ -303,9 +306,9 @@ def test_recorded_gan_steps(gpu: OnCpu, digits: Any) -> None:
     task = bench.gan_task(digits.x_train[: 3 * 64])
     losses = []
     for graph in (False, True):
-        side = gpu_training.TorchGan(gpu, task, graph)
+        model = gpu_training.TorchGan(gpu, task, graph)
         gpu.torch.manual_seed(7)
-        losses.append([side.losses(3 * 64) for _ in range(2)])
+        losses.append([model.losses(3 * 64) for _ in range(2)])
     assert np.array_equal(*losses)
 
 
@@ -532,9 +535,11 @@ def made_up() -> dict[str, Any]:
     rows = []
     for family in gpu_cases.FAMILIES:
         for case in gpu_cases.cases(family):
-            sides = {name: Timed(tuple(1e-3 * rng.uniform(0.9, 1.1, 9))) for name in case.sides}
-            roof = 9.9e-4 if case.bytes else None
-            rows.append(Row(case.group, case.name, case.unit, sides, dict(case.labels), case.flops, case.bytes, roof))
+            timed = {name: Timed(tuple(1e-3 * rng.uniform(0.9, 1.1, 9))) for name in case.implementations}
+            roofline = 9.9e-4 if case.bytes else None
+            rows.append(
+                Row(case.group, case.name, case.unit, timed, dict(case.labels), case.flops, case.bytes, roofline)
+            )
     rows[2] = Row("linear", rows[2].name, "call", {**rows[2].timed, "jax": Timed(failed="broken | in parts")})
     stage = {"ok": True, "seconds": 31.0, "summary": "fine", "failures": []}
     return {

@@ -87,8 +87,8 @@ def test_activation_parameter(name: str, backend: Any, dtype: Any, rng: Any) -> 
 
 
 @pytest.mark.parametrize("columns", [1, 3, 7, 8, 9, 17, 40])
-def test_a_product_of_few_steps_wherever_it_lies(columns: int, backend: Any, dtype: Any, rng: Any) -> None:
-    """The compiled product goes by where the result lies: the bits are the same, and nothing beside it changes."""
+def test_a_matmul_of_few_steps_wherever_it_lies(columns: int, backend: Any, dtype: Any, rng: Any) -> None:
+    """The compiled matmul goes by where the result lies: the bits are the same, and nothing beside it changes."""
     for rows, steps in itertools.product([1, 5], [1, 2, 7, 10, 11]):
         x, w, b = (rng.normal(size=shape).astype(dtype) for shape in ((rows, steps), (steps, columns), columns))
         exact = f64(x) @ f64(w)
@@ -104,7 +104,7 @@ def test_a_product_of_few_steps_wherever_it_lies(columns: int, backend: Any, dty
                 assert (memory[:start] == -7).all()
                 assert (memory[start + out.size :] == -7).all()
                 results.append(out)
-            if backend.name == "cpu":  # the others have NumPy's product
+            if backend.name == "cpu":  # the others have NumPy's matmul
                 assert all(same_bits(result, results[0]) for result in results)
 
 
@@ -292,7 +292,7 @@ def test_adam_from_zero_moves_by_the_learning_rate(backend: Any, dtype: Any) -> 
     assert_within(param, [-0.25, 0.25, -0.25, 0.0], [1e-5, 1e-5, 1e-5, 0.0])
 
 
-# Matrix products. With small integers every product and sum is exact, in any order.
+# Matmuls. With small integers every product and sum is exact, in any order.
 
 SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 31, 64, 65, 130, 257]
 

@@ -21,11 +21,11 @@ from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import UPDATED, arguments_of, copies, outcome, same_bits
 
-PRODUCTS = ("linear", "linear_backward", "matmul")
+MATMULS = ("linear", "linear_backward", "matmul")
 UPDATES = [name for name in kernels.__all__ if name.endswith("_update")]
 WITH_OUT = [name for name in kernels.__all__ if "out" in inspect.signature(getattr(kernels, name)).parameters]
 # Elementwise and row functions, whose `out` may be an input.
-IN_PLACE = [name for name in WITH_OUT if name not in PRODUCTS]
+IN_PLACE = [name for name in WITH_OUT if name not in MATMULS]
 GAP = 99  # what lies between the elements of a view
 
 
@@ -75,11 +75,11 @@ def laid_out(layout: str, values: Any) -> Any:
 def arguments_for(name: str, backend: Any, rng: Any, dtype: Any, rows: int = 6, columns: int = 37) -> dict[str, Any]:
     """Arguments whose result is one to the last bit, in any layout.
 
-    A matrix product may add in another order where a matrix is transposed, and so gets numbers whose products and sums
+    A matmul may add in another order where a matrix is transposed, and so gets numbers whose products and sums
     are exact.
     """
     arguments = arguments_of(name, rng, dtype, rows, columns)
-    if name in PRODUCTS:
+    if name in MATMULS:
         arguments = {k: np.round(4 * v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
         if "activation" in arguments:
             arguments["activation"] = "relu"
@@ -198,7 +198,7 @@ def test_out_of_linear_with_preactivation(backend: Any, dtype: Any, rng: Any) ->
 
 
 @pytest.mark.parametrize("stack", ["left", "right", "both"])
-def test_out_of_stacked_products(stack: str, backend: Any, dtype: Any, rng: Any) -> None:
+def test_out_of_stacked_matmuls(stack: str, backend: Any, dtype: Any, rng: Any) -> None:
     arguments = arguments_for("matmul", backend, rng, dtype)
     a, b = arguments["a"], arguments["b"]
     lefts = np.stack([a, -a, a[::-1]]) if stack != "right" else a
@@ -333,7 +333,7 @@ def test_empty_arrays(name: str, shape: tuple[int, int], backend: Any, dtype: An
     arguments = arguments_of(name, rng, dtype, *shape)
     before = copies(arguments)
     results = outcome(name, arguments)
-    if name in ACTIVATIONS or name in ROW_FUNCTIONS or (name.endswith("_backward") and name not in PRODUCTS):
+    if name in ACTIVATIONS or name in ROW_FUNCTIONS or (name.endswith("_backward") and name not in MATMULS):
         assert [r.shape for r in results] == [shape]
     elif name in LOSSES or name in ROW_LOSSES:
         loss, gradient = results
@@ -355,7 +355,7 @@ def test_empty_arrays(name: str, shape: tuple[int, int], backend: Any, dtype: An
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (300, 200)], ids=str)
-def test_products_without_inner_dimension(size: tuple[int, int], backend: Any, dtype: Any, rng: Any) -> None:
+def test_matmuls_without_inner_dimension(size: tuple[int, int], backend: Any, dtype: Any, rng: Any) -> None:
     """A sum of nothing is 0, whatever `out` held before; `linear` adds the bias and applies the activation."""
     rows, columns = size
     a, b = np.empty((rows, 0), dtype), np.empty((0, columns), dtype)
@@ -447,7 +447,7 @@ def test_foreign_out_of_no_elements(kind: str, any_threads_backend: Any, dtype: 
 def test_foreign_out_is_an_input(name: str, any_threads_backend: Any, dtype: Any, rng: Any) -> None:
     """Overlap is seen through a tensor as well."""
     arguments = arguments_for(name, any_threads_backend, rng, dtype, rows=6, columns=6)
-    if name in PRODUCTS:
+    if name in MATMULS:
         square = np.zeros((6, 6), dtype)
         names = ("a", "b") if name == "matmul" else ("x", "w")
         with pytest.raises(ValueError, match=f"overlaps {names[0]}"):
@@ -542,17 +542,17 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
     "every second": lambda whole: whole[::2, ::2],
     "reversed": lambda whole: whole[::-2, ::-2],
 }
-# Those that a BLAS takes as they are; what else NumPy's matrix product copies is not ours to say.
+# Those that a BLAS takes as they are; what else NumPy's matmul copies is not ours to say.
 BLAS_VIEWS = ("contiguous", "window", "transposed")
 
 
 @pytest.mark.parametrize("left", VIEWS)
-def test_products_copy_no_views(left: str, any_threads_backend: Any, dtype: Any) -> None:
+def test_matmuls_copy_no_views(left: str, any_threads_backend: Any, dtype: Any) -> None:
     views = VIEWS if any_threads_backend.name == "cpu" else BLAS_VIEWS
     if any_threads_backend.name == "cuda":
         pytest.skip("NumPy arrays are copied to the GPU and back")
     if left not in views:
-        pytest.skip("NumPy decides what its matrix product copies")
+        pytest.skip("NumPy decides what its matmul copies")
     activation = None if any_threads_backend.name == "numpy" else "relu"  # the reference's works on a float64 copy of y
     whole_a, whole_b = big_matrices(dtype)
     for right in views:
@@ -568,7 +568,7 @@ def test_products_copy_no_views(left: str, any_threads_backend: Any, dtype: Any)
         assert used < results + ALLOWED
 
 
-@pytest.mark.parametrize("name", [n for n in WITH_OUT if n not in PRODUCTS])
+@pytest.mark.parametrize("name", [n for n in WITH_OUT if n not in MATMULS])
 def test_arrays_of_one_layout_are_not_copied(name: str, any_threads_backend: Any, rng: Any) -> None:
     """Contiguous arrays, and transposed ones wherever neither rows nor the order of a sum matter."""
     if any_threads_backend.name == "numpy":

@@ -212,7 +212,7 @@ def in_child(where, seconds=60):
 """
 
 # After the pool has been used; then while other threads are inside kernels. These keep to elementwise kernels where the
-# product is a BLAS, whose locks are its own to care for.
+# matmul is a BLAS, whose locks are its own to care for.
 FORK += """
 in_child("child")
 check("parent after the fork")

@@ -21,14 +21,14 @@ STEPS, BATCH, RANKS, WARPS = 64, 64, 16, 8
 # How a phase begins in the source, and what comes before it.
 PHASES = [
     ("    // Forward: each warp's part", "start"),
-    ("    // What lay here is of no use", "forward products"),
+    ("    // What lay here is of no use", "forward matmul"),
     ("    // The sums of a warp's 8 rows", "two barriers"),
     ("    // What the units add to", "activation"),
     ("    // The loss of this block's rows;", "parts of outputs"),
     ("    // Back to the units.", "loss, other blocks' gradients"),
-    ("    float hyperparameters[Rule::scalar_count];", "gradients of units, barrier"),
+    ("    float hyperparameters[Rule::hyperparameter_count];", "gradients of units, barrier"),
     ("    // The gradient of the first layer's weights: units", "small sums"),
-    ("    // The warp needs this mini-batch no more.", "gradient products, update"),
+    ("    // The warp needs this mini-batch no more.", "gradient matmuls, update"),
 ]
 FILE = "cuda/training/cluster.cuh"
 
@@ -54,7 +54,7 @@ def with_clocks(sources: dict[str, str]) -> dict[str, str]:
 
 
 def clocks_of(device: Any, cupy: Any, modules: int) -> np.ndarray:
-    """Return the readings, (ranks, warps, steps, phases), of what has been loaded after so many modules."""
+    """Return the readings, (ranks, warps, steps, phases), of what has been loaded after `modules` modules."""
     shape = RANKS, WARPS, STEPS, len(PHASES)
     for module in device._modules[modules:]:
         try:

@@ -31,7 +31,7 @@ def check(nvcc: str, arch: str, only: str) -> subprocess.CompletedProcess[str]:
     """Compile them all; the result has nvcc's messages."""
     from gemmlet.backends.cuda import backend as cuda_backend
 
-    # An activation is a small part of a product's kernel, at its end: the longest one is enough.
+    # An activation is a small part of a matmul's kernel, at its end: the longest one is enough.
     expressions = cuda_backend.expressions(fused=["gelu"])
     for name, architectures in cuda_backend.ARCHITECTURES.items():
         if arch not in architectures:

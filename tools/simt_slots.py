@@ -1,4 +1,4 @@
-"""What a multiply-add costs in the main loops of the SIMT products: a figure that needs no GPU.
+"""What a multiply-add costs in the main loops of the SIMT matmuls: a figure that needs no GPU.
 
     python tools/simt_slots.py [--arch sm_90a] [--nvdisasm PATH] [128x128x16x8x16x1x3 ...]
 

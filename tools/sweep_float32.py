@@ -86,7 +86,7 @@ def main() -> None:
     """Read the command line and sweep."""
     parser = argparse.ArgumentParser(description="Largest errors over all float32 values.")
     parser.add_argument("--names", nargs="+", default=["exp", "tanh", "sigmoid"], choices=list(ACTIVATIONS))
-    parser.add_argument("--step", type=int, default=1, help="try one in so many (default: all)")
+    parser.add_argument("--step", type=int, default=1, help="try one in STEP (default: all)")
     parser.add_argument("--backend", default="", help="a prefix: cpu-x86-64-v3, numba (default: all)")
     arguments = parser.parse_args()
     chosen = backends(arguments.backend)

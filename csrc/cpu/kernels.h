@@ -62,11 +62,11 @@ void row_loss_each(int loss, const T* logits, const Index* indices, const T* con
 template <class T>
 double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T* gradient, Index n);
 
-// optimizers.cpp: the rule's state_count arrays and scalar_count hyperparameters.
+// optimizers.cpp: the rule's state_count arrays and hyperparameter_count hyperparameters.
 template <class T>
 void optimizer_update(int rule, T* param, const T* grad, T* const* state, const double* hyperparameters, Index n);
 int optimizer_state_count(int rule);
-int optimizer_scalar_count(int rule);
+int optimizer_hyperparameter_count(int rule);
 
 std::vector<std::string> activation_names();
 std::vector<std::string> row_function_names();

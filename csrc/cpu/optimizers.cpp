@@ -12,8 +12,8 @@ namespace {
 template <class T, class Rule>
 void update(T* param, const T* grad, T* const* state, const double* values, Index n) {
   using V = Vec<T>;
-  V hyperparameters[Rule::scalar_count];
-  for (int s = 0; s < Rule::scalar_count; ++s) hyperparameters[s] = constant<V>(values[s]);
+  V hyperparameters[Rule::hyperparameter_count];
+  for (int s = 0; s < Rule::hyperparameter_count; ++s) hyperparameters[s] = constant<V>(values[s]);
   parallel_chunks(n, [&](Index begin, Index end) {
     for_lanes<T>(end - begin, [&](Index j, int lane_count) {
       const Index i = begin + j;
@@ -45,8 +45,8 @@ int optimizer_state_count(int rule) {
   return counts[rule];
 }
 
-int optimizer_scalar_count(int rule) {
-#define GEMMLET_ENTRY(name) optimizers::name::scalar_count,
+int optimizer_hyperparameter_count(int rule) {
+#define GEMMLET_ENTRY(name) optimizers::name::hyperparameter_count,
   static constexpr int counts[] = {GEMMLET_OPTIMIZER_RULES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
   return counts[rule];

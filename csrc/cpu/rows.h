@@ -182,8 +182,8 @@ struct Across {
   }
 };
 
-// Rows in a layout, as formulas/rows.h asks for them. Second is a function of what stands at `second` beside each number,
-// or Alone. Results may take the place of either, but not of `second` where numbers turn.
+// Rows in a layout, as formulas/rows.h asks for them. Second is a function of the second operand's elements, or Alone.
+// `out` may be either operand, but not `second` where numbers are transformed.
 struct Alone {};
 template <class Layout, class Second = Alone>
 struct Operands {
@@ -201,7 +201,7 @@ struct Operands {
 
   Layout layout;
   T* out;
-  const T* x;  // out, once the numbers have turned
+  const T* x;  // out, once the numbers are transformed
   const T* second = nullptr;
   Second of_second{};
   const Index* labels = nullptr;  // of the first label_count rows
@@ -209,7 +209,7 @@ struct Operands {
 
   GEMMLET_INLINE static V term(V v) { return decay(v); }
   template <class F>
-  GEMMLET_INLINE static V turned(V v, F) {
+  GEMMLET_INLINE static V transformed(V v, F) {
     return v;
   }
   GEMMLET_INLINE static V exp(V v) { return gemmlet::exp(v); }
@@ -224,7 +224,7 @@ struct Operands {
     map_lanes([&](int, auto... v) GEMMLET_INLINE_LAMBDA { return f(v...); });
   }
   template <int n, class F>
-  GEMMLET_INLINE Sums<n> turn(F f) {
+  GEMMLET_INLINE Sums<n> transform(F f) {
     DoubleSum<T> sum[n];
     map_lanes([&](int first, auto... v) GEMMLET_INLINE_LAMBDA {
       V summand[n];
@@ -237,7 +237,7 @@ struct Operands {
   }
   GEMMLET_INLINE Terms terms() {
     const V most = largest();
-    return {most, turn<1>([=](V v, V* summand) GEMMLET_INLINE_LAMBDA { return *summand = term(v - most); }).of[0]};
+    return {most, transform<1>([=](V v, V* summand) GEMMLET_INLINE_LAMBDA { return *summand = term(v - most); }).of[0]};
   }
   GEMMLET_INLINE Terms term_sum() const {
     const V most = largest();
@@ -246,7 +246,7 @@ struct Operands {
   GEMMLET_INLINE Statistic sum() const {
     return sums<1>([](V v, V* summand) GEMMLET_INLINE_LAMBDA { *summand = v; }).of[0];
   }
-  // Of what f(v, summand) sets, as turn does, while the numbers stay.
+  // Sums of what f(v, summand) sets, as of transform; the numbers stay.
   template <int n, class F>
   GEMMLET_INLINE Sums<n> sums(F f) const {
     DoubleSum<T> sum[n];

@@ -5,7 +5,7 @@
 //   one changes results.
 //   Machine: AMD EPYC (Zen 4), 2 processors, caches of 32 KiB, 1 MiB and 32 MiB, GCC 12. Commands: `gemmlet bench matmul
 //   linear` for matmul, `gemmlet bench epoch gan` for training, `gemmlet bench activations losses` for the rest; --threads 1
-//   for cache and register blocks, 2 for parallel_work and chunks. Both sides alternate in one process.
+//   for cache and register blocks, 2 for parallel_work and chunks. Both variants alternate in one process.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace gemmlet::tuning {
 
 // Matmul: register tile and cache blocks, named as in BLIS; x is its A, w its B.
 
-// mr x nr_vectors accumulators, one register each, beside nr_vectors registers of w and one of x: 16 registers (x86-64
+// mr x nr_vectors accumulators, one register each, with nr_vectors registers of w and one of x: 16 registers (x86-64
 // before AVX-512) or 32. On x86-64-v3 that is 12 + 2 + 1.
 // A block of dot products has dot_product_block accumulators. Up to dot_product_max_rows rows of x, packing a transposed w
 // costs more than the dot-product kernel (order).

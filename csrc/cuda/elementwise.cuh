@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(map_threads) scaled(const N* from, T* to, T sc
 }
 
 struct Layout {
-  static constexpr int most = 8;
-  Index shape[most], from[most], to[most];  // strides; the last dimension runs fastest
+  static constexpr int max_dimensions = 8;
+  Index shape[max_dimensions], from[max_dimensions], to[max_dimensions];  // strides; the last dimension runs fastest
 };
 
 template <class To, class From>

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(elements_threads)
   using V = Compute<T>;
   if (is_refused(range, 0.0, 1.0, loss)) return;
   constexpr int N = pack_size<T>;
-  const V share = static_cast<V>(1.0 / static_cast<double>(n));
+  const V scale = static_cast<V>(1.0 / static_cast<double>(n));
   const Index thread = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
   const Index threads = static_cast<Index>(gridDim.x) * blockDim.x;
   double total = 0;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(elements_threads)
     V value, slope[N], sum = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      F::evaluate(widen(p, j), widen(t, j), parameter, share, value, slope[j]);
+      F::evaluate(widen(p, j), widen(t, j), parameter, scale, value, slope[j]);
       sum += value;
     }
     store_pack(gradient + i, narrowed<T>(slope));
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(elements_threads)
   // The tail, or everything:
   for (Index i = packed + thread; i < n; i += threads) {
     V value, slope;
-    F::evaluate(widen(prediction[i]), widen(target[i]), parameter, share, value, slope);
+    F::evaluate(widen(prediction[i]), widen(target[i]), parameter, scale, value, slope);
     gradient[i] = narrow<T>(slope);
     total += static_cast<double>(value);
   }
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
   if (is_refused(range, Index(0), Index(columns - 1), loss)) return;
   using Team = gemmlet::Team<Threads>;
   using Row = gemmlet::Row<T, Team, Values, N>;
-  const V share = static_cast<V>(1.0 / static_cast<double>(rows));
+  const V scale = static_cast<V>(1.0 / static_cast<double>(rows));
   const row_losses::Smoothing<V> smoothing{static_cast<V>(keep), static_cast<V>(spread)};
   double total = 0;
   const Index apart = Team::count(), first = Team::index();
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
         load(r + apart < rows, next_label);
         later_label = label_of(r + 2 * apart);
       }
-      const typename L::template OfLabel<Row> of_row(z, z_label, share);
+      const typename L::template OfLabel<Row> of_row(z, z_label, scale);
       // Of a long row the label's number is written once more, by the thread that has just written there: a choice for each
       // number would take longer.
       constexpr bool once = Row::held && Threads < 32;
@@ -166,11 +166,11 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
       if (labels != nullptr) {
         const int label = present ? static_cast<int>(labels[r]) : 0;
         const auto target = [=](int i, int) { return i < columns ? smoothing.of_class(i == label) : V(0); };
-        value = L::of_targets(Operands(z, target, write), share);
+        value = L::of_targets(Operands(z, target, write), scale);
       } else {
         const Row t(targets + at, columns, present, 0);
         const auto target = [&](int i, int slot) { return i < columns ? smoothing.of_target(t.at(i, slot)) : V(0); };
-        value = L::of_targets(Operands(z, target, write), share);
+        value = L::of_targets(Operands(z, target, write), scale);
       }
       if (present && Team::thread() == 0) total += static_cast<double>(value);
     }

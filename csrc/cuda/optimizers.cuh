@@ -1,8 +1,8 @@
 // Optimizer rules, in place, for one parameter.
 //
 // Contract
-//   Contiguous arrays of n elements that do not overlap; those states that the rule does not have are null. `numbers`
-//   are the rule's, in the order of formulas/optimizers.h; they are rounded to Compute<T>. A grid as for map().
+//   Contiguous arrays of n elements that do not overlap; those states that the rule does not have are null. The
+//   hyperparameters are in the order of formulas/optimizers.h, and are rounded to Compute<T>. A grid as for map().
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -10,25 +10,24 @@
 
 namespace gemmlet {
 
-struct Numbers {
-  static constexpr int most = 9;
-  double value[most];
+struct Hyperparameters {
+  double value[9];
 };
 
 template <class Rule, class T>
 __global__ void __launch_bounds__(256)
-    optimizer_update(T* param, const T* grad, T* state0, T* state1, Numbers numbers, Index n) {
+    optimizer_update(T* param, const T* grad, T* state0, T* state1, Hyperparameters given, Index n) {
   using V = Compute<T>;
   constexpr int N = pack_size<T>, states = Rule::state_count;
   T* const state[2] = {state0, state1};
-  V scalars[Rule::scalar_count];
+  V h[Rule::hyperparameter_count];
 #pragma unroll
-  for (int i = 0; i < Rule::scalar_count; ++i) scalars[i] = static_cast<V>(numbers.value[i]);
+  for (int i = 0; i < Rule::hyperparameter_count; ++i) h[i] = static_cast<V>(given.value[i]);
   const auto one = [&](T& p, T g, T* const(&s)[2]) {
     V value = widen(p), kept[2];
 #pragma unroll
     for (int j = 0; j < states; ++j) kept[j] = widen(*s[j]);
-    Rule::apply(value, widen(g), kept, scalars);
+    Rule::apply(value, widen(g), kept, h);
     p = narrow<T>(value);
 #pragma unroll
     for (int j = 0; j < states; ++j) *s[j] = narrow<T>(kept[j]);

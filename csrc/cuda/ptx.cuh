@@ -102,7 +102,7 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const void* from, i
 // cp.async.commit_group: the thread's copies since the last one become a group.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// cp.async.wait_group: waits for all of the thread's groups but the newest ones, so many.
+// cp.async.wait_group: waits for all of the thread's groups but the `newest` newest ones.
 template <int newest>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
@@ -145,7 +145,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], SharedAddress r
 // cvt.rna.tf32.f32 (sm_80), on the bits: rounds to 10 bits after the point, to nearest, ties away from zero.
 GEMMLET_PTX(unsigned, tf32_of_float, "cvt.rna.tf32.f32", "=r", unsigned, "r")
 
-// and.b32: x without the 13 bits that TF32 has not; where it stands, so that registers are not written between products.
+// and.b32: x without the 13 bits that TF32 has not; where it stands, so that registers are not written between wgmma.
 __device__ __forceinline__ unsigned cut_to_tf32(unsigned x) {
   unsigned result;
   asm volatile("and.b32 %0, %1, 0xffffe000;" : "=r"(result) : "r"(x));
@@ -201,8 +201,8 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// mbarrier.init: a phase of the barrier, 8 bytes of shared memory, ends after so many arrivals, and when all bytes are
-// there that were expected; they may come before they are expected. Phases count from 0.
+// mbarrier.init: a phase of the barrier, 8 bytes of shared memory, ends after `arrivals` arrivals, and when all bytes
+// that were expected are there; they may come before they are expected. Phases count from 0.
 __device__ __forceinline__ void init_barrier(SharedAddress barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -213,7 +213,7 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// mbarrier.arrive.expect_tx: arrives, and lets the phase wait for so many bytes of copies.
+// mbarrier.arrive.expect_tx: arrives, and lets the phase wait for `bytes` bytes of copies.
 __device__ __forceinline__ void arrive_expecting(SharedAddress barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -275,8 +275,8 @@ __device__ __forceinline__ void store_to_block(SharedAddress to, unsigned rank, 
       : "memory");
 }
 
-// setmaxnreg: the warpgroup gives registers back, or waits for more, until each of its threads has so many, a multiple
-// of 8.
+// setmaxnreg: the warpgroup gives registers back, or waits for more, until each of its threads has `registers`,
+// a multiple of 8.
 template <int registers>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
@@ -287,19 +287,19 @@ __device__ __forceinline__ void take_registers() {
 }
 
 //
-// Products of a warpgroup, 4 warps from a multiple of 4 on (sm_90a): they read shared memory, and change registers,
-// until they are waited for. They are groups of the thread's, like copies, and count apart from them.
+// wgmma, by a warpgroup, 4 warps from a multiple of 4 on (sm_90a): asynchronous, so they read shared memory and change
+// registers until they are waited for. They are groups of the thread's, like copies, and count apart from them.
 //
 
-// wgmma.fence: between any other access of a product's registers and the product.
-__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// wgmma.fence: between any other access of the registers and the wgmma.
+__device__ __forceinline__ void fence_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// wgmma.commit_group: the products since the last one become a group.
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// wgmma.commit_group: the wgmma since the last one become a group.
+__device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// wgmma.wait_group: waits for all groups but the newest ones, so many.
+// wgmma.wait_group: waits for all groups but the `newest` newest ones.
 template <int newest>
-__device__ __forceinline__ void wait_for_products() {
+__device__ __forceinline__ void wait_for_wgmma() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(newest) : "memory");
 }
 
@@ -320,11 +320,11 @@ __device__ __forceinline__ void wait_for_products() {
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// wgmma.wait_group 0: waits for all products, after which d, the registers of some of them, can be read.
-__device__ __forceinline__ void finish_products(float (&d)[64]) {
+// wgmma.wait_group 0: waits for all wgmma, after which d, the registers of some of them, can be read.
+__device__ __forceinline__ void finish_wgmma(float (&d)[64]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" : GEMMLET_D64::"memory");
 }
-__device__ __forceinline__ void finish_products(float (&d)[128]) {
+__device__ __forceinline__ void finish_wgmma(float (&d)[128]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" : GEMMLET_D128::"memory");
 }
 

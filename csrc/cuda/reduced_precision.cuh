@@ -6,7 +6,7 @@
 //   The functions take what those of math.h take, NaN, infinities and zeros of both signs included. Relative errors are
 //   2^-15 at most, also of results that become subnormal bfloat16 numbers. tests/test_cuda.py tries all numbers of 16 bits
 //   in all activations, with instructions that err as much as they may. Where a formula has a difference, as
-//   gelu's slope near its zero, the error is that of what cancels.
+//   gelu's slope near its zero, the error comes from cancellation.
 // Polynomials as in math.h.
 #pragma once
 
@@ -63,7 +63,7 @@ GEMMLET_INLINE Coarse expm1(Coarse x) {
   return Coarse(abs(x.value) < series_end ? series : difference);
 }
 
-GEMMLET_INLINE Coarse log1p_of_share(Coarse x) {
+GEMMLET_INLINE Coarse log1p_unit(Coarse x) {
   const float series = x.value * fma(-0.5f, x.value, 1.0f);
   return Coarse(x.value < series_end ? series : ptx::log2_flushed(1.0f + x.value) * ln_2);
 }

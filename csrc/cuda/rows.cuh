@@ -17,7 +17,7 @@
 
 namespace gemmlet {
 
-// Of a block whose teams are of so many.
+// Threads of a block whose teams have `Threads`.
 template <int Threads>
 inline constexpr int row_threads = Threads > 256 ? Threads : 256;
 
@@ -168,9 +168,9 @@ class Row : public RowValues<T> {
     return Team::reduce(least, Largest{});
   }
 
-  // f(column, number, slot) for each, which held numbers turn into.
+  // f(column, number, slot) for each, which replaces held numbers.
   template <class F>
-  __device__ __forceinline__ void turn_into(F f) {
+  __device__ __forceinline__ void transform(F f) {
     if constexpr (held)
       each_slot([&](int j) {
 #pragma unroll
@@ -180,8 +180,8 @@ class Row : public RowValues<T> {
       each(f);
   }
 
-  // The largest number, as above, and the sum of the terms of number - largest. Held numbers, `absent` ones being -inf,
-  // turn into these terms.
+  // The largest number, as above, and the sum of the terms of number - largest. These terms replace held
+  // numbers, of which `absent` ones must be -inf.
   struct Terms {
     V largest, total;
   };
@@ -189,7 +189,7 @@ class Row : public RowValues<T> {
     V total = 0;
     if constexpr (held) {
       const V most = largest(least);
-      turn_into([&](int, V v, int) {
+      transform([&](int, V v, int) {
         const V e = term(v - most);
         total += e;
         return e;
@@ -220,9 +220,9 @@ class Row : public RowValues<T> {
     }
   }
 
-  // f(v) of a number v that `map` or `each` gives when held ones have turned into that.
+  // f(number) for the v that `map` or `each` passes after transform(f), which has replaced held numbers only.
   template <class F>
-  __device__ __forceinline__ static V turned(V v, F f) {
+  __device__ __forceinline__ static V transformed(V v, F f) {
     if constexpr (held)
       return v;
     else
@@ -274,7 +274,7 @@ class Row : public RowValues<T> {
   V absent_, value_[held ? Values : 1];
 };
 
-// A row as formulas/rows.h asks for it. second(column, slot) is what stands beside a number; Alone: nothing does.
+// A row as formulas/rows.h asks for it. second(column, slot) is the second operand; Alone: there is none.
 // write(row, f) makes results f(column, number, slot), as row.map and row.each do.
 struct Alone {};
 template <class R, class Second, class Write>
@@ -289,15 +289,15 @@ class Operands : public RowValues<typename R::Number> {
   __device__ __forceinline__ Operands(R& row, Second second, Write write) : row_(row), second_(second), write_(write) {}
 
   template <class F>
-  __device__ __forceinline__ static V turned(V v, F f) {
-    return R::turned(v, f);
+  __device__ __forceinline__ static V transformed(V v, F f) {
+    return R::transformed(v, f);
   }
 
   __device__ __forceinline__ V largest() const { return row_.largest(-infinity<V>()); }
   __device__ __forceinline__ auto terms() const { return row_.terms(); }
   __device__ __forceinline__ auto term_sum() const {
-    R turned = row_;
-    return turned.terms();
+    R copy = row_;
+    return copy.terms();
   }
   __device__ __forceinline__ V sum() const {
     return row_.sum([](int, V v, int) { return v; });
@@ -315,9 +315,9 @@ class Operands : public RowValues<typename R::Number> {
     });
   }
   template <int n, class F>
-  __device__ __forceinline__ Sums<n> turn(F f) const {
+  __device__ __forceinline__ Sums<n> transform(F f) const {
     Sums<n> sums{};
-    row_.turn_into([&](int i, V v, int slot) {
+    row_.transform([&](int i, V v, int slot) {
       V summand[n];
       const V result = f(v, second_(i, slot), summand);
 #pragma unroll
@@ -342,7 +342,7 @@ inline constexpr int other_numbers = 72;
 inline constexpr int other_numbers = 40;
 #endif
 
-// Blocks for whose threads a multiprocessor has the registers that hold `Values` numbers of so many rows, and the others.
+// Blocks for whose threads a multiprocessor has registers: for `Values` numbers of `rows` rows, and for the others.
 template <class T, int Threads, int Values, int rows>
 inline constexpr int row_blocks = [] {
   constexpr int numbers = rows * Values + other_numbers, words = numbers * static_cast<int>(sizeof(Compute<T>)) / 4;
@@ -354,7 +354,7 @@ template <class F, class T, int Threads, int Values, int N>
 __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, Values, 1>))
     row_forward(const T* x, T* y, Index rows, int columns) {
   using Team = gemmlet::Team<Threads>;
-  // Every team goes round as often as the first of its block: reductions take all threads.
+  // Every team takes as many steps as the first of its block: reductions take all threads.
   for (Index r = Team::index(); r - threadIdx.x / Threads < rows; r += Team::count()) {
     const bool present = r < rows;
     const Index at = present ? r * columns : 0;
@@ -371,8 +371,8 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
     const bool present = r < rows;
     const Index at = present ? r * columns : 0;
     const Row<T, Team, Values, N> grad(grad_y + at, columns, present, 0), result(y + at, columns, present, 0);
-    const auto beside = [&](int i, int slot) { return result.at(i, slot); };
-    F::backward(Operands(grad, beside, [=](const auto& of, auto f) { of.map(grad_x + at, f); }));
+    const auto second = [&](int i, int slot) { return result.at(i, slot); };
+    F::backward(Operands(grad, second, [=](const auto& of, auto f) { of.map(grad_x + at, f); }));
   }
 }
 

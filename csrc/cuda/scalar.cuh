@@ -117,7 +117,7 @@ GEMMLET_INLINE float abs(float a) { return ptx::abs(a); }
 GEMMLET_INLINE float copysign(float magnitude, float sign) { return ptx::copysign(magnitude, sign); }
 
 // a / b to the last bit, by the steps that the operator takes when it has found no number that they are not for (Markstein,
-// 1990: from a reciprocal and a rest a - q b that are rounded right comes a quotient that is). |b| is within
+// 1990: from a reciprocal and a rest a - q b that are correctly rounded comes a quotient that is). |b| is within
 // [2^-60, 2^60], or NaN; a is finite, or NaN; and the result is 0 or not below 2^-100, or b is a power of 2.
 GEMMLET_INLINE float quotient(float a, float b) {
   const float guess = ptx::reciprocal(b), r = fma(guess, fma(-b, guess, 1.0f), guess), q = a * r;

@@ -3,7 +3,7 @@
 // Contract
 //   V is a value type with arithmetic and comparisons: a SIMD vector (cpu/simd.h), or a scalar on a GPU. Whoever
 //   includes this file has declared for V: constant<V>(c), select, abs, copysign, at_least, at_most, fma, quotient,
-//   product_error, one_less_half, exp, decay, decay_times, unsigned_decay_times, expm1, log1p_of_share, tanh,
+//   product_error, one_less_half, exp, decay, decay_times, unsigned_decay_times, expm1, log1p_unit, tanh,
 //   scaled_normal_tail.
 //   forward(x, parameter) -> y
 //   backward(grad_y, saved, parameter) -> grad_x; saved is x where needs_x, else y.
@@ -158,7 +158,7 @@ struct softplus {
   static constexpr bool needs_x = false;
   template <class V>
   static constexpr V forward(V x, V) {
-    return select(x > V{}, x, V{}) + log1p_of_share(decay(-abs(x)));
+    return select(x > V{}, x, V{}) + log1p_unit(decay(-abs(x)));
   }
   template <class V>
   static constexpr V backward(V grad_y, V y, V) {

@@ -8,9 +8,9 @@
 //   Any input, NaN, infinities and subnormals included; results that are subnormal are rounded once. Errors, in ULP,
 //   from tools/sweep_float32.py (all floats) and tests/test_accuracy.py (double, against mpmath): what
 //   formulas/activations.py promises. Branch-free. expm1 ends at the largest finite exp; scaled_normal_tail takes no
-//   negative number; log1p_of_share takes [0, 1].
+//   negative number; log1p_unit takes [0, 1].
 // Polynomials are minimax, from Sollya: fpminimax(f, degree, [|SG...|] or [|D...|], interval, relative); the command
-// stands beside each.
+// is above each.
 #pragma once
 
 namespace gemmlet {
@@ -215,9 +215,9 @@ GEMMLET_INLINE V log1p(V x) {
   return select(u == infinity<V>(), u, result);
 }
 
-// log(1 + x), likewise, for x within [0, 1], such as an exponential that is one of two shares.
+// log(1 + x), likewise, for x within the unit interval [0, 1].
 template <class V>
-GEMMLET_INLINE V log1p_of_share(V x) {
+GEMMLET_INLINE V log1p_unit(V x) {
   if constexpr (sizeof(ScalarOf<V>) == 4) {
     // (log1p(x) - x) / x^2, degree 8, [0; 1], by fpminimax(log1p(x), [|2,...,10|], [|SG...|], [0; 1], relative, x): 5e-9
     const V q = polynomial(x, -0.4999993145465850830078125, 0.3333047926425933837890625, -0.24958293139934539794921875,

@@ -1,23 +1,22 @@
 // Functions of rows and losses of rows: each formula once, for every kind of row.
 //
 // Contract
-//   A row `r` holds the numbers of one sample, x or the logits z; on a CPU, also of several samples side by side. Beside
-//   each number there may be a second one: y beside grad_y, the target t beside z. V is its value type, as in
-//   activations.h; a statistic is one number for each sample, with arithmetic. How a row is loaded, reduced and stored
-//   belongs to the device: cpu/rows.h, cuda/rows.cuh.
+//   A row `r` holds the numbers of one sample, x or the logits z; on a CPU, also of several samples side by side. A
+//   second operand is y for grad_y, the targets t for z. V is its value type, as in activations.h; a statistic is one
+//   number for each sample. How a row is loaded, reduced and stored belongs to the device: cpu/rows.h, cuda/rows.cuh.
 //     r.largest()              max_j z_j, as V; NaN is passed over
-//     r.terms()                {largest, total}: each z_j turns into its term exp(z_j - largest); total is their sum
+//     r.terms()                {largest, total}: replaces each z_j by its term exp(z_j - largest); total is their sum
 //     r.term_sum()             the same, but every z_j stays
-//     r.turn<n>(f)             each z_j turns into f(z_j[, second], summand), which sets summand[0 ... n - 1]; of[i] is
-//                              the sum of summand[i], a statistic
-//     r.turned(v, f)           what map gives as v, once each z_j has turned into f(z_j): some rows turn it only then
-//     r.sum(), r.dot()         statistics: sum_j z_j, and sum_j of z_j times the number beside it
-//     r.map(f)                 the result at j is f(z_j[, second])
+//     r.transform<n>(f)        replaces each z_j by f(z_j[, second_j], summand), which sets summand[0 ... n - 1]; of[i]
+//                              is the sum of summand[i], a statistic
+//     r.transformed(v, f)      f(z_j) for the v that map passes after transform(f), which some rows put off until here
+//     r.sum(), r.dot()         statistics: sum_j z_j and sum_j z_j second_j
+//     r.map(f)                 the result at j is f(z_j[, second_j])
 //     r.term(v), r.exp(v)      exp(v): as a term, v <= 0; as a result
 //     r.log(total)             a statistic, of a sum of terms
 //     r.vector(s)              a statistic as V; r.divisor(s): as what a V is divided by
-//   F::forward(r): from x to y. F::backward(r): from grad_y, y beside it, to grad_x.
-//   L::of_targets(r, scale): from z, t beside it, to the gradient times `scale`; returns the loss, a statistic.
+//   F::forward(r): from x to y. F::backward(r): from grad_y and y to grad_x.
+//   L::of_targets(r, scale): from z and t to the gradient times `scale`; returns the loss, a statistic.
 //   Special values: a row that holds NaN or +inf, or only -inf, gives NaN. The reference: python/gemmlet/formulas/losses.py.
 // To add one: a struct here, its name in GEMMLET_ROW_FUNCTIONS or GEMMLET_ROW_LOSSES, and its entry in Python.
 #pragma once
@@ -32,7 +31,7 @@ struct softmax {
     const auto of_row = r.terms();
     const auto total = r.divisor(of_row.total);
     const auto term = [=](auto x) GEMMLET_INLINE_LAMBDA { return R::term(x - of_row.largest); };
-    r.map([=](auto v) GEMMLET_INLINE_LAMBDA { return R::turned(v, term) / total; });
+    r.map([=](auto v) GEMMLET_INLINE_LAMBDA { return R::transformed(v, term) / total; });
   }
   template <class R>
   GEMMLET_INLINE static void backward(R r) {
@@ -83,12 +82,12 @@ struct softmax_cross_entropy {
   GEMMLET_INLINE static auto of_targets(R r, V scale) {
     const V largest = r.largest();
     const auto term = [=](V z) GEMMLET_INLINE_LAMBDA { return R::term(z - largest); };
-    const auto sums = r.template turn<3>([=](V z, V t, V* summand) GEMMLET_INLINE_LAMBDA {
+    const auto sums = r.template transform<3>([=](V z, V t, V* summand) GEMMLET_INLINE_LAMBDA {
       weigh(z - largest, t, summand + 1);
       return *summand = term(z);
     });
     const V factor = r.vector(sums.of[1] / sums.of[0]);
-    r.map([=](V v, V t) GEMMLET_INLINE_LAMBDA { return fma(R::turned(v, term), factor, -t) * scale; });
+    r.map([=](V v, V t) GEMMLET_INLINE_LAMBDA { return fma(R::transformed(v, term), factor, -t) * scale; });
     return sums.of[1] * r.log(sums.of[0]) - sums.of[2];
   }
 
@@ -106,7 +105,7 @@ struct softmax_cross_entropy {
     typename R::template Sums<2> spread_sums;
     if (spread != 0)
       spread_sums = r.template sums<2>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA { weigh(z - largest, t, summand); });
-    const auto total = r.template turn<1>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA {
+    const auto total = r.template transform<1>([=](V z, V* summand) GEMMLET_INLINE_LAMBDA {
                           return *summand = R::term(z - largest);
                         }).of[0];
     const auto weight = spread_sums.of[0] + keep;
@@ -139,7 +138,7 @@ struct softmax_cross_entropy {
     // The gradient at another class, of what map gives as v.
     GEMMLET_INLINE V of_other(V v) const {
       const V most = largest;
-      return R::turned(v, [=](V z) GEMMLET_INLINE_LAMBDA { return R::term(z - most); }) * factor;
+      return R::transformed(v, [=](V z) GEMMLET_INLINE_LAMBDA { return R::term(z - most); }) * factor;
     }
   };
 

@@ -1,4 +1,4 @@
-"""How precise products of float32 matrices are on a GPU."""
+"""How precise float32 matmuls are on a GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ _chosen = "highest"
 
 
 def set_float32_matmul_precision(precision: str) -> None:
-    """Let products of float32 matrices on a GPU round their operands, for speed; PyTorch has a function of this name.
+    """Let float32 matmuls on a GPU round their operands, for speed; PyTorch has a function of this name.
 
-    It holds for the whole process. On the CPU products are always in float32, and so are those of `gemmlet.nn`'s own
+    It holds for the whole process. On the CPU matmuls are always in float32, and so are those of `gemmlet.nn`'s own
     training on a GPU.
 
     Parameters
@@ -18,7 +18,7 @@ def set_float32_matmul_precision(precision: str) -> None:
         ``"highest"``, which is the default: float32 throughout. ``"high"``: operands are rounded to TensorFloat-32,
         which has 10 bits after the point, to nearest, ties away from zero; large matmuls on Hopper round one of the two
         as its copy engine does. That adds ``1.5 * 2**-10 * (abs(a) @ abs(b))`` at most to the error of ``a @ b``.
-        Products of at most four rows or columns stay float32: they would not be faster.
+        Matmuls with at most four rows or columns stay float32: they would not be faster.
 
     Raises
     ------

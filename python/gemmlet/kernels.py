@@ -1,4 +1,4 @@
-"""The kernels: matrix products, activations, losses and optimizer updates, on whichever backend is in use.
+"""The kernels: matmul, activations, losses and optimizer updates, on whichever backend is in use.
 
 All take float32 or float64 arrays: NumPy's, or anything with ``__array_interface__``, the buffer protocol or DLPack on
 the CPU (a PyTorch tensor, say), which is read where it lies, without a copy. Every array of one call has one dtype; the
@@ -11,7 +11,7 @@ for, as it is a Python float, and so are class indices, to be checked; everythin
 
 Errors common to all: `TypeError` for a dtype that is none of these, or that differs from the other arguments';
 `ValueError` for a shape that does not fit, for a number out of its range, for arrays in different places, for an `out`
-that is read-only or overlaps what a matrix product reads, and for updated arrays that overlap. Each names the argument.
+that is read-only or overlaps what a matmul reads, and for updated arrays that overlap. Each names the argument.
 
 Special values are as in NumPy: NaN propagates, infinities and subnormal numbers are computed right. Where the formula
 would give inf times 0, the result is its limit. The same input gives the same bits for any number of threads.
@@ -38,11 +38,11 @@ from .formulas.optimizers import OPTIMIZER_RULES
 
 Array = NDArray[Any]
 
-_PRODUCTS = ["linear", "linear_backward", "matmul"]
+_MATMULS = ["linear", "linear_backward", "matmul"]
 _UPDATES = ["adam_update", "adamw_update", "sgd_update"]
 _FORWARD = [*ACTIVATIONS, *ROW_FUNCTIONS]
 
-__all__ = sorted([*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, *ROW_LOSSES])
+__all__ = sorted([*_MATMULS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for name in _FORWARD), *LOSSES, *ROW_LOSSES])
 
 
 # Arguments in the layout that backends want.
@@ -51,7 +51,7 @@ __all__ = sorted([*_PRODUCTS, *_UPDATES, *_FORWARD, *(f"{name}_backward" for nam
 def _refuse_overlap(out: Array, **inputs: Array | None) -> None:
     for name, array in inputs.items():
         if array is not None and arguments.overlaps(out, array):
-            raise ValueError(f"out overlaps {name}: a matrix product cannot write where it reads")
+            raise ValueError(f"out overlaps {name}: a matmul cannot write where it reads")
 
 
 def _elementwise(
@@ -103,11 +103,11 @@ def _returned(out: Any, array: Array) -> Any:
     return array if out is None else out
 
 
-# Matrix products.
+# Matmuls.
 
 
 def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
-    """Matrix product ``a @ b``.
+    """Matrix multiplication ``a @ b``.
 
     Parameters
     ----------
@@ -164,9 +164,9 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     else:
         lefts = np.broadcast_to(matrices[0], (*stack, *matrices[0].shape[-2:]))
         rights = np.broadcast_to(matrices[1], (*stack, *matrices[1].shape[-2:]))
-        products = buffer.reshape(full)
+        outs = buffer.reshape(full)
         for index in np.ndindex(stack):
-            backend.matmul(lefts[index], rights[index], products[index])
+            backend.matmul(lefts[index], rights[index], outs[index])
     if buffer is not result:
         backend.assign(result, buffer)
     return _returned(out, result)
@@ -218,7 +218,7 @@ def linear(
         Any strides.
     b : array_like, shape (out_features,), optional
     activation : str, optional
-        The name of an activation in this module, fused with the product.
+        The name of an activation in this module, fused with the matmul.
     activation_parameter : float, optional
         Its number, where it takes one (`negative_slope` of leaky_relu, `alpha` of elu).
     return_preactivation : bool
@@ -578,7 +578,7 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
     if not p.size:
         return float("nan"), _returned(out, grad)
     evaluate = partial(backend.elementwise_loss, entry)
-    # `rows`: the order of the elements is that of the sum, which shall not depend on the layout.
+    # `rows`: the sum is in the order of the elements, which shall not depend on the layout.
     loss = _elementwise(backend, lambda a, b, o: evaluate(a, b, value, o), (p, t), (grad,), rows=True, new=out is None)
     return float(loss), _returned(out, grad)
 

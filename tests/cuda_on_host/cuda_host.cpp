@@ -88,7 +88,7 @@ struct SharedBarrier {
 };
 
 struct CopyQueue : Queue<Copy> {};
-struct ProductQueue : Queue<Product> {};
+struct WgmmaQueue : Queue<Wgmma> {};
 
 namespace {
 
@@ -288,7 +288,7 @@ struct Worker {
   std::vector<Warp> warps;
   std::vector<Block> blocks;
   std::vector<CopyQueue> copies;
-  std::vector<ProductQueue> products;
+  std::vector<WgmmaQueue> wgmmas;
   std::vector<Fiber*> ready;  // a ring
   unsigned first_ready = 0, ready_count = 0, live = 0;
   unsigned random = 0;
@@ -314,7 +314,7 @@ struct Worker {
     }
   }
 
-  explicit Worker(unsigned threads) : fibers(threads), copies(threads), products(threads), ready(threads) {
+  explicit Worker(unsigned threads) : fibers(threads), copies(threads), wgmmas(threads), ready(threads) {
     void* memory = mmap(nullptr, threads * stack_distance, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
@@ -326,7 +326,7 @@ struct Worker {
       mprotect(stacks + i * stack_distance, page, PROT_NONE);
       fibers[i].stack = stacks + i * stack_distance + page;
       fibers[i].copies = &copies[i];
-      fibers[i].products = &products[i];
+      fibers[i].wgmmas = &wgmmas[i];
 #if defined(CUDA_HOST_THREAD)
       fibers[i].tsan = __tsan_create_fiber(0);
 #endif
@@ -520,7 +520,7 @@ extern "C" void cuda_host_begin() {
   acquire(&worker->begins);
   worker->launch->kernel->run(worker->launch->arguments);
   if (!self->copies->items.empty()) fail("ends, and has not waited for all its asynchronous copies");
-  if (!self->products->items.empty()) fail("ends, and has not waited for all its products");
+  if (!self->wgmmas->items.empty()) fail("ends, and has not waited for all its wgmma");
   if (self->arrived) fail("ends, and has not waited at the barrier of its cluster");
   release(&worker->ends);
   worker->exit();
@@ -551,10 +551,10 @@ void Worker::start(Block& block, unsigned number, Fiber* fiber, Warp* warp) {
     f.lane = i % 32;
     f.block = &block;
     f.warp = &warp[i / 32];
-    f.waits = f.fenced = f.products_fenced = f.arrived = false;
+    f.waits = f.fenced = f.wgmma_fenced = f.arrived = false;
     f.last_atomic = nullptr;
     f.copies->clear();
-    f.products->clear();
+    f.wgmmas->clear();
     prepare(&f);
   }
   unsigned step = std::abs(c.step), i = c.step < 0 ? threads - 1 : 0;
@@ -880,9 +880,9 @@ void queue_copy(const Copy& copy) { self->copies->items.push_back(copy); }
 void commit_copies() { self->copies->commit(); }
 bool next_copy(unsigned newest_groups, Copy& copy) { return self->copies->next(newest_groups, copy); }
 
-void queue_product(const Product& product) { self->products->items.push_back(product); }
-void commit_products() { self->products->commit(); }
-bool next_product(unsigned newest_groups, Product& product) { return self->products->next(newest_groups, product); }
+void queue_wgmma(const Wgmma& wgmma) { self->wgmmas->items.push_back(wgmma); }
+void commit_wgmma() { self->wgmmas->commit(); }
+bool next_wgmma(unsigned newest_groups, Wgmma& wgmma) { return self->wgmmas->next(newest_groups, wgmma); }
 
 }  // namespace cuda_host
 

@@ -13,7 +13,7 @@
 //   Found and reported, as an error of the launch: a barrier that not all can reach, a barrier in divergent code, lanes
 //   of a warp at different exchanges, misaligned addresses and indices outside of arrays of known size (by GCC's
 //   -fsanitize=alignment,bounds), writes beside dynamic shared memory or arrays, accesses of no memory, a full stack
-//   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a product of a
+//   (64 KB), an asynchronous copy that nobody waited for (what it should have copied reads as NaN), a wgmma of a
 //   warpgroup that was not fenced, or that nobody waited for (it is computed as late as it may be), a barrier in shared
 //   memory that was not initialized, or twice, or not fenced, or that too many arrive at, a phase that expects fewer bytes
 //   than come, or is left expecting some, a bulk copy or a store to another block that nobody waited for (what it fills
@@ -107,9 +107,9 @@ struct Block {
   void* statics = nullptr;  // static shared memory, while another block of a cluster runs
 };
 
-// Copies and products of a thread that wait to be waited for; cuda_host.cpp has the definitions.
+// Copies and wgmma of a thread that wait to be waited for; cuda_host.cpp has the definitions.
 struct CopyQueue;
-struct ProductQueue;
+struct WgmmaQueue;
 
 struct Fiber {
   uint3 thread;
@@ -117,9 +117,9 @@ struct Fiber {
   Block* block;
   Warp* warp;
   CopyQueue* copies;
-  ProductQueue* products;
-  bool products_fenced;  // registers can be theirs
-  bool arrived;          // at the cluster's barrier, in the phase
+  WgmmaQueue* wgmmas;
+  bool wgmma_fenced;  // registers can be theirs
+  bool arrived;       // at the cluster's barrier, in the phase
   unsigned arrived_in;
   // For the order of memory between blocks.
   bool fenced;
@@ -230,7 +230,7 @@ inline void copy_async(void* to, const void* from, unsigned bytes, unsigned from
 // The copies since the last commit become a group.
 void commit_copies();
 
-// Does all copies but those of the newest groups, so many.
+// Does all copies but those of the newest groups.
 inline void wait_for_copies(unsigned newest_groups) {
   Copy copy;
   while (next_copy(newest_groups, copy)) {
@@ -243,22 +243,22 @@ inline void wait_for_copies(unsigned newest_groups) {
 }
 
 //
-// Products of a warpgroup (wgmma): done no earlier than they are waited for, from shared memory as it is then
+// wgmma of a warpgroup: done no earlier than they are waited for, from shared memory as it is then
 //
 
-struct Product {
-  void (*compute)(const Product&);
+struct Wgmma {
+  void (*compute)(const Wgmma&);
   float* d;
   unsigned long long a, b;
   const unsigned* a_registers;  // instead, and what they held
   unsigned held[4];
 };
 
-void queue_product(const Product& product);
-// The products since the last commit become a group.
-void commit_products();
-// Takes the oldest product out of the queue that is not in one of the `groups` newest groups.
-bool next_product(unsigned groups, Product& product);
+void queue_wgmma(const Wgmma& wgmma);
+// The wgmma since the last commit become a group.
+void commit_wgmma();
+// Takes the oldest wgmma out of the queue that is not in one of the `groups` newest groups.
+bool next_wgmma(unsigned groups, Wgmma& wgmma);
 
 //
 // Barriers in shared memory (mbarrier), and bulk copies that complete on them (cp.async.bulk, st.async): done when the
@@ -278,7 +278,7 @@ struct BulkCopy {
 void init_shared_barrier(void* barrier, unsigned arrivals);
 // Of the barriers that the thread has initialized.
 void fence_barrier_init();
-// Arrives, and lets the phase wait for so many bytes.
+// Arrives, and lets the phase wait for `bytes` bytes.
 void arrive(void* barrier, unsigned bytes);
 void queue_bulk_copy(void* barrier, const BulkCopy& copy, unsigned bytes);
 void wait_for_phase(void* barrier, unsigned parity, Place place);

@@ -303,32 +303,32 @@ inline void take_registers(const char* file = __builtin_FILE(), int line = __bui
 }
 
 //
-// Products of a warpgroup
+// wgmma, by a warpgroup
 //
 
-inline void fence_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline void fence_wgmma(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   meet("wgmma.fence", file, line);
-  cuda_host::self->products_fenced = true;
+  cuda_host::self->wgmma_fenced = true;
 }
 
-inline void commit_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline void commit_wgmma(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   meet("wgmma.commit_group", file, line);
-  cuda_host::commit_products();
+  cuda_host::commit_wgmma();
 }
 
 template <int newest>
-inline void wait_for_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline void wait_for_wgmma(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   meet("wgmma.wait_group", file, line);
-  cuda_host::Product product;
-  while (cuda_host::next_product(newest, product)) product.compute(product);
+  cuda_host::Wgmma wgmma;
+  while (cuda_host::next_wgmma(newest, wgmma)) wgmma.compute(wgmma);
   // None goes on before all are done.
   meet("wgmma.wait_group", file, line, true);
 }
 
 template <int count>
-inline void finish_products(float (&)[count], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  wait_for_products<0>(file, line);
-  cuda_host::self->products_fenced = false;  // as registers may be read and written from here on
+inline void finish_wgmma(float (&)[count], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  wait_for_wgmma<0>(file, line);
+  cuda_host::self->wgmma_fenced = false;  // as registers may be read and written from here on
 }
 
 // The matrix descriptor's number of a line and a step, with swizzling of 128 bytes (PTX ISA, 9.7.15.5.1).
@@ -345,9 +345,9 @@ inline Number number_of(unsigned long long descriptor, unsigned line, unsigned s
   return number;
 }
 
-// What a thread has of the product: products of numbers are exact in float; their sum is rounded after each.
+// What a thread has of a wgmma: products of numbers are exact in float; their sum is rounded after each.
 template <bool adds, int count, int steps, class A, class B>
-inline void part_of_product(float* d, A a, B b) {
+inline void part_of_wgmma(float* d, A a, B b) {
   const unsigned warp = cuda_host::self->index / 32 % 4, g = cuda_host::self->lane / 4, t = cuda_host::self->lane % 4;
   float rows[2][steps], column[steps];
   for (unsigned half = 0; half < 2; ++half)
@@ -363,8 +363,8 @@ inline void part_of_product(float* d, A a, B b) {
 }
 
 template <bool a_transposed, bool b_transposed, int count, float (*number)(unsigned short), bool adds>
-inline void product_of_16_bits(const cuda_host::Product& p) {
-  part_of_product<adds, count, 16>(
+inline void wgmma_of_16_bits(const cuda_host::Wgmma& p) {
+  part_of_wgmma<adds, count, 16>(
       p.d, [&](unsigned line, unsigned k) { return number(number_of<a_transposed>(p.a, line, k)); },
       [&](unsigned line, unsigned k) { return number(number_of<b_transposed>(p.b, line, k)); });
 }
@@ -372,7 +372,7 @@ inline void product_of_16_bits(const cuda_host::Product& p) {
 inline float tf32_bits(unsigned x) { return reinterpreted<float>(x & ~0x1fffu); }
 
 template <bool adds, int count>
-inline void product_of_tf32(const cuda_host::Product& p) {
+inline void wgmma_of_tf32(const cuda_host::Wgmma& p) {
   for (unsigned i = 0; i < 4; ++i)
     if (p.a_registers[i] != p.held[i]) cuda_host::fail("wgmma: registers of a were written before it was waited for");
   struct Held {
@@ -381,7 +381,7 @@ inline void product_of_tf32(const cuda_host::Product& p) {
   Held mine;
   memcpy(&mine, p.held, sizeof mine);
   const auto lanes = cuda_host::warp_exchange(mine, "wgmma");
-  part_of_product<adds, count, 8>(
+  part_of_wgmma<adds, count, 8>(
       p.d,
       [&](unsigned line, unsigned k) { return tf32_bits(lanes[line % 8 * 4 + k % 4].a[k / 4 * 2 + line / 8 % 2]); },
       [&](unsigned line, unsigned k) { return tf32_bits(number_of<false, unsigned>(p.b, line, k)); });
@@ -392,8 +392,8 @@ struct Descriptors {
   int adds;
 };
 
-// What is wrong with a product of a warpgroup.
-inline void check_product(unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
+// What is wrong with a wgmma.
+inline void check_wgmma(unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
   const Descriptors mine{{a, b}, adds};
   const Descriptors first = cuda_host::warp_exchange(mine, "wgmma", file, line)[0];
   if (first.of[0] != a || first.of[1] != b || first.adds != adds)
@@ -401,15 +401,15 @@ inline void check_product(unsigned long long a, unsigned long long b, int adds, 
   for (const unsigned long long descriptor : mine.of)
     if ((descriptor & ~0x3fff3fff3fffull) != 1ull << 62)
       cuda_host::fail("wgmma: the matrix descriptor %016llx is none of swizzling by 128 bytes", descriptor);
-  if (!cuda_host::self->products_fenced) cuda_host::fail("wgmma: there was no wgmma.fence");
+  if (!cuda_host::self->wgmma_fenced) cuda_host::fail("wgmma: there was no wgmma.fence");
 }
 
 template <bool a_transposed, bool b_transposed, float (*number)(unsigned short), int count>
 inline void wgmma(float (&d)[count], unsigned long long a, unsigned long long b, int adds, const char* file, int line) {
-  check_product(a, b, adds, file, line);
-  cuda_host::queue_product({adds ? product_of_16_bits<a_transposed, b_transposed, count, number, true>
-                                 : product_of_16_bits<a_transposed, b_transposed, count, number, false>,
-                            d, a, b});
+  check_wgmma(a, b, adds, file, line);
+  cuda_host::queue_wgmma({adds ? wgmma_of_16_bits<a_transposed, b_transposed, count, number, true>
+                               : wgmma_of_16_bits<a_transposed, b_transposed, count, number, false>,
+                          d, a, b});
 }
 
 inline float float_of_bfloat(unsigned short h) { return reinterpreted<float>(static_cast<unsigned>(h) << 16); }
@@ -428,9 +428,9 @@ inline void wgmma_bf16(float (&d)[count], unsigned long long a, unsigned long lo
 template <int count>
 inline void wgmma_tf32(float (&d)[count], const unsigned (&a)[4], unsigned long long b, int adds,
                        const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  check_product(b, b, adds, file, line);
-  cuda_host::queue_product(
-      {adds ? product_of_tf32<true, count> : product_of_tf32<false, count>, d, 0, b, a, {a[0], a[1], a[2], a[3]}});
+  check_wgmma(b, b, adds, file, line);
+  cuda_host::queue_wgmma(
+      {adds ? wgmma_of_tf32<true, count> : wgmma_of_tf32<false, count>, d, 0, b, a, {a[0], a[1], a[2], a[3]}});
 }
 
 }  // namespace gemmlet::ptx

@@ -330,7 +330,7 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
 PyObject* update(const Formula& formula, Arguments a) {
   constexpr int max_states = 2, max_hyperparameters = 9;
   const int states = optimizer_state_count(formula.number),
-            hyperparameter_count = optimizer_scalar_count(formula.number);
+            hyperparameter_count = optimizer_hyperparameter_count(formula.number);
   if (states > max_states || hyperparameter_count > max_hyperparameters || !PyTuple_CheckExact(a[2]) ||
       !PyTuple_CheckExact(a[3]) || PyTuple_GET_SIZE(a[2]) != states || PyTuple_GET_SIZE(a[3]) != hyperparameter_count)
     return unusual;
@@ -507,7 +507,7 @@ PyObject* entry(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
 
 template <auto function, int count>
 py::object made(const py::object& self) {
-  static PyMethodDef definition = {"quick",
+  static PyMethodDef definition = {"fast_path",
                                    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, count>)),
                                    METH_FASTCALL, "The result, or None if anything about the arguments is unusual."};
   return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, self.ptr()));
@@ -562,7 +562,7 @@ void add_fast_paths(py::module_& m) {
   array_type = numpy->PyArray_Type_;
   m.def("formula", &make_formula, py::arg("number"), py::arg("parameter"), py::arg("takes_parameter"),
         py::arg("needs_x"), py::arg("unit_interval"));
-  m.def("quick", &make_fast_path, py::arg("kind"), py::arg("formula"));
+  m.def("fast_path", &make_fast_path, py::arg("kind"), py::arg("formula"));
 }
 
 }  // namespace gemmlet

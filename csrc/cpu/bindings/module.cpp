@@ -141,10 +141,11 @@ double elementwise_loss(int loss, const py::array& prediction, const py::array& 
 }
 
 void optimizer_update(int rule, py::array& param, const py::array& grad, std::vector<py::array> state,
-                      const std::vector<double>& scalars) {
+                      const std::vector<double>& hyperparameters) {
   checked_index(rule, rule_count, "rule");
   if (static_cast<int>(state.size()) != gemmlet::optimizer_state_count(rule)) refuse("state", "wrong number of arrays");
-  if (static_cast<int>(scalars.size()) != gemmlet::optimizer_scalar_count(rule)) refuse("scalars", "wrong number");
+  if (static_cast<int>(hyperparameters.size()) != gemmlet::optimizer_hyperparameter_count(rule))
+    refuse("hyperparameters", "wrong number");
   for_dtype(param, "param", [&](auto zero) {
     using T = decltype(zero);
     const Index n = param.size();
@@ -152,7 +153,7 @@ void optimizer_update(int rule, py::array& param, const py::array& grad, std::ve
     const T* gp = contiguous<T>(grad, n, "grad");
     std::vector<T*> kept;
     for (py::array& s : state) kept.push_back(writable<T>(s, n, "state"));
-    without_gil([&] { gemmlet::optimizer_update<T>(rule, pp, gp, kept.data(), scalars.data(), n); });
+    without_gil([&] { gemmlet::optimizer_update<T>(rule, pp, gp, kept.data(), hyperparameters.data(), n); });
   });
 }
 
@@ -194,7 +195,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def(m, "row_function_backward", &row_function_backward, "function", "grad_y", "y", "out");
   def(m, "row_loss", &row_loss, "loss", "logits", "labels", "smoothing", "out");
   def(m, "elementwise_loss", &elementwise_loss, "loss", "prediction", "target", "parameter", "out");
-  def(m, "optimizer_update", &optimizer_update, "rule", "param", "grad", "state", "scalars");
+  def(m, "optimizer_update", &optimizer_update, "rule", "param", "grad", "state", "hyperparameters");
   bind_training(m);
   gemmlet::add_fast_paths(m);
 }

@@ -123,7 +123,7 @@ Samples<T> sparse_samples(const py::array& x, const py::array& indptr, const py:
       if (samples.indices[e] < (e == begin ? 0 : samples.indices[e - 1] + 1) || samples.indices[e] >= features)
         refuse("indices", "out of range, or not ascending");
     nonzeros = (i % steps.batch == 0 ? 0 : nonzeros) + (end - begin);
-    if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 numbers that are not 0");
+    if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 nonzeros");
   }
   return samples;
 }
@@ -325,7 +325,7 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
       if (phase.kind != Phase::update) continue;
       const std::size_t u = batches.hyperparameters.size();
       if (u == hyperparameters.size()) refuse("hyperparameters", "not one array for each update");
-      const Index size = steps * optimizer_scalar_count(phase.rule);
+      const Index size = steps * optimizer_hyperparameter_count(phase.rule);
       batches.hyperparameters.push_back(contiguous<double>(hyperparameters[u], size, "hyperparameters"));
     }
     if (batches.hyperparameters.size() != hyperparameters.size())

@@ -47,10 +47,10 @@ Buffer<T> space(Index count) {
 template <class F>
 inline void for_blocks(Index n, Index size, F&& f) {
   if (n == 0) return;
-  const Index blocks = ceil_div(n, size), least = n / blocks, larger = n % blocks;
+  const Index blocks = ceil_div(n, size), smallest = n / blocks, larger = n % blocks;
   Index first = 0;
   for (Index block = 0; block < blocks; ++block) {
-    const Index count = least + (block < larger);
+    const Index count = smallest + (block < larger);
     f(first, count);
     first += count;
   }
@@ -59,16 +59,16 @@ inline void for_blocks(Index n, Index size, F&& f) {
 template <int n>
 using Constant = std::integral_constant<int, n>;
 
-// f(Constant<n>{}) for an n at run time, 1 <= n <= most.
-template <int most, class F>
+// f(Constant<n>{}) for an n at run time, 1 <= n <= max.
+template <int max, class F>
 [[gnu::always_inline]] inline void with_constant(int n, F&& f) {
-  if constexpr (most == 1) {
+  if constexpr (max == 1) {
     f(Constant<1>{});
   } else {
-    if (n == most)
-      f(Constant<most>{});
+    if (n == max)
+      f(Constant<max>{});
     else
-      with_constant<most - 1>(n, std::forward<F>(f));
+      with_constant<max - 1>(n, std::forward<F>(f));
   }
 }
 
@@ -202,9 +202,9 @@ template <bool adds = false, int rows, int vectors, class X, class W, class T = 
     for (int v = 0; v < vectors; ++v) total[r][v] = sum[r][v];
 }
 
-// Vectors of w beside `rows` rows of x: as many as their accumulators leave registers for.
+// Vectors of w in a tile of `rows` rows: as many as there are registers for, with the accumulators.
 template <class T>
-constexpr int vectors_beside(int rows) {
+constexpr int max_vectors(int rows) {
   return rows == 1 ? 8 : rows <= 3 ? 4 : tuning::nr_vectors;
 }
 
@@ -217,7 +217,7 @@ enum class Width { one, usual, wide };
 
 template <class T>
 constexpr int vectors_in(Width width, int rows) {
-  return width == Width::one ? 1 : width == Width::usual ? tuning::nr_vectors : vectors_beside<T>(rows);
+  return width == Width::one ? 1 : width == Width::usual ? tuning::nr_vectors : max_vectors<T>(rows);
 }
 
 template <Width width, class T, class X, class W>

@@ -2,8 +2,8 @@
 //
 // Contract
 //   Rows of x are given by pointers. Rows of y and of the gradients are padded; forward zeroes the padding of y.
-//   Every forward reduction is sequential over the input features. A reduction of backward is that of the dot-product
-//   kernel, or sequential over the outputs, by the size of the mini-batch alone.
+//   Every forward reduction is sequential over the input features. A backward reduction has the order of the
+//   dot-product kernel, or is sequential over the outputs, by the size of the mini-batch alone.
 #pragma once
 
 #include <algorithm>

@@ -121,7 +121,7 @@ class Executor {
                    executor.batches_.count > tuning::thread_columns_min_steps * executor.batches_.batch) {
       const bool own_slots = columns_.size() > 0 && 2 * member.count() <= static_cast<Index>(executor.slots_.size());
       number_ = own_slots ? 0 : member.index();
-      share_of_ = own_slots ? 1 : member.count();
+      members_ = own_slots ? 1 : member.count();
       const auto first_slot = static_cast<std::size_t>(own_slots ? 2 * member.index() : 0);
       for (const std::size_t slot : {0, 1}) slots_[slot] = &executor.slots_[first_slot + slot];
     }
@@ -132,14 +132,14 @@ class Executor {
     // This member's rows of the mini-batch that begins at `start`.
     void gather(Index start, Index slot) const {
       const Batches<T>& batches = executor_.batches_;
-      const Range rows = part_of(executor_.rows_from(start), number_, share_of_);
+      const Range rows = part_of(executor_.rows_from(start), number_, members_);
       for (Index i = rows.first; i < rows.end; ++i) executor_.load(slots_[slot]->loader, batches, start + i, i);
     }
     // What is done with them once all members have theirs.
     void begin(Index start, Index slot) const {
       const Index rows = executor_.rows_from(start), features = executor_.plan_.samples.features;
       if (slots_[slot]->loader.sparse() && rows > 0)
-        for (Index block = number_; block < ceil_div(features, block_features); block += share_of_)
+        for (Index block = number_; block < ceil_div(features, block_features); block += members_)
           inputs(slot).list(rows, features, block);
       if (columns_.size() > 0) network_.forward_first(layer(), inputs(slot), slot, {0, rows}, columns_);
     }
@@ -149,7 +149,7 @@ class Executor {
     const Network<T>& network_;
     Range columns_;
     ThreadColumns<T> own_;
-    Index number_, share_of_;
+    Index number_, members_;
     Slot<T>* slots_[2];
   };
 
@@ -164,7 +164,7 @@ class Executor {
 
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
 
-  // Sample order[at] becomes a row of the loader's inputs; that of the next mini-batch is fetched into the cache.
+  // Sample order[at] becomes a row of the loader's inputs; the next mini-batch's is fetched into the cache.
   static void load(const Loader<T>& loader, const Batches<T>& batches, Index at, Index row) {
     loader.load(batches.order[at], row);
     if (at + batches.batch < batches.count) loader.prefetch(batches.order[at + batches.batch]);
@@ -198,7 +198,7 @@ class Executor {
         network.update(rule, pipeline ? pipeline->layer() : network.first_layer(),
                        pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * forward.input_count(), me,
                        all, pipeline ? pipeline->columns() : Range{0, 0},
-                       stage.hyperparameters + step * optimizer_scalar_count(rule),
+                       stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
                        batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
         if (me == 0) add_losses(stage, batch_rows);
         if (pipeline) pipeline->begin(next, slot ^ 1);

@@ -105,7 +105,7 @@ struct Steps {
 
 template <class T>
 struct Batches : Steps {
-  // Of each update: those of step s begin at s * optimizer_scalar_count(rule).
+  // Of each update: those of step s begin at s * optimizer_hyperparameter_count(rule).
   std::vector<const double*> hyperparameters;
   const double* decay;  // of the averages, one for each step; or null
   const T* noise;       // `count` rows, or null

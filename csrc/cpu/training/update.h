@@ -22,7 +22,7 @@ namespace {
 // The optimizer update of some columns of one row of a parameter, its states and its average; the gradient is in registers.
 template <class T, class UpdateRule>
 struct UpdateEpilogue {
-  Vec<T> hyperparameters[UpdateRule::scalar_count];
+  Vec<T> hyperparameters[UpdateRule::hyperparameter_count];
   Vec<T> decay, gain;
   bool idle_without_gradient;
 
@@ -30,7 +30,7 @@ struct UpdateEpilogue {
       : decay(constant<Vec<T>>(average_decay)),
         gain(constant<Vec<T>>(1.0 - average_decay)),
         idle_without_gradient(UpdateRule::idle_without_gradient(values)) {
-    for (int s = 0; s < UpdateRule::scalar_count; ++s) hyperparameters[s] = constant<Vec<T>>(values[s]);
+    for (int s = 0; s < UpdateRule::hyperparameter_count; ++s) hyperparameters[s] = constant<Vec<T>>(values[s]);
   }
 
   // Prefetches element `at` of the parameter, its states and its average.

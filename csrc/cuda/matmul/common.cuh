@@ -1,4 +1,4 @@
-// What the kernels of matrix products share: the operands, which block computes which tile, and what becomes of a sum.
+// What the matmul kernels share: operands, which block computes which tile, epilogues.
 //
 // Contract
 //   out (m x n) = epilogue(a (m x k) @ b (k x n)). The kernels: simt.cuh (float, double), mma.cuh (tensor
@@ -30,7 +30,7 @@ struct Operand {
   int lines;
   // Whether neighbours in memory are of neighbouring lines; else they are neighbouring steps of one line.
   int along_lines;
-  // Whether 16 bytes of neighbours can be read at once from every multiple of so many.
+  // Whether packs of neighbours, 16 bytes, are aligned.
   int packed;
 };
 
@@ -58,9 +58,9 @@ __device__ __forceinline__ StepRange step_range(int k, int steps_per_split) {
   return {static_cast<int>(first), static_cast<int>(last < k ? last : k)};
 }
 
-__device__ __forceinline__ int tiles_of(StepRange steps, int depth) {
+__device__ __forceinline__ int tiles_of(StepRange steps, int k_block) {
   const int count = steps.last - steps.first;
-  return count / depth + (count % depth > 0);
+  return count / k_block + (count % k_block > 0);
 }
 
 //
@@ -81,7 +81,7 @@ struct LinearEpilogue {
   const T* bias;     // n numbers, or null
   int m, n;
   C parameter;
-  int packed;  // whether out and preactivation can be written 16 bytes at a time, from every multiple of so many columns
+  int packed;  // whether packs of out and preactivation, 16 bytes, are aligned
 
   // As they are stored, so that a kernel may ask for them early, and nothing waits for memory yet.
   template <int N>
@@ -183,7 +183,7 @@ __device__ __forceinline__ void finish_rows(const C* sums, int first_column, con
   }
 }
 
-// The second pass of a product whose k was split.
+// The second pass of a matmul whose k was split.
 template <class Epilogue>
 __global__ void __launch_bounds__(256)
     matmul_combine(const Compute<typename Epilogue::T>* parts, int splits, Epilogue epilogue) {

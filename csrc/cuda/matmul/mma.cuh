@@ -1,13 +1,13 @@
-// Matrix products on tensor cores (mma.sync, sm_80): float16, bfloat16, and float with its operands rounded to TF32.
+// Matmuls on tensor cores (mma.sync, sm_80): float16, bfloat16, and float with its operands rounded to TF32.
 //
 // Contract
 //   See common.cuh. A block computes a tile of rows x columns, a warp some fragments of 16 x 16 of it, from tiles of both
-//   operands in shared memory, which copies that run ahead (cp.async) fill in turns, `stages` of them.
+//   operands in shared memory, which copies that run ahead (cp.async) fill round-robin, `stages` of them.
 //   Operands lie in shared memory as they do in memory, step by step or line by line, and are transposed, where they
 //   must be, when they are read from there. 16 bytes are copied at a time where the operand is packed; else they are
 //   gathered number by number, which takes any layout, and several times as long.
 //   TF32 is float with 10 bits after the point, rounded to nearest, ties away from zero; its products are exact in float.
-//   The order of a sum: a tile's depth is cut into `slices`, one for each group of warps. A slice adds its steps of
+//   The order of a sum: a K block is cut into `slices`, one for each group of warps. A slice adds its steps of
 //   every tile, first to last, 16 (TF32: 8) at a time, in an order and with a rounding (of 2^-23 at most) that are the
 //   tensor core's; then the slices are added, first to last.
 #pragma once
@@ -17,26 +17,26 @@
 
 namespace gemmlet {
 
-template <class T_, int rows_, int columns_, int depth_, int row_warps_, int column_warps_, int slices_, int stages_>
+template <class T_, int rows_, int columns_, int k_block_, int row_warps_, int column_warps_, int slices_, int stages_>
 struct MmaTile {
   using T = T_;
-  static constexpr int rows = rows_, columns = columns_, depth = depth_, slices = slices_, stages = stages_;
+  static constexpr int rows = rows_, columns = columns_, k_block = k_block_, slices = slices_, stages = stages_;
   static constexpr int row_warps = row_warps_, column_warps = column_warps_, slice_warps = row_warps * column_warps;
   static constexpr int threads = 32 * slice_warps * slices;
   // In fragments of 16 rows or columns.
   static constexpr int warp_rows = rows / row_warps / 16, warp_columns = columns / column_warps / 16;
   // An instruction takes 32 bytes of a line.
-  static constexpr int size = sizeof(T), slice_depth = depth / slices, slice_steps = slice_depth * size / 32;
+  static constexpr int size = sizeof(T), slice_k = k_block / slices, slice_steps = slice_k * size / 32;
   static_assert(warp_rows * row_warps * 16 == rows && warp_columns * column_warps * 16 == columns);
-  static_assert(slice_depth * slices == depth && slice_steps * 32 == slice_depth * size && slice_steps % 2 == 0);
+  static_assert(slice_k * slices == k_block && slice_steps * 32 == slice_k * size && slice_steps % 2 == 0);
 
   // Rows of an operand's tile begin 16 bytes further apart than they are long, or 32, for steps in float: then what a warp
   // reads at once, 8 times 16 bytes, or 4 times 32, is in as many banks.
   static constexpr int row_bytes(int lines, bool along_lines) {
-    return along_lines ? lines * size + (size == 4 ? 32 : 16) : depth * size + 16;
+    return along_lines ? lines * size + (size == 4 ? 32 : 16) : k_block * size + 16;
   }
   static constexpr int operand_bytes(int lines) {
-    const int by_line = lines * row_bytes(lines, false), by_step = depth * row_bytes(lines, true);
+    const int by_line = lines * row_bytes(lines, false), by_step = k_block * row_bytes(lines, true);
     return by_line > by_step ? by_line : by_step;
   }
   static constexpr int stage_bytes = operand_bytes(rows) + operand_bytes(columns);
@@ -48,8 +48,8 @@ struct MmaTile {
   static constexpr int blocks = 2 * threads * registers <= 65536 ? 2 : 1;
 };
 
-// Copies tiles of an operand to shared memory, one after the other. A row of a tile is there what is contiguous in memory, so
-// many lines of a step or steps of a line.
+// Copies tiles of an operand to shared memory, one after the other. A row of a tile is there what is contiguous in
+// memory: the lines of a step, or the steps of a line.
 template <class Tile, int lines, bool along_lines>
 class MmaLoader {
  public:
@@ -57,7 +57,7 @@ class MmaLoader {
 
   __device__ __forceinline__ MmaLoader(const Operand<T>& operand, int first_line, StepRange steps,
                                        unsigned char* shared)
-      : packed_(operand.packed), tile_stride_(Tile::depth * operand.step_stride) {
+      : packed_(operand.packed), tile_stride_(Tile::k_block * operand.step_stride) {
     const int inner = threadIdx.x % packs * V, outer = threadIdx.x / packs;
     const int lines_left = operand.lines - first_line, steps_left = steps.last - steps.first;
     const Index outer_stride = along_lines ? operand.step_stride : operand.line_stride;
@@ -70,7 +70,7 @@ class MmaLoader {
     outer_left_ = (along_lines ? steps_left : lines_left) - outer;
   }
 
-  // The next tile, to so many bytes after the first one's place.
+  // The next tile, to `offset` bytes after the first one.
   __device__ __forceinline__ void copy(int offset) {
     const int valid = max(0, min(inner_left_, V));
     const T* from = from_;
@@ -88,15 +88,15 @@ class MmaLoader {
       }
     }
     from_ += tile_stride_;
-    (along_lines ? outer_left_ : inner_left_) -= Tile::depth;
+    (along_lines ? outer_left_ : inner_left_) -= Tile::k_block;
   }
 
  private:
   static constexpr int size = Tile::size, V = 16 / size, row_bytes = Tile::row_bytes(lines, along_lines);
-  // Of a row; and a thread's copies, from every so many-th row.
-  static constexpr int packs = (along_lines ? lines : Tile::depth) / V, apart = Tile::threads / packs;
-  static constexpr int copies = lines * Tile::depth / V / Tile::threads;
-  static_assert(apart * packs == Tile::threads && copies * V * Tile::threads == lines * Tile::depth);
+  // Packs of a row; and a thread's copies, `apart` rows from one to the next.
+  static constexpr int packs = (along_lines ? lines : Tile::k_block) / V, apart = Tile::threads / packs;
+  static constexpr int copies = lines * Tile::k_block / V / Tile::threads;
+  static_assert(apart * packs == Tile::threads && copies * V * Tile::threads == lines * Tile::k_block);
 
   __device__ __forceinline__ void gather(ptx::SharedAddress to, const T* from, int valid) {
     if constexpr (size == 4) {
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
 
   const TileOrigin origin = tile_origin<Tile::rows, Tile::columns>(blockIdx.x, a.lines, b.lines);
   const StepRange steps = step_range(k, steps_per_split);
-  const int tiles = tiles_of(steps, Tile::depth);
+  const int tiles = tiles_of(steps, Tile::k_block);
 
   MmaLoader<Tile, Tile::rows, a_along_lines> a_loader(a, origin.row, steps, shared);
   MmaLoader<Tile, Tile::columns, b_along_lines> b_loader(b, origin.column, steps, b_shared);
@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const int warp = threadIdx.x / 32, slice = warp / Tile::slice_warps;
   const int row = warp % Tile::slice_warps / Tile::column_warps * rows * 16;
   const int column = warp % Tile::column_warps * columns * 16;
-  const MmaReader<Tile, Tile::rows, a_along_lines, false> a_reader(row, slice * Tile::slice_depth, shared);
-  const MmaReader<Tile, Tile::columns, b_along_lines, true> b_reader(column, slice * Tile::slice_depth, b_shared);
+  const MmaReader<Tile, Tile::rows, a_along_lines, false> a_reader(row, slice * Tile::slice_k, shared);
+  const MmaReader<Tile, Tile::columns, b_along_lines, true> b_reader(column, slice * Tile::slice_k, b_shared);
 
   float sum[rows][columns][2][4] = {};
   unsigned a_now[2][rows][4], b_now[2][columns][4];

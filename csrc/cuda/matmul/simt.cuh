@@ -1,11 +1,11 @@
-// Matrix products in float and double, one fused multiply-add after the other.
+// Matmuls in float and double, one fused multiply-add after the other.
 //
 // Contract
 //   See common.cuh. A block computes a tile of rows x columns, a thread some rows x some columns of it, from tiles of
-//   both operands in shared memory, which copies that run ahead (cp.async) fill in turns, `stages` of them.
+//   both operands in shared memory, which copies that run ahead (cp.async) fill round-robin, `stages` of them.
 //   16 bytes are copied at a time where that is told (a_packed, b_packed): where the operand is packed along its lines and
 //   these are whole packs; else number by number, which takes any layout, and transposes what is contiguous along k.
-//   The order of a sum: a tile's depth is cut into `slices`, one for each group of warps. A slice adds its steps of
+//   The order of a sum: a K block is cut into `slices`, one for each group of warps. A slice adds its steps of
 //   every tile, first to last, by fused multiply-adds, beginning with 0; then the slices are added, first to last.
 #pragma once
 
@@ -14,26 +14,26 @@
 
 namespace gemmlet {
 
-// In how many parts the copies of a deep tile go out: as many as there are registers for, as found by compiling.
+// In how many parts the copies of a long K block go out: as many as there are registers for, as found by compiling.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-inline constexpr int deep_parts = 4;
+inline constexpr int max_parts = 4;
 #else
-inline constexpr int deep_parts = 8;
+inline constexpr int max_parts = 8;
 #endif
 
-template <class T_, int rows_, int columns_, int depth_, int thread_rows_, int thread_columns_, int slices_,
+template <class T_, int rows_, int columns_, int k_block_, int thread_rows_, int thread_columns_, int slices_,
           int stages_>
 struct SimtTile {
   using T = T_;
-  static constexpr int rows = rows_, columns = columns_, depth = depth_, slices = slices_, stages = stages_;
+  static constexpr int rows = rows_, columns = columns_, k_block = k_block_, slices = slices_, stages = stages_;
   static constexpr int thread_rows = thread_rows_, thread_columns = thread_columns_;
   static constexpr int V = pack_size<T>;
   // A warp is 4 x 8 threads.
   static constexpr int warp_rows = 4 * thread_rows, warp_columns = 8 * thread_columns;
   static constexpr int row_warps = rows / warp_rows, column_warps = columns / warp_columns;
   static constexpr int slice_warps = row_warps * column_warps;
-  static constexpr int threads = 32 * slice_warps * slices, slice_depth = depth / slices;
-  static_assert(rows % warp_rows == 0 && columns % warp_columns == 0 && depth % slices == 0 && slice_depth % 2 == 0);
+  static constexpr int threads = 32 * slice_warps * slices, slice_k = k_block / slices;
+  static_assert(rows % warp_rows == 0 && columns % warp_columns == 0 && k_block % slices == 0 && slice_k % 2 == 0);
   static_assert(thread_rows % V == 0 && thread_columns % V == 0);
 
   // The copies of a large tile go out in parts, from one barrier to the next, so that loads from shared memory need not wait
@@ -42,15 +42,15 @@ struct SimtTile {
   // needed. Else it stands where the last step of a tile has been loaded, so that the tile itself can be written over.
   // `ahead`: how many tiles have been copied at the barrier, of those behind the one that it stands in.
   static constexpr bool has_spare = stages >= 4 && slices == 1;
-  static constexpr int barrier_step = has_spare ? slice_depth / 2 : slice_depth - 1, ahead = stages - 1 - has_spare;
-  static constexpr int parts = slices > 1 ? 1 : slice_depth >= 16 ? deep_parts : 2, part_steps = slice_depth / parts;
-  static constexpr int early_parts = (slice_depth - 1 - barrier_step) / part_steps + 1;
-  static_assert(slice_depth % parts == 0 && ahead >= 1);
+  static constexpr int barrier_step = has_spare ? slice_k / 2 : slice_k - 1, ahead = stages - 1 - has_spare;
+  static constexpr int parts = slices > 1 ? 1 : slice_k >= 16 ? max_parts : 2, part_steps = slice_k / parts;
+  static constexpr int early_parts = (slice_k - 1 - barrier_step) / part_steps + 1;
+  static_assert(slice_k % parts == 0 && ahead >= 1);
 
   // In shared memory a tile lies step by step. 16 bytes more a step: then 8 steps x 4 lines, written number by number, are
   // in as many banks.
   static constexpr int a_step = rows + V, b_step = columns + V;
-  static constexpr int stage = depth * (a_step + b_step);
+  static constexpr int stage = k_block * (a_step + b_step);
   // The sums go out through the same memory, some of each thread's rows at a time if all would not fit.
   static constexpr int passes = slices == 1 ? thread_rows / V : 1;
   static constexpr int pass_rows = rows / passes, out_row = columns + V;
@@ -62,8 +62,8 @@ struct SimtTile {
   static constexpr int blocks = 2 * threads * registers <= 65536 ? 2 : 1;
 };
 
-// Copies tiles of an operand, lines x depth, to shared memory, one after the other; in packs, or number by number.
-template <class T, bool packed, int lines, int depth, int threads>
+// Copies tiles of an operand, lines x k_block, to shared memory, one after the other; in packs, or number by number.
+template <class T, bool packed, int lines, int k_block, int threads>
 class SimtLoader {
  public:
   __device__ __forceinline__ SimtLoader(const Operand<T>& operand, int first_line, StepRange steps, T* shared) {
@@ -81,7 +81,7 @@ class SimtLoader {
     to_ = ptx::shared_address(shared) + (step * row + line) * size;
   }
 
-  // One of so many parts of the next tile, first to last, to so many bytes after the first tile's place. Beyond the last
+  // Part number `part` of the next tile, the parts in order, to `offset` bytes after the first tile. Beyond the last
   // tile there are zeros.
   template <int part, int parts>
   __device__ __forceinline__ void copy_part(int offset) {
@@ -103,20 +103,20 @@ class SimtLoader {
         from_ += i % cell_columns == cell_columns - 1 ? row_stride_ : column_stride_;
       }
     }
-    if (part == parts - 1) steps_left_ -= depth;
+    if (part == parts - 1) steps_left_ -= k_block;
   }
 
  private:
   static constexpr int V = pack_size<T>, size = sizeof(T), row = lines + V, warps = threads / 32;
   // Packed: a thread copies the same lines at some steps.
-  static constexpr int packs = lines / V, packs_apart = threads / packs, pack_copies = depth / packs_apart;
-  static_assert(packs_apart * packs == threads && pack_copies * packs_apart == depth);
+  static constexpr int packs = lines / V, packs_apart = threads / packs, pack_copies = k_block / packs_apart;
+  static_assert(packs_apart * packs == threads && pack_copies * packs_apart == k_block);
   // Number by number: a warp copies cells of 8 steps x 4 lines, so that it reads whole sectors of 32 bytes where steps are
   // neighbours in memory. The warps stand side by side along the lines, as many as there is room for.
   static constexpr int cell_lines = lines / 4 < warps ? lines / 4 : warps, cells_apart = 4 * cell_lines;
   static constexpr int cell_columns = lines / cells_apart, cell_rows_apart = warps / cell_lines * 8;
-  static constexpr int cell_rows = depth / cell_rows_apart;
-  static_assert(warps % cell_lines == 0 && cell_columns * cells_apart == lines && cell_rows * cell_rows_apart == depth);
+  static constexpr int cell_rows = k_block / cell_rows_apart;
+  static_assert(warps % cell_lines == 0 && lines % cells_apart == 0 && k_block % cell_rows_apart == 0);
 
   // In bytes, as both strides: to add them takes the fewest instructions.
   const unsigned char* from_;
@@ -158,14 +158,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   using T = typename Tile::T;
   constexpr int V = Tile::V, rows = Tile::thread_rows, columns = Tile::thread_columns, size = sizeof(T);
   T* const shared = dynamic_shared<T>();
-  T* const b_shared = shared + Tile::depth * Tile::a_step;
+  T* const b_shared = shared + Tile::k_block * Tile::a_step;
 
   const TileOrigin origin = tile_origin<Tile::rows, Tile::columns>(blockIdx.x, a.lines, b.lines);
   const StepRange steps = step_range(k, steps_per_split);
-  const int tiles = tiles_of(steps, Tile::depth);
+  const int tiles = tiles_of(steps, Tile::k_block);
 
-  SimtLoader<T, a_packed, Tile::rows, Tile::depth, Tile::threads> a_loader(a, origin.row, steps, shared);
-  SimtLoader<T, b_packed, Tile::columns, Tile::depth, Tile::threads> b_loader(b, origin.column, steps, b_shared);
+  SimtLoader<T, a_packed, Tile::rows, Tile::k_block, Tile::threads> a_loader(a, origin.row, steps, shared);
+  SimtLoader<T, b_packed, Tile::columns, Tile::k_block, Tile::threads> b_loader(b, origin.column, steps, b_shared);
   // A part of the next tile, at every `Tile::part_steps` steps from the barrier on.
   const auto copy_part = [&](auto part, int offset) {
     a_loader.template copy_part<part.value, Tile::parts>(offset * size);
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const int warp_row = warp % Tile::slice_warps / Tile::column_warps;
   const int row = warp_row * Tile::warp_rows + lane_row * V;
   const int column = warp % Tile::column_warps * Tile::warp_columns + lane_column * V;
-  const T* const a_first = shared + slice * Tile::slice_depth * Tile::a_step + row;
-  const T* const b_first = b_shared + slice * Tile::slice_depth * Tile::b_step + column;
+  const T* const a_first = shared + slice * Tile::slice_k * Tile::a_step + row;
+  const T* const b_first = b_shared + slice * Tile::slice_k * Tile::b_step + column;
 
   T sum[rows][columns] = {};
   T a_now[2][rows], b_now[2][columns];
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   int read = 0, write = Tile::ahead * Tile::stage;
   const auto next_stage = [](int at) { return at == (Tile::stages - 1) * Tile::stage ? 0 : at + Tile::stage; };
   for (int tile = 0; tile < tiles; ++tile) {
-    each_number<0, Tile::slice_depth>([&](auto number) {
-      constexpr int step = number.value, next = (step + 1) % Tile::slice_depth;
+    each_number<0, Tile::slice_k>([&](auto number) {
+      constexpr int step = number.value, next = (step + 1) % Tile::slice_k;
       if constexpr (step == Tile::barrier_step) {
         // From here on the next tile is there; and what is written next has been read to its end.
         ptx::commit_copies();
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
         __syncthreads();
         write = next_stage(write);
       }
-      constexpr int since = (step - Tile::barrier_step + Tile::slice_depth) % Tile::slice_depth;
+      constexpr int since = (step - Tile::barrier_step + Tile::slice_k) % Tile::slice_k;
       if constexpr (next == 0) read = next_stage(read);
       load_fragment<rows, 4 * V>(a_now[(step + 1) % 2], a_first + read + next * Tile::a_step);
       load_fragment<columns, 8 * V>(b_now[(step + 1) % 2], b_first + read + next * Tile::b_step);

@@ -1,4 +1,4 @@
-// Matrix products of at most four rows, or at most four columns: what counts is how fast the other operand is read.
+// Matmuls with at most four rows, or at most four columns, of the result: bound by reading the other operand.
 //
 // Contract
 //   See common.cuh; for every type. `many` is the operand of many lines (b, or a where the result has few columns), `few`
@@ -63,7 +63,7 @@ __device__ __forceinline__ void put_skinny(const Epilogue& epilogue, bool many_a
   epilogue.template put<1>(row, column, epilogue.template columns<1>(column), sums);
 }
 
-// So many packs on their way hide a memory's latency; gathered ones are many loads each.
+// How many packs are on their way, to hide the latency of memory; gathered ones are many loads each.
 template <int count>
 inline constexpr int skinny_batch = count == 1 ? 8 : 4;
 

@@ -1,17 +1,17 @@
-// Products of small matrices, one tile of the result for each block: what the kernels of fused training are made of.
+// Matmuls of small matrices, one tile of the result for each block: what the kernels of fused training are made of.
 //
 // Contract
-//   A tile's multiply() gives sum_k a(i, k) b(k, j), k from 0 to depth - 1, to an epilogue; all threads of the block
+//   A tile's multiply() gives sum_k a(i, k) b(k, j), k from 0 to k_size - 1, to an epilogue; all threads of the block
 //   call it. `memory` is shared and aligned to 16 bytes, of a size that the tile tells; between two uses there must be a
 //   barrier.
 //   a and b are operands. The rows of a and the columns of b are lines of numbers; operand.lines<n>(first) is an object
 //   whose load(k, v) gives number k of n lines that lie side by side. `along` tells whether a line's numbers are
 //   neighbours in memory, else those of neighbouring lines are. Lines beyond the last repeat it, and their sums are
 //   dropped.
-//   The epilogue has inside(i, j), load<n>(i, j), called before the product so that what it reads is there in time, and
-//   store<n>(i, j, what load returned, sums) for n columns from j on. Where (i, j) is inside, the n - 1 columns beside
+//   The epilogue has inside(i, j), load<n>(i, j), called before the main loop, so that what it reads has come, and
+//   store<n>(i, j, what load returned, sums) for n columns from j on. Where (i, j) is inside, the n - 1 columns after
 //   it must be in memory, but need not be inside.
-//   Sums are fma chains in T, several for each result, added in an order that depends on the tile's type, the depth and
+//   Sums are fma chains in T, several for each result, added in an order that depends on the tile's type, K and
 //   the block's size alone: the same bits on every run.
 #pragma once
 
@@ -121,20 +121,20 @@ __device__ __forceinline__ void exchange_sums(T (&sum)[N], int lane) {
   }
 }
 
-// Few results, each a long sum: the depth is divided among all lanes and warps of the block, and nothing is shared but
-// the sums. side x side results; blocks of as many threads or more, in whole warps; shared memory for as many numbers for
-// each warp.
+// Few results, each a long sum: K is divided among all lanes and warps of the block, and nothing is shared but
+// the sums. side x side results; blocks of at least side * side threads, in whole warps; shared memory for side * side
+// numbers of each warp.
 template <int side>
 struct SmallTile {
   static constexpr int rows = side, columns = side, max_threads = 512;
-  // A lane takes eight rows and four columns of number k; so many neighbours share it.
+  // A lane takes eight rows and four columns at one k, which `lanes` lanes share.
   static constexpr int lanes_across = side / 4, lanes = lanes_across * side / 8, results = side * side;
-  // As many as there are registers for, with eight addresses of rows.
+  // By the registers that there are, with eight addresses of rows.
   template <class T>
-  static constexpr int turns_at_once = sizeof(T) == 4 ? 3 : 1;
+  static constexpr int k_unroll = sizeof(T) == 4 ? 3 : 1;
 
   template <class T, class A, class B, class Epilogue>
-  __device__ __forceinline__ static void multiply(const A& a, const B& b, int depth, int row, int column,
+  __device__ __forceinline__ static void multiply(const A& a, const B& b, int k_size, int row, int column,
                                                   const Epilogue& epilogue, T* memory) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     const int i = row + thread / side, j = column + thread % side;
@@ -146,21 +146,21 @@ struct SmallTile {
     const auto a_lines = a.template lines<8>(row + r);
     const auto b_lines = b.template lines<4>(column + c);
     T sum[8 * 4] = {};
-    constexpr int per_turn = 32 / lanes, of_warp_at_once = per_turn * turns_at_once<T>;
+    constexpr int warp_k = 32 / lanes, warp_step = warp_k * k_unroll<T>;
     // The main loop:
-    for (int k = thread / 32 * of_warp_at_once + lane / lanes; k < depth;
-         k += static_cast<int>(blockDim.x) / 32 * of_warp_at_once) {
-      T x[turns_at_once<T>][8], w[turns_at_once<T>][4];
-      // All loads before the first product: their latency is most of what there is to wait for.
+    for (int k = thread / 32 * warp_step + lane / lanes; k < k_size;
+         k += static_cast<int>(blockDim.x) / 32 * warp_step) {
+      T x[k_unroll<T>][8], w[k_unroll<T>][4];
+      // All loads before the first fma: their latency is most of what there is to wait for.
 #pragma unroll
-      for (int u = 0; u < turns_at_once<T>; ++u)
-        if (k + u * per_turn < depth) {
-          a_lines.load(k + u * per_turn, x[u]);
-          b_lines.load(k + u * per_turn, w[u]);
+      for (int u = 0; u < k_unroll<T>; ++u)
+        if (k + u * warp_k < k_size) {
+          a_lines.load(k + u * warp_k, x[u]);
+          b_lines.load(k + u * warp_k, w[u]);
         }
 #pragma unroll
-      for (int u = 0; u < turns_at_once<T>; ++u)
-        if (k + u * per_turn < depth) {
+      for (int u = 0; u < k_unroll<T>; ++u)
+        if (k + u * warp_k < k_size) {
 #pragma unroll
           for (int s = 0; s < 8; ++s)
 #pragma unroll
@@ -185,38 +185,38 @@ struct SmallTile {
 };
 
 // Many results, or short sums: both operands go through shared memory. 32 x 32 results; blocks of 256 threads, of which
-// each quarter has a quarter of every stage's depth; shared memory for 128 * stride numbers.
+// each quarter has a quarter of every stage; shared memory for 128 * stride numbers.
 struct WideTile {
   static constexpr int rows = 32, columns = 32, max_threads = 256;
   static constexpr int groups = 4;
   template <class T>
-  static constexpr int stage_depth = 256 / static_cast<int>(sizeof(T));
-  // Rows of shared memory are so far apart: aligned, and those that a warp writes to at once begin in other banks.
+  static constexpr int stage_k = 256 / static_cast<int>(sizeof(T));
+  // From one row of shared memory to the next: aligned, and those that a warp writes to at once begin in other banks.
   static constexpr int stride = 36;
 
   // A thread's share of one operand's stages: numbers of one line.
   template <class T, class Operand>
   struct Share {
-    static constexpr int each = stage_depth<T> * 32 / max_threads;
+    static constexpr int each = stage_k<T> * 32 / max_threads;
     typename Operand::template Lines<1> line;
     int first_k, place;
     T held[each];
 
     __device__ __forceinline__ Share(const Operand& operand, int first_line) {
       const int thread = static_cast<int>(threadIdx.x);
-      // What a warp brings at once: of 4 lines 8 numbers that lie side by side, or of 32 lines one.
+      // What a warp loads at once: of 4 lines 8 numbers that lie side by side, or of 32 lines one.
       const int at = Operand::along ? thread / 8 : thread % 32;
       first_k = Operand::along ? thread % 8 : thread / 32;
       line = operand.template lines<1>(first_line + at);
       place = first_k * stride + at;
     }
-    // Beyond the depth are zeros.
-    __device__ __forceinline__ void load(int stage, int depth) {
+    // Beyond K are zeros.
+    __device__ __forceinline__ void load(int stage, int k_size) {
 #pragma unroll
       for (int e = 0; e < each; ++e) {
         const int k = stage + first_k + e * 8;
         T v[1] = {T(0)};
-        if (k < depth) line.load(k, v);
+        if (k < k_size) line.load(k, v);
         held[e] = v[0];
       }
     }
@@ -227,7 +227,7 @@ struct WideTile {
   };
 
   template <class T, class A, class B, class Epilogue>
-  __device__ __forceinline__ static void multiply(const A& a, const B& b, int depth, int row, int column,
+  __device__ __forceinline__ static void multiply(const A& a, const B& b, int k_size, int row, int column,
                                                   const Epilogue& epilogue, T* memory) {
     const int thread = static_cast<int>(threadIdx.x);
     const int i = row + thread / 8, j = column + thread % 8 * 4;
@@ -236,27 +236,27 @@ struct WideTile {
     if (finishes) loaded = epilogue.template load<4>(i, j);
 
     T* const a_memory = memory;
-    T* const b_memory = memory + stage_depth<T> * stride;
+    T* const b_memory = memory + stage_k<T> * stride;
     Share<T, A> a_share(a, row);
     Share<T, B> b_share(b, column);
-    a_share.load(0, depth);
-    b_share.load(0, depth);
-    constexpr int group_depth = stage_depth<T> / groups;
+    a_share.load(0, k_size);
+    b_share.load(0, k_size);
+    constexpr int group_k = stage_k<T> / groups;
     // A group's threads take four rows and four columns each.
     const int group = thread / 64, r = thread % 64 / 8 * 4, c = thread % 8 * 4;
     T sum[4][4] = {};
     // The main loop:
-    for (int stage = 0; stage < depth; stage += stage_depth<T>) {
+    for (int stage = 0; stage < k_size; stage += stage_k<T>) {
       a_share.put(a_memory);
       b_share.put(b_memory);
       __syncthreads();
       // The next stage is on its way while this one is multiplied.
-      if (stage + stage_depth<T> < depth) {
-        a_share.load(stage + stage_depth<T>, depth);
-        b_share.load(stage + stage_depth<T>, depth);
+      if (stage + stage_k<T> < k_size) {
+        a_share.load(stage + stage_k<T>, k_size);
+        b_share.load(stage + stage_k<T>, k_size);
       }
 #pragma unroll 4
-      for (int k = group * group_depth; k < (group + 1) * group_depth; ++k) {
+      for (int k = group * group_k; k < (group + 1) * group_k; ++k) {
         T x[4], w[4];
         load_numbers<4>(a_memory + k * stride + r, x);
         load_numbers<4>(b_memory + k * stride + c, w);

@@ -35,16 +35,16 @@ struct WgmmaTile {
   using T = T_;
   static constexpr int rows = rows_, columns = columns_, stages = stages_, cluster = cluster_, group_rows = group_rows_;
   static constexpr bool transposed = transposed_;
-  // A row of shared memory is 128 bytes, so many steps of a line or lines of a step; a product takes 32.
-  static constexpr int size = sizeof(T), depth = 128 / size, step = 32 / size;
+  // A row of shared memory is 128 bytes, steps of a line or lines of a step; an instruction takes 32.
+  static constexpr int size = sizeof(T), k_block = 128 / size, step = 32 / size;
   static constexpr int consumers = rows / 64, threads = (1 + consumers) * 128;
   static_assert((rows == 64 || rows == 128) && stages > 1);
   static_assert((size == 2 || size == 4) && (columns == 128 || columns == 256));
-  static_assert(columns / cluster % depth == 0);
+  static_assert(columns / cluster % k_block == 0);
 
   static constexpr int operand_bytes(int lines) { return lines * 128; }
   static constexpr int stage_bytes = operand_bytes(rows) + operand_bytes(columns);
-  // Sums go out through memory of each warp's own, so many columns at a time.
+  // Sums go out through memory of each warp's own, some columns at a time.
   static constexpr int out_columns = 64, out_bytes = 16 * out_columns * static_cast<int>(sizeof(float));
   static constexpr int out_offset = stages * stage_bytes, barrier_offset = out_offset + consumers * 4 * out_bytes;
   // Eight rows begin at a multiple of 1024 bytes, which the block's memory need not.
@@ -56,7 +56,7 @@ struct WgmmaTile {
   static constexpr int producer_registers = 40, consumer_registers = 232;
 };
 
-// Where a product finds an operand in shared memory, and how far it is to the next steps.
+// Where wgmma finds an operand in shared memory, and how far it is to the next steps.
 template <bool along_lines>
 struct WgmmaOperand {
   unsigned long long descriptor;
@@ -80,8 +80,8 @@ __device__ __forceinline__ constexpr int wgmma_line(int warp, int r) {
   return warp * 16 + r;
 }
 
-// Reads x of a stage, floats, for products that take it from registers; see ptx::wgmma_tf32. Where 16 bytes are in a row of
-// shared memory depends on the row: the lowest three bits of its number are XORed into theirs.
+// Reads x of a stage, floats, for instructions that take it from registers; see ptx::wgmma_tf32. Rows of shared memory
+// are swizzled: the lowest three bits of a row's number are XORed into the places of its 16 bytes.
 template <class Tile, bool along_lines>
 class WgmmaReader {
  public:
@@ -177,12 +177,12 @@ class WgmmaTiles {
   int x_lines_, y_lines_, tile_;
 };
 
-// Copies of an operand's tile so many lines, from the first one on.
+// Copies `count` lines of an operand's tile, from the first one on.
 template <class Tile, bool along_lines, int count, class Copy>
 __device__ __forceinline__ void copy_lines(ptx::SharedAddress to, int first, int line, int step, Copy copy) {
   if constexpr (along_lines) {
 #pragma unroll
-    for (int i = 0; i < count; i += Tile::depth) copy(to + Tile::operand_bytes(first + i), line + first + i, step);
+    for (int i = 0; i < count; i += Tile::k_block) copy(to + Tile::operand_bytes(first + i), line + first + i, step);
   } else {
     copy(to + Tile::operand_bytes(first), step, line + first);
   }
@@ -197,7 +197,7 @@ class WgmmaFinish {
   __device__ __forceinline__ WgmmaFinish(const Epilogue& epilogue, LineOf line_of, int first_column)
       : epilogue_(epilogue), first_column_(first_column) {
     column_ = transposed ? line_of(pack() * N) : first_column + pack() * N;
-    // What it needs of memory is asked for while products still run.
+    // What it needs of memory is asked for while wgmma still run.
     of_ = epilogue.template columns<N>(column_);
   }
 
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
       for (; tiles.is_left(); tiles.next()) {
         const TileOrigin origin = tiles.origin();
 #pragma unroll 1
-        for (int step = steps.first; step < steps.last; step += Tile::depth) {
+        for (int step = steps.first; step < steps.last; step += Tile::k_block) {
           ptx::wait_for_phase(stages.empty(), stages.parity() ^ 1);
           ptx::arrive_expecting(stages.full(), Tile::stage_bytes);
           const ptx::SharedAddress to = shared + stages.offset();
@@ -343,11 +343,11 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
       ptx::SharedAddress last{};
       if constexpr (Tile::size == 2) {
 #pragma unroll 1
-        for (int step = steps.first; step < steps.last; step += Tile::depth) {
+        for (int step = steps.first; step < steps.last; step += Tile::k_block) {
           ptx::wait_for_phase(stages.full(), stages.parity());
-          ptx::fence_products();
+          ptx::fence_wgmma();
 #pragma unroll
-          for (int i = 0; i < Tile::depth / Tile::step; ++i) {
+          for (int i = 0; i < Tile::k_block / Tile::step; ++i) {
             const unsigned long long from_x = of_x.at(stages.offset(), i), from_y = of_y.at(stages.offset(), i);
             const int adds = i > 0 || step > steps.first;
             if constexpr (same_type<T, float16>)
@@ -355,44 +355,44 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
             else
               ptx::wgmma_bf16<x_along_lines, y_along_lines>(sum, from_x, from_y, adds);
           }
-          ptx::commit_products();
+          ptx::commit_wgmma();
           // While these run, those of the stage before are done.
-          ptx::wait_for_products<1>();
+          ptx::wait_for_wgmma<1>();
           if (step > steps.first) leave(last);
           last = stages.empty();
           stages.next();
         }
       } else {
         const WgmmaReader<Tile, x_along_lines> reader(shared, consumer);
-        // The next stage is read while products run. Registers that they take may be written when none runs: ptxas would
-        // else wait for each of them. Little is left to do then, and products of the other consumers run.
+        // The next stage is read while wgmma run. Registers that they take may be written when none runs: ptxas would
+        // else wait for each of them. Little is left to do then, and those of the other consumers run.
         unsigned read[4][4], rounded[4][4];
         ptx::wait_for_phase(stages.full(), stages.parity());
         reader.read(read, stages.offset());
 #pragma unroll 1
-        for (int step = steps.first; step < steps.last; step += Tile::depth) {
+        for (int step = steps.first; step < steps.last; step += Tile::k_block) {
 #pragma unroll
           for (int i = 0; i < 16; ++i) rounded[i / 4][i % 4] = ptx::cut_to_tf32(read[i / 4][i % 4]);
-          ptx::fence_products();
+          ptx::fence_wgmma();
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             ptx::wgmma_tf32(sum, rounded[i], of_y.at(stages.offset(), i), i > 0 || step > steps.first);
-          ptx::commit_products();
+          ptx::commit_wgmma();
           last = stages.empty();
           stages.next();
-          if (step + Tile::depth < steps.last) {
+          if (step + Tile::k_block < steps.last) {
             ptx::wait_for_phase(stages.full(), stages.parity());
             reader.read(read, stages.offset());
           }
-          ptx::wait_for_products<0>();
+          ptx::wait_for_wgmma<0>();
           leave(last);
         }
       }
-      // While the last products run, of 16 bits:
+      // While the last wgmma run, of 16 bits:
       const TileOrigin origin = tiles.origin();
       const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
       WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);
-      ptx::finish_products(sum);
+      ptx::finish_wgmma(sum);
       if constexpr (Tile::size == 2) leave(last);
       finish.put(sum, own, line_of);
     }

@@ -8,7 +8,7 @@
 //   Three launches: arrange_samples, train_in_cluster, close_steps, each of the same steps, which begin at Progress::next.
 //   A block owns 8 hidden units: their weights and biases, the rows of the last layer's weights that belong to them, and
 //   the optimizer's states of all these never leave its registers. Every block updates the last layer's biases alike.
-//   Products with samples are made by tensor cores: bytes are exact in bfloat16, and so is a float as the sum of three of
+//   Matmuls with samples run on tensor cores: bytes are exact in bfloat16, and so is a float as the sum of three of
 //   them. Products are exact, then, and sums are in float, as tensor cores add: over the features in steps of 16, each
 //   warp its own, then over the warps. 1/255 is multiplied to sums of the first layer's inputs, and to the gradients that
 //   samples are multiplied by. A parameter or gradient of 2^127 or more counts as infinite.
@@ -107,7 +107,7 @@ struct alignas(16) ClusterMemory {
   unsigned long long parts_barrier[rows_of_block], grad_barrier[cluster_warps];
 };
 
-// What is left for it beside two mini-batches of as many features as there may be, in the 227 KiB that a block has.
+// What two mini-batches of the most features leave for it, in the 227 KiB that a block has.
 inline constexpr int cluster_memory_bytes = 27648;
 
 inline constexpr int one_column = max_cluster_outputs;
@@ -190,13 +190,13 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   const int out = p.out, quads = (out + 3) / 4;
   const int all_steps = feature_steps(p.features);
   const Index first_step = p.progress->next;
-  const double* const all_hyperparameters = p.progress->hyperparameters[0] + first_step * Rule::scalar_count;
+  const double* const all_hyperparameters = p.progress->hyperparameters[0] + first_step * Rule::hyperparameter_count;
   const Index* const order = p.progress->order + first_step * p.progress->batch;
   const Index batch = p.progress->batch;
   constexpr float scale = 1.0f / 255.0f;
 
   // A lane keeps the weights of unit g, and of features 2t, 2t + 1, 2t + 8, 2t + 9 of each step of its warp's: both the
-  // second operand of the forward product and the result of the one that gives their gradient.
+  // second operand of the forward matmul and the result of the one that gives their gradient.
   const int first_stride = row_stride(p.hidden), last_stride = row_stride(out);
   const auto first_weight = [&](int of_warp, int c) -> float* {
     const int feature = (of_warp * cluster_warps + warp) * 16 + c / 2 * 8 + 2 * t + c % 2,
@@ -291,16 +291,16 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   ptx::wait_for_cluster();
 
   for (Index step = 0; step < steps; ++step) {
-    const int turn = static_cast<int>(step % 2);
-    const ptx::SharedAddress batch_tiles = tiles + (turn * batch_bytes + warp * step_bytes);
+    const int parity = static_cast<int>(step % 2);
+    const ptx::SharedAddress batch_tiles = tiles + (parity * batch_bytes + warp * step_bytes);
     OfWarp& own = of_warp(memory, warp);
 
     // Needed later.
     float hyperparameter = 0;
     int label = 0;
     const int labelled = rank * rows_of_block + thread;
-    if (thread < Rule::scalar_count)
-      hyperparameter = static_cast<float>(all_hyperparameters[step * Rule::scalar_count + thread]);
+    if (thread < Rule::hyperparameter_count)
+      hyperparameter = static_cast<float>(all_hyperparameters[step * Rule::hyperparameter_count + thread]);
     const bool stages_label = thread < rows_of_block && labelled < p.rows && p.objective.labels != nullptr;
     if (stages_label) label = p.objective.labels[step * p.rows + labelled];
 
@@ -336,8 +336,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
           store_pack(to, Pack<float, 2>{sum[m][2 * half], sum[m][2 * half + 1]});
         }
     }
-    if (thread < Rule::scalar_count) memory.hyperparameters[turn][thread] = hyperparameter;
-    if (stages_label) memory.labels[turn][labelled] = label;
+    if (thread < Rule::hyperparameter_count) memory.hyperparameters[parity][thread] = hyperparameter;
+    if (stages_label) memory.labels[parity][labelled] = label;
     __syncthreads();
 
     // The sums of a warp's 8 rows: lanes have row g, units 2t and 2t + 1.
@@ -390,7 +390,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     // sends parts has all gradients of the step before, and so all blocks have read their parts of it; and who sends
     // gradients has the parts of all blocks, which send them when they have used the gradients of the step before.
     Objective<float> objective = p.objective;
-    if (objective.labels != nullptr) objective.labels = memory.labels[turn];
+    if (objective.labels != nullptr) objective.labels = memory.labels[parity];
     objective.samples = order + step * batch;
     objective.losses += step * p.rows;
     if (objective.correct != nullptr) objective.correct += step * p.rows;
@@ -400,7 +400,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       if (slot >= rows_of_block || row >= p.rows) break;
       const ptx::SharedAddress barrier = ptx::shared_address(&memory.parts_barrier[slot]);
       if (lane == 0) ptx::arrive_expecting(barrier, Ranks * quads * 16);
-      ptx::wait_for_phase(barrier, turn);
+      ptx::wait_for_phase(barrier, parity);
       const int j = lane % 16, first_rank = lane / 16 * (Ranks / 2);
       float z = 0;
 #pragma unroll
@@ -434,7 +434,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     if (rows_of_warp > 0) {
       const ptx::SharedAddress barrier = ptx::shared_address(&memory.grad_barrier[warp]);
       if (lane == 0) ptx::arrive_expecting(barrier, rows_of_warp * quads * 16);
-      ptx::wait_for_phase(barrier, turn);
+      ptx::wait_for_phase(barrier, parity);
     }
 
     // Back to the units.
@@ -465,9 +465,9 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     }
     __syncthreads();
 
-    float hyperparameters[Rule::scalar_count];
+    float hyperparameters[Rule::hyperparameter_count];
 #pragma unroll
-    for (int s = 0; s < Rule::scalar_count; ++s) hyperparameters[s] = memory.hyperparameters[turn][s];
+    for (int s = 0; s < Rule::hyperparameter_count; ++s) hyperparameters[s] = memory.hyperparameters[parity][s];
 
 #pragma unroll
     for (int round = 0; round < rounds; ++round) {

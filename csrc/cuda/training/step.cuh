@@ -6,8 +6,8 @@
 //   16 bytes; what stands in its columns from w on is of no meaning, here and in every kernel.
 //   A layer's parameters are such a matrix of in + 1 rows: the weights, and the bias as the last. Behind it, `plane`
 //   numbers further on each, are matrices like it: the states of the optimizer's rule, then the moving average.
-//   All that kernels are given is the same in every step of so many rows, so that a step can be recorded once: which one
-//   it is they learn from Progress. The first kernel of a step opens it, the last is told that it `closes` it. Each
+//   What kernels are given depends on the rows of a step alone, so that a step can be recorded once: which one it is
+//   they learn from Progress. The first kernel of a step opens it, the last is told that it `closes` it. Each
 //   kernel needs what those before it have written.
 //   Activations and losses are called by their places in the lists of csrc/formulas.
 //   Sizes are at least 1, indices in range.

@@ -48,7 +48,7 @@ struct UpdateEpilogue {
   template <int n>
   struct Loaded {
     T value[n], state[Rule::state_count > 0 ? Rule::state_count : 1][n], average[n];
-    T hyperparameters[Rule::scalar_count], decay, gain;
+    T hyperparameters[Rule::hyperparameter_count], decay, gain;
   };
   __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < out; }
   __device__ __forceinline__ T* at(int i, int j) const {
@@ -61,7 +61,7 @@ struct UpdateEpilogue {
 #pragma unroll
     for (int s = 0; s < Rule::state_count; ++s) load_numbers<n>(at(i, j) + (1 + s) * plane, loaded.state[s]);
 #pragma unroll
-    for (int s = 0; s < Rule::scalar_count; ++s) loaded.hyperparameters[s] = hyperparameters[s];
+    for (int s = 0; s < Rule::hyperparameter_count; ++s) loaded.hyperparameters[s] = hyperparameters[s];
     if (averages) {
       load_numbers<n>(at(i, j) + (1 + Rule::state_count) * plane, loaded.average);
       loaded.decay = hyperparameters[Staged<T>::max_hyperparameters - 2];

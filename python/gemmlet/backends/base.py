@@ -1,8 +1,8 @@
 """The contract of a backend: what `gemmlet.kernels` and `gemmlet.nn` ask of whatever computes.
 
 A backend gets arrays that `gemmlet.kernels` has checked: one floating-point dtype, shapes that fit, `out` allocated and
-free of overlap except where it is an input itself. Elementwise and row functions get C-contiguous arrays; matrix
-products get any strides.
+free of overlap except where it is an input itself. Elementwise and row functions get C-contiguous arrays; matmuls
+get any strides.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     # By the names of kernels: functions that take the kernel's arguments as the caller gave them, in the order of its
     # signature, and return its result, or None where anything about the arguments is unusual, with nothing written.
-    # Of `<rule>_update` the arguments are `param`, `grad`, the tuples of states and of numbers, and the result is True.
+    # Of `<rule>_update` the arguments are `param`, `grad`, tuples of states and hyperparameters; the result is True.
     fast_paths: Mapping[str, Callable[..., Any]]
 
     def describe(self) -> dict[str, str]:
@@ -66,7 +66,7 @@ class Backend(Protocol):
         """The array if it is NumPy's, else a copy that is."""
 
     def to_device(self, array: Array, like: Any = None) -> Array:
-        """The array where this backend computes: itself, or a copy on a GPU, on that of `like` if it is on one."""
+        """The array where this backend computes: itself, or a copy on a GPU, the one of `like` if it is on one."""
 
     def placed_like(self, array: Array, like: Any) -> Array:
         """The array, or a copy of it on the GPU where `like` is."""
@@ -83,7 +83,7 @@ class Backend(Protocol):
     def as_indices(self, array: Array) -> tuple[Array, int, int]:
         """Integers as int64, C-contiguous, and the smallest and the largest of them; (0, 0) if there are none."""
 
-    # Matrix products.
+    # Matmuls.
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         """``out = a @ b``: (m, k) by (k, n)."""

@@ -87,7 +87,7 @@ class CpuBackend(NumpyBackend):
 
     def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
         """The fast path (csrc/cpu/bindings/fast_path.cpp) of every formula that registry and extension both have."""
-        fast_path, formula = self._module.quick, self._module.formula
+        fast_path, formula = self._module.fast_path, self._module.formula
         functions: dict[str, Callable[..., Any]] = {}
         activations = {
             name: formula(number, entry.default, entry.parameter is not None, entry.needs_x, False)

@@ -1,4 +1,4 @@
-"""The reference backend: the registry's NumPy expressions, evaluated in float64, and NumPy's own matrix product.
+"""The reference backend: the registry's NumPy expressions, evaluated in float64, and NumPy's own matmul.
 
 Other backends derive from this one and override what they do better.
 """
@@ -34,7 +34,7 @@ class NumpyBackend(Backend):
     fast_paths: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
     def describe(self) -> dict[str, str]:
-        return {"backend": self.name, "isa": "NumPy's own", "threads": "1 (the matrix product: NumPy's BLAS)"}
+        return {"backend": self.name, "isa": "NumPy's own", "threads": "1 (matmul: NumPy's BLAS)"}
 
     def set_num_threads(self, count: int) -> None:
         """Elementwise NumPy has one thread, and the BLAS is the caller's to set."""
@@ -92,7 +92,7 @@ class NumpyBackend(Backend):
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
         return np.require(array, np.int64, ["C_CONTIGUOUS", "ALIGNED"]), low, high
 
-    # Matrix products.
+    # Matmuls.
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         with np.errstate(all="ignore"):

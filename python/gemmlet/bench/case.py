@@ -47,7 +47,7 @@ class Case:
     # A result may be off by ``atol + rtol * abs(exact)``, element by element.
     rtol: float
     atol: float
-    # The least work: floating-point operations of the products, and bytes read and written, each array once. With them
+    # The least work: floating-point operations of the matmuls, and bytes read and written, each array once. With them
     # goes the distance to the roofline; zeros where it makes no sense.
     flops: float = 0.0
     bytes: float = 0.0

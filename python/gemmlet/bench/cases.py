@@ -30,7 +30,7 @@ from .case import Array, Call, Case, Factory, Prepared, Settings
 from .implementations import OURS
 
 FLOATS = ("float32", "float64")
-# What single kernels may be off by; products get what their length allows.
+# What single kernels may be off by; matmuls get what their K allows.
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -95,14 +95,14 @@ def _jitted(function: Callable[..., Any], *arrays: Any) -> Call:
     return lambda: jax.block_until_ready(compiled(*on_device))
 
 
-# Matrix products.
+# Matmuls.
 
 # (in_features, out_features) of the layers of the MLP and the GAN that the library is made for.
 LAYERS = ((784, 128), (128, 10), (100, 256), (256, 784), (784, 256), (256, 1))
 BATCHES = (1, 8, 64, 256, 1024)
 
 
-def _product(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Case:
+def _matmul(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Case:
     def inputs() -> tuple[Array, Array]:
         rng = _rng()
         # A transposed operand is the view that a backward pass has, not a copy of it.
@@ -144,15 +144,15 @@ def _product(role: str, m: int, k: int, n: int, dtype: str, **labels: Any) -> Ca
 
 
 def matmul(settings: Settings) -> Iterator[Case]:
-    """Products of the layers, forward and backward, and square ones."""
+    """Matmuls of the layers, forward and backward, and square ones."""
     layers = LAYERS[:3] if settings.quick else LAYERS
     batches = (1, 64) if settings.quick else BATCHES
     for dtype, (inner, outer), batch in itertools.product(FLOATS, layers, batches):
-        yield _product("x@w", batch, inner, outer, dtype, set="layers")
-        yield _product("x.T@g", inner, batch, outer, dtype, set="layers")
-        yield _product("g@w.T", batch, outer, inner, dtype, set="layers")
+        yield _matmul("x@w", batch, inner, outer, dtype, set="layers")
+        yield _matmul("x.T@g", inner, batch, outer, dtype, set="layers")
+        yield _matmul("g@w.T", batch, outer, inner, dtype, set="layers")
     for size in (512, 1024) if settings.quick else (512, 1024, 2048, 4096):
-        yield _product("x@w", size, size, size, "float32", set="squares")
+        yield _matmul("x@w", size, size, size, "float32", set="squares")
 
 
 # Linear layers.
@@ -224,7 +224,7 @@ def _linear(activation: str, batch: int, width: int) -> Case:
 
 
 def linear(settings: Settings) -> Iterator[Case]:
-    """Product, bias and activation."""
+    """Matmul, bias and activation."""
     batches, widths = ((64,), (128, 512)) if settings.quick else ((64, 256, 1024), (128, 512, 1024))
     for activation, batch, width in itertools.product(("tanh", "gelu", "sigmoid"), batches, widths):
         yield _linear(activation, batch, width)
@@ -559,7 +559,7 @@ def losses(settings: Settings) -> Iterator[Case]:
 
 # Optimizer updates.
 
-# What each update is given, the rule of the registry behind it, the numbers that the rule takes, and PyTorch's class.
+# What each update is given, the rule of the registry behind it, the rule's hyperparameters, and PyTorch's class.
 _LR = 1e-3
 _ADAM = partial(adam_hyperparameters, 1, _LR, 0.9, 0.999, 1e-8)
 _UPDATES: dict[str, tuple[str, str, dict[str, float], tuple[float, ...], str]] = {
@@ -571,7 +571,7 @@ _UPDATES: dict[str, tuple[str, str, dict[str, float], tuple[float, ...], str]] =
 
 
 def _update(title: str, size: int, dtype: str) -> Case:
-    kernel, rule_name, numbers, scalars, torch_class = _UPDATES[title]
+    kernel, rule_name, options, hyperparameters, torch_class = _UPDATES[title]
     rule = OPTIMIZER_RULES[rule_name]
 
     def inputs() -> tuple[Array, Array]:
@@ -579,7 +579,8 @@ def _update(title: str, size: int, dtype: str) -> Case:
         return _normal(rng, size, dtype), _normal(rng, size, dtype)
 
     def exact(pair: tuple[Array, Array]) -> Array:
-        return rule.apply(*(a.astype(np.float64) for a in pair), *(np.zeros(size) for _ in rule.state), *scalars)[0]
+        param, grad = (a.astype(np.float64) for a in pair)
+        return rule.apply(param, grad, *(np.zeros(size) for _ in rule.state), *hyperparameters)[0]
 
     # Every call is the first step once more, from where the last one ended: the work does not depend on the values.
 
@@ -587,11 +588,11 @@ def _update(title: str, size: int, dtype: str) -> Case:
         param, grad = pair[0].copy(), pair[1]
         state = [np.zeros(size, dtype) for _ in rule.state]
         step = {} if rule_name in ("sgd", "momentum") else {"step": 1}
-        return _in_place(partial(getattr(kernels, kernel), param, grad, *state, lr=_LR, **numbers, **step), param)
+        return _in_place(partial(getattr(kernels, kernel), param, grad, *state, lr=_LR, **options, **step), param)
 
     def numpy(pair: tuple[Array, Array]) -> Prepared:
         param, grad = pair[0].copy(), pair[1]
-        return _in_place(partial(training.numpy_rule(rule_name, param), grad, scalars), param)
+        return _in_place(partial(training.numpy_rule(rule_name, param), grad, hyperparameters), param)
 
     def pytorch(pair: tuple[Array, Array], fused: bool = False) -> Prepared:
         import torch
@@ -600,7 +601,7 @@ def _update(title: str, size: int, dtype: str) -> Case:
         tensor, grad = _tensors(param, pair[1])  # the tensor is a view of `param`
         tensor.requires_grad_()
         tensor.grad = grad
-        optimizer = getattr(torch.optim, torch_class)([tensor], lr=_LR, fused=fused, **numbers)
+        optimizer = getattr(torch.optim, torch_class)([tensor], lr=_LR, fused=fused, **options)
         return _in_place(optimizer.step, param)
 
     return Case(

@@ -86,12 +86,12 @@ class Results:
 
 
 def _row_as_json(row: Row) -> dict[str, Any]:
-    sides: dict[str, Any] = {}
+    implementations: dict[str, Any] = {}
     for name, timed in row.timed.items():
         # Five digits: the clock has no more, and files stay small.
         samples = [float(f"{value:.5g}") if value < 1 else value for value in timed.samples]
-        sides[name] = {"samples": samples} if timed.failed is None else {"failed": timed.failed}
-    return {**{name: getattr(row, name) for name in _ROW}, "roof": row.roofline, "sides": sides}
+        implementations[name] = {"samples": samples} if timed.failed is None else {"failed": timed.failed}
+    return {**{name: getattr(row, name) for name in _ROW}, "roof": row.roofline, "sides": implementations}
 
 
 def from_json(content: Any) -> Results:
@@ -105,8 +105,8 @@ def from_json(content: Any) -> Results:
     try:
         rows = []
         for row in content["rows"]:
-            sides = row["sides"].items()
-            timed = {name: Timed(tuple(saved.get("samples", ())), saved.get("failed")) for name, saved in sides}
+            saved = row["sides"].items()
+            timed = {name: Timed(tuple(entry.get("samples", ())), entry.get("failed")) for name, entry in saved}
             rows.append(Row(timed=timed, roofline=row["roof"], **{name: row[name] for name in _ROW}))
         return Results(rows=rows, roofline=content["roof"], **{name: content[name] for name in _RUN})
     except (KeyError, TypeError, AttributeError) as error:

@@ -23,22 +23,22 @@ Clock = Callable[[], float]
 class Plan:
     """How long to measure."""
 
-    seconds: float = 1.0  # for a case, all implementations together; more if `least_rounds` take longer
+    seconds: float = 1.0  # for a case, all implementations together; more if `min_rounds` take longer
     # Each round times each implementation once.
-    least_rounds: int = 5
-    most_rounds: int = 200
+    min_rounds: int = 5
+    max_rounds: int = 200
     # A sample is as many calls as take about this long, so that the clock's own cost does not count.
     sample_seconds: float = 2e-3
-    # Before each sample the implementation runs untimed: for so long, and until a call takes at most twice as long as
+    # Before each sample the implementation runs untimed: for this time, and until a call takes at most twice as long as
     # its fastest so far.
     warm_seconds: float = 6e-3
-    most_warm_seconds: float = 0.25
+    max_warm_seconds: float = 0.25
     # The least before the first sample, so that a fastest call is known that none of this has spoilt.
     first_warm_seconds: float = 0.1
     # Before that, the longest wait for the threads of the previous implementation to stop spinning on processors that
-    # this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a product, and PyTorch or this
+    # this one needs. Those of OpenBLAS, NumPy's BLAS, do so for up to 0.1 s after a matmul, and PyTorch or this
     # library, called meanwhile, has one processor of two.
-    most_quiet_seconds: float = 0.3
+    max_quiet_seconds: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def _state(task: Path) -> str:
         return ""
 
 
-def _wait_until_quiet(most_seconds: float) -> None:
+def _wait_until_quiet(max_seconds: float) -> None:
     """Sleep until no other thread of this process runs any more."""
-    end = time.perf_counter() + most_seconds
+    end = time.perf_counter() + max_seconds
     while time.perf_counter() < end and _others_run():
         pass
 
@@ -140,7 +140,7 @@ def _warm_up(call: Callable[[], Any], plan: Plan, fastest: float, clock: Clock) 
         now = clock()
         took, before = now - before, now
         fastest = min(fastest, took)
-        enough = plan.warm_seconds if took <= 2 * fastest else plan.most_warm_seconds
+        enough = plan.warm_seconds if took <= 2 * fastest else plan.max_warm_seconds
         if now - start >= enough:
             return fastest
 
@@ -155,7 +155,7 @@ def alternate(
     for name, prepared in ready.items():
         with IMPLEMENTATIONS[name].entered():
             prepared.call()  # the first one may still compile or allocate
-            _wait_until_quiet(plan.most_quiet_seconds)
+            _wait_until_quiet(plan.max_quiet_seconds)
             start = clock()
             prepared.call()
             once = clock() - start
@@ -171,7 +171,7 @@ def alternate(
                 round_seconds += plan.warm_seconds + max(fastest[name], plan.sample_seconds)
     rounds = 0
     if ready:
-        rounds = min(max(int(plan.seconds / round_seconds), plan.least_rounds), plan.most_rounds)
+        rounds = min(max(int(plan.seconds / round_seconds), plan.min_rounds), plan.max_rounds)
     samples: dict[str, list[float]] = {name: [] for name in ready}
     collecting = gc.isenabled()
     gc.disable()
@@ -179,7 +179,7 @@ def alternate(
         for _ in range(rounds):
             for name in rng.sample(list(ready), len(ready)):
                 with IMPLEMENTATIONS[name].entered():
-                    _wait_until_quiet(plan.most_quiet_seconds)
+                    _wait_until_quiet(plan.max_quiet_seconds)
                     if name in fastest:
                         fastest[name] = _warm_up(ready[name].call, plan, fastest[name], clock)
                     samples[name].append(_sample(ready[name], counts[name], clock))

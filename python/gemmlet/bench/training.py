@@ -270,9 +270,9 @@ def _matmul_flops(layers: Sequence[int]) -> list[float]:
 
 
 def mlp_flops(layers: Sequence[int]) -> float:
-    """Operations for one sample of a training: three products a layer, but for the gradient of the input."""
-    products = _matmul_flops(layers)
-    return 3.0 * sum(products) - products[0]
+    """Operations for one sample of a training: three matmuls a layer, but for the gradient of the input."""
+    flops = _matmul_flops(layers)
+    return 3.0 * sum(flops) - flops[0]
 
 
 def mlp_case(

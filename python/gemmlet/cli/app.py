@@ -57,7 +57,7 @@ Hidden = Annotated[
         show_default=_WIDTHS,
     ),
 ]
-# Numba and NumPy leave the matrix product to a BLAS, which may add in another order with other threads.
+# Numba and NumPy leave matmul to a BLAS, which may add in another order with other threads.
 Seed = Annotated[
     int, typer.Option(help="The same seed gives the same result, with the backend cpu for any number of threads.")
 ]

@@ -121,7 +121,7 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def _limit_blas(threads: int) -> None:
-    """Limit NumPy's BLAS, which computes the products of the backends numpy and numba, and scikit-learn's OpenMP.
+    """Limit NumPy's BLAS, which computes the matmuls of the backends numpy and numba, and scikit-learn's OpenMP.
 
     Without this they would ignore ``--threads`` and GEMMLET_NUM_THREADS, and metrics.json would be wrong.
     """

@@ -17,8 +17,8 @@ class Loss(NamedTuple):
     name: str
     formula: str
     prediction: str  # the name of the first argument
-    # ``evaluate(prediction, target, parameter, share) -> (loss, gradient)``, on float64: the loss of each element, and
-    # the gradient of the mean, `share` = 1 / n being what one element counts in it.
+    # ``evaluate(prediction, target, parameter, scale) -> (loss, gradient)``, on float64: the loss of each element, and
+    # its gradient times `scale`, 1 / n for a mean.
     evaluate: Callable[[Array, Array, float, float], tuple[Array, Array]]
     source: str
     parameter: str | None = None
@@ -27,31 +27,31 @@ class Loss(NamedTuple):
 
 
 def _times(weight: Array, value: Array) -> Array:
-    """``weight * value``, and 0 where `weight` is 0: a sure prediction that is right costs nothing."""
+    """``weight * value``, and 0 where `weight` is 0: a sure prediction that is correct costs nothing."""
     return np.where(weight == 0, 0.0, weight * value)
 
 
-def _binary_cross_entropy_with_logits(z: Array, t: Array, parameter: float, share: float) -> tuple[Array, Array]:
+def _binary_cross_entropy_with_logits(z: Array, t: Array, parameter: float, scale: float) -> tuple[Array, Array]:
     e = np.exp(-np.abs(z))
     loss = _times(1.0 - t, np.maximum(z, 0.0)) + _times(t, np.maximum(-z, 0.0)) + np.log1p(e)
-    return loss, (np.where(z >= 0, 1.0, e) / (1.0 + e) - t) * share
+    return loss, (np.where(z >= 0, 1.0, e) / (1.0 + e) - t) * scale
 
 
-def _binary_cross_entropy(p: Array, t: Array, parameter: float, share: float) -> tuple[Array, Array]:
+def _binary_cross_entropy(p: Array, t: Array, parameter: float, scale: float) -> tuple[Array, Array]:
     loss = -(t * np.maximum(np.log(p), -100.0) + (1.0 - t) * np.maximum(np.log1p(-p), -100.0))
-    return loss, (p - t) / np.maximum(p * (1.0 - p), 1e-12) * share
+    return loss, (p - t) / np.maximum(p * (1.0 - p), 1e-12) * scale
 
 
-def _mean_squared_error(p: Array, t: Array, parameter: float, share: float) -> tuple[Array, Array]:
+def _mean_squared_error(p: Array, t: Array, parameter: float, scale: float) -> tuple[Array, Array]:
     d = p - t
-    return d * d, d * (2.0 * share)  # in this order: 2 * d may overflow
+    return d * d, d * (2.0 * scale)  # in this order: 2 * d may overflow
 
 
-def _huber(p: Array, t: Array, delta: float, share: float) -> tuple[Array, Array]:
+def _huber(p: Array, t: Array, delta: float, scale: float) -> tuple[Array, Array]:
     d = p - t
     size = np.abs(d)
     loss = np.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
-    return loss, np.clip(d, -delta, delta) * share
+    return loss, np.clip(d, -delta, delta) * scale
 
 
 LOSSES: dict[str, Loss] = {

@@ -19,7 +19,7 @@ class OptimizerRule(NamedTuple):
     name: str  # the kernel is ``<name>_update``
     formula: str
     state: tuple[str, ...]  # the names of the arrays it keeps for each parameter; they start at zero
-    hyperparameters: tuple[str, ...]  # the names of the numbers that `apply` takes, in their order
+    hyperparameters: tuple[str, ...]  # their names, in the order in which `apply` takes them
     # ``apply(param, grad, *state, *hyperparameters) -> (param, *state)``, on float64.
     apply: Callable[..., tuple[Array, ...]]
     source: str
@@ -37,8 +37,8 @@ def _momentum(
     return p - lr * (g + momentum * velocity if nesterov else velocity), velocity
 
 
-def _adam(p: Array, g: Array, m: Array, v: Array, *scalars: float) -> tuple[Array, ...]:
-    step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink = scalars
+def _adam(p: Array, g: Array, m: Array, v: Array, *hyperparameters: float) -> tuple[Array, ...]:
+    step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink = hyperparameters
     g = g + l2 * p
     m = beta1 * m + gain1 * g
     v = beta2 * v + gain2 * (g * g)
@@ -48,7 +48,7 @@ def _adam(p: Array, g: Array, m: Array, v: Array, *scalars: float) -> tuple[Arra
 def adam_hyperparameters(
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
 ) -> Hyperparameters:
-    """The numbers of Adam's rule at one step (Kingma and Ba, 2015); `decoupled` is AdamW (Loshchilov and Hutter, 2019).
+    """Adam's hyperparameters at one step (Kingma and Ba, 2015); `decoupled` is AdamW (Loshchilov and Hutter, 2019).
 
     ``step_size = lr / (1 - beta1**step)`` and ``correction = 1 / sqrt(1 - beta2**step)`` undo the bias of moments that
     start at zero. ``gain = 1 - beta`` is formed here, in float64: float32 would lose half of it. The weight decay goes
@@ -63,7 +63,7 @@ def adam_hyperparameters(
 def adam_table(
     step: int, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
 ) -> NDArray[np.float64]:
-    """The same numbers at the steps from `step` on, a row for each of `rates`: the same bits, and sooner."""
+    """The same at the steps from `step` on, a row for each of `rates`: the same bits, and sooner."""
     # Powers are Python's: NumPy's own are others in the last place.
     powers = [np.array([beta**s for s in range(step, step + len(rates))]) for beta in (beta1, beta2)]
     column = OPTIMIZER_RULES["adam"].hyperparameters.index

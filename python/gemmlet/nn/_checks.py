@@ -1,4 +1,4 @@
-"""Checks of what callers of `gemmlet.nn` pass, beside those of arrays and real numbers in `gemmlet._arguments`."""
+"""Checks of what callers of `gemmlet.nn` pass, besides those of arrays and real numbers in `gemmlet._arguments`."""
 
 from __future__ import annotations
 

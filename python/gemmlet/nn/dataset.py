@@ -19,7 +19,7 @@ Array = NDArray[Any]
 # Rows that are computed at a time where the whole is not a mini-batch: 3 MB of float32 images.
 CHUNK = 1024
 
-# Below this share of numbers that are not 0, to skip zeros is faster (measured by `gemmlet bench epoch` on inputs of
+# Below this density of nonzeros, to skip zeros is faster (measured by `gemmlet bench epoch` on inputs of
 # several densities: docs/performance.md).
 SPARSE_BELOW = 0.5
 

@@ -153,7 +153,7 @@ class CallBudget:
         return self._following
 
     def stop(self, done: int) -> None:
-        """It has ended, and took so many steps: fewer than it might have, at the end of an epoch."""
+        """It has ended after `done` steps: fewer than it might have, at the end of an epoch."""
         seconds = max(time.perf_counter() - self._started, 1e-6)
         estimated = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self._following))
         self.steps, self._following = self._following if self._is_fixed else estimated, estimated
@@ -213,7 +213,7 @@ class Trainable(ABC):
         return self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)
 
     def _decay(self, steps: Any) -> Any:
-        """Of the moving average after so many steps, a number or an array: at first it follows closely."""
+        """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
         return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
 
     def _draw(self, rng: np.random.Generator, n: int) -> Array:

@@ -59,7 +59,7 @@ def _fill_by_parts(generator: Any, out: NDArray[Any], parts: int, threads: int) 
 
 
 def _early(count: int) -> int:
-    """Words by which to begin before so many numbers probably end: ten standard deviations, and some to spare."""
+    """Words by which to begin before `count` numbers probably end: ten standard deviations, and some to spare."""
     return 64 + 2 * math.isqrt(count) if count else 0
 
 

@@ -19,7 +19,7 @@ from . import _checks as checks
 
 Array = NDArray[Any]
 
-# What the learning rate is multiplied by, once such a share of all mini-batches is done: from 0 to below 1.
+# What the learning rate is multiplied by, once this fraction of all mini-batches is done: from 0 to below 1.
 Schedule = Callable[[float], float]
 
 
@@ -135,7 +135,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
-        """The rule and its hyperparameters at the steps from `step` on, for parameters with so many arrays of state."""
+        """The rule and its hyperparameters at the steps from `step` on, for parameters with `arrays` state arrays."""
 
 
 class ParameterGroup(NamedTuple):
@@ -162,7 +162,7 @@ class ParameterGroup(NamedTuple):
         return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
 
     def advance(self, steps: int) -> None:
-        """Take note that so many updates were done."""
+        """Take note that `steps` updates were done."""
         for state in self.states:
             state.steps += steps
 

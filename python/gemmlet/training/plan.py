@@ -21,7 +21,7 @@ from ..formulas.losses import LOSSES, ROW_LOSSES
 
 Array = NDArray[Any]
 
-# Inputs of a `Forward`, beside the outputs of other networks: rows of the dataset, and rows of noise.
+# Inputs of a `Forward`, besides the outputs of other networks: rows of the dataset, and rows of noise.
 SAMPLES, NOISE = "samples", "noise"
 Source = str | int
 
@@ -29,8 +29,8 @@ Source = str | int
 class Dataset(NamedTuple):
     """Samples: rows (n, features) of uint8 or of the networks' dtype, or the three arrays of a CSR matrix.
 
-    uint8 counts as value/255. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that so many
-    numbers are 0 that it pays to skip them; the result is the same.
+    uint8 counts as value/255. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
+    numbers are 0 for skipping them to pay; the result is the same.
     """
 
     x: Array

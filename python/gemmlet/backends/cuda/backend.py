@@ -25,7 +25,7 @@ from ..numpy import NumpyBackend
 from . import compiler, fast_path, launches, matmul, training
 from .device import Device
 from .launches import THREADS, Launcher, scaled_kernel
-from .types import CPP_TYPES, RULE_NUMBERS, RULE_STATES, address, number, pointer
+from .types import CPP_TYPES, RULE_HYPERPARAMETERS, RULE_STATES, address, number, pointer
 
 # Sources that not every architecture compiles, and those that do.
 ARCHITECTURES = {**matmul.ARCHITECTURES, **training.ARCHITECTURES}
@@ -34,7 +34,7 @@ ARCHITECTURES = {**matmul.ARCHITECTURES, **training.ARCHITECTURES}
 def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
     """Every kernel that the backend launches, by source file: for compiling ahead of time, and for tests.
 
-    Products have the activations of `fused`; of the kernels of `fit`, those of usual networks are there.
+    Matmuls have the activations of `fused`; of the kernels of `fit`, those of usual networks are there.
     """
     return {**launches.expressions(), **matmul.expressions(fused), **training.expressions()}
 
@@ -97,7 +97,7 @@ class CudaBackend(Launcher, NumpyBackend):
             "isa": f"{self._first.arch}, {self._first.name}",
             "cupy": sys.modules["cupy"].__version__,
             "nvrtc": compiler.nvrtc_version(),
-            "float32 products": _precision.get_float32_matmul_precision(),
+            "float32 matmuls": _precision.get_float32_matmul_precision(),
             "threads": f"{_threads.get_num_threads()} (of the CPU)",
         }
 
@@ -218,7 +218,7 @@ class CudaBackend(Launcher, NumpyBackend):
         low, high = found.integers
         return result, low, high
 
-    # Matrix products.
+    # Matmuls.
 
     def matmul(self, a: Array, b: Array, out: Array) -> None:
         self.linear(a, b, None, None, 0.0, out, None)
@@ -266,16 +266,16 @@ class CudaBackend(Launcher, NumpyBackend):
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
         with self._placed(x, out, writes=1) as (device, x_, y):
             rows, columns = y.shape
-            places = address(x_), address(y)
-            kernel = self.row_launch(device, "forward", function.name, y.dtype, columns, *places)
-            kernel.launch(kernel.blocks(rows), 1, *places, rows, columns)
+            addresses = address(x_), address(y)
+            kernel = self.row_launch(device, "forward", function.name, y.dtype, columns, *addresses)
+            kernel.launch(kernel.blocks(rows), 1, *addresses, rows, columns)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
         with self._placed(grad_y, y, out, writes=1) as (device, g, y_, grad_x):
             rows, columns = grad_x.shape
-            places = address(g), address(y_), address(grad_x)
-            kernel = self.row_launch(device, "backward", function.name, g.dtype, columns, *places)
-            kernel.launch(kernel.blocks(rows), 1, *places, rows, columns)
+            addresses = address(g), address(y_), address(grad_x)
+            kernel = self.row_launch(device, "backward", function.name, g.dtype, columns, *addresses)
+            kernel.launch(kernel.blocks(rows), 1, *addresses, rows, columns)
 
     # Losses.
 
@@ -284,8 +284,8 @@ class CudaBackend(Launcher, NumpyBackend):
             rows, columns = z.shape
             indices, targets = (address(t), 0) if t.ndim == 1 else (0, address(t))
             whole = t.ndim == 1 and label_smoothing == 0
-            places = address(z), targets, address(grad)
-            kernel = self.row_loss_launch(device, loss.name, z.dtype, columns, whole, *places)
+            addresses = address(z), targets, address(grad)
+            kernel = self.row_loss_launch(device, loss.name, z.dtype, columns, whole, *addresses)
             values = address(z), indices, targets, *smoothing(label_smoothing, columns), address(grad), rows, columns
             mean = self.mean(device, kernel.launch, kernel.blocks(rows), *values)
             assert mean is not None
@@ -308,9 +308,9 @@ class CudaBackend(Launcher, NumpyBackend):
             *states, p = rest
             if p.size:
                 launch, per_block, _ = self.update_launch(device, rule.name, p.dtype)
-                places = *map(address, states), *[0] * (RULE_STATES - len(states))
-                numbers = *hyperparameters, *[0.0] * (RULE_NUMBERS - len(hyperparameters))
-                launch(-(-p.size // per_block), 1, address(p), address(g), *places, *numbers, p.size)
+                addresses = *map(address, states), *[0] * (RULE_STATES - len(states))
+                numbers = *hyperparameters, *[0.0] * (RULE_HYPERPARAMETERS - len(hyperparameters))
+                launch(-(-p.size // per_block), 1, address(p), address(g), *addresses, *numbers, p.size)
 
     # Training.
 

@@ -23,7 +23,7 @@ from . import compiler
 # A kernel with everything but the size of its grid and its arguments: ``launch(grid_x, grid_y, *values)``.
 Launch = Callable[..., None]
 
-# So many blocks along x, y and z.
+# Blocks along x, y and z.
 Grid = tuple[int, int, int]
 
 # What is copied as it is, or rounded to TF32.
@@ -34,7 +34,7 @@ class Graph(Protocol):
     """Launches that were recorded once, to be done again."""
 
     def replay(self, count: int = 1) -> None:
-        """Do all of them, in order, so many times, on the current stream."""
+        """Do all of them, in order, `count` times, on the current stream."""
 
 
 class Device(Protocol):

@@ -25,7 +25,7 @@ from ...formulas.optimizers import OPTIMIZER_RULES, OptimizerRule
 from . import compiler, matmul
 from .device import Device
 from .launches import Launcher
-from .types import FLOATS, RULE_NUMBERS, RULE_STATES
+from .types import FLOATS, RULE_HYPERPARAMETERS, RULE_STATES
 
 FastPath = Callable[..., Any]
 
@@ -303,7 +303,7 @@ class _FastPaths:
         launcher, first, another, count = self.launcher, self.first, self.another, len(entry.state)
         known, fill = self._remembered(lambda d, dtype: launcher.update_launch(d, entry.name, dtype))
         no_states = (0,) * (RULE_STATES - count)
-        no_numbers = (0.0,) * (RULE_NUMBERS - len(entry.hyperparameters))
+        absent = (0.0,) * (RULE_HYPERPARAMETERS - len(entry.hyperparameters))
 
         def call(param: Any, grad: Any, states: tuple[Any, ...], hyperparameters: tuple[float, ...]) -> Any:
             given = first(param)
@@ -314,12 +314,12 @@ class _FastPaths:
             prepared = 0 not in others and (known.get((gpu, dtype)) or fill(gpu, dtype))
             if not prepared:
                 return None
-            places = sorted((at, *others))
-            if any(after - before < nbytes for before, after in itertools.pairwise(places)):
+            addresses = sorted((at, *others))
+            if any(after - before < nbytes for before, after in itertools.pairwise(addresses)):
                 return None
             _, _, launch, per_block, _ = prepared
             size = param.size
-            launch(-(-size // per_block), 1, at, *others, *no_states, *hyperparameters, *no_numbers, size)
+            launch(-(-size // per_block), 1, at, *others, *no_states, *hyperparameters, *absent, size)
             return True
 
         return call
@@ -402,7 +402,7 @@ class _FastPaths:
             need_b: bool,
             tf32: bool,
         ) -> tuple[Any, ...]:
-            """What is launched: the activation's gradient, both products, the sums; None for each that is not needed.
+            """What is launched: the activation's gradient, both matmuls, the sums; None for each that is not needed.
 
             Of w and x there are shape, strides and whether the address is a multiple of 16; they are multiplied
             transposed, without an array for it.
@@ -412,15 +412,15 @@ class _FastPaths:
                 backward = launcher.activation_launch(device, "backward", activation, dtype)
                 strides = shape[1] * dtype.itemsize, dtype.itemsize
 
-            def product(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
+            def prepared(a: tuple[Any, ...], b: tuple[Any, ...]) -> Any:
                 layouts, aligned = (a[0], b[0], a[1], b[1], dtype), (a[2], b[2], True)
                 return matmul.prepared(device, device.multiprocessors, layouts, aligned, "identity", 0.0, tf32, None)
 
             grad = shape, strides, True
             if w_layout is not None:
-                to_x = product(grad, (w_layout[0][::-1], w_layout[1][::-1], w_layout[2]))
+                to_x = prepared(grad, (w_layout[0][::-1], w_layout[1][::-1], w_layout[2]))
             if x_layout is not None:
-                to_w = product((x_layout[0][::-1], x_layout[1][::-1], x_layout[2]), grad)
+                to_w = prepared((x_layout[0][::-1], x_layout[1][::-1], x_layout[2]), grad)
             if need_b:
                 row, column = (stride // dtype.itemsize for stride in strides)
                 to_b = launcher.column_sums(device, dtype, shape, (row, column))

@@ -1,4 +1,4 @@
-"""Which kernel a call launches, and how: its name, its threads, what it is given. Products and training have their own.
+"""Which kernel a call launches, and how: its name, its threads, what it is given. Matmuls and training have their own.
 
 A `Launcher` has the GPUs, and what was prepared on each; the backend and its fast paths launch by it.
 """
@@ -18,7 +18,7 @@ from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from ...formulas.optimizers import OPTIMIZER_RULES
 from .device import CudaDevice, Device, Launch
-from .types import COMPUTED, CPP_TYPES, FLOATS, INTEGERS, RULE_NUMBERS, RULE_STATES, SIZES, address
+from .types import COMPUTED, CPP_TYPES, FLOATS, INTEGERS, RULE_HYPERPARAMETERS, RULE_STATES, SIZES, address
 
 # Threads of the blocks of all kernels here; csrc/cuda says the same (row_threads, __launch_bounds__).
 THREADS = 256
@@ -26,8 +26,8 @@ THREADS = 256
 # Packs of 16 bytes that a thread of an activation's kernel takes; csrc/cuda/elementwise.cuh says the same.
 MAP_PACKS = 2
 
-# Who takes a row of so many columns at most: how many threads, with how many numbers each in registers. 0: any number
-# of columns, read from memory in every pass. Few threads with many numbers each have more of them on their way from
+# By the most columns, who takes a row: how many threads, with how many numbers each in registers. 0: any number of
+# columns, read from memory in every pass. Few threads with many numbers each have more of them on their way from
 # memory at a time, and fewer exchanges; 10 is the usual number of classes, whose rows a thread alone would read too far
 # from its neighbours'. Measured on an H100 and an H200, at 10, 128, 1,000 and 10,000 columns.
 ROW_TEAMS = (
@@ -52,12 +52,12 @@ _MEAN = ("Q", "Q", "Q", "Q")
 
 # Blocks whose sums the last one adds: enough for two rounds of the largest GPUs. It is part of the result, whose bits
 # shall not depend on the GPU.
-MOST_PARTS = 2048
+MAX_PARTS = 2048
 
-# The same of kernels that go round: of elementwise losses many short ones, so that none is waited for long; of
+# The same of grid-stride loops: of elementwise losses many short ones, so that none is waited for long; of
 # cross-entropy, whose blocks begin with a chain of loads, whole rounds of 132 multiprocessors (on an H200 1,024 blocks
 # reach 0.89 of the copy bandwidth at 1,000 columns, 8,192 reach 0.75). Functions of rows add nothing up.
-MOST_BLOCKS = {"elements": 8192, "row_loss": 1056, "rows": 32768}
+MAX_BLOCKS = {"elements": 8192, "row_loss": 1056, "rows": 32768}
 
 
 # The bytes of an array that a block of an activation's kernel takes, and one of an optimizer's or a loss's.
@@ -169,9 +169,9 @@ class Result(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What launches a kernel, and how many elements or rows a block takes, at a time if it goes round.
+    """What launches a kernel, and how many elements or rows a block takes, at a time in a grid-stride loop.
 
-    kind: of `MOST_BLOCKS`, for a grid that goes round.
+    kind: of `MAX_BLOCKS`, for a grid-stride loop.
     """
 
     launch: Launch
@@ -179,8 +179,8 @@ class Prepared(NamedTuple):
     kind: str = "rows"
 
     def blocks(self, count: int) -> int:
-        """Of a grid that goes round, for so many elements or rows."""
-        return min(MOST_BLOCKS[self.kind], -(-count // self.per_block))
+        """The blocks of a grid-stride loop over `count` elements or rows."""
+        return min(MAX_BLOCKS[self.kind], -(-count // self.per_block))
 
 
 class Launcher:
@@ -209,14 +209,14 @@ class Launcher:
         return found
 
     def scratch(self, device: Device) -> Scratch:
-        """That of the current stream."""
+        """The memory of the current stream."""
         scratches: dict[tuple[int, int], Scratch] = self._own.__dict__.setdefault("scratches", {})
         where = device.id, device.stream()
         found = scratches.get(where)
         if found is None:
             counter = device.empty((1,), np.dtype(np.uint32))
             device.zero(counter)
-            most = max(MOST_BLOCKS["elements"], MOST_BLOCKS["row_loss"], 2 * MOST_PARTS)
+            most = max(MAX_BLOCKS["elements"], MAX_BLOCKS["row_loss"], 2 * MAX_PARTS)
             partial, range_ = device.empty((most,), np.float64), device.empty((2,), np.float64)
             memory = counter, partial, range_
             found = Scratch(address(counter), address(partial), address(range_), partial.nbytes, memory)
@@ -224,7 +224,7 @@ class Launcher:
         return found
 
     def _result(self, device: Device) -> Result:
-        """That of the calling thread, which waits for a kernel before it launches the next one that writes there."""
+        """The calling thread's result: it waits for a kernel before it launches the next one that writes there."""
         results: dict[int, Result] = self._own.__dict__.setdefault("results", {})
         found = results.get(device.id)
         if found is None:
@@ -252,7 +252,7 @@ class Launcher:
         kernel = f"gemmlet::value_range<{CPP_TYPES[name_of(dtype)]}, {to}>"
         launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "Q", "q", "Q", "Q", "Q"))
         scratch = self.scratch(device)
-        blocks = min(MOST_PARTS, -(-size // (4 * THREADS)))
+        blocks = min(MAX_PARTS, -(-size // (4 * THREADS)))
         launch(blocks, 1, at, copy, size, scratch.partial, result or scratch.range, scratch.counter)
 
     def column_sums(
@@ -262,8 +262,8 @@ class Launcher:
         (rows, columns), (row_stride, column_stride) = shape, strides
         down = abs(row_stride) < abs(column_stride)
         blocks = -(-columns // (8 if down else 32))
-        # So many shares of the rows that there is work for all multiprocessors; some hundred rows at least in each.
-        shares = max(1, min(MOST_PARTS // blocks, rows // 512, 65535))
+        # Shares of the rows: enough to occupy all multiprocessors, with some hundred rows at least in each.
+        shares = max(1, min(MAX_PARTS // blocks, rows // 512, 65535))
         kernel = _column_sum_kernel(name_of(dtype), down)
         launch = self.prepared(device, "column_sum.cuh", kernel, ("Q", "q", "q", "q", "q", "Q", "Q", "Q"))
 
@@ -274,7 +274,7 @@ class Launcher:
         return run
 
     def activation_launch(self, device: Device, direction: str, name: str, dtype: np.dtype[Any]) -> Prepared:
-        """That of an activation's kernel: the addresses of two arrays (backward three), the parameter, the size."""
+        """The launch of an activation: the addresses of two arrays (backward three), the parameter, the size."""
         kind = name_of(dtype)
         parameters = (*("QQ" if direction == "forward" else "QQQ"), _CODES[kind], "q")
         kernel = _kernel(f"activation_{direction}", f"activations::{name}", kind)
@@ -284,7 +284,7 @@ class Launcher:
     def row_launch(
         self, device: Device, direction: str, name: str, dtype: np.dtype[Any], columns: int, *addresses: int
     ) -> Prepared:
-        """That of a row function's kernel: the addresses of two matrices (backward three), rows, columns."""
+        """The launch of a row function: the addresses of two matrices (backward three), rows, columns."""
         kind = name_of(dtype)
         team = _team(kind, columns, *addresses)
         parameters = (*("QQ" if direction == "forward" else "QQQ"), "q", "i")
@@ -308,7 +308,7 @@ class Launcher:
     def row_loss_launch(
         self, device: Device, name: str, dtype: np.dtype[Any], columns: int, whole: bool, *addresses: int
     ) -> Prepared:
-        """That of a row loss's kernel; `whole`: of class indices, not smoothed.
+        """The launch of a row loss; `whole`: of class indices, not smoothed.
 
         It takes the addresses of logits, indices and targets, two numbers, and the gradient's address, rows, columns.
         """
@@ -321,16 +321,16 @@ class Launcher:
         return Prepared(launch, threads // team.threads, "row_loss")
 
     def loss_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
-        """That of a loss's kernel: the addresses of prediction and target, the parameter, the gradient's, the size."""
+        """The launch of a loss: the addresses of prediction and target, the parameter, the gradient's, the size."""
         kind = name_of(dtype)
         parameters = ("Q", "Q", _CODES[kind], "Q", "q", *_MEAN)
         launch = self.prepared(device, "losses.cuh", _kernel("elementwise_loss", f"losses::{name}", kind), parameters)
         return Prepared(launch, PACK_BYTES // dtype.itemsize, "elements")
 
     def update_launch(self, device: Device, name: str, dtype: np.dtype[Any]) -> Prepared:
-        """That of a rule's kernel: the addresses of param, grad and two states, nine numbers, the size."""
+        """The launch of a rule: the addresses of param, grad and two states, nine hyperparameters, the size."""
         kind = name_of(dtype)
-        parameters = ("Q", "Q", *["Q"] * RULE_STATES, f"{RULE_NUMBERS}d", "q")
+        parameters = ("Q", "Q", *["Q"] * RULE_STATES, f"{RULE_HYPERPARAMETERS}d", "q")
         kernel = _kernel("optimizer_update", f"optimizers::{name}", kind)
         launch = self.prepared(device, "optimizers.cuh", kernel, parameters)
         return Prepared(launch, PACK_BYTES // dtype.itemsize)

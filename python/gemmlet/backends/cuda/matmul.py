@@ -1,4 +1,4 @@
-"""Matrix products on a GPU: which kernel computes one, from which tiles, and its launch."""
+"""Matmuls on a GPU: which kernel computes one, from which tiles, and its launch."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ ARCHITECTURES = {"matmul/wgmma.cuh": ("sm_90a", "host")}
 
 # Of dynamic shared memory, for one block.
 _SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90a": 227, "sm_100a": 227, "host": 227}
-_LEAST_SHARED_KIB = 99
+_MIN_SHARED_KIB = 99
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel divides a product among its blocks."""
+    """How a kernel divides a matmul among its blocks."""
 
-    # The first three compute tiles, "skinny" products of at most four rows or columns.
+    # The first three compute tiles, "skinny" matmuls with at most four rows or columns.
     kernel: Literal["simt", "mma", "wgmma", "skinny"]
     # Of the result, for a block.
     rows: int
     columns: int
-    depth: int  # what k is divided into
+    k_block: int  # steps of k in a stage
     threads: int  # of a block
     shared: int  # bytes of dynamic shared memory
     # Nanoseconds, about: a launch but for its steps of k; and what such a step costs a multiprocessor.
     start: float
     step: float
-    busy: float  # so many blocks keep a multiprocessor busy; fewer take as long
+    busy: float  # blocks that keep a multiprocessor busy; fewer take as long
     parameters: tuple[int, ...]  # of the C++ template, after the type
-    cluster: int = 1  # so many blocks compute tiles next to each other together
+    cluster: int = 1  # blocks that compute neighbouring tiles together
     transposed: bool = False  # whether the kernel computes the transpose, of the second operand and the first
 
     def __str__(self) -> str:
@@ -60,28 +60,28 @@ class Choice(NamedTuple):
 
 def simt(dtype: str, parameters: tuple[int, ...], start: float, step: float, busy: float = 1.0) -> Tile:
     """Return ``SimtTile<...>``."""
-    rows, columns, depth, thread_rows, thread_columns, slices, stages = parameters
+    rows, columns, k_block, thread_rows, thread_columns, slices, stages = parameters
     size = SIZES[dtype]
     pad = 16 // size
     threads = 32 * (rows // (4 * thread_rows)) * (columns // (8 * thread_columns)) * slices
-    loading = stages * depth * (rows + columns + 2 * pad)
+    loading = stages * k_block * (rows + columns + 2 * pad)
     finishing = rows * (columns + pad) * slices // (thread_rows // pad if slices == 1 else 1)
-    return Tile("simt", rows, columns, depth, threads, max(loading, finishing) * size, start, step, busy, parameters)
+    return Tile("simt", rows, columns, k_block, threads, max(loading, finishing) * size, start, step, busy, parameters)
 
 
 def mma(dtype: str, parameters: tuple[int, ...], start: float, step: float, busy: float = 1.0) -> Tile:
     """Return ``MmaTile<...>``."""
-    rows, columns, depth, row_warps, column_warps, slices, stages = parameters
+    rows, columns, k_block, row_warps, column_warps, slices, stages = parameters
     size = SIZES[dtype]
     pad = 32 if size == 4 else 16
 
     def operand(lines: int) -> int:
-        return max(lines * (depth * size + 16), depth * (lines * size + pad))
+        return max(lines * (k_block * size + 16), k_block * (lines * size + pad))
 
     stage = operand(rows) + operand(columns)
     threads = 32 * row_warps * column_warps * slices
     shared = max(stages * stage, slices * rows * (columns + 8) * 4)
-    return Tile("mma", rows, columns, depth, threads, shared, start, step, busy, parameters)
+    return Tile("mma", rows, columns, k_block, threads, shared, start, step, busy, parameters)
 
 
 def wgmma(dtype: str, parameters: tuple[int, ...], transposed: bool, start: float, step: float) -> Tile:
@@ -90,12 +90,12 @@ def wgmma(dtype: str, parameters: tuple[int, ...], transposed: bool, start: floa
     shared = 1024 - 16 + stages * (x_lines + y_lines) * 128 + x_lines * 64 * 4 + 2 * stages * 8
     parameters = (*parameters, int(transposed))
     rows, columns = (y_lines, x_lines) if transposed else (x_lines, y_lines)
-    threads, depth = 128 + 2 * x_lines, 128 // SIZES[dtype]
-    return Tile("wgmma", rows, columns, depth, threads, shared, start, step, 1.0, parameters, cluster, transposed)
+    threads, k_block = 128 + 2 * x_lines, 128 // SIZES[dtype]
+    return Tile("wgmma", rows, columns, k_block, threads, shared, start, step, 1.0, parameters, cluster, transposed)
 
 
 def skinny(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
-    """Return what ``matmul_skinny<count>`` does with so many lines a block, of the operand that has many."""
+    """Return what ``matmul_skinny<count>`` does with `lines` lines a block, of the operand that has many."""
     rows, columns = (lines, count) if lines_are_rows else (count, lines)
     step = lines * SIZES[dtype] / _SKINNY_BYTES
     return Tile("skinny", rows, columns, 256, 256, 0, _SKINNY_START, step, _SKINNY_BUSY[count], (count,))
@@ -103,7 +103,7 @@ def skinny(dtype: str, lines: int, count: int, lines_are_rows: bool) -> Tile:
 
 # The constants of the estimate that tiles and splits are chosen by were fitted to what benchmarks/gpu_matmul.py
 # measured: those of float32, float64 and TF32 on an H100, the others on an H200. The tiles are the fewest of those
-# tried with which no product took over 7 % longer than with the best one (float32: 0.4 % in the mean of 33 shapes).
+# tried with which no matmul took over 7 % longer than with the best one (float32: 0.4 % in the mean of 33 shapes).
 _SECOND_PASS = 2000.0  # ns
 _SECOND_PASS_BYTES = 3300.0  # a ns, of all partial sums
 _SKINNY_START = 1500.0  # ns
@@ -135,7 +135,7 @@ _MMA_TILES = {
             mma("bfloat16", (32, 32, 128, 1, 1, 4, 3), 1200.0, 3.0),
         ),
     ),
-    # TF32: the same bytes, half the depth.
+    # TF32: the same bytes, half the K block.
     "float32": (
         mma("float32", (128, 256, 16, 2, 4, 1, 4), 3900.0, 50.5),
         mma("float32", (128, 128, 16, 2, 2, 1, 4), 3200.0, 25.8, 1.35),
@@ -166,7 +166,7 @@ _SKINNY_COUNTS = (1, 4)
 
 
 def tiles(dtype: str, tf32: bool, arch: str) -> tuple[Tile, ...]:
-    """Return the tiles that there are for products of this type, but for skinny ones."""
+    """Return the tiles for matmuls of this type, but for skinny ones."""
     if dtype in _SIMT_TILES and not tf32:
         return _SIMT_TILES[dtype]
     return (*_MMA_TILES[dtype], *(_WGMMA_TILES[dtype] if arch in ARCHITECTURES["matmul/wgmma.cuh"] else ()))
@@ -198,7 +198,7 @@ class _Operand(NamedTuple):
     row_bytes: int
 
     def in_packs(self, size: int) -> bool:
-        """Whether neighbouring lines, of numbers of so many bytes, can be read 16 bytes at a time, and fill them."""
+        """Whether neighbouring lines, of numbers of `size` bytes, can be read 16 bytes at a time, and fill them."""
         return self.along_lines and self.packed and self.lines * size % 16 == 0
 
     def rest(self) -> bytes:
@@ -236,7 +236,7 @@ _Given = Callable[[int, int], tuple[Any, ...]]
 
 
 class _Facts(NamedTuple):
-    """What a product's launches depend on, but for the addresses; aligned: whether they are multiples of 16."""
+    """What a matmul's launches depend on, but for the addresses; aligned: whether they are multiples of 16."""
 
     a_shape: tuple[int, int]
     b_shape: tuple[int, int]
@@ -270,7 +270,7 @@ def _as_tensor_maps(device: Device, tile: Tile, operands: tuple[_Operand, _Opera
     numbers: tuple[BoxNumber, BoxNumber] = ("uint16", "uint16") if size == 2 else ("uint32", "tf32")
 
     def tensor_map(operand: _Operand, lines: int, number: BoxNumber, at: int) -> bytes:
-        box = (tile.depth, tile.depth) if operand.along_lines else (lines, tile.depth)
+        box = (tile.k_block, tile.k_block) if operand.along_lines else (lines, tile.k_block)
         return device.tensor_map(at, number, operand.shape, operand.row_bytes, box).tobytes()
 
     x, y = operands[::-1] if tile.transposed else operands
@@ -290,12 +290,12 @@ def _blocks(tile: Tile, m: int, n: int) -> int:
 
 
 def estimate(choice: Choice, m: int, n: int, k: int, size: int, multiprocessors: int) -> float:
-    """Nanoseconds on an H200, about: multiprocessors take turns of one block each."""
+    """Nanoseconds on an H200, about: multiprocessors run the blocks in waves."""
     tile, splits = choice
-    steps = -(-k // (tile.depth * splits)) * tile.depth
-    turns = max(-(-_blocks(tile, m, n) * splits // multiprocessors), tile.busy)
-    # To fill its first stage and to write its results takes a block about as long as one more depth.
-    time = tile.start + turns * (steps + tile.depth) * tile.step
+    steps = -(-k // (tile.k_block * splits)) * tile.k_block
+    waves = max(-(-_blocks(tile, m, n) * splits // multiprocessors), tile.busy)
+    # To fill its first stage and to write its results takes a block about as long as one more K block.
+    time = tile.start + waves * (steps + tile.k_block) * tile.step
     if splits > 1:
         time += _SECOND_PASS + m * n * splits * max(size, 4) / _SECOND_PASS_BYTES
     return time
@@ -303,11 +303,11 @@ def estimate(choice: Choice, m: int, n: int, k: int, size: int, multiprocessors:
 
 def splits_of(tile: Tile, m: int, n: int, k: int, multiprocessors: int) -> Iterator[int]:
     """Into how many parts k may be cut, none of them empty."""
-    depths, blocks, last = -(-k // tile.depth), _blocks(tile, m, n), 0
+    k_blocks, blocks, last = -(-k // tile.k_block), _blocks(tile, m, n), 0
     for parts in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128):
-        if parts > 1 and (parts > depths or blocks * parts > 4 * multiprocessors):
+        if parts > 1 and (parts > k_blocks or blocks * parts > 4 * multiprocessors):
             break
-        splits = -(-depths // -(-depths // parts)) if depths else 1
+        splits = -(-k_blocks // -(-k_blocks // parts)) if k_blocks else 1
         if splits != last:
             yield splits
         last = splits
@@ -324,11 +324,11 @@ def candidates(
     multiprocessors: int,
     along_lines: tuple[bool, bool] | None,
 ) -> list[Choice]:
-    """Return all that can compute a product, the one with the lowest estimate first.
+    """Return all that can compute a matmul, the one with the lowest estimate first.
 
     `skinny_lines` are how many lines of a and of b a block of the skinny kernel takes; for `along_lines` see `takes`.
     """
-    shared = 1024 * _SHARED_KIB.get(arch, _LEAST_SHARED_KIB)
+    shared = 1024 * _SHARED_KIB.get(arch, _MIN_SHARED_KIB)
     found = [tile for tile in tiles(dtype, tf32, arch) if tile.shared <= shared and takes(tile, dtype, along_lines)]
     few = min(m, n)
     if few <= _SKINNY_COUNTS[-1]:
@@ -345,7 +345,7 @@ def skinny_lines(dtype: str, along_lines: bool) -> int:
 
 
 def choose(device: Device, a: Any, b: Any, tf32: bool = False) -> list[Choice]:
-    """Return all that can compute ``a @ b``, the best first, as far as is known."""
+    """Return all that can compute ``a @ b``, the lowest estimate first."""
     aligned = (array.data.ptr % 16 == 0 for array in (a, b))
     return _choices(device, _Facts(a.shape, b.shape, a.strides, b.strides, a.dtype, *aligned), tf32)
 
@@ -442,11 +442,11 @@ def linear(
     """
     tf32 = tf32 and x.dtype.itemsize == 4
     name = "identity" if activation is None else activation.name
-    places = x_, w_, y, z = x.data.ptr, w.data.ptr, out.data.ptr, address(preactivation)
+    addresses = x_, w_, y, z = x.data.ptr, w.data.ptr, out.data.ptr, address(preactivation)
     aligned = x_ % 16 == 0, w_ % 16 == 0, (y | z) % 16 == 0
     layouts = x.shape, w.shape, x.strides, w.strides, x.dtype
     run = prepared(device, device.multiprocessors, layouts, aligned, name, parameter, tf32, choice)
-    run(*places, address(b))
+    run(*addresses, address(b))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -481,11 +481,11 @@ def prepared(
     final_rest = final_struct.pack(m, n, parameter, n % (16 // facts.dtype.itemsize) == 0 and aligned[2])
     final_layout = f"QQQ{final_struct.size}s"
 
-    blocks, steps = _blocks(tile, m, n), -(-k // (tile.depth * splits)) * tile.depth
+    blocks, steps = _blocks(tile, m, n), -(-k // (tile.k_block * splits)) * tile.k_block
     sizes: tuple[int, ...] = k, steps
     if tile.kernel == "wgmma":
         operand, given = _TENSOR_MAP, _as_tensor_maps(device, tile, operands, facts.dtype.itemsize)
-        # They take tiles in turn.
+        # Persistent blocks: each computes several tiles.
         blocks = min(blocks, max(device.multiprocessors // (splits * tile.cluster), 1) * tile.cluster)
     else:
         # The skinny kernel takes the operand of many lines first, and is told which one it is.

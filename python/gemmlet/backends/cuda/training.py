@@ -42,19 +42,19 @@ _SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand"), "gather")
 # Sources that not every architecture compiles, and those that do.
 ARCHITECTURES = {CLUSTER_SOURCE: ("sm_90a", "host")}
 
-# So many tiles keep a GPU busy: then larger ones, which read less, are faster. By occupancy arithmetic: the
+# This many tiles keep a GPU busy: then larger ones, which read less, are faster. By occupancy arithmetic: the
 # multiprocessors of a large GPU, not all of which need work. (On an H100 48 and 200 made no difference to a step of the
 # perceptron for MNIST.)
 ENOUGH_TILES = 96
 
-# Up to so many tiles a multiprocessor has one block, which may be a large one; of more tiles two blocks share one.
-MOST_LARGE_BLOCKS = 128
+# Up to this many tiles a multiprocessor has one block, which may be a large one; of more tiles two blocks share one.
+MAX_LARGE_BLOCKS = 128
 
-# The last layer goes with the loss in one kernel if it has so few outputs, and if reading its weights anew for each row
-# comes to no more bytes than that: some microseconds of the L2 cache, as long as the launches that are saved. By
+# The last layer goes with the loss in one kernel if it has at most these outputs, and if reading its weights anew for
+# each row comes to at most these bytes: some microseconds of the L2 cache, as long as the launches that are saved. By
 # arithmetic; not measured yet.
-MOST_TOP_OUTPUTS = 64
-MOST_TOP_BYTES = 8 << 20
+MAX_TOP_OUTPUTS = 64
+MAX_TOP_BYTES = 8 << 20
 
 # Steps in a graph, where there are as many: between graphs a GPU waits longer than within one. (32 were not faster.)
 STEPS_TOGETHER = 8
@@ -64,11 +64,11 @@ STEPS_TOGETHER = 8
 # as long as by graphs with SGD, and two thirds with Adam; benchmarks/gpu_training.py times both.
 CLUSTER_SIZES: tuple[int, ...] = (8, 16)
 
-# A cluster of 16 needs as many multiprocessors of one part of the GPU: a whole one, and not a share of it.
+# A cluster of 16 needs as many multiprocessors of one part of the GPU: a whole one, and not a part of it.
 _CLUSTER_MULTIPROCESSORS = 100
 
-# Mini-batches are arranged for the cluster before a launch of it, as many as have so many bytes.
-MOST_ARRANGED_BYTES = 128 << 20
+# Mini-batches are arranged for the cluster before a launch of it, at most this many bytes.
+MAX_ARRANGED_BYTES = 128 << 20
 
 # Of training/cluster.cuh.
 _CLUSTER_THREADS, _CLUSTER_BYTES = constant("cluster_threads"), constant("cluster_memory_bytes")
@@ -151,7 +151,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
     return False
 
 
-# The phases after `Gather` of the plans that there are kernels for, as far as these plans agree.
+# The phases after `Gather` of the plans that there are kernels for: what these plans have in common.
 _STEPS = (
     # One network.
     ((Forward, 0, (SAMPLES,)), (Loss, 0), (Backward, 0, None), (Update, 0)),
@@ -196,19 +196,19 @@ def _kind_of_tile(rows: int, columns: int) -> str:
     return "SmallTile<8>"
 
 
-def _tiles(dtype: np.dtype[Any], rows: int, columns: int, depth: int, least_warps: int = 1) -> _Tiles:
+def _tiles(dtype: np.dtype[Any], rows: int, columns: int, k: int, min_warps: int = 1) -> _Tiles:
     """The tiles of a matmul."""
     kind = _kind_of_tile(rows, columns)
     side = _TILES[kind]
     threads, numbers = _WIDE_THREADS, _WIDE_NUMBERS
     grid = _pieces(rows, side), _pieces(columns, side)
     if kind != "WideTile":
-        # Each warp takes so many numbers of the depth at a time: as few turns as the largest block allows, and no
-        # more warps than that. One for each of its results a block must have.
+        # Each warp takes `at_a_time` steps of k at a time: as few passes as the largest block allows, and no more
+        # warps than that. A block must have a thread for each of its results.
         at_a_time = (16 if side == 8 else 4) * (16 // dtype.itemsize)
-        most_warps = 16 if grid[0] * grid[1] <= MOST_LARGE_BLOCKS else 8
-        turns = _pieces(depth, at_a_time * most_warps)
-        warps = max(side * side // 32, _pieces(_pieces(depth, at_a_time), turns), least_warps)
+        max_warps = 16 if grid[0] * grid[1] <= MAX_LARGE_BLOCKS else 8
+        passes = _pieces(k, at_a_time * max_warps)
+        warps = max(side * side // 32, _pieces(_pieces(k, at_a_time), passes), min_warps)
         threads, numbers = 32 * warps, warps * side * side
     return _Tiles(f"gemmlet::{kind}", grid, threads, numbers * dtype.itemsize)
 
@@ -268,7 +268,7 @@ class _Network:
         """Whether the last layer goes with the loss in one kernel."""
         inputs, outputs = self.widths[-2:]
         size = rows * inputs * _stride(outputs) * self.dtype.itemsize
-        return len(self.layers) > 1 and outputs <= MOST_TOP_OUTPUTS and size <= MOST_TOP_BYTES
+        return len(self.layers) > 1 and outputs <= MAX_TOP_OUTPUTS and size <= MAX_TOP_BYTES
 
     def copies(self, state: NDArray[np.uint8]) -> Iterator[tuple[Array, Array]]:
         """Each array of the network, and the view of a copy of the state on the CPU that belongs to it."""
@@ -320,8 +320,8 @@ class Session:
         self._is_newer = False  # whether the state is newer than the networks' arrays
         # What belongs to a call alone, there and here; longer ones take their place where a call needs that.
         self._own, self._own_host = device.empty((0,), np.uint8), device.empty_pinned((0,), np.uint8)
-        # The size of the largest mini-batch that there is space for; and what takes steps of so many rows, so many
-        # together, or 0 for any number.
+        # The size of the largest mini-batch that there is space for; and the graphs by the rows of a step and
+        # the number of steps, 0 for any number.
         self._capacity, self._graphs = 0, dict[tuple[int, int], Any]()
         self._gathered: Any = None  # the matrix of samples, if they are gathered before a kernel reads them
 
@@ -338,15 +338,15 @@ class Session:
         self._reserve(size)
         runs = self._runs(size, full) + self._runs(rest, 1 if rest else 0)
         decay = np.zeros(batches.steps) if batches.decay is None else batches.decay
-        places, own_bytes = self._place(order, *batches.hyperparameters, decay)
+        addresses, own_bytes = self._place(order, *batches.hyperparameters, decay)
         there = None if noise is None else self.device.empty(noise.shape, noise.dtype)
         sent = self._host[: _PROGRESS.itemsize] if self._is_newer else self._host
         if not self._is_newer:
             for array, copy in self._copies():
                 copy[...] = array
         progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
-        progress["order"], progress["batch"], progress["next"], progress["correct"] = places[0], size, 0, 0
-        progress["hyperparameters"][0, :updates], progress["decay"] = places[1:-1], places[-1]
+        progress["order"], progress["batch"], progress["next"], progress["correct"] = addresses[0], size, 0, 0
+        progress["hyperparameters"][0, :updates], progress["decay"] = addresses[1:-1], addresses[-1]
         progress["noise"], progress["loss"][0, :updates] = address(there), batches.losses
 
         try:
@@ -381,16 +381,16 @@ class Session:
 
     def _place(self, *arrays: Array) -> tuple[list[int], int]:
         """Copy what belongs to a call to where it is sent from: its addresses on the GPU, and how many bytes it is."""
-        places, end = [], 0
+        offsets, end = [], 0
         for array in arrays:
-            places.append(end)
+            offsets.append(end)
             end += _pieces(array.nbytes, 16) * 16
         if len(self._own_host) < end:
             self._own = self.device.empty((end,), np.uint8)
             self._own_host = self.device.empty_pinned((end,), np.uint8)
-        for array, place in zip(arrays, places, strict=True):
-            self._own_host[place : place + array.nbytes].view(array.dtype)[...] = array.reshape(-1)
-        return [address(self._own) + place for place in places], end
+        for array, offset in zip(arrays, offsets, strict=True):
+            self._own_host[offset : offset + array.nbytes].view(array.dtype)[...] = array.reshape(-1)
+        return [address(self._own) + offset for offset in offsets], end
 
     def _reserve(self, rows: int) -> None:
         """Make the matrices for mini-batches of `rows`, if there are none as large."""
@@ -419,7 +419,7 @@ class Session:
         self._capacity = rows
 
     def _runs(self, rows: int, steps: int) -> list[tuple[Graph, int]]:
-        """What takes so many steps of so many rows, and how often."""
+        """What takes `steps` steps of `rows` rows, and how often."""
         if not steps:
             return []
         if size := self._cluster_size(rows):
@@ -436,7 +436,7 @@ class Session:
         return runs
 
     def _cluster_size(self, rows: int) -> int:
-        """Of the cluster that can take steps of so many rows; 0 if none can."""
+        """The size of the cluster that can take steps of `rows` rows; 0 if none can."""
         network, dataset = self.networks[0], self.plan.gather.dataset
         if self.device.arch not in ARCHITECTURES[CLUSTER_SOURCE] or len(self.networks) > 1 or len(network.layers) != 2:
             return 0
@@ -450,7 +450,7 @@ class Session:
         return min(sizes, default=0)
 
     def _recorded(self, rows: int, times: int) -> Graph:
-        """A graph of so many steps."""
+        """A graph of `times` steps of `rows` rows."""
         # Launches: the name of a kernel, and what `Device.launch` takes with it.
         self._rows, self._launches, self._passes = rows, list[tuple[str, *tuple[Any, ...]]](), dict[int, _Pass]()
         for phase in self.plan.phases:
@@ -478,8 +478,8 @@ class Session:
         """Of a CSR matrix; other rows are gathered by the kernel of the first layer."""
         if phase.dataset.indptr is not None:
             values, indptr, indices = map(address, phase.dataset[:3])
-            places = {"values": values, "indptr": indptr, "indices": indices, "rows": address(self._gathered)}
-            p = _filled("Expand", features=self.networks[0].widths[0], **places)
+            matrix = {"values": values, "indptr": indptr, "indices": indices, "rows": address(self._gathered)}
+            p = _filled("Expand", features=self.networks[0].widths[0], **matrix)
             self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._staged())
 
     @_add.register
@@ -522,7 +522,7 @@ class Session:
     def _(self, phase: Backward) -> None:
         network, (_, rows, top) = self.networks[phase.network], self._passes[phase.network]
         to = None if phase.to is None else self.networks[phase.to]
-        # The gradient of each layer's preactivations becomes that of the layer below.
+        # The gradient of each layer's preactivations becomes the gradient of the layer below.
         for layer in range(len(network.layers) - 1 - top, 0 if to is None else -1, -1):
             inputs, outputs = network.widths[layer : layer + 2]
             tiles = _tiles(self.dtype, rows, inputs, outputs)
@@ -533,7 +533,7 @@ class Session:
 
     @_add.register
     def _(self, phase: Update) -> None:
-        """And those of the sums of the losses: the first update adds up what the first `Loss` has left, and so on."""
+        """And the sums of the losses: the first update adds up what the first `Loss` has left, and so on."""
         network, (given, rows, _) = self.networks[phase.network], self._passes[phase.network]
         number, count = self.plan.updates.index(phase), len(network.layers)
         loss = self.plan.losses[number]
@@ -598,7 +598,7 @@ class Session:
         gather, (inputs, outputs) = self.plan.gather, network.widths[layer : layer + 2]
         x, gathers = gather.dataset.x, kernel == "first_forward_and_gather"
         # (Samples are gathered by blocks of that size, too.)
-        tiles = _tiles(self.dtype, rows, outputs, inputs, least_warps=8 if gathers else 1)
+        tiles = _tiles(self.dtype, rows, outputs, inputs, min_warps=8 if gathers else 1)
         tile_rows, columns = tiles.grid
         y, z = address(network.y[layer]), address(network.z[layer])
         common = {"layer": network.layer(self.state, layer), "activation": network.activations[layer], "rows": rows}
@@ -617,7 +617,7 @@ class Session:
         self._launch(kernel, (tile_rows, columns), tiles.block, *arguments, shared=tiles.shared)
 
     def objective(self, loss: Loss, rows: int) -> np.void:
-        """A loss as kernels take it, in a step of so many rows."""
+        """A loss as kernels take it, in a step of `rows` rows."""
         classes, of_rows = _has_classes(loss), places("row_losses")
         # Of each input: what is generated comes first here.
         first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
@@ -646,7 +646,7 @@ def _has_classes(loss: Loss) -> bool:
 
 
 class _Cluster:
-    """Steps of so many rows in a cluster, some hundreds in each launch of it."""
+    """Steps of `rows` rows in a cluster, some hundreds in each launch of it."""
 
     def __init__(self, session: Session, size: int, rows: int) -> None:
         self._device, self._size, self._rows = session.device, size, rows
@@ -654,7 +654,7 @@ class _Cluster:
         features, hidden, out = network.widths
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
         # (Steps are the second number of a grid.)
-        self._most_steps = min(max(1, MOST_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
+        self._max_steps = min(max(1, MAX_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
         common, samples = {"progress": session.state, "rows": rows}, address(dataset.x)
         indices = address(loss.targets) if _has_classes(loss) else 0
         self._arrange = _filled("ArrangeSamples", samples=samples, features=features, indices=indices, **common)
@@ -685,8 +685,8 @@ class _Cluster:
         self._reserved = 0
 
     def reserve(self, steps: int) -> None:
-        """Have space for so many steps."""
-        steps = min(steps, self._most_steps)
+        """Have space for `steps` steps."""
+        steps = min(steps, self._max_steps)
         if steps <= self._reserved:
             return
         # First of all the old memory is given back; there may be none then.
@@ -703,7 +703,7 @@ class _Cluster:
             p["losses"], p["correct"] = losses, correct
 
     def replay(self, count: int = 1) -> None:
-        """Do so many steps."""
+        """Do `count` steps."""
         arrange, train, close = self._kernels
         threads, launch = _CLUSTER_THREADS, self._device.launch
         while count:

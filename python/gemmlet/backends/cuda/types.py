@@ -22,9 +22,9 @@ INTEGERS = {
 }
 CPP_TYPES = FLOATS | INTEGERS
 
-# As many states and numbers as the kernels of optimizers take.
+# Arguments of the kernels of optimizers.
 RULE_STATES = 2
-RULE_NUMBERS = 9
+RULE_HYPERPARAMETERS = 9
 
 
 def address(array: Any) -> int:

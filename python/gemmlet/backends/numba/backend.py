@@ -1,6 +1,6 @@
 """The Numba backend: the fallback where no compiled module loads.
 
-The matrix product is NumPy's BLAS; everything else is one pass, compiled at its first use for each function and dtype
+Matmul is NumPy's BLAS; everything else is one pass, compiled at its first use for each function and dtype
 (a fraction of a second each, nothing is cached on disk). The formulas are the scalar kernels of `.formulas`; what has
 none is computed by the reference.
 
@@ -121,7 +121,7 @@ def _fast_loop(factory: Any, name: str, key: str, dtype: np.dtype[Any], entry: A
 
 
 class NumbaBackend(NumpyBackend):
-    """Fused passes compiled by Numba around NumPy's matrix product."""
+    """Fused passes compiled by Numba around NumPy's matmul."""
 
     name = "numba"
 
@@ -134,11 +134,11 @@ class NumbaBackend(NumpyBackend):
         return {
             "backend": self.name,
             "isa": f"{binding.get_host_cpu_name()} (compiled by Numba {numba.__version__})",
-            "threads": f"{self._threads} (the matrix product: NumPy's BLAS)",
+            "threads": f"{self._threads} (matmul: NumPy's BLAS)",
         }
 
     def set_num_threads(self, count: int) -> None:
-        """Split large arrays into so many parts; the BLAS is the caller's to set."""
+        """Split large arrays into `count` parts; the BLAS is the caller's to set."""
         self._threads = count
 
     def _split(self, size: int, unit: int, run: Callable[[slice], None]) -> None:
@@ -239,11 +239,11 @@ class NumbaBackend(NumpyBackend):
             return super().elementwise_loss(loss, prediction, target, parameter, out)
         loop = loops.loss_loop(loss.name, out.dtype)
         p, t, gradient = _apart(prediction, out), _apart(target, out), out.reshape(-1)
-        sums, share = np.empty(-(-p.size // loops.BLOCK)), 1.0 / p.size
+        sums, scale = np.empty(-(-p.size // loops.BLOCK)), 1.0 / p.size
 
         def run(part: slice) -> None:
             blocks = slice(part.start // loops.BLOCK, -(-part.stop // loops.BLOCK))
-            loop(p[part], t[part], parameter, share, sums[blocks], gradient[part])
+            loop(p[part], t[part], parameter, scale, sums[blocks], gradient[part])
 
         self._split(p.size, loops.BLOCK, run)
         return float(np.sum(sums) / p.size)

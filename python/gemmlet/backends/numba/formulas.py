@@ -6,8 +6,8 @@ a fused multiply-add may help; everything else is rounded as written. Accuracy: 
 ``formulas/activations.py``. float32 is computed in float32, except where its bound asks for more.
 
 ``scalar_kernels(dtype)`` returns the functions under the registry's names: ``tanh(x, parameter)``,
-``tanh_backward(grad_y, saved, parameter)``, a loss ``huber(prediction, target, parameter, share) -> (loss in float64,
-gradient)``, an optimizer rule ``adam(param, grad, *state, *hyperparameters) -> (param, *state)``. `parameter`, `share`
+``tanh_backward(grad_y, saved, parameter)``, a loss ``huber(prediction, target, parameter, scale) -> (loss in float64,
+gradient)``, an optimizer rule ``adam(param, grad, *state, *hyperparameters) -> (param, *state)``. `parameter`, `scale`
 and the hyperparameters are float64. An entry without one is computed by the reference.
 """
 
@@ -403,34 +403,34 @@ def scalar_kernels(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
         return select(weight == zero, zero, weight * value)
 
     @scalar_kernel
-    def binary_cross_entropy_with_logits(z, t, parameter, share):
+    def binary_cross_entropy_with_logits(z, t, parameter, scale):
         e = exponential(-abs(z))
         positive, negative = select(z > zero, z, zero), select(z < zero, -z, zero)
         loss = times(one - t, positive) + times(t, negative) + log1p(e)
-        return np.float64(loss), (select(z >= zero, one, e) / (one + e) - t) * share
+        return np.float64(loss), (select(z >= zero, one, e) / (one + e) - t) * scale
 
     lowest_log, smallest_product = F(-100), F(1e-12)
 
     @scalar_kernel
-    def binary_cross_entropy(p, t, parameter, share):
+    def binary_cross_entropy(p, t, parameter, scale):
         log_p, log_q = logarithm(p), log1p(-p)
         log_p = select(log_p < lowest_log, lowest_log, log_p)
         log_q = select(log_q < lowest_log, lowest_log, log_q)
         product = p * (one - p)
         slope = (p - t) / select(product < smallest_product, smallest_product, product)
-        return np.float64(-(t * log_p + (one - t) * log_q)), slope * share
+        return np.float64(-(t * log_p + (one - t) * log_q)), slope * scale
 
     @scalar_kernel
-    def mean_squared_error(p, t, parameter, share):
+    def mean_squared_error(p, t, parameter, scale):
         d = np.float64(p) - np.float64(t)
-        return d * d, d * (2.0 * share)
+        return d * d, d * (2.0 * scale)
 
     @scalar_kernel
-    def huber(p, t, delta, share):
+    def huber(p, t, delta, scale):
         d = np.float64(p) - np.float64(t)
         size = abs(d)
         loss = select(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
-        return loss, select(d < -delta, -delta, select(d > delta, delta, d)) * share
+        return loss, select(d < -delta, -delta, select(d > delta, delta, d)) * scale
 
     # Optimizer rules.
 

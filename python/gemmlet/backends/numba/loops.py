@@ -111,7 +111,7 @@ def loss_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
     F = dtype.type
     f = scalar_kernels(dtype)[name]
 
-    def loop(prediction, target, parameter, share, sums, out):
+    def loop(prediction, target, parameter, scale, sums, out):
         losses = np.empty(BLOCK)
         for block in range(sums.size):
             first = block * BLOCK
@@ -120,7 +120,7 @@ def loss_loop(name: str, dtype: np.dtype[Any]) -> Callable[..., Any]:
             gradient = out[first : first + BLOCK]
             losses[p.size :] = 0.0
             for i in range(p.size):
-                losses[i], slope = f(p[i], t[i], parameter, share)
+                losses[i], slope = f(p[i], t[i], parameter, scale)
                 gradient[i] = F(slope)
             sums[block] = _tree_sum(losses)
 

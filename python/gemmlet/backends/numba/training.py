@@ -226,7 +226,7 @@ class _Sparse:
 
 
 class _Layer:
-    """The arrays of a layer: its parameters, and space for so many rows."""
+    """The arrays of a layer: its parameters, and space for `rows` rows."""
 
     def __init__(self, layer: training.DenseLayer, rows: int, split: Split) -> None:
         self.split, self.parameter = split, layer.parameter
