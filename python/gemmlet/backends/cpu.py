@@ -155,8 +155,7 @@ class CpuBackend(NumpyBackend):
         self._module.column_sum(x, out)
 
     def activation(self, activation: Activation, x: Array, parameter: float, out: Array) -> None:
-        number = self._activations.get(activation.name)
-        if number is None:
+        if (number := self._activations.get(activation.name)) is None:
             super().activation(activation, x, parameter, out)
         else:
             self._module.activation_forward(number, x, parameter, out)
@@ -164,45 +163,39 @@ class CpuBackend(NumpyBackend):
     def activation_backward(
         self, activation: Activation, grad_y: Array, saved: Array, parameter: float, out: Array
     ) -> None:
-        number = self._activations.get(activation.name)
-        if number is None:
+        if (number := self._activations.get(activation.name)) is None:
             super().activation_backward(activation, grad_y, saved, parameter, out)
         else:
             self._module.activation_backward(number, grad_y, saved, parameter, out)
 
     def row_function(self, function: RowFunction, x: Array, out: Array) -> None:
-        number = self._row_functions.get(function.name)
-        if number is None:
+        if (number := self._row_functions.get(function.name)) is None:
             super().row_function(function, x, out)
         else:
             self._module.row_function_forward(number, x, out)
 
     def row_function_backward(self, function: RowFunction, grad_y: Array, y: Array, out: Array) -> None:
-        number = self._row_functions.get(function.name)
-        if number is None:
+        if (number := self._row_functions.get(function.name)) is None:
             super().row_function_backward(function, grad_y, y, out)
         else:
             self._module.row_function_backward(number, grad_y, y, out)
 
     def row_loss(self, loss: RowLoss, logits: Array, labels: Array, label_smoothing: float, out: Array) -> float:
-        number = self._row_losses.get(loss.name)
-        if number is None:
+        if (number := self._row_losses.get(loss.name)) is None:
             return super().row_loss(loss, logits, labels, label_smoothing, out)
         if labels.ndim == 2 and np.may_share_memory(labels, out):
             labels = labels.copy()  # the kernel keeps exponentials in `out` while it still reads the labels
         return float(self._module.row_loss(number, logits, labels, label_smoothing, out))
 
     def elementwise_loss(self, loss: Loss, prediction: Array, target: Array, parameter: float, out: Array) -> float:
-        number = self._losses.get(loss.name)
-        if number is None:
+        if (number := self._losses.get(loss.name)) is None:
             return super().elementwise_loss(loss, prediction, target, parameter, out)
         return float(self._module.elementwise_loss(number, prediction, target, parameter, out))
 
     def update(
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
-        number = self._rules.get(rule.name)
-        if number is None:
+        if (number := self._rules.get(rule.name)) is None:
             super().update(rule, param, grad, state, hyperparameters)
         else:
             self._module.optimizer_update(number, param, grad, state, hyperparameters)

@@ -332,7 +332,7 @@ _LABELS = {"validation_accuracy": "accuracy"}
 
 def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:
     """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages."""
-    states = [()] * len(dense.parameters) if group is None else group.arrays()
+    states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, dense.parameters, states, averages)
     operations: list[training.Linear | training.Activation] = []

@@ -84,21 +84,17 @@ class Optimizer(ABC):
         lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
         self._apply(state.param, grad, state.arrays, state.steps + 1, lr)
         # Only now: a step that raised leaves nothing behind.
-        self._advance(state, 1)
+        state.steps += 1
+        self._states[id(state.param)] = state
 
     def _state(self, param: Array) -> _State:
-        state = self._states.get(id(param))
-        if state is None:
+        if (state := self._states.get(id(param))) is None:
             if not isinstance(param, np.ndarray):
                 raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
             state = _State(
                 param, tuple(aligned_zeros(param.shape, param.dtype) for _ in range(self._arrays_per_parameter))
             )
         return state
-
-    def _advance(self, state: _State, steps: int) -> None:
-        state.steps += steps
-        self._states[id(state.param)] = state
 
     def _rates(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
         """The learning rates of steps with these factors, checked: a product may be too large."""
@@ -112,8 +108,7 @@ class Optimizer(ABC):
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
         rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(np.ones(1)))
-        for state in states:
-            self._advance(state, 0)
+        self._states.update({id(state.param): state for state in states})
         return ParameterGroup(self, rule, states)
 
     def fresh(self) -> Self:
@@ -145,20 +140,11 @@ class ParameterGroup(NamedTuple):
     rule: str
     states: list[_State]
 
-    def arrays(self) -> list[tuple[Array, ...]]:
-        """The arrays of each state."""
-        return [state.arrays for state in self.states]
-
     def hyperparameters(self, factors: NDArray[np.float64]) -> Array | list[Array]:
-        """The rule's hyperparameters at the next updates, as `Batches` has them.
-
-        `factors` has one for each step, as `Optimizer.update` takes it.
-        """
+        """The rule's hyperparameters at the next updates, as `Batches` has them; `factors` has one for each."""
         optimizer, states = self.optimizer, self.states
         count, rates = len(states[0].arrays), optimizer._rates(factors)
-        tables = {
-            steps: optimizer._hyperparameters(count, steps + 1, rates)[1] for steps in {state.steps for state in states}
-        }
+        tables = {n: optimizer._hyperparameters(count, n + 1, rates)[1] for n in {state.steps for state in states}}
         return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
 
     def advance(self, steps: int) -> None:

@@ -203,8 +203,7 @@ class Launcher:
 
     def device(self, number: int) -> Device:
         """The GPU of this number."""
-        found = self._devices.get(number)
-        if found is None:
+        if (found := self._devices.get(number)) is None:
             found = self._devices[number] = CudaDevice(number)
         return found
 
