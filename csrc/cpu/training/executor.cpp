@@ -5,8 +5,8 @@
 // Weights: each thread takes some rows of a network's weights, adds up their gradient in registers, and updates them
 // there, so that no gradient of a weight is ever written. Between the parts all threads meet.
 //
-// Every reduction is sequential: over input features in order, over the rows of the mini-batch in order; a step from
-// outputs back to inputs sums as micro_kernel.h's dot-product kernel does. None of it depends on how the work is divided.
+// Every reduction is sequential: over input features in order, over the rows of the mini-batch in order; backward from
+// outputs to inputs in the order of dense.h. None of it depends on how the work is divided.
 // To skip a zero leaves out a product that is 0, which changes no bit.
 //
 // Rows of activations and gradients are padded to whole vectors with zeros.

@@ -97,7 +97,7 @@ class Network {
   template <class UpdateRule>
   void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count,
               Range first_columns, const double* hyperparameters, double average_decay) const {
-    const UpdateEpilogue<T, UpdateRule> update(hyperparameters, average_decay);
+    const UpdateEpilogue<T, UpdateRule> update(hyperparameters, average_decay, first_layer.weight.average != nullptr);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
       const bool by_columns = l == 0 && first_columns.size() > 0;

@@ -24,12 +24,12 @@ template <class T, class UpdateRule>
 struct UpdateEpilogue {
   Vec<T> hyperparameters[UpdateRule::hyperparameter_count];
   Vec<T> decay, gain;
-  bool idle_without_gradient;
+  bool idle_without_gradient;  // an average moves always
 
-  UpdateEpilogue(const double* values, double average_decay)
+  UpdateEpilogue(const double* values, double average_decay, bool has_average)
       : decay(constant<Vec<T>>(average_decay)),
         gain(constant<Vec<T>>(1.0 - average_decay)),
-        idle_without_gradient(UpdateRule::idle_without_gradient(values)) {
+        idle_without_gradient(!has_average && UpdateRule::idle_without_gradient(values)) {
     for (int s = 0; s < UpdateRule::hyperparameter_count; ++s) hyperparameters[s] = constant<Vec<T>>(values[s]);
   }
 
@@ -141,7 +141,7 @@ void update_sparse(const Layer<T>& layer, const Features& features, const Rows<T
   });
 }
 
-// update_sparse for a mini-batch of one row, and a rule that changes nothing where the gradient is 0.
+// update_sparse for a mini-batch of one row, where nothing changes without a gradient.
 template <class T, class Row, class UpdateRule>
 void update_from_row(const Layer<T>& layer, const Row& x, const Rows<T>& grad, Range columns,
                      const UpdateEpilogue<T, UpdateRule>& update) {
