@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,19 @@ def test_a_norm_that_is_set_is_checked() -> None:
     optimizer.max_norm = -1.0
     with pytest.raises(ValueError, match="max_norm must be above 0"):
         MLP([2, 2]).fit(np.ones((3, 2), np.float32), [0, 1, 1], optimizer=optimizer)
+    param = np.ones(2)
+    with pytest.raises(ValueError, match="max_norm must be above 0"):
+        optimizer.update(param, np.ones(2))
+    np.testing.assert_array_equal(param, 1.0)
+
+
+@pytest.mark.parametrize("copied", [lambda optimizer: optimizer, copy.copy, copy.deepcopy])
+def test_settings_are_those_of_the_clipped_optimizer(copied: Any) -> None:
+    optimizer = copied(ClipNorm(ClipNorm(SGD(0.5, momentum=0.9), 2.0), 3.0))
+    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.max_norm) == ("sgd", 0.5, 0.9, 2.0)
+    optimizer.lr, optimizer.momentum, optimizer.max_norm = 0.25, 0.0, 1.0
+    assert optimizer.settings() == SGD(0.25).settings() | {"max_norm": 1.0}
+    assert not hasattr(optimizer, "beta1")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

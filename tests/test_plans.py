@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -309,6 +310,15 @@ def test_averages_without_a_decay_are_the_parameters(backend: Any, dtype: Any) -
 
 
 # Reduction of gradients.
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_copy_of_a_plan_has_executors_of_its_own(copy_of: Any, backend: Any, dtype: Any) -> None:
+    plan, batches = mlp(dtype)
+    backend.train(plan, batches)
+    other = copy_of(plan)
+    assert not other.executors
+    assert [type(phase) for phase in other.phases] == [type(phase) for phase in plan.phases]
 
 
 def test_what_is_reduced(backend: Any, dtype: Any) -> None:

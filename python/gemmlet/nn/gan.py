@@ -220,9 +220,9 @@ class GAN(Trainable, files.Saved):
             # The same noise serves both steps, so that the generator's forward pass is done once.
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
-            Update(_DISCRIMINATOR, discriminator.rule, other.max_norm),
+            Update(_DISCRIMINATOR, discriminator.rule, discriminator.max_norm),
             *self._generator_phases(),
-            Update(_GENERATOR, generator.rule, rule.max_norm),
+            Update(_GENERATOR, generator.rule, generator.max_norm),
         ]
         history, plan = GANHistory(), self._plan(phases, generator, discriminator)
         self._train(history, samples, plan, [discriminator, generator], settings)

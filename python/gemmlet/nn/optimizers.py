@@ -45,13 +45,10 @@ class Optimizer(ABC):
         What `make_optimizer` and `fit` know it by.
     lr : float
         Learning rate, at least 0. Like the other settings it may be changed between steps.
-    max_norm : float or None
-        What `ClipNorm` limits the gradients to.
     """
 
     name: ClassVar[str]
     lr: float
-    max_norm: float | None = field(default=None, init=False, repr=False, compare=False)
     _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -139,13 +136,14 @@ class ParameterGroup(NamedTuple):
     optimizer: Optimizer
     rule: str
     states: list[_State]
+    max_norm: float | None = None  # as in `Update`
 
     def hyperparameters(self, factors: NDArray[np.float64]) -> Array | list[Array]:
         """The rule's hyperparameters at the next updates, as `Batches` has them; `factors` has one for each."""
-        optimizer, states = self.optimizer, self.states
-        count, rates = len(states[0].arrays), optimizer._rates(factors)
-        tables = {n: optimizer._hyperparameters(count, n + 1, rates)[1] for n in {state.steps for state in states}}
-        return tables.popitem()[1] if len(tables) == 1 else [tables[state.steps] for state in states]
+        optimizer, steps = self.optimizer, [state.steps for state in self.states]
+        count, rates = len(self.states[0].arrays), optimizer._rates(factors)
+        tables = {n: optimizer._hyperparameters(count, n + 1, rates)[1] for n in set(steps)}
+        return tables.popitem()[1] if len(tables) == 1 else [tables[n] for n in steps]
 
     def advance(self, steps: int) -> None:
         """Take note that `steps` updates were done."""
@@ -262,8 +260,8 @@ class ClipNorm(Optimizer):
     """An optimizer whose gradients are clipped by norm first (Pascanu et al., 2013).
 
     Where the Euclidean norm of all gradients of a network together is above `max_norm`, `fit` scales them down to it.
-    `update` knows one gradient, and clips by its norm. A norm that is not finite scales nothing. The settings are the
-    optimizer's: ``clipped.optimizer.lr``; a change of `max_norm` counts from the next `fit`.
+    `update` knows one gradient, and clips by its norm. A norm that is not finite scales nothing. The other settings are
+    the optimizer's: ``clipped.lr`` is ``clipped.optimizer.lr``. A change of `max_norm` counts from the next `fit`.
 
     Parameters
     ----------
@@ -278,17 +276,31 @@ class ClipNorm(Optimizer):
     Notes
     -----
     Clipping needs all gradients before the first update. On the backends `cpu` and `cuda`, whose own executors never
-    write them to memory, `fit` trains with the reference executor then, which takes longer.
+    write them to memory, `fit` trains with the reference executor then: slower, and a mini-batch a call.
     """
 
     def __init__(self, optimizer: str | Optimizer, max_norm: float) -> None:
-        self.optimizer = as_optimizer(optimizer)
-        norms = arguments.number(max_norm, "max_norm", low=0.0, open_low=True), self.optimizer.max_norm
-        self.max_norm: float = min(norm for norm in norms if norm is not None)
+        self.optimizer, self.max_norm = as_optimizer(optimizer), max_norm
+        self.max_norm = self._checked_norm()
+        if isinstance(self.optimizer, ClipNorm):
+            self.max_norm = min(self.max_norm, self.optimizer.max_norm)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("optimizer", "max_norm"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.optimizer, name, value)
 
     def group(self, params: Sequence[Array]) -> ParameterGroup:
-        arguments.number(self.max_norm, "max_norm", low=0.0, open_low=True)  # it may have been set
-        return super().group(params)
+        return super().group(params)._replace(max_norm=self._checked_norm())
+
+    def _checked_norm(self) -> float:
+        return arguments.number(self.max_norm, "max_norm", low=0.0, open_low=True)  # it may have been set
 
     def __repr__(self) -> str:
         return f"ClipNorm({self.optimizer!r}, {self.max_norm})"
@@ -299,25 +311,12 @@ class ClipNorm(Optimizer):
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def lr(self) -> float:
-        """The optimizer's."""
-        return self.optimizer.lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self.optimizer.lr = value
-
-    @property
-    def _states(self) -> dict[int, _State]:  # type: ignore[override]
-        return self.optimizer._states
-
-    @property
     def _arrays_per_parameter(self) -> int:
         return self.optimizer._arrays_per_parameter
 
     def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
         clipped = arguments.as_floats(grad, "grad").copy()
-        clip_by_norm([clipped], self.max_norm)
+        clip_by_norm([clipped], self._checked_norm())
         self.optimizer._apply(param, clipped, arrays, step, lr)
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
@@ -338,7 +337,7 @@ def linear_decay(done: float) -> float:
     Parameters
     ----------
     done : float
-        The share of all mini-batches that is done.
+        The fraction of all mini-batches that is done.
 
     Returns
     -------

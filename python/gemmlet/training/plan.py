@@ -101,7 +101,7 @@ def dense_layers(network: Network) -> list[DenseLayer]:
 
 
 class Gather(NamedTuple):
-    """Bring the mini-batch's rows of the dataset, as ``scale * x + shift``, and its rows of noise, if there is any.
+    """Gather the mini-batch's rows of the dataset, as ``scale * x + shift``, and its rows of noise, if there is any.
 
     A CSR matrix is not scaled.
     """
@@ -155,7 +155,7 @@ class Loss(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Turn the gradient of a network's outputs into that of its parameters; or, with `to`, of that network's outputs.
+    """Turn the gradient of a network's outputs into those of its parameters; or, with `to`, of that network's outputs.
 
     The parameters' gradients are left out in the second case.
     """
@@ -198,6 +198,9 @@ class TrainingPlan:
     networks: tuple[Network, ...]
     phases: tuple[Phase, ...]
     executors: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TrainingPlan, (self.networks, self.phases)  # a copy has executors of its own
 
     @property
     def gather(self) -> Gather:
