@@ -71,7 +71,7 @@ class Matmul:
     exact: Any = None  # of the first set, in float64
 
     @property
-    def each(self) -> Iterator[Operands]:
+    def operands(self) -> Iterator[Operands]:
         """The operands of each call."""
         return itertools.islice(itertools.cycle(self.sets), self.calls)
 
@@ -120,7 +120,7 @@ def linear_ours(gpu: Gpu, p: Matmul) -> Implementation:
     """Return `kernels.linear`."""
 
     def calls() -> None:
-        for o in p.each:
+        for o in p.operands:
             kernels.linear(o.x, o.w, o.b, p.activation, out=o.y)
 
     call = gpu.graph(calls)
@@ -146,7 +146,7 @@ def linear_cupy(gpu: Gpu, p: Matmul) -> Implementation:
     finish = gpu.bias_activation(str(p.activation))
 
     def call() -> None:
-        for o in p.each:
+        for o in p.operands:
             gpu.xp.dot(o.x, o.w, out=o.y)
             finish(o.y, o.b)
 
@@ -180,7 +180,7 @@ def linear_jax(gpu: Gpu, p: Matmul) -> Implementation:
     """Return all calls as one program of JAX's."""
     jax = gpu.jax
     activation = {"tanh": jax.numpy.tanh, "relu": jax.nn.relu}[str(p.activation)]
-    operands = [tuple(gpu.jax_array(a) for a in (o.x, o.w, o.b)) for o in p.each]
+    operands = [tuple(gpu.jax_array(a) for a in (o.x, o.w, o.b)) for o in p.operands]
 
     @jax.jit
     def program(operands: Any) -> Any:
@@ -226,7 +226,7 @@ def matmul_ours(gpu: Gpu, p: Matmul) -> Implementation:
     """Return `kernels.matmul`."""
 
     def calls() -> None:
-        for o in p.each:
+        for o in p.operands:
             kernels.matmul(o.x, o.w, out=o.y)
 
     with gpu.tf32(p.kind == "tf32"):

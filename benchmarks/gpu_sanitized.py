@@ -78,10 +78,10 @@ def matmuls(device: Any, rng: np.random.Generator) -> Iterator[Check]:
             dtype = DTYPES["float32" if kind == "tf32" else kind]
             a, b = (rng.normal(size=shape).astype(dtype) for shape in ((m, k), (k, n)))
             # Not the same layouts for all types.
-            transposed = layout if number % 2 else tuple(not flag for flag in layout)
+            transposed = layout if number % 2 else tuple(not is_transposed for is_transposed in layout)
             operands = tuple(
-                device.upload(np.ascontiguousarray(x.T)).T if flag else device.upload(x)
-                for x, flag in zip((a, b), transposed, strict=True)
+                device.upload(np.ascontiguousarray(x.T)).T if is_transposed else device.upload(x)
+                for x, is_transposed in zip((a, b), transposed, strict=True)
             )
             seen = set()
             for choice in cuda_matmul.choose(device, *operands, kind == "tf32"):

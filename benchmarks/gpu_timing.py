@@ -454,9 +454,9 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds for a unit of work, one number for each round and implementation; each round has a new order."""
     counts, round_seconds = {}, 0.0
-    for name, timed in implementations.items():
-        timed.seconds(gpu, 1)
-        once = timed.seconds(gpu, 1) * timed.units
+    for name, implementation in implementations.items():
+        implementation.seconds(gpu, 1)
+        once = implementation.seconds(gpu, 1) * implementation.units
         counts[name] = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(once, 1e-7))))
         round_seconds += once * (counts[name] + 1)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(round_seconds, 1e-6))))

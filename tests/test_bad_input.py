@@ -717,7 +717,7 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
             yield [*good[: at + 1], phase, *good[at + 1 :]]
         yield [*good[:at], phase[:-1], *good[at + 1 :]]
         yield [*good[:at], (*phase, None), *good[at + 1 :]]
-        yield from (altered(0, value) for value in ("", "Forward", None, 0, b"loss"))
+        yield from (altered(0, value) for value in ("", "Forward", "\ud800", None, 0, b"loss"))
         yield from (altered(1, value) for value in (-1, networks, 2**31 - 1, 2**40, -(2**31), None, "0", 0.5))
         if kind == "forward":
             own = phase[1]

@@ -104,7 +104,7 @@ LAYOUT_PAIRS = list(itertools.product(LAYOUTS, LAYOUTS))
 
 
 #
-# Products
+# Matmuls
 #
 
 

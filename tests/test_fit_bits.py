@@ -7,11 +7,11 @@ Where the hashes hold:
 - numpy, numba: with the versions that fit_bits.json names. Their bits are those of NumPy's BLAS and vector loops, and
   of LLVM, which choose by processor: the child processes that compute here pin the choice to that of a Haswell.
   (Two hashes of numba are newer: since its executor trains the GAN too, the gradient of a single output's bias is
-  summed row by row, as in its MLP, and not pairwise by NumPy; float64 weights moved by at most 2 ULP.)
+  summed row by row, as in its MLP, and not pairwise by NumPy; the float64 weights here moved by at most 2 ULP.)
 - cuda: compiled by g++ for the CPU (tests/cuda_on_host), which contracts nothing; exp, log and tanh are csrc's own
   there too. On a GPU they are other ones, and the test is skipped.
 
-Elsewhere, and with other versions, the test is skipped. Beside these, the hashes rest on the C library's `pow` (Adam's
+Elsewhere, and with other versions, the test is skipped. Besides these, the hashes rest on the C library's `pow` (Adam's
 powers of beta, from Python) and on what `numpy.random.Generator` draws, which has not changed in years.
 
 ``python tests/test_fit_bits.py --write [BACKEND ...]`` makes the file anew, or the hashes of these backends ("numba",

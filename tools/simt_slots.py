@@ -2,11 +2,11 @@
 
     python tools/simt_slots.py [--arch sm_90a] [--nvdisasm PATH] [128x128x16x8x16x1x3 ...]
 
-A warp's multiply-add takes one turn of its scheduler. So does every other instruction of the loop; and one more turn is
-lost where all three numbers come from the same of the two banks of registers (Jia et al., 2018, arXiv:1804.06826). For
-float32, x and w row by row, it prints for each tile, by default for the backend's: registers, how many blocks a
-multiprocessor has room for, and turns for each multiply-add; 1 would be the peak. nvdisasm comes with CUDA, or with
-`pip install nvidia-cuda-nvdisasm`.
+A warp's multiply-add takes one issue slot of its scheduler. So does every other instruction of the loop; and one more
+is lost where all three numbers come from the same of the two banks of registers (Jia et al., 2018, arXiv:1804.06826).
+For float32, x and w row by row, it prints for each tile, by default for the backend's: registers, how many blocks a
+multiprocessor has room for, and issue slots for each multiply-add; 1 would be the peak. nvdisasm comes with CUDA, or
+with `pip install nvidia-cuda-nvdisasm`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def report(tile: Tile, arch: str, nvdisasm: str) -> str:
     run = main_loop(*instructions(made.image, nvdisasm))
     count, lost = sum(text.startswith("FFMA") for text in run), sum(1 for _ in conflicts(run))
     line = f"{tile!s:28} {registers:4} registers, {room} blocks of {tile.threads}"
-    return f"{line}: {(len(run) + lost) / count:.3f} turns ({lost / count:.3f} lost to banks)"
+    return f"{line}: {(len(run) + lost) / count:.3f} issue slots ({lost / count:.3f} lost to banks)"
 
 
 def main() -> int:

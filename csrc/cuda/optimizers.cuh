@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(256)
   using V = Compute<T>;
   constexpr int N = pack_size<T>, states = Rule::state_count;
   T* const state[2] = {state0, state1};
+  static_assert(Rule::hyperparameter_count <= 9 && states <= 2);
   V h[Rule::hyperparameter_count];
 #pragma unroll
   for (int i = 0; i < Rule::hyperparameter_count; ++i) h[i] = static_cast<V>(given.value[i]);

@@ -145,7 +145,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], SharedAddress r
 // cvt.rna.tf32.f32 (sm_80), on the bits: rounds to 10 bits after the point, to nearest, ties away from zero.
 GEMMLET_PTX(unsigned, tf32_of_float, "cvt.rna.tf32.f32", "=r", unsigned, "r")
 
-// and.b32: x without the 13 bits that TF32 has not; where it stands, so that registers are not written between wgmma.
+// and.b32: x without the 13 bits that TF32 has not; where it stands, so that registers are not written between wgmma instructions.
 __device__ __forceinline__ unsigned cut_to_tf32(unsigned x) {
   unsigned result;
   asm volatile("and.b32 %0, %1, 0xffffe000;" : "=r"(result) : "r"(x));

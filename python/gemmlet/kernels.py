@@ -13,8 +13,8 @@ Errors common to all: `TypeError` for a dtype that is none of these, or that dif
 `ValueError` for a shape that does not fit, for a number out of its range, for arrays in different places, for an `out`
 that is read-only or overlaps what a matmul reads, and for updated arrays that overlap. Each names the argument.
 
-Special values are as in NumPy: NaN propagates, infinities and subnormal numbers are computed right. Where the formula
-would give inf times 0, the result is its limit. The same input gives the same bits for any number of threads.
+Special values are as in NumPy: NaN propagates, infinities and subnormal numbers are computed correctly. Where the
+formula would give inf times 0, the result is its limit. The same input gives the same bits for any number of threads.
 """
 
 from __future__ import annotations

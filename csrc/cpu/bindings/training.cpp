@@ -1,7 +1,6 @@
 // The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices.
 #include <algorithm>
 #include <limits>
-#include <string_view>
 #include <tuple>
 #include <utility>
 #include <variant>
@@ -141,10 +140,10 @@ std::tuple<Fields...> fields(const py::tuple& phase) {
   }
 }
 
-// Empty where it is no string.
-std::string_view kind_of(const py::tuple& phase) {
-  const bool named = !phase.empty() && py::isinstance<py::str>(phase[0]);
-  return named ? phase[0].cast<std::string_view>() : std::string_view();
+// Whether the first field is this string.
+bool is_kind(const py::tuple& phase, const char* kind) {
+  return !phase.empty() && py::isinstance<py::str>(phase[0]) &&
+         PyUnicode_CompareWithASCIIString(phase[0].ptr(), kind) == 0;
 }
 
 using GivenTargets = std::variant<py::array, std::vector<double>>;
@@ -162,20 +161,19 @@ class Checker {
         has_(plan.networks.size()) {}
 
   void operator()(const py::tuple& tuple) {
-    const std::string_view kind = kind_of(tuple);
-    if (kind == "forward") {
+    if (is_kind(tuple, "forward")) {
       auto [network, inputs] = fields<int, std::vector<int>>(tuple);
       add({Phase::forward, network, std::move(inputs), -1, -1});
-    } else if (kind == "loss") {
+    } else if (is_kind(tuple, "loss")) {
       const auto [network, loss, parameter, weight, targets] = fields<int, int, double, double, GivenTargets>(tuple);
       add({Phase::loss, network, {}, -1, -1});
       const bool of_rows = is_row_loss(loss);
       checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
       plan_.losses.push_back({loss, parameter, weight, targets_of(targets, network, loss)});
-    } else if (kind == "backward") {
+    } else if (is_kind(tuple, "backward")) {
       const auto [network, to] = fields<int, int>(tuple);
       add({Phase::backward, network, {}, to, -1});
-    } else if (kind == "update") {
+    } else if (is_kind(tuple, "update")) {
       const auto [network, rule] = fields<int, int>(tuple);
       add({Phase::update, network, {}, -1, rule});
     } else {
@@ -267,7 +265,7 @@ class Checker {
 int rule_of(const std::vector<py::tuple>& phases, std::size_t network) {
   int found = -1;
   for (const py::tuple& phase : phases) {
-    if (kind_of(phase) != "update") continue;
+    if (!is_kind(phase, "update")) continue;
     const auto [of, rule] = fields<int, int>(phase);
     checked_index(rule, optimizer_rule_names().size(), "rule");
     if (static_cast<std::size_t>(of) != network) continue;

@@ -7,8 +7,8 @@
 //   - tiles: K blocks of at most tuning::kc, each reduced sequentially, then added up in order. With few columns and an x
 //     that lies column by column, y^T = w^T x^T is computed, in the same order.
 //   - dot products: few rows of x or a single column of w, both contiguous along K, so that nothing need be transposed.
-//     The order of the dot-product kernel.
-//   - small K: writing y dominates. The order of tiles.
+//     Sums in the order of the dot-product kernel.
+//   - small K: writing y dominates. Sums in the order of tiles.
 //   w is packed, one K block at a time, unless fewer than 2 * mr rows use it. x is packed only for many columns, which
 //   would each read it again.
 #include <algorithm>

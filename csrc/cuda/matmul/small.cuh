@@ -8,7 +8,7 @@
 //   whose load(k, v) gives number k of n lines that lie side by side. `along` tells whether a line's numbers are
 //   neighbours in memory, else those of neighbouring lines are. Lines beyond the last repeat it, and their sums are
 //   dropped.
-//   The epilogue has inside(i, j), load<n>(i, j), called before the main loop, so that what it reads has come, and
+//   The epilogue has inside(i, j), load<n>(i, j), called before the main loop, which its loads overlap, and
 //   store<n>(i, j, what load returned, sums) for n columns from j on. Where (i, j) is inside, the n - 1 columns after
 //   it must be in memory, but need not be inside.
 //   Sums are fma chains in T, several for each result, added in an order that depends on the tile's type, K and
@@ -129,7 +129,7 @@ struct SmallTile {
   static constexpr int rows = side, columns = side, max_threads = 512;
   // A lane takes eight rows and four columns at one k, which `lanes` lanes share.
   static constexpr int lanes_across = side / 4, lanes = lanes_across * side / 8, results = side * side;
-  // By the registers that there are, with eight addresses of rows.
+  // Steps of k loaded together: what registers allow, beside eight addresses of rows.
   template <class T>
   static constexpr int k_unroll = sizeof(T) == 4 ? 3 : 1;
 

@@ -197,7 +197,7 @@ class WgmmaFinish {
   __device__ __forceinline__ WgmmaFinish(const Epilogue& epilogue, LineOf line_of, int first_column)
       : epilogue_(epilogue), first_column_(first_column) {
     column_ = transposed ? line_of(pack() * N) : first_column + pack() * N;
-    // What it needs of memory is asked for while wgmma still run.
+    // What it needs of memory is asked for while wgmma instructions still run.
     of_ = epilogue.template columns<N>(column_);
   }
 
@@ -364,8 +364,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
         }
       } else {
         const WgmmaReader<Tile, x_along_lines> reader(shared, consumer);
-        // The next stage is read while wgmma run. Registers that they take may be written when none runs: ptxas would
-        // else wait for each of them. Little is left to do then, and those of the other consumers run.
+        // The next stage is read while wgmma instructions run. Registers that they take may be written when none runs:
+        // ptxas would else wait for each of them. Little is left to do then, and those of the other consumers run.
         unsigned read[4][4], rounded[4][4];
         ptx::wait_for_phase(stages.full(), stages.parity());
         reader.read(read, stages.offset());
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) __cluster_dims__(Tile::clust
           leave(last);
         }
       }
-      // While the last wgmma run, of 16 bits:
+      // While the last wgmma instructions run, of 16 bits:
       const TileOrigin origin = tiles.origin();
       const auto line_of = [&](int r) { return origin.row + consumer * 64 + wgmma_line<Tile, x_along_lines>(warp, r); };
       WgmmaFinish<Tile, Epilogue> finish(epilogue, line_of, origin.column);

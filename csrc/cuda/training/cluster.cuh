@@ -107,7 +107,7 @@ struct alignas(16) ClusterMemory {
   unsigned long long parts_barrier[rows_of_block], grad_barrier[cluster_warps];
 };
 
-// What two mini-batches of the most features leave for it, in the 227 KiB that a block has.
+// What two mini-batches of the largest number of features leave for it, in the 227 KiB that a block has.
 inline constexpr int cluster_memory_bytes = 27648;
 
 inline constexpr int one_column = max_cluster_outputs;

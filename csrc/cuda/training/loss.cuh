@@ -58,23 +58,23 @@ struct Target {
   }
 };
 
-// The loss of a row; end(j, gradient) takes each gradient, those beyond the row too.
-template <class L, int lanes, class T, class End, class Stored>
+// The loss of a row; store(j, gradient) takes each gradient, those beyond the row too.
+template <class L, int lanes, class T, class Store, class Stored>
 __device__ __forceinline__ T evaluate_row_loss(const Objective<T>& p, const Target<T>& target, const T* y, int out,
-                                               End end, Stored stored) {
+                                               Store store, Stored stored) {
   using Lanes = Row<T, Team<lanes>, lanes == 32 ? 0 : 1>;
   if constexpr (L::has_label_form) {
     if (target.values == nullptr && p.spread == T(0)) {
       Lanes row(y, out, true, -infinity<T>(), target.label);
       const typename L::template OfLabel<Lanes> of_row(row, y[target.label], p.scale);
-      row.each([&](int j, T v, int) { end(j, j == target.label ? of_row.at_label : of_row.of_other(v)); });
+      row.each([&](int j, T v, int) { store(j, j == target.label ? of_row.at_label : of_row.of_other(v)); });
       stored();
       return of_row.loss();
     }
   }
   Lanes row(y, out, true, -infinity<T>());
   const auto write = [&](const auto& of, auto f) {
-    of.each([&](int j, T v, int slot) { end(j, f(j, v, slot)); });
+    of.each([&](int j, T v, int slot) { store(j, f(j, v, slot)); });
     stored();
   };
   const row_losses::Smoothing<T> smoothing{p.keep, p.spread};

@@ -66,7 +66,7 @@ class Backend(Protocol):
         """The array if it is NumPy's, else a copy that is."""
 
     def to_device(self, array: Array, like: Any = None) -> Array:
-        """The array where this backend computes: itself, or a copy on a GPU, the one of `like` if it is on one."""
+        """The array where this backend computes: itself, or a copy on a GPU: that of `like`, if it is on one."""
 
     def placed_like(self, array: Array, like: Any) -> Array:
         """The array, or a copy of it on the GPU where `like` is."""

@@ -67,16 +67,16 @@ class Case:
         return made if isinstance(made, Prepared) else Prepared(made, made)
 
     def error(self, result: Any, exact: Any) -> float:
-        """Return the largest error as a share of what is allowed: above 1, or NaN, the result is wrong."""
+        """Return the largest error over the tolerance: above 1, or NaN, the result is wrong."""
         results, expected = arrays(result), arrays(exact)
         if len(results) != len(expected):
             raise ValueError(f"{len(results)} results instead of {len(expected)}")
         worst = 0.0
-        for got, right in zip(results, expected, strict=True):
-            if got.shape != right.shape:
-                raise ValueError(f"a result of shape {got.shape} instead of {right.shape}")
+        for got, wanted in zip(results, expected, strict=True):
+            if got.shape != wanted.shape:
+                raise ValueError(f"a result of shape {got.shape} instead of {wanted.shape}")
             if got.size:
-                error = np.abs(got.astype(np.float64) - right) / (self.atol + self.rtol * np.abs(right))
+                error = np.abs(got.astype(np.float64) - wanted) / (self.atol + self.rtol * np.abs(wanted))
                 worst = max(worst, float(np.max(error))) if not np.isnan(error).any() else np.nan
         return worst
 

@@ -334,7 +334,7 @@ def epoch(settings: Settings) -> Iterator[Case]:
 
 
 def numpy_rule(rule: str, param: Array) -> Callable[[Array, Sequence[float]], None]:
-    """Return a function of the gradient and the rule's numbers that updates `param` and the state it keeps."""
+    """Return a function of the gradient and the rule's hyperparameters that updates `param` and the state it keeps."""
     scratch, other = np.empty_like(param), np.empty_like(param)
     first, second = np.zeros_like(param), np.zeros_like(param)
 

@@ -54,7 +54,7 @@ def learning_curves(path: Path, history: nn.History) -> None:
     left.set(title="Loss", ylabel="cross-entropy per image (nats)")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
-    right.set(title="Accuracy", ylabel="share of images classified right")
+    right.set(title="Accuracy", ylabel="fraction of images classified correctly")
     low, high = right.get_ylim()
     right.set_ylim(max(low, -0.01), min(high, 1.01))  # around points that are all the same it may go far beyond
     right.yaxis.set_major_formatter(PercentFormatter(1))
@@ -88,7 +88,7 @@ def confusion_matrix(path: Path, labels: Array, predicted: Array) -> None:
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
     right = np.trace(counts) / counts.sum()
-    axes.set_title(f"Confusion matrix: {right:.2%} of {counts.sum():,} test images are right")
+    axes.set_title(f"Confusion matrix: {right:.2%} of {counts.sum():,} test images are classified correctly")
     save(figure, path)
 
 

@@ -153,7 +153,7 @@ def softmax_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def smoothing(label_smoothing: float, classes: int) -> tuple[float, float]:
-    """Of targets t that label smoothing makes ``keep * t + spread``: keep and spread."""
+    """``(keep, spread)``: label smoothing makes targets t ``keep * t + spread``."""
     return 1.0 - label_smoothing, label_smoothing / classes
 
 

@@ -229,7 +229,7 @@ class Trainable(ABC):
         settings: Settings,
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
-        """Take all steps of a `fit`; `groups` are what the plan's updates update."""
+        """Take all steps of a `fit`; `groups`: one for each of `plan.updates`, in their order."""
         started, n = time.perf_counter(), len(samples)
         epochs, size, callback, every = settings.epochs, settings.batch_size, settings.callback, settings.callback_every
         batches = math.ceil(n / size)

@@ -182,7 +182,7 @@ class MLP(Trainable, files.Saved):
             A name, ``"sgd"``, ``"adam"`` or ``"adamw"``, with its default settings; or an object, whose state is
             continued. By default ``"adam"``, or what the preset says.
         lr_schedule : callable, optional
-            ``lr_schedule(done)``, with the share of all mini-batches of this `fit` that is done, from 0 to below 1,
+            ``lr_schedule(done)``, with the fraction of all mini-batches of this `fit` that is done, from 0 to below 1,
             returns what the learning rate is multiplied by in the next one: `linear_decay`, say, or
             ``lambda done: 0.1 ** int(3 * done)``. `optimizer.lr` stays as it is. The weights, which are a callback's to
             look at, may be older while it is asked.
@@ -234,7 +234,7 @@ class MLP(Trainable, files.Saved):
             Backward(0),
         ]
         if group is not None:
-            phases.append(Update(0, group.rule, group.optimizer.max_norm))
+            phases.append(Update(0, group.rule, group.max_norm))
         average = self._average if self.ema_decay else None
         return TrainingPlan((network_of(self._dense, group, average),), tuple(phases))
 
@@ -244,7 +244,7 @@ class MLP(Trainable, files.Saved):
         return {"loss": sums[0] / seen, "accuracy": math.nan if self.output == "identity" else correct / seen}
 
     def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
-        """Loss of all samples as one mini-batch, and its gradients: one array for each of `parameters`.
+        """Loss of all samples as one mini-batch, of `parameters`, and its gradients: one array for each of them.
 
         Parameters
         ----------

@@ -26,8 +26,8 @@ THREADS = 256
 # Packs of 16 bytes that a thread of an activation's kernel takes; csrc/cuda/elementwise.cuh says the same.
 MAP_PACKS = 2
 
-# By the most columns, who takes a row: how many threads, with how many numbers each in registers. 0: any number of
-# columns, read from memory in every pass. Few threads with many numbers each have more of them on their way from
+# By the largest number of columns, the team that takes a row: threads, and numbers of each in registers. 0: any number
+# of columns, read from memory in every pass. Few threads with many numbers each have more of them on their way from
 # memory at a time, and fewer exchanges; 10 is the usual number of classes, whose rows a thread alone would read too far
 # from its neighbours'. Measured on an H100 and an H200, at 10, 128, 1,000 and 10,000 columns.
 ROW_TEAMS = (
@@ -54,7 +54,7 @@ _MEAN = ("Q", "Q", "Q", "Q")
 # shall not depend on the GPU.
 MAX_PARTS = 2048
 
-# The same of grid-stride loops: of elementwise losses many short ones, so that none is waited for long; of
+# Blocks of a grid-stride loop: of elementwise losses many short ones, so that none is waited for long; of
 # cross-entropy, whose blocks begin with a chain of loads, whole rounds of 132 multiprocessors (on an H200 1,024 blocks
 # reach 0.89 of the copy bandwidth at 1,000 columns, 8,192 reach 0.75). Functions of rows add nothing up.
 MAX_BLOCKS = {"elements": 8192, "row_loss": 1056, "rows": 32768}
@@ -223,7 +223,7 @@ class Launcher:
         return found
 
     def _result(self, device: Device) -> Result:
-        """The calling thread's result: it waits for a kernel before it launches the next one that writes there."""
+        """The calling thread's result; the thread waits for a kernel before it launches the next that writes there."""
         results: dict[int, Result] = self._own.__dict__.setdefault("results", {})
         found = results.get(device.id)
         if found is None:

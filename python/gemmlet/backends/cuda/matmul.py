@@ -36,7 +36,7 @@ class Tile:
     # Of the result, for a block.
     rows: int
     columns: int
-    k_block: int  # steps of k in a stage
+    k_block: int  # steps of k in a K block
     threads: int  # of a block
     shared: int  # bytes of dynamic shared memory
     # Nanoseconds, about: a launch but for its steps of k; and what such a step costs a multiprocessor.

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formulas.activations import ACTIVATIONS
+from ...formulas.losses import smoothing
 from ...formulas.optimizers import OPTIMIZER_RULES
 from ...training import plan as training
 from ...training.plan import NOISE, SAMPLES, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
@@ -533,7 +534,7 @@ class Session:
 
     @_add.register
     def _(self, phase: Update) -> None:
-        """And the sums of the losses: the first update adds up what the first `Loss` has left, and so on."""
+        """Updates add up the losses too: the first update those of the first `Loss`, and so on."""
         network, (given, rows, _) = self.networks[phase.network], self._passes[phase.network]
         number, count = self.plan.updates.index(phase), len(network.layers)
         loss = self.plan.losses[number]
@@ -621,14 +622,15 @@ class Session:
         classes, of_rows = _has_classes(loss), places("row_losses")
         # Of each input: what is generated comes first here.
         first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
+        keep, spread = smoothing(loss.value, self.networks[loss.network].widths[-1])
         return _filled(
             "Objective",
             self.dtype,
             loss=~of_rows[loss.name] if loss.name in of_rows else places("losses")[loss.name],
             parameter=loss.value,
             scale=self.plan.weight(loss) / rows,
-            keep=1.0 - loss.value,
-            spread=loss.value / self.networks[loss.network].widths[-1],
+            keep=keep,
+            spread=spread,
             labels=address(self._labels) if classes else 0,
             values=0 if classes or isinstance(loss.targets, tuple) else address(loss.targets),
             samples=address(self._samples),

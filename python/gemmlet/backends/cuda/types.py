@@ -22,7 +22,7 @@ INTEGERS = {
 }
 CPP_TYPES = FLOATS | INTEGERS
 
-# Arguments of the kernels of optimizers.
+# States and hyperparameters that the kernel of an optimizer takes.
 RULE_STATES = 2
 RULE_HYPERPARAMETERS = 9
 

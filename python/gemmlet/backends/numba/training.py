@@ -181,14 +181,14 @@ def _count_correct(outputs, classes):
     return correct
 
 
-_averaged = njit(forceinline=True)(moving_average)
+_next_average = njit(forceinline=True)(moving_average)
 
 
 @njit(error_model="numpy", nogil=True)
 def _move_average(average, value, decay, gain):
     """Without fused multiply-adds: the bits of the reference."""
     for i in range(average.size):
-        average[i] = _averaged(average[i], value[i], decay, gain)
+        average[i] = _next_average(average[i], value[i], decay, gain)
 
 
 class _Sparse:
