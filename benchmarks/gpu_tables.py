@@ -220,7 +220,7 @@ def text(report: Report) -> str:
         lines += [*_aligned(table), ""]
     if lines[2:]:
         lines += [
-            "%: of roofline. A peer's number: its median time over gemmlet's in the same rounds; above 1 gemmlet is ahead.",
+            "%: of roofline. A peer's number: its time over gemmlet's, median of the rounds; above 1 gemmlet is ahead.",
             "",
         ]
     lines += [*_stages(report), ""]
