@@ -208,7 +208,7 @@ class CpuBackend(NumpyBackend):
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
-        if not self.supports_fused(plan) or list in map(type, batches.hyperparameters):
+        if not self.supports_fused(plan) or batches.varies:
             return super().train(plan, batches)
         return cast("Outcome", self._executor(plan)(batches))
 

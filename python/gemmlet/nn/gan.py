@@ -228,12 +228,8 @@ class GAN(Trainable, files.Saved):
         self._train(history, samples, plan, [discriminator, generator], settings)
         return history
 
-    def _plan(
-        self,
-        phases: Sequence[Phase],
-        generator: ParameterGroup | None = None,
-        discriminator: ParameterGroup | None = None,
-    ) -> TrainingPlan:
+    def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
+        generator, discriminator = groups or (None, None)
         average = self._average if self.ema_decay else None
         networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
         return TrainingPlan(networks, tuple(phases))

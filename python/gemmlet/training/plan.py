@@ -277,6 +277,11 @@ class Batches(NamedTuple):
         """The number of mini-batches."""
         return -(-len(self.order) // self.size)
 
+    @property
+    def varies(self) -> bool:
+        """Whether hyperparameters differ between the parameters of an update."""
+        return list in map(type, self.hyperparameters)
+
 
 class Outcome(NamedTuple):
     """What `Backend.train` returns: `Batches.losses` with the rows' losses added, and how many rows were correct.

@@ -339,8 +339,7 @@ class CudaBackend(Launcher, NumpyBackend):
     @whole_steps()
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         session: training.Session | None = plan.executors.get(self)
-        varied = any(isinstance(table, list) for table in batches.hyperparameters)
-        if varied or (session is None and not self.supports_fused(plan)):
+        if batches.varies or (session is None and not self.supports_fused(plan)):
             self.write_back(plan)
             return super().train(plan, batches)
         if session is not None:
