@@ -210,7 +210,7 @@ class CpuBackend(NumpyBackend):
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
         if not self.supports_fused(plan) or batches.varies:
             return super().train(plan, batches)
-        return cast("Outcome", self._executor(plan)(batches))
+        return cast("Outcome", plan.executors[self](batches))
 
     def _executor(self, plan: TrainingPlan) -> Any:
         if self not in plan.executors:
