@@ -254,11 +254,15 @@ def test_no_memory_is_lost(name: str, watched: Any, rng: Any) -> None:
     tracemalloc.start()
     try:
         calls(20)
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        calls(200)
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        # Another thread of the process may allocate something meanwhile; what a call loses, it loses each time.
+        for _ in range(3):
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            calls(200)
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0] - before
+            if grown < 200 * 16:
+                break
     finally:
         tracemalloc.stop()
         gc.unfreeze()
