@@ -178,6 +178,7 @@ def network_file(config: dict[str, Any] | None = None, **header: Any) -> bytes:
         {"layers": 3},
         {"dtype": "object"},
         {"dtype": "f4,f4"},
+        {"dtype": "f4,("},
         {"dtype": {"a": 1}},
         {"dtype": None},
         {"seed": -1},
@@ -529,6 +530,19 @@ def test_no_permission(open_folder: Path) -> None:
     assert as_nobody(lambda: write(new)) == "nothing"
     open_folder.chmod(0o777)
     assert sorted(os.listdir(open_folder)) == ["a", "new"]
+
+
+def test_an_error_of_reading_names_the_file(tmp_path: Path) -> None:
+    class Broken(io.BytesIO):
+        name = "broken.safetensors"
+
+        def read(self, *_: Any) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError, match=r"error: 'broken\.safetensors'$"):
+        MLP.load(Broken())
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        MLP.load(tmp_path)
 
 
 def test_errors_of_other_files_stay(tmp_path: Path) -> None:

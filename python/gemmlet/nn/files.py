@@ -209,7 +209,7 @@ class Saved(ABC):
             for prefix, widths in cls._widths(config).items():
                 shapes |= expected_shapes(widths, prefix)
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
-            check_tensors(own, shapes, checks.float_dtype(config["dtype"]))
+            check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
             network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
         for prefix, dense in network._parts().items():
             copy_into(dense, own, prefix)
