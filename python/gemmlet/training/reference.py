@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .._signals import whole_steps
+from .._signals import deferred_signals
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES, moving_average
@@ -22,7 +22,7 @@ from . import plan as training
 from .plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 
 
-@whole_steps()
+@deferred_signals()
 def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> training.Outcome:
     """See `Backend.train`."""
     check_labels(plan, batches.order)

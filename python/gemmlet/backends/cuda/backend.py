@@ -15,7 +15,7 @@ import numpy as np
 
 from ... import _precision, _threads
 from ..._arrays import is_on_gpu, name_of
-from ..._signals import whole_steps
+from ..._signals import deferred_signals
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction, RowLoss, smoothing
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
@@ -327,7 +327,7 @@ class CudaBackend(Launcher, NumpyBackend):
         x = plan.gather.dataset.x
         return training.Session(self.device_of(x) if is_on_gpu(x) else self._first, plan)
 
-    @whole_steps()
+    @deferred_signals()
     def write_back(self, plan: TrainingPlan) -> None:
         if (session := plan.executors.get(self)) is not None:
             session.write_back()
@@ -336,7 +336,7 @@ class CudaBackend(Launcher, NumpyBackend):
         """A new page-locked array, which every GPU copies from."""
         return self._first.empty_pinned(shape, dtype)
 
-    @whole_steps()
+    @deferred_signals()
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         session: training.Session | None = plan.executors.get(self)
         if batches.varies or (session is None and not self.supports_fused(plan)):

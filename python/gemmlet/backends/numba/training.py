@@ -20,7 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ..._memory import aligned_zeros
-from ..._signals import whole_steps
+from ..._signals import deferred_signals
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.optimizers import moving_average
 from ...training import plan as training
@@ -459,7 +459,7 @@ class _Executor:
         return run
 
 
-@whole_steps()
+@deferred_signals()
 def train(plan: TrainingPlan, batches: training.Batches, split: Split) -> training.Outcome:
     """See `Backend.train`; the plan is one that `NumbaBackend.supports_fused`, each update has one table.
 
