@@ -9,53 +9,44 @@ import threading
 # What the module `signal` wraps in conversions to enums, which take ten times as long: a step may be shorter.
 from _signal import getsignal  # type: ignore[import-not-found]
 from _signal import signal as set_handler
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 _NUMBERS = tuple(map(int, signal.valid_signals()))
 
 
-@contextlib.contextmanager
-def deferred_signals() -> Iterator[None]:
+class deferred_signals:  # noqa: N801 - it is used as a function
     """Signals that Python handles, Ctrl-C first of all, take effect at the end of the block.
 
     What a first call raised while it compiles would be no KeyboardInterrupt, either.
     """
-    # Python runs handlers in the main thread alone, and cannot put back one that it did not set.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    deferred = _Deferred()
-    try:
-        for number in deferred.handlers:
-            set_handler(number, deferred)
-        yield
-    finally:
-        deferred.is_over = True
+
+    def __enter__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        # One of each, as the system keeps them.
+        self._came: dict[int, FrameType | None] = {}
+        self._is_over = False
+        # Python runs handlers in the main thread alone, and cannot put back one that it did not set.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: handler for number in _NUMBERS if callable(handler := getsignal(number))}
+            for number in self._handlers:
+                set_handler(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
         try:
-            for number, handler in deferred.handlers.items():
+            for number, handler in self._handlers.items():
                 set_handler(number, handler)
         finally:
-            with contextlib.ExitStack() as handled:  # each of them, whatever the others raise
-                for number, frame in deferred.came.items():
-                    handled.callback(deferred.handlers[number], number, frame)
+            if self._came:
+                with contextlib.ExitStack() as handled:  # each of them, whatever the others raise
+                    for number, frame in self._came.items():
+                        handled.callback(self._handlers[number], number, frame)
 
-
-class _Deferred:
-    """A handler that keeps signals until it is over, and passes them on from then on."""
-
-    def __init__(self) -> None:
-        self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        for number in _NUMBERS:
-            if callable(handler := getsignal(number)):
-                self.handlers[number] = handler
-        # One of each, as the system keeps them.
-        self.came: dict[int, FrameType | None] = {}
-        self.is_over = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.is_over:
-            self.handlers[number](number, frame)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Keep the signal, or pass it on once the block is over."""
+        if self._is_over:
+            self._handlers[number](number, frame)
         else:
-            self.came[number] = frame
+            self._came[number] = frame

@@ -154,7 +154,7 @@ class Optimizer(ABC):
             raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
         lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
         with deferred_signals():
-            (state,) = self._states.of([param], self._arrays_per_parameter)
+            state = self._states.get(param) or self._states.of([param], self._arrays_per_parameter)[0]
             self._apply(param, grad, state.arrays, state.steps + 1, lr)
             state.steps += 1
 
