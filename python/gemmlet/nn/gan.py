@@ -366,7 +366,7 @@ class GAN(Trainable, files.Saved):
         if samples.array.dtype != np.uint8:
             low, high = samples.backend.extremes(samples.array)
             if not (low >= 0.0 and high <= 1.0):
-                raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
+                raise ValueError(f"x must lie within [0, 1], got {low} to {high}")
         return samples
 
     def _checked_noise(self, z: Any, n: int | None) -> Array:
