@@ -314,11 +314,7 @@ def test_the_smallest_of_nested_norms_counts(inner: float, outer: float) -> None
         (lambda: ClipNorm("lion", 1.0), ValueError, "optimizer 'lion' is unknown"),
         (lambda: ClipNorm(Adam, 1.0), TypeError, "optimizer must be a name or an optimizer of gemmlet.nn, got"),
         (lambda: make_optimizer("sgd", max_norm="big"), TypeError, "max_norm must be a real number, got str"),
-        (
-            lambda: make_optimizer("sgd", max_norm=float("nan")),
-            ValueError,
-            "max_norm must be finite and above 0, got nan",
-        ),
+        (lambda: make_optimizer("sgd", max_norm=float("nan")), ValueError, "max_norm must be finite and above 0"),
     ],
 )
 def test_bad_settings(call: object, error: type[Exception], message: str) -> None:

@@ -301,7 +301,8 @@ def test_row_loss_near_saturation(margin: float, smoothing: float, backend: Any,
     labels = np.array([0, 2, 1])
     _, exact = kernels_in_float64(z, labels, smoothing)
     _, gradient = kernels.softmax_cross_entropy(z, labels, label_smoothing=smoothing)
-    assert np.abs(f64(gradient) - exact).max() <= 1e-6 * np.abs(exact).max()
+    largest = np.abs(exact).max(axis=1, keepdims=True)
+    assert (np.abs(f64(gradient) - exact) <= 1e-6 * largest + 3e-16).all()  # what float64 holds of 1 - p
 
 
 def kernels_in_float64(z: Any, labels: Any, label_smoothing: float) -> tuple[Any, Any]:

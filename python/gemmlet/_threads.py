@@ -49,7 +49,7 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(count: int) -> None:
-    """Keep `count`, or the number of processors if that is less; `gemmlet.set_num_threads` passes it to the backends."""
+    """Keep `count`, at most the number of processors; `gemmlet.set_num_threads` passes it to the backends."""
     global _count
     try:
         number = operator.index(count)

@@ -121,7 +121,7 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     Returns
     -------
     ndarray, shape (..., m, n)
-        `out` if it was given. Of two vectors without `out` it is a scalar, as NumPy's (and on a GPU an array, as CuPy's).
+        `out` if it was given. Of two vectors without `out` it is a scalar, as NumPy's; on a GPU an array.
 
     Raises
     ------
