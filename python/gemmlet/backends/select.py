@@ -39,6 +39,10 @@ def load(name: str) -> Backend:
         return _loaded[name]
     if name not in _CLASSES:
         raise ValueError(f"backend {name!r} is unknown; the choices are {', '.join(CHOICES)}")
+    if name in ("cpu", "numba") and _in_sub_interpreter():
+        raise ImportError(
+            f"backend {name!r} cannot be used in a sub-interpreter, where it would wait for the GIL for ever"
+        )
     if name == "numba" and importlib.util.find_spec("numba") is None:
         raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
     module, class_name = _CLASSES[name]
@@ -46,6 +50,17 @@ def load(name: str) -> Backend:
     backend.set_num_threads(_threads.get_num_threads())
     _loaded.setdefault(name, backend)
     return _loaded[name]
+
+
+def _in_sub_interpreter() -> bool:
+    """Whether this is another interpreter than the process's first: pybind11 and Numba know that one's GIL alone."""
+    for module in ("_interpreters", "_xxsubinterpreters"):  # since Python 3.13; before
+        try:
+            interpreters = importlib.import_module(module)
+        except ImportError:
+            continue
+        return bool(interpreters.get_current() != interpreters.get_main())
+    return False
 
 
 def _automatic() -> Backend:
