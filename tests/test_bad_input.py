@@ -10,9 +10,11 @@ import contextlib
 import importlib
 import inspect
 import itertools
+import math
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gemmlet
-from gemmlet import kernels
+from gemmlet import kernels, nn
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import UPDATED, arguments_of, copies, outcome, run_on
@@ -1011,3 +1013,28 @@ def test_huge_matmuls_of_nothing_are_refused(any_threads_backend: Any, dtype: An
     for call in (lambda: kernels.matmul(a, b), lambda: kernels.linear(a, b)):
         with pytest.raises((ValueError, MemoryError)):
             call()
+
+
+def test_a_number_just_outside_the_unit_interval_is_shown(any_threads_backend: Any, dtype: Any) -> None:
+    p = np.full(4, 0.5, dtype)
+    p[2] = np.nextafter(dtype(1), dtype(2))
+    with pytest.raises(ValueError, match=r"p must lie within \[0, 1\], got 0\.5 to 1\.0000"):
+        kernels.binary_cross_entropy(p, p)
+    for bad in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"alpha must be finite and above 0, got {bad}"):
+            kernels.elu(p, alpha=bad)
+
+
+def test_more_parameters_than_memory() -> None:
+    """Said before any is taken: with their sizes."""
+    tracemalloc.start()
+    try:
+        for make in (
+            lambda: nn.MLP([784, 1_000_000, 1_000_000, 10]),
+            lambda: nn.GAN(64, [1_000_000, 1_000_000, 784], [784, 16, 1]),
+        ):
+            with pytest.raises(MemoryError, match=r"1000000, 1000000.* parameters.* GB"):
+                make()
+        assert tracemalloc.get_traced_memory()[1] < 1e7
+    finally:
+        tracemalloc.stop()

@@ -492,3 +492,16 @@ def test_bias_gradient_of_many_rows(backend: Any, dtype: Any, rng: Any) -> None:
         for grad in (integers(rng, (rows, columns), dtype), integers(rng, (columns, rows), dtype).T):
             result = kernels.linear_backward(grad, None, None, need_x=False, need_w=False)[2]
             assert np.array_equal(result, f64(grad).sum(axis=0))
+
+
+@pytest.mark.parametrize("left", [(3,), (1, 3), (4, 3), (2, 4, 3), (5, 1, 4, 3)], ids=str)
+@pytest.mark.parametrize("right", [(3,), (3, 1), (3, 2), (2, 3, 2)], ids=str)
+def test_matmul_of_all_dimensions_is_as_numpys(left: Any, right: Any, backend: Any, dtype: Any) -> None:
+    """The result's shape, and its type: of two vectors a scalar."""
+    a = np.arange(math.prod(left), dtype=dtype).reshape(left)
+    b = np.arange(math.prod(right), dtype=dtype).reshape(right)
+    result, expected = kernels.matmul(a, b), np.matmul(a, b)
+    if not hasattr(result, "__cuda_array_interface__"):
+        assert type(result) is type(expected)
+    assert np.shape(result) == np.shape(expected)
+    assert np.array_equal(result, expected)

@@ -256,7 +256,7 @@ def test_a_factor_of_the_learning_rate_is_for_one_step(kind: Any) -> None:
     with pytest.raises(ValueError, match=r"lr must be at least 0, got -0\.5"):
         optimizer.update(params[0], np.ones(3), lr_factor=-1.0)
     optimizer.lr = 1e200
-    with pytest.raises(ValueError, match="lr must be at least 0, got inf"):
+    with pytest.raises(ValueError, match="lr must be finite and at least 0, got inf"):
         optimizer.update(params[0], np.ones(3), lr_factor=1e200)
     np.testing.assert_array_equal(*params)
 
@@ -450,7 +450,7 @@ def test_the_smallest_of_nested_norms_counts(inner: float, outer: float) -> None
         (lambda: make_optimizer("sgd", beta1=0.5), TypeError, "optimizer 'sgd' has no setting 'beta1'; it has lr"),
         (lambda: SGD(-0.1), ValueError, r"lr must be at least 0, got -0\.1"),
         (lambda: SGD("fast"), TypeError, "lr must be a real number, got str"),
-        (lambda: SGD(float("nan")), ValueError, "lr must be at least 0, got nan"),
+        (lambda: SGD(float("nan")), ValueError, "lr must be finite and at least 0, got nan"),
         (lambda: SGD(momentum=1.5), ValueError, r"momentum must be within \[0, 1\], got 1\.5"),
         (lambda: SGD(nesterov=True), ValueError, "nesterov needs a momentum above 0"),
         (lambda: SGD(momentum=0.9, nesterov=1), TypeError, "nesterov must be True or False, got int"),
@@ -462,12 +462,12 @@ def test_the_smallest_of_nested_norms_counts(inner: float, outer: float) -> None
         (lambda: Optimizer(), TypeError, "abstract"),
         (lambda: ClipNorm("adam", 0), ValueError, "max_norm must be above 0, got 0"),
         (lambda: ClipNorm("adam", -1.0), ValueError, r"max_norm must be above 0, got -1\.0"),
-        (lambda: ClipNorm("adam", float("inf")), ValueError, "max_norm must be above 0, got inf"),
+        (lambda: ClipNorm("adam", float("inf")), ValueError, "max_norm must be finite and above 0, got inf"),
         (lambda: ClipNorm("adam", None), TypeError, "max_norm must be a real number, got NoneType"),
         (lambda: ClipNorm("lion", 1.0), ValueError, "optimizer 'lion' is unknown"),
         (lambda: ClipNorm(Adam, 1.0), TypeError, "optimizer must be a name or an optimizer of gemmlet.nn, got"),
         (lambda: make_optimizer("sgd", max_norm="big"), TypeError, "max_norm must be a real number, got str"),
-        (lambda: make_optimizer("sgd", max_norm=float("nan")), ValueError, "max_norm must be above 0, got nan"),
+        (lambda: make_optimizer("sgd", max_norm=float("nan")), ValueError, "max_norm must be finite and above 0"),
     ],
 )
 def test_bad_settings(call: object, error: type[Exception], message: str) -> None:

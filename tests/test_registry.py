@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import gemmlet
-from gemmlet import kernels, nn
+from gemmlet import _environment, kernels, nn
 from gemmlet.backends import cpu as cpu_backend
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
@@ -143,7 +143,80 @@ def test_backend_by_environment() -> None:
     refused = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "GEMMLET_BACKEND": "gpu"}
     )
-    assert "backend 'gpu' is unknown; the choices are cpu, cuda, numba, numpy" in refused.stderr
+    assert "backend 'gpu' is unknown; GEMMLET_BACKEND takes cpu, cuda, numba, numpy" in refused.stderr
+
+
+VARIABLES = """
+import numpy as np
+import gemmlet
+from gemmlet import kernels
+for call in (lambda: kernels.tanh(np.zeros(2)), gemmlet.show_config, gemmlet.get_num_threads):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("backend", ["", "cpu"])
+@pytest.mark.parametrize("name", ["GEMMLET_BACKEND", "GEMMLET_ISA", "GEMMLET_NUM_THREADS"])
+def test_a_variable_of_an_unknown_value_is_named(name: str, backend: str) -> None:
+    """By every first use, whatever else is set; to import gemmlet does not use any."""
+    if name == "GEMMLET_ISA" and not cpu_backend.available_isas():
+        pytest.skip("nothing was compiled")
+    lines = _run(VARIABLES, **({"GEMMLET_BACKEND": backend} | {name: "foo"})).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert set(re.findall(r"GEMMLET_\w+", line)) == {name}
+        assert "'foo'" in line
+
+
+def test_all_variables_are_declared() -> None:
+    package = Path(gemmlet.__file__).parent
+    sources = {path: path.read_text("utf-8") for path in package.rglob("*.py")}
+    read = {name for text in sources.values() for name in re.findall(r'_environment\.read\("(\w+)"\)', text)}
+    assert read == set(_environment.VARIABLES)
+    by_hand = [str(path) for path, text in sources.items() if re.search(r'os\.environ\S*"GEMMLET_', text)]
+    assert not by_hand
+    assert all(name.startswith("GEMMLET_") and len(line) < 120 for name, line in _environment.VARIABLES.items())
+
+
+def test_an_older_threadpoolctl(tmp_path: Path) -> None:
+    """Before 3.2 it takes no controllers: kernels compute without one."""
+    (tmp_path / "threadpoolctl.py").write_text("class LibController: pass\nclass threadpool_limits: pass\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + (
+        "import numpy as np; from gemmlet import kernels; print(kernels.tanh(np.zeros(2)))"
+    )
+    assert _run(code) == "[0. 0.]\n"
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the module for it has another name in each version")
+def test_sub_interpreter() -> None:
+    """There compiled kernels would hang: the reference takes their place, and whoever asks for them gets an error."""
+    code = """
+import _xxsubinterpreters as sub
+sub.run_string(sub.create(isolated=False), '''
+import warnings
+import numpy as np
+warnings.simplefilter("ignore")
+import gemmlet
+from gemmlet import kernels
+print(kernels.tanh(np.zeros(2)))
+for name in ("cpu", "numba"):
+    try:
+        gemmlet.use_backend(name)
+    except ImportError as error:
+        print("sub-interpreter" in str(error))
+''')
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"GEMMLET_BACKEND": ""},
+        timeout=60,
+    )
+    assert run.stdout == "[0. 0.]\nTrue\nTrue\n", run.stderr
 
 
 @pytest.mark.parametrize("isa", cpu_backend.available_isas())

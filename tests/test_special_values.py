@@ -10,7 +10,8 @@ import pytest
 
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS
+from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
+from gemmlet.formulas.losses import smoothing as smoothing_of
 from support import assert_within, f64, reference_backward, reference_forward, same_bits, ulp_error, worst
 
 INF, NAN = math.inf, math.nan
@@ -287,3 +288,53 @@ def test_updates_with_special_values(backend: Any, dtype: Any) -> None:
     assert v[1] == v[2] == INF
     assert np.isnan(v[0])
     assert np.isfinite(param[3])
+
+
+# Near saturation, and far beyond.
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("margin", [0.0, 5.0, 15.0, 20.0, 30.0, 60.0])
+def test_row_loss_near_saturation(margin: float, smoothing: float, backend: Any, dtype: Any) -> None:
+    """The gradient at the label is what is left of softmax - 1; the reference has it, in float64."""
+    z = np.array([[margin, 0, 0], [0, 0, margin], [-margin, margin / 2, 0]], dtype)
+    labels = np.array([0, 2, 1])
+    _, exact = kernels_in_float64(z, labels, smoothing)
+    _, gradient = kernels.softmax_cross_entropy(z, labels, label_smoothing=smoothing)
+    largest = np.abs(exact).max(axis=1, keepdims=True)
+    assert (np.abs(f64(gradient) - exact) <= 1e-6 * largest + 3e-16).all()  # what float64 holds of 1 - p
+
+
+def kernels_in_float64(z: Any, labels: Any, label_smoothing: float) -> tuple[Any, Any]:
+    entry, classes = ROW_LOSSES["softmax_cross_entropy"], z.shape[1]
+    keep, spread = smoothing_of(label_smoothing, classes)
+    loss, gradient = entry.evaluate(f64(z), keep * np.eye(classes)[labels] + spread)
+    # At a label without smoothing the sum of the others, which float64 holds where 1 - p loses it.
+    if label_smoothing == 0:
+        for row, label in zip(gradient, labels, strict=True):
+            row[label] = -(row.sum() - row[label])
+    return loss, gradient / len(z)
+
+
+def test_row_loss_without_targets_passes_nan_on(backend: Any, dtype: Any) -> None:
+    """Targets of 0 leave out what is infinite, but not NaN."""
+    for logits in ([1.0, NAN, 2.0], [INF, 0.0, 0.0], [-INF, -INF, -INF]):
+        loss, gradient = kernels.softmax_cross_entropy(np.array([logits], dtype), np.zeros((1, 3), dtype))
+        assert math.isnan(loss)
+        assert np.isnan(f64(gradient)).all()
+    loss, gradient = kernels.softmax_cross_entropy(np.array([[1.0, -INF, 2.0]], dtype), np.zeros((1, 3), dtype))
+    assert loss == 0
+    assert (f64(gradient) == 0).all()
+
+
+def test_adam_survives_a_gradient_whose_square_overflows(backend: Any, dtype: Any) -> None:
+    """(1 - beta2) * g * g is finite; a v of inf would never let the parameter move again."""
+    large = float(math.sqrt(np.finfo(dtype).max)) * 4
+    param, m, v = np.ones(9, dtype), np.zeros(9, dtype), np.zeros(9, dtype)
+    kernels.adam_update(param, np.full(9, large, dtype), m, v, step=1)
+    assert np.isfinite(f64(v)).all()
+    assert np.abs(f64(param) - 0.999).max() < 1e-6
+    for step in range(2, 5):
+        before = f64(param).copy()
+        kernels.adam_update(param, np.ones(9, dtype), m, v, step=step)
+        assert (f64(param) < before).all()

@@ -11,10 +11,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -28,6 +28,26 @@ inline void pause_processor() {
   __asm__ volatile("yield");
 #endif
 }
+
+// The floating-point mode of a thread: how it rounds, and whether it flushes subnormal numbers to zero. Another library may
+// have changed it.
+#if defined(__x86_64__)
+using FloatMode = unsigned;
+inline FloatMode float_mode() { return __builtin_ia32_stmxcsr(); }
+inline void set_float_mode(FloatMode mode) { __builtin_ia32_ldmxcsr(mode); }
+#elif defined(__aarch64__)
+using FloatMode = std::uint64_t;
+inline FloatMode float_mode() {
+  FloatMode mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+inline void set_float_mode(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatMode = int;
+inline FloatMode float_mode() { return 0; }
+inline void set_float_mode(FloatMode) {}
+#endif
 
 template <class Condition>
 bool spin_until(Condition done) {
@@ -78,6 +98,7 @@ struct Job {
   std::atomic<std::int64_t> next{0};
   std::mutex error_mutex;
   std::exception_ptr error;
+  FloatMode mode = float_mode();  // the caller's
 
   void work() {
     for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -126,6 +147,15 @@ class Pool {
 
  private:
   static constexpr std::uint32_t closed = 1u << 31;
+  static constexpr int starting = 0, started = 1, refused = 2;
+
+  // By a new worker: whether there is memory to throw an exception with. The C library makes a thread's data for that at
+  // the first use, and aborts the process if it cannot.
+  static bool has_memory() {
+    void* const memory = std::malloc(1 << 16);
+    std::free(memory);
+    return memory != nullptr && std::uncaught_exceptions() == 0;
+  }
 
   void start_workers() {
     const int missing = size() - 1 - static_cast<int>(workers_.size());
@@ -134,13 +164,28 @@ class Pool {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
+      workers_.reserve(static_cast<std::size_t>(size()));
       {
         const std::lock_guard lock(sleep_mutex_);
         beds_.reserve(static_cast<std::size_t>(size()));  // a worker that is refused memory would end the process
       }
-      for (int i = 0; i < missing; ++i) workers_.emplace_back([this, seen = generation_.load()] { worker(seen); });
-    } catch (const std::system_error&) {
-      refused_ = true;  // the system grants no more threads: those there are do the work
+      for (int i = 0; i < missing; ++i) {
+        start_.store(starting);
+        std::thread thread([this, seen = generation_.load()] {
+          const bool ready = has_memory();
+          start_.store(ready ? started : refused);
+          start_.notify_one();
+          if (ready) worker(seen);
+        });
+        start_.wait(starting);
+        if (start_.load() == refused) {
+          thread.join();
+          throw std::bad_alloc();
+        }
+        workers_.push_back(std::move(thread));
+      }
+    } catch (const std::exception&) {
+      refused_ = true;  // the system grants no more threads, or no memory to them: those there are do the work
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -173,7 +218,10 @@ class Pool {
       }
       seen = generation_.load();
       if (stop_.load()) return;
-      if ((joined_.fetch_add(1, std::memory_order_acquire) & closed) == 0) job_->work();
+      if ((joined_.fetch_add(1, std::memory_order_acquire) & closed) == 0) {
+        set_float_mode(job_->mode);
+        job_->work();
+      }
       joined_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -182,6 +230,7 @@ class Pool {
   std::mutex entry_;  // held while a call uses the pool
   std::vector<std::thread> workers_;
   bool refused_ = false;
+  std::atomic<int> start_{started};  // of the newest worker
   Job* job_ = nullptr;
   std::atomic<std::uint32_t> joined_{closed};  // workers inside the job, and whether more may join
   std::atomic<std::uint64_t> generation_{0};

@@ -41,7 +41,7 @@ struct adam {
     const V eps = h[5], correction = h[6], l2 = h[7], shrink = h[8];
     const V g = fma(l2, param, grad);
     state[0] = fma(beta1, state[0], gain1 * g);
-    state[1] = fma(beta2, state[1], gain2 * (g * g));
+    state[1] = fma(beta2, state[1], (gain2 * g) * g);  // in this order: g * g may overflow
     param = shrink * param - step_size * state[0] / fma(sqrt(state[1]), correction, eps);
   }
 };

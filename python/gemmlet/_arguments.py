@@ -196,14 +196,21 @@ def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.
     except OverflowError:
         result = math.inf
     if not math.isfinite(result) or not low <= result <= high or (open_low and result == low):
+        finite = "" if math.isfinite(result) else "finite and "
         if high < math.inf:
             expected = f"within {'(' if open_low else '['}{low:g}, {high:g}]"
         elif low > -math.inf:
-            expected = f"{'above' if open_low else 'at least'} {low:g}"
+            expected = f"{finite}{'above' if open_low else 'at least'} {low:g}"
         else:
             expected = "finite"
         raise ValueError(f"{name} must be {expected}, got {value!r}")
     return result
+
+
+def check_unit_interval(low: float, high: float, name: str) -> None:
+    """Raise unless the smallest and the largest element of `name` lie within [0, 1]."""
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} must lie within [0, 1], got {low} to {high}")  # all digits: 1.0000001
 
 
 def flag(value: Any, name: str) -> bool:
@@ -247,6 +254,6 @@ def adam_hyperparameters(
     )
     for name, beta in (("beta1", settings[1]), ("beta2", settings[2])):
         if beta == 1.0:
-            raise ValueError(f"{name} must be below 1, got {beta:g}")
+            raise ValueError(f"{name} must be below 1, got 1")
     # Beyond 2**53 not every integer is a float; the corrections have long come to their limit.
     return optimizers.adam_hyperparameters(min(int(step), 2**53), *settings, decoupled)

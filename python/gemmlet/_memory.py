@@ -8,10 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cgroup
+
 Array = NDArray[Any]
 
 # A cache line, and the widest vector: no load of a whole vector crosses a line then.
 _ALIGNMENT = 64
+
+
+def available() -> float:
+    """Return the bytes that may still be allocated without swapping, or are granted at all; infinity if not known."""
+    try:
+        with open("/proc/meminfo") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        free = 1024.0 * int(facts["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # not Linux
+        free = math.inf
+    return min(free, _cgroup.memory())
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

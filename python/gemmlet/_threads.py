@@ -6,14 +6,26 @@ import math
 import operator
 import os
 
-_LARGEST = 1024
+from . import _cgroup, _environment
+
 _count: int | None = None
 
 
-def _from_environment(name: str) -> int | None:
-    """The first number of a variable such as ``OMP_NUM_THREADS=4,2``; None if unset or no positive number."""
-    text = os.environ.get(name, "").split(",")[0].strip()
-    return min(int(text), _LARGEST) if text.isdecimal() and int(text) > 0 else None
+def _positive(text: str) -> int | None:
+    """The first number of a text such as ``4,2``; None if that is no positive number."""
+    first = text.split(",")[0].strip()
+    return int(first[:18]) or None if first.isascii() and first.isdecimal() else None
+
+
+def _from_environment() -> int | None:
+    """The number in ``GEMMLET_NUM_THREADS``; else in ``OMP_NUM_THREADS``, if it is one: others check that variable."""
+    own = _environment.read("GEMMLET_NUM_THREADS")
+    if not own.strip():
+        return _positive(os.environ.get("OMP_NUM_THREADS", ""))
+    count = _positive(own)
+    if count is None:
+        raise ValueError(f"GEMMLET_NUM_THREADS must be an integer of at least 1, got {own!r}")
+    return count
 
 
 def processors() -> int:
@@ -24,52 +36,20 @@ def processors() -> int:
         return os.cpu_count() or 1
 
 
-def _cgroup_quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> float:
-    """Processors that the cgroup (version 2 or 1) grants; infinity where there is no limit."""
-    limits = [math.inf]
-    try:
-        with open(membership) as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return math.inf
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, files = root, ["cpu.max"]
-        elif "cpu" in controllers.split(","):
-            top, files = os.path.join(root, "cpu"), ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        else:
-            continue
-        # Every ancestor may hold a limit.
-        steps = [step for step in path.split("/") if step not in ("", "..")]
-        for depth in range(len(steps) + 1):
-            limits.append(_read_quota(os.path.join(top, *steps[:depth]), files))
-    return min(limits)
-
-
-def _read_quota(folder: str, files: list[str]) -> float:
-    try:
-        texts = []
-        for name in files:
-            with open(os.path.join(folder, name)) as file:
-                texts.append(file.read())
-        quota, period = " ".join(texts).split()
-        return float(quota) / float(period) if float(quota) > 0 and float(period) > 0 else math.inf
-    except (OSError, ValueError):  # no file, or "max"
-        return math.inf
-
-
 def get_num_threads() -> int:
-    """Return the number set, else what the environment, the affinity mask and the cgroup give."""
+    """Return the number set, else what the environment or the cgroup gives: at most as many as there are processors.
+
+    ValueError if ``GEMMLET_NUM_THREADS`` is no number.
+    """
     global _count
     if _count is None:
-        wanted = _from_environment("GEMMLET_NUM_THREADS") or _from_environment("OMP_NUM_THREADS")
-        _count = wanted or max(1, min(processors(), math.ceil(min(_cgroup_quota(), 1e6))))
+        set_num_threads(_from_environment() or max(1, math.ceil(min(_cgroup.processors(), 1e6))))
+        assert _count is not None
     return _count
 
 
 def set_num_threads(count: int) -> None:
-    """Keep `count`; `gemmlet.set_num_threads` passes it to the backends."""
+    """Keep `count`, at most the number of processors; `gemmlet.set_num_threads` passes it to the backends."""
     global _count
     try:
         number = operator.index(count)
@@ -77,4 +57,4 @@ def set_num_threads(count: int) -> None:
         raise TypeError(f"count must be an integer, got {type(count).__name__}") from None
     if number < 1:
         raise ValueError(f"count must be at least 1, got {number}")
-    _count = min(number, _LARGEST)
+    _count = min(number, processors())  # with more, threads would wait for each other to get a processor

@@ -121,7 +121,7 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
     Returns
     -------
     ndarray, shape (..., m, n)
-        `out` if it was given.
+        `out` if it was given. Of two vectors without `out` it is a scalar, as NumPy's; on a GPU an array.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def matmul(a: Any, b: Any, *, out: Any = None) -> Any:
             backend.matmul(lefts[index], rights[index], outs[index])
     if buffer is not result:
         backend.assign(result, buffer)
-    return _returned(out, result)
+    return _returned(out, result if shape or out is not None else result[()])
 
 
 def _activation_named(activation: Any) -> Activation | None:
@@ -571,9 +571,7 @@ def _elementwise_loss(entry: Loss, prediction: Any, targets: Any, parameter: Any
     value = _own_number(entry, parameter)
     backend = select.of(p)
     if entry.unit_interval and p.size:
-        low, high = backend.value_range(p)
-        if low < 0 or high > 1:
-            raise ValueError(f"{entry.prediction} must lie within [0, 1], got {low:g} to {high:g}")
+        arguments.check_unit_interval(*backend.value_range(p), entry.prediction)
     grad = _like(backend, p, out)
     if not p.size:
         return float("nan"), _returned(out, grad)

@@ -11,5 +11,12 @@ extern "C" {
 PyObject* PyInit__cpu();  // module.cpp
 
 // GEMMLET_INIT is PyInit_ and the module's name.
-__attribute__((visibility("default"))) PyObject* GEMMLET_INIT() { return PyInit__cpu(); }
+__attribute__((visibility("default"))) PyObject* GEMMLET_INIT() {
+  // pybind11 takes the GIL by PyGILState_Ensure, which knows the main interpreter alone: in another it waits for ever.
+  if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+    PyErr_SetString(PyExc_ImportError, "the compiled kernels cannot be used in a sub-interpreter");
+    return nullptr;
+  }
+  return PyInit__cpu();
+}
 }

@@ -256,7 +256,7 @@ void store_transposed(const T* y, Index columns, Index rows, const O& out) {
 
 template <class T, class O>
 void compute_tiles(View<T> x, View<T> w, const O& out) {
-  thread_local Buffers<T> buffers;
+  Buffers<T>& buffers = of_this_thread<Buffers<T>>();
   if (x.columns > 0 && x.columns <= tuning::small_k_max) {
     if (w.column_stride == 1) return compute_small_k(x, w, out);
     constexpr Index n = lanes<T>, most = tuning::nc * tuning::kc / tuning::small_k_max / n * n - n;

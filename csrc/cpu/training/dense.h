@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "cpu/matmul/micro_kernel.h"
+#include "cpu/threads.h"
 #include "cpu/training/buffers.h"
 #include "cpu/training/plan.h"
 
@@ -22,6 +23,7 @@ inline void for_tiles(Index rows, F&& f) {
              [&](Index first, int count) { with_constant<tuning::mr>(count, [&](auto height) { f(first, height); }); });
 }
 
+// Of a thread; the executor makes it before the members of a team wait for each other.
 template <class T>
 struct PackedPanel {
   alignas(64) T w[tuning::packed_kc * 2 * lanes<T>];
@@ -35,7 +37,7 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
   const Index out = layer.out, stride = layer.stride;
   const T *w = layer.weight.value, *bias = layer.bias.value;
   const bool narrow = out < n;
-  thread_local PackedPanel<T> packed;
+  PackedPanel<T>& packed = of_this_thread<PackedPanel<T>>();
 
   const auto finish = [&]<int height, int vectors>(const Vec<T>(&sum)[height][vectors], Index row, Index j,
                                                    Index second) {
@@ -109,7 +111,7 @@ void backward_dot_products(const T* grad_y, Index y_stride, Index rows, const La
 template <class T>
 void backward_tiles(const T* grad_y, Index y_stride, Index rows, const Layer<T>& layer, T* grad_x, Index x_stride) {
   constexpr int n = lanes<T>;
-  thread_local PackedPanel<T> packed;
+  PackedPanel<T>& packed = of_this_thread<PackedPanel<T>>();
   for (Index k = 0; k < layer.in; k += 2 * n) {
     const Index inputs = std::min<Index>(2 * n, layer.in - k);
     for (Index j = 0; j < layer.out; j += tuning::packed_kc) {

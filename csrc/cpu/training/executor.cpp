@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -104,6 +105,7 @@ class Executor {
     for (const Network<T>& each : networks_) work += each.work();
     if (is_pipelined_) make_slots();
     with_team(static_cast<double>(max_rows_) * work, [this](Member& member) { train(member); });
+    if (out_of_memory_) throw std::bad_alloc();
     return std::move(outcome_);
   }
 
@@ -173,8 +175,15 @@ class Executor {
   void train(Member& member) {
     const Index me = member.index(), all = member.count();
     std::optional<Pipeline> pipeline;
+    try {
+      of_this_thread<PackedPanel<T>>();
+      if (is_pipelined_) pipeline.emplace(*this, member);
+    } catch (const std::bad_alloc&) {
+      out_of_memory_ = true;
+    }
+    member.barrier();
+    if (out_of_memory_) return;
     if (is_pipelined_) {
-      pipeline.emplace(*this, member);
       pipeline->gather(0, 0);
       member.barrier();
       pipeline->begin(0, 0);
@@ -274,6 +283,7 @@ class Executor {
   const Batches<T>& batches_;
   Index max_rows_;
   bool is_pipelined_;
+  std::atomic<bool> out_of_memory_{false};  // of a member
   // Deques, as others point to their elements.
   std::deque<Network<T>> networks_;
   std::deque<Forward<T>> forwards_;

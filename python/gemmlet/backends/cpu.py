@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from .. import _environment
 from ..formulas.activations import ACTIVATIONS, Activation
 from ..formulas.losses import LOSSES, Loss, RowFunction, RowLoss
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
@@ -44,7 +44,7 @@ def _choose(isa: str | None) -> str:
     available = available_isas()
     if not available:
         raise RuntimeError("backend 'cpu' was not compiled for this platform: no extension module is installed")
-    wanted = isa or os.environ.get("GEMMLET_ISA") or available[0]
+    wanted = isa or _environment.read("GEMMLET_ISA") or available[0]
     if wanted not in _MODULES:
         raise ValueError(f"instruction set {wanted!r} is unknown; GEMMLET_ISA takes {', '.join(_MODULES)}")
     if wanted not in available:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _threads
+from .. import _environment, _threads
 from .._version import __version__
 
 if TYPE_CHECKING:
@@ -40,6 +39,10 @@ def load(name: str) -> Backend:
         return _loaded[name]
     if name not in _CLASSES:
         raise ValueError(f"backend {name!r} is unknown; the choices are {', '.join(CHOICES)}")
+    if name in ("cpu", "numba") and _in_sub_interpreter():
+        raise ImportError(
+            f"backend {name!r} cannot be used in a sub-interpreter, where it would wait for the GIL for ever"
+        )
     if name == "numba" and importlib.util.find_spec("numba") is None:
         raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
     module, class_name = _CLASSES[name]
@@ -47,6 +50,17 @@ def load(name: str) -> Backend:
     backend.set_num_threads(_threads.get_num_threads())
     _loaded.setdefault(name, backend)
     return _loaded[name]
+
+
+def _in_sub_interpreter() -> bool:
+    """Whether this is another interpreter than the process's first: pybind11 and Numba know that one's GIL alone."""
+    for module in ("_interpreters", "_xxsubinterpreters"):  # since Python 3.13; before
+        try:
+            interpreters = importlib.import_module(module)
+        except ImportError:
+            continue
+        return bool(interpreters.get_current() != interpreters.get_main())
+    return False
 
 
 def _automatic() -> Backend:
@@ -70,7 +84,9 @@ def current() -> Backend:
     """Return the backend in use, choosing it at the first call: `GEMMLET_BACKEND`, else the first that loads."""
     global _current
     if _current is None:
-        name = os.environ.get("GEMMLET_BACKEND", "")
+        name = _environment.read("GEMMLET_BACKEND")
+        if name and name not in _CLASSES:
+            raise ValueError(f"backend {name!r} is unknown; GEMMLET_BACKEND takes {', '.join(CHOICES)}")
         _current = load(name) if name else _automatic()
     return _current
 
@@ -133,7 +149,7 @@ def set_num_threads(count: int) -> None:
     Parameters
     ----------
     count : int
-        At least 1.
+        At least 1. Of more than this process has processors, as many are used as it has: more would be slower.
 
     Raises
     ------
@@ -149,8 +165,13 @@ def get_num_threads() -> int:
     """Return how many threads a kernel may use.
 
     It is what `set_num_threads` set; else ``GEMMLET_NUM_THREADS``; else ``OMP_NUM_THREADS``; else the processors that
-    the affinity mask and the cgroup's quota leave. For the compiled backend, `threadpoolctl.threadpool_limits` lowers
-    it.
+    the affinity mask and the cgroup's quota leave. It is never more than the affinity mask has. For the compiled
+    backend, `threadpoolctl.threadpool_limits` lowers it.
+
+    Raises
+    ------
+    ValueError
+        ``GEMMLET_NUM_THREADS``, or another variable that chooses what computes, has an unknown value.
     """
     return current().get_num_threads()
 

@@ -15,6 +15,9 @@ def register(library_names: Iterable[str]) -> None:
         return
     import threadpoolctl
 
+    if not hasattr(threadpoolctl, "register"):  # before 3.2, which knows its own libraries alone
+        return
+
     class GemmletController(threadpoolctl.LibController):  # type: ignore[misc]
         user_api = "gemmlet"
         internal_api = "gemmlet"

@@ -20,4 +20,9 @@ def choose_backend() -> None:
     try:
         select.current()
     except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"GEMMLET_BACKEND: {error}") from error
+        raise backend_error("GEMMLET_BACKEND", error) from error
+
+
+def backend_error(origin: str, error: Exception) -> UserError:
+    """Return what tells that the backend cannot be had, which `origin` asked for; or the variable that is to blame."""
+    return UserError(str(error) if "GEMMLET_" in str(error) else f"{origin}: {error}")

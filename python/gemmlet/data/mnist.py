@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _environment
+
 _log = logging.getLogger("gemmlet")
 
 # Every file by its name in the original distribution, with the SHA-256 of what it holds uncompressed.
@@ -104,7 +106,7 @@ def load_mnist(data_dir: str | os.PathLike[str] | None = None, *, download: bool
     ValueError
         A file is truncated, corrupt or no MNIST file; the message names it, what was found and what was expected.
     """
-    chosen = data_dir if data_dir is not None else os.environ.get("GEMMLET_DATA_DIR") or None
+    chosen = data_dir if data_dir is not None else _environment.read("GEMMLET_DATA_DIR") or None
     if chosen is not None:
         origin = "data_dir" if data_dir is not None else "GEMMLET_DATA_DIR"
         try:

@@ -27,8 +27,8 @@ class Loss(NamedTuple):
 
 
 def _times(weight: Array, value: Array) -> Array:
-    """``weight * value``, and 0 where `weight` is 0: a sure prediction that is correct costs nothing."""
-    return np.where(weight == 0, 0.0, weight * value)
+    """``weight * value``, and 0 where `weight` is 0, but for NaN: a sure prediction that is correct costs nothing."""
+    return np.where((weight == 0) & ~np.isnan(value), 0.0, weight * value)
 
 
 def _binary_cross_entropy_with_logits(z: Array, t: Array, parameter: float, scale: float) -> tuple[Array, Array]:

@@ -41,7 +41,7 @@ def _adam(p: Array, g: Array, m: Array, v: Array, *hyperparameters: float) -> tu
     step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink = hyperparameters
     g = g + l2 * p
     m = beta1 * m + gain1 * g
-    v = beta2 * v + gain2 * (g * g)
+    v = beta2 * v + (gain2 * g) * g  # in this order: g * g may overflow
     return shrink * p - step_size * m / (np.sqrt(v) * correction + eps), m, v
 
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
-from .._memory import aligned_copy
+from .._memory import aligned_copy, available
 from ..formulas.activations import ACTIVATIONS
 from . import _checks as checks
 
 Array = NDArray[Any]
+
+_ALWAYS_THERE = 1 << 26  # bytes, below which nobody is asked
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Dense:
         2015), as the activation's registry entry says. Biases start at 0.
     activation_parameter : float, optional
         The number that the hidden activation takes.
+
+    Raises
+    ------
+    MemoryError
+        The parameters and an optimizer's state for them are more than there is memory.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class Dense:
         rng: np.random.Generator,
         activation_parameter: float | None = None,
     ) -> None:
+        _check_memory(widths, dtype)
         self.layers: list[Layer] = []
         last = len(widths) - 2
         for i, (before, after) in enumerate(pairwise(widths)):
@@ -101,6 +109,16 @@ class Dense:
                 x, layer.weight, layer.bias, layer.activation, activation_parameter=layer.activation_parameter
             )
         return x
+
+
+def _check_memory(widths: Sequence[int], dtype: np.dtype[Any]) -> None:
+    parameters = sum((before + 1) * after for before, after in pairwise(widths))
+    needed = 3 * parameters * dtype.itemsize  # with the two moments of Adam
+    if needed > _ALWAYS_THERE and needed > (there := available()):
+        raise MemoryError(
+            f"layers of {', '.join(map(str, widths))} units have {parameters:,} parameters, which take "
+            f"{needed / 1e9:,.1f} GB with an optimizer's state; {there / 1e9:,.1f} GB of memory are available"
+        )
 
 
 def activation_name(value: Any, name: str = "activation") -> str:

@@ -369,7 +369,7 @@ class GAN(Trainable, files.Saved):
             if spoilt := None if math.isfinite(low) else samples.not_finite():
                 raise ValueError(spoilt)
             if not (low >= 0.0 and high <= 1.0):
-                raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
+                raise ValueError(f"x must lie within [0, 1], got {low} to {high}")
         return samples
 
     def _checked_noise(self, z: Any, n: int | None) -> Array:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ... import _environment
 from ..._files import replacing
 
 # What a release is compiled for ahead of time. The "a" is for instructions of that architecture alone.
@@ -128,7 +129,7 @@ def key(source: str, expressions: Sequence[str], arch: str) -> str:
 
 def cache_folder() -> Path:
     """``GEMMLET_CACHE_DIR``, else ``gemmlet`` in the user's folder of caches."""
-    chosen = os.environ.get("GEMMLET_CACHE_DIR")
+    chosen = _environment.read("GEMMLET_CACHE_DIR")
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemmlet"

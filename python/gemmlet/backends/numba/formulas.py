@@ -448,7 +448,7 @@ def scalar_kernels(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
     def adam(p, g, m, v, step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink):
         g = g + F(l2) * p
         m = F(beta1) * m + F(gain1) * g
-        v = F(beta2) * v + F(gain2) * (g * g)
+        v = F(beta2) * v + (F(gain2) * g) * g
         return F(shrink) * p - F(step_size) * m / (square_root(v) * F(correction) + F(eps)), m, v
 
     # What rows need: they have loops of their own in the backend.

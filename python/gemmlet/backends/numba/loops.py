@@ -293,16 +293,18 @@ def cross_entropy_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
                         loss += spread * (columns * log_total - _sum(d))
                     for j in range(columns):
                         row[j] = (p[j] / F(total) - F(spread)) * scale
-                    row[label] = (p[label] / F(total) - F(spread) - F(keep)) * scale
+                    # In float64: where the softmax is close to 1, float32 does not hold the difference.
+                    row[label] = F((p[label] / total - (keep + spread)) * scale)
                 else:
                     t = soft[start + first : start + first + columns]
-                    weight = F(keep * _sum(t) + label_smoothing)
+                    weight = keep * _sum(t) + label_smoothing
+                    loss = 0.0 * log_total  # NaN, if it is
                     for j in range(columns):
                         target = keep * t[j] + spread
                         if target != 0.0:
                             loss += target * (log_total - d[j])
                     for j in range(columns):
-                        row[j] = (p[j] / F(total) * weight - F(keep * t[j] + spread)) * scale
+                        row[j] = F((p[j] / total * weight - (keep * t[j] + spread)) * scale)
                 losses[i] = loss
 
     read, labels = _array(dtype), _array(np.dtype(np.int64))
