@@ -46,8 +46,9 @@ class History:
     Attributes
     ----------
     loss, accuracy : list of float
-        Means over the epoch, each mini-batch counted as it was before its update. The accuracy of a network with
-        outputs "identity" is NaN. An epoch that was stopped counts with the mini-batches it had.
+        Means over the epoch, each mini-batch counted as it was before its update. The accuracy is NaN
+        where the targets are no classes: numbers, soft labels, several labels a sample. An epoch that was stopped
+        counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
     seconds : float
@@ -201,9 +202,19 @@ class Trainable(ABC):
     # Of a network that is trained on noise: its generator, and the columns of a row.
     _training_noise: np.random.Generator | None = None
     latent_dim = 0
+    # Whether the dtype is that of the samples of the first `fit`, which has not been yet.
+    _follows_samples = False
 
     @abstractmethod
-    def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
+    def _draw_layers(self, dtype: np.dtype[Any]) -> None:
+        """Set `dtype`, and draw the first parameters, all from `seed`."""
+
+    @abstractmethod
+    def _parts(self) -> dict[str, Dense]:
+        """All stacks of layers, by name."""
+
+    @abstractmethod
+    def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         """What history and callback are told, by the names there, from the sums of the plan's losses over samples."""
 
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
@@ -211,6 +222,15 @@ class Trainable(ABC):
 
     def _optimizer(self, optimizer: str | Optimizer | None) -> Optimizer:
         return self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)
+
+    def _settle(self, dtype: np.dtype[Any]) -> None:
+        """The first `fit` begins, on samples of `dtype`: the parameters are as if the network had been made for it."""
+        self._follows_samples = False
+        if dtype != self.dtype:
+            before = self._parts()
+            self._draw_layers(dtype)
+            for name, dense in self._parts().items():
+                dense.keep_changes(before[name])
 
     def _decay(self, steps: Any) -> Any:
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
@@ -237,6 +257,8 @@ class Trainable(ABC):
         plan = backend.stage(plan)
         # The reference takes a step a call: it may raise in the midst of several.
         one_by_one = (callback is not None and every == "batch") or not backend.supports_fused(plan)
+        # Without classes no row is correct: what is said of it is NaN.
+        none_correct = 0 if plan.losses[0].has_classes else math.nan
         budget, orders = CallBudget(), Ahead(self._shuffle if settings.shuffle else None, sample_order)
 
         def draw_by_threads(rng: np.random.Generator, n: int) -> Array:
@@ -292,7 +314,7 @@ class Trainable(ABC):
 
         try:
             for epoch in range(1, epochs + 1):
-                sums, correct, seen, done = (0.0,) * len(plan.losses), 0, 0, False
+                sums, correct, seen, done = (0.0,) * len(plan.losses), none_correct, 0, False
                 order = orders.take(n)
                 try:
                     while not done:
