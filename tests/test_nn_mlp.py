@@ -696,7 +696,12 @@ def test_bad_arguments_of_the_constructor(arguments: tuple, error: type[Exceptio
         ("dtype", np.int32, TypeError, "dtype must be float32 or float64"),
         ("dtype", "flaot32", TypeError, "dtype must be float32 or float64"),
         ("dtype", np.float16, TypeError, "dtype must be float32 or float64"),
-        ("dtype", None, TypeError, "dtype must be float32 or float64"),
+        ("classes", ["a", "b", "c"], ValueError, "classes must be 2 different labels, as layers.* got 'a', 'b', 'c'"),
+        ("classes", ["a", "a"], ValueError, "classes must be 2 different labels"),
+        ("classes", ["a", 1], TypeError, r"classes\[1\] is 1, classes\[0\] is 'a'; labels must be all numbers"),
+        ("classes", [0.5, 1], ValueError, r"classes\[0\] is 0\.5; labels must be whole numbers"),
+        ("classes", "ab", TypeError, "classes must be a list of labels, got str"),
+        ("multi_label", True, ValueError, 'multi_label needs output "sigmoid"'),
         ("seed", -1, ValueError, "seed must be at least 0, got -1"),
         ("seed", 0.5, TypeError, "seed must be an integer, got float"),
         (
@@ -727,16 +732,28 @@ X, Y = np.zeros((3, 4), np.float32), np.array([0, 1, 2])
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": X.astype(np.float64)}, TypeError, r"x has dtype float64; expected float32.*x\.astype\(np\.float32\)"),
-        ({"x": X.astype(np.int64)}, TypeError, "x has dtype int64; expected float32"),
+        ({"x": X.astype(complex)}, TypeError, "x has dtype complex128; expected real numbers"),
+        ({"x": X.astype(object)}, TypeError, "x has dtype object; expected real numbers"),
+        ({"x": X.astype(str)}, TypeError, "x has dtype <U32; expected real numbers"),
+        ({"x": X.astype("M8[s]")}, TypeError, r"x has dtype datetime64\[s\]; expected real numbers"),
+        ({"x": np.zeros((3, 4), [("a", "f4")])}, TypeError, "x has dtype .*; expected real numbers"),
+        ({"x": np.ma.masked_array(X, X == 0)}, TypeError, "x is a masked array"),
         ({"x": X[:, :3]}, ValueError, r"x has shape \(3, 3\), expected \(n, 4\)"),
         ({"x": X[0]}, ValueError, r"x has shape \(4,\), expected \(n, 4\)"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, "x is empty; expected at least one sample"),
         ({"y": Y[:2]}, ValueError, "x has 3 samples but y has 2 entries; they must match"),
-        ({"y": [0, 1, 3]}, ValueError, "y must lie within 0 to 2, got 0 to 3"),
-        ({"y": [0, -1, 2]}, ValueError, "y must lie within 0 to 2, got -1 to 2"),
-        ({"y": [0.0, 1.0, 2.0]}, TypeError, r"y has dtype float64; class indices must be integers: y\.astype"),
-        ({"y": np.eye(3, dtype=np.int64)}, ValueError, r"y has shape \(3, 3\), expected \(n,\)"),
+        ({"y": [0, 3, 3]}, ValueError, r"y has 2 classes \(0, 3\), but the network has 3, .*y\[1\] is 3, not within 0"),
+        ({"y": [0, -1, 0]}, ValueError, r"y has 2 classes \(-1, 0\), but .*y\[1\] is -1, not within 0 to 2"),
+        ({"y": ["a", "b", "a"]}, ValueError, r"y has 2 classes \('a', 'b'\), but the network has 3, as layers\[-1\]"),
+        ({"y": [True, False, True]}, ValueError, r"y has 2 classes \(False, True\), but the network has 3"),
+        ({"y": [0.0, 1.5, 2.0]}, ValueError, r"y\[1\] is 1\.5; labels must be whole numbers"),
+        ({"y": [0.0, 1.0, math.nan]}, ValueError, r"y\[2\] is nan; labels must be whole numbers"),
+        ({"y": np.array(["a", "b", None])}, TypeError, r"y\[2\] is None, y\[0\] is 'a'; labels must be all numbers"),
+        ({"y": [b"a", b"b", b"c"]}, TypeError, r"y has dtype \|S1; labels must be integers"),
+        ({"y": np.zeros((3, 2), int)}, ValueError, r"y has shape \(3, 2\), expected \(n,\): .*, or rows \(n, 3\)"),
+        ({"y": np.tri(3, dtype=int)}, ValueError, r"y\[1\] has 2 ones; expected rows of exactly one 1"),
+        ({"y": np.eye(3) * 0.75}, ValueError, r"y\[0\] adds up to 0\.75; expected one-hot rows, or soft labels"),
+        ({"y": np.eye(3) - 0.25}, ValueError, r"y\[0, 1\] is -0\.25; expected soft labels of at least 0"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"epochs": 1.5}, TypeError, "epochs must be an integer, got float"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
@@ -746,7 +763,7 @@ X, Y = np.zeros((3, 4), np.float32), np.array([0, 1, 2])
         ({"validation_data": X}, TypeError, r"validation_data must be a pair \(x, y\), got ndarray"),
         ({"validation_data": (X, Y, Y)}, TypeError, r"validation_data must be a pair \(x, y\), got 3 items"),
         ({"validation_data": (X[:, :2], Y)}, ValueError, r"validation_data\[0\] has shape \(3, 2\)"),
-        ({"validation_data": (X, Y + 1)}, ValueError, r"validation_data\[1\] must lie within 0 to 2"),
+        ({"validation_data": (X, Y + 1)}, ValueError, r"validation_data\[1\]\[2\] is 3; the classes of .* are 0, 1, 2"),
         ({"shuffle": "yes"}, TypeError, "shuffle must be True or False, got str"),
         ({"verbose": 2}, TypeError, "verbose must be True or False, got int"),
         ({"callback": 3}, TypeError, "callback must be callable, got int"),
@@ -772,8 +789,8 @@ def test_bad_arguments_of_fit(changes: dict[str, Any], error: type[Exception], m
         (2, np.zeros(3, np.float32), ValueError, r"y has shape \(3,\), expected \(n, 2\)"),
         (2, np.zeros((3, 3), np.float32), ValueError, r"y has shape \(3, 3\), expected \(n, 2\)"),
         (1, np.zeros((3, 2), np.float32), ValueError, r"y has shape \(3, 2\), expected \(n,\)"),
-        (1, np.zeros(3), TypeError, "y has dtype float64, the other arguments float32"),
-        (1, np.zeros(3, np.int64), TypeError, "y has dtype int64; expected float32 or float64"),
+        (1, [0, 1e39, 2], ValueError, r"y\[1, 0\] is 1e\+39, which is beyond the range of float32"),
+        (1, ["a", "b", "c"], TypeError, "y has dtype <U1; expected real numbers"),
     ],
 )
 def test_bad_targets_of_identity_outputs(outputs: int, y: Any, error: type[Exception], message: str) -> None:
@@ -789,7 +806,7 @@ def test_label_smoothing_is_for_softmax(output: str) -> None:
 
 
 def test_one_sigmoid_output_has_two_classes() -> None:
-    with pytest.raises(ValueError, match="y must lie within 0 to 1, got 0 to 2"):
+    with pytest.raises(ValueError, match=r"y has 3 classes \(0, 1, 2\), but the network has 2"):
         MLP([4, 1], output="sigmoid").fit(X, Y)
 
 
@@ -802,8 +819,14 @@ def test_numbers_are_no_probabilities() -> None:
 def test_bad_samples(method: str) -> None:
     with pytest.raises(ValueError, match=r"x has shape \(3, 2\), expected \(n, 4\)"):
         getattr(MLP([4, 4, 3]), method)(X[:, :2])
-    with pytest.raises(TypeError, match="x has dtype float64"):
-        getattr(MLP([4, 4, 3]), method)(X.astype(np.float64))
+    with pytest.raises(ValueError, match=r"x has shape \(4,\), expected \(n, 1\), .*: x\.reshape\(-1, 1\)"):
+        getattr(MLP([1, 4, 3]), method)(X[0])
+    with pytest.raises(TypeError, match="x has dtype complex64"):
+        getattr(MLP([4, 4, 3]), method)(X.astype(np.complex64))
+    far = np.zeros((3000, 4))
+    far[2500, 3] = -1e39
+    with pytest.raises(ValueError, match=r"x\[2500, 3\] is -1e\+39, which is beyond the range of float32"):
+        getattr(MLP([4, 4, 3], dtype=np.float32), method)(far)
 
 
 def test_a_file_of_the_other_network(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _arguments as arguments
+from .._arrays import name_of
 
 
 def whole_number(value: Any, name: str, low: int) -> int:
@@ -51,15 +52,26 @@ def optional_callable(value: Any, name: str) -> None:
 
 
 def float_dtype(value: Any) -> np.dtype[Any]:
-    """Return `value` as the dtype float32 or float64."""
+    """Return `value` as the dtype float32 or float64; None is float32, until there are samples to follow."""
     try:
-        # None would mean float64 to NumPy.
-        dtype = np.dtype(value) if value is not None else np.dtype(np.void)
+        dtype = np.dtype(np.float32 if value is None else value)
     except TypeError:
         dtype = np.dtype(np.void)
     if dtype not in (np.float32, np.float64):
         raise TypeError(f"dtype must be float32 or float64, got {value!r}")
     return dtype
+
+
+def real_numbers(dtype: np.dtype[Any], name: str) -> None:
+    """Raise unless an array of this dtype has real numbers or bools, of any size and byte order."""
+    if dtype.kind not in "biuf" and name_of(dtype) != "bfloat16":
+        raise TypeError(f"{name} has dtype {dtype}; expected real numbers: integers, floats or bools")
+
+
+def item(name: str, place: Iterable[int], first: int = 0) -> str:
+    """An element of an array in words, ``x[3, 17]``; `first` is the number of its first row."""
+    row, *others = map(int, place)
+    return f"{name}[{', '.join(map(str, [row + first, *others]))}]"
 
 
 def pair(value: Any, name: str) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -14,6 +15,7 @@ from .._arrays import is_on_gpu
 from ..backends import select
 from ..backends.base import Backend
 from ..training.plan import Dataset
+from . import _checks as checks
 
 Array = NDArray[Any]
 
@@ -26,17 +28,19 @@ SPARSE_BELOW = 0.5
 
 
 class Samples:
-    """Samples, given as float rows or as uint8 images; handed out as rows of `dtype`, some at a time.
+    """Samples, given as rows of numbers or as uint8 images; handed out as rows of `dtype`, some at a time.
 
-    What is on a GPU stays there.
+    What is on a GPU stays there. This is the only place where samples are converted.
 
     Parameters
     ----------
     x : array_like, shape (n, features) or (n, ...) with `features` values a sample
-        Of `dtype`, or uint8, which counts as value/255; on the CPU or on a GPU. A sparse matrix of scipy, if `sparse`.
+        Real numbers or bools of any dtype, which count as their value, but for uint8, which counts as value/255; on the
+        CPU or on a GPU. A sparse matrix of scipy, if `sparse`.
     features : int
-    dtype : numpy.dtype
-        float32 or float64.
+    dtype : numpy.dtype or None
+        float32 or float64. With None, it follows the samples: float32 where that holds every number of their dtype
+        exactly, else float64.
     name : str
         For error messages.
     sparse : bool
@@ -45,29 +49,30 @@ class Samples:
     Raises
     ------
     TypeError, ValueError
-        The dtype or the shape does not fit.
+        The dtype or the shape does not fit. A number beyond the range of `dtype` is found when it is converted.
     """
 
-    def __init__(self, x: Any, features: int, dtype: np.dtype[Any], name: str = "x", *, sparse: bool = False) -> None:
+    def __init__(
+        self, x: Any, features: int, dtype: np.dtype[Any] | None, name: str = "x", *, sparse: bool = False
+    ) -> None:
         # Its attributes tell it apart without importing scipy.
         is_sparse = hasattr(x, "tocsr") and hasattr(x, "toarray")
         if is_sparse and not sparse:
             raise TypeError(f"{name} is a sparse matrix; expected an array: {name}.toarray()")
         array = x if is_sparse else arguments.as_array(x, name)
-        if array.dtype != np.uint8 and array.dtype != dtype:
-            raise TypeError(
-                f"{name} has dtype {array.dtype}; expected {dtype}, the network's, or uint8, which counts as "
-                f"value/255: convert with {name}.astype(np.{dtype})"
-            )
+        checks.real_numbers(array.dtype, name)
         values = 1
         for length in array.shape[1:]:
             values *= length
         if array.ndim < 2 or values != features:
-            raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row")
-        self.array: Any = _canonical(array, dtype) if is_sparse else array
+            hint = f": {name}.reshape(-1, 1)" if array.ndim == 1 and features == 1 else ""
+            raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row{hint}")
+        self.array: Any = _canonical(array) if is_sparse else array
         self.name, self.is_sparse = name, is_sparse
         self.on_gpu = not is_sparse and is_on_gpu(array)
         self.features = features
+        if dtype is None:
+            dtype = np.dtype(np.float32 if np.can_cast(array.dtype, np.float32) else np.float64)
         self.dtype = dtype
 
     def __len__(self) -> int:
@@ -79,7 +84,8 @@ class Samples:
         return select.of(self.array) if self.on_gpu else select.current()
 
     def stay(self) -> None:
-        """Put them where the backend computes, if they are to be used more than once."""
+        """Put them where the backend computes, converted, if they are to be used more than once."""
+        self.convert()
         if not self.is_sparse:
             self.array = self.backend.to_device(self.array)
             self.on_gpu = is_on_gpu(self.array)
@@ -107,16 +113,34 @@ class Samples:
             self.array, self.on_gpu = self.backend.to_cpu(self.array), False
         return self
 
+    def convert(self) -> None:
+        """Convert them as a whole, as training takes them: to `dtype`, but for images of bytes."""
+        self.array = self._converted(self.array, 0)
+
+    def _converted(self, array: Any, first: int) -> Any:
+        """Samples, or some from the `first` on, as `dtype`; images of bytes are left."""
+        if array.dtype == self.dtype:
+            return array
+        if self.is_sparse:
+            if array.dtype == np.uint8:
+                data = self.backend.scaled(array.data, self.dtype)
+            else:
+                data = as_dtype(array.data, self.dtype, f"{self.name}.data")
+            return type(array)((data, array.indices, array.indptr), shape=array.shape)
+        return array if array.dtype == np.uint8 else as_dtype(array, self.dtype, self.name, first)
+
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
+        some = self._converted(self.array[where], where.start)
         if self.is_sparse:
-            return self.backend.to_device(self.array[where].toarray())
-        rows = self.backend.contiguous(self.backend.to_device(self.array[where]))
+            return self.backend.to_device(some.toarray())
+        rows = self.backend.contiguous(self.backend.to_device(some))
         rows = rows.reshape(len(rows), self.features)
         return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
 
     def dataset(self, *, may_skip_zeros: bool) -> Dataset:
         """The samples as training takes them; zeros are skipped, if they may be, where there are many."""
+        self.convert()
         if self.is_sparse:
             indptr, indices = self.array.indptr, self.array.indices
             return Dataset(
@@ -132,15 +156,12 @@ class Samples:
         return Dataset(rows, skip_zeros=may_skip_zeros and bool(np.count_nonzero(some) < SPARSE_BELOW * some.size))
 
 
-def _canonical(matrix: Any, dtype: np.dtype[Any]) -> Any:
-    """The sparse matrix by rows, columns ascending and each once, with numbers of `dtype`."""
+def _canonical(matrix: Any) -> Any:
+    """The sparse matrix by rows, columns ascending and each once."""
     rows = matrix.tocsr()
     if not rows.has_canonical_format:
         rows = rows.copy()
         rows.sum_duplicates()
-    if rows.dtype == np.uint8:
-        rows = rows.astype(dtype)
-        rows.data /= 255.0
     return rows
 
 
@@ -153,6 +174,32 @@ def not_finite(array: Array, name: str, first: int = 0) -> str | None:
                 row = first + where.start + at // (rows.size // (where.stop - where.start))
                 return f"{name} must be finite, got {rows[at]} in row {row}"
     return None
+
+
+def as_dtype(array: Any, dtype: np.dtype[Any], name: str, first: int = 0) -> Any:
+    """Real numbers, on the CPU or a GPU, as `dtype`, C-contiguous unless they had it.
+
+    Raises
+    ------
+    ValueError
+        A finite one is beyond the range of `dtype`; the message has its place, if the first row has the number `first`.
+    """
+    if array.dtype == dtype:
+        return array
+    if not is_on_gpu(array):
+        # The processor tells of an overflow: no pass over the result looks for it.
+        with contextlib.suppress(FloatingPointError), np.errstate(all="ignore", over="raise"):
+            return array.astype(dtype, order="C")
+        with np.errstate(all="ignore"):
+            beyond = np.isinf(array.astype(dtype)) & np.isfinite(array)
+    else:
+        numbers = array.astype(dtype, order="C")
+        beyond = arguments.on_cpu(abs(numbers) == np.inf) & arguments.on_cpu(abs(array) != np.inf)
+        if not beyond.any():
+            return numbers
+    place = np.argwhere(beyond)[0]
+    value = array[tuple(place)]
+    raise ValueError(f"{checks.item(name, place, first)} is {value:g}, which is beyond the range of {dtype}")
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -102,6 +102,11 @@ class Dense:
         there.layers = [replace(layer, weight=move(layer.weight), bias=move(layer.bias)) for layer in self.layers]
         return there
 
+    def keep_changes(self, rounded: Dense) -> None:
+        """Take the values of those parameters of `rounded` that are no longer this draw, rounded to its dtype."""
+        for drawn, value in zip(self.parameters, rounded.parameters, strict=True):
+            np.copyto(drawn, value, where=value != drawn.astype(value.dtype))
+
     def forward(self, x: Array, depth: int | None = None) -> Array:
         """Return the result of the last layer, or of the first `depth` ones."""
         for layer in self.layers[:depth]:

@@ -57,8 +57,9 @@ class History:
     Attributes
     ----------
     loss, accuracy : list of float
-        Means over the epoch, each mini-batch counted as it was before its update. The accuracy of a network with
-        outputs "identity" is NaN. An epoch that was stopped counts with the mini-batches it had.
+        Means over the epoch, each mini-batch counted as it was before its update. The accuracy is NaN
+        where the targets are no classes: numbers, soft labels, several labels a sample. An epoch that was stopped
+        counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
     seconds : float
@@ -211,6 +212,8 @@ class Trainable(ABC):
     # Of a network that is trained on noise: its generator, and the columns of a row.
     _training_noise: np.random.Generator | None = None
     latent_dim = 0
+    # Whether the dtype is that of the samples of the first `fit`, which has not been yet.
+    _follows_samples = False
 
     @property
     def ema_decay(self) -> float:
@@ -225,7 +228,15 @@ class Trainable(ABC):
         self._ema_decay = decay
 
     @abstractmethod
-    def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
+    def _draw_layers(self, dtype: np.dtype[Any]) -> None:
+        """Set `dtype`, and draw the first parameters, all from `seed`."""
+
+    @abstractmethod
+    def _parts(self) -> dict[str, Dense]:
+        """All stacks of layers, by name."""
+
+    @abstractmethod
+    def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         """What history and callback are told, by the names there, from the sums of the plan's losses over samples."""
 
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
@@ -233,6 +244,15 @@ class Trainable(ABC):
 
     def _optimizer(self, optimizer: str | Optimizer | None) -> Optimizer:
         return self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)
+
+    def _settle(self, dtype: np.dtype[Any]) -> None:
+        """The first `fit` begins, on samples of `dtype`: the parameters are as if the network had been made for it."""
+        self._follows_samples = False
+        if dtype != self.dtype:
+            before = self._parts()
+            self._draw_layers(dtype)
+            for name, dense in self._parts().items():
+                dense.keep_changes(before[name])
 
     def _decay(self, steps: Any) -> Any:
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
@@ -273,14 +293,14 @@ class Position:
         Samples of the epoch that were trained on.
     sums : tuple of float
         Of their losses, one for each `Loss` of the plan.
-    correct : int
-        How many of them were correct.
+    correct : int or NaN
+        How many of them were correct; NaN where the targets are no classes.
     """
 
     epoch: int = 1
     seen: int = 0
     sums: tuple[float, ...] = ()
-    correct: int = 0
+    correct: float = 0
 
 
 class _Training:
@@ -313,7 +333,10 @@ class _Training:
         self._orders = Ahead(model._shuffle if settings.shuffle else None, sample_order)
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
-        self.at = Position(sums=(0.0,) * len(plan.losses))
+        # Without classes no row is correct: what is said of it is NaN.
+        none_correct = 0 if plan.losses[0].has_classes else math.nan
+        self._beginning = Position(sums=(0.0,) * len(plan.losses), correct=none_correct)
+        self.at = replace(self._beginning)
         self.parameters = [p for network in range(len(plan.networks)) for p in plan.parameters(network)]
         started = time.perf_counter()
         if not self._is_finite():
@@ -417,7 +440,7 @@ class _Training:
         with deferred_signals():
             for name, value in metrics.items():
                 getattr(self.history, name).append(value)
-            self.at = Position(epoch + 1, sums=(0.0,) * len(self.at.sums))
+            self.at = replace(self._beginning, epoch=epoch + 1)
         if self._settings.verbose:
             shown = "  ".join(f"{_LABELS.get(k, k.replace('_', ' '))} {v:.4f}" for k, v in metrics.items())
             print(f"epoch {epoch}/{self._settings.epochs}  {shown}", flush=True)

@@ -15,7 +15,7 @@ from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, 
 from ..training.reference import gradients
 from . import _checks as checks
 from . import files
-from .dataset import CHUNK, Samples, slices
+from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
 from .fit import GANHistory, GANProgress, Trainable, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
@@ -56,8 +56,9 @@ class GAN(Trainable, files.Saved):
     ema_decay : float, within [0, 1)
         `sample` uses an exponential moving average of the generator's parameters with this decay per step (Yazıcı et
         al., 2019); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the generator itself.
-    dtype : float32 or float64
-        Of parameters, inputs and results.
+    dtype : float32 or float64, optional
+        Of parameters and results; samples and noise of other dtypes are converted. By default that of the samples of
+        the first `fit`, as in `MLP`.
     seed : int, at least 0
         Draws the first weights, the order of the samples and the noise. The same seed gives the same bits.
     default_optimizer : str or Optimizer
@@ -93,7 +94,7 @@ class GAN(Trainable, files.Saved):
         loss: str = "non_saturating",
         label_smoothing: float = 0.1,
         ema_decay: float = 0.999,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = None,
         seed: int = 0,
         default_optimizer: str | Optimizer | None = None,
         default_batch_size: int = 64,
@@ -109,7 +110,6 @@ class GAN(Trainable, files.Saved):
         self.loss = checks.choice(loss, "loss", LOSSES)
         self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
         self.ema_decay = ema_decay
-        self.dtype = checks.float_dtype(dtype)
         self.seed = checks.whole_number(seed, "seed", 0)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
@@ -118,15 +118,23 @@ class GAN(Trainable, files.Saved):
         self.features = self.generator[-1]
         self.steps = 0
 
-        # Streams of their own: samples drawn in between do not change what is learnt.
-        seeds = np.random.SeedSequence(self.seed).spawn(4)
-        draw, self._shuffle, self._training_noise, self._sampling_noise = (np.random.default_rng(s) for s in seeds)
+        self._draw_layers(checks.float_dtype(dtype))
+        self._follows_samples = dtype is None
+        self._shuffle, self._training_noise, self._sampling_noise = self._streams()[1:]
+
+    def _streams(self) -> list[np.random.Generator]:
+        """Of their own: samples drawn in between do not change what is learnt."""
+        return [np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(4)]
+
+    def _draw_layers(self, dtype: np.dtype[Any]) -> None:
+        draw = self._streams()[0]
 
         def dense(widths: Sequence[int], activation: str, output: str | None) -> Dense:
             # Rounded, as the public kernels do: Numba's executor computes with it in float64.
-            slope = float(self.dtype.type(0.2)) if activation == "leaky_relu" else None
-            return Dense(widths, activation, output, self.dtype, draw, slope)
+            slope = float(dtype.type(0.2)) if activation == "leaky_relu" else None
+            return Dense(widths, activation, output, dtype, draw, slope)
 
+        self.dtype = dtype
         self._generator = dense([self.latent_dim, *self.generator], self.generator_activation, self.generator_output)
         self._discriminator = dense([self.features, *self.discriminator], self.discriminator_activation, None)
         self._average = self._generator.copy() if self.ema_decay else self._generator
@@ -186,8 +194,8 @@ class GAN(Trainable, files.Saved):
         Parameters
         ----------
         x : array_like, shape (n, features)
-            Rows within [0, 1] of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as
-            value/255 and are expanded a mini-batch at a time. On a GPU, they are trained on there.
+            Rows of real numbers within [0, 1]; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and
+            are expanded a mini-batch at a time. On a GPU, they are trained on there.
         epochs, batch_size, shuffle, verbose, callback_every
             As in `MLP.fit`.
         optimizer : str or Optimizer, optional
@@ -209,12 +217,13 @@ class GAN(Trainable, files.Saved):
         TypeError, ValueError
             An argument does not fit; nothing has been trained then.
         """
-        samples = self._samples(x)
+        samples = self._samples(x, None if self._follows_samples else self.dtype)
         settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
         rule = self._optimizer(optimizer)
         other = rule
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
+        self._settle(samples.dtype)
         generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
@@ -263,7 +272,7 @@ class GAN(Trainable, files.Saved):
 
     _progress = GANProgress
 
-    def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
+    def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         return {"generator_loss": sums[1] / seen, "discriminator_loss": sums[0] / seen}
 
     def discriminator_loss_and_gradients(self, x: Any, z: Any) -> tuple[float, list[Array]]:
@@ -276,7 +285,7 @@ class GAN(Trainable, files.Saved):
         z : array_like, shape (m, latent_dim)
             Noise for the generator, as many rows as there are samples.
         """
-        samples = self._samples(x).to_cpu()
+        samples = self._samples(x, self.dtype).to_cpu()
         noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
@@ -360,23 +369,30 @@ class GAN(Trainable, files.Saved):
 
     # Arguments.
 
-    def _samples(self, x: Any) -> Samples:
-        samples = Samples(x, self.features, self.dtype)
+    def _samples(self, x: Any, dtype: np.dtype[Any] | None) -> Samples:
+        samples = Samples(x, self.features, dtype)
         if not len(samples):
             raise ValueError("x is empty; expected at least one sample")
+        samples.convert()
         if samples.array.dtype != np.uint8:
             low, high = samples.backend.extremes(samples.array)
             if spoilt := None if math.isfinite(low) else samples.not_finite():
                 raise ValueError(spoilt)
             if not (low >= 0.0 and high <= 1.0):
-                raise ValueError(f"x must lie within [0, 1], got {low} to {high}")
+                given = arguments.on_cpu(samples.array)
+                place = np.argwhere(~((given >= 0.0) & (given <= 1.0)))[0]
+                raise ValueError(
+                    f"x must lie within [0, 1], but {checks.item('x', place)} is {given[tuple(place)]}; images "
+                    "of bytes count as value/255 if they are uint8"
+                )
         return samples
 
     def _checked_noise(self, z: Any, n: int | None) -> Array:
-        noise = arguments.as_floats(z, "z", self.dtype)
+        noise = arguments.as_array(z, "z")
+        checks.real_numbers(noise.dtype, "z")
         if noise.ndim != 2 or noise.shape[1] != self.latent_dim or n not in (None, len(noise)):
             raise ValueError(f"z has shape {noise.shape}, expected ({'n' if n is None else n}, {self.latent_dim})")
-        return noise
+        return arguments.as_floats(as_dtype(noise, self.dtype, "z"), "z")
 
     # Files.
 

@@ -21,6 +21,7 @@ from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .fit import VALIDATION, History, Progress, Trainable, network_of
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
+from .targets import Label, Meaning, checked_classes, numbers, of_classes
 
 Array = NDArray[Any]
 
@@ -49,14 +50,18 @@ class MLP(Trainable, files.Saved):
 
         - softmax: one class out of several. Cross-entropy of the softmax.
         - sigmoid: with one output, class 1 against class 0; with several, each output on its own says whether the
-          sample is of its class. The objective is the negative log-likelihood of a sample: binary
-          cross-entropy, *summed* over the outputs.
+          sample is of its class, and it may be of several (`multi_label`). The objective is the negative
+          log-likelihood of a sample: binary cross-entropy, *summed* over the outputs.
         - identity: numbers. Mean squared error, the mean over the outputs too.
     loss : str, optional
         Another objective: an elementwise loss of `gemmlet.kernels`, with its default parameter. With sigmoid one that
         takes logits; with identity any that does not need predictions within [0, 1], `huber` say.
-    dtype : float32 or float64
-        Of parameters, inputs and results.
+    dtype : float32 or float64, optional
+        Of parameters and results; samples of other dtypes are converted. By default it is that of the samples of the
+        first `fit`, and stays it: float32 where that holds every number of their dtype exactly (float16, uint8, 16-bit
+        integers, bools), else float64: that of lists of floats or ints, too. Until then it is float32. The first
+        weights of a seed are the same numbers in both, and those that were changed before are kept; but the arrays are
+        others after the first `fit`, if it makes them float64.
     seed : int, at least 0
         Draws the first weights and the order of the samples. The same seed gives the same bits.
     activation_parameter : float, optional
@@ -72,6 +77,12 @@ class MLP(Trainable, files.Saved):
         What `fit` uses if it is given none: a name, or an optimizer whose settings are taken.
     default_batch_size : int
         Likewise.
+    classes : list of str, of numbers or of bools, optional
+        The labels of the classes, one for each output, or two for one output; `predict` gives them back. By default the
+        first `fit` finds them in its targets, and with indices as labels there are none; see there.
+    multi_label : bool
+        Whether a sample may be of several classes, or of none: `predict` then gives rows of 0 and 1. With sigmoid and
+        several outputs. By default the first `fit` finds out.
 
     Raises
     ------
@@ -101,19 +112,20 @@ class MLP(Trainable, files.Saved):
         output: str = "softmax",
         *,
         loss: str | None = None,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = None,
         seed: int = 0,
         activation_parameter: float | None = None,
         label_smoothing: float = 0.0,
         ema_decay: float = 0.0,
         default_optimizer: str | Optimizer = "adam",
         default_batch_size: int = 64,
+        classes: Sequence[Label] | None = None,
+        multi_label: bool = False,
     ) -> None:
         self.layers = checks.widths(layers, "layers", 2)
         self.activation = activation_name(activation)
         self.output = checks.choice(output, "output", OUTPUTS)
         self.loss = OUTPUTS[output][0] if loss is None else checks.choice(loss, "loss", OUTPUTS[output])
-        self.dtype = checks.float_dtype(dtype)
         self.seed = checks.whole_number(seed, "seed", 0)
         self.activation_parameter = activation_number(activation, activation_parameter)
         self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
@@ -124,10 +136,22 @@ class MLP(Trainable, files.Saved):
             raise ValueError('output "softmax" needs at least 2 outputs; for one output use "sigmoid"')
         if self.label_smoothing and output != "softmax":
             raise ValueError(f'label_smoothing needs output "softmax", this network has {output!r}')
+        self.classes = checked_classes(classes, output, self.layers[-1])
+        self.multi_label = arguments.flag(multi_label, "multi_label")
+        if multi_label and (output != "sigmoid" or self.layers[-1] == 1 or classes is not None):
+            raise ValueError('multi_label needs output "sigmoid", several outputs and no classes')
         self.steps = 0
-        # Two streams, so that the order of the samples does not depend on how many weights were drawn.
-        draw, self._shuffle = (np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(2))
-        self._dense = Dense(self.layers, activation, None, self.dtype, draw, self.activation_parameter)
+        self._draw_layers(checks.float_dtype(dtype))
+        self._follows_samples = dtype is None
+        self._shuffle = self._streams()[1]
+
+    def _streams(self) -> list[np.random.Generator]:
+        """Two, so that the order of the samples does not depend on how many weights were drawn."""
+        return [np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(2)]
+
+    def _draw_layers(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self._dense = Dense(self.layers, self.activation, None, dtype, self._streams()[0], self.activation_parameter)
         self._average = self._dense.copy() if self.ema_decay else self._dense
 
     @classmethod
@@ -167,13 +191,25 @@ class MLP(Trainable, files.Saved):
         Parameters
         ----------
         x : array_like, shape (n, layers[0])
-            Rows of the network's dtype; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and are
-            expanded a mini-batch at a time. Or a sparse matrix of scipy, of either dtype. On a GPU (CuPy's, or anything
-            with ``__cuda_array_interface__`` or DLPack), they are trained on there; `y` may be there too. The
-            parameters stay NumPy's.
+            Rows of real numbers, or uint8 images, of shape (n, 28, 28) too. **uint8 counts as value/255**, and is
+            expanded a mini-batch at a time; every other dtype counts as its value, and is converted to the network's:
+            pixels from 0 to 255 in lists, or as int64, should be made uint8. Or a sparse matrix of scipy, likewise. On
+            a GPU (CuPy's, or anything with ``__cuda_array_interface__`` or DLPack), they are trained on there; `y` may
+            be there too. The parameters stay NumPy's.
         y : array_like
-            Class indices, integers of shape (n,); with one sigmoid output 0 or 1. With identity outputs numbers of the
-            network's dtype, shape (n,) for one output, else (n, layers[-1]).
+            With softmax or sigmoid a label for each sample, (n,) or (n, 1):
+
+            - class indices, integers from 0 to below layers[-1], or to 1 for one output. Not every class need be there;
+            - else integers, whole floats, bools or strings. The first `fit` keeps them as `classes`: bools as two
+              classes, floats that could be indices as these, others in ascending order, of which there must be as many
+              as outputs.
+              `predict` gives them back, and from then on no others are known.
+
+            For several outputs rows (n, layers[-1]) will do: one-hot rows, which are class indices; for softmax soft
+            labels, which add up to 1; for sigmoid 0 and 1 in any number, and the first `fit` sets `multi_label` then.
+
+            With identity outputs real numbers, (n,) for one output, else (n, layers[-1]); they are converted, and uint8
+            counts as its value.
         epochs : int
             How often each sample is used.
         batch_size : int, optional
@@ -208,21 +244,26 @@ class MLP(Trainable, files.Saved):
         TypeError, ValueError
             An argument does not fit; nothing has been trained then.
         """
-        samples, targets = self._samples_and_targets(x, y)
+        samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
+        targets, meaning = self._targets(y, "y", samples, self._meaning())
         settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
         rule = self._optimizer(optimizer)
         validate = None
         if validation_data is not None:
-            names = "validation_data[0]", "validation_data[1]"
-            validation = self._samples_and_targets(*checks.pair(validation_data, "validation_data"), names)
-            for spoilt in (validation[0].not_finite(), not_finite(validation[1], names[1])):
+            given = checks.pair(validation_data, "validation_data")
+            held_out = self._filled(given[0], "validation_data[0]", samples.dtype)
+            validation = held_out, self._targets(given[1], "validation_data[1]", held_out, meaning)[0]
+            for spoilt in (held_out.not_finite(), not_finite(validation[1], "validation_data[1]")):
                 if spoilt:
                     raise ValueError(spoilt)
-            validation[0].stay()
+            held_out.stay()
 
             def validate() -> dict[str, float]:
                 return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
+        samples.convert()
+        self._settle(samples.dtype)
+        self.classes, self.multi_label = meaning.classes, meaning.multi_label
         history, group = History(), rule.group(self.parameters)
         self._train(history, samples, self._plan(samples, targets, group), [group], settings, validate)
         return history
@@ -243,8 +284,8 @@ class MLP(Trainable, files.Saved):
 
     _progress = Progress
 
-    def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
-        return {"loss": sums[0] / seen, "accuracy": math.nan if self.output == "identity" else correct / seen}
+    def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
+        return {"loss": sums[0] / seen, "accuracy": correct / seen}
 
     def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
         """Loss of all samples as one mini-batch, of `parameters`, and its gradients: one array for each of them.
@@ -282,17 +323,21 @@ class MLP(Trainable, files.Saved):
         Returns
         -------
         ndarray
-            Class indices, int64 of shape (n,). With identity outputs the outputs: (n,) for one, else (n, layers[-1]).
-            Of samples that are on a GPU a `cupy.ndarray` there, as of `predict_proba` and `features`.
+            The label of each sample, shape (n,): one of `classes`, or a class index, int64, where there are none. With
+            `multi_label` rows of int64, 0 or 1, (n, layers[-1]). With identity outputs the outputs: (n,) for one, else
+            (n, layers[-1]). Of samples that are on a GPU a `cupy.ndarray` there, as of `predict_proba` and `features`;
+            but for labels that are strings, which are NumPy's.
         """
         samples = self._samples(x)
         if self.output == "identity":
             outputs = self._by_chunks(samples, self.layers[-1])
             return outputs[:, 0] if self.layers[-1] == 1 else outputs
-        classes = np.empty(len(samples), np.int64)
+        predicted = np.empty((len(samples), self.layers[-1]) if self.multi_label else len(samples), np.int64)
         for where, outputs in self._outputs(samples):
-            classes[where] = predicted_classes(arguments.on_cpu(outputs))
-        return samples.backend.placed_like(classes, samples.array)
+            logits = arguments.on_cpu(outputs)
+            predicted[where] = logits > 0 if self.multi_label else predicted_classes(logits)
+        labels = predicted if self.classes is None else np.array(self.classes)[predicted]
+        return labels if labels.dtype.kind == "U" else samples.backend.placed_like(labels, samples.array)
 
     def predict_proba(self, x: Any) -> Array:
         """Probabilities that the outputs stand for.
@@ -318,7 +363,9 @@ class MLP(Trainable, files.Saved):
         return self._by_chunks(self._samples(x), self.layers[-1], to_probability)
 
     def evaluate(self, x: Any, y: Any) -> dict[str, float]:
-        """Return ``{"loss": ..., "accuracy": ...}``, means over the samples; with identity outputs the accuracy is NaN.
+        """Return ``{"loss": ..., "accuracy": ...}``, means over the samples.
+
+        The accuracy is NaN where the targets are no classes: numbers, soft labels, several labels a sample.
 
         Parameters
         ----------
@@ -332,9 +379,9 @@ class MLP(Trainable, files.Saved):
         loss_sum, correct = 0.0, 0
         for where, outputs in self._outputs(samples):
             loss_sum += self._loss(outputs, targets[where]) * len(outputs)
-            if self.output != "identity":
+            if targets.ndim == 1:
                 correct += int(np.count_nonzero(predicted_classes(arguments.on_cpu(outputs)) == targets[where]))
-        return loss_sum / len(samples), math.nan if self.output == "identity" else correct / len(samples)
+        return loss_sum / len(samples), correct / len(samples) if targets.ndim == 1 else math.nan
 
     def features(self, x: Any) -> Array:
         """Activations of the last hidden layer: what the network sees in each sample.
@@ -376,46 +423,41 @@ class MLP(Trainable, files.Saved):
 
     # Arguments.
 
-    def _samples(self, x: Any, name: str = "x") -> Samples:
-        return Samples(x, self.layers[0], self.dtype, name, sparse=True)
+    def _samples(self, x: Any) -> Samples:
+        return Samples(x, self.layers[0], self.dtype, sparse=True)
 
-    def _samples_and_targets(self, x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[Samples, Array]:
-        samples = self._samples(x, names[0])
+    def _filled(self, x: Any, name: str, dtype: np.dtype[Any] | None) -> Samples:
+        samples = Samples(x, self.layers[0], dtype, name, sparse=True)
         if not len(samples):
-            raise ValueError(f"{names[0]} is empty; expected at least one sample")
-        targets = self._targets(y, names[1])
+            raise ValueError(f"{name} is empty; expected at least one sample")
+        return samples
+
+    def _meaning(self) -> Meaning:
+        return Meaning(self.layers[-1], self.classes, self.multi_label, learns=self.steps == 0)
+
+    def _targets(self, y: Any, name: str, samples: Samples, meaning: Meaning) -> tuple[Array, Meaning]:
+        """Class indices or rows of numbers, one for each sample, and what the outputs stand for after them."""
+        if self.output == "identity":
+            targets = numbers(y, meaning.outputs, samples.dtype, name)
+        else:
+            targets, meaning = of_classes(y, meaning, self.output, samples.dtype, name)
         if len(targets) != len(samples):
             raise ValueError(
-                f"{names[0]} has {len(samples)} samples but {names[1]} has {len(targets)} entries; they must match"
+                f"{samples.name} has {len(samples)} samples but {name} has {len(targets)} entries; they must match"
             )
-        return samples, targets
+        return targets, meaning
 
-    def _targets(self, y: Any, name: str) -> Array:
-        """Class indices as int64, or numbers as rows."""
-        outputs = self.layers[-1]
-        if self.output == "identity":
-            numbers = arguments.on_cpu(arguments.as_floats(y, name, self.dtype))
-            if numbers.ndim == 1 and outputs == 1:
-                return numbers[:, np.newaxis]
-            if numbers.ndim != 2 or numbers.shape[1] != outputs:
-                raise ValueError(
-                    f"{name} has shape {numbers.shape}, expected (n,{'' if outputs == 1 else f' {outputs}'})"
-                )
-            return numbers
-        labels = arguments.on_cpu(arguments.as_array(y, name))
-        if labels.ndim != 1:
-            raise ValueError(f"{name} has shape {labels.shape}, expected (n,): a class index for each sample")
-        if labels.dtype.kind not in "iu":
-            raise TypeError(f"{name} has dtype {labels.dtype}; class indices must be integers: {name}.astype(np.int64)")
-        classes = max(outputs, 2)
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-            raise ValueError(f"{name} must lie within 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
-        return labels.astype(np.int64, copy=False)
+    def _samples_and_targets(self, x: Any, y: Any) -> tuple[Samples, Array]:
+        samples = self._filled(x, "x", self.dtype)
+        return samples, self._targets(y, "y", samples, self._meaning())[0]
 
     # Files.
 
     def _config(self) -> dict[str, Any]:
-        names = "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "ema_decay"
+        names = (
+            "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "ema_decay", "classes",
+            "multi_label",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def _parts(self) -> dict[str, Dense]:

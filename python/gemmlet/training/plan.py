@@ -147,6 +147,11 @@ class Loss(NamedTuple):
     sign: float = 1.0
 
     @property
+    def has_classes(self) -> bool:
+        """Whether the targets are class indices."""
+        return not isinstance(self.targets, tuple) and self.targets.ndim == 1
+
+    @property
     def value(self) -> float:
         """`parameter`, or its default."""
         if self.parameter is not None:

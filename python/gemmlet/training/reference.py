@@ -46,7 +46,7 @@ def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> traini
 def check_labels(plan: TrainingPlan, order: NDArray[np.int64]) -> None:
     """Raise ValueError if a class index of these samples is out of range: a callback may have changed it."""
     for loss in plan.losses:
-        if not isinstance(loss.targets, tuple) and loss.targets.ndim == 1 and len(order):
+        if loss.has_classes and len(order):
             labels, classes = loss.targets[order], max(plan.outputs(loss.network), 2)
             if labels.min() < 0 or labels.max() >= classes:
                 raise ValueError(f"labels must lie within [0, {classes}), got {labels.min()} to {labels.max()}")

@@ -564,7 +564,7 @@ class Session:
                 hyperparameters=address(self._hyperparameters) + number * _MAX_HYPERPARAMETERS * self.dtype.itemsize,
                 network=number,
                 losses=address(self._losses),
-                correct=address(self._correct) if _has_classes(loss) else 0,
+                correct=address(self._correct) if loss.has_classes else 0,
                 loss_rows=rows if end == count else 0,
                 weight=self.plan.weight(loss),
                 closes=end == count and phase is self.plan.phases[-1],
@@ -590,7 +590,7 @@ class Session:
             progress=self.state,
             rows=self._rows,
             samples=address(self._samples),
-            indices=address(loss.targets) if _has_classes(loss) else 0,
+            indices=address(loss.targets) if loss.has_classes else 0,
             labels=address(self._labels),
             hyperparameters=address(self._hyperparameters),
             hyperparameter_counts=[*counts, 0][:2],
@@ -622,7 +622,7 @@ class Session:
 
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of `rows` rows."""
-        classes, of_rows = _has_classes(loss), places("row_losses")
+        classes, of_rows = loss.has_classes, places("row_losses")
         # Of each input: what is generated comes first here.
         first, second = (*loss.targets[::-1], 0.0)[:2] if isinstance(loss.targets, tuple) else (0.0, 0.0)
         keep, spread = smoothing(loss.value, self.networks[loss.network].widths[-1])
@@ -645,11 +645,6 @@ class Session:
         )
 
 
-def _has_classes(loss: Loss) -> bool:
-    """Whether its targets are class indices."""
-    return not isinstance(loss.targets, tuple) and loss.targets.ndim == 1
-
-
 class _Cluster:
     """Steps of `rows` rows in a cluster, some hundreds in each launch of it."""
 
@@ -661,7 +656,7 @@ class _Cluster:
         # (Steps are the second number of a grid.)
         self._max_steps = min(max(1, MAX_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
         common, samples = {"progress": session.state, "rows": rows}, address(dataset.x)
-        indices = address(loss.targets) if _has_classes(loss) else 0
+        indices = address(loss.targets) if loss.has_classes else 0
         self._arrange = _filled("ArrangeSamples", samples=samples, features=features, indices=indices, **common)
         first, last = (network.layer(session.state, layer)["parameters"] for layer in (0, 1))
         self._train = _filled(

@@ -1,0 +1,218 @@
+"""Targets, as users give them and as training takes them: class indices, or rows of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _arguments as arguments
+from . import _checks as checks
+from .dataset import as_dtype
+
+Array = NDArray[Any]
+Label = str | int | float | bool
+
+# How far soft labels of a row may be from a sum of 1.
+_SUM_TOLERANCE = 1e-3
+
+# What an array of objects can have as labels, the first that fits.
+_OBJECTS: dict[str, Any] = {"bool": (bool, np.bool_), "number": (int, float, np.integer, np.floating), "string": str}
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the outputs of a classifier stand for.
+
+    Attributes
+    ----------
+    outputs : int
+    classes : list of labels, optional
+        One for each class; None: class indices are the labels.
+    multi_label : bool
+        Whether a sample may be of several classes, or none.
+    learns : bool
+        Whether labels may still decide about both.
+    """
+
+    outputs: int
+    classes: list[Label] | None
+    multi_label: bool
+    learns: bool
+
+    @property
+    def count(self) -> int:
+        """The number of classes; a single output tells two apart."""
+        return max(self.outputs, 2)
+
+
+def numbers(y: Any, outputs: int, dtype: np.dtype[Any], name: str) -> Array:
+    """Return real numbers as rows (n, outputs) of `dtype`; (n,) will do for one output."""
+    rows = arguments.on_cpu(arguments.as_array(y, name))
+    checks.real_numbers(rows.dtype, name)
+    if rows.ndim == 1 and outputs == 1:
+        rows = rows[:, np.newaxis]
+    if rows.ndim != 2 or rows.shape[1] != outputs:
+        raise ValueError(f"{name} has shape {rows.shape}, expected (n,{'' if outputs == 1 else f' {outputs}'})")
+    return _aligned(as_dtype(rows, dtype, name))
+
+
+def of_classes(y: Any, meaning: Meaning, output: str, dtype: np.dtype[Any], name: str) -> tuple[Array, Meaning]:
+    """Return targets of a classifier, and what its outputs stand for after them.
+
+    Parameters
+    ----------
+    y : array_like
+        Labels (n,) or (n, 1); or rows (n, outputs), of several outputs: one-hot rows; soft labels, if the output is
+        softmax; several ones, or none, if it is sigmoid.
+
+    Returns
+    -------
+    targets : ndarray
+        int64 (n,), class indices; or of `dtype`, (n, outputs).
+    """
+    given = arguments.on_cpu(arguments.as_array(y, name))
+    if given.ndim == 2 and given.shape[1] == 1:
+        given = given[:, 0]
+    if given.ndim == 2 and given.shape[1] == meaning.outputs:
+        targets, is_multi_label = _rows(given, meaning, output, dtype, name)
+        return targets, replace(meaning, multi_label=is_multi_label, learns=False)
+    if given.ndim != 1 or meaning.multi_label:
+        rows = f"rows (n, {meaning.outputs})"
+        expected = rows if meaning.multi_label else "(n,): a label for each sample"
+        expected += f", or {rows}" if meaning.outputs > 1 and not meaning.multi_label else ""
+        raise ValueError(f"{name} has shape {given.shape}, expected {expected}")
+    classes = meaning.classes
+    # The usual case.
+    if classes is None and given.dtype.kind in "iu" and _within(given, meaning.count):
+        return given.astype(np.int64, copy=False), replace(meaning, learns=False)
+    labels = _plain(given, name)
+    if classes is None and meaning.learns:
+        classes = _learnt(labels, meaning, name)
+    known = np.arange(meaning.count) if classes is None else np.array(classes)
+    return _positions(labels, known, name), replace(meaning, classes=classes, learns=False)
+
+
+def checked_classes(value: Any, output: str, outputs: int) -> list[Label] | None:
+    """Return the argument `classes` of a network with these outputs."""
+    if value is None:
+        return None
+    if output == "identity":
+        raise ValueError('classes needs output "softmax" or "sigmoid", this network has "identity"')
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"classes must be a list of labels, got {type(value).__name__}")
+    given = list(value)
+    as_objects = np.empty(len(given), object)
+    as_objects[:] = given
+    labels = _plain(as_objects, "classes")
+    if len(labels) != max(outputs, 2) or len(np.unique(labels)) != len(labels):
+        raise ValueError(
+            f"classes must be {max(outputs, 2)} different labels, as layers[-1] says, got {_shown(labels)}"
+        )
+    return labels.tolist()  # type: ignore[no-any-return]
+
+
+def _aligned(rows: Array) -> Array:
+    return rows if arguments.is_aligned(rows) else rows.copy()
+
+
+def _within(labels: Array, count: int) -> bool:
+    """Whether numbers lie within 0 to ``count - 1``."""
+    return not len(labels) or bool(labels.min() >= 0 and labels.max() < count)
+
+
+def _rows(given: Array, meaning: Meaning, output: str, dtype: np.dtype[Any], name: str) -> tuple[Array, bool]:
+    """Targets from rows (n, outputs), and whether they are of several labels."""
+    checks.real_numbers(given.dtype, name)
+    ones = given == 1
+    other = ~ones & (given != 0)
+    if not other.any():
+        counts = ones.sum(axis=1)
+        if not meaning.multi_label and (counts == 1).all():
+            return np.argmax(ones, axis=1), False
+        if meaning.multi_label or (output == "sigmoid" and meaning.learns and meaning.classes is None):
+            return ones.astype(dtype), True
+        row = int(np.argmax(counts != 1))
+        raise ValueError(f"{name}[{row}] has {counts[row]} ones; expected rows of exactly one 1")
+    if output != "softmax":
+        place = np.argwhere(other)[0]
+        raise ValueError(f"{checks.item(name, place)} is {given[tuple(place)]}; expected rows of 0 and 1")
+    bad = ~(given >= 0)
+    if bad.any():
+        place = np.argwhere(bad)[0]
+        raise ValueError(f"{checks.item(name, place)} is {given[tuple(place)]}; expected soft labels of at least 0")
+    sums = given.sum(axis=1, dtype=np.float64)
+    if (bad := ~(abs(sums - 1) <= _SUM_TOLERANCE)).any():
+        row = int(np.argmax(bad))
+        raise ValueError(
+            f"{name}[{row}] adds up to {sums[row]:g}; expected one-hot rows, or soft labels with the sum 1"
+        )
+    return _aligned(as_dtype(given, dtype, name)), False
+
+
+def _plain(labels: Array, name: str) -> Array:
+    """Labels as bools, integers, whole float64 or strings; objects too, if all are of one of these kinds."""
+    if labels.dtype.kind in "OT":  # T: NumPy's strings of variable length
+        kinds = [next((kind for kind, types in _OBJECTS.items() if isinstance(label, types)), "") for label in labels]
+        wrong = next((row for row, kind in enumerate(kinds) if not kind or kind != kinds[0]), None)
+        if wrong is not None:
+            raise TypeError(
+                f"{name}[{wrong}] is {labels[wrong]!r}, {name}[0] is {labels[0]!r}; labels must be all numbers, all "
+                "bools or all strings"
+            )
+        labels = np.array(labels.tolist())
+    kind = labels.dtype.kind
+    if kind == "U":
+        return labels
+    if kind not in "biuf":
+        raise TypeError(f"{name} has dtype {labels.dtype}; labels must be integers, whole floats, bools or strings")
+    if kind == "f":
+        labels = labels.astype(np.float64, copy=False)
+        if (bad := ~(np.isfinite(labels) & (labels == np.trunc(labels)))).any():
+            row = int(np.argmax(bad))
+            raise ValueError(f"{name}[{row}] is {labels[row]}; labels must be whole numbers, bools or strings")
+    return labels
+
+
+def _learnt(labels: Array, meaning: Meaning, name: str) -> list[Label] | None:
+    """The classes that labels stand for: indices if they can be, else as many different labels as there are outputs."""
+    kind = labels.dtype.kind
+    if kind == "b" and meaning.count == 2:
+        return [False, True]
+    if kind in "iuf" and _within(labels, meaning.count):
+        return [float(i) for i in range(meaning.count)] if kind == "f" else None
+    classes = np.unique(labels)
+    if len(classes) != meaning.count:
+        message = (
+            f"{name} has {len(classes)} classes ({_shown(classes)}), but the network has {meaning.count}, as "
+            "layers[-1] says; they must match"
+        )
+        if kind in "iuf":
+            row = int(np.argmax((labels < 0) | (labels >= meaning.count)))
+            message += f", or be indices: {name}[{row}] is {labels[row]}, not within 0 to {meaning.count - 1}"
+        raise ValueError(message)
+    return classes.tolist()  # type: ignore[no-any-return]
+
+
+def _positions(labels: Array, classes: Array, name: str) -> NDArray[np.int64]:
+    """The class index of each label."""
+    if (labels.dtype.kind == "U") != (classes.dtype.kind == "U"):
+        known = np.zeros(len(labels), bool)
+        found = np.zeros(len(labels), np.int64)
+    else:
+        order = np.argsort(classes)
+        found = order[np.minimum(np.searchsorted(classes, labels, sorter=order), len(classes) - 1)]
+        known = classes[found] == labels
+    if not known.all():
+        row = int(np.argmin(known))
+        raise ValueError(f"{name}[{row}] is {labels[row].item()!r}; the classes of this network are {_shown(classes)}")
+    return found
+
+
+def _shown(labels: Array) -> str:
+    """Some labels, for a message."""
+    shown = [repr(label) for label in labels[:6].tolist()]
+    return ", ".join([*shown, "..."] if len(labels) > 6 else shown)
