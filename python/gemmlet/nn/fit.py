@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import _arguments as arguments
+from .._memory import held
 from .._threads import get_num_threads
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
@@ -206,6 +207,11 @@ class Trainable(ABC):
     def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
         """What history and callback are told, by the names there, from the sums of the plan's losses over samples."""
 
+    @property
+    @abstractmethod
+    def _trained(self) -> dict[str, list[Array]]:
+        """The parameters that `fit` changes, by the names of the attributes that have them."""
+
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
         return Settings(epochs, self.default_batch_size if batch_size is None else batch_size, *others)
 
@@ -230,7 +236,18 @@ class Trainable(ABC):
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         """Take all steps of a `fit`; `groups`: one for each of `plan.updates`, in their order."""
+        parameters = [array for arrays in self._trained.values() for array in arrays]
+
+        def check_trained() -> None:
+            """Raise ValueError if a parameter is read-only: before a step, which might else stop halfway."""
+            if not all([array.flags.writeable for array in parameters]):  # noqa: C419 - a list is faster
+                named = [(name, i, a) for name, arrays in self._trained.items() for i, a in enumerate(arrays)]
+                wrong = next(f"{name}[{i}]" for name, i, array in named if not array.flags.writeable)
+                raise ValueError(f"{wrong} is read-only")
+
+        check_trained()
         started, n = time.perf_counter(), len(samples)
+        _held = held(*parameters)  # nobody can resize them until the end
         epochs, size, callback, every = settings.epochs, settings.batch_size, settings.callback, settings.callback_every
         batches = math.ceil(n / size)
         backend = samples.backend
@@ -268,6 +285,7 @@ class Trainable(ABC):
                 noise,
                 partial(prepare, epoch, n - first - len(order)),
             )
+            check_trained()  # a callback or the schedule may have changed them
             budget.start()
             trained = True
             try:
@@ -331,10 +349,13 @@ _LABELS = {"validation_accuracy": "accuracy"}
 
 
 def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:
-    """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages."""
+    """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages.
+
+    The parameters are views, whose shape nobody can change.
+    """
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
-    parameters = map(training.Parameter, dense.parameters, states, averages)
+    parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
     operations: list[training.Linear | training.Activation] = []
     for layer, weight in zip(dense.layers, parameters, strict=False):
         operations.append(training.Linear(weight, next(parameters)))

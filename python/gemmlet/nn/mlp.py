@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
+from .._memory import held
 from ..backends import select
 from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
@@ -146,6 +147,10 @@ class MLP(Trainable, files.Saved):
         """The arrays that training changes: weight (in_features, out_features) and bias of each layer in turn."""
         return self._dense.parameters
 
+    @property
+    def _trained(self) -> dict[str, list[Array]]:
+        return {"parameters": self.parameters}
+
     # Training.
 
     def fit(
@@ -172,8 +177,8 @@ class MLP(Trainable, files.Saved):
             with ``__cuda_array_interface__`` or DLPack), they are trained on there; `y` may be there too. The
             parameters stay NumPy's.
         y : array_like
-            Class indices, integers of shape (n,); with one sigmoid output 0 or 1. With identity outputs numbers of the
-            network's dtype, shape (n,) for one output, else (n, layers[-1]).
+            Class indices, integers of shape (n,), with one sigmoid output 0 or 1: they are copied. With identity
+            outputs numbers of the network's dtype, shape (n,) for one output, else (n, layers[-1]).
         epochs : int
             How often each sample is used.
         batch_size : int, optional
@@ -206,7 +211,7 @@ class MLP(Trainable, files.Saved):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit; nothing has been trained then.
+            An argument does not fit, or a parameter is read-only; nothing has been trained then.
         """
         samples, targets = self._samples_and_targets(x, y)
         settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
@@ -385,6 +390,8 @@ class MLP(Trainable, files.Saved):
             raise ValueError(
                 f"{names[0]} has {len(samples)} samples but {names[1]} has {len(targets)} entries; they must match"
             )
+        if self.output == "identity":  # class indices are a copy
+            samples.held += held(targets)
         return samples, targets
 
     def _targets(self, y: Any, name: str) -> Array:
@@ -404,6 +411,7 @@ class MLP(Trainable, files.Saved):
             raise ValueError(f"{name} has shape {labels.shape}, expected (n,): a class index for each sample")
         if labels.dtype.kind not in "iu":
             raise TypeError(f"{name} has dtype {labels.dtype}; class indices must be integers: {name}.astype(np.int64)")
+        labels = labels.copy()  # so that nobody can change them after these checks
         classes = max(outputs, 2)
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
             raise ValueError(f"{name} must lie within 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
