@@ -992,6 +992,41 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_what_phases_run_may_resize_arrays(module: Any) -> None:
+    """Python code of a number in a phase shrinks the arrays of the call: sizes are those after it."""
+
+    class Number:
+        def __init__(self, number: int, arrays: list[Any]) -> None:
+            self.number, self.arrays = number, arrays
+
+        def __index__(self) -> int:
+            for array in self.arrays:
+                array.resize(1, refcheck=False)
+            return self.number
+
+        def __float__(self) -> float:
+            return float(self.__index__())
+
+    calls = binding_calls(module, np.dtype(np.float32), Guarded())
+    for name in [name for name in calls if function_of(name) == "train"]:
+        for at, phase in enumerate(calls[name]["phases"]):
+            for field, number in enumerate(phase):
+                if type(number) not in (int, float):
+                    continue
+                arguments = dict(calls[name])
+                for argument, value in arguments.items():
+                    if isinstance(value, np.ndarray):
+                        arguments[argument] = value.copy()
+                own = [value for value in arguments.values() if isinstance(value, np.ndarray)]
+                arguments["phases"] = list(arguments["phases"])
+                changed = (*phase[:field], Number(number, own), *phase[field + 1 :])
+                arguments["phases"][at] = changed
+                with pytest.raises((TypeError, ValueError)):
+                    module.train(**arguments)
+                assert all(array.size == 1 for array in own) or not own
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_bindings_count_elements_without_overflow(module: Any) -> None:
     """2**40 rows of nothing by 2**40 columns are 2**80 elements, which is 0 in 64 bits: in a child, as it may crash."""
     script = f"""

@@ -431,6 +431,28 @@ def test_skipping_zeros_in_long_mini_batches(
     assert_same_sums(fusing, *results, dtype)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["float", "uint8", "csr"])
+def test_zeros_hide_no_weight(kind: str, bad: float, training: Any, dtype: Any, rng: Any) -> None:
+    """A weight that is not finite makes NaN of a zero. A callback may have set it."""
+    x = np.zeros((64, 20), np.uint8 if kind == "uint8" else dtype)
+    x[:, :4] = rng.integers(0, 2, (64, 4))
+    given = pytest.importorskip("scipy.sparse").csr_matrix(x) if kind == "csr" else x
+    y = rng.integers(0, 2, 64)
+    for at in (0, 2):
+        model, losses = MLP([20, 8, 2], dtype=dtype), list[float]()
+
+        def spoil(progress: Any, model: Any = model, losses: Any = losses, at: int = at) -> None:
+            losses.append(progress.loss)
+            if progress.batch == at:
+                model.parameters[0][10] = bad
+
+        if not at:
+            model.parameters[0][10] = bad
+        model.fit(given, y, 1, 8, callback=spoil)
+        assert np.isfinite(losses).tolist() == [True] * at + [False] * (8 - at)
+
+
 def test_zeros_are_skipped_where_there_are_many(fusing: Any, rng: Any) -> None:
     """What decides it; the tests above set it."""
     for share, skipped in ((0.1, True), (0.9, False)):
@@ -1002,40 +1024,106 @@ def test_labels_out_of_range_are_refused_before_training(
     assert same(model.parameters, before)
 
 
+@pytest.mark.parametrize("output", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("bad", [3, -1, 2**40])
-def test_labels_that_a_callback_makes_wrong_are_refused(bad: int, training: Any, dtype: Any) -> None:
-    x, y = mlp_problem([6, 3], "softmax", 64, dtype)
-    model, rule = MLP([6, 3], dtype=dtype), SGD(0.1)
+def test_labels_are_those_that_fit_was_given(bad: int, output: str, training: Any, dtype: Any) -> None:
+    """Whatever a callback makes of them."""
+    x, y = mlp_problem([6, 3], output, 64, dtype)
+    labels, validation = y.astype(np.int64), y[:9].astype(np.int64)
 
-    def callback(progress: Any) -> None:
-        if progress.batch == 3:
-            y[:] = bad
+    def spoil(progress: Any) -> None:
+        labels[:] = validation[:] = bad
 
-    if training.name == "cuda":
-        pytest.skip("it has a copy of them")
-    with pytest.raises(ValueError, match=r"range|labels must lie within"):
-        model.fit(x, y, 2, 8, rule, callback=callback)
-    assert model.steps == 3
-    assert {state.steps for state in rule._states.values()} == {3}
+    def fitted_by(callback: Any) -> tuple[Any, ...]:
+        model = MLP([6, 3], output=output, dtype=dtype)
+        history = model.fit(x, labels, 2, 8, "adam", validation_data=(x[:9], validation), callback=callback)
+        return model.parameters, history.validation_loss
+
+    expected, losses = fitted_by(lambda progress: None)
+    result, others = fitted_by(spoil)
+    assert same(result, expected)
+    assert others == losses
 
 
-def test_what_a_wrong_label_leaves_is_what_so_many_steps_give(training: Any, dtype: Any) -> None:
+@pytest.mark.parametrize("bad", [6, -1, 2**31 - 1, -(2**31)])
+def test_what_a_wrong_column_leaves_is_what_so_many_steps_give(bad: int, training: Any, dtype: Any) -> None:
     """A call of several steps that would come to it is refused before its first."""
+    sparse = pytest.importorskip("scipy.sparse")
     if training.name == "cuda":
         pytest.skip("it has a copy of them")
     x, y = mlp_problem([6, 3], "softmax", 160, dtype)
-    labels, model, rule = y.copy(), MLP([6, 3], dtype=dtype), Adam()
+    spoilt, model, rule = sparse.csr_matrix(x), MLP([6, 3], dtype=dtype), Adam()
 
     def spoil(progress: Any) -> None:
-        labels[-1] = 3
+        spoilt.indices[-1] = bad
 
-    with pytest.raises(ValueError, match=r"range|labels must lie within"):
-        model.fit(x, labels, 2, 8, rule, shuffle=False, callback=spoil, callback_every="epoch")
+    with pytest.raises(ValueError, match="indices"):
+        model.fit(spoilt, y, 2, 8, rule, shuffle=False, callback=spoil, callback_every="epoch")
     assert {state.steps for state in rule._states.values()} == {model.steps}
     assert 20 <= model.steps < 40
+    with pytest.raises(ValueError, match=rf"x is a sparse matrix with the column {bad}; expected 0 to 5"):
+        model.evaluate(spoilt, y)
     other = MLP([6, 3], dtype=dtype)
-    other.fit(x, y, 2, 8, Adam(), shuffle=False, callback=stop_after(model.steps))
+    other.fit(sparse.csr_matrix(x), y, 2, 8, Adam(), shuffle=False, callback=stop_after(model.steps))
     assert same(model.parameters, other.parameters)
+
+
+TRAINED = {
+    "mlp": (lambda dtype: MLP([6, 4, 3], dtype=dtype), ["parameters"]),
+    "gan": (lambda dtype: GAN(2, [5, 6], [4, 1], dtype=dtype), ["generator_parameters", "discriminator_parameters"]),
+}
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_nothing_is_resized_that_fit_uses(network: str, training: Any, dtype: Any) -> None:
+    """NumPy would free the memory, even of an array that others share."""
+    x, y = mlp_problem([6, 3], "identity", 64, dtype)
+    x = np.abs(x) / np.abs(x).max()
+    make, names = TRAINED[network]
+    model = make(dtype) if network == "gan" else MLP([6, 3], output="identity", dtype=dtype)
+    used, asked = [x, *([y] if network == "mlp" else [])], []
+    used += [array for name in names for array in getattr(model, name)]
+
+    def resize(progress: Any) -> None:
+        for array in used:
+            asked.append(array)
+            with pytest.raises(ValueError, match="resize"):
+                array.resize(array.size + 1, refcheck=False)
+
+    if network == "gan":
+        model.fit(x, 1, 8, callback=resize)
+    else:
+        model.fit(x[:], y[:], 1, 8, validation_data=(x, y), callback=resize)
+    assert len(asked) > 8
+
+
+@pytest.mark.parametrize("at", [0, 3], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_read_only_parameters(network: str, at: int, training: Any, dtype: Any) -> None:
+    """They are refused before a step, which would else change what stands before them."""
+    make, names = TRAINED[network]
+    x, y = mlp_problem([6, 3], "softmax", 64, dtype)
+    x = np.abs(x) / np.abs(x).max()
+    for name in names:
+        for i in range(4):
+            model, rule, done = make(dtype), Adam(), []
+            array = getattr(model, name)[i]
+
+            def freeze(progress: Any = None, array: Any = array, done: Any = done) -> None:
+                done.append(progress)
+                array.flags.writeable = len(done) <= at
+
+            if not at:
+                freeze()
+            arguments = (x, y) if network == "mlp" else (x,)
+            with pytest.raises(ValueError, match=rf"^{name}\[{i}\] is read-only$"):
+                model.fit(*arguments, 2, 8, rule, callback=freeze)
+            assert model.steps == (at + 1 if at else 0)
+            other = make(dtype)
+            if at:
+                other.fit(*arguments, 2, 8, Adam(), callback=stop_after(at + 1))
+            for names_of in names:
+                assert same(getattr(model, names_of), getattr(other, names_of))
 
 
 def test_stop_training_from_a_schedule(training: Any, dtype: Any) -> None:

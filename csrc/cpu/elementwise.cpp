@@ -145,6 +145,22 @@ void column_sum(View<T> x, T* sum) {
       large ? tuning::column_sum_block : x.columns + 1);
 }
 
+template <class T>
+bool is_finite(const T* x, Index n) {
+  // A number times 0 is NaN where it is not finite. Several sums, as one would wait for itself.
+  constexpr Index chains = 8, step = chains * lanes<T>;
+  Vec<T> sum[chains] = {};
+  Index i = 0;
+  for (; i + step <= n; i += step)
+#pragma GCC unroll 8
+    for (Index c = 0; c < chains; ++c) sum[c] = fma(load(x + i + c * lanes<T>), Vec<T>{}, sum[c]);
+  T total = 0;
+  for (; i < n; ++i) total += x[i] * T(0);
+  for (const Vec<T>& of_chain : sum)
+    for (int lane = 0; lane < lanes<T>; ++lane) total += of_chain[lane];
+  return total == 0;
+}
+
 std::vector<std::string> activation_names() {
 #define GEMMLET_ENTRY(name) #name,
   return {GEMMLET_ACTIVATIONS(GEMMLET_ENTRY)};
@@ -160,7 +176,8 @@ std::vector<std::string> row_function_names() {
   template void activation_backward(int, const T*, const T*, T, T*, Index);       \
   template void row_function_forward(int, const T*, T*, Index, Index);            \
   template void row_function_backward(int, const T*, const T*, T*, Index, Index); \
-  template void column_sum(View<T>, T*);
+  template void column_sum(View<T>, T*);                                          \
+  template bool is_finite(const T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)
 

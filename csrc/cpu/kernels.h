@@ -45,6 +45,8 @@ template <class T>
 void row_function_backward(int function, const T* grad_y, const T* y, T* grad_x, Index rows, Index columns);
 template <class T>
 void column_sum(View<T> x, T* sum);
+template <class T>
+bool is_finite(const T* x, Index n);  // all of them; on the calling thread
 
 // losses.cpp: the gradient of the mean goes to `gradient`, the mean is returned. Either indices or targets is null.
 template <class T>

@@ -9,7 +9,7 @@
 //   read or written. So a check costs no wait of its own. The loss may be memory of the CPU.
 //   counter: 0 before the launch, and again after it. Blocks have `elements_threads` threads, or those of rows.cuh; grids
 //   of any size.
-//   Class indices are in range, unless that is checked so.
+//   Class indices are in range, unless that is checked so. Memory is safe whatever they are: another stream may change them.
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -118,7 +118,9 @@ __global__ void __launch_bounds__(row_threads<Threads>, (row_blocks<T, Threads, 
     const Index step = apart * columns;
     typename Row::Loaded row;
     V next_logit = 0;
-    const auto label_of = [&](Index r) { return r < rows ? static_cast<int>(labels[r]) : 0; };
+    const auto label_of = [&](Index r) {
+      return r < rows ? static_cast<int>(min(static_cast<unsigned>(labels[r]), static_cast<unsigned>(columns - 1))) : 0;
+    };
     const auto load = [&](bool present, int label) {
       row.load(from, columns, present, -infinity<V>());
       if (present) next_logit = widen(from[label]);

@@ -1,8 +1,9 @@
-"""Memory for arrays that compiled loops go through again and again."""
+"""Memory for arrays that compiled loops go through again and again, and memory that must not go meanwhile."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,21 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     memory = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def held(*arrays: Any) -> list[weakref.ref[Array]]:
+    """Return references to what owns the memory of arrays: while they live, NumPy does not resize it.
+
+    ``ndarray.resize(refcheck=False)``, by a callback say, would free memory that a view still points to. What is no
+    array of NumPy is passed over.
+    """
+    owners = []
+    for array in arrays:
+        if isinstance(array, np.ndarray):
+            while isinstance(array.base, np.ndarray):
+                array = array.base
+            owners.append(weakref.ref(array))
+    return owners
 
 
 def aligned_copy(array: Array) -> Array:

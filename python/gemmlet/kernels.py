@@ -632,8 +632,6 @@ def _row_loss(entry: RowLoss, logits: Any, labels: Any, label_smoothing: Any, ou
     grad = arguments.output(backend, out, "out", z.shape, z)
     if not z.size:
         return float("nan"), _returned(out, grad)
-    if t.ndim == 1 and out is not None and arguments.overlaps(t, grad):
-        t = backend.copy(t)
 
     def evaluate(z: Array, *rest: Array) -> float:
         return backend.row_loss(entry, z, t if t.ndim == 1 else rest[0], smoothing, rest[-1])

@@ -288,6 +288,33 @@ PyObject* loss(const Formula& formula, Arguments a) {
   return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
 }
 
+// A copy of class indices: another thread may change those that were given.
+class Labels {
+ public:
+  Labels(const Index* given, Index count) : count_(count) {
+    if (count > few) memory_.reset(new Index[static_cast<std::size_t>(count)]);
+    own_ = count > few ? memory_.get() : here_;
+    std::copy_n(given, count, own_);
+    asm volatile("" ::: "memory");  // a compiler, which thinks both the same, would check those given
+  }
+  Labels(const Labels&) = delete;
+  Labels& operator=(const Labels&) = delete;
+
+  const Index* get() const { return own_; }
+  bool below(Index columns) const {
+    bool outside = false;
+    for (Index i = 0; i < count_; ++i)  // as unsigned numbers, negative ones are large
+      outside |= static_cast<std::uint64_t>(own_[i]) >= static_cast<std::uint64_t>(columns);
+    return !outside;
+  }
+
+ private:
+  static constexpr Index few = 256;
+  Index count_, here_[few];
+  Index* own_;
+  std::unique_ptr<Index[]> memory_;
+};
+
 // logits, labels, label_smoothing, out
 PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
   Alike arrays(a[0], c_order);
@@ -304,25 +331,25 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
         labels->dimensions[0] != rows)
       return unusual;
     indices = data<Index>(labels);
-    bool outside = false;
-    for (Index i = 0; i < rows; ++i)  // as unsigned numbers, negative ones are large
-      outside |= static_cast<std::uint64_t>(indices[i]) >= static_cast<std::uint64_t>(columns);
-    if (outside) return unusual;
   } else {
     labels = arrays.add(a[1]);
     if (labels == nullptr) return unusual;
   }
-  // The labels are read after the gradient has been written to.
-  bool apart = true;
+  bool is_usual = true;
   double value = 0;
   PyObject* gradient = result_of(arrays, Formula{}, Py_None, a[3], [&]<class T>(const T* logits, T, T* to) {
-    const Bytes read(labels, indices != nullptr ? sizeof(Index) : sizeof(T));
-    apart = reinterpret_cast<char*>(to + arrays.size()) <= read.begin || read.end <= reinterpret_cast<char*>(to);
-    if (apart)
-      value = row_loss(formula.number, logits, indices, indices != nullptr ? nullptr : data<T>(labels), smoothing, to,
-                       rows, columns);
+    if (indices == nullptr) {
+      // They are read after the gradient has been written to.
+      const Bytes read(labels, sizeof(T));
+      is_usual = reinterpret_cast<char*>(to + arrays.size()) <= read.begin || read.end <= reinterpret_cast<char*>(to);
+      if (is_usual) value = row_loss<T>(formula.number, logits, nullptr, data<T>(labels), smoothing, to, rows, columns);
+      return;
+    }
+    const Labels own(indices, rows);
+    is_usual = own.below(columns);
+    if (is_usual) value = row_loss<T>(formula.number, logits, own.get(), nullptr, smoothing, to, rows, columns);
   });
-  gradient = result_if(apart, gradient);
+  gradient = result_if(is_usual, gradient);
   return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
 }
 

@@ -1,4 +1,5 @@
-// The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices.
+// The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices. Python code that may run, as the
+// phases are read, runs before the first size or pointer is taken: it may change any array.
 #include <algorithm>
 #include <limits>
 #include <tuple>
@@ -118,9 +119,10 @@ Samples<T> sparse_samples(const py::array& x, const py::array& indptr, const py:
   for (Index i = 0; i < steps.count; ++i) {
     const Index begin = samples.indptr[steps.order[i]], end = samples.indptr[steps.order[i] + 1];
     if (begin < 0 || begin > end || end > x.size()) refuse("indptr", "out of range");
-    for (Index e = begin; e < end; ++e)
-      if (samples.indices[e] < (e == begin ? 0 : samples.indices[e - 1] + 1) || samples.indices[e] >= features)
-        refuse("indices", "out of range, or not ascending");
+    const std::int32_t* row = samples.indices + begin;
+    bool fits = begin == end || (row[0] >= 0 && row[end - begin - 1] < features);
+    for (Index e = 1; e < end - begin; ++e) fits &= row[e - 1] < row[e];
+    if (!fits) refuse("indices", "out of range, or not ascending");
     nonzeros = (i % steps.batch == 0 ? 0 : nonzeros) + (end - begin);
     if (nonzeros > max_positions) refuse("batch", "a mini-batch has more than 2^31 nonzeros");
   }
@@ -148,7 +150,36 @@ bool is_kind(const py::tuple& phase, const char* kind) {
 
 using GivenTargets = std::variant<py::array, std::vector<double>>;
 
-// Reads phases, and checks that each finds what it reads.
+// A phase as Python gives it; the last three belong to a loss.
+struct GivenPhase {
+  Phase phase;
+  int loss;
+  double parameter, weight;
+  GivenTargets targets;
+};
+
+GivenPhase read_phase(const py::tuple& tuple) {
+  const auto of = [](Phase phase) { return GivenPhase{std::move(phase), 0, 0, 0, {}}; };
+  if (is_kind(tuple, "forward")) {
+    auto [network, inputs] = fields<int, std::vector<int>>(tuple);
+    return of({Phase::forward, network, std::move(inputs), -1, -1});
+  }
+  if (is_kind(tuple, "loss")) {
+    auto [network, loss, parameter, weight, targets] = fields<int, int, double, double, GivenTargets>(tuple);
+    return {{Phase::loss, network, {}, -1, -1}, loss, parameter, weight, std::move(targets)};
+  }
+  if (is_kind(tuple, "backward")) {
+    const auto [network, to] = fields<int, int>(tuple);
+    return of({Phase::backward, network, {}, to, -1});
+  }
+  if (is_kind(tuple, "update")) {
+    const auto [network, rule] = fields<int, int>(tuple);
+    return of({Phase::update, network, {}, -1, checked_index(rule, optimizer_rule_names().size(), "rule")});
+  }
+  refuse("phases", "an unknown kind of phase");
+}
+
+// Takes phases into the plan, and checks that each finds what it reads.
 template <class T>
 class Checker {
  public:
@@ -160,25 +191,13 @@ class Checker {
         samples_(samples),
         has_(plan.networks.size()) {}
 
-  void operator()(const py::tuple& tuple) {
-    if (is_kind(tuple, "forward")) {
-      auto [network, inputs] = fields<int, std::vector<int>>(tuple);
-      add({Phase::forward, network, std::move(inputs), -1, -1});
-    } else if (is_kind(tuple, "loss")) {
-      const auto [network, loss, parameter, weight, targets] = fields<int, int, double, double, GivenTargets>(tuple);
-      add({Phase::loss, network, {}, -1, -1});
-      const bool of_rows = is_row_loss(loss);
-      checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
-      plan_.losses.push_back({loss, parameter, weight, targets_of(targets, network, loss)});
-    } else if (is_kind(tuple, "backward")) {
-      const auto [network, to] = fields<int, int>(tuple);
-      add({Phase::backward, network, {}, to, -1});
-    } else if (is_kind(tuple, "update")) {
-      const auto [network, rule] = fields<int, int>(tuple);
-      add({Phase::update, network, {}, -1, rule});
-    } else {
-      refuse("phases", "an unknown kind of phase");
-    }
+  void operator()(const GivenPhase& given) {
+    add(given.phase);
+    if (given.phase.kind != Phase::loss) return;
+    const int loss = given.loss;
+    const bool of_rows = is_row_loss(loss);
+    checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
+    plan_.losses.push_back({loss, given.parameter, given.weight, targets_of(given.targets, given.phase.network, loss)});
   }
 
  private:
@@ -262,35 +281,34 @@ class Checker {
 };
 
 // The rule that updates a network; -1 is none.
-int rule_of(const std::vector<py::tuple>& phases, std::size_t network) {
+int rule_of(const std::vector<GivenPhase>& phases, std::size_t network) {
   int found = -1;
-  for (const py::tuple& phase : phases) {
-    if (!is_kind(phase, "update")) continue;
-    const auto [of, rule] = fields<int, int>(phase);
-    checked_index(rule, optimizer_rule_names().size(), "rule");
-    if (static_cast<std::size_t>(of) != network) continue;
-    if (found != -1 && found != rule) refuse("phases", "two rules for one network");
-    found = rule;
+  for (const auto& [phase, loss, parameter, weight, targets] : phases) {
+    if (phase.kind != Phase::update || static_cast<std::size_t>(phase.network) != network) continue;
+    if (found != -1 && found != phase.rule) refuse("phases", "two rules for one network");
+    found = phase.rule;
   }
   return found;
 }
 
-std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases,
-                                            const py::array& x, const OptionalArray& indptr,
-                                            const OptionalArray& indices, bool skip_zeros, double scale, double shift,
-                                            const py::array& order, Index batch,
-                                            const std::vector<py::array>& hyperparameters,
-                                            const std::vector<double>& losses, const OptionalArray& decay,
-                                            const OptionalArray& noise) {
+// None where skipped zeros would hide weights that are not finite: 0 times them is NaN.
+using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
+
+TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
+                  const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros, double scale,
+                  double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
+                  const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
   if (indptr.has_value() != indices.has_value()) refuse("indices", "goes with indptr");
+  std::vector<GivenPhase> given;
+  for (const py::tuple& phase : phases) given.push_back(read_phase(phase));
   if (indptr && indptr->size() == 0) refuse("indptr", "empty");
-  return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) {
+  return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) -> TrainResult {
     using T = decltype(zero);
     Plan<T> plan{};
     Memory memory;
     for (std::size_t n = 0; n < networks.size(); ++n)
-      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(phases, n), memory));
+      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(given, n), memory));
     Batches<T> batches{};
     const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
     static_cast<Steps&>(batches) = checked_steps(order, batch, count);
@@ -309,7 +327,7 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
     if (noise) batches.noise = contiguous<T>(*noise, elements(batches.count, noise_columns, "noise"), "noise");
 
     Checker<T> check(plan, batches, memory, noise_columns, count);
-    for (const py::tuple& phase : phases) check(phase);
+    for (const GivenPhase& phase : given) check(phase);
     if (plan.phases.empty() || plan.phases.back().kind != Phase::update) refuse("phases", "no update at the end");
     if (plan.losses.size() != losses.size()) refuse("losses", "not one for each loss");
     const bool is_scaled = scale != 1.0 || shift != 0.0;
@@ -334,6 +352,9 @@ std::pair<std::vector<double>, Index> train(std::vector<LayerTuples> networks, c
     for (const OptionalArray* a : {&indptr, &indices, &decay, &noise})
       if (*a) memory.read(**a);
     memory.check();
+    const Layer<T>& first = plan.networks[0].front();
+    if ((indptr || plan.samples.skip_zeros) && !is_finite(first.weight.value, first.in * first.out))
+      return std::nullopt;
     Outcome outcome = without_gil([&] { return gemmlet::train(plan, batches, losses); });
     return std::pair{std::move(outcome.losses), outcome.correct};
   });

@@ -133,9 +133,8 @@ class Executor {
 
     // This member's rows of the mini-batch that begins at `start`.
     void gather(Index start, Index slot) const {
-      const Batches<T>& batches = executor_.batches_;
       const Range rows = part_of(executor_.rows_from(start), number_, members_);
-      for (Index i = rows.first; i < rows.end; ++i) executor_.load(slots_[slot]->loader, batches, start + i, i);
+      for (Index i = rows.first; i < rows.end; ++i) executor_.load(slots_[slot]->loader, start + i, i);
     }
     // What is done with them once all members have theirs.
     void begin(Index start, Index slot) const {
@@ -160,16 +159,18 @@ class Executor {
     const Samples<T>& samples = plan_.samples;
     const bool each = samples.skip_zeros && samples.bytes != nullptr && max_rows_ <= tuning::private_loader_max_rows &&
                       get_num_threads() <= tuning::private_loader_max_threads;
-    const Index nonzeros = max_nonzeros(samples, batches_), copies = each ? get_num_threads() : 1;
+    Index nonzeros;
+    nonzeros_before_ = nonzeros_before(samples, batches_, nonzeros);
+    const Index copies = each ? get_num_threads() : 1;
     for (Index i = 0; i < 2 * copies; ++i) slots_.emplace_back(samples, max_rows_, nonzeros);
   }
 
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
 
   // Sample order[at] becomes a row of the loader's inputs; the next mini-batch's is fetched into the cache.
-  static void load(const Loader<T>& loader, const Batches<T>& batches, Index at, Index row) {
-    loader.load(batches.order[at], row);
-    if (at + batches.batch < batches.count) loader.prefetch(batches.order[at + batches.batch]);
+  void load(const Loader<T>& loader, Index at, Index row) const {
+    loader.load(batches_.order[at], row, nonzeros_before_.empty() ? 0 : nonzeros_before_[static_cast<std::size_t>(at)]);
+    if (at + batches_.batch < batches_.count) loader.prefetch(batches_.order[at + batches_.batch]);
   }
 
   void train(Member& member) {
@@ -257,7 +258,7 @@ class Executor {
     for (Index i = rows.first; i < rows.end; ++i) {
       const Index at = start + i - base;
       if (source == samples_source)
-        load(*forward.loader, batches_, at, i);
+        load(*forward.loader, at, i);
       else
         forward.inputs.rows[static_cast<std::size_t>(i)] =
             source == noise_source ? batches_.noise + at * features : network(source).outputs(0, i - base);
@@ -289,6 +290,7 @@ class Executor {
   std::deque<Forward<T>> forwards_;
   std::deque<Objective<T>> objectives_;
   std::deque<Slot<T>> slots_;
+  std::vector<std::int32_t> nonzeros_before_;  // of each row in its mini-batch
   std::vector<Stage<T>> stages_;
   Outcome outcome_;
 };

@@ -2,7 +2,7 @@
 //
 // Contract
 //   Dense rows that need no decoding are not copied. Different threads may load different rows of one mini-batch. Samples
-//   are read only.
+//   are read only. Another thread may change them meanwhile, but for indptr: column indices are read once, and checked.
 #pragma once
 
 #include <algorithm>
@@ -33,10 +33,8 @@ class Loader {
       inputs.listed.rows.resize(static_cast<std::size_t>(max_rows));
       inputs.listed.features = {space<std::int32_t>(samples.features + 1), space<std::int32_t>(max_nonzeros),
                                 space<T>(max_nonzeros)};
-      if (samples.indptr == nullptr) {
-        indices_ = space<std::int32_t>(max_nonzeros);
-        values_ = space<T>(max_nonzeros);
-      }
+      indices_ = space<std::int32_t>(max_nonzeros);
+      if (samples.indptr == nullptr) values_ = space<T>(max_nonzeros);
     } else if (samples.bytes != nullptr || !unchanged) {
       rows_ = Rows<T>(max_rows, samples.features);
     }
@@ -64,13 +62,13 @@ class Loader {
     for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
   }
 
-  // Loads sample `sample` into row `row`.
-  void load(Index sample, Index row) const {
+  // Loads sample `sample` into row `row`. first: the nonzeros of a sparse matrix in the rows before it.
+  void load(Index sample, Index row, Index first) const {
     const Index features = samples_.features;
     if (sparse() && samples_.bytes != nullptr) {
       inputs_.masked.rows[static_cast<std::size_t>(row)] = masked_row(sample, row);
     } else if (sparse()) {
-      inputs_.listed.rows[static_cast<std::size_t>(row)] = listed_row(sample, row);
+      inputs_.listed.rows[static_cast<std::size_t>(row)] = listed_row(sample, row, first);
     } else if (rows_.stride == 0) {
       inputs_.rows[static_cast<std::size_t>(row)] = samples_.values + sample * features;
     } else {
@@ -101,12 +99,13 @@ class Loader {
     return {bytes, masks, value_of_byte_};
   }
 
-  BlockedRow<T> listed_row(Index sample, Index row) const {
+  BlockedRow<T> listed_row(Index sample, Index row, Index first) const {
     const Index features = samples_.features;
     std::int32_t* begin = begin_.get() + row * (blocks_ + 1);
     if (samples_.indptr != nullptr) {
-      const Index at = samples_.indptr[sample], count = samples_.indptr[sample + 1] - at;
-      const std::int32_t* indices = samples_.indices + at;
+      const Index at = samples_.indptr[sample];
+      const std::int32_t* indices = indices_.get() + first;
+      const Index count = copy_indices(at, samples_.indptr[sample + 1] - at, indices_.get() + first);
       Index e = 0;
       for (Index block = 0; block <= blocks_; ++block) {
         while (e < count && indices[e] < block * block_features) ++e;
@@ -129,6 +128,16 @@ class Loader {
     return {indices, values, begin};
   }
 
+  // Copies `count` column indices from `at` on. Returns count; or 0, an empty row, if they are no longer in range and
+  // ascending.
+  Index copy_indices(Index at, Index count, std::int32_t* to) const {
+    std::copy_n(samples_.indices + at, count, to);
+    asm volatile("" ::: "memory");  // a compiler, which thinks both the same, would check the source
+    bool fits = count == 0 || (to[0] >= 0 && to[count - 1] < samples_.features);
+    for (Index e = 1; e < count; ++e) fits &= to[e - 1] < to[e];
+    return fits ? count : 0;
+  }
+
   const Samples<T>& samples_;
   Inputs<T>& inputs_;
   Index blocks_;
@@ -149,17 +158,20 @@ struct Slot {
       : inputs(max_rows), loader(samples, max_rows, max_nonzeros, inputs) {}
 };
 
-// The most nonzeros that a mini-batch has.
+// Of each row of `order` the nonzeros of a sparse matrix in the rows of its mini-batch before it; `most` becomes the most
+// nonzeros that a mini-batch has.
 template <class T>
-Index max_nonzeros(const Samples<T>& samples, const Steps& steps) {
-  if (samples.indptr == nullptr) return std::min(steps.batch, steps.count) * samples.features;
-  Index most = 0, nonzeros = 0;
-  for (Index i = 0; i < steps.count; ++i) {
-    if (i % steps.batch == 0) nonzeros = 0;
+std::vector<std::int32_t> nonzeros_before(const Samples<T>& samples, const Steps& steps, Index& most) {
+  most = samples.indptr == nullptr ? std::min(steps.batch, steps.count) * samples.features : 0;
+  std::vector<std::int32_t> before(static_cast<std::size_t>(samples.indptr == nullptr ? 0 : steps.count));
+  Index nonzeros = 0;
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    if (static_cast<Index>(i) % steps.batch == 0) nonzeros = 0;
+    before[i] = static_cast<std::int32_t>(nonzeros);
     nonzeros += samples.indptr[steps.order[i] + 1] - samples.indptr[steps.order[i]];
     most = std::max(most, nonzeros);
   }
-  return most;
+  return before;
 }
 
 }  // namespace

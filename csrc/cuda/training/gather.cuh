@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(Tile::max_threads, 1)
     open_step(staged);
 }
 
-// Rows of a sparse matrix (CSR) as those of a dense one.
+// Rows of a sparse matrix (CSR) as those of a dense one. A column that is out of range, as another thread may have made it
+// while the matrix was copied, is left out.
 template <class T>
 struct Expand {
   const T* values;
@@ -67,7 +68,9 @@ __global__ void __launch_bounds__(expand_threads)
   T* const to = p.rows + static_cast<Index>(i) * row_stride(p.features);
   for (int k = thread; k < p.features; k += expand_threads) to[k] = T(0);
   __syncthreads();
-  for (Index e = p.indptr[sample] + thread; e < end; e += expand_threads) to[p.indices[e]] = p.values[e];
+  for (Index e = p.indptr[sample] + thread; e < end; e += expand_threads)
+    if (const auto column = static_cast<unsigned>(p.indices[e]); column < static_cast<unsigned>(p.features))
+      to[column] = p.values[e];
 }
 
 }  // namespace gemmlet

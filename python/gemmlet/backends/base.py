@@ -81,7 +81,7 @@ class Backend(Protocol):
         """The smallest and the largest of at least one number of an array (n, ...); NaN where there is one."""
 
     def as_indices(self, array: Array) -> tuple[Array, int, int]:
-        """Integers as int64, C-contiguous, and the smallest and the largest of them; (0, 0) if there are none."""
+        """A copy of integers as int64, C-contiguous, and their smallest and largest; (0, 0) if there are none."""
 
     # Matmuls.
 

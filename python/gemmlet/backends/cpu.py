@@ -208,9 +208,8 @@ class CpuBackend(NumpyBackend):
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """In C++: all steps in one call, no gradient of a parameter is written to memory."""
-        if not self.supports_fused(plan) or batches.varies:
-            return super().train(plan, batches)
-        return cast("Outcome", plan.executors[self](batches))
+        outcome = plan.executors[self](batches) if self.supports_fused(plan) and not batches.varies else None
+        return super().train(plan, batches) if outcome is None else cast("Outcome", outcome)
 
     def _executor(self, plan: TrainingPlan) -> Any:
         if self not in plan.executors:

@@ -21,8 +21,10 @@ Numbers = Mapping[str, int]
 
 def executor(
     module: Any, plan: TrainingPlan, activations: Numbers, losses: Numbers, rules: Numbers
-) -> Callable[[training.Batches], training.Outcome] | None:
+) -> Callable[[training.Batches], training.Outcome | None] | None:
     """``train(batches)`` of an extension module for a plan; None if it does not know something of it.
+
+    It returns None, and leaves the batches to the reference, where skipped zeros would hide weights.
 
     The number of a row loss is ``~number`` here.
     Sparse matrices are for a single network, no network reads itself, and a gradient is read once.
@@ -55,10 +57,10 @@ def executor(
     dataset, scale, shift = plan.gather
     fixed = networks, phases, *dataset, scale, shift
 
-    def train(batches: training.Batches) -> training.Outcome:
+    def train(batches: training.Batches) -> training.Outcome | None:
         order, size, hyperparameters, sums, decay, noise, _ = batches
-        losses, correct = module.train(*fixed, order, size, hyperparameters, sums, decay, noise)
-        return training.Outcome(tuple(losses), correct)
+        outcome = module.train(*fixed, order, size, hyperparameters, sums, decay, noise)
+        return None if outcome is None else training.Outcome(tuple(outcome[0]), outcome[1])
 
     return train
 

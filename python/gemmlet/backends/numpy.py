@@ -89,8 +89,9 @@ class NumpyBackend(Backend):
         return float(array.min()), float(array.max())
 
     def as_indices(self, array: Array) -> tuple[Array, int, int]:
-        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-        return np.require(array, np.int64, ["C_CONTIGUOUS", "ALIGNED"]), low, high
+        indices = array.copy()  # which nobody can change after the check
+        low, high = (int(indices.min()), int(indices.max())) if indices.size else (0, 0)
+        return indices.astype(np.int64, copy=False), low, high
 
     # Matmuls.
 

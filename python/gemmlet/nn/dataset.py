@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .._arrays import is_on_gpu
+from .._memory import held
 from ..backends import select
 from ..backends.base import Backend
 from ..training.plan import Dataset
@@ -30,7 +31,9 @@ SPARSE_BELOW = 0.5
 class Samples:
     """Samples, given as rows of numbers or as uint8 images; handed out as rows of `dtype`, some at a time.
 
-    What is on a GPU stays there. This is the only place where samples are converted.
+    What is on a GPU stays there. This is the only place where samples are converted. A callback or another thread may
+    change the numbers, and the columns of a sparse matrix, which are checked where they are used; its rows, shapes and
+    sizes stay as they are.
 
     Parameters
     ----------
@@ -67,8 +70,15 @@ class Samples:
         if array.ndim < 2 or values != features:
             hint = f": {name}.reshape(-1, 1)" if array.ndim == 1 and features == 1 else ""
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row{hint}")
-        self.array: Any = _canonical(array) if is_sparse else array
+        self.array: Any
         self.name, self.is_sparse = name, is_sparse
+        # Of what is held nobody can change the size.
+        if is_sparse:
+            self.array = _canonical(x, name)
+            self.held = held(self.array.data, self.array.indices)
+        else:
+            self.array = array.view()
+            self.held = held(array)
         self.on_gpu = not is_sparse and is_on_gpu(array)
         self.features = features
         if dtype is None:
@@ -131,9 +141,15 @@ class Samples:
 
     def chunk(self, where: slice) -> Array:
         """Return the samples at `where` as rows, shape (m, features), where the backend computes."""
-        some = self._converted(self.array[where], where.start)
         if self.is_sparse:
-            return self.backend.to_device(some.toarray())
+            indptr = self.array.indptr[where.start : where.stop + 1]
+            entries = slice(indptr[0], indptr[-1])
+            columns = self.array.indices[entries].copy()
+            _check_indices(columns, self.features, self.name)
+            shape = len(indptr) - 1, self.features
+            rows = type(self.array)((self.array.data[entries], columns, indptr - indptr[0]), shape=shape)
+            return self.backend.to_device(self._converted(rows, where.start).toarray())
+        some = self._converted(self.array[where], where.start)
         rows = self.backend.contiguous(self.backend.to_device(some))
         rows = rows.reshape(len(rows), self.features)
         return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
@@ -142,10 +158,8 @@ class Samples:
         """The samples as training takes them; zeros are skipped, if they may be, where there are many."""
         self.convert()
         if self.is_sparse:
-            indptr, indices = self.array.indptr, self.array.indices
-            return Dataset(
-                self.array.data, indptr.astype(np.int64, copy=False), indices.astype(np.int32, copy=False), True
-            )
+            indptr, indices = self.array.indptr.astype(np.int64), np.ascontiguousarray(self.array.indices, np.int32)
+            return Dataset(np.ascontiguousarray(self.array.data), indptr, indices, True)
         if self.on_gpu:
             return Dataset(self.backend.contiguous(self.array).reshape(len(self), self.features))
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
@@ -156,11 +170,35 @@ class Samples:
         return Dataset(rows, skip_zeros=may_skip_zeros and bool(np.count_nonzero(some) < SPARSE_BELOW * some.size))
 
 
-def _canonical(matrix: Any) -> Any:
-    """The sparse matrix by rows, columns ascending and each once."""
-    rows = matrix.tocsr()
-    if not rows.has_canonical_format:
-        rows = rows.copy()
+def _canonical(matrix: Any, name: str) -> Any:
+    """The sparse matrix by rows, columns ascending and each once; its `indptr` is a copy."""
+    for part in ("indptr", "indices", "row", "col"):
+        found = np.asarray(getattr(matrix, part, 0)).dtype
+        if found.kind not in "iu":
+            raise TypeError(f"{name} is a sparse matrix whose {part} has dtype {found}; expected integers")
+    if matrix.format != "csr":
+        matrix = _by_rows(matrix, name)
+    n, features = matrix.shape
+    indptr, indices, data = map(np.asarray, (matrix.indptr, matrix.indices, matrix.data))
+    if not indptr.ndim == indices.ndim == data.ndim == 1:
+        raise ValueError(f"{name} is a sparse matrix whose indptr, indices and data are not one-dimensional")
+    indptr, most = indptr.astype(np.int64), min(len(indices), len(data))
+    if len(indptr) != n + 1 or indptr[0] != 0 or indptr[-1] > most or np.any(indptr[1:] < indptr[:-1]):
+        raise ValueError(
+            f"{name} is a sparse matrix whose indptr does not fit: expected {n + 1} offsets that ascend from 0 to at "
+            f"most {most}, the number of its indices"
+        )
+    indices, data = indices[: indptr[-1]], data[: indptr[-1]]
+    _check_indices(indices, features, name)
+    ascending, starts = indices[1:] > indices[:-1], indptr[1:-1]
+    ascending[starts[(starts > 0) & (starts < len(indices))] - 1] = True
+    is_canonical = bool(ascending.all())
+    if not is_canonical:
+        # SciPy reads and writes wherever indices point: what it sorts is a copy that has been checked.
+        indices, data = indices.copy(), data.copy()
+        _check_indices(indices, features, name)
+    rows = type(matrix)((data, indices, indptr), shape=matrix.shape)
+    if not is_canonical:
         rows.sum_duplicates()
     return rows
 
@@ -200,6 +238,31 @@ def as_dtype(array: Any, dtype: np.dtype[Any], name: str, first: int = 0) -> Any
     place = np.argwhere(beyond)[0]
     value = array[tuple(place)]
     raise ValueError(f"{checks.item(name, place, first)} is {value:g}, which is beyond the range of {dtype}")
+
+
+def _by_rows(matrix: Any, name: str) -> Any:
+    """A sparse matrix of another format than CSR as CSR, after its indices have been checked."""
+    n, features = matrix.shape
+    if matrix.format == "coo":
+        _check_indices(np.ravel(matrix.row), n, name, "row")
+        _check_indices(np.ravel(matrix.col), features, name)
+    elif matrix.format == "csc":
+        _check_indices(np.ravel(matrix.indices), n, name, "row")
+    try:
+        # SciPy's checks of a copy that nobody can change; its constructor has those of COO.
+        own = matrix.copy()
+        if hasattr(own, "check_format"):
+            own.check_format()
+        return own.tocsr()
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{name} is a sparse matrix whose indices do not fit: {error}") from error
+
+
+def _check_indices(indices: NDArray[Any], high: int, name: str, part: str = "column") -> None:
+    """Raise ValueError unless row or column indices of a sparse matrix are in range."""
+    if len(indices) and (indices.min() < 0 or indices.max() >= high):
+        wrong = indices.min() if indices.min() < 0 else indices.max()
+        raise ValueError(f"{name} is a sparse matrix with the {part} {wrong}; expected 0 to {high - 1}")
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .. import _arguments as arguments
+from .._memory import held
 from .._signals import deferred_signals
 from .._threads import get_num_threads
 from ..backends.base import Backend
@@ -239,6 +240,11 @@ class Trainable(ABC):
     def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         """What history and callback are told, by the names there, from the sums of the plan's losses over samples."""
 
+    @property
+    @abstractmethod
+    def _trained(self) -> dict[str, list[Array]]:
+        """The parameters that `fit` changes, by the names of the attributes that have them."""
+
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
         return Settings(epochs, self.default_batch_size if batch_size is None else batch_size, *others)
 
@@ -338,6 +344,9 @@ class _Training:
         self._beginning = Position(sums=(0.0,) * len(plan.losses), correct=none_correct)
         self.at = replace(self._beginning)
         self.parameters = [p for network in range(len(plan.networks)) for p in plan.parameters(network)]
+        self._trained = [array for arrays in model._trained.values() for array in arrays]
+        self._check_writeable()
+        self._held = held(*self._trained)  # nobody can resize them until the end
         started = time.perf_counter()
         if not self._is_finite():
             raise ValueError("the network has parameters that are not finite")
@@ -404,6 +413,7 @@ class _Training:
             batches = training.Batches(
                 where, min(size, len(where)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
             )
+            self._check_writeable()  # a callback or the schedule may have changed them
             self._budget.start()
             try:
                 sums, correct = self._backend.train(self._plan, batches)
@@ -444,6 +454,13 @@ class _Training:
         if self._settings.verbose:
             shown = "  ".join(f"{_LABELS.get(k, k.replace('_', ' '))} {v:.4f}" for k, v in metrics.items())
             print(f"epoch {epoch}/{self._settings.epochs}  {shown}", flush=True)
+
+    def _check_writeable(self) -> None:
+        """Raise ValueError if a parameter is read-only: before a step, which might else stop halfway."""
+        if not all([array.flags.writeable for array in self._trained]):  # noqa: C419 - a list is faster
+            named = [(name, i, a) for name, arrays in self.model._trained.items() for i, a in enumerate(arrays)]
+            wrong = next(f"{name}[{i}]" for name, i, array in named if not array.flags.writeable)
+            raise ValueError(f"{wrong} is read-only")
 
     # What to go back to.
 
@@ -536,10 +553,13 @@ _LABELS = {"validation_accuracy": "accuracy"}
 
 
 def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:
-    """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages."""
+    """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages.
+
+    The parameters are views, whose shape nobody can change.
+    """
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
-    parameters = map(training.Parameter, dense.parameters, states, averages)
+    parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
     operations: list[training.Linear | training.Activation] = []
     for layer, weight in zip(dense.layers, parameters, strict=False):
         operations.append(training.Linear(weight, next(parameters)))

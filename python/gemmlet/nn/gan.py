@@ -172,6 +172,11 @@ class GAN(Trainable, files.Saved):
         """The arrays of the discriminator, likewise."""
         return self._discriminator.parameters
 
+    @property
+    def _trained(self) -> dict[str, list[Array]]:
+        names = {"generator_parameters": self.generator_parameters}
+        return names | {"discriminator_parameters": self.discriminator_parameters}
+
     # Training.
 
     def fit(
@@ -215,7 +220,7 @@ class GAN(Trainable, files.Saved):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit; nothing has been trained then.
+            An argument does not fit, or a parameter is read-only; nothing has been trained then.
         """
         samples = self._samples(x, None if self._follows_samples else self.dtype)
         settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)

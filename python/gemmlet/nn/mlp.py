@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
+from .._memory import held
 from ..backends import select
 from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
@@ -170,6 +171,10 @@ class MLP(Trainable, files.Saved):
         """The arrays that training changes: weight (in_features, out_features) and bias of each layer in turn."""
         return self._dense.parameters
 
+    @property
+    def _trained(self) -> dict[str, list[Array]]:
+        return {"parameters": self.parameters}
+
     # Training.
 
     def fit(
@@ -242,7 +247,7 @@ class MLP(Trainable, files.Saved):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit; nothing has been trained then.
+            An argument does not fit, or a parameter is read-only; nothing has been trained then.
         """
         samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
         targets, meaning = self._targets(y, "y", samples, self._meaning())
@@ -445,6 +450,8 @@ class MLP(Trainable, files.Saved):
             raise ValueError(
                 f"{samples.name} has {len(samples)} samples but {name} has {len(targets)} entries; they must match"
             )
+        if self.output == "identity":  # class indices are a copy
+            samples.held += held(targets)
         return targets, meaning
 
     def _samples_and_targets(self, x: Any, y: Any) -> tuple[Samples, Array]:

@@ -74,7 +74,8 @@ def of_classes(y: Any, meaning: Meaning, output: str, dtype: np.dtype[Any], name
     targets : ndarray
         int64 (n,), class indices; or of `dtype`, (n, outputs).
     """
-    given = arguments.on_cpu(arguments.as_array(y, name))
+    # A copy, so that nobody can change them after these checks.
+    given = arguments.on_cpu(arguments.as_array(y, name)).copy()
     if given.ndim == 2 and given.shape[1] == 1:
         given = given[:, 0]
     if given.ndim == 2 and given.shape[1] == meaning.outputs:

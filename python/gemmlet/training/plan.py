@@ -30,7 +30,7 @@ class Dataset(NamedTuple):
     """Samples: rows (n, features) of uint8 or of the networks' dtype, or the three arrays of a CSR matrix.
 
     uint8 counts as value/255. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
-    numbers are 0 for skipping them to pay; the result is the same.
+    numbers are 0 for skipping them to pay; the result is the same. Another thread may change all but `indptr`.
     """
 
     x: Array
@@ -127,9 +127,9 @@ class Loss(NamedTuple):
     name : str
         A row loss of the registry, or an elementwise loss with its default parameter.
     targets : ndarray or tuple of float
-        For all samples of the dataset: class indices, int64 of shape (n,), or numbers (n, outputs); an elementwise loss
-        takes class indices as one-hot rows, or as the number itself if there is one output. A tuple has one target for
-        each input of the network's `Forward`.
+        For all samples of the dataset: class indices, int64 of shape (n,), in range and changed by nobody, or numbers
+        (n, outputs); an elementwise loss takes class indices as one-hot rows, or as the number itself if there is one
+        output. A tuple has one target for each input of the network's `Forward`.
     parameter : float, optional
         The kernel's: label smoothing of a row loss, `delta` of huber. By default what the registry says.
     reduction : {"sum", "mean"}
@@ -244,6 +244,11 @@ class TrainingPlan:
     def outputs(self, network: int) -> int:
         """The number of a network's outputs."""
         return next(len(o.bias.value) for o in reversed(self.networks[network]) if isinstance(o, Linear))
+
+    def hides_weights(self) -> bool:
+        """Whether to skip zeros of the samples would hide weights: 0 times one that is not finite is NaN."""
+        weight = next(self.parameters(0)).value
+        return self.gather.dataset.skip_zeros and not np.isfinite(weight).all()
 
     def activations(self) -> set[str]:
         """The names of all activations."""

@@ -277,6 +277,6 @@ class NumbaBackend(NumpyBackend):
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """Matmuls by NumPy's BLAS, everything between them compiled."""
-        if not self.supports_fused(plan) or batches.varies:
+        if not self.supports_fused(plan) or batches.varies or plan.hides_weights():
             return super().train(plan, batches)
         return training.train(plan, batches, self._split)

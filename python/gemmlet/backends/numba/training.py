@@ -24,7 +24,7 @@ from ...formulas.activations import ACTIVATIONS
 from ...formulas.optimizers import moving_average
 from ...training import plan as training
 from ...training.plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
-from ...training.reference import check_labels, clip_by_norm, one_hot, targets_of
+from ...training.reference import clip_by_norm, one_hot, targets_of
 from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
 Split = Callable[[int, int, Callable[[slice], None]], None]
@@ -79,14 +79,27 @@ _nonzeros_of_floats = _nonzeros_loop(lambda value, table: value)
 
 
 @_compile
-def _rows_of_csr(all_values, all_indptr, all_indices, where, indptr, indices, values):
+def _rows_of_csr(all_values, all_indptr, all_indices, features, where, indptr, indices, values):
+    """Columns are in range, but for those that another thread has just changed: they become 0."""
     count = 0
     for i in range(where.size):
         indptr[i] = count
         for e in range(all_indptr[where[i]], all_indptr[where[i] + 1]):
-            indices[count], values[count] = all_indices[e], all_values[e]
+            column = all_indices[e]
+            if not 0 <= column < features:
+                column = 0
+            indices[count], values[count] = column, all_values[e]
             count += 1
     indptr[where.size] = count
+
+
+@_compile
+def _columns_fit(indptr, indices, features, where):
+    for i in where:
+        for e in range(indptr[i], indptr[i + 1]):
+            if not 0 <= indices[e] < features:
+                return False
+    return True
 
 
 @_compile
@@ -194,11 +207,13 @@ class _Sparse:
     """The nonzeros of a mini-batch, by rows and by features."""
 
     def __init__(self, dataset: training.Dataset, features: int, size: int, order: Array, table: Array) -> None:
-        self.dataset, self.table, self.rows = dataset, table, 0
+        self.dataset, self.features, self.table, self.rows = dataset, features, table, 0
         if dataset.indptr is None:
             # A group is written whole before it is counted.
             most = size * features + _GROUP
         else:
+            if not _columns_fit(dataset.indptr, dataset.indices, features, order):
+                raise ValueError("indices: out of range")
             lengths = np.diff(dataset.indptr)[order]
             most = int(max(lengths[i : i + size].sum() for i in range(0, len(order), size)))
         self.by_row, self.by_feature = (
@@ -211,7 +226,7 @@ class _Sparse:
         x, indptr, indices, _ = self.dataset
         self.rows = len(where)
         if indptr is not None:
-            _rows_of_csr(x, indptr, indices, where, *self.by_row)
+            _rows_of_csr(x, indptr, indices, self.features, where, *self.by_row)
         else:
             gather = _nonzeros_of_bytes if x.dtype == np.uint8 else _nonzeros_of_floats
             gather(x, where, self.table, *self.by_row)
@@ -464,7 +479,6 @@ def train(plan: TrainingPlan, batches: training.Batches, split: Split) -> traini
     ``split(size, unit, run)`` calls `run` on slices of whole units that cover `size` elements, in several threads if
     there are many.
     """
-    check_labels(plan, batches.order)
     executor = _Executor(plan, batches, split)
     actions = [executor.prepare(phase) for phase in plan.phases]
     plan.is_torn = True
