@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import pickle
+import sys
+import tracemalloc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 from gemmlet.formulas.optimizers import adam_hyperparameters, adam_table
-from gemmlet.nn import MLP, OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
+from gemmlet.nn import GAN, MLP, OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
 from gemmlet.nn.optimizers import lr_factors
+from gemmlet.training.plan import Batches
 from support import same_bits
 
 SETTINGS = {
@@ -71,6 +79,149 @@ def test_state_belongs_to_the_parameter(rng: np.random.Generator) -> None:
                 break
     np.testing.assert_array_equal(one, apart[0])
     np.testing.assert_array_equal(two, apart[1])
+
+
+# Copies.
+
+X, Y = np.random.default_rng(0).random((40, 5)).astype(np.float32), np.arange(40) % 3
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def by_joblib(value: Any) -> Any:
+    """Which writes an array that occurs twice twice."""
+    joblib = pytest.importorskip("joblib")
+    joblib.dump(value, file := io.BytesIO())
+    file.seek(0)
+    return joblib.load(file)
+
+
+def made(network: str) -> Any:
+    return GAN(2, [4, 5], [3, 1]) if network == "gan" else MLP([5, 4, 3], ema_decay=0.5)
+
+
+def train(model: Any, *optimizers: Optimizer) -> list[Any]:
+    """Two epochs, and what they make of the parameters."""
+    if isinstance(model, GAN):
+        model.fit(X, 2, 8, *optimizers)
+        return [*model.generator_parameters, *model.discriminator_parameters, *model._average.parameters]
+    model.fit(X, Y, 2, 8, *optimizers)
+    return [*model.parameters, *model._average.parameters]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, by_joblib])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("rules", ["sgd", "momentum", "adam", "clipped", "two"])
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_copies_go_on_as_the_originals_do(network: str, rules: str, together: bool, copied: Any) -> None:
+    rule = ClipNorm(Adam(0.01), 0.1) if rules == "clipped" else SETTINGS.get(rules, SETTINGS["adam"])[0].fresh()
+    optimizers = (rule, SGD(0.1, 0.9)) if (rules, network) == ("two", "gan") else (rule,)
+    originals = made(network), *optimizers
+    train(*originals)
+    copies = copied(originals) if together else [copied(original) for original in originals]
+    assert copies[1] == optimizers[0]
+    again = copied(copies)  # of which no parameter has been seen yet
+    expected = [[a.copy() for a in train(*originals)] for _ in range(2)]
+    for others in (copies, again):
+        for arrays in expected:
+            assert all(map(same_bits, train(*others), arrays))
+    assert all(map(same_bits, train(*copied(copies)), train(*originals)))
+
+
+def test_a_copy_of_settings_shares_the_states() -> None:
+    param, one = np.zeros(3), Adam()
+    one.update(param, np.ones(3))
+    other = copy.copy(one)
+    other.lr = 0.5
+    other.update(param, np.ones(3))
+    assert one.lr == 1e-3
+    assert [state.steps for state in one._states.values()] == [2]
+
+
+def test_a_copy_takes_over_what_fits() -> None:
+    """Parameter by parameter, those of a network as a whole, and each state once; what does not fit starts anew."""
+    one, params = Adam(), [np.zeros(2), np.zeros(3), np.zeros(3)]
+    for times, param in enumerate(params, 1):
+        for _ in range(times):
+            one.update(param, np.ones_like(param))
+
+    def steps_of(optimizer: Optimizer, *shapes: Any) -> list[int]:
+        arrays = [np.zeros(*shape) if isinstance(shape, tuple) else np.zeros(shape) for shape in shapes]
+        for array in arrays:
+            optimizer.update(array, np.ones_like(array))
+        return [state.steps - 1 for state in optimizer._states.values()]
+
+    assert steps_of(copy.deepcopy(one), 3, 3, 3, 2, 2) == [2, 3, 0, 1, 0]
+    assert steps_of(copy.deepcopy(one), 4, (3, np.float32), (2, np.float32)) == [0, 0, 0]
+    assert steps_of(one.fresh(), 2, 3) == [0, 0]
+    other = copy.deepcopy(one)
+    first, second = [np.zeros(3), np.zeros(2)], [np.zeros(3), np.zeros(3)]
+    assert [state.steps for state in other.group(first).states] == [0, 0]
+    assert [state.steps for state in other.group(second).states] == [2, 3]
+    assert [state.steps for state in other.group(second).states] == [2, 3]
+    # Of another model altogether: `fit` trains all of it.
+    model = MLP([2, 2])
+    before = [p.copy() for p in model.parameters]
+    copies = [copy.deepcopy(one) for _ in range(2)]
+    model.fit(X[:, :2].copy(), Y % 2, epochs=1, optimizer=copies[0])
+    assert not any(map(np.array_equal, before, model.parameters))
+    assert {state.steps for state in copies[0]._states.values()} == {1}
+
+
+def test_an_optimizer_does_not_keep_its_parameters() -> None:
+    """Of many networks that are gone nothing is left, and an array at an old address gets no old state."""
+    shared, x = Adam(), np.zeros((1, 32), np.float32)
+
+    def fit() -> weakref.ref[Any]:
+        model = MLP([32, 32, 2])
+        model.fit(x, [1], epochs=1, optimizer=shared)
+        assert {state.steps for state in shared._states.values()} == {1}
+        return weakref.ref(model)
+
+    fit()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        models = [fit() for _ in range(300)]
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 300 * 500  # a network has 5 kB
+    finally:
+        tracemalloc.stop()
+    assert not any(model() for model in models)
+    assert not shared._states
+    # And a parameter does not keep the optimizer.
+    param, optimizer = np.zeros(3), Adam()
+    optimizer.update(param, np.ones(3))
+    kept = weakref.ref(optimizer)
+    del optimizer
+    assert kept() is None
+
+
+def test_threads_share_an_optimizer() -> None:
+    """Each trains networks of its own; no state is lost, and no step."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for clipped in (False, True):
+            optimizer: Any = ClipNorm(Adam(), 1.0) if clipped else Adam()
+            models = [MLP([5, 4, 3], seed=seed) for seed in range(8)]
+            expected = [MLP([5, 4, 3], seed=seed) for seed in range(8)]
+            for model in expected:
+                model.fit(X, Y, 3, 8, optimizer.fresh())
+            with ThreadPoolExecutor(4) as pool:
+                for done in [pool.submit(model.fit, X, Y, 3, 8, optimizer) for model in models]:
+                    done.result()
+            for ours, theirs in zip(models, expected, strict=True):
+                assert all(map(same_bits, ours.parameters, theirs.parameters))
+            assert [state.steps for state in optimizer._states.values()] == [15] * 32
+    finally:
+        sys.setswitchinterval(interval)
+
+
+# Settings.
 
 
 def test_fresh_keeps_settings_and_no_state() -> None:
@@ -231,7 +382,7 @@ def test_an_update_clips_its_gradient(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_gradients_without_a_norm_are_not_clipped(bad: float, backend: object) -> None:
+def test_gradients_without_a_norm_are_not_clipped(bad: float, backend: Any) -> None:
     """What is not finite stays where it is: it spoils no other number."""
     param, grad = np.zeros(3), np.array([bad, 30.0, -40.0])
     ClipNorm(SGD(1.0), 1.0).update(param, grad)
@@ -239,7 +390,9 @@ def test_gradients_without_a_norm_are_not_clipped(bad: float, backend: object) -
     results = []
     for rule in (SGD(0.1), ClipNorm(SGD(0.1), 1e-3)):
         model = MLP([2, 2], output="identity", dtype=np.float64)
-        model.fit(np.ones((4, 2)), np.full((4, 2), [bad, 3.0]), 1, 4, rule)
+        group = rule.group(model.parameters)  # `fit` would refuse the targets
+        plan = model._plan(*model._samples_and_targets(np.ones((4, 2)), np.full((4, 2), [bad, 3.0])), group)
+        backend.train(plan, Batches(np.arange(4), 4, (group.hyperparameters(np.ones(1)),), (0.0,)))
         results.append(model.parameters)
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)

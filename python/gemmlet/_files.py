@@ -3,23 +3,91 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import re
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# A temporary file that is older than this, in seconds, and that nobody has locked is a killed run's.
+_STALE_SECONDS = 60.0
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what the block writes there replaces `path` if the block ends well.
+    """Yield a temporary file beside `path`; what the block writes there replaces `path` if the block ends well.
 
-    The name keeps the extension, from which writers of images tell the format. It is unique, so that several threads
-    and processes may write the same file: the last one wins. The file gets the permissions of any new file.
+    The file has the extension of `path`, from which writers of images tell the format, and a name of its own, so that
+    several threads and processes may write the same file: the last one wins. A symbolic link stays, and its target is
+    replaced. An existing file's permissions are kept, a new one gets those of any new file. All is on the disk before
+    it takes the name: a power failure leaves the old file or the new one. What killed runs left beside it is removed.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written, or `path` is no plain file. The error names `path`.
     """
-    temporary = path.with_name(f".{path.stem}-{os.urandom(4).hex()}{path.suffix}")
+    target = Path(os.path.realpath(path))
+    stem = f".{target.stem[:50]}-"  # with what follows, no longer than a file system allows
+    temporary = target.with_name(f"{stem}{os.urandom(4).hex()}.tmp{target.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
+        permissions = _permissions(target)
+        try:
+            with open(temporary, "xb") as held:
+                # Some network file systems have no locks; nothing counts as stale there.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_stale(target.parent, rf"{re.escape(stem)}[0-9a-f]{{8}}\.tmp{re.escape(target.suffix)}")
+                yield temporary
+                if permissions is not None:
+                    temporary.chmod(permissions)
+                _sync(temporary)
+                os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    except OSError as error:
+        # That the disk is full comes without a name, and the temporary name means nothing to anybody.
+        if error.errno is None or error.filename not in (None, os.fspath(temporary), os.fspath(target)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+    with contextlib.suppress(OSError):  # not every file system has it
+        _sync(target.parent)
+
+
+def _permissions(target: Path) -> int | None:
+    """The permissions of an existing file that may be replaced."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a plain file")
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return stat.S_IMODE(mode) & 0o777
+
+
+def _remove_stale(folder: Path, pattern: str) -> None:
+    for entry in os.scandir(folder):
+        # Another thread or process may finish its file, or remove it, at any moment.
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+            if re.fullmatch(pattern, entry.name) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+                with open(entry.path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

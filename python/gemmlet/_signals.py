@@ -1,30 +1,52 @@
-"""Ctrl-C while steps are trained whose number has to be known."""
+"""Signals while something is done that has to be whole: steps whose number has to be known, or the last write."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+
+# What the module `signal` wraps in conversions to enums, which take ten times as long: a step may be shorter.
+from _signal import getsignal  # type: ignore[import-not-found]
+from _signal import signal as set_handler
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
+
+_NUMBERS = tuple(map(int, signal.valid_signals()))
 
 
-@contextlib.contextmanager
-def whole_steps() -> Iterator[None]:
-    """Ctrl-C within takes effect at the end: the optimizer has to know how many steps were done.
+class deferred_signals:  # noqa: N801 - it is used as a function
+    """Signals that Python handles, Ctrl-C first of all, take effect at the end of the block.
 
     What a first call raised while it compiles would be no KeyboardInterrupt, either.
     """
-    caught: list[tuple[int, FrameType | None]] = []
-    handler = signal.getsignal(signal.SIGINT)
-    # Python runs handlers in the main thread alone, and cannot put back one that it did not set.
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    for number, frame in caught[:1]:
-        handler(number, frame)
+
+    def __enter__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        # One of each, as the system keeps them.
+        self._came: dict[int, FrameType | None] = {}
+        self._is_over = False
+        # Python runs handlers in the main thread alone, and cannot put back one that it did not set.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: handler for number in _NUMBERS if callable(handler := getsignal(number))}
+            for number in self._handlers:
+                set_handler(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        try:
+            for number, handler in self._handlers.items():
+                set_handler(number, handler)
+        finally:
+            if self._came:
+                with contextlib.ExitStack() as handled:  # each of them, whatever the others raise
+                    for number, frame in self._came.items():
+                        handled.callback(self._handlers[number], number, frame)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Keep the signal, or pass it on once the block is over."""
+        if self._is_over:
+            self._handlers[number](number, frame)
+        else:
+            self._came[number] = frame

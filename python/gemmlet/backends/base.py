@@ -158,5 +158,6 @@ class Backend(Protocol):
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """Take the steps of a plan on mini-batches; a plan that is not supported is left to the reference.
 
-        Where it raises TypeError, ValueError or MemoryError, no step of an executor of its own has been taken.
+        Where it raises anything, `plan.is_torn` says whether parameters may have been changed. The caller sees to it
+        that no signal's handler does.
         """

@@ -5,7 +5,7 @@ same bits on one backend, whatever `gemmlet.set_num_threads` says. (The matmul o
 NumPy's BLAS, which may add in another order where the number of its own threads is another.)
 """
 
-from .fit import GANHistory, GANProgress, History, Progress, StopTraining
+from .fit import DivergedError, GANHistory, GANProgress, History, Progress, StopTraining
 from .gan import GAN
 from .mlp import MLP
 from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
@@ -18,6 +18,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "ClipNorm",
+    "DivergedError",
     "GANHistory",
     "GANProgress",
     "History",

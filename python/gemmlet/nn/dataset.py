@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -64,7 +65,7 @@ class Samples:
         if array.ndim < 2 or values != features:
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row")
         self.array: Any = _canonical(array, dtype) if is_sparse else array
-        self.is_sparse = is_sparse
+        self.name, self.is_sparse = name, is_sparse
         self.on_gpu = not is_sparse and is_on_gpu(array)
         self.features = features
         self.dtype = dtype
@@ -82,6 +83,23 @@ class Samples:
         if not self.is_sparse:
             self.array = self.backend.to_device(self.array)
             self.on_gpu = is_on_gpu(self.array)
+
+    def not_finite(self) -> str | None:
+        """What is wrong with them, if not all are finite."""
+        if self.array.dtype == np.uint8:
+            return None
+        if self.is_sparse:
+            wrong = np.flatnonzero(~np.isfinite(self.array.data))
+            if not len(wrong):
+                return None
+            row = int(np.searchsorted(self.array.indptr, wrong[0], "right")) - 1
+            return not_finite(self.array[row].toarray(), self.name, row)
+        array = self.array
+        if self.on_gpu:
+            if all(map(math.isfinite, self.backend.extremes(array))):
+                return None
+            array = self.backend.to_cpu(array)
+        return not_finite(array, self.name)
 
     def to_cpu(self) -> Self:
         """Put them on the CPU, and return them."""
@@ -124,6 +142,17 @@ def _canonical(matrix: Any, dtype: np.dtype[Any]) -> Any:
         rows = rows.astype(dtype)
         rows.data /= 255.0
     return rows
+
+
+def not_finite(array: Array, name: str, first: int = 0) -> str | None:
+    """What is wrong with rows, counted from `first` on, of which not all numbers are finite; None if all are."""
+    if array.dtype.kind == "f":
+        for where in slices(len(array), CHUNK):
+            if not np.isfinite(rows := array[where].reshape(-1)).all():
+                at = int(np.argmin(np.isfinite(rows)))
+                row = first + where.start + at // (rows.size // (where.stop - where.start))
+                return f"{name} must be finite, got {rows[at]} in row {row}"
+    return None
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
@@ -17,22 +16,23 @@ from numpy.typing import NDArray
 
 from .._files import replacing
 from . import _checks as checks
+from . import safetensors
 from .dense import Dense
 from .optimizers import Optimizer, make_optimizer
 
 Array = NDArray[Any]
 
+# Where a network is a file: a path, or a binary file that is open.
+Source = str | os.PathLike[str] | safetensors.Readable
+Target = str | os.PathLike[str] | safetensors.Writable
+
 _KEY = "gemmlet"
 
+# Files without a version are of before; a newer one means that fields changed their meaning.
+_FORMAT = 1
 
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise ImportError(
-            "to save and load networks needs the package safetensors: pip install 'gemmlet[train]'"
-        ) from None
-    return safetensors
+# Of tensors that are not a network's own; `Saved.load` leaves them.
+OPTIMIZER = "optimizer."
 
 
 def named_tensors(dense: Dense, prefix: str = "") -> dict[str, Array]:
@@ -53,44 +53,63 @@ def expected_shapes(widths: Sequence[int], prefix: str = "") -> dict[str, tuple[
     return shapes
 
 
-def write(path: str | os.PathLike[str], kind: str, config: dict[str, Any], tensors: dict[str, Array]) -> None:
-    """Write a network to `path`, whole or not at all."""
-    metadata = {_KEY: json.dumps({"network": kind, "config": config})}
-    content = _safetensors().numpy.save(tensors, metadata)
-    with replacing(Path(path)) as temporary:
-        temporary.write_bytes(content)
+def write(
+    file: Target, kind: str, config: dict[str, Any], tensors: dict[str, Array], extra: dict[str, Any] | None = None
+) -> None:
+    """Write a network to `file`: to a path whole or not at all. `extra` is more JSON, for what is not the network's."""
+    header = {"format": _FORMAT, "network": kind, "config": config} | ({} if extra is None else {"extra": extra})
+    metadata = {_KEY: json.dumps(header)}
+    if not isinstance(file, str | os.PathLike):
+        safetensors.dump(file, tensors, metadata)
+        return
+    with replacing(Path(file)) as temporary, open(temporary, "wb") as opened:
+        safetensors.dump(opened, tensors, metadata)
 
 
-def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return the configuration and the tensors of the network of this kind at `path`.
+def read(file: Source, kind: str) -> tuple[dict[str, Any], dict[str, Array], dict[str, Any]]:
+    """Return the configuration, the tensors, and what else was written as JSON, of the network of this kind in `file`.
 
     Raises
     ------
     OSError
         The file is missing or cannot be read.
     ValueError
-        It is corrupt, or holds something else; the message names it.
+        It is corrupt, of a newer gemmlet, or holds something else; the message names it.
     """
-    safetensors = _safetensors()
-    # Its own errors for a missing file do not name it.
-    with open(path, "rb"):
-        pass
-    with errors_name(path, kind), safetensors.safe_open(path, framework="numpy") as file:
-        header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+    with errors_name(file, kind):
+        if isinstance(file, str | os.PathLike):
+            with open(file, "rb") as opened:
+                metadata, tensors = safetensors.load(opened)
+        else:
+            metadata, tensors = safetensors.load(file)
+        header = json.loads(metadata.get(_KEY, "null"))
         if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
             raise ValueError("it holds no network of gemmlet")
+        version = checks.whole_number(header.get("format", 0), "format", 0)
+    if version > _FORMAT:
+        raise ValueError(
+            f"{_name(file)} was written by a newer gemmlet, in format {version}; this one reads up to {_FORMAT}"
+        )
+    with errors_name(file, kind):
         if header.get("network") != kind:
             raise ValueError(f"it holds a {header.get('network')}")
-        return header["config"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        extra = header.get("extra", {})
+        if not isinstance(extra, dict):
+            raise ValueError("what it has besides the network is no JSON object")
+        return header["config"], tensors, extra
 
 
 @contextmanager
-def errors_name(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+def errors_name(file: Source, kind: str) -> Iterator[None]:
     """Turn the errors that a corrupt or foreign file causes into a `ValueError` that names it."""
     try:
         yield
-    except (_safetensors().SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} is corrupt, or no file of a gemmlet {kind}: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{_name(file)} is corrupt, or no file of a gemmlet {kind}: {error}") from error
+
+
+def _name(file: Source) -> str:
+    return os.fspath(file) if isinstance(file, str | os.PathLike) else str(getattr(file, "name", "the file"))
 
 
 def check_tensors(tensors: dict[str, Array], shapes: dict[str, tuple[int, ...]], dtype: np.dtype[Any]) -> None:
@@ -132,20 +151,19 @@ class Saved(ABC):
     def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
         """The widths of `_parts`, from input to output."""
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the network to a safetensors file, whole or not at all.
+    def save(self, file: Target) -> None:
+        """Write the network to a safetensors file, to a path whole or not at all.
 
         Parameters
         ----------
-        path : path
-            An existing file is replaced. The configuration is in the metadata, under ``gemmlet``, as JSON.
+        file : path or binary file
+            An existing file is replaced, a symbolic link's target; permissions are kept. The configuration is in the
+            metadata, under ``gemmlet``, as JSON.
 
         Raises
         ------
-        ImportError
-            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
         OSError
-            The file cannot be written.
+            The file cannot be written, or is no plain file.
         """
         config = self._config() | {
             "dtype": str(self.dtype),
@@ -157,31 +175,34 @@ class Saved(ABC):
         tensors: dict[str, Array] = {}
         for prefix, dense in self._parts().items():
             tensors |= named_tensors(dense, prefix)
-        write(path, type(self).__name__, config, tensors)
+        write(file, type(self).__name__, config, tensors)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, file: Source) -> Self:
         """Read a network that `save` has written.
+
+        Parameters
+        ----------
+        file : path or binary file
 
         Raises
         ------
-        ImportError
-            The package safetensors is missing: ``pip install 'gemmlet[train]'``.
         OSError
             The file is missing or cannot be read.
         ValueError
-            It is corrupt or holds something else; the message names it.
+            It is corrupt, of a newer gemmlet, or holds something else; the message names it.
         """
-        config, tensors = read(path, cls.__name__)
-        with errors_name(path, cls.__name__):
+        config, tensors, _ = read(file, cls.__name__)
+        with errors_name(file, cls.__name__):
             # Perceptrons that were saved before there were averages have neither.
             steps = checks.whole_number(config.pop("steps") if "ema_decay" in config else 0, "steps", 0)
             shapes: dict[str, tuple[int, ...]] = {}
             for prefix, widths in cls._widths(config).items():
                 shapes |= expected_shapes(widths, prefix)
-            check_tensors(tensors, shapes, np.dtype(config["dtype"]))
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
+            check_tensors(own, shapes, np.dtype(config["dtype"]))
             network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
         for prefix, dense in network._parts().items():
-            copy_into(dense, tensors, prefix)
+            copy_into(dense, own, prefix)
         network.steps = steps
         return network

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from .. import _arguments as arguments
+from .._signals import deferred_signals
 from .._threads import get_num_threads
+from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
-from .dataset import Ahead, Array, Samples, sample_order
+from .dataset import Ahead, Array, Samples, not_finite, sample_order
 from .dense import Dense
 from .normals import fill_normal
 from .optimizers import Optimizer, ParameterGroup, Schedule, as_optimizer, lr_factors
@@ -28,8 +31,8 @@ _CALL_SECONDS = 0.1
 # Threads that draw noise while a GPU trains: enough to be done earlier.
 _DRAWING_THREADS = 4
 
-# What `Backend.train` raises that has taken no step.
-_REFUSALS = (TypeError, ValueError, MemoryError)
+# What was learnt is copied, for the case that training diverges, after this many times as long as it takes to copy it.
+_COPY_EVERY = 200
 
 # When `fit` calls its callback.
 CALLBACK_EVERY = ("batch", "call", "epoch")
@@ -37,6 +40,14 @@ CALLBACK_EVERY = ("batch", "call", "epoch")
 
 class StopTraining(Exception):  # noqa: N818 - it is a request, not an error
     """A callback raises it to end `fit` at once; `fit` then returns the history so far."""
+
+
+class DivergedError(ArithmeticError):
+    """`fit` raises it when a loss or a parameter is no longer finite.
+
+    The message names epoch and mini-batches, to the call of the backend. Parameters, moving averages, state of the
+    optimizer, random streams and `steps` are those of one moment shortly before, when all parameters were finite.
+    """
 
 
 @dataclass
@@ -192,7 +203,6 @@ class Trainable(ABC):
     """
 
     dtype: np.dtype[Any]
-    ema_decay: float
     default_optimizer: Optimizer
     default_batch_size: int
     steps: int
@@ -201,6 +211,18 @@ class Trainable(ABC):
     # Of a network that is trained on noise: its generator, and the columns of a row.
     _training_noise: np.random.Generator | None = None
     latent_dim = 0
+
+    @property
+    def ema_decay(self) -> float:
+        """The decay of the moving average per step; 0 if there is none, from the beginning."""
+        return self._ema_decay
+
+    @ema_decay.setter
+    def ema_decay(self, value: float) -> None:
+        decay = checks.fraction(value, "ema_decay")
+        if bool(decay) != bool(getattr(self, "_ema_decay", decay)):
+            raise ValueError(f"ema_decay cannot become {decay:g}: a network has averages from its beginning, or never")
+        self._ema_decay = decay
 
     @abstractmethod
     def _metrics(self, sums: Sequence[float], correct: int, seen: int) -> dict[str, float]:
@@ -216,6 +238,10 @@ class Trainable(ABC):
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
         return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
 
+    def streams(self) -> dict[str, np.random.Generator]:
+        """The random streams, by name."""
+        return {name.lstrip("_"): value for name, value in vars(self).items() if isinstance(value, np.random.Generator)}
+
     def _draw(self, rng: np.random.Generator, n: int) -> Array:
         # Drawn in float64 for either dtype, so that both get the same numbers.
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
@@ -230,99 +256,255 @@ class Trainable(ABC):
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         """Take all steps of a `fit`; `groups`: one for each of `plan.updates`, in their order."""
-        started, n = time.perf_counter(), len(samples)
-        epochs, size, callback, every = settings.epochs, settings.batch_size, settings.callback, settings.callback_every
-        batches = math.ceil(n / size)
-        backend = samples.backend
-        plan = backend.stage(plan)
-        # The reference takes a step a call: it may raise in the midst of several.
-        one_by_one = (callback is not None and every == "batch") or not backend.supports_fused(plan)
-        budget, orders = CallBudget(), Ahead(self._shuffle if settings.shuffle else None, sample_order)
-
-        def draw_by_threads(rng: np.random.Generator, n: int) -> Array:
-            noise = backend.empty_pinned((n, self.latent_dim), self.dtype)
-            fill_normal(rng, noise.reshape(-1), min(get_num_threads(), _DRAWING_THREADS))
-            return noise
-
-        noises = Ahead(self._training_noise, self._draw, draw_by_threads)
-
-        def prepare(epoch: int, rest: int) -> None:
-            """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""
-            if not rest and epoch < epochs:
-                rest = n
-                orders.prepare(rest)
-            if rest and self._training_noise is not None:
-                noises.prepare(min(rest, size * (1 if one_by_one else budget.following())))
-
-        def call(epoch: int, first: int, order: Array, sums: tuple[float, ...]) -> training.Outcome:
-            """Train on samples of the epoch, from `first` on."""
-            noise = None if self._training_noise is None else noises.take(len(order))
-            steps = math.ceil(len(order) / size)
-            factors = lr_factors(settings.lr_schedule, (epoch - 1) * batches + first // size, steps, epochs * batches)
-            batch = training.Batches(
-                order,
-                min(size, len(order)),
-                tuple([group.hyperparameters(factors) for group in groups]),
-                sums,
-                self._decay(self.steps + np.arange(1, steps + 1)) if self.ema_decay else None,
-                noise,
-                partial(prepare, epoch, n - first - len(order)),
-            )
-            budget.start()
-            trained = True
-            try:
-                return backend.train(plan, batch)
-            except _REFUSALS:
-                trained = False
-                raise
-            finally:
-                # After Ctrl-C too: it comes as the call returns.
-                if trained:
-                    budget.stop(steps)
-                    self.steps += steps
-                    for group in groups:
-                        group.advance(steps)
-
-        def log(epoch: int, metrics: dict[str, float]) -> None:
-            for name, value in metrics.items():
-                getattr(history, name).append(value)
-            if settings.verbose:
-                shown = "  ".join(f"{_LABELS.get(k, k.replace('_', ' '))} {v:.4f}" for k, v in metrics.items())
-                print(f"epoch {epoch}/{epochs}  {shown}", flush=True)
-
-        try:
-            for epoch in range(1, epochs + 1):
-                sums, correct, seen, done = (0.0,) * len(plan.losses), 0, 0, False
-                order = orders.take(n)
-                try:
-                    while not done:
-                        where = order[seen : seen + size * (1 if one_by_one else budget.steps)]
-                        sums, more = call(epoch, seen, where, sums)
-                        seen, correct = seen + len(where), correct + more
-                        done = seen == n
-                        if done or callback is not None:
-                            metrics = self._metrics(sums, correct, seen)
-                        if done:
-                            if validate is not None:
-                                backend.write_back(plan)
-                                metrics |= validate()
-                            log(epoch, metrics)
-                        if callback is not None and (done or every != "epoch"):
-                            backend.write_back(plan)
-                            batch = math.ceil(seen / size)
-                            callback(
-                                self._progress(
-                                    epoch=epoch, epochs=epochs, batch=batch, batches=batches, epoch_done=done, **metrics
-                                )
-                            )
-                except StopTraining:
-                    if not done and seen:
-                        unknown = {} if validate is None else dict.fromkeys(VALIDATION, math.nan)
-                        log(epoch, self._metrics(sums, correct, seen) | unknown)
-                    break
-        finally:
-            backend.write_back(plan)
+        started = time.perf_counter()
+        _Training(self, history, samples, plan, groups, settings, validate).run()
         history.seconds = time.perf_counter() - started
+
+
+@dataclass
+class Position:
+    """Where a `fit` is.
+
+    Attributes
+    ----------
+    epoch : int
+        Counted from 1.
+    seen : int
+        Samples of the epoch that were trained on.
+    sums : tuple of float
+        Of their losses, one for each `Loss` of the plan.
+    correct : int
+        How many of them were correct.
+    """
+
+    epoch: int = 1
+    seen: int = 0
+    sums: tuple[float, ...] = ()
+    correct: int = 0
+
+
+class _Training:
+    """The loop of one `fit`.
+
+    Steps are taken, and counted, in whole calls: signals wait for the end of one, and a call that fails in the midst of
+    its steps, or diverges, is undone, back to the last copy.
+    """
+
+    def __init__(
+        self,
+        model: Trainable,
+        history: Any,
+        samples: Samples,
+        plan: training.TrainingPlan,
+        groups: Sequence[ParameterGroup],
+        settings: Settings,
+        validate: Callable[[], dict[str, float]] | None,
+    ) -> None:
+        self.model, self.history, self.groups = model, history, groups
+        self._samples, self._settings, self._validate = samples, settings, validate
+        self._n, self._size = len(samples), settings.batch_size
+        self._batches = math.ceil(self._n / self._size)
+        self._backend = samples.backend
+        self._plan = self._backend.stage(plan)
+        # The reference takes a step a call: it may raise in the midst of several.
+        every_batch = settings.callback is not None and settings.callback_every == "batch"
+        self._one_by_one = every_batch or not self._backend.supports_fused(self._plan)
+        self._budget = CallBudget()
+        self._orders = Ahead(model._shuffle if settings.shuffle else None, sample_order)
+        by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
+        self._noises = Ahead(model._training_noise, model._draw, by_threads)
+        self.at = Position(sums=(0.0,) * len(plan.losses))
+        self.parameters = [p for network in range(len(plan.networks)) for p in plan.parameters(network)]
+        started = time.perf_counter()
+        if not self._is_finite():
+            raise ValueError("the network has parameters that are not finite")
+        # Until all samples have been used, how it was before the first of them is kept, too: they may be refused.
+        self._start = self._good = _Copy(self)
+        self._first_epoch, self._is_undone = self.at.epoch, False
+        self._copy_at = _next_copy(started)
+
+    def run(self) -> None:
+        """Train."""
+        try:
+            with contextlib.suppress(StopTraining):
+                while self.at.epoch <= self._settings.epochs:
+                    self._epoch(self._orders.take(self._n))
+            self._check()
+            if self.at.seen:
+                unknown = {} if self._validate is None else dict.fromkeys(VALIDATION, math.nan)
+                self._log(self._metrics() | unknown)
+        except BaseException:
+            with deferred_signals():
+                if not self._is_undone:
+                    self._backend.write_back(self._plan)
+                    if not self._is_finite():  # and something else went wrong before that was noticed
+                        self._good.restore(self)
+            raise
+
+    def _epoch(self, order: Array) -> None:
+        """The rest of an epoch, which takes the samples in this order."""
+        settings, at, n, done = self._settings, self.at, self._n, False
+        while not done:
+            if at.seen < n:
+                self._call(order)
+            done = at.seen == n
+            if done or settings.callback is not None:
+                metrics = self._metrics()
+            if done:
+                if self._validate is not None:
+                    self._backend.write_back(self._plan)
+                    metrics |= self._validate()
+                self._log(metrics)
+            if settings.callback is not None and (done or settings.callback_every != "epoch"):
+                self._backend.write_back(self._plan)
+                told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
+                settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
+
+    def _call(self, order: Array) -> None:
+        """Take the steps of one call of the backend, on the next samples of the epoch."""
+        at, size, model = self.at, self._size, self.model
+        where = order[at.seen : at.seen + size * (1 if self._one_by_one else self._budget.steps)]
+        steps, first = math.ceil(len(where) / size), at.seen // size
+        done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
+        factors = lr_factors(self._settings.lr_schedule, done, steps, total)
+        with deferred_signals():
+            if (now := time.perf_counter()) >= self._copy_at:
+                self._check()
+                self._keep()
+                self._copy_at = _next_copy(now)
+            hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
+            noise, stream = None, model._training_noise
+            if stream is not None:
+                before, noise = stream.bit_generator.state, self._noises.take(len(where))
+            decay = model._decay(model.steps + np.arange(1, steps + 1)) if model.ema_decay else None
+            rest = self._n - at.seen - len(where)
+            batches = training.Batches(
+                where, min(size, len(where)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
+            )
+            self._budget.start()
+            try:
+                sums, correct = self._backend.train(self._plan, batches)
+            except BaseException:
+                if self._plan.is_torn:
+                    self._undo(self._good)
+                elif stream is not None:
+                    stream.bit_generator.state = before
+                raise
+            self._budget.stop(steps)
+            if not all(map(math.isfinite, sums)):
+                last = first + steps
+                which = f"batch {last}" if steps == 1 else f"batches {first + 1} to {last}"
+                self._diverge(f"in epoch {at.epoch}, {which} of {self._batches}: the loss is no longer finite")
+            at.seen, at.sums, at.correct = at.seen + len(where), sums, at.correct + correct
+            model.steps += steps
+            for group in self.groups:
+                group.advance(steps)
+
+    def _prepare(self, rest: int) -> None:
+        """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""
+        if not rest and self.at.epoch < self._settings.epochs:
+            rest = self._n
+            self._orders.prepare(rest)
+        if rest and self.model._training_noise is not None:
+            self._noises.prepare(min(rest, self._size * (1 if self._one_by_one else self._budget.following())))
+
+    def _metrics(self) -> dict[str, float]:
+        return self.model._metrics(self.at.sums, self.at.correct, self.at.seen)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        """Note an epoch, and go to the next one."""
+        epoch = self.at.epoch
+        with deferred_signals():
+            for name, value in metrics.items():
+                getattr(self.history, name).append(value)
+            self.at = Position(epoch + 1, sums=(0.0,) * len(self.at.sums))
+        if self._settings.verbose:
+            shown = "  ".join(f"{_LABELS.get(k, k.replace('_', ' '))} {v:.4f}" for k, v in metrics.items())
+            print(f"epoch {epoch}/{self._settings.epochs}  {shown}", flush=True)
+
+    # What to go back to.
+
+    def _check(self) -> None:
+        """Raise if parameters are not finite."""
+        with deferred_signals():
+            self._backend.write_back(self._plan)
+            if not self._is_finite():
+                epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)
+                where = f"epoch {epoch}, batch {batch} of {self._batches}" if batch else f"epoch {epoch - 1}"
+                self._diverge(f"after {where}: parameters are no longer finite")
+
+    def _is_finite(self) -> bool:
+        return all(np.isfinite(p.value).all() for p in self.parameters)
+
+    def _keep(self) -> None:
+        """Copy what was learnt."""
+        if self.at.epoch > self._first_epoch:
+            self._start = self._good
+        elif self._good is self._start:
+            self._good = _Copy(self)
+            return
+        self._good.take(self)
+
+    def _diverge(self, where: str) -> NoReturn:
+        """Go back, and say why: because of samples or targets that are not finite, if there are some."""
+        targets = (loss.targets for loss in self._plan.losses if isinstance(loss.targets, np.ndarray))
+        spoilt = self._samples.not_finite() or next(filter(None, (not_finite(t, "y") for t in targets)), None)
+        self._undo(self._start if spoilt else self._good)
+        if spoilt:
+            raise ValueError(spoilt)
+        back = f"the network is as it was after {self.model.steps} steps, when it was finite"
+        raise DivergedError(f"the training diverged {where}; {back}. A smaller learning rate may help")
+
+    def _undo(self, copy: _Copy) -> None:
+        """Go back; what is on a GPU is no longer newer than that."""
+        with contextlib.suppress(Exception):  # it may be the GPU that failed
+            self._backend.write_back(self._plan)
+        copy.restore(self)
+        self._is_undone = True
+
+
+def _draw_by_threads(backend: Backend, columns: int, dtype: np.dtype[Any], rng: np.random.Generator, n: int) -> Array:
+    noise = backend.empty_pinned((n, columns), dtype)
+    fill_normal(rng, noise.reshape(-1), min(get_num_threads(), _DRAWING_THREADS))
+    return noise
+
+
+def _next_copy(started: float) -> float:
+    """When to make the next one, if the last one was begun then."""
+    now = time.perf_counter()
+    return now + _COPY_EVERY * (now - started)
+
+
+class _Copy:
+    """All that a training changes, as it was at a moment when all parameters were finite."""
+
+    def __init__(self, training: _Training) -> None:
+        arrays = (array for p in training.parameters for array in p.arrays() if array is not None)
+        self._pairs = [(array, np.empty_like(array)) for array in arrays]
+        self.take(training)
+
+    def take(self, source: _Training) -> None:
+        """Copy it anew."""
+        for array, copy in self._pairs:
+            copy[...] = array
+        self._position, self._steps = replace(source.at), source.model.steps
+        self._updates = [[state.steps for state in group.states] for group in source.groups]
+        self._streams = {name: rng.bit_generator.state for name, rng in source.model.streams().items()}
+
+    def restore(self, to: _Training) -> None:
+        """Go back to it."""
+        at = self._position
+        for array, copy in self._pairs:
+            array[...] = copy
+        to.at, to.model.steps = replace(at), self._steps
+        for group, steps in zip(to.groups, self._updates, strict=True):
+            for state, count in zip(group.states, steps, strict=True):
+                state.steps = count
+        for name, rng in to.model.streams().items():
+            rng.bit_generator.state = self._streams[name]
+        for values in vars(to.history).values():
+            if isinstance(values, list):
+                del values[at.epoch - 1 :]
 
 
 # What is said of validation data, and how it is printed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,7 +108,7 @@ class GAN(Trainable, files.Saved):
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
         self.loss = checks.choice(loss, "loss", LOSSES)
         self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
-        self.ema_decay = checks.fraction(ema_decay, "ema_decay")
+        self.ema_decay = ema_decay
         self.dtype = checks.float_dtype(dtype)
         self.seed = checks.whole_number(seed, "seed", 0)
         if default_optimizer is None:
@@ -365,6 +366,8 @@ class GAN(Trainable, files.Saved):
             raise ValueError("x is empty; expected at least one sample")
         if samples.array.dtype != np.uint8:
             low, high = samples.backend.extremes(samples.array)
+            if spoilt := None if math.isfinite(low) else samples.not_finite():
+                raise ValueError(spoilt)
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"x must lie within [0, 1], got {low:g} to {high:g}")
         return samples

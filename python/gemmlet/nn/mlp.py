@@ -17,7 +17,7 @@ from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, Tra
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from . import files
-from .dataset import CHUNK, Samples, slices
+from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .fit import VALIDATION, History, Progress, Trainable, network_of
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
@@ -117,7 +117,7 @@ class MLP(Trainable, files.Saved):
         self.seed = checks.whole_number(seed, "seed", 0)
         self.activation_parameter = activation_number(activation, activation_parameter)
         self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
-        self.ema_decay = checks.fraction(ema_decay, "ema_decay")
+        self.ema_decay = ema_decay
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
         self.default_batch_size = checks.whole_number(default_batch_size, "default_batch_size", 1)
         if output == "softmax" and self.layers[-1] < 2:
@@ -215,6 +215,9 @@ class MLP(Trainable, files.Saved):
         if validation_data is not None:
             names = "validation_data[0]", "validation_data[1]"
             validation = self._samples_and_targets(*checks.pair(validation_data, "validation_data"), names)
+            for spoilt in (validation[0].not_finite(), not_finite(validation[1], names[1])):
+                if spoilt:
+                    raise ValueError(spoilt)
             validation[0].stay()
 
             def validate() -> dict[str, float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
-from .._memory import aligned_zeros
+from .._memory import aligned_copy, aligned_zeros
+from .._signals import deferred_signals
 from ..formulas.optimizers import OPTIMIZER_RULES, adam_table
 from ..training.reference import clip_by_norm
 from . import _checks as checks
@@ -23,21 +26,91 @@ Array = NDArray[Any]
 Schedule = Callable[[float], float]
 
 
-@dataclass
-class _State:
-    """What an optimizer keeps for one parameter. It holds the parameter, so that no other array can get its id."""
+@dataclass(eq=False)
+class State:
+    """What an optimizer keeps for one parameter, of this shape and dtype."""
 
-    param: Array
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
     arrays: tuple[Array, ...]
     steps: int = 0
+
+    def fits(self, param: Array) -> bool:
+        """Whether it may be that of `param`."""
+        return (self.shape, self.dtype) == (param.shape, param.dtype)
+
+
+class States:
+    """The states of an optimizer in the order of their first use, each as long as its parameter lives.
+
+    A copy, or what was pickled, has no parameters yet, and its states wait: the first parameters that are asked for
+    and fit take them over.
+    """
+
+    def __init__(self, waiting: Iterable[State] = ()) -> None:
+        self._of: dict[int, tuple[weakref.ref[Array], State]] = {}  # by the id of the parameter
+        self._waiting = list(waiting)
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        with self._lock:
+            return States, ([*self.values(), *self._waiting],)
+
+    def __len__(self) -> int:
+        return len(self._of) + len(self._waiting)
+
+    def values(self) -> list[State]:
+        """Those whose parameters live."""
+        return [state for _, state in list(self._of.values())]
+
+    def get(self, param: Array) -> State | None:
+        """That of a parameter, if there is one."""
+        found = self._of.get(id(param))
+        return found[1] if found is not None and found[0]() is param else None
+
+    def set(self, param: Array, state: State) -> None:
+        """From now on `state` is that of `param`."""
+        mine, key = weakref.ref(self), id(param)
+
+        def forget(reference: weakref.ref[Array]) -> None:
+            states = mine()
+            if states is not None and states._of.get(key, (None,))[0] is reference:
+                del states._of[key]
+
+        self._of[key] = weakref.ref(param, forget), state
+
+    def of(self, params: Sequence[Array], arrays: int) -> list[State]:
+        """Those of parameters that belong together; new ones have so many arrays of zeros."""
+        with self._lock:
+            new = [param for param in params if self.get(param) is None]
+            for param, state in zip(new, self._take_over(new, arrays), strict=True):
+                self.set(param, state)
+            return [found for param in params if (found := self.get(param)) is not None]
+
+    def _take_over(self, params: Sequence[Array], arrays: int) -> list[State]:
+        """Consecutive states that wait and fit, no longer waiting; or new ones."""
+        for first in range(len(self._waiting) - len(params) + 1 if params else 0):
+            some = slice(first, first + len(params))
+            if all(map(State.fits, self._waiting[some], params)):
+                found = [replace(s, arrays=tuple(map(aligned_copy, s.arrays))) for s in self._waiting[some]]
+                del self._waiting[some]
+                return found
+        zeros = [tuple(aligned_zeros(param.shape, param.dtype) for _ in range(arrays)) for param in params]
+        return [State(param.shape, param.dtype, state) for param, state in zip(params, zeros, strict=True)]
 
 
 @dataclass
 class Optimizer(ABC):
     """Base of the optimizers.
 
-    An optimizer keeps its state (velocity, moments, number of steps) for each parameter that it has updated, and so one
-    object may serve several networks. `fit` continues with the state of an object that it is given.
+    An optimizer keeps its state (velocity, moments, number of steps) for each parameter that it has updated, as long as
+    that exists, and so one object may serve several networks, in several threads too. `fit` continues with the state
+    of an object that it is given.
+
+    A deep copy, and what pickle or joblib make of an optimizer, has the states too, in the order in which they were
+    first used, but no parameters: the first ones that it is given and whose shapes and dtypes fit, those of a network
+    as a whole, take them over. So a copy goes on with a copy of the network, with the same bits. What fits nothing
+    starts anew. (`copy.copy` makes an optimizer with settings of its own that shares the states.)
 
     Attributes
     ----------
@@ -49,7 +122,7 @@ class Optimizer(ABC):
 
     name: ClassVar[str]
     lr: float
-    _states: dict[int, _State] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _states: States = field(default_factory=States, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -77,21 +150,13 @@ class Optimizer(ABC):
         TypeError, ValueError
             A dtype, a shape or a setting does not fit.
         """
-        state = self._state(param)
+        if not isinstance(param, np.ndarray):
+            raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
         lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
-        self._apply(state.param, grad, state.arrays, state.steps + 1, lr)
-        # Only now: a step that raised leaves nothing behind.
-        state.steps += 1
-        self._states[id(state.param)] = state
-
-    def _state(self, param: Array) -> _State:
-        if (state := self._states.get(id(param))) is None:
-            if not isinstance(param, np.ndarray):
-                raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
-            state = _State(
-                param, tuple(aligned_zeros(param.shape, param.dtype) for _ in range(self._arrays_per_parameter))
-            )
-        return state
+        with deferred_signals():
+            state = self._states.get(param) or self._states.of([param], self._arrays_per_parameter)[0]
+            self._apply(param, grad, state.arrays, state.steps + 1, lr)
+            state.steps += 1
 
     def _rates(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
         """The learning rates of steps with these factors, checked: a product may be too large."""
@@ -101,11 +166,10 @@ class Optimizer(ABC):
 
     def group(self, params: Sequence[Array]) -> ParameterGroup:
         """Parameters to be updated together, in each step of a plan; their state is this optimizer's."""
-        states = [self._state(param) for param in params]
+        states = self._states.of(params, self._arrays_per_parameter)
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
         rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(np.ones(1)))
-        self._states.update({id(state.param): state for state in states})
         return ParameterGroup(self, rule, states)
 
     def fresh(self) -> Self:
@@ -135,7 +199,7 @@ class ParameterGroup(NamedTuple):
 
     optimizer: Optimizer
     rule: str
-    states: list[_State]
+    states: list[State]
     max_norm: float | None = None  # as in `Update`
 
     def hyperparameters(self, factors: NDArray[np.float64]) -> Array | list[Array]:

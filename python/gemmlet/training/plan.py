@@ -192,12 +192,14 @@ Phase = Gather | Forward | Loss | Backward | AllReduce | Update
 class TrainingPlan:
     """What a step does: `Gather`, and then phases of which each finds what it reads.
 
-    `executors` is the backends': what each keeps of the plan from one call to the next.
+    `executors` is the backends': what each keeps of the plan from one call to the next. `is_torn` says that a call of
+    `Backend.train` has begun to take steps, and has not ended.
     """
 
     networks: tuple[Network, ...]
     phases: tuple[Phase, ...]
     executors: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    is_torn: bool = field(default=False, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainingPlan, (self.networks, self.phases)  # a copy has executors of its own

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .._signals import whole_steps
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..formulas.optimizers import OPTIMIZER_RULES, moving_average
@@ -22,11 +21,11 @@ from . import plan as training
 from .plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
 
 
-@whole_steps()
 def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> training.Outcome:
     """See `Backend.train`."""
     check_labels(plan, batches.order)
-    plan, losses, correct = _on_cpu(backend, plan), list(batches.losses), 0
+    given, plan, losses, correct = plan, _on_cpu(backend, plan), list(batches.losses), 0
+    given.is_torn = True
     for number in range(batches.steps):
         rows = slice(number * batches.size, (number + 1) * batches.size)
         step = Step(backend, plan, batches.order[rows], None if batches.noise is None else batches.noise[rows])
@@ -40,6 +39,7 @@ def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> traini
                 step.run(phase)
         losses = [total + loss * step.rows for total, loss in zip(losses, step.losses, strict=True)]
         correct += step.correct
+    given.is_torn = False
     return training.Outcome(tuple(losses), correct)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from ... import _precision, _threads
 from ..._arrays import is_on_gpu, name_of
-from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import Loss, RowFunction, RowLoss, smoothing
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
@@ -327,7 +326,6 @@ class CudaBackend(Launcher, NumpyBackend):
         x = plan.gather.dataset.x
         return training.Session(self.device_of(x) if is_on_gpu(x) else self._first, plan)
 
-    @whole_steps()
     def write_back(self, plan: TrainingPlan) -> None:
         if (session := plan.executors.get(self)) is not None:
             session.write_back()
@@ -336,17 +334,19 @@ class CudaBackend(Launcher, NumpyBackend):
         """A new page-locked array, which every GPU copies from."""
         return self._first.empty_pinned(shape, dtype)
 
-    @whole_steps()
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         session: training.Session | None = plan.executors.get(self)
         if batches.varies or (session is None and not self.supports_fused(plan)):
             self.write_back(plan)
             return super().train(plan, batches)
-        if session is not None:
-            return session.train(batches)
-        session = self._session(plan)
-        outcome = session.train(batches)
-        session.write_back()
+        is_staged = session is not None
+        session = session or self._session(plan)
+        try:
+            outcome = session.train(batches)
+        finally:
+            plan.is_torn = session.is_torn
+        if not is_staged:
+            session.write_back()
         return outcome
 
 

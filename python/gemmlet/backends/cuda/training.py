@@ -318,6 +318,7 @@ class Session:
         # The same on the CPU.
         self._host = device.empty_pinned((end,), np.uint8)
         self._host[:] = 0
+        self.is_torn = False  # as `TrainingPlan.is_torn`
         self._is_newer = False  # whether the state is newer than the networks' arrays
         # What belongs to a call alone, there and here; longer ones take their place where a call needs that.
         self._own, self._own_host = device.empty((0,), np.uint8), device.empty_pinned((0,), np.uint8)
@@ -350,6 +351,7 @@ class Session:
         progress["hyperparameters"][0, :updates], progress["decay"] = addresses[1:-1], addresses[-1]
         progress["noise"], progress["loss"][0, :updates] = address(there), batches.losses
 
+        self.is_torn = True
         try:
             self.device.upload(sent, self._state[: len(sent)])
             self.device.upload(self._own_host[:own_bytes], self._own[:own_bytes])
@@ -365,6 +367,7 @@ class Session:
             self.device.synchronize()
             raise
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
+        self.is_torn = False
         return training.Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
 
     def write_back(self) -> None:

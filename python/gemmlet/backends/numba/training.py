@@ -20,7 +20,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ..._memory import aligned_zeros
-from ..._signals import whole_steps
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.optimizers import moving_average
 from ...training import plan as training
@@ -459,7 +458,6 @@ class _Executor:
         return run
 
 
-@whole_steps()
 def train(plan: TrainingPlan, batches: training.Batches, split: Split) -> training.Outcome:
     """See `Backend.train`; the plan is one that `NumbaBackend.supports_fused`, each update has one table.
 
@@ -469,9 +467,11 @@ def train(plan: TrainingPlan, batches: training.Batches, split: Split) -> traini
     check_labels(plan, batches.order)
     executor = _Executor(plan, batches, split)
     actions = [executor.prepare(phase) for phase in plan.phases]
+    plan.is_torn = True
     with np.errstate(all="ignore"):
         for executor.step in range(batches.steps):
             executor.where = batches.order[executor.step * executor.size :][: executor.size]
             for action in actions:
                 action()
+    plan.is_torn = False
     return training.Outcome(tuple(executor.losses), executor.correct)
