@@ -821,8 +821,32 @@ def test_diverging_in_the_last_step(few, tmp_path, capsys, network, lr):
     words = "train", network, "--data-dir", few, "--epochs", 1, "--lr", lr, "--optimizer", "sgd"
     assert call(*words, "--out", tmp_path / "out") == 1
     assert "diverged" in error_line(capsys)
-    # Of the GAN the picture from before the training is there, and none of what has become of it.
-    assert names_in(tmp_path / "out") == ({"samples/epoch_0000.png"} if network == "gan" else set())
+    assert names_in(tmp_path / "out").isdisjoint({"model.safetensors", "metrics.json"})
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_diverging_later_on(digits, tmp_path, capsys, monkeypatch, network):
+    """What was learnt before is saved, and drawn."""
+    monkeypatch.setattr(fit, "_next_copy", lambda now: now)
+    see = training.Watch.see
+
+    def spoil(self, progress, figures):
+        see(self, progress, figures)
+        if progress.epoch == 3:
+            self.settings.optimizer.lr = 1e39
+
+    monkeypatch.setattr(training.Watch, "see", spoil)
+    words = "train", network, "--data-dir", digits, "--epochs", 9, "--hidden", 8, "--out", tmp_path / "out"
+    assert call(*words) == 1
+    assert "diverged" in error_line(capsys)
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["interrupted"] is True
+    assert 2 <= metrics["epochs_done"] <= 3
+    assert {len(values) for values in metrics["history"].values()} == {metrics["epochs_done"]}
+    model = {"mlp": nn.MLP, "gan": nn.GAN}[network].load(tmp_path / "out" / "model.safetensors")
+    arrays = model.parameters if network == "mlp" else model.generator_parameters
+    assert all(np.isfinite(array).all() for array in arrays)
+    assert names_in(tmp_path / "out") >= (MLP_PICTURES if network == "mlp" else GAN_PICTURES).keys()
 
 
 def test_file_that_cannot_be_replaced(digits, tmp_path, capsys):

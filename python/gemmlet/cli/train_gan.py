@@ -57,7 +57,7 @@ def run(options: Options) -> int:
         pages.start()
         with watch.bar():
             fit = partial(model.fit, watch.data.x_train, callback=callback)
-            history = watch.fit(model, fit, "generator_loss", "discriminator_loss")
+            history = watch.fit(model, fit, nn.GANHistory)
             scores: dict[str, Any] = {}
             with watch.attempting("scores"):
                 scores = _judge(model, judge, watch)

@@ -43,7 +43,7 @@ def run(options: Options) -> int:
                 validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
                 callback=callback,
             )
-            history = watch.fit(model, fit, "loss", "accuracy", "validation_loss", "validation_accuracy")
+            history = watch.fit(model, fit, nn.History)
         _finish(model, history, watch)
         return watch.end()
 

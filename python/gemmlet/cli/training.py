@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -265,7 +266,7 @@ class Watch:
         self._stop: int | None = None
         self._is_saved = self._is_ending = False
         self._problems: list[str] = []
-        self._epochs_done = 0
+        self._epochs: list[nn.Progress | nn.GANProgress] = []  # those that were completed
         self._options = self._saved_options(network, options)
         if checksum not in (None, self._options["images_crc32"]):
             raise UserError(f"--resume {resume}: the training there had other images than those of {data.source}")
@@ -336,15 +337,30 @@ class Watch:
         if self._is_saved:
             raise KeyboardInterrupt(self._stop)
 
-    def fit(self, model: nn.MLP | nn.GAN, fit: Callable[..., Kept], *lists: str) -> Kept:
+    def fit(self, model: nn.MLP | nn.GAN, fit: Callable[..., Kept], kind: type[Kept]) -> Kept:
         """Train `model` with its `fit`, save it and what is known of the training, and return the history.
 
-        metrics.json gets these `lists` of it.
+        Of a training that diverged what was learnt before is saved.
         """
-        out, settings = self.settings.out, self.settings
-        history = fit(
-            epochs=settings.epochs, batch_size=settings.batch_size, optimizer=settings.optimizer, callback_every="call"
-        )
+        out, settings, started = self.settings.out, self.settings, time.perf_counter()
+        lists = [field.name for field in fields(kind) if field.name != "seconds"]
+        try:
+            history = fit(
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                optimizer=settings.optimizer,
+                callback_every="call",
+            )
+        except nn.DivergedError as error:
+            if not model.steps:
+                raise UserError(str(error), code=1) from error
+            self._problems.append(str(error))
+            # The network went back to an earlier step, and so does this.
+            self._epochs = [epoch for epoch in self._epochs if epoch.epoch * epoch.batches <= model.steps]
+            history = kind(
+                *([value for epoch in self._epochs if (value := getattr(epoch, name)) is not None] for name in lists),
+                time.perf_counter() - started,
+            )
         model.save(out / MODEL)
         self._facts = self._training_facts(history.seconds)
         self._facts["history"] = {name: [_finite(v) for v in getattr(history, name)] for name in lists}
@@ -369,9 +385,9 @@ class Watch:
             total = batches + self.more_epochs * progress.batches
             move(self._task, total=total, completed=done, epoch=progress.epoch, figures=self._fitting(shown))
         elif progress.epoch_done:
-            self.console.print(f"epoch {progress.epoch}/{progress.epochs}  {'  '.join(shown)}")
+            self._say(f"epoch {progress.epoch}/{progress.epochs}  {'  '.join(shown)}")
         if progress.epoch_done:
-            self._epochs_done = progress.epoch
+            self._epochs.append(progress)
         if self._stop is not None and done < batches:
             raise nn.StopTraining
 
@@ -401,7 +417,8 @@ class Watch:
         try:
             yield
         except Exception as error:
-            self._problems.append(f"{what}: {error or type(error).__name__}")
+            reason = str(error) or type(error).__name__
+            self._problems.append(f"the model is saved, but not all that belongs to it; {what}: {reason}")
 
     def plots(self) -> ModuleType:
         """Say that pictures are drawn, and return the module that draws them."""
@@ -421,14 +438,14 @@ class Watch:
 
     def _training_facts(self, seconds: float) -> dict[str, Any]:
         """What metrics.json says of any training; `seconds` are those of the training alone."""
-        description = select.current().describe()
+        description, done = select.current().describe(), self._epochs[-1].epoch if self._epochs else 0
         return {
             "seconds": seconds,
             "backend": description["backend"],
             "isa": description["isa"],
             "threads": get_num_threads(),
-            "interrupted": self._epochs_done < self.settings.epochs,
-            "epochs_done": self._epochs_done,
+            "interrupted": done < self.settings.epochs,
+            "epochs_done": done,
             **self.settings.facts(),
             "data": self.data.source,
             "training_images": len(self.data.y_train),
@@ -452,9 +469,7 @@ class Watch:
         status = 0 if self._stop is None else 128 + self._stop
         if self._problems:
             others = f" (and {len(self._problems) - 1} more)" if len(self._problems) > 1 else ""
-            raise UserError(
-                f"the model is saved, but not all that belongs to it; {self._problems[0]}{others}", status or 1
-            )
+            raise UserError(self._problems[0] + others, status or 1)
         return status
 
 
