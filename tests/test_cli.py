@@ -19,7 +19,7 @@ import pytest
 
 import cuda_on_host.backend
 import gemmlet
-from gemmlet import cli, nn
+from gemmlet import _environment, cli, nn
 from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
@@ -783,7 +783,6 @@ def test_isa_that_is_none(digits, capsys, monkeypatch, words):
     monkeypatch.setattr("gemmlet.backends.cpu.available_isas", lambda: ["baseline"])
     assert call(*words.split()) == 2
     line = error_line(capsys)
-    assert line.startswith("gemmlet: --backend: " if "--backend" in words else "gemmlet: GEMMLET_BACKEND: ")
     assert "'abacus'" in line
     assert "GEMMLET_ISA" in line
 
@@ -1297,12 +1296,27 @@ def test_folder_is_shown_as_it_is_called(digits, tmp_path, capsys):
 # The other commands, and the command without the extra.
 
 
-def test_info(capsys):
+def test_info(capsys, monkeypatch):
+    monkeypatch.setenv("GEMMLET_DATA_DIR", "/some/folder")
     assert call("info") == 0
-    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    config, backends, variables = capsys.readouterr().out.split("\n\n")
+    shown = dict(line.split(maxsplit=1) for line in config.splitlines())
     assert shown == {name: " ".join(value.split()) for name, value in select.config().items()}
     assert shown.keys() >= {"gemmlet", "backend", "isa", "threads", "numpy", "python"}
     assert (shown["gemmlet"], shown["numpy"]) == (gemmlet.__version__, np.__version__)
+    found = re.findall(r"^  (\w+) +(in use|ready|not here: .)", backends, re.MULTILINE)
+    assert [name for name, _ in found] == list(select.CHOICES)
+    assert [name for name, state in found if state == "in use"] == [select.current().name]
+    assert re.findall(r"^  (\w+) ", variables, re.MULTILINE) == list(_environment.VARIABLES)
+    assert "GEMMLET_DATA_DIR     /some/folder: the folder with" in variables
+    assert "GEMMLET_CACHE_DIR    not set: the folder" in variables
+
+
+def test_info_says_why_a_backend_is_not_there():
+    program = f"import sys; sys.modules.update(numba=None, cupy=None); {COMMAND}"
+    done = subprocess.run([sys.executable, "-c", program, "info"], capture_output=True, text=True, check=True)
+    for extra in ("numba", "cuda12"):
+        assert f"gemmlet[{extra}]" in " ".join(done.stdout.split())
 
 
 def test_commands_by_name(capsys):
@@ -1316,7 +1330,8 @@ def test_commands_by_name(capsys):
 
 
 def without_threads(shown):
-    return [line for line in shown.splitlines() if not line.startswith("threads")]
+    config, _ = shown.split("\n\n", 1)  # the environments differ
+    return [line for line in config.splitlines() if not line.startswith("threads")]
 
 
 @pytest.mark.parametrize("words", ["--version", "--version info"])

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "gemmlet"
 # From the bottom to the top: a folder, or a module.
 LAYERS = (
     ("formulas",),
-    ("_arrays", "_files", "_memory", "_precision", "_signals", "_threads", "_version"),
+    ("_arrays", "_environment", "_files", "_memory", "_precision", "_signals", "_threads", "_version"),
     ("training",),
     ("backends",),
     ("_arguments",),

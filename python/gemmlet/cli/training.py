@@ -129,7 +129,7 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
         try:
             use_backend(options.backend)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"--backend: {error}") from error
+            raise info.backend_error("--backend", error) from error
     info.choose_backend()
     if options.threads is not None:
         set_num_threads(options.threads)
