@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ GENERATOR_OUTPUTS = ("tanh", "sigmoid")
 _GENERATOR, _DISCRIMINATOR = 0, 1
 
 
-class GAN(Trainable, files.Saved):
+class GAN(Trainable):
     """Generative adversarial network (Goodfellow et al., 2014) of two multilayer perceptrons.
 
     The generator G makes a sample from noise z, the discriminator D tells samples of the data from generated ones; each
@@ -178,6 +179,8 @@ class GAN(Trainable, files.Saved):
         verbose: bool = False,
         callback: Callable[[GANProgress], object] | None = None,
         callback_every: str = "batch",
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
     ) -> GANHistory:
         """Train both networks on samples `x`.
 
@@ -199,6 +202,8 @@ class GAN(Trainable, files.Saved):
             As in `MLP.fit`, for both learning rates.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
+        checkpoint, resume
+            As in `MLP.fit`.
 
         Returns
         -------
@@ -207,14 +212,21 @@ class GAN(Trainable, files.Saved):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit; nothing has been trained then.
+            An argument does not fit; see `MLP.fit`.
+        DivergedError
+            A loss or a parameter is no longer finite.
+        OSError
+            A checkpoint cannot be read or written.
         """
         samples = self._samples(x)
-        settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
-        rule = self._optimizer(optimizer)
-        other = rule
+        settings = self._settings(
+            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+        )
+        rule = other = self._optimizer(optimizer)
+        optimizers = {"optimizer": rule}
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
+            optimizers["discriminator_optimizer"] = other
         generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
         phases = [
             self._gather(samples.dataset(may_skip_zeros=False)),
@@ -226,7 +238,7 @@ class GAN(Trainable, files.Saved):
             Update(_GENERATOR, generator.rule, generator.max_norm),
         ]
         history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-        self._train(history, samples, plan, [discriminator, generator], settings)
+        self._train(history, samples, plan, optimizers, [discriminator, generator], settings)
         return history
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
@@ -390,6 +402,36 @@ class GAN(Trainable, files.Saved):
     def _parts(self) -> dict[str, Dense]:
         parts = {"generator.": self._generator, "discriminator.": self._discriminator}
         return parts | ({"average.": self._average} if self.ema_decay else {})
+
+    def _trained(self, arguments: Collection[str]) -> dict[str, dict[str, Array]]:
+        generator, discriminator = (files.named_tensors(d, prefix) for prefix, d in list(self._parts().items())[:2])
+        if "discriminator_optimizer" in arguments:
+            return {"optimizer": generator, "discriminator_optimizer": discriminator}
+        return {"optimizer": generator | discriminator}
+
+    def save(
+        self, file: files.Target, optimizer: Optimizer | None = None, discriminator_optimizer: Optimizer | None = None
+    ) -> None:
+        """Write both networks to a file, as `MLP.save` does.
+
+        Parameters
+        ----------
+        file, optimizer
+            As there.
+        discriminator_optimizer : Optimizer, optional
+            The discriminator's, if `fit` was given one of its own.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written, or is no plain file.
+        ValueError
+            There is a `discriminator_optimizer` alone.
+        """
+        given = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
+        if optimizer is None and discriminator_optimizer is not None:
+            raise ValueError("discriminator_optimizer needs the other one, optimizer")
+        self._write(file, {argument: rule for argument, rule in given.items() if rule is not None})
 
     @staticmethod
     def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
-from . import files
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .fit import VALIDATION, History, Progress, Trainable, network_of
@@ -35,7 +35,7 @@ OUTPUTS = {
 }
 
 
-class MLP(Trainable, files.Saved):
+class MLP(Trainable):
     """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
 
     Parameters
@@ -161,6 +161,8 @@ class MLP(Trainable, files.Saved):
         verbose: bool = False,
         callback: Callable[[Progress], object] | None = None,
         callback_every: str = "batch",
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
     ) -> History:
         """Train on samples `x` and their labels `y`.
 
@@ -198,6 +200,15 @@ class MLP(Trainable, files.Saved):
             When it is called: after every mini-batch, which then is a call of the backend by itself; after every call,
             which takes about a tenth of a second; or after every epoch. The last two train faster, on a GPU by far,
             with the same result.
+        checkpoint : path, optional
+            A file that is written again and again, each time whole or not at all: at the end of each epoch, every 30
+            seconds in between, but not more often than every 50 times as long as that takes; and when `fit` ends,
+            whatever ends it, Ctrl-C or an error. It has the network, which `load` reads, state and settings of the
+            optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is.
+        resume : bool or path
+            A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
+            between. With True it is `checkpoint` if that exists, so that a job that is started again goes on. Samples
+            and arguments must be those of then, but for `epochs`, which may be more, and callbacks.
 
         Returns
         -------
@@ -206,10 +217,18 @@ class MLP(Trainable, files.Saved):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit; nothing has been trained then.
+            An argument does not fit. Nothing has been trained then, but where samples or targets are not finite, which
+            training itself finds: then all is as it was before, too, unless a callback has changed them later on; or
+            where `lr_schedule` returns no learning rate, which ends training between two steps.
+        DivergedError
+            A loss or a parameter is no longer finite. All is as it was shortly before that.
+        OSError
+            A checkpoint cannot be read or written; in the second case all is as the last step has left it.
         """
         samples, targets = self._samples_and_targets(x, y)
-        settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
+        settings = self._settings(
+            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+        )
         rule = self._optimizer(optimizer)
         validate = None
         if validation_data is not None:
@@ -224,7 +243,8 @@ class MLP(Trainable, files.Saved):
                 return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
         history, group = History(), rule.group(self.parameters)
-        self._train(history, samples, self._plan(samples, targets, group), [group], settings, validate)
+        plan = self._plan(samples, targets, group)
+        self._train(history, samples, plan, {"optimizer": rule}, [group], settings, validate)
         return history
 
     def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:
