@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import functools
 import gzip
 import importlib.metadata
 import io
@@ -7,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -46,7 +48,7 @@ MLP_PICTURES = {
     "worst_mistakes.png": (1050, None),  # as high as there are mistakes
 }
 GAN_PICTURES = {"loss_curves.png": (840, 504), "class_shares.png": (840, 456), "samples.png": (604, 632)}
-RUN_FILES = {"model.safetensors", "metrics.json", "options.json"}
+RUN_FILES = {"model.safetensors", "metrics.json", "options.json", "checkpoint.safetensors"}
 EVERYWHERE = {"seconds", "backend", "isa", "threads", "interrupted", "epochs_done", "epochs", "seed", "data", "history"}
 
 
@@ -948,7 +950,7 @@ def test_full_disk_after_the_training(digits, tmp_path, capsys, monkeypatch):
     )
     assert call("train", "mlp", "--data-dir", digits, "--epochs", 1, "--out", tmp_path) == 1
     assert "No space left on device" in error_line(capsys)
-    assert names_in(tmp_path) == {"model.safetensors", "options.json"}
+    assert names_in(tmp_path) == RUN_FILES - {"metrics.json"}
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -1103,6 +1105,155 @@ def test_hangup_that_is_ignored(digits, tmp_path):
     assert metrics_of(tmp_path / "out")["epochs_done"] == 100
 
 
+# --resume.
+
+
+def long_run(network, digits, out):
+    """Options of a training that writes checkpoints between its epochs' ends, and takes a second."""
+    return "train", network, "--data-dir", digits, "--epochs", 6, "--hidden", 8, "--seed", 4, "--out", out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(digits, tmp_path_factory):
+    """Return a function that runs a training to its end, once for each network, and returns its folder."""
+
+    @functools.cache
+    def run(network):
+        out = tmp_path_factory.mktemp("whole") / network
+        with process_restored():
+            assert call(*long_run(network, digits, out)) == 0
+        return out
+
+    return run
+
+
+def check_same(out, other):
+    """The same has been learnt, bit by bit, and the same pictures show it."""
+    assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert without(metrics_of(out), "seconds") == without(metrics_of(other), "seconds")
+    assert names_in(out) == names_in(other)
+    for name in names_in(out):
+        if Path(name).suffix in (".png", ".gif"):
+            assert (out / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
+    """In the midst of an epoch, and once more in another."""
+    whole, out = uninterrupted(network), tmp_path / "out"
+    press(6 if network == "mlp" else 3)
+    assert call(*long_run(network, digits, out)) == 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the next process
+    press(5 if network == "mlp" else 2)
+    assert call("train", network, "--resume", out) == 130
+    assert call("train", network, "--resume", out) == 0
+    check_same(out, whole)
+
+
+# Ends the process as if it were killed from outside, with what it has written until then.
+KILLED = """
+import os, signal
+from gemmlet.cli import training
+see = training.Watch.see
+def killed(self, progress, figures):
+    see(self, progress, figures)
+    if progress.epoch == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.Watch.see = killed
+"""
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_resume_after_kill(digits, tmp_path, uninterrupted, network):
+    whole, out = uninterrupted(network), tmp_path / "out"
+    command = [sys.executable, "-c", KILLED + COMMAND, *map(str, long_run(network, digits, out))]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+    assert not (out / "model.safetensors").exists()
+    model = {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "checkpoint.safetensors")
+    assert model.steps > 0
+    assert call("train", network, "--resume", out) == 0
+    check_same(out, whole)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.usefixtures("no_pictures")
+def test_resume_with_more_epochs(digits, tmp_path, network):
+    words = "train", network, "--data-dir", digits, "--classic", "--batch-size", 40
+    assert call(*words, "--epochs", 2, "--out", tmp_path / "a") == 0
+    assert call("train", network, "--resume", tmp_path / "a", "--epochs", 4, "--threads", 1) == 0
+    assert call(*words, "--epochs", 4, "--out", tmp_path / "b") == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    # It has ended: nothing is left to do, but to measure and to draw anew.
+    assert call("train", network, "--resume", tmp_path / "a") == 0
+    a, b = metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b")
+    assert without(a, "seconds", "threads") == without(b, "seconds", "threads")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_resume_before_anything_was_learnt(digits, tmp_path, uninterrupted):
+    assert call(*long_run("mlp", digits, tmp_path / "out")) == 0
+    (tmp_path / "out" / "checkpoint.safetensors").unlink()
+    assert call("train", "mlp", "--resume", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        uninterrupted("mlp") / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--epochs 5", "--epochs 5: the training in out has 6"),
+        ("--hidden 9", "--hidden 9: the training in out has 8"),
+        ("--seed 0", "--seed 0: the training in out has 4"),
+        ("--momentum 0", "--momentum 0.0: the training in out has none"),
+        ("--optimizer sgd", "--optimizer sgd: the training in out has adam"),
+        ("--classic", "--classic"),
+        ("--out other", "--out other"),
+        ("--data-dir others", "other images than those of others"),
+    ],
+)
+def test_resume_with_other_options(tmp_path, capsys, uninterrupted, words, named):
+    shutil.copytree(uninterrupted("mlp"), "out")
+    write_digits(Path("others"), seed=1)
+    before = {name: Path("out", name).read_bytes() for name in names_in(Path("out"))}
+    capsys.readouterr()
+    assert call("train", "mlp", "--resume", "out", *words.split()) == 2
+    assert named in error_line(capsys)
+    assert {name: Path("out", name).read_bytes() for name in names_in(Path("out"))} == before
+    assert call("train", "mlp", "--resume", "out", "--hidden", " 8", "--seed", 4, "--out", "out", "--epochs", 6) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("options.json", None), ("options.json", "half"), ("options.json", "[]"), ("checkpoint.safetensors", "half")],
+)
+def test_resume_from_what_is_no_training(tmp_path, capsys, uninterrupted, name, content):
+    shutil.copytree(uninterrupted("mlp"), "out")
+    capsys.readouterr()
+    Path("out", name).unlink() if content is None else Path("out", name).write_text(content)
+    assert call("train", "mlp", "--resume", "out") == 2
+    line = error_line(capsys)
+    assert "--resume out: " in line
+    assert name in line
+
+
+def test_resume_of_the_other_network(capsys, uninterrupted):
+    folder = uninterrupted("mlp")
+    capsys.readouterr()
+    assert call("train", "gan", "--resume", folder) == 2
+    assert "it holds a training of gemmlet train mlp" in error_line(capsys)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_new_training_in_the_folder_of_another(digits, tmp_path, capsys):
+    words = "train", "mlp", "--data-dir", digits, "--hidden", 4, "--epochs", 1, "--out", tmp_path / "out"
+    assert call(*words) == 0
+    assert "Replacing" not in capsys.readouterr().out
+    assert call(*words, "--seed", 1) == 0
+    assert f"Replacing the training in {tmp_path / 'out'}\n" in capsys.readouterr().out
+    assert nn.MLP.load(tmp_path / "out" / "checkpoint.safetensors").seed == 1
+
+
 # Ctrl-C.
 
 
@@ -1243,9 +1394,9 @@ class Terminal(io.StringIO):
 def shown(monkeypatch, no_pictures):
     """Return a function that runs the command on a terminal, and returns its lines, also those that others replaced."""
 
-    def run(*words, term="xterm"):
+    def run(*words, term="xterm", columns=80):
         monkeypatch.setenv("TERM", term)
-        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("COLUMNS", str(columns))
         with contextlib.redirect_stdout(Terminal()) as terminal:
             assert call(*words) == 0
         without_codes = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
@@ -1255,19 +1406,44 @@ def shown(monkeypatch, no_pictures):
 
 
 @pytest.mark.parametrize(
-    ("network", "figures"),
-    [("mlp", r"loss \S+  accuracy \S+  held out \S+"), ("gan", r"generator loss \S+  discriminator loss \S+")],
-    ids=["mlp", "gan"],
+    ("network", "columns", "figures"),
+    [
+        ("mlp", 60, r"loss \S+  accuracy \S+"),
+        ("mlp", 80, r"loss \S+  accuracy \S+  held out \S+"),
+        ("mlp", 150, r"loss \S+  accuracy \S+  held out \S+"),
+        ("gan", 60, r"generator loss \S+"),
+        ("gan", 80, r"generator loss \S+  discriminator loss \S+"),
+        ("gan", 150, r"generator loss \S+  discriminator loss \S+"),
+    ],
 )
-def test_bar_fits_the_terminal(digits, tmp_path, shown, network, figures):
+def test_bar_fits_the_terminal(digits, tmp_path, shown, network, columns, figures):
     words = "train", network, "--data-dir", digits, "--epochs", 20, "--hidden", 4, "--out", tmp_path / "out"
-    lines = shown(*words)
+    lines = shown(*words, columns=columns)
     bars = [line for line in lines if line.startswith("epoch ")]
     assert re.fullmatch(rf"epoch 20/20 ━{{5,}} {figures} \d:\d\d:\d\d", bars[-1])
-    assert max(map(len, bars)) <= 80
+    assert max(map(len, bars)) <= columns
     assert not any("…" in line for line in lines)
     # The table is not folded either.
     assert sum("│" in line for line in lines) == {"mlp": 6, "gan": 5}[network]
+    assert "Drawing the pictures." in lines
+
+
+def test_time_left_of_the_gan_includes_its_judge(digits, tmp_path, monkeypatch):
+    """The bar ends when the judge has been trained, and not before."""
+    done = []
+    see_more = training.Watch.see_more
+
+    def seen(self, progress):
+        (task,) = self._bar.tasks
+        done.append(task.completed / task.total)
+        see_more(self, progress)
+
+    monkeypatch.setattr(training.Watch, "see_more", seen)
+    monkeypatch.setenv("TERM", "xterm")
+    words = "train", "gan", "--data-dir", digits, "--epochs", 1, "--hidden", 16, "--out", tmp_path / "out"
+    with contextlib.redirect_stdout(Terminal()):
+        assert call(*words) == 0
+    assert 0 < done[0] < 0.9
 
 
 def test_no_bar_where_it_cannot_be_drawn(digits, tmp_path, shown):

@@ -10,7 +10,7 @@ VARIABLES = {
     "GEMMLET_ISA": "the cpu backend's instruction set: x86-64-v4, x86-64-v3 or baseline; else the best that runs here",
     "GEMMLET_NUM_THREADS": "how many threads a kernel uses; else OMP_NUM_THREADS, else as many as there are processors",
     "GEMMLET_DATA_DIR": "the folder with the four files of MNIST; else the download, else the embedded sample",
-    "GEMMLET_CACHE_DIR": "the folder in which compiled CUDA kernels are kept; else gemmlet in the user's folder of caches",
+    "GEMMLET_CACHE_DIR": "the folder that keeps compiled CUDA kernels; else gemmlet in the user's folder of caches",
 }
 
 

@@ -153,7 +153,7 @@ def gan_losses(path: Path, generator: Sequence[float], discriminator: Sequence[f
     _epochs(axes, len(generator))
     axes.set_ylim(bottom=0)
     axes.set(title="Losses of the GAN (mean over the epoch)", ylabel="loss (nats)")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", frameon=False)  # as wide as the axes, it would cover lines
     save(figure, path)
 
 

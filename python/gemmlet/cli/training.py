@@ -30,7 +30,7 @@ Array = NDArray[Any]
 Kept = TypeVar("Kept", nn.History, nn.GANHistory)
 
 # Files in --out.
-MODEL, METRICS, OPTIONS = "model.safetensors", "metrics.json", "options.json"
+MODEL, METRICS, OPTIONS, CHECKPOINT = "model.safetensors", "metrics.json", "options.json", "checkpoint.safetensors"
 
 # What of a line with a bar is no figures: five characters of it, the time left, and the spaces between.
 _REST_OF_BAR = 5 + 7 + 3
@@ -212,7 +212,7 @@ def _resumed(options: Options, resume: Path, network: str) -> tuple[Options, int
             raise ValueError(f"it has {sorted(saved)}, expected {sorted(expected)}")
     except FileNotFoundError:
         raise UserError(f"--resume {resume}: there is no {OPTIONS}, which gemmlet train leaves") from None
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"--resume {resume}: {OPTIONS} cannot be used ({error!r})") from error
     if kind != network:
         raise UserError(f"--resume {resume}: it holds a training of gemmlet train {kind}")
@@ -267,6 +267,7 @@ class Watch:
         self._is_saved = self._is_ending = False
         self._problems: list[str] = []
         self._epochs: list[nn.Progress | nn.GANProgress] = []  # those that were completed
+        self._last: nn.Progress | nn.GANProgress | None = None
         self._options = self._saved_options(network, options)
         if checksum not in (None, self._options["images_crc32"]):
             raise UserError(f"--resume {resume}: the training there had other images than those of {data.source}")
@@ -314,6 +315,12 @@ class Watch:
         with ExitStack() as stack:
             out = files.make_folder(self.settings.out)
             stack.enter_context(files.locked(out))
+            checkpoint = out / CHECKPOINT
+            if self.resumes:
+                self._say(f"Going on with the training in {out}")
+            elif checkpoint.exists():
+                self._say(f"Replacing the training in {out}")
+                checkpoint.unlink()
             files.write_json(out / OPTIONS, self._options)
             self._lock = stack.pop_all()
         # A program that was started with a signal ignored, by nohup for one, keeps ignoring it.
@@ -350,19 +357,26 @@ class Watch:
                 batch_size=settings.batch_size,
                 optimizer=settings.optimizer,
                 callback_every="call",
+                checkpoint=out / CHECKPOINT,
+                resume=self.resumes,
             )
+        except ValueError as error:
+            if not self.resumes:
+                raise
+            raise UserError(f"--resume {out}: {error}") from error
         except nn.DivergedError as error:
             if not model.steps:
                 raise UserError(str(error), code=1) from error
             self._problems.append(str(error))
             # The network went back to an earlier step, and so does this.
             self._epochs = [epoch for epoch in self._epochs if epoch.epoch * epoch.batches <= model.steps]
-            history = kind(
-                *([value for epoch in self._epochs if (value := getattr(epoch, name)) is not None] for name in lists),
-                time.perf_counter() - started,
-            )
+            history = kind(seconds=time.perf_counter() - started)
+            for name in lists:
+                values = (getattr(epoch, name) for epoch in self._epochs)
+                getattr(history, name).extend(value for value in values if value is not None)
         model.save(out / MODEL)
-        self._facts = self._training_facts(history.seconds)
+        last, whole = self._last, len(getattr(history, lists[0]))
+        self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
         self._facts["history"] = {name: [_finite(v) for v in getattr(history, name)] for name in lists}
         self.write_metrics({})
         self._is_saved = True
@@ -373,8 +387,8 @@ class Watch:
     def see(self, progress: nn.Progress | nn.GANProgress, figures: Mapping[str, float | None]) -> None:
         """Take note of some mini-batches and their figures, and raise `StopTraining` if they shall be the last."""
         known = {name: value for name, value in figures.items() if value is not None}
+        is_first, self._last = self._last is None, progress
         # What is measured once an epoch stays in the bar during the next one.
-        is_first = not self._figures
         self._figures |= known
         batches = progress.epochs * progress.batches
         done = (progress.epoch - 1) * progress.batches + progress.batch
@@ -436,9 +450,9 @@ class Watch:
         """Write metrics.json, with these scores and what is known of the training."""
         files.write_json(self.settings.out / METRICS, {**scores, **self._facts})
 
-    def _training_facts(self, seconds: float) -> dict[str, Any]:
-        """What metrics.json says of any training; `seconds` are those of the training alone."""
-        description, done = select.current().describe(), self._epochs[-1].epoch if self._epochs else 0
+    def _training_facts(self, seconds: float, done: int) -> dict[str, Any]:
+        """What metrics.json says of any training, of so many seconds and completed epochs."""
+        description = select.current().describe()
         return {
             "seconds": seconds,
             "backend": description["backend"],
