@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import functools
 import gzip
 import importlib.metadata
 import io
@@ -7,10 +8,12 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ import pytest
 
 import cuda_on_host.backend
 import gemmlet
-from gemmlet import cli, nn
+from gemmlet import _environment, cli, nn
 from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
@@ -45,6 +48,7 @@ MLP_PICTURES = {
     "worst_mistakes.png": (1050, None),  # as high as there are mistakes
 }
 GAN_PICTURES = {"loss_curves.png": (840, 504), "class_shares.png": (840, 456), "samples.png": (604, 632)}
+RUN_FILES = {"model.safetensors", "metrics.json", "options.json", "checkpoint.safetensors"}
 EVERYWHERE = {"seconds", "backend", "isa", "threads", "interrupted", "epochs_done", "epochs", "seed", "data", "history"}
 
 
@@ -74,7 +78,8 @@ VARIABLES += BLAS_VARIABLES
 @contextlib.contextmanager
 def process_restored():
     """Undo what the command line does to the process: the backend, the threads of the kernels and of the BLAS."""
-    backend, threads, handler = select._current, gemmlet.get_num_threads(), signal.getsignal(signal.SIGINT)
+    backend, threads = select._current, gemmlet.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in training.STOPS}
     with pytest.MonkeyPatch.context() as patch, threadpoolctl.threadpool_limits():
         for variable in VARIABLES:
             patch.delenv(variable, raising=False)
@@ -85,7 +90,8 @@ def process_restored():
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             select._current = backend
             gemmlet.set_num_threads(threads)
 
@@ -192,7 +198,7 @@ def mlp(digits, tmp_path_factory):
 
 def test_mlp_files(mlp):
     out, _ = mlp
-    assert names_in(out) == {"model.safetensors", "metrics.json", *MLP_PICTURES}
+    assert names_in(out) == RUN_FILES | MLP_PICTURES.keys()
     for name, size in MLP_PICTURES.items():
         check_picture(out / name, size)
 
@@ -318,7 +324,7 @@ def gan(digits, tmp_path_factory):
 def test_gan_files(gan):
     out, _ = gan
     pictures = {f"samples/epoch_{epoch:04}.png" for epoch in range(0, 31, 2)}
-    assert names_in(out) == {"model.safetensors", "metrics.json", "samples.gif", *GAN_PICTURES, *pictures}
+    assert names_in(out) == RUN_FILES | {"samples.gif"} | GAN_PICTURES.keys() | pictures
     for name, size in GAN_PICTURES.items():
         check_picture(out / name, size)
     for name in pictures:
@@ -450,6 +456,36 @@ def test_optimizers(digits, tmp_path, words, lr):
     some, rule = (data.x_train[kept], data.y_train[kept]), nn.make_optimizer(name, lr=lr)
     history = model.fit(*some, epochs=1, batch_size=50, optimizer=rule, lr_schedule=nn.linear_decay)
     assert metrics["history"]["loss"] == history.loss
+
+
+@pytest.mark.parametrize(
+    ("words", "optimizer"),
+    [
+        ("--optimizer sgd --momentum 0.9 --weight-decay 0.001", nn.SGD(0.1, momentum=0.9, weight_decay=0.001)),
+        ("--weight-decay 0.5", nn.Adam(3e-3, weight_decay=0.5)),
+    ],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_settings_of_optimizers_and_activation(digits, tmp_path, words, optimizer):
+    words = "train", "mlp", "--data-dir", digits, "--epochs", 1, "--activation", "gelu", *words.split()
+    assert call(*words, "--out", tmp_path / "out") == 0
+    data, model = load_mnist(digits), nn.MLP([784, 256, 10], "gelu", seed=0)
+    kept, _ = train_mlp.hold_out(200, seed=0)
+    history = model.fit(
+        data.x_train[kept], data.y_train[kept], epochs=1, optimizer=optimizer, lr_schedule=nn.linear_decay
+    )
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["history"]["loss"] == history.loss
+    assert (metrics["activation"], metrics["weight_decay"]) == ("gelu", optimizer.weight_decay)
+
+
+@pytest.mark.parametrize(("words", "activations"), [("elu", ("elu", "elu")), ("silu, tanh", ("silu", "tanh"))])
+@pytest.mark.usefixtures("no_pictures")
+def test_activations_of_the_gan(digits, tmp_path, words, activations):
+    words = "train", "gan", "--data-dir", digits, "--epochs", 1, "--hidden", 4, "--activation", words
+    assert call(*words, "--out", tmp_path / "out") == 0
+    model = nn.GAN.load(tmp_path / "out" / "model.safetensors")
+    assert (model.generator_activation, model.discriminator_activation) == activations
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
@@ -596,6 +632,17 @@ def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
         "--threads two",
         "--threads 9999999999999999999999",
         "--classic --hidden 5",
+        "--classic --activation relu",
+        "--activation swish",
+        "--activation=",
+        "--activation relu,relu,relu",
+        "--momentum 0.9",  # Adam has none
+        "--momentum 1.5 --optimizer sgd",
+        "--momentum -1 --optimizer sgd",
+        "--weight-decay -1",
+        "--weight-decay nan",
+        "--weight-decay much",
+        "--resume nowhere",
         "--colour red",
         "surplus",
     ],
@@ -713,7 +760,7 @@ def test_out_without_permission(digits, tmp_path, capsys):
 def test_file_in_place_of_the_folder_of_samples(digits, tmp_path, capsys):
     (tmp_path / "samples").write_text("kept")
     assert call("train", "gan", "--data-dir", digits, "--out", tmp_path) == 2
-    assert f"--out {tmp_path}: " in error_line(capsys)
+    assert f"--out {tmp_path / 'samples'}: " in error_line(capsys)
     assert os.listdir(tmp_path) == ["samples"]
 
 
@@ -775,8 +822,32 @@ def test_diverging_in_the_last_step(few, tmp_path, capsys, network, lr):
     words = "train", network, "--data-dir", few, "--epochs", 1, "--lr", lr, "--optimizer", "sgd"
     assert call(*words, "--out", tmp_path / "out") == 1
     assert "diverged" in error_line(capsys)
-    # Of the GAN the picture from before the training is there, and none of what has become of it.
-    assert names_in(tmp_path / "out") == ({"samples/epoch_0000.png"} if network == "gan" else set())
+    assert names_in(tmp_path / "out").isdisjoint({"model.safetensors", "metrics.json"})
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_diverging_later_on(digits, tmp_path, capsys, monkeypatch, network):
+    """What was learnt before is saved, and drawn."""
+    monkeypatch.setattr(fit, "_next_copy", lambda now: now)
+    see = training.Watch.see
+
+    def spoil(self, progress, figures):
+        see(self, progress, figures)
+        if progress.epoch == 3:
+            self.settings.optimizer.lr = 1e39
+
+    monkeypatch.setattr(training.Watch, "see", spoil)
+    words = "train", network, "--data-dir", digits, "--epochs", 9, "--hidden", 8, "--out", tmp_path / "out"
+    assert call(*words) == 1
+    assert "diverged" in error_line(capsys)
+    metrics = metrics_of(tmp_path / "out")
+    assert metrics["interrupted"] is True
+    assert 2 <= metrics["epochs_done"] <= 3
+    assert {len(values) for values in metrics["history"].values()} == {metrics["epochs_done"]}
+    model = {"mlp": nn.MLP, "gan": nn.GAN}[network].load(tmp_path / "out" / "model.safetensors")
+    arrays = model.parameters if network == "mlp" else model.generator_parameters
+    assert all(np.isfinite(array).all() for array in arrays)
+    assert names_in(tmp_path / "out") >= (MLP_PICTURES if network == "mlp" else GAN_PICTURES).keys()
 
 
 def test_file_that_cannot_be_replaced(digits, tmp_path, capsys):
@@ -797,13 +868,26 @@ def test_too_large_for_the_memory(digits, tmp_path, capsys, monkeypatch):
     assert "7.28 TiB" in line
 
 
-def test_full_disk():
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
-    with open("/dev/full", "w") as full, start("info", stdout=full) as process:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", ["info", "train mlp --epochs 1 --hidden 4", "train gan --epochs 1 --hidden 4"])
+def test_full_disk_for_what_is_printed(digits, tmp_path, words):
+    to = ["--out", tmp_path / "out"] if "train" in words else []
+    with (
+        open("/dev/full", "w") as full,
+        start(*words.split(), *to, stdout=full, GEMMLET_DATA_DIR=str(digits)) as process,
+    ):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.fullmatch("gemmlet: .*No space left on device\n", err)
+    assert re.fullmatch("gemmlet: standard output: .*No space left on device\n", err)
+    if to:
+        check_results(tmp_path / "out", words.split()[1])
+
+
+def check_results(out, network):
+    """All that a training leaves is there, and it was not cut short."""
+    assert metrics_of(out)["interrupted"] is False
+    pictures = MLP_PICTURES if network == "mlp" else GAN_PICTURES
+    assert names_in(out) >= RUN_FILES | pictures.keys()
 
 
 def test_error_leaves_the_old_file(tmp_path):
@@ -860,20 +944,314 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write, owner, meth
 
 
 def test_full_disk_after_the_training(digits, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Path, "write_text", write_half)
+    write = Path.write_text
+    monkeypatch.setattr(
+        Path, "write_text", lambda path, text: (write if "options" in path.name else write_half)(path, text)
+    )
     assert call("train", "mlp", "--data-dir", digits, "--epochs", 1, "--out", tmp_path) == 1
     assert "No space left on device" in error_line(capsys)
-    assert names_in(tmp_path) == {"model.safetensors"}
+    assert names_in(tmp_path) == RUN_FILES - {"metrics.json"}
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("words", [["info"], ["--help"], ["train", "mlp"]])
+@pytest.mark.parametrize(
+    "words", ["info", "--help", "train mlp --epochs 1 --hidden 4", "train gan --epochs 1 --hidden 4"]
+)
 def test_broken_pipe(digits, tmp_path, words, unbuffered):
+    """Nobody reads what is printed: all the same it is computed and saved."""
     environment = {"GEMMLET_DATA_DIR": str(digits), "PYTHONUNBUFFERED": unbuffered}
-    with start(*words, **environment) as process:
+    to = ["--out", tmp_path / "out"] if "train" in words else []
+    with start(*words.split(), *to, **environment) as process:
         process.stdout.close()  # long before it prints
         err = process.stderr.read()
     assert (process.returncode, err) == (1, "")
+    if to:
+        check_results(tmp_path / "out", words.split()[1])
+
+
+@pytest.mark.parametrize("words", ["info", "train mlp --epochs 1 --hidden 4"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_standard_streams(digits, tmp_path, words, closed):
+    """As of a service: nothing can be printed, and that is no error."""
+    to = f"--out {tmp_path / 'out'} --data-dir {digits}" if "train" in words else ""
+    command = f'"{sys.executable}" -m gemmlet {words} {to} {closed}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    if to:
+        check_results(tmp_path / "out", "mlp")
+        nn.MLP.load(tmp_path / "out" / "model.safetensors")
+
+
+# What fails once the model is saved is said at the end.
+
+
+@pytest.mark.parametrize(
+    ("package", "network"), [("matplotlib", "mlp"), ("matplotlib", "gan"), ("PIL", "gan"), ("sklearn", "mlp")]
+)
+def test_package_that_fails_to_import(digits, tmp_path, package, network):
+    """As one does that was built for another NumPy, say."""
+    program = f"""
+import importlib.machinery, sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == {package!r}:
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec): pass
+    def exec_module(self, module): raise RuntimeError("was built for another NumPy")
+sys.meta_path.insert(0, Broken())
+{COMMAND}
+"""
+    words = "train", network, "--data-dir", digits, "--epochs", 1, "--hidden", 4, "--out", tmp_path / "out"
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "was built for another NumPy" in done.stderr
+    assert metrics_of(tmp_path / "out")["epochs_done"] == 1
+    assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(tmp_path / "out" / "model.safetensors").seed == 0
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_full_disk_in_the_midst_of_a_picture(digits, tmp_path, capsys, monkeypatch, network):
+    """Also while the GAN trains: it goes on."""
+    monkeypatch.setattr(Image.Image, "save", write_half)
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, path, **options: write_half(path, None))
+    words = "train", network, "--data-dir", digits, "--epochs", 2, "--hidden", 4, "--out", tmp_path / "out"
+    assert call(*words) == 1
+    line = error_line(capsys)
+    assert "No space left on device" in line
+    assert "the model is saved" in line
+    assert names_in(tmp_path / "out") == RUN_FILES
+    assert metrics_of(tmp_path / "out")["epochs_done"] == 2
+
+
+def test_backend_of_matplotlib_that_is_not_there(digits, tmp_path):
+    """Jupyter exports its own, also to commands in another environment."""
+    words = "train", "mlp", "--data-dir", digits, "--epochs", 1, "--hidden", 4, "--out", tmp_path / "out"
+    with start(*words, MPLBACKEND="module://no_such_package.backend") as process:
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    check_results(tmp_path / "out", "mlp")
+
+
+# Two runs.
+
+
+def test_folder_that_another_run_writes_to(digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    endless = "train", "mlp", "--data-dir", digits, "--hidden", 4, "--epochs", 10**6, "--out", out
+    with start(*endless) as process:
+        wait_for(process, "epoch 1/")
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".json"}
+        assert call("train", "gan", "--data-dir", digits, "--epochs", 1, "--out", out) == 2
+        assert f"--out {out}: another run is writing to it" in error_line(capsys)
+        assert {name: (out / name).read_bytes() for name in before} == before
+        assert "samples" not in os.listdir(out)
+        process.kill()
+    # Its lock has gone with it.
+    assert call("train", "mlp", "--data-dir", digits, "--epochs", 1, "--hidden", 4, "--out", out) == 0
+
+
+# Signals.
+
+
+def wait_for(process, start):
+    for line in process.stdout:
+        if line.startswith(start):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal(digits, tmp_path, network, number):
+    out = tmp_path / "out"
+    with start("train", network, "--data-dir", digits, "--hidden", 8, "--epochs", 10**6, "--out", out) as process:
+        wait_for(process, "epoch 3/")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, "")
+    metrics = metrics_of(out)
+    assert metrics["interrupted"] is True
+    assert metrics["epochs_done"] >= 3
+    assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "model.safetensors").steps > 0
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_impatient_ctrl_c(digits, tmp_path, network):
+    out = tmp_path / "out"
+    with start("train", network, "--data-dir", digits, "--hidden", 8, "--epochs", 10**6, "--out", out) as process:
+        wait_for(process, "epoch 3/")
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err in ("", "gemmlet: interrupted\n")
+    assert metrics_of(out)["epochs_done"] >= 3
+    assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "model.safetensors").steps > 0
+
+
+def test_hangup_that_is_ignored(digits, tmp_path):
+    """As under nohup."""
+    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {COMMAND}"
+    words = "train", "mlp", "--data-dir", digits, "--hidden", 4, "--epochs", 100, "--out", tmp_path / "out"
+    command = [sys.executable, "-c", ignoring, *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(process, "epoch 3/")
+        process.send_signal(signal.SIGHUP)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert metrics_of(tmp_path / "out")["epochs_done"] == 100
+
+
+# --resume.
+
+
+def long_run(network, digits, out):
+    """Options of a training that writes checkpoints between its epochs' ends, and takes a second."""
+    return "train", network, "--data-dir", digits, "--epochs", 6, "--hidden", 8, "--seed", 4, "--out", out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(digits, tmp_path_factory):
+    """Return a function that runs a training to its end, once for each network, and returns its folder."""
+
+    @functools.cache
+    def run(network):
+        out = tmp_path_factory.mktemp("whole") / network
+        with process_restored():
+            assert call(*long_run(network, digits, out)) == 0
+        return out
+
+    return run
+
+
+def check_same(out, other):
+    """The same has been learnt, bit by bit, and the same pictures show it."""
+    assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert without(metrics_of(out), "seconds") == without(metrics_of(other), "seconds")
+    assert names_in(out) == names_in(other)
+    for name in names_in(out):
+        if Path(name).suffix in (".png", ".gif"):
+            assert (out / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
+    """In the midst of an epoch, and once more in another."""
+    whole, out = uninterrupted(network), tmp_path / "out"
+    press(6 if network == "mlp" else 3)
+    assert call(*long_run(network, digits, out)) == 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the next process
+    press(5 if network == "mlp" else 2)
+    assert call("train", network, "--resume", out) == 130
+    assert call("train", network, "--resume", out) == 0
+    check_same(out, whole)
+
+
+# Ends the process as if it were killed from outside, with what it has written until then.
+KILLED = """
+import os, signal
+from gemmlet.cli import training
+see = training.Watch.see
+def killed(self, progress, figures):
+    see(self, progress, figures)
+    if progress.epoch == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.Watch.see = killed
+"""
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_resume_after_kill(digits, tmp_path, uninterrupted, network):
+    whole, out = uninterrupted(network), tmp_path / "out"
+    command = [sys.executable, "-c", KILLED + COMMAND, *map(str, long_run(network, digits, out))]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+    assert not (out / "model.safetensors").exists()
+    model = {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "checkpoint.safetensors")
+    assert model.steps > 0
+    assert call("train", network, "--resume", out) == 0
+    check_same(out, whole)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.usefixtures("no_pictures")
+def test_resume_with_more_epochs(digits, tmp_path, network):
+    words = "train", network, "--data-dir", digits, "--classic", "--batch-size", 40
+    assert call(*words, "--epochs", 2, "--out", tmp_path / "a") == 0
+    assert call("train", network, "--resume", tmp_path / "a", "--epochs", 4, "--threads", 1) == 0
+    assert call(*words, "--epochs", 4, "--out", tmp_path / "b") == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    # It has ended: nothing is left to do, but to measure and to draw anew.
+    assert call("train", network, "--resume", tmp_path / "a") == 0
+    a, b = metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b")
+    assert without(a, "seconds", "threads") == without(b, "seconds", "threads")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_resume_before_anything_was_learnt(digits, tmp_path, uninterrupted):
+    assert call(*long_run("mlp", digits, tmp_path / "out")) == 0
+    (tmp_path / "out" / "checkpoint.safetensors").unlink()
+    assert call("train", "mlp", "--resume", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        uninterrupted("mlp") / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--epochs 5", "--epochs 5: the training in out has 6"),
+        ("--hidden 9", "--hidden 9: the training in out has 8"),
+        ("--seed 0", "--seed 0: the training in out has 4"),
+        ("--momentum 0", "--momentum 0.0: the training in out has none"),
+        ("--optimizer sgd", "--optimizer sgd: the training in out has adam"),
+        ("--classic", "--classic"),
+        ("--out other", "--out other"),
+        ("--data-dir others", "other images than those of others"),
+    ],
+)
+def test_resume_with_other_options(tmp_path, capsys, uninterrupted, words, named):
+    shutil.copytree(uninterrupted("mlp"), "out")
+    write_digits(Path("others"), seed=1)
+    before = {name: Path("out", name).read_bytes() for name in names_in(Path("out"))}
+    capsys.readouterr()
+    assert call("train", "mlp", "--resume", "out", *words.split()) == 2
+    assert named in error_line(capsys)
+    assert {name: Path("out", name).read_bytes() for name in names_in(Path("out"))} == before
+    assert call("train", "mlp", "--resume", "out", "--hidden", " 8", "--seed", 4, "--out", "out", "--epochs", 6) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("options.json", None), ("options.json", "half"), ("options.json", "[]"), ("checkpoint.safetensors", "half")],
+)
+def test_resume_from_what_is_no_training(tmp_path, capsys, uninterrupted, name, content):
+    shutil.copytree(uninterrupted("mlp"), "out")
+    capsys.readouterr()
+    Path("out", name).unlink() if content is None else Path("out", name).write_text(content)
+    assert call("train", "mlp", "--resume", "out") == 2
+    line = error_line(capsys)
+    assert "--resume out: " in line
+    assert name in line
+
+
+def test_resume_of_the_other_network(capsys, uninterrupted):
+    folder = uninterrupted("mlp")
+    capsys.readouterr()
+    assert call("train", "gan", "--resume", folder) == 2
+    assert "it holds a training of gemmlet train mlp" in error_line(capsys)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_new_training_in_the_folder_of_another(digits, tmp_path, capsys):
+    words = "train", "mlp", "--data-dir", digits, "--hidden", 4, "--epochs", 1, "--out", tmp_path / "out"
+    assert call(*words) == 0
+    assert "Replacing" not in capsys.readouterr().out
+    assert call(*words, "--seed", 1) == 0
+    assert f"Replacing the training in {tmp_path / 'out'}\n" in capsys.readouterr().out
+    assert nn.MLP.load(tmp_path / "out" / "checkpoint.safetensors").seed == 1
 
 
 # Ctrl-C.
@@ -889,7 +1267,7 @@ def test_ctrl_c(digits, tmp_path, network):
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
-    assert "Interrupted: saving what was learnt" in rest
+    assert "Interrupted: what was learnt is saved." in rest
     assert rest.endswith(f"Model, metrics and pictures: {out}\n")
     metrics = metrics_of(out)
     assert metrics["interrupted"] is True
@@ -929,10 +1307,8 @@ def press(monkeypatch):
 @pytest.mark.parametrize("network", ["mlp", "gan"])
 def test_ctrl_c_in_the_first_epoch(digits, tmp_path, press, network):
     press(2)
-    before = signal.getsignal(signal.SIGINT)
     words = "train", network, "--data-dir", digits, "--epochs", 5, "--batch-size", 50, "--hidden", 8
     assert call(*words, "--out", tmp_path / "out") == 130
-    assert signal.getsignal(signal.SIGINT) is before
     metrics = metrics_of(tmp_path / "out")
     assert (metrics["interrupted"], metrics["epochs_done"]) == (True, 0)
     if network == "mlp":
@@ -980,11 +1356,13 @@ def test_second_ctrl_c(digits, tmp_path, press, capsys, monkeypatch, network, fi
     assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(tmp_path / "model.safetensors").seed == 0
 
 
-def test_second_ctrl_c_while_training(digits, tmp_path, press, capsys):
-    press(2, times=2)
-    assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 130
-    assert error_line(capsys) == "gemmlet: interrupted\n"
-    assert names_in(tmp_path / "out") == set()
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_five_ctrl_c_while_training(digits, tmp_path, press, network):
+    """However impatient: what was learnt is saved first."""
+    press(2, times=5)
+    assert call("train", network, "--data-dir", digits, "--hidden", 8, "--out", tmp_path / "out") == 130
+    assert metrics_of(tmp_path / "out")["interrupted"] is True
+    assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(tmp_path / "out" / "model.safetensors").seed == 0
 
 
 def test_ctrl_c_before_the_training(digits, tmp_path, capsys, monkeypatch):
@@ -1016,9 +1394,9 @@ class Terminal(io.StringIO):
 def shown(monkeypatch, no_pictures):
     """Return a function that runs the command on a terminal, and returns its lines, also those that others replaced."""
 
-    def run(*words, term="xterm"):
+    def run(*words, term="xterm", columns=80):
         monkeypatch.setenv("TERM", term)
-        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("COLUMNS", str(columns))
         with contextlib.redirect_stdout(Terminal()) as terminal:
             assert call(*words) == 0
         without_codes = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
@@ -1028,19 +1406,44 @@ def shown(monkeypatch, no_pictures):
 
 
 @pytest.mark.parametrize(
-    ("network", "figures"),
-    [("mlp", r"loss \S+  accuracy \S+  held out \S+"), ("gan", r"generator loss \S+  discriminator loss \S+")],
-    ids=["mlp", "gan"],
+    ("network", "columns", "figures"),
+    [
+        ("mlp", 60, r"loss \S+  accuracy \S+"),
+        ("mlp", 80, r"loss \S+  accuracy \S+  held out \S+"),
+        ("mlp", 150, r"loss \S+  accuracy \S+  held out \S+"),
+        ("gan", 60, r"generator loss \S+"),
+        ("gan", 80, r"generator loss \S+  discriminator loss \S+"),
+        ("gan", 150, r"generator loss \S+  discriminator loss \S+"),
+    ],
 )
-def test_bar_fits_the_terminal(digits, tmp_path, shown, network, figures):
+def test_bar_fits_the_terminal(digits, tmp_path, shown, network, columns, figures):
     words = "train", network, "--data-dir", digits, "--epochs", 20, "--hidden", 4, "--out", tmp_path / "out"
-    lines = shown(*words)
+    lines = shown(*words, columns=columns)
     bars = [line for line in lines if line.startswith("epoch ")]
     assert re.fullmatch(rf"epoch 20/20 ━{{5,}} {figures} \d:\d\d:\d\d", bars[-1])
-    assert max(map(len, bars)) <= 80
+    assert max(map(len, bars)) <= columns
     assert not any("…" in line for line in lines)
     # The table is not folded either.
     assert sum("│" in line for line in lines) == {"mlp": 6, "gan": 5}[network]
+    assert "Drawing the pictures." in lines
+
+
+def test_time_left_of_the_gan_includes_its_judge(digits, tmp_path, monkeypatch):
+    """The bar ends when the judge has been trained, and not before."""
+    done = []
+    see_more = training.Watch.see_more
+
+    def seen(self, progress):
+        (task,) = self._bar.tasks
+        done.append(task.completed / task.total)
+        see_more(self, progress)
+
+    monkeypatch.setattr(training.Watch, "see_more", seen)
+    monkeypatch.setenv("TERM", "xterm")
+    words = "train", "gan", "--data-dir", digits, "--epochs", 1, "--hidden", 16, "--out", tmp_path / "out"
+    with contextlib.redirect_stdout(Terminal()):
+        assert call(*words) == 0
+    assert 0 < done[0] < 0.9
 
 
 def test_no_bar_where_it_cannot_be_drawn(digits, tmp_path, shown):
@@ -1069,12 +1472,27 @@ def test_folder_is_shown_as_it_is_called(digits, tmp_path, capsys):
 # The other commands, and the command without the extra.
 
 
-def test_info(capsys):
+def test_info(capsys, monkeypatch):
+    monkeypatch.setenv("GEMMLET_DATA_DIR", "/some/folder")
     assert call("info") == 0
-    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    config, backends, variables = capsys.readouterr().out.split("\n\n")
+    shown = dict(line.split(maxsplit=1) for line in config.splitlines())
     assert shown == {name: " ".join(value.split()) for name, value in select.config().items()}
     assert shown.keys() >= {"gemmlet", "backend", "isa", "threads", "numpy", "python"}
     assert (shown["gemmlet"], shown["numpy"]) == (gemmlet.__version__, np.__version__)
+    found = re.findall(r"^  (\w+) +(in use|ready|not here: .)", backends, re.MULTILINE)
+    assert [name for name, _ in found] == list(select.CHOICES)
+    assert [name for name, state in found if state == "in use"] == [select.current().name]
+    assert re.findall(r"^  (\w+) ", variables, re.MULTILINE) == list(_environment.VARIABLES)
+    assert "GEMMLET_DATA_DIR     /some/folder: the folder with" in variables
+    assert "GEMMLET_CACHE_DIR    not set: the folder" in variables
+
+
+def test_info_says_why_a_backend_is_not_there():
+    program = f"import sys; sys.modules.update(numba=None, cupy=None); {COMMAND}"
+    done = subprocess.run([sys.executable, "-c", program, "info"], capture_output=True, text=True, check=True)
+    for extra in ("numba", "cuda12"):
+        assert f"gemmlet[{extra}]" in " ".join(done.stdout.split())
 
 
 def test_commands_by_name(capsys):
@@ -1088,7 +1506,8 @@ def test_commands_by_name(capsys):
 
 
 def without_threads(shown):
-    return [line for line in shown.splitlines() if not line.startswith("threads")]
+    config, _ = shown.split("\n\n", 1)  # the environments differ
+    return [line for line in config.splitlines() if not line.startswith("threads")]
 
 
 @pytest.mark.parametrize("words", ["--version", "--version info"])
@@ -1103,11 +1522,15 @@ OPTIONS = (
     "batch-size",
     "lr",
     "optimizer",
+    "weight-decay",
+    "momentum",
     "hidden",
+    "activation",
     "seed",
     "backend",
     "threads",
     "out",
+    "resume",
     "classic",
 )
 
@@ -1117,9 +1540,11 @@ OPTIONS = (
     [
         ("", ["bench", "info", "train"]),
         ("--help", ["bench", "info", "train"]),
+        ("-h", ["bench", "info", "train"]),
         ("train", ["mlp", "gan"]),
         ("train --help", ["mlp", "gan"]),
         ("train mlp --help", [f"--{name}" for name in OPTIONS]),
+        ("train mlp -h", [f"--{name}" for name in OPTIONS]),
         ("train gan --help", [f"--{name}" for name in OPTIONS]),
         ("info --help", ["versions"]),
         ("bench --help", ["--filter", "--quick", "--compare", "--data-dir", "--scaling", "--instructions"]),
@@ -1136,7 +1561,7 @@ def test_help(capsys, words, named):
 
 @pytest.mark.parametrize(
     ("words", "code", "needed"),
-    [("info", 0, ""), ("--version", 0, ""), ("train mlp", 1, "train"), ("", 1, "train"), ("bench --list", 1, "bench")],
+    [("info", 0, ""), ("--version", 0, ""), ("train mlp", 1, "train"), ("bench --list", 1, "bench")],
 )
 def test_without_the_extra(words, code, needed):
     extra = ["typer", "rich", "matplotlib", "PIL", "sklearn", "scipy", "safetensors", "pooch", "threadpoolctl"]
@@ -1152,6 +1577,30 @@ def test_without_the_extra(words, code, needed):
     else:
         assert done.stderr == ""
         assert gemmlet.__version__ in done.stdout
+
+
+@pytest.mark.parametrize("words", ["", "-h", "--help"])
+def test_commands_are_listed_without_the_extra(words):
+    program = f"import sys; sys.modules.update(typer=None, rich=None, matplotlib=None); {COMMAND}"
+    command = [sys.executable, "-c", program, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for name in ("train", "bench", "info"):
+        assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
+    for name in ("train", "bench"):
+        assert f"It needs typer, rich, matplotlib: pip install 'gemmlet[{name}]'" in done.stdout
+
+
+def test_help_shows_the_defaults_of_one_network(capsys):
+    shown = {}
+    for network in ("mlp", "gan"):
+        assert call("train", network, "--help") == 0
+        shown[network] = " ".join(capsys.readouterr().out.split())
+    assert "[default: (256; with --classic 128)]" in shown["mlp"]
+    assert "[default: (10)]" in shown["mlp"]
+    assert "[default: (30)]" in shown["gan"]
+    assert "GAN" not in shown["mlp"]
+    assert "discriminator" not in shown["mlp"]
 
 
 # How results are measured.
@@ -1312,7 +1761,7 @@ def test_confusion_matrix_without_mistakes(tmp_path):
 
 def test_many_epochs(tmp_path):
     losses = np.geomspace(2, 0.1, 2000).tolist()
-    plots.gan_losses(tmp_path / "a.png", losses, losses[::-1])
+    plots.gan_losses(tmp_path / "a.png", losses, losses[::-1], 0.1)
     check_picture(tmp_path / "a.png", GAN_PICTURES["loss_curves.png"])
 
 

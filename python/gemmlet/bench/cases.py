@@ -671,17 +671,13 @@ def overhead(settings: Settings) -> Iterator[Case]:
 
 # Importing.
 
-_IMPORT_GEMMLET = (
-    "import json, time, numpy; start = time.perf_counter(); import gemmlet, gemmlet.kernels as k; "
-    "k.tanh(numpy.ones(3)); print(json.dumps(time.perf_counter() - start))"
-)
-_IMPORT_NUMPY = (
-    "import json, time; start = time.perf_counter(); import numpy; print(json.dumps(time.perf_counter() - start))"
-)
+# With its first kernel, which loads the backend.
+_FIRST_KERNEL = "import gemmlet, gemmlet.kernels as k; k.tanh(numpy.ones(3))"
 
 
-def _imported(code: str, _: Any) -> Prepared:
-    command = [sys.executable, "-c", code]
+def _imported(before: str, code: str, _: Any) -> Prepared:
+    timed = f"start = time.perf_counter(); {code}; print(json.dumps(time.perf_counter() - start))"
+    command = [sys.executable, "-c", f"import json, time; {before}; {timed}"]
     # Python may keep what it compiles, as pip does for a package that it installs.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
@@ -693,17 +689,29 @@ def _imported(code: str, _: Any) -> Prepared:
 
 
 def imports(settings: Settings) -> Iterator[Case]:
-    """Importing gemmlet and calling its first kernel, after NumPy; and importing NumPy. Each in a new process."""
-    yield Case(
-        "import",
-        "import gemmlet after numpy",
-        lambda: None,
-        {OURS: partial(_imported, _IMPORT_GEMMLET), "numpy": partial(_imported, _IMPORT_NUMPY)},
-        lambda _: 0.0,
-        rtol=0.0,
-        atol=60.0,  # it has ended: there is no result to compare
-        labels={"kernel": "import"},
-    )
+    """Importing, each time in a new process: gemmlet where NumPy is there already, and each library by itself."""
+    alone = {
+        OURS: partial(_imported, "pass", f"import numpy; {_FIRST_KERNEL}"),
+        "numpy": partial(_imported, "pass", "import numpy"),
+        "pytorch": partial(_imported, "pass", "import torch"),
+        "jax": partial(_imported, "pass", "import jax.numpy"),
+        "scikit-learn": partial(_imported, "pass", "import sklearn.neural_network"),
+        "numexpr": partial(_imported, "pass", "import numexpr"),
+    }
+    for name, implementations in (
+        ("import gemmlet after numpy", {OURS: partial(_imported, "import numpy", _FIRST_KERNEL)}),
+        ("import a library and what it needs", alone),
+    ):
+        yield Case(
+            "import",
+            name,
+            lambda: None,
+            implementations,
+            lambda _: 0.0,
+            rtol=0.0,
+            atol=60.0,  # it has ended: there is no result to compare
+            labels={"kernel": "import", "after_numpy": implementations is not alone},
+        )
 
 
 # The groups, in the order of the tables.

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .._files import replacing
 from .implementations import IMPLEMENTATIONS, OURS
@@ -72,6 +72,10 @@ def scaling(path: Path, axes_points: Mapping[str, Sequence[Mapping[str, Any]]], 
                     axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=name)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            # Memory may stay within one decade, of which powers of ten would label nothing.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xticks([p["value"] for p in points], [f"{p['value']}" for p in points], fontsize=7)
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylabel(label if column == 0 else "")

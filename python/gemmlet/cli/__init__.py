@@ -1,66 +1,98 @@
 """The command ``gemmlet``: train the networks on MNIST, measure the kernels, and show what computes here.
 
 Typer, rich and all that the trainings need come with the extra ``train``, the peers of ``bench`` with the extra of that
-name; ``gemmlet info`` works without them.
+name; ``gemmlet info`` and the list of commands work without them.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO, cast
 
+from .commands import EXTRAS, FOR_HELP, HELP_OPTIONS, list_commands, missing
 from .errors import UserError
-
-# What the extra `train` brings, by the names they are imported under.
-_EXTRA = ("typer", "rich", "matplotlib", "PIL", "sklearn")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; `arguments` are the words after the command's name, by default of ``sys.argv``.
 
-    The exit status is 0 for success, 2 for options or files that cannot be used, 1 for what fails later on, and 130
-    after Ctrl-C. Errors are one line on stderr.
+    The exit status is 0 for success, 2 for options or files that cannot be used, 1 for what fails later on, and 128 and
+    the number of the signal that ended a training, 130 after Ctrl-C. Errors are one line on stderr.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # A letter that the terminal cannot show, é or one in the name of a folder, must not end a training.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    # Pictures are drawn without a window. Jupyter exports the name of a backend that other environments lack.
+    os.environ.pop("MPLBACKEND", None)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: its number would go to the next file that is opened, a model's say
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    output = _Output(sys.stdout)
     try:
-        status = _run(words)
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(cast(TextIO, output)):
+            status = _run(words)
+            output.flush()
     except UserError as error:
         _fail(str(error), error.code)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", 128 + signal.SIGINT)
     except OSError as error:
-        _forget_output()
-        if isinstance(error, BrokenPipeError):  # whoever read our output has gone: "gemmlet info | head -1"
-            sys.exit(1)
         _fail(str(error), 1)
     except MemoryError as error:
         _fail(f"out of memory, try a smaller --hidden or --batch-size: {error}", 1)
-    sys.exit(status)
+    if output.error is None or status:
+        sys.exit(status)
+    if isinstance(output.error, BrokenPipeError):  # whoever read it has gone: "gemmlet info | head -1"
+        sys.exit(1)
+    _fail(f"standard output: {output.error}", 1)
 
 
-def _forget_output() -> None:
-    """Drop what stdout still holds back, if it cannot be written: Python would try again at exit, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class _Output:
+    """Standard output, which may be full, or a pipe that nobody reads: what is computed is worth more.
+
+    Attributes
+    ----------
+    error : OSError or None
+        Why something could not be written; all that followed is lost.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+        # A letter that the terminal cannot show, é or one in the name of a folder, must not end a training.
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        self._try(self._file.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, call: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            self.error = error
+            # Python would try again to write what it holds back, and complain at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"gemmlet: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"gemmlet: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _run(words: list[str]) -> int:
-    # These two also work without the extra.
+    # These also work without the extra.
     if words == ["--version"]:
         from .. import __version__
 
@@ -71,7 +103,9 @@ def _run(words: list[str]) -> int:
 
         show()
         return 0
-
+    if set(words) <= set(HELP_OPTIONS) and missing(FOR_HELP):
+        list_commands()
+        return 0
     if words[:1] == ["bench"]:
         from ..bench.suite import without_blas_variables
 
@@ -80,10 +114,9 @@ def _run(words: list[str]) -> int:
             # NumPy's BLAS has read them when it was loaded: start once more.
             os.execve(sys.executable, [sys.executable, "-m", "gemmlet", *words], environment)
 
-    needed, extra = (_EXTRA, "train") if words[:1] != ["bench"] else ((*_EXTRA, "threadpoolctl"), "bench")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"this needs {', '.join(missing)}: pip install 'gemmlet[{extra}]'", code=1)
+    extra = "bench" if words[:1] == ["bench"] else "train"
+    if needed := missing(FOR_HELP if set(words) & set(HELP_OPTIONS) or not words else EXTRAS[extra]):
+        raise UserError(f"this needs {', '.join(needed)}: pip install 'gemmlet[{extra}]'", code=1)
     from .app import run
 
     return run(words)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,7 +13,9 @@ import typer
 from .. import nn
 from ..backends import select
 from ..bench.results import TOLERANCES
+from ..formulas.activations import ACTIVATIONS
 from . import bench, info, train_gan, train_mlp, training
+from .commands import COMMANDS, HELP_OPTIONS
 from .errors import UserError
 
 
@@ -28,38 +32,17 @@ def _data_dir(show_default: str) -> Any:
     return typer.Option(metavar="FOLDER", help=help_text, show_default=show_default)
 
 
-# The defaults of each network, as the help shows them.
-_MLP, _CLASSIC, _GAN = train_mlp.DEFAULTS, train_mlp.CLASSIC, train_gan.DEFAULTS
-_EPOCHS = f"mlp {_MLP.epochs}, gan {_GAN.epochs}"
-_BATCH_SIZES = f"mlp {_MLP.batch_size}, with --classic {_CLASSIC.batch_size}; gan {_GAN.batch_size}"
-_OPTIMIZERS = f"mlp {_MLP.optimizer}, with --classic {_CLASSIC.optimizer}; gan {_GAN.optimizer}"
-_WIDTHS = "mlp {}; gan {}".format(*(",".join(map(str, each.hidden)) for each in (_MLP, _GAN)))
 # What bench --compare allows, as the help shows it.
 _TOLERANCES = "{seconds:.0%} of time, {instructions:.0%} of instructions".format(**TOLERANCES)
 
 DataDir = Annotated[Path | None, _data_dir("GEMMLET_DATA_DIR, else the download, else a small sample")]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=_EPOCHS)]
-BatchSize = Annotated[int | None, typer.Option(help="Images in a mini-batch.", show_default=_BATCH_SIZES)]
-Lr = Annotated[
-    float | None,
-    typer.Option(
-        help="Learning rate; mlp without --classic lowers it to 0 over the epochs.", show_default="by the optimizer"
-    ),
-]
-OptimizerName = Annotated[
-    str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(nn.OPTIMIZERS)}.", show_default=_OPTIMIZERS)
-]
-Hidden = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WIDTHS",
-        help="Hidden layers, such as 128 or 256,128; a GAN's discriminator has them in reverse.",
-        show_default=_WIDTHS,
-    ),
-]
+Momentum = Annotated[float | None, typer.Option(help="Momentum, of sgd alone.", show_default="0")]
 # Numba and NumPy leave matmul to a BLAS, which may add in another order with other threads.
 Seed = Annotated[
-    int, typer.Option(help="The same seed gives the same result, with the backend cpu for any number of threads.")
+    int | None,
+    typer.Option(
+        help="The same seed gives the same result, with the backend cpu for any number of threads.", show_default="0"
+    ),
 ]
 BackendName = Annotated[
     str | None,
@@ -71,9 +54,25 @@ BackendName = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads to use.", show_default="what gemmlet info shows")]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")]
+OutOfTraining = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Where the results go.", show_default="runs/ and the network's name"),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Go on with the training that left this folder. Its options hold; --epochs may be raised.",
+    ),
+]
 
-app = typer.Typer(help="Compiled kernels for small dense networks.", add_completion=False, rich_markup_mode=None)
-train_app = typer.Typer(help="Train a network on MNIST.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Compiled kernels for small dense networks.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": list(HELP_OPTIONS)},
+)
+train_app = typer.Typer(help=COMMANDS["train"], rich_markup_mode=None)
 app.add_typer(train_app, name="train")
 
 
@@ -94,56 +93,110 @@ def _train(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@app.command("info")
+@app.command("info", help=COMMANDS["info"])
 def _info() -> None:
-    """Show backend, instruction set, threads and versions."""
     info.show()
 
 
-def _add_training(name: str, run: Callable[[training.Options], int], classic_help: str, description: str) -> None:
+@dataclass(frozen=True)
+class _Texts:
+    """What the help of a training says, where the networks differ."""
+
+    command: str
+    lr: str
+    hidden: str
+    activation: str
+    classic: str
+
+
+def _add_training(
+    name: str,
+    defaults: training.Defaults,
+    classic_defaults: training.Defaults,
+    run: Callable[[training.Options], int],
+    texts: _Texts,
+) -> None:
+    def differing(attribute: str) -> str:
+        """The defaults of an option, with and without --classic."""
+        value, other = (training.text(getattr(each, attribute)) for each in (defaults, classic_defaults))
+        return value if value == other else f"{value}; with --classic {other}"
+
+    def by_optimizer(setting: str) -> str:
+        return ", ".join(f"{key} {each.settings()[setting]:g}" for key, each in defaults.optimizers.items())
+
     def command(
         data_dir: DataDir = None,
-        epochs: Epochs = None,
-        batch_size: BatchSize = None,
-        lr: Lr = None,
-        optimizer: OptimizerName = None,
-        hidden: Hidden = None,
-        seed: Seed = 0,
+        epochs: int | None = typer.Option(
+            None, help="Passes over the training images.", show_default=differing("epochs")
+        ),
+        batch_size: int | None = typer.Option(
+            None, help="Images in a mini-batch.", show_default=differing("batch_size")
+        ),
+        lr: float | None = typer.Option(None, help=texts.lr, show_default=by_optimizer("lr")),
+        optimizer: str | None = typer.Option(
+            None, metavar="NAME", help=f"One of {', '.join(nn.OPTIMIZERS)}.", show_default=differing("optimizer")
+        ),
+        weight_decay: float | None = typer.Option(
+            None, help="Weight decay of the optimizer.", show_default=by_optimizer("weight_decay")
+        ),
+        momentum: Momentum = None,
+        hidden: str | None = typer.Option(None, metavar="WIDTHS", help=texts.hidden, show_default=differing("hidden")),
+        activation: str | None = typer.Option(
+            None, metavar="NAME", help=texts.activation, show_default=differing("activation")
+        ),
+        seed: Seed = None,
         backend: BackendName = None,
         threads: Threads = None,
-        out: Out = Path("runs", name),
-        classic: bool = typer.Option(False, "--classic", help=classic_help),
+        out: OutOfTraining = None,
+        resume: Resume = None,
+        classic: bool = typer.Option(False, "--classic", help=texts.classic),
     ) -> int:
-        options = training.Options(
-            data_dir, epochs, batch_size, lr, optimizer, hidden, seed, backend, threads, out, classic
+        given = locals()
+        return _uninterrupted(
+            run, training.Options(**{field.name: given[field.name] for field in fields(training.Options)})
         )
-        return _uninterrupted(run, options)
 
-    train_app.command(name, help=description)(command)
+    train_app.command(name, help=texts.command)(command)
 
+
+_ACTIVATIONS = f"one of {', '.join(ACTIVATIONS)}"
 
 _add_training(
     "mlp",
+    train_mlp.DEFAULTS,
+    train_mlp.CLASSIC,
     train_mlp.run,
-    "784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
-    """Train a classifier of digits.
+    _Texts(
+        command="""Train a classifier of digits.
 
-    The curves show a tenth of the training images that is held out; the test images are used once, at the end. Ctrl-C
-    stops early and saves what was learnt.
-    """,
+        The curves show a tenth of the training images that is held out; the test images are used once, at the end.
+        Ctrl-C stops early and saves what was learnt.
+        """,
+        lr="Learning rate; without --classic it falls to 0 over the epochs.",
+        hidden="Hidden layers, such as 128 or 256,128.",
+        activation=f"Of the hidden layers: {_ACTIVATIONS}.",
+        classic="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
+    ),
 )
 _add_training(
     "gan",
+    train_gan.DEFAULTS,
+    train_gan.CLASSIC,
     train_gan.run,
-    "100-256-784 tanh generator, 784-256-1 discriminator.",
-    """Train a generator of digits, and measure it with a classifier trained on the spot.
+    _Texts(
+        command="""Train a generator of digits, and measure it with a classifier trained on the spot.
 
-    Ctrl-C stops early and saves what was learnt.
-    """,
+        Ctrl-C stops early and saves what was learnt.
+        """,
+        lr="Learning rate.",
+        hidden="Hidden layers of the generator, such as 128 or 256,128; the discriminator has them in reverse.",
+        activation=f"Of the hidden layers, or NAME,NAME of the generator's and the discriminator's: {_ACTIVATIONS}.",
+        classic="100-256-784 tanh generator, 784-256-1 discriminator.",
+    ),
 )
 
 
-@app.command("bench")
+@app.command("bench", short_help=COMMANDS["bench"])
 def _bench(
     groups: Annotated[
         list[str] | None, typer.Argument(metavar="[GROUP]...", help="What to measure.", show_default="everything")
@@ -200,9 +253,10 @@ Given = TypeVar("Given")
 def _uninterrupted(command: Callable[[Given], int], options: Given) -> int:
     try:
         return command(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         # Typer would make of it what depends on its version.
-        raise UserError("interrupted", code=130) from None
+        number = error.args[0] if error.args else signal.SIGINT
+        raise UserError("interrupted", code=128 + number) from None
 
 
 def run(words: list[str]) -> int:

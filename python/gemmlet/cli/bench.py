@@ -73,9 +73,11 @@ def run(options: Options) -> int:
         results = _count(console)
     else:
         results = _measure(console, options, settings, choice)
+    if options.earlier is None:
+        files.write_json(files.make_folder(options.out) / "bench.json", results.as_json())
     report.show(console, results)
     if options.earlier is None:
-        _save(console, options, results)
+        _draw(console, options, results)
     if options.markdown is not None:
         _write_markdown(options.markdown, results)
     if earlier is None:
@@ -184,8 +186,6 @@ def _count(console: Console) -> Results:
 
 
 def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> int:
-    from ..bench import plots
-
     threads = _threads(options)
     implementations = tuple(
         name
@@ -197,26 +197,27 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
     with _progress(console) as progress:
         seconds = (0.1 if options.quick else 1.0) if options.seconds is None else options.seconds
         curves = scaling.run(threads, seconds, options.quick, implementations, progress)
-    report.show_scaling(console, curves, implementations)
     out = files.make_folder(options.out)
     facts = machine.machine()
     content = {"machine": facts, "versions": machine.versions(), "settings": {"threads": threads}, "curves": curves}
     files.write_json(out / "scaling.json", content)
+    report.show_scaling(console, curves, implementations)
+    from ..bench import plots
+
     plots.scaling(out / "scaling.png", curves, f"{facts['cpu']}, {threads} threads where not said otherwise")
     console.print(f"Curves: {out}", markup=False, soft_wrap=True)
     return 0
 
 
-def _save(console: Console, options: Options, results: Results) -> None:
+def _draw(console: Console, options: Options, results: Results) -> None:
     from ..bench import plots
 
-    out = files.make_folder(options.out)
-    files.write_json(out / "bench.json", results.as_json())
     shown = f"{results.machine['cpu']}, {results.settings['threads']} threads"
     for name, rows in report.groups(results):
-        if any(row.ratio(peer) is not None for row in rows for peer in row.peers):
-            plots.ratios(out / f"{name}.png", name, rows, shown)
-    console.print(f"Results: {out}", markup=False, soft_wrap=True)
+        compared = [row for row in rows if any(row.ratio(peer) is not None for peer in row.peers)]
+        if compared:
+            plots.ratios(options.out / f"{name}.png", name, compared, shown)
+    console.print(f"Results: {options.out}", markup=False, soft_wrap=True)
 
 
 def _write_markdown(path: Path, results: Results) -> None:

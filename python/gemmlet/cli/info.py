@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
+import warnings
+from collections.abc import Mapping
+
+from .._environment import VARIABLES
 from ..backends import select
 from .errors import UserError
 
 
 def show() -> None:
-    """Print what computes here: backend, ISA, threads and versions."""
+    """Print what computes here, which backends there are and why others are not, and the environment variables."""
     choose_backend()
     select.show_config()
+    print("\nBackends")
+    _print_rows({name: _describe(name) for name in select.CHOICES})
+    print("\nEnvironment variables")
+    _print_rows({name: f"{os.environ.get(name) or 'not set'}: {text}" for name, text in VARIABLES.items()})
+
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        indent = " " * (width + 4)
+        lines = textwrap.wrap(text, 110 - len(indent), break_long_words=False, break_on_hyphens=False)
+        print(f"  {name:<{width}}  " + f"\n{indent}".join(lines))
+
+
+def _describe(name: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CuPy's, where there is no GPU
+            backend = select.load(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        return f"not here: {error}"
+    return f"{'in use' if backend is select.current() else 'ready'}, {backend.describe()['isa']}"
 
 
 def choose_backend() -> None:

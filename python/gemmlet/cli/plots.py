@@ -140,17 +140,20 @@ def worst_mistakes(
     save(figure, path)
 
 
-def gan_losses(path: Path, generator: Sequence[float], discriminator: Sequence[float]) -> None:
+def gan_losses(path: Path, generator: Sequence[float], discriminator: Sequence[float], label_smoothing: float) -> None:
     """Draw the losses of the two networks over the epochs."""
+    digit = "−log D(digit)"
+    if label_smoothing:
+        digit = f"−{1 - label_smoothing:g} log D(digit) − {label_smoothing:g} log(1 − D(digit))"
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     _line(axes, generator, _BLUE, "generator: −log D(sample)")
-    _line(axes, discriminator, _ORANGE, "discriminator: −log D(digit) − log(1 − D(sample))")
+    _line(axes, discriminator, _ORANGE, f"discriminator: {digit} − log(1 − D(sample))")
     plain(axes)
     _epochs(axes, len(generator))
     axes.set_ylim(bottom=0)
     axes.set(title="Losses of the GAN (mean over the epoch)", ylabel="loss (nats)")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", frameon=False)  # as wide as the axes, it would cover lines
     save(figure, path)
 
 
@@ -160,14 +163,15 @@ def class_shares(path: Path, shares: Sequence[float]) -> None:
     axes = figure.subplots()
     bars = axes.bar(range(10), shares, color=_BLUE)
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=9, padding=2)
-    axes.axhline(0.1, color=_GREY, linestyle=":", label="equal shares")
+    axes.axhline(0.1, color=_GREY, linestyle=":")
+    # Beside the axes, where it covers no bar's label.
+    axes.text(1.01, 0.1, "equal\nshares", transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=_GREY)
     plain(axes)
     axes.grid(visible=False, axis="x")
     axes.set(xticks=range(10), xlabel="digit, as the classifier sees it", ylabel="share of the samples")
     axes.set_title("Which digits the generator draws")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.margins(y=0.12)
-    axes.legend(frameon=False)
     save(figure, path)
 
 
@@ -193,6 +197,13 @@ def save_image(path: Path, image: Image.Image) -> None:
     """Write one picture."""
     with replacing(path) as temporary:
         image.save(temporary, optimize=True)
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read what `save_image` has written."""
+    with Image.open(path) as image:
+        image.load()
+        return image
 
 
 def save_animation(path: Path, images: Sequence[Image.Image]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import nn
 from . import evaluation, files, training
-from .files import make_folder
-from .training import Defaults, Options, Watch
+from .training import Array, Defaults, Options, Watch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 # A beta1 of 0.5: Radford et al., 2016.
 _OPTIMIZERS = {"sgd": nn.SGD(0.1), "adam": nn.Adam(1e-3, beta1=0.5), "adamw": nn.AdamW(1e-3, beta1=0.5)}
 # Two hidden layers, as with one far fewer samples are recognised; and with 2e-4 and mini-batches of 64 it takes longer.
-DEFAULTS = Defaults((256, 512), 30, 128, "adam", _OPTIMIZERS, lr_decay=False)
-CLASSIC = Defaults((256,), 30, 128, "adam", _OPTIMIZERS, lr_decay=False)
+DEFAULTS = Defaults((256, 512), ("relu", "leaky_relu"), 30, 128, "adam", _OPTIMIZERS, lr_decay=False)
+CLASSIC = Defaults((256,), ("tanh", "tanh"), 30, 128, "adam", _OPTIMIZERS, lr_decay=False)
 
 # How many samples a generator is judged by, how many a picture of them shows, and about how many pictures there are.
 JUDGED, SHOWN, PICTURES = 1000, 100, 12
@@ -28,89 +29,138 @@ JUDGE_HIDDEN, JUDGE_EPOCHS = 128, 10
 
 def run(options: Options) -> int:
     """Train a GAN, write the results to the folder ``--out`` and return the exit status."""
-    from . import plots
-
     # A covariance, as in the Fréchet distance, needs two.
-    watch = Watch(options, CLASSIC if options.classic else DEFAULTS, least=2)
-    settings, data = watch.settings, watch.data
+    watch = Watch("gan", options, DEFAULTS, CLASSIC, least=2)
+    settings = watch.settings
     if settings.classic:
         model = nn.GAN.classic(seed=settings.seed)
     else:
+        generator_activation, discriminator_activation = settings.activation
         model = nn.GAN(
-            generator=[*settings.hidden, 784], discriminator=[*reversed(settings.hidden), 1], seed=settings.seed
+            generator=[*settings.hidden, 784],
+            discriminator=[*reversed(settings.hidden), 1],
+            generator_activation=generator_activation,
+            discriminator_activation=discriminator_activation,
+            seed=settings.seed,
         )
-    pictures = make_folder(settings.out, "samples")
-    for old in pictures.glob("epoch_*.png"):
-        old.unlink()  # those of an earlier run, which may have had more epochs
-    noise = model.noise(SHOWN, seed=settings.seed)
+    judge = nn.MLP([784, JUDGE_HIDDEN, 10], "relu", seed=settings.seed)
+    watch.more_epochs = _judging_epochs(model, judge)
+    pages = _Pages(model, watch)
     every = max(1, round(settings.epochs / PICTURES))
-    shown: dict[int, Image] = {}  # by how many steps the generator had taken
-
-    def grid(title: str) -> Image:
-        samples = model.sample(SHOWN, z=noise)
-        training.check_finite(samples)
-        shown[model.steps] = plots.sample_grid(samples, title)
-        return shown[model.steps]
-
-    def picture(epoch: int) -> None:
-        plots.save_image(pictures / f"epoch_{epoch:04}.png", grid(f"epoch {epoch}"))
 
     def callback(p: nn.GANProgress) -> None:
         watch.see(p, {"generator loss": p.generator_loss, "discriminator loss": p.discriminator_loss})
         if p.epoch_done and (p.epoch % every == 0 or p.epoch == p.epochs):
-            picture(p.epoch)
+            pages.draw(p.epoch)
 
     with watch:
-        picture(0)
+        pages.start()
         with watch.bar():
-            history = model.fit(
-                data.x_train,
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                optimizer=settings.optimizer,
-                callback=callback,
-                callback_every="call",
-            )
-        if model.steps not in shown:
-            grid(f"epoch {len(history.generator_loss)}, interrupted")
-        plots.save_animation(settings.out / "samples.gif", list(shown.values()))
-        plots.save_image(settings.out / "samples.png", shown[model.steps])
-        _finish(model, history, watch)
-    return 130 if watch.interrupted else 0
+            fit = partial(model.fit, watch.data.x_train, callback=callback)
+            history = watch.fit(model, fit, nn.GANHistory)
+            scores: dict[str, Any] = {}
+            with watch.attempting("scores"):
+                scores = _judge(model, judge, watch)
+                watch.write_metrics(scores)
+        if scores:
+            _show(scores, history, watch)
+        with watch.attempting("pictures"):
+            plots = watch.plots()
+            trained = history.generator_loss, history.discriminator_loss
+            watch.draw(plots.gan_losses, "loss_curves.png", *trained, model.label_smoothing)
+            if scores:
+                watch.draw(plots.class_shares, "class_shares.png", scores["class_shares"])
+            pages.finish(len(history.generator_loss))
+        return watch.end()
 
 
-def _finish(model: nn.GAN, history: nn.GANHistory, watch: Watch) -> None:
-    """Save the network, measure its samples, and write and show what came out."""
-    from . import plots
+class _Pages:
+    """The pictures of samples, all from the same noise: after some epochs, at the end, and one after the other."""
 
-    settings, data = watch.settings, watch.data
-    out = settings.out
-    model.save(out / "model.safetensors")
+    def __init__(self, model: nn.GAN, watch: Watch) -> None:
+        self._model, self._watch, self._out = model, watch, watch.settings.out
+        self._noise = model.noise(SHOWN, seed=watch.settings.seed)
+        files.check_folder(self._out / "samples")
+
+    def start(self) -> None:
+        """Draw what the untrained generator makes, unless a training goes on."""
+        files.make_folder(self._out, "samples")
+        if not self._watch.resumes:
+            for old in (self._out / "samples").glob("epoch_*.png"):
+                old.unlink()  # those of an earlier run, which may have had more epochs
+            self.draw(0)
+
+    def draw(self, epoch: int) -> None:
+        """Draw the samples after an epoch."""
+        with self._watch.attempting("samples"):
+            from . import plots
+
+            plots.save_image(self._page(epoch), self._grid(f"epoch {epoch}"))
+
+    def finish(self, epochs: int) -> None:
+        """Draw the samples of the end, in the last of so many epochs, and an animation."""
+        from . import plots
+
+        is_whole = self._page(epochs).exists()
+        last = self._grid(f"epoch {epochs}" if is_whole else f"epoch {epochs}, interrupted")
+        self._watch.draw(plots.save_image, "samples.png", last)
+        earlier = [page for epoch in range(epochs) if (page := self._page(epoch)).exists()]
+        self._watch.draw(plots.save_animation, "samples.gif", [*map(plots.load_image, earlier), last])
+
+    def _page(self, epoch: int) -> Path:
+        return self._out / "samples" / f"epoch_{epoch:04}.png"
+
+    def _grid(self, title: str) -> Image:
+        from . import plots
+
+        return plots.sample_grid(self._model.sample(SHOWN, z=self._noise), title)
+
+
+def _judging_epochs(model: nn.GAN, judge: nn.MLP) -> float:
+    """About as many epochs of the GAN as to train the judge takes: by the matmuls for an image, forward and back."""
+    generator, discriminator, judging = (
+        sum(array.size for array in parameters)
+        for parameters in (model.generator_parameters, model.discriminator_parameters, judge.parameters)
+    )
+    # The discriminator goes forward for an image and twice for a sample, and back for each, once to the sample only.
+    return JUDGE_EPOCHS * 3 * judging / (3 * generator + 8 * discriminator)
+
+
+def _judge(model: nn.GAN, judge: nn.MLP, watch: Watch) -> dict[str, Any]:
+    """Train the judge, and measure samples with it."""
+    data, seed = watch.data, watch.settings.seed
     watch.console.print("Training the classifier that judges the samples.")
-    judge = nn.MLP([784, JUDGE_HIDDEN, 10], "relu", seed=settings.seed)
-    judge.fit(data.x_train, data.y_train, epochs=JUDGE_EPOCHS, batch_size=64, optimizer="adam")
-    judge_accuracy = judge.evaluate(data.x_test, data.y_test)["accuracy"]
+    judge.fit(
+        data.x_train,
+        data.y_train,
+        epochs=JUDGE_EPOCHS,
+        batch_size=64,
+        optimizer="adam",
+        callback=watch.see_more,
+        callback_every="call",
+    )
     samples = model.sample(JUDGED)
     real_features = judge.features(data.x_test)
-    quality = evaluation.sample_quality(judge.predict_proba(samples), judge.features(samples), real_features)
+    scores = evaluation.sample_quality(judge.predict_proba(samples), judge.features(samples), real_features)
     # What genuine digits score, for comparison: as many training images.
-    genuine = data.x_train[np.random.default_rng(settings.seed).permutation(len(data.x_train))[:JUDGED]]
-    genuine_distance = evaluation.frechet_distance(judge.features(genuine), real_features)
-    metrics = {**quality, "frechet_distance_of_genuine_digits": genuine_distance, "samples_judged": JUDGED}
-    metrics |= {"classifier_accuracy": judge_accuracy, **watch.facts(history.seconds)}
-    metrics["history"] = training.curves(history, "generator_loss", "discriminator_loss")
-    files.write_json(out / "metrics.json", metrics)
-    plots.gan_losses(out / "loss_curves.png", history.generator_loss, history.discriminator_loss)
-    plots.class_shares(out / "class_shares.png", quality["class_shares"])
-    rarest = int(np.argmin(quality["class_shares"]))
-    confident = training.percent(quality["confident_share"])
-    watch.finish(
-        f"What a classifier ({judge_accuracy:.2%} right on the test images) makes of {JUDGED:,} samples",
+    genuine: Array = data.x_train[np.random.default_rng(seed).permutation(len(data.x_train))[:JUDGED]]
+    scores["frechet_distance_of_genuine_digits"] = evaluation.frechet_distance(judge.features(genuine), real_features)
+    scores["samples_judged"] = JUDGED
+    scores["classifier_accuracy"] = judge.evaluate(data.x_test, data.y_test)["accuracy"]
+    return scores
+
+
+def _show(scores: dict[str, Any], history: nn.GANHistory, watch: Watch) -> None:
+    accuracy, rarest = training.percent(scores["classifier_accuracy"]), int(np.argmin(scores["class_shares"]))
+    watch.show(
+        f"What a classifier ({accuracy} right on the test images) makes of {JUDGED:,} samples",
         {
-            f"classified with a probability of at least {evaluation.CONFIDENT}": confident,
-            f"share of the rarest digit ({rarest})": training.percent(quality["class_shares"][rarest]),
-            "Fréchet distance to the test images": f"{quality['frechet_distance']:.2f}",
-            "the same for genuine training images": f"{genuine_distance:.2f}",
+            f"classified with a probability of at least {evaluation.CONFIDENT}": training.percent(
+                scores["confident_share"]
+            ),
+            f"share of the rarest digit ({rarest})": training.percent(scores["class_shares"][rarest]),
+            "Fréchet distance to the test images": f"{scores['frechet_distance']:.2f}",
+            "the same for genuine training images": f"{scores['frechet_distance_of_genuine_digits']:.2f}",
             "training time": f"{history.seconds:.1f} s",
         },
     )

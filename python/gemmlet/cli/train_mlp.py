@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 
 from .. import nn
-from . import evaluation, files, training
+from . import evaluation, training
 from .training import Array, Defaults, Options, Watch
 
 # With a rate that falls to 0, Adam may start with more than its usual 1e-3.
 _OPTIMIZERS = {"sgd": nn.SGD(0.1), "adam": nn.Adam(3e-3), "adamw": nn.AdamW(3e-3)}
-DEFAULTS = Defaults((256,), 10, 64, "adam", _OPTIMIZERS, lr_decay=True)
-ACTIVATION = "relu"
-CLASSIC = Defaults((128,), 10, 16, "sgd", _OPTIMIZERS, lr_decay=False)
+DEFAULTS = Defaults((256,), ("relu",), 10, 64, "adam", _OPTIMIZERS, lr_decay=True)
+CLASSIC = Defaults((128,), ("tanh",), 10, 16, "sgd", _OPTIMIZERS, lr_decay=False)
 
 # The share of the training images that the learning curves are measured on, and that the network never learns from.
 HELD_OUT = 0.1
@@ -20,12 +22,12 @@ HELD_OUT = 0.1
 
 def run(options: Options) -> int:
     """Train an MLP, write the results to the folder ``--out`` and return the exit status."""
-    watch = Watch(options, CLASSIC if options.classic else DEFAULTS)
+    watch = Watch("mlp", options, DEFAULTS, CLASSIC)
     settings, data = watch.settings, watch.data
     if settings.classic:
         model = nn.MLP.classic(seed=settings.seed)
     else:
-        model = nn.MLP([784, *settings.hidden, 10], ACTIVATION, seed=settings.seed)
+        model = nn.MLP([784, *settings.hidden, 10], *settings.activation, seed=settings.seed)
     kept, held_out = hold_out(len(data.y_train), settings.seed)
 
     def callback(p: nn.Progress) -> None:
@@ -33,19 +35,17 @@ def run(options: Options) -> int:
 
     with watch:
         with watch.bar():
-            history = model.fit(
+            fit = partial(
+                model.fit,
                 data.x_train[kept],
                 data.y_train[kept],
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                optimizer=settings.optimizer,
                 lr_schedule=nn.linear_decay if settings.lr_decay else None,
                 validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
                 callback=callback,
-                callback_every="call",
             )
+            history = watch.fit(model, fit, nn.History)
         _finish(model, history, watch)
-    return 130 if watch.interrupted else 0
+        return watch.end()
 
 
 def hold_out(count: int, seed: int) -> tuple[Array, Array]:
@@ -56,32 +56,33 @@ def hold_out(count: int, seed: int) -> tuple[Array, Array]:
 
 
 def _finish(model: nn.MLP, history: nn.History, watch: Watch) -> None:
-    """Save the network, measure it on the test images, and write and show what came out."""
-    from . import plots
-
-    out, data = watch.settings.out, watch.data
+    """Measure the network on the test images, and write and show what came out."""
+    data = watch.data
     probabilities = model.predict_proba(data.x_test)
-    training.check_finite(probabilities)
-    model.save(out / "model.safetensors")
     # Not the largest probability: several sigmoids may be rounded to 1.
     predicted = model.predict(data.x_test)
-    curves = evaluation.roc_curves(data.y_test, probabilities)
-    scores = evaluation.classification(data.y_test, predicted, curves)
-    metrics = {**scores, **watch.facts(history.seconds), "layers": model.layers}
-    metrics["history"] = training.curves(history, "loss", "accuracy", "validation_loss", "validation_accuracy")
-    files.write_json(out / "metrics.json", metrics)
-    plots.learning_curves(out / "learning_curves.png", history)
-    plots.confusion_matrix(out / "confusion_matrix.png", data.y_test, predicted)
-    plots.roc_curves(out / "roc_curves.png", curves, len(data.y_test))
-    plots.worst_mistakes(out / "worst_mistakes.png", data.x_test, data.y_test, predicted, probabilities)
-    watch.finish(
+    scores: dict[str, Any] = {"test_accuracy": float((predicted == data.y_test).mean())}
+    curves: list[evaluation.RocCurve] = []
+    with watch.attempting("scores"):
+        curves = evaluation.roc_curves(data.y_test, probabilities)
+        scores |= evaluation.classification(data.y_test, predicted, curves)
+    scores["layers"] = model.layers
+    watch.write_metrics(scores)
+    area = scores.get("roc_auc")
+    watch.show(
         f"On {len(data.y_test):,} test images",
         {
             "accuracy": training.percent(scores["test_accuracy"]),
-            "precision (macro)": training.percent(scores["macro_precision"]),
-            "recall (macro)": training.percent(scores["macro_recall"]),
-            "F1 (macro)": training.percent(scores["macro_f1"]),
-            "ROC AUC (one against the rest)": "-" if scores["roc_auc"] is None else f"{scores['roc_auc']:.5f}",
+            "precision (macro)": training.percent(scores.get("macro_precision")),
+            "recall (macro)": training.percent(scores.get("macro_recall")),
+            "F1 (macro)": training.percent(scores.get("macro_f1")),
+            "ROC AUC (one against the rest)": "-" if area is None else f"{area:.5f}",
             "training time": f"{history.seconds:.1f} s",
         },
     )
+    with watch.attempting("pictures"):
+        plots = watch.plots()
+        watch.draw(plots.learning_curves, "learning_curves.png", history)
+        watch.draw(plots.confusion_matrix, "confusion_matrix.png", data.y_test, predicted)
+        watch.draw(plots.roc_curves, "roc_curves.png", curves, len(data.y_test))
+        watch.draw(plots.worst_mistakes, "worst_mistakes.png", data.x_test, data.y_test, predicted, probabilities)

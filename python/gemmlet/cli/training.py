@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,11 +22,21 @@ from rich.table import Table
 from .. import get_num_threads, nn, set_num_threads, use_backend
 from ..backends import select
 from ..data import Mnist, load_mnist
-from . import info
+from ..formulas.activations import ACTIVATIONS
+from . import files, info
 from .errors import UserError
-from .files import check_folder, make_folder
 
 Array = NDArray[Any]
+Kept = TypeVar("Kept", nn.History, nn.GANHistory)
+
+# Files in --out.
+MODEL, METRICS, OPTIONS, CHECKPOINT = "model.safetensors", "metrics.json", "options.json", "checkpoint.safetensors"
+
+# What of a line with a bar is no figures: five characters of it, the time left, and the spaces between.
+_REST_OF_BAR = 5 + 7 + 3
+
+# What ends a training early; what was learnt is saved then.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Defaults:
     """What applies where the command line says nothing."""
 
     hidden: tuple[int, ...]
+    activation: tuple[str, ...]  # of each network
     epochs: int
     batch_size: int
     optimizer: str
@@ -48,12 +61,20 @@ class Options:
     batch_size: int | None
     lr: float | None
     optimizer: str | None
+    weight_decay: float | None
+    momentum: float | None
     hidden: str | None
-    seed: int
+    activation: str | None
+    seed: int | None
     backend: str | None
     threads: int | None
-    out: Path
+    out: Path | None
+    resume: Path | None
     classic: bool
+
+
+# Options that may differ from those of the training that --resume goes on with.
+_FREE = ("data_dir", "epochs", "backend", "threads")
 
 
 @dataclass(frozen=True)
@@ -61,6 +82,7 @@ class Settings:
     """Checked options, with the defaults filled in."""
 
     hidden: tuple[int, ...]
+    activation: tuple[str, ...]
     epochs: int
     batch_size: int
     optimizer: nn.Optimizer
@@ -73,10 +95,16 @@ class Settings:
     def facts(self) -> dict[str, Any]:
         """Return them for metrics.json."""
         facts = {name: value for name, value in vars(self).items() if name != "out"}
-        return facts | {"hidden": list(self.hidden), "optimizer": self.optimizer.name}
+        optimizer = {"optimizer": self.optimizer.name, "weight_decay": self.optimizer.settings()["weight_decay"]}
+        return facts | {"hidden": list(self.hidden), "activation": text(self.activation)} | optimizer
 
 
-def check(options: Options, defaults: Defaults) -> Settings:
+def text(value: Any) -> str:
+    """Return the value of an option as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check(options: Options, network: str, defaults: Defaults) -> Settings:
     """Check the options, put backend and threads to use, and fill in the defaults; or raise `UserError`."""
     for option, value, low, high in (
         ("--epochs", options.epochs, 1, 10**9),
@@ -85,20 +113,18 @@ def check(options: Options, defaults: Defaults) -> Settings:
     ):
         if value is not None and not low <= value <= high:
             raise UserError(f"{option} must be from {low} to {high:,}, got {value}")
-    if options.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {options.seed}")
+    seed, out = options.seed or 0, options.out or Path("runs", network)
+    if seed < 0:
+        raise UserError(f"--seed must be at least 0, got {seed}")
     if options.lr is not None and not (math.isfinite(options.lr) and options.lr > 0):
         raise UserError(f"--lr must be a number above 0, got {options.lr:g}")
-    name = defaults.optimizer if options.optimizer is None else options.optimizer
-    if name not in defaults.optimizers:
-        raise UserError(f"--optimizer {name!r} is unknown; the choices are {', '.join(defaults.optimizers)}")
-    optimizer = defaults.optimizers[name].fresh()
-    if options.lr is not None:
-        optimizer.lr = options.lr
-    if options.classic and options.hidden is not None:
-        raise UserError("--classic is one certain network; leave out --hidden")
+    optimizer = _optimizer(options, defaults)
+    for option, given in (("--hidden", options.hidden), ("--activation", options.activation)):
+        if options.classic and given is not None:
+            raise UserError(f"--classic is one certain network; leave out {option}")
     hidden = defaults.hidden if options.hidden is None else _widths(options.hidden)
-    check_folder(options.out)
+    activation = defaults.activation if options.activation is None else _activations(options.activation, defaults)
+    files.check_folder(out)
     if options.backend is not None:
         try:
             use_backend(options.backend)
@@ -109,15 +135,46 @@ def check(options: Options, defaults: Defaults) -> Settings:
         set_num_threads(options.threads)
     _limit_blas(get_num_threads())
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
-    given = options.seed, options.out, options.classic
-    return Settings(hidden, epochs, batch_size, optimizer, optimizer.lr, defaults.lr_decay, *given)
+    rates = optimizer.lr, defaults.lr_decay
+    return Settings(hidden, activation, epochs, batch_size, optimizer, *rates, seed, out, options.classic)
 
 
-def _widths(text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdecimal() and 0 < int(word[:9]) <= 1_000_000 for word in words):
-        raise UserError(f"--hidden must be widths from 1 to 1,000,000, such as 128 or 256,128; got {text!r}")
-    return tuple(map(int, words))
+def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
+    name = defaults.optimizer if options.optimizer is None else options.optimizer
+    if name not in defaults.optimizers:
+        raise UserError(f"--optimizer {name!r} is unknown; the choices are {', '.join(defaults.optimizers)}")
+    settings = defaults.optimizers[name].settings()
+    for setting in ("lr", "weight_decay", "momentum"):
+        value, option = getattr(options, setting), f"--{setting.replace('_', '-')}"
+        if value is None:
+            continue
+        if setting not in settings:
+            having = [other for other, each in defaults.optimizers.items() if setting in each.settings()]
+            raise UserError(f"{option} is for {' and '.join(having)}; the optimizer is {name}")
+        try:
+            nn.make_optimizer(name, **{setting: value})
+        except ValueError as error:
+            raise UserError(str(error).replace(setting, option, 1)) from error
+        settings[setting] = value
+    return nn.make_optimizer(**settings)
+
+
+def _widths(words: str) -> tuple[int, ...]:
+    widths = [word.strip() for word in words.split(",")]
+    if not all(word.isascii() and word.isdecimal() and 0 < int(word[:9]) <= 1_000_000 for word in widths):
+        raise UserError(f"--hidden must be widths from 1 to 1,000,000, such as 128 or 256,128; got {words!r}")
+    return tuple(map(int, widths))
+
+
+def _activations(words: str, defaults: Defaults) -> tuple[str, ...]:
+    """One for each network; a single one is for all."""
+    names, count = tuple(word.strip() for word in words.split(",")), len(defaults.activation)
+    for name in names:
+        if name not in ACTIVATIONS:
+            raise UserError(f"--activation {name!r} is unknown; the choices are {', '.join(ACTIVATIONS)}")
+    if len(names) not in (1, count):
+        raise UserError(f"--activation must be 1{' or 2 names' if count > 1 else ' name'}, got {words!r}")
+    return names if len(names) == count else names * count
 
 
 def _limit_blas(threads: int) -> None:
@@ -139,18 +196,81 @@ def _load(options: Options) -> Mnist:
         raise UserError(f"{'GEMMLET_DATA_DIR' if options.data_dir is None else '--data-dir'}: {error}") from error
 
 
-class Watch:
-    """Follows a training: shows how far it is, and ends it at Ctrl-C or when it has diverged.
+def _checksum(data: Mnist) -> int:
+    """What tells one set of training images from another."""
+    return zlib.crc32(data.y_train.tobytes(), zlib.crc32(data.x_train.tobytes()))
 
-    The first Ctrl-C sets `interrupted`, the second raises KeyboardInterrupt. Both hold until the results are saved.
+
+def _resumed(options: Options, resume: Path, network: str) -> tuple[Options, int]:
+    """Fill in the options of the training that left the folder `resume`; also return the checksum of its images."""
+    path = resume / OPTIONS
+    expected = {field.name for field in fields(Options)} - {"out", "resume", "threads"}
+    try:
+        saved = json.loads(path.read_text())
+        kind, checksum = saved.pop("network"), saved.pop("images_crc32")
+        if saved.keys() != expected:
+            raise ValueError(f"it has {sorted(saved)}, expected {sorted(expected)}")
+    except FileNotFoundError:
+        raise UserError(f"--resume {resume}: there is no {OPTIONS}, which gemmlet train leaves") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"--resume {resume}: {OPTIONS} cannot be used ({error!r})") from error
+    if kind != network:
+        raise UserError(f"--resume {resume}: it holds a training of gemmlet train {kind}")
+    if options.out not in (None, resume):
+        raise UserError(f"--out {options.out}: --resume goes on in its own folder, {resume}")
+    if saved["data_dir"] is not None:
+        saved["data_dir"] = Path(saved["data_dir"])
+    unsaid = {}
+    for name, value in saved.items():
+        given, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if given is None or given is False:
+            unsaid[name] = value
+            continue
+        if name == "epochs" and given < value:
+            raise UserError(f"--epochs {given}: the training in {resume} has {value}, and may get more")
+        if name not in _FREE and (given.replace(" ", "") if isinstance(given, str) else given) != value:
+            raise UserError(f"{option} {given}: the training in {resume} has {'none' if value is None else value}")
+    return replace(options, **unsaid, out=resume), checksum
+
+
+class Watch:
+    """Follows a training: shows how far it is, ends it at a signal, and keeps what was learnt.
+
+    The first of `STOPS` ends the training, and more of them change nothing until model and metrics are saved. From then
+    on one raises `KeyboardInterrupt`. What fails after that, a picture say, is kept for the end.
+
+    Attributes
+    ----------
+    resumes : bool
+        Whether the training goes on from an earlier one.
+    more_epochs : float
+        How many epochs would take as long as what `see_more` follows after the training.
     """
 
-    def __init__(self, options: Options, defaults: Defaults, *, least: int = 1) -> None:
+    def __init__(
+        self, network: str, options: Options, defaults: Defaults, classic: Defaults, *, least: int = 1
+    ) -> None:
         """Check the options, load the data and say what is used; there must be `least` images of each kind."""
-        self.settings = check(options, defaults)
+        resume, checksum = options.resume, None
+        if resume is not None:
+            options, checksum = _resumed(options, resume, network)
+        self.settings = check(options, network, classic if options.classic else defaults)
         self.data = data = _load(options)
-        self.interrupted = False
-        self.epochs_done = 0
+        images, tests = len(data.y_train), len(data.y_test)
+        if min(images, tests) < least:
+            raise UserError(
+                f"{data.source} has {images} training and {tests} test images; expected at least {least} each"
+            )
+        self.resumes = resume is not None
+        self.more_epochs = 0.0
+        self._stop: int | None = None
+        self._is_saved = self._is_ending = False
+        self._problems: list[str] = []
+        self._epochs: list[nn.Progress | nn.GANProgress] = []  # those that were completed
+        self._last: nn.Progress | nn.GANProgress | None = None
+        self._options = self._saved_options(network, options)
+        if checksum not in (None, self._options["images_crc32"]):
+            raise UserError(f"--resume {resume}: the training there had other images than those of {data.source}")
         # The names of folders are printed, in which brackets and colons mean nothing.
         self.console = Console(highlight=False, markup=False, emoji=False)
         self._figures: dict[str, float] = {}
@@ -164,79 +284,190 @@ class Watch:
             disable=not self.console.is_interactive,
         )
         self._task = self._bar.add_task("", total=None, epoch=1, figures="")
-        images, tests = len(data.y_train), len(data.y_test)
-        if min(images, tests) < least:
-            raise UserError(
-                f"{data.source} has {images} training and {tests} test images; expected at least {least} each"
-            )
-        make_folder(self.settings.out)
         self._say(f"Data: {data.source} ({images:,} training and {tests:,} test images)")
         description, threads = select.current().describe(), get_num_threads()
         self._say(f"Backend: {description['backend']}, {description['isa']}, {threads} thread{'s' * (threads > 1)}")
+
+    def _saved_options(self, network: str, options: Options) -> dict[str, Any]:
+        """What ``--resume`` needs to go on."""
+        settings, optimizer = self.settings, self.settings.optimizer.settings()
+        return {
+            "network": network,
+            "images_crc32": _checksum(self.data),
+            "data_dir": None if options.data_dir is None else str(options.data_dir.absolute()),
+            "epochs": settings.epochs,
+            "batch_size": settings.batch_size,
+            "lr": settings.lr,
+            "optimizer": optimizer["name"],
+            "weight_decay": optimizer["weight_decay"],
+            "momentum": optimizer.get("momentum"),
+            "hidden": None if settings.classic else text(settings.hidden),
+            "activation": None if settings.classic else text(settings.activation),
+            "seed": settings.seed,
+            "backend": select.current().name,
+            "classic": settings.classic,
+        }
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)
 
     def __enter__(self) -> Watch:
-        self._previous = signal.getsignal(signal.SIGINT)
-        # A program that was started with SIGINT ignored, by nohup for one, keeps ignoring it.
-        if self._previous is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self._handle)
+        with ExitStack() as stack:
+            out = files.make_folder(self.settings.out)
+            stack.enter_context(files.locked(out))
+            checkpoint = out / CHECKPOINT
+            if self.resumes:
+                self._say(f"Going on with the training in {out}")
+            elif checkpoint.exists():
+                self._say(f"Replacing the training in {out}")
+                checkpoint.unlink()
+            files.write_json(out / OPTIONS, self._options)
+            self._lock = stack.pop_all()
+        # A program that was started with a signal ignored, by nohup for one, keeps ignoring it.
+        handlers = {number: signal.getsignal(number) for number in STOPS}
+        self._handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+        for number in self._handlers:
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._handlers.items():
+            # One signal has said it: no other may change the exit status of the process, which ends now.
+            signal.signal(number, handler if self._stop is None else signal.SIG_IGN)
+        self._lock.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+        if self._is_ending:
+            return
+        self._is_ending = self._is_saved
+        self._stop = self._stop or number
+        if self._is_saved:
+            raise KeyboardInterrupt(self._stop)
 
-    @contextmanager
-    def bar(self) -> Iterator[None]:
-        """Show the bar while the block runs; then say what happens, if Ctrl-C ended it."""
-        with self._bar:
-            yield
-        if self.interrupted:
-            self.console.print("Interrupted: saving what was learnt (Ctrl-C again ends at once).")
+    def fit(self, model: nn.MLP | nn.GAN, fit: Callable[..., Kept], kind: type[Kept]) -> Kept:
+        """Train `model` with its `fit`, save it and what is known of the training, and return the history.
+
+        Of a training that diverged what was learnt before is saved.
+        """
+        out, settings, started = self.settings.out, self.settings, time.perf_counter()
+        lists = [field.name for field in fields(kind) if field.name != "seconds"]
+        try:
+            history = fit(
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                optimizer=settings.optimizer,
+                callback_every="call",
+                checkpoint=out / CHECKPOINT,
+                resume=self.resumes,
+            )
+        except ValueError as error:
+            if not self.resumes:
+                raise
+            raise UserError(f"--resume {out}: {error}") from error
+        except nn.DivergedError as error:
+            if not model.steps:
+                raise UserError(str(error), code=1) from error
+            self._problems.append(str(error))
+            # The network went back to an earlier step, and so does this.
+            self._epochs = [epoch for epoch in self._epochs if epoch.epoch * epoch.batches <= model.steps]
+            history = kind(seconds=time.perf_counter() - started)
+            for name in lists:
+                values = (getattr(epoch, name) for epoch in self._epochs)
+                getattr(history, name).extend(value for value in values if value is not None)
+        model.save(out / MODEL)
+        last, whole = self._last, len(getattr(history, lists[0]))
+        self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
+        self._facts["history"] = {name: [_finite(v) for v in getattr(history, name)] for name in lists}
+        self.write_metrics({})
+        self._is_saved = True
+        if self._stop is not None:
+            self.console.print("Interrupted: what was learnt is saved. Ctrl-C leaves out what is left to do.")
+        return history
 
     def see(self, progress: nn.Progress | nn.GANProgress, figures: Mapping[str, float | None]) -> None:
         """Take note of some mini-batches and their figures, and raise `StopTraining` if they shall be the last."""
         known = {name: value for name, value in figures.items() if value is not None}
-        if not all(map(math.isfinite, known.values())):
-            raise _diverged()
+        is_first, self._last = self._last is None, progress
         # What is measured once an epoch stays in the bar during the next one.
         self._figures |= known
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in self._figures.items())
         batches = progress.epochs * progress.batches
         done = (progress.epoch - 1) * progress.batches + progress.batch
+        shown = [f"{name} {value:.4f}" for name, value in self._figures.items()]
         if self.console.is_interactive:
-            self._bar.update(self._task, total=batches, completed=done, epoch=progress.epoch, figures=shown)
+            # Of a training that goes on, the steps of before took no time.
+            move = self._bar.reset if is_first else self._bar.update
+            total = batches + self.more_epochs * progress.batches
+            move(self._task, total=total, completed=done, epoch=progress.epoch, figures=self._fitting(shown))
         elif progress.epoch_done:
-            self.console.print(f"epoch {progress.epoch}/{progress.epochs}  {shown}")
+            self._say(f"epoch {progress.epoch}/{progress.epochs}  {'  '.join(shown)}")
         if progress.epoch_done:
-            self.epochs_done = progress.epoch
-        if self.interrupted and done < batches:
+            self._epochs.append(progress)
+        if self._stop is not None and done < batches:
             raise nn.StopTraining
 
-    def facts(self, seconds: float) -> dict[str, Any]:
-        """Return what metrics.json says of any training; `seconds` are those of the training alone."""
+    def _fitting(self, shown: Sequence[str]) -> str:
+        """As many of the figures as the bar has room for."""
+        room = self.console.width - len(f"epoch {self.settings.epochs}/{self.settings.epochs} ") - _REST_OF_BAR
+        while len(line := "  ".join(shown)) > room and len(shown) > 1:
+            shown = shown[:-1]
+        return line
+
+    def see_more(self, progress: nn.Progress) -> None:
+        """Take note of how far what follows the training is."""
+        if self.console.is_interactive:
+            total = self._bar.tasks[0].total or 0.0
+            batches = progress.epochs * progress.batches
+            left = 1 - ((progress.epoch - 1) * progress.batches + progress.batch) / batches
+            done = total * (1 - left * self.more_epochs / (self.settings.epochs + self.more_epochs))
+            self._bar.update(self._task, completed=done)
+
+    def bar(self) -> Progress:
+        """Return what shows the bar while a ``with`` block runs."""
+        return self._bar
+
+    @contextmanager
+    def attempting(self, what: str) -> Iterator[None]:
+        """Keep an error for the end: what was learnt does not depend on the block, which does `what`."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            self._problems.append(f"the model is saved, but not all that belongs to it; {what}: {reason}")
+
+    def plots(self) -> ModuleType:
+        """Say that pictures are drawn, and return the module that draws them."""
+        self.console.print("Drawing the pictures.")
+        from . import plots
+
+        return plots
+
+    def draw(self, function: Callable[..., None], name: str, *arguments: Any) -> None:
+        """Draw a picture into ``--out``."""
+        with self.attempting(name):
+            function(self.settings.out / name, *arguments)
+
+    def write_metrics(self, scores: Mapping[str, Any]) -> None:
+        """Write metrics.json, with these scores and what is known of the training."""
+        files.write_json(self.settings.out / METRICS, {**scores, **self._facts})
+
+    def _training_facts(self, seconds: float, done: int) -> dict[str, Any]:
+        """What metrics.json says of any training, of so many seconds and completed epochs."""
         description = select.current().describe()
         return {
             "seconds": seconds,
             "backend": description["backend"],
             "isa": description["isa"],
             "threads": get_num_threads(),
-            "interrupted": self.epochs_done < self.settings.epochs,
-            "epochs_done": self.epochs_done,
+            "interrupted": done < self.settings.epochs,
+            "epochs_done": done,
             **self.settings.facts(),
             "data": self.data.source,
             "training_images": len(self.data.y_train),
             "test_images": len(self.data.y_test),
         }
 
-    def finish(self, title: str, rows: Mapping[str, str]) -> None:
-        """Print a table of names and values, and where the results are."""
+    def show(self, title: str, rows: Mapping[str, str]) -> None:
+        """Print a table of names and values."""
         table = Table(show_header=False)
         table.add_column()
         table.add_column(justify="right")
@@ -245,22 +476,20 @@ class Watch:
         # Not as the table's own title, which would be folded to its width.
         self.console.print(title)
         self.console.print(table)
+
+    def end(self) -> int:
+        """Say where the results are, and return the exit status; `UserError` if something failed."""
         self._say(f"Model, metrics and pictures: {self.settings.out}")
+        status = 0 if self._stop is None else 128 + self._stop
+        if self._problems:
+            others = f" (and {len(self._problems) - 1} more)" if len(self._problems) > 1 else ""
+            raise UserError(self._problems[0] + others, status or 1)
+        return status
 
 
-def _diverged() -> UserError:
-    return UserError("the training diverged: its numbers are no longer finite; try a smaller --lr", code=1)
-
-
-def check_finite(results: Array) -> None:
-    """Raise if the last steps, whose loss nobody has seen, spoilt the network."""
-    if not np.isfinite(results).all():
-        raise _diverged()
-
-
-def curves(history: nn.History | nn.GANHistory, *names: str) -> dict[str, list[float | None]]:
-    """Return the named lists of a history for JSON, which has no NaN."""
-    return {name: [v if math.isfinite(v) else None for v in getattr(history, name)] for name in names}
+def _finite(value: float) -> float | None:
+    """Return a number for JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def percent(value: float | None) -> str:

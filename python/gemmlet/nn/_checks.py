@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ def choice(value: Any, name: str, choices: Iterable[str]) -> str:
     if value not in known:
         raise ValueError(f"{name} {value!r} is unknown; the choices are {', '.join(known)}")
     return value
+
+
+def path(value: Any, name: str) -> Path:
+    """Return `value` as a Path."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a path, got {type(value).__name__}") from None
 
 
 def optional_callable(value: Any, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from .._files import replacing
 from . import _checks as checks
 from . import safetensors
 from .dense import Dense
-from .optimizers import Optimizer, make_optimizer
+from .optimizers import Optimizer, State, States, as_optimizer, make_optimizer
 
 Array = NDArray[Any]
 
@@ -113,7 +113,7 @@ def errors_name(file: Source, kind: str) -> Iterator[None]:
         if error.errno is not None and error.filename is None:  # reading has failed, not opening
             error.filename = _name(file)
         raise
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{_name(file)} is corrupt, or no file of a gemmlet {kind}: {error}") from error
 
 
@@ -130,6 +130,26 @@ def check_tensors(tensors: dict[str, Array], shapes: dict[str, tuple[int, ...]],
             raise ValueError(
                 f"tensor {name!r} is {tensors[name].dtype} of shape {tensors[name].shape}, expected {dtype} of {shape}"
             )
+
+
+# An optimizer in a file: its settings, and its states by the names of the parameters.
+Described = tuple[dict[str, Any], dict[str, State]]
+
+
+def optimizers_of(tensors: dict[str, Array], extra: dict[str, Any]) -> dict[str, Described]:
+    """The optimizers that were saved with a network, by the arguments of `fit`."""
+    found: dict[str, Described] = {}
+    for argument, optimizer in extra.get("optimizers", {}).items():
+        states = {}
+        for name, steps in optimizer["steps"].items():
+            value, arrays = tensors[name], list[Array]()
+            while (array := tensors.get(f"{OPTIMIZER}{name}.{len(arrays)}")) is not None:
+                arrays.append(array)
+            if any((array.shape, array.dtype) != (value.shape, value.dtype) for array in arrays):
+                raise ValueError(f"the optimizer's state of {name} has another shape or dtype than {name}")
+            states[name] = State(value.shape, value.dtype, tuple(arrays), checks.whole_number(steps, "steps", 0))
+        found[argument] = make_optimizer(**optimizer["settings"]).settings(), states
+    return found
 
 
 def copy_into(dense: Dense, tensors: dict[str, Array], prefix: str = "") -> None:
@@ -155,28 +175,47 @@ class Saved(ABC):
     def _parts(self) -> dict[str, Dense]:
         """All stacks of layers, by the prefix of their tensors' names."""
 
+    def _trained(self, arguments: Collection[str]) -> dict[str, dict[str, Array]]:
+        """What each optimizer among the arguments of `fit` updates, in the order of first use: parameters by name."""
+        return {"optimizer": named_tensors(self._parts()[""])}
+
+    def _streams(self) -> dict[str, np.random.Generator]:
+        """The random streams, by name."""
+        return {name.lstrip("_"): value for name, value in vars(self).items() if isinstance(value, np.random.Generator)}
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes another network of it, if it differs."""
+        return self._config() | {"dtype": str(self.dtype), "seed": self.seed}
+
     @staticmethod
     @abstractmethod
     def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
         """The widths of `_parts`, from input to output."""
 
-    def save(self, file: Target) -> None:
+    def save(self, file: Target, optimizer: Optimizer | None = None) -> None:
         """Write the network to a safetensors file, to a path whole or not at all.
+
+        Its random streams are written too: after `load`, `fit` goes on with the same order of samples. With the
+        optimizer and `load_optimizers` it goes on with the same bits, but for an `lr_schedule`, which begins anew.
 
         Parameters
         ----------
         file : path or binary file
             An existing file is replaced, a symbolic link's target; permissions are kept. The configuration is in the
             metadata, under ``gemmlet``, as JSON.
+        optimizer : Optimizer, optional
+            One that `fit` was given: its settings and its state are written, for `load_optimizers`.
 
         Raises
         ------
         OSError
             The file cannot be written, or is no plain file.
         """
-        config = self._config() | {
-            "dtype": str(self.dtype),
-            "seed": self.seed,
+        self._write(file, {} if optimizer is None else {"optimizer": optimizer})
+
+    def _write(self, file: Target, optimizers: Mapping[str, Optimizer], fit: dict[str, Any] | None = None) -> None:
+        """Write the network, optimizers by the arguments of `fit`, and what a checkpoint has besides."""
+        config = self._identity() | {
             "default_optimizer": self.default_optimizer.settings(),
             "default_batch_size": self.default_batch_size,
             "steps": self.steps,
@@ -184,7 +223,18 @@ class Saved(ABC):
         tensors: dict[str, Array] = {}
         for prefix, dense in self._parts().items():
             tensors |= named_tensors(dense, prefix)
-        write(file, type(self).__name__, config, tensors)
+        described = {}
+        for argument, params in self._trained(optimizers).items() if optimizers else ():
+            optimizer = as_optimizer(optimizers[argument], argument)
+            states = optimizer._states.of(list(params.values()), optimizer._arrays_per_parameter)
+            by_name = dict(zip(params, states, strict=True))
+            for name, state in by_name.items():
+                tensors |= {f"{OPTIMIZER}{name}.{i}": array for i, array in enumerate(state.arrays)}
+            steps = {name: state.steps for name, state in by_name.items()}
+            described[argument] = {"settings": optimizer.settings(), "steps": steps}
+        streams = {name: rng.bit_generator.state for name, rng in self._streams().items()}
+        extra = {"streams": streams, "optimizers": described} | ({} if fit is None else {"fit": fit})
+        write(file, type(self).__name__, config, tensors, extra)
 
     @classmethod
     def load(cls, file: Source) -> Self:
@@ -201,7 +251,42 @@ class Saved(ABC):
         ValueError
             It is corrupt, of a newer gemmlet, or holds something else; the message names it.
         """
-        config, tensors, _ = read(file, cls.__name__)
+        return cls._made(file, *read(file, cls.__name__))
+
+    @classmethod
+    def load_optimizers(cls, file: Source) -> dict[str, Optimizer]:
+        """Read the optimizers that `save`, or a `fit` with checkpoints, has written with a network.
+
+        Parameters
+        ----------
+        file : path or binary file
+
+        Returns
+        -------
+        dict
+            By the arguments of `fit`, ``{"optimizer": Adam(...)}`` say. They go on with the network that `load` reads
+            from the same file, as copies of optimizers do: ``model.fit(x, y, **MLP.load_optimizers(path))``.
+
+        Raises
+        ------
+        OSError
+            The file is missing or cannot be read.
+        ValueError
+            It is corrupt, of a newer gemmlet, holds something else, or has no optimizer; the message names it.
+        """
+        _, tensors, extra = read(file, cls.__name__)
+        found = {}
+        with errors_name(file, cls.__name__):
+            for argument, (settings, states) in optimizers_of(tensors, extra).items():
+                found[argument] = make_optimizer(**settings)
+                found[argument]._states = States(states.values())
+        if not found:
+            raise ValueError(f"{_name(file)} has no optimizer: it was saved without one")
+        return found
+
+    @classmethod
+    def _made(cls, file: Source, config: dict[str, Any], tensors: dict[str, Array], extra: dict[str, Any]) -> Self:
+        """The network that was read from a file."""
         with errors_name(file, cls.__name__):
             # Perceptrons that were saved before there were averages have neither.
             steps = checks.whole_number(config.pop("steps") if "ema_decay" in config else 0, "steps", 0)
@@ -211,6 +296,9 @@ class Saved(ABC):
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
             check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
             network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
+            streams = network._streams()
+            for name, state in extra.get("streams", {}).items():
+                streams[name].bit_generator.state = state
         for prefix, dense in network._parts().items():
             copy_into(dense, own, prefix)
         network.steps = steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,8 +21,10 @@ from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
+from .checkpoints import Checkpoints, Position
 from .dataset import Ahead, Array, Samples, not_finite, sample_order
 from .dense import Dense
+from .files import Saved
 from .normals import fill_normal
 from .optimizers import Optimizer, ParameterGroup, Schedule, as_optimizer, lr_factors
 
@@ -184,6 +186,8 @@ class Settings:
     verbose: bool
     callback: Callable[[Any], object] | None
     callback_every: str
+    checkpoint: Any = None  # a path becomes a Path
+    resume: Any = False  # likewise
 
     def __post_init__(self) -> None:
         self.epochs = checks.whole_number(self.epochs, "epochs", 1)
@@ -193,9 +197,20 @@ class Settings:
         checks.optional_callable(self.lr_schedule, "lr_schedule")
         checks.optional_callable(self.callback, "callback")
         checks.choice(self.callback_every, "callback_every", CALLBACK_EVERY)
+        if self.checkpoint is not None:
+            self.checkpoint = checks.path(self.checkpoint, "checkpoint")
+            if not self.checkpoint.parent.is_dir():
+                raise FileNotFoundError(f"checkpoint is to be in {self.checkpoint.parent}, which is no folder")
+        if isinstance(self.resume, bool):
+            if self.resume and self.checkpoint is None:
+                raise ValueError("resume=True needs checkpoint, or give resume the path")
+            exists = self.checkpoint is not None and self.checkpoint.exists()
+            self.resume = self.checkpoint if self.resume and exists else None
+        else:
+            self.resume = checks.path(self.resume, "resume")
 
 
-class Trainable(ABC):
+class Trainable(Saved):
     """Base of the networks that have a `fit`.
 
     Attributes
@@ -204,10 +219,6 @@ class Trainable(ABC):
         How many steps `fit` has taken.
     """
 
-    dtype: np.dtype[Any]
-    default_optimizer: Optimizer
-    default_batch_size: int
-    steps: int
     _progress: Callable[..., object]  # makes what the callback is told
     _shuffle: np.random.Generator
     # Of a network that is trained on noise: its generator, and the columns of a row.
@@ -242,7 +253,7 @@ class Trainable(ABC):
 
     @property
     @abstractmethod
-    def _trained(self) -> dict[str, list[Array]]:
+    def _parameters(self) -> dict[str, list[Array]]:
         """The parameters that `fit` changes, by the names of the attributes that have them."""
 
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
@@ -264,10 +275,6 @@ class Trainable(ABC):
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
         return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
 
-    def streams(self) -> dict[str, np.random.Generator]:
-        """The random streams, by name."""
-        return {name.lstrip("_"): value for name, value in vars(self).items() if isinstance(value, np.random.Generator)}
-
     def _draw(self, rng: np.random.Generator, n: int) -> Array:
         # Drawn in float64 for either dtype, so that both get the same numbers.
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
@@ -277,36 +284,13 @@ class Trainable(ABC):
         history: Any,
         samples: Samples,
         plan: training.TrainingPlan,
+        optimizers: dict[str, Optimizer],
         groups: Sequence[ParameterGroup],
         settings: Settings,
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         """Take all steps of a `fit`; `groups`: one for each of `plan.updates`, in their order."""
-        started = time.perf_counter()
-        _Training(self, history, samples, plan, groups, settings, validate).run()
-        history.seconds = time.perf_counter() - started
-
-
-@dataclass
-class Position:
-    """Where a `fit` is.
-
-    Attributes
-    ----------
-    epoch : int
-        Counted from 1.
-    seen : int
-        Samples of the epoch that were trained on.
-    sums : tuple of float
-        Of their losses, one for each `Loss` of the plan.
-    correct : int or NaN
-        How many of them were correct; NaN where the targets are no classes.
-    """
-
-    epoch: int = 1
-    seen: int = 0
-    sums: tuple[float, ...] = ()
-    correct: float = 0
+        _Training(self, history, samples, plan, optimizers, groups, settings, validate).run()
 
 
 class _Training:
@@ -322,6 +306,7 @@ class _Training:
         history: Any,
         samples: Samples,
         plan: training.TrainingPlan,
+        optimizers: dict[str, Optimizer],
         groups: Sequence[ParameterGroup],
         settings: Settings,
         validate: Callable[[], dict[str, float]] | None,
@@ -339,14 +324,16 @@ class _Training:
         self._orders = Ahead(model._shuffle if settings.shuffle else None, sample_order)
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
-        # Without classes no row is correct: what is said of it is NaN.
-        none_correct = 0 if plan.losses[0].has_classes else math.nan
-        self._beginning = Position(sums=(0.0,) * len(plan.losses), correct=none_correct)
-        self.at = replace(self._beginning)
+        self.at = self._start_of(1, len(plan.losses))
+        facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
+        facts["validation_data"] = validate is not None
+        self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, facts, history, self.at)
+        if settings.resume is not None:
+            self.at = self._checkpoints.resume(settings.resume, settings.epochs)
         self.parameters = [p for network in range(len(plan.networks)) for p in plan.parameters(network)]
-        self._trained = [array for arrays in model._trained.values() for array in arrays]
+        self._arrays = [array for arrays in model._parameters.values() for array in arrays]
         self._check_writeable()
-        self._held = held(*self._trained)  # nobody can resize them until the end
+        self._held = held(*self._arrays)  # nobody can resize them until the end
         started = time.perf_counter()
         if not self._is_finite():
             raise ValueError("the network has parameters that are not finite")
@@ -362,16 +349,25 @@ class _Training:
                 while self.at.epoch <= self._settings.epochs:
                     self._epoch(self._orders.take(self._n))
             self._check()
+            with deferred_signals():
+                if self._checkpoints.is_missing(self.at):
+                    self._checkpoints.write(self.at)
             if self.at.seen:
                 unknown = {} if self._validate is None else dict.fromkeys(VALIDATION, math.nan)
                 self._log(self._metrics() | unknown)
-        except BaseException:
+        except BaseException as error:
             with deferred_signals():
                 if not self._is_undone:
                     self._backend.write_back(self._plan)
                     if not self._is_finite():  # and something else went wrong before that was noticed
                         self._good.restore(self)
+                if self._checkpoints.is_missing(self.at):
+                    try:
+                        self._checkpoints.write(self.at)
+                    except OSError as failed:
+                        error.add_note(f"The last checkpoint could not be written: {failed}")
             raise
+        self.history.seconds = self._checkpoints.seconds
 
     def _epoch(self, order: Array) -> None:
         """The rest of an epoch, which takes the samples in this order."""
@@ -391,6 +387,9 @@ class _Training:
                 self._backend.write_back(self._plan)
                 told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
                 settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
+            if self._checkpoints.is_due(self.at, epoch_done=done):
+                self._check()
+                self._checkpoints.write(self.at)
 
     def _call(self, order: Array) -> None:
         """Take the steps of one call of the backend, on the next samples of the epoch."""
@@ -441,8 +440,14 @@ class _Training:
         if rest and self.model._training_noise is not None:
             self._noises.prepare(min(rest, self._size * (1 if self._one_by_one else self._budget.following())))
 
+    def _start_of(self, epoch: int, losses: int) -> Position:
+        order = dict(self.model._shuffle.bit_generator.state) if self._settings.shuffle else None
+        return Position(epoch, sums=(0.0,) * losses, order=order)
+
     def _metrics(self) -> dict[str, float]:
-        return self.model._metrics(self.at.sums, self.at.correct, self.at.seen)
+        # Without classes no row is correct: what is said of it is NaN.
+        correct = self.at.correct if self._plan.losses[0].has_classes else math.nan
+        return self.model._metrics(self.at.sums, correct, self.at.seen)
 
     def _log(self, metrics: dict[str, float]) -> None:
         """Note an epoch, and go to the next one."""
@@ -450,15 +455,15 @@ class _Training:
         with deferred_signals():
             for name, value in metrics.items():
                 getattr(self.history, name).append(value)
-            self.at = replace(self._beginning, epoch=epoch + 1)
+            self.at = self._start_of(epoch + 1, len(self.at.sums))
         if self._settings.verbose:
             shown = "  ".join(f"{_LABELS.get(k, k.replace('_', ' '))} {v:.4f}" for k, v in metrics.items())
             print(f"epoch {epoch}/{self._settings.epochs}  {shown}", flush=True)
 
     def _check_writeable(self) -> None:
         """Raise ValueError if a parameter is read-only: before a step, which might else stop halfway."""
-        if not all([array.flags.writeable for array in self._trained]):  # noqa: C419 - a list is faster
-            named = [(name, i, a) for name, arrays in self.model._trained.items() for i, a in enumerate(arrays)]
+        if not all([array.flags.writeable for array in self._arrays]):  # noqa: C419 - a list is faster
+            named = [(name, i, a) for name, arrays in self.model._parameters.items() for i, a in enumerate(arrays)]
             wrong = next(f"{name}[{i}]" for name, i, array in named if not array.flags.writeable)
             raise ValueError(f"{wrong} is read-only")
 
@@ -529,7 +534,7 @@ class _Copy:
             copy[...] = array
         self._position, self._steps = replace(source.at), source.model.steps
         self._updates = [[state.steps for state in group.states] for group in source.groups]
-        self._streams = {name: rng.bit_generator.state for name, rng in source.model.streams().items()}
+        self._streams = {name: rng.bit_generator.state for name, rng in source.model._streams().items()}
 
     def restore(self, to: _Training) -> None:
         """Go back to it."""
@@ -540,7 +545,7 @@ class _Copy:
         for group, steps in zip(to.groups, self._updates, strict=True):
             for state, count in zip(group.states, steps, strict=True):
                 state.steps = count
-        for name, rng in to.model.streams().items():
+        for name, rng in to.model._streams().items():
             rng.bit_generator.state = self._streams[name]
         for values in vars(to.history).values():
             if isinstance(values, list):

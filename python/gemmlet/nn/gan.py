@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ GENERATOR_OUTPUTS = ("tanh", "sigmoid")
 _GENERATOR, _DISCRIMINATOR = 0, 1
 
 
-class GAN(Trainable, files.Saved):
+class GAN(Trainable):
     """Generative adversarial network (Goodfellow et al., 2014) of two multilayer perceptrons.
 
     The generator G makes a sample from noise z, the discriminator D tells samples of the data from generated ones; each
@@ -120,14 +121,14 @@ class GAN(Trainable, files.Saved):
 
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
-        self._shuffle, self._training_noise, self._sampling_noise = self._streams()[1:]
+        self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
-    def _streams(self) -> list[np.random.Generator]:
+    def _fresh_streams(self) -> list[np.random.Generator]:
         """Of their own: samples drawn in between do not change what is learnt."""
         return [np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(4)]
 
     def _draw_layers(self, dtype: np.dtype[Any]) -> None:
-        draw = self._streams()[0]
+        draw = self._fresh_streams()[0]
 
         def dense(widths: Sequence[int], activation: str, output: str | None) -> Dense:
             # Rounded, as the public kernels do: Numba's executor computes with it in float64.
@@ -173,7 +174,7 @@ class GAN(Trainable, files.Saved):
         return self._discriminator.parameters
 
     @property
-    def _trained(self) -> dict[str, list[Array]]:
+    def _parameters(self) -> dict[str, list[Array]]:
         names = {"generator_parameters": self.generator_parameters}
         return names | {"discriminator_parameters": self.discriminator_parameters}
 
@@ -191,6 +192,8 @@ class GAN(Trainable, files.Saved):
         verbose: bool = False,
         callback: Callable[[GANProgress], object] | None = None,
         callback_every: str = "batch",
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
     ) -> GANHistory:
         """Train both networks on samples `x`.
 
@@ -212,6 +215,8 @@ class GAN(Trainable, files.Saved):
             As in `MLP.fit`, for both learning rates.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
+        checkpoint, resume
+            As in `MLP.fit`.
 
         Returns
         -------
@@ -220,14 +225,21 @@ class GAN(Trainable, files.Saved):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit, or a parameter is read-only; nothing has been trained then.
+            An argument does not fit, or a parameter is read-only; see `MLP.fit`.
+        DivergedError
+            A loss or a parameter is no longer finite.
+        OSError
+            A checkpoint cannot be read or written.
         """
         samples = self._samples(x, None if self._follows_samples else self.dtype)
-        settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
-        rule = self._optimizer(optimizer)
-        other = rule
+        settings = self._settings(
+            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+        )
+        rule = other = self._optimizer(optimizer)
+        optimizers = {"optimizer": rule}
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
+            optimizers["discriminator_optimizer"] = other
         self._settle(samples.dtype)
         generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
         phases = [
@@ -240,7 +252,7 @@ class GAN(Trainable, files.Saved):
             Update(_GENERATOR, generator.rule, generator.max_norm),
         ]
         history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-        self._train(history, samples, plan, [discriminator, generator], settings)
+        self._train(history, samples, plan, optimizers, [discriminator, generator], settings)
         return history
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
@@ -411,6 +423,36 @@ class GAN(Trainable, files.Saved):
     def _parts(self) -> dict[str, Dense]:
         parts = {"generator.": self._generator, "discriminator.": self._discriminator}
         return parts | ({"average.": self._average} if self.ema_decay else {})
+
+    def _trained(self, arguments: Collection[str]) -> dict[str, dict[str, Array]]:
+        generator, discriminator = (files.named_tensors(d, prefix) for prefix, d in list(self._parts().items())[:2])
+        if "discriminator_optimizer" in arguments:
+            return {"optimizer": generator, "discriminator_optimizer": discriminator}
+        return {"optimizer": generator | discriminator}
+
+    def save(
+        self, file: files.Target, optimizer: Optimizer | None = None, discriminator_optimizer: Optimizer | None = None
+    ) -> None:
+        """Write both networks to a file, as `MLP.save` does.
+
+        Parameters
+        ----------
+        file, optimizer
+            As there.
+        discriminator_optimizer : Optimizer, optional
+            The discriminator's, if `fit` was given one of its own.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written, or is no plain file.
+        ValueError
+            There is a `discriminator_optimizer` alone.
+        """
+        given = {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
+        if optimizer is None and discriminator_optimizer is not None:
+            raise ValueError("discriminator_optimizer needs the other one, optimizer")
+        self._write(file, {argument: rule for argument, rule in given.items() if rule is not None})
 
     @staticmethod
     def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:

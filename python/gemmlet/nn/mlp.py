@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
-from . import files
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .fit import VALIDATION, History, Progress, Trainable, network_of
@@ -37,7 +37,7 @@ OUTPUTS = {
 }
 
 
-class MLP(Trainable, files.Saved):
+class MLP(Trainable):
     """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
 
     Parameters
@@ -144,15 +144,17 @@ class MLP(Trainable, files.Saved):
         self.steps = 0
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
-        self._shuffle = self._streams()[1]
+        self._shuffle = self._fresh_streams()[1]
 
-    def _streams(self) -> list[np.random.Generator]:
+    def _fresh_streams(self) -> list[np.random.Generator]:
         """Two, so that the order of the samples does not depend on how many weights were drawn."""
         return [np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(2)]
 
     def _draw_layers(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
-        self._dense = Dense(self.layers, self.activation, None, dtype, self._streams()[0], self.activation_parameter)
+        self._dense = Dense(
+            self.layers, self.activation, None, dtype, self._fresh_streams()[0], self.activation_parameter
+        )
         self._average = self._dense.copy() if self.ema_decay else self._dense
 
     @classmethod
@@ -172,7 +174,7 @@ class MLP(Trainable, files.Saved):
         return self._dense.parameters
 
     @property
-    def _trained(self) -> dict[str, list[Array]]:
+    def _parameters(self) -> dict[str, list[Array]]:
         return {"parameters": self.parameters}
 
     # Training.
@@ -190,6 +192,8 @@ class MLP(Trainable, files.Saved):
         verbose: bool = False,
         callback: Callable[[Progress], object] | None = None,
         callback_every: str = "batch",
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
     ) -> History:
         """Train on samples `x` and their labels `y`.
 
@@ -239,6 +243,15 @@ class MLP(Trainable, files.Saved):
             When it is called: after every mini-batch, which then is a call of the backend by itself; after every call,
             which takes about a tenth of a second; or after every epoch. The last two train faster, on a GPU by far,
             with the same result.
+        checkpoint : path, optional
+            A file that is written again and again, each time whole or not at all: at the end of each epoch, every 30
+            seconds in between, but not more often than every 50 times as long as that takes; and when `fit` ends,
+            whatever ends it, Ctrl-C or an error. It has the network, which `load` reads, state and settings of the
+            optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is.
+        resume : bool or path
+            A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
+            between. With True it is `checkpoint` if that exists, so that a job that is started again goes on. Samples
+            and arguments must be those of then, but for `epochs`, which may be more, and callbacks.
 
         Returns
         -------
@@ -247,11 +260,20 @@ class MLP(Trainable, files.Saved):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit, or a parameter is read-only; nothing has been trained then.
+            An argument does not fit, or a parameter is read-only. Nothing has been trained then, but where samples or
+            targets are not finite, which training itself finds: then all is as it was before, too, unless a callback
+            has changed them later on; or where `lr_schedule` returns no learning rate, which ends training between two
+            steps.
+        DivergedError
+            A loss or a parameter is no longer finite. All is as it was shortly before that.
+        OSError
+            A checkpoint cannot be read or written; in the second case all is as the last step has left it.
         """
         samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
         targets, meaning = self._targets(y, "y", samples, self._meaning())
-        settings = self._settings(epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every)
+        settings = self._settings(
+            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+        )
         rule = self._optimizer(optimizer)
         validate = None
         if validation_data is not None:
@@ -270,7 +292,8 @@ class MLP(Trainable, files.Saved):
         self._settle(samples.dtype)
         self.classes, self.multi_label = meaning.classes, meaning.multi_label
         history, group = History(), rule.group(self.parameters)
-        self._train(history, samples, self._plan(samples, targets, group), [group], settings, validate)
+        plan = self._plan(samples, targets, group)
+        self._train(history, samples, plan, {"optimizer": rule}, [group], settings, validate)
         return history
 
     def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:

@@ -1,0 +1,35 @@
+"""The commands by name, and the packages that they need: what is known before any of those is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+# As the help lists them.
+COMMANDS = {
+    "train": "Train a network on MNIST.",
+    "bench": "Check and time the kernels and the trainings beside their peers.",
+    "info": "Show backends, threads, versions and environment variables.",
+}
+HELP_OPTIONS = ("-h", "--help")
+
+# What the extras bring, by the names they are imported under, and what of it the help needs.
+EXTRAS = {
+    "train": ("typer", "rich", "matplotlib", "PIL", "sklearn"),
+    "bench": ("typer", "rich", "matplotlib", "PIL", "sklearn", "threadpoolctl"),
+}
+FOR_HELP = ("typer", "rich")
+
+
+def missing(packages: Sequence[str]) -> list[str]:
+    """Return those that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def list_commands() -> None:
+    """Print what the help without any package can say."""
+    print("Usage: gemmlet [-h] [--version] COMMAND ...\n\nCommands:")
+    for name, text in COMMANDS.items():
+        print(f"  {name:<5}  {text}")
+        if needed := missing(EXTRAS.get(name, ())):
+            print(f"         It needs {', '.join(needed)}: pip install 'gemmlet[{name}]'")

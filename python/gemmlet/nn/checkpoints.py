@@ -1,0 +1,191 @@
+"""Checkpoints: what `fit` writes while it trains, and goes on from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import _checks as checks
+from . import files
+from .dataset import copy_of
+from .optimizers import Optimizer
+
+# Between two checkpoints are at least so many seconds, unless an epoch ends; and so many times as long as it takes to
+# write one, which is 2 % of a training at most.
+_SECONDS = 30.0
+_WRITES = 50
+
+
+@dataclass
+class Position:
+    """Where a `fit` is.
+
+    Attributes
+    ----------
+    epoch : int
+        Counted from 1.
+    seen : int
+        Samples of the epoch that were trained on.
+    sums : tuple of float
+        Of their losses, one for each `Loss` of the plan.
+    correct : int
+        How many of them were correct.
+    order : dict, optional
+        The state of the stream that the epoch's order of samples is drawn from, before that.
+    """
+
+    epoch: int = 1
+    seen: int = 0
+    sums: tuple[float, ...] = ()
+    correct: int = 0
+    order: dict[str, Any] | None = None
+
+    def check(self, losses: int, samples: int, batch_size: int) -> None:
+        """Raise ValueError or TypeError unless a fit of so many samples can be there; sums become floats."""
+        checks.whole_number(self.epoch, "epoch", 1)
+        checks.whole_number(self.correct, "correct", 0)
+        self.sums = tuple(map(float, self.sums))
+        seen = checks.whole_number(self.seen, "seen", 0)
+        if len(self.sums) != losses or seen > samples or (seen % batch_size and seen != samples):
+            raise ValueError(f"no fit is at {self}")
+
+
+class Checkpoints:
+    """The checkpoints of one `fit`: files of its network that have all it needs to go on.
+
+    Parameters
+    ----------
+    path : Path or None
+        Where they are written; with None there are none.
+    model : Saved
+    optimizers : mapping
+        By the arguments of `fit`; they have states of all parameters.
+    facts : mapping
+        What must be the same where the fit goes on: ``samples``, ``batch_size`` and others.
+    history : History or GANHistory
+    start : Position
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        model: files.Saved,
+        optimizers: Mapping[str, Optimizer],
+        facts: dict[str, Any],
+        history: Any,
+        start: Position,
+    ) -> None:
+        self._path, self._model, self._optimizers, self._facts = path, model, optimizers, facts
+        self._epochs: dict[str, list[float]] = {n: values for n, values in vars(history).items() if n != "seconds"}
+        # As they were given: a callback may change them.
+        self._given = {argument: optimizer.settings() for argument, optimizer in optimizers.items()}
+        self._written = replace(start)
+        self._started = self._last = time.perf_counter()
+        self._took = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long the fit has taken."""
+        return time.perf_counter() - self._started
+
+    def is_due(self, at: Position, *, epoch_done: bool) -> bool:
+        """Whether it is time to write one."""
+        least = max(0.0 if epoch_done else _SECONDS, _WRITES * self._took)
+        return self.is_missing(at) and time.perf_counter() - self._last >= least
+
+    def is_missing(self, at: Position) -> bool:
+        """Whether there are checkpoints, but none of this position."""
+        return self._path is not None and self._written != at
+
+    def write(self, at: Position) -> None:
+        """Write one, whole or not at all; of the epoch that is under way the history says nothing."""
+        assert self._path is not None
+        begun = time.perf_counter()
+        # JSON has no NaN.
+        history = {
+            name: [None if math.isnan(value) else value for value in values[: at.epoch - 1]]
+            for name, values in self._epochs.items()
+        }
+        fit = {"position": asdict(at), "history": history, "seconds": self.seconds}
+        self._model._write(self._path, self._optimizers, fit | {"facts": self._facts, "optimizers": self._given})
+        self._last = time.perf_counter()
+        self._took, self._written = self._last - begun, replace(at)
+
+    def resume(self, path: Path, epochs: int) -> Position:
+        """Make network, optimizers and history what they were, and return the position.
+
+        Raises
+        ------
+        OSError
+            The file is missing or cannot be read.
+        ValueError
+            It is corrupt, or of another fit; the message says what differs.
+        """
+        model, kind = self._model, type(self._model)
+        content = files.read(path, kind.__name__)
+        if (fit := content[2].get("fit")) is None:
+            raise ValueError(f"{path} is no checkpoint of a fit: it has a network alone")
+        saved = kind._made(path, *content)
+        with files.errors_name(path, kind.__name__):
+            at, optimizers = Position(**fit["position"]), files.optimizers_of(*content[1:])
+            now = {argument: settings for argument, (settings, _) in optimizers.items()}
+            here, there, changed = _flat(self._given), _flat(fit["optimizers"]), _flat(now)
+            if here == changed:
+                there = changed
+            here, there = here | model._identity() | self._facts, there | saved._identity() | fit["facts"]
+        for name in [*here, *there]:
+            if (is_now := here.get(name)) != (was := there.get(name)):
+                raise ValueError(f"{path} is a checkpoint of another fit: {name} was {was!r}, is {is_now!r}")
+        with files.errors_name(path, kind.__name__):
+            at.check(len(self._written.sums), self._facts["samples"], self._facts["batch_size"])
+            history = {
+                name: [math.nan if value is None else float(value) for value in fit["history"][name]]
+                for name in self._epochs
+            }
+            seconds = float(fit["seconds"])
+            states = list(self._states(optimizers))
+            if at.order is not None:
+                copy_of(model._streams()["shuffle"]).bit_generator.state = at.order
+        if at.epoch - (at.seen == 0) > epochs:
+            raise ValueError(f"epochs is {epochs}, but {path} is of epoch {at.epoch}")
+        # Nothing can fail any more.
+        for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
+            for array, value in zip(target.parameters, source.parameters, strict=True):
+                array[...] = value
+        for mine, theirs in states:
+            mine.steps = theirs.steps
+            for array, value in zip(mine.arrays, theirs.arrays, strict=True):
+                array[...] = value
+        for argument, settings in now.items():
+            for name in settings.keys() - {"name"}:
+                setattr(self._optimizers[argument], name, settings[name])
+        for name, rng in model._streams().items():
+            rng.bit_generator.state = saved._streams()[name].bit_generator.state
+        if at.order is not None:
+            model._streams()["shuffle"].bit_generator.state = at.order
+        for name, values in history.items():
+            self._epochs[name][:] = values
+        model.steps = saved.steps
+        self._started -= seconds
+        self._written = replace(at)
+        return at
+
+    def _states(self, optimizers: Mapping[str, files.Described]) -> Any:
+        """The state of each parameter, and the one of the file."""
+        for argument, params in self._model._trained(self._optimizers).items():
+            for name, param in params.items():
+                mine, theirs = self._optimizers[argument]._states.get(param), optimizers[argument][1][name]
+                if mine is None or not theirs.fits(param) or len(mine.arrays) != len(theirs.arrays):
+                    raise ValueError(f"the state of {name} in {argument} does not fit")
+                yield mine, theirs
+
+
+def _flat(optimizers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Their settings, by names like ``optimizer.lr``."""
+    return {
+        f"{argument}.{name}": value for argument, settings in optimizers.items() for name, value in settings.items()
+    }

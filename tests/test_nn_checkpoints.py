@@ -1,0 +1,428 @@
+"""Checkpoints: a training that was killed, stopped or saved goes on with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_on_host.backend import skip_long
+from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining, checkpoints, files, linear_decay
+
+RULES: dict[str, Callable[[], Any]] = {
+    "sgd": lambda: SGD(0.05),
+    "momentum": lambda: SGD(0.02, 0.8, nesterov=True),
+    "adam": lambda: Adam(3e-3),
+    "clipped": lambda: ClipNorm(Adam(3e-3), 0.5),
+}
+N, SIZE, EPOCHS = 150, 16, 5
+RNG = np.random.default_rng(0)
+X, Y = RNG.uniform(size=(N, 6)).astype(np.float32), RNG.integers(0, 3, N)
+
+
+class Killed(Exception):  # noqa: N818 - it stands for a signal
+    """What ends a training somewhere."""
+
+
+@pytest.fixture
+def training(any_threads_backend: Any) -> Any:
+    skip_long(any_threads_backend)
+    return any_threads_backend
+
+
+@pytest.fixture(params=["mlp", "gan"])
+def network(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def fit_of(network: str, rule: str = "adam", **settings: Any) -> tuple[Any, Any, Callable[..., Any]]:
+    """A network, its optimizer, and a `fit` of it."""
+    optimizer = RULES[rule]()
+    model: Any = MLP([6, 5, 3], ema_decay=0.9) if network == "mlp" else GAN(2, [4, 6], [5, 1])
+    settings = {"epochs": EPOCHS, "batch_size": SIZE, "optimizer": optimizer, "lr_schedule": linear_decay} | settings
+    if network == "mlp":
+        return model, optimizer, lambda **more: model.fit(X, Y, **{"validation_data": (X, Y), **settings, **more})
+    if rule == "momentum":
+        settings["discriminator_optimizer"] = Adam(1e-3)
+    return model, optimizer, lambda **more: model.fit(X, **{**settings, **more})
+
+
+def left_by(model: Any, optimizer: Any) -> list[Any]:
+    states = optimizer._states.values()
+    arrays = [array for dense in model._parts().values() for array in dense.parameters]
+    streams = [json.dumps(rng.bit_generator.state) for rng in model._streams().values()]
+    return [*(a.copy() for a in arrays), *(a.copy() for s in states for a in s.arrays), np.array(streams),
+            np.array([model.steps, *(state.steps for state in states)])]  # fmt: skip
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(np.array_equal, a, b))
+
+
+def killed_after(calls: int) -> Callable[[Any], None]:
+    """A callback that raises at its last call, and lowers the learning rate after some epochs."""
+
+    def callback(progress: Any) -> None:
+        callback.calls -= 1  # type: ignore[attr-defined]
+        if not callback.calls:  # type: ignore[attr-defined]
+            raise Killed
+
+    callback.calls = calls  # type: ignore[attr-defined]
+    return callback
+
+
+def lists_of(history: Any) -> dict[str, list[float]]:
+    return {name: values for name, values in vars(history).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_training_goes_on_with_the_same_bits(
+    rule: str, shuffle: bool, network: str, training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended again and again in the midst of an epoch and between two, by what is started again each time."""
+    model, optimizer, fit = fit_of(network, rule, shuffle=shuffle)
+    history = fit()
+    expected, path = left_by(model, optimizer), tmp_path / "checkpoint"
+    for calls in (3, 10, 1, 7, 13, 100):
+        monkeypatch.setattr(checkpoints, "_SECONDS", 0.0 if calls % 2 else 1e9)
+        again, optimizer, fit = fit_of(network, rule, shuffle=shuffle)
+        try:
+            result = fit(checkpoint=path, resume=True, callback=killed_after(calls))
+        except Killed:
+            assert type(again).load(path).steps == again.steps
+    assert same(left_by(again, optimizer), expected)
+    assert lists_of(result) == lists_of(history)
+    assert result.seconds > 0
+    assert list(tmp_path.iterdir()) == [path]
+    # What is done is done; more epochs are like a fit of its own, if the rate is the same.
+    again, optimizer, fit = fit_of(network, rule, shuffle=shuffle)
+    assert lists_of(fit(checkpoint=path, resume=True)) == lists_of(history)
+    assert same(left_by(again, optimizer), expected)
+    for each in (fit, fit_of(network, rule, shuffle=shuffle)[2]):
+        assert len(next(iter(lists_of(each(resume=path, epochs=EPOCHS + 2)).values()))) == EPOCHS + 2
+
+
+def test_stopping_is_like_that_too(network: str, training: Any, tmp_path: Path) -> None:
+    """The history that `fit` returns has the part of an epoch; the checkpoint goes on with it."""
+    path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network)
+    history = fit()
+
+    def stop(progress: Any) -> None:
+        if (progress.epoch, progress.batch) == (3, 4):
+            raise StopTraining
+
+    stopped = fit_of(network)[2](checkpoint=path, callback=stop)
+    assert {len(values) for values in lists_of(stopped).values()} == {3}
+    again, other, fit = fit_of(network)
+    assert lists_of(fit(resume=path)) == lists_of(history)
+    assert same(left_by(again, other), left_by(model, optimizer))
+
+
+def test_settings_that_a_callback_changes(training: Any, tmp_path: Path) -> None:
+    """The optimizer goes on with them; and the very object that a fit has left may be given as it is."""
+
+    def lower(optimizer: Any, kill: tuple[int, int]) -> Callable[[Any], None]:
+        def callback(progress: Any) -> None:
+            if progress.epoch_done:
+                optimizer.lr *= 0.5
+            if (progress.epoch, progress.batch) == kill:
+                raise Killed
+
+        return callback
+
+    model, optimizer, fit = fit_of("mlp", lr_schedule=None)
+    fit(callback=lower(optimizer, (0, 0)))
+    for new in (True, False):
+        again, other, fit = fit_of("mlp", lr_schedule=None)
+        with pytest.raises(Killed):
+            fit(checkpoint=tmp_path / "kept", callback=lower(other, (3, 2)))
+        assert MLP.load_optimizers(tmp_path / "kept")["optimizer"].lr == 3e-3 / 4
+        if new:
+            again, other, fit = fit_of("mlp", lr_schedule=None)
+        fit(resume=tmp_path / "kept", callback=lower(other, (0, 0)))
+        assert same(left_by(again, other), left_by(model, optimizer))
+
+
+CHILD = """
+import sys
+import numpy as np
+import test_nn_checkpoints as tests
+from gemmlet.nn import checkpoints
+from support import same_bits
+
+checkpoints._SECONDS = checkpoints._WRITES = 0
+model, optimizer, fit = tests.fit_of(sys.argv[1], epochs=2000)
+print("ready", flush=True)
+fit(checkpoint=sys.argv[2], resume=True, callback=lambda p: None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no signals here")
+def test_kill(network: str, tmp_path: Path) -> None:
+    """At any moment, while a checkpoint is written too: what is there is whole, and goes on with the same bits."""
+    path, chance = tmp_path / "checkpoint", random.Random(3)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    steps = 0
+    for _ in range(4):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, network, path], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.05, 0.2))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        child.stdout.close()
+    kind: Any = MLP if network == "mlp" else GAN
+    steps = kind.load(path).steps
+    assert steps > 10
+    model, optimizer, fit = fit_of(network, epochs=2000)
+    with pytest.raises(Killed):
+        fit(resume=path, callback=killed_after(5))
+    other, same_optimizer, fit = fit_of(network, epochs=2000)
+    with pytest.raises(Killed):
+        fit(callback=killed_after(steps + 5))
+    assert same(left_by(model, optimizer), left_by(other, same_optimizer))
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one is written all the same, however often it comes."""
+    path, write, came = tmp_path / "checkpoint", files.write, []
+    model, _, fit = fit_of("mlp")
+
+    def interrupted(*arguments: Any) -> None:
+        for _ in range(5):
+            came.append(model.steps)
+            signal.raise_signal(signal.SIGINT)
+        write(*arguments)
+
+    monkeypatch.setattr(files, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(checkpoint=path, callback=lambda p: None)
+    assert len(came) == 6  # the first one of the first epoch's end; five of the last
+    assert MLP.load(path).steps == model.steps == came[0]
+    whole, other, fit = fit_of("mlp")
+    fit()
+    monkeypatch.setattr(files, "write", write)
+    again, rule, fit = fit_of("mlp")
+    fit(resume=path)
+    assert same(left_by(again, rule), left_by(whole, other))
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends training; the older one stays, the network is as the last step left it. Another error stays that one."""
+    path, write, fails = tmp_path / "checkpoint", files.write, []
+
+    def full(*arguments: Any) -> None:
+        if fails:
+            raise OSError(28, "No space left on device", os.fspath(path))
+        write(*arguments)
+
+    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(checkpoints, "_WRITES", 0)
+    for error in (OSError, Killed):
+        model, optimizer, fit = fit_of("mlp")
+        fails.clear()
+
+        def callback(progress: Any, error: Any = error) -> None:
+            if progress.epoch == 3:
+                fails.append(progress)
+                if error is Killed and progress.batch == 2:
+                    raise Killed
+
+        with pytest.raises(error) as told:
+            fit(checkpoint=path, callback=callback)
+        assert "No space left on device" in "".join([str(told.value), *getattr(told.value, "__notes__", ())])
+        assert MLP.load(path).steps == 20
+        assert {state.steps for state in optimizer._states.values()} == {model.steps}
+    with pytest.raises(FileNotFoundError, match=r"checkpoint is to be in .*nowhere, which is no folder"):
+        fit_of("mlp")[2](checkpoint=tmp_path / "nowhere" / "checkpoint")
+
+
+def test_when_checkpoints_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each epoch's end and some seconds after the last one, but not more often than is cheap; and at the end."""
+    write, written, slow = files.write, [], [0.0]
+
+    def watched(*arguments: Any) -> None:
+        position = arguments[-1]["fit"]["position"]
+        written.append((position["epoch"], position["seen"]))
+        time.sleep(slow[0])
+        write(*arguments)
+
+    monkeypatch.setattr(files, "write", watched)
+    monkeypatch.setattr(checkpoints, "_WRITES", 0)
+    run = lambda: fit_of("mlp")[2](checkpoint=tmp_path / "kept", callback=lambda p: None)  # noqa: E731
+    run()
+    assert written == [(epoch, 0) for epoch in range(2, EPOCHS + 2)]
+    monkeypatch.setattr(checkpoints, "_SECONDS", 0.0)
+    written.clear()
+    run()
+    assert len(written) == EPOCHS * -(-N // SIZE)
+    monkeypatch.setattr(checkpoints, "_WRITES", 50)
+    written.clear()
+    slow[0] = 0.1
+    run()
+    assert len(written) == 2
+    assert written[-1] == (EPOCHS + 1, 0)
+
+
+def test_divergence_leaves_the_good_state(network: str, training: Any, tmp_path: Path) -> None:
+    path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network, lr_schedule=None)
+
+    def callback(progress: Any) -> None:
+        if progress.epoch == 4:
+            optimizer.lr = 1e38
+
+    with pytest.raises(DivergedError):
+        fit(checkpoint=path, callback=callback)
+    loaded = type(model).load(path)
+    assert loaded.steps == model.steps
+    assert all(np.isfinite(a).all() for dense in loaded._parts().values() for a in dense.parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": [6, 4, 3]}, r"layers was \[6, 5, 3\], is \[6, 4, 3\]"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"dtype": np.float64}, "dtype was 'float32', is 'float64'"),
+        ({"ema_decay": 0.0}, r"ema_decay was 0\.9, is 0\.0"),
+        ({"n": N - 1}, f"samples was {N}, is {N - 1}"),
+        ({"batch_size": 8}, "batch_size was 16, is 8"),
+        ({"shuffle": False}, "shuffle was True, is False"),
+        ({"validation_data": None}, "validation_data was True, is False"),
+        ({"optimizer": Adam(1e-3)}, r"optimizer\.lr was 0\.003, is 0\.001"),
+        ({"optimizer": SGD(3e-3)}, "optimizer.name was 'adam', is 'sgd'"),
+        ({"optimizer": ClipNorm(Adam(3e-3), 1.0)}, r"optimizer\.max_norm was None, is 1\.0"),
+        ({"epochs": 2}, "epochs is 2, but .* is of epoch 3"),
+        ({"resume": "elsewhere"}, "No such file or directory: 'elsewhere'"),
+        ({"resume": 3}, "resume must be a path, got int"),
+        ({"resume": True}, "resume=True needs checkpoint, or give resume the path"),
+        ({"checkpoint": 3}, "checkpoint must be a path, got int"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """And changes nothing."""
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        fit_of("mlp")[2](checkpoint=path, callback=killed_after(24))
+    kind: dict[str, Any] = {"layers": [6, 5, 3], "ema_decay": 0.9}
+    arguments = {"epochs": EPOCHS, "batch_size": SIZE, "optimizer": Adam(3e-3), "lr_schedule": linear_decay}
+    arguments |= {"validation_data": (X, Y), "resume": path}
+    for name, value in changes.items():
+        (kind if name in ("layers", "seed", "dtype", "ema_decay") else arguments)[name] = value
+    n, model = arguments.pop("n", N), MLP(**kind)
+    x = X.astype(model.dtype)
+    if arguments["validation_data"] is not None:
+        arguments["validation_data"] = x, Y
+    before = left_by(model, Adam())
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        model.fit(x[:n], Y[:n], **arguments)
+    assert same(left_by(model, Adam()), before)
+
+
+def test_a_network_alone_is_no_checkpoint(network: str, tmp_path: Path) -> None:
+    model, optimizer, fit = fit_of(network)
+    model.save(tmp_path / "model", optimizer)
+    with pytest.raises(ValueError, match="model is no checkpoint of a fit: it has a network alone"):
+        fit(resume=tmp_path / "model")
+    _, _, fit = fit_of("gan" if network == "mlp" else "mlp")
+    with pytest.raises(ValueError, match="holds a"):
+        fit(resume=tmp_path / "model")
+
+
+# Files of a network with its optimizers.
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_saved_with_its_optimizer_a_network_goes_on(rule: str, network: str, training: Any, tmp_path: Path) -> None:
+    """Two epochs, a file, and two more are four epochs."""
+    for how in ("file", "checkpoint"):
+        model, optimizer, fit = fit_of(network, rule, lr_schedule=None, epochs=4)
+        saved, other, fit_some = fit_of(network, rule, lr_schedule=None, epochs=2)
+        fit()
+        path = tmp_path / how
+        if how == "file":
+            fit_some()
+            if network == "gan" and rule == "momentum":
+                pytest.skip("of two optimizers below")
+            saved.save(path, other)
+        else:
+            fit_some(checkpoint=path)
+        loaded = type(model).load(path)
+        data = (X, Y) if network == "mlp" else (X,)
+        rules = type(model).load_optimizers(path)
+        assert rules["optimizer"] == optimizer
+        loaded.fit(*data, 2, SIZE, **rules)
+        assert same(left_by(loaded, rules["optimizer"]), left_by(model, optimizer))
+
+
+def test_two_optimizers_of_a_gan(tmp_path: Path) -> None:
+    models = [GAN(2, [4, 6], [5, 1]) for _ in range(2)]
+    rules = [{"optimizer": SGD(0.1, 0.9), "discriminator_optimizer": Adam(1e-3)} for _ in range(2)]
+    models[0].fit(X, 4, SIZE, **rules[0])
+    models[1].fit(X, 2, SIZE, **rules[1])
+    models[1].save(tmp_path / "gan", **rules[1])
+    loaded, again = GAN.load(tmp_path / "gan"), GAN.load_optimizers(tmp_path / "gan")
+    assert again == rules[1]
+    loaded.fit(X, 2, SIZE, **again)
+    for name, rule in again.items():
+        assert same(left_by(loaded, rule), left_by(models[0], rules[0][name]))
+    # A copy that nobody has used yet is saved as well.
+    GAN.load(tmp_path / "gan").save(tmp_path / "copy", **GAN.load_optimizers(tmp_path / "gan"))
+    with pytest.raises(ValueError, match="discriminator_optimizer needs the other one"):
+        models[0].save(tmp_path / "gan", discriminator_optimizer=Adam())
+    models[0].save(tmp_path / "gan")
+    with pytest.raises(ValueError, match="gan has no optimizer: it was saved without one"):
+        GAN.load_optimizers(tmp_path / "gan")
+
+
+def test_a_copy_is_saved_as_it_waits(tmp_path: Path) -> None:
+    model, optimizer, fit = fit_of("mlp", lr_schedule=None)
+    fit()
+    model.save(tmp_path / "one", optimizer)
+    other, rules = MLP.load(tmp_path / "one"), MLP.load_optimizers(tmp_path / "one")
+    other.save(tmp_path / "two", **rules)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def spoilt(value: Any, chance: random.Random) -> Any:
+    """JSON of another kind, or with something missing."""
+    if isinstance(value, dict) and value and chance.random() < 0.8:
+        name = chance.choice(list(value))
+        rest = {k: v for k, v in value.items() if k != name}
+        return rest if chance.random() < 0.2 else rest | {name: spoilt(value[name], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.5:
+        return [spoilt(value[0], chance), *value[1:]]
+    return chance.choice([None, "x", -1, 10**50, 1.5, float("nan"), [], {}, [1], {"x": 1}, True])
+
+
+def test_corrupt_files_are_named(tmp_path: Path) -> None:
+    """Whatever is wrong in what a checkpoint has besides the network: a ValueError, and nothing is changed."""
+    path, chance, told = tmp_path / "checkpoint", random.Random(5), list[str]()
+    with pytest.raises(Killed):
+        fit_of("mlp")[2](checkpoint=path, callback=killed_after(24))
+    config, tensors, extra = files.read(path, "MLP")
+    for _ in range(300):
+        files.write(path, "MLP", config, tensors, spoilt(extra, chance) if chance.random() < 0.95 else {"fit": extra})
+        model, _, fit = fit_of("mlp")
+        before = left_by(model, Adam())
+        for read in (lambda fit=fit: fit(resume=path), lambda: MLP.load(path), lambda: MLP.load_optimizers(path)):
+            try:
+                read()
+            except ValueError as error:
+                told.append(str(error))
+                assert same(left_by(model, Adam()), before)
+    assert len(told) > 300
+    assert all(str(path) in error for error in told)
