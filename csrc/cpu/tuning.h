@@ -78,6 +78,8 @@ constexpr double by_layers_min_bytes = 1 << 20;
 // Bytes of the panels that are packed at a time where a layer takes all rows of the mini-batch at once: half of the
 // second-level cache.
 constexpr std::int64_t packed_bytes = 512 << 10;
+// Rows up to which such a layer computes the transpose of grad_x: its weights are then read in place.
+constexpr std::int64_t transposed_max_rows = 48;
 // Mini-batch size below which grad_x uses the dot-product kernel: packing the transposed weights would cost more than it
 // saves (order).
 constexpr std::int64_t tiles_min_rows = 16;

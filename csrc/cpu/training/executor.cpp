@@ -90,8 +90,8 @@ class Executor {
     for (const Phase& phase : plan.phases) {
       Forward<T>*& forward = latest[static_cast<std::size_t>(phase.network)];
       if (phase.kind == Phase::forward)
-        forward = &forwards_.emplace_back(plan, phase, network(phase.network), is_pipelined_ ? 0 : max_rows_,
-                                             by_layers_);
+        forward =
+            &forwards_.emplace_back(plan, phase, network(phase.network), is_pipelined_ ? 0 : max_rows_, by_layers_);
       Work<T> work{phase, forward, nullptr};
       if (phase.kind == Phase::loss)
         work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network,
@@ -147,7 +147,7 @@ class Executor {
       if (slots_[slot]->loader.sparse() && rows > 0)
         for (Index block = number_; block < ceil_div(features, block_features); block += members_)
           inputs(slot).list(rows, features, block);
-      if (columns_.size() > 0) 
+      if (columns_.size() > 0)
         network_.forward_first(layer(), inputs(slot), slot, {0, rows}, columns_, executor_.workspace(member, rows));
     }
 
@@ -177,8 +177,7 @@ class Executor {
 
   // Where a member packs, if the layers of a mini-batch of so many rows are computed one by one; else null.
   const Workspace<T>* workspace(const Member& member, Index rows) const {
-    const bool by_layers =
-        rows >= tuning::tiles_min_rows && member.count() <= static_cast<Index>(workspaces_.size());
+    const bool by_layers = rows >= tuning::tiles_min_rows && member.count() <= static_cast<Index>(workspaces_.size());
     return by_layers ? &workspaces_[static_cast<std::size_t>(member.index())] : nullptr;
   }
 

@@ -120,14 +120,21 @@ class Network {
       const Rows<T>&grad = grad_[l], *below = l > 0 ? &grad_[l - 1] : input_gradients;
       if (below == nullptr) return;
       const Part part = part_of_results(member, rows, layer.in);
-      multiply_packed<T>({grad.row(part.rows.first), grad.stride, 1}, part.rows.size(),
-                         weights(layer).transposed().block(0, layer.out, part.columns.first, part.columns.size()),
-                         nullptr, below->row(part.rows.first) + part.columns.first, below->stride, workspace,
-                         [&](Index row, Index count, Index column, Index columns) {
-                           const Index j = part.columns.first + column;
-                           for (Index i = row; l > 0 && i < row + count; ++i)
-                             deactivate(l - 1, slot, part.rows.first + i, {j, j + columns});
-                         });
+      const Strided<T> x{grad.row(part.rows.first), grad.stride, 1};
+      const View<T> w = weights(layer).transposed().block(0, layer.out, part.columns.first, part.columns.size());
+      T* const y = below->row(part.rows.first) + part.columns.first;
+      // For rows of the part, and some of its columns.
+      const auto finish = [&](Index row, Index count, Index column, Index columns) {
+        const Index j = part.columns.first + column;
+        for (Index i = row; l > 0 && i < row + count; ++i)
+          deactivate(l - 1, slot, part.rows.first + i, {j, j + columns});
+      };
+      if (part.rows.size() <= tuning::transposed_max_rows) {
+        multiply_transposed(x, part.rows.size(), w, y, below->stride, workspace);
+        finish(0, part.rows.size(), 0, part.columns.size());
+      } else {
+        multiply_packed<T>(x, part.rows.size(), w, nullptr, y, below->stride, workspace, finish);
+      }
       member.barrier();
     }
   }
@@ -237,9 +244,7 @@ class Network {
     return {{0, rows}, {part.first * nr<T>, std::min(columns, part.end * nr<T>)}};
   }
 
-  static View<T> weights(const Layer<T>& layer) {
-    return {layer.weight.value, layer.in, layer.out, layer.stride, 1};
-  }
+  static View<T> weights(const Layer<T>& layer) { return {layer.weight.value, layer.in, layer.out, layer.stride, 1}; }
 
   // The activation of some columns of a row, and its gradient; `row` of forward's counts from the first slot.
   void activate(std::size_t l, Index row, Range columns) const {
