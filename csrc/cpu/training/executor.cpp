@@ -3,7 +3,8 @@
 // A step is a number of stages, each of two parts. Rows: each thread takes some rows of the mini-batch through the
 // stage's phases, forward, loss and backward to the gradients of every layer's preactivation; no row needs another.
 // Weights: each thread takes some rows of a network's weights, adds up their gradient in registers, and updates them
-// there, so that no gradient of a weight is ever written. Between the parts all threads meet.
+// there, so that no gradient of a weight is ever written. Between the parts all threads meet. Where the weights do not fit
+// the second-level cache, the first part is done layer by layer, each for all rows by all threads.
 //
 // Every reduction is sequential: over input features in order, over the rows of the mini-batch in order; backward from
 // outputs to inputs in the order of dense.h. None of it depends on how the work is divided.

@@ -421,8 +421,15 @@ def _widths(parameters: Sequence[Array]) -> tuple[int, ...]:
 
 def _gan(generator: Sequence[int], discriminator: Sequence[int]) -> nn.GAN:
     """`nn.GAN.classic` with other layers."""
-    tanh = {"generator_activation": "tanh", "discriminator_activation": "tanh"}
-    return nn.GAN(LATENT, list(generator), list(discriminator), **tanh, label_smoothing=0.0, ema_decay=0.0)
+    return nn.GAN(
+        LATENT,
+        generator,
+        discriminator,
+        generator_activation="tanh",
+        discriminator_activation="tanh",
+        label_smoothing=0.0,
+        ema_decay=0.0,
+    )
 
 
 def gan_task(
@@ -435,7 +442,8 @@ def gan_task(
     model = _gan(generator, discriminator)
     real = images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
     parts = (model.generator_parameters, model.discriminator_parameters)
-    return GanTask(images, real, *([p.copy() for p in part] for part in parts), batch)
+    copies = [[p.copy() for p in part] for part in parts]
+    return GanTask(images, real, copies[0], copies[1], batch)
 
 
 def _checked(epochs: Callable[[int], Any], batch: int) -> Call:
