@@ -615,7 +615,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("nonsense", "group 'nonsense' is unknown; the choices are epoch, gan, matmul"),
+        ("nonsense", "group 'nonsense' is unknown; the choices are epoch, wide, gan, matmul"),
         ("--filter nonsense", "no case matches --filter 'nonsense'"),
         ("--sides numpy,nobody", "--sides: 'nobody' is unknown; the choices are gemmlet,"),
         ("--threads 0", "--threads must be from 1 to 1,024, got 0"),

@@ -337,9 +337,9 @@ def test_gan_with_an_optimizer_for_each(fusing: Any, dtype: Any, rng: Any) -> No
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.9], ids=["dense", "sparse"])
-@pytest.mark.parametrize("width", [9, 40, 300, 512])
+@pytest.mark.parametrize("width", [9, 40, 300, 512, 1200])
 def test_same_bits_for_any_number_of_threads(width: int, zeros: float, fusing: Any, dtype: Any) -> None:
-    """Widths with which each thread has columns of the first layer, and widths with too few."""
+    """Widths with which each thread has columns of the first layer, with too few, and trained layer by layer."""
     layers = [100, width, 130, 3]
     x, y = mlp_problem(layers, "softmax", 150, dtype, zeros)
     for batch, rule in ((60, "momentum"), (1, "sgd")):

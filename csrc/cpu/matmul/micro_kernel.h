@@ -170,10 +170,27 @@ struct PartialPanel {
   }
 };
 
+// Panel of whole width, packed on the way: its vectors are stored to `packed` as they are loaded.
+template <class T>
+struct PackingPanel {
+  using Number = T;
+  const T* w;
+  Index stride;
+  T* packed;
+  Vec<T> vector(const T* w_k, int v) {
+    __builtin_prefetch(w_k + tuning::pack_prefetch_rows * stride + v * lanes<T>);
+    const Vec<T> loaded = load(w_k + v * lanes<T>);
+    store(packed, loaded);
+    packed += lanes<T>;
+    return loaded;
+  }
+};
+
 // total = x w, or total += x w. Not inlined, so that its loop has all registers.
 template <bool adds = false, int rows, int vectors, class X, class W, class T = typename W::Number>
-[[gnu::noinline]] void accumulate(const X& x, const W& panel, Index kc,
+[[gnu::noinline]] void accumulate(const X& x, const W& layout, Index kc,
                                   Vec<typename W::Number> (&total)[rows][vectors]) {
+  W panel = layout;
   Vec<T> sum[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)

@@ -3,7 +3,8 @@
 // A step is a number of stages, each of two parts. Rows: each thread takes some rows of the mini-batch through the
 // stage's phases, forward, loss and backward to the gradients of every layer's preactivation; no row needs another.
 // Weights: each thread takes some rows of a network's weights, adds up their gradient in registers, and updates them
-// there, so that no gradient of a weight is ever written. Between the parts all threads meet.
+// there, so that no gradient of a weight is ever written. Between the parts all threads meet. Where the weights do not fit
+// the second-level cache, the first part is done layer by layer, each for all rows by all threads.
 //
 // Every reduction is sequential: over input features in order, over the rows of the mini-batch in order; backward from
 // outputs to inputs in the order of dense.h. None of it depends on how the work is divided.
@@ -42,12 +43,15 @@ struct Forward {
   Inputs<T> inputs;
   std::optional<Loader<T>> loader;
 
-  Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, Index max_rows)
+  // With `copies` the rows of all inputs are copied, so that they follow each other in memory.
+  Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, Index max_rows, bool copies)
       : phase(forward), network(of), inputs(max_rows * static_cast<Index>(forward.inputs.size())) {
+    if (max_rows == 0) return;
     // Samples in the places that they have among the inputs.
     const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
-    if (max_rows > 0 && last != phase.inputs.rend())
-      loader.emplace(plan.samples, max_rows * (phase.inputs.rend() - last), 0, inputs);
+    if (last != phase.inputs.rend())
+      loader.emplace(plan.samples, max_rows * (phase.inputs.rend() - last), 0, copies, inputs);
+    if (copies) inputs.copies = Rows<T>(max_rows * input_count(), of.first_layer().in);
   }
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
@@ -75,7 +79,8 @@ class Executor {
       : plan_(plan),
         batches_(batches),
         max_rows_(std::min(batches.batch, batches.count)),
-        is_pipelined_(is_pipelined(plan)) {
+        is_pipelined_(is_pipelined(plan)),
+        by_layers_(max_rows_ >= tuning::tiles_min_rows && weight_bytes(plan) >= tuning::by_layers_min_bytes) {
     for (std::size_t n = 0; n < plan.networks.size(); ++n) {
       std::size_t inputs = 1;
       for (const Phase& phase : plan.phases)
@@ -87,7 +92,8 @@ class Executor {
     for (const Phase& phase : plan.phases) {
       Forward<T>*& forward = latest[static_cast<std::size_t>(phase.network)];
       if (phase.kind == Phase::forward)
-        forward = &forwards_.emplace_back(plan, phase, network(phase.network), is_pipelined_ ? 0 : max_rows_);
+        forward =
+            &forwards_.emplace_back(plan, phase, network(phase.network), is_pipelined_ ? 0 : max_rows_, by_layers_);
       Work<T> work{phase, forward, nullptr};
       if (phase.kind == Phase::loss)
         work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network,
@@ -104,6 +110,7 @@ class Executor {
     double work = 0;
     for (const Network<T>& each : networks_) work += each.work();
     if (is_pipelined_) make_slots();
+    if (by_layers_) make_workspaces();
     with_team(static_cast<double>(max_rows_) * work, [this](Member& member) { train(member); });
     if (out_of_memory_) throw std::bad_alloc();
     return std::move(outcome_);
@@ -137,12 +144,13 @@ class Executor {
       for (Index i = rows.first; i < rows.end; ++i) executor_.load(slots_[slot]->loader, start + i, i);
     }
     // What is done with them once all members have theirs.
-    void begin(Index start, Index slot) const {
+    void begin(const Member& member, Index start, Index slot) const {
       const Index rows = executor_.rows_from(start), features = executor_.plan_.samples.features;
       if (slots_[slot]->loader.sparse() && rows > 0)
         for (Index block = number_; block < ceil_div(features, block_features); block += members_)
           inputs(slot).list(rows, features, block);
-      if (columns_.size() > 0) network_.forward_first(layer(), inputs(slot), slot, {0, rows}, columns_);
+      if (columns_.size() > 0)
+        network_.forward_first(layer(), inputs(slot), slot, {0, rows}, columns_, executor_.workspace(member, rows));
     }
 
    private:
@@ -162,7 +170,27 @@ class Executor {
     Index nonzeros;
     nonzeros_before_ = nonzeros_before(samples, batches_, nonzeros);
     const Index copies = each ? get_num_threads() : 1;
-    for (Index i = 0; i < 2 * copies; ++i) slots_.emplace_back(samples, max_rows_, nonzeros);
+    for (Index i = 0; i < 2 * copies; ++i) slots_.emplace_back(samples, max_rows_, nonzeros, by_layers_);
+  }
+
+  void make_workspaces() {
+    Index max_k = 0;
+    for (const Network<T>& each : networks_) max_k = std::max(max_k, each.max_k());
+    for (int i = 0; i < get_num_threads(); ++i) workspaces_.emplace_back(max_k);
+  }
+
+  // Where a member packs, if the layers of a mini-batch of so many rows are computed one by one; else null.
+  const Workspace<T>* workspace(const Member& member, Index rows) const {
+    const bool by_layers = rows >= tuning::tiles_min_rows && member.count() <= static_cast<Index>(workspaces_.size());
+    return by_layers ? &workspaces_[static_cast<std::size_t>(member.index())] : nullptr;
+  }
+
+  static double weight_bytes(const Plan<T>& plan) {
+    double bytes = 0;
+    for (const std::vector<Layer<T>>& layers : plan.networks)
+      for (const Layer<T>& layer : layers)
+        bytes += static_cast<double>(layer.in) * static_cast<double>(layer.out) * sizeof(T);
+    return bytes;
   }
 
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
@@ -187,7 +215,7 @@ class Executor {
     if (is_pipelined_) {
       pipeline->gather(0, 0);
       member.barrier();
-      pipeline->begin(0, 0);
+      pipeline->begin(member, 0, 0);
       member.barrier();
     }
     Index slot = 0, step = 0;
@@ -195,7 +223,10 @@ class Executor {
       const Index batch_rows = rows_from(start), next = start + batches_.batch;
       const Range mine = part_of(batch_rows, me, all);
       for (const Stage<T>& stage : stages_) {
-        for (Index first = mine.first; first < mine.end; first += tuning::row_block) {
+        const Workspace<T>* const workspace = this->workspace(member, batch_rows);
+        for (std::size_t i = 0; workspace != nullptr && i < stage.rows.size(); ++i)
+          run_phase_together(member, stage.rows[i], start, batch_rows, mine, slot, pipeline, *workspace);
+        for (Index first = mine.first; workspace == nullptr && first < mine.end; first += tuning::row_block) {
           const Range rows{first, std::min(mine.end, first + tuning::row_block)};
           for (const Work<T>& work : stage.rows) run_phase(work, start, batch_rows, rows, slot, pipeline);
         }
@@ -207,11 +238,11 @@ class Executor {
         const int rule = stage.update.phase.rule;
         network.update(rule, pipeline ? pipeline->layer() : network.first_layer(),
                        pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * forward.input_count(), me,
-                       all, pipeline ? pipeline->columns() : Range{0, 0},
+                       all, pipeline ? pipeline->columns() : Range{0, 0}, workspace,
                        stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
                        batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
         if (me == 0) add_losses(stage, batch_rows);
-        if (pipeline) pipeline->begin(next, slot ^ 1);
+        if (pipeline) pipeline->begin(member, next, slot ^ 1);
         member.barrier();
       }
       if (pipeline) slot ^= 1;
@@ -231,7 +262,7 @@ class Executor {
           if (!pipeline) gather(forward, static_cast<std::size_t>(input), start, base, rows);
           if (!pipeline || pipeline->columns().size() == 0)
             network.forward_first(network.first_layer(), pipeline ? pipeline->inputs(slot) : forward.inputs, slot, rows,
-                                  {0, network.first_layer().out});
+                                  {0, network.first_layer().out}, nullptr);
           network.forward_rest(slot, rows);
           break;
         case Phase::loss: {
@@ -251,6 +282,40 @@ class Executor {
     }
   }
 
+  // A phase for the whole mini-batch, by all members; `mine` are the rows that this one gathers, and takes the loss of.
+  void run_phase_together(Member& member, const Work<T>& work, Index start, Index batch_rows, Range mine, Index slot,
+                          const std::optional<Pipeline>& pipeline, const Workspace<T>& workspace) {
+    Forward<T>& forward = *work.forward;
+    const Network<T>& network = forward.network;
+    const Index rows = batch_rows * forward.input_count();
+    switch (work.phase.kind) {
+      case Phase::forward:
+        if (!pipeline) {
+          for (Index input = 0; input < forward.input_count(); ++input) {
+            const Index base = input * batch_rows;
+            gather(forward, static_cast<std::size_t>(input), start, base, {base + mine.first, base + mine.end});
+          }
+          member.barrier();
+        }
+        if (!pipeline || pipeline->columns().size() == 0)
+          network.forward_first_together(member, pipeline ? pipeline->inputs(slot) : forward.inputs, slot, rows,
+                                         workspace);
+        network.forward_rest_together(member, slot, rows, workspace);
+        break;
+      case Phase::loss:
+        run_phase(work, start, batch_rows, mine, slot, pipeline);
+        member.barrier();
+        break;
+      case Phase::backward:
+        network.backward_together(member, slot, rows,
+                                  work.phase.to < 0 ? nullptr : &this->network(work.phase.to).output_gradients(),
+                                  workspace);
+        break;
+      case Phase::update:
+        break;
+    }
+  }
+
   // Rows of an input, of which `base` is the first.
   void gather(Forward<T>& forward, std::size_t input, Index start, Index base, Range rows) {
     const int source = forward.phase.inputs[input];
@@ -262,6 +327,10 @@ class Executor {
       else
         forward.inputs.rows[static_cast<std::size_t>(i)] =
             source == noise_source ? batches_.noise + at * features : network(source).outputs(0, i - base);
+      if (by_layers_ && source != samples_source) {
+        const T*& row = forward.inputs.rows[static_cast<std::size_t>(i)];
+        row = std::copy_n(row, features, forward.inputs.copies.row(i)) - features;
+      }
     }
   }
 
@@ -283,8 +352,9 @@ class Executor {
   const Plan<T>& plan_;
   const Batches<T>& batches_;
   Index max_rows_;
-  bool is_pipelined_;
+  bool is_pipelined_, by_layers_;
   std::atomic<bool> out_of_memory_{false};  // of a member
+  std::vector<Workspace<T>> workspaces_;    // one for each thread, where layers are computed one by one
   // Deques, as others point to their elements.
   std::deque<Network<T>> networks_;
   std::deque<Forward<T>> forwards_;

@@ -19,8 +19,8 @@ namespace {
 template <class T>
 class Loader {
  public:
-  // max_nonzeros: of a mini-batch of sparse rows.
-  Loader(const Samples<T>& samples, Index max_rows, Index max_nonzeros, Inputs<T>& inputs)
+  // max_nonzeros: of a mini-batch of sparse rows. Dense rows are copied where that is asked for, or they need decoding.
+  Loader(const Samples<T>& samples, Index max_rows, Index max_nonzeros, bool copies, Inputs<T>& inputs)
       : samples_(samples), inputs_(inputs), blocks_(ceil_div(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse() && samples.bytes != nullptr) {
@@ -35,8 +35,8 @@ class Loader {
                                 space<T>(max_nonzeros)};
       indices_ = space<std::int32_t>(max_nonzeros);
       if (samples.indptr == nullptr) values_ = space<T>(max_nonzeros);
-    } else if (samples.bytes != nullptr || !unchanged) {
-      rows_ = Rows<T>(max_rows, samples.features);
+    } else if (copies || samples.bytes != nullptr || !unchanged) {
+      inputs.copies = Rows<T>(max_rows, samples.features);
     }
     for (int byte = 0; byte < 256; ++byte) value_of_byte_[byte] = static_cast<T>(byte) / T(255);
   }
@@ -69,10 +69,10 @@ class Loader {
       inputs_.masked.rows[static_cast<std::size_t>(row)] = masked_row(sample, row);
     } else if (sparse()) {
       inputs_.listed.rows[static_cast<std::size_t>(row)] = listed_row(sample, row, first);
-    } else if (rows_.stride == 0) {
+    } else if (inputs_.copies.stride == 0) {
       inputs_.rows[static_cast<std::size_t>(row)] = samples_.values + sample * features;
     } else {
-      T* to = rows_.row(row);
+      T* to = inputs_.copies.row(row);
       inputs_.rows[static_cast<std::size_t>(row)] = to;
       const T scale = samples_.scale, shift = samples_.shift;
       if (samples_.bytes != nullptr) {
@@ -141,7 +141,6 @@ class Loader {
   const Samples<T>& samples_;
   Inputs<T>& inputs_;
   Index blocks_;
-  Rows<T> rows_;
   Buffer<std::int32_t> indices_, begin_;
   Buffer<T> values_;
   Buffer<std::uint64_t> masks_;
@@ -154,8 +153,8 @@ struct Slot {
   Inputs<T> inputs;
   Loader<T> loader;
 
-  Slot(const Samples<T>& samples, Index max_rows, Index max_nonzeros)
-      : inputs(max_rows), loader(samples, max_rows, max_nonzeros, inputs) {}
+  Slot(const Samples<T>& samples, Index max_rows, Index max_nonzeros, bool copies)
+      : inputs(max_rows), loader(samples, max_rows, max_nonzeros, copies, inputs) {}
 };
 
 // Of each row of `order` the nonzeros of a sparse matrix in the rows of its mini-batch before it; `most` becomes the most

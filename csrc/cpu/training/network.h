@@ -9,8 +9,8 @@
 #include <cstddef>
 #include <vector>
 
-#include "cpu/training/dense.h"
-#include "cpu/training/update.h"
+#include "cpu/threads.h"
+#include "cpu/training/packed.h"
 #include "formulas/activations.h"
 
 namespace gemmlet {
@@ -42,13 +42,19 @@ class Network {
   const Layer<T>& first_layer() const { return layers_[0]; }
 
   // The first layer's preactivations of some rows and columns; `layer` is first_layer() or a ThreadColumns' layer.
-  void forward_first(const Layer<T>& layer, const Inputs<T>& inputs, Index slot, Range rows, Range columns) const {
+  void forward_first(const Layer<T>& layer, const Inputs<T>& inputs, Index slot, Range rows, Range columns,
+                     const Workspace<T>* workspace) const {
     const Rows<T>& target = preactivations(0);
     T* to = target.row(slot * max_rows_ + rows.first);
     const bool sparse = inputs.if_sparse([&](const auto& x) {
       forward_sparse(x.rows.data() + rows.first, rows.size(), layer, columns, to, target.stride);
     });
-    if (!sparse)
+    if (!sparse && workspace != nullptr)
+      multiply_packed<T>({inputs.copies.row(rows.first), inputs.copies.stride, 1}, rows.size(),
+                         weights(layer).block(0, layer.in, columns.first, columns.size()),
+                         layer.bias.value + columns.first, to + columns.first, target.stride, *workspace,
+                         [](Index, Index, Index, Index) {});
+    else if (!sparse)
       for (Index first = rows.first; first < rows.end;
            first += tuning::row_block, to += tuning::row_block * target.stride)
         forward_dense(inputs.rows.data() + first, std::min(tuning::row_block, rows.end - first), layer, columns, to,
@@ -69,6 +75,67 @@ class Network {
         for_chunks(rows.size() * z.stride, [&](Index i, Index n) {
           activation_forward(layer.activation, z.row(at) + i, layer.activation_parameter, y_[l].row(at) + i, n);
         });
+    }
+  }
+
+  // forward_first, forward_rest and backward of a whole mini-batch, by a team that meets after each layer. Inputs are dense
+  // rows one after the other, x_stride apart, or sparse.
+  void forward_first_together(const Member& member, const Inputs<T>& inputs, Index slot, Index rows,
+                              const Workspace<T>& workspace) const {
+    const Part part = part_of_results(member, rows, layers_[0].out);
+    forward_first(layers_[0], inputs, slot, part.rows, part.columns, &workspace);
+  }
+
+  void forward_rest_together(Member& member, Index slot, Index rows, const Workspace<T>& workspace) const {
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const Layer<T>& layer = layers_[l];
+      const Part part = part_of_results(member, rows, layer.out);
+      const Index first = l == 0 ? slot * max_rows_ : 0;
+      if (l == 0) {
+        for (Index i = part.rows.first; i < part.rows.end; ++i) activate(l, first + i, part.columns);
+      } else {
+        const Rows<T>&x = y_[l - 1], &z = preactivations(l);
+        multiply_packed<T>({x.row(part.rows.first + (l == 1 ? slot * max_rows_ : 0)), x.stride, 1}, part.rows.size(),
+                           weights(layer).block(0, layer.in, part.columns.first, part.columns.size()),
+                           layer.bias.value + part.columns.first, z.row(part.rows.first) + part.columns.first, z.stride,
+                           workspace, [&](Index row, Index count, Index column, Index columns) {
+                             const Index j = part.columns.first + column;
+                             for (Index i = row; i < row + count; ++i)
+                               activate(l, part.rows.first + i, {j, j + columns});
+                           });
+      }
+      member.barrier();
+    }
+  }
+
+  void backward_together(Member& member, Index slot, Index rows, const Rows<T>* input_gradients,
+                         const Workspace<T>& workspace) const {
+    {
+      const Part part = part_of_results(member, rows, output_width());
+      for (Index i = part.rows.first; i < part.rows.end; ++i) deactivate(layers_.size() - 1, slot, i, part.columns);
+      member.barrier();
+    }
+    for (std::size_t l = layers_.size(); l-- > 0;) {
+      const Layer<T>& layer = layers_[l];
+      const Rows<T>&grad = grad_[l], *below = l > 0 ? &grad_[l - 1] : input_gradients;
+      if (below == nullptr) return;
+      const Part part = part_of_results(member, rows, layer.in);
+      const Strided<T> x{grad.row(part.rows.first), grad.stride, 1};
+      const View<T> w = weights(layer).transposed().block(0, layer.out, part.columns.first, part.columns.size());
+      T* const y = below->row(part.rows.first) + part.columns.first;
+      // For rows of the part, and some of its columns.
+      const auto finish = [&](Index row, Index count, Index column, Index columns) {
+        const Index j = part.columns.first + column;
+        for (Index i = row; l > 0 && i < row + count; ++i)
+          deactivate(l - 1, slot, part.rows.first + i, {j, j + columns});
+      };
+      if (part.rows.size() <= tuning::transposed_max_rows) {
+        multiply_transposed(x, part.rows.size(), w, y, below->stride, workspace);
+        finish(0, part.rows.size(), 0, part.columns.size());
+      } else {
+        multiply_packed<T>(x, part.rows.size(), w, nullptr, y, below->stride, workspace, finish);
+      }
+      member.barrier();
     }
   }
 
@@ -96,7 +163,8 @@ class Network {
   // layer's part is first_columns, unless that is empty.
   template <class UpdateRule>
   void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count,
-              Range first_columns, const double* hyperparameters, double average_decay) const {
+              Range first_columns, const Workspace<T>* workspace, const double* hyperparameters,
+              double average_decay) const {
     const UpdateEpilogue<T, UpdateRule> update(hyperparameters, average_decay, first_layer.weight.average != nullptr);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
@@ -124,7 +192,10 @@ class Network {
       });
       if (!sparse) {
         const T* const* x = l == 0 ? inputs.rows.data() : y_rows_[l - 1].data() + (l == 1 ? slot * max_rows_ : 0);
-        update_dense(layer, x, grad_[l], rows, inputs_part, columns, update);
+        if (workspace != nullptr)
+          update_packed(layer, x, grad_[l], rows, inputs_part, columns, *workspace, update);
+        else
+          update_dense(layer, x, grad_[l], rows, inputs_part, columns, update);
       }
     }
   }
@@ -145,6 +216,13 @@ class Network {
     return total;
   }
 
+  // The longest sum of a layer, over inputs, outputs or rows.
+  Index max_k() const {
+    Index k = max_rows_;
+    for (const Layer<T>& layer : layers_) k = std::max({k, layer.in, layer.out});
+    return k;
+  }
+
   // The columns of the first layer that belong to member `index` of `count` for the whole call, so that they stay in its
   // cache; none if the panels cannot be divided evenly enough.
   Range first_columns(Index index, Index count) const {
@@ -155,6 +233,41 @@ class Network {
   }
 
  private:
+  // A member's part of results (rows, columns): columns, unless there are few.
+  struct Part {
+    Range rows, columns;
+  };
+  static Part part_of_results(const Member& member, Index rows, Index columns) {
+    const Index index = member.index(), count = member.count(), panels = ceil_div(columns, nr<T>);
+    if (panels < 2 * count) return {part_of(rows, index, count), {0, columns}};
+    const Range part = part_of(panels, index, count);
+    return {{0, rows}, {part.first * nr<T>, std::min(columns, part.end * nr<T>)}};
+  }
+
+  static View<T> weights(const Layer<T>& layer) { return {layer.weight.value, layer.in, layer.out, layer.stride, 1}; }
+
+  // The activation of some columns of a row, and its gradient; `row` of forward's counts from the first slot.
+  void activate(std::size_t l, Index row, Range columns) const {
+    const Layer<T>& layer = layers_[l];
+    if (layer.activation < 0) return;
+    for_chunks(columns.size(), [&](Index i, Index n) {
+      const Index j = columns.first + i;
+      activation_forward(layer.activation, preactivations(l).row(row) + j, layer.activation_parameter,
+                         y_[l].row(row) + j, n);
+    });
+  }
+  void deactivate(std::size_t l, Index slot, Index row, Range columns) const {
+    const Layer<T>& layer = layers_[l];
+    if (layer.activation < 0) return;
+    const Rows<T>& saved = z_[l].stride > 0 ? z_[l] : y_[l];
+    for_chunks(columns.size(), [&](Index i, Index n) {
+      const Index j = columns.first + i;
+      T* const grad = grad_[l].row(row) + j;
+      activation_backward(layer.activation, grad, saved.row(row + (l == 0 ? slot * max_rows_ : 0)) + j,
+                          layer.activation_parameter, grad, n);
+    });
+  }
+
   const Rows<T>& preactivations(std::size_t l) const { return z_[l].stride > 0 ? z_[l] : y_[l]; }
 
   // Chunks that elementwise functions compute on the calling thread: this runs inside a task.

@@ -232,10 +232,11 @@ struct SparseInputs {
   Features features;
 };
 
-// The input of the first layer: pointers to dense rows, or sparse rows in one of the two forms.
+// The input of the first layer: pointers to dense rows, which may be copies, or sparse rows in one of the two forms.
 template <class T>
 struct Inputs {
   std::vector<const T*> rows;
+  Rows<T> copies;
   SparseInputs<T, BlockedRow<T>, FeatureLists<T>> listed;
   SparseInputs<T, MaskedRow<T>, FeatureMasks<T>> masked;
 

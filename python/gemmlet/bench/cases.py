@@ -716,6 +716,6 @@ def imports(settings: Settings) -> Iterator[Case]:
 
 # The groups, in the order of the tables.
 
-_NAMED = (training.epoch, training.gan, matmul, linear, activations, losses, optimizers, overhead)
+_NAMED = (training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, overhead)
 GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
 GROUPS["import"] = imports  # a name that no function can have

@@ -283,12 +283,13 @@ def mlp_case(
     batch: int,
     dtype: str,
     implementations: Sequence[str] = tuple(MLP_IMPLEMENTATIONS),
+    group: str = "epoch",
 ) -> Case:
     """Return the case of an epoch, or with one image at a time of an image, of an MLP with tanh and SGD."""
     single = batch == 1
     size = float(layers[0] * np.dtype(dtype).itemsize)
     return Case(
-        "epoch",
+        group,
         f"{data} {'-'.join(map(str, layers))} tanh, {'one image at a time' if single else f'batch {batch}'}, "
         f"{count:,} images, {dtype}",
         inputs,
@@ -328,6 +329,27 @@ def epoch(settings: Settings) -> Iterator[Case]:
     yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_IMPLEMENTATIONS))
     yield mlp_case("dense random", dense, LAYERS, count, BATCH, "float32")
     yield digits_case(settings, LAYERS, singles, 1, "float64", (OURS, "gemmlet-numba", "numpy"))
+
+
+# Width of the two hidden layers, rows of a mini-batch.
+WIDE = ((256, 1024), (512, 64), (1024, 16), (1024, 256), (2048, 64))
+
+
+def wide(settings: Settings) -> Iterator[Case]:
+    """A few steps of 784-width-width-10, tanh, SGD, on dense random input: weights beyond the second-level cache."""
+    for dtype in ("float32",) if settings.quick else ("float32", "float64"):
+        for width, batch in WIDE[1:3] if settings.quick else WIDE:
+            layers, count = (LAYERS[0], width, width, LAYERS[-1]), 4 * batch
+
+            def inputs(
+                layers: Sequence[int] = layers, count: int = count, batch: int = batch, dtype: str = dtype
+            ) -> Task:
+                rng = np.random.default_rng(0)
+                samples, labels = rng.random((count, layers[0]), np.float32).astype(dtype), rng.integers(0, 10, count)
+                return task(layers, samples, labels, batch, dtype)
+
+            implementations = (OURS, "numpy", "pytorch")
+            yield mlp_case("dense random", inputs, layers, count, batch, dtype, implementations, "wide")
 
 
 # Optimizer updates in NumPy, in place.
@@ -372,6 +394,8 @@ def numpy_rule(rule: str, param: Array) -> Callable[[Array, Sequence[float]], No
 # The GAN of the textbook: all tanh, the losses of Goodfellow et al., 2014, the generator's in its non-saturating form.
 
 LATENT, GENERATOR, DISCRIMINATOR = 100, (256, 784), (256, 1)
+# The same with the layers and the mini-batch of `gemmlet train gan`.
+COMMAND_GENERATOR, COMMAND_DISCRIMINATOR, COMMAND_BATCH = (256, 512, 784), (512, 256, 1), 128
 GAN_LR, BETA1, BETA2, EPS = 2e-4, 0.5, 0.999, 1e-8
 # What is checked: the mean losses over this many epochs of this many steps.
 CHECKED_EPOCHS, CHECKED_STEPS = 4, 16
@@ -387,43 +411,67 @@ class GanTask:
     # The first weights and biases, in turn.
     generator: list[Array]
     discriminator: list[Array]
+    batch: int = BATCH
 
 
-def gan_task(images: Array) -> GanTask:
+def _widths(parameters: Sequence[Array]) -> tuple[int, ...]:
+    """The inputs and the outputs of each layer."""
+    return (*(len(w) for w in parameters[::2]), parameters[-1].size)
+
+
+def _gan(generator: Sequence[int], discriminator: Sequence[int]) -> nn.GAN:
+    """`nn.GAN.classic` with other layers."""
+    return nn.GAN(
+        LATENT,
+        generator,
+        discriminator,
+        generator_activation="tanh",
+        discriminator_activation="tanh",
+        label_smoothing=0.0,
+        ema_decay=0.0,
+    )
+
+
+def gan_task(
+    images: Array,
+    generator: Sequence[int] = GENERATOR,
+    discriminator: Sequence[int] = DISCRIMINATOR,
+    batch: int = BATCH,
+) -> GanTask:
     """Return the task, with the first weights that gemmlet draws."""
-    model = nn.GAN.classic()
+    model = _gan(generator, discriminator)
     real = images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
     parts = (model.generator_parameters, model.discriminator_parameters)
-    generator, discriminator = ([p.copy() for p in part] for part in parts)
-    return GanTask(images, real, generator, discriminator)
+    copies = [[p.copy() for p in part] for part in parts]
+    return GanTask(images, real, copies[0], copies[1], batch)
 
 
-def _checked(epochs: Callable[[int], Any]) -> Call:
+def _checked(epochs: Callable[[int], Any], batch: int) -> Call:
     """The mean losses (generator, discriminator) of each checked epoch, from a function of the number of images."""
 
     def result() -> Array:
-        return np.array([epochs(CHECKED_STEPS * BATCH) for _ in range(CHECKED_EPOCHS)])
+        return np.array([epochs(CHECKED_STEPS * batch) for _ in range(CHECKED_EPOCHS)])
 
     return result
 
 
 def gemmlet_gan(t: GanTask) -> Prepared:
     """Return an epoch of `nn.GAN.fit`."""
-    model = nn.GAN.classic()
+    model = _gan(_widths(t.generator)[1:], _widths(t.discriminator)[1:])
     optimizer = nn.Adam(GAN_LR, beta1=BETA1)
 
     def epoch(n: int) -> tuple[float, float]:
-        history = model.fit(t.given[:n], epochs=1, batch_size=BATCH, optimizer=optimizer, shuffle=False)
+        history = model.fit(t.given[:n], epochs=1, batch_size=t.batch, optimizer=optimizer, shuffle=False)
         return history.generator_loss[0], history.discriminator_loss[0]
 
-    return Prepared(lambda: epoch(len(t.given)), _checked(epoch))
+    return Prepared(lambda: epoch(len(t.given)), _checked(epoch, t.batch))
 
 
 class NumpyGan:
     """The loop in NumPy."""
 
     def __init__(self, t: GanTask, seed: int = 0) -> None:
-        self.real = t.real
+        self.real, self.batch = t.real, t.batch
         self.generator = [p.copy() for p in t.generator]
         self.discriminator = [p.copy() for p in t.discriminator]
         self.rng = np.random.default_rng(seed)
@@ -437,41 +485,54 @@ class NumpyGan:
 
     def epoch(self, n: int) -> tuple[float, float]:
         """Train on the first `n` images in their order; returns the mean losses."""
-        losses = [self._step(self.real[start : min(start + BATCH, n)]) for start in range(0, n, BATCH)]
+        starts = range(0, n, self.batch)
+        losses = [self._step(self.real[start : min(start + self.batch, n)]) for start in starts]
         generator, discriminator = np.mean(losses, axis=0)
         return float(generator), float(discriminator)
 
     def _step(self, real: Array) -> tuple[float, float]:
         self.steps += 1
         m, dtype = len(real), real.dtype
-        w1, b1, w2, b2 = self.generator
-        v1, c1, v2, c2 = self.discriminator
         z = self.rng.standard_normal((m, LATENT), dtype)
-        hidden = _tanh_layer(z, w1, b1)
-        fake = _tanh_layer(hidden, w2, b2)
+        made = _tanh_layers(z, self.generator)
+        made.append(_tanh_layer(made[-1], *self.generator[-2:]))
 
         # The discriminator: its targets are 1 for the first half, 0 for the second.
-        both = np.concatenate([real, fake])
-        seen = _tanh_layer(both, v1, c1)
-        logits = seen @ v2 + c2
+        seen = _tanh_layers(np.concatenate([real, made[-1]]), self.discriminator)
+        logits = seen[-1] @ self.discriminator[-2] + self.discriminator[-1]
         discriminator_loss = (np.logaddexp(0, -logits[:m]).sum() + np.logaddexp(0, logits[m:]).sum()) / m
         grad = 1 / (1 + np.exp(-logits))
         grad[:m] -= 1
         grad /= m
-        grad_seen = _tanh_backward(grad @ v2.T, seen)
-        self._update([both.T @ grad_seen, grad_seen.sum(axis=0), seen.T @ grad, grad.sum(axis=0)], 4)
+        self._update(_gradients(grad, seen, self.discriminator), len(self.generator))
 
         # The generator, through the discriminator as it is now.
-        seen = _tanh_layer(fake, v1, c1)
-        logits = seen @ v2 + c2
+        seen = _tanh_layers(made[-1], self.discriminator)
+        logits = seen[-1] @ self.discriminator[-2] + self.discriminator[-1]
         generator_loss = np.logaddexp(0, -logits).sum() / m
         grad = (1 / (1 + np.exp(-logits)) - 1) / m
-        grad_seen = _tanh_backward(grad @ v2.T, seen)
-        grad_fake = _tanh_backward(grad_seen @ v1.T, fake)
-        grad_w2, grad_b2 = hidden.T @ grad_fake, grad_fake.sum(axis=0)
-        grad_hidden = _tanh_backward(grad_fake @ w2.T, hidden)
-        self._update([z.T @ grad_hidden, grad_hidden.sum(axis=0), grad_w2, grad_b2], 0)
+        for y, w in zip(reversed(seen), self.discriminator[-2::-2], strict=True):
+            grad = _tanh_backward(grad @ w.T, y)
+        self._update(_gradients(grad, made[:-1], self.generator), 0)
         return float(generator_loss), float(discriminator_loss)
+
+
+def _tanh_layers(x: Array, parameters: Sequence[Array]) -> list[Array]:
+    """The inputs of all layers, with tanh between them."""
+    inputs = [x]
+    for w, b in zip(parameters[:-2:2], parameters[1:-2:2], strict=True):
+        inputs.append(_tanh_layer(inputs[-1], w, b))
+    return inputs
+
+
+def _gradients(grad: Array, inputs: Sequence[Array], parameters: Sequence[Array]) -> list[Array]:
+    """The gradients of the parameters, from that of the last layer's preactivations."""
+    gradients: list[Array] = []
+    for i in reversed(range(len(inputs))):
+        gradients[:0] = [inputs[i].T @ grad, grad.sum(axis=0)]
+        if i:
+            grad = _tanh_backward(grad @ parameters[2 * i].T, inputs[i])
+    return gradients
 
 
 def _tanh_layer(x: Array, w: Array, b: Array) -> Array:
@@ -491,7 +552,7 @@ def _tanh_backward(grad_y: Array, y: Array) -> Array:
 def numpy_gan(t: GanTask) -> Prepared:
     """Return an epoch of the loop in NumPy."""
     gan = NumpyGan(t)
-    return Prepared(lambda: gan.epoch(len(t.real)), _checked(gan.epoch))
+    return Prepared(lambda: gan.epoch(len(t.real)), _checked(gan.epoch, t.batch))
 
 
 def torch_gan(t: GanTask) -> Prepared:
@@ -499,8 +560,8 @@ def torch_gan(t: GanTask) -> Prepared:
     import torch
 
     torch.manual_seed(0)
-    generator = _torch_layers((LATENT, *GENERATOR), t.generator, torch.nn.Tanh())
-    discriminator = _torch_layers((GENERATOR[-1], *DISCRIMINATOR), t.discriminator)
+    generator = _torch_layers(_widths(t.generator), t.generator, torch.nn.Tanh())
+    discriminator = _torch_layers(_widths(t.discriminator), t.discriminator)
     settings: dict[str, Any] = {"lr": GAN_LR, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
     generator_optimizer = torch.optim.Adam(generator.parameters(), **settings)
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), **settings)
@@ -509,7 +570,7 @@ def torch_gan(t: GanTask) -> Prepared:
 
     def epoch(n: int) -> tuple[float, float]:
         sums = torch.zeros(2)
-        for real in samples[:n].split(BATCH):
+        for real in samples[:n].split(t.batch):
             m = len(real)
             fake = generator(torch.randn(m, LATENT))
             discriminator_optimizer.zero_grad()
@@ -526,10 +587,10 @@ def torch_gan(t: GanTask) -> Prepared:
             discriminator.requires_grad_(True)
             generator_optimizer.step()
             sums += torch.stack([generator_loss.detach(), loss.detach()])
-        mean = sums / math.ceil(n / BATCH)
+        mean = sums / math.ceil(n / t.batch)
         return float(mean[0]), float(mean[1])
 
-    return Prepared(lambda: epoch(len(t.real)), _checked(epoch))
+    return Prepared(lambda: epoch(len(t.real)), _checked(epoch, t.batch))
 
 
 def jax_gan(t: GanTask) -> Prepared:
@@ -567,7 +628,7 @@ def jax_gan(t: GanTask) -> Prepared:
 
     @partial(jax.jit, donate_argnums=0, static_argnums=2)
     def epoch(carry: Any, samples: Any, n: int) -> Any:
-        carry, losses = jax.lax.scan(step, carry, samples[:n].reshape(-1, BATCH, GENERATOR[-1]))
+        carry, losses = jax.lax.scan(step, carry, samples[:n].reshape(-1, t.batch, samples.shape[1]))
         return carry, losses.mean(axis=0)
 
     def zeros(parameters: Sequence[Array]) -> Any:
@@ -582,14 +643,14 @@ def jax_gan(t: GanTask) -> Prepared:
         carry, losses = jax.block_until_ready(epoch(carry, samples, n))
         return losses
 
-    return Prepared(lambda: run(len(t.real)), _checked(run))
+    return Prepared(lambda: run(len(t.real)), _checked(run, t.batch))
 
 
 def exact_gan(t: GanTask) -> Array:
     """Return the mean losses of the checked epochs in float64, the mean over a few seeds of the noise."""
     generator, discriminator = ([p.astype(np.float64) for p in part] for part in (t.generator, t.discriminator))
     exact = replace(t, real=t.real.astype(np.float64), generator=generator, discriminator=discriminator)
-    return np.asarray(np.mean([_checked(NumpyGan(exact, seed).epoch)() for seed in range(3)], axis=0))
+    return np.asarray(np.mean([_checked(NumpyGan(exact, seed).epoch, t.batch)() for seed in range(3)], axis=0))
 
 
 GAN_IMPLEMENTATIONS: dict[str, Callable[[GanTask], Prepared]] = {
@@ -601,34 +662,44 @@ GAN_IMPLEMENTATIONS: dict[str, Callable[[GanTask], Prepared]] = {
 }
 
 
-def gan_flops() -> float:
+def gan_flops(generator: Sequence[int] = GENERATOR, discriminator: Sequence[int] = DISCRIMINATOR) -> float:
     """Operations of a step for one image: both networks forward, and what each backward pass needs."""
-    discriminator = (GENERATOR[-1], *DISCRIMINATOR)
+    layers = (generator[-1], *discriminator)
     # A generated image goes through the discriminator once more, forward and back.
-    through = 2 * sum(_matmul_flops(discriminator))
-    return mlp_flops((LATENT, *GENERATOR)) + 2 * mlp_flops(discriminator) + through
+    through = 2 * sum(_matmul_flops(layers))
+    return mlp_flops((LATENT, *generator)) + 2 * mlp_flops(layers) + through
 
 
-def gan_case(settings: Settings, count: int) -> Case:
+def gan_case(
+    settings: Settings,
+    count: int,
+    generator: Sequence[int] = GENERATOR,
+    discriminator: Sequence[int] = DISCRIMINATOR,
+    batch: int = BATCH,
+) -> Case:
     """Return the case of a step, measured over as many as `count` images give."""
-    steps = math.ceil(count / BATCH)
+    steps = math.ceil(count / batch)
+    names = ("-".join(map(str, widths)) for widths in ((LATENT, *generator), (generator[-1], *discriminator)))
     return Case(
         "gan",
-        f"step 100-256-784 and 784-256-1, batch {min(count, BATCH)}, Adam, float32",
-        lambda: gan_task(_digits(settings, count)[0]),
+        f"step {' and '.join(names)}, batch {min(count, batch)}, Adam, float32",
+        lambda: gan_task(_digits(settings, count)[0], generator, discriminator, batch),
         GAN_IMPLEMENTATIONS,
         exact_gan,
         # Each implementation draws its own noise: losses differ, and their means over a few steps are close.
         rtol=0.0,
         atol=0.05,
-        flops=gan_flops() * count / steps,
-        bytes=float(GENERATOR[-1] * 4 * count / steps),
+        flops=gan_flops(generator, discriminator) * count / steps,
+        bytes=float(generator[-1] * 4 * count / steps),
         units=steps,
         unit="step",
-        labels={"dtype": "float32", "batch": BATCH},
+        labels={"dtype": "float32", "batch": batch},
     )
 
 
 def gan(settings: Settings) -> Iterator[Case]:
-    """Step of a GAN, generator 100-256-784, discriminator 784-256-1, Adam."""
-    yield gan_case(settings, (CHECKED_STEPS if settings.quick else 50) * BATCH)
+    """Step of a GAN, the textbook's and the one of `gemmlet train gan`, all tanh, Adam."""
+    steps = CHECKED_STEPS if settings.quick else 50
+    yield gan_case(settings, steps * BATCH)
+    command = (COMMAND_GENERATOR, COMMAND_DISCRIMINATOR, COMMAND_BATCH)
+    yield gan_case(settings, CHECKED_STEPS * COMMAND_BATCH, *command)
