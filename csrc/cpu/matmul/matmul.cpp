@@ -363,20 +363,20 @@ template <int rows, class T>
   dot_products<rows>(a, a_stride, a_end, b, b_stride, b_end, count, kc, result);
 }
 
-// Rows of x and columns of w are contiguous. Vectors of results run along the columns of w; along the rows of x if w has a
-// single column.
+// Rows of x and columns of w are contiguous. Vectors of results run along the columns of w; along the rows of x if y has a
+// single column. (A task may have a single column of a wider y.)
 template <class T, class O>
 void compute_dot_products(View<T> x, View<T> w, const O& out) {
   constexpr int n = lanes<T>;
   const T *x_end = end_of(x.data, x.rows, x.row_stride, x.columns),
           *w_end = end_of(w.data, w.columns, w.column_stride, w.rows);
-  if (w.columns == 1) {
+  if (out.row_stride == 1) {
     for (Index i = 0; i < x.rows; i += n) {
       const int count = static_cast<int>(std::min<Index>(n, x.rows - i));
       Vec<T> result[1];
       dot_products_call<1>(w.data, Index{0}, w_end, x.data + i * x.row_stride, x.row_stride, x_end, count, x.columns,
                            result);
-      // y is one contiguous column; its rows have the same bias.
+      // All rows have the same bias.
       const O column{out.y + i, out.z == nullptr ? nullptr : out.z + i, nullptr, 1, out.epilogue};
       if (out.bias != nullptr) result[0] = result[0] + splat<T>(*out.bias);
       column.put(0, 0, result[0], count, true, true);
