@@ -86,6 +86,12 @@ def _specs() -> list[Spec]:
 SPECS = _specs()
 
 
+def pytest_report_header() -> str:
+    """A build from source is for the instruction set of this machine; the tests iterate over what was built."""
+    tested = {spec.isa for spec in SPECS if spec.isa is not None}
+    return f"instruction sets tested: {', '.join(sorted(tested)) or 'none'} (those that were built and can run here)"
+
+
 def _loaded_or_skipped(spec: Spec) -> NumpyBackend:
     try:
         return spec.loaded

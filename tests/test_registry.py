@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -230,12 +231,20 @@ def test_isa_by_environment(isa: str) -> None:
 
 
 def test_isa_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_backend, "available_isas", lambda: ["baseline"])
+    features = types.SimpleNamespace(supported=lambda: ["x86-64-v3", "baseline"])
+    monkeypatch.setitem(sys.modules, "gemmlet._cpu_features", features)
+    monkeypatch.setattr(cpu_backend, "_built_isas", lambda: ["x86-64-v4", "baseline"])
     with pytest.raises(ValueError, match="'x86-64-v4' cannot run here; GEMMLET_ISA takes baseline"):
         cpu_backend.CpuBackend("x86-64-v4")
+    with pytest.raises(ValueError, match="'x86-64-v3' was not compiled; GEMMLET_ISA takes baseline"):
+        cpu_backend.CpuBackend("x86-64-v3")
     with pytest.raises(ValueError, match="'sse' is unknown"):
         cpu_backend.CpuBackend("sse")
-    monkeypatch.setattr(cpu_backend, "available_isas", list)
+    # Compiled on another machine.
+    monkeypatch.setattr(cpu_backend, "_built_isas", lambda: ["x86-64-v4"])
+    with pytest.raises(RuntimeError, match=r"compiled for x86-64-v4, which this processor lacks: pip install --force-"):
+        cpu_backend.CpuBackend()
+    monkeypatch.setattr(cpu_backend, "_built_isas", list)
     with pytest.raises(RuntimeError, match="not compiled"):
         cpu_backend.CpuBackend()
 
@@ -246,7 +255,7 @@ import logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 import numpy as np
 from gemmlet.backends import cpu as cpu_backend, select
-cpu_backend.available_isas = lambda: []
+cpu_backend._built_isas = lambda: []
 sys.modules["numba"] = None
 import importlib.util
 found = importlib.util.find_spec

@@ -52,6 +52,20 @@ def test_same_bits_for_any_number(rows: int, columns: int, any_threads_backend: 
             assert same(outcome(name, copies(arguments)), expected), (name, count)
 
 
+def test_same_bits_where_a_task_gets_a_single_column(any_threads_backend: Any, dtype: Any, rng: Any) -> None:
+    """Columns that are divided in multiples of a tile's width leave one over for the last task."""
+    if any_threads_backend.name != "cpu":
+        pytest.skip("its matmul is not divided into tasks of columns")
+    for columns in range(129, 1000, 32):
+        x, w = rng.normal(size=(4, 1000)).astype(dtype), rng.normal(size=(columns, 1000)).astype(dtype)
+        b = rng.normal(size=columns).astype(dtype)
+        set_threads(any_threads_backend, 1)
+        expected = kernels.linear(x, w.T, b, "relu", return_preactivation=True)
+        for count in (3, 4, 5, 8):
+            set_threads(any_threads_backend, count)
+            assert same(kernels.linear(x, w.T, b, "relu", return_preactivation=True), expected), (columns, count)
+
+
 def test_same_bits_for_any_number_in_a_large_call(any_threads_backend: Any, dtype: Any, rng: Any) -> None:
     """Enough for five threads on every backend, and of a length that nothing divides."""
     size = 400_009

@@ -3,8 +3,8 @@
 #
 #     tools/sanitize.sh [PYTHON [ISA [TESTS...]]]
 #
-# PYTHON: an interpreter with the packages of the extra `test`; by default .venv/bin/python. ISA: the only instruction set
-# to build, such as x86_64_v3; by default all. TESTS: what pytest shall run; by default every test of compiled code.
+# PYTHON: an interpreter with the packages of the extra `test`; by default .venv/bin/python. ISA: the instruction sets to
+# build, such as x86_64_v3; by default all. TESTS: what pytest shall run; by default every test of compiled code.
 # GCC on Linux. Leaks are not looked for: CPython itself leaves memory behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ trap 'rm -rf "$folder"' EXIT
 
 "$python" -m pip install --quiet --no-deps --target "$folder/site" \
   --config-settings=cmake.define.GEMMLET_SANITIZE=address,undefined \
-  --config-settings=cmake.define.GEMMLET_ONLY_ISA="${2:-}" .
+  --config-settings=cmake.define.GEMMLET_ISAS="${2:-all}" .
 
 # An editable install of the package would come before PYTHONPATH.
 cat > "$folder/site/sitecustomize.py" <<'PYTHON'

@@ -1,67 +1,53 @@
-// Which instruction sets this processor has and this operating system saves: asked without running any of them.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The module _cpu_features: the instruction sets that can run here. In CPython's C API alone, as pybind11 for one function would
+// take seconds to compile.
+#include "cpu/features.h"
 
-#include <string>
-#include <vector>
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
-namespace py = pybind11;
+#include <Python.h>
 
 namespace {
 
-#if defined(__x86_64__)
-
-struct Registers {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  Registers(unsigned leaf, unsigned subleaf) {
-    if (__get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx) == 0) eax = ebx = ecx = edx = 0;
+PyObject* supported(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (names == nullptr) return nullptr;
+  for (const char* isa : gemmlet::supported_isas()) {
+    PyObject* name = PyUnicode_FromString(isa);
+    if (name == nullptr || PyList_Append(names, name) != 0) {
+      Py_XDECREF(name);
+      Py_DECREF(names);
+      return nullptr;
+    }
+    Py_DECREF(name);
   }
+  return names;
+}
+
+PyMethodDef methods[] = {
+    {"supported", supported, METH_NOARGS, "Names of the instruction sets that can run here, best first."},
+    {nullptr, nullptr, 0, nullptr},
 };
 
-bool has_bits(unsigned value, std::initializer_list<int> bits) {
-  for (int bit : bits)
-    if (((value >> bit) & 1u) == 0) return false;
-  return true;
-}
-
-// The register state that the operating system saves when it switches threads (XCR0).
-unsigned saved_state() {
-  unsigned low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return low;
-}
-
-// Levels of the x86-64 psABI, best first. Bit numbers: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
-std::vector<std::string> supported() {
-  std::vector<std::string> levels;
-  const Registers basic(1, 0), extended(7, 0), amd(0x80000001u, 0);
-  const bool xsave = has_bits(basic.ecx, {27});
-  const unsigned state = xsave ? saved_state() : 0;
-  const bool v3 = has_bits(basic.ecx, {12, 22, 28, 29})               // FMA, MOVBE, AVX, F16C
-                  && has_bits(extended.ebx, {3, 5, 8})                // BMI1, AVX2, BMI2
-                  && has_bits(amd.ecx, {5})                           // LZCNT
-                  && has_bits(state, {1, 2});                         // XMM and YMM
-  const bool v4 = v3 && has_bits(extended.ebx, {16, 17, 28, 30, 31})  // AVX-512 F, DQ, CD, BW, VL
-                  && has_bits(state, {5, 6, 7});                      // masks, ZMM
-  if (v4) levels.push_back("x86-64-v4");
-  if (v3) levels.push_back("x86-64-v3");
-  levels.push_back("baseline");
-  return levels;
-}
-
-#else
-
-std::vector<std::string> supported() { return {"baseline"}; }
-
+PyModuleDef_Slot slots[] = {
+#if PY_VERSION_HEX >= 0x030c0000
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
 #endif
+#if PY_VERSION_HEX >= 0x030d0000
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "_cpu_features",
+    "Instruction sets that can run here.",
+    0,
+    methods,
+    slots,
+    nullptr,
+    nullptr,
+    nullptr,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu_features, m, py::mod_gil_not_used()) {
-  m.doc() = "Instruction sets that can run here.";
-  m.def("supported", &supported, "Names of the instruction sets that can run here, best first.");
-}
+PyMODINIT_FUNC PyInit__cpu_features() { return PyModuleDef_Init(&module); }

@@ -12,7 +12,6 @@
 //   w is packed, one K block at a time, unless fewer than 2 * mr rows use it. x is packed only for many columns, which
 //   would each read it again.
 #include <algorithm>
-#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/matmul/micro_kernel.h"
@@ -24,48 +23,70 @@
 namespace gemmlet {
 namespace {
 
-// The epilogue: applied to each result before it is stored.
 template <class T>
-struct Plain {
-  Vec<T> operator()(Vec<T> v) const { return v; }
-};
+struct Output;
 
-template <class T, class F>
-struct Activated {
-  Vec<T> parameter;
-  Vec<T> operator()(Vec<T> v) const { return F::forward(v, parameter); }
+// How final results are stored: two functions of an activation, called with a vector and with a tile. They alone are compiled
+// for each activation; the rest of this file once.
+template <class T>
+struct Epilogue {
+  // n lanes of a row: added to the earlier K blocks, unless first, plus the bias, copied to z, through the activation.
+  void (*put)(const Output<T>& out, Index row, Index column, Vec<T> value, int n, bool first);
+  // Whole vectors of a tile: `put` for all of them, with the formula inlined once.
+  void (*finish_tile)(const Output<T>& out, Index row, Index column, const Vec<T>* sums, int rows, int vectors,
+                      bool first);
 };
 
 // The output of a task, from its first row and column on. z and bias may be null.
-template <class T, class Epilogue>
+template <class T>
 struct Output {
   T *y, *z;
   const T* bias;
   Index row_stride;
-  Epilogue epilogue;
+  Epilogue<T> epilogue;
+  T parameter;
+  bool plain;  // no activation, bias or z: results are stored as they are
 
   Output at(Index row, Index column) const {
+    Output part = *this;
     const Index offset = row * row_stride + column;
-    return {y + offset, z == nullptr ? nullptr : z + offset, bias == nullptr ? nullptr : bias + column, row_stride,
-            epilogue};
+    part.y += offset;
+    if (z != nullptr) part.z += offset;
+    if (bias != nullptr) part.bias += column;
+    return part;
   }
-
-  // No epilogue, bias or z: results are stored as they are.
-  bool plain() const { return std::is_same_v<Epilogue, Plain<T>> && bias == nullptr && z == nullptr; }
-
-  // n lanes of a row: added to the earlier K blocks, unless first; if last, plus the bias, copied to z, through the
-  // epilogue. Not inlined: a formula is long.
-  [[gnu::noinline]] void put(Index row, Index column, Vec<T> value, int n, bool first, bool last) const {
-    const Index offset = row * row_stride + column;
-    if (!first) value = load_lanes(y + offset, n) + value;
-    if (last) {
-      if (bias != nullptr) value = value + load_lanes(bias + column, n);
-      if (z != nullptr) store_lanes(z + offset, value, n);
-      value = epilogue(value);
-    }
-    store_lanes(y + offset, value, n);
+  void put(Index row, Index column, Vec<T> value, int n, bool first) const {
+    epilogue.put(*this, row, column, value, n, first);
   }
 };
+
+template <class T, class F>
+void put(const Output<T>& out, Index row, Index column, Vec<T> value, int n, bool first) {
+  const Index offset = row * out.row_stride + column;
+  if (!first) value = load_lanes(out.y + offset, n) + value;
+  if (out.bias != nullptr) value = value + load_lanes(out.bias + column, n);
+  if (out.z != nullptr) store_lanes(out.z + offset, value, n);
+  store_lanes(out.y + offset, F::forward(value, splat<T>(out.parameter)), n);
+}
+
+template <class T, class F>
+void finish_tile(const Output<T>& out, Index row, Index column, const Vec<T>* sums, int rows, int vectors, bool first) {
+  const Index row_stride = out.row_stride, at = row * row_stride + column;
+  T* y = out.y + at;
+  T* z = out.z == nullptr ? nullptr : out.z + at;
+  const T* bias = out.bias == nullptr ? nullptr : out.bias + column;
+  const Vec<T> parameter = splat<T>(out.parameter);
+  for (int r = 0; r < rows; ++r, y += row_stride)
+#pragma GCC unroll 1
+    for (int v = 0; v < vectors; ++v) {
+      const int j = v * lanes<T>;
+      Vec<T> value = *sums++;
+      if (!first) value = load(y + j) + value;
+      if (bias != nullptr) value = value + load(bias + j);
+      if (z != nullptr) store(z + r * row_stride + j, value);
+      store(y + j, F::forward(value, parameter));
+    }
+}
 
 // The largest multiple of `unit`, up to `limit`, that divides n into at least `pieces`.
 Index block_size(Index n, Index unit, Index limit, Index pieces) {
@@ -126,36 +147,17 @@ void add_tile(const Vec<T>* sums, int rows, int vectors, T* y, Index row_stride,
     }
 }
 
-// Whole vectors of a finished tile: Output::put for all of them, with the formula inlined once.
-template <class T, class O>
-void finish_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index row, Index column, bool first) {
-  const Index at = row * out.row_stride + column;
-  T* y = out.y + at;
-  T* z = out.z == nullptr ? nullptr : out.z + at;
-  const T* bias = out.bias == nullptr ? nullptr : out.bias + column;
-  for (int r = 0; r < rows; ++r, y += out.row_stride)
-#pragma GCC unroll 1
-    for (int v = 0; v < vectors; ++v) {
-      const int j = v * lanes<T>;
-      Vec<T> value = *sums++;
-      if (!first) value = load(y + j) + value;
-      if (bias != nullptr) value = value + load(bias + j);
-      if (z != nullptr) store(z + r * out.row_stride + j, value);
-      store(y + j, out.epilogue(value));
-    }
-}
-
-template <class T, class O>
-void store_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index row, Index column, Index columns,
+template <class T>
+void store_tile(const Vec<T>* sums, int rows, int vectors, const Output<T>& out, Index row, Index column, Index columns,
                 bool first, bool last) {
   if (columns - column >= vectors * lanes<T>) {
-    if (last && !out.plain())
-      finish_tile<T>(sums, rows, vectors, out, row, column, first);
+    if (last && !out.plain)
+      out.epilogue.finish_tile(out, row, column, sums, rows, vectors, first);
     else
       add_tile<T>(sums, rows, vectors, out.y + row * out.row_stride + column, out.row_stride, first);
     return;
   }
-  const bool plain = !last || out.plain();
+  const bool plain = !last || out.plain;
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) {
       const Index j = column + v * lanes<T>;
@@ -166,14 +168,14 @@ void store_tile(const Vec<T>* sums, int rows, int vectors, const O& out, Index r
       if (plain)
         store_lanes(y, first ? sum : load_lanes(y, n) + sum, n);
       else
-        out.put(row + r, j, sum, n, first, last);
+        out.put(row + r, j, sum, n, first);
     }
 }
 
 // Prefetches where a tile will be stored while it is computed. Its rows rarely begin with a cache line: NumPy aligns arrays
 // to 16 bytes.
-template <class T, class O>
-void prefetch_tile(const O& out, Index row, int rows, Index column) {
+template <class T>
+void prefetch_tile(const Output<T>& out, Index row, int rows, Index column) {
   for (int r = 0; r < rows; ++r) {
     const T* y = out.y + (row + r) * out.row_stride + column;
     __builtin_prefetch(y, 1);
@@ -225,22 +227,22 @@ void small_k_sums(View<T> x, View<T> w, T* y, Index row_stride) {
   });
 }
 
-template <class T, class O>
-void compute_small_k(View<T> x, View<T> w, const O& out) {
-  if (out.plain()) return small_k_sums(x, w, out.y, out.row_stride);
+template <class T>
+void compute_small_k(View<T> x, View<T> w, const Output<T>& out) {
+  if (out.plain) return small_k_sums(x, w, out.y, out.row_stride);
   for (Index i = 0; i < x.rows; ++i) {
     T* const y = out.y + i * out.row_stride;
     small_k_sums(x.block(i, 1, 0, x.columns), w, y, out.row_stride);
     for (Index j = 0; j < w.columns; j += lanes<T>) {
       const int n = static_cast<int>(std::min<Index>(lanes<T>, w.columns - j));
-      out.put(i, j, load_lanes(y + j, n), n, true, true);
+      out.put(i, j, load_lanes(y + j, n), n, true);
     }
   }
 }
 
 // Stores y, whose contiguous rows are the columns of out.
-template <class T, class O>
-void store_transposed(const T* y, Index columns, Index rows, const O& out) {
+template <class T>
+void store_transposed(const T* y, Index columns, Index rows, const Output<T>& out) {
   constexpr Index n = lanes<T>;
   for (Index j = 0; j < columns; j += n) {
     const int count = static_cast<int>(std::min(n, columns - j));
@@ -249,19 +251,19 @@ void store_transposed(const T* y, Index columns, Index rows, const O& out) {
       Vec<T> square[n] = {};
       for (int c = 0; c < count; ++c) square[c] = load_lanes(y + (j + c) * rows + i, height);
       transpose(square);
-      for (int r = 0; r < height; ++r) out.put(i + r, j, square[r], count, true, true);
+      for (int r = 0; r < height; ++r) out.put(i + r, j, square[r], count, true);
     }
   }
 }
 
-template <class T, class O>
-void compute_tiles(View<T> x, View<T> w, const O& out) {
+template <class T>
+void compute_tiles(View<T> x, View<T> w, const Output<T>& out) {
   Buffers<T>& buffers = of_this_thread<Buffers<T>>();
   if (x.columns > 0 && x.columns <= tuning::small_k_max) {
     if (w.column_stride == 1) return compute_small_k(x, w, out);
     constexpr Index n = lanes<T>, most = tuning::nc * tuning::kc / tuning::small_k_max / n * n - n;
     for_blocks(w.columns, most, [&](Index first, Index columns) {
-      const O part = out.at(0, first);
+      const Output<T> part = out.at(0, first);
       // Aligned as y is.
       T* const rows = Buffers<T>::get(buffers.w, tuning::nc * tuning::kc) + misalignment(part.y);
       const Index stride = ceil_div(columns, n) * n;
@@ -273,7 +275,7 @@ void compute_tiles(View<T> x, View<T> w, const O& out) {
   if (x.row_stride == 1 && x.column_stride != 1 && x.rows >= nr<T> && w.columns < nr<T> && w.columns % lanes<T> != 0) {
     // y^T = w^T x^T: vectors run along the rows of x, and are full.
     T* const y = Buffers<T>::get(buffers.transposed, tuning::task_mc * nr<T>);
-    compute_tiles<T>(w.transposed(), x.transposed(), Output<T, Plain<T>>{y, nullptr, nullptr, x.rows, {}});
+    compute_tiles<T>(w.transposed(), x.transposed(), {y, nullptr, nullptr, x.rows, {}, 0, true});
     return store_transposed(y, w.columns, x.rows, out);
   }
   Sums<T> sums;
@@ -299,7 +301,7 @@ void compute_tiles(View<T> x, View<T> w, const O& out) {
       Index j = 0;
       const auto tile = [&]<Width width>(const auto& panel) {
         const int vectors = vectors_in<T>(width, height);
-        prefetch_tile<T>(out, row, height, j);
+        prefetch_tile(out, row, height, j);
         compute_tile<width, T>(height, x_at(row), panel, kc, sums);
         store_tile<T>(sums, height, vectors, out, row, j, w.columns, first, last);
         j += vectors * lanes<T>;
@@ -336,7 +338,7 @@ void compute_tiles(View<T> x, View<T> w, const O& out) {
           const Index row = first_row + tile;
           const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
           for (Index j = 0; j < columns; j += nr<T>) {
-            prefetch_tile<T>(out, row, height, block + j);
+            prefetch_tile(out, row, height, block + j);
             const Panel<T> panel{packed + j * kc, nr<T>, lanes<T>};
             const bool one = columns - j <= lanes<T>;
             one ? compute_tile<Width::one, T>(height, x_tile, panel, kc, sums)
@@ -363,23 +365,24 @@ template <int rows, class T>
   dot_products<rows>(a, a_stride, a_end, b, b_stride, b_end, count, kc, result);
 }
 
-// Rows of x and columns of w are contiguous. Vectors of results run along the columns of w; along the rows of x if w has a
-// single column.
-template <class T, class O>
-void compute_dot_products(View<T> x, View<T> w, const O& out) {
+// Rows of x and columns of w are contiguous. Vectors of results run along the columns of w; along the rows of x if y has a
+// single column. (A task may have a single column of a wider y.)
+template <class T>
+void compute_dot_products(View<T> x, View<T> w, const Output<T>& out) {
   constexpr int n = lanes<T>;
   const T *x_end = end_of(x.data, x.rows, x.row_stride, x.columns),
           *w_end = end_of(w.data, w.columns, w.column_stride, w.rows);
-  if (w.columns == 1) {
+  if (out.row_stride == 1) {
+    Output<T> column = out;
+    column.bias = nullptr;
     for (Index i = 0; i < x.rows; i += n) {
       const int count = static_cast<int>(std::min<Index>(n, x.rows - i));
       Vec<T> result[1];
       dot_products_call<1>(w.data, Index{0}, w_end, x.data + i * x.row_stride, x.row_stride, x_end, count, x.columns,
                            result);
-      // y is one contiguous column; its rows have the same bias.
-      const O column{out.y + i, out.z == nullptr ? nullptr : out.z + i, nullptr, 1, out.epilogue};
+      // All rows have the same bias.
       if (out.bias != nullptr) result[0] = result[0] + splat<T>(*out.bias);
-      column.put(0, 0, result[0], count, true, true);
+      column.put(i, 0, result[0], count, true);
     }
     return;
   }
@@ -390,7 +393,7 @@ void compute_dot_products(View<T> x, View<T> w, const O& out) {
         Vec<T> result[1];
         dot_products_call<1>(x.data + i * x.row_stride, Index{0}, x_end, w.data + j * w.column_stride, w.column_stride,
                              w_end, count, x.columns, result);
-        out.put(i, j, result[0], count, true, true);
+        out.put(i, j, result[0], count, true);
       }
     }
   };
@@ -407,7 +410,7 @@ void compute_dot_products(View<T> x, View<T> w, const O& out) {
                                                   w.data + j * w.column_stride, w.column_stride, w_end, x.columns,
                                                   block);
         for (int r = 0; r < tile_rows; ++r)
-          out.put(i + r, j, load_lanes(block + r * tile_columns, tile_columns), tile_columns, true, true);
+          out.put(i + r, j, load_lanes(block + r * tile_columns, tile_columns), tile_columns, true);
       }
     if (whole < w.columns) row_by_row(first_row, row, whole);
   };
@@ -416,8 +419,8 @@ void compute_dot_products(View<T> x, View<T> w, const O& out) {
   row_by_row(row, x.rows, 0);
 }
 
-template <class T, class Epilogue>
-void dispatch(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* y, T* z) {
+template <class T>
+void dispatch(View<T> x, View<T> w, const Output<T>& out) {
   const double work = static_cast<double>(x.rows) * static_cast<double>(w.columns) * static_cast<double>(x.columns);
   const Index threads = work < tuning::matmul_parallel_work ? 1 : get_num_threads();
   const bool use_dot_products =
@@ -429,12 +432,11 @@ void dispatch(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* 
   const Index task_m = block_size(x.rows, tuning::mr, tuning::task_mc, tall ? threads : 1);
   const Index task_n = block_size(w.columns, nr<T>, w.columns + nr<T>, tall ? 1 : threads);
   const Index across = ceil_div(w.columns, task_n);
-  const Output<T, Epilogue> out{y, z, bias, w.columns, epilogue};
-  if (w.columns == 1 && x.row_stride == 1 && bias == nullptr && z == nullptr && x.rows >= lanes<T>) {
+  if (w.columns == 1 && x.row_stride == 1 && out.bias == nullptr && out.z == nullptr && x.rows >= lanes<T>) {
     // y^T = w^T x^T: the columns of x are contiguous.
-    dispatch<T>({w.data, 1, w.rows, 0, w.row_stride}, {x.data, x.columns, x.rows, x.column_stride, 1}, nullptr,
-                epilogue, y, nullptr);
-    return;
+    Output<T> row = out;
+    row.row_stride = x.rows;
+    return dispatch<T>({w.data, 1, w.rows, 0, w.row_stride}, {x.data, x.columns, x.rows, x.column_stride, 1}, row);
   }
   const auto task = [&](Index index) {
     const Index i = index / across * task_m, j = index % across * task_n;
@@ -452,22 +454,17 @@ void dispatch(View<T> x, View<T> w, const T* bias, const Epilogue& epilogue, T* 
     for (Index t = 0; t < tasks; ++t) task(t);
 }
 
-template <class T, class F>
-void dispatch_activated(View<T> x, View<T> w, const T* bias, T parameter, T* y, T* z) {
-  dispatch(x, w, bias, Activated<T, F>{splat<T>(parameter)}, y, z);
-}
-
 }  // namespace
 
 template <class T>
 void linear(View<T> x, View<T> w, const T* bias, int activation, T parameter, T* y, T* z) {
   if (x.rows == 0 || w.columns == 0) return;
-  if (activation < 0) return dispatch(x, w, bias, Plain<T>{}, y, z);
-  using Function = void (*)(View<T>, View<T>, const T*, T, T*, T*);
-#define GEMMLET_ENTRY(name) &dispatch_activated<T, activations::name>,
-  static constexpr Function table[] = {GEMMLET_ACTIVATIONS(GEMMLET_ENTRY)};
+#define GEMMLET_ENTRY(name) {&put<T, activations::name>, &finish_tile<T, activations::name>},
+  static constexpr Epilogue<T> epilogues[] = {GEMMLET_ACTIVATIONS(GEMMLET_ENTRY)};
+  static constexpr Epilogue<T> none = {&put<T, activations::identity>, &finish_tile<T, activations::identity>};
 #undef GEMMLET_ENTRY
-  table[activation](x, w, bias, parameter, y, z);
+  const bool plain = activation < 0 && bias == nullptr && z == nullptr;
+  dispatch<T>(x, w, {y, z, bias, w.columns, activation < 0 ? none : epilogues[activation], parameter, plain});
 }
 
 template void linear(View<float>, View<float>, const float*, int, float, float*, float*);

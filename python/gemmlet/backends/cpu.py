@@ -32,8 +32,12 @@ def available_isas() -> list[str]:
         features = importlib.import_module("gemmlet._cpu_features")
     except ImportError:
         return []
-    built = [isa for isa in features.supported() if importlib.util.find_spec(f"gemmlet.{_MODULES[isa]}") is not None]
-    return cast("list[str]", built)
+    built = _built_isas()
+    return [isa for isa in cast("list[str]", features.supported()) if isa in built]
+
+
+def _built_isas() -> list[str]:
+    return [isa for isa, module in _MODULES.items() if importlib.util.find_spec(f"gemmlet.{module}") is not None]
 
 
 def _choose(isa: str | None) -> str:
@@ -43,12 +47,18 @@ def _choose(isa: str | None) -> str:
     """
     available = available_isas()
     if not available:
+        if built := _built_isas():
+            raise RuntimeError(
+                f"backend 'cpu' was compiled for {' and '.join(built)}, which this processor lacks: "
+                "pip install --force-reinstall --no-cache-dir gemmlet compiles it for this one"
+            )
         raise RuntimeError("backend 'cpu' was not compiled for this platform: no extension module is installed")
     wanted = isa or _environment.read("GEMMLET_ISA") or available[0]
     if wanted not in _MODULES:
         raise ValueError(f"instruction set {wanted!r} is unknown; GEMMLET_ISA takes {', '.join(_MODULES)}")
     if wanted not in available:
-        raise ValueError(f"instruction set {wanted!r} cannot run here; GEMMLET_ISA takes {', '.join(available)}")
+        why = "cannot run here" if wanted in _built_isas() else "was not compiled"
+        raise ValueError(f"instruction set {wanted!r} {why}; GEMMLET_ISA takes {', '.join(available)}")
     return wanted
 
 

@@ -80,7 +80,9 @@ def isa() -> str:
     for name in ISAS:
         if name in available:
             return name
-    raise CannotCountError("no extension module is installed, and Python's own instructions say nothing about it")
+    raise CannotCountError(
+        f"it needs an extension module for {' or '.join(ISAS)}: pip install -C cmake.define.GEMMLET_ISAS=all has them"
+    )
 
 
 def run() -> Results:
