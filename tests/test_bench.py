@@ -30,7 +30,7 @@ from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
 
-for package in ("typer", "rich", "matplotlib", "sklearn", "safetensors", "threadpoolctl"):
+for package in ("typer", "rich", "matplotlib", "sklearn", "threadpoolctl"):
     pytest.importorskip(package)
 
 from gemmlet import cli  # noqa: E402

@@ -25,7 +25,7 @@ from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
 from gemmlet.nn import fit
 
-for package in ("typer", "rich", "matplotlib", "sklearn", "safetensors"):
+for package in ("typer", "rich", "matplotlib", "sklearn"):
     pytest.importorskip(package)
 
 import scipy.linalg  # noqa: E402

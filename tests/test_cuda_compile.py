@@ -191,6 +191,20 @@ def test_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert compiler.cache_folder() == Path.home() / ".cache" / "gemmlet"
 
 
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("GEMMLET_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    made = compiler.Cubin(b"image", {})
+    monkeypatch.setattr(compiler, "key", lambda *_: "key")
+    monkeypatch.setattr(compiler, "_shipped", lambda *_: None)
+    monkeypatch.setattr(compiler, "compile_cubin", lambda *_: (made, ""))
+    assert compiler.cubin("elementwise.cu", [], "sm_90") is made
+
+
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_replace(*_: Any) -> None:
         raise OSError("disk full")

@@ -8,6 +8,7 @@ import struct
 import sys
 import threading
 import time
+import tracemalloc
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -141,6 +142,26 @@ def test_bad_file(folder, name, spoil, found):
         load_mnist(folder)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("name", [TRAIN_IMAGES, TEST_LABELS])
+def test_no_more_is_read_than_announced(folder, name, zipped):
+    """A hundredfold of zeros behind the values; or a header that announces what is not there."""
+    path = folder / name
+    content = path.read_bytes()
+    for changed, message in (
+        (content + bytes(200 << 20), "corrupt: .* but more follow"),
+        (content[:4] + b"\xff\xff\xff\xff" + content[8:], "truncated: its header announces 4294967295"),
+    ):
+        path.write_bytes(gzip.compress(changed, 1) if zipped else changed)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=message):
+                load_mnist(folder)
+            assert tracemalloc.get_traced_memory()[1] < 20e6
+        finally:
+            tracemalloc.stop()
 
 
 def test_other_picture_size(folder):
@@ -313,6 +334,34 @@ def test_cache_that_cannot_be_written(online, tmp_path, caplog):
         use(address)
         assert load_mnist().is_sample
     assert "no download" in caplog.text
+
+
+def test_a_mirror_sends_much_more(online, monkeypatch):
+    files, use, _ = online
+    monkeypatch.setattr(mnist, "_LARGEST", 1 << 16)
+    with mirror(dict.fromkeys(NAMES, gzip.compress(bytes(64 << 20)))) as (bad, _), mirror(files) as (good, _):
+        use(bad, good)
+        tracemalloc.start()
+        try:
+            assert not load_mnist().is_sample
+            assert tracemalloc.get_traced_memory()[1] < 20e6
+        finally:
+            tracemalloc.stop()
+
+
+def no_home(*_):
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("cache", [lambda project: Path("~/.cache") / project, no_home], ids=["tilde", "error"])
+def test_without_a_home(online, monkeypatch, caplog, cache):
+    """As in a container that runs as a user whom it does not know; what asks for the folder differs among versions."""
+    monkeypatch.setattr("pooch.os_cache", cache)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert load_mnist(download=True).is_sample
+    assert "set HOME, or XDG_CACHE_HOME" in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"~/mnist \(data_dir\) names a home folder that is not known"):
+        load_mnist("~/mnist")
 
 
 def test_without_pooch(monkeypatch, caplog):

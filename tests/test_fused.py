@@ -852,7 +852,6 @@ def test_fit_within_a_callback(network: str, training: Any, dtype: Any) -> None:
 
 
 def test_weights_that_are_set_between_fits(network: str, training: Any, dtype: Any, tmp_path: Any) -> None:
-    pytest.importorskip("safetensors")
     model, data = made(network, dtype, np.random.default_rng(0))
     rule = RULES["adam"]()
     first = fitted(model, *data, epochs=2, batch_size=16, optimizer=rule)

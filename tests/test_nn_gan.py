@@ -372,7 +372,6 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
     ids=["default", "all else"],
 )
 def test_save_and_load(gan: GAN, tmp_path: Path, rng: np.random.Generator) -> None:
-    pytest.importorskip("safetensors")
     gan.fit(rng.uniform(size=(20, 4)).astype(gan.dtype), epochs=1)
     path = tmp_path / "gan.safetensors"
     gan.save(path)

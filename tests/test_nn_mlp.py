@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
-import io
 import json
 import math
 import subprocess
@@ -516,7 +515,6 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
     ids=lambda model: f"{model!r}{', averaged' if model.ema_decay else ''}",
 )
 def test_save_and_load(model: MLP, tmp_path: Path, rng: np.random.Generator) -> None:
-    pytest.importorskip("safetensors")
     for param in [*model.parameters, *model._average.parameters]:
         param[...] = rng.normal(size=param.shape)
     model.steps = 5
@@ -647,27 +645,15 @@ def test_a_bad_file_is_named(how: str, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
     with pytest.raises(FileNotFoundError, match="missing"):
         MLP.load(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         MLP([2, 2]).save(tmp_path / "nowhere" / "file")
-    with pytest.raises(TypeError):
-        MLP([2, 2]).save(io.BytesIO())
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(OSError, match="folder"):
         MLP([2, 2]).save(folder)
     assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(ImportError, match=r"pip install 'gemmlet\[train\]'"):
-        MLP([2, 2]).save(tmp_path / "file")
-    with pytest.raises(ImportError, match=r"pip install 'gemmlet\[train\]'"):
-        MLP.load(tmp_path / "file")
 
 
 def test_importing_loads_no_heavy_package() -> None:
@@ -821,7 +807,6 @@ def test_bad_samples(method: str) -> None:
 
 
 def test_a_file_of_the_other_network(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
     path = tmp_path / "gan.safetensors"
     GAN(2, [3], [1]).save(path)
     with pytest.raises(ValueError, match=r"gan\.safetensors .*: it holds a GAN"):

@@ -30,21 +30,31 @@ def replacing(path: Path) -> Iterator[Path]:
     OSError
         The file cannot be written, or `path` is no plain file. The error names `path`.
     """
-    target = Path(os.path.realpath(path))
-    stem = f".{target.stem[:50]}-"  # with what follows, no longer than a file system allows
-    temporary = target.with_name(f"{stem}{os.urandom(4).hex()}.tmp{target.suffix}")
+    target = temporary = Path(path)
     try:
-        permissions = _permissions(target)
+        target = Path(os.path.realpath(path))
+        # No longer than a file system allows: a path that can be written directly has a temporary file, too.
+        stem, suffix = f".{target.stem[:40]}-", target.suffix if len(target.suffix) <= 16 else ""
+        temporary = target.with_name(f"{stem}{os.urandom(4).hex()}.tmp{suffix}")
+        existing = _existing(target)
         try:
             with open(temporary, "xb") as held:
                 # Some network file systems have no locks; nothing counts as stale there.
                 with contextlib.suppress(OSError):
                     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_stale(target.parent, rf"{re.escape(stem)}[0-9a-f]{{8}}\.tmp{re.escape(target.suffix)}")
+                if existing is not None:
+                    # What others may not read they may not read while it is written, either.
+                    with contextlib.suppress(PermissionError):
+                        temporary.chmod(0o600)
+                _remove_stale(target.parent, rf"{re.escape(stem)}[0-9a-f]{{8}}\.tmp{re.escape(suffix)}")
                 yield temporary
-                if permissions is not None:
-                    temporary.chmod(permissions)
                 _sync(temporary)
+                if existing is not None:
+                    # Only root can give a file away; a file system without permissions has none to keep.
+                    with contextlib.suppress(PermissionError):
+                        os.chown(temporary, existing.st_uid, existing.st_gid)
+                    with contextlib.suppress(PermissionError):
+                        temporary.chmod(stat.S_IMODE(existing.st_mode) & 0o777)
                 os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -59,23 +69,27 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(target.parent)
 
 
-def _permissions(target: Path) -> int | None:
-    """The permissions of an existing file that may be replaced."""
+def _existing(target: Path) -> os.stat_result | None:
+    """What is known of an existing file, which must be one that may be replaced; None if there is none."""
     try:
-        mode = target.stat().st_mode
+        existing = target.stat()
     except FileNotFoundError:
         return None
+    mode = existing.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "Not a plain file")
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return stat.S_IMODE(mode) & 0o777
+    return existing
 
 
 def _remove_stale(folder: Path, pattern: str) -> None:
-    for entry in os.scandir(folder):
+    entries: list[os.DirEntry[str]] = []
+    with contextlib.suppress(OSError), os.scandir(folder) as listing:  # a folder may be writable and not readable
+        entries.extend(listing)
+    for entry in entries:
         # Another thread or process may finish its file, or remove it, at any moment.
         with contextlib.suppress(OSError):
             if re.fullmatch(pattern, entry.name) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
@@ -89,5 +103,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # of file systems that cannot
+            raise
     finally:
         os.close(descriptor)

@@ -16,7 +16,7 @@ from typing import NoReturn
 from .errors import UserError
 
 # What the extra `train` brings, by the names they are imported under.
-_EXTRA = ("typer", "rich", "matplotlib", "PIL", "sklearn", "safetensors")
+_EXTRA = ("typer", "rich", "matplotlib", "PIL", "sklearn")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

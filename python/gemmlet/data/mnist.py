@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+import math
 import os
 import struct
 import threading
@@ -43,6 +44,8 @@ _READ_SECONDS = 10.0
 
 _IDX_TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 _SIDE = 28
+_PIECE = 1 << 20  # bytes
+_LARGEST = 1 << 26  # bytes, above the 47,040,016 of the training images
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,11 @@ def load_mnist(data_dir: str | os.PathLike[str] | None = None, *, download: bool
     """
     chosen = data_dir if data_dir is not None else os.environ.get("GEMMLET_DATA_DIR") or None
     if chosen is not None:
-        folder = Path(chosen).expanduser()
         origin = "data_dir" if data_dir is not None else "GEMMLET_DATA_DIR"
+        try:
+            folder = Path(chosen).expanduser()
+        except RuntimeError as error:
+            raise FileNotFoundError(f"{chosen} ({origin}) names a home folder that is not known: {error}") from None
         if not folder.exists():
             raise FileNotFoundError(f"{folder} ({origin}) does not exist; expected a folder with the MNIST files")
         if not folder.is_dir():
@@ -178,18 +184,27 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
                 # The header first: a large foreign file is refused before it is read.
                 header = stream.read(4 + 4 * dimensions)
                 shape = _parse_header(header, path, dimensions)
-                values = stream.read()
+                expected = math.prod(shape)
+                values = _read_up_to(stream, expected)
+                more = bool(stream.read(1))
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} is truncated or corrupt: {error}") from error
-    expected = int(np.prod(shape, dtype=object))
     announced = f"its header announces {' × '.join(map(str, shape))} values"
-    if len(values) != expected:
-        state = "truncated" if len(values) < expected else "corrupt"
-        raise ValueError(f"{path} is {state}: {announced} = {expected} bytes, but {len(values)} follow")
+    if len(values) < expected:
+        raise ValueError(f"{path} is truncated: {announced} = {expected} bytes, but {len(values)} follow")
+    if more:
+        raise ValueError(f"{path} is corrupt: {announced} = {expected} bytes, but more follow")
     if not expected:
         raise ValueError(f"{path} is empty: {announced}; expected at least one")
-    # Not np.frombuffer(values) alone, which would be read-only.
-    return np.frombuffer(bytearray(values), np.uint8).reshape(shape)
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def _read_up_to(stream: gzip.GzipFile | io.BufferedReader, size: int) -> bytearray:
+    """Read `size` bytes, or fewer where the file ends: in pieces, as it may hold far fewer than it announces."""
+    values = bytearray()
+    while len(values) < size and (piece := stream.read(min(size - len(values), _PIECE))):
+        values += piece
+    return values
 
 
 def _parse_header(header: bytes, path: Path, dimensions: int) -> tuple[int, ...]:
@@ -221,7 +236,10 @@ def _download() -> Path:
         import pooch
     except ImportError:
         raise _NoDownloadError("to download it needs the package pooch: pip install 'gemmlet[train]'") from None
-    folder = Path(pooch.os_cache("gemmlet")) / "mnist"
+    try:
+        folder = Path(pooch.os_cache("gemmlet")).expanduser() / "mnist"
+    except RuntimeError:  # neither HOME is set nor does the system know the user
+        raise _NoDownloadError("there is no folder for the download: set HOME, or XDG_CACHE_HOME") from None
     missing = [name for name, digest in SHA256.items() if not _is_cached(folder / name, digest)]
     if not missing:
         return folder
@@ -285,7 +303,10 @@ def _retrieve(mirror: str, name: str, folder: Path) -> None:
         pooch.HTTPDownloader(timeout=(_ANSWER_SECONDS, _READ_SECONDS), chunk_size=1 << 16)(url, buffer, None)
         content = buffer.getvalue()
         # Some servers declare the gzip as an encoding of the transfer, and requests has undone it already.
-        Path(output).write_bytes(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        if content[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+                content = stream.read(_LARGEST)  # of more the SHA-256 differs anyhow
+        Path(output).write_bytes(content)
 
     logger = pooch.get_logger()
     level = logger.level

@@ -56,9 +56,12 @@ def expected_shapes(widths: Sequence[int], prefix: str = "") -> dict[str, tuple[
 def write(
     file: Target, kind: str, config: dict[str, Any], tensors: dict[str, Array], extra: dict[str, Any] | None = None
 ) -> None:
-    """Write a network to `file`: to a path whole or not at all. `extra` is more JSON, for what is not the network's."""
+    """Write a network to `file`: to a path whole or not at all. `extra` is more JSON, for what is not the network's.
+
+    JSON has no NaN and no infinity: they are a `ValueError` in `config` and `extra`.
+    """
     header = {"format": _FORMAT, "network": kind, "config": config} | ({} if extra is None else {"extra": extra})
-    metadata = {_KEY: json.dumps(header)}
+    metadata = {_KEY: json.dumps(header, allow_nan=False)}
     if not isinstance(file, str | os.PathLike):
         safetensors.dump(file, tensors, metadata)
         return
@@ -76,13 +79,15 @@ def read(file: Source, kind: str) -> tuple[dict[str, Any], dict[str, Array], dic
     ValueError
         It is corrupt, of a newer gemmlet, or holds something else; the message names it.
     """
+    if not isinstance(file, str | os.PathLike):
+        safetensors.check_has(file, "read")
     with errors_name(file, kind):
         if isinstance(file, str | os.PathLike):
             with open(file, "rb") as opened:
                 metadata, tensors = safetensors.load(opened)
         else:
             metadata, tensors = safetensors.load(file)
-        header = json.loads(metadata.get(_KEY, "null"))
+        header = safetensors.parse_json(metadata.get(_KEY, "null"))
         if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
             raise ValueError("it holds no network of gemmlet")
         version = checks.whole_number(header.get("format", 0), "format", 0)
@@ -104,7 +109,11 @@ def errors_name(file: Source, kind: str) -> Iterator[None]:
     """Turn the errors that a corrupt or foreign file causes into a `ValueError` that names it."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # reading has failed, not opening
+            error.filename = _name(file)
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{_name(file)} is corrupt, or no file of a gemmlet {kind}: {error}") from error
 
 
@@ -285,7 +294,7 @@ class Saved(ABC):
             for prefix, widths in cls._widths(config).items():
                 shapes |= expected_shapes(widths, prefix)
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
-            check_tensors(own, shapes, np.dtype(config["dtype"]))
+            check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
             network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
             streams = network._streams()
             for name, state in extra.get("streams", {}).items():

@@ -7,6 +7,8 @@ shape and place, and under ``__metadata__`` strings.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import struct
@@ -47,8 +49,17 @@ class Writable(Protocol):
 
 
 def dump(file: Writable, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write tensors by name, of the dtypes above, and strings by name."""
-    _check_has(file, "write")
+    """Write tensors by name and strings by name.
+
+    Raises
+    ------
+    ValueError
+        A tensor's dtype or name is none of the format's, or the header gets too long; nothing has been written then.
+    """
+    check_has(file, "write")
+    for name, array in tensors.items():
+        if name == "__metadata__" or array.dtype.newbyteorder("<") not in _NAMES:
+            raise ValueError(f"tensor {name!r} of dtype {array.dtype} has no place in a safetensors file")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     ranks = list(_DTYPES)
     little = {name: np.asarray(array, array.dtype.newbyteorder("<"), order="C") for name, array in tensors.items()}
@@ -60,84 +71,100 @@ def dump(file: Writable, tensors: Mapping[str, Array], metadata: Mapping[str, st
         header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    _write(file, struct.pack("<Q", len(text)) + text)
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"the header would have {len(text):,} bytes, the most are {_MAX_HEADER:,}")
+    _write(file, memoryview(struct.pack("<Q", len(text)) + text))
     for name in names:
-        _write(file, little[name].tobytes())
+        _write(file, little[name].reshape(-1).view(np.uint8).data)
 
 
 def load(file: Readable) -> tuple[dict[str, str], dict[str, Array]]:
     """Return the metadata and the tensors of a file that is read from where it stands to its end.
+
+    Each tensor has memory of its own. What the header claims costs none before the file has shown as many bytes.
 
     Raises
     ------
     ValueError
         It is truncated or corrupt, or has a dtype that NumPy lacks.
     """
-    _check_has(file, "read")
+    check_has(file, "read")
     length = int.from_bytes(_read(file, 8, "it is truncated: it has not even the length of its header"), "little")
     if length > _MAX_HEADER:
         raise ValueError(f"its header would have {length:,} bytes, the most are {_MAX_HEADER:,}")
-    header = _parse(_read(file, length, "it is truncated: its header is not all there"))
+    header = parse_json(_read(file, length, "it is truncated: its header is not all there").decode())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata are no strings")
     places = {name: _place(name, entry) for name, entry in header.items()}
+    in_order = sorted(places, key=lambda name: places[name][2:])
     end = 0
-    for name, (_, _, begin, after) in sorted(places.items(), key=lambda item: item[1][2:]):
-        if begin != end:
-            raise ValueError(f"tensor {name!r} begins at byte {begin} of the buffers, expected {end}")
-        end = after
-    content = _read(file, end, "it is truncated: the buffers of its tensors are not all there")
-    if file.read(1):
+    for name in in_order:
+        if places[name][2] != end:
+            raise ValueError(f"tensor {name!r} begins at byte {places[name][2]} of the buffers, expected {end}")
+        end = places[name][3]
+    tensors = {}
+    for name in in_order:
+        dtype, shape, begin, end = places[name]
+        content = _read(file, end - begin, f"it is truncated: tensor {name!r} is not all there")
+        # Natively, as all that computes with it expects; the values are little-endian in the file.
+        tensors[name] = np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    if len(file.read(1)):
         raise ValueError("bytes follow behind the last tensor")
-    return metadata, {
-        name: np.frombuffer(content, dtype, math.prod(shape), begin).reshape(shape)
-        for name, (dtype, shape, begin, _) in places.items()
-    }
+    return metadata, tensors
 
 
-def _check_has(file: Any, method: str) -> None:
-    if not callable(getattr(file, method, None)):
+def check_has(file: Any, method: str) -> None:
+    """Raise `TypeError` unless the file is binary and has this method."""
+    if isinstance(file, io.TextIOBase) or not callable(getattr(file, method, None)):
         raise TypeError(f"file must be a path or a binary file with a {method}(), got {type(file).__name__}")
 
 
-def _write(file: Writable, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        written = file.write(view)
-        # An unbuffered file may take less than it is given, others return nothing.
-        view = view[written if isinstance(written, int) else len(view) :]
+def _write(file: Writable, content: memoryview) -> None:
+    while content:
+        written = file.write(content)
+        # An unbuffered file may take less than it is given, and None means nothing there; others return None for all.
+        if written is None and not isinstance(file, io.RawIOBase):
+            return
+        if not written:
+            raise BlockingIOError(errno.EAGAIN, "the file takes no more bytes now, as it is non-blocking")
+        content = content[written:]
 
 
 def _read(file: Readable, n: int, message: str) -> bytearray:
     content = bytearray()
     while len(content) < n:
         piece = file.read(min(n - len(content), _PIECE))
-        if not isinstance(piece, bytes | bytearray | memoryview):
-            raise TypeError(f"file must be open for reading bytes, its read() gave {type(piece).__name__}")
+        if piece is None:
+            raise BlockingIOError(errno.EAGAIN, "the file has no bytes now, as it is non-blocking")
         if not len(piece):
             raise ValueError(message)
         content += piece
     return content
 
 
-def _parse(text: bytearray) -> dict[str, Any]:
+def parse_json(text: str) -> Any:
+    """Return what JSON stands for, or raise `ValueError`: it is nested too deeply, has a name twice, or NaN."""
+
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         pairs = list(pairs)
         if len(result := dict(pairs)) < len(pairs):
-            raise ValueError("its header has a name twice")
+            raise ValueError("its JSON has a name twice")
         return result
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"its header has the number {constant}")
+        raise ValueError(f"its JSON has the number {constant}")
 
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except RecursionError:
-        raise ValueError("its header is nested too deeply") from None
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
-    return header
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 63
 
 
 def _place(name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
@@ -146,7 +173,8 @@ def _place(name: str, entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, 
         raise ValueError(f"tensor {name!r} must have dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        # No array has more dimensions: their product is bounded before it is formed.
+        if not isinstance(numbers, list) or len(numbers) > 64 or not all(_is_size(n) for n in numbers):
             raise ValueError(f"tensor {name!r} has a shape or data_offsets that are no lists of sizes")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise ValueError(f"tensor {name!r} has the dtype {entry['dtype']!r}; the choices are {', '.join(_DTYPES)}")

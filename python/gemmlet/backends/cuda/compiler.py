@@ -137,7 +137,7 @@ def cache_folder() -> Path:
 def cubin(source: str, expressions: Sequence[str], arch: str) -> Cubin:
     """Kernels of ``csrc/cuda/<source>``: from the package, from the cache, or compiled, and kept if that can be."""
     name = f"{key(source, expressions, arch)}.cubin"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: there is no home folder
         kept = _of_bytes((cache_folder() / name).read_bytes())
         if kept is not None:
             return kept
@@ -145,7 +145,7 @@ def cubin(source: str, expressions: Sequence[str], arch: str) -> Cubin:
     if made is None:
         made, _ = compile_cubin(source, expressions, arch)
     # A cache that cannot be written to costs time, and nothing else.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):
         write(cache_folder() / name, to_bytes(made))
     return made
 
