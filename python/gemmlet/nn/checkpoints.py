@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -104,7 +105,11 @@ class Checkpoints:
         """Write one, whole or not at all; of the epoch that is under way the history says nothing."""
         assert self._path is not None
         begun = time.perf_counter()
-        history = {name: values[: at.epoch - 1] for name, values in self._epochs.items()}
+        # JSON has no NaN: numbers that are not finite are strings there, which `float` reads.
+        history = {
+            name: [value if math.isfinite(value) else str(value) for value in values[: at.epoch - 1]]
+            for name, values in self._epochs.items()
+        }
         fit = {"position": asdict(at), "history": history, "seconds": self.seconds}
         self._model._write(self._path, self._optimizers, fit | {"facts": self._facts, "optimizers": self._given})
         self._last = time.perf_counter()
