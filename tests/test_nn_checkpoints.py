@@ -388,6 +388,16 @@ def test_two_optimizers_of_a_gan(tmp_path: Path) -> None:
         GAN.load_optimizers(tmp_path / "gan")
 
 
+def test_a_history_that_is_not_finite(tmp_path: Path) -> None:
+    """Identity outputs have no accuracy."""
+    histories = []
+    for epochs in (2, 4, 4):
+        model, resume = MLP([6, 3], output="identity"), tmp_path / "kept" if len(histories) == 1 else False
+        histories.append(model.fit(X, X[:, :3].copy(), epochs, checkpoint=tmp_path / "kept", resume=resume))
+    assert np.isnan(histories[1].accuracy).tolist() == [True] * 4
+    assert histories[1].loss == histories[2].loss
+
+
 def test_a_copy_is_saved_as_it_waits(tmp_path: Path) -> None:
     model, optimizer, fit = fit_of("mlp", lr_schedule=None)
     fit()
@@ -405,7 +415,7 @@ def spoilt(value: Any, chance: random.Random) -> Any:
         return rest if chance.random() < 0.2 else rest | {name: spoilt(value[name], chance)}
     if isinstance(value, list) and value and chance.random() < 0.5:
         return [spoilt(value[0], chance), *value[1:]]
-    return chance.choice([None, "x", -1, 10**50, 1.5, float("nan"), [], {}, [1], {"x": 1}, True])
+    return chance.choice([None, "x", -1, 10**50, 1.5, "nan", [], {}, [1], {"x": 1}, True])
 
 
 def test_corrupt_files_are_named(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-_NUMBERS = tuple(map(int, signal.valid_signals()))
+# Those that end a training. (To ask for all sixty would take longer than a short step.)
+_NUMBERS = tuple(map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
 
 
 class deferred_signals:  # noqa: N801 - it is used as a function
-    """Signals that Python handles, Ctrl-C first of all, take effect at the end of the block.
+    """Ctrl-C, SIGTERM and SIGHUP, where Python handles them, take effect at the end of the block.
 
     What a first call raised while it compiles would be no KeyboardInterrupt, either.
     """

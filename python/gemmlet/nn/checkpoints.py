@@ -105,9 +105,9 @@ class Checkpoints:
         """Write one, whole or not at all; of the epoch that is under way the history says nothing."""
         assert self._path is not None
         begun = time.perf_counter()
-        # JSON has no NaN.
+        # JSON has no NaN: numbers that are not finite are strings there, which `float` reads.
         history = {
-            name: [None if math.isnan(value) else value for value in values[: at.epoch - 1]]
+            name: [value if math.isfinite(value) else str(value) for value in values[: at.epoch - 1]]
             for name, values in self._epochs.items()
         }
         fit = {"position": asdict(at), "history": history, "seconds": self.seconds}
@@ -142,10 +142,7 @@ class Checkpoints:
                 raise ValueError(f"{path} is a checkpoint of another fit: {name} was {was!r}, is {is_now!r}")
         with files.errors_name(path, kind.__name__):
             at.check(len(self._written.sums), self._facts["samples"], self._facts["batch_size"])
-            history = {
-                name: [math.nan if value is None else float(value) for value in fit["history"][name]]
-                for name in self._epochs
-            }
+            history = {name: list(map(float, fit["history"][name])) for name in self._epochs}
             seconds = float(fit["seconds"])
             states = list(self._states(optimizers))
             if at.order is not None:
