@@ -314,7 +314,7 @@ def test_file_objects(tmp_path: Path) -> None:
         assert same_bits(MLP.load(reader).parameters[0], model.parameters[0])
 
 
-@pytest.mark.parametrize("file", [io.StringIO(), 3, None, object()], ids=repr)
+@pytest.mark.parametrize("file", [io.StringIO(), 3, None, object()], ids=["text", "number", "None", "object"])
 def test_no_file(file: Any) -> None:
     with pytest.raises(TypeError, match="file must be a path or a binary file"):
         MLP([2, 2]).save(file)

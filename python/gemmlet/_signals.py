@@ -13,12 +13,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-# Those that end a training. (To ask for all sixty would take longer than a short step.)
-_NUMBERS = tuple(map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
+# All but the real-time ones: to ask for these too would take twice as long.
+_NUMBERS = tuple(int(number) for number in signal.valid_signals() if number < signal.SIGRTMIN)
 
 
 class deferred_signals:  # noqa: N801 - it is used as a function
-    """Ctrl-C, SIGTERM and SIGHUP, where Python handles them, take effect at the end of the block.
+    """Signals that Python handles, Ctrl-C first of all, take effect at the end of the block.
 
     What a first call raised while it compiles would be no KeyboardInterrupt, either.
     """
