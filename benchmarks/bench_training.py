@@ -1,4 +1,4 @@
-"""Whole trainings: the epoch of an MLP, the step of a GAN."""
+"""Whole trainings: the epoch of an MLP, the step of a wide one, the step of a GAN."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,10 @@ from gemmlet.bench.case import Case
 
 
 def bench_epoch(run: Callable[[Case, str], None], case: Case, implementation: str) -> None:
+    run(case, implementation)
+
+
+def bench_wide(run: Callable[[Case, str], None], case: Case, implementation: str) -> None:
     run(case, implementation)
 
 

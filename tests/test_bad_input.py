@@ -486,7 +486,7 @@ def test_probabilities_lie_within_0_and_1(name: str, value: float, any_threads_b
         p, targets = np.full(size, 0.5, dtype), np.ones(size, dtype)
         p[at] = value
         for out in (np.full(size, 7, dtype), p):
-            bad = (p, ValueError, (r"\[0, 1\]", re.escape(f"{dtype.type(value):g}")))
+            bad = (p, ValueError, (r"\[0, 1\]", re.escape(str(float(dtype.type(value))))))
             problem = complaint(name, {"targets": targets, "out": out}, LOSSES[name].prediction, bad)
             assert problem is None, problem
         p[:at] = np.nan  # among which it is still found
@@ -1052,7 +1052,7 @@ def test_huge_matmuls_of_nothing_are_refused(any_threads_backend: Any, dtype: An
 
 def test_a_number_just_outside_the_unit_interval_is_shown(any_threads_backend: Any, dtype: Any) -> None:
     p = np.full(4, 0.5, dtype)
-    p[2] = np.nextafter(dtype(1), dtype(2))
+    p[2] = np.nextafter(dtype.type(1), dtype.type(2))
     with pytest.raises(ValueError, match=r"p must lie within \[0, 1\], got 0\.5 to 1\.0000"):
         kernels.binary_cross_entropy(p, p)
     for bad in (math.inf, math.nan):

@@ -467,7 +467,7 @@ X = np.zeros((3, 4), np.float32)
         ({"x": X[:0]}, ValueError, "x is empty; expected at least one sample"),
         ({"x": X + 1.5}, ValueError, r"x must lie within \[0, 1\], but x\[0, 0\] is 1\.5"),
         ({"x": X - 1}, ValueError, r"x must lie within \[0, 1\], but x\[0, 0\] is -1"),
-        ({"x": X + np.float32("nan")}, ValueError, r"x must lie within \[0, 1\], but x\[0, 0\] is nan"),
+        ({"x": X + np.float32("nan")}, ValueError, "x must be finite, got nan in row 0"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"optimizer": "lion"}, ValueError, "optimizer 'lion' is unknown"),

@@ -302,7 +302,10 @@ def test_row_loss_near_saturation(margin: float, smoothing: float, backend: Any,
     _, exact = kernels_in_float64(z, labels, smoothing)
     _, gradient = kernels.softmax_cross_entropy(z, labels, label_smoothing=smoothing)
     largest = np.abs(exact).max(axis=1, keepdims=True)
-    assert (np.abs(f64(gradient) - exact) <= 1e-6 * largest + 3e-16).all()  # what float64 holds of 1 - p
+    rounding = 3e-16  # what float64 holds of 1 - p
+    if smoothing and backend.name == "cuda":
+        rounding = np.finfo(dtype).eps / len(z)  # it subtracts the smoothed target, which is below 1, in the dtype
+    assert (np.abs(f64(gradient) - exact) <= 1e-6 * largest + rounding).all()
 
 
 def kernels_in_float64(z: Any, labels: Any, label_smoothing: float) -> tuple[Any, Any]:
