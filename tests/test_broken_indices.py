@@ -172,7 +172,9 @@ def label_cases(rng: np.random.Generator) -> Iterator[Case]:
         good = rng.integers(0, classes, ROWS)
         for name, labels, is_bad in broken(good, classes, rng):
             for entry, call in entries(labels):
-                yield Case(f"{entry} {output} {outputs} labels {name}", call, is_bad)
+                # Labels may be of other dtypes. Bools are two classes, or 0 and 1 unless they decide what classes are.
+                is_label = name in ("float", "text", "objects") or (name == "bool" and (classes == 2 or entry != "fit"))
+                yield Case(f"{entry} {output} {outputs} labels {name}", call, is_bad and not is_label)
         yield from meanwhile(f"{output} {outputs} labels", lambda good=good: (good.copy(), []), entries, rng)
 
 

@@ -27,7 +27,7 @@ from cuda_on_host.backend import skip_long
 from gemmlet import kernels
 from gemmlet.backends import select
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, StopTraining, dataset, linear_decay
+from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, DivergedError, StopTraining, dataset, fit, linear_decay
 from gemmlet.training import reference
 from gemmlet.training.plan import (
     SAMPLES,
@@ -433,24 +433,33 @@ def test_skipping_zeros_in_long_mini_batches(
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["float", "uint8", "csr"])
-def test_zeros_hide_no_weight(kind: str, bad: float, training: Any, dtype: Any, rng: Any) -> None:
-    """A weight that is not finite makes NaN of a zero. A callback may have set it."""
+def test_zeros_hide_no_weight(
+    kind: str, bad: float, training: Any, dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that is not finite makes NaN of a zero, in the very next batch. A callback may have set it."""
+    monkeypatch.setattr(fit, "_next_copy", lambda started: math.inf)  # before one, parameters are looked at
     x = np.zeros((64, 20), np.uint8 if kind == "uint8" else dtype)
     x[:, :4] = rng.integers(0, 2, (64, 4))
     given = pytest.importorskip("scipy.sparse").csr_matrix(x) if kind == "csr" else x
     y = rng.integers(0, 2, 64)
-    for at in (0, 2):
+    for every, at, batches in (
+        ("batch", (1, 2), "1, batch 3 of 8:"),
+        ("epoch", (1, 8), "2, batch(es 1 to [1-8]| 1) of 8:"),
+    ):
         model, losses = MLP([20, 8, 2], dtype=dtype), list[float]()
 
-        def spoil(progress: Any, model: Any = model, losses: Any = losses, at: int = at) -> None:
+        def spoil(progress: Any, model: Any = model, losses: Any = losses, at: tuple[int, int] = at) -> None:
             losses.append(progress.loss)
-            if progress.batch == at:
+            if (progress.epoch, progress.batch) == at:
                 model.parameters[0][10] = bad
 
-        if not at:
-            model.parameters[0][10] = bad
-        model.fit(given, y, 1, 8, callback=spoil)
-        assert np.isfinite(losses).tolist() == [True] * at + [False] * (8 - at)
+        with pytest.raises(DivergedError, match=f"in epoch {batches} the loss is no longer finite"):
+            model.fit(given, y, 2, 8, callback=spoil, callback_every=every)
+        assert np.isfinite(losses).tolist() == [True] * (2 if every == "batch" else 1)
+        model.parameters[0][10] = bad
+        assert not np.isfinite(model.loss_and_gradients(given, y)[0])
+        with pytest.raises(ValueError, match="the network has parameters that are not finite"):
+            model.fit(given, y, 1, 8)
 
 
 def test_zeros_are_skipped_where_there_are_many(fusing: Any, rng: Any) -> None:
@@ -532,20 +541,32 @@ def test_bad_sparse_matrices(any_threads_backend: Any, dtype: Any) -> None:
     sparse = pytest.importorskip("scipy.sparse")
     model, y = MLP([5, 2], dtype=dtype), [0, 1, 0, 1, 1]
     before = [w.copy() for w in model.parameters]
-    for wrong in ("float64" if dtype == np.float32 else "float32", "int64", "bool"):
-        with pytest.raises(TypeError, match=rf"\bx\b.*{wrong}.*{dtype}"):
-            model.fit(sparse.eye(5, dtype=wrong, format="csr"), y)
-        with pytest.raises(TypeError, match=rf"\bx\b.*{wrong}.*{dtype}"):
-            model.predict(sparse.eye(5, dtype=wrong, format="csc"))
+    for wrong in ("complex64", "complex128"):
+        with pytest.raises(TypeError, match=rf"\bx\b.*{wrong}.*real numbers"):
+            model.fit(sparse.csr_matrix(np.eye(5)).astype(wrong), y)
+        with pytest.raises(TypeError, match=rf"\bx\b.*{wrong}.*real numbers"):
+            model.predict(sparse.csc_matrix(np.eye(5)).astype(wrong))
     with pytest.raises(ValueError, match=r"\bx\b.*\(5, 6\)"):
         model.fit(sparse.eye(5, 6, dtype=dtype, format="csr"), y)
     with pytest.raises(ValueError, match=r"\bx\b.*empty"):
         model.fit(sparse.csr_matrix((0, 5), dtype=dtype), y)
     with pytest.raises(TypeError, match=r"validation_data\[0\]"):
-        model.fit(np.eye(5, dtype=dtype), y, validation_data=(sparse.eye(5, dtype=np.int64), y))
+        model.fit(np.eye(5, dtype=dtype), y, validation_data=(sparse.eye(5, dtype=complex), y))
     with pytest.raises(TypeError, match=r"\bx\b.*sparse"):
         GAN(2, [5], [1], dtype=dtype).fit(sparse.eye(5, dtype=dtype, format="csr"))
     assert same(model.parameters, before)
+
+
+@pytest.mark.parametrize("given", ["float32", "float64", "int64", "bool"])
+def test_sparse_matrices_are_converted(given: str, any_threads_backend: Any, dtype: Any) -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    x, y = sparse.csr_matrix(np.eye(5)).astype(given), [0, 1, 0, 1, 1]
+    results = []
+    for numbers in (x, x.astype(dtype)):
+        model = MLP([5, 2], dtype=dtype)
+        held_out = numbers.tocsc(), y
+        results.append([*fitted(model, numbers, y, 2, validation_data=held_out), model.predict_proba(held_out[0])])
+    assert same(*results)
 
 
 # Callbacks.
