@@ -21,7 +21,7 @@ import pytest
 
 import cuda_on_host.backend
 import gemmlet
-from gemmlet import _environment, cli, nn
+from gemmlet import _environment, _threads, cli, nn
 from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
@@ -540,13 +540,14 @@ def blas_threads():
     return {library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"}
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "used"), [(1, 1), (3, 3), (4, 3)])
 @pytest.mark.usefixtures("no_pictures")
-def test_threads_hold_for_the_blas_too(digits, tmp_path, threads):
+def test_threads_hold_for_the_blas_too(digits, tmp_path, threads, used, monkeypatch):
+    monkeypatch.setattr(_threads, "processors", lambda: 3)
     words = "train", "mlp", "--data-dir", digits, "--epochs", 1, "--backend", "numpy", "--out", tmp_path / "out"
     assert call(*words, "--threads", threads) == 0
-    assert blas_threads() == {threads}
-    assert metrics_of(tmp_path / "out")["threads"] == threads
+    assert blas_threads() == {used}
+    assert metrics_of(tmp_path / "out")["threads"] == used
 
 
 @pytest.mark.usefixtures("no_pictures")
