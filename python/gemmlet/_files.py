@@ -69,6 +69,14 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(target.parent)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise OSError if `replacing` will refuse `path`, for all that is known before."""
+    try:
+        _existing(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
 def _existing(target: Path) -> os.stat_result | None:
     """What is known of an existing file, which must be one that may be replaced; None if there is none."""
     try:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 # All but the real-time ones: to ask for these too would take twice as long.
-_NUMBERS = tuple(int(number) for number in signal.valid_signals() if number < signal.SIGRTMIN)
+_NUMBERS = tuple(int(number) for number in signal.valid_signals() if number < getattr(signal, "SIGRTMIN", signal.NSIG))
 
 
 class deferred_signals:  # noqa: N801 - it is used as a function
@@ -31,8 +31,17 @@ class deferred_signals:  # noqa: N801 - it is used as a function
         # Python runs handlers in the main thread alone, and cannot put back one that it did not set.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: handler for number in _NUMBERS if callable(handler := getsignal(number))}
-            for number in self._handlers:
-                set_handler(number, self._handle)
+            try:
+                for number in self._handlers:
+                    set_handler(number, self._handle)
+            except BaseException as error:
+                mine = (number for number in self._handlers if getsignal(number) == self._handle)
+                if isinstance(error, ValueError) and next(mine, None) is None:
+                    self._handlers = {}  # in a sub-interpreter, which has no signals
+                    return
+                # What another handler has raised meanwhile.
+                self.__exit__()
+                raise
 
     def __exit__(self, *_: object) -> None:
         self._is_over = True

@@ -50,7 +50,7 @@ def _choose(isa: str | None) -> str:
         if built := _built_isas():
             raise RuntimeError(
                 f"backend 'cpu' was compiled for {' and '.join(built)}, which this processor lacks: "
-                "pip install --force-reinstall --no-cache-dir gemmlet compiles it for this one"
+                "reinstall gemmlet on this machine, or build it with -C cmake.define.GEMMLET_ISAS=all"
             )
         raise RuntimeError("backend 'cpu' was not compiled for this platform: no extension module is installed")
     wanted = isa or _environment.read("GEMMLET_ISA") or available[0]

@@ -95,7 +95,8 @@ class Settings:
     def facts(self) -> dict[str, Any]:
         """Return them for metrics.json."""
         facts = {name: value for name, value in vars(self).items() if name != "out"}
-        optimizer = {"optimizer": self.optimizer.name, "weight_decay": self.optimizer.settings()["weight_decay"]}
+        optimizer = {"optimizer": self.optimizer.name}
+        optimizer |= {k: v for k, v in self.optimizer.settings().items() if k in ("momentum", "weight_decay")}
         return facts | {"hidden": list(self.hidden), "activation": text(self.activation)} | optimizer
 
 

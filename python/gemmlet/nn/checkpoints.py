@@ -168,7 +168,8 @@ class Checkpoints:
             self._epochs[name][:] = values
         model.steps = saved.steps
         self._started -= seconds
-        self._written = replace(at)
+        if path == self._path:
+            self._written = replace(at)
         return at
 
     def _states(self, optimizers: Mapping[str, files.Described]) -> Any:

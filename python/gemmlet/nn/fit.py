@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .. import _arguments as arguments
+from .._files import check_replaceable
 from .._memory import held
 from .._signals import deferred_signals
 from .._threads import get_num_threads
@@ -201,6 +202,7 @@ class Settings:
             self.checkpoint = checks.path(self.checkpoint, "checkpoint")
             if not self.checkpoint.parent.is_dir():
                 raise FileNotFoundError(f"checkpoint is to be in {self.checkpoint.parent}, which is no folder")
+            check_replaceable(self.checkpoint)
         if isinstance(self.resume, bool):
             if self.resume and self.checkpoint is None:
                 raise ValueError("resume=True needs checkpoint, or give resume the path")
@@ -270,6 +272,17 @@ class Trainable(Saved):
             self._draw_layers(dtype)
             for name, dense in self._parts().items():
                 dense.keep_changes(before[name])
+
+    @contextlib.contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        """What the block sets is set back, if it raises before a step is taken."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            if self.steps == before["steps"]:
+                vars(self).update(before)
+            raise
 
     def _decay(self, steps: Any) -> Any:
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
@@ -358,13 +371,16 @@ class _Training:
         except BaseException as error:
             with deferred_signals():
                 if not self._is_undone:
-                    self._backend.write_back(self._plan)
+                    try:
+                        self._backend.write_back(self._plan)
+                    except Exception:  # it may be the GPU that failed
+                        self._undo(self._good)
                     if not self._is_finite():  # and something else went wrong before that was noticed
                         self._good.restore(self)
                 if self._checkpoints.is_missing(self.at):
                     try:
                         self._checkpoints.write(self.at)
-                    except OSError as failed:
+                    except Exception as failed:
                         error.add_note(f"The last checkpoint could not be written: {failed}")
             raise
         self.history.seconds = self._checkpoints.seconds
@@ -399,6 +415,7 @@ class _Training:
         done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
         factors = lr_factors(self._settings.lr_schedule, done, steps, total)
         with deferred_signals():
+            self._check_writeable()  # a callback or the schedule may have changed them
             if (now := time.perf_counter()) >= self._copy_at:
                 self._check()
                 self._keep()
@@ -412,7 +429,6 @@ class _Training:
             batches = training.Batches(
                 where, min(size, len(where)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
             )
-            self._check_writeable()  # a callback or the schedule may have changed them
             self._budget.start()
             try:
                 sums, correct = self._backend.train(self._plan, batches)

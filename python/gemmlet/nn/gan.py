@@ -240,19 +240,20 @@ class GAN(Trainable):
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
             optimizers["discriminator_optimizer"] = other
-        self._settle(samples.dtype)
-        generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
-        phases = [
-            self._gather(samples.dataset(may_skip_zeros=False)),
-            # The same noise serves both steps, so that the generator's forward pass is done once.
-            Forward(_GENERATOR, (NOISE,)),
-            *self._discriminator_phases(),
-            Update(_DISCRIMINATOR, discriminator.rule, discriminator.max_norm),
-            *self._generator_phases(),
-            Update(_GENERATOR, generator.rule, generator.max_norm),
-        ]
-        history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-        self._train(history, samples, plan, optimizers, [discriminator, generator], settings)
+        with self._unless_refused():
+            self._settle(samples.dtype)
+            generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
+            phases = [
+                self._gather(samples.dataset(may_skip_zeros=False)),
+                # The same noise serves both steps, so that the generator's forward pass is done once.
+                Forward(_GENERATOR, (NOISE,)),
+                *self._discriminator_phases(),
+                Update(_DISCRIMINATOR, discriminator.rule, discriminator.max_norm),
+                *self._generator_phases(),
+                Update(_GENERATOR, generator.rule, generator.max_norm),
+            ]
+            history, plan = GANHistory(), self._plan(phases, generator, discriminator)
+            self._train(history, samples, plan, optimizers, [discriminator, generator], settings)
         return history
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:

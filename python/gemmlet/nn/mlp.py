@@ -289,11 +289,12 @@ class MLP(Trainable):
                 return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
         samples.convert()
-        self._settle(samples.dtype)
-        self.classes, self.multi_label = meaning.classes, meaning.multi_label
-        history, group = History(), rule.group(self.parameters)
-        plan = self._plan(samples, targets, group)
-        self._train(history, samples, plan, {"optimizer": rule}, [group], settings, validate)
+        with self._unless_refused():
+            self._settle(samples.dtype)
+            self.classes, self.multi_label = meaning.classes, meaning.multi_label
+            history, group = History(), rule.group(self.parameters)
+            plan = self._plan(samples, targets, group)
+            self._train(history, samples, plan, {"optimizer": rule}, [group], settings, validate)
         return history
 
     def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:

@@ -110,7 +110,8 @@ class Optimizer(ABC):
     A deep copy, and what pickle or joblib make of an optimizer, has the states too, in the order in which they were
     first used, but no parameters: the first ones that it is given and whose shapes and dtypes fit, those of a network
     as a whole, take them over. So a copy goes on with a copy of the network, with the same bits. What fits nothing
-    starts anew. (`copy.copy` makes an optimizer with settings of its own that shares the states.)
+    starts anew. (`copy.copy` makes an optimizer that shares the states, with settings of its own; that of a
+    `ClipNorm` shares the optimizer.)
 
     Attributes
     ----------
@@ -178,7 +179,9 @@ class Optimizer(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the name and the settings, as `make_optimizer` takes them."""
-        return {"name": self.name} | {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        # They may have been set since, to NumPy's numbers too, which JSON does not know.
+        return {"name": self.name} | {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
 
     @property
     @abstractmethod
