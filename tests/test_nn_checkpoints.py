@@ -70,7 +70,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 def killed_after(calls: int) -> Callable[[Any], None]:
-    """A callback that raises at its last call, and lowers the learning rate after some epochs."""
+    """A callback that raises at its last call."""
 
     def callback(progress: Any) -> None:
         callback.calls -= 1  # type: ignore[attr-defined]
@@ -173,7 +173,6 @@ def test_kill(network: str, tmp_path: Path) -> None:
     """At any moment, while a checkpoint is written too: what is there is whole, and goes on with the same bits."""
     path, chance = tmp_path / "checkpoint", random.Random(3)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    steps = 0
     for _ in range(4):
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, network, path], env=environment, stdout=subprocess.PIPE, text=True

@@ -9,12 +9,14 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cuda_on_host.backend import skip_long
+from gemmlet import _signals
 from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining
 from support import same_bits
 
@@ -364,3 +366,60 @@ def test_a_moving_average_is_there_from_the_beginning_or_never(network: str, tra
     changed.fit(*data, 2, 8)
     whole.fit(*data, 2, 8)
     assert not same(weights_of(changed), weights_of(whole))
+
+
+def test_a_handler_that_raises_while_handlers_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C works afterwards: what has been replaced by then is put back."""
+
+    def raise_now(number: int, frame: Any) -> None:
+        raise TimeUp
+
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, raise_now)
+    replace = _signals.set_handler
+
+    def slowly(number: int, handler: Any) -> Any:
+        found = replace(number, handler)
+        if number == signal.SIGINT and handler != before[0]:
+            signal.raise_signal(signal.SIGALRM)
+        return found
+
+    monkeypatch.setattr(_signals, "set_handler", slowly)
+    try:
+        with pytest.raises(TimeUp), _signals.deferred_signals():
+            raise AssertionError("the block is not entered")
+        assert signal.getsignal(signal.SIGINT) is before[0]
+    finally:
+        signal.signal(signal.SIGALRM, before[1])
+
+
+@pytest.mark.parametrize("problem", ["samples", "batch"])
+def test_a_refused_first_fit_decides_nothing(problem: str) -> None:
+    x = np.ones((4, 3))
+    model = MLP([3, 4, 2])
+    bad = x.copy()
+    if problem == "samples":
+        bad[1, 1] = np.nan
+    with pytest.raises(ValueError, match=r"finite|batch_size"):
+        model.fit(bad, list("abab"), epochs=1, batch_size=0 if problem == "batch" else 2)
+    assert model.classes is None
+    assert model.dtype == np.float32
+    model.fit(x, list("cdcd"), epochs=1, batch_size=2)
+    assert model.classes == ["c", "d"]
+    assert model.dtype == np.float64
+
+
+def test_the_checkpoint_is_checked_before_training(tmp_path: Path) -> None:
+    model, x = MLP([3, 4, 2]), np.ones((4, 3))
+    with pytest.raises(IsADirectoryError):
+        model.fit(x, [0, 1, 0, 1], checkpoint=tmp_path)
+    assert model.steps == 0
+
+
+def test_numpy_numbers_as_settings_are_written(tmp_path: Path) -> None:
+    model, x, optimizer = MLP([3, 4, 2], dtype=np.float32), np.ones((4, 3)), Adam()
+
+    def callback(_: Any) -> None:
+        optimizer.lr = np.float32(0.5)  # type: ignore[assignment]
+
+    model.fit(x, [0, 1, 0, 1], epochs=2, optimizer=optimizer, callback=callback, checkpoint=tmp_path / "checkpoint")
+    assert MLP.load_optimizers(tmp_path / "checkpoint")["optimizer"].lr == 0.5

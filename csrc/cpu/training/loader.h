@@ -1,8 +1,9 @@
 // The mini-batch: gather by index, decode bytes, scale and shift, list nonzeros.
 //
 // Contract
-//   Dense rows that need no decoding are not copied, unless that is asked for. Different threads may load different rows of one mini-batch. Samples
-//   are read only. Another thread may change them meanwhile, but for indptr: column indices are read once, and checked.
+//   Dense rows that need no decoding are not copied, unless that is asked for. Different threads may load different rows
+//   of one mini-batch. Samples are read only. Another thread may change them meanwhile, but for indptr: column indices are
+//   read once, and checked.
 #pragma once
 
 #include <algorithm>

@@ -78,8 +78,8 @@ class Network {
     }
   }
 
-  // forward_first, forward_rest and backward of a whole mini-batch, by a team that meets after each layer. Inputs are dense
-  // rows one after the other, x_stride apart, or sparse.
+  // forward_first, forward_rest and backward of a whole mini-batch, by a team that meets after each layer. Inputs are
+  // `inputs.copies`, or sparse.
   void forward_first_together(const Member& member, const Inputs<T>& inputs, Index slot, Index rows,
                               const Workspace<T>& workspace) const {
     const Part part = part_of_results(member, rows, layers_[0].out);

@@ -320,8 +320,8 @@ class Watch:
             if self.resumes:
                 self._say(f"Going on with the training in {out}")
             elif checkpoint.exists():
+                # By its first checkpoint, not before: until then there is nothing to have instead.
                 self._say(f"Replacing the training in {out}")
-                checkpoint.unlink()
             files.write_json(out / OPTIONS, self._options)
             self._lock = stack.pop_all()
         # A program that was started with a signal ignored, by nohup for one, keeps ignoring it.
