@@ -360,13 +360,13 @@ def gan_case(images: Callable[[], np.ndarray]) -> Case:
             history = fit(1, n)
             return history.generator_loss[0], history.discriminator_loss[0]
 
-        return Implementation(_more_epochs(fit, GAN_STEPS), bench._checked(losses), clock="own")
+        return Implementation(_more_epochs(fit, GAN_STEPS), bench._checked(losses, BATCH), clock="own")
 
     def torch(graph: bool) -> Callable[[Gpu, tuple[GanTask, Any]], Implementation]:
         def prepare(gpu: Gpu, inputs: tuple[GanTask, Any]) -> Implementation:
             model = TorchGan(gpu, inputs[0], graph)
             call = _clocked(gpu, lambda: model.epoch(count), GAN_STEPS)
-            return Implementation(call, bench._checked(model.losses), clock="own")
+            return Implementation(call, bench._checked(model.losses, BATCH), clock="own")
 
         return prepare
 
