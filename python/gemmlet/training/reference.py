@@ -24,13 +24,14 @@ from .plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, L
 def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> training.Outcome:
     """See `Backend.train`."""
     given, plan, losses, correct = plan, _on_cpu(backend, plan), list(batches.losses), 0
-    given.is_torn = True
+    given.is_torn = False
     for number in range(batches.steps):
         rows = slice(number * batches.size, (number + 1) * batches.size)
         step = Step(backend, plan, batches.order[rows], None if batches.noise is None else batches.noise[rows])
         tables = iter(batches.hyperparameters)
         for phase in plan.phases:
             if isinstance(phase, Update):
+                given.is_torn = True
                 table = next(tables)
                 decay = 0.0 if batches.decay is None else float(batches.decay[number])
                 step.update(phase, [t[number] for t in table] if isinstance(table, list) else table[number], decay)
