@@ -142,3 +142,16 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20240229)
+
+
+@pytest.fixture
+def training(any_threads_backend: NumpyBackend) -> NumpyBackend:
+    """Each backend: `fit` is the same wherever the reference trains."""
+    cuda_on_host.backend.skip_long(any_threads_backend)
+    return any_threads_backend
+
+
+@pytest.fixture(params=["mlp", "gan"])
+def network(request: pytest.FixtureRequest) -> str:
+    """Each kind of network."""
+    return str(request.param)

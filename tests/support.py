@@ -16,6 +16,7 @@ from gemmlet import kernels
 from gemmlet._arguments import as_array
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
+from gemmlet.nn import StopTraining
 
 # Scalars, empty arrays, single elements, primes, and more dimensions than two.
 SHAPES = [(), (0,), (1,), (0, 3), (3, 0), (7,), (13, 17), (101,), (1, 1), (2, 3, 5), (257, 1), (1, 257)]
@@ -290,3 +291,15 @@ def run_on(backend: Any, script: str, *, timeout: float = 120, **environment: st
     )
     assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr[-3000:]}"
     return child.stdout
+
+
+def stop_after(steps: int) -> Callable[[Any], None]:
+    """A callback that ends a training after so many calls of it."""
+    left = [steps]
+
+    def callback(progress: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise StopTraining
+
+    return callback

@@ -42,7 +42,7 @@ from gemmlet.training.plan import (
     TrainingPlan,
     Update,
 )
-from support import assert_within, run_on, same_bits
+from support import assert_within, run_on, same_bits, stop_after
 
 # Of float64 and float32 weights after dozens of steps, relative to the largest: rounding, as training carries it on.
 BOUNDS = {"float64": 1e-10, "float32": 1e-4}
@@ -70,13 +70,6 @@ def fusing(any_threads_backend: Any) -> Any:
     if not fuses(any_threads_backend):
         pytest.skip("it has no executor of its own")
     skip_long(any_threads_backend)  # test_cuda_training.py has some of it
-    return any_threads_backend
-
-
-@pytest.fixture
-def training(any_threads_backend: Any) -> Any:
-    """Each backend: `fit` is the same wherever the reference trains."""
-    skip_long(any_threads_backend)
     return any_threads_backend
 
 
@@ -602,17 +595,6 @@ def test_a_callback_sees_every_step(training: Any, dtype: Any) -> None:
     assert same(without.parameters, weights[-1])
     assert history.loss == [p.loss for p in progress if p.epoch_done]
     assert history.validation_loss == [p.validation_loss for p in progress if p.epoch_done]
-
-
-def stop_after(steps: int) -> Callable[[Any], None]:
-    left = [steps]
-
-    def callback(progress: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise StopTraining
-
-    return callback
 
 
 def test_stop_training_after_so_many_steps(training: Any, dtype: Any, rng: Any) -> None:

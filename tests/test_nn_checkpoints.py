@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_on_host.backend import skip_long
 from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining, checkpoints, files, linear_decay
 
 RULES: dict[str, Callable[[], Any]] = {
@@ -32,17 +31,6 @@ X, Y = RNG.uniform(size=(N, 6)).astype(np.float32), RNG.integers(0, 3, N)
 
 class Killed(Exception):  # noqa: N818 - it stands for a signal
     """What ends a training somewhere."""
-
-
-@pytest.fixture
-def training(any_threads_backend: Any) -> Any:
-    skip_long(any_threads_backend)
-    return any_threads_backend
-
-
-@pytest.fixture(params=["mlp", "gan"])
-def network(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def fit_of(network: str, rule: str = "adam", **settings: Any) -> tuple[Any, Any, Callable[..., Any]]:
@@ -435,3 +423,28 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
                 assert same(left_by(model, Adam()), before)
     assert len(told) > 300
     assert all(str(path) in error for error in told)
+
+
+def test_resume_from_one_file_into_another(tmp_path: Path) -> None:
+    """Nothing is left to do, and the checkpoint that was asked for is there."""
+    _, _, fit = fit_of("mlp")
+    fit(checkpoint=tmp_path / "one")
+    model, _, fit = fit_of("mlp")
+    fit(checkpoint=tmp_path / "other", resume=tmp_path / "one")
+    assert MLP.load(tmp_path / "other").steps == model.steps > 0
+
+
+def test_a_refused_step_draws_no_noise(tmp_path: Path) -> None:
+    whole, rule, fit = fit_of("gan")
+    fit()
+    model, _, fit = fit_of("gan")
+
+    def freeze(progress: Any) -> None:
+        if progress.batch == 3:
+            model.generator_parameters[0].flags.writeable = False
+
+    with pytest.raises(ValueError, match=r"generator_parameters\[0\] is read-only"):
+        fit(callback=freeze, checkpoint=tmp_path / "checkpoint")
+    again, same_rule, fit = fit_of("gan")
+    fit(resume=tmp_path / "checkpoint")
+    assert same(left_by(again, same_rule), left_by(whole, rule))

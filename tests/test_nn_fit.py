@@ -15,23 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_on_host.backend import skip_long
 from gemmlet import _signals
-from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining
-from support import same_bits
-
-
-@pytest.fixture
-def training(any_threads_backend: Any) -> Any:
-    """Each backend: `fit` is the same wherever the reference trains."""
-    skip_long(any_threads_backend)
-    return any_threads_backend
-
-
-@pytest.fixture(params=["mlp", "gan"])
-def network(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
+from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError
+from support import same_bits, stop_after
 
 N = 60
 
@@ -58,18 +44,6 @@ def left_by(model: Any, *optimizers: Any) -> list[Any]:
 
 def same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(same_bits, a, b))
-
-
-def stop_after(steps: int) -> Callable[[Any], None]:
-    """A callback that ends a training after so many calls of it."""
-    left = [steps]
-
-    def callback(progress: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise StopTraining
-
-    return callback
 
 
 def train_steps(steps: int, model: Any, data: Any, optimizer: Any, shuffle: bool = False) -> None:

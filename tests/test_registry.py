@@ -203,6 +203,8 @@ warnings.simplefilter("ignore")
 import gemmlet
 from gemmlet import kernels
 print(kernels.tanh(np.zeros(2)))
+from gemmlet.nn import MLP
+print(MLP([2, 3, 2]).fit(np.ones((4, 2)), [0, 1, 0, 1], epochs=3).loss[0] > 0)
 for name in ("cpu", "numba"):
     try:
         gemmlet.use_backend(name)
@@ -217,7 +219,7 @@ for name in ("cpu", "numba"):
         env=os.environ | {"GEMMLET_BACKEND": ""},
         timeout=60,
     )
-    assert run.stdout == "[0. 0.]\nTrue\nTrue\n", run.stderr
+    assert run.stdout == "[0. 0.]\nTrue\nTrue\nTrue\n", run.stderr
 
 
 @pytest.mark.parametrize("isa", cpu_backend.available_isas())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 import warnings
 from collections.abc import Mapping
 
-from .._environment import VARIABLES
+from .._environment import VARIABLES, read
 from ..backends import select
 from .errors import UserError
 
@@ -19,7 +18,7 @@ def show() -> None:
     print("\nBackends")
     _print_rows({name: _describe(name) for name in select.CHOICES})
     print("\nEnvironment variables")
-    _print_rows({name: f"{os.environ.get(name) or 'not set'}: {text}" for name, text in VARIABLES.items()})
+    _print_rows({name: f"{read(name) or 'not set'}: {text}" for name, text in VARIABLES.items()})
 
 
 def _print_rows(rows: Mapping[str, str]) -> None:

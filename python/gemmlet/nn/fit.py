@@ -292,22 +292,9 @@ class Trainable(Saved):
         # Drawn in float64 for either dtype, so that both get the same numbers.
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
 
-    def _train(
-        self,
-        history: Any,
-        samples: Samples,
-        plan: training.TrainingPlan,
-        optimizers: dict[str, Optimizer],
-        groups: Sequence[ParameterGroup],
-        settings: Settings,
-        validate: Callable[[], dict[str, float]] | None = None,
-    ) -> None:
-        """Take all steps of a `fit`; `groups`: one for each of `plan.updates`, in their order."""
-        _Training(self, history, samples, plan, optimizers, groups, settings, validate).run()
 
-
-class _Training:
-    """The loop of one `fit`.
+class Training:
+    """The loop of one `fit`; `groups`: one for each of `plan.updates`, in their order.
 
     Steps are taken, and counted, in whole calls: signals wait for the end of one, and a call that fails in the midst of
     its steps, or diverges, is undone, back to the last copy.
@@ -322,7 +309,7 @@ class _Training:
         optimizers: dict[str, Optimizer],
         groups: Sequence[ParameterGroup],
         settings: Settings,
-        validate: Callable[[], dict[str, float]] | None,
+        validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
         self._samples, self._settings, self._validate = samples, settings, validate
@@ -539,12 +526,12 @@ def _next_copy(started: float) -> float:
 class _Copy:
     """All that a training changes, as it was at a moment when all parameters were finite."""
 
-    def __init__(self, training: _Training) -> None:
+    def __init__(self, training: Training) -> None:
         arrays = (array for p in training.parameters for array in p.arrays() if array is not None)
         self._pairs = [(array, np.empty_like(array)) for array in arrays]
         self.take(training)
 
-    def take(self, source: _Training) -> None:
+    def take(self, source: Training) -> None:
         """Copy it anew."""
         for array, copy in self._pairs:
             copy[...] = array
@@ -552,7 +539,7 @@ class _Copy:
         self._updates = [[state.steps for state in group.states] for group in source.groups]
         self._streams = {name: rng.bit_generator.state for name, rng in source.model._streams().items()}
 
-    def restore(self, to: _Training) -> None:
+    def restore(self, to: Training) -> None:
         """Go back to it."""
         at = self._position
         for array, copy in self._pairs:

@@ -18,7 +18,7 @@ from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
-from .fit import GANHistory, GANProgress, Trainable, network_of
+from .fit import GANHistory, GANProgress, Trainable, Training, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
 
 Array = NDArray[Any]
@@ -253,7 +253,7 @@ class GAN(Trainable):
                 Update(_GENERATOR, generator.rule, generator.max_norm),
             ]
             history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-            self._train(history, samples, plan, optimizers, [discriminator, generator], settings)
+            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings).run()
         return history
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:

@@ -20,7 +20,7 @@ from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
-from .fit import VALIDATION, History, Progress, Trainable, network_of
+from .fit import VALIDATION, History, Progress, Trainable, Training, network_of
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
 from .targets import Label, Meaning, checked_classes, numbers, of_classes
 
@@ -294,7 +294,7 @@ class MLP(Trainable):
             self.classes, self.multi_label = meaning.classes, meaning.multi_label
             history, group = History(), rule.group(self.parameters)
             plan = self._plan(samples, targets, group)
-            self._train(history, samples, plan, {"optimizer": rule}, [group], settings, validate)
+            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, validate).run()
         return history
 
     def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:

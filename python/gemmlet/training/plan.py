@@ -198,7 +198,7 @@ class TrainingPlan:
     """What a step does: `Gather`, and then phases of which each finds what it reads.
 
     `executors` is the backends': what each keeps of the plan from one call to the next. `is_torn` says that a call of
-    `Backend.train` has begun to take steps, and has not ended.
+    `Backend.train` may have changed parameters, and has not ended.
     """
 
     networks: tuple[Network, ...]
