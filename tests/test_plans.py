@@ -20,7 +20,7 @@ import pytest
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm
-from gemmlet.nn.fit import Trainable
+from gemmlet.nn.fit import Training
 from gemmlet.training import reference
 from gemmlet.training.plan import (
     NOISE,
@@ -126,11 +126,12 @@ def of_fit(model: Any, *data: Any, **arguments: Any) -> tuple[Any, Batches]:
     """The plan that `fit` makes."""
     made: list[Any] = []
 
-    def train(self: Any, history: Any, given: Any, plan: Any, *rest: Any) -> None:
+    def training(self: Training, model: Any, history: Any, given: Any, plan: Any, *rest: Any) -> None:
         made.append(plan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainable, "_train", train)
+        patch.setattr(Training, "__init__", training)
+        patch.setattr(Training, "run", lambda self: None)
         model.fit(*data, **arguments)
     (plan,) = made
     return plan_and_batches(plan.networks, plan.phases)
