@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -359,7 +360,22 @@ def test_blas_variables_are_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     ((words, environment),) = started
     assert words[1:] == ["-m", "gemmlet", "bench", "--list", "overhead"]
     assert "OPENBLAS_CORETYPE" not in environment
-    assert suite.without_blas_variables({"PATH": "x"}) is None
+    assert suite.peers_environment({"PATH": "x", "GEMMLET_ISA": "baseline"}) is None
+
+
+def test_peers_are_held_to_the_instruction_set(some_roofline: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"GEMMLET_ISA": "x86-64-v3", "OPENBLAS_CORETYPE": "SkylakeX"}
+    held = suite.peers_environment(given)
+    assert held == given | suite.PEERS_ISA["x86-64-v3"]
+    assert suite.peers_environment(held) is None
+    script = "import json, numpy, torch, threadpoolctl as t; x = torch.ones(2) @ torch.ones(2)\n"
+    script += "print(json.dumps([torch.backends.cpu.get_cpu_capability(), t.threadpool_info()[0]['architecture']]))"
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | held, capture_output=True, check=True)
+    assert json.loads(done.stdout) == ["AVX2", "Haswell"]
+    monkeypatch.setenv("GEMMLET_ISA", "x86-64-v3")
+    run = suite.run(QUICK, suite.Choice(["overhead"], "tanh 10", ["numpy"]), Plan(0.001, 2), 1)
+    assert any("OPENBLAS_CORETYPE" in note for note in run.notes)
 
 
 # The roofline.
@@ -407,7 +423,7 @@ def row(name: str = "tanh", group: str = "activations", roofline: float | None =
 def run_of(*rows: Row, measure: str = results.TIME, **settings: Any) -> Results:
     machine = {"cpu": "some cpu", "processors": 2, "caches": ["L2 Unified 512K"], "system": "some system"}
     settings = {"threads": 2, "date": "2020-02-02T00:00:00", **settings}
-    return Results(measure, rows, machine, {"gemmlet": "1", "compiler": "gcc 1"}, settings, ["A note"])
+    return Results(measure, rows, machine, {"gemmlet": "1", "isa": "some", "compiler": "gcc 1"}, settings, ["A note"])
 
 
 def saved(name: str, run: Results) -> Path:
@@ -567,15 +583,18 @@ def test_every_target_has_rows() -> None:
 def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     run = saved("a.json", run_of(row(gemmlet=[2e-6], numpy=[1e-6]), row("gelu", gemmlet=[1e-6], numpy=[3e-6])))
     page = Path("page.md")
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    begin, end = "<!-- some:begin -->", "<!-- some:end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):  # what it wrote it replaces
         assert call("--from", run, "--markdown", page) == 0
     text = page.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\nMeasured on 2020-02-02: some cpu")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\nMeasured on 2020-02-02: some cpu")
+    assert text.endswith(f"{end}\nafter\n")
     assert "old" not in text
-    assert "| tanh | 2.00 µs | 2.00 µs | 2.00 µs |  | ▼ 0.50 (1.00 µs) |" in text
-    assert "activations (one call): 2 rows, 1 behind a peer" in text
+    assert "| activations | 2 |  | 1.22 (▼ 1) |" in text  # the square root of 0.5 x 3
+    tables = Path("page-some.md").read_text()
+    assert "| tanh | 2.00 µs | 2.00 µs | 2.00 µs |  | ▼ 0.50 (1.00 µs) |" in tables
+    assert "activations (one call): 2 rows, 1 behind a peer" in tables
     counts = saved("counts.json", run_of(row(gemmlet=[1000.0]), measure=results.INSTRUCTIONS))
     assert call("--from", counts, "--markdown", page) == 2
     assert "--markdown is for times, and these are instructions" in capsys.readouterr().err
@@ -748,7 +767,8 @@ def test_commands_in_the_document_exist() -> None:
         else:
             assert "pip" in words[0], line
     assert {"--quick", "--scaling", "--compare", "--instructions", "--markdown", "--list", "--filter", "--from"} <= seen
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
+    for isa in ("x86-64-v4", "x86-64-v3"):
+        assert report.between_markers(text, isa, "some tables\n") != text
 
 
 def test_the_benchmarks_of_pytest_cover_the_groups() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,10 @@ from rich.table import Table
 
 from .implementations import IMPLEMENTATIONS, OURS
 from .results import TIME, Change, Results, Row, compare, differences
-from .targets import TARGETS, Verdict, verdict
+from .targets import TARGETS, Verdict, geometric_mean, verdict
 from .timing import duration
 
 LOST = "▼"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def _amount(value: float, measure: str) -> str:
@@ -63,6 +63,11 @@ EXPLANATION = (
     "taken within each round, and its own median time; above 1 gemmlet is ahead. "
     f"{LOST} marks what gemmlet loses. % of roofline: the least time that this machine's arithmetic and memory "
     "allow, over gemmlet's."
+)
+
+SUMMARY = (
+    "Of each group: the median of the rows' % of roofline, and the geometric mean of the ratios to each peer, above 1 "
+    f"where gemmlet is ahead; {LOST} and how many rows it loses."
 )
 
 
@@ -180,16 +185,9 @@ def show_scaling(
 # Markdown.
 
 
-def markdown(results: Results) -> str:
-    """Return the run as Markdown: the machine, the targets, and every row."""
-    machine, settings = results.machine, results.settings
-    lines = [
-        f"Measured on {settings['date'][:10]}: {machine['cpu']}, {machine['processors']} processors, "
-        f"{', '.join(machine['caches'])}; {machine['system']}; {settings['threads']} threads for every implementation. "
-        + ", ".join(f"{name} {version}" for name, version in results.versions.items())
-        + ".",
-        "",
-    ]
+def markdown(results: Results, tables: str) -> str:
+    """Return the run as Markdown: the machine, the targets, and a line for each group; its rows are in `tables`."""
+    lines = [_measured_on(results), ""]
     if flops := results.roofline.get("flops"):
         peaks = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in flops.items())
         copies = ", ".join(
@@ -200,20 +198,44 @@ def markdown(results: Results) -> str:
         lines += [f"{note}.", ""]
     verdicts = [verdict(target, results.rows) for target in TARGETS]
     lines += _markdown_table(("target", "required", "measured", ""), list(_target_cells(verdicts)))
-    lines += ["", EXPLANATION, ""]
+    lines += ["", SUMMARY, "", *_summary(results), "", f"Every row: [{tables}]({tables})."]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(results: Results) -> list[str]:
+    peers = [name for name in IMPLEMENTATIONS if any(name in row.peers for row in results.rows)]
+    table = []
+    for name, rows in groups(results):
+        reached = [share for row in rows if (share := row.roofline_share()) is not None]
+        cells = [name, str(len(rows)), f"{statistics.median(reached):.0%}" if reached else ""]
+        for peer in peers:
+            ratios = [ratio for row in rows if (ratio := row.ratio(peer)) is not None]
+            lost = sum(ratio < 1 for ratio in ratios)
+            cells.append(f"{geometric_mean(ratios):.2f}{f' ({LOST} {lost})' if lost else ''}" if ratios else "")
+        table.append(cells)
+    return _markdown_table(("group", "rows", "% of roofline", *peers), table)
+
+
+def markdown_tables(results: Results) -> str:
+    """Return every row of the run as Markdown."""
+    lines = [f"# Every row of a run on {results.versions['isa']}", "", f"{_measured_on(results)}", "", EXPLANATION, ""]
     for name, rows in groups(results):
         title, names = _heading(name, rows)
         columns, table = _cells(names, rows)
         lost = sum(any((row.ratio(peer) or 1.0) < 1 for peer in row.peers if peer != "gemmlet-numba") for row in rows)
-        lines += [
-            f"<details><summary>{title}: {len(rows)} rows, {lost or 'none'} behind a peer</summary>",
-            "",
-            *_markdown_table((name, *columns), table),
-            "",
-            "</details>",
-            "",
-        ]
+        behind = f"{len(rows)} rows, {lost or 'none'} behind a peer"
+        lines += [f"## {title}: {behind}", "", *_markdown_table((name, *columns), table), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _measured_on(results: Results) -> str:
+    machine, settings = results.machine, results.settings
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    return (
+        f"Measured on {settings['date'][:10]}: {machine['cpu']}, {machine['processors']} processors, "
+        f"{', '.join(machine['caches'])}; {machine['system']}; {settings['threads']} threads for every implementation. "
+        f"{versions}."
+    )
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -223,9 +245,10 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *(line(row) for row in rows)]
 
 
-def between_markers(document: str, text: str) -> str:
-    """Return the document with `text` in place of what stands between its markers; ValueError if it has none."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"expected the lines {BEGIN} and {END}, once each and in this order")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
+def between_markers(document: str, name: str, text: str) -> str:
+    """Return the document with `text` between the markers of `name`; ValueError if it has none."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise ValueError(f"expected the lines {begin} and {end}, once each and in this order")
+    before, rest = document.split(begin)
+    return f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"

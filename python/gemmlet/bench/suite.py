@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from .. import _environment
 from . import machine, roofline, timing, training
 from .case import Case, Settings
 from .cases import GROUPS
@@ -16,12 +19,29 @@ from .results import TIME, Results, Row
 # They change which kernels NumPy's BLAS takes, or how it blocks them: a peer is measured as its users have it.
 BLAS_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
+_CORE: Any = sys.modules.get("numpy._core._multiarray_umath") or sys.modules["numpy.core._multiarray_umath"]
 
-def without_blas_variables(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the environment without the variables that would change a peer; None if it has none of them."""
-    if not any(name in environment for name in BLAS_VARIABLES):
-        return None
-    return {name: value for name, value in environment.items() if name not in BLAS_VARIABLES}
+# What holds each peer to the instruction set that GEMMLET_ISA names, as on a processor that has no better one.
+PEERS_ISA = {
+    "x86-64-v3": {
+        "OPENBLAS_CORETYPE": "Haswell",
+        "NPY_DISABLE_CPU_FEATURES": " ".join(
+            name for name in _CORE.__cpu_dispatch__ if name.startswith(("AVX512", "X86_V4"))
+        ),
+        "NUMBA_CPU_NAME": "haswell",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+    }
+}
+
+
+def peers_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """Return the environment in which peers are as they are to be measured; None if it is this one."""
+    wanted = {name: value for name, value in environment.items() if name not in BLAS_VARIABLES}
+    wanted |= PEERS_ISA.get(environment.get("GEMMLET_ISA", ""), {})
+    return None if wanted == environment else wanted
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,8 @@ def run(
     names = {case.key: chosen_implementations(case, settings, choice) for case in cases}
     used = {name for implementations in names.values() for name in implementations}
     notes = []
+    if held := PEERS_ISA.get(_environment.read("GEMMLET_ISA")):
+        notes.append(f"GEMMLET_ISA holds the peers to the instruction set, too: {', '.join(held)}")
     if missing := missing_packages():
         notes.append(f"Left out, as they are not installed: {', '.join(missing)} (pip install 'gemmlet[bench]')")
     if settings.quick:

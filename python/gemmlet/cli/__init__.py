@@ -107,11 +107,11 @@ def _run(words: list[str]) -> int:
         list_commands()
         return 0
     if words[:1] == ["bench"]:
-        from ..bench.suite import without_blas_variables
+        from ..bench.suite import peers_environment
 
-        environment = without_blas_variables(os.environ)
+        environment = peers_environment(os.environ)
         if environment is not None:
-            # NumPy's BLAS has read them when it was loaded: start once more.
+            # The peers read it when they are loaded, and NumPy is: start once more.
             os.execve(sys.executable, [sys.executable, "-m", "gemmlet", *words], environment)
 
     extra = "bench" if words[:1] == ["bench"] else "train"

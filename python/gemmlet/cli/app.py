@@ -236,7 +236,8 @@ def _bench(
         float | None, typer.Option(metavar="PERCENT", help="How much slower a row may get.", show_default=_TOLERANCES)
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the tables between the markers of a Markdown file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write targets and means into a Markdown file, and all rows beside it."),
     ] = None,
 ) -> int:
     """Check and time the kernels and the trainings beside NumPy, PyTorch, JAX, scikit-learn and numexpr.

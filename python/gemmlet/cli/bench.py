@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +67,11 @@ def run(options: Options) -> int:
     info.choose_backend()
     if options.scaling:
         return _run_scaling(console, options, choice)
-    if options.earlier is not None:
-        results = _load(options.earlier, "--from")
+    shown = None if options.earlier is None else _load(options.earlier, "--from")
+    if options.markdown is not None:
+        _between_markers(options.markdown, machine.versions() if shown is None else shown.versions, "")
+    if shown is not None:
+        results = shown
     elif options.instructions:
         results = _count(console)
     else:
@@ -113,11 +116,6 @@ def _check(options: Options) -> None:
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError(f"--data-dir {options.data_dir} is not a folder")
     files.check_folder(options.out)
-    if options.markdown is not None:
-        try:
-            report.between_markers(options.markdown.read_text(), "")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--markdown {options.markdown}: {error}") from error
 
 
 def _implementations(text: str) -> tuple[str, ...]:
@@ -223,6 +221,16 @@ def _draw(console: Console, options: Options, results: Results) -> None:
 def _write_markdown(path: Path, results: Results) -> None:
     if results.measure != TIME:
         raise UserError(f"--markdown is for times, and these are {results.measure}")
-    text = report.between_markers(path.read_text(), report.markdown(results))
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    tables = path.with_stem(f"{path.stem}-{results.versions['isa']}")
+    page = _between_markers(path, results.versions, report.markdown(results, tables.name))
+    for target, text in ((tables, report.markdown_tables(results)), (path, page)):
+        with replacing(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _between_markers(path: Path, versions: Mapping[str, str], text: str) -> str:
+    """The document with `text` as the section of the instruction set."""
+    try:
+        return report.between_markers(path.read_text("utf-8"), versions["isa"], text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--markdown {path}: {error}") from error
