@@ -6,6 +6,7 @@ names must load: a test fails where it would otherwise be skipped.
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 from collections.abc import Iterator
@@ -100,6 +101,17 @@ def _loaded_or_skipped(spec: Spec) -> NumpyBackend:
         if os.environ.get("GEMMLET_TEST_BACKENDS"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+# The files that take a minute or more, the longest first; after them those with many tests. A process takes a whole file
+# at a time: none is left with a long one at the end.
+LONGEST = ("cuda_compile", "cuda_mutants", "fused", "cli", "documents")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    count = collections.Counter(item.path for item in items)
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path.stem, len(place)), -count[item.path], item.path))
 
 
 @pytest.fixture(params=SPECS, ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("cupy")
+from cuda_on_host.device import kept
 from gemmlet.backends.cuda import backend as cuda_backend
 from gemmlet.backends.cuda import compiler
 from gemmlet.backends.cuda.compiler import ARCHITECTURES, OPTIONS, compile_cubin, cubin
@@ -51,11 +53,16 @@ COMPILED = [(a, s) for a in ARCHITECTURES for s in KERNELS if a in cuda_backend.
 @pytest.mark.parametrize(("arch", "source"), COMPILED)
 def test_every_kernel_compiles(arch: str, source: str) -> None:
     expressions = KERNELS[source][:: 1 if arch in IN_FULL else 6]
-    made, log = compile_cubin(source, expressions, arch, (*OPTIONS, "--ptxas-options=-v"))
-    assert made.image[:4] == b"\x7fELF"
-    assert set(made.names) == set(expressions)
+
+    def compiled() -> str:
+        made, log = compile_cubin(source, expressions, arch, (*OPTIONS, "--ptxas-options=-v"))
+        assert made.image[:4] == b"\x7fELF"
+        return json.dumps([made.names, log])
+
+    names, log = json.loads(kept(f"nvrtc_{compiler.key(source, expressions, arch)}", compiled))
+    assert set(names) == set(expressions)
     spilled = spills(log)
-    assert set(spilled) == set(made.names.values())
+    assert set(spilled) == set(names.values())
     assert max(spilled.values()) <= SPILLED_BYTES, {n: b for n, b in spilled.items() if b > SPILLED_BYTES}
     # What ptxas says where it makes a kernel wait for each of them.
     assert "wgmma.mma_async instructions are serialized" not in log
@@ -104,9 +111,16 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 @pytest.mark.skipif(NVCC is None, reason="a second opinion, where there is one")
 def test_nvcc_agrees() -> None:
     some = [] if os.environ.get("GEMMLET_TEST_ALL_KERNELS") else ["--only", r"\bfloat\b"]
-    tool = str(ROOT / "tools/nvcc_check.py")
-    done = subprocess.run([sys.executable, tool, "--nvcc", str(NVCC), *some], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    tool = ROOT / "tools/nvcc_check.py"
+
+    def compiled() -> str:
+        done = subprocess.run([sys.executable, tool, "--nvcc", str(NVCC), *some], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    version = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout
+    facts = compiler.sources(), KERNELS, tool.read_text(), version, some
+    assert "nvcc compiles them" in kept(f"nvcc_{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}", compiled)
 
 
 # The cache.

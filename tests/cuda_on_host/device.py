@@ -471,6 +471,17 @@ def _build(name: str, commands: Callable[[pathlib.Path], list[list[str]]]) -> pa
     return path
 
 
+def kept(name: str, compute: Callable[[], str]) -> str:
+    """What `compute` returns, by a name that says all that it depends on: computed once, and kept in the cache."""
+    path = _folder() / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=_folder()) as folder:
+            made = pathlib.Path(folder) / name
+            made.write_text(compute())
+            os.replace(made, path)
+    return path.read_text()
+
+
 @functools.cache
 def _runtime_path(sanitizers: tuple[str, ...] = SANITIZERS) -> pathlib.Path:
     source, header = HERE / "cuda_host.cpp", HERE / "cuda_host.h"

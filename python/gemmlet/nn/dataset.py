@@ -165,8 +165,8 @@ class Samples:
         rows = np.ascontiguousarray(self.array).reshape(len(self), self.features)
         if not arguments.is_aligned(rows):
             rows = rows.copy()
-        # A thousand rows, evenly spread, tell the density.
-        some = rows[:: max(1, len(rows) // 1000)]
+        # A thousand rows, evenly spread, tell the density; NumPy counts bools up to ten times as fast as floats.
+        some = rows[:: max(1, len(rows) // 1000)] != 0
         return Dataset(rows, skip_zeros=may_skip_zeros and bool(np.count_nonzero(some) < SPARSE_BELOW * some.size))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,6 +166,7 @@ class Saved(ABC):
     steps: int
     default_optimizer: Optimizer
     default_batch_size: int
+    _stream_names: ClassVar[tuple[str, ...]]  # of the attributes, without their underscore
 
     @abstractmethod
     def _config(self) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class Saved(ABC):
 
     def _streams(self) -> dict[str, np.random.Generator]:
         """The random streams, by name."""
-        return {name.lstrip("_"): value for name, value in vars(self).items() if isinstance(value, np.random.Generator)}
+        return {name: getattr(self, f"_{name}") for name in self._stream_names}
 
     def _identity(self) -> dict[str, Any]:
         """What makes another network of it, if it differs."""

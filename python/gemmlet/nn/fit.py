@@ -6,8 +6,8 @@ import contextlib
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
@@ -273,17 +273,6 @@ class Trainable(Saved):
             for name, dense in self._parts().items():
                 dense.keep_changes(before[name])
 
-    @contextlib.contextmanager
-    def _unless_refused(self) -> Iterator[None]:
-        """What the block sets is set back, if it raises before a step is taken."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            if self.steps == before["steps"]:
-                vars(self).update(before)
-            raise
-
     def _decay(self, steps: Any) -> Any:
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
         return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
@@ -291,6 +280,20 @@ class Trainable(Saved):
     def _draw(self, rng: np.random.Generator, n: int) -> Array:
         # Drawn in float64 for either dtype, so that both get the same numbers.
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
+
+
+class unless_refused:  # noqa: N801 - it is used as a function
+    """What the block sets of a network is set back, if it raises before a step is taken."""
+
+    def __init__(self, model: Trainable) -> None:
+        self._model, self._before = model, dict(vars(model))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and self._model.steps == self._before["steps"]:
+            vars(self._model).update(self._before)
 
 
 class Training:
@@ -335,8 +338,6 @@ class Training:
         self._check_writeable()
         self._held = held(*self._arrays)  # nobody can resize them until the end
         started = time.perf_counter()
-        if not self._is_finite():
-            raise ValueError("the network has parameters that are not finite")
         # Until all samples have been used, how it was before the first of them is kept, too: they may be refused.
         self._start = self._good = _Copy(self)
         self._first_epoch, self._is_undone = self.at.epoch, False
@@ -348,8 +349,8 @@ class Training:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs:
                     self._epoch(self._orders.take(self._n))
-            self._check()
             with deferred_signals():
+                self._check()
                 if self._checkpoints.is_missing(self.at):
                     self._checkpoints.write(self.at)
             if self.at.seen:
@@ -391,7 +392,8 @@ class Training:
                 told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
                 settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
             if self._checkpoints.is_due(self.at, epoch_done=done):
-                self._check()
+                with deferred_signals():
+                    self._check()
                 self._checkpoints.write(self.at)
 
     def _call(self, order: Array) -> None:
@@ -444,7 +446,9 @@ class Training:
             self._noises.prepare(min(rest, self._size * (1 if self._one_by_one else self._budget.following())))
 
     def _start_of(self, epoch: int, losses: int) -> Position:
-        order = dict(self.model._shuffle.bit_generator.state) if self._settings.shuffle else None
+        # Checkpoints alone need the order.
+        is_kept = self._settings.shuffle and self._settings.checkpoint is not None
+        order = dict(self.model._shuffle.bit_generator.state) if is_kept else None
         return Position(epoch, sums=(0.0,) * losses, order=order)
 
     def _metrics(self) -> dict[str, float]:
@@ -473,16 +477,15 @@ class Training:
     # What to go back to.
 
     def _check(self) -> None:
-        """Raise if parameters are not finite."""
-        with deferred_signals():
-            self._backend.write_back(self._plan)
-            if not self._is_finite():
-                epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)
-                where = f"epoch {epoch}, batch {batch} of {self._batches}" if batch else f"epoch {epoch - 1}"
-                self._diverge(f"after {where}: parameters are no longer finite")
+        """Raise if parameters are not finite; signals are deferred."""
+        self._backend.write_back(self._plan)
+        if not self._is_finite():
+            epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)
+            where = f"epoch {epoch}, batch {batch} of {self._batches}" if batch else f"epoch {epoch - 1}"
+            self._diverge(f"after {where}: parameters are no longer finite")
 
     def _is_finite(self) -> bool:
-        return all(np.isfinite(p.value).all() for p in self.parameters)
+        return all([np.isfinite(p.value).all() for p in self.parameters])  # noqa: C419 - a list is faster
 
     def _keep(self) -> None:
         """Copy what was learnt."""
@@ -500,6 +503,8 @@ class Training:
         self._undo(self._start if spoilt else self._good)
         if spoilt:
             raise ValueError(spoilt)
+        if not self._is_finite():  # from the beginning
+            raise ValueError("the network has parameters that are not finite")
         back = f"the network is as it was after {self.model.steps} steps, when it was finite"
         raise DivergedError(f"the training diverged {where}; {back}. A smaller learning rate may help")
 
@@ -528,14 +533,17 @@ class _Copy:
 
     def __init__(self, training: Training) -> None:
         arrays = (array for p in training.parameters for array in p.arrays() if array is not None)
-        self._pairs = [(array, np.empty_like(array)) for array in arrays]
-        self.take(training)
+        self._pairs = [(array, array.copy()) for array in arrays]
+        self._note(training)
 
     def take(self, source: Training) -> None:
         """Copy it anew."""
         for array, copy in self._pairs:
             copy[...] = array
-        self._position, self._steps = replace(source.at), source.model.steps
+        self._note(source)
+
+    def _note(self, source: Training) -> None:
+        self._position, self._steps = source.at.copy(), source.model.steps
         self._updates = [[state.steps for state in group.states] for group in source.groups]
         self._streams = {name: rng.bit_generator.state for name, rng in source.model._streams().items()}
 
@@ -544,7 +552,7 @@ class _Copy:
         at = self._position
         for array, copy in self._pairs:
             array[...] = copy
-        to.at, to.model.steps = replace(at), self._steps
+        to.at, to.model.steps = at.copy(), self._steps
         for group, steps in zip(to.groups, self._updates, strict=True):
             for state, count in zip(group.states, steps, strict=True):
                 state.steps = count

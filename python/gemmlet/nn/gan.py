@@ -18,7 +18,7 @@ from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
-from .fit import GANHistory, GANProgress, Trainable, Training, network_of
+from .fit import GANHistory, GANProgress, Trainable, Training, network_of, unless_refused
 from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
 
 Array = NDArray[Any]
@@ -122,6 +122,8 @@ class GAN(Trainable):
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
+
+    _stream_names = "shuffle", "training_noise", "sampling_noise"
 
     def _fresh_streams(self) -> list[np.random.Generator]:
         """Of their own: samples drawn in between do not change what is learnt."""
@@ -240,7 +242,7 @@ class GAN(Trainable):
         if discriminator_optimizer is not None:
             other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
             optimizers["discriminator_optimizer"] = other
-        with self._unless_refused():
+        with unless_refused(self):
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
             phases = [

@@ -20,7 +20,7 @@ from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
-from .fit import VALIDATION, History, Progress, Trainable, Training, network_of
+from .fit import VALIDATION, History, Progress, Trainable, Training, network_of, unless_refused
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
 from .targets import Label, Meaning, checked_classes, numbers, of_classes
 
@@ -145,6 +145,8 @@ class MLP(Trainable):
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
         self._shuffle = self._fresh_streams()[1]
+
+    _stream_names = ("shuffle",)
 
     def _fresh_streams(self) -> list[np.random.Generator]:
         """Two, so that the order of the samples does not depend on how many weights were drawn."""
@@ -289,7 +291,7 @@ class MLP(Trainable):
                 return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
         samples.convert()
-        with self._unless_refused():
+        with unless_refused(self):
             self._settle(samples.dtype)
             self.classes, self.multi_label = meaning.classes, meaning.multi_label
             history, group = History(), rule.group(self.parameters)

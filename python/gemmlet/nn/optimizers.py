@@ -25,6 +25,9 @@ Array = NDArray[Any]
 # What the learning rate is multiplied by, once this fraction of all mini-batches is done: from 0 to below 1.
 Schedule = Callable[[float], float]
 
+# The factor of one step without a schedule.
+_ONE = np.ones(1)
+
 
 @dataclass(eq=False)
 class State:
@@ -162,7 +165,7 @@ class Optimizer(ABC):
     def _rates(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
         """The learning rates of steps with these factors, checked: a product may be too large."""
         lr = arguments.number(self.lr, "lr", low=0.0)
-        arguments.number(lr * float(factors.max()), "lr", low=0.0)
+        arguments.number(lr * max(factors.tolist()), "lr", low=0.0)
         return lr * factors
 
     def group(self, params: Sequence[Array]) -> ParameterGroup:
@@ -170,7 +173,7 @@ class Optimizer(ABC):
         states = self._states.of(params, self._arrays_per_parameter)
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
-        rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(np.ones(1)))
+        rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(_ONE))
         return ParameterGroup(self, rule, states)
 
     def fresh(self) -> Self:
@@ -258,6 +261,8 @@ class SGD(Optimizer):
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.momentum, self.nesterov, self.weight_decay
         rule, first = arguments.sgd_hyperparameters(arrays > 0, float(rates[0]), *settings)
+        if len(rates) == 1:
+            return rule, np.array([first])
         numbers = np.empty((len(rates), len(first)))
         numbers[:] = first
         numbers[:, OPTIMIZER_RULES[rule].hyperparameters.index("lr")] = rates
@@ -417,7 +422,7 @@ def linear_decay(done: float) -> float:
 def lr_factors(schedule: Schedule | None, first: int, count: int, total: int) -> NDArray[np.float64]:
     """What the learning rate is multiplied by at `count` steps from `first` on, counted from 0, of `total`."""
     if schedule is None:
-        return np.ones(count)
+        return _ONE if count == 1 else np.ones(count)
     factors = (schedule(step / total) for step in range(first, first + count))
     return np.array([arguments.number(factor, "what lr_schedule returns", low=0.0) for factor in factors])
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,7 @@ _SUM_TOLERANCE = 1e-3
 _OBJECTS: dict[str, Any] = {"bool": (bool, np.bool_), "number": (int, float, np.integer, np.floating), "string": str}
 
 
-@dataclass(frozen=True)
-class Meaning:
+class Meaning(NamedTuple):
     """What the outputs of a classifier stand for.
 
     Attributes
@@ -44,7 +42,7 @@ class Meaning:
     learns: bool
 
     @property
-    def count(self) -> int:
+    def class_count(self) -> int:
         """The number of classes; a single output tells two apart."""
         return max(self.outputs, 2)
 
@@ -80,7 +78,7 @@ def of_classes(y: Any, meaning: Meaning, output: str, dtype: np.dtype[Any], name
         given = given[:, 0]
     if given.ndim == 2 and given.shape[1] == meaning.outputs:
         targets, is_multi_label = _rows(given, meaning, output, dtype, name)
-        return targets, replace(meaning, multi_label=is_multi_label, learns=False)
+        return targets, meaning._replace(multi_label=is_multi_label, learns=False)
     if given.ndim != 1 or meaning.multi_label:
         rows = f"rows (n, {meaning.outputs})"
         expected = rows if meaning.multi_label else "(n,): a label for each sample"
@@ -88,13 +86,13 @@ def of_classes(y: Any, meaning: Meaning, output: str, dtype: np.dtype[Any], name
         raise ValueError(f"{name} has shape {given.shape}, expected {expected}")
     classes = meaning.classes
     # The usual case.
-    if classes is None and given.dtype.kind in "iu" and _within(given, meaning.count):
-        return given.astype(np.int64, copy=False), replace(meaning, learns=False)
+    if classes is None and given.dtype.kind in "iu" and _within(given, meaning.class_count):
+        return given.astype(np.int64, copy=False), meaning._replace(learns=False)
     labels = _plain(given, name)
     if classes is None and meaning.learns:
         classes = _learnt(labels, meaning, name)
-    known = np.arange(meaning.count) if classes is None else np.array(classes)
-    return _positions(labels, known, name), replace(meaning, classes=classes, learns=False)
+    known = np.arange(meaning.class_count) if classes is None else np.array(classes)
+    return _positions(labels, known, name), meaning._replace(classes=classes, learns=False)
 
 
 def checked_classes(value: Any, output: str, outputs: int) -> list[Label] | None:
@@ -181,19 +179,19 @@ def _plain(labels: Array, name: str) -> Array:
 def _learnt(labels: Array, meaning: Meaning, name: str) -> list[Label] | None:
     """The classes that labels stand for: indices if they can be, else as many different labels as there are outputs."""
     kind = labels.dtype.kind
-    if kind == "b" and meaning.count == 2:
+    if kind == "b" and meaning.class_count == 2:
         return [False, True]
-    if kind in "iuf" and _within(labels, meaning.count):
-        return [float(i) for i in range(meaning.count)] if kind == "f" else None
+    if kind in "iuf" and _within(labels, meaning.class_count):
+        return [float(i) for i in range(meaning.class_count)] if kind == "f" else None
     classes = np.unique(labels)
-    if len(classes) != meaning.count:
+    if len(classes) != meaning.class_count:
         message = (
-            f"{name} has {len(classes)} classes ({_shown(classes)}), but the network has {meaning.count}, as "
+            f"{name} has {len(classes)} classes ({_shown(classes)}), but the network has {meaning.class_count}, as "
             "layers[-1] says; they must match"
         )
         if kind in "iuf":
-            row = int(np.argmax((labels < 0) | (labels >= meaning.count)))
-            message += f", or be indices: {name}[{row}] is {labels[row]}, not within 0 to {meaning.count - 1}"
+            row = int(np.argmax((labels < 0) | (labels >= meaning.class_count)))
+            message += f", or be indices: {name}[{row}] is {labels[row]}, not within 0 to {meaning.class_count - 1}"
         raise ValueError(message)
     return classes.tolist()  # type: ignore[no-any-return]
 
