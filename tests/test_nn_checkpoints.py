@@ -319,6 +319,17 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp
     assert same(left_by(model, Adam()), before)
 
 
+def test_resume_with_a_read_only_parameter(network: str, tmp_path: Path) -> None:
+    """It is refused before anything is changed."""
+    fit_of(network)[2](checkpoint=tmp_path / "checkpoint")
+    model, optimizer, fit = fit_of(network)
+    before = left_by(model, optimizer)
+    next(iter(model._parameters.values()))[-1].flags.writeable = False
+    with pytest.raises(ValueError, match="is read-only"):
+        fit(resume=tmp_path / "checkpoint")
+    assert same(left_by(model, optimizer), before)
+
+
 def test_a_network_alone_is_no_checkpoint(network: str, tmp_path: Path) -> None:
     model, optimizer, fit = fit_of(network)
     model.save(tmp_path / "model", optimizer)

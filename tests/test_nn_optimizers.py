@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,27 +141,94 @@ def test_a_copy_of_settings_shares_the_states() -> None:
     assert [state.steps for state in one._states.values()] == [2]
 
 
-def test_a_copy_takes_over_what_fits() -> None:
-    """Parameter by parameter, those of a network as a whole, and each state once; what does not fit starts anew."""
-    one, params = Adam(), [np.zeros(2), np.zeros(3), np.zeros(3)]
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, by_joblib])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_a_copy_goes_on_with_any_network_of_several(network: str, together: bool, copied: Any) -> None:
+    """Networks of the same shapes, one a copy of another; some the optimizer has served, one not."""
+    first, rule = made(network), SETTINGS["adam"][0].fresh()
+    train(first, rule)
+    models = [first, copy.deepcopy(first), made(network), made(network)]
+    for model, times in zip(models, (1, 1, 2, 0), strict=True):
+        for _ in range(times):
+            train(model, rule)
+    del models[0], first
+    copies = [copied((model, rule)) if together else (copied(model), copied(rule)) for model in models]
+    for model, (other, its_rule) in zip(models, copies, strict=True):
+        for _ in range(2):
+            assert all(map(same_bits, train(other, its_rule), train(model, rule)))
+
+
+def test_a_copy_goes_on_with_a_network_that_is_changed() -> None:
+    """As long as something is as it was."""
+    model, rule = made("mlp"), Adam(0.01)
+    train(model, rule)
+    pairs = [(model, rule), copy.deepcopy((model, rule))]
+    for changed, _ in pairs:
+        changed.parameters[-2][...] = 0.125
+    assert all(map(same_bits, *(train(*pair) for pair in pairs)))
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_what_is_refused_uses_up_no_state(network: str, tmp_path: Path) -> None:
+    """Of a copy, or of a file: it is there for the network that is trained, after others that were not."""
+    model, rule = made(network), Adam(0.01)
+    train(model, rule)
+    model.save(tmp_path / "file", rule)
+    model.save(tmp_path / "alone")
+    rules = copy.deepcopy(rule), type(model).load_optimizers(tmp_path / "file")["optimizer"]
+    expected = [a.copy() for a in train(model, rule)]
+
+    def refused(message: str, x: Any = X, writeable: bool = True, **arguments: Any) -> None:
+        other = type(model).load(tmp_path / "file")
+        next(iter(other._parameters.values()))[0].flags.writeable = writeable
+        with pytest.raises(ValueError, match=message):
+            other.fit(x, *([Y] if network == "mlp" else []), optimizer=waiting, **arguments)
+
+    for waiting in rules:
+        spoilt = X.copy()
+        spoilt[-1] = np.nan
+        refused("got nan|is nan", spoilt)
+        refused("epochs must be at least 1", epochs=0)
+        refused("is no checkpoint of a fit", resume=tmp_path / "alone")
+        refused("lr_schedule", lr_schedule=lambda done: -1.0)
+        refused("is read-only", writeable=False)
+        for _ in range(2):
+            type(model).load(tmp_path / "file").save(tmp_path / "again", waiting)
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
+        made(network).save(tmp_path / "other", waiting)  # it has none of these states
+        assert {s.steps for s in type(model).load_optimizers(tmp_path / "other")["optimizer"]._states._waiting} == {0}
+        loaded = type(model).load(tmp_path / "file")
+        assert all(map(same_bits, train(loaded, waiting), expected))
+
+
+def test_a_copy_takes_over_what_is_equal() -> None:
+    """Parameter by parameter, those of a network as a whole, and each state once; what is not equal starts anew."""
+    one, params = Adam(), [np.full(2, 1.0), np.full(3, 2.0), np.full(3, 3.0)]
     for times, param in enumerate(params, 1):
         for _ in range(times):
             one.update(param, np.ones_like(param))
+    a, b, c = params
+    assert len(one._states) == 3
 
-    def steps_of(optimizer: Optimizer, *shapes: Any) -> list[int]:
-        arrays = [np.zeros(*shape) if isinstance(shape, tuple) else np.zeros(shape) for shape in shapes]
-        for array in arrays:
+    def steps_of(optimizer: Optimizer, *arrays: Any) -> list[int]:
+        mine = [array.copy() for array in arrays]
+        for array in mine:
             optimizer.update(array, np.ones_like(array))
         return [state.steps - 1 for state in optimizer._states.values()]
 
-    assert steps_of(copy.deepcopy(one), 3, 3, 3, 2, 2) == [2, 3, 0, 1, 0]
-    assert steps_of(copy.deepcopy(one), 4, (3, np.float32), (2, np.float32)) == [0, 0, 0]
-    assert steps_of(one.fresh(), 2, 3) == [0, 0]
+    assert steps_of(copy.deepcopy(one), c, b, c, a, a) == [3, 2, 0, 1, 0]
+    assert steps_of(copy.deepcopy(one), b + 1, np.float32(b), b[:2], b.reshape(3, 1), b) == [0, 0, 0, 0, 2]
+    assert steps_of(one.fresh(), a, b) == [0, 0]
     other = copy.deepcopy(one)
-    first, second = [np.zeros(3), np.zeros(2)], [np.zeros(3), np.zeros(3)]
-    assert [state.steps for state in other.group(first).states] == [0, 0]
-    assert [state.steps for state in other.group(second).states] == [2, 3]
-    assert [state.steps for state in other.group(second).states] == [2, 3]
+    assert [state.steps for state in other.group([b.copy(), a.copy()]).states] == [0, 0]
+    group = other.group([b.copy(), c.copy()])
+    for _ in range(2):
+        assert [state.steps for state in other.group([b.copy(), c.copy()]).states] == [2, 3]
+    group.advance(5)
+    assert [state.steps for state in other.group(group.params).states] == [7, 8]
+    assert [state.steps for state in other.group([b.copy(), c.copy()]).states] == [0, 0]
+    assert len(other._states) == 3
     # Of another model altogether: `fit` trains all of it.
     model = MLP([2, 2])
     before = [p.copy() for p in model.parameters]

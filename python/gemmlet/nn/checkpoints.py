@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from . import _checks as checks
 from . import files
 from .dataset import copy_of
-from .optimizers import Optimizer
+from .optimizers import Optimizer, ParameterGroup
 
 # Between two checkpoints are at least so many seconds, unless an epoch ends; and so many times as long as it takes to
 # write one, which is 2 % of a training at most.
@@ -67,7 +67,9 @@ class Checkpoints:
         Where they are written; with None there are none.
     model : Saved
     optimizers : mapping
-        By the arguments of `fit`; they have states of all parameters.
+        By the arguments of `fit`.
+    groups : sequence of ParameterGroup
+        What they update, and the states.
     facts : mapping
         What must be the same where the fit goes on: ``samples``, ``batch_size`` and others.
     history : History or GANHistory
@@ -79,11 +81,12 @@ class Checkpoints:
         path: Path | None,
         model: files.Saved,
         optimizers: Mapping[str, Optimizer],
+        groups: Sequence[ParameterGroup],
         facts: dict[str, Any],
         history: Any,
         start: Position,
     ) -> None:
-        self._path, self._model, self._optimizers, self._facts = path, model, optimizers, facts
+        self._path, self._model, self._optimizers, self._groups, self._facts = path, model, optimizers, groups, facts
         self._history = history
         # As they were given: a callback may change them.
         self._given = {} if path is None else self._settings()
@@ -161,6 +164,8 @@ class Checkpoints:
         for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
             for array, value in zip(target.parameters, source.parameters, strict=True):
                 array[...] = value
+        for group in self._groups:
+            group.keep()
         for mine, theirs in states:
             mine.steps = theirs.steps
             for array, value in zip(mine.arrays, theirs.arrays, strict=True):
@@ -185,10 +190,12 @@ class Checkpoints:
 
     def _states(self, optimizers: Mapping[str, files.Described]) -> Any:
         """The state of each parameter, and the one of the file."""
-        for argument, params in self._model._trained(self._optimizers).items():
-            for name, param in params.items():
-                mine, theirs = self._optimizers[argument]._states.get(param), optimizers[argument][1][name]
-                if mine is None or not theirs.fits(param) or len(mine.arrays) != len(theirs.arrays):
+        pairs = (pair for group in self._groups for pair in zip(group.params, group.states, strict=True))
+        here = {id(param): state for param, state in pairs}
+        for argument, networks in self._model._trained(self._optimizers).items():
+            for name, param in (item for params in networks for item in params.items()):
+                mine, theirs = here[id(param)], optimizers[argument][1][name]
+                if not theirs.fits(param) or len(mine.arrays) != len(theirs.arrays):
                     raise ValueError(f"the state of {name} in {argument} does not fit")
                 yield mine, theirs
 

@@ -18,7 +18,7 @@ from .._files import replacing
 from . import _checks as checks
 from . import safetensors
 from .dense import Dense
-from .optimizers import Optimizer, State, States, as_optimizer, make_optimizer
+from .optimizers import Optimizer, State, States, as_optimizer, fingerprint, make_optimizer
 
 Array = NDArray[Any]
 
@@ -147,7 +147,8 @@ def optimizers_of(tensors: dict[str, Array], extra: dict[str, Any]) -> dict[str,
                 arrays.append(array)
             if any((array.shape, array.dtype) != (value.shape, value.dtype) for array in arrays):
                 raise ValueError(f"the optimizer's state of {name} has another shape or dtype than {name}")
-            states[name] = State(value.shape, value.dtype, tuple(arrays), checks.whole_number(steps, "steps", 0))
+            count = checks.whole_number(steps, "steps", 0)
+            states[name] = State(value.shape, value.dtype, tuple(arrays), count, fingerprint(value))
         found[argument] = make_optimizer(**optimizer["settings"]).settings(), states
     return found
 
@@ -176,9 +177,9 @@ class Saved(ABC):
     def _parts(self) -> dict[str, Dense]:
         """All stacks of layers, by the prefix of their tensors' names."""
 
-    def _trained(self, arguments: Collection[str]) -> dict[str, dict[str, Array]]:
-        """What each optimizer among the arguments of `fit` updates, in the order of first use: parameters by name."""
-        return {"optimizer": named_tensors(self._parts()[""])}
+    def _trained(self, arguments: Collection[str]) -> dict[str, list[dict[str, Array]]]:
+        """What each optimizer among the arguments of `fit` updates: of each network the parameters by name."""
+        return {"optimizer": [named_tensors(self._parts()[""])]}
 
     def _streams(self) -> dict[str, np.random.Generator]:
         """The random streams, by name."""
@@ -225,10 +226,11 @@ class Saved(ABC):
         for prefix, dense in self._parts().items():
             tensors |= named_tensors(dense, prefix)
         described = {}
-        for argument, params in self._trained(optimizers).items() if optimizers else ():
-            optimizer = as_optimizer(optimizers[argument], argument)
-            states = optimizer._states.of(list(params.values()), optimizer._arrays_per_parameter)
-            by_name = dict(zip(params, states, strict=True))
+        for argument, networks in self._trained(optimizers).items() if optimizers else ():
+            optimizer, by_name = as_optimizer(optimizers[argument], argument), dict[str, State]()
+            for params in networks:
+                states = optimizer._states.find(list(params.values()), optimizer._arrays_per_parameter)
+                by_name |= zip(params, states, strict=True)
             for name, state in by_name.items():
                 tensors |= {f"{OPTIMIZER}{name}.{i}": array for i, array in enumerate(state.arrays)}
             steps = {name: state.steps for name, state in by_name.items()}

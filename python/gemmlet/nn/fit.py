@@ -327,15 +327,15 @@ class Training:
         self._orders = Ahead(model._shuffle if settings.shuffle else None, sample_order)
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
+        self._arrays = [array for arrays in model._parameters.values() for array in arrays]
+        self._check_writeable()
         self.at = self._start_of(1, len(plan.losses))
         facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts["validation_data"] = validate is not None
-        self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, facts, history, self.at)
+        self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, groups, facts, history, self.at)
         if settings.resume is not None:
             self.at = self._checkpoints.resume(settings.resume, settings.epochs)
         self.parameters = [p for network in range(len(plan.networks)) for p in plan.parameters(network)]
-        self._arrays = [array for arrays in model._parameters.values() for array in arrays]
-        self._check_writeable()
         self._held = held(*self._arrays)  # nobody can resize them until the end
         started = time.perf_counter()
         # Until all samples have been used, how it was before the first of them is kept, too: they may be refused.
@@ -544,7 +544,7 @@ class _Copy:
 
     def _note(self, source: Training) -> None:
         self._position, self._steps = source.at.copy(), source.model.steps
-        self._updates = [[state.steps for state in group.states] for group in source.groups]
+        self._updates = [(group.is_kept, [state.steps for state in group.states]) for group in source.groups]
         self._streams = {name: rng.bit_generator.state for name, rng in source.model._streams().items()}
 
     def restore(self, to: Training) -> None:
@@ -553,7 +553,9 @@ class _Copy:
         for array, copy in self._pairs:
             array[...] = copy
         to.at, to.model.steps = at.copy(), self._steps
-        for group, steps in zip(to.groups, self._updates, strict=True):
+        for group, (was_kept, steps) in zip(to.groups, self._updates, strict=True):
+            if group.is_kept and not was_kept:
+                group.release()
             for state, count in zip(group.states, steps, strict=True):
                 state.steps = count
         for name, rng in to.model._streams().items():

@@ -427,11 +427,11 @@ class GAN(Trainable):
         parts = {"generator.": self._generator, "discriminator.": self._discriminator}
         return parts | ({"average.": self._average} if self.ema_decay else {})
 
-    def _trained(self, arguments: Collection[str]) -> dict[str, dict[str, Array]]:
+    def _trained(self, arguments: Collection[str]) -> dict[str, list[dict[str, Array]]]:
         generator, discriminator = (files.named_tensors(d, prefix) for prefix, d in list(self._parts().items())[:2])
         if "discriminator_optimizer" in arguments:
-            return {"optimizer": generator, "discriminator_optimizer": discriminator}
-        return {"optimizer": generator | discriminator}
+            return {"optimizer": [generator], "discriminator_optimizer": [discriminator]}
+        return {"optimizer": [generator, discriminator]}
 
     def save(
         self, file: files.Target, optimizer: Optimizer | None = None, discriminator_optimizer: Optimizer | None = None

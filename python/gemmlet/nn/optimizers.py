@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -31,23 +32,38 @@ _ONE = np.ones(1)
 
 @dataclass(eq=False)
 class State:
-    """What an optimizer keeps for one parameter, of this shape and dtype."""
+    """What an optimizer keeps for one parameter, of this shape and dtype.
+
+    Attributes
+    ----------
+    values : bytes
+        Of one that waits, or waited: the `fingerprint` of its parameter.
+    source : State, optional
+        The one that waits and that this is a copy of.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     arrays: tuple[Array, ...]
     steps: int = 0
+    values: bytes = b""
+    source: State | None = None
 
     def fits(self, param: Array) -> bool:
         """Whether it may be that of `param`."""
         return (self.shape, self.dtype) == (param.shape, param.dtype)
 
 
+def fingerprint(param: Array) -> bytes:
+    """What tells the values of a parameter from others of its shape and dtype."""
+    return hashlib.blake2b(np.ascontiguousarray(param).data, digest_size=16).digest()
+
+
 class States:
     """The states of an optimizer in the order of their first use, each as long as its parameter lives.
 
-    A copy, or what was pickled, has no parameters yet, and its states wait: the first parameters that are asked for
-    and fit take them over.
+    A copy, or what was pickled, has no parameters yet, and its states wait for copies of them: parameters of the same
+    values. What they would take over is theirs once they are updated; until then nothing changes.
     """
 
     def __init__(self, waiting: Iterable[State] = ()) -> None:
@@ -57,7 +73,9 @@ class States:
 
     def __reduce__(self) -> tuple[Any, ...]:
         with self._lock:
-            return States, ([*self.values(), *self._waiting],)
+            living = ((reference(), state) for reference, state in list(self._of.values()))
+            copied = [replace(state, values=fingerprint(param)) for param, state in living if param is not None]
+            return States, ([*copied, *self._waiting],)
 
     def __len__(self) -> int:
         return len(self._of) + len(self._waiting)
@@ -71,8 +89,23 @@ class States:
         found = self._of.get(id(param))
         return found[1] if found is not None and found[0]() is param else None
 
-    def set(self, param: Array, state: State) -> None:
-        """From now on `state` is that of `param`."""
+    def keep(self, params: Sequence[Array], states: Sequence[State]) -> None:
+        """From now on the states are those of the parameters, which `find` has found for them."""
+        with self._lock:
+            taken = [state.source for state in states]
+            self._waiting = [state for state in self._waiting if state not in taken]
+            for param, state in zip(params, states, strict=True):
+                state.source = None
+                self._set(param, state)
+
+    def release(self, params: Sequence[Array], states: Sequence[State]) -> None:
+        """Undo `keep`; the states and the parameters are as they were."""
+        with self._lock:
+            for param in params:
+                self._of.pop(id(param), None)
+            self._waiting = [*(state for state in states if state.values), *self._waiting]
+
+    def _set(self, param: Array, state: State) -> None:
         mine, key = weakref.ref(self), id(param)
 
         def forget(reference: weakref.ref[Array]) -> None:
@@ -82,22 +115,24 @@ class States:
 
         self._of[key] = weakref.ref(param, forget), state
 
-    def of(self, params: Sequence[Array], arrays: int) -> list[State]:
+    def find(self, params: Sequence[Array], arrays: int) -> list[State]:
         """Those of parameters that belong together; new ones have so many arrays of zeros."""
         with self._lock:
-            new = [param for param in params if self.get(param) is None]
-            for param, state in zip(new, self._take_over(new, arrays), strict=True):
-                self.set(param, state)
-            return [found for param in params if (found := self.get(param)) is not None]
+            known = [self.get(param) for param in params]
+            new = iter(self._new([p for p, state in zip(params, known, strict=True) if state is None], arrays))
+            return [next(new) if state is None else state for state in known]
 
-    def _take_over(self, params: Sequence[Array], arrays: int) -> list[State]:
-        """Consecutive states that wait and fit, no longer waiting; or new ones."""
+    def _new(self, params: Sequence[Array], arrays: int) -> list[State]:
+        """Copies of consecutive states that wait for these parameters, or for most of them; or zeros."""
+        best, found = 0, list[State]()
+        prints = [fingerprint(param) for param in params] if self._waiting else []
         for first in range(len(self._waiting) - len(params) + 1 if params else 0):
-            some = slice(first, first + len(params))
-            if all(map(State.fits, self._waiting[some], params)):
-                found = [replace(s, arrays=tuple(map(aligned_copy, s.arrays))) for s in self._waiting[some]]
-                del self._waiting[some]
-                return found
+            some = self._waiting[first : first + len(params)]
+            equal = sum(state.values == its for state, its in zip(some, prints, strict=True))
+            if equal > best and all(map(State.fits, some, params)):
+                best, found = equal, some
+        if found:
+            return [replace(s, arrays=tuple(map(aligned_copy, s.arrays)), source=s) for s in found]
         zeros = [tuple(aligned_zeros(param.shape, param.dtype) for _ in range(arrays)) for param in params]
         return [State(param.shape, param.dtype, state) for param, state in zip(params, zeros, strict=True)]
 
@@ -110,11 +145,11 @@ class Optimizer(ABC):
     that exists, and so one object may serve several networks, in several threads too. `fit` continues with the state
     of an object that it is given.
 
-    A deep copy, and what pickle or joblib make of an optimizer, has the states too, in the order in which they were
-    first used, but no parameters: the first ones that it is given and whose shapes and dtypes fit, those of a network
-    as a whole, take them over. So a copy goes on with a copy of the network, with the same bits. What fits nothing
-    starts anew. (`copy.copy` makes an optimizer that shares the states, with settings of its own; that of a
-    `ClipNorm` shares the optimizer.)
+    A deep copy, and what pickle or joblib make of an optimizer, has the states too, but no parameters: copies of the
+    parameters, those of a network as a whole, take them over when they are first updated. So a copy goes on with a copy
+    of any network that the optimizer has served, with the same bits. What tells a copy are the values, of which not all
+    may have changed between; other parameters start anew. (`copy.copy` makes an optimizer that shares the states, with
+    settings of its own; that of a `ClipNorm` shares the optimizer.)
 
     Attributes
     ----------
@@ -158,9 +193,12 @@ class Optimizer(ABC):
             raise TypeError(f"param must be a NumPy array, got {type(param).__name__}")
         lr = arguments.number(self.lr, "lr", low=0.0) * lr_factor  # which the kernel checks
         with deferred_signals():
-            state = self._states.get(param) or self._states.of([param], self._arrays_per_parameter)[0]
+            known = self._states.get(param)
+            state = known or self._states.find([param], self._arrays_per_parameter)[0]
             self._apply(param, grad, state.arrays, state.steps + 1, lr)
             state.steps += 1
+            if known is None:
+                self._states.keep([param], [state])
 
     def _rates(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
         """The learning rates of steps with these factors, checked: a product may be too large."""
@@ -170,11 +208,11 @@ class Optimizer(ABC):
 
     def group(self, params: Sequence[Array]) -> ParameterGroup:
         """Parameters to be updated together, in each step of a plan; their state is this optimizer's."""
-        states = self._states.of(params, self._arrays_per_parameter)
+        states = self._states.find(params, self._arrays_per_parameter)
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
         rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(_ONE))
-        return ParameterGroup(self, rule, states)
+        return ParameterGroup(self, rule, params, states)
 
     def fresh(self) -> Self:
         """Return an optimizer with the same settings and no state."""
@@ -205,6 +243,7 @@ class ParameterGroup(NamedTuple):
 
     optimizer: Optimizer
     rule: str
+    params: Sequence[Array]
     states: list[State]
     max_norm: float | None = None  # as in `Update`
 
@@ -217,8 +256,23 @@ class ParameterGroup(NamedTuple):
 
     def advance(self, steps: int) -> None:
         """Take note that `steps` updates were done."""
+        if not self.is_kept:
+            self.keep()
         for state in self.states:
             state.steps += steps
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the states are the optimizer's: before the first update they are not, as a fit may be refused."""
+        return self.optimizer._states.get(self.params[0]) is self.states[0]
+
+    def keep(self) -> None:
+        """Make the states the optimizer's."""
+        self.optimizer._states.keep(self.params, self.states)
+
+    def release(self) -> None:
+        """Undo that, once the states are as they were then."""
+        self.optimizer._states.release(self.params, self.states)
 
 
 @dataclass
