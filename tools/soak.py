@@ -169,6 +169,8 @@ def fork_part(seconds: float, rng: np.random.Generator, tried: Counter[str]) -> 
 
 def signals_part(seconds: float, rng: np.random.Generator, tried: Counter[str]) -> None:
     """Storms of Ctrl-C during fit: it ends, its parameters are finite, and training goes on."""
+    model, x, y = task(rng)
+    model.fit(x, y, epochs=1)  # what is imported first: within an import Python may drop a Ctrl-C
     for _ in until(seconds):
         gemmlet.set_num_threads(int(rng.integers(1, 4)))
         model, x, y = task(rng)
