@@ -171,27 +171,31 @@ def signals_part(seconds: float, rng: np.random.Generator, tried: Counter[str]) 
     """Storms of Ctrl-C during fit: it ends, its parameters are finite, and training goes on."""
     model, x, y = task(rng)
     model.fit(x, y, epochs=1)  # what is imported first: within an import Python may drop a Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for _ in until(seconds):
         gemmlet.set_num_threads(int(rng.integers(1, 4)))
         model, x, y = task(rng)
         gaps = rng.exponential(0.002, int(rng.integers(1, 30)))
+        started, start = os.pipe()  # a fork drops the signals that come before its first line
 
-        def act(model: MLP = model, x: Any = x, y: Any = y) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        def act(model: MLP = model, x: Any = x, y: Any = y, start: int = start) -> None:
             try:
+                os.write(start, b"!")
                 model.fit(x, y, epochs=1_000_000_000, batch_size=8)
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             assert all(np.isfinite(parameter).all() for parameter in model.parameters), "parameters that are not finite"
             model.fit(x, y, epochs=1)
 
-        def storm(child: int, gaps: Any = gaps) -> None:
-            time.sleep(0.02)
+        def storm(child: int, gaps: Any = gaps, started: int = started) -> None:
+            os.read(started, 1)
             for gap in gaps:
                 time.sleep(gap)
                 os.kill(child, signal.SIGINT)  # until it is waited for it has its process ID
 
         in_fork(act, storm)
+        os.close(started)
+        os.close(start)
         tried["storms"] += 1
         tried["signals"] += len(gaps)
 
