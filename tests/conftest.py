@@ -103,9 +103,9 @@ def _loaded_or_skipped(spec: Spec) -> NumpyBackend:
         pytest.skip(reason)
 
 
-# The files that take a minute or more, the longest first; after them those with many tests. A process takes a whole file
-# at a time: none is left with a long one at the end.
-LONGEST = ("cuda_compile", "cuda_mutants", "fused", "cli", "documents")
+# The files that take longest, in this order; after them come those with many tests. A process takes a whole file at a
+# time, and none shall be left with a long one at the end.
+LONGEST = ("cuda_compile", "fused", "cli", "documents", "cuda_mutants")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -329,7 +329,9 @@ class Training:
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
         self._arrays = [array for arrays in model._parameters.values() for array in arrays]
         self._check_writeable()
-        self.at = self._start_of(1, len(plan.losses))
+        losses = plan.losses
+        self._has_classes = losses[0].has_classes
+        self.at = self._start_of(1, len(losses))
         facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts["validation_data"] = validate is not None
         self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, groups, facts, history, self.at)
@@ -349,9 +351,9 @@ class Training:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs:
                     self._epoch(self._orders.take(self._n))
-            with deferred_signals():
-                self._check()
-                if self._checkpoints.is_missing(self.at):
+            self._check()
+            if self._checkpoints.is_missing(self.at):
+                with deferred_signals():
                     self._checkpoints.write(self.at)
             if self.at.seen:
                 unknown = {} if self._validate is None else dict.fromkeys(VALIDATION, math.nan)
@@ -392,8 +394,7 @@ class Training:
                 told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
                 settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
             if self._checkpoints.is_due(self.at, epoch_done=done):
-                with deferred_signals():
-                    self._check()
+                self._check()
                 self._checkpoints.write(self.at)
 
     def _call(self, order: Array) -> None:
@@ -453,7 +454,7 @@ class Training:
 
     def _metrics(self) -> dict[str, float]:
         # Without classes no row is correct: what is said of it is NaN.
-        correct = self.at.correct if self._plan.losses[0].has_classes else math.nan
+        correct = self.at.correct if self._has_classes else math.nan
         return self.model._metrics(self.at.sums, correct, self.at.seen)
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -477,7 +478,7 @@ class Training:
     # What to go back to.
 
     def _check(self) -> None:
-        """Raise if parameters are not finite; signals are deferred."""
+        """Raise if parameters are not finite."""
         self._backend.write_back(self._plan)
         if not self._is_finite():
             epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)
@@ -500,7 +501,8 @@ class Training:
         """Go back, and say why: because of samples or targets that are not finite, if there are some."""
         targets = (loss.targets for loss in self._plan.losses if isinstance(loss.targets, np.ndarray))
         spoilt = self._samples.not_finite() or next(filter(None, (not_finite(t, "y") for t in targets)), None)
-        self._undo(self._start if spoilt else self._good)
+        with deferred_signals():
+            self._undo(self._start if spoilt else self._good)
         if spoilt:
             raise ValueError(spoilt)
         if not self._is_finite():  # from the beginning
