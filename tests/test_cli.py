@@ -39,6 +39,7 @@ from PIL import Image  # noqa: E402
 
 from gemmlet.bench.suite import BLAS_VARIABLES  # noqa: E402
 from gemmlet.cli import plots, train_mlp, training  # noqa: E402
+from gemmlet.cli.signals import STOPS  # noqa: E402
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = mnist.SHA256
 MLP_PICTURES = {
@@ -79,7 +80,7 @@ VARIABLES += BLAS_VARIABLES
 def process_restored():
     """Undo what the command line does to the process: the backend, the threads of the kernels and of the BLAS."""
     backend, threads = select._current, gemmlet.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in training.STOPS}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     with pytest.MonkeyPatch.context() as patch, threadpoolctl.threadpool_limits():
         for variable in VARIABLES:
             patch.delenv(variable, raising=False)
@@ -122,9 +123,13 @@ def few(tmp_path):
 
 
 def call(*words):
-    """Run the command in this process and return its exit status."""
+    """Run the command in this process and return its exit status; signals are as before, as in the next process."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     with pytest.raises(SystemExit) as caught:
         cli.main([str(word) for word in words])
+    assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOPS)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return caught.value.code
 
 
@@ -1088,9 +1093,83 @@ def test_impatient_ctrl_c(digits, tmp_path, network):
             time.sleep(0.05)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err in ("", "gemmlet: interrupted\n")
+    assert err in ("", "gemmlet: interrupted; what was learnt is saved\n")
     assert metrics_of(out)["epochs_done"] >= 3
     assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "model.safetensors").steps > 0
+
+
+# Runs the command in forked processes, which import some modules anew, and sends signals after more and more calls of
+# functions; the first process gets none. Pictures, which take most of the time, are not drawn.
+STORM = """
+import json, os, signal, sys, time, types
+from pathlib import Path
+import matplotlib, rich.progress, rich.table, sklearn.metrics, typer
+from gemmlet import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.modules["gemmlet.cli.plots"] = plots = types.ModuleType("plots")
+plots.__getattr__ = lambda name: lambda *arguments: None
+PATTERNS = [[signal.SIGINT] * 5, [signal.SIGTERM, signal.SIGINT], [signal.SIGHUP] * 2, [signal.SIGINT, signal.SIGTERM]]
+folder, count, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+
+def run(out, at, ready):
+    calls = 0
+    def trace(*_):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.write(ready, b".")
+    for number, name in (1, out), (2, f"{out}-err"):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    for name in "app", "train_mlp", "train_gan", "training", "evaluation", "files", "info":
+        sys.modules.pop(f"gemmlet.cli.{name}", None)
+    for name in [name for name in sys.modules if name.startswith("rich.")]:
+        del sys.modules[name]
+    sys.settrace(trace)
+    try:
+        cli.main([*words, "--out", f"{out}-run"])
+    finally:
+        if at < 0:
+            os.write(ready, str(calls).encode())
+
+total = -1
+for i in range(count):
+    out, signals = f"{folder}/{i}", PATTERNS[i % len(PATTERNS)]
+    begun, ready = os.pipe()
+    if not (child := os.fork()):
+        run(out, total * i // count if i else -1, ready)
+    os.close(ready)
+    if told := os.read(begun, 99):
+        total = int(told) if i == 0 else total
+        for number in signals if i else ():
+            os.kill(child, number)
+            # Of two that wait for a process that does not run nobody knows which was the first.
+            time.sleep(0.001 * i if len(set(signals)) == 1 else 0.1)
+    status = os.waitpid(child, 0)[1]
+    told = Path(out).read_text(), Path(f"{out}-err").read_text()
+    print(json.dumps([signals[0], os.waitstatus_to_exitcode(status), *told]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_signals_at_any_moment(digits, tmp_path, network):
+    """The exit status is that of the first one, and what is said to be saved is."""
+    words = "train", network, "--data-dir", digits, "--hidden", 8, "--epochs", 3
+    command = [sys.executable, "-c", STORM, *map(str, (tmp_path, 12, *words))]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    assert len(lines) == 12
+    ends = set()
+    for i, line in enumerate(lines):
+        first, status, out, err = json.loads(line)
+        ended = f"Model, metrics and pictures: {tmp_path / str(i)}-run\n" in out
+        assert status == 128 + first or (ended and status == 0), line
+        assert err in ("", "gemmlet: interrupted\n", "gemmlet: interrupted; what was learnt is saved\n")
+        saved = "what was learnt is saved" in out + err
+        assert saved or ended or err
+        if saved or ended:
+            path = tmp_path / f"{i}-run" / "model.safetensors"
+            assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(path).steps > 0
+        ends.add((saved, ended))
+    assert len(ends) > 2
 
 
 def test_hangup_that_is_ignored(digits, tmp_path):
@@ -1144,7 +1223,6 @@ def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
     whole, out = uninterrupted(network), tmp_path / "out"
     press(6 if network == "mlp" else 3)
     assert call(*long_run(network, digits, out)) == 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the next process
     press(5 if network == "mlp" else 2)
     assert call("train", network, "--resume", out) == 130
     assert call("train", network, "--resume", out) == 0
@@ -1349,7 +1427,7 @@ def test_second_ctrl_c(digits, tmp_path, press, capsys, monkeypatch, network, fi
 
     monkeypatch.setattr(plots.Figure, "savefig", pressed)
     assert call("train", network, "--data-dir", digits, "--hidden", 8, "--out", tmp_path) == 130
-    assert error_line(capsys) == "gemmlet: interrupted\n"
+    assert error_line(capsys) == "gemmlet: interrupted; what was learnt is saved\n"
     assert (tmp_path / first).read_text() == "of an earlier run"
     assert not list(tmp_path.glob(".*"))
     # What came before is whole.

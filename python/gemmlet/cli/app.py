@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -152,9 +151,7 @@ def _add_training(
         classic: bool = typer.Option(False, "--classic", help=texts.classic),
     ) -> int:
         given = locals()
-        return _uninterrupted(
-            run, training.Options(**{field.name: given[field.name] for field in fields(training.Options)})
-        )
+        return run(training.Options(**{field.name: given[field.name] for field in fields(training.Options)}))
 
     train_app.command(name, help=texts.command)(command)
 
@@ -244,19 +241,7 @@ def _bench(
     Peers that are not installed are left out; they come with the extra bench.
     """
     options = locals()
-    return _uninterrupted(bench.run, bench.Options(**options))
-
-
-Given = TypeVar("Given")
-
-
-def _uninterrupted(command: Callable[[Given], int], options: Given) -> int:
-    try:
-        return command(options)
-    except KeyboardInterrupt as error:
-        # Typer would make of it what depends on its version.
-        number = error.args[0] if error.args else signal.SIGINT
-        raise UserError("interrupted", code=128 + number) from None
+    return bench.run(bench.Options(**options))
 
 
 def run(words: list[str]) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from ..data import Mnist, load_mnist
 from ..formulas.activations import ACTIVATIONS
 from . import files, info
 from .errors import UserError
+from .signals import Interrupted, stops
 
 Array = NDArray[Any]
 Kept = TypeVar("Kept", nn.History, nn.GANHistory)
@@ -34,9 +34,6 @@ MODEL, METRICS, OPTIONS, CHECKPOINT = "model.safetensors", "metrics.json", "opti
 
 # What of a line with a bar is no figures: five characters of it, the time left, and the spaces between.
 _REST_OF_BAR = 5 + 7 + 3
-
-# What ends a training early; what was learnt is saved then.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -238,7 +235,7 @@ class Watch:
     """Follows a training: shows how far it is, ends it at a signal, and keeps what was learnt.
 
     The first of `STOPS` ends the training, and more of them change nothing until model and metrics are saved. From then
-    on one raises `KeyboardInterrupt`. What fails after that, a picture say, is kept for the end.
+    on one ends the command. What fails after that, a picture say, is kept for the end.
 
     Attributes
     ----------
@@ -264,8 +261,6 @@ class Watch:
             )
         self.resumes = resume is not None
         self.more_epochs = 0.0
-        self._stop: int | None = None
-        self._is_saved = self._is_ending = False
         self._problems: list[str] = []
         self._epochs: list[nn.Progress | nn.GANProgress] = []  # those that were completed
         self._last: nn.Progress | nn.GANProgress | None = None
@@ -324,26 +319,12 @@ class Watch:
                 self._say(f"Replacing the training in {out}")
             files.write_json(out / OPTIONS, self._options)
             self._lock = stack.pop_all()
-        # A program that was started with a signal ignored, by nohup for one, keeps ignoring it.
-        handlers = {number: signal.getsignal(number) for number in STOPS}
-        self._handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-        for number in self._handlers:
-            signal.signal(number, self._handle)
+        stops.are_noted = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            # One signal has said it: no other may change the exit status of the process, which ends now.
-            signal.signal(number, handler if self._stop is None else signal.SIG_IGN)
+        stops.are_noted = False
         self._lock.close()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._is_ending:
-            return
-        self._is_ending = self._is_saved
-        self._stop = self._stop or number
-        if self._is_saved:
-            raise KeyboardInterrupt(self._stop)
 
     def fit(self, model: nn.MLP | nn.GAN, fit: Callable[..., Kept], kind: type[Kept]) -> Kept:
         """Train `model` with its `fit`, save it and what is known of the training, and return the history.
@@ -380,8 +361,8 @@ class Watch:
         self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
         self._facts["history"] = {name: [_finite(v) for v in getattr(history, name)] for name in lists}
         self.write_metrics({})
-        self._is_saved = True
-        if self._stop is not None:
+        stops.message, stops.are_noted = "interrupted; what was learnt is saved", False
+        if stops.first is not None:
             self.console.print("Interrupted: what was learnt is saved. Ctrl-C leaves out what is left to do.")
         return history
 
@@ -403,7 +384,7 @@ class Watch:
             self._say(f"epoch {progress.epoch}/{progress.epochs}  {'  '.join(shown)}")
         if progress.epoch_done:
             self._epochs.append(progress)
-        if self._stop is not None and done < batches:
+        if stops.first is not None and done < batches:
             raise nn.StopTraining
 
     def _fitting(self, shown: Sequence[str]) -> str:
@@ -432,6 +413,8 @@ class Watch:
         try:
             yield
         except Exception as error:
+            if stops.have_raised:  # this is what a module that was being imported has made of it
+                raise Interrupted from error
             reason = str(error) or type(error).__name__
             self._problems.append(f"the model is saved, but not all that belongs to it; {what}: {reason}")
 
@@ -481,11 +464,10 @@ class Watch:
     def end(self) -> int:
         """Say where the results are, and return the exit status; `UserError` if something failed."""
         self._say(f"Model, metrics and pictures: {self.settings.out}")
-        status = 0 if self._stop is None else 128 + self._stop
         if self._problems:
             others = f" (and {len(self._problems) - 1} more)" if len(self._problems) > 1 else ""
-            raise UserError(self._problems[0] + others, status or 1)
-        return status
+            raise UserError(self._problems[0] + others, 1)
+        return 0
 
 
 def _finite(value: float) -> float | None:
