@@ -26,6 +26,7 @@ from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
+from gemmlet.nn import files as network_files
 from gemmlet.nn import fit
 
 for package in ("typer", "rich", "matplotlib", "sklearn"):
@@ -49,7 +50,7 @@ MLP_PICTURES = {
     "worst_mistakes.png": (1050, None),  # as high as there are mistakes
 }
 GAN_PICTURES = {"loss_curves.png": (840, 504), "class_shares.png": (840, 456), "samples.png": (604, 632)}
-RUN_FILES = {"model.safetensors", "metrics.json", "options.json", "checkpoint.safetensors"}
+RUN_FILES = {"model.safetensors", "metrics.json", "checkpoint.safetensors"}
 EVERYWHERE = {"seconds", "backend", "isa", "threads", "interrupted", "epochs_done", "epochs", "seed", "data", "history"}
 
 
@@ -1229,24 +1230,28 @@ def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
     check_same(out, whole)
 
 
-# Ends the process as if it were killed from outside, with what it has written until then.
+# Ends the process as if it were killed from outside, in this epoch, with what it has written until then.
 KILLED = """
 import os, signal
 from gemmlet.cli import training
 see = training.Watch.see
 def killed(self, progress, figures):
     see(self, progress, figures)
-    if progress.epoch == 4:
+    if progress.epoch == {epoch}:
         os.kill(os.getpid(), signal.SIGKILL)
 training.Watch.see = killed
 """
 
 
+def kill_in_epoch(epoch, *words):
+    command = [sys.executable, "-c", KILLED.format(epoch=epoch) + COMMAND, *map(str, words)]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("network", ["mlp", "gan"])
 def test_resume_after_kill(digits, tmp_path, uninterrupted, network):
     whole, out = uninterrupted(network), tmp_path / "out"
-    command = [sys.executable, "-c", KILLED + COMMAND, *map(str, long_run(network, digits, out))]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+    kill_in_epoch(4, *long_run(network, digits, out))
     assert not (out / "model.safetensors").exists()
     model = {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "checkpoint.safetensors")
     assert model.steps > 0
@@ -1268,14 +1273,71 @@ def test_resume_with_more_epochs(digits, tmp_path, network):
     assert without(a, "seconds", "threads") == without(b, "seconds", "threads")
 
 
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_resume_before_anything_was_learnt(digits, tmp_path, uninterrupted, network):
+    whole, out = uninterrupted(network), tmp_path / "out"
+    kill_in_epoch(1, *long_run(network, digits, out))
+    assert call("train", network, "--resume", out) == 0
+    check_same(out, whole)
+
+
+def test_a_new_training_that_is_killed_leaves_the_old_one(digits, tmp_path, uninterrupted):
+    """With its options, as long as the new one has no checkpoint; from then on the new one's hold."""
+    whole, out = uninterrupted("mlp"), tmp_path / "out"
+    kill_in_epoch(4, *long_run("mlp", digits, out))
+    other = "train", "mlp", "--data-dir", digits, "--epochs", 3, "--seed", 9, "--classic", "--out", out
+    kill_in_epoch(1, *other)
+    copied = shutil.copytree(out, tmp_path / "copied")
+    assert call("train", "mlp", "--resume", out) == 0
+    check_same(out, whole)
+    kill_in_epoch(2, *other[:-1], copied)
+    assert call("train", "mlp", "--resume", copied) == 0
+    assert (metrics_of(copied)["epochs_done"], metrics_of(copied)["seed"], metrics_of(copied)["classic"]) == (
+        3,
+        9,
+        True,
+    )
+
+
+def test_a_resume_that_fails_records_nothing(tmp_path, capsys, uninterrupted):
+    """Of the epochs that it was to have, say."""
+    out = shutil.copytree(uninterrupted("mlp"), tmp_path / "out")
+    path = out / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    half = bytearray(whole)
+    half[-100:] = bytes(50)
+    path.write_bytes(half)
+    before = {name: (out / name).read_bytes() for name in names_in(out)}
+    capsys.readouterr()
+    assert call("train", "mlp", "--resume", out, "--epochs", 9) == 2
+    assert f"--resume {out}: {path} is corrupt" in error_line(capsys)
+    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
+    path.write_bytes(whole)
+    assert call("train", "mlp", "--resume", out) == 0
+    assert metrics_of(out)["epochs"] == 6
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
 @pytest.mark.usefixtures("no_pictures")
-def test_resume_before_anything_was_learnt(digits, tmp_path, uninterrupted):
-    assert call(*long_run("mlp", digits, tmp_path / "out")) == 0
-    (tmp_path / "out" / "checkpoint.safetensors").unlink()
-    assert call("train", "mlp", "--resume", tmp_path / "out") == 0
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
-        uninterrupted("mlp") / "model.safetensors"
-    ).read_bytes()
+def test_a_resumed_training_that_diverges_has_the_whole_history(digits, tmp_path, monkeypatch, network):
+    words = "train", network, "--data-dir", digits, "--hidden", 8, "--out", tmp_path / "out", "--epochs"
+    assert call(*words, 4) == 0
+    before = metrics_of(tmp_path / "out")["history"]
+    monkeypatch.setattr(fit, "_next_copy", lambda now: now)
+    see = training.Watch.see
+
+    def spoil(self, progress, figures):
+        see(self, progress, figures)
+        if progress.epoch == 6:
+            self.settings.optimizer.lr = 1e39
+
+    monkeypatch.setattr(training.Watch, "see", spoil)
+    assert call("train", network, "--resume", tmp_path / "out", "--epochs", 9) == 1
+    metrics = metrics_of(tmp_path / "out")
+    assert 5 <= metrics["epochs_done"] <= 6
+    for name, values in metrics["history"].items():
+        assert len(values) == metrics["epochs_done"]
+        assert network == "mlp" or values[:4] == before[name]  # the MLP's rate falls otherwise
 
 
 @pytest.mark.parametrize(
@@ -1303,24 +1365,39 @@ def test_resume_with_other_options(tmp_path, capsys, uninterrupted, words, named
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("options.json", None), ("options.json", "half"), ("options.json", "[]"), ("checkpoint.safetensors", "half")],
+    ("content", "message"),
+    [
+        (None, "there is no checkpoint.safetensors, which gemmlet train leaves"),
+        (b"half", "out/checkpoint.safetensors is corrupt, or no file of a gemmlet MLP: it is truncated"),
+        ({}, "the options in checkpoint.safetensors cannot be used (KeyError('images_crc32'))"),
+        ([], "the options in checkpoint.safetensors cannot be used"),
+        ({"epochs": "x"}, "the options in checkpoint.safetensors cannot be used (ValueError(\"epochs is 'x'\"))"),
+        ({"lr": None, "more": 1}, "the options in checkpoint.safetensors cannot be used (ValueError('more'))"),
+        ({"batch_size": -1}, "--batch-size must be from 1 to 1,000,000,000, got -1"),
+    ],
+    ids=str,
 )
-def test_resume_from_what_is_no_training(tmp_path, capsys, uninterrupted, name, content):
+def test_resume_from_what_is_no_training(tmp_path, capsys, uninterrupted, content, message):
     shutil.copytree(uninterrupted("mlp"), "out")
+    path = Path("out", "checkpoint.safetensors")
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        config, tensors, extra = network_files.read(path, "MLP")
+        extra["notes"] = extra["notes"] | content if content else content
+        network_files.write(path, "MLP", config, tensors, extra)
     capsys.readouterr()
-    Path("out", name).unlink() if content is None else Path("out", name).write_text(content)
     assert call("train", "mlp", "--resume", "out") == 2
-    line = error_line(capsys)
-    assert "--resume out: " in line
-    assert name in line
+    assert message in error_line(capsys)
 
 
 def test_resume_of_the_other_network(capsys, uninterrupted):
     folder = uninterrupted("mlp")
     capsys.readouterr()
     assert call("train", "gan", "--resume", folder) == 2
-    assert "it holds a training of gemmlet train mlp" in error_line(capsys)
+    assert "it holds a MLP" in error_line(capsys)
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -271,8 +272,12 @@ def test_divergence_leaves_the_good_state(network: str, training: Any, tmp_path:
         if progress.epoch == 4:
             optimizer.lr = 1e38
 
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError) as told:
         fit(checkpoint=path, callback=callback)
+    error = pickle.loads(pickle.dumps(told.value))
+    assert (str(error), error.history) == (str(told.value), told.value.history)
+    assert {len(values) for values in lists_of(error.history).values()} <= {3, 4}
+    assert error.history.seconds > 0
     loaded = type(model).load(path)
     assert loaded.steps == model.steps
     assert all(np.isfinite(a).all() for dense in loaded._parts().values() for a in dense.parameters)

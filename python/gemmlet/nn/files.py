@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -167,6 +168,8 @@ class Saved(ABC):
     steps: int
     default_optimizer: Optimizer
     default_batch_size: int
+    # JSON that checkpoints have besides, of whoever calls `fit`.
+    _notes: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def _config(self) -> dict[str, Any]:
@@ -235,7 +238,9 @@ class Saved(ABC):
             steps = {name: state.steps for name, state in by_name.items()}
             described[argument] = {"settings": optimizer.settings(), "steps": steps}
         streams = {name: rng.bit_generator.state for name, rng in self._streams().items()}
-        extra = {"streams": streams, "optimizers": described} | ({} if fit is None else {"fit": fit})
+        extra = {"streams": streams, "optimizers": described}
+        if fit is not None:
+            extra |= {"fit": fit, "notes": dict(self._notes)}
         write(file, type(self).__name__, config, tensors, extra)
 
     @classmethod

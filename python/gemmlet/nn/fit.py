@@ -51,7 +51,19 @@ class DivergedError(ArithmeticError):
 
     The message names epoch and mini-batches, to the call of the backend. Parameters, moving averages, state of the
     optimizer, random streams and `steps` are those of one moment shortly before, when all parameters were finite.
+
+    Attributes
+    ----------
+    history : History or GANHistory
+        What `fit` would have returned, of the epochs that were complete by then.
     """
+
+    def __init__(self, message: str, history: Any) -> None:
+        super().__init__(message)
+        self.history = history
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.history)
 
 
 @dataclass
@@ -501,7 +513,8 @@ class Training:
         if spoilt:
             raise ValueError(spoilt)
         back = f"the network is as it was after {self.model.steps} steps, when it was finite"
-        raise DivergedError(f"the training diverged {where}; {back}. A smaller learning rate may help")
+        self.history.seconds = self._checkpoints.seconds
+        raise DivergedError(f"the training diverged {where}; {back}. A smaller learning rate may help", self.history)
 
     def _undo(self, copy: _Copy) -> None:
         """Go back; what is on a GPU is no longer newer than that."""
