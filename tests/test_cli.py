@@ -670,6 +670,19 @@ def test_message_says_what_was_given(digits, capsys):
     for option, value in (("--epochs", "0"), ("--lr", "-2.5"), ("--hidden", "wide"), ("--backend", "gpu")):
         assert call("train", "mlp", "--data-dir", digits, option, value) == 2
         assert value in error_line(capsys)
+    for option, value, kind in (("--epochs", "x", "integer"), ("--seed", "1.5", "integer"), ("--lr", "fast", "number")):
+        assert call("train", "mlp", "--data-dir", digits, option, value) == 2
+        assert f"{option}': '{value}' is no {kind}" in error_line(capsys)
+    assert call("bench", "--tolerance", "x") == 2
+    assert "--tolerance': 'x' is no number" in error_line(capsys)
+
+
+@pytest.mark.parametrize("words", [["train", "mlp"], ["train", "gan"], ["bench"]], ids=" ".join)
+def test_defaults_are_in_brackets_of_one_kind(capsys, words):
+    assert call(*words, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[default: " in shown
+    assert not re.search(r"\[default: \(|\[\[", shown)
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
@@ -1752,9 +1765,9 @@ def test_help_shows_the_defaults_of_one_network(capsys):
     for network in ("mlp", "gan"):
         assert call("train", network, "--help") == 0
         shown[network] = " ".join(capsys.readouterr().out.split())
-    assert "[default: (256; with --classic 128)]" in shown["mlp"]
-    assert "[default: (10)]" in shown["mlp"]
-    assert "[default: (30)]" in shown["gan"]
+    assert "[default: 256; with --classic 128]" in shown["mlp"]
+    assert "[default: 10]" in shown["mlp"]
+    assert "[default: 30]" in shown["gan"]
     assert "GAN" not in shown["mlp"]
     assert "discriminator" not in shown["mlp"]
 

@@ -215,13 +215,13 @@ class Settings:
             if not self.checkpoint.parent.is_dir():
                 raise FileNotFoundError(f"checkpoint is to be in {self.checkpoint.parent}, which is no folder")
             check_replaceable(self.checkpoint)
-        if isinstance(self.resume, bool):
+        if isinstance(self.resume, bool | np.bool_):
             if self.resume and self.checkpoint is None:
                 raise ValueError("resume=True needs checkpoint, or give resume the path")
             exists = self.checkpoint is not None and self.checkpoint.exists()
             self.resume = self.checkpoint if self.resume and exists else None
         else:
-            self.resume = checks.path(self.resume, "resume")
+            self.resume = checks.path(self.resume, "resume", "True, False or a path")
 
 
 class Trainable(Saved):
