@@ -26,6 +26,7 @@ from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
+from gemmlet.nn import files as network_files
 from gemmlet.nn import fit
 
 for package in ("typer", "rich", "matplotlib", "sklearn"):
@@ -39,6 +40,7 @@ from PIL import Image  # noqa: E402
 
 from gemmlet.bench.suite import BLAS_VARIABLES  # noqa: E402
 from gemmlet.cli import plots, train_mlp, training  # noqa: E402
+from gemmlet.cli.signals import STOPS  # noqa: E402
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = mnist.SHA256
 MLP_PICTURES = {
@@ -48,7 +50,7 @@ MLP_PICTURES = {
     "worst_mistakes.png": (1050, None),  # as high as there are mistakes
 }
 GAN_PICTURES = {"loss_curves.png": (840, 504), "class_shares.png": (840, 456), "samples.png": (604, 632)}
-RUN_FILES = {"model.safetensors", "metrics.json", "options.json", "checkpoint.safetensors"}
+RUN_FILES = {"model.safetensors", "metrics.json", "checkpoint.safetensors"}
 EVERYWHERE = {"seconds", "backend", "isa", "threads", "interrupted", "epochs_done", "epochs", "seed", "data", "history"}
 
 
@@ -79,7 +81,7 @@ VARIABLES += BLAS_VARIABLES
 def process_restored():
     """Undo what the command line does to the process: the backend, the threads of the kernels and of the BLAS."""
     backend, threads = select._current, gemmlet.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in training.STOPS}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     with pytest.MonkeyPatch.context() as patch, threadpoolctl.threadpool_limits():
         for variable in VARIABLES:
             patch.delenv(variable, raising=False)
@@ -122,9 +124,13 @@ def few(tmp_path):
 
 
 def call(*words):
-    """Run the command in this process and return its exit status."""
+    """Run the command in this process and return its exit status; signals are as before, as in the next process."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     with pytest.raises(SystemExit) as caught:
         cli.main([str(word) for word in words])
+    assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOPS)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return caught.value.code
 
 
@@ -671,6 +677,19 @@ def test_message_says_what_was_given(digits, capsys):
     for option, value in (("--epochs", "0"), ("--lr", "-2.5"), ("--hidden", "wide"), ("--backend", "gpu")):
         assert call("train", "mlp", "--data-dir", digits, option, value) == 2
         assert value in error_line(capsys)
+    for option, value, kind in (("--epochs", "x", "integer"), ("--seed", "1.5", "integer"), ("--lr", "fast", "number")):
+        assert call("train", "mlp", "--data-dir", digits, option, value) == 2
+        assert f"{option}': '{value}' is no {kind}" in error_line(capsys)
+    assert call("bench", "--tolerance", "x") == 2
+    assert "--tolerance': 'x' is no number" in error_line(capsys)
+
+
+@pytest.mark.parametrize("words", [["train", "mlp"], ["train", "gan"], ["bench"]], ids=" ".join)
+def test_defaults_are_in_brackets_of_one_kind(capsys, words):
+    assert call(*words, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[default: " in shown
+    assert not re.search(r"\[default: \(|\[\[", shown)
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
@@ -1096,9 +1115,83 @@ def test_impatient_ctrl_c(digits, tmp_path, network):
             time.sleep(0.05)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err in ("", "gemmlet: interrupted\n")
+    assert err in ("", "gemmlet: interrupted; what was learnt is saved\n")
     assert metrics_of(out)["epochs_done"] >= 3
     assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "model.safetensors").steps > 0
+
+
+# Runs the command in forked processes, which import some modules anew, and sends signals after more and more calls of
+# functions; the first process gets none. Pictures, which take most of the time, are not drawn.
+STORM = """
+import json, os, signal, sys, time, types
+from pathlib import Path
+import matplotlib, rich.progress, rich.table, sklearn.metrics, typer
+from gemmlet import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.modules["gemmlet.cli.plots"] = plots = types.ModuleType("plots")
+plots.__getattr__ = lambda name: lambda *arguments: None
+PATTERNS = [[signal.SIGINT] * 5, [signal.SIGTERM, signal.SIGINT], [signal.SIGHUP] * 2, [signal.SIGINT, signal.SIGTERM]]
+folder, count, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+
+def run(out, at, ready):
+    calls = 0
+    def trace(*_):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.write(ready, b".")
+    for number, name in (1, out), (2, f"{out}-err"):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    for name in "app", "train_mlp", "train_gan", "training", "evaluation", "files", "info":
+        sys.modules.pop(f"gemmlet.cli.{name}", None)
+    for name in [name for name in sys.modules if name.startswith("rich.")]:
+        del sys.modules[name]
+    sys.settrace(trace)
+    try:
+        cli.main([*words, "--out", f"{out}-run"])
+    finally:
+        if at < 0:
+            os.write(ready, str(calls).encode())
+
+total = -1
+for i in range(count):
+    out, signals = f"{folder}/{i}", PATTERNS[i % len(PATTERNS)]
+    begun, ready = os.pipe()
+    if not (child := os.fork()):
+        run(out, total * i // count if i else -1, ready)
+    os.close(ready)
+    if told := os.read(begun, 99):
+        total = int(told) if i == 0 else total
+        for number in signals if i else ():
+            os.kill(child, number)
+            # Of two that wait for a process that does not run nobody knows which was the first.
+            time.sleep(0.001 * i if len(set(signals)) == 1 else 0.1)
+    status = os.waitpid(child, 0)[1]
+    told = Path(out).read_text(), Path(f"{out}-err").read_text()
+    print(json.dumps([signals[0], os.waitstatus_to_exitcode(status), *told]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_signals_at_any_moment(digits, tmp_path, network):
+    """The exit status is that of the first one, and what is said to be saved is."""
+    words = "train", network, "--data-dir", digits, "--hidden", 8, "--epochs", 3
+    command = [sys.executable, "-c", STORM, *map(str, (tmp_path, 12, *words))]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    assert len(lines) == 12
+    ends = set()
+    for i, line in enumerate(lines):
+        first, status, out, err = json.loads(line)
+        ended = f"Model, metrics and pictures: {tmp_path / str(i)}-run\n" in out
+        assert status == 128 + first or (ended and status == 0), line
+        assert err in ("", "gemmlet: interrupted\n", "gemmlet: interrupted; what was learnt is saved\n")
+        saved = "what was learnt is saved" in out + err
+        assert saved or ended or err
+        if saved or ended:
+            path = tmp_path / f"{i}-run" / "model.safetensors"
+            assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(path).steps > 0
+        ends.add((saved, ended))
+    assert len(ends) > 2
 
 
 def test_hangup_that_is_ignored(digits, tmp_path):
@@ -1152,31 +1245,34 @@ def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
     whole, out = uninterrupted(network), tmp_path / "out"
     press(6 if network == "mlp" else 3)
     assert call(*long_run(network, digits, out)) == 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the next process
     press(5 if network == "mlp" else 2)
     assert call("train", network, "--resume", out) == 130
     assert call("train", network, "--resume", out) == 0
     check_same(out, whole)
 
 
-# Ends the process as if it were killed from outside, with what it has written until then.
+# Ends the process as if it were killed from outside, in this epoch, with what it has written until then.
 KILLED = """
 import os, signal
 from gemmlet.cli import training
 see = training.Watch.see
 def killed(self, progress, figures):
     see(self, progress, figures)
-    if progress.epoch == 4:
+    if progress.epoch == {epoch}:
         os.kill(os.getpid(), signal.SIGKILL)
 training.Watch.see = killed
 """
 
 
+def kill_in_epoch(epoch, *words):
+    command = [sys.executable, "-c", KILLED.format(epoch=epoch) + COMMAND, *map(str, words)]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("network", ["mlp", "gan"])
 def test_resume_after_kill(digits, tmp_path, uninterrupted, network):
     whole, out = uninterrupted(network), tmp_path / "out"
-    command = [sys.executable, "-c", KILLED + COMMAND, *map(str, long_run(network, digits, out))]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == -signal.SIGKILL
+    kill_in_epoch(4, *long_run(network, digits, out))
     assert not (out / "model.safetensors").exists()
     model = {"mlp": nn.MLP, "gan": nn.GAN}[network].load(out / "checkpoint.safetensors")
     assert model.steps > 0
@@ -1198,14 +1294,71 @@ def test_resume_with_more_epochs(digits, tmp_path, network):
     assert without(a, "seconds", "threads") == without(b, "seconds", "threads")
 
 
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_resume_before_anything_was_learnt(digits, tmp_path, uninterrupted, network):
+    whole, out = uninterrupted(network), tmp_path / "out"
+    kill_in_epoch(1, *long_run(network, digits, out))
+    assert call("train", network, "--resume", out) == 0
+    check_same(out, whole)
+
+
+def test_a_new_training_that_is_killed_leaves_the_old_one(digits, tmp_path, uninterrupted):
+    """With its options, as long as the new one has no checkpoint; from then on the new one's hold."""
+    whole, out = uninterrupted("mlp"), tmp_path / "out"
+    kill_in_epoch(4, *long_run("mlp", digits, out))
+    other = "train", "mlp", "--data-dir", digits, "--epochs", 3, "--seed", 9, "--classic", "--out", out
+    kill_in_epoch(1, *other)
+    copied = shutil.copytree(out, tmp_path / "copied")
+    assert call("train", "mlp", "--resume", out) == 0
+    check_same(out, whole)
+    kill_in_epoch(2, *other[:-1], copied)
+    assert call("train", "mlp", "--resume", copied) == 0
+    assert (metrics_of(copied)["epochs_done"], metrics_of(copied)["seed"], metrics_of(copied)["classic"]) == (
+        3,
+        9,
+        True,
+    )
+
+
+def test_a_resume_that_fails_records_nothing(tmp_path, capsys, uninterrupted):
+    """Of the epochs that it was to have, say."""
+    out = shutil.copytree(uninterrupted("mlp"), tmp_path / "out")
+    path = out / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    half = bytearray(whole)
+    half[-100:] = bytes(50)
+    path.write_bytes(half)
+    before = {name: (out / name).read_bytes() for name in names_in(out)}
+    capsys.readouterr()
+    assert call("train", "mlp", "--resume", out, "--epochs", 9) == 2
+    assert f"--resume {out}: {path} is corrupt" in error_line(capsys)
+    assert {name: (out / name).read_bytes() for name in names_in(out)} == before
+    path.write_bytes(whole)
+    assert call("train", "mlp", "--resume", out) == 0
+    assert metrics_of(out)["epochs"] == 6
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
 @pytest.mark.usefixtures("no_pictures")
-def test_resume_before_anything_was_learnt(digits, tmp_path, uninterrupted):
-    assert call(*long_run("mlp", digits, tmp_path / "out")) == 0
-    (tmp_path / "out" / "checkpoint.safetensors").unlink()
-    assert call("train", "mlp", "--resume", tmp_path / "out") == 0
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
-        uninterrupted("mlp") / "model.safetensors"
-    ).read_bytes()
+def test_a_resumed_training_that_diverges_has_the_whole_history(digits, tmp_path, monkeypatch, network):
+    words = "train", network, "--data-dir", digits, "--hidden", 8, "--out", tmp_path / "out", "--epochs"
+    assert call(*words, 4) == 0
+    before = metrics_of(tmp_path / "out")["history"]
+    monkeypatch.setattr(fit, "_next_copy", lambda now: now)
+    see = training.Watch.see
+
+    def spoil(self, progress, figures):
+        see(self, progress, figures)
+        if progress.epoch == 6:
+            self.settings.optimizer.lr = 1e39
+
+    monkeypatch.setattr(training.Watch, "see", spoil)
+    assert call("train", network, "--resume", tmp_path / "out", "--epochs", 9) == 1
+    metrics = metrics_of(tmp_path / "out")
+    assert 5 <= metrics["epochs_done"] <= 6
+    for name, values in metrics["history"].items():
+        assert len(values) == metrics["epochs_done"]
+        assert network == "mlp" or values[:4] == before[name]  # the MLP's rate falls otherwise
 
 
 @pytest.mark.parametrize(
@@ -1233,24 +1386,39 @@ def test_resume_with_other_options(tmp_path, capsys, uninterrupted, words, named
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("options.json", None), ("options.json", "half"), ("options.json", "[]"), ("checkpoint.safetensors", "half")],
+    ("content", "message"),
+    [
+        (None, "there is no checkpoint.safetensors, which gemmlet train leaves"),
+        (b"half", "out/checkpoint.safetensors is corrupt, or no file of a gemmlet MLP: it is truncated"),
+        ({}, "the options in checkpoint.safetensors cannot be used (KeyError('images_crc32'))"),
+        ([], "the options in checkpoint.safetensors cannot be used"),
+        ({"epochs": "x"}, "the options in checkpoint.safetensors cannot be used (ValueError(\"epochs is 'x'\"))"),
+        ({"lr": None, "more": 1}, "the options in checkpoint.safetensors cannot be used (ValueError('more'))"),
+        ({"batch_size": -1}, "--batch-size must be from 1 to 1,000,000,000, got -1"),
+    ],
+    ids=str,
 )
-def test_resume_from_what_is_no_training(tmp_path, capsys, uninterrupted, name, content):
+def test_resume_from_what_is_no_training(tmp_path, capsys, uninterrupted, content, message):
     shutil.copytree(uninterrupted("mlp"), "out")
+    path = Path("out", "checkpoint.safetensors")
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        config, tensors, extra = network_files.read(path, "MLP")
+        extra["notes"] = extra["notes"] | content if content else content
+        network_files.write(path, "MLP", config, tensors, extra)
     capsys.readouterr()
-    Path("out", name).unlink() if content is None else Path("out", name).write_text(content)
     assert call("train", "mlp", "--resume", "out") == 2
-    line = error_line(capsys)
-    assert "--resume out: " in line
-    assert name in line
+    assert message in error_line(capsys)
 
 
 def test_resume_of_the_other_network(capsys, uninterrupted):
     folder = uninterrupted("mlp")
     capsys.readouterr()
     assert call("train", "gan", "--resume", folder) == 2
-    assert "it holds a training of gemmlet train mlp" in error_line(capsys)
+    assert "it holds a MLP" in error_line(capsys)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -1357,7 +1525,7 @@ def test_second_ctrl_c(digits, tmp_path, press, capsys, monkeypatch, network, fi
 
     monkeypatch.setattr(plots.Figure, "savefig", pressed)
     assert call("train", network, "--data-dir", digits, "--hidden", 8, "--out", tmp_path) == 130
-    assert error_line(capsys) == "gemmlet: interrupted\n"
+    assert error_line(capsys) == "gemmlet: interrupted; what was learnt is saved\n"
     assert (tmp_path / first).read_text() == "of an earlier run"
     assert not list(tmp_path.glob(".*"))
     # What came before is whole.
@@ -1605,9 +1773,9 @@ def test_help_shows_the_defaults_of_one_network(capsys):
     for network in ("mlp", "gan"):
         assert call("train", network, "--help") == 0
         shown[network] = " ".join(capsys.readouterr().out.split())
-    assert "[default: (256; with --classic 128)]" in shown["mlp"]
-    assert "[default: (10)]" in shown["mlp"]
-    assert "[default: (30)]" in shown["gan"]
+    assert "[default: 256; with --classic 128]" in shown["mlp"]
+    assert "[default: 10]" in shown["mlp"]
+    assert "[default: 30]" in shown["gan"]
     assert "GAN" not in shown["mlp"]
     assert "discriminator" not in shown["mlp"]
 

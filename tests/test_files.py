@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -654,3 +655,20 @@ def test_many_threads_and_processes_save_to_one_path(tmp_path: Path) -> None:
     assert child.returncode == 0
     assert errors == []
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is none")
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_an_open_file_that_is_full_is_named(buffering: int) -> None:
+    """When it is written, not when somebody closes it."""
+    file = open("/dev/full", "wb", buffering=buffering)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        MLP([2, 2]).save(file)
+    with contextlib.suppress(OSError):
+        file.close()
+
+
+def test_a_file_is_flushed(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        MLP([2, 2], seed=5).save(file)
+        assert MLP.load(tmp_path / "file").seed == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -271,8 +272,12 @@ def test_divergence_leaves_the_good_state(network: str, training: Any, tmp_path:
         if progress.epoch == 4:
             optimizer.lr = 1e38
 
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError) as told:
         fit(checkpoint=path, callback=callback)
+    error = pickle.loads(pickle.dumps(told.value))
+    assert (str(error), error.history) == (str(told.value), told.value.history)
+    assert {len(values) for values in lists_of(error.history).values()} <= {3, 4}
+    assert error.history.seconds > 0
     loaded = type(model).load(path)
     assert loaded.steps == model.steps
     assert all(np.isfinite(a).all() for dense in loaded._parts().values() for a in dense.parameters)
@@ -292,9 +297,9 @@ def test_divergence_leaves_the_good_state(network: str, training: Any, tmp_path:
         ({"optimizer": Adam(1e-3)}, r"optimizer\.lr was 0\.003, is 0\.001"),
         ({"optimizer": SGD(3e-3)}, "optimizer.name was 'adam', is 'sgd'"),
         ({"optimizer": ClipNorm(Adam(3e-3), 1.0)}, r"optimizer\.max_norm was None, is 1\.0"),
-        ({"epochs": 2}, "epochs is 2, but .* is of epoch 3"),
+        ({"epochs": 2}, "epochs must be at least 3, which the fit of .*checkpoint has begun, got 2"),
         ({"resume": "elsewhere"}, "No such file or directory: 'elsewhere'"),
-        ({"resume": 3}, "resume must be a path, got int"),
+        ({"resume": 3}, "resume must be True, False or a path, got int"),
         ({"resume": True}, "resume=True needs checkpoint, or give resume the path"),
         ({"checkpoint": 3}, "checkpoint must be a path, got int"),
     ],

@@ -748,8 +748,21 @@ X, Y = np.zeros((3, 4), np.float32), np.array([0, 1, 2])
         ({"y": [True, False, True]}, ValueError, r"y has 2 classes \(False, True\), but the network has 3"),
         ({"y": [0.0, 1.5, 2.0]}, ValueError, r"y\[1\] is 1\.5; labels must be whole numbers"),
         ({"y": [0.0, 1.0, math.nan]}, ValueError, r"y\[2\] is nan; labels must be whole numbers"),
-        ({"y": np.array(["a", "b", None])}, TypeError, r"y\[2\] is None, y\[0\] is 'a'; labels must be all numbers"),
-        ({"y": [b"a", b"b", b"c"]}, TypeError, r"y has dtype \|S1; labels must be integers"),
+        ({"y": np.array(["a", "b", None])}, TypeError, r"y\[2\] is None; labels must be integers, whole floats, bools"),
+        ({"y": [None, 0, 1]}, TypeError, r"y\[0\] is None; labels must be integers, whole floats, bools or strings$"),
+        ({"y": [1j, 0, 1]}, TypeError, r"y\[0\] is 1j; labels must be integers, whole floats, bools or strings$"),
+        ({"y": np.array([b"a", b"b", b"c"])}, TypeError, r"y has dtype \|S1; labels must be .* strings: decode bytes"),
+        ({"y": [b"a", b"b", b"c"]}, TypeError, r"y\[0\] is b'a'; labels must be .* strings: decode bytes"),
+        ({"y": ["a", b"b", "c"]}, TypeError, r"y\[1\] is b'b'; labels must be .* strings: decode bytes"),
+        (
+            {"y": [0, "a", 1]},
+            TypeError,
+            r"y\[1\] is 'a', y\[0\] is 0; labels must be all numbers, all bools or all str",
+        ),
+        ({"y": ("a", 0.5, "b")}, TypeError, r"y\[1\] is 0.5, y\[0\] is 'a'; labels must be all numbers"),
+        ({"y": [[0], ["a"], [1]]}, TypeError, r"y\[1\] is 'a', y\[0\] is 0; labels must be all numbers"),
+        ({"y": [0, True, 2]}, TypeError, r"y\[1\] is True, y\[0\] is 0; labels must be all numbers"),
+        ({"y": [True, 2, 0]}, TypeError, r"y\[1\] is 2, y\[0\] is True; labels must be all numbers"),
         ({"y": np.zeros((3, 2), int)}, ValueError, r"y has shape \(3, 2\), expected \(n,\): .*, or rows \(n, 3\)"),
         ({"y": np.tri(3, dtype=int)}, ValueError, r"y\[1\] has 2 ones; expected rows of exactly one 1"),
         ({"y": np.eye(3) * 0.75}, ValueError, r"y\[0\] adds up to 0\.75; expected one-hot rows, or soft labels"),
@@ -766,6 +779,8 @@ X, Y = np.zeros((3, 4), np.float32), np.array([0, 1, 2])
         ({"validation_data": (X, Y + 1)}, ValueError, r"validation_data\[1\]\[2\] is 3; the classes of .* are 0, 1, 2"),
         ({"shuffle": "yes"}, TypeError, "shuffle must be True or False, got str"),
         ({"verbose": 2}, TypeError, "verbose must be True or False, got int"),
+        ({"resume": None}, TypeError, "resume must be True, False or a path, got NoneType"),
+        ({"resume": np.True_}, ValueError, "resume=True needs checkpoint, or give resume the path"),
         ({"callback": 3}, TypeError, "callback must be callable, got int"),
         ({"callback_every": "step"}, ValueError, "callback_every 'step' is unknown; the choices are batch,"),
         ({"callback_every": 10}, TypeError, "callback_every must be a string, got int"),
@@ -781,6 +796,29 @@ def test_bad_arguments_of_fit(changes: dict[str, Any], error: type[Exception], m
     if not changes.keys() - {"x", "y"}:
         with pytest.raises(error, match=message):
             model.evaluate(**{"x": X, "y": Y} | changes)
+
+
+def test_scalars_of_other_libraries_are_labels() -> None:
+    y = [np.array(1), np.int8(0), 2]
+    assert MLP([4, 3]).fit(X, y, 1).loss == MLP([4, 3]).fit(X, [1, 0, 2], 1).loss
+
+
+@pytest.mark.parametrize(
+    ("classes", "takes"), [(2, True), (3, False), ([False, True], True), ([1, 2, 3], False)], ids=str
+)
+def test_bools_are_labels_of_two_classes(classes: Any, takes: bool) -> None:
+    """Before the first fit and after it, which has found indices, say."""
+    model = MLP([4, classes]) if isinstance(classes, int) else MLP([4, len(classes)], classes=classes)
+    for _ in range(2):
+        for call in (model.evaluate, model.fit):
+            if takes:
+                call(X, [True, False, True])
+            else:
+                with pytest.raises(
+                    ValueError, match=r"y has 2 classes \(False, True\)|y\[0\] is True; the classes of this"
+                ):
+                    call(X, [True, False, True])
+        model.fit(X, [1, 1, 1])
 
 
 @pytest.mark.parametrize(

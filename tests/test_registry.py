@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -270,6 +271,31 @@ print(kernels.tanh(np.zeros(2)), kernels.relu(np.ones(2)), select.current().name
     assert lines[0].startswith("gemmlet computes with the numpy backend (cpu: backend 'cpu' was not compiled")
     assert "pip install 'gemmlet[numba]'" in lines[0]
     assert lines[1] == "[0. 0.] [1. 1.] numpy"
+
+
+def test_ctrl_c_while_a_backend_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not choose another one: an extension module makes an ImportError of what comes while it is imported."""
+    from gemmlet.backends import select
+
+    load = importlib.import_module
+
+    def interrupted(*names: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+        return load(*names)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(select, "_loaded", {})
+        monkeypatch.setattr(select, "_current", None)
+        monkeypatch.setattr(importlib, "import_module", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            select.current()
+        assert len(select._loaded) == 1
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_use_backend() -> None:

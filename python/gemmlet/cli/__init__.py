@@ -9,45 +9,57 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO, cast
 
 from .commands import EXTRAS, FOR_HELP, HELP_OPTIONS, list_commands, missing
 from .errors import UserError
+from .signals import Interrupted, stops
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; `arguments` are the words after the command's name, by default of ``sys.argv``.
 
     The exit status is 0 for success, 2 for options or files that cannot be used, 1 for what fails later on, and 128 and
-    the number of the signal that ended a training, 130 after Ctrl-C. Errors are one line on stderr.
+    the number of the first signal that came, 130 after Ctrl-C. Errors are one line on stderr.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    with stops.handled(_run.__code__):
+        status, message = _outcome(list(sys.argv[1:] if arguments is None else arguments))
+        if message:
+            with contextlib.suppress(OSError):
+                print(f"gemmlet: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _outcome(words: list[str]) -> tuple[int, str]:
+    """Run the command line, and return the exit status and the error's line."""
     # Pictures are drawn without a window. Jupyter exports the name of a backend that other environments lack.
     os.environ.pop("MPLBACKEND", None)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: its number would go to the next file that is opened, a model's say
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    output = _Output(sys.stdout)
+    output, status, message = _Output(sys.stdout), 0, ""
     try:
         with contextlib.redirect_stdout(cast(TextIO, output)):
-            status = _run(words)
-            output.flush()
+            status = _run(words, output)
     except UserError as error:
-        _fail(str(error), error.code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 128 + signal.SIGINT)
+        status, message = error.code, str(error)
     except OSError as error:
-        _fail(str(error), 1)
+        status, message = 1, str(error)
     except MemoryError as error:
-        _fail(f"out of memory, try a smaller --hidden or --batch-size: {error}", 1)
-    if output.error is None or status:
-        sys.exit(status)
-    if isinstance(output.error, BrokenPipeError):  # whoever read it has gone: "gemmlet info | head -1"
-        sys.exit(1)
-    _fail(f"standard output: {output.error}", 1)
+        status, message = 1, f"out of memory, try a smaller --hidden or --batch-size: {error}"
+    except (Exception, Interrupted):
+        if not stops.have_raised:
+            raise
+        message = stops.message  # other errors are what something made of it, a module that was being imported say
+    if stops.first is not None:
+        status = 128 + stops.first
+    if output.error is not None and not status:
+        status = 1
+        if not isinstance(output.error, BrokenPipeError):  # else its reader has gone: "gemmlet info | head -1"
+            message = f"standard output: {output.error}"
+    return status, message
 
 
 class _Output:
@@ -76,22 +88,26 @@ class _Output:
     def _try(self, call: Callable[..., Any], *arguments: Any) -> None:
         try:
             call(*arguments)
-        except OSError as error:
-            self.error = error
-            # Python would try again to write what it holds back, and complain at exit.
+        except (OSError, Interrupted) as error:
+            # Python would try again to write what it holds back, and complain at exit, or wait for a reader for ever.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            if isinstance(error, Interrupted):
+                raise
+            self.error = error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    with contextlib.suppress(OSError):
-        print(f"gemmlet: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+def _run(words: list[str], output: _Output) -> int:
+    """Run the command line; signals are raised in here."""
+    stops.check()
+    status = _command(words)
+    output.flush()
+    return status
 
 
-def _run(words: list[str]) -> int:
+def _command(words: list[str]) -> int:
     # These also work without the extra.
     if words == ["--version"]:
         from .. import __version__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,8 @@ from . import bench, info, train_gan, train_mlp, training
 from .commands import COMMANDS, HELP_OPTIONS
 from .errors import UserError
 
+Number = TypeVar("Number", int, float)
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -27,36 +28,56 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _data_dir(show_default: str) -> Any:
-    help_text = "Folder with the four MNIST files, raw or gzipped."
-    return typer.Option(metavar="FOLDER", help=help_text, show_default=show_default)
+def _option(*values: Any, help: str, default: str, **settings: Any) -> Any:  # noqa: A002 - it is Typer's name
+    """An option whose default the help describes in words; Typer would put these in brackets of their own."""
+    return typer.Option(*values, help=f"{help}  [default: {default}]", show_default=False, **settings)
+
+
+def _parser(kind: type[Number], what: str) -> dict[str, Any]:
+    """The settings of an option that takes a number: what is said of others names what was given."""
+
+    def parse(word: str) -> Number:
+        try:
+            return kind(word)
+        except ValueError:
+            raise typer.BadParameter(f"{word!r} is no {what}") from None
+
+    return {"parser": parse, "metavar": "NUMBER"}
+
+
+INTEGER, REAL = _parser(int, "integer"), _parser(float, "number")
+
+
+def _data_dir(default: str) -> Any:
+    return _option(metavar="FOLDER", help="Folder with the four MNIST files, raw or gzipped.", default=default)
 
 
 # What bench --compare allows, as the help shows it.
 _TOLERANCES = "{seconds:.0%} of time, {instructions:.0%} of instructions".format(**TOLERANCES)
 
 DataDir = Annotated[Path | None, _data_dir("GEMMLET_DATA_DIR, else the download, else a small sample")]
-Momentum = Annotated[float | None, typer.Option(help="Momentum, of sgd alone.", show_default="0")]
+Momentum = Annotated[float | None, _option(help="Momentum, of sgd alone.", default="0", **REAL)]
 # Numba and NumPy leave matmul to a BLAS, which may add in another order with other threads.
 Seed = Annotated[
     int | None,
-    typer.Option(
-        help="The same seed gives the same result, with the backend cpu for any number of threads.", show_default="0"
+    _option(
+        help="The same seed gives the same result, with the backend cpu for any number of threads.",
+        default="0",
+        **INTEGER,
     ),
 ]
 BackendName = Annotated[
     str | None,
-    typer.Option(
+    _option(
         metavar="NAME",
         help=f"What computes: {', '.join(select.CHOICES)}.",
-        show_default="GEMMLET_BACKEND, else the first that works",
+        default="GEMMLET_BACKEND, else the first that works",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads to use.", show_default="what gemmlet info shows")]
+Threads = Annotated[int | None, _option(help="Threads to use.", default="what gemmlet info shows", **INTEGER)]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")]
 OutOfTraining = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="Where the results go.", show_default="runs/ and the network's name"),
+    Path | None, _option(metavar="FOLDER", help="Where the results go.", default="runs/ and the network's name")
 ]
 Resume = Annotated[
     Path | None,
@@ -126,24 +147,22 @@ def _add_training(
 
     def command(
         data_dir: DataDir = None,
-        epochs: int | None = typer.Option(
-            None, help="Passes over the training images.", show_default=differing("epochs")
+        epochs: int | None = _option(
+            None, help="Passes over the training images.", default=differing("epochs"), **INTEGER
         ),
-        batch_size: int | None = typer.Option(
-            None, help="Images in a mini-batch.", show_default=differing("batch_size")
+        batch_size: int | None = _option(
+            None, help="Images in a mini-batch.", default=differing("batch_size"), **INTEGER
         ),
-        lr: float | None = typer.Option(None, help=texts.lr, show_default=by_optimizer("lr")),
-        optimizer: str | None = typer.Option(
-            None, metavar="NAME", help=f"One of {', '.join(nn.OPTIMIZERS)}.", show_default=differing("optimizer")
+        lr: float | None = _option(None, help=texts.lr, default=by_optimizer("lr"), **REAL),
+        optimizer: str | None = _option(
+            None, metavar="NAME", help=f"One of {', '.join(nn.OPTIMIZERS)}.", default=differing("optimizer")
         ),
-        weight_decay: float | None = typer.Option(
-            None, help="Weight decay of the optimizer.", show_default=by_optimizer("weight_decay")
+        weight_decay: float | None = _option(
+            None, help="Weight decay of the optimizer.", default=by_optimizer("weight_decay"), **REAL
         ),
         momentum: Momentum = None,
-        hidden: str | None = typer.Option(None, metavar="WIDTHS", help=texts.hidden, show_default=differing("hidden")),
-        activation: str | None = typer.Option(
-            None, metavar="NAME", help=texts.activation, show_default=differing("activation")
-        ),
+        hidden: str | None = _option(None, metavar="WIDTHS", help=texts.hidden, default=differing("hidden")),
+        activation: str | None = _option(None, metavar="NAME", help=texts.activation, default=differing("activation")),
         seed: Seed = None,
         backend: BackendName = None,
         threads: Threads = None,
@@ -152,9 +171,7 @@ def _add_training(
         classic: bool = typer.Option(False, "--classic", help=texts.classic),
     ) -> int:
         given = locals()
-        return _uninterrupted(
-            run, training.Options(**{field.name: given[field.name] for field in fields(training.Options)})
-        )
+        return run(training.Options(**{field.name: given[field.name] for field in fields(training.Options)}))
 
     train_app.command(name, help=texts.command)(command)
 
@@ -199,22 +216,20 @@ _add_training(
 @app.command("bench", short_help=COMMANDS["bench"])
 def _bench(
     groups: Annotated[
-        list[str] | None, typer.Argument(metavar="[GROUP]...", help="What to measure.", show_default="everything")
+        list[str] | None,
+        typer.Argument(metavar="GROUP", help="What to measure.  [default: everything]", show_default=False),
     ] = None,
     words: Annotated[
         str, typer.Option("--filter", metavar="TEXT", help="Only cases with all of these words, as in 'tanh float32'.")
     ] = "",
     sides: Annotated[
-        str,
-        typer.Option(
-            metavar="NAMES", help="Only these implementations, as in gemmlet,numpy.", show_default="all installed"
-        ),
+        str, _option(metavar="NAMES", help="Only these implementations, as in gemmlet,numpy.", default="all installed")
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: a minute or two.")] = False,
     threads: Threads = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Seconds for a case, all implementations together.", show_default="1, with --quick 0.1"),
+        _option(help="Seconds for a case, all implementations together.", default="1, with --quick 0.1", **REAL),
     ] = None,
     data_dir: Annotated[Path | None, _data_dir("GEMMLET_DATA_DIR, else a small sample, repeated")] = None,
     out: Out = Path("runs/bench"),
@@ -233,7 +248,8 @@ def _bench(
         typer.Option(metavar="FILE", help="Compare with an earlier bench.json; exit status 1 if a row got slower."),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(metavar="PERCENT", help="How much slower a row may get.", show_default=_TOLERANCES)
+        float | None,
+        _option(help="How much slower a row may get.", default=_TOLERANCES, **REAL | {"metavar": "PERCENT"}),
     ] = None,
     markdown: Annotated[
         Path | None,
@@ -245,19 +261,7 @@ def _bench(
     Peers that are not installed are left out; they come with the extra bench.
     """
     options = locals()
-    return _uninterrupted(bench.run, bench.Options(**options))
-
-
-Given = TypeVar("Given")
-
-
-def _uninterrupted(command: Callable[[Given], int], options: Given) -> int:
-    try:
-        return command(options)
-    except KeyboardInterrupt as error:
-        # Typer would make of it what depends on its version.
-        number = error.args[0] if error.args else signal.SIGINT
-        raise UserError("interrupted", code=128 + number) from None
+    return bench.run(bench.Options(**options))
 
 
 def run(words: list[str]) -> int:

@@ -30,7 +30,7 @@ JUDGE_HIDDEN, JUDGE_EPOCHS = 128, 10
 def run(options: Options) -> int:
     """Train a GAN, write the results to the folder ``--out`` and return the exit status."""
     # A covariance, as in the Fréchet distance, needs two.
-    watch = Watch("gan", options, DEFAULTS, CLASSIC, least=2)
+    watch = Watch(nn.GAN, options, DEFAULTS, CLASSIC, least=2)
     settings = watch.settings
     if settings.classic:
         model = nn.GAN.classic(seed=settings.seed)
@@ -57,7 +57,7 @@ def run(options: Options) -> int:
         pages.start()
         with watch.bar():
             fit = partial(model.fit, watch.data.x_train, callback=callback)
-            history = watch.fit(model, fit, nn.GANHistory)
+            history = watch.fit(model, fit)
             scores: dict[str, Any] = {}
             with watch.attempting("scores"):
                 scores = _judge(model, judge, watch)

@@ -22,7 +22,7 @@ HELD_OUT = 0.1
 
 def run(options: Options) -> int:
     """Train an MLP, write the results to the folder ``--out`` and return the exit status."""
-    watch = Watch("mlp", options, DEFAULTS, CLASSIC)
+    watch = Watch(nn.MLP, options, DEFAULTS, CLASSIC)
     settings, data = watch.settings, watch.data
     if settings.classic:
         model = nn.MLP.classic(seed=settings.seed)
@@ -43,7 +43,7 @@ def run(options: Options) -> int:
                 validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
                 callback=callback,
             )
-            history = watch.fit(model, fit, nn.History)
+            history = watch.fit(model, fit)
         _finish(model, history, watch)
         return watch.end()
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints
 
 from numpy.typing import NDArray
 from rich.console import Console
@@ -23,20 +20,19 @@ from .. import get_num_threads, nn, set_num_threads, use_backend
 from ..backends import select
 from ..data import Mnist, load_mnist
 from ..formulas.activations import ACTIVATIONS
+from ..nn import files as network_files
 from . import files, info
 from .errors import UserError
+from .signals import Interrupted, stops
 
 Array = NDArray[Any]
 Kept = TypeVar("Kept", nn.History, nn.GANHistory)
 
 # Files in --out.
-MODEL, METRICS, OPTIONS, CHECKPOINT = "model.safetensors", "metrics.json", "options.json", "checkpoint.safetensors"
+MODEL, METRICS, CHECKPOINT = "model.safetensors", "metrics.json", "checkpoint.safetensors"
 
 # What of a line with a bar is no figures: five characters of it, the time left, and the spaces between.
 _REST_OF_BAR = 5 + 7 + 3
-
-# What ends a training early; what was learnt is saved then.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -202,25 +198,31 @@ def _checksum(data: Mnist) -> int:
     return zlib.crc32(data.y_train.tobytes(), zlib.crc32(data.x_train.tobytes()))
 
 
-def _resumed(options: Options, resume: Path, network: str) -> tuple[Options, int]:
-    """Fill in the options of the training that left the folder `resume`; also return the checksum of its images."""
-    path = resume / OPTIONS
-    expected = {field.name for field in fields(Options)} - {"out", "resume", "threads"}
+def _resumed(options: Options, resume: Path, network: type[nn.MLP | nn.GAN]) -> tuple[Options, int, bool]:
+    """Fill in the options of the training that left the folder `resume`.
+
+    Also return the checksum of its images, and whether it has learnt something.
+    """
+    path, types = resume / CHECKPOINT, get_type_hints(Options)
     try:
-        saved = json.loads(path.read_text())
-        kind, checksum = saved.pop("network"), saved.pop("images_crc32")
-        if saved.keys() != expected:
-            raise ValueError(f"it has {sorted(saved)}, expected {sorted(expected)}")
+        config, _, extra = network_files.read(path, network.__name__)
     except FileNotFoundError:
-        raise UserError(f"--resume {resume}: there is no {OPTIONS}, which gemmlet train leaves") from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"--resume {resume}: {OPTIONS} cannot be used ({error!r})") from error
-    if kind != network:
-        raise UserError(f"--resume {resume}: it holds a training of gemmlet train {kind}")
+        raise UserError(f"--resume {resume}: there is no {CHECKPOINT}, which gemmlet train leaves") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {resume}: {error}") from error
+    try:
+        saved = dict(extra["notes"])
+        checksum, is_begun = int(saved.pop("images_crc32")), config["steps"] > 0
+        saved |= {"data_dir": Path(folder)} if (folder := saved["data_dir"]) is not None else {}
+        if wrong := saved.keys() ^ (types.keys() - {"out", "resume", "threads"}):
+            raise ValueError(", ".join(sorted(wrong)))
+        for name, value in saved.items():
+            if not isinstance(value, types[name]):
+                raise ValueError(f"{name} is {value!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--resume {resume}: the options in {CHECKPOINT} cannot be used ({error!r})") from error
     if options.out not in (None, resume):
         raise UserError(f"--out {options.out}: --resume goes on in its own folder, {resume}")
-    if saved["data_dir"] is not None:
-        saved["data_dir"] = Path(saved["data_dir"])
     unsaid = {}
     for name, value in saved.items():
         given, option = getattr(options, name), f"--{name.replace('_', '-')}"
@@ -231,45 +233,41 @@ def _resumed(options: Options, resume: Path, network: str) -> tuple[Options, int
             raise UserError(f"--epochs {given}: the training in {resume} has {value}, and may get more")
         if name not in _FREE and (given.replace(" ", "") if isinstance(given, str) else given) != value:
             raise UserError(f"{option} {given}: the training in {resume} has {'none' if value is None else value}")
-    return replace(options, **unsaid, out=resume), checksum
+    return replace(options, **unsaid, out=resume), checksum, is_begun
 
 
 class Watch:
     """Follows a training: shows how far it is, ends it at a signal, and keeps what was learnt.
 
     The first of `STOPS` ends the training, and more of them change nothing until model and metrics are saved. From then
-    on one raises `KeyboardInterrupt`. What fails after that, a picture say, is kept for the end.
+    on one ends the command. What fails after that, a picture say, is kept for the end.
 
     Attributes
     ----------
     resumes : bool
-        Whether the training goes on from an earlier one.
+        Whether the training goes on from an earlier one, which has learnt something.
     more_epochs : float
         How many epochs would take as long as what `see_more` follows after the training.
     """
 
     def __init__(
-        self, network: str, options: Options, defaults: Defaults, classic: Defaults, *, least: int = 1
+        self, network: type[nn.MLP | nn.GAN], options: Options, defaults: Defaults, classic: Defaults, *, least: int = 1
     ) -> None:
         """Check the options, load the data and say what is used; there must be `least` images of each kind."""
-        resume, checksum = options.resume, None
+        resume, checksum, self.resumes = options.resume, None, False
         if resume is not None:
-            options, checksum = _resumed(options, resume, network)
-        self.settings = check(options, network, classic if options.classic else defaults)
+            options, checksum, self.resumes = _resumed(options, resume, network)
+        self.settings = check(options, network.__name__.lower(), classic if options.classic else defaults)
         self.data = data = _load(options)
         images, tests = len(data.y_train), len(data.y_test)
         if min(images, tests) < least:
             raise UserError(
                 f"{data.source} has {images} training and {tests} test images; expected at least {least} each"
             )
-        self.resumes = resume is not None
         self.more_epochs = 0.0
-        self._stop: int | None = None
-        self._is_saved = self._is_ending = False
         self._problems: list[str] = []
-        self._epochs: list[nn.Progress | nn.GANProgress] = []  # those that were completed
         self._last: nn.Progress | nn.GANProgress | None = None
-        self._options = self._saved_options(network, options)
+        self._options, self._is_new = self._saved_options(options), resume is None
         if checksum not in (None, self._options["images_crc32"]):
             raise UserError(f"--resume {resume}: the training there had other images than those of {data.source}")
         # The names of folders are printed, in which brackets and colons mean nothing.
@@ -289,11 +287,10 @@ class Watch:
         description, threads = select.current().describe(), get_num_threads()
         self._say(f"Backend: {description['backend']}, {description['isa']}, {threads} thread{'s' * (threads > 1)}")
 
-    def _saved_options(self, network: str, options: Options) -> dict[str, Any]:
+    def _saved_options(self, options: Options) -> dict[str, Any]:
         """What ``--resume`` needs to go on."""
         settings, optimizer = self.settings, self.settings.optimizer.settings()
         return {
-            "network": network,
             "images_crc32": _checksum(self.data),
             "data_dir": None if options.data_dir is None else str(options.data_dir.absolute()),
             "epochs": settings.epochs,
@@ -316,42 +313,28 @@ class Watch:
         with ExitStack() as stack:
             out = files.make_folder(self.settings.out)
             stack.enter_context(files.locked(out))
-            checkpoint = out / CHECKPOINT
-            if self.resumes:
+            if not self._is_new:
                 self._say(f"Going on with the training in {out}")
-            elif checkpoint.exists():
+            elif (out / CHECKPOINT).exists():
                 # By its first checkpoint, not before: until then there is nothing to have instead.
                 self._say(f"Replacing the training in {out}")
-            files.write_json(out / OPTIONS, self._options)
             self._lock = stack.pop_all()
-        # A program that was started with a signal ignored, by nohup for one, keeps ignoring it.
-        handlers = {number: signal.getsignal(number) for number in STOPS}
-        self._handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-        for number in self._handlers:
-            signal.signal(number, self._handle)
+        stops.are_noted = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            # One signal has said it: no other may change the exit status of the process, which ends now.
-            signal.signal(number, handler if self._stop is None else signal.SIG_IGN)
+        stops.are_noted = False
         self._lock.close()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._is_ending:
-            return
-        self._is_ending = self._is_saved
-        self._stop = self._stop or number
-        if self._is_saved:
-            raise KeyboardInterrupt(self._stop)
-
-    def fit(self, model: nn.MLP | nn.GAN, fit: Callable[..., Kept], kind: type[Kept]) -> Kept:
+    def fit(self, model: nn.MLP | nn.GAN, fit: Callable[..., Kept]) -> Kept:
         """Train `model` with its `fit`, save it and what is known of the training, and return the history.
 
         Of a training that diverged what was learnt before is saved.
         """
-        out, settings, started = self.settings.out, self.settings, time.perf_counter()
-        lists = [field.name for field in fields(kind) if field.name != "seconds"]
+        out, settings = self.settings.out, self.settings
+        model._notes = self._options
+        if not (out / CHECKPOINT).exists():  # --resume needs the options, even if nothing has been learnt yet
+            model._write(out / CHECKPOINT, {}, {})
         try:
             history = fit(
                 epochs=settings.epochs,
@@ -369,19 +352,15 @@ class Watch:
             if not model.steps:
                 raise UserError(str(error), code=1) from error
             self._problems.append(str(error))
-            # The network went back to an earlier step, and so does this.
-            self._epochs = [epoch for epoch in self._epochs if epoch.epoch * epoch.batches <= model.steps]
-            history = kind(seconds=time.perf_counter() - started)
-            for name in lists:
-                values = (getattr(epoch, name) for epoch in self._epochs)
-                getattr(history, name).extend(value for value in values if value is not None)
+            history = error.history
         model.save(out / MODEL)
+        lists = [name for name in vars(history) if name != "seconds"]
         last, whole = self._last, len(getattr(history, lists[0]))
         self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
         self._facts["history"] = {name: [_finite(v) for v in getattr(history, name)] for name in lists}
         self.write_metrics({})
-        self._is_saved = True
-        if self._stop is not None:
+        stops.message, stops.are_noted = "interrupted; what was learnt is saved", False
+        if stops.first is not None:
             self.console.print("Interrupted: what was learnt is saved. Ctrl-C leaves out what is left to do.")
         return history
 
@@ -401,9 +380,7 @@ class Watch:
             move(self._task, total=total, completed=done, epoch=progress.epoch, figures=self._fitting(shown))
         elif progress.epoch_done:
             self._say(f"epoch {progress.epoch}/{progress.epochs}  {'  '.join(shown)}")
-        if progress.epoch_done:
-            self._epochs.append(progress)
-        if self._stop is not None and done < batches:
+        if stops.first is not None and done < batches:
             raise nn.StopTraining
 
     def _fitting(self, shown: Sequence[str]) -> str:
@@ -432,6 +409,8 @@ class Watch:
         try:
             yield
         except Exception as error:
+            if stops.have_raised:  # this is what a module that was being imported has made of it
+                raise Interrupted from error
             reason = str(error) or type(error).__name__
             self._problems.append(f"the model is saved, but not all that belongs to it; {what}: {reason}")
 
@@ -481,11 +460,10 @@ class Watch:
     def end(self) -> int:
         """Say where the results are, and return the exit status; `UserError` if something failed."""
         self._say(f"Model, metrics and pictures: {self.settings.out}")
-        status = 0 if self._stop is None else 128 + self._stop
         if self._problems:
             others = f" (and {len(self._problems) - 1} more)" if len(self._problems) > 1 else ""
-            raise UserError(self._problems[0] + others, status or 1)
-        return status
+            raise UserError(self._problems[0] + others, 1)
+        return 0
 
 
 def _finite(value: float) -> float | None:

@@ -46,12 +46,12 @@ def choice(value: Any, name: str, choices: Iterable[str]) -> str:
     return value
 
 
-def path(value: Any, name: str) -> Path:
+def path(value: Any, name: str, expected: str = "a path") -> Path:
     """Return `value` as a Path."""
     try:
         return Path(value)
     except TypeError:
-        raise TypeError(f"{name} must be a path, got {type(value).__name__}") from None
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}") from None
 
 
 def optional_callable(value: Any, name: str) -> None:

@@ -158,8 +158,8 @@ class Checkpoints:
             states = list(self._states(optimizers))
             if at.order is not None:
                 copy_of(model._streams()["shuffle"]).bit_generator.state = at.order
-        if at.epoch - (at.seen == 0) > epochs:
-            raise ValueError(f"epochs is {epochs}, but {path} is of epoch {at.epoch}")
+        if (begun := at.epoch - (at.seen == 0)) > epochs:
+            raise ValueError(f"epochs must be at least {begun}, which the fit of {path} has begun, got {epochs}")
         # Nothing can fail any more.
         for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
             for array, value in zip(target.parameters, source.parameters, strict=True):

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -63,7 +64,14 @@ def write(
     header = {"format": _FORMAT, "network": kind, "config": config} | ({} if extra is None else {"extra": extra})
     metadata = {_KEY: json.dumps(header, allow_nan=False)}
     if not isinstance(file, str | os.PathLike):
-        safetensors.dump(file, tensors, metadata)
+        try:
+            safetensors.dump(file, tensors, metadata)
+            if callable(flush := getattr(file, "flush", None)):
+                flush()  # what cannot be written is said here, not when somebody closes the file
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = _name(file)
+            raise
         return
     with replacing(Path(file)) as temporary, open(temporary, "wb") as opened:
         safetensors.dump(opened, tensors, metadata)
@@ -117,7 +125,7 @@ def errors_name(file: Source, kind: str) -> Iterator[None]:
         raise ValueError(f"{_name(file)} is corrupt, or no file of a gemmlet {kind}: {error}") from error
 
 
-def _name(file: Source) -> str:
+def _name(file: Source | Target) -> str:
     return os.fspath(file) if isinstance(file, str | os.PathLike) else str(getattr(file, "name", "the file"))
 
 
@@ -168,6 +176,8 @@ class Saved(ABC):
     default_optimizer: Optimizer
     default_batch_size: int
     _stream_names: ClassVar[tuple[str, ...]]  # of the attributes, without their underscore
+    # JSON that checkpoints have besides, of whoever calls `fit`.
+    _notes: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def _config(self) -> dict[str, Any]:
@@ -203,8 +213,8 @@ class Saved(ABC):
         Parameters
         ----------
         file : path or binary file
-            An existing file is replaced, a symbolic link's target; permissions are kept. The configuration is in the
-            metadata, under ``gemmlet``, as JSON.
+            An existing file is replaced, a symbolic link's target; permissions are kept. A file that is open is
+            flushed. The configuration is in the metadata, under ``gemmlet``, as JSON.
         optimizer : Optimizer, optional
             One that `fit` was given: its settings and its state are written, for `load_optimizers`.
 
@@ -236,7 +246,9 @@ class Saved(ABC):
             steps = {name: state.steps for name, state in by_name.items()}
             described[argument] = {"settings": optimizer.settings(), "steps": steps}
         streams = {name: rng.bit_generator.state for name, rng in self._streams().items()}
-        extra = {"streams": streams, "optimizers": described} | ({} if fit is None else {"fit": fit})
+        extra = {"streams": streams, "optimizers": described}
+        if fit is not None:
+            extra |= {"fit": fit, "notes": dict(self._notes)}
         write(file, type(self).__name__, config, tensors, extra)
 
     @classmethod

@@ -51,7 +51,19 @@ class DivergedError(ArithmeticError):
 
     The message names epoch and mini-batches, to the call of the backend. Parameters, moving averages, state of the
     optimizer, random streams and `steps` are those of one moment shortly before, when all parameters were finite.
+
+    Attributes
+    ----------
+    history : History or GANHistory
+        What `fit` would have returned, of the epochs that were complete by then.
     """
+
+    def __init__(self, message: str, history: Any) -> None:
+        super().__init__(message)
+        self.history = history
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.history)
 
 
 @dataclass
@@ -203,13 +215,13 @@ class Settings:
             if not self.checkpoint.parent.is_dir():
                 raise FileNotFoundError(f"checkpoint is to be in {self.checkpoint.parent}, which is no folder")
             check_replaceable(self.checkpoint)
-        if isinstance(self.resume, bool):
+        if isinstance(self.resume, bool | np.bool_):
             if self.resume and self.checkpoint is None:
                 raise ValueError("resume=True needs checkpoint, or give resume the path")
             exists = self.checkpoint is not None and self.checkpoint.exists()
             self.resume = self.checkpoint if self.resume and exists else None
         else:
-            self.resume = checks.path(self.resume, "resume")
+            self.resume = checks.path(self.resume, "resume", "True, False or a path")
 
 
 class Trainable(Saved):
@@ -508,7 +520,8 @@ class Training:
         if not self._is_finite():  # from the beginning
             raise ValueError("the network has parameters that are not finite")
         back = f"the network is as it was after {self.model.steps} steps, when it was finite"
-        raise DivergedError(f"the training diverged {where}; {back}. A smaller learning rate may help")
+        self.history.seconds = self._checkpoints.seconds
+        raise DivergedError(f"the training diverged {where}; {back}. A smaller learning rate may help", self.history)
 
     def _undo(self, copy: _Copy) -> None:
         """Go back; what is on a GPU is no longer newer than that."""

@@ -18,8 +18,9 @@ Label = str | int | float | bool
 # How far soft labels of a row may be from a sum of 1.
 _SUM_TOLERANCE = 1e-3
 
-# What an array of objects can have as labels, the first that fits.
-_OBJECTS: dict[str, Any] = {"bool": (bool, np.bool_), "number": (int, float, np.integer, np.floating), "string": str}
+# What labels can be, the first that fits.
+_KINDS: dict[str, Any] = {"bool": (bool, np.bool_), "number": (int, float, np.integer, np.floating), "string": str}
+_EXPECTED = "labels must be integers, whole floats, bools or strings"
 
 
 class Meaning(NamedTuple):
@@ -74,6 +75,8 @@ def of_classes(y: Any, meaning: Meaning, output: str, dtype: np.dtype[Any], name
     """
     # A copy, so that nobody can change them after these checks.
     given = arguments.on_cpu(arguments.as_array(y, name)).copy()
+    if isinstance(y, list | tuple) and given.size == len(given):
+        _check_kinds([row[0] for row in y] if given.ndim == 2 else list(y), name, given.dtype.kind in "biuf")
     if given.ndim == 2 and given.shape[1] == 1:
         given = given[:, 0]
     if given.ndim == 2 and given.shape[1] == meaning.outputs:
@@ -152,22 +155,37 @@ def _rows(given: Array, meaning: Meaning, output: str, dtype: np.dtype[Any], nam
     return _aligned(as_dtype(given, dtype, name)), False
 
 
+def _check_kinds(labels: list[Any], name: str, are_numbers: bool) -> None:
+    """Raise TypeError unless labels are all bools, all numbers or all strings: NumPy would make one kind of several.
+
+    If they make an array of numbers, what is neither of the three counts as one: a scalar of another library.
+    """
+    if len(set(map(type, labels))) == 1 and isinstance(labels[0], int | float | str):  # the usual case
+        return
+    other = "number" if are_numbers else ""
+    kinds = [next((kind for kind, types in _KINDS.items() if isinstance(label, types)), other) for label in labels]
+    if "" in kinds:
+        row = kinds.index("")
+        hint = ": decode bytes" if isinstance(labels[row], bytes) else ""
+        raise TypeError(f"{name}[{row}] is {labels[row]!r}; {_EXPECTED}{hint}")
+    row = next((row for row, kind in enumerate(kinds) if kind != kinds[0]), 0)
+    if row:
+        raise TypeError(
+            f"{name}[{row}] is {labels[row]!r}, {name}[0] is {labels[0]!r}; labels must be all numbers, all bools or "
+            "all strings"
+        )
+
+
 def _plain(labels: Array, name: str) -> Array:
     """Labels as bools, integers, whole float64 or strings; objects too, if all are of one of these kinds."""
     if labels.dtype.kind in "OT":  # T: NumPy's strings of variable length
-        kinds = [next((kind for kind, types in _OBJECTS.items() if isinstance(label, types)), "") for label in labels]
-        wrong = next((row for row, kind in enumerate(kinds) if not kind or kind != kinds[0]), None)
-        if wrong is not None:
-            raise TypeError(
-                f"{name}[{wrong}] is {labels[wrong]!r}, {name}[0] is {labels[0]!r}; labels must be all numbers, all "
-                "bools or all strings"
-            )
+        _check_kinds(labels.tolist(), name, are_numbers=False)
         labels = np.array(labels.tolist())
     kind = labels.dtype.kind
     if kind == "U":
         return labels
     if kind not in "biuf":
-        raise TypeError(f"{name} has dtype {labels.dtype}; labels must be integers, whole floats, bools or strings")
+        raise TypeError(f"{name} has dtype {labels.dtype}; {_EXPECTED}{': decode bytes' if kind == 'S' else ''}")
     if kind == "f":
         labels = labels.astype(np.float64, copy=False)
         if (bad := ~(np.isfinite(labels) & (labels == np.trunc(labels)))).any():
@@ -198,7 +216,10 @@ def _learnt(labels: Array, meaning: Meaning, name: str) -> list[Label] | None:
 
 def _positions(labels: Array, classes: Array, name: str) -> NDArray[np.int64]:
     """The class index of each label."""
-    if (labels.dtype.kind == "U") != (classes.dtype.kind == "U"):
+    are_strings = labels.dtype.kind == "U", classes.dtype.kind == "U"
+    # True is no class 1 of five, or of classes from 1 to 3.
+    are_bools = labels.dtype.kind == "b" and classes.dtype.kind != "b" and np.sort(classes).tolist() != [0, 1]
+    if len(set(are_strings)) > 1 or are_bools:
         known = np.zeros(len(labels), bool)
         found = np.zeros(len(labels), np.int64)
     else:
