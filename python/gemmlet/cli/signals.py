@@ -62,7 +62,9 @@ class Stops:
             yield
             return
         # Python calls handlers in the order of the numbers; a pipe knows who came first.
-        self._arrivals, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._arrivals, end = os.pipe()
+        for descriptor in (self._arrivals, end):
+            os.set_blocking(descriptor, False)
         before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         self._handled = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
         for number in self._handled:
