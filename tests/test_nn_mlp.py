@@ -360,8 +360,8 @@ def test_learns_digits(backend: object) -> None:
 
 def test_sigmoid_outputs_learn_digits(backend: object) -> None:
     x, y, x_test, y_test = digits()
-    model = MLP([64, 48, 10], output="sigmoid", default_optimizer=SGD(0.1), default_batch_size=8)
-    model.fit(x, y, epochs=6)
+    model = MLP([64, 48, 10], output="sigmoid", default_optimizer=SGD(0.2), default_batch_size=16)
+    model.fit(x, y, epochs=3)
     assert model.evaluate(x_test, y_test)["accuracy"] > 0.9
     p = model.predict_proba(x_test)
     assert p.shape == (len(x_test), 10)

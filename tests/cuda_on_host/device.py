@@ -1,9 +1,10 @@
 """`HostDevice`: what the CUDA backend takes for a GPU, where there is none. The kernels of csrc/cuda/ run on the CPU.
 
 A unit of kernels is compiled by g++ once for each content of its sources, into ``GEMMLET_CUDA_HOST_CACHE``, or else
-a folder of the user's own below the system's for temporary files. ``GEMMLET_CUDA_HOST_SANITIZE`` names sanitizers to
-compile with (tools/sanitize_cuda.sh), ``GEMMLET_CUDA_HOST_ORDER`` the order in which threads run, where a test does not
-say, and ``GEMMLET_CUDA_HOST_THREADS`` how many OS threads share the blocks.
+a folder of the user's own below the system's for temporary files. What NVRTC and nvcc say of kernels is kept there too,
+by all that it depends on. ``GEMMLET_CUDA_HOST_SANITIZE`` names sanitizers to compile with (tools/sanitize_cuda.sh),
+``GEMMLET_CUDA_HOST_ORDER`` the order in which threads run, where a test does not say, and ``GEMMLET_CUDA_HOST_THREADS``
+how many OS threads share the blocks.
 """
 
 from __future__ import annotations
