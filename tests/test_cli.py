@@ -1186,6 +1186,40 @@ def test_signals_at_any_moment(digits, tmp_path, network):
     assert len(ends) > 2
 
 
+@pytest.mark.parametrize("number", STOPS)
+def test_signal_before_and_after_the_command_runs(capsys, monkeypatch, number):
+    """It ends one that has not begun, and changes nothing of one that ends already."""
+    made = cli._Output.__init__
+
+    def early(self, file):
+        signal.raise_signal(number)
+        made(self, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Output, "__init__", early)
+        assert call("info") == 128 + number
+    assert capsys.readouterr() == ("", "gemmlet: interrupted\n")
+    # Once it has been run, nobody would catch anything.
+    pressed = lambda *words, **to: (signal.raise_signal(number), print(*words, **to))  # noqa: E731
+    monkeypatch.setattr(cli, "print", pressed, raising=False)
+    assert call("info", "surplus") == 2
+    assert "surplus" in error_line(capsys)
+
+
+def test_other_errors_of_an_interrupted_import(digits, tmp_path, capsys, monkeypatch):
+    """Extension modules make an ImportError of it."""
+
+    def load(folder):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(training, "load_mnist", load)
+    assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 143
+    assert error_line(capsys) == "gemmlet: interrupted\n"
+
+
 def test_hangup_that_is_ignored(digits, tmp_path):
     """As under nohup."""
     ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {COMMAND}"

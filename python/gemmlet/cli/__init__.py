@@ -49,10 +49,12 @@ def _outcome(words: list[str]) -> tuple[int, str]:
         status, message = 1, str(error)
     except MemoryError as error:
         status, message = 1, f"out of memory, try a smaller --hidden or --batch-size: {error}"
-    except (Exception, Interrupted):
+    except Interrupted:
+        message = stops.message
+    except Exception:
         if not stops.have_raised:
             raise
-        message = stops.message  # other errors are what something made of it, a module that was being imported say
+        message = stops.message  # the error is what something made of it, a module that was being imported say
     if stops.first is not None:
         status = 128 + stops.first
     if output.error is not None and not status:

@@ -62,7 +62,9 @@ class Stops:
             yield
             return
         # Python calls handlers in the order of the numbers; a pipe knows who came first.
-        self._arrivals, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._arrivals, end = os.pipe()
+        for descriptor in (self._arrivals, end):
+            os.set_blocking(descriptor, False)
         before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         self._handled = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
         for number in self._handled:
@@ -78,7 +80,9 @@ class Stops:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
-            arrived = os.read(self._arrivals, 4096)
+            arrived = b""
+            with contextlib.suppress(BlockingIOError):  # another thread, which got the signal, is about to write it
+                arrived = os.read(self._arrivals, 4096)
             self.first = next((each for each in arrived if each in self._handled), number)
         # Elsewhere, where the command ends already, nobody would catch it.
         while frame is not None and frame.f_code is not self._code:
