@@ -124,13 +124,11 @@ def few(tmp_path):
 
 
 def call(*words):
-    """Run the command in this process and return its exit status; signals are as before, as in the next process."""
-    handlers = {number: signal.getsignal(number) for number in STOPS}
+    """Run the command in this process and return its exit status; signals do what they did before."""
+    handlers = [signal.getsignal(number) for number in STOPS]
     with pytest.raises(SystemExit) as caught:
         cli.main([str(word) for word in words])
-    assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOPS)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in STOPS] == handlers
     return caught.value.code
 
 
@@ -1140,7 +1138,8 @@ def run(out, at, ready):
         del sys.modules[name]
     sys.settrace(trace)
     try:
-        cli.main([*words, "--out", f"{out}-run"])
+        sys.argv[1:] = [*words, "--out", f"{out}-run"]
+        cli.main()
     finally:
         if at < 0:
             os.write(ready, str(calls).encode())

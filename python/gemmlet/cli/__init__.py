@@ -19,12 +19,14 @@ from .signals import Interrupted, stops
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit; `arguments` are the words after the command's name, by default of ``sys.argv``.
+    """Run the command line and exit; `arguments` are the words after the command's name.
+
+    By default they are those of ``sys.argv``, and the process ends: from then on signals are ignored.
 
     The exit status is 0 for success, 2 for options or files that cannot be used, 1 for what fails later on, and 128 and
     the number of the first signal that came, 130 after Ctrl-C. Errors are one line on stderr.
     """
-    with stops.handled(_run.__code__):
+    with stops.handled(_run.__code__, ends_process=arguments is None):
         status, message = _outcome(list(sys.argv[1:] if arguments is None else arguments))
         if message:
             with contextlib.suppress(OSError):
