@@ -124,13 +124,11 @@ def few(tmp_path):
 
 
 def call(*words):
-    """Run the command in this process and return its exit status; signals are as before, as in the next process."""
-    handlers = {number: signal.getsignal(number) for number in STOPS}
+    """Run the command in this process and return its exit status; signals do what they did before."""
+    handlers = [signal.getsignal(number) for number in STOPS]
     with pytest.raises(SystemExit) as caught:
         cli.main([str(word) for word in words])
-    assert all(signal.getsignal(number) is signal.SIG_IGN for number in STOPS)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in STOPS] == handlers
     return caught.value.code
 
 
@@ -1148,7 +1146,8 @@ def run(out, at, ready):
         del sys.modules[name]
     sys.settrace(trace)
     try:
-        cli.main([*words, "--out", f"{out}-run"])
+        sys.argv[1:] = [*words, "--out", f"{out}-run"]
+        cli.main()
     finally:
         if at < 0:
             os.write(ready, str(calls).encode())
@@ -1192,6 +1191,40 @@ def test_signals_at_any_moment(digits, tmp_path, network):
             assert {"mlp": nn.MLP, "gan": nn.GAN}[network].load(path).steps > 0
         ends.add((saved, ended))
     assert len(ends) > 2
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_signal_before_and_after_the_command_runs(capsys, monkeypatch, number):
+    """It ends one that has not begun, and changes nothing of one that ends already."""
+    made = cli._Output.__init__
+
+    def early(self, file):
+        signal.raise_signal(number)
+        made(self, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Output, "__init__", early)
+        assert call("info") == 128 + number
+    assert capsys.readouterr() == ("", "gemmlet: interrupted\n")
+    # Once it has been run, nobody would catch anything.
+    pressed = lambda *words, **to: (signal.raise_signal(number), print(*words, **to))  # noqa: E731
+    monkeypatch.setattr(cli, "print", pressed, raising=False)
+    assert call("info", "surplus") == 2
+    assert "surplus" in error_line(capsys)
+
+
+def test_other_errors_of_an_interrupted_import(digits, tmp_path, capsys, monkeypatch):
+    """Extension modules make an ImportError of it."""
+
+    def load(folder):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(training, "load_mnist", load)
+    assert call("train", "mlp", "--data-dir", digits, "--out", tmp_path / "out") == 143
+    assert error_line(capsys) == "gemmlet: interrupted\n"
 
 
 def test_hangup_that_is_ignored(digits, tmp_path):

@@ -19,12 +19,14 @@ from .signals import Interrupted, stops
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit; `arguments` are the words after the command's name, by default of ``sys.argv``.
+    """Run the command line and exit; `arguments` are the words after the command's name.
+
+    By default they are those of ``sys.argv``, and the process ends: from then on signals are ignored.
 
     The exit status is 0 for success, 2 for options or files that cannot be used, 1 for what fails later on, and 128 and
     the number of the first signal that came, 130 after Ctrl-C. Errors are one line on stderr.
     """
-    with stops.handled(_run.__code__):
+    with stops.handled(_run.__code__, ends_process=arguments is None):
         status, message = _outcome(list(sys.argv[1:] if arguments is None else arguments))
         if message:
             with contextlib.suppress(OSError):
@@ -49,10 +51,12 @@ def _outcome(words: list[str]) -> tuple[int, str]:
         status, message = 1, str(error)
     except MemoryError as error:
         status, message = 1, f"out of memory, try a smaller --hidden or --batch-size: {error}"
-    except (Exception, Interrupted):
+    except Interrupted:
+        message = stops.message
+    except Exception:
         if not stops.have_raised:
             raise
-        message = stops.message  # other errors are what something made of it, a module that was being imported say
+        message = stops.message  # the error is what something made of it, a module that was being imported say
     if stops.first is not None:
         status = 128 + stops.first
     if output.error is not None and not status:

@@ -52,10 +52,11 @@ class Stops:
         return self._raised > -math.inf
 
     @contextlib.contextmanager
-    def handled(self, code: CodeType) -> Iterator[None]:
-        """Handle them in this block, which calls the function with this code; from then on they do nothing.
+    def handled(self, code: CodeType, *, ends_process: bool) -> Iterator[None]:
+        """Handle them in this block, which calls the function with this code.
 
-        A program that was started with a signal ignored, by nohup for one, keeps ignoring it.
+        From then on they do nothing if it ends the process, else what they did before. A program that was started with
+        a signal ignored, by nohup for one, keeps ignoring it.
         """
         self._reset(code)
         if threading.current_thread() is not threading.main_thread():  # where Python handles none
@@ -66,21 +67,24 @@ class Stops:
         for descriptor in (self._arrivals, end):
             os.set_blocking(descriptor, False)
         before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-        self._handled = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+        handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPS}
+        self._handled = [number for number in STOPS if handlers[number] is not signal.SIG_IGN]
         for number in self._handled:
             signal.signal(number, self._handle)
         try:
             yield
         finally:
             for number in self._handled:
-                signal.signal(number, signal.SIG_IGN)
+                signal.signal(number, signal.SIG_IGN if ends_process else handlers[number])
             signal.set_wakeup_fd(before)
             os.close(end)
             os.close(self._arrivals)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
-            arrived = os.read(self._arrivals, 4096)
+            arrived = b""
+            with contextlib.suppress(BlockingIOError):  # another thread, which got the signal, is about to write it
+                arrived = os.read(self._arrivals, 4096)
             self.first = next((each for each in arrived if each in self._handled), number)
         # Elsewhere, where the command ends already, nobody would catch it.
         while frame is not None and frame.f_code is not self._code:
