@@ -67,7 +67,7 @@ class Samples:
         values = 1
         for length in array.shape[1:]:
             values *= length
-        if array.ndim < 2 or values != features:
+        if array.ndim < 2 or (is_sparse and array.ndim > 2) or values != features:
             hint = f": {name}.reshape(-1, 1)" if array.ndim == 1 and features == 1 else ""
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row{hint}")
         self.array: Any
@@ -105,11 +105,12 @@ class Samples:
         if self.array.dtype == np.uint8:
             return None
         if self.is_sparse:
-            wrong = np.flatnonzero(~np.isfinite(self.array.data))
+            wrong = np.flatnonzero(~np.isfinite(self.array.data))[:1]
             if not len(wrong):
                 return None
             row = int(np.searchsorted(self.array.indptr, wrong[0], "right")) - 1
-            return not_finite(self.array[row].toarray(), self.name, row)
+            # Of the value alone: `toarray` of the row would write wherever its columns point by now.
+            return not_finite(self.array.data[wrong], self.name, row)
         array = self.array
         if self.on_gpu:
             if all(map(math.isfinite, self.backend.extremes(array))):
@@ -228,13 +229,11 @@ def as_dtype(array: Any, dtype: np.dtype[Any], name: str, first: int = 0) -> Any
         # The processor tells of an overflow: no pass over the result looks for it.
         with contextlib.suppress(FloatingPointError), np.errstate(all="ignore", over="raise"):
             return array.astype(dtype, order="C")
-        with np.errstate(all="ignore"):
-            beyond = np.isinf(array.astype(dtype)) & np.isfinite(array)
-    else:
+    with np.errstate(all="ignore"):
         numbers = array.astype(dtype, order="C")
-        beyond = arguments.on_cpu(abs(numbers) == np.inf) & arguments.on_cpu(abs(array) != np.inf)
-        if not beyond.any():
-            return numbers
+    beyond = arguments.on_cpu(abs(numbers) == np.inf) & arguments.on_cpu(abs(array) != np.inf)
+    if not beyond.any():
+        return numbers
     place = np.argwhere(beyond)[0]
     value = array[tuple(place)]
     raise ValueError(f"{checks.item(name, place, first)} is {value:g}, which is beyond the range of {dtype}")
