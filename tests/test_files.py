@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gemmlet import _files
-from gemmlet._files import replacing
+from gemmlet._files import check_replaceable, replacing
 from gemmlet.nn import GAN, MLP, files, safetensors
 from support import same_bits
 
@@ -526,7 +526,9 @@ def test_no_permission(open_folder: Path) -> None:
     open_folder.chmod(0o555)
     new = open_folder / "new"
     assert as_nobody(lambda: write(new)) == f"PermissionError: [Errno 13] Permission denied: '{new}'"
+    assert as_nobody(lambda: check_replaceable(new)) == f"PermissionError: [Errno 13] Permission denied: '{new}'"
     open_folder.chmod(0o333)  # writable, and not readable
+    assert as_nobody(lambda: check_replaceable(new)) == "nothing"
     assert as_nobody(lambda: write(new)) == "nothing"
     open_folder.chmod(0o777)
     assert sorted(os.listdir(open_folder)) == ["a", "new"]
