@@ -186,7 +186,6 @@ def test_labels_train_as_indices_do_and_come_back(kind: str, output: str, tmp_pa
     assert model.predict(X).dtype == names.dtype
     assert model.evaluate(X, y) == expected.evaluate(X, INDICES)
     model.fit(X[:5], y[:5], epochs=1, validation_data=(X, y))
-    pytest.importorskip("safetensors")
     model.save(tmp_path / "model")
     loaded = MLP.load(tmp_path / "model")
     assert loaded.classes == classes
@@ -231,7 +230,6 @@ def test_several_labels_a_sample(tmp_path: Path) -> None:
     assert model.evaluate(X, y)["loss"] == pytest.approx(loss, rel=1e-4)
     with pytest.raises(ValueError, match=r"y has shape \(30,\), expected rows \(n, 3\)"):
         model.evaluate(X, INDICES)
-    pytest.importorskip("safetensors")
     model.save(tmp_path / "model")
     assert MLP.load(tmp_path / "model").multi_label
     with pytest.raises(ValueError, match=r"y\[4\] has \d ones; expected rows of exactly one 1"):
