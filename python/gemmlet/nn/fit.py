@@ -67,7 +67,7 @@ class History:
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
     seconds : float
-        Wall-clock time of `fit`.
+        Wall-clock time of `fit`, with that before the checkpoint which it went on from.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -87,7 +87,7 @@ class GANHistory:
         Means over the epoch, each mini-batch counted as it was before its update. An epoch that was stopped counts with
         the mini-batches it had.
     seconds : float
-        Wall-clock time of `fit`.
+        Wall-clock time of `fit`, with that before the checkpoint which it went on from.
     """
 
     generator_loss: list[float] = field(default_factory=list)

@@ -262,10 +262,9 @@ class MLP(Trainable):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit, or a parameter is read-only. Nothing has been trained then, but where samples or
-            targets are not finite, which training itself finds: then all is as it was before, too, unless a callback
-            has changed them later on; or where `lr_schedule` returns no learning rate, which ends training between two
-            steps.
+            An argument does not fit, or a parameter is read-only: nothing has been trained. Samples or targets that are
+            not finite are found while training, and undo it. What goes wrong only later, by a callback or by a factor
+            of `lr_schedule` that is no number of at least 0, ends training in the last good state.
         DivergedError
             A loss or a parameter is no longer finite. All is as it was shortly before that.
         OSError
