@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemmlet.nn import GAN, MLP
+from gemmlet.nn.dataset import as_dtype
 from support import same_bits
 
 DTYPES = ["?", "i1", "i2", ">i4", "i8", "u1", "u2", "u4", ">u8", "f2", "f4", ">f4", "f8", ">f8", "g"]
@@ -145,6 +148,19 @@ def test_validation_data_beyond_the_range_is_refused_before_training() -> None:
         with pytest.raises(ValueError, match=rf"{name}\[3, 1\] is 1e\+39, which is beyond the range of float32"):
             model.fit(x, INDICES, validation_data=(held_out, INDICES))
     assert all(same_bits(a, b) for a, b in zip(before, model.parameters, strict=True))
+
+
+def test_a_flag_of_overflow_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another thread changes the number back: nothing is beyond the range."""
+
+    @contextlib.contextmanager
+    def flagged(**modes: str) -> Iterator[None]:
+        yield
+        if modes.get("over") == "raise":
+            raise FloatingPointError("overflow encountered in cast")
+
+    monkeypatch.setattr(np, "errstate", flagged)
+    assert same_bits(as_dtype(X.astype(np.float64), np.dtype(np.float32), "x"), X)
 
 
 # Targets.
