@@ -251,8 +251,9 @@ class MLP(Trainable):
             optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is.
         resume : bool or path
             A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
-            between. With True it is `checkpoint` if that exists, so that a job that is started again goes on. Samples
-            and arguments must be those of then, but for `epochs`, which may be more, and callbacks.
+            between. With True it is `checkpoint` if that exists, so that a job that is started again goes on; one that
+            `StopTraining` has ended, too. Samples and arguments must be those of then, but for `epochs`, which may be
+            more, and callbacks.
 
         Returns
         -------
