@@ -451,8 +451,13 @@ def check_error(path: Path, code: int, act: Callable[[], None]) -> None:
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere" / "model"
-    check_error(path, errno.ENOENT, lambda: MLP([2, 2]).save(path))
+    path, link = tmp_path / "nowhere" / "model", tmp_path / "link"
+    link.symlink_to(path)
+    for act in (check_replaceable, MLP([2, 2]).save):
+        check_error(path, errno.ENOENT, lambda act=act: act(path))
+        with pytest.raises(FileNotFoundError, match="link"):
+            act(link)
+    assert os.listdir(tmp_path) == ["link"]
 
 
 @pytest.mark.parametrize("linked", [False, True])

@@ -75,7 +75,8 @@ def check_replaceable(path: Path) -> None:
         target = Path(os.path.realpath(path))
         _existing(target)
         if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            code = errno.EACCES if target.parent.exists() else errno.ENOENT  # where a link leads, say
+            raise OSError(code, os.strerror(code))
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
