@@ -14,8 +14,8 @@ from . import files
 from .dataset import copy_of
 from .optimizers import Optimizer, ParameterGroup
 
-# Between two checkpoints are at least so many seconds, unless an epoch ends; and so many times as long as it takes to
-# write one, which is 2 % of a training at most.
+# The least time between two checkpoints: these seconds, unless an epoch ends; and this multiple of the time that one
+# takes to write, so that writing is at most 2 % of a training.
 _SECONDS = 30.0
 _WRITES = 50
 
@@ -49,7 +49,7 @@ class Position:
         return Position(self.epoch, self.seen, self.sums, self.correct, self.order)
 
     def check(self, losses: int, samples: int, batch_size: int) -> None:
-        """Raise ValueError or TypeError unless a fit of so many samples can be there; sums become floats."""
+        """Raise ValueError or TypeError unless a fit of `samples` samples can be here; `sums` become floats."""
         checks.whole_number(self.epoch, "epoch", 1)
         checks.whole_number(self.correct, "correct", 0)
         self.sums = tuple(map(float, self.sums))
@@ -100,7 +100,7 @@ class Checkpoints:
 
     @property
     def seconds(self) -> float:
-        """How long the fit has taken."""
+        """How long the fit has taken, with that before the checkpoint which it went on from."""
         return time.perf_counter() - self._started
 
     def is_due(self, at: Position, *, epoch_done: bool) -> bool:
@@ -109,7 +109,7 @@ class Checkpoints:
         return self.is_missing(at) and time.perf_counter() - self._last >= least
 
     def is_missing(self, at: Position) -> bool:
-        """Whether there are checkpoints, but none of this position."""
+        """Whether there is a path for checkpoints, and the last one is of another position."""
         return self._path is not None and self._written != at
 
     def write(self, at: Position) -> None:

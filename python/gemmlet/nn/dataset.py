@@ -72,7 +72,7 @@ class Samples:
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row{hint}")
         self.array: Any
         self.name, self.is_sparse = name, is_sparse
-        # Of what is held nobody can change the size.
+        # While it is held, NumPy resizes no array whose memory is used here.
         if is_sparse:
             self.array = _canonical(x, name)
             self.held = held(self.array.data, self.array.indices)
@@ -94,14 +94,14 @@ class Samples:
         return select.of(self.array) if self.on_gpu else select.current()
 
     def stay(self) -> None:
-        """Put them where the backend computes, converted, if they are to be used more than once."""
+        """Convert them and move them to the backend's device once, as samples are that are used repeatedly."""
         self.convert()
         if not self.is_sparse:
             self.array = self.backend.to_device(self.array)
             self.on_gpu = is_on_gpu(self.array)
 
     def not_finite(self) -> str | None:
-        """What is wrong with them, if not all are finite."""
+        """Return an error message if a number is not finite, else None."""
         if self.array.dtype == np.uint8:
             return None
         if self.is_sparse:
@@ -125,11 +125,11 @@ class Samples:
         return self
 
     def convert(self) -> None:
-        """Convert them as a whole, as training takes them: to `dtype`, but for images of bytes."""
+        """Convert all samples to `dtype`, for training; images of bytes stay bytes."""
         self.array = self._converted(self.array, 0)
 
     def _converted(self, array: Any, first: int) -> Any:
-        """Samples, or some from the `first` on, as `dtype`; images of bytes are left."""
+        """Return `array`, whose first row is sample `first`, as `dtype`; images of bytes stay bytes."""
         if array.dtype == self.dtype:
             return array
         if self.is_sparse:
@@ -172,7 +172,7 @@ class Samples:
 
 
 def _canonical(matrix: Any, name: str) -> Any:
-    """The sparse matrix by rows, columns ascending and each once; its `indptr` is a copy."""
+    """Return a sparse matrix as CSR, its column indices ascending and unique; only `indptr` is always a copy."""
     for part in ("indptr", "indices", "row", "col"):
         found = np.asarray(getattr(matrix, part, 0)).dtype
         if found.kind not in "iu":
@@ -195,7 +195,7 @@ def _canonical(matrix: Any, name: str) -> Any:
     ascending[starts[(starts > 0) & (starts < len(indices))] - 1] = True
     is_canonical = bool(ascending.all())
     if not is_canonical:
-        # SciPy reads and writes wherever indices point: what it sorts is a copy that has been checked.
+        # SciPy trusts indices: it sorts a copy, which has been checked and which nobody else can change.
         indices, data = indices.copy(), data.copy()
         _check_indices(indices, features, name)
     rows = type(matrix)((data, indices, indptr), shape=matrix.shape)
@@ -205,7 +205,10 @@ def _canonical(matrix: Any, name: str) -> Any:
 
 
 def not_finite(array: Array, name: str, first: int = 0) -> str | None:
-    """What is wrong with rows, counted from `first` on, of which not all numbers are finite; None if all are."""
+    """Return an error message that names the first row with a number that is not finite, else None.
+
+    Rows are counted from `first` on.
+    """
     if array.dtype.kind == "f":
         for where in slices(len(array), CHUNK):
             if not np.isfinite(rows := array[where].reshape(-1)).all():
@@ -216,7 +219,7 @@ def not_finite(array: Array, name: str, first: int = 0) -> str | None:
 
 
 def as_dtype(array: Any, dtype: np.dtype[Any], name: str, first: int = 0) -> Any:
-    """Real numbers, on the CPU or a GPU, as `dtype`, C-contiguous unless they had it.
+    """Return real numbers, on the CPU or a GPU, as `dtype`; what is converted becomes C-contiguous.
 
     Raises
     ------
@@ -226,7 +229,7 @@ def as_dtype(array: Any, dtype: np.dtype[Any], name: str, first: int = 0) -> Any
     if array.dtype == dtype:
         return array
     if not is_on_gpu(array):
-        # The processor tells of an overflow: no pass over the result looks for it.
+        # NumPy reads the processor's overflow flag: no pass over the result has to look for infinities.
         with contextlib.suppress(FloatingPointError), np.errstate(all="ignore", over="raise"):
             return array.astype(dtype, order="C")
     with np.errstate(all="ignore"):
@@ -248,7 +251,7 @@ def _by_rows(matrix: Any, name: str) -> Any:
     elif matrix.format == "csc":
         _check_indices(np.ravel(matrix.indices), n, name, "row")
     try:
-        # SciPy's checks of a copy that nobody can change; its constructor has those of COO.
+        # SciPy checks a copy, which nobody else can change. (COO matrices are checked by their constructor.)
         own = matrix.copy()
         if hasattr(own, "check_format"):
             own.check_format()
