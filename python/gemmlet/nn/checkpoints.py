@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .._signals import deferred_signals
 from . import _checks as checks
 from . import files
 from .dataset import copy_of
@@ -161,28 +162,29 @@ class Checkpoints:
         if at.epoch - (at.seen == 0) > epochs:
             raise ValueError(f"epochs is {epochs}, but {path} is of epoch {at.epoch}")
         # Nothing can fail any more.
-        for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
-            for array, value in zip(target.parameters, source.parameters, strict=True):
-                array[...] = value
-        for group in self._groups:
-            group.keep()
-        for mine, theirs in states:
-            mine.steps = theirs.steps
-            for array, value in zip(mine.arrays, theirs.arrays, strict=True):
-                array[...] = value
-        for argument, settings in now.items():
-            for name in settings.keys() - {"name"}:
-                setattr(self._optimizers[argument], name, settings[name])
-        for name, rng in model._streams().items():
-            rng.bit_generator.state = saved._streams()[name].bit_generator.state
-        if at.order is not None:
-            model._streams()["shuffle"].bit_generator.state = at.order
-        for name, values in history.items():
-            self._epochs[name][:] = values
-        model.steps = saved.steps
-        self._started -= seconds
-        if path == self._path:
-            self._written = at.copy()
+        with deferred_signals():
+            for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
+                for array, value in zip(target.parameters, source.parameters, strict=True):
+                    array[...] = value
+            for group in self._groups:
+                group.keep()
+            for mine, theirs in states:
+                mine.steps = theirs.steps
+                for array, value in zip(mine.arrays, theirs.arrays, strict=True):
+                    array[...] = value
+            for argument, settings in now.items():
+                for name in settings.keys() - {"name"}:
+                    setattr(self._optimizers[argument], name, settings[name])
+            for name, rng in model._streams().items():
+                rng.bit_generator.state = saved._streams()[name].bit_generator.state
+            if at.order is not None:
+                model._streams()["shuffle"].bit_generator.state = at.order
+            for name, values in history.items():
+                self._epochs[name][:] = values
+            model.steps = saved.steps
+            self._started -= seconds
+            if path == self._path:
+                self._written = at.copy()
         return at
 
     def _settings(self) -> dict[str, dict[str, Any]]:
