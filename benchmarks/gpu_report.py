@@ -536,7 +536,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.earlier is None:
         (options.out / "report.txt").write_text(text, encoding="utf-8")
     if options.markdown is not None:
-        document = gpu_tables.between_markers(options.markdown.read_text("utf-8"), gpu_tables.markdown(report))
+        document = gpu_tables.written_into(options.markdown.read_text("utf-8"), report)
         options.markdown.write_text(document, encoding="utf-8")
     done = report["stages"]
     return 0 if all(name in done and done[name]["ok"] for name in report["settings"]["only"]) else 1

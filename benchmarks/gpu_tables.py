@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemmlet.bench.report import LOST
+from gemmlet.bench.report import LOST, between_markers
 from gemmlet.bench.results import Results, Row, from_json
 from gemmlet.bench.targets import Limit, Target, Verdict, verdict
 from gemmlet.bench.timing import duration
 
 Report = Mapping[str, Any]
-
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
-EMPTY = "There has been no run on a GPU yet, as no GPU was to be had: this table is empty.\n"
 
 # What a weight may differ from the CPU's after 100 steps, relative to the largest of its array: rounding. Adam divides
 # by the size of gradients, of which the smallest are little else.
@@ -316,15 +313,6 @@ def _markdown_table(head: Sequence[str], table: Sequence[Sequence[str]]) -> list
     return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, table)]
 
 
-def between_markers(document: str, section: str) -> str:
-    """Return the document with `section` in place of what stands between its markers.
-
-    Raises
-    ------
-    ValueError
-        It has no such markers.
-    """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"expected the lines {BEGIN} and {END}, once each and in this order")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{section}{END}{rest.split(END)[1]}"
+def written_into(document: str, report: Report) -> str:
+    """Return the document with the report between its markers of ``gpu``; ValueError if it has none."""
+    return between_markers(document, "gpu", markdown(report))

@@ -767,6 +767,7 @@ def test_commands_in_the_document_exist() -> None:
         else:
             assert "pip" in words[0], line
     assert {"--quick", "--scaling", "--compare", "--instructions", "--markdown", "--list", "--filter", "--from"} <= seen
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(bench_cases.GROUPS)
     for isa in ("x86-64-v4", "x86-64-v3"):
         assert report.between_markers(text, isa, "some tables\n") != text
 

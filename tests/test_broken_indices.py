@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from gemmlet import kernels
+from gemmlet.backends import select
 from gemmlet.formulas.losses import ROW_LOSSES
 from gemmlet.nn import MLP
 from support import run_on
@@ -149,7 +150,7 @@ def label_cases(rng: np.random.Generator) -> Iterator[Case]:
             kernel(logits, labels, label_smoothing=smoothing)
 
         for name, labels, is_bad in broken(good, columns, rng):
-            # Of floating point are probabilities, one row for each row of logits.
+            # Labels of a floating dtype are probabilities, of which a row of logits needs a row: "float" is refused.
             yield Case(f"{loss} {columns} {smoothing} {name}", lambda e=evaluate, y=labels: e(y), is_bad)
         many = rng.normal(size=(20_000, columns)).astype(dtype)
 
@@ -294,6 +295,22 @@ def run(seed: int, seconds: float = 0.0) -> int:
 def test_broken_indices(seed: int, any_threads_backend: Any) -> None:
     script = f"import test_broken_indices\nprint(test_broken_indices.run({seed}))"
     assert int(run_on(any_threads_backend, script, PYTHONFAULTHANDLER="1", GEMMLET_NUM_THREADS="2")) > 500
+
+
+NOT_FINITE = """
+import numpy as np, scipy.sparse
+from gemmlet.nn.dataset import Samples
+x = scipy.sparse.csr_matrix(np.full((1, 4), np.nan))
+samples = Samples(x, 4, None, sparse=True)
+x.indices[:] = 2**31 - 1
+print(samples.not_finite())
+"""
+
+
+def test_a_row_is_named_without_its_columns() -> None:
+    """Which another thread may have changed since they were checked."""
+    pytest.importorskip("scipy")
+    assert run_on(select.load("numpy"), NOT_FINITE) == "x must be finite, got nan in row 0\n"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 
 from gemmlet import kernels
 from gemmlet.backends import select
+from gemmlet.cli.commands import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = (".py", ".h", ".cpp", ".cuh", ".cmake")
@@ -56,6 +57,18 @@ def test_readme_names_kernels_and_backends_that_exist() -> None:
     assert len(listed) > 20
     assert listed <= set(kernels.__all__)
     assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == select.CHOICES
+
+
+def test_the_command_asks_for_the_packages_of_its_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    imported = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    packages = {
+        extra: {imported.get(name, name) for line in extras[extra] for name in re.findall(r"^[\w-]+", line)}
+        for extra in EXTRAS
+    }
+    assert set(EXTRAS["train"]) == packages["train"] - {"pooch"}  # without which the sample of MNIST is used
+    assert set(EXTRAS["bench"]) == set(EXTRAS["train"]) | {"threadpoolctl"}  # the others are peers, or for the tests
+    assert "threadpoolctl" in packages["bench"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gemmlet import _files
-from gemmlet._files import replacing
+from gemmlet._files import check_replaceable, replacing
 from gemmlet.nn import GAN, MLP, files, safetensors
 from support import same_bits
 
@@ -452,8 +452,13 @@ def check_error(path: Path, code: int, act: Callable[[], None]) -> None:
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere" / "model"
-    check_error(path, errno.ENOENT, lambda: MLP([2, 2]).save(path))
+    path, link = tmp_path / "nowhere" / "model", tmp_path / "link"
+    link.symlink_to(path)
+    for act in (check_replaceable, MLP([2, 2]).save):
+        check_error(path, errno.ENOENT, lambda act=act: act(path))
+        with pytest.raises(FileNotFoundError, match="link"):
+            act(link)
+    assert os.listdir(tmp_path) == ["link"]
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -527,7 +532,9 @@ def test_no_permission(open_folder: Path) -> None:
     open_folder.chmod(0o555)
     new = open_folder / "new"
     assert as_nobody(lambda: write(new)) == f"PermissionError: [Errno 13] Permission denied: '{new}'"
+    assert as_nobody(lambda: check_replaceable(new)) == f"PermissionError: [Errno 13] Permission denied: '{new}'"
     open_folder.chmod(0o333)  # writable, and not readable
+    assert as_nobody(lambda: check_replaceable(new)) == "nothing"
     assert as_nobody(lambda: write(new)) == "nothing"
     open_folder.chmod(0o777)
     assert sorted(os.listdir(open_folder)) == ["a", "new"]

@@ -541,6 +541,11 @@ def test_bad_sparse_matrices(any_threads_backend: Any, dtype: Any) -> None:
             model.predict(sparse.csc_matrix(np.eye(5)).astype(wrong))
     with pytest.raises(ValueError, match=r"\bx\b.*\(5, 6\)"):
         model.fit(sparse.eye(5, 6, dtype=dtype, format="csr"), y)
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        cube = sparse.coo_array(np.ones((5, 5, 1), dtype))  # since SciPy 1.15
+    if "cube" in locals():
+        with pytest.raises(ValueError, match=r"x has shape \(5, 5, 1\), expected \(n, 5\)"):
+            model.fit(cube, y)
     with pytest.raises(ValueError, match=r"\bx\b.*empty"):
         model.fit(sparse.csr_matrix((0, 5), dtype=dtype), y)
     with pytest.raises(TypeError, match=r"validation_data\[0\]"):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining, checkpoints, files, linear_decay
+from gemmlet.nn.optimizers import ParameterGroup
 
 RULES: dict[str, Callable[[], Any]] = {
     "sgd": lambda: SGD(0.05),
@@ -206,6 +207,24 @@ def test_ctrl_c_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytes
     again, rule, fit = fit_of("mlp")
     fit(resume=path)
     assert same(left_by(again, rule), left_by(whole, other))
+
+
+def test_ctrl_c_while_a_fit_is_resumed(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is as in the checkpoint, then it comes."""
+    path, keep = tmp_path / "checkpoint", ParameterGroup.keep
+    written, optimizer, fit = fit_of(network)
+    with pytest.raises(Killed):
+        fit(checkpoint=path, callback=killed_after(30))
+
+    def interrupted(group: ParameterGroup) -> None:
+        signal.raise_signal(signal.SIGINT)
+        keep(group)
+
+    monkeypatch.setattr(ParameterGroup, "keep", interrupted)
+    model, other, fit = fit_of(network)
+    with pytest.raises(KeyboardInterrupt):
+        fit(resume=path)
+    assert same(left_by(model, other), left_by(written, optimizer))
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

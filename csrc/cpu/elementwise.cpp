@@ -147,7 +147,7 @@ void column_sum(View<T> x, T* sum) {
 
 template <class T>
 bool is_finite(const T* x, Index n) {
-  // A number times 0 is NaN where it is not finite. Several sums, as one would wait for itself.
+  // x * 0 is NaN unless x is finite. Several accumulators, to hide the latency of the additions.
   constexpr Index chains = 8, step = chains * lanes<T>;
   Vec<T> sum[chains] = {};
   Index i = 0;

@@ -72,7 +72,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def check_replaceable(path: Path) -> None:
     """Raise OSError if `replacing` will refuse `path`, for all that is known before."""
     try:
-        _existing(Path(os.path.realpath(path)))
+        target = Path(os.path.realpath(path))
+        _existing(target)
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            code = errno.EACCES if target.parent.exists() else errno.ENOENT  # where a link leads, say
+            raise OSError(code, os.strerror(code))
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 

@@ -218,7 +218,7 @@ def _summary(results: Results) -> list[str]:
 
 def markdown_tables(results: Results) -> str:
     """Return every row of the run as Markdown."""
-    lines = [f"# Every row of a run on {results.versions['isa']}", "", f"{_measured_on(results)}", "", EXPLANATION, ""]
+    lines = [f"# Every row of a run on {results.versions['isa']}", "", _measured_on(results), "", EXPLANATION, ""]
     for name, rows in groups(results):
         title, names = _heading(name, rows)
         columns, table = _cells(names, rows)

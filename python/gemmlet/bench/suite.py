@@ -19,6 +19,7 @@ from .results import TIME, Results, Row
 # They change which kernels NumPy's BLAS takes, or how it blocks them: a peer is measured as its users have it.
 BLAS_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
+# NumPy's module that lists the instruction sets which it dispatches to; its name since NumPy 2, and before.
 _CORE: Any = sys.modules.get("numpy._core._multiarray_umath") or sys.modules["numpy.core._multiarray_umath"]
 
 # What holds each peer to the instruction set that GEMMLET_ISA names, as on a processor that has no better one.

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .._signals import deferred_signals
 from . import _checks as checks
 from . import files
 from .dataset import copy_of
 from .optimizers import Optimizer, ParameterGroup
 
-# Between two checkpoints are at least so many seconds, unless an epoch ends; and so many times as long as it takes to
-# write one, which is 2 % of a training at most.
+# The least time between two checkpoints: these seconds, unless an epoch ends; and this multiple of the time that one
+# takes to write, so that writing is at most 2 % of a training.
 _SECONDS = 30.0
 _WRITES = 50
 
@@ -49,7 +50,7 @@ class Position:
         return Position(self.epoch, self.seen, self.sums, self.correct, self.order)
 
     def check(self, losses: int, samples: int, batch_size: int) -> None:
-        """Raise ValueError or TypeError unless a fit of so many samples can be there; sums become floats."""
+        """Raise ValueError or TypeError unless a fit of `samples` samples can be here; `sums` become floats."""
         checks.whole_number(self.epoch, "epoch", 1)
         checks.whole_number(self.correct, "correct", 0)
         self.sums = tuple(map(float, self.sums))
@@ -100,7 +101,7 @@ class Checkpoints:
 
     @property
     def seconds(self) -> float:
-        """How long the fit has taken."""
+        """How long the fit has taken, with that before the checkpoint which it went on from."""
         return time.perf_counter() - self._started
 
     def is_due(self, at: Position, *, epoch_done: bool) -> bool:
@@ -109,7 +110,7 @@ class Checkpoints:
         return self.is_missing(at) and time.perf_counter() - self._last >= least
 
     def is_missing(self, at: Position) -> bool:
-        """Whether there are checkpoints, but none of this position."""
+        """Whether there is a path for checkpoints, and the last one is of another position."""
         return self._path is not None and self._written != at
 
     def write(self, at: Position) -> None:
@@ -161,28 +162,29 @@ class Checkpoints:
         if (begun := at.epoch - (at.seen == 0)) > epochs:
             raise ValueError(f"epochs must be at least {begun}, which the fit of {path} has begun, got {epochs}")
         # Nothing can fail any more.
-        for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
-            for array, value in zip(target.parameters, source.parameters, strict=True):
-                array[...] = value
-        for group in self._groups:
-            group.keep()
-        for mine, theirs in states:
-            mine.steps = theirs.steps
-            for array, value in zip(mine.arrays, theirs.arrays, strict=True):
-                array[...] = value
-        for argument, settings in now.items():
-            for name in settings.keys() - {"name"}:
-                setattr(self._optimizers[argument], name, settings[name])
-        for name, rng in model._streams().items():
-            rng.bit_generator.state = saved._streams()[name].bit_generator.state
-        if at.order is not None:
-            model._streams()["shuffle"].bit_generator.state = at.order
-        for name, values in history.items():
-            self._epochs[name][:] = values
-        model.steps = saved.steps
-        self._started -= seconds
-        if path == self._path:
-            self._written = at.copy()
+        with deferred_signals():
+            for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
+                for array, value in zip(target.parameters, source.parameters, strict=True):
+                    array[...] = value
+            for group in self._groups:
+                group.keep()
+            for mine, theirs in states:
+                mine.steps = theirs.steps
+                for array, value in zip(mine.arrays, theirs.arrays, strict=True):
+                    array[...] = value
+            for argument, settings in now.items():
+                for name in settings.keys() - {"name"}:
+                    setattr(self._optimizers[argument], name, settings[name])
+            for name, rng in model._streams().items():
+                rng.bit_generator.state = saved._streams()[name].bit_generator.state
+            if at.order is not None:
+                model._streams()["shuffle"].bit_generator.state = at.order
+            for name, values in history.items():
+                self._epochs[name][:] = values
+            model.steps = saved.steps
+            self._started -= seconds
+            if path == self._path:
+                self._written = at.copy()
         return at
 
     def _settings(self) -> dict[str, dict[str, Any]]:

@@ -67,12 +67,12 @@ class Samples:
         values = 1
         for length in array.shape[1:]:
             values *= length
-        if array.ndim < 2 or values != features:
+        if array.ndim < 2 or (is_sparse and array.ndim > 2) or values != features:
             hint = f": {name}.reshape(-1, 1)" if array.ndim == 1 and features == 1 else ""
             raise ValueError(f"{name} has shape {array.shape}, expected (n, {features}), one sample a row{hint}")
         self.array: Any
         self.name, self.is_sparse = name, is_sparse
-        # Of what is held nobody can change the size.
+        # While it is held, NumPy resizes no array whose memory is used here.
         if is_sparse:
             self.array = _canonical(x, name)
             self.held = held(self.array.data, self.array.indices)
@@ -94,22 +94,23 @@ class Samples:
         return select.of(self.array) if self.on_gpu else select.current()
 
     def stay(self) -> None:
-        """Put them where the backend computes, converted, if they are to be used more than once."""
+        """Convert them and move them to the backend's device once, as samples are that are used repeatedly."""
         self.convert()
         if not self.is_sparse:
             self.array = self.backend.to_device(self.array)
             self.on_gpu = is_on_gpu(self.array)
 
     def not_finite(self) -> str | None:
-        """What is wrong with them, if not all are finite."""
+        """Return an error message if a number is not finite, else None."""
         if self.array.dtype == np.uint8:
             return None
         if self.is_sparse:
-            wrong = np.flatnonzero(~np.isfinite(self.array.data))
+            wrong = np.flatnonzero(~np.isfinite(self.array.data))[:1]
             if not len(wrong):
                 return None
             row = int(np.searchsorted(self.array.indptr, wrong[0], "right")) - 1
-            return not_finite(self.array[row].toarray(), self.name, row)
+            # Of the value alone: `toarray` of the row would write wherever its columns point by now.
+            return not_finite(self.array.data[wrong], self.name, row)
         array = self.array
         if self.on_gpu:
             if all(map(math.isfinite, self.backend.extremes(array))):
@@ -124,11 +125,11 @@ class Samples:
         return self
 
     def convert(self) -> None:
-        """Convert them as a whole, as training takes them: to `dtype`, but for images of bytes."""
+        """Convert all samples to `dtype`, for training; images of bytes stay bytes."""
         self.array = self._converted(self.array, 0)
 
     def _converted(self, array: Any, first: int) -> Any:
-        """Samples, or some from the `first` on, as `dtype`; images of bytes are left."""
+        """Return `array`, whose first row is sample `first`, as `dtype`; images of bytes stay bytes."""
         if array.dtype == self.dtype:
             return array
         if self.is_sparse:
@@ -171,7 +172,7 @@ class Samples:
 
 
 def _canonical(matrix: Any, name: str) -> Any:
-    """The sparse matrix by rows, columns ascending and each once; its `indptr` is a copy."""
+    """Return a sparse matrix as CSR, its column indices ascending and unique; only `indptr` is always a copy."""
     for part in ("indptr", "indices", "row", "col"):
         found = np.asarray(getattr(matrix, part, 0)).dtype
         if found.kind not in "iu":
@@ -194,7 +195,7 @@ def _canonical(matrix: Any, name: str) -> Any:
     ascending[starts[(starts > 0) & (starts < len(indices))] - 1] = True
     is_canonical = bool(ascending.all())
     if not is_canonical:
-        # SciPy reads and writes wherever indices point: what it sorts is a copy that has been checked.
+        # SciPy trusts indices: it sorts a copy, which has been checked and which nobody else can change.
         indices, data = indices.copy(), data.copy()
         _check_indices(indices, features, name)
     rows = type(matrix)((data, indices, indptr), shape=matrix.shape)
@@ -204,7 +205,10 @@ def _canonical(matrix: Any, name: str) -> Any:
 
 
 def not_finite(array: Array, name: str, first: int = 0) -> str | None:
-    """What is wrong with rows, counted from `first` on, of which not all numbers are finite; None if all are."""
+    """Return an error message that names the first row with a number that is not finite, else None.
+
+    Rows are counted from `first` on.
+    """
     if array.dtype.kind == "f":
         for where in slices(len(array), CHUNK):
             if not np.isfinite(rows := array[where].reshape(-1)).all():
@@ -215,7 +219,7 @@ def not_finite(array: Array, name: str, first: int = 0) -> str | None:
 
 
 def as_dtype(array: Any, dtype: np.dtype[Any], name: str, first: int = 0) -> Any:
-    """Real numbers, on the CPU or a GPU, as `dtype`, C-contiguous unless they had it.
+    """Return real numbers, on the CPU or a GPU, as `dtype`; what is converted becomes C-contiguous.
 
     Raises
     ------
@@ -225,16 +229,14 @@ def as_dtype(array: Any, dtype: np.dtype[Any], name: str, first: int = 0) -> Any
     if array.dtype == dtype:
         return array
     if not is_on_gpu(array):
-        # The processor tells of an overflow: no pass over the result looks for it.
+        # NumPy reads the processor's overflow flag: no pass over the result has to look for infinities.
         with contextlib.suppress(FloatingPointError), np.errstate(all="ignore", over="raise"):
             return array.astype(dtype, order="C")
-        with np.errstate(all="ignore"):
-            beyond = np.isinf(array.astype(dtype)) & np.isfinite(array)
-    else:
+    with np.errstate(all="ignore"):
         numbers = array.astype(dtype, order="C")
-        beyond = arguments.on_cpu(abs(numbers) == np.inf) & arguments.on_cpu(abs(array) != np.inf)
-        if not beyond.any():
-            return numbers
+    beyond = arguments.on_cpu(abs(numbers) == np.inf) & arguments.on_cpu(abs(array) != np.inf)
+    if not beyond.any():
+        return numbers
     place = np.argwhere(beyond)[0]
     value = array[tuple(place)]
     raise ValueError(f"{checks.item(name, place, first)} is {value:g}, which is beyond the range of {dtype}")
@@ -249,7 +251,7 @@ def _by_rows(matrix: Any, name: str) -> Any:
     elif matrix.format == "csc":
         _check_indices(np.ravel(matrix.indices), n, name, "row")
     try:
-        # SciPy's checks of a copy that nobody can change; its constructor has those of COO.
+        # SciPy checks a copy, which nobody else can change. (COO matrices are checked by their constructor.)
         own = matrix.copy()
         if hasattr(own, "check_format"):
             own.check_format()

@@ -20,7 +20,8 @@ from . import _checks as checks
 
 Array = NDArray[Any]
 
-_ALWAYS_THERE = 1 << 26  # bytes, below which nobody is asked
+# Bytes of parameters and states below which a network is made without a look at the memory that is available.
+_ALWAYS_THERE = 1 << 26
 
 
 @dataclass(frozen=True)

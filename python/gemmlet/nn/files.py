@@ -23,16 +23,16 @@ from .optimizers import Optimizer, State, States, as_optimizer, fingerprint, mak
 
 Array = NDArray[Any]
 
-# Where a network is a file: a path, or a binary file that is open.
+# What networks are read from and written to: a path, or an open binary file.
 Source = str | os.PathLike[str] | safetensors.Readable
 Target = str | os.PathLike[str] | safetensors.Writable
 
 _KEY = "gemmlet"
 
-# Files without a version are of before; a newer one means that fields changed their meaning.
+# The version of the configuration in the metadata; files without one are older. A higher one changes a field's meaning.
 _FORMAT = 1
 
-# Of tensors that are not a network's own; `Saved.load` leaves them.
+# Prefix of the names of optimizers' states, which `Saved.load` passes over.
 OPTIMIZER = "optimizer."
 
 
@@ -57,7 +57,7 @@ def expected_shapes(widths: Sequence[int], prefix: str = "") -> dict[str, tuple[
 def write(
     file: Target, kind: str, config: dict[str, Any], tensors: dict[str, Array], extra: dict[str, Any] | None = None
 ) -> None:
-    """Write a network to `file`: to a path whole or not at all. `extra` is more JSON, for what is not the network's.
+    """Write a network to `file`: to a path whole or not at all. `extra` is JSON beside the configuration: streams, say.
 
     JSON has no NaN and no infinity: they are a `ValueError` in `config` and `extra`.
     """
@@ -196,7 +196,7 @@ class Saved(ABC):
         return {name: getattr(self, f"_{name}") for name in self._stream_names}
 
     def _identity(self) -> dict[str, Any]:
-        """What makes another network of it, if it differs."""
+        """What two networks must share for one to go on with the other's checkpoint."""
         return self._config() | {"dtype": str(self.dtype), "seed": self.seed}
 
     @staticmethod

@@ -35,7 +35,7 @@ _CALL_SECONDS = 0.1
 # Threads that draw noise while a GPU trains: enough to be done earlier.
 _DRAWING_THREADS = 4
 
-# What was learnt is copied, for the case that training diverges, after this many times as long as it takes to copy it.
+# Between two copies of the state, which training goes back to if it diverges: this multiple of the time a copy takes.
 _COPY_EVERY = 200
 
 # When `fit` calls its callback.
@@ -79,7 +79,7 @@ class History:
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
     seconds : float
-        Wall-clock time of `fit`.
+        Wall-clock time of `fit`, with that before the checkpoint which it went on from.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -99,7 +99,7 @@ class GANHistory:
         Means over the epoch, each mini-batch counted as it was before its update. An epoch that was stopped counts with
         the mini-batches it had.
     seconds : float
-        Wall-clock time of `fit`.
+        Wall-clock time of `fit`, with that before the checkpoint which it went on from.
     """
 
     generator_loss: list[float] = field(default_factory=list)
@@ -238,7 +238,7 @@ class Trainable(Saved):
     # Of a network that is trained on noise: its generator, and the columns of a row.
     _training_noise: np.random.Generator | None = None
     latent_dim = 0
-    # Whether the dtype is that of the samples of the first `fit`, which has not been yet.
+    # Whether the first `fit`, which is still to come, sets the dtype.
     _follows_samples = False
 
     @property
@@ -277,7 +277,7 @@ class Trainable(Saved):
         return self.default_optimizer.fresh() if optimizer is None else as_optimizer(optimizer)
 
     def _settle(self, dtype: np.dtype[Any]) -> None:
-        """The first `fit` begins, on samples of `dtype`: the parameters are as if the network had been made for it."""
+        """Take the dtype of the first `fit`'s samples: parameters are as if the network had been made with it."""
         self._follows_samples = False
         if dtype != self.dtype:
             before = self._parts()
@@ -295,7 +295,7 @@ class Trainable(Saved):
 
 
 class unless_refused:  # noqa: N801 - it is used as a function
-    """What the block sets of a network is set back, if it raises before a step is taken."""
+    """Restore the attributes of a network if the block raises before a step is taken."""
 
     def __init__(self, model: Trainable) -> None:
         self._model, self._before = model, dict(vars(model))
@@ -352,7 +352,7 @@ class Training:
         self.parameters = [p for network in range(len(plan.networks)) for p in plan.parameters(network)]
         self._held = held(*self._arrays)  # nobody can resize them until the end
         started = time.perf_counter()
-        # Until all samples have been used, how it was before the first of them is kept, too: they may be refused.
+        # The first state is kept until all samples have been used once: one that is not finite undoes the whole fit.
         self._start = self._good = _Copy(self)
         self._first_epoch, self._is_undone = self.at.epoch, False
         self._copy_at = _next_copy(started)
@@ -470,7 +470,7 @@ class Training:
         return self.model._metrics(self.at.sums, correct, self.at.seen)
 
     def _log(self, metrics: dict[str, float]) -> None:
-        """Note an epoch, and go to the next one."""
+        """Add the epoch to the history, and begin the next one."""
         epoch = self.at.epoch
         with deferred_signals():
             for name, value in metrics.items():
@@ -501,7 +501,7 @@ class Training:
         return all([np.isfinite(p.value).all() for p in self.parameters])  # noqa: C419 - a list is faster
 
     def _keep(self) -> None:
-        """Copy what was learnt."""
+        """Copy the state, to go back to."""
         if self.at.epoch > self._first_epoch:
             self._start = self._good
         elif self._good is self._start:
@@ -524,7 +524,7 @@ class Training:
         raise DivergedError(f"the training diverged {where}; {back}. A smaller learning rate may help", self.history)
 
     def _undo(self, copy: _Copy) -> None:
-        """Go back; what is on a GPU is no longer newer than that."""
+        """Go back to a copy. Parameters on a GPU are written back before, which would else overwrite it later."""
         with contextlib.suppress(Exception):  # it may be the GPU that failed
             self._backend.write_back(self._plan)
         copy.restore(self)
@@ -538,7 +538,7 @@ def _draw_by_threads(backend: Backend, columns: int, dtype: np.dtype[Any], rng: 
 
 
 def _next_copy(started: float) -> float:
-    """When to make the next one, if the last one was begun then."""
+    """Return when to copy the state again, after a copy that began at `started`."""
     now = time.perf_counter()
     return now + _COPY_EVERY * (now - started)
 

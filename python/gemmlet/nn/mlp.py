@@ -58,11 +58,10 @@ class MLP(Trainable):
         Another objective: an elementwise loss of `gemmlet.kernels`, with its default parameter. With sigmoid one that
         takes logits; with identity any that does not need predictions within [0, 1], `huber` say.
     dtype : float32 or float64, optional
-        Of parameters and results; samples of other dtypes are converted. By default it is that of the samples of the
-        first `fit`, and stays it: float32 where that holds every number of their dtype exactly (float16, uint8, 16-bit
-        integers, bools), else float64: that of lists of floats or ints, too. Until then it is float32. The first
-        weights of a seed are the same numbers in both, and those that were changed before are kept; but the arrays are
-        others after the first `fit`, if it makes them float64.
+        Of parameters and results; samples of other dtypes are converted. By default the samples of the first `fit`
+        decide: float32 if it holds every number of their dtype exactly (float16, uint8, 16-bit integers, bools), else
+        float64, as for lists of floats or ints. Until then it is float32. A first `fit` that makes it float64 replaces
+        the arrays of `parameters`, by the same draw in float64; values that were changed before are kept.
     seed : int, at least 0
         Draws the first weights and the order of the samples. The same seed gives the same bits.
     activation_parameter : float, optional
@@ -231,8 +230,8 @@ class MLP(Trainable):
         lr_schedule : callable, optional
             ``lr_schedule(done)``, with the fraction of all mini-batches of this `fit` that is done, from 0 to below 1,
             returns what the learning rate is multiplied by in the next one: `linear_decay`, say, or
-            ``lambda done: 0.1 ** int(3 * done)``. `optimizer.lr` stays as it is. The weights, which are a callback's to
-            look at, may be older while it is asked.
+            ``lambda done: 0.1 ** int(3 * done)``. `optimizer.lr` stays as it is. While it is called, `parameters` may
+            be those of an earlier step: from a GPU they come back for callbacks alone.
         validation_data : (x, y), optional
             Evaluated after each epoch.
         shuffle : bool
@@ -252,8 +251,9 @@ class MLP(Trainable):
             optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is.
         resume : bool or path
             A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
-            between. With True it is `checkpoint` if that exists, so that a job that is started again goes on. Samples
-            and arguments must be those of then, but for `epochs`, which may be more, and callbacks.
+            between. With True it is `checkpoint` if that exists, so that a job that is started again goes on; one that
+            `StopTraining` has ended, too. Samples and arguments must be those of then, but for `epochs`, which may be
+            more, and callbacks.
 
         Returns
         -------
@@ -262,10 +262,9 @@ class MLP(Trainable):
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit, or a parameter is read-only. Nothing has been trained then, but where samples or
-            targets are not finite, which training itself finds: then all is as it was before, too, unless a callback
-            has changed them later on; or where `lr_schedule` returns no learning rate, which ends training between two
-            steps.
+            An argument does not fit, or a parameter is read-only: nothing has been trained. Samples or targets that are
+            not finite are found while training, and undo it. What goes wrong only later, by a callback or by a factor
+            of `lr_schedule` that is no number of at least 0, ends training in the last good state.
         DivergedError
             A loss or a parameter is no longer finite. All is as it was shortly before that.
         OSError
