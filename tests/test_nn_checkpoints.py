@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining, checkpoints, files, linear_decay
+from gemmlet.nn import fit as fit_module
 
 RULES: dict[str, Callable[[], Any]] = {
     "sgd": lambda: SGD(0.05),
@@ -276,6 +277,30 @@ def test_divergence_leaves_the_good_state(network: str, training: Any, tmp_path:
     loaded = type(model).load(path)
     assert loaded.steps == model.steps
     assert all(np.isfinite(a).all() for dense in loaded._parts().values() for a in dense.parameters)
+
+
+def test_nothing_older_replaces_a_checkpoint(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training that diverges goes back to is no older; one that is refused takes back what it has learnt."""
+    monkeypatch.setattr(fit_module, "_COPY_EVERY", 1e9)
+    monkeypatch.setattr(checkpoints, "_WRITES", 0)
+    path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network, lr_schedule=None)
+
+    def callback(progress: Any) -> None:
+        if (progress.epoch, progress.batch) == (4, 2):
+            optimizer.lr = 1e38
+
+    with pytest.raises(DivergedError):
+        fit(checkpoint=path, callback=callback)
+    assert type(model).load(path).steps == model.steps == 30
+    if network == "gan":  # whose samples are looked through before
+        return
+    monkeypatch.setattr(checkpoints, "_SECONDS", 0.0)
+    x = X.copy()
+    x[-1, 0] = np.nan
+    model = MLP([6, 5, 3])
+    with pytest.raises(ValueError, match=f"x must be finite, got nan in row {N - 1}"):
+        model.fit(x, Y, 3, SIZE, shuffle=False, callback=lambda p: None, checkpoint=path)
+    assert (model.steps, MLP.load(path).steps) == (0, 9)
 
 
 @pytest.mark.parametrize(

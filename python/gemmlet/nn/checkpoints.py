@@ -109,8 +109,8 @@ class Checkpoints:
         return self.is_missing(at) and time.perf_counter() - self._last >= least
 
     def is_missing(self, at: Position) -> bool:
-        """Whether there are checkpoints, but none of this position."""
-        return self._path is not None and self._written != at
+        """Whether there are checkpoints, but none of this position or a later one, which nothing older replaces."""
+        return self._path is not None and (at.epoch, at.seen) > (self._written.epoch, self._written.seen)
 
     def write(self, at: Position) -> None:
         """Write one, whole or not at all; of the epoch that is under way the history says nothing."""

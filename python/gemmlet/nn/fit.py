@@ -393,7 +393,7 @@ class Training:
                 settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
             if self._checkpoints.is_due(self.at, epoch_done=done):
                 with deferred_signals():
-                    self._check()
+                    self._keep()  # so that what is gone back to is never older than the checkpoint
                 self._checkpoints.write(self.at)
 
     def _call(self, order: Array) -> None:
@@ -405,10 +405,8 @@ class Training:
         factors = lr_factors(self._settings.lr_schedule, done, steps, total)
         with deferred_signals():
             self._check_writeable()  # a callback or the schedule may have changed them
-            if (now := time.perf_counter()) >= self._copy_at:
-                self._check()
+            if time.perf_counter() >= self._copy_at:
                 self._keep()
-                self._copy_at = _next_copy(now)
             hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
             noise, stream = None, model._training_noise
             if stream is not None:
@@ -488,13 +486,16 @@ class Training:
         return all([np.isfinite(p.value).all() for p in self.parameters])  # noqa: C419 - a list is faster
 
     def _keep(self) -> None:
-        """Copy what was learnt."""
+        """Copy what was learnt, or raise if it is not finite; signals are deferred."""
+        started = time.perf_counter()
+        self._check()
+        if self.at.epoch == self._first_epoch and self._good is self._start:
+            self._good = _Copy(self)
+        else:
+            self._good.take(self)
         if self.at.epoch > self._first_epoch:
             self._start = self._good
-        elif self._good is self._start:
-            self._good = _Copy(self)
-            return
-        self._good.take(self)
+        self._copy_at = _next_copy(started)
 
     def _diverge(self, where: str) -> NoReturn:
         """Go back, and say why: because of samples or targets that are not finite, if there are some."""
