@@ -18,6 +18,7 @@ import pytest
 
 from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining, checkpoints, files, linear_decay
 from gemmlet.nn import fit as fit_module
+from gemmlet.nn.optimizers import ParameterGroup
 
 RULES: dict[str, Callable[[], Any]] = {
     "sgd": lambda: SGD(0.05),
@@ -355,6 +356,37 @@ def test_resume_with_a_read_only_parameter(network: str, tmp_path: Path) -> None
     assert same(left_by(model, optimizer), before)
 
 
+@pytest.mark.parametrize("tensor", ["0.bias", "average.1.weight", "optimizer.1.weight.1"])
+def test_resume_from_numbers_that_are_not_finite(tensor: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    fit_of("mlp")[2](checkpoint=path)
+    config, tensors, extra = files.read(path, "MLP")
+    tensors[tensor] = np.full_like(tensors[tensor], np.nan)
+    files.write(path, "MLP", config, tensors, extra)
+    model, optimizer, fit = fit_of("mlp")
+    before = left_by(model, optimizer)
+    with pytest.raises(ValueError, match=f"checkpoint is corrupt.*tensor '{tensor}' is not finite"):
+        fit(resume=path)
+    assert same(left_by(model, optimizer), before)
+
+
+def test_ctrl_c_while_a_checkpoint_is_read(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is what the checkpoint has, as a whole."""
+    path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network)
+    fit(checkpoint=path)
+    again, other, fit = fit_of(network)
+    keep = ParameterGroup.keep
+
+    def interrupted(group: ParameterGroup) -> None:
+        signal.raise_signal(signal.SIGINT)
+        keep(group)
+
+    monkeypatch.setattr(ParameterGroup, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(resume=path)
+    assert same(left_by(again, other), left_by(model, optimizer))
+
+
 def test_a_network_alone_is_no_checkpoint(network: str, tmp_path: Path) -> None:
     model, optimizer, fit = fit_of(network)
     model.save(tmp_path / "model", optimizer)
@@ -459,6 +491,38 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
                 assert same(left_by(model, Adam()), before)
     assert len(told) > 300
     assert all(str(path) in error for error in told)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("config steps", 10**30),
+        ("optimizers optimizer steps 0.weight", 10**30),
+        ("fit position correct", N),
+        ("fit position sums", ["inf"]),
+        ("fit history loss", [1.0]),
+        ("fit history loss", [1.0, "inf"]),
+        ("fit history accuracy", []),
+        ("fit history validation_loss", [1.0, 1.0, 1.0]),
+        ("fit seconds", -1.0),
+    ],
+)
+def test_what_no_fit_has_written(place: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        fit_of("mlp")[2](checkpoint=path, callback=killed_after(24))
+    config, tensors, extra = files.read(path, "MLP")
+    content: Any = {"config": config, **extra}
+    *names, last = place.split()
+    for name in names:
+        content = content[name]
+    content[last] = value
+    files.write(path, "MLP", config, tensors, extra)
+    model, optimizer, fit = fit_of("mlp")
+    before = left_by(model, optimizer)
+    with pytest.raises(ValueError, match=f"{path} is corrupt"):
+        fit(resume=path)
+    assert same(left_by(model, optimizer), before)
 
 
 def test_resume_from_one_file_into_another(tmp_path: Path) -> None:

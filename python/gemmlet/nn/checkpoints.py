@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .. import _arguments as arguments
+from .._signals import deferred_signals
 from . import _checks as checks
 from . import files
 from .dataset import copy_of
@@ -51,10 +55,11 @@ class Position:
     def check(self, losses: int, samples: int, batch_size: int) -> None:
         """Raise ValueError or TypeError unless a fit of so many samples can be there; sums become floats."""
         checks.whole_number(self.epoch, "epoch", 1)
-        checks.whole_number(self.correct, "correct", 0)
         self.sums = tuple(map(float, self.sums))
         seen = checks.whole_number(self.seen, "seen", 0)
-        if len(self.sums) != losses or seen > samples or (seen % batch_size and seen != samples):
+        is_inside = checks.whole_number(self.correct, "correct", 0) <= seen <= samples
+        is_between = seen % batch_size == 0 or seen == samples
+        if not (is_inside and is_between and len(self.sums) == losses and all(map(math.isfinite, self.sums))):
             raise ValueError(f"no fit is at {self}")
 
 
@@ -127,7 +132,7 @@ class Checkpoints:
         self._took, self._written = self._last - begun, at.copy()
 
     def resume(self, path: Path, epochs: int) -> Position:
-        """Make network, optimizers and history what they were, and return the position.
+        """Make network, optimizers and history what they were, all or nothing of it, and return the position.
 
         Raises
         ------
@@ -154,32 +159,42 @@ class Checkpoints:
         with files.errors_name(path, kind.__name__):
             at.check(len(self._written.sums), self._facts["samples"], self._facts["batch_size"])
             history = {name: list(map(float, fit["history"][name])) for name in self._epochs}
-            seconds = float(fit["seconds"])
+            for name, values in history.items():
+                is_validation = name.startswith("validation_")
+                epochs_done = 0 if is_validation and not self._facts["validation_data"] else at.epoch - 1
+                is_finite = all(map(math.isfinite, values)) or is_validation or name == "accuracy"
+                if len(values) != epochs_done or not is_finite:
+                    raise ValueError(f"{name} in the history has {values}, expected {epochs_done} finite numbers")
+            seconds = arguments.number(fit["seconds"], "seconds", low=0.0)
+            for name, tensor in content[1].items():
+                # A moment may have overflowed: its parameter no longer changes.
+                if (np.isnan(tensor) if name.startswith(files.OPTIMIZER) else ~np.isfinite(tensor)).any():
+                    raise ValueError(f"tensor {name!r} is not finite")
             states = list(self._states(optimizers))
             if at.order is not None:
                 copy_of(model._streams()["shuffle"]).bit_generator.state = at.order
         if at.epoch - (at.seen == 0) > epochs:
             raise ValueError(f"epochs is {epochs}, but {path} is of epoch {at.epoch}")
-        # Nothing can fail any more.
-        for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
-            for array, value in zip(target.parameters, source.parameters, strict=True):
-                array[...] = value
-        for group in self._groups:
-            group.keep()
-        for mine, theirs in states:
-            mine.steps = theirs.steps
-            for array, value in zip(mine.arrays, theirs.arrays, strict=True):
-                array[...] = value
-        for argument, settings in now.items():
-            for name in settings.keys() - {"name"}:
-                setattr(self._optimizers[argument], name, settings[name])
-        for name, rng in model._streams().items():
-            rng.bit_generator.state = saved._streams()[name].bit_generator.state
-        if at.order is not None:
-            model._streams()["shuffle"].bit_generator.state = at.order
-        for name, values in history.items():
-            self._epochs[name][:] = values
-        model.steps = saved.steps
+        with deferred_signals():  # nothing can fail any more
+            for target, source in zip(model._parts().values(), saved._parts().values(), strict=True):
+                for array, value in zip(target.parameters, source.parameters, strict=True):
+                    array[...] = value
+            for group in self._groups:
+                group.keep()
+            for mine, theirs in states:
+                mine.steps = theirs.steps
+                for array, value in zip(mine.arrays, theirs.arrays, strict=True):
+                    array[...] = value
+            for argument, settings in now.items():
+                for name in settings.keys() - {"name"}:
+                    setattr(self._optimizers[argument], name, settings[name])
+            for name, rng in model._streams().items():
+                rng.bit_generator.state = saved._streams()[name].bit_generator.state
+            if at.order is not None:
+                model._streams()["shuffle"].bit_generator.state = at.order
+            for name, values in history.items():
+                self._epochs[name][:] = values
+            model.steps = saved.steps
         self._started -= seconds
         if path == self._path:
             self._written = at.copy()
