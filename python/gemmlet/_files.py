@@ -72,9 +72,21 @@ def replacing(path: Path) -> Iterator[Path]:
 def check_replaceable(path: Path) -> None:
     """Raise OSError if `replacing` will refuse `path`, for all that is known before."""
     try:
-        _existing(Path(os.path.realpath(path)))
+        target = Path(os.path.realpath(path))
+        _existing(target)
+        check_folder(target.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError unless a file can be made in `folder`: of /proc and read-only disks permissions do not tell."""
+    probe = folder / f".{os.urandom(4).hex()}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(folder)) from None
 
 
 def _existing(target: Path) -> os.stat_result | None:
@@ -90,6 +102,9 @@ def _existing(target: Path) -> os.stat_result | None:
         raise OSError(errno.EINVAL, "Not a plain file")
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    folder = target.parent.stat()
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, existing.st_uid, folder.st_uid):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # as in /tmp
     return existing
 
 

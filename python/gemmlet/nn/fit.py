@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -200,8 +202,9 @@ class Settings:
         checks.choice(self.callback_every, "callback_every", CALLBACK_EVERY)
         if self.checkpoint is not None:
             self.checkpoint = checks.path(self.checkpoint, "checkpoint")
-            if not self.checkpoint.parent.is_dir():
-                raise FileNotFoundError(f"checkpoint is to be in {self.checkpoint.parent}, which is no folder")
+            folder = Path(os.path.realpath(self.checkpoint)).parent
+            if not folder.is_dir():
+                raise FileNotFoundError(f"checkpoint is to be in {folder}, which is no folder")
             check_replaceable(self.checkpoint)
         if isinstance(self.resume, bool):
             if self.resume and self.checkpoint is None:
