@@ -540,6 +540,33 @@ def test_no_permission(open_folder: Path) -> None:
     assert sorted(os.listdir(open_folder)) == ["a", "new"]
 
 
+def fit(path: Path) -> None:
+    """Start a training that does not come to its first step."""
+
+    def callback(progress: Any) -> None:
+        raise AssertionError("it was trained")
+
+    MLP([2, 2]).fit(np.ones((4, 2)), [0, 1, 0, 1], 1, callback=callback, checkpoint=path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_training(open_folder: Path) -> None:
+    path, link = open_folder / "a", open_folder / "link"
+    path.write_text("old")
+    path.chmod(0o666)
+    open_folder.chmod(0o1777)  # as /tmp: others' files can be written, and not replaced
+    for act in (write, fit):
+        assert as_nobody(lambda act=act: act(path)) == f"PermissionError: [Errno 1] Operation not permitted: '{path}'"
+    assert as_nobody(lambda: _files.check_replaceable(open_folder / "new")) == "nothing"
+    open_folder.chmod(0o755)
+    assert as_nobody(lambda: fit(path)) == f"PermissionError: [Errno 13] Permission denied: '{path}'"
+    link.symlink_to("nowhere/b")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint is to be in .*/nowhere, which is no folder"):
+        fit(link)
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '/proc/x'"):  # whoever asks
+        fit(Path("/proc/x"))
+    assert sorted(os.listdir(open_folder)) == ["a", "link"]
+
+
 def test_an_error_of_reading_names_the_file(tmp_path: Path) -> None:
     class Broken(io.BytesIO):
         name = "broken.safetensors"

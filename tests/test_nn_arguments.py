@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemmlet.nn import GAN, MLP
+from gemmlet.nn import GAN, MLP, Adam
 from gemmlet.nn.dataset import as_dtype
 from support import same_bits
 
@@ -252,3 +252,17 @@ def test_several_labels_a_sample(tmp_path: Path) -> None:
         trained(X, output="sigmoid").evaluate(X, np.where(np.arange(30)[:, None] == 4, 1, np.eye(3)[INDICES]))
     with pytest.raises(ValueError, match=r"y\[2, 1\] is 0\.5; expected rows of 0 and 1"):
         trained(X, np.where(np.arange(90).reshape(30, 3) == 7, 0.5, y), output="sigmoid")
+
+
+def test_integers_beyond_all_measure() -> None:
+    """Errors name the argument; Python itself refuses to write the larger ones. Only seeds have any size."""
+    x, y = np.ones((4, 2)), [0, 1, 0, 1]
+    for size, told in ((10**400, "an integer of 1329 bits"), (10**5000, "an integer of 16610 bits"), (2**60, 2**60)):
+        with pytest.raises(ValueError, match=rf"batch_size must be at most 2\*\*53, got {told}"):
+            MLP([2, 2]).fit(x, y, batch_size=size)
+    with pytest.raises(ValueError, match="epochs must be at least 1, got an integer of 16610 bits"):
+        MLP([2, 2]).fit(x, y, epochs=-(10**5000))
+    with pytest.raises(ValueError, match="lr must be finite and at least 0, got an integer of 16610 bits"):
+        Adam(10**5000)
+    assert MLP([2, 2], seed=2**130).seed == 2**130
+    assert GAN(2, [2], [1]).noise(1, seed=2**130).shape == (1, 2)

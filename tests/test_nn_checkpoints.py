@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining, checkpoints, files, linear_decay
+from gemmlet.nn import fit as fit_module
 from gemmlet.nn.optimizers import ParameterGroup
 
 RULES: dict[str, Callable[[], Any]] = {
@@ -302,6 +303,30 @@ def test_divergence_leaves_the_good_state(network: str, training: Any, tmp_path:
     assert all(np.isfinite(a).all() for dense in loaded._parts().values() for a in dense.parameters)
 
 
+def test_nothing_older_replaces_a_checkpoint(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training that diverges goes back to is no older; one that is refused takes back what it has learnt."""
+    monkeypatch.setattr(fit_module, "_COPY_EVERY", 1e9)
+    monkeypatch.setattr(checkpoints, "_WRITES", 0)
+    path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network, lr_schedule=None)
+
+    def callback(progress: Any) -> None:
+        if (progress.epoch, progress.batch) == (4, 2):
+            optimizer.lr = 1e38
+
+    with pytest.raises(DivergedError):
+        fit(checkpoint=path, callback=callback)
+    assert type(model).load(path).steps == model.steps == 30
+    if network == "gan":  # whose samples are looked through before
+        return
+    monkeypatch.setattr(checkpoints, "_SECONDS", 0.0)
+    x = X.copy()
+    x[-1, 0] = np.nan
+    model = MLP([6, 5, 3])
+    with pytest.raises(ValueError, match=f"x must be finite, got nan in row {N - 1}"):
+        model.fit(x, Y, 3, SIZE, shuffle=False, callback=lambda p: None, checkpoint=path)
+    assert (model.steps, MLP.load(path).steps) == (0, 9)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -352,6 +377,37 @@ def test_resume_with_a_read_only_parameter(network: str, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="is read-only"):
         fit(resume=tmp_path / "checkpoint")
     assert same(left_by(model, optimizer), before)
+
+
+@pytest.mark.parametrize("tensor", ["0.bias", "average.1.weight", "optimizer.1.weight.1"])
+def test_resume_from_numbers_that_are_not_finite(tensor: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    fit_of("mlp")[2](checkpoint=path)
+    config, tensors, extra = files.read(path, "MLP")
+    tensors[tensor] = np.full_like(tensors[tensor], np.nan)
+    files.write(path, "MLP", config, tensors, extra)
+    model, optimizer, fit = fit_of("mlp")
+    before = left_by(model, optimizer)
+    with pytest.raises(ValueError, match=f"checkpoint is corrupt.*tensor '{tensor}' is not finite"):
+        fit(resume=path)
+    assert same(left_by(model, optimizer), before)
+
+
+def test_ctrl_c_while_a_checkpoint_is_read(network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is what the checkpoint has, as a whole."""
+    path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network)
+    fit(checkpoint=path)
+    again, other, fit = fit_of(network)
+    keep = ParameterGroup.keep
+
+    def interrupted(group: ParameterGroup) -> None:
+        signal.raise_signal(signal.SIGINT)
+        keep(group)
+
+    monkeypatch.setattr(ParameterGroup, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(resume=path)
+    assert same(left_by(again, other), left_by(model, optimizer))
 
 
 def test_a_network_alone_is_no_checkpoint(network: str, tmp_path: Path) -> None:
@@ -458,6 +514,38 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
                 assert same(left_by(model, Adam()), before)
     assert len(told) > 300
     assert all(str(path) in error for error in told)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("config steps", 10**30),
+        ("optimizers optimizer steps 0.weight", 10**30),
+        ("fit position correct", N),
+        ("fit position sums", ["inf"]),
+        ("fit history loss", [1.0]),
+        ("fit history loss", [1.0, "inf"]),
+        ("fit history accuracy", []),
+        ("fit history validation_loss", [1.0, 1.0, 1.0]),
+        ("fit seconds", -1.0),
+    ],
+)
+def test_what_no_fit_has_written(place: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    with pytest.raises(Killed):
+        fit_of("mlp")[2](checkpoint=path, callback=killed_after(24))
+    config, tensors, extra = files.read(path, "MLP")
+    content: Any = {"config": config, **extra}
+    *names, last = place.split()
+    for name in names:
+        content = content[name]
+    content[last] = value
+    files.write(path, "MLP", config, tensors, extra)
+    model, optimizer, fit = fit_of("mlp")
+    before = left_by(model, optimizer)
+    with pytest.raises(ValueError, match=f"{path} is corrupt"):
+        fit(resume=path)
+    assert same(left_by(model, optimizer), before)
 
 
 def test_resume_from_one_file_into_another(tmp_path: Path) -> None:

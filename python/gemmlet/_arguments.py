@@ -203,8 +203,13 @@ def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.
             expected = f"{finite}{'above' if open_low else 'at least'} {low:g}"
         else:
             expected = "finite"
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}")
     return result
+
+
+def shown(value: Any) -> str:
+    """A number in a message; Python writes no integers of thousands of digits."""
+    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >> 999 else repr(value)
 
 
 def check_unit_interval(low: float, high: float, name: str) -> None:

@@ -74,11 +74,19 @@ def check_replaceable(path: Path) -> None:
     try:
         target = Path(os.path.realpath(path))
         _existing(target)
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            code = errno.EACCES if target.parent.exists() else errno.ENOENT  # where a link leads, say
-            raise OSError(code, os.strerror(code))
+        check_folder(target.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError unless a file can be made in `folder`: of /proc and read-only disks permissions do not tell."""
+    probe = folder / f".{os.urandom(4).hex()}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(folder)) from None
 
 
 def _existing(target: Path) -> os.stat_result | None:
@@ -94,6 +102,9 @@ def _existing(target: Path) -> os.stat_result | None:
         raise OSError(errno.EINVAL, "Not a plain file")
     if not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    folder = target.parent.stat()
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, existing.st_uid, folder.st_uid):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))  # as in /tmp
     return existing
 
 

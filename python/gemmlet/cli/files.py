@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._files import replacing
+from .. import _files
 from .errors import UserError
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON; a NaN in it is an error, as JSON has none."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    with replacing(path) as temporary:
+    with _files.replacing(path) as temporary:
         temporary.write_text(text)
 
 
@@ -29,8 +29,10 @@ def check_folder(out: Path) -> None:
         raise UserError(f"--out {out}: {error.strerror}") from error
     if not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file, expected a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: {existing} cannot be written to")
+    try:
+        _files.check_folder(existing)
+    except OSError as error:
+        raise UserError(f"--out {out}: {existing} cannot be written to ({error.strerror})") from error
 
 
 def make_folder(out: Path, inside: str = ".") -> Path:

@@ -12,9 +12,12 @@ import numpy as np
 from .. import _arguments as arguments
 from .._arrays import name_of
 
+# More of anything nobody has; a float64 holds all integers up to it.
+_LARGEST = 1 << 53
 
-def whole_number(value: Any, name: str, low: int) -> int:
-    """Return `value` as an int of at least `low`."""
+
+def whole_number(value: Any, name: str, low: int, *, is_count: bool = True) -> int:
+    """Return `value` as an int of at least `low`; a count is no larger than it can be, either."""
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     try:
@@ -22,7 +25,9 @@ def whole_number(value: Any, name: str, low: int) -> int:
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
     if number < low:
-        raise ValueError(f"{name} must be at least {low}, got {number}")
+        raise ValueError(f"{name} must be at least {low}, got {arguments.shown(number)}")
+    if is_count and number > _LARGEST:
+        raise ValueError(f"{name} must be at most 2**53, got {arguments.shown(number)}")
     return number
 
 

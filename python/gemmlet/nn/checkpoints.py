@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .. import _arguments as arguments
 from .._signals import deferred_signals
 from . import _checks as checks
 from . import files
@@ -52,10 +55,11 @@ class Position:
     def check(self, losses: int, samples: int, batch_size: int) -> None:
         """Raise ValueError or TypeError unless a fit of `samples` samples can be here; `sums` become floats."""
         checks.whole_number(self.epoch, "epoch", 1)
-        checks.whole_number(self.correct, "correct", 0)
         self.sums = tuple(map(float, self.sums))
         seen = checks.whole_number(self.seen, "seen", 0)
-        if len(self.sums) != losses or seen > samples or (seen % batch_size and seen != samples):
+        is_inside = checks.whole_number(self.correct, "correct", 0) <= seen <= samples
+        is_between = seen % batch_size == 0 or seen == samples
+        if not (is_inside and is_between and len(self.sums) == losses and all(map(math.isfinite, self.sums))):
             raise ValueError(f"no fit is at {self}")
 
 
@@ -110,8 +114,8 @@ class Checkpoints:
         return self.is_missing(at) and time.perf_counter() - self._last >= least
 
     def is_missing(self, at: Position) -> bool:
-        """Whether there is a path for checkpoints, and the last one is of another position."""
-        return self._path is not None and self._written != at
+        """Whether there are checkpoints, but none of this position or a later one, which nothing older replaces."""
+        return self._path is not None and (at.epoch, at.seen) > (self._written.epoch, self._written.seen)
 
     def write(self, at: Position) -> None:
         """Write one, whole or not at all; of the epoch that is under way the history says nothing."""
@@ -128,7 +132,7 @@ class Checkpoints:
         self._took, self._written = self._last - begun, at.copy()
 
     def resume(self, path: Path, epochs: int) -> Position:
-        """Make network, optimizers and history what they were, and return the position.
+        """Make network, optimizers and history what they were, all or nothing of it, and return the position.
 
         Raises
         ------
@@ -155,7 +159,17 @@ class Checkpoints:
         with files.errors_name(path, kind.__name__):
             at.check(len(self._written.sums), self._facts["samples"], self._facts["batch_size"])
             history = {name: list(map(float, fit["history"][name])) for name in self._epochs}
-            seconds = float(fit["seconds"])
+            for name, values in history.items():
+                is_validation = name.startswith("validation_")
+                epochs_done = 0 if is_validation and not self._facts["validation_data"] else at.epoch - 1
+                is_finite = all(map(math.isfinite, values)) or is_validation or name == "accuracy"
+                if len(values) != epochs_done or not is_finite:
+                    raise ValueError(f"{name} in the history has {values}, expected {epochs_done} finite numbers")
+            seconds = arguments.number(fit["seconds"], "seconds", low=0.0)
+            for name, tensor in content[1].items():
+                # A moment may have overflowed: its parameter no longer changes.
+                if (np.isnan(tensor) if name.startswith(files.OPTIMIZER) else ~np.isfinite(tensor)).any():
+                    raise ValueError(f"tensor {name!r} is not finite")
             states = list(self._states(optimizers))
             if at.order is not None:
                 copy_of(model._streams()["shuffle"]).bit_generator.state = at.order

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -212,8 +214,9 @@ class Settings:
         checks.choice(self.callback_every, "callback_every", CALLBACK_EVERY)
         if self.checkpoint is not None:
             self.checkpoint = checks.path(self.checkpoint, "checkpoint")
-            if not self.checkpoint.parent.is_dir():
-                raise FileNotFoundError(f"checkpoint is to be in {self.checkpoint.parent}, which is no folder")
+            folder = Path(os.path.realpath(self.checkpoint)).parent
+            if not folder.is_dir():
+                raise FileNotFoundError(f"checkpoint is to be in {folder}, which is no folder")
             check_replaceable(self.checkpoint)
         if isinstance(self.resume, bool | np.bool_):
             if self.resume and self.checkpoint is None:
@@ -406,7 +409,8 @@ class Training:
                 told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
                 settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
             if self._checkpoints.is_due(self.at, epoch_done=done):
-                self._check()
+                with deferred_signals():
+                    self._keep()  # so that what is gone back to is never older than the checkpoint
                 self._checkpoints.write(self.at)
 
     def _call(self, order: Array) -> None:
@@ -418,10 +422,8 @@ class Training:
         factors = lr_factors(self._settings.lr_schedule, done, steps, total)
         with deferred_signals():
             self._check_writeable()  # a callback or the schedule may have changed them
-            if (now := time.perf_counter()) >= self._copy_at:
-                self._check()
+            if time.perf_counter() >= self._copy_at:
                 self._keep()
-                self._copy_at = _next_copy(now)
             hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
             noise, stream = None, model._training_noise
             if stream is not None:
@@ -501,13 +503,16 @@ class Training:
         return all([np.isfinite(p.value).all() for p in self.parameters])  # noqa: C419 - a list is faster
 
     def _keep(self) -> None:
-        """Copy the state, to go back to."""
+        """Copy what was learnt, or raise if it is not finite; signals are deferred."""
+        started = time.perf_counter()
+        self._check()
+        if self.at.epoch == self._first_epoch and self._good is self._start:
+            self._good = _Copy(self)
+        else:
+            self._good.take(self)
         if self.at.epoch > self._first_epoch:
             self._start = self._good
-        elif self._good is self._start:
-            self._good = _Copy(self)
-            return
-        self._good.take(self)
+        self._copy_at = _next_copy(started)
 
     def _diverge(self, where: str) -> NoReturn:
         """Go back, and say why: because of samples or targets that are not finite, if there are some."""

@@ -111,7 +111,7 @@ class GAN(Trainable):
         self.loss = checks.choice(loss, "loss", LOSSES)
         self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
         self.ema_decay = ema_decay
-        self.seed = checks.whole_number(seed, "seed", 0)
+        self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
@@ -348,7 +348,7 @@ class GAN(Trainable):
         count = checks.whole_number(n, "n", 0)
         if seed is None:
             return self._draw(self._sampling_noise, count)
-        return self._draw(np.random.default_rng(checks.whole_number(seed, "seed", 0)), count)
+        return self._draw(np.random.default_rng(checks.whole_number(seed, "seed", 0, is_count=False)), count)
 
     def sample(self, n: int | None = None, *, z: Any = None) -> Array:
         """Generate samples.

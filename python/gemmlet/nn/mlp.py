@@ -126,7 +126,7 @@ class MLP(Trainable):
         self.activation = activation_name(activation)
         self.output = checks.choice(output, "output", OUTPUTS)
         self.loss = OUTPUTS[output][0] if loss is None else checks.choice(loss, "loss", OUTPUTS[output])
-        self.seed = checks.whole_number(seed, "seed", 0)
+        self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         self.activation_parameter = activation_number(activation, activation_parameter)
         self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
         self.ema_decay = ema_decay
