@@ -103,9 +103,12 @@ def _loaded_or_skipped(spec: Spec) -> NumpyBackend:
         pytest.skip(reason)
 
 
-# The files that take longest, in this order; after them come those with many tests. A process takes a whole file at a
-# time, and none shall be left with a long one at the end.
-LONGEST = ("cuda_compile", "fused", "cli", "documents", "cuda_mutants")
+# Files that take long, though they have few tests, the longest first; then come those with many. A process takes a file
+# at a time, and none shall be left with a long one at the end.
+LONGEST = [
+    "cuda_compile", "fused", "cli", "cuda_mutants", "documents", "cuda_matmul", "fit_bits", "broken_indices",
+    "cuda_training", "gpu_report", "soak",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
