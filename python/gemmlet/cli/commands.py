@@ -14,10 +14,8 @@ COMMANDS = {
 HELP_OPTIONS = ("-h", "--help")
 
 # What the extras bring, by the names they are imported under, and what of it the help needs.
-EXTRAS = {
-    "train": ("typer", "rich", "matplotlib", "PIL", "sklearn"),
-    "bench": ("typer", "rich", "matplotlib", "PIL", "sklearn", "threadpoolctl"),
-}
+_TRAIN = ("typer", "rich", "matplotlib", "PIL", "sklearn", "threadpoolctl")
+EXTRAS = {"train": _TRAIN, "bench": _TRAIN}
 FOR_HELP = ("typer", "rich")
 
 

@@ -119,11 +119,11 @@ class Dense:
 
 def _check_memory(widths: Sequence[int], dtype: np.dtype[Any]) -> None:
     parameters = sum((before + 1) * after for before, after in pairwise(widths))
-    needed = 3 * parameters * dtype.itemsize  # with the two moments of Adam
+    needed = 4 * parameters * dtype.itemsize  # with the two moments of Adam, and the copy that `fit` goes back to
     if needed > _ALWAYS_THERE and needed > (there := available()):
         raise MemoryError(
             f"layers of {', '.join(map(str, widths))} units have {parameters:,} parameters, which take "
-            f"{needed / 1e9:,.1f} GB with an optimizer's state; {there / 1e9:,.1f} GB of memory are available"
+            f"{needed / 1e9:,.1f} GB with an optimizer's state and a copy; {there / 1e9:,.1f} GB of memory are available"
         )
 
 
