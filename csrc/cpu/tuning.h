@@ -28,12 +28,11 @@ constexpr int nr_vectors = 2;
 // K is cut into blocks of nearly equal size, at most kc: an mr x kc part of x (20 KiB for float) stays in the first-level
 // cache while panel after panel of w passes (order). 256 instead of 416: y is read and written more often, 3 to 8 % slower.
 constexpr int kc = 416;
-// A kc x nc block of w (208 KiB for float) is packed at a time, for the second-level cache, once for all task_mc rows.
+// A kc x nc block of w (208 KiB for float) is packed at a time, for the second-level cache, once for all task_mc rows. Where
+// x is packed too, all of these rows are packed before (2 MiB), for the third-level cache. Blocks of w for the third-level
+// cache (nc = 1024), with 96 rows of x packed at a time, were as fast on x86-64-v4 and 1 to 5 % slower on v3, which reads
+// them twice as often.
 constexpr int nc = 128, task_mc = 1152;
-// Where x is packed too, mc rows at a time (156 KiB for float), w is packed in blocks of wide_nc columns (1.6 MiB) for the
-// third-level cache: every mr rows of x read its panels in the order they lie in, which is faster than all mc rows for
-// each panel.
-constexpr int mc = 96, wide_nc = 1024;
 // Columns of w from which packing x pays: for rows of x, and for an x that lies column by column and is transposed.
 constexpr int pack_x_min_columns = 512, pack_transposed_x_min_columns = 128;
 // Up to this K writing y dominates: the small-K kernel. From small_k_min_rows rows on that holds for a transposed w too.

@@ -98,7 +98,7 @@ Index block_size(Index n, Index unit, Index limit, Index pieces) {
 template <class T>
 struct Buffers {
   static constexpr Index x_stride = tuning::kc + 64 / sizeof(T);
-  Buffer<T> w, wide_w, x, transposed;
+  Buffer<T> w, x, transposed;
 
   static T* get(Buffer<T>& memory, Index count) {
     if (memory == nullptr) memory = space<T>(count);
@@ -285,9 +285,8 @@ void compute_tiles(View<T> x, View<T> w, const Output<T>& out) {
   // x is packed where enough columns use it: it may need transposing, or its rows share few cache sets.
   const bool copied = !direct && w.columns >= (x.column_stride == 1 ? tuning::pack_x_min_columns
                                                                     : tuning::pack_transposed_x_min_columns);
-  const Index nc = copied ? tuning::wide_nc : tuning::nc;
-  T* const x_copy = copied ? Buffers<T>::get(buffers.x, tuning::mc * Buffers<T>::x_stride) : nullptr;
-  T* const packed = Buffers<T>::get(copied ? buffers.wide_w : buffers.w, nc * tuning::kc);
+  constexpr Index nc = tuning::nc;
+  T* const packed = Buffers<T>::get(buffers.w, nc * tuning::kc);
   // K blocks of nearly equal size.
   const Index max_kc = block_size(x.columns, nr<T>, tuning::kc, std::max<Index>(1, ceil_div(x.columns, tuning::kc)));
   Index k = 0;
@@ -325,27 +324,25 @@ void compute_tiles(View<T> x, View<T> w, const Output<T>& out) {
         whole_panels.template operator()<Width::one>();
       }
     });
+    Strided<T> x_block = x_at(0);
+    if (copied) {
+      T* const x_copy = Buffers<T>::get(buffers.x, tuning::task_mc * Buffers<T>::x_stride);
+      copy_rows(x.block(0, x.rows, k, kc), x_copy, Buffers<T>::x_stride);
+      x_block = {x_copy, Buffers<T>::x_stride, 1};
+    }
     for (Index block = direct_columns; block < w.columns; block += nc) {
       const Index columns = std::min<Index>(nc, w.columns - block);
       pack(w.block(k, kc, block, columns), packed);
-      for_blocks(x.rows, tuning::mc, [&](Index first_row, Index rows) {
-        Strided<T> x_block = x_at(first_row);
-        if (copied) {
-          copy_rows(x.block(first_row, rows, k, kc), x_copy, Buffers<T>::x_stride);
-          x_block = {x_copy, Buffers<T>::x_stride, 1};
+      for_blocks(x.rows, tuning::mr, [&](Index row, int height) {
+        const Strided<T> x_tile{x_block.data + row * x_block.row_stride, x_block.row_stride, x_block.step_stride};
+        for (Index j = 0; j < columns; j += nr<T>) {
+          prefetch_tile(out, row, height, block + j);
+          const Panel<T> panel{packed + j * kc, nr<T>, lanes<T>};
+          const bool one = columns - j <= lanes<T>;
+          one ? compute_tile<Width::one, T>(height, x_tile, panel, kc, sums)
+              : compute_tile<Width::usual, T>(height, x_tile, panel, kc, sums);
+          store_tile<T>(sums, height, one ? 1 : tuning::nr_vectors, out, row, block + j, w.columns, first, last);
         }
-        for_blocks(rows, tuning::mr, [&](Index tile, int height) {
-          const Index row = first_row + tile;
-          const Strided<T> x_tile{x_block.data + tile * x_block.row_stride, x_block.row_stride, x_block.step_stride};
-          for (Index j = 0; j < columns; j += nr<T>) {
-            prefetch_tile(out, row, height, block + j);
-            const Panel<T> panel{packed + j * kc, nr<T>, lanes<T>};
-            const bool one = columns - j <= lanes<T>;
-            one ? compute_tile<Width::one, T>(height, x_tile, panel, kc, sums)
-                : compute_tile<Width::usual, T>(height, x_tile, panel, kc, sums);
-            store_tile<T>(sums, height, one ? 1 : tuning::nr_vectors, out, row, block + j, w.columns, first, last);
-          }
-        });
       });
     }
     k += kc;

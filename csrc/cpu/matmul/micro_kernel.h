@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -26,8 +27,7 @@ namespace gemmlet {
 // Columns of a panel of w, and of a register tile.
 template <class T>
 constexpr int nr = tuning::nr_vectors * lanes<T>;
-static_assert(tuning::kc % nr<float> == 0 && tuning::nc % nr<float> == 0 && tuning::wide_nc % nr<float> == 0);
-static_assert(tuning::mc % tuning::mr == 0);
+static_assert(tuning::kc % nr<float> == 0 && tuning::nc % nr<float> == 0);
 
 // Memory that begins with a cache line, uninitialized, so that pages that are never used take none.
 template <class T>
@@ -113,17 +113,25 @@ template <class T>
 struct RowPointers {
   const T* const* rows;
 
+  template <int count>
   struct Steps {
-    // Volatile: each pointer is loaded when it is used, as they do not all fit the registers.
-    const T* const volatile* rows;
+    // Where the pointers do not all fit the registers, each is loaded when it is used: volatile. A tile of 6 rows would then
+    // need 14 loads for 12 fused multiply-adds, of which a processor does as many at a time.
+    static constexpr bool fit = count <= 8;
+    std::conditional_t<fit, const T* [count], const T* const volatile*> row_at;
     Index step;
     void enter() {}
-    T at(int row) const { return rows[row][step]; }
+    T at(int row) const { return row_at[row][step]; }
     void next() { ++step; }
   };
-  template <int>
-  Steps steps() const {
-    return {rows, 0};
+  template <int count>
+  Steps<count> steps() const {
+    Steps<count> first{};
+    if constexpr (Steps<count>::fit)
+      for (int r = 0; r < count; ++r) first.row_at[r] = rows[r];
+    else
+      first.row_at = rows;
+    return first;
   }
 };
 // The transpose: row r of the tile is column first + r of the rows.
@@ -198,8 +206,9 @@ template <bool adds = false, int rows, int vectors, class X, class W, class T = 
     for (int v = 0; v < vectors; ++v) sum[r][v] = adds ? total[r][v] : Vec<T>{};
   const T* w = panel.w;
   auto x_k = x.template steps<rows>();
-  // The main loop:
-  for (Index k = 0; k < kc; ++k) {
+  // The main loop. It counts down, which takes an instruction less; with 12 accumulators a processor that starts four at a
+  // time has none to spare.
+  for (Index left = kc; left > 0; --left) {
     x_k.enter();
     Vec<T> w_k[vectors];
 #pragma GCC unroll 8
