@@ -45,6 +45,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for each in (
         Implementation(OURS),
         Implementation("gemmlet-numba", "numba", backend="numba", compiles=True),
+        Implementation("gemmlet kernels"),
         Implementation("numpy"),
         Implementation("pytorch", "torch"),
         Implementation("pytorch fused", "torch"),

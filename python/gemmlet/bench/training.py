@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmlet import nn
+from gemmlet import kernels, nn
 from gemmlet.data import Mnist, load_mnist
 from gemmlet.formulas.optimizers import adam_hyperparameters
 
@@ -27,6 +27,8 @@ from .implementations import OURS
 
 BATCH, LR = 64, 0.1
 LAYERS = (784, 128, 10)
+# So large an eps that the rounding errors of a gradient that is nearly 0 are not magnified: the result is checked.
+ADAM_LR, ADAM_BETAS, ADAM_EPS = 1e-3, (0.9, 0.999), 1e-3
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def _digits(settings: Settings, count: int) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Task:
-    """An MLP with tanh, and what it is trained on."""
+    """An MLP with tanh, what it is trained on, and by which rule: "sgd" or "adam"."""
 
     layers: tuple[int, ...]
     given: Array  # the samples as gemmlet is given them: uint8 images, or floating point
@@ -63,22 +65,30 @@ class Task:
     # The result is checked after this many samples, in their order: after many more updates with one sample each even
     # float64 forgets where it came from.
     checked: int
+    rule: str = "sgd"
 
 
 def task(
-    layers: Sequence[int], given: Array, labels: Array, batch: int, dtype: str, checked: int | None = None
+    layers: Sequence[int],
+    given: Array,
+    labels: Array,
+    batch: int,
+    dtype: str,
+    checked: int | None = None,
+    rule: str = "sgd",
 ) -> Task:
     """Return the task, with the first weights that gemmlet draws; without `checked` all samples are."""
     x = given.astype(dtype) / np.dtype(dtype).type(255) if given.dtype == np.uint8 else given
     model = nn.MLP(list(layers), "tanh", dtype=dtype)
     parameters = [p.copy() for p in model.parameters]
-    return Task(tuple(layers), given, x, labels, batch, parameters, len(labels) if checked is None else checked)
+    return Task(tuple(layers), given, x, labels, batch, parameters, len(labels) if checked is None else checked, rule)
 
 
 def gemmlet_mlp(t: Task) -> Prepared:
     """Return an epoch of `nn.MLP.fit`."""
     model = nn.MLP(list(t.layers), "tanh", dtype=t.x.dtype)
-    settings: dict[str, Any] = {"epochs": 1, "batch_size": t.batch, "optimizer": nn.SGD(LR)}
+    optimizer = nn.SGD(LR) if t.rule == "sgd" else nn.Adam(ADAM_LR, eps=ADAM_EPS)
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": t.batch, "optimizer": optimizer}
 
     def result() -> list[Array]:
         model.fit(t.given[: t.checked], t.labels[: t.checked], shuffle=False, **settings)
@@ -87,17 +97,62 @@ def gemmlet_mlp(t: Task) -> Prepared:
     return Prepared(partial(model.fit, t.given, t.labels, **settings), result)
 
 
-def numpy_epoch(t: Task, parameters: list[Array], order: Array) -> None:
-    """One epoch in NumPy, over the samples in this order; it changes `parameters`."""
-    dtype, batch, n = parameters[0].dtype, t.batch, len(order)
+def kernels_mlp(t: Task) -> Prepared:
+    """Return an epoch of gemmlet's kernels, called layer by layer."""
+    parameters = [p.copy() for p in t.parameters]
+    weights, biases = parameters[::2], parameters[1::2]
+    activations = [*["tanh"] * (len(weights) - 1), None]
+    states = [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
+    rng = np.random.default_rng(0)
+    steps = 0
+
+    def update(position: int, grad: Array) -> None:
+        if t.rule == "sgd":
+            kernels.sgd_update(parameters[position], grad, lr=LR)
+        else:
+            kernels.adam_update(parameters[position], grad, *states[position], step=steps, lr=ADAM_LR, eps=ADAM_EPS)
+
+    def epoch(order: Array) -> None:
+        nonlocal steps
+        for start in range(0, len(order), t.batch):
+            steps += 1
+            where = order[start : start + t.batch]
+            a = [t.x[where]]
+            for w, b, activation in zip(weights, biases, activations, strict=True):
+                a.append(kernels.linear(a[-1], w, b, activation))
+            _, grad = kernels.softmax_cross_entropy(a[-1], t.labels[where])
+            for i in reversed(range(len(weights))):
+                below, grad_w, grad_b = kernels.linear_backward(
+                    grad, a[i], weights[i], a[i + 1], activations[i], need_x=i > 0
+                )
+                assert grad_w is not None
+                assert grad_b is not None
+                update(2 * i, grad_w)
+                update(2 * i + 1, grad_b)
+                grad = below
+
+    def result() -> list[Array]:
+        epoch(np.arange(t.checked))
+        return parameters
+
+    return Prepared(lambda: epoch(rng.permutation(len(t.labels))), result)
+
+
+def numpy_epochs(t: Task, parameters: list[Array]) -> Callable[[Array], None]:
+    """Return the epoch in NumPy, a function of the order of the samples; it changes `parameters`."""
+    dtype, batch = parameters[0].dtype, t.batch
     weights, biases = parameters[::2], parameters[1::2]
     acts = [np.empty((batch, width), dtype) for width in t.layers]
     grads = [np.empty_like(a) for a in acts]
     grad_w = [np.empty_like(w) for w in weights]
+    updates = [numpy_rule("adam", p) for p in parameters] if t.rule == "adam" else []
+    # SGD multiplies the gradient of the loss by the learning rate, which then need not be applied to each weight.
+    scale = LR if t.rule == "sgd" else 1.0
     every = np.arange(batch)
-    for start in range(0, n, batch):
-        m = min(batch, n - start)
-        where = order[start : start + m]
+    steps = 0
+
+    def step(where: Array) -> None:
+        m = len(where)
         a, g = [buffer[:m] for buffer in acts], [buffer[:m] for buffer in grads]
         np.take(t.x, where, axis=0, out=a[0])
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
@@ -105,13 +160,13 @@ def numpy_epoch(t: Task, parameters: list[Array], order: Array) -> None:
             a[i + 1] += b
             if i < len(weights) - 1:
                 np.tanh(a[i + 1], out=a[i + 1])
-        # The gradient of softmax cross-entropy, times the learning rate, which then need not be applied to each weight.
+        # The gradient of softmax cross-entropy.
         z = a[-1]
         np.subtract(z, z.max(axis=1, keepdims=True), out=g[-1])
         np.exp(g[-1], out=g[-1])
         g[-1] /= g[-1].sum(axis=1, keepdims=True)
         g[-1][every[:m], t.labels[where]] -= 1
-        g[-1] *= dtype.type(LR / m)
+        g[-1] *= dtype.type(scale / m)
         for i in reversed(range(len(weights))):
             np.matmul(a[i].T, g[i + 1], out=grad_w[i])
             if i:
@@ -119,30 +174,42 @@ def numpy_epoch(t: Task, parameters: list[Array], order: Array) -> None:
                 np.multiply(a[i], a[i], out=a[i])
                 np.subtract(1, a[i], out=a[i])
                 g[i] *= a[i]
-            weights[i] -= grad_w[i]
-            biases[i] -= g[i + 1].sum(axis=0)
+            grad_b = g[i + 1].sum(axis=0)
+            if updates:
+                numbers = adam_hyperparameters(steps, ADAM_LR, *ADAM_BETAS, ADAM_EPS, 0.0, False)
+                updates[2 * i](grad_w[i], numbers)
+                updates[2 * i + 1](grad_b, numbers)
+            else:
+                weights[i] -= grad_w[i]
+                biases[i] -= grad_b
+
+    def epoch(order: Array) -> None:
+        nonlocal steps
+        for start in range(0, len(order), batch):
+            steps += 1
+            step(order[start : start + batch])
+
+    return epoch
 
 
 def numpy_mlp(t: Task) -> Prepared:
     """Return an epoch of the loop in NumPy."""
     parameters = [p.copy() for p in t.parameters]
+    epoch = numpy_epochs(t, parameters)
     rng = np.random.default_rng(0)
 
-    def call() -> None:
-        numpy_epoch(t, parameters, rng.permutation(len(t.labels)))
-
     def result() -> list[Array]:
-        numpy_epoch(t, parameters, np.arange(t.checked))
+        epoch(np.arange(t.checked))
         return parameters
 
-    return Prepared(call, result)
+    return Prepared(lambda: epoch(rng.permutation(len(t.labels))), result)
 
 
 def exact_mlp(t: Task) -> list[Array]:
     """Return the parameters after an epoch without shuffling, in float64."""
     parameters = [p.astype(np.float64) for p in t.parameters]
     exact = replace(t, x=t.x.astype(np.float64))
-    numpy_epoch(exact, parameters, np.arange(t.checked))
+    numpy_epochs(exact, parameters)(np.arange(t.checked))
     return parameters
 
 
@@ -165,7 +232,11 @@ def torch_mlp(t: Task, compiled: bool = False) -> Prepared:
 
     model = _torch_layers(t.layers, t.parameters)
     x, labels = torch.from_numpy(t.x), torch.from_numpy(t.labels)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer: Any
+    if t.rule == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=ADAM_LR, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True)
 
     def loss(x: Any, labels: Any) -> Any:
         return torch.nn.functional.cross_entropy(model(x), labels)
@@ -257,12 +328,15 @@ def sklearn_mlp(t: Task) -> Prepared:
 MLP_IMPLEMENTATIONS: dict[str, Callable[[Task], Prepared]] = {
     OURS: gemmlet_mlp,
     "gemmlet-numba": gemmlet_mlp,
+    "gemmlet kernels": kernels_mlp,
     "numpy": numpy_mlp,
     "pytorch": torch_mlp,
     "pytorch compiled": partial(torch_mlp, compiled=True),
     "jax": jax_mlp,
     "scikit-learn": sklearn_mlp,
 }
+EPOCH_IMPLEMENTATIONS = tuple(name for name in MLP_IMPLEMENTATIONS if name != "gemmlet kernels")
+WIDE_IMPLEMENTATIONS = (OURS, "gemmlet kernels", "numpy", "pytorch")
 
 
 def _matmul_flops(layers: Sequence[int]) -> list[float]:
@@ -282,7 +356,7 @@ def mlp_case(
     count: int,
     batch: int,
     dtype: str,
-    implementations: Sequence[str] = tuple(MLP_IMPLEMENTATIONS),
+    implementations: Sequence[str] = EPOCH_IMPLEMENTATIONS,
     group: str = "epoch",
 ) -> Case:
     """Return the case of an epoch, or with one image at a time of an image, of an MLP with tanh and SGD."""
@@ -326,30 +400,43 @@ def epoch(settings: Settings) -> Iterator[Case]:
         samples = np.random.default_rng(0).random((count, LAYERS[0]), "float32")
         return task(LAYERS, samples, _digits(settings, count)[1], BATCH, "float32")
 
-    yield digits_case(settings, LAYERS, count, BATCH, "float32", tuple(MLP_IMPLEMENTATIONS))
+    yield digits_case(settings, LAYERS, count, BATCH, "float32", EPOCH_IMPLEMENTATIONS)
     yield mlp_case("dense random", dense, LAYERS, count, BATCH, "float32")
     yield digits_case(settings, LAYERS, singles, 1, "float64", (OURS, "gemmlet-numba", "numpy"))
 
 
-# Width of the two hidden layers, rows of a mini-batch.
-WIDE = ((256, 1024), (512, 64), (1024, 16), (1024, 256), (2048, 64))
+# Of two hidden layers.
+WIDTHS, BATCHES = (64, 128, 256, 512, 1024, 2048), (16, 64, 256, 1024)
 
 
 def wide(settings: Settings) -> Iterator[Case]:
-    """A few steps of 784-width-width-10, tanh, SGD, on dense random input: weights beyond the second-level cache."""
-    for dtype in ("float32",) if settings.quick else ("float32", "float64"):
-        for width, batch in WIDE[1:3] if settings.quick else WIDE:
-            layers, count = (LAYERS[0], width, width, LAYERS[-1]), 4 * batch
+    """Steps of 784-width-width-10, tanh, on dense random input: every width and batch, dtypes and rules in turn."""
+    for i, j in ((2, 1), (3, 2)) if settings.quick else np.ndindex(len(WIDTHS), len(BATCHES)):
+        yield wide_case(WIDTHS[i], BATCHES[j], ("float32", "float64")[(i + j) % 2], ("sgd", "adam")[(i + j // 2) % 2])
 
-            def inputs(
-                layers: Sequence[int] = layers, count: int = count, batch: int = batch, dtype: str = dtype
-            ) -> Task:
-                rng = np.random.default_rng(0)
-                samples, labels = rng.random((count, layers[0]), np.float32).astype(dtype), rng.integers(0, 10, count)
-                return task(layers, samples, labels, batch, dtype)
 
-            implementations = (OURS, "numpy", "pytorch")
-            yield mlp_case("dense random", inputs, layers, count, batch, dtype, implementations, "wide")
+def wide_case(width: int, batch: int, dtype: str, rule: str) -> Case:
+    """Return the case of a step; it is measured over so many that what `fit` does once counts little, as in use."""
+    layers = (LAYERS[0], width, width, LAYERS[-1])
+    steps = max(1, round(4e9 / (mlp_flops(layers) * batch)))
+
+    def inputs() -> Task:
+        rng = np.random.default_rng(0)
+        samples, labels = rng.random((steps * batch, layers[0])).astype(dtype), rng.integers(0, 10, steps * batch)
+        return task(layers, samples, labels, batch, dtype, rule=rule)
+
+    case = mlp_case("dense random", inputs, layers, steps * batch, batch, dtype, WIDE_IMPLEMENTATIONS, "wide")
+    # Weights and what the rule keeps of each are read and written.
+    arrays = 2 * (1 if rule == "sgd" else 3) * sum(before * after for before, after in pairwise(layers))
+    return replace(
+        case,
+        name=f"{'-'.join(map(str, layers))}, batch {batch}, {dtype}, {rule}",
+        flops=mlp_flops(layers) * batch,
+        bytes=float((arrays + batch * layers[0]) * np.dtype(dtype).itemsize),
+        units=steps,
+        unit="step",
+        labels={**case.labels, "update": rule},
+    )
 
 
 # Optimizer updates in NumPy, in place.
