@@ -8,6 +8,8 @@
 //   elementwise and row functions contiguous in one order, for matmul matrices of any strides; an output that is new,
 //   equals an input or overlaps none. So nothing is copied here.
 //   Releasing and reacquiring the GIL costs about 0.1 us, more under contention, so short calls keep it.
+//   Once it is released another thread may set the shape or the dtype of any array: whatever a kernel reads of an array,
+//   sizes, strides and pointers, is taken before.
 //   pybind11 is bypassed for the call: its conversion of arguments costs more than a small kernel. The functions are
 //   METH_FASTCALL, and their `self` is the formula.
 #include <pybind11/numpy.h>
@@ -37,7 +39,7 @@ using Arguments = PyObject* const*;
 
 constexpr int c_order = Api::NPY_ARRAY_C_CONTIGUOUS_, f_order = Api::NPY_ARRAY_F_CONTIGUOUS_;
 
-// Runs `call`, without the GIL if the work is long; false with a Python error set if it throws. Where the interpreter is
+// Runs `call`, which looks at no Python object, without the GIL if the work is long; false with a Python error set if it throws. Where the interpreter is
 // about to end, CPython before 3.14 ends a thread that asks for the GIL by unwinding its stack. So no caller of this
 // holds an object with a destructor: references are plain pointers in this file.
 template <class Call>
@@ -207,17 +209,20 @@ bool parameter(const Formula& formula, PyObject* given, T& result) {
 
 constexpr PyObject* unusual = nullptr;
 
-// call(data of the first array, parameter, data of the result), without the GIL if there is much to do. `out`, or a new
-// array.
+// call(data of the first array, data of `second` or null, parameter, data of the result), without the GIL if there is
+// much to do. `out`, or a new array.
 template <class Call>
-PyObject* result_of(Alike& arrays, const Formula& formula, PyObject* given, PyObject* out, Call&& call) {
+PyObject* result_of(Alike& arrays, const Array* second, const Formula& formula, PyObject* given, PyObject* out,
+                    Call&& call) {
   return for_type(arrays.is_float(), [&](auto zero) -> PyObject* {
     using T = decltype(zero);
     T number;
     if (!parameter(formula, given, number)) return unusual;
     PyObject* result = arrays.output(out);
     if (result == nullptr) return unusual;
-    const bool well = run(arrays.size(), [&] { call(data<T>(arrays.first()), number, data<T>(result)); });
+    const T *first = data<T>(arrays.first()), *other = second == nullptr ? nullptr : data<T>(second);
+    T* to = data<T>(result);
+    const bool well = run(arrays.size(), [&] { call(first, other, number, to); });
     return result_if(well, result);
   });
 }
@@ -226,7 +231,7 @@ PyObject* result_of(Alike& arrays, const Formula& formula, PyObject* given, PyOb
 PyObject* activation(const Formula& formula, Arguments a) {
   Alike arrays(a[0]);
   if (!arrays.fits()) return unusual;
-  return result_of(arrays, formula, a[1], a[2], [&]<class T>(const T* x, T number, T* y) {
+  return result_of(arrays, nullptr, formula, a[1], a[2], [&]<class T>(const T* x, const T*, T number, T* y) {
     activation_forward(formula.number, x, number, y, arrays.size());
   });
 }
@@ -237,8 +242,8 @@ PyObject* activation_gradient(const Formula& formula, Arguments a) {
   PyObject* const other = a[formula.needs_x ? 2 : 1];
   const Array* saved = arrays.fits() ? arrays.add(a[formula.needs_x ? 1 : 2]) : nullptr;
   if (saved == nullptr || (other != Py_None && arrays.add(other, false) == nullptr)) return unusual;
-  return result_of(arrays, formula, a[3], a[4], [&]<class T>(const T* grad_y, T number, T* grad_x) {
-    activation_backward(formula.number, grad_y, data<T>(saved), number, grad_x, arrays.size());
+  return result_of(arrays, saved, formula, a[3], a[4], [&]<class T>(const T* grad_y, const T* s, T number, T* grad_x) {
+    activation_backward(formula.number, grad_y, s, number, grad_x, arrays.size());
   });
 }
 
@@ -247,8 +252,9 @@ PyObject* row_function(const Formula& formula, Arguments a) {
   Alike arrays(a[0], c_order);
   if (!arrays.fits() || arrays.dimensions() == 0 || arrays.size() == 0) return unusual;
   const Index columns = arrays.columns(), rows = arrays.size() / columns;
-  return result_of(arrays, formula, a[1], a[2],
-                   [&]<class T>(const T* x, T, T* y) { row_function_forward(formula.number, x, y, rows, columns); });
+  return result_of(arrays, nullptr, formula, a[1], a[2], [&]<class T>(const T* x, const T*, T, T* y) {
+    row_function_forward(formula.number, x, y, rows, columns);
+  });
 }
 
 // grad_y, x, y, None, out
@@ -258,8 +264,8 @@ PyObject* row_function_gradient(const Formula& formula, Arguments a) {
   const Array* y = arrays.add(a[2]);
   if (y == nullptr || (a[1] != Py_None && arrays.add(a[1], false) == nullptr)) return unusual;
   const Index columns = arrays.columns(), rows = arrays.size() / columns;
-  return result_of(arrays, formula, a[3], a[4], [&]<class T>(const T* grad_y, T, T* grad_x) {
-    row_function_backward(formula.number, grad_y, data<T>(y), grad_x, rows, columns);
+  return result_of(arrays, y, formula, a[3], a[4], [&]<class T>(const T* grad_y, const T* saved, T, T* grad_x) {
+    row_function_backward(formula.number, grad_y, saved, grad_x, rows, columns);
   });
 }
 
@@ -280,10 +286,11 @@ PyObject* loss(const Formula& formula, Arguments a) {
   const Index n = arrays.size();
   bool inside = true;
   double value = 0;
-  PyObject* gradient = result_of(arrays, formula, a[2], a[3], [&]<class T>(const T* prediction, T number, T* to) {
+  const auto evaluate = [&]<class T>(const T* prediction, const T* t, T number, T* to) {
     if (formula.unit_interval) inside = within_unit_interval(prediction, n);
-    if (inside) value = elementwise_loss(formula.number, prediction, data<T>(target), number, to, n);
-  });
+    if (inside) value = elementwise_loss(formula.number, prediction, t, number, to, n);
+  };
+  PyObject* gradient = result_of(arrays, target, formula, a[2], a[3], evaluate);
   gradient = result_if(inside, gradient);
   return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
 }
@@ -322,7 +329,7 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
   const double smoothing = PyFloat_AS_DOUBLE(a[2]);
   if (!(smoothing >= 0 && smoothing <= 1) || Py_TYPE(a[1]) != Py_TYPE(a[0])) return unusual;
   const Index columns = arrays.columns(), rows = arrays.size() / columns;
-  const Array* labels = py::detail::array_proxy(a[1]);
+  const Array *labels = py::detail::array_proxy(a[1]), *soft = nullptr;
   const Index* indices = nullptr;
   if (labels->nd == 1) {
     const auto* dtype = py::detail::array_descriptor_proxy(labels->descr);
@@ -332,23 +339,23 @@ PyObject* row_loss_and_gradient(const Formula& formula, Arguments a) {
       return unusual;
     indices = data<Index>(labels);
   } else {
-    labels = arrays.add(a[1]);
-    if (labels == nullptr) return unusual;
+    soft = arrays.add(a[1]);
+    if (soft == nullptr) return unusual;
   }
   bool is_usual = true;
   double value = 0;
-  PyObject* gradient = result_of(arrays, Formula{}, Py_None, a[3], [&]<class T>(const T* logits, T, T* to) {
+  const auto evaluate = [&]<class T>(const T* logits, const T* targets, T, T* to) {
     if (indices == nullptr) {
       // They are read after the gradient has been written to.
-      const Bytes read(labels, sizeof(T));
-      is_usual = reinterpret_cast<char*>(to + arrays.size()) <= read.begin || read.end <= reinterpret_cast<char*>(to);
-      if (is_usual) value = row_loss<T>(formula.number, logits, nullptr, data<T>(labels), smoothing, to, rows, columns);
+      is_usual = to + arrays.size() <= targets || targets + arrays.size() <= to;
+      if (is_usual) value = row_loss<T>(formula.number, logits, nullptr, targets, smoothing, to, rows, columns);
       return;
     }
     const Labels own(indices, rows);
     is_usual = own.below(columns);
     if (is_usual) value = row_loss<T>(formula.number, logits, own.get(), nullptr, smoothing, to, rows, columns);
-  });
+  };
+  PyObject* gradient = result_of(arrays, soft, Formula{}, Py_None, a[3], evaluate);
   gradient = result_if(is_usual, gradient);
   return gradient == nullptr ? unusual : tuple_of(PyFloat_FromDouble(value), gradient);
 }
@@ -380,9 +387,10 @@ PyObject* update(const Formula& formula, Arguments a) {
     using T = decltype(zero);
     std::array<T*, max_states> kept{};
     for (int s = 0; s < states; ++s) kept[s] = data<T>(state[s]);
+    T* const param = data<T>(arrays.first());
+    const T* const grad = data<T>(gradient);
     const bool well = run(arrays.size(), [&] {
-      optimizer_update(formula.number, data<T>(arrays.first()), data<T>(gradient), kept.data(), hyperparameters.data(),
-                       arrays.size());
+      optimizer_update(formula.number, param, grad, kept.data(), hyperparameters.data(), arrays.size());
     });
     return well ? Py_NewRef(Py_True) : nullptr;
   });
@@ -451,10 +459,13 @@ PyObject* linear_forward(PyObject* formulas, Arguments a) {
     if (y == nullptr) return nullptr;
     const bool keep_z = a[4] == Py_True;
     if (keep_z && (z = new_array(x, 2, shape, false)) == nullptr) return result_if(false, y);
-    const Index work = shape[0] * shape[1] * (x->dimensions[1] / tuning::multiply_adds_per_element + 1);
+    const View<T> xv = view<T>(x), wv = view<T>(w);
+    const T* bias = b == nullptr ? nullptr : data<T>(b);
+    T *yp = data<T>(y), *zp = keep_z ? data<T>(z) : nullptr;
+    const Index work = xv.rows * wv.columns * (xv.columns / tuning::multiply_adds_per_element + 1);
     const bool well = run(work, [&] {
-      linear(view<T>(x), view<T>(w), b == nullptr ? nullptr : data<T>(b), formula == nullptr ? -1 : formula->number,
-             formula == nullptr ? T(0) : static_cast<T>(formula->parameter), data<T>(y), keep_z ? data<T>(z) : nullptr);
+      linear(xv, wv, bias, formula == nullptr ? -1 : formula->number,
+             formula == nullptr ? T(0) : static_cast<T>(formula->parameter), yp, zp);
     });
     if (!keep_z) return result_if(well, y);
     return tuple_of(result_if(well, y), result_if(well, z));
@@ -500,18 +511,22 @@ PyObject* linear_gradient(PyObject* formulas, Arguments a) {
     PyObject* grad_b = result(need_b, 1, grad_y->dimensions[1], 0);
     if (grad_x == nullptr || grad_w == nullptr || grad_b == nullptr) return tuple_of(grad_x, grad_w, grad_b);
     const Index inner = need_x ? w->dimensions[0] : need_w ? x->dimensions[1] : 1;
+    View<T> grad_z = view<T>(grad_y);
+    const View<T> xt = need_w ? view<T>(x).transposed() : View<T>{}, wt = need_x ? view<T>(w).transposed() : View<T>{};
+    const T* kept = saved == nullptr ? nullptr : data<T>(saved);
+    T *const to_x = need_x ? data<T>(grad_x) : nullptr, *const to_w = need_w ? data<T>(grad_w) : nullptr,
+             *const to_b = need_b ? data<T>(grad_b) : nullptr;
     const bool well = run(arrays.size() * (inner / tuning::multiply_adds_per_element + 1), [&] {
       std::unique_ptr<T[]> memory;
-      View<T> grad_z = view<T>(grad_y);
       if (formula != nullptr) {
         memory.reset(new T[static_cast<std::size_t>(arrays.size())]);
-        activation_backward(formula->number, grad_z.data, data<T>(saved), static_cast<T>(formula->parameter),
-                            memory.get(), arrays.size());
+        activation_backward(formula->number, grad_z.data, kept, static_cast<T>(formula->parameter), memory.get(),
+                            arrays.size());
         grad_z.data = memory.get();
       }
-      if (need_x) linear<T>(grad_z, view<T>(w).transposed(), nullptr, -1, T(0), data<T>(grad_x), nullptr);
-      if (need_w) linear<T>(view<T>(x).transposed(), grad_z, nullptr, -1, T(0), data<T>(grad_w), nullptr);
-      if (need_b) column_sum(grad_z, data<T>(grad_b));
+      if (need_x) linear<T>(grad_z, wt, nullptr, -1, T(0), to_x, nullptr);
+      if (need_w) linear<T>(xt, grad_z, nullptr, -1, T(0), to_w, nullptr);
+      if (need_b) column_sum(grad_z, to_b);
     });
     return tuple_of(result_if(well, grad_x), result_if(well, grad_w), result_if(well, grad_b));
   });
