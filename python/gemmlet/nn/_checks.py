@@ -12,7 +12,6 @@ import numpy as np
 from .. import _arguments as arguments
 from .._arrays import name_of
 
-
 # More of anything nobody has; a float64 holds all integers up to it.
 _LARGEST = 1 << 53
 
