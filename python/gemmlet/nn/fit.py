@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -215,6 +215,17 @@ class Settings:
             self.resume = checks.path(self.resume, "resume")
 
 
+# Takes the network, a value and its name, and returns what is to be the network's attribute.
+Check = Callable[[Any, Any, str], Any]
+
+
+def check_fixed(model: Trainable, value: Any, name: str) -> Any:
+    """Return the value of an attribute that a network has from its beginning."""
+    if name in vars(model):
+        raise AttributeError(f"{name} cannot be changed: a network has it from its beginning")
+    return value
+
+
 class Trainable(Saved):
     """Base of the networks that have a `fit`.
 
@@ -225,12 +236,23 @@ class Trainable(Saved):
     """
 
     _progress: Callable[..., object]  # makes what the callback is told
+    # Checks of attributes, wherever they are set; numbers become Python's, which files have.
+    _checks: ClassVar[dict[str, Check]] = {
+        "steps": lambda _, value, name: checks.whole_number(value, name, 0),
+        "default_batch_size": lambda _, value, name: checks.whole_number(value, name, 1),
+        "default_optimizer": lambda _, value, name: as_optimizer(value, name),
+        "label_smoothing": lambda _, value, name: checks.fraction(value, name),
+    }
     _shuffle: np.random.Generator
     # Of a network that is trained on noise: its generator, and the columns of a row.
     _training_noise: np.random.Generator | None = None
     latent_dim = 0
     # Whether the dtype is that of the samples of the first `fit`, which has not been yet.
     _follows_samples = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self._checks.get(name)
+        super().__setattr__(name, value if check is None else check(self, value, name))
 
     @property
     def ema_decay(self) -> float:
@@ -331,6 +353,7 @@ class Training:
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
         self._arrays = [array for arrays in model._parameters.values() for array in arrays]
+        self._layouts = [(array.shape, array.dtype) for array in self._arrays]
         self._check_writeable()
         self.at = self._start_of(1, len(plan.losses))
         facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
@@ -361,6 +384,8 @@ class Training:
                 self._log(self._metrics() | unknown)
         except BaseException as error:
             with deferred_signals():
+                with contextlib.suppress(ValueError):
+                    self._check_layouts()
                 if not self._is_undone:
                     try:
                         self._backend.write_back(self._plan)
@@ -407,7 +432,9 @@ class Training:
         done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
         factors = lr_factors(self._settings.lr_schedule, done, steps, total)
         with deferred_signals():
-            self._check_writeable()  # a callback or the schedule may have changed them
+            # A callback or the schedule may have changed them.
+            self._check_layouts()
+            self._check_writeable()
             if time.perf_counter() >= self._copy_at:
                 self._keep()
             hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
@@ -475,10 +502,22 @@ class Training:
             wrong = next(f"{name}[{i}]" for name, i, array in named if not array.flags.writeable)
             raise ValueError(f"{wrong} is read-only")
 
+    def _check_layouts(self) -> None:
+        """Raise ValueError if a parameter has got another shape or dtype, which are set back: files need them."""
+        if [(array.shape, array.dtype) for array in self._arrays] == self._layouts:
+            return
+        found = [f"{array.dtype} of shape {array.shape}" for array in self._arrays]
+        for array, (shape, dtype) in zip(self._arrays, self._layouts, strict=True):
+            array.dtype, array.shape = dtype, shape
+        expected = (f"{dtype} of shape {shape}" for shape, dtype in self._layouts)
+        changed = next((a, b) for a, b in zip(found, expected, strict=True) if a != b)
+        raise ValueError(f"a parameter was made {changed[0]} while fit ran; expected {changed[1]}, which it is again")
+
     # What to go back to.
 
     def _check(self) -> None:
         """Raise if parameters are not finite; signals are deferred."""
+        self._check_layouts()
         self._backend.write_back(self._plan)
         if not self._is_finite():
             epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)

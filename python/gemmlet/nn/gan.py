@@ -18,7 +18,7 @@ from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
-from .fit import GANHistory, GANProgress, Trainable, Training, network_of, unless_refused
+from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, network_of, unless_refused
 from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
 
 Array = NDArray[Any]
@@ -108,14 +108,12 @@ class GAN(Trainable):
         self.generator_activation = activation_name(generator_activation, "generator_activation")
         self.discriminator_activation = activation_name(discriminator_activation, "discriminator_activation")
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
-        self.loss = checks.choice(loss, "loss", LOSSES)
-        self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
-        self.ema_decay = ema_decay
+        self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
-        self.default_batch_size = checks.whole_number(default_batch_size, "default_batch_size", 1)
+        self.default_batch_size = default_batch_size
         self.features = self.generator[-1]
         self.steps = 0
 
@@ -124,6 +122,16 @@ class GAN(Trainable):
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
     _stream_names = "shuffle", "training_noise", "sampling_noise"
+    _checks = Trainable._checks | {
+        **dict.fromkeys(
+            (
+                "latent_dim", "generator", "discriminator", "generator_activation", "discriminator_activation",
+                "generator_output", "features", "seed",
+            ),
+            check_fixed,
+        ),
+        "loss": lambda _, value, name: checks.choice(value, name, LOSSES),
+    }  # fmt: skip
 
     def _fresh_streams(self) -> list[np.random.Generator]:
         """Of their own: samples drawn in between do not change what is learnt."""

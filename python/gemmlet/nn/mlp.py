@@ -20,7 +20,7 @@ from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
-from .fit import VALIDATION, History, Progress, Trainable, Training, network_of, unless_refused
+from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, network_of, unless_refused
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
 from .targets import Label, Meaning, checked_classes, numbers, of_classes
 
@@ -35,6 +35,20 @@ OUTPUTS = {
         *(name for name, loss in LOSSES.items() if name != "mean_squared_error" and not loss.unit_interval),
     ),
 }
+
+
+def _label_smoothing(model: MLP, value: Any, name: str) -> float:
+    number = checks.fraction(value, name)
+    if number and model.output != "softmax":
+        raise ValueError(f'{name} needs output "softmax", this network has {model.output!r}')
+    return number
+
+
+def _multi_label(model: MLP, value: Any, name: str) -> bool:
+    wanted = arguments.flag(value, name)
+    if wanted and (model.output != "sigmoid" or model.layers[-1] == 1 or model.classes is not None):
+        raise ValueError(f'{name} needs output "sigmoid", several outputs and no classes')
+    return wanted
 
 
 class MLP(Trainable):
@@ -126,27 +140,28 @@ class MLP(Trainable):
         self.layers = checks.widths(layers, "layers", 2)
         self.activation = activation_name(activation)
         self.output = checks.choice(output, "output", OUTPUTS)
-        self.loss = OUTPUTS[output][0] if loss is None else checks.choice(loss, "loss", OUTPUTS[output])
+        self.loss = OUTPUTS[output][0] if loss is None else loss
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         self.activation_parameter = activation_number(activation, activation_parameter)
-        self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
-        self.ema_decay = ema_decay
+        self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
-        self.default_batch_size = checks.whole_number(default_batch_size, "default_batch_size", 1)
+        self.default_batch_size = default_batch_size
         if output == "softmax" and self.layers[-1] < 2:
             raise ValueError('output "softmax" needs at least 2 outputs; for one output use "sigmoid"')
-        if self.label_smoothing and output != "softmax":
-            raise ValueError(f'label_smoothing needs output "softmax", this network has {output!r}')
-        self.classes = checked_classes(classes, output, self.layers[-1])
-        self.multi_label = arguments.flag(multi_label, "multi_label")
-        if multi_label and (output != "sigmoid" or self.layers[-1] == 1 or classes is not None):
-            raise ValueError('multi_label needs output "sigmoid", several outputs and no classes')
+        self.classes, self.multi_label = classes, multi_label
         self.steps = 0
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
         self._shuffle = self._fresh_streams()[1]
 
     _stream_names = ("shuffle",)
+    _checks = Trainable._checks | {
+        **dict.fromkeys(("layers", "activation", "output", "activation_parameter", "seed"), check_fixed),
+        "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
+        "classes": lambda model, value, _: checked_classes(value, model.output, model.layers[-1]),
+        "label_smoothing": _label_smoothing,
+        "multi_label": _multi_label,
+    }
 
     def _fresh_streams(self) -> list[np.random.Generator]:
         """Two, so that the order of the samples does not depend on how many weights were drawn."""
@@ -293,7 +308,9 @@ class MLP(Trainable):
         samples.convert()
         with unless_refused(self):
             self._settle(samples.dtype)
-            self.classes, self.multi_label = meaning.classes, meaning.multi_label
+            if meaning.classes is not self.classes:
+                self.classes = meaning.classes
+            self.multi_label = meaning.multi_label
             history, group = History(), rule.group(self.parameters)
             plan = self._plan(samples, targets, group)
             Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, validate).run()
