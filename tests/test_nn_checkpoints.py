@@ -346,6 +346,34 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp
     assert same(left_by(model, Adam()), before)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": X + 1}, "checksum of x was [0-9]+, is [0-9]+"),
+        ({"y": (Y + 1) % 3}, "checksum of y was [0-9]+, is [0-9]+"),
+        ({"validation_data": (X[1:], Y[1:])}, r"checksum of validation_data\[0\] was"),
+        ({"validation_data": (X, (Y + 1) % 3)}, r"checksum of validation_data\[1\] was"),
+        ({"lr_schedule": None}, "lr_schedule was True, is False"),
+    ],
+)
+def test_other_data_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path, sparse = tmp_path / "checkpoint", pytest.importorskip("scipy.sparse")
+    with pytest.raises(Killed):
+        fit_of("mlp")[2](checkpoint=path, callback=killed_after(24))
+    arguments = {"x": X, "y": Y, "epochs": EPOCHS, "batch_size": SIZE, "optimizer": Adam(3e-3), "resume": path}
+    arguments |= {"validation_data": (X, Y), "lr_schedule": linear_decay}
+    model = MLP([6, 5, 3], ema_decay=0.9)
+    with pytest.raises(ValueError, match=message):
+        model.fit(**arguments | changes)
+    assert model.steps == 0
+    # The same data in another form are the same.
+    model.fit(**arguments | {"x": sparse.csr_matrix(X), "y": np.eye(3)[Y]})
+    with pytest.raises(Killed):
+        fit_of("gan")[2](checkpoint=path, callback=killed_after(24))
+    with pytest.raises(ValueError, match="checksum of x was"):
+        GAN(2, [4, 6], [5, 1]).fit(X / 2, EPOCHS, SIZE, Adam(3e-3), lr_schedule=linear_decay, resume=path)
+
+
 def test_resume_with_a_read_only_parameter(network: str, tmp_path: Path) -> None:
     """It is refused before anything is changed."""
     fit_of(network)[2](checkpoint=tmp_path / "checkpoint")

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
 from .checkpoints import Checkpoints, Position
-from .dataset import Ahead, Array, Samples, not_finite, sample_order
+from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
 from .files import Saved
 from .normals import fill_normal
@@ -322,7 +322,7 @@ class unless_refused:  # noqa: N801 - it is used as a function
 
 
 class Training:
-    """The loop of one `fit`; `groups`: one for each of `plan.updates`, in their order.
+    """The loop of one `fit`; `groups`: one for each of `plan.updates`, in their order; `data`: its arrays, by argument.
 
     Steps are taken, and counted, in whole calls: signals wait for the end of one, and a call that fails in the midst of
     its steps, or diverges, is undone, back to the last copy.
@@ -337,6 +337,7 @@ class Training:
         optimizers: dict[str, Optimizer],
         groups: Sequence[ParameterGroup],
         settings: Settings,
+        data: Mapping[str, Any],
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
@@ -357,7 +358,9 @@ class Training:
         self._check_writeable()
         self.at = self._start_of(1, len(plan.losses))
         facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
-        facts["validation_data"] = validate is not None
+        facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
+        if settings.checkpoint is not None or settings.resume is not None:
+            facts |= {f"checksum of {name}": checksum(rows) for name, rows in data.items()}
         self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, groups, facts, history, self.at)
         if settings.resume is not None:
             self.at = self._checkpoints.resume(settings.resume, settings.epochs)

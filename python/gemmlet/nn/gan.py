@@ -262,8 +262,9 @@ class GAN(Trainable):
                 *self._generator_phases(),
                 Update(_GENERATOR, generator.rule, generator.max_norm),
             ]
+            data = {"x": samples.array}
             history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings).run()
+            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings, data).run()
         return history
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:

@@ -268,7 +268,8 @@ class MLP(Trainable):
         resume : bool or path
             A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
             between. With True it is `checkpoint` if that exists, so that a job that is started again goes on. Samples
-            and arguments must be those of then, but for `epochs`, which may be more, and callbacks.
+            and arguments must be those of then, but for `epochs`, which may be more, and callbacks; what differs is
+            named. Of samples and targets some rows are compared, of `lr_schedule` whether there is one.
 
         Returns
         -------
@@ -292,7 +293,8 @@ class MLP(Trainable):
             epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
         )
         rule = self._optimizer(optimizer)
-        validate = None
+        samples.convert()
+        data, validate = {"x": samples.array, "y": targets}, None
         if validation_data is not None:
             given = checks.pair(validation_data, "validation_data")
             held_out = self._filled(given[0], "validation_data[0]", samples.dtype)
@@ -301,11 +303,11 @@ class MLP(Trainable):
                 if spoilt:
                     raise ValueError(spoilt)
             held_out.stay()
+            data |= {"validation_data[0]": held_out.array, "validation_data[1]": validation[1]}
 
             def validate() -> dict[str, float]:
                 return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
-        samples.convert()
         with unless_refused(self):
             self._settle(samples.dtype)
             if meaning.classes is not self.classes:
@@ -313,7 +315,7 @@ class MLP(Trainable):
             self.multi_label = meaning.multi_label
             history, group = History(), rule.group(self.parameters)
             plan = self._plan(samples, targets, group)
-            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, validate).run()
+            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate).run()
         return history
 
     def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:
