@@ -22,7 +22,7 @@ from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, network_of, unless_refused
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
-from .targets import Label, Meaning, checked_classes, numbers, of_classes
+from .targets import Label, Meaning, as_labels, checked_classes, numbers, of_classes
 
 Array = NDArray[Any]
 
@@ -386,7 +386,7 @@ class MLP(Trainable):
         for where, outputs in self._outputs(samples):
             logits = arguments.on_cpu(outputs)
             predicted[where] = logits > 0 if self.multi_label else predicted_classes(logits)
-        labels = predicted if self.classes is None else np.array(self.classes)[predicted]
+        labels = predicted if self.classes is None else as_labels(self.classes)[predicted]
         return labels if labels.dtype.kind == "U" else samples.backend.placed_like(labels, samples.array)
 
     def predict_proba(self, x: Any) -> Array:
