@@ -213,11 +213,11 @@ def spoilt(data: Any, place: str, bad: float) -> tuple[tuple[Any, ...], dict[str
     if place == "x":
         x[37, 2] = bad
         return (x, *y), {}, rf"x must be finite, got {bad} in row 37"
-    if place == "sparse":
+    if place in ("csr_matrix", "csr_array"):
         scipy = pytest.importorskip("scipy.sparse")
         x[x < 0.5] = 0
         x[37, 2] = bad
-        return (scipy.csr_matrix(x), *y), {}, rf"x must be finite, got {bad} in row 37"
+        return (getattr(scipy, place)(x), *y), {}, rf"x must be finite, got {bad} in row 37"
     if place == "y":
         y = [np.ones((N, 3), x.dtype)]
         y[0][41, 1] = bad
@@ -229,7 +229,7 @@ def spoilt(data: Any, place: str, bad: float) -> tuple[tuple[Any, ...], dict[str
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("place", ["x", "sparse", "y", "validation_data[0]", "validation_data[1]"])
+@pytest.mark.parametrize("place", ["x", "csr_matrix", "csr_array", "y", "validation_data[0]", "validation_data[1]"])
 def test_samples_that_are_not_finite_are_refused(place: str, bad: float, training: Any, dtype: Any) -> None:
     """By name and row; whoever leaves the row out then gets what a new network gets."""
     identity = place in ("y", "validation_data[1]")

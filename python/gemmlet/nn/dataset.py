@@ -113,7 +113,7 @@ class Samples:
             if not len(wrong):
                 return None
             row = int(np.searchsorted(self.array.indptr, wrong[0], "right")) - 1
-            return not_finite(self.array[row].toarray(), self.name, row)
+            return not_finite(self.array[row : row + 1].toarray(), self.name, row)
         array = self.array
         if self.on_gpu:
             if all(map(math.isfinite, self.backend.extremes(array))):
