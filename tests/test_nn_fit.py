@@ -8,6 +8,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,25 @@ def test_what_fails_midway_is_undone(network: str, training: Any) -> None:
         model.fit(*data, 2, 8, rule)
         other.fit(*data, 2, 8, same_rule)
         assert same(left_by(model, rule.optimizer), left_by(other, same_rule.optimizer))
+
+
+def test_a_network_is_in_one_fit_at_a_time(network: str) -> None:
+    """Two first fits, say, would both draw the parameters; but a callback may call it, and so may a child."""
+    model, data = made(network)
+    message = "this network is in a fit of another thread: wait until that ends, or take a copy"
+    told: list[Any] = []
+
+    def callback(progress: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            told.append(pool.submit(model.fit, *data, 1).exception())
+            told.append(pool.submit(copy.deepcopy(model).fit, *data, 1).exception())
+        if progress.epoch == 1:
+            model.fit(*data, 1)
+
+    model.fit(*data, 2, callback=callback, callback_every="epoch")
+    assert [(type(error), str(error)) for error in told] == [(RuntimeError, message), (type(None), "None")] * 2
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(model.fit, *data, 1).result()
 
 
 # Numbers that are not finite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -307,18 +308,28 @@ class Trainable(Saved):
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
 
 
-class unless_refused:  # noqa: N801 - it is used as a function
-    """What the block sets of a network is set back, if it raises before a step is taken."""
+class fitting:  # noqa: N801 - it is used as a function
+    """A fit of a network, which must be in no other thread's; what it sets is set back if it takes no step."""
+
+    _under_way: ClassVar[dict[int, fitting]] = {}  # by the id of the network
 
     def __init__(self, model: Trainable) -> None:
-        self._model, self._before = model, dict(vars(model))
+        self._model, self._thread = model, threading.get_ident()
 
     def __enter__(self) -> None:
-        pass
+        # A callback may call `fit`.
+        if self._under_way.setdefault(id(self._model), self)._thread != self._thread:
+            raise RuntimeError("this network is in a fit of another thread: wait until that ends, or take a copy")
+        self._before = dict(vars(self._model))
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._under_way.get(id(self._model)) is self:
+            del self._under_way[id(self._model)]
         if error is not None and self._model.steps == self._before["steps"]:
             vars(self._model).update(self._before)
+
+
+os.register_at_fork(after_in_child=fitting._under_way.clear)  # the other threads are not in the child
 
 
 class Training:

@@ -18,7 +18,7 @@ from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
-from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, network_of, unless_refused
+from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
 
 Array = NDArray[Any]
@@ -238,19 +238,21 @@ class GAN(Trainable):
             An argument does not fit, or a parameter is read-only; see `MLP.fit`.
         DivergedError
             A loss or a parameter is no longer finite.
+        RuntimeError
+            The network is in a `fit` of another thread.
         OSError
             A checkpoint cannot be read or written.
         """
-        samples = self._samples(x, None if self._follows_samples else self.dtype)
-        settings = self._settings(
-            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
-        )
-        rule = other = self._optimizer(optimizer)
-        optimizers = {"optimizer": rule}
-        if discriminator_optimizer is not None:
-            other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
-            optimizers["discriminator_optimizer"] = other
-        with unless_refused(self):
+        with fitting(self):
+            samples = self._samples(x, None if self._follows_samples else self.dtype)
+            settings = self._settings(
+                epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+            )
+            rule = other = self._optimizer(optimizer)
+            optimizers = {"optimizer": rule}
+            if discriminator_optimizer is not None:
+                other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
+                optimizers["discriminator_optimizer"] = other
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
             phases = [

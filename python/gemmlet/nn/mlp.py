@@ -20,7 +20,7 @@ from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
-from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, network_of, unless_refused
+from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
 from .targets import Label, Meaning, as_labels, checked_classes, numbers, of_classes
 
@@ -284,31 +284,33 @@ class MLP(Trainable):
             steps.
         DivergedError
             A loss or a parameter is no longer finite. All is as it was shortly before that.
+        RuntimeError
+            The network is in a `fit` of another thread.
         OSError
             A checkpoint cannot be read or written; in the second case all is as the last step has left it.
         """
-        samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
-        targets, meaning = self._targets(y, "y", samples, self._meaning())
-        settings = self._settings(
-            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
-        )
-        rule = self._optimizer(optimizer)
-        samples.convert()
-        data, validate = {"x": samples.array, "y": targets}, None
-        if validation_data is not None:
-            given = checks.pair(validation_data, "validation_data")
-            held_out = self._filled(given[0], "validation_data[0]", samples.dtype)
-            validation = held_out, self._targets(given[1], "validation_data[1]", held_out, meaning)[0]
-            for spoilt in (held_out.not_finite(), not_finite(validation[1], "validation_data[1]")):
-                if spoilt:
-                    raise ValueError(spoilt)
-            held_out.stay()
-            data |= {"validation_data[0]": held_out.array, "validation_data[1]": validation[1]}
+        with fitting(self):
+            samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
+            targets, meaning = self._targets(y, "y", samples, self._meaning())
+            settings = self._settings(
+                epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+            )
+            rule = self._optimizer(optimizer)
+            samples.convert()
+            data, validate = {"x": samples.array, "y": targets}, None
+            if validation_data is not None:
+                given = checks.pair(validation_data, "validation_data")
+                held_out = self._filled(given[0], "validation_data[0]", samples.dtype)
+                validation = held_out, self._targets(given[1], "validation_data[1]", held_out, meaning)[0]
+                for spoilt in (held_out.not_finite(), not_finite(validation[1], "validation_data[1]")):
+                    if spoilt:
+                        raise ValueError(spoilt)
+                held_out.stay()
+                data |= {"validation_data[0]": held_out.array, "validation_data[1]": validation[1]}
 
-            def validate() -> dict[str, float]:
-                return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
+                def validate() -> dict[str, float]:
+                    return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
-        with unless_refused(self):
             self._settle(samples.dtype)
             if meaning.classes is not self.classes:
                 self.classes = meaning.classes
