@@ -18,6 +18,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -550,12 +551,13 @@ def fit(path: Path) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_training(open_folder: Path) -> None:
+    MLP([2, 2]).fit(np.ones((4, 2)), [0, 1, 0, 1], 1)  # imports what others may not read
     path, link = open_folder / "a", open_folder / "link"
     path.write_text("old")
     path.chmod(0o666)
     open_folder.chmod(0o1777)  # as /tmp: others' files can be written, and not replaced
     for act in (write, fit):
-        assert as_nobody(lambda act=act: act(path)) == f"PermissionError: [Errno 1] Operation not permitted: '{path}'"
+        assert as_nobody(partial(act, path)) == f"PermissionError: [Errno 1] Operation not permitted: '{path}'"
     assert as_nobody(lambda: _files.check_replaceable(open_folder / "new")) == "nothing"
     open_folder.chmod(0o755)
     assert as_nobody(lambda: fit(path)) == f"PermissionError: [Errno 13] Permission denied: '{path}'"

@@ -266,3 +266,31 @@ def test_integers_beyond_all_measure() -> None:
         Adam(10**5000)
     assert MLP([2, 2], seed=2**130).seed == 2**130
     assert GAN(2, [2], [1]).noise(1, seed=2**130).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "classes", [[1, 2**63 + 2, 2**63 + 4], [1, 2**64 - 2, 2**64 - 1], [2**60, 2**60 + 1, 2**60 + 2]]
+)
+@pytest.mark.parametrize("dtype", [np.uint64, object])
+def test_large_integers_as_labels(classes: list[int], dtype: Any, tmp_path: Path) -> None:
+    """None of them is taken for another one, as float64 would."""
+    y = np.array(classes, dtype)[INDICES]
+    model, expected = MLP([4, 3], seed=1), MLP([4, 3], seed=1)
+    history = model.fit(X, y, epochs=2, validation_data=(X, y))
+    assert history.validation_loss == expected.fit(X, INDICES, epochs=2, validation_data=(X, INDICES)).validation_loss
+    model.save(tmp_path / "model")
+    for each in (model, MLP.load(tmp_path / "model"), MLP([4, 3], classes=classes)):
+        assert each.classes == classes
+        assert set(each.predict(X).tolist()) <= set(classes)
+        assert each.predict(X).dtype.kind in "iu"
+        assert each.evaluate(X, y)["loss"] == each.evaluate(X, np.eye(3)[INDICES])["loss"]
+    if classes[0] == 2**60:  # of another kind than the classes
+        assert model.evaluate(X, y.astype(np.uint64)) == model.evaluate(X, y)
+        with pytest.raises(ValueError, match=rf"y\[0\] is {2**60 + 3}; the classes"):
+            model.evaluate(X, np.full(30, 2**60 + 3, np.uint64))
+
+
+@pytest.mark.parametrize("labels", [[1, 2**63 + 2, 2**63 + 4], [-1, 2**63 + 2, 2**63 + 4], [0.0, 2.0**60, 1.0]])
+def test_floats_that_are_several_integers(labels: Any) -> None:
+    with pytest.raises(ValueError, match=r"is [0-9]+; floats beyond 2\*\*53 are several integers at once"):
+        MLP([4, 3]).fit(X, np.array(labels)[INDICES])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,34 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp
     assert same(left_by(model, Adam()), before)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": X + 1}, "checksum of x was [0-9]+, is [0-9]+"),
+        ({"y": (Y + 1) % 3}, "checksum of y was [0-9]+, is [0-9]+"),
+        ({"validation_data": (X[1:], Y[1:])}, r"checksum of validation_data\[0\] was"),
+        ({"validation_data": (X, (Y + 1) % 3)}, r"checksum of validation_data\[1\] was"),
+        ({"lr_schedule": None}, "lr_schedule was True, is False"),
+    ],
+)
+def test_other_data_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path, sparse = tmp_path / "checkpoint", pytest.importorskip("scipy.sparse")
+    with pytest.raises(Killed):
+        fit_of("mlp")[2](checkpoint=path, callback=killed_after(24))
+    arguments = {"x": X, "y": Y, "epochs": EPOCHS, "batch_size": SIZE, "optimizer": Adam(3e-3), "resume": path}
+    arguments |= {"validation_data": (X, Y), "lr_schedule": linear_decay}
+    model = MLP([6, 5, 3], ema_decay=0.9)
+    with pytest.raises(ValueError, match=message):
+        model.fit(**arguments | changes)
+    assert model.steps == 0
+    # The same data in another form are the same.
+    model.fit(**arguments | {"x": sparse.csr_matrix(X), "y": np.eye(3)[Y]})
+    with pytest.raises(Killed):
+        fit_of("gan")[2](checkpoint=path, callback=killed_after(24))
+    with pytest.raises(ValueError, match="checksum of x was"):
+        GAN(2, [4, 6], [5, 1]).fit(X / 2, EPOCHS, SIZE, Adam(3e-3), lr_schedule=linear_decay, resume=path)
+
+
 def test_resume_with_a_read_only_parameter(network: str, tmp_path: Path) -> None:
     """It is refused before anything is changed."""
     fit_of(network)[2](checkpoint=tmp_path / "checkpoint")
@@ -571,3 +600,88 @@ def test_a_refused_step_draws_no_noise(tmp_path: Path) -> None:
     again, same_rule, fit = fit_of("gan")
     fit(resume=tmp_path / "checkpoint")
     assert same(left_by(again, same_rule), left_by(whole, rule))
+
+
+@pytest.mark.parametrize("attribute", ["shape", "dtype"])
+def test_a_callback_that_changes_the_layout_of_a_parameter(network: str, attribute: str, tmp_path: Path) -> None:
+    """It ends training, the parameter is as it was, and what was learnt is in the checkpoint."""
+    for moment in (3, EPOCHS * -(-N // SIZE)):
+        path, (model, _, fit) = tmp_path / "checkpoint", fit_of(network)
+        parameters = next(iter(model._parameters.values()))
+
+        def callback(progress: Any, param: Any = parameters[2], moment: int = moment) -> None:
+            if (progress.epoch - 1) * progress.batches + progress.batch == moment:
+                setattr(param, attribute, np.int32 if attribute == "dtype" else param.shape[::-1])
+
+        layouts = [(array.shape, array.dtype) for array in parameters]
+        with pytest.raises(ValueError, match=r"a parameter was made .* while fit ran; expected .*, which it is again"):
+            fit(checkpoint=path, callback=callback)
+        assert [(array.shape, array.dtype) for array in parameters] == layouts
+        assert type(model).load(path).steps == model.steps == moment
+
+
+def test_what_load_would_refuse_is_not_written(tmp_path: Path) -> None:
+    model, path = MLP([6, 5, 3], dtype=np.float32), tmp_path / "model"
+    model.save(path)
+    model.parameters[0].shape = 5, 6
+    with pytest.raises(
+        ValueError, match=r"tensor '0\.weight' is float32 of shape \(5, 6\), expected float32 of \(6, 5\)"
+    ):
+        model.save(path)
+    model.parameters[0].shape = 6, 5
+    model.layers[1] = 4
+    with pytest.raises(
+        ValueError, match=r"tensor '0\.weight' is float32 of shape \(6, 5\), expected float32 of \(6, 4\)"
+    ):
+        model.save(path)
+    MLP.load(path)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "softmax": lambda: MLP([6, 5, 3]),
+    "identity": lambda: MLP([6, 5, 3], output="identity"),
+    "gan": lambda: GAN(2, [4, 6], [5, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("softmax", "layers", [6, 3], "layers cannot be changed: a network has it from its beginning"),
+        ("softmax", "activation", "relu", "activation cannot be changed"),
+        ("softmax", "output", "sigmoid", "output cannot be changed"),
+        ("softmax", "activation_parameter", 0.1, "activation_parameter cannot be changed"),
+        ("softmax", "seed", 3, "seed cannot be changed"),
+        ("gan", "latent_dim", 3, "latent_dim cannot be changed"),
+        ("gan", "generator_output", "sigmoid", "generator_output cannot be changed"),
+        ("softmax", "loss", "huber", "loss 'huber' is unknown"),
+        ("gan", "loss", "huber", "loss 'huber' is unknown"),
+        ("softmax", "label_smoothing", 2.0, r"label_smoothing must be within \[0, 1\], got 2"),
+        ("identity", "label_smoothing", 0.5, 'label_smoothing needs output "softmax"'),
+        ("gan", "label_smoothing", np.nan, r"label_smoothing must be within \[0, 1\], got nan"),
+        ("softmax", "multi_label", True, 'multi_label needs output "sigmoid"'),
+        ("softmax", "multi_label", 1, "multi_label must be True or False, got int"),
+        ("softmax", "classes", ["a", "b"], "classes must be 3 different labels"),
+        ("gan", "default_batch_size", 0, "default_batch_size must be at least 1, got 0"),
+        ("softmax", "default_optimizer", "huber", "optimizer 'huber' is unknown"),
+        ("softmax", "steps", 1.5, "steps must be an integer, got float"),
+    ],
+)
+def test_attributes_are_checked_where_they_are_set(kind: str, name: str, value: Any, message: str) -> None:
+    model = MODELS[kind]()
+    before = getattr(model, name)
+    with pytest.raises((ValueError, TypeError, AttributeError), match=message):
+        setattr(model, name, value)
+    assert getattr(model, name) is before
+
+
+def test_numbers_of_other_kinds_are_written(tmp_path: Path) -> None:
+    model, path = MLP([6, 5, 3], dtype=np.float32), tmp_path / "checkpoint"
+    model.default_batch_size, model.steps = np.int64(16), np.int64(0)
+    model.label_smoothing, model.ema_decay, model.classes = Fraction(1, 4), np.float32(0), np.arange(3)
+    model.multi_label, model.default_optimizer = np.bool_(False), "sgd"
+    model.default_optimizer.lr = Fraction(1, 8)
+    model.fit(X, Y, 2, checkpoint=path)
+    loaded = MLP.load(path)
+    assert loaded._config() == model._config()
+    assert (loaded.default_batch_size, loaded.default_optimizer) == (16, SGD(0.125))

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,25 @@ def test_what_fails_midway_is_undone(network: str, training: Any) -> None:
         assert same(left_by(model, rule.optimizer), left_by(other, same_rule.optimizer))
 
 
+def test_a_network_is_in_one_fit_at_a_time(network: str) -> None:
+    """Two first fits, say, would both draw the parameters; but a callback may call it, and so may a child."""
+    model, data = made(network)
+    message = "this network is in a fit of another thread: wait until that ends, or take a copy"
+    told: list[Any] = []
+
+    def callback(progress: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            told.append(pool.submit(model.fit, *data, 1).exception())
+            told.append(pool.submit(copy.deepcopy(model).fit, *data, 1).exception())
+        if progress.epoch == 1:
+            model.fit(*data, 1)
+
+    model.fit(*data, 2, callback=callback, callback_every="epoch")
+    assert [(type(error), str(error)) for error in told] == [(RuntimeError, message), (type(None), "None")] * 2
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(model.fit, *data, 1).result()
+
+
 # Numbers that are not finite.
 
 
@@ -213,11 +233,11 @@ def spoilt(data: Any, place: str, bad: float) -> tuple[tuple[Any, ...], dict[str
     if place == "x":
         x[37, 2] = bad
         return (x, *y), {}, rf"x must be finite, got {bad} in row 37"
-    if place == "sparse":
+    if place in ("csr_matrix", "csr_array"):
         scipy = pytest.importorskip("scipy.sparse")
         x[x < 0.5] = 0
         x[37, 2] = bad
-        return (scipy.csr_matrix(x), *y), {}, rf"x must be finite, got {bad} in row 37"
+        return (getattr(scipy, place)(x), *y), {}, rf"x must be finite, got {bad} in row 37"
     if place == "y":
         y = [np.ones((N, 3), x.dtype)]
         y[0][41, 1] = bad
@@ -229,7 +249,7 @@ def spoilt(data: Any, place: str, bad: float) -> tuple[tuple[Any, ...], dict[str
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("place", ["x", "sparse", "y", "validation_data[0]", "validation_data[1]"])
+@pytest.mark.parametrize("place", ["x", "csr_matrix", "csr_array", "y", "validation_data[0]", "validation_data[1]"])
 def test_samples_that_are_not_finite_are_refused(place: str, bad: float, training: Any, dtype: Any) -> None:
     """By name and row; whoever leaves the row out then gets what a new network gets."""
     identity = place in ("y", "validation_data[1]")

@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -349,15 +350,35 @@ def test_linear_decay() -> None:
     np.testing.assert_array_equal(lr_factors(None, 4, 2, 8), [1, 1])
 
 
-def test_a_norm_that_is_set_is_checked() -> None:
-    optimizer = ClipNorm("sgd", 1.0)
-    optimizer.max_norm = -1.0
-    with pytest.raises(ValueError, match="max_norm must be above 0"):
-        MLP([2, 2]).fit(np.ones((3, 2), np.float32), [0, 1, 1], optimizer=optimizer)
-    param = np.ones(2)
-    with pytest.raises(ValueError, match="max_norm must be above 0"):
-        optimizer.update(param, np.ones(2))
-    np.testing.assert_array_equal(param, 1.0)
+@pytest.mark.parametrize(
+    ("optimizer", "setting", "value", "message"),
+    [
+        (SGD(0.1), "lr", -1, "lr must be at least 0, got -1"),
+        (Adam(), "lr", "0.1", "lr must be a real number, got str"),
+        (Adam(), "beta2", 1, "beta2 must be below 1, got 1"),
+        (SGD(0.1), "momentum", 2, r"momentum must be within \[0, 1\], got 2"),
+        (SGD(0.1, 0.9, nesterov=True), "momentum", 0, "nesterov needs a momentum above 0"),
+        (SGD(0.1), "nesterov", True, "nesterov needs a momentum above 0"),
+        (SGD(0.1, 0.9), "nesterov", 1, "nesterov must be True or False, got int"),
+        (ClipNorm("sgd", 1.0), "max_norm", -1.0, r"max_norm must be above 0, got -1\.0"),
+        (ClipNorm("sgd", 1.0), "lr", np.nan, "lr must be finite and at least 0, got nan"),
+        (ClipNorm("sgd", 1.0), "optimizer", 3, "optimizer must be a name or an optimizer of gemmlet.nn, got int"),
+    ],
+)
+def test_settings_are_checked_where_they_are_set(optimizer: Any, setting: str, value: Any, message: str) -> None:
+    before = optimizer.settings()
+    with pytest.raises((ValueError, TypeError), match=message):
+        setattr(optimizer, setting, value)
+    assert optimizer.settings() == before
+
+
+def test_numbers_of_other_kinds_as_settings() -> None:
+    """They become Python's, which files have."""
+    optimizer = ClipNorm(SGD(0.1), 1.0)
+    for number in (Fraction(1, 4), np.float32(0.25), np.float64(0.25)):
+        optimizer.lr = optimizer.weight_decay = optimizer.max_norm = number
+        kinds = {type(value) for name, value in optimizer.settings().items() if name not in ("name", "nesterov")}
+        assert (kinds, optimizer.lr) == ({float}, 0.25)
 
 
 @pytest.mark.parametrize("copied", [lambda optimizer: optimizer, copy.copy, copy.deepcopy])

@@ -187,8 +187,7 @@ class Checkpoints:
                 for array, value in zip(mine.arrays, theirs.arrays, strict=True):
                     array[...] = value
             for argument, settings in now.items():
-                for name in settings.keys() - {"name"}:
-                    setattr(self._optimizers[argument], name, settings[name])
+                self._optimizers[argument]._take(settings)
             for name, rng in model._streams().items():
                 rng.bit_generator.state = saved._streams()[name].bit_generator.state
             if at.order is not None:

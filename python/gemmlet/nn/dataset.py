@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -26,6 +27,9 @@ CHUNK = 1024
 # Below this density of nonzeros, to skip zeros is faster (measured by `gemmlet bench epoch` on inputs of
 # several densities: docs/performance.md).
 SPARSE_BELOW = 0.5
+
+# Rows, evenly spread, that tell samples from others, in a millisecond.
+_CHECKED_ROWS = 256
 
 
 class Samples:
@@ -202,6 +206,13 @@ def _canonical(matrix: Any, name: str) -> Any:
     if not is_canonical:
         rows.sum_duplicates()
     return rows
+
+
+def checksum(rows: Any) -> int:
+    """What tells samples or targets from others, by some of their rows; a sparse matrix has that of its array."""
+    some = rows[:: math.ceil(rows.shape[0] / _CHECKED_ROWS)]
+    array = some.toarray() if hasattr(some, "toarray") else arguments.on_cpu(some)
+    return zlib.crc32(array.tobytes())
 
 
 def not_finite(array: Array, name: str, first: int = 0) -> str | None:

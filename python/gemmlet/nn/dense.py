@@ -123,7 +123,7 @@ def _check_memory(widths: Sequence[int], dtype: np.dtype[Any]) -> None:
     if needed > _ALWAYS_THERE and needed > (there := available()):
         raise MemoryError(
             f"layers of {', '.join(map(str, widths))} units have {parameters:,} parameters, which take "
-            f"{needed / 1e9:,.1f} GB with an optimizer's state and a copy; {there / 1e9:,.1f} GB of memory are available"
+            f"{needed / 1e9:,.1f} GB with an optimizer's state and a copy; {there / 1e9:,.1f} GB are available"
         )
 
 

@@ -232,9 +232,11 @@ class Saved(ABC):
             "default_batch_size": self.default_batch_size,
             "steps": self.steps,
         }
-        tensors: dict[str, Array] = {}
+        tensors, shapes = dict[str, Array](), dict[str, tuple[int, ...]]()
         for prefix, dense in self._parts().items():
             tensors |= named_tensors(dense, prefix)
+            shapes |= expected_shapes(self._widths(config)[prefix], prefix)
+        check_tensors(tensors, shapes, self.dtype)  # somebody may have set them
         described = {}
         for argument, networks in self._trained(optimizers).items() if optimizers else ():
             optimizer, by_name = as_optimizer(optimizers[argument], argument), dict[str, State]()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
 from .checkpoints import Checkpoints, Position
-from .dataset import Ahead, Array, Samples, not_finite, sample_order
+from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
 from .files import Saved
 from .normals import fill_normal
@@ -227,6 +228,17 @@ class Settings:
             self.resume = checks.path(self.resume, "resume", "True, False or a path")
 
 
+# Takes the network, a value and its name, and returns what is to be the network's attribute.
+Check = Callable[[Any, Any, str], Any]
+
+
+def check_fixed(model: Trainable, value: Any, name: str) -> Any:
+    """Return the value of an attribute that a network has from its beginning."""
+    if name in vars(model):
+        raise AttributeError(f"{name} cannot be changed: a network has it from its beginning")
+    return value
+
+
 class Trainable(Saved):
     """Base of the networks that have a `fit`.
 
@@ -237,12 +249,23 @@ class Trainable(Saved):
     """
 
     _progress: Callable[..., object]  # makes what the callback is told
+    # Checks of attributes, wherever they are set; numbers become Python's, which files have.
+    _checks: ClassVar[dict[str, Check]] = {
+        "steps": lambda _, value, name: checks.whole_number(value, name, 0),
+        "default_batch_size": lambda _, value, name: checks.whole_number(value, name, 1),
+        "default_optimizer": lambda _, value, name: as_optimizer(value, name),
+        "label_smoothing": lambda _, value, name: checks.fraction(value, name),
+    }
     _shuffle: np.random.Generator
     # Of a network that is trained on noise: its generator, and the columns of a row.
     _training_noise: np.random.Generator | None = None
     latent_dim = 0
     # Whether the first `fit`, which is still to come, sets the dtype.
     _follows_samples = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self._checks.get(name)
+        super().__setattr__(name, value if check is None else check(self, value, name))
 
     @property
     def ema_decay(self) -> float:
@@ -297,22 +320,32 @@ class Trainable(Saved):
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
 
 
-class unless_refused:  # noqa: N801 - it is used as a function
-    """Restore the attributes of a network if the block raises before a step is taken."""
+class fitting:  # noqa: N801 - it is used as a function
+    """A fit of a network, which must be in no other thread's; what it sets is set back if it takes no step."""
+
+    _under_way: ClassVar[dict[int, fitting]] = {}  # by the id of the network
 
     def __init__(self, model: Trainable) -> None:
-        self._model, self._before = model, dict(vars(model))
+        self._model, self._thread = model, threading.get_ident()
 
     def __enter__(self) -> None:
-        pass
+        # A callback may call `fit`.
+        if self._under_way.setdefault(id(self._model), self)._thread != self._thread:
+            raise RuntimeError("this network is in a fit of another thread: wait until that ends, or take a copy")
+        self._before = dict(vars(self._model))
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._under_way.get(id(self._model)) is self:
+            del self._under_way[id(self._model)]
         if error is not None and self._model.steps == self._before["steps"]:
             vars(self._model).update(self._before)
 
 
+os.register_at_fork(after_in_child=fitting._under_way.clear)  # the other threads are not in the child
+
+
 class Training:
-    """The loop of one `fit`; `groups`: one for each of `plan.updates`, in their order.
+    """The loop of one `fit`; `groups`: one for each of `plan.updates`, in their order; `data`: its arrays, by argument.
 
     Steps are taken, and counted, in whole calls: signals wait for the end of one, and a call that fails in the midst of
     its steps, or diverges, is undone, back to the last copy.
@@ -327,6 +360,7 @@ class Training:
         optimizers: dict[str, Optimizer],
         groups: Sequence[ParameterGroup],
         settings: Settings,
+        data: Mapping[str, Any],
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
@@ -343,12 +377,15 @@ class Training:
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
         self._arrays = [array for arrays in model._parameters.values() for array in arrays]
+        self._layouts = [(array.shape, array.dtype) for array in self._arrays]
         self._check_writeable()
         losses = plan.losses
         self._has_classes = losses[0].has_classes
         self.at = self._start_of(1, len(losses))
         facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
-        facts["validation_data"] = validate is not None
+        facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
+        if settings.checkpoint is not None or settings.resume is not None:
+            facts |= {f"checksum of {name}": checksum(rows) for name, rows in data.items()}
         self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, groups, facts, history, self.at)
         if settings.resume is not None:
             self.at = self._checkpoints.resume(settings.resume, settings.epochs)
@@ -375,6 +412,8 @@ class Training:
                 self._log(self._metrics() | unknown)
         except BaseException as error:
             with deferred_signals():
+                with contextlib.suppress(ValueError):
+                    self._check_layouts()
                 if not self._is_undone:
                     try:
                         self._backend.write_back(self._plan)
@@ -421,7 +460,9 @@ class Training:
         done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
         factors = lr_factors(self._settings.lr_schedule, done, steps, total)
         with deferred_signals():
-            self._check_writeable()  # a callback or the schedule may have changed them
+            # A callback or the schedule may have changed them.
+            self._check_layouts()
+            self._check_writeable()
             if time.perf_counter() >= self._copy_at:
                 self._keep()
             hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
@@ -489,10 +530,23 @@ class Training:
             wrong = next(f"{name}[{i}]" for name, i, array in named if not array.flags.writeable)
             raise ValueError(f"{wrong} is read-only")
 
+    def _check_layouts(self) -> None:
+        """Raise ValueError if a parameter has got another shape or dtype, which are set back: files need them."""
+        if [(array.shape, array.dtype) for array in self._arrays] == self._layouts:
+            return
+        found = [f"{array.dtype} of shape {array.shape}" for array in self._arrays]
+        for array, (shape, dtype) in zip(self._arrays, self._layouts, strict=True):
+            array.dtype = dtype  # type: ignore[misc]
+            array.shape = shape
+        expected = (f"{dtype} of shape {shape}" for shape, dtype in self._layouts)
+        changed = next((a, b) for a, b in zip(found, expected, strict=True) if a != b)
+        raise ValueError(f"a parameter was made {changed[0]} while fit ran; expected {changed[1]}, which it is again")
+
     # What to go back to.
 
     def _check(self) -> None:
         """Raise if parameters are not finite."""
+        self._check_layouts()
         self._backend.write_back(self._plan)
         if not self._is_finite():
             epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)

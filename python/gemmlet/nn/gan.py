@@ -18,7 +18,7 @@ from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
-from .fit import GANHistory, GANProgress, Trainable, Training, network_of, unless_refused
+from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
 
 Array = NDArray[Any]
@@ -108,14 +108,12 @@ class GAN(Trainable):
         self.generator_activation = activation_name(generator_activation, "generator_activation")
         self.discriminator_activation = activation_name(discriminator_activation, "discriminator_activation")
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
-        self.loss = checks.choice(loss, "loss", LOSSES)
-        self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
-        self.ema_decay = ema_decay
+        self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
-        self.default_batch_size = checks.whole_number(default_batch_size, "default_batch_size", 1)
+        self.default_batch_size = default_batch_size
         self.features = self.generator[-1]
         self.steps = 0
 
@@ -124,6 +122,16 @@ class GAN(Trainable):
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
     _stream_names = "shuffle", "training_noise", "sampling_noise"
+    _checks = Trainable._checks | {
+        **dict.fromkeys(
+            (
+                "latent_dim", "generator", "discriminator", "generator_activation", "discriminator_activation",
+                "generator_output", "features", "seed",
+            ),
+            check_fixed,
+        ),
+        "loss": lambda _, value, name: checks.choice(value, name, LOSSES),
+    }  # fmt: skip
 
     def _fresh_streams(self) -> list[np.random.Generator]:
         """Of their own: samples drawn in between do not change what is learnt."""
@@ -230,19 +238,21 @@ class GAN(Trainable):
             An argument does not fit, or a parameter is read-only; see `MLP.fit`.
         DivergedError
             A loss or a parameter is no longer finite.
+        RuntimeError
+            The network is in a `fit` of another thread.
         OSError
             A checkpoint cannot be read or written.
         """
-        samples = self._samples(x, None if self._follows_samples else self.dtype)
-        settings = self._settings(
-            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
-        )
-        rule = other = self._optimizer(optimizer)
-        optimizers = {"optimizer": rule}
-        if discriminator_optimizer is not None:
-            other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
-            optimizers["discriminator_optimizer"] = other
-        with unless_refused(self):
+        with fitting(self):
+            samples = self._samples(x, None if self._follows_samples else self.dtype)
+            settings = self._settings(
+                epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+            )
+            rule = other = self._optimizer(optimizer)
+            optimizers = {"optimizer": rule}
+            if discriminator_optimizer is not None:
+                other = as_optimizer(discriminator_optimizer, "discriminator_optimizer")
+                optimizers["discriminator_optimizer"] = other
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
             phases = [
@@ -254,8 +264,9 @@ class GAN(Trainable):
                 *self._generator_phases(),
                 Update(_GENERATOR, generator.rule, generator.max_norm),
             ]
+            data = {"x": samples.array}
             history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings).run()
+            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings, data).run()
         return history
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:

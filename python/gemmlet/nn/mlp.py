@@ -20,9 +20,9 @@ from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
-from .fit import VALIDATION, History, Progress, Trainable, Training, network_of, unless_refused
+from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
-from .targets import Label, Meaning, checked_classes, numbers, of_classes
+from .targets import Label, Meaning, as_labels, checked_classes, numbers, of_classes
 
 Array = NDArray[Any]
 
@@ -35,6 +35,20 @@ OUTPUTS = {
         *(name for name, loss in LOSSES.items() if name != "mean_squared_error" and not loss.unit_interval),
     ),
 }
+
+
+def _label_smoothing(model: MLP, value: Any, name: str) -> float:
+    number = checks.fraction(value, name)
+    if number and model.output != "softmax":
+        raise ValueError(f'{name} needs output "softmax", this network has {model.output!r}')
+    return number
+
+
+def _multi_label(model: MLP, value: Any, name: str) -> bool:
+    wanted = arguments.flag(value, name)
+    if wanted and (model.output != "sigmoid" or model.layers[-1] == 1 or model.classes is not None):
+        raise ValueError(f'{name} needs output "sigmoid", several outputs and no classes')
+    return wanted
 
 
 class MLP(Trainable):
@@ -125,27 +139,29 @@ class MLP(Trainable):
         self.layers = checks.widths(layers, "layers", 2)
         self.activation = activation_name(activation)
         self.output = checks.choice(output, "output", OUTPUTS)
-        self.loss = OUTPUTS[output][0] if loss is None else checks.choice(loss, "loss", OUTPUTS[output])
+        self.loss = OUTPUTS[output][0] if loss is None else loss
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         self.activation_parameter = activation_number(activation, activation_parameter)
-        self.label_smoothing = checks.fraction(label_smoothing, "label_smoothing")
-        self.ema_decay = ema_decay
+        self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
-        self.default_batch_size = checks.whole_number(default_batch_size, "default_batch_size", 1)
+        self.default_batch_size = default_batch_size
         if output == "softmax" and self.layers[-1] < 2:
             raise ValueError('output "softmax" needs at least 2 outputs; for one output use "sigmoid"')
-        if self.label_smoothing and output != "softmax":
-            raise ValueError(f'label_smoothing needs output "softmax", this network has {output!r}')
-        self.classes = checked_classes(classes, output, self.layers[-1])
-        self.multi_label = arguments.flag(multi_label, "multi_label")
-        if multi_label and (output != "sigmoid" or self.layers[-1] == 1 or classes is not None):
-            raise ValueError('multi_label needs output "sigmoid", several outputs and no classes')
+        self.classes: list[Label] | None = classes  # type: ignore[assignment] # _checks makes a list of it
+        self.multi_label = multi_label
         self.steps = 0
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
         self._shuffle = self._fresh_streams()[1]
 
     _stream_names = ("shuffle",)
+    _checks = Trainable._checks | {
+        **dict.fromkeys(("layers", "activation", "output", "activation_parameter", "seed"), check_fixed),
+        "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
+        "classes": lambda model, value, _: checked_classes(value, model.output, model.layers[-1]),
+        "label_smoothing": _label_smoothing,
+        "multi_label": _multi_label,
+    }
 
     def _fresh_streams(self) -> list[np.random.Generator]:
         """Two, so that the order of the samples does not depend on how many weights were drawn."""
@@ -253,7 +269,8 @@ class MLP(Trainable):
             A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
             between. With True it is `checkpoint` if that exists, so that a job that is started again goes on; one that
             `StopTraining` has ended, too. Samples and arguments must be those of then, but for `epochs`, which may be
-            more, and callbacks.
+            more, and callbacks; what differs is named. Of samples and targets some rows are compared, of `lr_schedule`
+            whether there is one.
 
         Returns
         -------
@@ -267,35 +284,40 @@ class MLP(Trainable):
             of `lr_schedule` that is no number of at least 0, ends training in the last good state.
         DivergedError
             A loss or a parameter is no longer finite. All is as it was shortly before that.
+        RuntimeError
+            The network is in a `fit` of another thread.
         OSError
             A checkpoint cannot be read or written; in the second case all is as the last step has left it.
         """
-        samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
-        targets, meaning = self._targets(y, "y", samples, self._meaning())
-        settings = self._settings(
-            epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
-        )
-        rule = self._optimizer(optimizer)
-        validate = None
-        if validation_data is not None:
-            given = checks.pair(validation_data, "validation_data")
-            held_out = self._filled(given[0], "validation_data[0]", samples.dtype)
-            validation = held_out, self._targets(given[1], "validation_data[1]", held_out, meaning)[0]
-            for spoilt in (held_out.not_finite(), not_finite(validation[1], "validation_data[1]")):
-                if spoilt:
-                    raise ValueError(spoilt)
-            held_out.stay()
+        with fitting(self):
+            samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
+            targets, meaning = self._targets(y, "y", samples, self._meaning())
+            settings = self._settings(
+                epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+            )
+            rule = self._optimizer(optimizer)
+            samples.convert()
+            data, validate = {"x": samples.array, "y": targets}, None
+            if validation_data is not None:
+                given = checks.pair(validation_data, "validation_data")
+                held_out = self._filled(given[0], "validation_data[0]", samples.dtype)
+                validation = held_out, self._targets(given[1], "validation_data[1]", held_out, meaning)[0]
+                for spoilt in (held_out.not_finite(), not_finite(validation[1], "validation_data[1]")):
+                    if spoilt:
+                        raise ValueError(spoilt)
+                held_out.stay()
+                data |= {"validation_data[0]": held_out.array, "validation_data[1]": validation[1]}
 
-            def validate() -> dict[str, float]:
-                return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
+                def validate() -> dict[str, float]:
+                    return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
 
-        samples.convert()
-        with unless_refused(self):
             self._settle(samples.dtype)
-            self.classes, self.multi_label = meaning.classes, meaning.multi_label
+            if meaning.classes is not self.classes:
+                self.classes = meaning.classes
+            self.multi_label = meaning.multi_label
             history, group = History(), rule.group(self.parameters)
             plan = self._plan(samples, targets, group)
-            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, validate).run()
+            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate).run()
         return history
 
     def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:
@@ -366,7 +388,7 @@ class MLP(Trainable):
         for where, outputs in self._outputs(samples):
             logits = arguments.on_cpu(outputs)
             predicted[where] = logits > 0 if self.multi_label else predicted_classes(logits)
-        labels = predicted if self.classes is None else np.array(self.classes)[predicted]
+        labels = predicted if self.classes is None else as_labels(self.classes)[predicted]
         return labels if labels.dtype.kind == "U" else samples.backend.placed_like(labels, samples.array)
 
     def predict_proba(self, x: Any) -> Array:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -156,21 +156,27 @@ class Optimizer(ABC):
     name : str
         What `make_optimizer` and `fit` know it by.
     lr : float
-        Learning rate, at least 0. Like the other settings it may be changed between steps.
+        Learning rate, at least 0. Like the other settings it may be changed between steps, and is checked where it is.
     """
 
     name: ClassVar[str]
     lr: float
     _states: States = field(default_factory=States, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            if setting.init and setting.name != "nesterov":
-                high = 1.0 if setting.name in ("momentum", "beta1", "beta2") else np.inf
-                number = arguments.number(getattr(self, setting.name), setting.name, low=0.0, high=high)
-                if setting.name in ("beta1", "beta2") and number == 1.0:
-                    raise ValueError(f"{setting.name} must be below 1, got 1")
-                setattr(self, setting.name, number)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._checked(name, value) if name in self.__match_args__ else value)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A setting that is to be set; numbers become Python's."""
+        high = 1.0 if name in ("momentum", "beta1", "beta2") else np.inf
+        number = arguments.number(value, name, low=0.0, high=high)
+        if name in ("beta1", "beta2") and number == 1.0:
+            raise ValueError(f"{name} must be below 1, got 1")
+        return number
+
+    def _take(self, settings: Mapping[str, Any]) -> None:
+        """Set all of another optimizer's settings at once, but for `name`."""
+        vars(self).update({name: settings[name] for name in self.__match_args__})
 
     def update(self, param: Array, grad: Array, *, lr_factor: float = 1.0) -> None:
         """Update one parameter in place.
@@ -220,9 +226,7 @@ class Optimizer(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the name and the settings, as `make_optimizer` takes them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        # They may have been set since, to NumPy's numbers too, which JSON does not know.
-        return {"name": self.name} | {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+        return {"name": self.name} | {name: getattr(self, name) for name in self.__match_args__}
 
     @property
     @abstractmethod
@@ -297,11 +301,13 @@ class SGD(Optimizer):
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.nesterov = arguments.flag(self.nesterov, "nesterov")
-        if self.nesterov and not self.momentum:
+    def _checked(self, name: str, value: Any) -> Any:
+        checked = arguments.flag(value, name) if name == "nesterov" else super()._checked(name, value)
+        if (name == "nesterov" and checked and not self.momentum) or (
+            name == "momentum" and self.nesterov and not checked
+        ):
             raise ValueError("nesterov needs a momentum above 0")
+        return checked
 
     @property
     def _arrays_per_parameter(self) -> int:
@@ -407,7 +413,6 @@ class ClipNorm(Optimizer):
 
     def __init__(self, optimizer: str | Optimizer, max_norm: float) -> None:
         self.optimizer, self.max_norm = as_optimizer(optimizer), max_norm
-        self.max_norm = self._checked_norm()
         if isinstance(self.optimizer, ClipNorm):
             self.max_norm = min(self.max_norm, self.optimizer.max_norm)
 
@@ -417,16 +422,15 @@ class ClipNorm(Optimizer):
         return getattr(self.optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("optimizer", "max_norm"):
-            super().__setattr__(name, value)
+        if name == "optimizer":
+            vars(self)[name] = as_optimizer(value)
+        elif name == "max_norm":
+            vars(self)[name] = arguments.number(value, name, low=0.0, open_low=True)
         else:
             setattr(self.optimizer, name, value)
 
     def group(self, params: Sequence[Array]) -> ParameterGroup:
-        return super().group(params)._replace(max_norm=self._checked_norm())
-
-    def _checked_norm(self) -> float:
-        return arguments.number(self.max_norm, "max_norm", low=0.0, open_low=True)  # it may have been set
+        return super().group(params)._replace(max_norm=self.max_norm)
 
     def __repr__(self) -> str:
         return f"ClipNorm({self.optimizer!r}, {self.max_norm})"
@@ -442,7 +446,7 @@ class ClipNorm(Optimizer):
 
     def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
         clipped = arguments.as_floats(grad, "grad").copy()
-        clip_by_norm([clipped], self._checked_norm())
+        clip_by_norm([clipped], self.max_norm)
         self.optimizer._apply(param, clipped, arrays, step, lr)
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
@@ -453,6 +457,10 @@ class ClipNorm(Optimizer):
 
     def settings(self) -> dict[str, Any]:
         return self.optimizer.settings() | {"max_norm": self.max_norm}
+
+    def _take(self, settings: Mapping[str, Any]) -> None:
+        self.optimizer._take(settings)
+        self.max_norm = settings["max_norm"]
 
 
 def linear_decay(done: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,9 @@ from .dataset import as_dtype
 
 Array = NDArray[Any]
 Label = str | int | float | bool
+
+# The largest float64 up to which all integers are one.
+_EXACT = 2.0**53
 
 # How far soft labels of a row may be from a sum of 1.
 _SUM_TOLERANCE = 1e-3
@@ -94,7 +97,7 @@ def of_classes(y: Any, meaning: Meaning, output: str, dtype: np.dtype[Any], name
     labels = _plain(given, name)
     if classes is None and meaning.learns:
         classes = _learnt(labels, meaning, name)
-    known = np.arange(meaning.class_count) if classes is None else np.array(classes)
+    known = np.arange(meaning.class_count) if classes is None else as_labels(classes)
     return _positions(labels, known, name), meaning._replace(classes=classes, learns=False)
 
 
@@ -115,6 +118,14 @@ def checked_classes(value: Any, output: str, outputs: int) -> list[Label] | None
             f"classes must be {max(outputs, 2)} different labels, as layers[-1] says, got {_shown(labels)}"
         )
     return labels.tolist()  # type: ignore[no-any-return]
+
+
+def as_labels(labels: Sequence[Any]) -> Array:
+    """Labels as an array: of integers as one of integers, of which NumPy makes float64 if they need uint64."""
+    array = np.array(labels)
+    if array.dtype.kind == "f" and all(isinstance(label, int) for label in labels) and min(labels) >= 0:
+        return np.array(labels, np.uint64)
+    return array
 
 
 def _aligned(rows: Array) -> Array:
@@ -180,7 +191,7 @@ def _plain(labels: Array, name: str) -> Array:
     """Labels as bools, integers, whole float64 or strings; objects too, if all are of one of these kinds."""
     if labels.dtype.kind in "OT":  # T: NumPy's strings of variable length
         _check_kinds(labels.tolist(), name, are_numbers=False)
-        labels = np.array(labels.tolist())
+        labels = as_labels(labels.tolist())
     kind = labels.dtype.kind
     if kind == "U":
         return labels
@@ -191,6 +202,9 @@ def _plain(labels: Array, name: str) -> Array:
         if (bad := ~(np.isfinite(labels) & (labels == np.trunc(labels)))).any():
             row = int(np.argmax(bad))
             raise ValueError(f"{name}[{row}] is {labels[row]}; labels must be whole numbers, bools or strings")
+        if (merged := abs(labels) > _EXACT).any():
+            row = int(np.argmax(merged))
+            raise ValueError(f"{name}[{row}] is {labels[row]:.0f}; floats beyond 2**53 are several integers at once")
     return labels
 
 
@@ -223,9 +237,13 @@ def _positions(labels: Array, classes: Array, name: str) -> NDArray[np.int64]:
         known = np.zeros(len(labels), bool)
         found = np.zeros(len(labels), np.int64)
     else:
-        order = np.argsort(classes)
-        found = order[np.minimum(np.searchsorted(classes, labels, sorter=order), len(classes) - 1)]
-        known = classes[found] == labels
+        ours, theirs = classes, labels
+        if ours.dtype.kind != theirs.dtype.kind:
+            # NumPy would compare them as float64, in which large integers are equal.
+            ours, theirs = ours.astype(object), theirs.astype(object)
+        order = np.argsort(ours)
+        found = order[np.minimum(np.searchsorted(ours, theirs, sorter=order), len(ours) - 1)]
+        known = ours[found] == theirs
     if not known.all():
         row = int(np.argmin(known))
         raise ValueError(f"{name}[{row}] is {labels[row].item()!r}; the classes of this network are {_shown(classes)}")
