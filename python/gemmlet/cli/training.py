@@ -375,6 +375,9 @@ class Watch:
             for name in lists:
                 values = (getattr(epoch, name) for epoch in self._epochs)
                 getattr(history, name).extend(value for value in values if value is not None)
+        except nn.CheckpointError as error:
+            self._problems.append(str(error))
+            history = error.history
         model.save(out / MODEL)
         last, whole = self._last, len(getattr(history, lists[0]))
         self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
