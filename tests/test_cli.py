@@ -976,6 +976,22 @@ def test_full_disk_after_the_training(digits, tmp_path, capsys, monkeypatch):
     assert names_in(tmp_path) == RUN_FILES - {"metrics.json"}
 
 
+def test_the_model_is_tried_where_there_is_no_room_for_a_checkpoint(digits, tmp_path, capsys, monkeypatch):
+    write = nn.files.write
+
+    def full(file, kind, config, tensors, extra):
+        if extra.get("fit"):
+            raise OSError(errno.ENOSPC, "No space left on device", os.fspath(file))
+        write(file, kind, config, tensors, extra)
+
+    monkeypatch.setattr(nn.files, "write", full)
+    with pytest.warns(RuntimeWarning, match="a checkpoint could not be written, training goes on without"):
+        assert call("train", "mlp", "--data-dir", digits, "--epochs", 2, "--out", tmp_path) == 1
+    assert f"No space left on device: '{tmp_path / training.CHECKPOINT}'" in error_line(capsys)
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs_done"] == 2
+    assert nn.MLP.load(tmp_path / "model.safetensors").steps > 0
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "words", ["info", "--help", "train mlp --epochs 1 --hidden 4", "train gan --epochs 1 --hidden 4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -18,7 +19,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, DivergedError, StopTraining, checkpoints, files, linear_decay
+from gemmlet.nn import (
+    GAN,
+    MLP,
+    SGD,
+    Adam,
+    CheckpointError,
+    ClipNorm,
+    DivergedError,
+    StopTraining,
+    checkpoints,
+    files,
+    linear_decay,
+)
 from gemmlet.nn import fit as fit_module
 from gemmlet.nn.optimizers import ParameterGroup
 
@@ -230,7 +243,7 @@ def test_ctrl_c_while_a_fit_is_resumed(network: str, tmp_path: Path, monkeypatch
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends training; the older one stays, the network is as the last step left it. Another error stays that one."""
+    """The older one stays, with a warning, and the last one is tried. Another error stays that one."""
     path, write, fails = tmp_path / "checkpoint", files.write, []
 
     def full(*arguments: Any) -> None:
@@ -240,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(files, "write", full)
     monkeypatch.setattr(checkpoints, "_WRITES", 0)
-    for error in (OSError, Killed):
+    for error in (CheckpointError, Killed, None):
         model, optimizer, fit = fit_of("mlp")
         fails.clear()
 
@@ -249,12 +262,27 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
                 fails.append(progress)
                 if error is Killed and progress.batch == 2:
                     raise Killed
+            if progress.epoch == 5 and error is None:
+                fails.clear()
 
-        with pytest.raises(error) as told:
-            fit(checkpoint=path, callback=callback)
+        warned = (
+            contextlib.nullcontext() if error is Killed else pytest.warns(RuntimeWarning, match=f"left .*: '{path}'")
+        )
+        with warned:
+            if error is None:
+                fit(checkpoint=path, callback=callback)
+                assert MLP.load(path).steps == model.steps == 50
+                continue
+            with pytest.raises(error) as told:
+                fit(checkpoint=path, callback=callback)
         assert "No space left on device" in "".join([str(told.value), *getattr(told.value, "__notes__", ())])
         assert MLP.load(path).steps == 20
         assert {state.steps for state in optimizer._states.values()} == {model.steps}
+        if error is CheckpointError:
+            copied = pickle.loads(pickle.dumps(told.value))
+            for each in (told.value, copied):
+                assert (each.filename, len(each.history.loss), model.steps) == (str(path), EPOCHS, 50)
+                assert each.history.seconds > 0
     with pytest.raises(FileNotFoundError, match=r"checkpoint is to be in .*nowhere, which is no folder"):
         fit_of("mlp")[2](checkpoint=tmp_path / "nowhere" / "checkpoint")
 

@@ -353,6 +353,9 @@ class Watch:
                 raise UserError(str(error), code=1) from error
             self._problems.append(str(error))
             history = error.history
+        except nn.CheckpointError as error:
+            self._problems.append(str(error))
+            history = error.history
         model.save(out / MODEL)
         lists = [name for name in vars(history) if name != "seconds"]
         last, whole = self._last, len(getattr(history, lists[0]))

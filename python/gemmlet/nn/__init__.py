@@ -5,7 +5,7 @@ same bits on one backend, whatever `gemmlet.set_num_threads` says. (The matmul o
 NumPy's BLAS, which may add in another order where the number of its own threads is another.)
 """
 
-from .fit import DivergedError, GANHistory, GANProgress, History, Progress, StopTraining
+from .fit import CheckpointError, DivergedError, GANHistory, GANProgress, History, Progress, StopTraining
 from .gan import GAN
 from .mlp import MLP
 from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
@@ -17,6 +17,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "CheckpointError",
     "ClipNorm",
     "DivergedError",
     "GANHistory",

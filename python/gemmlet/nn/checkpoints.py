@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,9 +128,20 @@ class Checkpoints:
             for name, values in self._epochs.items()
         }
         fit = {"position": asdict(at), "history": history, "seconds": self.seconds}
-        self._model._write(self._path, self._optimizers, fit | {"facts": self._facts, "optimizers": self._given})
-        self._last = time.perf_counter()
-        self._took, self._written = self._last - begun, at.copy()
+        try:
+            self._model._write(self._path, self._optimizers, fit | {"facts": self._facts, "optimizers": self._given})
+            self._written = at.copy()
+        finally:
+            self._last = time.perf_counter()
+            self._took = self._last - begun
+
+    def try_to_write(self, at: Position) -> None:
+        """Write one in the midst of a fit, or warn: the disk may have room again before the last one."""
+        try:
+            self.write(at)
+        except OSError as error:
+            message = f"a checkpoint could not be written, training goes on without: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def resume(self, path: Path, epochs: int) -> Position:
         """Make network, optimizers and history what they were, all or nothing of it, and return the position.

@@ -69,6 +69,20 @@ class DivergedError(ArithmeticError):
         return type(self), (str(self), self.history)
 
 
+class CheckpointError(OSError):
+    """`fit` raises it at its end, when all is learnt, if its last checkpoint cannot be written: the disk is full, say.
+
+    Attributes
+    ----------
+    history : History or GANHistory
+        What `fit` would have returned, of the epochs that are complete.
+    """
+
+    def __init__(self, number: int | None, message: str | None, filename: Any, history: Any = None) -> None:
+        super().__init__(number, message, filename)
+        self.history = history
+
+
 @dataclass
 class History:
     """How training an `MLP` went: one number per epoch, and the seconds it took.
@@ -406,7 +420,7 @@ class Training:
             self._check()
             if self._checkpoints.is_missing(self.at):
                 with deferred_signals():
-                    self._checkpoints.write(self.at)
+                    self._write_last()
             if self.at.seen:
                 unknown = {} if self._validate is None else dict.fromkeys(VALIDATION, math.nan)
                 self._log(self._metrics() | unknown)
@@ -421,13 +435,20 @@ class Training:
                         self._undo(self._good)
                     if not self._is_finite():  # and something else went wrong before that was noticed
                         self._good.restore(self)
-                if self._checkpoints.is_missing(self.at):
+                if self._checkpoints.is_missing(self.at) and not isinstance(error, CheckpointError):
                     try:
                         self._checkpoints.write(self.at)
                     except Exception as failed:
                         error.add_note(f"The last checkpoint could not be written: {failed}")
             raise
         self.history.seconds = self._checkpoints.seconds
+
+    def _write_last(self) -> None:
+        try:
+            self._checkpoints.write(self.at)
+        except OSError as error:
+            self.history.seconds = self._checkpoints.seconds
+            raise CheckpointError(error.errno, error.strerror, error.filename, self.history) from error
 
     def _epoch(self, order: Array) -> None:
         """The rest of an epoch, which takes the samples in this order."""
@@ -450,7 +471,7 @@ class Training:
             if self._checkpoints.is_due(self.at, epoch_done=done):
                 with deferred_signals():
                     self._keep()  # so that what is gone back to is never older than the checkpoint
-                self._checkpoints.write(self.at)
+                self._checkpoints.try_to_write(self.at)
 
     def _call(self, order: Array) -> None:
         """Take the steps of one call of the backend, on the next samples of the epoch."""

@@ -241,7 +241,7 @@ class GAN(Trainable):
         RuntimeError
             The network is in a `fit` of another thread.
         OSError
-            A checkpoint cannot be read or written.
+            A checkpoint cannot be read or written; see `MLP.fit`.
         """
         with fitting(self):
             samples = self._samples(x, None if self._follows_samples else self.dtype)

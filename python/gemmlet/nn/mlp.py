@@ -286,8 +286,11 @@ class MLP(Trainable):
             A loss or a parameter is no longer finite. All is as it was shortly before that.
         RuntimeError
             The network is in a `fit` of another thread.
+        CheckpointError
+            The last checkpoint cannot be written; all is as the last step has left it. Of one before there is a
+            warning, and training goes on.
         OSError
-            A checkpoint cannot be read or written; in the second case all is as the last step has left it.
+            A checkpoint cannot be read, or it is known beforehand that none can be written.
         """
         with fitting(self):
             samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
