@@ -1473,7 +1473,7 @@ def test_new_training_in_the_folder_of_another(digits, tmp_path, capsys):
     assert call(*words) == 0
     assert "Replacing" not in capsys.readouterr().out
     assert call(*words, "--seed", 1) == 0
-    assert f"Replacing the training in {tmp_path / 'out'}\n" in capsys.readouterr().out
+    assert f"Replacing the training in {tmp_path / 'out'}, with which --resume would go on\n" in capsys.readouterr().out
     assert nn.MLP.load(tmp_path / "out" / "checkpoint.safetensors").seed == 1
 
 

@@ -81,7 +81,7 @@ def isa() -> str:
         if name in available:
             return name
     raise CannotCountError(
-        f"it needs an extension module for {' or '.join(ISAS)}: pip install -C cmake.define.GEMMLET_ISAS=all has them"
+        f"it needs an extension module for {' or '.join(ISAS)}: pip install . -C cmake.define.GEMMLET_ISAS=all"
     )
 
 

@@ -210,7 +210,8 @@ def _run_scaling(console: Console, options: Options, choice: suite.Choice) -> in
 def _draw(console: Console, options: Options, results: Results) -> None:
     from ..bench import plots
 
-    shown = f"{results.machine['cpu']}, {results.settings['threads']} threads"
+    threads = results.settings["threads"]
+    shown = f"{results.machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
     for name, rows in report.groups(results):
         compared = [row for row in rows if any(row.ratio(peer) is not None for peer in row.peers)]
         if compared:

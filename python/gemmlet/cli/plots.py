@@ -170,7 +170,7 @@ def class_shares(path: Path, shares: Sequence[float]) -> None:
     axes.grid(visible=False, axis="x")
     axes.set(xticks=range(10), xlabel="digit, as the classifier sees it", ylabel="share of the samples")
     axes.set_title("Which digits the generator draws")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.margins(y=0.12)
     save(figure, path)
 

@@ -317,7 +317,7 @@ class Watch:
                 self._say(f"Going on with the training in {out}")
             elif (out / CHECKPOINT).exists():
                 # By its first checkpoint, not before: until then there is nothing to have instead.
-                self._say(f"Replacing the training in {out}")
+                self._say(f"Replacing the training in {out}, with which --resume would go on")
             self._lock = stack.pop_all()
         stops.are_noted = True
         return self
@@ -364,7 +364,11 @@ class Watch:
         self.write_metrics({})
         stops.message, stops.are_noted = "interrupted; what was learnt is saved", False
         if stops.first is not None:
-            self.console.print("Interrupted: what was learnt is saved. Ctrl-C leaves out what is left to do.")
+            self.console.print(
+                f"Interrupted: what was learnt is saved; --resume {out} goes on. Ctrl-C leaves out what is left to do.",
+                markup=False,
+                soft_wrap=True,
+            )
         return history
 
     def see(self, progress: nn.Progress | nn.GANProgress, figures: Mapping[str, float | None]) -> None:

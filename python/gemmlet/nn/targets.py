@@ -149,7 +149,8 @@ def _rows(given: Array, meaning: Meaning, output: str, dtype: np.dtype[Any], nam
         if meaning.multi_label or (output == "sigmoid" and meaning.learns and meaning.classes is None):
             return ones.astype(dtype), True
         row = int(np.argmax(counts != 1))
-        raise ValueError(f"{name}[{row}] has {counts[row]} ones; expected rows of exactly one 1")
+        hint = ", as multi_label is False" if output == "sigmoid" else ""
+        raise ValueError(f"{name}[{row}] has {counts[row]} ones; expected rows of exactly one 1{hint}")
     if output != "softmax":
         place = np.argwhere(other)[0]
         raise ValueError(f"{checks.item(name, place)} is {given[tuple(place)]}; expected rows of 0 and 1")
