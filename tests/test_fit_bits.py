@@ -259,6 +259,8 @@ CONFIGURATIONS |= (
             mlp, [61, 301, 400, 3], RULES["momentum"], "gelu", batch=20, dtype="float64"
         ),
         "layer by layer, many rows": partial(mlp, [300, 903, 2], RULES["adamw"], "relu", x="bytes", n=530, batch=520),
+        # More panels than are packed at a time, of weights and of gradients.
+        "layer by layer, many panels": partial(mlp, [700, 1100, 2], RULES["adam"], n=530, batch=520),
         "layer by layer, gan": partial(gan, RULES["adam"], features=301, hidden=(300, 410), x="bytes", n=60, batch=50),
     }
 )

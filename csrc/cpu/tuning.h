@@ -74,9 +74,9 @@ constexpr std::int64_t pack_min_stride = 4096, packed_kc = 256;
 // Bytes of all weights from which a plan's layers are computed one by one, by all threads together, each for all rows of
 // the mini-batch.
 constexpr double by_layers_min_bytes = 1 << 20;
-// Bytes of the panels that are packed at a time where a layer takes all rows of the mini-batch at once: half of the
-// second-level cache.
-constexpr std::int64_t packed_bytes = 512 << 10;
+// Bytes of the panels that are packed at a time where a layer takes all rows of the mini-batch at once. They are read in the
+// order they lie in, for which the third-level cache is fast enough; more panels share each packed tile of x.
+constexpr std::int64_t packed_bytes = 2 << 20;
 // Rows up to which such a layer computes the transpose of grad_x: its weights are then read in place.
 constexpr std::int64_t transposed_max_rows = 48;
 // Mini-batch size below which grad_x uses the dot-product kernel: packing the transposed weights would cost more than it

@@ -1,4 +1,4 @@
-// Dense layers for all rows of a mini-batch at once: matmuls with packed panels, a group of which fits the second-level cache.
+// Dense layers for all rows of a mini-batch at once: matmuls with packed panels, a group of which fits the third-level cache.
 //
 // Contract
 //   Rows of x, y and of the gradients are padded. Every reduction is one sequential chain, over all of K: the order, and so
@@ -31,7 +31,7 @@ struct PackedRows {
   }
 };
 
-// Where a thread packs: a group of panels of at most max_k steps, and packed_kc steps of a tile of x; and the sums of the
+// Where a thread packs: a group of panels of at most max_k steps, and packed_kc steps of a tile of x; and the sums of all
 // tiles of a group.
 template <class T>
 struct Workspace {
@@ -40,10 +40,7 @@ struct Workspace {
   explicit Workspace(Index max_k)
       : panels(space<T>(std::max<Index>(tuning::packed_bytes / sizeof(T), max_k * nr<T>))),
         tile(space<T>(tuning::packed_kc * PackedRows<T>::step)),
-        sums(space<T>(tuning::mr * max_group)) {}
-
-  // Columns of a group where there are K blocks.
-  static constexpr Index max_group = std::max<Index>(nr<T>, tuning::packed_bytes / sizeof(T) / tuning::packed_kc);
+        sums(space<T>(tuning::mr * ceil_div(max_k, nr<T>) * nr<T>)) {}
 };
 
 // f(first, columns) for groups of columns of w whose panels fit the workspace.
@@ -66,8 +63,7 @@ template <class T, class F>
   }
 }
 
-// y = x w + bias, or without bias. finish(row, rows, column, columns) follows while these results are in the first-level
-// cache.
+// y = x w + bias, or without bias. finish(row, rows, column, columns) follows while these results are in the cache.
 template <class T, class Finish>
 void multiply_packed(const Strided<T>& x, Index rows, const View<T>& w, const T* bias, T* y, Index y_stride,
                      const Workspace<T>& workspace, const Finish& finish) {
@@ -151,36 +147,44 @@ void update_packed(const Layer<T>& layer, const T* const* x, const Rows<T>& grad
     pack(grad_y.block(0, rows, first, group), packed);
     for_blocks(inputs.size(), tuning::mr, [&](Index at, int height) {
       const Index k = inputs.first + at;
-      // The sums of all tiles wait in the first-level cache for the next K block.
+      const auto sums = [&](Index j) { return workspace.sums.get() + j * tuning::mr; };
       for_blocks(rows, tuning::packed_kc, [&](Index row, Index kc) {
         for (Index i = 0; i < kc; ++i) {
           for (Index v = 0; v < step; v += n)
             store(tile + i * step + v,
                   load_lanes(x[row + i] + k + v, static_cast<int>(std::clamp<Index>(layer.in - k - v, 0, n))));
         }
+        // What is packed next, the next K block or the next inputs, comes from memory while this is reduced: each row is on
+        // a page of its own, which the hardware prefetcher does not follow.
+        const bool last = row + kc == rows;
+        const Index next_row = last ? 0 : row + kc, count = std::min(kc, rows - next_row);
+        const Index next_k = std::min(k + (last ? height : 0) + tuning::mr, layer.in) - 1;
+        const Index share = ceil_div(count, ceil_div(group, nr<T>));  // of a panel
         for_packed_panels(packed, rows, group, [&]<int vectors>(Index j, Panel<T> panel, Constant<vectors>) {
+          const Index next = j / nr<T> * share, next_end = std::min(count, next + share);
+          for (Index i = next; i < next_end; ++i) __builtin_prefetch(x[next_row + i] + next_k);
           panel.w += row * nr<T>;
-          const Index column = columns.first + first + j, rest = group - j;
-          const bool last = row + kc == rows;
-          if (last) prefetch_tile(layer, k, height, column, std::min<Index>(rest, nr<T>), update);
-          T* const sums = workspace.sums.get() + (rows == kc ? 0 : j * tuning::mr);
+          const Index column = columns.first + first + j;
+          if (last) prefetch_tile(layer, k, height, column, std::min<Index>(group - j, nr<T>), update);
           with_constant<tuning::mr>(height, [&]<int rows_at_once>(Constant<rows_at_once>) {
-            auto& total = reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(*sums);
+            auto& total = reinterpret_cast<Vec<T>(&)[rows_at_once][vectors]>(*sums(j));
             row == 0 ? accumulate(PackedRows<T>{tile}, panel, kc, total)
                      : accumulate<true>(PackedRows<T>{tile}, panel, kc, total);
           });
-          for (int r = 0; last && r < height; ++r) {
-            const auto* const sum = reinterpret_cast<const Vec<T>*>(sums) + r * vectors;
-            const Index to = (k + r) * layer.stride + column;
-            if (rest >= vectors * n)
-              update(layer.weight, to, n, static_cast<int>(n), reinterpret_cast<const Vec<T>(&)[vectors]>(*sum));
-            else
-              for (Index v = 0; v < vectors; ++v)
-                update(layer.weight, to + v * n, n, static_cast<int>(std::min(n, rest - v * n)),
-                       reinterpret_cast<const Vec<T>(&)[1]>(sum[v]));
-          }
         });
       });
+      // Row by row, along parameters and states: the hardware prefetcher follows these.
+      for (int r = 0; r < height; ++r)
+        for_packed_panels(packed, rows, group, [&]<int vectors>(Index j, const Panel<T>&, Constant<vectors>) {
+          const auto* const sum = reinterpret_cast<const Vec<T>*>(sums(j)) + r * vectors;
+          const Index to = (k + r) * layer.stride + columns.first + first + j, rest = group - j;
+          if (rest >= vectors * n)
+            update(layer.weight, to, n, static_cast<int>(n), reinterpret_cast<const Vec<T>(&)[vectors]>(*sum));
+          else
+            for (Index v = 0; v < vectors; ++v)
+              update(layer.weight, to + v * n, n, static_cast<int>(std::min(n, rest - v * n)),
+                     reinterpret_cast<const Vec<T>(&)[1]>(sum[v]));
+        });
     });
   });
 }
