@@ -207,6 +207,14 @@ def number(value: Any, name: str, *, low: float = -math.inf, high: float = math.
     return result
 
 
+def rounded(number: float, name: str, dtype: np.dtype[Any], value: Any) -> float:
+    """Return a positive number, which came as `value`, rounded to what `dtype` is computed in, where it is finite."""
+    computed = arrays.computed_in(dtype)
+    if number > float(np.finfo(computed).max):
+        raise ValueError(f"{name} must be finite in {computed}, got {value!r}")
+    return float(computed.type(number))
+
+
 def check_unit_interval(low: float, high: float, name: str) -> None:
     """Raise unless the smallest and the largest element of `name` lie within [0, 1]."""
     if low < 0 or high > 1:
