@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import gemmlet
 from gemmlet import kernels, nn
+from gemmlet.backends import select
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import UPDATED, arguments_of, copies, outcome, run_on
@@ -514,6 +515,9 @@ def test_names_of_backends() -> None:
     for bad in ("gpu", "", "CPU"):
         with pytest.raises(ValueError, match=f"{bad!r}.*choices are cpu, cuda, numba, numpy"):
             gemmlet.use_backend(bad)
+    for other in (3, b"cpu", None, object(), ["cpu"], type(select.current())):
+        with pytest.raises(TypeError, match=f"backend must be a name or a backend, got {type(other).__name__}"):
+            gemmlet.use_backend(other)
 
 
 # The bindings: they protect memory, whoever calls them.

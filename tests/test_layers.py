@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "gemmlet"
 LAYERS = (
     ("formulas",),
     ("_cgroup", "_environment"),
-    ("_arrays", "_files", "_memory", "_precision", "_signals", "_threads", "_version"),
+    ("_arrays", "_files", "_locks", "_memory", "_precision", "_signals", "_threads", "_version"),
     ("training",),
     ("backends",),
     ("_arguments",),

@@ -729,6 +729,16 @@ def test_bad_keywords_of_the_constructor(argument: str, value: Any, error: type[
 X, Y = np.zeros((3, 4), np.float32), np.array([0, 1, 2])
 
 
+def test_an_activation_parameter_beyond_the_dtype() -> None:
+    """It is known with the samples, whose dtype the network follows."""
+    for call in ("fit", "evaluate", "loss_and_gradients", "predict"):
+        arguments = (X,) if call == "predict" else (X, Y)
+        model = MLP([4, 6, 3], "leaky_relu", activation_parameter=1e300)
+        with pytest.raises(ValueError, match=r"activation_parameter must be finite in float32, got 1e\+300"):
+            getattr(model, call)(*arguments)
+    MLP([4, 6, 3], "leaky_relu", activation_parameter=1e300).fit(X.astype(np.float64), Y)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -19,6 +19,7 @@ import pytest
 import gemmlet
 from gemmlet import _environment, kernels, nn
 from gemmlet.backends import cpu as cpu_backend
+from gemmlet.backends import select
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
@@ -250,6 +251,60 @@ def test_isa_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "_built_isas", list)
     with pytest.raises(RuntimeError, match="not compiled"):
         cpu_backend.CpuBackend()
+
+
+class InterruptionError(RuntimeError):
+    """What somebody's handler of a signal raises."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InterruptionError])
+@pytest.mark.parametrize("name", ["automatic", *select.CHOICES])
+def test_a_signal_while_a_backend_loads(name: str, error: type[BaseException], monkeypatch: Any) -> None:
+    """It ends the call, is not taken for a reason to compute with another backend, and leaves nothing half imported."""
+    load = select._automatic if name == "automatic" else lambda: select.load(name)
+    try:
+        expected = load().name
+    except RuntimeError as problem:
+        pytest.skip(str(problem))
+    monkeypatch.setattr(select, "_loaded", {})
+    imported = importlib.import_module
+
+    def interrupted(*arguments: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as raised:  # as extension modules do
+            raise ImportError("initialization failed") from raised
+        return imported(*arguments)
+
+    def handler(*_: object) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        monkeypatch.setattr(importlib, "import_module", interrupted)
+        with pytest.raises(error):
+            load()
+    finally:
+        monkeypatch.setattr(importlib, "import_module", imported)
+        signal.signal(signal.SIGTERM, before)
+    assert load().name == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError])
+def test_what_is_no_refusal_of_a_backend(kind: Any, error: type[BaseException], monkeypatch: Any) -> None:
+    """A thread that is interrupted in an import, or runs out of memory there, goes on with no other backend."""
+
+    def broken(name: str) -> Any:
+        try:
+            raise error
+        except BaseException as raised:
+            raise kind("initialization failed") from raised
+
+    monkeypatch.setattr(select, "_load", broken)
+    monkeypatch.setattr(select, "_loaded", {})
+    with pytest.raises(kind, match="initialization failed"):
+        select._automatic()
 
 
 def test_automatic_choice_falls_back_and_says_so_once() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -402,6 +403,49 @@ def test_fork(any_threads_backend: Any) -> None:
     if any_threads_backend.name == "cuda":
         pytest.skip("CUDA cannot be used in a child")
     run_on(any_threads_backend, FORK, timeout=200)
+
+
+FORK_IN_THE_MIDST = """
+import copy, os, signal, threading, time
+import numpy as np
+from gemmlet.nn import optimizers
+
+optimizer, param = optimizers.Adam(), np.ones(8)
+held, fingerprint = threading.Event(), optimizers.fingerprint
+
+
+def slow(param):
+    held.set()
+    time.sleep(0.2)
+    return fingerprint(param)
+
+
+optimizer.update(param, param.copy())
+optimizers.fingerprint = slow
+thread = threading.Thread(target=copy.deepcopy, args=[optimizer])
+thread.start()
+held.wait()  # it copies the state of a parameter, which nobody may change meanwhile
+pid = os.fork()
+if not pid:
+    signal.alarm(20)  # which ends it, if it hangs
+    optimizer.update(np.ones(3), np.ones(3))
+    os._exit(0)
+thread.join()
+optimizer.update(np.ones(3), np.ones(3))
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_another_thread_holds_a_lock() -> None:
+    run_on(select.current(), FORK_IN_THE_MIDST, timeout=100)
+
+
+def test_every_lock_is_made_for_forks() -> None:
+    """By the one function that makes them."""
+    makes = re.compile(r"\b(R?Lock|Condition|Semaphore)\(")
+    makers = [path.name for path in Path(gemmlet.__file__).parent.rglob("*.py") if makes.search(path.read_text())]
+    assert makers == ["_locks.py"]
 
 
 EXIT = """

@@ -212,6 +212,14 @@ def shown(value: Any) -> str:
     return f"an integer of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >> 999 else repr(value)
 
 
+def rounded(number: float, name: str, dtype: np.dtype[Any], value: Any) -> float:
+    """Return a positive number, which came as `value`, rounded to what `dtype` is computed in, where it is finite."""
+    computed = arrays.computed_in(dtype)
+    if number > float(np.finfo(computed).max):
+        raise ValueError(f"{name} must be finite in {computed}, got {value!r}")
+    return float(computed.type(number))
+
+
 def check_unit_interval(low: float, high: float, name: str) -> None:
     """Raise unless the smallest and the largest element of `name` lie within [0, 1]."""
     if low < 0 or high > 1:

@@ -188,14 +188,7 @@ def _activation_parameter(entry: Activation | None, value: Any, name: str, dtype
         return 0.0 if entry is None else float(computed_in(dtype).type(entry.default))
     if entry is None or entry.parameter is None:
         raise ValueError(f"{name} was given, but the activation {entry.name if entry else None!r} takes none")
-    return _rounded(arguments.number(value, name, low=0.0, open_low=True), name, dtype, value)
-
-
-def _rounded(number: float, name: str, dtype: np.dtype[Any], value: Any) -> float:
-    computed = computed_in(dtype)
-    if number > float(np.finfo(computed).max):
-        raise ValueError(f"{name} must be finite in {computed}, got {value!r}")
-    return float(computed.type(number))
+    return arguments.rounded(arguments.number(value, name, low=0.0, open_low=True), name, dtype, value)
 
 
 def linear(
@@ -389,7 +382,7 @@ def _own_number(entry: Activation | Loss, value: Any, dtype: np.dtype[Any] | Non
     if entry.parameter is None:
         return 0.0
     number = arguments.number(value, entry.parameter, low=0.0, open_low=True)
-    return number if dtype is None else _rounded(number, entry.parameter, dtype, value)
+    return number if dtype is None else arguments.rounded(number, entry.parameter, dtype, value)
 
 
 def _activation_forward(entry: Activation, x: Any, parameter: Any, out: Any) -> Any:

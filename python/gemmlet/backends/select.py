@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _environment, _threads
+from .._signals import deferred_signals
 from .._version import __version__
 
 if TYPE_CHECKING:
@@ -34,11 +35,20 @@ _current: Backend | None = None
 
 
 def load(name: str) -> Backend:
-    """Return the backend called `name`, loading it at its first use; it raises what `use_backend` does."""
+    """Return the backend called `name`, loading it at its first use; it raises what `use_backend` does.
+
+    Signals wait meanwhile: of an import that Ctrl-C ends, some packages make an error of their own, and some, half
+    imported, are broken for ever.
+    """
     if name in _loaded:
         return _loaded[name]
     if name not in _CLASSES:
         raise ValueError(f"backend {name!r} is unknown; the choices are {', '.join(CHOICES)}")
+    with deferred_signals():
+        return _load(name)
+
+
+def _load(name: str) -> Backend:
     if name in ("cpu", "numba") and _in_sub_interpreter():
         raise ImportError(
             f"backend {name!r} cannot be used in a sub-interpreter, where it would wait for the GIL for ever"
@@ -66,14 +76,31 @@ def _in_sub_interpreter() -> bool:
     return False
 
 
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an error says that a backend cannot be had, not that something else ended its import.
+
+    Signals wait, but a thread may be interrupted too, and memory may run out: of either, imports and classes make an
+    ImportError or a RuntimeError of their own.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return all(isinstance(link, Exception) and not isinstance(link, MemoryError) for link in chain)
+
+
 def _automatic() -> Backend:
     refusals = []
     for name in _AUTOMATIC:
-        try:
-            backend = load(name)
-        except (RuntimeError, ImportError) as error:
-            refusals.append(f"{name}: {error}")
-            continue
+        with deferred_signals():  # what a handler raises, whatever it is, is no refusal
+            try:
+                backend = load(name)
+            except (RuntimeError, ImportError) as error:
+                if not _is_refusal(error):
+                    raise
+                refusals.append(f"{name}: {error}")
+                continue
         if refusals:
             import logging  # here, as few need it: importing gemmlet shall cost little
 
@@ -126,6 +153,8 @@ class use_backend:  # noqa: N801 - it is used as a function
 
     Raises
     ------
+    TypeError
+        `backend` is neither a name nor a backend.
     ValueError
         There is no such backend.
     RuntimeError
@@ -134,6 +163,10 @@ class use_backend:  # noqa: N801 - it is used as a function
 
     def __init__(self, backend: str | Backend) -> None:
         global _current
+        from .numpy import NumpyBackend  # from which all are derived
+
+        if not isinstance(backend, str | NumpyBackend):
+            raise TypeError(f"backend must be a name or a backend, got {type(backend).__name__}")
         chosen = load(backend) if isinstance(backend, str) else backend
         self._previous = _current
         self.backend = _current = chosen

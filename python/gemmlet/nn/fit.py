@@ -680,5 +680,6 @@ def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense
             number = ACTIVATIONS[layer.activation].default
             if layer.activation_parameter is not None:
                 number = layer.activation_parameter
+                arguments.rounded(number, "activation_parameter", layer.weight.dtype, number)  # or it raises
             operations.append(training.Activation(layer.activation, float(number)))
     return tuple(operations)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .. import kernels
+from .._locks import fork_safe_lock
 from .._memory import aligned_copy, aligned_zeros
 from .._signals import deferred_signals
 from ..formulas.optimizers import OPTIMIZER_RULES, adam_table
@@ -59,6 +59,10 @@ def fingerprint(param: Array) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(param).data, digest_size=16).digest()
 
 
+# Of all optimizers, so that a fork waits for one. It is held at the first use of parameters and for a copy.
+_LOCK = fork_safe_lock()
+
+
 class States:
     """The states of an optimizer in the order of their first use, each as long as its parameter lives.
 
@@ -69,10 +73,9 @@ class States:
     def __init__(self, waiting: Iterable[State] = ()) -> None:
         self._of: dict[int, tuple[weakref.ref[Array], State]] = {}  # by the id of the parameter
         self._waiting = list(waiting)
-        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        with self._lock:
+        with _LOCK:
             living = ((reference(), state) for reference, state in list(self._of.values()))
             copied = [replace(state, values=fingerprint(param)) for param, state in living if param is not None]
             return States, ([*copied, *self._waiting],)
@@ -91,7 +94,7 @@ class States:
 
     def keep(self, params: Sequence[Array], states: Sequence[State]) -> None:
         """From now on the states are those of the parameters, which `find` has found for them."""
-        with self._lock:
+        with _LOCK:
             taken = [state.source for state in states]
             self._waiting = [state for state in self._waiting if state not in taken]
             for param, state in zip(params, states, strict=True):
@@ -100,7 +103,7 @@ class States:
 
     def release(self, params: Sequence[Array], states: Sequence[State]) -> None:
         """Undo `keep`; the states and the parameters are as they were."""
-        with self._lock:
+        with _LOCK:
             for param in params:
                 self._of.pop(id(param), None)
             self._waiting = [*(state for state in states if state.values), *self._waiting]
@@ -117,7 +120,7 @@ class States:
 
     def find(self, params: Sequence[Array], arrays: int) -> list[State]:
         """Those of parameters that belong together; new ones have so many arrays of zeros."""
-        with self._lock:
+        with _LOCK:
             known = [self.get(param) for param in params]
             new = iter(self._new([p for p, state in zip(params, known, strict=True) if state is None], arrays))
             return [next(new) if state is None else state for state in known]

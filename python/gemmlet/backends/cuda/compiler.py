@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from ... import _environment
 from ..._files import replacing
+from ..._signals import deferred_signals
 
 # What a release is compiled for ahead of time. The "a" is for instructions of that architecture alone.
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
@@ -66,7 +67,8 @@ def import_cupy() -> Any:
     if importlib.util.find_spec("cupy") is None:
         raise RuntimeError("backend 'cuda' needs CuPy: pip install 'gemmlet[cuda12]', or 'gemmlet[cuda13]'")
     try:
-        return importlib.import_module("cupy")
+        with deferred_signals():  # half imported it is broken for ever
+            return importlib.import_module("cupy")
     except ImportError as error:
         raise RuntimeError(f"backend 'cuda' needs CuPy, which is installed and cannot be imported: {error}") from error
 
