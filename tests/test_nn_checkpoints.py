@@ -562,7 +562,10 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
         ("fit history loss", [1.0, "inf"]),
         ("fit history accuracy", []),
         ("fit history validation_loss", [1.0, 1.0, 1.0]),
+        ("fit history accuracy", [1.0, "inf"]),
         ("fit seconds", -1.0),
+        ("optimizers optimizer settings", {"name": "adam", "lr": 3e-3, "max_norm": 1.0}),
+        ("optimizers optimizer settings", {"name": "adamw", "lr": 3e-3}),
     ],
 )
 def test_what_no_fit_has_written(place: str, value: Any, tmp_path: Path) -> None:
