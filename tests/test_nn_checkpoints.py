@@ -314,7 +314,10 @@ def test_when_checkpoints_are_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert written[-1] == (EPOCHS + 1, 0)
 
 
-def test_divergence_leaves_the_good_state(network: str, training: Any, tmp_path: Path) -> None:
+def test_divergence_leaves_the_good_state(
+    network: str, training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_WRITES", 0)  # which it goes back to, however long copies and checkpoints take
     path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network, lr_schedule=None)
 
     def callback(progress: Any) -> None:
@@ -584,7 +587,10 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
         ("fit history loss", [1.0, "inf"]),
         ("fit history accuracy", []),
         ("fit history validation_loss", [1.0, 1.0, 1.0]),
+        ("fit history accuracy", [1.0, "inf"]),
         ("fit seconds", -1.0),
+        ("optimizers optimizer settings", {"name": "adam", "lr": 3e-3, "max_norm": 1.0}),
+        ("optimizers optimizer settings", {"name": "adamw", "lr": 3e-3}),
     ],
 )
 def test_what_no_fit_has_written(place: str, value: Any, tmp_path: Path) -> None:

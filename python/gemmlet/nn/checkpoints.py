@@ -174,9 +174,14 @@ class Checkpoints:
             for name, values in history.items():
                 is_validation = name.startswith("validation_")
                 epochs_done = 0 if is_validation and not self._facts["validation_data"] else at.epoch - 1
-                is_finite = all(map(math.isfinite, values)) or is_validation or name == "accuracy"
-                if len(values) != epochs_done or not is_finite:
+                # The accuracy is NaN without classes, and a validation may overflow.
+                odd = [v for v in values if not (math.isfinite(v) or name == "validation_loss")]
+                if len(values) != epochs_done or (odd if "loss" in name else any(map(math.isinf, odd))):
                     raise ValueError(f"{name} in the history has {values}, expected {epochs_done} finite numbers")
+            for argument, given in self._given.items():
+                settings = now[argument]
+                if settings.keys() != given.keys() or settings["name"] != given["name"]:
+                    raise ValueError(f"the settings of {argument} are those of another one: {settings}")
             seconds = arguments.number(fit["seconds"], "seconds", low=0.0)
             for name, tensor in content[1].items():
                 # A moment may have overflowed: its parameter no longer changes.
@@ -198,8 +203,8 @@ class Checkpoints:
                 mine.steps = theirs.steps
                 for array, value in zip(mine.arrays, theirs.arrays, strict=True):
                     array[...] = value
-            for argument, settings in now.items():
-                self._optimizers[argument]._take(settings)
+            for argument, optimizer in self._optimizers.items():
+                optimizer._take(now[argument])
             for name, rng in model._streams().items():
                 rng.bit_generator.state = saved._streams()[name].bit_generator.state
             if at.order is not None:
