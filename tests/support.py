@@ -238,7 +238,7 @@ def outcome(name: str, arguments: dict[str, Any]) -> list[Any]:
     returned = getattr(kernels, name)(**arguments)
     results = list(returned) if isinstance(returned, tuple) else [returned]
     results += [arguments.get(argument) for argument in UPDATED]
-    return [as_array(r, "result") for r in results if r is not None]
+    return [r if isinstance(r, np.ndarray) else as_array(r, "result") for r in results if r is not None]
 
 
 def copies(arguments: dict[str, Any]) -> dict[str, Any]:

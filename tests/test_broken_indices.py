@@ -1,4 +1,6 @@
-"""Index arrays that are broken: from the start, by a callback, by another thread. In a child, as a crash is looked for.
+"""Index arrays that are broken: from the start, by a callback, by another thread; and shapes and dtypes that one sets.
+
+In a child, as a crash is looked for.
 
 ``python tests/test_broken_indices.py SECONDS SEED`` goes on for longer, on the backend in use.
 """
@@ -20,14 +22,16 @@ import pytest
 from gemmlet import kernels
 from gemmlet.backends import select
 from gemmlet.formulas.losses import ROW_LOSSES
-from gemmlet.nn import MLP
-from support import run_on
+from gemmlet.nn import GAN, MLP
+from support import arguments_of, run_on
 
 # More than a block of features that are looked at together, and more rows than a thread takes at once.
 ROWS, FEATURES, CLASSES = 90, 70, 5
 
 # Seconds without a new case that count as a hang, and those for which a thread changes what calls read.
 PATIENCE, RACE = 60, 0.02
+# Those for which it sets shape and dtype of what one entry reads.
+FLIPPING = 0.06
 
 REFUSALS = (TypeError, ValueError, MemoryError)
 
@@ -311,6 +315,73 @@ def test_a_row_is_named_without_its_columns() -> None:
     """Which another thread may have changed since they were checked."""
     pytest.importorskip("scipy")
     assert run_on(select.load("numpy"), NOT_FINITE) == "x must be finite, got nan in row 0\n"
+
+
+# Arrays whose shape and dtype another thread sets, and puts back.
+
+
+def flip(arrays: list[Any], stopped: threading.Event) -> None:
+    """Set them in one go, which is seen without the GIL alone; and by calls, between which threads may change."""
+    while not stopped.is_set():
+        for array in arrays:
+            shape, dtype = array.shape, array.dtype
+            for _ in range(100):
+                array.dtype = np.int8
+                array.dtype = dtype
+            for name, value in (("dtype", np.int8), ("dtype", dtype), ("shape", shape[::-1]), ("shape", shape)):
+                setattr(array, name, value)
+
+
+def flipping_cases(rng: np.random.Generator) -> Iterator[tuple[str, Callable[[], object], list[Any]]]:
+    """Every kernel, and what networks do, with the arrays that they read and write."""
+    # Numba would compile for a minute: some of each kind, and no training.
+    is_numba = select.current().name == "numba"
+    for name in kernels.__all__[:: 3 if is_numba else 1]:
+        arguments = arguments_of(name, rng, rng.choice([np.float32, np.float64]), ROWS, FEATURES)
+        arrays = [array for array in arguments.values() if isinstance(array, np.ndarray)]
+        yield name, lambda name=name, arguments=arguments: getattr(kernels, name)(**arguments), arrays
+    # Where a wrong size goes far beyond the end.
+    x, w, wide = (np.ones(shape, np.float32) for shape in ((64, 512), (512, 512), (512, 4096)))
+    yield "wide linear", lambda: kernels.linear(x, wide), [wide]
+    yield "wide linear_backward", lambda: kernels.linear_backward(x, x, w, x), [x]
+    samples, y = rng.random((ROWS, FEATURES)).astype(np.float32), rng.integers(0, CLASSES, ROWS)
+    mlp, gan = MLP([FEATURES, 64, CLASSES]), GAN(8, [32, FEATURES], [32, 1])
+    yield "predict", lambda: mlp.predict(samples), [samples, *mlp.parameters]
+    if is_numba:
+        return
+    yield "fit", lambda: mlp.fit(samples, y, 1), [samples, y, *mlp.parameters]
+    yield "GAN", lambda: gan.fit(samples, 1), [samples, *gan.generator_parameters, *gan.discriminator_parameters]
+
+
+def run_flipping(seed: int) -> int:
+    """Call everything meanwhile; return how many calls were answered."""
+    sys.setswitchinterval(1e-6)
+    answered = 0
+    for name, call, arrays in flipping_cases(np.random.default_rng(seed)):
+        print(name, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        call()
+        stopped = threading.Event()
+        thread = threading.Thread(target=flip, args=(arrays, stopped))
+        thread.start()
+        try:
+            end = time.perf_counter() + FLIPPING * (10 if name.startswith("wide") else 1)
+            while time.perf_counter() < end:
+                with contextlib.suppress(*REFUSALS, ArithmeticError):
+                    call()
+                    answered += 1
+        finally:
+            stopped.set()
+            thread.join()
+    faulthandler.cancel_dump_traceback_later()
+    return answered
+
+
+def test_shapes_and_dtypes_that_another_thread_sets(any_threads_backend: Any) -> None:
+    if any_threads_backend.name == "cuda":
+        pytest.skip("it compiles for whatever dtype it finds, and computes on copies")
+    script = "import test_broken_indices\nprint(test_broken_indices.run_flipping(0))"
+    assert int(run_on(any_threads_backend, script, PYTHONFAULTHANDLER="1", GEMMLET_NUM_THREADS="2")) > 100
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ _CUDA_DEVICES = (2, 13)  # DLPack's numbers: memory of a GPU, and managed memory
 def as_array(value: Any, name: str) -> Array:
     """Return `value` as an ndarray, on the same memory for ``__array_interface__``, the buffer protocol and DLPack.
 
-    What is on a GPU becomes a `cupy.ndarray`, on the same memory too.
+    What is on a GPU becomes a `cupy.ndarray`, on the same memory too. A NumPy array is no caller's, so that no other
+    thread can set its shape or dtype once it was checked.
     """
     if type(value) is np.ndarray:
-        return value
+        return value.view()
     if value is None:
         raise TypeError(f"{name} is None; expected an array")
     if isinstance(value, np.ma.MaskedArray):
@@ -153,7 +154,7 @@ def updated(value: Any, name: str, like: Array | None = None) -> Array:
 def check_written(array: Array, given: Any, name: str) -> None:
     """Raise if `array`, which was made of `given`, cannot be written to so that `given` has it."""
     if not arrays.is_on_gpu(array):
-        if array is not given and array.size and not np.may_share_memory(array, as_array(given, name)):
+        if type(given) is not np.ndarray and array.size and not np.may_share_memory(array, as_array(given, name)):
             raise TypeError(f"{name} ({type(given).__name__}) does not give access to its memory")
         if not array.flags.writeable:
             raise ValueError(f"{name} is read-only")
