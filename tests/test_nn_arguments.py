@@ -255,11 +255,13 @@ def test_several_labels_a_sample(tmp_path: Path) -> None:
 
 
 def test_integers_beyond_all_measure() -> None:
-    """Errors name the argument; Python itself refuses to write the larger ones. Only seeds have any size."""
+    """Errors name the argument; Python itself refuses to write the larger ones. Seeds and mini-batches have any size."""
     x, y = np.ones((4, 2)), [0, 1, 0, 1]
-    for size, told in ((10**400, "an integer of 1329 bits"), (10**5000, "an integer of 16610 bits"), (2**60, 2**60)):
-        with pytest.raises(ValueError, match=rf"batch_size must be at most 2\*\*53, got {told}"):
-            MLP([2, 2]).fit(x, y, batch_size=size)
+    whole = MLP([2, 2], seed=0).fit(x, y, batch_size=4).loss
+    assert all(MLP([2, 2], seed=0).fit(x, y, batch_size=size).loss == whole for size in (2**60, 10**400, 10**5000))
+    for epochs, told in ((10**400, "an integer of 1329 bits"), (10**5000, "an integer of 16610 bits"), (2**60, 2**60)):
+        with pytest.raises(ValueError, match=rf"epochs must be at most 2\*\*53, got {told}"):
+            MLP([2, 2]).fit(x, y, epochs=epochs)
     with pytest.raises(ValueError, match="epochs must be at least 1, got an integer of 16610 bits"):
         MLP([2, 2]).fit(x, y, epochs=-(10**5000))
     with pytest.raises(ValueError, match="lr must be finite and at least 0, got an integer of 16610 bits"):

@@ -31,6 +31,11 @@ def whole_number(value: Any, name: str, low: int, *, is_count: bool = True) -> i
     return number
 
 
+def batch_size(value: Any, name: str) -> int:
+    """Return the number of rows of a mini-batch; more than there can be are as many as there are."""
+    return min(whole_number(value, name, 1, is_count=False), _LARGEST)
+
+
 def widths(value: Any, name: str, least: int) -> list[int]:
     """Return layer widths as a list of at least `least` ints, each at least 1."""
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):

@@ -221,7 +221,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.epochs = checks.whole_number(self.epochs, "epochs", 1)
-        self.batch_size = checks.whole_number(self.batch_size, "batch_size", 1)
+        self.batch_size = checks.batch_size(self.batch_size, "batch_size")
         self.shuffle = arguments.flag(self.shuffle, "shuffle")
         self.verbose = arguments.flag(self.verbose, "verbose")
         checks.optional_callable(self.lr_schedule, "lr_schedule")
@@ -266,7 +266,7 @@ class Trainable(Saved):
     # Checks of attributes, wherever they are set; numbers become Python's, which files have.
     _checks: ClassVar[dict[str, Check]] = {
         "steps": lambda _, value, name: checks.whole_number(value, name, 0),
-        "default_batch_size": lambda _, value, name: checks.whole_number(value, name, 1),
+        "default_batch_size": lambda _, value, name: checks.batch_size(value, name),
         "default_optimizer": lambda _, value, name: as_optimizer(value, name),
         "label_smoothing": lambda _, value, name: checks.fraction(value, name),
     }
