@@ -255,7 +255,7 @@ def test_several_labels_a_sample(tmp_path: Path) -> None:
 
 
 def test_integers_beyond_all_measure() -> None:
-    """Errors name the argument; Python itself refuses to write the larger ones. Seeds and mini-batches have any size."""
+    """Errors name the argument; Python refuses to write the larger ones. Seeds and mini-batches have any size."""
     x, y = np.ones((4, 2)), [0, 1, 0, 1]
     whole = MLP([2, 2], seed=0).fit(x, y, batch_size=4).loss
     assert all(MLP([2, 2], seed=0).fit(x, y, batch_size=size).loss == whole for size in (2**60, 10**400, 10**5000))
