@@ -1490,7 +1490,7 @@ def test_ctrl_c(digits, tmp_path, network):
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
-    assert "Interrupted: what was learnt is saved." in rest
+    assert f"Interrupted: what was learnt is saved; --resume {out} goes on." in rest
     assert rest.endswith(f"Model, metrics and pictures: {out}\n")
     metrics = metrics_of(out)
     assert metrics["interrupted"] is True
