@@ -553,15 +553,20 @@ class Training:
 
     def _check_layouts(self) -> None:
         """Raise ValueError if a parameter has got another shape or dtype, which are set back: files need them."""
-        if [(array.shape, array.dtype) for array in self._arrays] == self._layouts:
+        # Asked for once: another thread may change them meanwhile.
+        found = [(array.shape, array.dtype) for array in self._arrays]
+        if found == self._layouts:
             return
-        found = [f"{array.dtype} of shape {array.shape}" for array in self._arrays]
         for array, (shape, dtype) in zip(self._arrays, self._layouts, strict=True):
             array.dtype = dtype  # type: ignore[misc]
             array.shape = shape
-        expected = (f"{dtype} of shape {shape}" for shape, dtype in self._layouts)
-        changed = next((a, b) for a, b in zip(found, expected, strict=True) if a != b)
-        raise ValueError(f"a parameter was made {changed[0]} while fit ran; expected {changed[1]}, which it is again")
+        (shape, dtype), (old_shape, old_dtype) = next(
+            (a, b) for a, b in zip(found, self._layouts, strict=True) if a != b
+        )
+        raise ValueError(
+            f"a parameter was made {dtype} of shape {shape} while fit ran; expected {old_dtype} of shape {old_shape}, "
+            "which it is again"
+        )
 
     # What to go back to.
 
