@@ -385,6 +385,13 @@ def test_peers_are_held_to_the_instruction_set(some_roofline: None, monkeypatch:
     assert any("OPENBLAS_CORETYPE" in note for note in run.notes)
 
 
+def test_steps_of_wide_networks_are_checked_while_rounding_is_small(some_roofline: None) -> None:
+    """784-1024-1024-10 with 16 rows and SGD: after a hundred steps float32 is as far from float64 as from anything."""
+    chosen = suite.Choice(["wide"], "1024-1024 batch 16, float32", ["gemmlet", "gemmlet kernels", "numpy"])
+    (found,) = suite.run(FULL, chosen, Plan(0.001, 1), 1).rows
+    assert {name: timed.failed for name, timed in found.timed.items()} == dict.fromkeys(chosen.implementations)
+
+
 # The roofline.
 
 

@@ -39,9 +39,9 @@ using Arguments = PyObject* const*;
 
 constexpr int c_order = Api::NPY_ARRAY_C_CONTIGUOUS_, f_order = Api::NPY_ARRAY_F_CONTIGUOUS_;
 
-// Runs `call`, which looks at no Python object, without the GIL if the work is long; false with a Python error set if it throws. Where the interpreter is
-// about to end, CPython before 3.14 ends a thread that asks for the GIL by unwinding its stack. So no caller of this
-// holds an object with a destructor: references are plain pointers in this file.
+// Runs `call`, which looks at no Python object, without the GIL if the work is long; false with a Python error set if it
+// throws. Where the interpreter is about to end, CPython before 3.14 ends a thread that asks for the GIL by unwinding its
+// stack. So no caller of this holds an object with a destructor: references are plain pointers in this file.
 template <class Call>
 bool run(Index work, Call&& call) {
   char error[200] = "";

@@ -62,8 +62,8 @@ class Task:
     labels: Array
     batch: int
     parameters: list[Array]  # the first weights and biases, in turn
-    # The result is checked after this many samples, in their order: after many more updates with one sample each even
-    # float64 forgets where it came from.
+    # The result is checked after this many samples, in their order: after many more updates rounding errors have grown
+    # beyond all bounds, with one sample each even those of float64.
     checked: int
     rule: str = "sgd"
 
@@ -419,11 +419,12 @@ def wide_case(width: int, batch: int, dtype: str, rule: str) -> Case:
     """Return the case of a step; it is measured over so many that what `fit` does once counts little, as in use."""
     layers = (LAYERS[0], width, width, LAYERS[-1])
     steps = max(1, round(4e9 / (mlp_flops(layers) * batch)))
+    checked = min(steps, 4) * batch
 
     def inputs() -> Task:
         rng = np.random.default_rng(0)
         samples, labels = rng.random((steps * batch, layers[0])).astype(dtype), rng.integers(0, 10, steps * batch)
-        return task(layers, samples, labels, batch, dtype, rule=rule)
+        return task(layers, samples, labels, batch, dtype, checked, rule)
 
     case = mlp_case("dense random", inputs, layers, steps * batch, batch, dtype, WIDE_IMPLEMENTATIONS, "wide")
     # Weights and what the rule keeps of each are read and written.
