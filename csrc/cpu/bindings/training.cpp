@@ -2,6 +2,7 @@
 // phases are read, runs before the first size or pointer is taken: it may change any array.
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <tuple>
 #include <utility>
 #include <variant>
@@ -297,7 +298,8 @@ using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
                   const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros, double scale,
                   double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
-                  const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise) {
+                  const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
+                  KeptMemory& kept) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
   if (indptr.has_value() != indices.has_value()) refuse("indices", "goes with indptr");
   std::vector<GivenPhase> given;
@@ -355,7 +357,11 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     const Layer<T>& first = plan.networks[0].front();
     if ((indptr || plan.samples.skip_zeros) && !is_finite(first.weight.value, first.in * first.out))
       return std::nullopt;
-    Outcome outcome = without_gil([&] { return gemmlet::train(plan, batches, losses); });
+    Outcome outcome = without_gil([&] {
+      KeptMemory own;
+      const std::unique_lock lock(kept.used, std::try_to_lock);
+      return gemmlet::train(plan, batches, losses, lock ? kept : own);
+    });
     return std::pair{std::move(outcome.losses), outcome.correct};
   });
 }
@@ -363,8 +369,9 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
 }  // namespace
 
 void bind_training(py::module_& m) {
+  py::class_<KeptMemory>(m, "KeptMemory", "Memory of the calls of one training.").def(py::init<>());
   def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "scale", "shift", "order",
-      "batch", "hyperparameters", "losses", "decay", "noise");
+      "batch", "hyperparameters", "losses", "decay", "noise", "kept");
 }
 
 }  // namespace gemmlet::bindings

@@ -13,12 +13,11 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "cpu/tuning.h"
 
@@ -28,20 +27,6 @@ namespace gemmlet {
 template <class T>
 constexpr int nr = tuning::nr_vectors * lanes<T>;
 static_assert(tuning::kc % nr<float> == 0 && tuning::nc % nr<float> == 0);
-
-// Memory that begins with a cache line, uninitialized, so that pages that are never used take none.
-template <class T>
-struct FreeAligned {
-  void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], FreeAligned<T>>;
-
-template <class T>
-Buffer<T> space(Index count) {
-  const std::size_t bytes = static_cast<std::size_t>(count > 1 ? count : 1) * sizeof(T);
-  return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
-}
 
 // f(first, count) for blocks of nearly equal size, at most `size`, that cover n: none is left with a single row.
 template <class F>

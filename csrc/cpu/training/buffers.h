@@ -1,7 +1,7 @@
 // Storage of a training step: padded rows; ranges of rows and columns.
 //
 // Contract
-//   Rows are zero-initialized and padded to whole cache lines.
+//   Rows are padded to whole cache lines, with zeros at first.
 //   As all headers of this folder but plan.h it is included by executor.cpp alone and has internal linkage: one translation
 //   unit for each instruction set.
 #pragma once
@@ -17,16 +17,16 @@ namespace {
 template <class T>
 struct Rows {
   Index stride = 0;
-  Buffer<T> data;
+  T* data = nullptr;
 
   Rows() = default;
-  Rows(Index rows, Index columns) {
+  Rows(KeptMemory& memory, Index rows, Index columns) {
     constexpr Index line = 64 / sizeof(T);
     stride = (ceil_div(columns, line) | 1) * line;
-    data = space<T>(rows * stride);
-    std::fill_n(data.get(), rows * stride, T(0));
+    data = memory.take<T>(rows * stride);
+    for (Index i = 0; i < rows; ++i) std::fill(row(i) + columns, row(i + 1), T(0));
   }
-  T* row(Index i) const { return data.get() + i * stride; }
+  T* row(Index i) const { return data + i * stride; }
   void point(const T** pointers, Index first, Index count) const {
     for (Index i = 0; i < count; ++i) pointers[i] = row(first + i);
   }

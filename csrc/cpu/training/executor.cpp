@@ -44,14 +44,14 @@ struct Forward {
   std::optional<Loader<T>> loader;
 
   // With `copies` the rows of all inputs are copied, so that they follow each other in memory.
-  Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, Index max_rows, bool copies)
+  Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, KeptMemory& memory, Index max_rows, bool copies)
       : phase(forward), network(of), inputs(max_rows * static_cast<Index>(forward.inputs.size())) {
     if (max_rows == 0) return;
     // Samples in the places that they have among the inputs.
     const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
     if (last != phase.inputs.rend())
-      loader.emplace(plan.samples, max_rows * (phase.inputs.rend() - last), 0, copies, inputs);
-    if (copies) inputs.copies = Rows<T>(max_rows * input_count(), of.first_layer().in);
+      loader.emplace(plan.samples, memory, max_rows * (phase.inputs.rend() - last), 0, copies, inputs);
+    if (copies) inputs.copies = Rows<T>(memory, max_rows * input_count(), of.first_layer().in);
   }
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
@@ -75,28 +75,30 @@ struct Stage {
 template <class T>
 class Executor {
  public:
-  Executor(const Plan<T>& plan, const Batches<T>& batches)
+  Executor(const Plan<T>& plan, const Batches<T>& batches, KeptMemory& memory)
       : plan_(plan),
         batches_(batches),
+        memory_(memory),
         max_rows_(std::min(batches.batch, batches.count)),
         is_pipelined_(is_pipelined(plan)),
         by_layers_(max_rows_ >= tuning::tiles_min_rows && weight_bytes(plan) >= tuning::by_layers_min_bytes) {
+    memory.begin();
     for (std::size_t n = 0; n < plan.networks.size(); ++n) {
       std::size_t inputs = 1;
       for (const Phase& phase : plan.phases)
         if (static_cast<std::size_t>(phase.network) == n) inputs = std::max(inputs, phase.inputs.size());
-      networks_.emplace_back(plan.networks[n], max_rows_ * static_cast<Index>(inputs), is_pipelined_ ? 2 : 1);
+      networks_.emplace_back(plan.networks[n], memory, max_rows_ * static_cast<Index>(inputs), is_pipelined_ ? 2 : 1);
     }
     std::vector<Forward<T>*> latest(plan.networks.size());
     std::vector<Work<T>> rows;
     for (const Phase& phase : plan.phases) {
       Forward<T>*& forward = latest[static_cast<std::size_t>(phase.network)];
       if (phase.kind == Phase::forward)
-        forward =
-            &forwards_.emplace_back(plan, phase, network(phase.network), is_pipelined_ ? 0 : max_rows_, by_layers_);
+        forward = &forwards_.emplace_back(plan, phase, network(phase.network), memory, is_pipelined_ ? 0 : max_rows_,
+                                          by_layers_);
       Work<T> work{phase, forward, nullptr};
       if (phase.kind == Phase::loss)
-        work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network,
+        work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network, memory,
                                                    forward->input_count(), max_rows_);
       if (phase.kind == Phase::update)
         stages_.push_back({std::exchange(rows, {}), work, batches.hyperparameters[stages_.size()]});
@@ -170,13 +172,13 @@ class Executor {
     Index nonzeros;
     nonzeros_before_ = nonzeros_before(samples, batches_, nonzeros);
     const Index copies = each ? get_num_threads() : 1;
-    for (Index i = 0; i < 2 * copies; ++i) slots_.emplace_back(samples, max_rows_, nonzeros, by_layers_);
+    for (Index i = 0; i < 2 * copies; ++i) slots_.emplace_back(samples, memory_, max_rows_, nonzeros, by_layers_);
   }
 
   void make_workspaces() {
     Index max_k = 0;
     for (const Network<T>& each : networks_) max_k = std::max(max_k, each.max_k());
-    for (int i = 0; i < get_num_threads(); ++i) workspaces_.emplace_back(max_k);
+    for (int i = 0; i < get_num_threads(); ++i) workspaces_.emplace_back(memory_, max_k);
   }
 
   // Where a member packs, if the layers of a mini-batch of so many rows are computed one by one; else null.
@@ -351,6 +353,7 @@ class Executor {
 
   const Plan<T>& plan_;
   const Batches<T>& batches_;
+  KeptMemory& memory_;
   Index max_rows_;
   bool is_pipelined_, by_layers_;
   std::atomic<bool> out_of_memory_{false};  // of a member
@@ -368,12 +371,12 @@ class Executor {
 }  // namespace
 
 template <class T>
-Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double> losses) {
+Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double> losses, KeptMemory& memory) {
   if (batches.count == 0) return {std::move(losses), 0};
-  return Executor<T>(plan, batches).run(std::move(losses));
+  return Executor<T>(plan, batches, memory).run(std::move(losses));
 }
 
-template Outcome train(const Plan<float>&, const Batches<float>&, std::vector<double>);
-template Outcome train(const Plan<double>&, const Batches<double>&, std::vector<double>);
+template Outcome train(const Plan<float>&, const Batches<float>&, std::vector<double>, KeptMemory&);
+template Outcome train(const Plan<double>&, const Batches<double>&, std::vector<double>, KeptMemory&);
 
 }  // namespace gemmlet

@@ -21,7 +21,8 @@ template <class T>
 class Loader {
  public:
   // max_nonzeros: of a mini-batch of sparse rows. Dense rows are copied where that is asked for, or they need decoding.
-  Loader(const Samples<T>& samples, Index max_rows, Index max_nonzeros, bool copies, Inputs<T>& inputs)
+  Loader(const Samples<T>& samples, KeptMemory& memory, Index max_rows, Index max_nonzeros, bool copies,
+         Inputs<T>& inputs)
       : samples_(samples), inputs_(inputs), blocks_(ceil_div(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse() && samples.bytes != nullptr) {
@@ -37,7 +38,7 @@ class Loader {
       indices_ = space<std::int32_t>(max_nonzeros);
       if (samples.indptr == nullptr) values_ = space<T>(max_nonzeros);
     } else if (copies || samples.bytes != nullptr || !unchanged) {
-      inputs.copies = Rows<T>(max_rows, samples.features);
+      inputs.copies = Rows<T>(memory, max_rows, samples.features);
     }
     for (int byte = 0; byte < 256; ++byte) value_of_byte_[byte] = static_cast<T>(byte) / T(255);
   }
@@ -154,8 +155,8 @@ struct Slot {
   Inputs<T> inputs;
   Loader<T> loader;
 
-  Slot(const Samples<T>& samples, Index max_rows, Index max_nonzeros, bool copies)
-      : inputs(max_rows), loader(samples, max_rows, max_nonzeros, copies, inputs) {}
+  Slot(const Samples<T>& samples, KeptMemory& memory, Index max_rows, Index max_nonzeros, bool copies)
+      : inputs(max_rows), loader(samples, memory, max_rows, max_nonzeros, copies, inputs) {}
 };
 
 // Of each row of `order` the nonzeros of a sparse matrix in the rows of its mini-batch before it; `most` becomes the most

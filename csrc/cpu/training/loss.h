@@ -35,12 +35,12 @@ struct Objective {
   std::vector<const T*> values;
 
   // For max_rows of each of the network's inputs.
-  Objective(const Loss<T>& of, const Network<T>& outputs, Index input_count, Index max_rows)
+  Objective(const Loss<T>& of, const Network<T>& outputs, KeptMemory& memory, Index input_count, Index max_rows)
       : loss(of),
         network(outputs),
         inputs(input_count),
         out(outputs.output_width()),
-        wanted(is_row_loss(of.loss) || of.targets.values != nullptr ? 0 : inputs * max_rows, out),
+        wanted(memory, is_row_loss(of.loss) || of.targets.values != nullptr ? 0 : inputs * max_rows, out),
         losses(static_cast<std::size_t>(inputs * max_rows)),
         correct(losses.size()),
         indices(losses.size()),

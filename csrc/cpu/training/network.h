@@ -20,12 +20,13 @@ namespace {
 template <class T>
 class Network {
  public:
-  Network(const std::vector<Layer<T>>& layers, Index max_rows, Index slots = 1) : layers_(layers), max_rows_(max_rows) {
+  Network(const std::vector<Layer<T>>& layers, KeptMemory& memory, Index max_rows, Index slots = 1)
+      : layers_(layers), max_rows_(max_rows) {
     for (std::size_t l = 0; l < layers.size(); ++l) {
       const Index rows = l == 0 ? slots * max_rows : max_rows;
-      y_.emplace_back(rows, layers[l].out);
-      z_.push_back(activation_needs_x(layers[l].activation) ? Rows<T>(rows, layers[l].out) : Rows<T>());
-      grad_.emplace_back(max_rows, layers[l].out);
+      y_.emplace_back(memory, rows, layers[l].out);
+      z_.push_back(activation_needs_x(layers[l].activation) ? Rows<T>(memory, rows, layers[l].out) : Rows<T>());
+      grad_.emplace_back(memory, max_rows, layers[l].out);
       y_rows_.emplace_back(static_cast<std::size_t>(rows));
       y_[l].point(y_rows_[l].data(), 0, rows);
     }

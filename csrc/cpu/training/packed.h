@@ -35,12 +35,12 @@ struct PackedRows {
 // tiles of a group.
 template <class T>
 struct Workspace {
-  Buffer<T> panels, tile, sums;
+  T *panels, *tile, *sums;
 
-  explicit Workspace(Index max_k)
-      : panels(space<T>(std::max<Index>(tuning::packed_bytes / sizeof(T), max_k * nr<T>))),
-        tile(space<T>(tuning::packed_kc * PackedRows<T>::step)),
-        sums(space<T>(tuning::mr * ceil_div(max_k, nr<T>) * nr<T>)) {}
+  Workspace(KeptMemory& memory, Index max_k)
+      : panels(memory.take<T>(std::max<Index>(tuning::packed_bytes / sizeof(T), max_k * nr<T>))),
+        tile(memory.take<T>(tuning::packed_kc * PackedRows<T>::step)),
+        sums(memory.take<T>(tuning::mr * ceil_div(max_k, nr<T>) * nr<T>)) {}
 };
 
 // f(first, columns) for groups of columns of w whose panels fit the workspace.
@@ -69,7 +69,7 @@ void multiply_packed(const Strided<T>& x, Index rows, const View<T>& w, const T*
                      const Workspace<T>& workspace, const Finish& finish) {
   constexpr int n = lanes<T>;
   const Index kc = w.rows;
-  T* const packed = workspace.panels.get();
+  T* const packed = workspace.panels;
   for_groups(w, [&](Index first, Index columns) {
     // The first tile packs the panels that it reads, unless w is transposed or its rows are on a page each; what is left
     // of a row is packed before.
@@ -105,10 +105,10 @@ void multiply_transposed(const Strided<T>& x, Index rows, const View<T>& w, T* y
                          const Workspace<T>& workspace) {
   constexpr int n = lanes<T>;
   const Index kc = w.rows;
-  const T* const packed = workspace.panels.get();
+  const T* const packed = workspace.panels;
   const View<T> x_transposed{x.data, kc, rows, 1, x.row_stride};
   for_groups(x_transposed, [&](Index first, Index group) {
-    pack(x_transposed.block(0, kc, first, group), workspace.panels.get());
+    pack(x_transposed.block(0, kc, first, group), workspace.panels);
     for_tiles(w.columns, [&]<int height>(Index column, Constant<height>) {
       const Strided<T> w_tile{w.data + column * w.column_stride, w.column_stride, 1};
       for_packed_panels(packed, kc, group, [&]<int vectors>(Index j, const Panel<T>& panel, Constant<vectors>) {
@@ -141,13 +141,13 @@ template <class T, class UpdateRule>
 void update_packed(const Layer<T>& layer, const T* const* x, const Rows<T>& grad, Index rows, Range inputs,
                    Range columns, const Workspace<T>& workspace, const UpdateEpilogue<T, UpdateRule>& update) {
   constexpr Index n = lanes<T>, step = PackedRows<T>::step;
-  T *const packed = workspace.panels.get(), *const tile = workspace.tile.get();
+  T *const packed = workspace.panels, *const tile = workspace.tile;
   const View<T> grad_y{grad.row(0) + columns.first, rows, columns.size(), grad.stride, 1};
   for_groups(grad_y, [&](Index first, Index group) {
     pack(grad_y.block(0, rows, first, group), packed);
     for_blocks(inputs.size(), tuning::mr, [&](Index at, int height) {
       const Index k = inputs.first + at;
-      const auto sums = [&](Index j) { return workspace.sums.get() + j * tuning::mr; };
+      const auto sums = [&](Index j) { return workspace.sums + j * tuning::mr; };
       for_blocks(rows, tuning::packed_kc, [&](Index row, Index kc) {
         for (Index i = 0; i < kc; ++i) {
           for (Index v = 0; v < step; v += n)

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 
 namespace gemmlet {
 
@@ -117,7 +118,8 @@ struct Outcome {
   Index correct;
 };
 
+// `memory` is the same one for the calls of a training.
 template <class T>
-Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double> losses);
+Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double> losses, KeptMemory& memory);
 
 }  // namespace gemmlet

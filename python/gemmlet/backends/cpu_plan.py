@@ -56,10 +56,11 @@ def executor(
             return None
     dataset, scale, shift = plan.gather
     fixed = networks, phases, *dataset, scale, shift
+    kept = module.KeptMemory()
 
     def train(batches: training.Batches) -> training.Outcome | None:
         order, size, hyperparameters, sums, decay, noise, _ = batches
-        outcome = module.train(*fixed, order, size, hyperparameters, sums, decay, noise)
+        outcome = module.train(*fixed, order, size, hyperparameters, sums, decay, noise, kept)
         return None if outcome is None else training.Outcome(tuple(outcome[0]), outcome[1])
 
     return train
