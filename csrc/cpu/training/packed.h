@@ -158,7 +158,7 @@ void update_packed(const Layer<T>& layer, const T* const* x, const Rows<T>& grad
         // a page of its own, which the hardware prefetcher does not follow.
         const bool last = row + kc == rows;
         const Index next_row = last ? 0 : row + kc, count = std::min(kc, rows - next_row);
-        const Index next_k = std::min(k + (last ? height : 0) + tuning::mr, layer.in) - 1;
+        const Index next_k = std::min(k + (last ? height : 0) + step, layer.in) - 1;
         const Index share = ceil_div(count, ceil_div(group, nr<T>));  // of a panel
         for_packed_panels(packed, rows, group, [&]<int vectors>(Index j, Panel<T> panel, Constant<vectors>) {
           const Index next = j / nr<T> * share, next_end = std::min(count, next + share);
