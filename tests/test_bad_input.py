@@ -7,6 +7,7 @@ place in `support.arguments_of` and in the tables below.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import itertools
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -618,6 +620,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "losses": [0.0],
             "decay": None,
             "noise": None,
+            "kept": module.KeptMemory(),
         }
 
     calls["train: CSR"] = mlp(guarded.array((7,), np.int64, 1), -1)
@@ -648,7 +651,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
-    others |= {"formula", "fast_path"}  # see test_fast_path.py
+    others |= {"KeptMemory", "formula", "fast_path"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
     return calls
@@ -784,6 +787,8 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
         yield from (0, -1, -(2**63), 2**63, 2, 7, 2**62, 2**63 - 1, None, "3", 3.5, np.nan)
     elif argument == "skip_zeros":
         yield from ("yes", [True])
+    elif argument == "kept":
+        yield from (None, 0, b"text", object())
     elif argument == "losses":
         yield from (None, 0.0, [], good[:-1], [*good, 0.0], ["0"] * len(good))
     elif argument == "hyperparameters":
@@ -911,7 +916,7 @@ def test_bindings_never_write_elsewhere(module: Any, data: Any) -> None:
     calls = binding_calls(module, dtype, guarded)
     name = data.draw(st.sampled_from(sorted(calls)))
     arguments = dict(calls[name])
-    replaced = data.draw(st.sets(st.sampled_from(sorted(arguments)), min_size=1))
+    replaced = data.draw(st.sets(st.sampled_from(sorted({*arguments} - {"kept"})), min_size=1))
     for argument in sorted(replaced):
         good = arguments[argument]
         if isinstance(good, np.ndarray):
@@ -990,10 +995,45 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     updates, losses = (sum(phase[0] == kind for phase in phases) for kind in ("update", "loss"))
     tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
     arguments = (networks, phases, x, None, None, data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 2.0])), 0.0)
-    rest = (order, batch, tables, [0.0] * losses, None, guarded.array((count, width), np.float32))
+    noise = guarded.array((count, width), np.float32)
+    rest = (order, batch, tables, [0.0] * losses, None, noise, module.KeptMemory())
     with contextlib.suppress(ValueError):
         module.train(*arguments, *rest)
     assert guarded.intact()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_memory_that_calls_share(module: Any, dtype: Any) -> None:
+    """What another call left in it, of any plan, reaches no result; at the same time each has its own."""
+
+    def layer(inputs: int, outputs: int, activation: int) -> tuple[Any, ...]:
+        parameters = [rng.normal(0, 0.1, shape).astype(dtype) for shape in ((inputs, outputs), (outputs,))]
+        return (*parameters, activation, 0.5, *([np.abs(p), np.abs(p)] for p in parameters), None, None)
+
+    def left_by(arguments: dict[str, Any], kept: Any, spoilt: bool = False) -> Any:
+        networks = copy.deepcopy(arguments["networks"])
+        for weight, *_ in networks[0] if spoilt else ():
+            weight[...] = np.nan
+        module.train(**arguments | {"networks": networks, "kept": kept})
+        return bits({"networks": networks})
+
+    rng, calls = np.random.default_rng(0), binding_calls(module, dtype, Guarded())
+    plans = [arguments for name, arguments in calls.items() if function_of(name) == "train"]
+    # Of so many weights that layers are computed one by one; and the same in smaller mini-batches, the last yet smaller.
+    wide = plans[1] | {"networks": [[layer(300, 900, 0), layer(900, 900, 1), layer(900, 4, -1)]]}
+    wide |= {"x": rng.normal(size=(40, 300)).astype(dtype), "order": np.arange(40), "skip_zeros": False}
+    targets = rng.normal(size=(40, 4)).astype(dtype)
+    wide["phases"] = [(*p[:5], targets) if p[0] == "loss" else p for p in wide["phases"]]
+    once = [table[:1].copy() for table in wide["hyperparameters"]]
+    plans += [wide | {"batch": 40, "hyperparameters": once}, wide | {"batch": 17}]
+    expected, kept = [left_by(plan, module.KeptMemory()) for plan in plans], module.KeptMemory()
+    for before in plans:
+        for plan, right in zip(plans, expected, strict=True):
+            left_by(before, kept, spoilt=True)
+            assert left_by(plan, kept) == right
+    with ThreadPoolExecutor(4) as threads:
+        for plan, right in zip(plans, expected, strict=True):
+            assert all(left == right for left in threads.map(left_by, [plan] * 8, [kept] * 8))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

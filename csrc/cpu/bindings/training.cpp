@@ -369,7 +369,8 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
 }  // namespace
 
 void bind_training(py::module_& m) {
-  py::class_<KeptMemory>(m, "KeptMemory", "Memory of the calls of one training.").def(py::init<>());
+  // module_local: the modules of other instruction sets have one too.
+  py::class_<KeptMemory>(m, "KeptMemory", py::module_local(), "Memory of the calls of one training.").def(py::init<>());
   def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "scale", "shift", "order",
       "batch", "hyperparameters", "losses", "decay", "noise", "kept");
 }
