@@ -1019,7 +1019,7 @@ def test_memory_that_calls_share(module: Any, dtype: Any) -> None:
 
     rng, calls = np.random.default_rng(0), binding_calls(module, dtype, Guarded())
     plans = [arguments for name, arguments in calls.items() if function_of(name) == "train"]
-    # Of so many weights that layers are computed one by one; and the same in smaller mini-batches, the last yet smaller.
+    # So wide that layers are computed one by one; and the same in smaller mini-batches, the last one smaller yet.
     wide = plans[1] | {"networks": [[layer(300, 900, 0), layer(900, 900, 1), layer(900, 4, -1)]]}
     wide |= {"x": rng.normal(size=(40, 300)).astype(dtype), "order": np.arange(40), "skip_zeros": False}
     targets = rng.normal(size=(40, 4)).astype(dtype)
