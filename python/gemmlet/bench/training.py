@@ -416,9 +416,10 @@ def wide(settings: Settings) -> Iterator[Case]:
 
 
 def wide_case(width: int, batch: int, dtype: str, rule: str) -> Case:
-    """Return the case of a step; it is measured over so many that what `fit` does once counts little, as in use."""
+    """Return the case of a step; it is measured over so many that what `fit` does once counts little, as in an epoch."""
     layers = (LAYERS[0], width, width, LAYERS[-1])
-    steps = max(1, round(4e9 / (mlp_flops(layers) * batch)))
+    # What `fit` does once, it copies parameters and states, takes as long as the arithmetic of some fifty samples.
+    steps = max(round(4e9 / (mlp_flops(layers) * batch)), min(32, 4096 // batch))
     checked = min(steps, 4) * batch
 
     def inputs() -> Task:
