@@ -18,6 +18,9 @@ from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.nn import StopTraining
 
+# Seconds for a process that takes few: the machine may be busy, and its disk slow.
+PATIENCE = 600
+
 # Scalars, empty arrays, single elements, primes, and more dimensions than two.
 SHAPES = [(), (0,), (1,), (0, 3), (3, 0), (7,), (13, 17), (101,), (1, 1), (2, 3, 5), (257, 1), (1, 257)]
 # Every length around the widths of SIMD registers and their unrolled loops.
@@ -274,7 +277,7 @@ def complaint(call: Callable[[], Any]) -> Any:
         return type(error), str(error)
 
 
-def run_on(backend: Any, script: str, *, timeout: float = 120, **environment: str) -> str:
+def run_on(backend: Any, script: str, *, timeout: float = PATIENCE, **environment: str) -> str:
     """Run a script on this backend in a process of its own, which must end well and in time; return what it prints."""
     chosen = {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}
     if backend.name == "cuda":  # or what stands in for a GPU

@@ -30,7 +30,7 @@ from gemmlet import kernels, nn
 from gemmlet.backends import select
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
-from support import UPDATED, arguments_of, copies, outcome, run_on
+from support import PATIENCE, UPDATED, arguments_of, copies, outcome, run_on
 
 ROWS, COLUMNS = 5, 3
 
@@ -620,7 +620,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "losses": [0.0],
             "decay": None,
             "noise": None,
-            "kept": module.KeptMemory(),
+            "kept": module.kept_memory(),
         }
 
     calls["train: CSR"] = mlp(guarded.array((7,), np.int64, 1), -1)
@@ -651,7 +651,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
-    others |= {"KeptMemory", "formula", "fast_path"}  # see test_fast_path.py
+    others |= {"kept_memory", "formula", "fast_path"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
     return calls
@@ -788,7 +788,7 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
     elif argument == "skip_zeros":
         yield from ("yes", [True])
     elif argument == "kept":
-        yield from (None, 0, b"text", object())
+        yield from (None, 0, b"text", object(), np.ones(2).__dlpack__())
     elif argument == "losses":
         yield from (None, 0.0, [], good[:-1], [*good, 0.0], ["0"] * len(good))
     elif argument == "hyperparameters":
@@ -996,7 +996,7 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
     arguments = (networks, phases, x, None, None, data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 2.0])), 0.0)
     noise = guarded.array((count, width), np.float32)
-    rest = (order, batch, tables, [0.0] * losses, None, noise, module.KeptMemory())
+    rest = (order, batch, tables, [0.0] * losses, None, noise, module.kept_memory())
     with contextlib.suppress(ValueError):
         module.train(*arguments, *rest)
     assert guarded.intact()
@@ -1026,7 +1026,7 @@ def test_memory_that_calls_share(module: Any, dtype: Any) -> None:
     wide["phases"] = [(*p[:5], targets) if p[0] == "loss" else p for p in wide["phases"]]
     once = [table[:1].copy() for table in wide["hyperparameters"]]
     plans += [wide | {"batch": 40, "hyperparameters": once}, wide | {"batch": 17}]
-    expected, kept = [left_by(plan, module.KeptMemory()) for plan in plans], module.KeptMemory()
+    expected, kept = [left_by(plan, module.kept_memory()) for plan in plans], module.kept_memory()
     for before in plans:
         for plan, right in zip(plans, expected, strict=True):
             left_by(before, kept, spoilt=True)
@@ -1084,7 +1084,7 @@ except ValueError:
 else:
     raise SystemExit("accepted")
 """
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr[-2000:]}"
 
 

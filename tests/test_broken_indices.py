@@ -29,7 +29,7 @@ from support import arguments_of, run_on
 ROWS, FEATURES, CLASSES = 90, 70, 5
 
 # Seconds without a new case that count as a hang, and those for which a thread changes what calls read.
-PATIENCE, RACE = 60, 0.02
+PATIENCE, RACE = 300, 0.02
 # Those for which it sets shape and dtype of what one entry reads.
 FLIPPING = 0.06
 

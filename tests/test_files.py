@@ -32,7 +32,7 @@ from hypothesis.extra import numpy as hnp
 from gemmlet import _files
 from gemmlet._files import check_replaceable, replacing
 from gemmlet.nn import GAN, MLP, files, safetensors
-from support import same_bits
+from support import PATIENCE, same_bits
 
 DTYPES = [np.dtype(dtype) for dtype in safetensors._DTYPES.values()]
 
@@ -689,7 +689,7 @@ def test_many_threads_and_processes_save_to_one_path(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert child.communicate(timeout=60)[1] == ""
+    assert child.communicate(timeout=PATIENCE)[1] == ""
     assert child.returncode == 0
     assert errors == []
     assert os.listdir(tmp_path) == [path.name]

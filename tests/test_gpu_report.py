@@ -385,7 +385,7 @@ def test_commands_are_shown_logged_and_stopped(tmp_path: Path, capsys: pytest.Ca
     )
     start = time.monotonic()
     ended = runner(tmp_path).run([sys.executable, "-c", script], 2.0, environment)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     assert ended.status is None
     assert ended.lines == ["started", "interrupted"]
     assert ended.how.startswith("stopped after")

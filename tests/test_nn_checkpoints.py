@@ -180,13 +180,15 @@ def test_kill(network: str, tmp_path: Path) -> None:
     kind: Any = MLP if network == "mlp" else GAN
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
     for _ in range(4):
+        before = kind.load(path).steps if path.exists() else 0
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, network, path], env=environment, stdout=subprocess.PIPE, text=True
         )
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        while not path.exists() or kind.load(path).steps <= 10:  # however slow the disk is
+        while not path.exists() or kind.load(path).steps <= before + 10:  # however slow the disk is
             assert child.poll() is None
+            time.sleep(0.01)
         time.sleep(chance.uniform(0.05, 0.2))
         child.kill()
         assert child.wait() == -signal.SIGKILL

@@ -496,6 +496,8 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
     assert "validation" not in lines[0]
     MLP([4, 2]).fit(x, y, epochs=1, verbose=True, validation_data=(x, y))
     assert "validation loss" in capsys.readouterr().out
+    MLP([4, 2], output="identity").fit(x, x[:, :2], epochs=1, verbose=True, validation_data=(x, x[:, :2]))
+    assert "accuracy" not in capsys.readouterr().out  # numbers are no classes
     MLP([4, 2]).fit(x, y, epochs=1)
     assert capsys.readouterr().out == ""
 

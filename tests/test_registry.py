@@ -84,12 +84,11 @@ def test_every_activation_serves_in_linear_and_in_the_networks(rng: Any) -> None
 
 def test_stubs_have_what_the_extension_has() -> None:
     stub = (PACKAGE / "_cpu_baseline.pyi").read_text()
-    classes = set(re.findall(r"^class (\w+)", stub, re.MULTILINE))
-    in_stub = {*re.findall(r"^def (\w+)", stub, re.MULTILINE), *re.findall(r"^(\w+): ", stub, re.MULTILINE)}
+    in_stub = set(re.findall(r"^def (\w+)", stub, re.MULTILINE)) | set(re.findall(r"^(\w+): ", stub, re.MULTILINE))
     for module in MODULES:
         assert (PACKAGE / f"{module}.pyi").exists()
         extension = importlib.import_module(f"gemmlet.{module}")
-        assert {name for name in vars(extension) if not name.startswith("_")} == in_stub | classes
+        assert {name for name in vars(extension) if not name.startswith("_")} == in_stub
         for name in in_stub:
             # pybind11 puts the signature into the docstring.
             shown = re.match(rf"{name}\((.*)\) ->", getattr(extension, name).__doc__ or "")
@@ -241,7 +240,7 @@ def test_isa_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "_built_isas", lambda: ["x86-64-v4", "baseline"])
     with pytest.raises(ValueError, match="'x86-64-v4' cannot run here; GEMMLET_ISA takes baseline"):
         cpu_backend.CpuBackend("x86-64-v4")
-    with pytest.raises(ValueError, match="'x86-64-v3' was not compiled; GEMMLET_ISA takes baseline"):
+    with pytest.raises(ValueError, match=r"'x86-64-v3' was not compiled \(.*ISAS=all has it\); .* takes baseline"):
         cpu_backend.CpuBackend("x86-64-v3")
     with pytest.raises(ValueError, match="'sse' is unknown"):
         cpu_backend.CpuBackend("sse")

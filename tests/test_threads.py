@@ -489,9 +489,7 @@ import numpy as np, gemmlet
 gemmlet.set_num_threads(5)
 gemmlet.kernels.tanh(np.ones((1000, 1000)))
 """
-    start = time.monotonic()
-    run_on(any_threads_backend, script, timeout=60)
-    assert time.monotonic() - start < 30
+    run_on(any_threads_backend, script)
 
 
 # How many.

@@ -89,7 +89,9 @@ def kernels_part(seconds: float, rng: np.random.Generator, tried: Counter[str]) 
         layouts = {k: str(rng.choice([*LAYOUTS, "plain", "unaligned"])) for k, _ in arrays(arguments)}
         layouts |= {k: "plain" for k in UPDATED if layouts.get(k) == "unaligned"}  # which is refused there
         given = {k: v if layouts[k] == "plain" else laid_out(layouts[k], v) for k, v in arrays(arguments)}
-        gemmlet.set_num_threads(int(rng.integers(1, 4)))
+        count = int(rng.integers(1, 4))
+        gemmlet.set_num_threads(count)
+        backend.set_num_threads(count)  # one of these is not among those that are loaded
         with gemmlet.use_backend(backend):
             results = outcome(name, arguments | given)
         tolerance = 2e-4 if dtype == np.float32 else 1e-10

@@ -28,8 +28,8 @@ Buffer<T> space(Index count) {
   return Buffer<T>(static_cast<T*>(::operator new[](bytes, std::align_val_t{64})));
 }
 
-// Blocks that a call leaves to the next one, which takes the same ones if it asks for the same sizes in the same order. The
-// system would take large blocks back, and clear each page that it gives anew.
+// Blocks that a call leaves to the next one, which takes the same ones if it asks for the same sizes in the same order. Large
+// blocks that are freed go back to the system, which clears each page before it hands it out again.
 class KeptMemory {
  public:
   // Of the call that has it: others in the meantime need memory of their own.

@@ -4,7 +4,7 @@
 //   Constants alone, for bindings and kernels of any instruction set. Those marked "order" fix the order of a sum: to change
 //   one changes results.
 //   Machine: AMD EPYC (Zen 4), 2 processors, caches of 32 KiB, 1 MiB and 32 MiB, GCC 12. Commands: `gemmlet bench matmul
-//   linear` for matmul, `gemmlet bench epoch gan` for training, `gemmlet bench activations losses` for the rest; --threads 1
+//   linear` for matmul, `gemmlet bench epoch wide gan` for training, `gemmlet bench activations losses` for the rest; --threads 1
 //   for cache and register blocks, 2 for parallel_work and chunks. Both variants alternate in one process.
 #pragma once
 
@@ -25,6 +25,8 @@ constexpr int mr = 12, dot_product_max_rows = 16, dot_product_block = 16, small_
 constexpr int mr = 6, dot_product_max_rows = 8, dot_product_block = 8, small_k_block = 1;
 #endif
 constexpr int nr_vectors = 2;
+// Rows of a tile given by pointers that are kept in registers: beside eight of them the loop needs none of the stack.
+constexpr int max_row_pointers = 8;
 // K is cut into blocks of nearly equal size, at most kc: an mr x kc part of x (20 KiB for float) stays in the first-level
 // cache while panel after panel of w passes (order). 256 instead of 416: y is read and written more often, 3 to 8 % slower.
 constexpr int kc = 416;

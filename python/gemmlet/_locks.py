@@ -12,6 +12,5 @@ def fork_safe_lock() -> threading.RLock:
     No child finds it held by a thread that it does not have, nor half done what it guards.
     """
     lock = threading.RLock()
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
     return lock

@@ -20,7 +20,7 @@ using LayerTuple = std::tuple<py::array, py::array, int, double, std::vector<py:
 using LayerTuples = std::vector<LayerTuple>;
 
 // The memory of the arrays of a call. What is written may overlap nothing else: indices are checked before training starts.
-class Memory {
+class Overlaps {
  public:
   void read(const py::array& a) { add(a, false); }
   void write(const py::array& a) { add(a, true); }
@@ -49,9 +49,9 @@ class Memory {
 
 template <class T>
 Parameter<T> parameter(py::array& value, std::vector<py::array>& states, OptionalArray& average, int rule,
-                       Memory& memory) {
+                       Overlaps& overlaps) {
   const auto own = [&](py::array& a) {
-    memory.write(a);
+    overlaps.write(a);
     return writable<T>(a, value.size(), "networks");
   };
   Parameter<T> p{own(value), {}, average ? own(*average) : nullptr};
@@ -62,7 +62,7 @@ Parameter<T> parameter(py::array& value, std::vector<py::array>& states, Optiona
 }
 
 template <class T>
-std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, Memory& memory) {
+std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, Overlaps& overlaps) {
   const char* name = "networks";
   if (tuples.empty()) refuse(name, "no layers");
   std::vector<Layer<T>> layers;
@@ -72,8 +72,8 @@ std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, Memory& memo
     if (!layers.empty() && layers.back().out != weight.shape(0)) refuse(name, "widths do not fit");
     if (activation != -1) checked_index(activation, activation_names().size(), name);
     layers.push_back({weight.shape(0), weight.shape(1),
-                      parameter<T>(weight, weight_states, weight_average, rule, memory),
-                      parameter<T>(bias, bias_states, bias_average, rule, memory), weight.shape(1), activation,
+                      parameter<T>(weight, weight_states, weight_average, rule, overlaps),
+                      parameter<T>(bias, bias_states, bias_average, rule, overlaps), weight.shape(1), activation,
                       static_cast<T>(number)});
   }
   return layers;
@@ -184,10 +184,10 @@ GivenPhase read_phase(const py::tuple& tuple) {
 template <class T>
 class Checker {
  public:
-  Checker(Plan<T>& plan, const Batches<T>& batches, Memory& memory, Index noise_columns, Index samples)
+  Checker(Plan<T>& plan, const Batches<T>& batches, Overlaps& overlaps, Index noise_columns, Index samples)
       : plan_(plan),
         batches_(batches),
-        memory_(memory),
+        overlaps_(overlaps),
         noise_columns_(noise_columns),
         samples_(samples),
         has_(plan.networks.size()) {}
@@ -260,7 +260,7 @@ class Checker {
       return targets;
     }
     const auto& array = std::get<py::array>(given);
-    memory_.read(array);
+    overlaps_.read(array);
     if (array.dtype().num() != py::dtype::num_of<Index>()) {
       targets.values = contiguous<T>(array, elements(samples_, out, "targets"), "targets");
       return targets;
@@ -276,7 +276,7 @@ class Checker {
 
   Plan<T>& plan_;
   const Batches<T>& batches_;
-  Memory& memory_;
+  Overlaps& overlaps_;
   Index noise_columns_, samples_;
   std::vector<State> has_;
 };
@@ -292,6 +292,14 @@ int rule_of(const std::vector<GivenPhase>& phases, std::size_t network) {
   return found;
 }
 
+// Memory of the calls of one training: a capsule, which Python code can neither make nor change.
+constexpr const char* kept_memory_name = "gemmlet.KeptMemory";
+py::capsule kept_memory() {
+  return py::capsule(new KeptMemory, kept_memory_name, [](PyObject* capsule) {
+    delete static_cast<KeptMemory*>(PyCapsule_GetPointer(capsule, kept_memory_name));
+  });
+}
+
 // None where skipped zeros would hide weights that are not finite: 0 times them is NaN.
 using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
@@ -299,8 +307,10 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
                   const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros, double scale,
                   double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
                   const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
-                  KeptMemory& kept) {
+                  const py::capsule& kept_memory) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
+  if (!PyCapsule_IsValid(kept_memory.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
+  KeptMemory& kept = *kept_memory.get_pointer<KeptMemory>();
   if (indptr.has_value() != indices.has_value()) refuse("indices", "goes with indptr");
   std::vector<GivenPhase> given;
   for (const py::tuple& phase : phases) given.push_back(read_phase(phase));
@@ -308,9 +318,9 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) -> TrainResult {
     using T = decltype(zero);
     Plan<T> plan{};
-    Memory memory;
+    Overlaps overlaps;
     for (std::size_t n = 0; n < networks.size(); ++n)
-      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(given, n), memory));
+      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(given, n), overlaps));
     Batches<T> batches{};
     const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
     static_cast<Steps&>(batches) = checked_steps(order, batch, count);
@@ -328,7 +338,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     const Index noise_columns = noise && noise->ndim() == 2 ? noise->shape(1) : -1;
     if (noise) batches.noise = contiguous<T>(*noise, elements(batches.count, noise_columns, "noise"), "noise");
 
-    Checker<T> check(plan, batches, memory, noise_columns, count);
+    Checker<T> check(plan, batches, overlaps, noise_columns, count);
     for (const GivenPhase& phase : given) check(phase);
     if (plan.phases.empty() || plan.phases.back().kind != Phase::update) refuse("phases", "no update at the end");
     if (plan.losses.size() != losses.size()) refuse("losses", "not one for each loss");
@@ -349,11 +359,11 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     if (batches.hyperparameters.size() != hyperparameters.size())
       refuse("hyperparameters", "not one array for each update");
     if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
-    for (const py::array& a : hyperparameters) memory.read(a);
-    for (const py::array* a : {&x, &order}) memory.read(*a);
+    for (const py::array& a : hyperparameters) overlaps.read(a);
+    for (const py::array* a : {&x, &order}) overlaps.read(*a);
     for (const OptionalArray* a : {&indptr, &indices, &decay, &noise})
-      if (*a) memory.read(**a);
-    memory.check();
+      if (*a) overlaps.read(**a);
+    overlaps.check();
     const Layer<T>& first = plan.networks[0].front();
     if ((indptr || plan.samples.skip_zeros) && !is_finite(first.weight.value, first.in * first.out))
       return std::nullopt;
@@ -369,8 +379,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
 }  // namespace
 
 void bind_training(py::module_& m) {
-  // module_local: the modules of other instruction sets have one too.
-  py::class_<KeptMemory>(m, "KeptMemory", py::module_local(), "Memory of the calls of one training.").def(py::init<>());
+  def(m, "kept_memory", &kept_memory);
   def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "scale", "shift", "order",
       "batch", "hyperparameters", "losses", "decay", "noise", "kept");
 }

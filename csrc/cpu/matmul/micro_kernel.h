@@ -102,7 +102,7 @@ struct RowPointers {
   struct Steps {
     // Where the pointers do not all fit the registers, each is loaded when it is used: volatile. A tile of 6 rows would then
     // need 14 loads for 12 fused multiply-adds, of which a processor does as many at a time.
-    static constexpr bool fit = count <= 8;
+    static constexpr bool fit = count <= tuning::max_row_pointers;
     std::conditional_t<fit, const T* [count], const T* const volatile*> row_at;
     Index step;
     void enter() {}

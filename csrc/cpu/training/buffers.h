@@ -1,7 +1,7 @@
 // Storage of a training step: padded rows; ranges of rows and columns.
 //
 // Contract
-//   Rows are padded to whole cache lines, with zeros at first.
+//   Rows are padded to whole cache lines: with zeros at first, later with anything. No result reads the padding.
 //   As all headers of this folder but plan.h it is included by executor.cpp alone and has internal linkage: one translation
 //   unit for each instruction set.
 #pragma once

@@ -3,14 +3,13 @@
 // A step is a number of stages, each of two parts. Rows: each thread takes some rows of the mini-batch through the
 // stage's phases, forward, loss and backward to the gradients of every layer's preactivation; no row needs another.
 // Weights: each thread takes some rows of a network's weights, adds up their gradient in registers, and updates them
-// there, so that no gradient of a weight is ever written. Between the parts all threads meet. Where the weights do not fit
-// the second-level cache, the first part is done layer by layer, each for all rows by all threads.
+// there. Between the parts all threads meet. Where the weights do not fit the second-level cache, the first part is done
+// layer by layer, each for all rows by all threads, and the gradient of some rows of weights waits in that cache for its
+// update. No whole gradient of the weights is ever written.
 //
 // Every reduction is sequential: over input features in order, over the rows of the mini-batch in order; backward from
 // outputs to inputs in the order of dense.h. None of it depends on how the work is divided.
 // To skip a zero leaves out a product that is 0, which changes no bit.
-//
-// Rows of activations and gradients are padded to whole vectors with zeros.
 #include <algorithm>
 #include <atomic>
 #include <deque>
@@ -49,9 +48,11 @@ struct Forward {
     if (max_rows == 0) return;
     // Samples in the places that they have among the inputs.
     const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
+    const Index rows = max_rows * (copies ? input_count() : phase.inputs.rend() - last);
     if (last != phase.inputs.rend())
-      loader.emplace(plan.samples, memory, max_rows * (phase.inputs.rend() - last), 0, copies, inputs);
-    if (copies) inputs.copies = Rows<T>(memory, max_rows * input_count(), of.first_layer().in);
+      loader.emplace(plan.samples, memory, rows, 0, copies, inputs);
+    else if (copies)
+      inputs.copies = Rows<T>(memory, rows, of.first_layer().in);
   }
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };

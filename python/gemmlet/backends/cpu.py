@@ -57,7 +57,9 @@ def _choose(isa: str | None) -> str:
     if wanted not in _MODULES:
         raise ValueError(f"instruction set {wanted!r} is unknown; GEMMLET_ISA takes {', '.join(_MODULES)}")
     if wanted not in available:
-        why = "cannot run here" if wanted in _built_isas() else "was not compiled"
+        why = "cannot run here"
+        if wanted not in _built_isas():
+            why = "was not compiled (a build with -C cmake.define.GEMMLET_ISAS=all has it)"
         raise ValueError(f"instruction set {wanted!r} {why}; GEMMLET_ISA takes {', '.join(available)}")
     return wanted
 
@@ -217,7 +219,7 @@ class CpuBackend(NumpyBackend):
         return self._executor(plan) is not None
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
-        """In C++: all steps in one call, no gradient of a parameter is written to memory."""
+        """In C++: all steps in one call; no whole gradient of the weights is written to memory."""
         outcome = plan.executors[self](batches) if self.supports_fused(plan) and not batches.varies else None
         return super().train(plan, batches) if outcome is None else cast("Outcome", outcome)
 

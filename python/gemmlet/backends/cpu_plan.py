@@ -56,7 +56,7 @@ def executor(
             return None
     dataset, scale, shift = plan.gather
     fixed = networks, phases, *dataset, scale, shift
-    kept = module.KeptMemory()
+    kept = module.kept_memory()
 
     def train(batches: training.Batches) -> training.Outcome | None:
         order, size, hyperparameters, sums, decay, noise, _ = batches

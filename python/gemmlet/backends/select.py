@@ -55,14 +55,10 @@ def _load(name: str) -> Backend:
         )
     if name == "numba" and importlib.util.find_spec("numba") is None:
         raise RuntimeError("backend 'numba' needs the package numba: pip install 'gemmlet[numba]'")
-    from .._signals import deferred_signals  # here, as importing gemmlet shall cost little
-
     module, class_name = _CLASSES[name]
-    with deferred_signals():  # an extension module makes an ImportError of Ctrl-C, and another backend would be chosen
-        backend: Backend = getattr(importlib.import_module(module, __package__), class_name)()
-        backend.set_num_threads(_threads.get_num_threads())
-        _loaded.setdefault(name, backend)
-    return _loaded[name]
+    backend: Backend = getattr(importlib.import_module(module, __package__), class_name)()
+    backend.set_num_threads(_threads.get_num_threads())
+    return _loaded.setdefault(name, backend)
 
 
 def _in_sub_interpreter() -> bool:

@@ -407,6 +407,9 @@ def epoch(settings: Settings) -> Iterator[Case]:
 
 # Of two hidden layers.
 WIDTHS, BATCHES = (64, 128, 256, 512, 1024, 2048), (16, 64, 256, 1024)
+# A call takes so many steps that what `fit` does once, copying parameters and states, counts as little as in an epoch:
+# of at least this many operations, and this many steps or samples.
+_WIDE_FLOPS, _WIDE_STEPS, _WIDE_SAMPLES = 4e9, 32, 4096
 
 
 def wide(settings: Settings) -> Iterator[Case]:
@@ -416,10 +419,9 @@ def wide(settings: Settings) -> Iterator[Case]:
 
 
 def wide_case(width: int, batch: int, dtype: str, rule: str) -> Case:
-    """Return the case of a step; it is measured over so many that what `fit` does once counts little, as in an epoch."""
+    """Return the case of a step."""
     layers = (LAYERS[0], width, width, LAYERS[-1])
-    # What `fit` does once, it copies parameters and states, takes as long as the arithmetic of some fifty samples.
-    steps = max(round(4e9 / (mlp_flops(layers) * batch)), min(32, 4096 // batch))
+    steps = max(1, round(_WIDE_FLOPS / (mlp_flops(layers) * batch)), min(_WIDE_STEPS, _WIDE_SAMPLES // batch))
     checked = min(steps, 4) * batch
 
     def inputs() -> Task:

@@ -8,17 +8,28 @@ from collections.abc import Mapping
 
 from .._environment import VARIABLES, read
 from ..backends import select
+from ..backends.base import Backend
 from .errors import UserError
 
 
 def show() -> None:
-    """Print what computes here, which backends there are and why others are not, and the environment variables."""
-    choose_backend()
-    select.show_config()
+    """Print what computes here, which backends there are and why others are not, and the environment variables.
+
+    `UserError` at the end if a variable asks for what is not there.
+    """
+    refused = None
+    try:
+        choose_backend()
+        select.show_config()
+    except UserError as error:
+        refused = error
+        print(f"No backend: {error}")
     print("\nBackends")
-    _print_rows({name: _describe(name) for name in select.CHOICES})
+    _print_rows({name: _describe(name, in_use=None if refused else select.current()) for name in select.CHOICES})
     print("\nEnvironment variables")
     _print_rows({name: f"{read(name) or 'not set'}: {text}" for name, text in VARIABLES.items()})
+    if refused is not None:
+        raise refused
 
 
 def _print_rows(rows: Mapping[str, str]) -> None:
@@ -29,14 +40,14 @@ def _print_rows(rows: Mapping[str, str]) -> None:
         print(f"  {name:<{width}}  " + f"\n{indent}".join(lines))
 
 
-def _describe(name: str) -> str:
+def _describe(name: str, in_use: Backend | None) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CuPy's, where there is no GPU
             backend = select.load(name)
     except (ValueError, RuntimeError, ImportError) as error:
         return f"not here: {error}"
-    return f"{'in use' if backend is select.current() else 'ready'}, {backend.describe()['isa']}"
+    return f"{'in use' if backend is in_use else 'ready'}, {backend.describe()['isa']}"
 
 
 def choose_backend() -> None:

@@ -119,7 +119,7 @@ class Dense:
 
 def _check_memory(widths: Sequence[int], dtype: np.dtype[Any]) -> None:
     parameters = sum((before + 1) * after for before, after in pairwise(widths))
-    needed = 4 * parameters * dtype.itemsize  # with the two moments of Adam, and the copy that `fit` goes back to
+    needed = 6 * parameters * dtype.itemsize  # with the two moments of Adam, and a copy of all that `fit` goes back to
     if needed > _ALWAYS_THERE and needed > (there := available()):
         raise MemoryError(
             f"layers of {', '.join(map(str, widths))} units have {parameters:,} parameters, which take "

@@ -541,7 +541,9 @@ class Training:
                 getattr(self.history, name).append(value)
             self.at = self._start_of(epoch + 1, len(self.at.sums))
         if self._settings.verbose:
-            shown = "  ".join(f"{_LABELS.get(k, k.replace('_', ' '))} {v:.4f}" for k, v in metrics.items())
+            # An accuracy that is NaN is that of targets without classes.
+            known = [(_LABELS.get(k, k.replace("_", " ")), v) for k, v in metrics.items() if not math.isnan(v)]
+            shown = "  ".join(f"{label} {value:.4f}" for label, value in known)
             print(f"epoch {epoch}/{self._settings.epochs}  {shown}", flush=True)
 
     def _check_writeable(self) -> None:

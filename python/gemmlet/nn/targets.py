@@ -225,7 +225,7 @@ def _learnt(labels: Array, meaning: Meaning, name: str) -> list[Label] | None:
         if kind in "iuf":
             row = int(np.argmax((labels < 0) | (labels >= meaning.class_count)))
             message += f", or be indices: {name}[{row}] is {labels[row]}, not within 0 to {meaning.class_count - 1}"
-        raise ValueError(message)
+        raise ValueError(f"{message}. classes= names those that no sample has")
     return classes.tolist()  # type: ignore[no-any-return]
 
 
