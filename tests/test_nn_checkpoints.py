@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gemmlet.backends import select
 from gemmlet.nn import (
     GAN,
     MLP,
@@ -179,6 +180,8 @@ def test_kill(network: str, tmp_path: Path) -> None:
     path, chance = tmp_path / "checkpoint", random.Random(3)
     kind: Any = MLP if network == "mlp" else GAN
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    backend = select.current()  # of which the bits are
+    environment |= {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}
     for _ in range(4):
         before = kind.load(path).steps if path.exists() else 0
         child = subprocess.Popen(
