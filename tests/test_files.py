@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 import tracemalloc
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -494,8 +493,7 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
 def as_nobody(act: Callable[[], None]) -> str:
     """What `act` raises in a child process without root's rights."""
     read, write_end = os.pipe()
-    with warnings.catch_warnings(action="ignore"):  # JAX warns of every fork once a test has imported it
-        child = os.fork()
+    child = os.fork()
     if child == 0:
         try:
             if os.getuid() == 0:

@@ -128,6 +128,12 @@ def gpu() -> OnCpu:
 
 
 @pytest.fixture(autouse=True)
+def same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report looks for the package in the sources, where nothing is compiled: others' children shall not."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+@pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few elements, images and rounds; networks on the CPU, as the twin of the GPU takes too long for them."""
     monkeypatch.setattr(gpu_training, "BACKEND", "cpu")

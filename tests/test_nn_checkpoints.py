@@ -179,9 +179,10 @@ def test_kill(network: str, tmp_path: Path) -> None:
     """At any moment, while a checkpoint is written too: what is there is whole, and goes on with the same bits."""
     path, chance = tmp_path / "checkpoint", random.Random(3)
     kind: Any = MLP if network == "mlp" else GAN
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     backend = select.current()  # of which the bits are
-    environment |= {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}
+    chosen = {"GEMMLET_BACKEND": backend.name, "GEMMLET_ISA": getattr(backend, "isa", "")}
+    environment = os.environ | chosen | {"PYTHONPATH": os.pathsep.join(paths)}
     for _ in range(4):
         before = kind.load(path).steps if path.exists() else 0
         child = subprocess.Popen(
