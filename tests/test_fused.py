@@ -946,7 +946,7 @@ try:
     network.fit(*data, epochs=10**6, optimizer=rule)
 except KeyboardInterrupt:
     took = time.perf_counter() - sent[0]
-assert took < 20, took  # not until the end, which is days away
+assert took < 5, took  # a call is a tenth of a second; the machine may be busy
 
 # What it leaves is what those steps give, and the optimizer knows how many they were.
 def weights(network):

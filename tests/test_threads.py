@@ -489,7 +489,7 @@ import numpy as np, gemmlet
 gemmlet.set_num_threads(5)
 gemmlet.kernels.tanh(np.ones((1000, 1000)))
 """
-    run_on(any_threads_backend, script)
+    run_on(any_threads_backend, script, timeout=120)
 
 
 # How many.

@@ -91,7 +91,7 @@ def kernels_part(seconds: float, rng: np.random.Generator, tried: Counter[str]) 
         given = {k: v if layouts[k] == "plain" else laid_out(layouts[k], v) for k, v in arrays(arguments)}
         count = int(rng.integers(1, 4))
         gemmlet.set_num_threads(count)
-        backend.set_num_threads(count)  # one of these is not among those that are loaded
+        backend.set_num_threads(count)  # which gemmlet's setting reaches only where it was loaded by name
         with gemmlet.use_backend(backend):
             results = outcome(name, arguments | given)
         tolerance = 2e-4 if dtype == np.float32 else 1e-10

@@ -307,10 +307,10 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
                   const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros, double scale,
                   double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
                   const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
-                  const py::capsule& kept_memory) {
+                  const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
-  if (!PyCapsule_IsValid(kept_memory.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
-  KeptMemory& kept = *kept_memory.get_pointer<KeptMemory>();
+  if (!PyCapsule_IsValid(capsule.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
+  KeptMemory& kept = *capsule.get_pointer<KeptMemory>();
   if (indptr.has_value() != indices.has_value()) refuse("indices", "goes with indptr");
   std::vector<GivenPhase> given;
   for (const py::tuple& phase : phases) given.push_back(read_phase(phase));

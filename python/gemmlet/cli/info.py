@@ -5,11 +5,14 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from .._environment import VARIABLES, read
 from ..backends import select
-from ..backends.base import Backend
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from ..backends.base import Backend
 
 
 def show() -> None:
