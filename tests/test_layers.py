@@ -23,6 +23,7 @@ LAYERS = (
     ("__init__",),  # its lazy submodules are no imports of its own
     ("nn",),
     ("data",),
+    ("integrations",),
     ("bench",),
     ("cli",),
     ("__main__",),
