@@ -178,7 +178,7 @@ def _cases(name: str, dtype: type[np.floating[Any]]) -> Iterator[tuple[Any, ...]
     elif last == "__getitem__":
         yield from ((x, 1), (x, np.array([2, -1])), (x, (range(2), np.array([1, 2]))))
     elif last in {"sum", "mean", "max", "min"}:
-        yield from ((x,), (x, 0), (x, 1), (x.T, 0), (x, -1))
+        yield from ((x,), (x, 0), (x, 1), (x.T, 0), (x, -1), (np.array([-0.0], dtype), 0))
     elif last in {"zeros_like", "ones_like"}:
         yield from ((x,), (x.T,), (x[:, ::2],))
     elif last in {"argmax", "argmin"}:
@@ -189,7 +189,8 @@ def _cases(name: str, dtype: type[np.floating[Any]]) -> Iterator[tuple[Any, ...]
             yield (np.float64(0.75),)
     else:
         y = np.linspace(5, 1, 42).astype(dtype).reshape(6, 7)
-        yield from ((x, y), (x, y[0]), (x, y[:, :1]), (x, 2), (x, np.float32(3)))
+        zeros = np.copysign(np.zeros_like(x), x)
+        yield from ((x, y), (zeros, 0.0), (zeros, -zeros), (x, y[0]), (x, y[:, :1]), (x, 2), (x, np.float32(3)))
         if not last.startswith("__i"):
             yield from ((x.T, y.T), (2.5, y), (y[0], y))
 
@@ -244,6 +245,7 @@ def _alike(wanted: Any, got: Any, units: int) -> bool:
     if isinstance(wanted, np.ndarray) and wanted.strides != got.strides:
         return False
     if not units:
-        return bool(np.array_equal(wanted, got, equal_nan=True))
+        same = np.array_equal(wanted, got, equal_nan=True)
+        return bool(same and np.array_equal(np.signbit(wanted), np.signbit(got))) if wanted.dtype.kind == "f" else same
     scale = np.finfo(wanted.dtype).eps * units
     return bool(np.allclose(wanted, got, rtol=scale, atol=scale, equal_nan=True))
