@@ -78,23 +78,25 @@ GEMMLET_BINARY(minimum, false, either(a, b, false))
 // raise flags of their own.
 enum class Flags { none, of_processor, of_arguments };
 
-#define GEMMLET_UNARY(name, flags, expression)    \
-  struct name {                                   \
-    static constexpr Flags raises = Flags::flags; \
-    template <class V>                            \
-    GEMMLET_INLINE static V call(V x) {           \
-      return expression;                          \
-    }                                             \
+#define GEMMLET_UNARY(name, cheap, flags, expression) \
+  struct name {                                       \
+    static constexpr bool is_cheap = cheap;           \
+    static constexpr Flags raises = Flags::flags;     \
+    template <class V>                                \
+    GEMMLET_INLINE static V call(V x) {               \
+      return expression;                              \
+    }                                                 \
   };
 namespace functions {
-GEMMLET_UNARY(negative, none, -x)
-GEMMLET_UNARY(absolute, none, abs(x))
-GEMMLET_UNARY(square, of_processor, x* x)
-GEMMLET_UNARY(sqrt, of_processor, gemmlet::sqrt(x))
-GEMMLET_UNARY(sign, none, select(x > V{}, constant<V>(1), select(x < V{}, constant<V>(-1), select(x == V{}, V{}, x))))
-GEMMLET_UNARY(exp, of_arguments, gemmlet::exp(x))
-GEMMLET_UNARY(log, of_arguments, gemmlet::log(x))
-GEMMLET_UNARY(tanh, none, gemmlet::tanh(x))
+GEMMLET_UNARY(negative, true, none, -x)
+GEMMLET_UNARY(absolute, true, none, abs(x))
+GEMMLET_UNARY(square, true, of_processor, x* x)
+GEMMLET_UNARY(sqrt, false, of_processor, gemmlet::sqrt(x))
+GEMMLET_UNARY(sign, true, none,
+              select(x > V{}, constant<V>(1), select(x < V{}, constant<V>(-1), select(x == V{}, V{}, x))))
+GEMMLET_UNARY(exp, false, of_arguments, gemmlet::exp(x))
+GEMMLET_UNARY(log, false, of_arguments, gemmlet::log(x))
+GEMMLET_UNARY(tanh, false, none, gemmlet::tanh(x))
 }  // namespace functions
 #undef GEMMLET_UNARY
 
@@ -149,8 +151,8 @@ template <class T, class F>
 
 template <class T, class F>
 unsigned unary_all(const T* x, T* y, Index n) {
-  constexpr Index chunk =
-      F::raises == Flags::none && !std::is_same_v<F, functions::tanh> ? tuning::cheap_chunk : tuning::costly_chunk;
+  constexpr Index chunk = F::raises == Flags::none && !std::is_same_v<F, functions::tanh> ? tuning::ufunc_cheap_chunk
+                                                                                          : tuning::ufunc_costly_chunk;
   if constexpr (F::raises == Flags::of_processor) clear_float_status();
   unsigned raised = 0;
   if (n <= chunk) {
@@ -239,13 +241,14 @@ void binary_narrow(const T* a, const T* b, T* y, const Grid& g) {
 // f(row, rows, column, columns), by several threads where the grid is large.
 template <class F>
 void for_blocks_of(const Grid& g, F&& f) {
-  if (g.rows * g.columns <= tuning::cheap_chunk) return f(Index{0}, g.rows, Index{0}, g.columns);
+  if (g.rows * g.columns <= tuning::ufunc_cheap_chunk) return f(Index{0}, g.rows, Index{0}, g.columns);
   if (g.rows == 1)
     return parallel_chunks(
-        g.columns, [&](Index begin, Index end) { f(Index{0}, Index{1}, begin, end - begin); }, tuning::cheap_chunk);
+        g.columns, [&](Index begin, Index end) { f(Index{0}, Index{1}, begin, end - begin); },
+        tuning::ufunc_cheap_chunk);
   parallel_chunks(
       g.rows, [&](Index begin, Index end) { f(begin, end - begin, Index{0}, g.columns); },
-      std::max<Index>(1, tuning::cheap_chunk / g.columns));
+      std::max<Index>(1, tuning::ufunc_cheap_chunk / g.columns));
 }
 
 template <class T, class F>
@@ -254,7 +257,7 @@ unsigned binary_all(const T* a, const T* b, T* y, const Grid& g) {
   const bool a_flat = g.a_row == g.columns, b_flat = g.b_row == g.columns;
   if (g.rows > 4 && g.columns > 1 && g.columns <= narrow_columns && g.a_column == 1 && g.b_column == 1 &&
       g.y_row == g.columns && ((a_flat && g.b_row == 0) || (b_flat && g.a_row == 0)) &&
-      g.rows * g.columns <= tuning::cheap_chunk) {
+      g.rows * g.columns <= tuning::ufunc_cheap_chunk) {
     binary_narrow<T, F>(a, b, y, g);
     return F::raises_flags ? float_status() : 0;
   }
@@ -381,7 +384,7 @@ void clip(const T* x, T low, T high, T* y, Index n) {
           store_lanes(y + begin + j, at_most(at_least(v, lows), highs), count);
         });
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 
 template <class T>
@@ -396,7 +399,7 @@ void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step,
                 select(mask_of<T>(mask + i), a_step == 1 ? load(a + i) : first, b_step == 1 ? load(b + i) : second));
         for (; i < end; ++i) y[i] = mask[i] ? a[i * a_step] : b[i * b_step];
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 
 template <class From>
@@ -406,7 +409,7 @@ void convert(const From* x, double* y, Index n) {
       [&](Index begin, Index end) {
         for (Index i = begin; i < end; ++i) y[i] = static_cast<double>(x[i]);
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 template void convert(const std::uint8_t*, double*, Index);
 template void convert(const std::int8_t*, double*, Index);
@@ -433,7 +436,7 @@ void fill_where(const bool* mask, T value, T* y, Index n) {
         T elsewhere;
         for (; i < end; ++i) *(mask[i] ? y + i : &elsewhere) = value;
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 
 template <class T>
@@ -456,11 +459,11 @@ unsigned reduce(Reduction reduction, T zero, const T* x, T* y, Index outer, Inde
           for (Index i = begin; i < end; ++i) row(i);
           finish(y + begin, end - begin);
         },
-        std::max<Index>(1, tuning::cheap_chunk / n));
+        std::max<Index>(1, tuning::ufunc_cheap_chunk / n));
   } else {
     // Threads divide the columns: whole cache lines of them.
-    const bool large = outer == 1 && n * inner > 2 * tuning::cheap_chunk;
-    const Index width = large ? std::max<Index>(64, tuning::cheap_chunk / n / 64 * 64) : inner;
+    const bool large = outer == 1 && n * inner > 2 * tuning::ufunc_cheap_chunk;
+    const Index width = large ? std::max<Index>(64, tuning::ufunc_cheap_chunk / n / 64 * 64) : inner;
     for (Index o = 0; o < outer; ++o)
       parallel_chunks(
           inner,

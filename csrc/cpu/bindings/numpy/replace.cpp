@@ -120,13 +120,9 @@ F theirs(Number number) {
 
 // Counts a call, and says whether it is over.
 inline bool is_over(Number number, bool taken) {
-  if (taken) {
-    ++entries[number].taken;
-    return true;
-  }
-  if (PyErr_Occurred() != nullptr) return true;
-  ++entries[number].handed_on;
-  return false;
+  const bool over = taken || PyErr_Occurred() != nullptr;
+  ++(over ? entries[number].taken : entries[number].handed_on);
+  return over;
 }
 
 // The functions that stand in NumPy's places. The last call of an operator is a jump: NumPy, which computes in place on large
@@ -388,5 +384,5 @@ void gemmlet::bindings::bind_numpy(py::module_& m) {
   def(m, "numpy_replace", &numpy::replace, "indices");
   m.def("numpy_restore", &numpy::restore);
   m.def("numpy_counts", &numpy::counts, "Of each entry, the calls taken and those handed on.");
-  def(m, "numpy_keep_memory", &numpy::keep_memory, "bytes");
+  def(m, "numpy_keep_memory", &numpy::keep_memory, "most_bytes");
 }
