@@ -7,8 +7,11 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .._environment import VARIABLES, read
 from ..backends import select
+from ..integrations.numpy import accelerate_numpy, replaced
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ def show() -> None:
         print(f"No backend: {error}")
     print("\nBackends")
     _print_rows({name: _describe(name, in_use=None if refused else select.current()) for name in select.CHOICES})
+    print("\nNumPy accelerated (python -m gemmlet program.py)")
+    _print_rows({np.__version__: _accelerated()})
     print("\nEnvironment variables")
     _print_rows({name: f"{read(name) or 'not set'}: {text}" for name, text in VARIABLES.items()})
     if refused is not None:
@@ -51,6 +56,15 @@ def _describe(name: str, in_use: Backend | None) -> str:
     except (ValueError, RuntimeError, ImportError) as error:
         return f"not here: {error}"
     return f"{'in use' if backend is in_use else 'ready'}, {backend.describe()['isa']}"
+
+
+def _accelerated() -> str:
+    """The functions of NumPy that are replaced on request, or why none are."""
+    try:
+        with accelerate_numpy():
+            return ", ".join(name.removeprefix("numpy.") for name in replaced())
+    except RuntimeError as error:
+        return str(error)
 
 
 def choose_backend() -> None:

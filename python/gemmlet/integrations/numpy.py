@@ -227,7 +227,7 @@ def _agrees(extension: Any, index: int, name: str) -> bool:
         for case, again in zip(_cases(name, x, y), _cases(name, x, y), strict=True):
             for extra in extras:
                 wanted = plain(*case, *extra)
-                if not _alike(wanted, extension.numpy_call(index, *again, *extra), _ROUNDED.get(last, 0)):
+                if not _alike(wanted, extension.numpy_call(index, (*again, *extra)), _ROUNDED.get(last, 0)):
                     return False
     return True
 

@@ -299,25 +299,15 @@ Entry& entry_at(std::size_t index) {
   return entries[index];
 }
 
-// What an entry gives for these arguments, replaced or not.
-py::object call(std::size_t index, const py::args& arguments, const py::kwargs& named) {
+// What an entry gives for these arguments, replaced or not. An operator takes what its slot does.
+py::object call(std::size_t index, const py::tuple& arguments) {
   const Entry& entry = entry_at(index);
   std::vector<PyObject*> all;
   for (const auto& argument : arguments) all.push_back(argument.ptr());
-  py::list names;
-  for (const auto& [name, value] : named) {
-    names.append(name);
-    all.push_back(value.ptr());
-  }
-  const py::tuple name_tuple = py::reinterpret_steal<py::tuple>(PySequence_Tuple(names.ptr()));
-  PyObject* const name_pointer = named.empty() ? nullptr : name_tuple.ptr();
-  const bool is_call = entry.kind == Kind::function || entry.kind == Kind::method;
-  const std::size_t wanted = is_call ? 1 : entry.kind == Kind::unary ? 1 : entry.kind == Kind::binary ? 2 : 0;
-  if (all.size() < wanted ||
-      (!is_call &&
-       (all.size() != (entry.kind == Kind::unary                                                                ? 1u
-                       : entry.kind == Kind::power || entry.kind == Kind::assign || entry.kind == Kind::compare ? 3u
-                                                                                                                : 2u))))
+  const Kind kind = entry.kind;
+  const bool is_call = kind == Kind::function || kind == Kind::method;
+  const bool takes_three = kind == Kind::power || kind == Kind::compare || kind == Kind::assign;
+  if (is_call ? all.empty() : all.size() != (kind == Kind::unary ? 1u : takes_three ? 3u : 2u))
     throw std::invalid_argument("arguments: not as many as the entry takes");
   PyObject* result = nullptr;
   switch (entry.kind) {
@@ -339,11 +329,11 @@ py::object call(std::size_t index, const py::args& arguments, const py::kwargs& 
       if (reinterpret_cast<objobjargproc>(entry.ours)(all[0], all[1], all[2]) == 0) result = Py_NewRef(all[0]);
       break;
     case Kind::function:
-      result = reinterpret_cast<vectorcallfunc>(entry.ours)(entry.object, all.data(), arguments.size(), name_pointer);
+      result = reinterpret_cast<vectorcallfunc>(entry.ours)(entry.object, all.data(), all.size(), nullptr);
       break;
     case Kind::method:
-      result = reinterpret_cast<Method>(entry.ours)(all[0], all.data() + 1,
-                                                    static_cast<Py_ssize_t>(arguments.size()) - 1, name_pointer);
+      result = reinterpret_cast<Method>(entry.ours)(all[0], all.data() + 1, static_cast<Py_ssize_t>(all.size()) - 1,
+                                                    nullptr);
       break;
   }
   if (result == nullptr) throw py::error_already_set();
@@ -380,7 +370,7 @@ std::vector<std::pair<long, long>> counts() {
 void gemmlet::bindings::bind_numpy(py::module_& m) {
   m.def("numpy_prepare", &numpy::prepare,
         "Names of the entries, in the order of their indices; None is not to be had.");
-  m.def("numpy_call", &numpy::call, py::arg("index"));
+  def(m, "numpy_call", &numpy::call, "index", "arguments");
   def(m, "numpy_replace", &numpy::replace, "indices");
   m.def("numpy_restore", &numpy::restore);
   m.def("numpy_counts", &numpy::counts, "Of each entry, the calls taken and those handed on.");
