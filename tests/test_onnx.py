@@ -183,7 +183,7 @@ def test_the_examples_of_the_page(number: int, tmp_path: Path, monkeypatch: pyte
 def test_round_trip(activation: str, dtype: str, with_metadata: bool, tmp_path: Path) -> None:
     """With the metadata everything is as before; without, the graph says it all but what no graph has."""
     path = tmp_path / "m.onnx"
-    for parameter in (None, 0.3, 2.5) if ACTIVATIONS[activation].parameter else (None,):
+    for parameter in (None, 0.3, 1.0000001, 2.5) if ACTIVATIONS[activation].parameter else (None,):
         for output in ("softmax", "sigmoid", "identity"):
             model = perceptron(activation, dtype, output, activation_parameter=parameter)
             model.to_onnx(path)
@@ -619,6 +619,16 @@ def test_damaged_files_are_named(damage: Callable[[bytes], bytes], tmp_path: Pat
         MLP.from_onnx(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.onnx"):
         MLP.from_onnx(tmp_path / "nowhere.onnx")
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    model = perceptron("tanh", "float32")
+    model.to_onnx(tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
+    helper.set_model_props(graph, {"gemmlet": graph.metadata_props[0].value.replace('"seed": 3', '"seed": -3')})
+    onnx.save(graph, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"m\.onnx is corrupt.*seed must be at least 0, got -3"):
+        MLP.from_onnx(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("text", ["no JSON", '{"format": 99, "network": "MLP", "config": {"layers": 0}}', "[]"])

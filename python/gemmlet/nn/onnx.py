@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class _Graph:
         return output
 
     def _constant(self, number: float) -> str:
-        name = f"constant_{number:g}"
+        name = f"constant_{number!r}"
         self.tensors[name] = np.array(number, self.dtype)
         return name
 
@@ -458,22 +458,18 @@ class _Reader:
             (values,) = self._run(gap.nodes, {gap.takes: _PROBES.astype(dtype)[np.newaxis]}, [gap.gives])
         except Exception as error:
             raise self._refusal(gap.nodes[0], f"cannot be computed: {error}") from error
-        for known in _candidates(values.reshape(-1), dtype):
-            if _agree(values.reshape(-1), known.values):
-                return known.name, known.parameter
-        raise self._refusal(gap.nodes[0], "begins what is no activation of gemmlet")
+        found = _nearest(values.reshape(-1), dtype)
+        if found is None:
+            raise self._refusal(gap.nodes[0], "begins what is no activation of gemmlet")
+        return found
 
 
-class _Candidate(NamedTuple):
-    """An activation with the parameter that it would have, and what it makes of the probes."""
-
-    name: str
-    parameter: float | None
-    values: Array
-
-
-def _candidates(values: Array, dtype: np.dtype[Any]) -> Iterator[_Candidate]:
-    """Every activation, as it would have to be to compute these values."""
+def _nearest(values: Array, dtype: np.dtype[Any]) -> tuple[str, float | None] | None:
+    """The activation that gives these values of the probes, and its parameter; None if none does."""
+    finite = np.isfinite(values)  # where a spelling overflows it need not agree
+    if values.shape != _PROBES.shape or not finite[np.abs(_PROBES) <= 16].all():
+        return None
+    found, least = None, _TOLERANCE
     with np.errstate(all="ignore"):
         for entry in ACTIVATIONS.values():
             number, parameter = entry.default, None
@@ -482,13 +478,8 @@ def _candidates(values: Array, dtype: np.dtype[Any]) -> Iterator[_Candidate]:
                 if not 0 < number < np.inf:
                     continue
                 parameter = None if dtype.type(number) == dtype.type(entry.default) else number
-            yield _Candidate(entry.name, parameter, entry.forward(_PROBES, number))
-
-
-def _agree(values: Array, expected: Array) -> bool:
-    """Whether two functions are one; where the graph overflows they need not be."""
-    if values.shape != expected.shape:
-        return False
-    finite = np.isfinite(values)
-    near = np.abs(_PROBES) <= 16
-    return bool(finite[near].all() and np.allclose(values[finite], expected[finite], _TOLERANCE, _TOLERANCE))
+            expected = entry.forward(_PROBES, number)
+            error = float(np.max(np.abs(values - expected)[finite] / (1 + np.abs(expected[finite]))))
+            if error < least:
+                found, least = (entry.name, parameter), error
+    return found
