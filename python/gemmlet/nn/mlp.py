@@ -516,7 +516,7 @@ class MLP(Trainable):
         The graph takes ``x``, (n, layers[0]) of the network's dtype and any n, and gives ``y``, (n, layers[-1]): what
         `predict_proba` returns, or with identity outputs what the last layer gives. **Bytes are for the caller to
         divide by 255.** The configuration is in the metadata, under ``gemmlet``, as in the files of `save`: `classes`
-        too, which `from_onnx` reads. The gradient's side of things (random streams, optimizers) is not.
+        too, which `from_onnx` reads. Random streams and the state of optimizers are in files of `save` alone.
 
         Parameters
         ----------
