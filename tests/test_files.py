@@ -242,7 +242,7 @@ def shapes_of(model: MLP | GAN) -> dict[str, list[tuple[int, ...]]]:
 
 def test_versions() -> None:
     strings, _ = safetensors.load(io.BytesIO(network_file()))
-    assert json.loads(strings["gemmlet"])["format"] == files._FORMAT
+    assert json.loads(strings["gemmlet"])["format"] == files.FORMAT
     with pytest.raises(
         ValueError, match=r"^the file was written by a newer gemmlet, in format 7; this one reads up to"
     ):

@@ -53,6 +53,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation("jax", "jax"),
         Implementation("scikit-learn", "sklearn"),
         Implementation("numexpr", "numexpr"),
+        Implementation("thinc", "thinc"),
     )
 }
 

@@ -15,8 +15,20 @@ from .implementations import IMPLEMENTATIONS, OURS
 from .results import Row
 
 # Okabe and Ito's colours, which colour-blind people can tell apart as well.
-_COLORS = ("#000000", "#999999", "#8c564b", "#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#b8a800")
-_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<")
+_COLORS = (
+    "#000000",
+    "#999999",
+    "#8c564b",
+    "#0072b2",
+    "#d55e00",
+    "#cc79a7",
+    "#e69f00",
+    "#009e73",
+    "#56b4e9",
+    "#b8a800",
+    "#332288",
+)
+_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<", ">")
 STYLE = dict(zip(IMPLEMENTATIONS, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 

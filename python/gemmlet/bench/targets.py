@@ -116,6 +116,10 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
     ),
     *_each(_CROSS_ENTROPY, _of("losses", kernel="softmax_cross_entropy"), ("numpy", 3.0), ("pytorch", 1.5)),
     Target("Adam update of a million parameters", _of("optimizers", update="adam"), ("pytorch fused",), 1.0),
+    *(
+        Target(f"step of Thinc, 784-128-10, batch {batch}, on GemmletOps", _of("thinc", batch=batch), ("thinc",), ratio)
+        for batch, ratio in ((1, 1.6), (64, 2.0))
+    ),
     Limit("import gemmlet over import numpy", _of("import", after_numpy=True), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
     Target(_ELEMENTWISE, _of(elementwise=True), ("numpy",), 1.0, implementation="gemmlet-numba"),

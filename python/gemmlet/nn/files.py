@@ -30,7 +30,7 @@ Target = str | os.PathLike[str] | safetensors.Writable
 _KEY = "gemmlet"
 
 # The version of the configuration in the metadata; files without one are older. A higher one changes a field's meaning.
-_FORMAT = 1
+FORMAT = 1
 
 # Prefix of the names of optimizers' states, which `Saved.load` passes over.
 OPTIMIZER = "optimizer."
@@ -54,6 +54,20 @@ def expected_shapes(widths: Sequence[int], prefix: str = "") -> dict[str, tuple[
     return shapes
 
 
+def header(kind: str, config: dict[str, Any], extra: dict[str, Any] | None = None) -> dict[str, str]:
+    """Return the metadata of a file: the configuration of a network as JSON, and `extra` beside it."""
+    content = {"format": FORMAT, "network": kind, "config": config} | ({} if extra is None else {"extra": extra})
+    return {_KEY: json.dumps(content, allow_nan=False)}
+
+
+def parsed_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `header` has put into metadata; raise `ValueError` where there is no such thing."""
+    content = safetensors.parse_json(metadata.get(_KEY, "null"))
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ValueError("it holds no network of gemmlet")
+    return content
+
+
 def write(
     file: Target, kind: str, config: dict[str, Any], tensors: dict[str, Array], extra: dict[str, Any] | None = None
 ) -> None:
@@ -61,8 +75,7 @@ def write(
 
     JSON has no NaN and no infinity: they are a `ValueError` in `config` and `extra`.
     """
-    header = {"format": _FORMAT, "network": kind, "config": config} | ({} if extra is None else {"extra": extra})
-    metadata = {_KEY: json.dumps(header, allow_nan=False)}
+    metadata = header(kind, config, extra)
     if not isinstance(file, str | os.PathLike):
         try:
             safetensors.dump(file, tensors, metadata)
@@ -95,21 +108,19 @@ def read(file: Source, kind: str) -> tuple[dict[str, Any], dict[str, Array], dic
                 metadata, tensors = safetensors.load(opened)
         else:
             metadata, tensors = safetensors.load(file)
-        header = safetensors.parse_json(metadata.get(_KEY, "null"))
-        if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
-            raise ValueError("it holds no network of gemmlet")
-        version = checks.whole_number(header.get("format", 0), "format", 0)
-    if version > _FORMAT:
+        found = parsed_header(metadata)
+        version = checks.whole_number(found.get("format", 0), "format", 0)
+    if version > FORMAT:
         raise ValueError(
-            f"{_name(file)} was written by a newer gemmlet, in format {version}; this one reads up to {_FORMAT}"
+            f"{_name(file)} was written by a newer gemmlet, in format {version}; this one reads up to {FORMAT}"
         )
     with errors_name(file, kind):
-        if header.get("network") != kind:
-            raise ValueError(f"it holds a {header.get('network')}")
-        extra = header.get("extra", {})
+        if found.get("network") != kind:
+            raise ValueError(f"it holds a {found.get('network')}")
+        extra = found.get("extra", {})
         if not isinstance(extra, dict):
             raise ValueError("what it has besides the network is no JSON object")
-        return header["config"], tensors, extra
+        return found["config"], tensors, extra
 
 
 @contextmanager
@@ -199,6 +210,14 @@ class Saved(ABC):
         """What two networks must share for one to go on with the other's checkpoint."""
         return self._config() | {"dtype": str(self.dtype), "seed": self.seed}
 
+    def _saved_config(self) -> dict[str, Any]:
+        """The configuration in files: what `_identity` has, defaults of `fit`, and the steps that were taken."""
+        return self._identity() | {
+            "default_optimizer": self.default_optimizer.settings(),
+            "default_batch_size": self.default_batch_size,
+            "steps": self.steps,
+        }
+
     @staticmethod
     @abstractmethod
     def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
@@ -227,11 +246,7 @@ class Saved(ABC):
 
     def _write(self, file: Target, optimizers: Mapping[str, Optimizer], fit: dict[str, Any] | None = None) -> None:
         """Write the network, optimizers by the arguments of `fit`, and what a checkpoint has besides."""
-        config = self._identity() | {
-            "default_optimizer": self.default_optimizer.settings(),
-            "default_batch_size": self.default_batch_size,
-            "steps": self.steps,
-        }
+        config = self._saved_config()
         tensors, shapes = dict[str, Array](), dict[str, tuple[int, ...]]()
         for prefix, dense in self._parts().items():
             tensors |= named_tensors(dense, prefix)

@@ -468,6 +468,31 @@ class GAN(Trainable):
             raise ValueError("discriminator_optimizer needs the other one, optimizer")
         self._write(file, {argument: rule for argument, rule in given.items() if rule is not None})
 
+    def to_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the generator that `sample` uses as an ONNX file, as `MLP.to_onnx` does.
+
+        The graph takes ``z``, noise (n, latent_dim) of the network's dtype and any n, and gives ``x``, (n, features)
+        within [0, 1].
+
+        Parameters
+        ----------
+        path : path
+            Written whole or not at all.
+
+        Raises
+        ------
+        ImportError
+            The package onnx is missing.
+        OSError
+            The file cannot be written, or is no plain file.
+        ValueError
+            There are no ONNX operators for an activation, or the parameters exceed the 2 GiB of a file.
+        """
+        from . import onnx
+
+        halved = self.generator_output == "tanh"
+        onnx.write(path, "GAN", self._saved_config(), self._average, input_name="z", output_name="x", halved=halved)
+
     @staticmethod
     def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
         generator = [config["latent_dim"], *config["generator"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -509,6 +509,91 @@ class MLP(Trainable):
         return samples, self._targets(y, "y", samples, self._meaning())[0]
 
     # Files.
+
+    def to_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the network that `predict` uses as an ONNX file, for onnxruntime and other readers of opset 20.
+
+        The graph takes ``x``, (n, layers[0]) of the network's dtype and any n, and gives ``y``, (n, layers[-1]): what
+        `predict_proba` returns, or with identity outputs what the last layer gives. **Bytes are for the caller to
+        divide by 255.** The configuration is in the metadata, under ``gemmlet``, as in the files of `save`: `classes`
+        too, which `from_onnx` reads. Random streams and the state of optimizers are in files of `save` alone.
+
+        Parameters
+        ----------
+        path : path
+            Written whole or not at all, as by `save`.
+
+        Raises
+        ------
+        ImportError
+            The package onnx is missing.
+        OSError
+            The file cannot be written, or is no plain file.
+        ValueError
+            There are no ONNX operators for the activation, or the parameters exceed the 2 GiB of a file.
+        """
+        from . import onnx
+
+        ending = {"softmax": "Softmax", "sigmoid": "Sigmoid", "identity": None}[self.output]
+        onnx.write(path, "MLP", self._saved_config(), self._average, input_name="x", output_name="y", ending=ending)
+
+    @classmethod
+    def from_onnx(cls, path: str | os.PathLike[str], output: str | None = None) -> Self:
+        """Read a network from an ONNX file, of `to_onnx` or of another exporter.
+
+        The graph is one of layers, Gemm or MatMul and Add, with one activation between all of them, however it is
+        spelled: what stands between two layers is compared with the activations of `gemmlet.kernels` by its values.
+        Constants may be initializers or nodes; Identity, Dropout, Flatten and casts are passed over. Of scikit-learn's
+        converter classifiers are read too, labels included.
+
+        Parameters
+        ----------
+        path : path
+        output : {"softmax", "sigmoid", "identity"}, optional
+            What the outputs mean, for a graph that ends in logits. By default what the graph ends in: Softmax or
+            LogSoftmax, Sigmoid, or a layer.
+
+        Returns
+        -------
+        MLP
+            Of the dtype of the weights. From a file of `to_onnx` it has the settings of the network that wrote it,
+            and starts from the weights that network predicted with; else those of a new one.
+
+        Raises
+        ------
+        ImportError
+            The package onnx is missing.
+        OSError
+            The file is missing or cannot be read.
+        ValueError
+            It is corrupt, or its graph is no such network: the message names the first node that does not fit.
+        """
+        from . import onnx
+
+        if output is not None:
+            checks.choice(output, "output", OUTPUTS)
+        found = onnx.read(path, "MLP")
+        if output not in (None, found.output) and found.output != "identity":
+            raise ValueError(f"output is {output!r}, but the graph in {os.fspath(path)} ends in {found.output}")
+        layers = [len(found.layers[0][0]), *(len(bias) for _, bias in found.layers)]
+        saved = found.config if found.config.get("layers") == layers else {}
+        activation = found.activation or saved.get("activation", "tanh")
+        model = cls(
+            layers,
+            activation,
+            output or found.output,
+            dtype=found.layers[0][0].dtype,
+            activation_parameter=found.activation_parameter,
+            classes=None if found.classes == list(range(max(layers[-1], 2))) else found.classes,
+        )
+        config = model._saved_config()
+        if all(saved.get(name) == config[name] for name in ("activation", "output", "dtype")):
+            config = saved
+        tensors = dict[str, Array]()
+        for prefix in cls._widths(config):
+            for i, (weight, bias) in enumerate(found.layers):
+                tensors |= {f"{prefix}{i}.weight": weight, f"{prefix}{i}.bias": bias}
+        return cls._made(path, config, tensors, {})
 
     def _config(self) -> dict[str, Any]:
         names = (

@@ -1,0 +1,642 @@
+"""ONNX files: what is written computes what the network does, by onnxruntime; what others write is read, or refused."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+from gemmlet.formulas.activations import ACTIVATIONS  # noqa: E402
+from gemmlet.nn import GAN, MLP, Adam  # noqa: E402
+from gemmlet.nn import onnx as onnx_files  # noqa: E402
+from support import same_bits  # noqa: E402
+
+EXPRESSED = sorted(onnx_files._OPERATORS)
+DTYPES = ("float32", "float64")
+
+# Of these onnxruntime has no kernel; the package's own reference computes them.
+NOT_IN_ONNXRUNTIME = {("gelu", "float64")}
+
+
+def run(path: Path, x: Any, *, reference: bool = False) -> Any:
+    """What the graph in a file gives, the first output."""
+    if reference:
+        return ReferenceEvaluator(str(path)).run(None, {onnx.load(path).graph.input[0].name: x})[0]
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def difference(path: Path, x: Any, expected: Any, **how: Any) -> float:
+    """The largest difference to what the graph gives, relative above 1."""
+    result = run(path, x, **how)
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+    return float(np.max(np.abs(result - expected) / np.maximum(1, np.abs(expected))))
+
+
+def perceptron(activation: str, dtype: str, output: str = "softmax", **settings: Any) -> MLP:
+    """A network whose biases and averages are not those of a new one."""
+    model = MLP([12, 16, 8, 4], activation, output, dtype=dtype, seed=3, **settings)
+    rng = np.random.default_rng(0)
+    for array, average in zip(model.parameters, model._average.parameters, strict=True):
+        array += 0.2 * rng.standard_normal(array.shape).astype(dtype)
+        average[...] = array if average is array else array + array.dtype.type(0.125)
+    return model
+
+
+def outputs(model: MLP, x: Any) -> Any:
+    return model.predict(x) if model.output == "identity" else model.predict_proba(x)
+
+
+def samples(count: int, dtype: str, width: int = 12) -> Any:
+    return np.random.default_rng(1).uniform(-2, 2, (count, width)).astype(dtype)
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_onnxruntime_computes_what_the_network_does(activation: str, dtype: str, tmp_path: Path) -> None:
+    path, x = tmp_path / "m.onnx", samples(1000, dtype)
+    if activation not in EXPRESSED:
+        with pytest.raises(ValueError, match=f"{activation}.*no ONNX operators"):
+            perceptron(activation, dtype).to_onnx(path)
+        assert not path.exists()
+        return
+    # exp is made of numbers that rounding errors grow in: the network is to be compared, not that.
+    x = x / 4 if activation == "exp" else x
+    for output in ("softmax", "sigmoid", "identity"):
+        for parameter in (None, 0.3) if ACTIVATIONS[activation].parameter else (None,):
+            model = perceptron(activation, dtype, output, activation_parameter=parameter)
+            model.to_onnx(path)
+            onnx.checker.check_model(path, full_check=True)
+            reference = (activation, dtype) in NOT_IN_ONNXRUNTIME
+            assert difference(path, x, outputs(model, x), reference=reference) < 1e-5
+            assert difference(path, x[:1], outputs(model, x[:1]), reference=reference) < 1e-5
+
+
+def test_a_wrong_operator_would_be_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(onnx_files._OPERATORS, "tanh", onnx_files._OPERATORS["sigmoid"])
+    model, x = perceptron("tanh", "float32"), samples(1000, "float32")
+    model.to_onnx(tmp_path / "m.onnx")
+    assert difference(tmp_path / "m.onnx", x, outputs(model, x)) > 1e-2
+    assert MLP.from_onnx(tmp_path / "m.onnx").activation == "sigmoid"  # what the graph computes, whatever it is called
+
+
+@pytest.mark.parametrize("layers", [[5, 3], [1, 1], [7, 1, 1, 2]])
+def test_layers_of_any_number_and_width(layers: list[int], tmp_path: Path) -> None:
+    model = MLP(layers, "relu", "identity", dtype=np.float32)
+    model.to_onnx(tmp_path / "m.onnx")
+    x = samples(1000, "float32", layers[0])
+    outputs = model.predict(x).reshape(len(x), -1)
+    assert difference(tmp_path / "m.onnx", x, outputs) < 1e-5
+    assert MLP.from_onnx(tmp_path / "m.onnx").layers == layers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ending", ["tanh", "sigmoid"])
+def test_the_generator_of_a_gan(ending: str, dtype: str, tmp_path: Path) -> None:
+    gan = GAN(6, [16, 9], [4, 1], generator_activation="leaky_relu", generator_output=ending, dtype=dtype)
+    gan.fit(np.random.default_rng(0).random((64, 9)), epochs=3)
+    path = tmp_path / "generator.onnx"
+    gan.to_onnx(path)
+    onnx.checker.check_model(path, full_check=True)
+    z = gan.noise(1000)
+    assert difference(path, z, gan.sample(z=z)) < 1e-5
+    if ending == "tanh":  # whose results are moved to [0, 1]
+        with pytest.raises(ValueError, match=r"node .*Tanh.* makes sigmoid|no activation"):
+            MLP.from_onnx(path)
+
+
+def test_the_average_is_what_is_written(tmp_path: Path) -> None:
+    model, x = perceptron("relu", "float32", ema_decay=0.9), samples(100, "float32")
+    model.to_onnx(tmp_path / "m.onnx")
+    assert difference(tmp_path / "m.onnx", x, model.predict_proba(x)) < 1e-5
+    read = MLP.from_onnx(tmp_path / "m.onnx")
+    for parameter, average in zip(read.parameters, model._average.parameters, strict=True):
+        assert same_bits(parameter, average)
+    assert same_bits(read.predict_proba(x), model.predict_proba(x))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"before")
+
+    def full(self: Path, data: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left.*m\.onnx"):
+        perceptron("tanh", "float32").to_onnx(path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match=r"nowhere"):
+        perceptron("tanh", "float32").to_onnx(tmp_path / "nowhere" / "m.onnx")
+
+
+def test_too_many_parameters_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_files, "_MOST_BYTES", 2**20 + 100)
+    with pytest.raises(ValueError, match=r"the parameters have .* bytes, more than"):
+        perceptron("tanh", "float32").to_onnx(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_package_an_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for call in (perceptron("tanh", "float32").to_onnx, MLP.from_onnx, GAN().to_onnx):
+        with pytest.raises(ImportError, match=r"pip install 'gemmlet\[onnx\]'"):
+            call(tmp_path / "m.onnx")
+    script = "import sys, gemmlet.nn; gemmlet.nn.MLP([2, 2]); sys.exit('onnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_examples_of_the_page(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text()
+    example = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[number]
+    if "onnxruntime" in example:
+        pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "onnx.md", "exec"), {})
+
+
+# Reading what gemmlet writes.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", EXPRESSED)
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_round_trip(activation: str, dtype: str, with_metadata: bool, tmp_path: Path) -> None:
+    """With the metadata everything is as before; without, the graph says it all but what no graph has."""
+    path = tmp_path / "m.onnx"
+    for parameter in (None, 0.3, 1.0000001, 2.5) if ACTIVATIONS[activation].parameter else (None,):
+        for output in ("softmax", "sigmoid", "identity"):
+            model = perceptron(activation, dtype, output, activation_parameter=parameter)
+            model.to_onnx(path)
+            if not with_metadata:
+                graph = onnx.load(path)
+                del graph.metadata_props[:]
+                onnx.save(graph, path)
+            read = MLP.from_onnx(path)
+            assert (read.layers, read.activation, read.output) == (model.layers, activation, output)
+            rounded = [None if p is None else np.dtype(dtype).type(p) for p in (read.activation_parameter, parameter)]
+            assert rounded[0] == rounded[1]
+            for a, b in zip(read.parameters, model.parameters, strict=True):
+                assert same_bits(a, b)
+            x = samples(50, dtype)
+            assert same_bits(outputs(read, x), outputs(model, x))
+            if with_metadata:
+                assert read._saved_config() == model._saved_config()
+
+
+def test_settings_and_labels_come_back(tmp_path: Path) -> None:
+    x, y = samples(200, "float32"), np.random.default_rng(0).choice(["no", "yes", "maybe", "?"], 200)
+    model = MLP([12, 9, 4], "elu", label_smoothing=0.1, ema_decay=0.9, default_optimizer=Adam(0.01), seed=4)
+    model.fit(x, y, epochs=3)
+    model.to_onnx(tmp_path / "m.onnx")
+    read = MLP.from_onnx(tmp_path / "m.onnx")
+    assert read._saved_config() == model._saved_config()
+    assert read.steps == model.steps > 0
+    assert read.predict(x).tolist() == model.predict(x).tolist()
+    read.fit(x, y, epochs=1)
+    several = MLP([12, 3], output="sigmoid", multi_label=True)
+    several.to_onnx(tmp_path / "m.onnx")
+    assert MLP.from_onnx(tmp_path / "m.onnx").multi_label
+
+
+# Graphs of others.
+
+_RNG = np.random.default_rng(5)
+W0, B0 = _RNG.standard_normal((6, 5)).astype(np.float32), _RNG.standard_normal(5).astype(np.float32)
+W1, B1 = _RNG.standard_normal((5, 3)).astype(np.float32), _RNG.standard_normal(3).astype(np.float32)
+WEIGHTS = {"w0": W0, "b0": B0, "w1": W1, "b1": B1}
+
+Node = tuple[Any, ...]  # operator, inputs, output, attributes
+LAYER0: list[Node] = [("MatMul", "x w0", "m0"), ("Add", "m0 b0", "z0")]
+LAYER1: list[Node] = [("MatMul", "a0 w1", "m1"), ("Add", "m1 b1", "z1")]
+USUAL: list[Node] = [*LAYER0, ("Relu", "z0", "a0"), *LAYER1, ("Softmax", "z1", "y")]
+
+
+def graph(
+    path: Path,
+    nodes: Sequence[Node],
+    constants: dict[str, Any] | None = None,
+    *,
+    inputs: Sequence[str] = ("x",),
+    output: str = "y",
+    shape: Sequence[Any] = ("n", 6),
+    opset: int = 17,
+    others: Sequence[str] = (),
+) -> Path:
+    """Write a graph with the constants `WEIGHTS`, and others."""
+    made = []
+    for operator, taken, given, *attributes in nodes:
+        kind, _, domain = operator.partition("@")
+        settings = attributes[0] if attributes else {}
+        name = f"the_{given.split()[0]}"
+        made.append(helper.make_node(kind, taken.split(), given.split(), name=name, domain=domain, **settings))
+    model = helper.make_model(
+        helper.make_graph(
+            made,
+            "g",
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in inputs],
+            [
+                helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", "k"]),
+                *(helper.make_tensor_value_info(name, TensorProto.INT64, ["n", 1]) for name in others),
+            ],
+            [numpy_helper.from_array(np.asarray(a), name) for name, a in (WEIGHTS | (constants or {})).items()],
+        ),
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("ai.onnx.ml", 3)],
+        ir_version=8,
+    )
+    onnx.save(model, path)
+    return path
+
+
+def constant(value: Any) -> dict[str, Any]:
+    return {"value": numpy_helper.from_array(np.asarray(value))}
+
+
+READ: dict[str, tuple[list[Node], dict[str, Any]]] = {
+    "matmul and add": (USUAL, {}),
+    "as scikit-learn's converter writes it": (
+        [
+            ("Cast", "x", "cast", {"to": TensorProto.FLOAT}),
+            ("MatMul", "cast w0", "m0"),
+            ("Add", "m0 row0", "z0"),
+            ("Relu", "z0", "a0"),
+            *LAYER1,
+            ("Softmax", "z1", "p", {"axis": 1}),
+            ("ArgMax", "p", "label", {"axis": 1}),
+            ("Identity", "p", "y"),
+        ],
+        {"row0": B0[np.newaxis]},
+    ),
+    "gemm, transposed": (
+        [
+            ("Gemm", "x w0t b0", "z0", {"transB": 1}),
+            ("Relu", "z0", "a0"),
+            ("Gemm", "a0 w1t b1", "z1", {"transB": 1}),
+            ("Softmax", "z1", "y", {"axis": -1}),
+        ],
+        {"w0t": W0.T.copy(), "w1t": W1.T.copy()},
+    ),
+    "gemm with alpha and beta": (
+        [
+            ("Gemm", "x w0_half b0_double", "z0", {"alpha": 2.0, "beta": 0.5}),
+            ("Relu", "z0", "a0"),
+            ("Gemm", "a0 w1 b1", "z1"),
+            ("Softmax", "z1", "y"),
+        ],
+        {"w0_half": W0 / 2, "b0_double": B0 * 2},
+    ),
+    "gemm without a bias": (
+        [
+            ("Gemm", "x w0", "m0"),
+            ("Add", "b0 m0", "z0"),
+            ("Relu", "z0", "a0"),
+            ("Gemm", "a0 w1", "m1"),
+            ("Add", "m1 b1", "z1"),
+            ("Softmax", "z1", "y"),
+        ],
+        {},
+    ),
+    "constants as nodes": (
+        [
+            ("Constant", "", "c0", constant(W0.T)),
+            ("Transpose", "c0", "t0", {"perm": [1, 0]}),
+            ("Identity", "b0", "i0"),
+            ("MatMul", "x t0", "m0"),
+            ("Add", "m0 i0", "z0"),
+            *USUAL[2:],
+        ],
+        {},
+    ),
+    "what changes nothing": (
+        [
+            ("Flatten", "x", "flat"),
+            ("Identity", "flat", "same"),
+            ("MatMul", "same w0", "m0"),
+            ("Add", "m0 b0", "z0"),
+            ("Reshape", "z0 shape", "z"),
+            ("Relu", "z", "r"),
+            ("Dropout", "r ratio no", "a0 mask"),
+            *LAYER1,
+            ("Softmax", "z1", "p"),
+            ("Dropout", "p", "y"),
+        ],
+        {"ratio": np.float32(0.5), "no": np.False_, "shape": np.array([0, -1])},
+    ),
+    "relu spelled as a maximum": ([*LAYER0, ("Max", "z0 zero", "a0"), *USUAL[3:]], {"zero": np.float32(0)}),
+    "relu spelled as a clip": ([*LAYER0, ("Clip", "z0 zero", "a0"), *USUAL[3:]], {"zero": np.float32([0])[0]}),
+}
+
+
+def expected(x: Any) -> Any:
+    """What all of them compute."""
+    z = np.maximum(x.astype(float) @ W0 + B0, 0) @ W1 + B1
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("spelling", READ)
+def test_a_graph_of_another_exporter(spelling: str, tmp_path: Path) -> None:
+    nodes, constants = READ[spelling]
+    others = ["label"] if any(node[0] == "ArgMax" for node in nodes) else []
+    path = graph(tmp_path / "g.onnx", nodes, constants, others=others)
+    model, x = MLP.from_onnx(path), samples(1000, "float32", 6)
+    assert (model.layers, model.activation, model.output, model.dtype) == ([6, 5, 3], "relu", "softmax", np.float32)
+    assert np.abs(model.predict_proba(x) - expected(x)).max() < 1e-5
+    assert np.abs(run(path, x, reference=True) - expected(x)).max() < 1e-5  # the graph is what it is taken for
+    model.fit(x, np.arange(1000) % 3, epochs=1)
+    model.to_onnx(path)
+    assert difference(path, x, model.predict_proba(x)) < 1e-5
+
+
+def test_images_are_flattened(tmp_path: Path) -> None:
+    nodes: list[Node] = [("Flatten", "x", "flat"), ("MatMul", "flat w0", "m0"), *USUAL[1:]]
+    assert MLP.from_onnx(graph(tmp_path / "g.onnx", nodes, shape=("n", 2, 3))).layers == [6, 5, 3]
+
+
+def test_logits_are_what_they_are_said_to_be(tmp_path: Path) -> None:
+    path, x = graph(tmp_path / "g.onnx", USUAL[:-1], output="z1"), samples(50, "float32", 6)
+    assert MLP.from_onnx(path).output == "identity"
+    model = MLP.from_onnx(path, output="softmax")
+    assert np.abs(model.predict_proba(x) - expected(x)).max() < 1e-5
+    assert MLP.from_onnx(path, output="sigmoid").output == "sigmoid"
+    with pytest.raises(ValueError, match="output 'other' is unknown"):
+        MLP.from_onnx(path, output="other")
+    logs = MLP.from_onnx(graph(path, [*USUAL[:-1], ("LogSoftmax", "z1", "y")]))
+    assert np.abs(logs.predict_proba(x) - expected(x)).max() < 1e-5
+    with pytest.raises(ValueError, match=r"output is 'sigmoid', but the graph in .* ends in softmax"):
+        MLP.from_onnx(path, output="sigmoid")
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [3, 7], ["no", "yes"]])
+def test_a_classifier_of_scikit_learns_converter(labels: list[Any], tmp_path: Path) -> None:
+    """Of two classes it makes a column each, and then a map for each row, whose keys are the labels."""
+    of_two: list[Node] = [
+        *LAYER0,
+        ("Relu", "z0", "a0"),
+        ("MatMul", "a0 w", "z"),
+        ("Sigmoid", "z", "p"),
+        ("Sub", "one p", "q"),
+        ("Concat", "q p", "y", {"axis": 1}),
+    ]
+    maps = ("ZipMap@ai.onnx.ml", "y", "maps", {f"classlabels_{'strings' if labels[0] == 'no' else 'int64s'}": labels})
+    path, x = graph(tmp_path / "g.onnx", of_two, {"w": W1[:, :1], "one": np.float32([1])}), samples(100, "float32", 6)
+    both = run(path, x, reference=True)
+    assert np.abs(both - np.c_[1 - both[:, 1], both[:, 1]]).max() < 1e-6
+    found = onnx.load(graph(path, [*of_two, maps], {"w": W1[:, :1], "one": np.float32([1])}))
+    key = TensorProto.STRING if labels[0] == "no" else TensorProto.INT64
+    of_maps = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(key, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    found.graph.output[0].CopyFrom(helper.make_value_info("maps", of_maps))
+    onnx.save(found, path)
+    model = MLP.from_onnx(path)
+    assert (model.layers, model.output, model.classes) == ([6, 5, 1], "sigmoid", None if labels[1] == 1 else labels)
+    assert np.abs(model.predict_proba(x)[:, 0] - both[:, 1]).max() < 1e-5
+    assert model.predict(x).tolist() == [labels[int(p > 0.5)] for p in both[:, 1]]
+
+
+@pytest.mark.parametrize(
+    ("make", "activation", "parameter"),
+    [
+        (lambda nn: nn.ReLU(), "relu", None),
+        (lambda nn: nn.LeakyReLU(0.2), "leaky_relu", 0.2),
+        (lambda nn: nn.PReLU(), "leaky_relu", 0.25),
+        (lambda nn: nn.ELU(1.5), "elu", 1.5),
+        (lambda nn: nn.GELU(), "gelu", None),
+        (lambda nn: nn.GELU(approximate="tanh"), "gelu_tanh", None),
+        (lambda nn: nn.SiLU(), "silu", None),
+        (lambda nn: nn.Softplus(), "softplus", None),
+        (lambda nn: nn.Tanh(), "tanh", None),
+        (lambda nn: nn.Sigmoid(), "sigmoid", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_pytorch_exports(make: Callable[[Any], Any], activation: str, parameter: Any, tmp_path: Path) -> None:
+    """PyTorch spells some activations in several operators."""
+    torch = pytest.importorskip("torch")
+    path, x = tmp_path / "t.onnx", samples(100, "float32")
+    layers = [torch.nn.Linear(12, 8), make(torch.nn), torch.nn.Dropout(), torch.nn.Linear(8, 7), make(torch.nn)]
+    net = torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(7, 3), torch.nn.Softmax(dim=1)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter that needs no package besides
+        torch.onnx.export(
+            net, (torch.from_numpy(x),), path, input_names=["x"], dynamic_axes={"x": {0: "n"}}, dynamo=False
+        )
+    model = MLP.from_onnx(path)
+    assert (model.layers, model.activation, model.output) == ([12, 8, 7, 3], activation, "softmax")
+    assert model.activation_parameter == (None if parameter is None else float(np.float32(parameter)))
+    assert np.abs(model.predict_proba(x) - net(torch.from_numpy(x)).detach().numpy()).max() < 1e-5
+
+
+# What is refused, with the name of the first node that does not fit.
+
+HALF, THIRD = {"half": np.float32(0.5)}, {"w2": np.eye(3, dtype=np.float32)}
+REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
+    "an unknown activation": (
+        [*LAYER0, ("HardSigmoid", "z0", "a0"), *USUAL[3:]],
+        {},
+        r"node the_a0 \(HardSigmoid\) begins what is no activation",
+    ),
+    "relu up to 6": (
+        [*LAYER0, ("Clip", "z0 zero six", "a0"), *USUAL[3:]],
+        {"zero": np.float32(0), "six": np.float32(6)},
+        r"the_a0 \(Clip\) begins",
+    ),
+    "a scaled activation": (
+        [*LAYER0, ("Relu", "z0", "r"), ("Mul", "r half", "a0"), *USUAL[3:]],
+        HALF,
+        r"the_r \(Relu\) begins",
+    ),
+    "two activations": (
+        [
+            *LAYER0,
+            ("Relu", "z0", "a0"),
+            *LAYER1,
+            ("Tanh", "z1", "a1"),
+            ("MatMul", "a1 w2", "z2"),
+            ("Softmax", "z2", "y"),
+        ],
+        THIRD,
+        r"the_a1 \(Tanh\) makes the activation tanh, the first one is relu",
+    ),
+    "two slopes": (
+        [
+            *LAYER0,
+            ("LeakyRelu", "z0", "a0", {"alpha": 0.2}),
+            *LAYER1,
+            ("LeakyRelu", "z1", "a1", {"alpha": 0.3}),
+            ("MatMul", "a1 w2", "y"),
+        ],
+        THIRD,
+        r"the_a1 \(LeakyRelu\) makes the activation leaky_relu of 0\.3, the first one is leaky_relu of 0\.2",
+    ),
+    "a layer without an activation": (
+        [*USUAL[:-1], ("MatMul", "z1 w2", "z2"), ("Softmax", "z2", "y")],
+        THIRD,
+        r"the_m1 \(MatMul\) makes the activation identity, the first one is relu",
+    ),
+    "a slope for each channel": (
+        [*LAYER0, ("PRelu", "z0 slopes", "a0"), *USUAL[3:]],
+        {"slopes": np.arange(5, dtype=np.float32)},
+        r"the_a0 \(PRelu\) is no layer",
+    ),
+    "a convolution": (
+        [("Conv", "x kernel", "c"), ("Flatten", "c", "f"), ("MatMul", "f w0", "m0"), *USUAL[1:]],
+        {"kernel": np.ones((1, 1, 1), np.float32)},
+        r"the_c \(Conv\) is no layer",
+    ),
+    "a skip connection": (
+        [*USUAL[:5], ("Add", "z1 x", "s"), ("Softmax", "s", "y")],
+        {},
+        r"the_s \(Add\) takes x past a layer",
+    ),
+    "a scaled input": (
+        [("Mul", "x half", "s"), ("MatMul", "s w0", "m0"), *USUAL[1:]],
+        HALF,
+        r"the_s \(Mul\) stands before",
+    ),
+    "a temperature": (
+        [*USUAL[:-1], ("Mul", "z1 half", "t"), ("Softmax", "t", "y")],
+        HALF,
+        r"the_t \(Mul\) begins what is no activation",
+    ),
+    "tanh outputs": ([*USUAL[:-1], ("Tanh", "z1", "y")], {}, r"the_y \(Tanh\) makes tanh of the outputs"),
+    "softmax of relu": (
+        [*USUAL[:-1], ("Relu", "z1", "r"), ("Softmax", "r", "y")],
+        {},
+        r"the_r \(Relu\) makes relu of the outputs",
+    ),
+    "softmax over the rows": (
+        [*USUAL[:-1], ("Softmax", "z1", "y", {"axis": 0})],
+        {},
+        r"the_y \(Softmax\) is not along",
+    ),
+    "something behind softmax": (
+        [*USUAL[:-1], ("Softmax", "z1", "p"), ("Log", "p", "y")],
+        {},
+        r"the_y \(Log\) stands behind",
+    ),
+    "a weight that is computed": (
+        [("MatMul", "x w0", "m0"), ("MatMul", "m0 w1", "z"), ("Gemm", "z x", "y", {"transB": 1})],
+        {},
+        r"the_y \(Gemm\) takes x past a layer",
+    ),
+    "a matrix on the left": ([("Gemm", "x w0", "y", {"transA": 1})], {}, r"the_y \(Gemm\) does not multiply rows"),
+    "a stack of matrices": (
+        [("MatMul", "x w", "y")],
+        {"w": np.ones((2, 6, 5), np.float32)},
+        r"the_y \(MatMul\) does not multiply rows",
+    ),
+    "a bias for each row": (
+        [("Gemm", "x w0 rows", "y")],
+        {"rows": np.ones((4, 1), np.float32)},
+        r"the_y \(Gemm\) adds what is no bias",
+    ),
+    "float16": (
+        [
+            ("Cast", "x", "h", {"to": TensorProto.FLOAT16}),
+            ("MatMul", "h w", "p"),
+            ("Cast", "p", "y", {"to": TensorProto.FLOAT}),
+        ],
+        {"w": W0.astype(np.float16)},
+        r"the_h \(Cast\) is no layer",
+    ),
+    "layers that do not fit": (
+        [*LAYER0, ("Relu", "z0", "a0"), ("MatMul", "a0 w0", "y")],
+        {},
+        r"the_y \(MatMul\) takes 6 inputs of float32, the layer before gives 5",
+    ),
+    "another domain": (
+        [("Scaler@ai.onnx.ml", "x", "s", {"offset": [0.0], "scale": [1.0]}), ("MatMul", "s w0", "y")],
+        {},
+        r"the_s \(Scaler\) is of the domain ai.onnx.ml",
+    ),
+    "a batch that is reshaped": (
+        [*LAYER0, ("Relu", "z0", "a"), ("Reshape", "a shape", "a0"), *USUAL[3:]],
+        {"shape": np.array([5, 5])},
+        r"the_a0 \(Reshape\) is no layer",
+    ),
+    "dropout that drops": (
+        [*LAYER0, ("Relu", "z0", "r"), ("Dropout", "r half yes", "a0"), *USUAL[3:]],
+        HALF | {"yes": np.True_},
+        r"the_a0 \(Dropout\) is no layer",
+    ),
+    "constants of unknown making": (
+        [("Einsum", "w0", "t", {"equation": "ij->ij"}), ("MatMul", "x t", "y")],
+        {},
+        r"the_t \(Einsum\) computes with constants",
+    ),
+    "another number of columns": (
+        [*USUAL[:-1], ("Sigmoid", "z1", "p"), ("Sub", "half p", "q"), ("Concat", "q p", "y", {"axis": 1})],
+        HALF,
+        r"the_y \(Concat\) is no layer",
+    ),
+    "no layer": ([("Relu", "x", "y")], {}, "it has no layer"),
+    "too few features": ([("MatMul", "x w", "y")], {"w": np.ones((4, 2), np.float32)}, "its input has 6 features"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_named(case: str, tmp_path: Path) -> None:
+    nodes, constants, message = REFUSED[case]
+    path = graph(tmp_path / "g.onnx", nodes, constants)
+    with pytest.raises(ValueError, match=rf"g\.onnx holds no perceptron: .*{message}"):
+        MLP.from_onnx(path)
+
+
+def test_inputs_and_outputs_are_counted(tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx", [("Add", "x other", "s"), ("MatMul", "s w0", "y")], inputs=["x", "other"])
+    with pytest.raises(ValueError, match="it has 2 inputs and 1 outputs of floats"):
+        MLP.from_onnx(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no graph" * 9]
+)
+def test_damaged_files_are_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx", USUAL)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"g\.onnx (is corrupt|holds no perceptron)"):
+        MLP.from_onnx(path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.onnx"):
+        MLP.from_onnx(tmp_path / "nowhere.onnx")
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    model = perceptron("tanh", "float32")
+    model.to_onnx(tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
+    helper.set_model_props(graph, {"gemmlet": graph.metadata_props[0].value.replace('"seed": 3', '"seed": -3')})
+    onnx.save(graph, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"m\.onnx is corrupt.*seed must be at least 0, got -3"):
+        MLP.from_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"format": 99, "network": "MLP", "config": {"layers": 0}}', "[]"])
+def test_metadata_of_others_is_passed_over(text: str, tmp_path: Path) -> None:
+    model = perceptron("tanh", "float32", classes=list("abcd"))
+    model.to_onnx(tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx")
+    helper.set_model_props(graph, {"gemmlet": text})
+    onnx.save(graph, tmp_path / "m.onnx")
+    read = MLP.from_onnx(tmp_path / "m.onnx")
+    assert (read.layers, read.classes) == (model.layers, None)
