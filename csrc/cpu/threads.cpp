@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/float_status.h"
+
 namespace gemmlet {
 namespace {
 
@@ -28,26 +30,6 @@ inline void pause_processor() {
   __asm__ volatile("yield");
 #endif
 }
-
-// The floating-point mode of a thread: how it rounds, and whether it flushes subnormal numbers to zero. Another library may
-// have changed it.
-#if defined(__x86_64__)
-using FloatMode = unsigned;
-inline FloatMode float_mode() { return __builtin_ia32_stmxcsr(); }
-inline void set_float_mode(FloatMode mode) { __builtin_ia32_ldmxcsr(mode); }
-#elif defined(__aarch64__)
-using FloatMode = std::uint64_t;
-inline FloatMode float_mode() {
-  FloatMode mode;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
-  return mode;
-}
-inline void set_float_mode(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
-#else
-using FloatMode = int;
-inline FloatMode float_mode() { return 0; }
-inline void set_float_mode(FloatMode) {}
-#endif
 
 template <class Condition>
 bool spin_until(Condition done) {
@@ -98,7 +80,8 @@ struct Job {
   std::atomic<std::int64_t> next{0};
   std::mutex error_mutex;
   std::exception_ptr error;
-  FloatMode mode = float_mode();  // the caller's
+  FloatMode mode = float_mode();    // the caller's
+  std::atomic<unsigned> raised{0};  // floating-point status of the workers' tasks
 
   void work() {
     for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -142,6 +125,7 @@ class Pool {
     // No worker joins from here on; those that have will soon be done.
     joined_.fetch_or(closed, std::memory_order_acquire);
     while (!spin_until([&] { return joined_.load(std::memory_order_acquire) == closed; })) std::this_thread::yield();
+    if (const unsigned raised = job.raised.load(std::memory_order_relaxed)) raise_float_status(raised);
     return true;
   }
 
@@ -220,7 +204,9 @@ class Pool {
       if (stop_.load()) return;
       if ((joined_.fetch_add(1, std::memory_order_acquire) & closed) == 0) {
         set_float_mode(job_->mode);
+        clear_float_status();
         job_->work();
+        if (const unsigned raised = float_status()) job_->raised.fetch_or(raised, std::memory_order_relaxed);
       }
       joined_.fetch_sub(1, std::memory_order_release);
     }

@@ -5,7 +5,8 @@
 //   task computes must not depend on which thread runs it or on how many there are. The first exception of a task is
 //   thrown again in the caller, after the rest have ended.
 //   Several threads may call it at once: the pool serves one of them, the others run their tasks themselves.
-//   Workers compute in the caller's floating-point mode (rounding, flush to zero).
+//   Workers compute in the caller's floating-point mode (rounding, flush to zero), and what their tasks raise of its status
+//   flags is raised in the caller: as if it had done the work alone.
 //   After fork the child has a fresh pool. Workers block all signals. Between calls they spin for some microseconds,
 //   then sleep. On Linux a worker keeps off the processor of the caller that woke it last; the caller may run anywhere.
 //   run_team(f) calls f(member) at the same time on as many threads as there are, the caller's among them; they meet at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from ._precision import get_float32_matmul_precision, set_float32_matmul_precision
 from ._version import __version__
@@ -11,11 +11,13 @@ from .backends.select import get_num_threads, set_num_threads, show_config, use_
 
 __all__ = [
     "__version__",
+    "accelerate_numpy",
     "data",
     "get_float32_matmul_precision",
     "get_num_threads",
     "kernels",
     "nn",
+    "restore_numpy",
     "set_float32_matmul_precision",
     "set_num_threads",
     "show_config",
@@ -23,8 +25,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     # Submodules load on first use.
+    if name in {"accelerate_numpy", "restore_numpy"}:
+        return getattr(importlib.import_module(".integrations.numpy", __name__), name)
     if name in {"data", "kernels", "nn"}:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -110,5 +110,6 @@ void def(py::module_& m, const char* name, Function function, Names... names) {
 }
 
 void bind_training(py::module_& m);  // training.cpp
+void bind_numpy(py::module_& m);     // numpy/replace.cpp
 
 }  // namespace gemmlet::bindings

@@ -123,6 +123,11 @@ class CpuBackend(NumpyBackend):
         functions["linear_backward"] = fast_path("linear_backward", activations)
         return functions
 
+    @property
+    def extension(self) -> Any:
+        """The compiled module; the stub ``_cpu_baseline.pyi`` has its functions."""
+        return self._module
+
     def describe(self) -> dict[str, str]:
         import platform
 

@@ -1,0 +1,459 @@
+#include "cpu/ufuncs.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/threads.h"
+#include "formulas/math.h"
+
+namespace gemmlet::ufuncs {
+namespace {
+
+// Functions of vectors, named as in the lists. A tail goes through the same code; its other lanes hold 1, of which no
+// function raises a flag.
+
+template <class V>
+GEMMLET_INLINE V either(V a, V b, bool larger) {
+  // The first operand where it is NaN, or where both are equal.
+  return larger ? select((a >= b) | (a != a), a, b) : select((a <= b) | (a != a), a, b);
+}
+
+#define GEMMLET_BINARY(name, raises, expression) \
+  struct name {                                  \
+    static constexpr bool raises_flags = raises; \
+    template <class V>                           \
+    GEMMLET_INLINE static V call(V a, V b) {     \
+      return expression;                         \
+    }                                            \
+  };
+namespace functions {
+GEMMLET_BINARY(add, true, a + b)
+GEMMLET_BINARY(subtract, true, a - b)
+GEMMLET_BINARY(multiply, true, a* b)
+GEMMLET_BINARY(divide, true, a / b)
+GEMMLET_BINARY(maximum, false, either(a, b, true))
+GEMMLET_BINARY(minimum, false, either(a, b, false))
+}  // namespace functions
+#undef GEMMLET_BINARY
+
+// What a function raises is either what the processor says, or found from its arguments: the branch-free exp, log and tanh
+// raise flags of their own.
+enum class Flags { none, of_processor, of_arguments };
+
+#define GEMMLET_UNARY(name, flags, expression)    \
+  struct name {                                   \
+    static constexpr Flags raises = Flags::flags; \
+    template <class V>                            \
+    GEMMLET_INLINE static V call(V x) {           \
+      return expression;                          \
+    }                                             \
+  };
+namespace functions {
+GEMMLET_UNARY(negative, none, -x)
+GEMMLET_UNARY(absolute, none, abs(x))
+GEMMLET_UNARY(square, of_processor, x* x)
+GEMMLET_UNARY(sqrt, of_processor, gemmlet::sqrt(x))
+GEMMLET_UNARY(sign, none, select(x > V{}, constant<V>(1), select(x < V{}, constant<V>(-1), select(x == V{}, V{}, x))))
+GEMMLET_UNARY(exp, of_arguments, gemmlet::exp(x))
+GEMMLET_UNARY(log, of_arguments, gemmlet::log(x))
+GEMMLET_UNARY(tanh, none, gemmlet::tanh(x))
+}  // namespace functions
+#undef GEMMLET_UNARY
+
+// What the arguments of exp or log raise: a mask of lanes for each of two flags.
+template <class V>
+struct Raised {
+  IntVecOf<V> first = {}, second = {};
+
+  GEMMLET_INLINE void add(V x, functions::exp) {
+    constexpr bool single = sizeof(ScalarOf<V>) == 4;
+    // The logarithms of the largest number, and of the smallest normal one.
+    first |= (x > constant<V>(single ? 0x1.62e42ep+6 : 0x1.62e42fefa39efp+9)) & (x < infinity<V>());
+    second |= (x < constant<V>(single ? -0x1.5d589ep+6 : -0x1.6232bdd7abcd2p+9)) & (x > -infinity<V>());
+  }
+  GEMMLET_INLINE void add(V x, functions::log) {
+    first |= x == V{};
+    second |= x < V{};
+  }
+  static unsigned flags(const Raised& r, functions::exp) {
+    return (any(r.first) ? overflow : 0) | (any(r.second) ? underflow : 0);
+  }
+  static unsigned flags(const Raised& r, functions::log) {
+    return (any(r.first) ? divide_by_zero : 0) | (any(r.second) ? invalid : 0);
+  }
+
+ private:
+  static bool any(IntVecOf<V> mask) {
+    ScalarOf<IntVecOf<V>> all = 0;
+    for (int i = 0; i < lanes<ScalarOf<V>>; ++i) all |= mask[i];
+    return all != 0;
+  }
+};
+
+template <class T, class F>
+[[gnu::flatten]] unsigned unary_range(const T* x, T* y, Index i, Index end) {
+  Raised<Vec<T>> raised;
+  for (; i < end; i += lanes<T>) {
+    const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
+    const Vec<T> v = load_lanes(x + i, n, T(1));
+    if constexpr (F::raises == Flags::of_arguments) raised.add(v, F{});
+    store_lanes(y + i, F::call(v), n);
+  }
+  if constexpr (F::raises == Flags::of_arguments)
+    return Raised<Vec<T>>::flags(raised, F{});
+  else
+    return 0;
+}
+
+template <class T, class F>
+unsigned unary_all(const T* x, T* y, Index n) {
+  constexpr Index chunk =
+      F::raises == Flags::none && !std::is_same_v<F, functions::tanh> ? tuning::cheap_chunk : tuning::costly_chunk;
+  if constexpr (F::raises == Flags::of_processor) clear_float_status();
+  unsigned raised = 0;
+  if (n <= chunk) {
+    raised = unary_range<T, F>(x, y, 0, n);
+  } else {
+    std::atomic<unsigned> of_chunks{0};
+    parallel_chunks(
+        n,
+        [&](Index begin, Index end) {
+          if (const unsigned some = unary_range<T, F>(x, y, begin, end))
+            of_chunks.fetch_or(some, std::memory_order_relaxed);
+        },
+        chunk);
+    raised = of_chunks.load();
+  }
+  return F::raises == Flags::of_processor ? float_status() : raised;
+}
+
+// One operand of a row: its elements one after the other, or one for all of them.
+template <class T, bool broadcasts>
+struct Elements {
+  const T* data;
+  Vec<T> all = {};
+  GEMMLET_INLINE explicit Elements(const T* d) : data(d) {
+    if constexpr (broadcasts) all = splat(*d);
+  }
+  GEMMLET_INLINE Vec<T> at(Index j, int n) const {
+    if constexpr (broadcasts)
+      return all;
+    else
+      return load_lanes(data + j, n, T(1));
+  }
+};
+
+template <class T, class F, bool a_broadcasts, bool b_broadcasts>
+GEMMLET_INLINE void binary_row(const T* a, const T* b, T* y, Index n) {
+  const Elements<T, a_broadcasts> as(a);
+  const Elements<T, b_broadcasts> bs(b);
+  for_lanes<T>(n, [&](Index j, int count)
+                      GEMMLET_INLINE_LAMBDA { store_lanes(y + j, F::call(as.at(j, count), bs.at(j, count)), count); });
+}
+
+// A function of scalars by way of the vectors, so that a formula stands once.
+template <class F, class T>
+GEMMLET_INLINE T scalar(T a, T b) {
+  return F::call(splat(a), splat(b))[0];
+}
+
+template <class T, class F>
+[[gnu::flatten]] void binary_block(const T* a, const T* b, T* y, const Grid& g, Index row, Index rows, Index column,
+                                   Index columns) {
+  const bool contiguous = g.a_column <= 1 && g.a_column >= 0 && g.b_column <= 1 && g.b_column >= 0;
+  for (Index i = row; i < row + rows; ++i) {
+    const T *ai = a + i * g.a_row + column * g.a_column, *bi = b + i * g.b_row + column * g.b_column;
+    T* yi = y + i * g.y_row + column;
+    if (contiguous && g.a_column == 1 && g.b_column == 1) {
+      binary_row<T, F, false, false>(ai, bi, yi, columns);
+    } else if (contiguous && g.a_column == 1) {
+      binary_row<T, F, false, true>(ai, bi, yi, columns);
+    } else if (contiguous && g.b_column == 1) {
+      binary_row<T, F, true, false>(ai, bi, yi, columns);
+    } else {
+      for (Index j = 0; j < columns; ++j) yi[j] = scalar<F>(ai[j * g.a_column], bi[j * g.b_column]);
+    }
+  }
+}
+
+// f(row, rows, column, columns), by several threads where the grid is large.
+template <class F>
+void for_blocks_of(const Grid& g, F&& f) {
+  if (g.rows * g.columns <= tuning::cheap_chunk) return f(Index{0}, g.rows, Index{0}, g.columns);
+  if (g.rows == 1)
+    return parallel_chunks(
+        g.columns, [&](Index begin, Index end) { f(Index{0}, Index{1}, begin, end - begin); }, tuning::cheap_chunk);
+  parallel_chunks(
+      g.rows, [&](Index begin, Index end) { f(begin, end - begin, Index{0}, g.columns); },
+      std::max<Index>(1, tuning::cheap_chunk / g.columns));
+}
+
+template <class T, class F>
+unsigned binary_all(const T* a, const T* b, T* y, const Grid& g) {
+  if constexpr (F::raises_flags) clear_float_status();
+  for_blocks_of(g, [&](Index row, Index rows, Index column, Index columns) {
+    binary_block<T, F>(a, b, y, g, row, rows, column, columns);
+  });
+  return F::raises_flags ? float_status() : 0;
+}
+
+template <class T, class F>
+void compare_all(const T* a, const T* b, bool* y, const Grid& g) {
+  const F f;
+  for_blocks_of(g, [&](Index row, Index rows, Index column, Index columns) {
+    for (Index i = row; i < row + rows; ++i) {
+      const T* __restrict ai = a + i * g.a_row + column * g.a_column, * __restrict bi =
+                                                                          b + i * g.b_row + column * g.b_column;
+      bool* __restrict yi = y + i * g.y_row + column;
+      // Loops that the compiler makes vectors of.
+      if (g.a_column == 1 && g.b_column == 1)
+        for (Index j = 0; j < columns; ++j) yi[j] = f(ai[j], bi[j]);
+      else if (g.a_column == 1 && g.b_column == 0)
+        for (Index j = 0; j < columns; ++j) yi[j] = f(ai[j], *bi);
+      else
+        for (Index j = 0; j < columns; ++j) yi[j] = f(ai[j * g.a_column], bi[j * g.b_column]);
+    }
+  });
+}
+
+// Reductions.
+
+// NumPy's pairwise sum.
+template <class T>
+T pairwise_sum(const T* x, Index n) {
+  if (n < 8) {
+    T sum = T(-0.0);  // so that zeros keep their sign
+    for (Index i = 0; i < n; ++i) sum += x[i];
+    return sum;
+  }
+  if (n <= 128) {
+    T r[8];
+    for (int j = 0; j < 8; ++j) r[j] = x[j];
+    Index i = 8;
+    for (; i + 8 <= n; i += 8)
+      for (int j = 0; j < 8; ++j) r[j] += x[i + j];
+    T sum = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+    for (; i < n; ++i) sum += x[i];
+    return sum;
+  }
+  const Index half = n / 2 - n / 2 % 8;
+  return pairwise_sum(x, half) + pairwise_sum(x + half, n - half);
+}
+
+template <class T>
+T extreme_of_row(const T* x, Index n, bool larger) {
+  const auto more = [larger](auto a, auto b) GEMMLET_INLINE_LAMBDA { return either(a, b, larger); };
+  Vec<T> best;
+  if (n < lanes<T>) {
+    best = splat(x[0]);
+    for (Index i = 1; i < n; ++i) best = more(best, splat(x[i]));
+    return best[0];
+  }
+  // The last vector overlaps the one before.
+  best = load(x);
+  Vec<T> other = best;
+  Index i = lanes<T>;
+  for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
+    best = more(best, load(x + i));
+    other = more(other, load(x + i + lanes<T>));
+  }
+  for (; i < n; i += lanes<T>) best = more(best, load(x + std::min(i, n - lanes<T>)));
+  best = more(best, other);
+  T result = best[0];
+  for (int lane = 1; lane < lanes<T>; ++lane) result = more(splat(result), splat(best[lane]))[0];
+  return result;
+}
+
+template <class T>
+T mean_of(T sum, Index n) {
+  return static_cast<T>(static_cast<double>(sum) / static_cast<double>(n));  // float32 too: n is an int64 there
+}
+
+template <class T, class F>
+[[gnu::flatten]] void fold_rows(const T* x, T* y, Index n, Index stride, Index columns) {
+  std::memcpy(y, x, static_cast<std::size_t>(columns) * sizeof(T));
+  for (Index k = 1; k < n; ++k) binary_row<T, F, false, false>(y, x + k * stride, y, columns);
+}
+
+}  // namespace
+
+template <class T>
+unsigned binary(Binary function, const T* a, const T* b, T* y, const Grid& grid) {
+  using Function = unsigned (*)(const T*, const T*, T*, const Grid&);
+#define GEMMLET_ENTRY(name) &binary_all<T, functions::name>,
+  static constexpr Function table[] = {GEMMLET_BINARY_UFUNCS(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+  return table[static_cast<int>(function)](a, b, y, grid);
+}
+
+template <class T>
+void compare(Comparison comparison, const T* a, const T* b, bool* y, const Grid& grid) {
+  using Function = void (*)(const T*, const T*, bool*, const Grid&);
+  // In the order of Comparison.
+  static constexpr Function table[] = {&compare_all<T, std::less<T>>,     &compare_all<T, std::less_equal<T>>,
+                                       &compare_all<T, std::equal_to<T>>, &compare_all<T, std::not_equal_to<T>>,
+                                       &compare_all<T, std::greater<T>>,  &compare_all<T, std::greater_equal<T>>};
+  table[static_cast<int>(comparison)](a, b, y, grid);
+}
+
+template <class T>
+unsigned unary(Unary function, const T* x, T* y, Index n) {
+  using Function = unsigned (*)(const T*, T*, Index);
+#define GEMMLET_ENTRY(name) &unary_all<T, functions::name>,
+  static constexpr Function table[] = {GEMMLET_UNARY_UFUNCS(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+  return table[static_cast<int>(function)](x, y, n);
+}
+
+template <class T>
+void clip(const T* x, T low, T high, T* y, Index n) {
+  const Vec<T> lows = splat(low), highs = splat(high);
+  parallel_chunks(
+      n,
+      [&](Index begin, Index end) {
+        for_lanes<T>(end - begin, [&](Index j, int count) {
+          const Vec<T> v = load_lanes(x + begin + j, count);
+          store_lanes(y + begin + j, at_most(at_least(v, lows), highs), count);
+        });
+      },
+      tuning::cheap_chunk);
+}
+
+template <class T>
+void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n) {
+  parallel_chunks(
+      n,
+      [&](Index begin, Index end) {
+        if (a_step == 1 && b_step == 1)
+          for (Index i = begin; i < end; ++i) {
+            const T chosen = a[i], other = b[i];
+            y[i] = mask[i] ? chosen : other;
+          }
+        else if (a_step == 1)
+          for (Index i = begin; i < end; ++i) {
+            const T chosen = a[i];
+            y[i] = mask[i] ? chosen : *b;
+          }
+        else
+          for (Index i = begin; i < end; ++i) {
+            const T other = b[i * b_step];
+            y[i] = mask[i] ? *a : other;
+          }
+      },
+      tuning::cheap_chunk);
+}
+
+template <class T>
+unsigned reduce(Reduction reduction, const T* x, T* y, Index outer, Index n, Index inner) {
+  const bool adds = reduction == Reduction::sum || reduction == Reduction::mean;
+  const bool larger = reduction == Reduction::max;
+  if (adds) clear_float_status();
+  if (inner == 1) {
+    const auto row = [&](Index i) {
+      const T* of_row = x + i * n;
+      y[i] = !adds                          ? extreme_of_row(of_row, n, larger)
+             : reduction == Reduction::mean ? mean_of(pairwise_sum(of_row, n), n)
+                                            : pairwise_sum(of_row, n);
+    };
+    parallel_chunks(
+        outer,
+        [&](Index begin, Index end) {
+          for (Index i = begin; i < end; ++i) row(i);
+        },
+        std::max<Index>(1, tuning::cheap_chunk / n));
+  } else {
+    // Threads divide the columns: whole cache lines of them.
+    const bool large = outer == 1 && n * inner > 2 * tuning::cheap_chunk;
+    const Index width = large ? std::max<Index>(64, tuning::cheap_chunk / n / 64 * 64) : inner;
+    for (Index o = 0; o < outer; ++o)
+      parallel_chunks(
+          inner,
+          [&](Index begin, Index end) {
+            const T* from = x + o * n * inner + begin;
+            T* to = y + o * inner + begin;
+            if (adds)
+              fold_rows<T, functions::add>(from, to, n, inner, end - begin);
+            else if (larger)
+              fold_rows<T, functions::maximum>(from, to, n, inner, end - begin);
+            else
+              fold_rows<T, functions::minimum>(from, to, n, inner, end - begin);
+            if (reduction == Reduction::mean)
+              for (Index j = 0; j < end - begin; ++j) to[j] = mean_of(to[j], n);
+          },
+          width);
+  }
+  return adds ? float_status() : 0;
+}
+
+template <class T>
+void arg_extreme(const T* x, bool smallest, Index* y, Index rows, Index columns) {
+  for (Index i = 0; i < rows; ++i) {
+    const T* row = x + i * columns;
+    const T extreme = extreme_of_row(row, columns, !smallest);
+    Index j = 0;
+    if (extreme != extreme)
+      while (row[j] == row[j]) ++j;
+    else
+      while (row[j] != extreme) ++j;
+    y[i] = j;
+  }
+}
+
+template <class T>
+T dot(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
+  T result = 0;
+  if (x_stride != 1 || y_stride != 1) {
+    for (Index i = 0; i < n; ++i) result += x[i * x_stride] * y[i * y_stride];
+    return result;
+  }
+  // Several accumulators, to hide the latency of the additions.
+  Vec<T> sum[4] = {};
+  Index i = 0;
+  for (; i + 4 * lanes<T> <= n; i += 4 * lanes<T>)
+    for (int c = 0; c < 4; ++c) sum[c] = fma(load(x + i + c * lanes<T>), load(y + i + c * lanes<T>), sum[c]);
+  for (; i < n; i += lanes<T>) {
+    const int count = static_cast<int>(std::min<Index>(lanes<T>, n - i));
+    sum[0] = fma(load_lanes(x + i, count), load_lanes(y + i, count), sum[0]);
+  }
+  const Vec<T> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int lane = 0; lane < lanes<T>; ++lane) result += total[lane];
+  return result;
+}
+
+template <class T>
+void matmul(View<T> a, View<T> b, T* y) {
+  if (a.columns == 1 && (b.column_stride == 1 || b.columns == 1)) {
+    // An outer product.
+    binary_all<T, functions::multiply>(a.data, b.data, y, {a.rows, b.columns, a.row_stride, 0, 0, 1, b.columns});
+  } else if (a.rows * b.columns * a.columns <= 64) {
+    for (Index i = 0; i < a.rows; ++i)
+      for (Index j = 0; j < b.columns; ++j) {
+        T sum = 0;
+        for (Index k = 0; k < a.columns; ++k)
+          sum += a.data[i * a.row_stride + k * a.column_stride] * b.data[k * b.row_stride + j * b.column_stride];
+        y[i * b.columns + j] = sum;
+      }
+  } else {
+    linear<T>(a, b, nullptr, -1, T(0), y, nullptr);
+  }
+}
+
+#define GEMMLET_INSTANTIATE(T)                                                   \
+  template unsigned binary(Binary, const T*, const T*, T*, const Grid&);         \
+  template void compare(Comparison, const T*, const T*, bool*, const Grid&);     \
+  template unsigned unary(Unary, const T*, T*, Index);                           \
+  template void clip(const T*, T, T, T*, Index);                                 \
+  template void where(const bool*, const T*, Index, const T*, Index, T*, Index); \
+  template unsigned reduce(Reduction, const T*, T*, Index, Index, Index);        \
+  template void arg_extreme(const T*, bool, Index*, Index, Index);               \
+  template T dot(const T*, Index, const T*, Index, Index);                       \
+  template void matmul(View<T>, View<T>, T*);
+GEMMLET_INSTANTIATE(float)
+GEMMLET_INSTANTIATE(double)
+
+}  // namespace gemmlet::ufuncs

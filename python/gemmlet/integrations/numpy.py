@@ -1,0 +1,247 @@
+"""NumPy itself made faster: its operators, functions and methods compute their usual case by gemmlet's kernels.
+
+What is replaced are pointers inside NumPy (csrc/cpu/bindings/numpy/replace.cpp has the list), for the whole process: no
+name, type or docstring changes, and code that is unaware of it gets faster. The usual case are arrays of float64 or
+float32 as they are, beside each other or beside numbers; whatever else, subclasses, other dtypes, ``where=`` and so on, is
+computed by the function that stood there before.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..backends import select
+from ..backends.cpu import CpuBackend
+
+__all__ = ["accelerate_numpy", "counts", "replaced", "restore_numpy"]
+
+# Versions of NumPy whose own tests have passed while accelerated.
+KNOWN = ((2, 0), (2, 4))
+# Bytes of freed arrays that are kept for new ones.
+KEPT_BYTES = 256 << 20
+
+_replaced: tuple[str, ...] = ()
+_counts_before: dict[str, tuple[int, int]] = {}
+
+
+class Acceleration:
+    """What `accelerate_numpy` returns: a context manager, at whose end NumPy is as it was before that call."""
+
+    def __init__(self, began: bool) -> None:
+        self._began = began
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._began:
+            restore_numpy()
+
+    def __repr__(self) -> str:
+        return f"<NumPy {np.__version__}: {len(_replaced)} of its functions computed by gemmlet>"
+
+
+def accelerate_numpy() -> Acceleration:
+    """Compute the usual cases of NumPy's operators, functions and methods by gemmlet's kernels, in the whole process.
+
+    Operators (``+ - * / ** @``, in place, comparisons, assignment by a mask), functions as ``np.dot``, ``np.exp`` and
+    ``np.sum``, and the methods of those names: `replaced` lists them. Results, dtypes, warnings and errors under
+    ``np.errstate`` are NumPy's; so are the bits, but of ``exp``, ``log``, ``tanh``, ``dot`` and ``@``, which are as
+    accurate, and round differently. Threads are gemmlet's (`gemmlet.set_num_threads`). Memory of freed arrays, 256 MiB
+    at most, is kept for new ones, in the context of the calling thread.
+
+    Each function is tried before it is replaced, on a small battery; one whose result differs from NumPy's is left as it is.
+
+    Returns
+    -------
+    Acceleration
+        A context manager: ``with gemmlet.accelerate_numpy(): ...`` ends with NumPy as it was. A call while NumPy is
+        accelerated changes nothing, and neither does its end.
+
+    Raises
+    ------
+    RuntimeError
+        This NumPy or Python is not known to work, or nothing was compiled for this platform; the message says which.
+
+    Examples
+    --------
+    >>> import gemmlet, numpy as np
+    >>> with gemmlet.accelerate_numpy():
+    ...     y = np.tanh(np.ones((64, 784)) @ np.ones((784, 128)))
+    """
+    global _replaced, _counts_before
+    if _replaced:
+        return Acceleration(False)
+    extension = _extension()
+    names = extension.numpy_prepare()
+    good = [index for index, name in enumerate(names) if name is not None and _agrees(extension, index, name)]
+    _counts_before = _all_counts(extension)
+    extension.numpy_keep_memory(KEPT_BYTES)
+    extension.numpy_replace(good)
+    _replaced = tuple(names[index] for index in good)
+    return Acceleration(True)
+
+
+def restore_numpy() -> None:
+    """Put NumPy's own functions back, and give back the memory that was kept; nothing, where NumPy is not accelerated."""
+    global _replaced
+    if _replaced:
+        extension = _extension()
+        extension.numpy_restore()
+        extension.numpy_keep_memory(0)
+        _replaced = ()
+
+
+def replaced() -> tuple[str, ...]:
+    """Return the names of what is replaced now, as ``"ndarray.__add__"`` and ``"numpy.exp"``."""
+    return _replaced
+
+
+def counts() -> dict[str, tuple[int, int]]:
+    """Return the calls taken and those handed on to NumPy, of each name, since the last `accelerate_numpy`."""
+    return {
+        name: (taken - _counts_before[name][0], handed_on - _counts_before[name][1])
+        for name, (taken, handed_on) in _all_counts(_extension()).items()
+        if name in _counts_before
+    }
+
+
+def _extension() -> Any:
+    version = tuple(int(part) for part in np.__version__.split(".")[:2])
+    first, last = (".".join(map(str, known)) for known in KNOWN)
+    if not KNOWN[0] <= version <= KNOWN[1]:
+        raise RuntimeError(f"NumPy {np.__version__} cannot be accelerated: NumPy {first} to {last} can")
+    if sysconfig.get_config_var("Py_GIL_DISABLED") or sys.implementation.name != "cpython":
+        raise RuntimeError("NumPy cannot be accelerated in this Python: CPython with the GIL is needed")
+    try:
+        backend = select.load("cpu")
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(f"NumPy cannot be accelerated: {error}") from error
+    assert isinstance(backend, CpuBackend)
+    return backend.extension
+
+
+def _all_counts(extension: Any) -> dict[str, tuple[int, int]]:
+    return {name: pair for name, pair in zip(extension.numpy_prepare(), extension.numpy_counts(), strict=True) if name}
+
+
+# The battery.
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "ndarray.__add__": operator.add,
+    "ndarray.__sub__": operator.sub,
+    "ndarray.__mul__": operator.mul,
+    "ndarray.__truediv__": operator.truediv,
+    "ndarray.__matmul__": operator.matmul,
+    "ndarray.__iadd__": operator.iadd,
+    "ndarray.__isub__": operator.isub,
+    "ndarray.__imul__": operator.imul,
+    "ndarray.__itruediv__": operator.itruediv,
+    "ndarray.__neg__": operator.neg,
+    "ndarray.__getitem__": operator.getitem,
+}
+# Those that round in their own way, to within so many units of the result's precision.
+_ROUNDED = {"exp": 8, "log": 8, "tanh": 8, "dot": 64, "matmul": 64, "__matmul__": 64, "norm": 64}
+
+
+def _cases(name: str, dtype: type[np.floating[Any]]) -> Iterator[tuple[Any, ...]]:
+    """Arguments for an entry: they are made anew for each call, as operators in place change them."""
+    x = np.linspace(-3, 3, 42).astype(dtype).reshape(6, 7)
+    x[2, 3] = 0
+    last = name.rpartition(".")[2]
+    if last in {"dot", "matmul", "__matmul__"}:
+        yield x, np.ascontiguousarray(x.T)
+        yield x, x.T
+        yield x[:, 1], x[:, 2]
+    elif last == "outer":
+        yield x[0], x[1]
+    elif last in {"power", "__pow__"}:
+        yield from ((x, 2), (abs(x), 0.5), (x, 3))
+    elif last == "clip":
+        yield x, -1, 0.5
+    elif last == "where":
+        yield from ((x > 0, x, 0.0), (x > 0, x, -x))
+    elif name == "ndarray comparisons":
+        yield from ((x, x[::-1].copy()), (x, 0), (x, 1.5), (x, x[0]))
+    elif last == "__setitem__":
+        yield x, x > 0, 0
+    elif last == "__getitem__":
+        yield from ((x, 1), (x, (range(2), np.array([1, 2]))))
+    elif last in {"sum", "mean", "max", "min"}:
+        yield from ((x,), (x, 0), (x, 1), (x.T, 0), (x, -1))
+    elif last in {"argmax", "argmin"}:
+        yield from ((x,), (x, 1))
+    elif last in {"exp", "log", "tanh", "sqrt", "sign", "square", "absolute", "negative", "__neg__", "norm"}:
+        yield (np.abs(x) if last in {"log", "sqrt"} else x,)
+        if dtype is np.float64:
+            yield (np.float64(0.75),)
+    else:
+        y = np.linspace(5, 1, 42).astype(dtype).reshape(6, 7)
+        yield from ((x, y), (x, y[0]), (x, y[:, :1]), (x, 2), (x, np.float32(3)))
+        if not last.startswith("__i"):
+            yield from ((x.T, y.T), (2.5, y), (y[0], y))
+
+
+def _plain(name: str) -> Callable[..., Any]:
+    """The function of NumPy that an entry stands for."""
+    if name in _OPERATORS:
+        return _OPERATORS[name]
+    if name == "ndarray.__pow__":
+        return pow
+    if name == "ndarray comparisons":
+        return lambda x, y, index: (operator.lt, operator.le, operator.eq, operator.ne, operator.gt, operator.ge)[
+            index
+        ](x, y)
+    if name == "ndarray.__setitem__":
+        return lambda x, key, value: (operator.setitem(x, key, value), x)[1]
+    if name.startswith("ndarray."):
+        return lambda x, *arguments: getattr(x, name.removeprefix("ndarray."))(*arguments)
+    found: Any = np
+    for part in name.split(".")[1:]:
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
+
+
+def _agrees(extension: Any, index: int, name: str) -> bool:
+    """Whether an entry computes what NumPy does."""
+    plain = _plain(name)
+    last = name.rpartition(".")[2]
+
+    def entry(*arguments: Any) -> Any:
+        return extension.numpy_call(index, *arguments)
+
+    for dtype in (np.float64, np.float32):
+        for case, again in zip(_cases(name, dtype), _cases(name, dtype), strict=True):
+            extras: list[tuple[Any, ...]] = [()]
+            if name == "ndarray comparisons":
+                extras = [(comparison,) for comparison in range(6)]
+            elif last == "__pow__":
+                extras = [(None,)]
+            for extra in extras:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    wanted, got = plain(*case, *extra), entry(*again, *extra)
+                if not _alike(wanted, got, _ROUNDED.get(last, 0)):
+                    return False
+    return True
+
+
+def _alike(wanted: Any, got: Any, units: int) -> bool:
+    if type(wanted) is not type(got) or wanted.dtype != got.dtype or wanted.shape != got.shape:
+        return False
+    if isinstance(wanted, np.ndarray) and wanted.strides != got.strides:
+        return False
+    if not units:
+        return bool(np.array_equal(wanted, got, equal_nan=True))
+    scale = np.finfo(wanted.dtype).eps * units
+    return bool(np.allclose(wanted, got, rtol=scale, atol=scale, equal_nan=True))
