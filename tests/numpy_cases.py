@@ -352,7 +352,7 @@ def _reduction(rng: random.Random) -> str:
         words.append(rng.choice(["", "axis=", "axis="]) + rng.choice(_AXES))
     if rng.random() < 0.4:
         words.append(rng.choice(_KEEPDIMS))
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and name != "cumsum":  # NumPy 2.4 writes beyond an `out` that is too small for it
         words.append(rng.choice(_REDUCED_AS))
     return f"r = a.{name}({', '.join(words)})" if rng.random() < 0.5 else f"r = np.{name}({', '.join(['a', *words])})"
 
@@ -520,8 +520,10 @@ def run(case: Case) -> Outcome | None:
     given = {name: names[name] for name in case.operands}
     outcome = Outcome()
     reported: list[Any] = []
+    # Whether something underflows on the way to a result depends on the way.
+    under = "ignore" if case.inexact else case.errors
     with (
-        np.errstate(all=case.errors, call=lambda *words: reported.append(words)),
+        np.errstate(all=case.errors, under=under, call=lambda *words: reported.append(words)),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
@@ -529,6 +531,8 @@ def run(case: Case) -> Outcome | None:
             exec(_compiled(case.code), names)
         except Exception as error:
             outcome.facts.append(("error", type(error).__name__, str(error)))
+            if not isinstance(error, FloatingPointError):
+                return outcome  # operands in place may be half done
     outcome.facts += [(w.category.__name__, str(w.message), w.lineno, w.filename == "<case>") for w in caught]
     outcome.facts += reported
     result = names.get("r")
@@ -557,7 +561,7 @@ def difference(case: Case, before: Outcome | None, after: Outcome | None) -> str
             return f"facts in one of the runs alone: {more[len(less) :]}"
         return f"before {pairs[0][0]}, after {pairs[0][1]}"
     for one, other in zip(before.numbers, after.numbers, strict=True):
-        if one.tobytes() != other.tobytes() and not _same(one, other, case.inexact, case.elementwise):
+        if one.tobytes() != other.tobytes() and not _same(one, other, case):
             return f"before {one!r}, after {other!r}"
     return None
 
@@ -573,17 +577,19 @@ def differences(seed: int, count: int, accelerated: Callable[[], AbstractContext
             yield f"{each}\n# {found}"
 
 
-def _same(one: np.ndarray, other: np.ndarray, inexact: bool, elementwise: bool) -> bool:
+def _same(one: np.ndarray, other: np.ndarray, case: Case) -> bool:
     """Whether numbers are the same: to the bit but for what kind of NaN they are, or within rounding."""
     if one.dtype.kind not in "fc":
         return False
     if one.dtype.kind == "c":
-        return all(_same(each(one), each(other), inexact, elementwise) for each in (np.real, np.imag))
+        return all(_same(each(one), each(other), case) for each in (np.real, np.imag))
     with np.errstate(all="ignore"):
-        same = ((one == other) & (np.signbit(one) == np.signbit(other))) | (np.isnan(one) & np.isnan(other))
-        if not inexact:
+        # Which of the two zeros is the larger one NumPy leaves to the processor.
+        same = (one == other) & ((np.signbit(one) == np.signbit(other)) | bool(re.search("max|min|clip", case.code)))
+        same |= np.isnan(one) & np.isnan(other)
+        if not case.inexact:
             return bool(np.all(same))
-        if elementwise:
+        if case.elementwise:
             return bool(np.all(same | (np.abs(one - other) <= 4 * np.spacing(np.abs(one)))))
         finite = one[np.isfinite(one)]
         largest = np.max(np.abs(finite), initial=1.0 if abs(finite).max(initial=0.0) > 1e-300 else 0.0)
