@@ -14,13 +14,41 @@
 namespace gemmlet::ufuncs {
 namespace {
 
-// Functions of vectors, named as in the lists. A tail goes through the same code; its other lanes hold 1, of which no
-// function raises a flag.
+// Functions of vectors, named as in the lists. A tail goes through the same code. Its other lanes raise no flags of their own:
+// they repeat its first elements, or hold 1 where there is one operand.
 
 template <class V>
 GEMMLET_INLINE V either(V a, V b, bool larger) {
   // The first operand where it is NaN, or where both are equal.
   return larger ? select((a >= b) | (a != a), a, b) : select((a <= b) | (a != a), a, b);
+}
+
+// Whether a mask is true in all lanes.
+template <class M>
+GEMMLET_INLINE bool all_lanes(M mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(mask[0]) == 4)
+    return _mm512_movepi32_mask(std::bit_cast<__m512i>(mask)) == 0xffff;
+  else
+    return _mm512_movepi64_mask(std::bit_cast<__m512i>(mask)) == 0xff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(std::bit_cast<__m256i>(mask)) == -1;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8(std::bit_cast<__m128i>(mask)) == 0xffff;
+#else
+  bool all = true;
+  for (int i = 0; i < GEMMLET_VECTOR_BYTES / static_cast<int>(sizeof(mask[0])); ++i) all &= mask[i] != 0;
+  return all;
+#endif
+}
+
+// Lanes of -1 for bytes that are true, 0 for others.
+template <class T>
+GEMMLET_INLINE Vec<IntOf<T>> mask_of(const bool* bytes) {
+  typedef signed char Bytes __attribute__((vector_size(lanes<T>)));
+  Bytes b;
+  std::memcpy(&b, bytes, sizeof b);
+  return __builtin_convertvector(-b, Vec<IntOf<T>>);
 }
 
 #define GEMMLET_BINARY(name, raises, expression) \
@@ -65,49 +93,53 @@ GEMMLET_UNARY(tanh, none, gemmlet::tanh(x))
 }  // namespace functions
 #undef GEMMLET_UNARY
 
-// What the arguments of exp or log raise: a mask of lanes for each of two flags.
-template <class V>
-struct Raised {
-  IntVecOf<V> first = {}, second = {};
-
-  GEMMLET_INLINE void add(V x, functions::exp) {
-    constexpr bool single = sizeof(ScalarOf<V>) == 4;
-    // The logarithms of the largest number, and of the smallest normal one.
-    first |= (x > constant<V>(single ? 0x1.62e42ep+6 : 0x1.62e42fefa39efp+9)) & (x < infinity<V>());
-    second |= (x < constant<V>(single ? -0x1.5d589ep+6 : -0x1.6232bdd7abcd2p+9)) & (x > -infinity<V>());
-  }
-  GEMMLET_INLINE void add(V x, functions::log) {
-    first |= x == V{};
-    second |= x < V{};
-  }
-  static unsigned flags(const Raised& r, functions::exp) {
-    return (any(r.first) ? overflow : 0) | (any(r.second) ? underflow : 0);
-  }
-  static unsigned flags(const Raised& r, functions::log) {
-    return (any(r.first) ? divide_by_zero : 0) | (any(r.second) ? invalid : 0);
-  }
-
- private:
-  static bool any(IntVecOf<V> mask) {
-    ScalarOf<IntVecOf<V>> all = 0;
-    for (int i = 0; i < lanes<ScalarOf<V>>; ++i) all |= mask[i];
-    return all != 0;
+// What the arguments of exp and log raise: nothing, where all are within [lowest, highest] or NaN, as most are.
+template <class T>
+struct ExpFlags {
+  static constexpr bool single = sizeof(T) == 4;
+  // The logarithms of the smallest normal number, and of the largest one.
+  static constexpr T lowest = single ? -0x1.5d589ep+6 : -0x1.6232bdd7abcd2p+9,
+                     highest = single ? 0x1.62e42ep+6 : 0x1.62e42fefa39efp+9;
+  static unsigned of(T x) {
+    if (x > highest) return x < std::numeric_limits<T>::infinity() ? overflow : 0;
+    return x < lowest && x > -std::numeric_limits<T>::infinity() ? underflow : 0;
   }
 };
+template <class T>
+struct LogFlags {
+  static constexpr T lowest = std::numeric_limits<T>::denorm_min(), highest = std::numeric_limits<T>::infinity();
+  static unsigned of(T x) { return x == 0 ? divide_by_zero : x < 0 ? invalid : 0; }
+};
+template <class Find, class T>
+unsigned flags_of(const T* x, Index n) {
+  Vec<T> least = splat(T(1)), most = least;  // 1 is within both intervals; NaN compares false
+  for_lanes<T>(n, [&](Index j, int count) GEMMLET_INLINE_LAMBDA {
+    const Vec<T> v = load_lanes(x + j, count, T(1));
+    least = select(v < least, v, least);
+    most = select(v > most, v, most);
+  });
+  bool ordinary = true;
+  for (int lane = 0; lane < lanes<T>; ++lane) ordinary &= least[lane] >= Find::lowest && most[lane] <= Find::highest;
+  unsigned flags = 0;
+  for (Index j = 0; !ordinary && j < n; ++j) flags |= Find::of(x[j]);
+  return flags;
+}
 
 template <class T, class F>
 [[gnu::flatten]] unsigned unary_range(const T* x, T* y, Index i, Index end) {
-  Raised<Vec<T>> raised;
-  for (; i < end; i += lanes<T>) {
-    const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
-    const Vec<T> v = load_lanes(x + i, n, T(1));
-    if constexpr (F::raises == Flags::of_arguments) raised.add(v, F{});
-    store_lanes(y + i, F::call(v), n);
+  // Flags are found a block ahead, as y may be x.
+  constexpr Index block = 512;
+  unsigned flags = 0;
+  while (i < end) {
+    const Index n = std::min<Index>(end - i, F::raises == Flags::of_arguments ? block : end - i);
+    if constexpr (F::raises == Flags::of_arguments)
+      flags |= flags_of<std::conditional_t<std::is_same_v<F, functions::exp>, ExpFlags<T>, LogFlags<T>>>(x + i, n);
+    for_lanes<T>(n, [&](Index j, int count) GEMMLET_INLINE_LAMBDA {
+      store_lanes(y + i + j, F::call(load_lanes(x + i + j, count, T(1))), count);
+    });
+    i += n;
   }
-  if constexpr (F::raises == Flags::of_arguments)
-    return Raised<Vec<T>>::flags(raised, F{});
-  else
-    return 0;
+  return flags;
 }
 
 template <class T, class F>
@@ -144,7 +176,7 @@ struct Elements {
     if constexpr (broadcasts)
       return all;
     else
-      return load_lanes(data + j, n, T(1));
+      return load_lanes(data + j, n, data[j]);
   }
 };
 
@@ -326,24 +358,52 @@ void clip(const T* x, T low, T high, T* y, Index n) {
 
 template <class T>
 void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n) {
+  const Vec<T> first = splat(*a), second = splat(*b);
   parallel_chunks(
       n,
       [&](Index begin, Index end) {
-        if (a_step == 1 && b_step == 1)
-          for (Index i = begin; i < end; ++i) {
-            const T chosen = a[i], other = b[i];
-            y[i] = mask[i] ? chosen : other;
-          }
-        else if (a_step == 1)
-          for (Index i = begin; i < end; ++i) {
-            const T chosen = a[i];
-            y[i] = mask[i] ? chosen : *b;
-          }
-        else
-          for (Index i = begin; i < end; ++i) {
-            const T other = b[i * b_step];
-            y[i] = mask[i] ? *a : other;
-          }
+        Index i = begin;
+        for (; i + lanes<T> <= end; i += lanes<T>)
+          store(y + i,
+                select(mask_of<T>(mask + i), a_step == 1 ? load(a + i) : first, b_step == 1 ? load(b + i) : second));
+        for (; i < end; ++i) y[i] = mask[i] ? a[i * a_step] : b[i * b_step];
+      },
+      tuning::cheap_chunk);
+}
+
+template <class From>
+void convert(const From* x, double* y, Index n) {
+  parallel_chunks(
+      n,
+      [&](Index begin, Index end) {
+        for (Index i = begin; i < end; ++i) y[i] = static_cast<double>(x[i]);
+      },
+      tuning::cheap_chunk);
+}
+template void convert(const std::uint8_t*, double*, Index);
+template void convert(const std::int8_t*, double*, Index);
+template void convert(const std::int32_t*, double*, Index);
+template void convert(const std::int64_t*, double*, Index);
+template void convert(const float*, double*, Index);
+
+template <class T>
+void fill_where(const bool* mask, T value, T* y, Index n) {
+  parallel_chunks(
+      n,
+      [&](Index begin, Index end) {
+        Index i = begin;
+#if defined(__AVX512F__)
+        for (; i + lanes<T> <= end; i += lanes<T>) {
+          const auto lanes_set = mask_of<T>(mask + i);
+          if constexpr (sizeof(T) == 4)
+            _mm512_mask_storeu_ps(y + i, _mm512_movepi32_mask(std::bit_cast<__m512i>(lanes_set)), splat(value));
+          else
+            _mm512_mask_storeu_pd(y + i, _mm512_movepi64_mask(std::bit_cast<__m512i>(lanes_set)), splat(value));
+        }
+#endif
+        // Without a branch, which random masks would mispredict: what is not to be written goes elsewhere.
+        T elsewhere;
+        for (; i < end; ++i) *(mask[i] ? y + i : &elsewhere) = value;
       },
       tuning::cheap_chunk);
 }
@@ -396,10 +456,13 @@ void arg_extreme(const T* x, bool smallest, Index* y, Index rows, Index columns)
     const T* row = x + i * columns;
     const T extreme = extreme_of_row(row, columns, !smallest);
     Index j = 0;
-    if (extreme != extreme)
-      while (row[j] == row[j]) ++j;
-    else
-      while (row[j] != extreme) ++j;
+    const bool is_nan = extreme != extreme;
+    const Vec<T> wanted = splat(extreme);
+    for (; j + lanes<T> <= columns; j += lanes<T>) {
+      const Vec<T> v = load(row + j);
+      if (!all_lanes(is_nan ? v == v : v != wanted)) break;
+    }
+    while (is_nan ? row[j] == row[j] : row[j] != extreme) ++j;
     y[i] = j;
   }
 }
@@ -449,6 +512,7 @@ void matmul(View<T> a, View<T> b, T* y) {
   template unsigned unary(Unary, const T*, T*, Index);                           \
   template void clip(const T*, T, T, T*, Index);                                 \
   template void where(const bool*, const T*, Index, const T*, Index, T*, Index); \
+  template void fill_where(const bool*, T, T*, Index);                           \
   template unsigned reduce(Reduction, const T*, T*, Index, Index, Index);        \
   template void arg_extreme(const T*, bool, Index*, Index, Index);               \
   template T dot(const T*, Index, const T*, Index, Index);                       \

@@ -45,6 +45,14 @@ void clip(const T* x, T low, T high, T* y, Index n);
 template <class T>
 void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n);
 
+// y = x, as float64.
+template <class From>
+void convert(const From* x, double* y, Index n);
+
+// y = value where the mask is true; other elements are not written.
+template <class T>
+void fill_where(const bool* mask, T value, T* y, Index n);
+
 // y(o, i) over k of x(o, k, i), all contiguous.
 template <class T>
 unsigned reduce(Reduction reduction, const T* x, T* y, Index outer, Index n, Index inner);

@@ -170,15 +170,17 @@ def _cases(name: str, dtype: type[np.floating[Any]]) -> Iterator[tuple[Any, ...]
     elif last == "clip":
         yield x, -1, 0.5
     elif last == "where":
-        yield from ((x > 0, x, 0.0), (x > 0, x, -x))
+        yield from ((x > 0, x, 0.0), (x > 0, x, -x), (x > 0, 1, 0))
     elif name == "ndarray comparisons":
         yield from ((x, x[::-1].copy()), (x, 0), (x, 1.5), (x, x[0]))
     elif last == "__setitem__":
-        yield x, x > 0, 0
+        yield from ((x, x > 0, 0), (x, (range(2), np.array([1, 2])), 0))
     elif last == "__getitem__":
-        yield from ((x, 1), (x, (range(2), np.array([1, 2]))))
+        yield from ((x, 1), (x, np.array([2, -1])), (x, (range(2), np.array([1, 2]))))
     elif last in {"sum", "mean", "max", "min"}:
         yield from ((x,), (x, 0), (x, 1), (x.T, 0), (x, -1))
+    elif last in {"zeros_like", "ones_like"}:
+        yield from ((x,), (x.T,), (x[:, ::2],))
     elif last in {"argmax", "argmin"}:
         yield from ((x,), (x, 1))
     elif last in {"exp", "log", "tanh", "sqrt", "sign", "square", "absolute", "negative", "__neg__", "norm"}:

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
+#include <cstring>
 #include <exception>
 #include <new>
 
@@ -113,6 +115,15 @@ bool read_output(PyObject* object, int type, int axes, const npy_intp* shape, bo
          o.in_order(fortran ? f_order : c_order) && o.axes == axes && std::equal(shape, shape + axes, o.shape);
 }
 
+// At once, of two arrays: whether neither is float64 or float32.
+bool is_unusual(PyObject* x, PyObject* y) {
+  const auto is_float = [](PyObject* array) {
+    const int type = fields(array)->descr->type_num;
+    return type == NPY_DOUBLE || type == NPY_FLOAT;
+  };
+  return is_array(x) && is_array(y) && !is_float(x) && !is_float(y);
+}
+
 // Two operands of one type, at least one of them an array. `integers_divide`: of integers the result is float64.
 bool read_operands(PyObject* x, PyObject* y, bool integers_divide, Operand& a, Operand& b, Converted& converted) {
   const bool a_read = read_array(x, a) || read_number(x, a), b_read = read_array(y, b) || read_number(y, b);
@@ -183,6 +194,7 @@ bool is_large_temporary(PyObject* object) {
 }
 
 PyObject* binary(Binary function, PyObject* x, PyObject* y, PyObject* out) {
+  if (is_unusual(x, y)) return nullptr;
   Operand a, b, o;
   Converted converted;
   if (!read_operands(x, y, function == Binary::divide, a, b, converted)) return nullptr;
@@ -377,21 +389,164 @@ PyObject* matmul(PyObject* x, PyObject* y, PyObject* out, bool ufunc) {
   return a.type == NPY_DOUBLE ? product<double>(a, b, out, ufunc) : product<float>(a, b, out, ufunc);
 }
 
+namespace {
+
 bool assign_by_mask(PyObject* array, PyObject* key, PyObject* value) {
   Operand a, mask, v;
-  if (value == nullptr || !is_array(key) || fields(key)->descr->type_num != NPY_BOOL || !read_any_array(key, mask) ||
-      !read_array(array, a) || (a.flags & NPY_ARRAY_WRITEABLE) == 0 || !read_number(value, v) || !same_shape(a, mask) ||
+  if (fields(key)->descr->type_num != NPY_BOOL || !read_any_array(key, mask) || !read_array(array, a) ||
+      (a.flags & NPY_ARRAY_WRITEABLE) == 0 || !read_number(value, v) || !same_shape(a, mask) ||
       (a.flags & mask.flags & c_order) == 0)
     return false;
   if (a.type == NPY_FLOAT && !std::isfinite(static_cast<float>(v.number))) return false;
   const Index n = a.size();
-  for_type(a.type, [&](auto zero) {
+  return for_type(a.type, [&](auto zero) {
     using T = decltype(zero);
     T* p = data<T>(array);
+    const bool* flags = data<bool>(mask);
     const T number = static_cast<T>(v.number);
-    return run(n, [&] { ufuncs::where(data<bool>(mask), &number, 0, p, 1, p, n); });
+    return run(n, [&] { ufuncs::fill_where(flags, number, p, n); });
   });
-  return true;
+}
+
+// Indices along an axis: of an array of int64, or of a range.
+struct Indices {
+  const char* data = nullptr;
+  Index stride = 0, count = -1, start = 0, step = 1;
+
+  bool read(PyObject* object) {
+    if (is_array(object)) {
+      Operand o;
+      if (fields(object)->descr->type_num != NPY_INT64 || !read_any_array(object, o) || o.axes != 1) return false;
+      data = o.data;
+      stride = o.strides[0];
+      count = o.shape[0];
+      return true;
+    }
+    if (Py_TYPE(object) != &PyRange_Type) return false;
+    count = PyObject_Size(object);
+    Index first[2] = {0, 1};
+    for (Index i = 0; i < std::min<Index>(count, 2); ++i) {
+      PyObject* item = PySequence_GetItem(object, i);
+      if (item == nullptr) break;
+      first[i] = PyLong_AsLongLong(item);
+      Py_DECREF(item);
+    }
+    if (PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+    start = first[0];
+    step = count > 1 ? first[1] - first[0] : 1;
+    return true;
+  }
+  // The i-th, from the end if it is negative; -1 if it is outside.
+  Index at(Index i, Index length) const {
+    Index index = data == nullptr ? start + i * step : *reinterpret_cast<const std::int64_t*>(data + i * stride);
+    if (index < 0) index += length;
+    return index < 0 || index >= length ? -1 : index;
+  }
+};
+
+// Arrays of plain elements, which may be copied as bytes.
+bool has_plain_elements(PyObject* array) { return !PyDataType_REFCHK(fields(array)->descr); }
+
+PyObject* take_rows(PyObject* array, PyObject* key) {
+  Operand a;
+  Indices rows;
+  if (!read_any_array(array, a) || !a.in_order(c_order) || !has_plain_elements(array) || !rows.read(key) ||
+      rows.count < 1)
+    return nullptr;
+  npy_intp shape[max_axes] = {rows.count};
+  Index bytes = PyDataType_ELSIZE(fields(array)->descr);
+  for (int i = 1; i < a.axes; ++i) bytes *= shape[i] = a.shape[i];
+  const Index length = a.shape[0];
+  if (bytes == 0) return nullptr;
+  PyArray_Descr* dtype = fields(array)->descr;
+  Py_INCREF(dtype);  // it is taken over
+  PyObject* out = PyArray_NewFromDescr(&PyArray_Type, dtype, a.axes, shape, nullptr, nullptr, 0, nullptr);
+  if (out == nullptr) return nullptr;
+  char* to = data<char>(out);
+  for (Index i = 0; i < rows.count; ++i, to += bytes) {
+    const Index row = rows.at(i, length);
+    if (row < 0) return result_if(false, out);
+    if (bytes == 8)
+      std::memcpy(to, a.data + row * 8, 8);
+    else
+      std::memcpy(to, a.data + row * bytes, static_cast<std::size_t>(bytes));
+  }
+  return out;
+}
+
+// A matrix of float64 or float32, and indices of rows and columns of one length.
+struct Pairs {
+  Operand a;
+  Indices rows, columns;
+
+  bool read(PyObject* array, PyObject* key) {
+    return PyTuple_GET_SIZE(key) == 2 && read_array(array, a) && a.axes == 2 && rows.read(PyTuple_GET_ITEM(key, 0)) &&
+           columns.read(PyTuple_GET_ITEM(key, 1)) && rows.count == columns.count && rows.count > 0;
+  }
+  const char* at(Index i) const {
+    const Index row = rows.at(i, a.shape[0]), column = columns.at(i, a.shape[1]);
+    return row < 0 || column < 0 ? nullptr : a.data + row * a.strides[0] + column * a.strides[1];
+  }
+};
+
+PyObject* take_pairs(PyObject* array, PyObject* key) {
+  Pairs pairs;
+  if (!pairs.read(array, key)) return nullptr;
+  const npy_intp shape[] = {pairs.rows.count};
+  PyObject* out = new_array(pairs.a.type, 1, shape);
+  if (out == nullptr) return nullptr;
+  return for_type(pairs.a.type, [&](auto zero) {
+    auto* y = data<decltype(zero)>(out);
+    for (Index i = 0; i < pairs.rows.count; ++i) {
+      const char* from = pairs.at(i);
+      if (from == nullptr) return result_if(false, out);
+      std::memcpy(y + i, from, sizeof *y);
+    }
+    return out;
+  });
+}
+
+bool assign_pairs(PyObject* array, PyObject* key, PyObject* value) {
+  Pairs pairs;
+  Operand v;
+  if (!pairs.read(array, key) || (pairs.a.flags & NPY_ARRAY_WRITEABLE) == 0) return false;
+  const Index n = pairs.rows.count;
+  if (read_array(value, v)) {
+    if (v.type != pairs.a.type || v.axes != 1 || v.shape[0] != n || v.strides[0] % v.item() != 0 ||
+        !Bytes(v).apart_from(Bytes(pairs.a)))
+      return false;
+  } else if (!read_number(value, v) || (pairs.a.type == NPY_FLOAT && !std::isfinite(static_cast<float>(v.number)))) {
+    return false;
+  }
+  for (Index i = 0; i < n; ++i)
+    if (pairs.at(i) == nullptr) return false;
+  const Bytes written(pairs.a);
+  for (const Indices* indices : {&pairs.rows, &pairs.columns})
+    if (indices->data != nullptr && indices->data < written.end &&
+        indices->data + (n - 1) * indices->stride >= written.begin)
+      return false;
+  return for_type(pairs.a.type, [&](auto zero) {
+    using T = decltype(zero);
+    for (Index i = 0; i < n; ++i) {
+      const T element = v.array ? *reinterpret_cast<const T*>(v.data + i * v.strides[0]) : static_cast<T>(v.number);
+      std::memcpy(const_cast<char*>(pairs.at(i)), &element, sizeof element);
+    }
+    return true;
+  });
+}
+
+}  // namespace
+
+bool assign(PyObject* array, PyObject* key, PyObject* value) {
+  if (value == nullptr) return false;
+  return is_array(key) ? assign_by_mask(array, key, value) : assign_pairs(array, key, value);
+}
+
+PyObject* subscript(PyObject* array, PyObject* key) {
+  return is_array(key) ? take_rows(array, key) : take_pairs(array, key);
 }
 
 PyObject* without_ranges(PyObject* key) {
@@ -585,7 +740,21 @@ PyObject* where_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) 
     if (read_array(object, o)) return o.in_order(c_order) && same_shape(o, mask);
     return read_number(object, o);
   };
-  if (!fits(arguments[1], a) || !fits(arguments[2], b) || (!a.array && !b.array)) return nullptr;
+  if (!fits(arguments[1], a) || !fits(arguments[2], b)) return nullptr;
+  const Index size = mask.size();
+  if (!a.array && !b.array) {
+    // Python numbers: of ints the result is int64.
+    if (!a.weak || !b.weak) return nullptr;
+    const bool integers = PyLong_CheckExact(arguments[1]) && PyLong_CheckExact(arguments[2]);
+    PyObject* out = new_array(integers ? NPY_INTP : NPY_DOUBLE, mask.axes, mask.shape);
+    if (out == nullptr) return nullptr;
+    const bool* flags = data<bool>(mask);
+    double* y = data<double>(out);
+    // int64 as the float64 of the same bits: where() copies.
+    const double first = integers ? std::bit_cast<double>(static_cast<std::int64_t>(a.number)) : a.number,
+                 second = integers ? std::bit_cast<double>(static_cast<std::int64_t>(b.number)) : b.number;
+    return result_if(run(size, [&] { ufuncs::where(flags, &first, 0, &second, 0, y, size); }), out);
+  }
   const int type = a.array ? a.type : b.type;
   for (const Operand* o : {&a, &b}) {
     if (o->array ? o->type != type : type == NPY_FLOAT && !o->weak && o->type != NPY_FLOAT) return nullptr;
@@ -594,12 +763,27 @@ PyObject* where_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) 
   a.type = b.type = type;
   PyObject* out = new_array(type, mask.axes, mask.shape);
   if (out == nullptr) return nullptr;
-  const Index size = mask.size();
+  const bool* flags = data<bool>(mask);
   const bool well = for_elements(a, b, [&](auto zero, const auto* ap, const auto* bp) {
     auto* y = data<decltype(zero)>(out);
-    return run(size, [&] { ufuncs::where(data<bool>(mask), ap, a.array, bp, b.array, y, size); });
+    return run(size, [&] { ufuncs::where(flags, ap, a.array, bp, b.array, y, size); });
   });
   return result_if(well, out);
+}
+
+template <bool ones>
+PyObject* filled_like_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
+  Operand a;
+  if (n != 1 || names != nullptr || !read_array(arguments[0], a)) return nullptr;
+  PyObject* out = PyArray_NewLikeArray(reinterpret_cast<PyArrayObject*>(arguments[0]), NPY_KEEPORDER, nullptr, 0);
+  if (out == nullptr) return nullptr;
+  const Index size = a.size();
+  for_type(a.type, [&](auto zero) {
+    using T = decltype(zero);
+    std::fill_n(data<T>(out), size, T(ones));
+    return true;
+  });
+  return out;
 }
 
 PyObject* outer_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
@@ -640,6 +824,8 @@ template PyObject* reduce_call<Reduction::sum>(PyObject* const*, Py_ssize_t, PyO
 template PyObject* reduce_call<Reduction::mean>(PyObject* const*, Py_ssize_t, PyObject*);
 template PyObject* reduce_call<Reduction::max>(PyObject* const*, Py_ssize_t, PyObject*);
 template PyObject* reduce_call<Reduction::min>(PyObject* const*, Py_ssize_t, PyObject*);
+template PyObject* filled_like_call<false>(PyObject* const*, Py_ssize_t, PyObject*);
+template PyObject* filled_like_call<true>(PyObject* const*, Py_ssize_t, PyObject*);
 template PyObject* arg_extreme_call<false>(PyObject* const*, Py_ssize_t, PyObject*);
 template PyObject* arg_extreme_call<true>(PyObject* const*, Py_ssize_t, PyObject*);
 template PyObject* matmul_call<false>(PyObject* const*, Py_ssize_t, PyObject*);

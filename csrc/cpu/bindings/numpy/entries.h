@@ -19,7 +19,10 @@ PyObject* unary(ufuncs::Unary function, PyObject* x, PyObject* out);
 PyObject* power(PyObject* x, PyObject* y);
 PyObject* compare(PyObject* x, PyObject* y, int comparison);
 PyObject* matmul(PyObject* x, PyObject* y, PyObject* out, bool ufunc);
-bool assign_by_mask(PyObject* array, PyObject* key, PyObject* value);  // false: not the usual case
+// array[key] = value, where the key is a mask, or a pair of indices; false: not the usual case.
+bool assign(PyObject* array, PyObject* key, PyObject* value);
+// array[key], where the key is an array of rows' indices, or a pair of indices.
+PyObject* subscript(PyObject* array, PyObject* key);
 // A key with its ranges as arrays; null if there are none. With an error set, if memory is short.
 PyObject* without_ranges(PyObject* key);
 
@@ -41,6 +44,8 @@ PyObject* power_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
 PyObject* clip_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
 PyObject* where_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
 PyObject* outer_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
+template <bool ones>
+PyObject* filled_like_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
 PyObject* norm_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
 
 bool prepare_entries();  // once, before the first call; false with an error set

@@ -125,14 +125,14 @@ class Converted {
     if (!read_any_array(object, o) || !o.in_order()) return false;
     switch (o.type) {
       case NPY_BOOL:
-      case NPY_UBYTE:
-        return convert<npy_ubyte>(o);
-      case NPY_BYTE:
-        return convert<npy_byte>(o);
-      case NPY_INT:
-        return convert<npy_int>(o);
-      case NPY_LONG:
-        return convert<npy_long>(o);
+      case NPY_UINT8:
+        return convert<std::uint8_t>(o);
+      case NPY_INT8:
+        return convert<std::int8_t>(o);
+      case NPY_INT32:
+        return convert<std::int32_t>(o);
+      case NPY_INT64:
+        return convert<std::int64_t>(o);
       case NPY_FLOAT:
         return convert<float>(o);
       default:
@@ -147,8 +147,7 @@ class Converted {
     if (n > static_cast<Index>(std::size(few_)))
       data_ = static_cast<double*>(std::malloc(static_cast<std::size_t>(n) * 8));
     if (data_ == nullptr) return data_ = few_, false;
-    const auto* from = reinterpret_cast<const From*>(o.data);
-    for (Index i = 0; i < n; ++i) data_[i] = static_cast<double>(from[i]);
+    ufuncs::convert(reinterpret_cast<const From*>(o.data), data_, n);
     npy_intp stride = 8;
     for (int i = 0; i < o.axes; ++i) {
       const int axis = o.in_order(c_order) ? o.axes - 1 - i : i;

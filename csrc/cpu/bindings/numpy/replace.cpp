@@ -66,6 +66,8 @@ using ufuncs::Unary;
   X(clip, "clip", clip_call)                             \
   X(where, "where", where_call)                          \
   X(outer, "outer", outer_call)                          \
+  X(zeros_like, "zeros_like", filled_like_call<false>)   \
+  X(ones_like, "ones_like", filled_like_call<true>)      \
   X(norm, "linalg.norm", norm_call)
 // Methods of ndarray: the name, and what computes it with the array as the first argument.
 #define GEMMLET_METHODS(X)              \
@@ -164,7 +166,13 @@ PyObject* compare_entry(PyObject* x, PyObject* y, int comparison) {
 }
 
 PyObject* subscript_entry(PyObject* array, PyObject* key) {
-  PyObject* arrays = without_ranges(key);
+  // Not of an index or a slice, which cost NumPy less than to look at them twice.
+  if (!is_array(key) && !PyTuple_CheckExact(key)) return theirs<binaryfunc>(operator_subscript)(array, key);
+  if (PyObject* result = subscript(array, key)) {
+    ++entries[operator_subscript].taken;
+    return result;
+  }
+  PyObject* arrays = PyErr_Occurred() != nullptr ? nullptr : without_ranges(key);
   if (!is_over(operator_subscript, arrays != nullptr)) return theirs<binaryfunc>(operator_subscript)(array, key);
   if (arrays == nullptr) return nullptr;
   PyObject* result = theirs<binaryfunc>(operator_subscript)(array, arrays);
@@ -173,7 +181,8 @@ PyObject* subscript_entry(PyObject* array, PyObject* key) {
 }
 
 int assign_entry(PyObject* array, PyObject* key, PyObject* value) {
-  if (is_over(operator_assign, assign_by_mask(array, key, value))) return PyErr_Occurred() != nullptr ? -1 : 0;
+  if (!is_array(key) && !PyTuple_CheckExact(key)) return theirs<objobjargproc>(operator_assign)(array, key, value);
+  if (is_over(operator_assign, assign(array, key, value))) return PyErr_Occurred() != nullptr ? -1 : 0;
   return theirs<objobjargproc>(operator_assign)(array, key, value);
 }
 
