@@ -28,6 +28,7 @@ from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 from . import training
 from .case import Array, Call, Case, Factory, Prepared, Settings
 from .implementations import OURS
+from .programs import programs
 
 FLOATS = ("float32", "float64")
 # What single kernels may be off by; matmuls get what their K allows.
@@ -716,6 +717,17 @@ def imports(settings: Settings) -> Iterator[Case]:
 
 # The groups, in the order of the tables.
 
-_NAMED = (training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, overhead)
+_NAMED = (
+    training.epoch,
+    training.wide,
+    training.gan,
+    matmul,
+    linear,
+    activations,
+    losses,
+    optimizers,
+    overhead,
+    programs,
+)
 GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
 GROUPS["import"] = imports  # a name that no function can have

@@ -96,6 +96,7 @@ _WIDE = "steps of 784-width-width-10, widths 64 to 2048, batch 16 to 1024, dense
 _KERNELS = ("tanh", "sigmoid", "gelu")
 _ACTIVATIONS = f"{', '.join(_KERNELS)} at 16,384 and 1 million elements"
 _ELEMENTWISE = "backend numba, every elementwise kernel"
+_PROGRAMS = "programs in NumPy, accelerated"
 _CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
 TARGETS: tuple[Target | Limit | Share, ...] = (
@@ -116,6 +117,8 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
     ),
     *_each(_CROSS_ENTROPY, _of("losses", kernel="softmax_cross_entropy"), ("numpy", 3.0), ("pytorch", 1.5)),
     Target("Adam update of a million parameters", _of("optimizers", update="adam"), ("pytorch fused",), 1.0),
+    Target(_PROGRAMS, _of("programs"), ("numpy",), 2.0, mean=True),
+    Target(_PROGRAMS, _of("programs"), ("numpy",), 0.95),
     Limit("import gemmlet over import numpy", _of("import", after_numpy=True), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
     Target(_ELEMENTWISE, _of(elementwise=True), ("numpy",), 1.0, implementation="gemmlet-numba"),
