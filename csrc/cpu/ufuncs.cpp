@@ -19,8 +19,8 @@ namespace {
 
 template <class V>
 GEMMLET_INLINE V either(V a, V b, bool larger) {
-  // The first operand where it is NaN, or where both are equal.
-  return larger ? select((a >= b) | (a != a), a, b) : select((a <= b) | (a != a), a, b);
+  // The first operand where it is NaN, the second where both are equal: zeros have signs.
+  return larger ? select((a > b) | (a != a), a, b) : select((a < b) | (a != a), a, b);
 }
 
 // Whether a mask is true in all lanes.
@@ -51,6 +51,11 @@ GEMMLET_INLINE Vec<IntOf<T>> mask_of(const bool* bytes) {
   return __builtin_convertvector(-b, Vec<IntOf<T>>);
 }
 
+template <class T>
+T either_of(T a, T b, bool larger) {
+  return (larger ? a > b : a < b) || a != a ? a : b;
+}
+
 #define GEMMLET_BINARY(name, raises, expression) \
   struct name {                                  \
     static constexpr bool raises_flags = raises; \
@@ -73,23 +78,25 @@ GEMMLET_BINARY(minimum, false, either(a, b, false))
 // raise flags of their own.
 enum class Flags { none, of_processor, of_arguments };
 
-#define GEMMLET_UNARY(name, flags, expression)    \
-  struct name {                                   \
-    static constexpr Flags raises = Flags::flags; \
-    template <class V>                            \
-    GEMMLET_INLINE static V call(V x) {           \
-      return expression;                          \
-    }                                             \
+#define GEMMLET_UNARY(name, cheap, flags, expression) \
+  struct name {                                       \
+    static constexpr bool is_cheap = cheap;           \
+    static constexpr Flags raises = Flags::flags;     \
+    template <class V>                                \
+    GEMMLET_INLINE static V call(V x) {               \
+      return expression;                              \
+    }                                                 \
   };
 namespace functions {
-GEMMLET_UNARY(negative, none, -x)
-GEMMLET_UNARY(absolute, none, abs(x))
-GEMMLET_UNARY(square, of_processor, x* x)
-GEMMLET_UNARY(sqrt, of_processor, gemmlet::sqrt(x))
-GEMMLET_UNARY(sign, none, select(x > V{}, constant<V>(1), select(x < V{}, constant<V>(-1), select(x == V{}, V{}, x))))
-GEMMLET_UNARY(exp, of_arguments, gemmlet::exp(x))
-GEMMLET_UNARY(log, of_arguments, gemmlet::log(x))
-GEMMLET_UNARY(tanh, none, gemmlet::tanh(x))
+GEMMLET_UNARY(negative, true, none, -x)
+GEMMLET_UNARY(absolute, true, none, abs(x))
+GEMMLET_UNARY(square, true, of_processor, x* x)
+GEMMLET_UNARY(sqrt, false, of_processor, gemmlet::sqrt(x))
+GEMMLET_UNARY(sign, true, none,
+              select(x > V{}, constant<V>(1), select(x < V{}, constant<V>(-1), select(x == V{}, V{}, x))))
+GEMMLET_UNARY(exp, false, of_arguments, gemmlet::exp(x))
+GEMMLET_UNARY(log, false, of_arguments, gemmlet::log(x))
+GEMMLET_UNARY(tanh, false, none, gemmlet::tanh(x))
 }  // namespace functions
 #undef GEMMLET_UNARY
 
@@ -144,8 +151,8 @@ template <class T, class F>
 
 template <class T, class F>
 unsigned unary_all(const T* x, T* y, Index n) {
-  constexpr Index chunk =
-      F::raises == Flags::none && !std::is_same_v<F, functions::tanh> ? tuning::cheap_chunk : tuning::costly_chunk;
+  constexpr Index chunk = F::raises == Flags::none && !std::is_same_v<F, functions::tanh> ? tuning::ufunc_cheap_chunk
+                                                                                          : tuning::ufunc_costly_chunk;
   if constexpr (F::raises == Flags::of_processor) clear_float_status();
   unsigned raised = 0;
   if (n <= chunk) {
@@ -213,21 +220,47 @@ template <class T, class F>
   }
 }
 
+// Rows too narrow for the vectors, beside one row for all of them, which is repeated: a wide row then is several of them.
+constexpr Index narrow_columns = 32, repeated_elements = 256;
+
+template <class T, class F>
+void binary_narrow(const T* a, const T* b, T* y, const Grid& g) {
+  const bool a_repeats = g.a_row == 0;
+  const T* const row = a_repeats ? a : b;
+  const Index step = repeated_elements / g.columns;
+  T repeated[repeated_elements];
+  for (Index r = 0; r < std::min(step, g.rows); ++r)
+    std::memcpy(repeated + r * g.columns, row, static_cast<std::size_t>(g.columns) * sizeof(T));
+  for (Index i = 0; i < g.rows; i += step) {
+    const Index n = std::min(step, g.rows - i) * g.columns, at = i * g.columns;
+    binary_block<T, F>(a_repeats ? repeated : a + at, a_repeats ? b + at : repeated, y + at, {1, n, 0, 1, 0, 1, n}, 0,
+                       1, 0, n);
+  }
+}
+
 // f(row, rows, column, columns), by several threads where the grid is large.
 template <class F>
 void for_blocks_of(const Grid& g, F&& f) {
-  if (g.rows * g.columns <= tuning::cheap_chunk) return f(Index{0}, g.rows, Index{0}, g.columns);
+  if (g.rows * g.columns <= tuning::ufunc_cheap_chunk) return f(Index{0}, g.rows, Index{0}, g.columns);
   if (g.rows == 1)
     return parallel_chunks(
-        g.columns, [&](Index begin, Index end) { f(Index{0}, Index{1}, begin, end - begin); }, tuning::cheap_chunk);
+        g.columns, [&](Index begin, Index end) { f(Index{0}, Index{1}, begin, end - begin); },
+        tuning::ufunc_cheap_chunk);
   parallel_chunks(
       g.rows, [&](Index begin, Index end) { f(begin, end - begin, Index{0}, g.columns); },
-      std::max<Index>(1, tuning::cheap_chunk / g.columns));
+      std::max<Index>(1, tuning::ufunc_cheap_chunk / g.columns));
 }
 
 template <class T, class F>
 unsigned binary_all(const T* a, const T* b, T* y, const Grid& g) {
   if constexpr (F::raises_flags) clear_float_status();
+  const bool a_flat = g.a_row == g.columns, b_flat = g.b_row == g.columns;
+  if (g.rows > 4 && g.columns > 1 && g.columns <= narrow_columns && g.a_column == 1 && g.b_column == 1 &&
+      g.y_row == g.columns && ((a_flat && g.b_row == 0) || (b_flat && g.a_row == 0)) &&
+      g.rows * g.columns <= tuning::ufunc_cheap_chunk) {
+    binary_narrow<T, F>(a, b, y, g);
+    return F::raises_flags ? float_status() : 0;
+  }
   for_blocks_of(g, [&](Index row, Index rows, Index column, Index columns) {
     binary_block<T, F>(a, b, y, g, row, rows, column, columns);
   });
@@ -259,7 +292,7 @@ void compare_all(const T* a, const T* b, bool* y, const Grid& g) {
 template <class T>
 T pairwise_sum(const T* x, Index n) {
   if (n < 8) {
-    T sum = T(-0.0);  // so that zeros keep their sign
+    T sum = T(-0.0);  // which changes nothing
     for (Index i = 0; i < n; ++i) sum += x[i];
     return sum;
   }
@@ -280,15 +313,13 @@ T pairwise_sum(const T* x, Index n) {
 template <class T>
 T extreme_of_row(const T* x, Index n, bool larger) {
   const auto more = [larger](auto a, auto b) GEMMLET_INLINE_LAMBDA { return either(a, b, larger); };
-  Vec<T> best;
-  if (n < lanes<T>) {
-    best = splat(x[0]);
-    for (Index i = 1; i < n; ++i) best = more(best, splat(x[i]));
-    return best[0];
+  T result = x[0];
+  if (n < 2 * lanes<T>) {
+    for (Index i = 1; i < n; ++i) result = either_of(result, x[i], larger);
+    return result;
   }
   // The last vector overlaps the one before.
-  best = load(x);
-  Vec<T> other = best;
+  Vec<T> best = load(x), other = best;
   Index i = lanes<T>;
   for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
     best = more(best, load(x + i));
@@ -296,8 +327,8 @@ T extreme_of_row(const T* x, Index n, bool larger) {
   }
   for (; i < n; i += lanes<T>) best = more(best, load(x + std::min(i, n - lanes<T>)));
   best = more(best, other);
-  T result = best[0];
-  for (int lane = 1; lane < lanes<T>; ++lane) result = more(splat(result), splat(best[lane]))[0];
+  result = best[0];
+  for (int lane = 1; lane < lanes<T>; ++lane) result = either_of(result, best[lane], larger);
   return result;
 }
 
@@ -353,7 +384,7 @@ void clip(const T* x, T low, T high, T* y, Index n) {
           store_lanes(y + begin + j, at_most(at_least(v, lows), highs), count);
         });
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 
 template <class T>
@@ -368,7 +399,7 @@ void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step,
                 select(mask_of<T>(mask + i), a_step == 1 ? load(a + i) : first, b_step == 1 ? load(b + i) : second));
         for (; i < end; ++i) y[i] = mask[i] ? a[i * a_step] : b[i * b_step];
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 
 template <class From>
@@ -378,7 +409,7 @@ void convert(const From* x, double* y, Index n) {
       [&](Index begin, Index end) {
         for (Index i = begin; i < end; ++i) y[i] = static_cast<double>(x[i]);
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 template void convert(const std::uint8_t*, double*, Index);
 template void convert(const std::int8_t*, double*, Index);
@@ -405,31 +436,34 @@ void fill_where(const bool* mask, T value, T* y, Index n) {
         T elsewhere;
         for (; i < end; ++i) *(mask[i] ? y + i : &elsewhere) = value;
       },
-      tuning::cheap_chunk);
+      tuning::ufunc_cheap_chunk);
 }
 
 template <class T>
-unsigned reduce(Reduction reduction, const T* x, T* y, Index outer, Index n, Index inner) {
+unsigned reduce(Reduction reduction, T zero, const T* x, T* y, Index outer, Index n, Index inner) {
   const bool adds = reduction == Reduction::sum || reduction == Reduction::mean;
   const bool larger = reduction == Reduction::max;
+  const auto finish = [&](T* of, Index count) {
+    if (reduction == Reduction::mean)
+      for (Index j = 0; j < count; ++j) of[j] = mean_of(of[j], n);
+  };
   if (adds) clear_float_status();
   if (inner == 1) {
     const auto row = [&](Index i) {
       const T* of_row = x + i * n;
-      y[i] = !adds                          ? extreme_of_row(of_row, n, larger)
-             : reduction == Reduction::mean ? mean_of(pairwise_sum(of_row, n), n)
-                                            : pairwise_sum(of_row, n);
+      y[i] = adds ? pairwise_sum(of_row, n) + zero : extreme_of_row(of_row, n, larger);
     };
     parallel_chunks(
         outer,
         [&](Index begin, Index end) {
           for (Index i = begin; i < end; ++i) row(i);
+          finish(y + begin, end - begin);
         },
-        std::max<Index>(1, tuning::cheap_chunk / n));
+        std::max<Index>(1, tuning::ufunc_cheap_chunk / n));
   } else {
     // Threads divide the columns: whole cache lines of them.
-    const bool large = outer == 1 && n * inner > 2 * tuning::cheap_chunk;
-    const Index width = large ? std::max<Index>(64, tuning::cheap_chunk / n / 64 * 64) : inner;
+    const bool large = outer == 1 && n * inner > 2 * tuning::ufunc_cheap_chunk;
+    const Index width = large ? std::max<Index>(64, tuning::ufunc_cheap_chunk / n / 64 * 64) : inner;
     for (Index o = 0; o < outer; ++o)
       parallel_chunks(
           inner,
@@ -442,8 +476,8 @@ unsigned reduce(Reduction reduction, const T* x, T* y, Index outer, Index n, Ind
               fold_rows<T, functions::maximum>(from, to, n, inner, end - begin);
             else
               fold_rows<T, functions::minimum>(from, to, n, inner, end - begin);
-            if (reduction == Reduction::mean)
-              for (Index j = 0; j < end - begin; ++j) to[j] = mean_of(to[j], n);
+            for (Index j = 0; adds && j < end - begin; ++j) to[j] += zero;
+            finish(to, end - begin);
           },
           width);
   }
@@ -488,8 +522,41 @@ T dot(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
   return result;
 }
 
+namespace {
+
+// y = a b for a vector b, few rows, and columns of a that are contiguous: as sums of columns.
+template <class T, int vectors>
+void sum_of_columns(View<T> a, const T* b, Index b_stride, T* y) {
+  Vec<T> sum[2][vectors] = {};
+  const int rest = static_cast<int>(a.rows - (vectors - 1) * lanes<T>);
+  const auto add = [&](Index k, int chain) GEMMLET_INLINE_LAMBDA {
+    const T* column = a.data + k * a.column_stride;
+    const Vec<T> factor = splat(b[k * b_stride]);
+    for (int v = 0; v < vectors; ++v)
+      sum[chain][v] = fma(v < vectors - 1 ? load(column + v * lanes<T>) : load_part(column + v * lanes<T>, rest),
+                          factor, sum[chain][v]);
+  };
+  Index k = 0;
+  for (; k + 2 <= a.columns; k += 2) {
+    add(k, 0);
+    add(k + 1, 1);
+  }
+  if (k < a.columns) add(k, 0);
+  for (int v = 0; v < vectors; ++v)
+    store_lanes(y + v * lanes<T>, sum[0][v] + sum[1][v], v < vectors - 1 ? lanes<T> : rest);
+}
+
+}  // namespace
+
 template <class T>
 void matmul(View<T> a, View<T> b, T* y) {
+  if (b.columns == 1 && a.row_stride == 1 && a.columns > 1 && a.rows <= 4 * lanes<T> &&
+      (masks_are_cheap || a.rows % lanes<T> == 0)) {
+    using Function = void (*)(View<T>, const T*, Index, T*);
+    static constexpr Function table[] = {&sum_of_columns<T, 1>, &sum_of_columns<T, 2>, &sum_of_columns<T, 3>,
+                                         &sum_of_columns<T, 4>};
+    return table[(a.rows - 1) / lanes<T>](a, b.data, b.row_stride, y);
+  }
   if (a.columns == 1 && (b.column_stride == 1 || b.columns == 1)) {
     // An outer product.
     binary_all<T, functions::multiply>(a.data, b.data, y, {a.rows, b.columns, a.row_stride, 0, 0, 1, b.columns});
@@ -513,7 +580,7 @@ void matmul(View<T> a, View<T> b, T* y) {
   template void clip(const T*, T, T, T*, Index);                                 \
   template void where(const bool*, const T*, Index, const T*, Index, T*, Index); \
   template void fill_where(const bool*, T, T*, Index);                           \
-  template unsigned reduce(Reduction, const T*, T*, Index, Index, Index);        \
+  template unsigned reduce(Reduction, T, const T*, T*, Index, Index, Index);     \
   template void arg_extreme(const T*, bool, Index*, Index, Index);               \
   template T dot(const T*, Index, const T*, Index, Index);                       \
   template void matmul(View<T>, View<T>, T*);

@@ -53,9 +53,9 @@ void convert(const From* x, double* y, Index n);
 template <class T>
 void fill_where(const bool* mask, T value, T* y, Index n);
 
-// y(o, i) over k of x(o, k, i), all contiguous.
+// y(o, i) over k of x(o, k, i), all contiguous. `zero` is what a sum begins with: of either sign, which sums of -0.0 have.
 template <class T>
-unsigned reduce(Reduction reduction, const T* x, T* y, Index outer, Index n, Index inner);
+unsigned reduce(Reduction reduction, T zero, const T* x, T* y, Index outer, Index n, Index inner);
 
 // The first index of the largest element (the smallest, if `smallest`) of each row, or that of the first NaN.
 template <class T>

@@ -19,6 +19,7 @@ using ufuncs::Unary;
 
 PyArray_Descr *float_dtype, *double_dtype, *bool_dtype, *index_dtype;
 PyObject *axis_name, *keepdims_name, *out_name;
+double sum_start;
 
 PyArray_Descr* dtype_of(int type) {
   return type == NPY_DOUBLE  ? double_dtype
@@ -177,7 +178,8 @@ bool for_elements(const Operand& a, const Operand& b, F&& call) {
 
 }  // namespace
 
-bool prepare_entries() {
+bool prepare_entries(double start_of_sums) {
+  sum_start = start_of_sums;
   double_dtype = PyArray_DescrFromType(NPY_DOUBLE);
   float_dtype = PyArray_DescrFromType(NPY_FLOAT);
   bool_dtype = PyArray_DescrFromType(NPY_BOOL);
@@ -218,7 +220,8 @@ PyObject* binary(Binary function, PyObject* x, PyObject* y, PyObject* out) {
   return result_if(well && report(name_of(function), flags), out);
 }
 
-PyObject* unary(Unary function, PyObject* x, PyObject* out) {
+PyObject* unary(Unary function, PyObject* x, PyObject* out, const char* name) {
+  if (name == nullptr) name = name_of(function);
   Operand a, o;
   if (!read_array(x, a)) {
     // A float64, as the functions take it.
@@ -226,7 +229,7 @@ PyObject* unary(Unary function, PyObject* x, PyObject* out) {
       return nullptr;
     double y;
     const unsigned flags = ufuncs::unary(function, &a.number, &y, 1);
-    return report(name_of(function), flags) ? new_scalar(y) : nullptr;
+    return report(name, flags) ? new_scalar(y) : nullptr;
   }
   const Index n = a.size();
   if (!a.in_order() || n == 0) return nullptr;
@@ -245,14 +248,13 @@ PyObject* unary(Unary function, PyObject* x, PyObject* out) {
     T* yp = data<T>(out);
     return run(n, [&] { flags = ufuncs::unary(function, xp, yp, n); });
   });
-  return result_if(well && report(name_of(function), flags), out);
+  return result_if(well && report(name, flags), out);
 }
 
-// The square and the root, which NumPy takes for these exponents too.
+// The square and the root, which NumPy takes for these Python numbers too.
 PyObject* power(PyObject* x, PyObject* y) {
   Operand exponent;
-  if (!is_array(x) || !read_number(y, exponent)) return nullptr;
-  if (!exponent.weak && exponent.type != fields(x)->descr->type_num) return nullptr;
+  if (!is_array(x) || !read_number(y, exponent) || !exponent.weak) return nullptr;
   if (exponent.number == 2) return unary(Unary::square, x, nullptr);
   if (exponent.number == 0.5) return unary(Unary::sqrt, x, nullptr);
   return nullptr;
@@ -297,8 +299,13 @@ PyObject* dot_of_vectors(const Operand& a, const Operand& b) {
   if (b.shape[0] != n || a.strides[0] % a.item() != 0 || b.strides[0] % b.item() != 0) return nullptr;
   T value = 0;
   const Index as = a.strides[0] / a.item(), bs = b.strides[0] / b.item();
-  if (!run(n, [&] { value = ufuncs::dot(data<T>(a), as, data<T>(b), bs, n); })) return nullptr;
-  return std::isfinite(value) ? new_scalar(value) : nullptr;
+  unsigned flags = 0;
+  const bool well = run(n, [&] {
+    clear_float_status();
+    value = ufuncs::dot(data<T>(a), as, data<T>(b), bs, n);
+    flags = float_status();
+  });
+  return well && flags == 0 && std::isfinite(value) ? new_scalar(value) : nullptr;
 }
 
 // Axes of a and b as matrices; those of the result, and how often there is a matrix. False where shapes do not fit.
@@ -365,8 +372,8 @@ PyObject* product(const Operand& a, const Operand& b, PyObject* out, bool ufunc)
     }
     flags = float_status();
   });
-  // np.dot reports nothing. What else np.matmul reports depends on the order of the sums: it is NumPy's to say.
-  if (well && ufunc && flags != 0 && (flags != underflow || !report("matmul", flags))) {
+  // What is reported depends on the order of the sums, and by np.dot on the version: it is NumPy's to say.
+  if (well && flags != 0 && (!ufunc || flags != underflow || !report("matmul", flags))) {
     Py_DECREF(result);
     return nullptr;
   }
@@ -597,6 +604,8 @@ bool read_out(PyObject* const* arguments, Py_ssize_t n, PyObject* names, Py_ssiz
 template <Binary function>
 PyObject* binary_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
   PyObject* out;
+  // NumPy warns of these with out= as a third positional argument.
+  if ((function == Binary::maximum || function == Binary::minimum) && n > 2) return nullptr;
   return read_out(arguments, n, names, 2, out) ? binary(function, arguments[0], arguments[1], out) : nullptr;
 }
 
@@ -613,7 +622,11 @@ PyObject* matmul_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names)
 }
 
 PyObject* power_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
-  return n == 2 && names == nullptr ? power(arguments[0], arguments[1]) : nullptr;
+  Operand exponent;
+  if (n != 2 || names != nullptr || !is_array(arguments[0]) || !read_number(arguments[1], exponent)) return nullptr;
+  if (exponent.number != 2 || (!exponent.weak && exponent.type != fields(arguments[0])->descr->type_num))
+    return nullptr;
+  return unary(Unary::square, arguments[0], nullptr, "power");
 }
 
 namespace {
@@ -679,8 +692,9 @@ PyObject* reduce_call(PyObject* const* arguments, Py_ssize_t count, PyObject* na
     }
     T* y = out == nullptr ? &value : data<T>(out);
     unsigned flags = 0;
-    const bool well = run(loop.outer * loop.n * loop.inner,
-                          [&] { flags = ufuncs::reduce(reduction, x, y, loop.outer, loop.n, loop.inner); });
+    const bool well = run(loop.outer * loop.n * loop.inner, [&] {
+      flags = ufuncs::reduce(reduction, static_cast<T>(sum_start), x, y, loop.outer, loop.n, loop.inner);
+    });
     // Which function reports an error, and which, is NumPy's to say.
     if (!well || flags != 0) return result_if(false, out);
     return out != nullptr ? out : new_scalar(value);
@@ -709,26 +723,32 @@ PyObject* arg_extreme_call(PyObject* const* arguments, Py_ssize_t count, PyObjec
 }
 
 PyObject* clip_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
-  Operand a, low, high;
-  if (n != 3 || names != nullptr || !read_array(arguments[0], a) || !read_number(arguments[1], low) ||
+  Operand a, low, high, o;
+  PyObject* out;
+  if (!read_out(arguments, n, names, 3, out) || !read_array(arguments[0], a) || !read_number(arguments[1], low) ||
       !read_number(arguments[2], high) || !a.in_order() || a.size() == 0 || !(low.number <= high.number))
     return nullptr;
-  const auto fits = [&](const Operand& o) {
-    return a.type == NPY_DOUBLE || (o.weak && std::isfinite(static_cast<float>(o.number)));
+  const auto fits = [&](const Operand& bound) {
+    return a.type == NPY_DOUBLE || (bound.weak && std::isfinite(static_cast<float>(bound.number)));
   };
   if (!fits(low) || !fits(high)) return nullptr;
-  PyObject* out = new_array(a.type, a.axes, a.shape, !a.in_order(c_order));
-  if (out == nullptr) return nullptr;
+  const bool fortran = !a.in_order(c_order);
+  if (out != nullptr) {
+    if (!read_output(out, a.type, a.axes, a.shape, fortran, o) || !may_be_output(o, a)) return nullptr;
+    Py_INCREF(out);
+  } else {
+    out = new_array(a.type, a.axes, a.shape, fortran);
+    if (out == nullptr) return nullptr;
+  }
   const Index size = a.size();
-  return result_if(for_type(a.type,
-                            [&](auto zero) {
-                              using T = decltype(zero);
-                              const T* x = data<T>(a);
-                              T* y = data<T>(out);
-                              const T l = static_cast<T>(low.number), h = static_cast<T>(high.number);
-                              return run(size, [&] { ufuncs::clip(x, l, h, y, size); });
-                            }),
-                   out);
+  const bool well = for_type(a.type, [&](auto zero) {
+    using T = decltype(zero);
+    const T* x = data<T>(a);
+    T* y = data<T>(out);
+    const T l = static_cast<T>(low.number), h = static_cast<T>(high.number);
+    return run(size, [&] { ufuncs::clip(x, l, h, y, size); });
+  });
+  return result_if(well, out);
 }
 
 PyObject* where_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
@@ -800,7 +820,7 @@ PyObject* outer_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) 
     const ufuncs::Grid grid{shape[0], shape[1], 1, 0, 0, 1, shape[1]};
     return run(shape[0] * shape[1], [&] { flags = ufuncs::binary(Binary::multiply, ap, bp, y, grid); });
   });
-  return result_if(well && report("multiply", flags), out);
+  return result_if(well && flags == 0, out);  // NumPy's warning names a line of its own
 }
 
 PyObject* norm_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
@@ -810,8 +830,13 @@ PyObject* norm_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
   const Index size = a.size();
   double square = 0;
   const double* x = data<double>(a);
-  if (!run(size, [&] { square = ufuncs::dot(x, 1, x, 1, size); })) return nullptr;
-  return std::isfinite(square) ? new_scalar(std::sqrt(square)) : nullptr;
+  unsigned flags = 0;
+  const bool well = run(size, [&] {
+    clear_float_status();
+    square = ufuncs::dot(x, 1, x, 1, size);
+    flags = float_status();
+  });
+  return well && flags == 0 && std::isfinite(square) ? new_scalar(std::sqrt(square)) : nullptr;
 }
 
 #define GEMMLET_ENTRY(name) template PyObject* binary_call<Binary::name>(PyObject* const*, Py_ssize_t, PyObject*);

@@ -15,7 +15,8 @@ using Call = PyObject* (*)(PyObject* const* arguments, Py_ssize_t n, PyObject* n
 
 // Operators. `out`, if not null, takes the result and is returned.
 PyObject* binary(ufuncs::Binary function, PyObject* x, PyObject* y, PyObject* out);
-PyObject* unary(ufuncs::Unary function, PyObject* x, PyObject* out);
+// `name`, if not null, is the one in messages.
+PyObject* unary(ufuncs::Unary function, PyObject* x, PyObject* out, const char* name = nullptr);
 PyObject* power(PyObject* x, PyObject* y);
 PyObject* compare(PyObject* x, PyObject* y, int comparison);
 PyObject* matmul(PyObject* x, PyObject* y, PyObject* out, bool ufunc);
@@ -48,6 +49,7 @@ template <bool ones>
 PyObject* filled_like_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
 PyObject* norm_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names);
 
-bool prepare_entries();  // once, before the first call; false with an error set
+// Once, before the first call: 0.0 or -0.0, with which NumPy's sums begin. False with an error set.
+bool prepare_entries(double start_of_sums);
 
 }  // namespace gemmlet::numpy

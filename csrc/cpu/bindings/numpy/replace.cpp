@@ -120,13 +120,9 @@ F theirs(Number number) {
 
 // Counts a call, and says whether it is over.
 inline bool is_over(Number number, bool taken) {
-  if (taken) {
-    ++entries[number].taken;
-    return true;
-  }
-  if (PyErr_Occurred() != nullptr) return true;
-  ++entries[number].handed_on;
-  return false;
+  const bool over = taken || PyErr_Occurred() != nullptr;
+  ++(over ? entries[number].taken : entries[number].handed_on);
+  return over;
 }
 
 // The functions that stand in NumPy's places. The last call of an operator is a jump: NumPy, which computes in place on large
@@ -268,7 +264,10 @@ void** place_of_method(const Entry& entry) {
 std::vector<py::object> prepare() {
   static bool prepared = false;
   if (!prepared) {
-    if (_import_array() < 0 || _import_umath() < 0 || !prepare_entries()) throw py::error_already_set();
+    if (_import_array() < 0 || _import_umath() < 0) throw py::error_already_set();
+    const py::module_ np = py::module_::import("numpy");
+    const double sum = np.attr("sum")(np.attr("array")(py::make_tuple(-0.0))).cast<double>();
+    if (!prepare_entries(std::copysign(0.0, sum))) throw py::error_already_set();
     PyNumberMethods* number = PyArray_Type.tp_as_number;
     PyMappingMethods* mapping = PyArray_Type.tp_as_mapping;
 #define GEMMLET_ENTRY(slot, name, function) entries[operator_##slot].place = place_of(number->slot);
@@ -385,5 +384,5 @@ void gemmlet::bindings::bind_numpy(py::module_& m) {
   def(m, "numpy_replace", &numpy::replace, "indices");
   m.def("numpy_restore", &numpy::restore);
   m.def("numpy_counts", &numpy::counts, "Of each entry, the calls taken and those handed on.");
-  def(m, "numpy_keep_memory", &numpy::keep_memory, "bytes");
+  def(m, "numpy_keep_memory", &numpy::keep_memory, "most_bytes");
 }

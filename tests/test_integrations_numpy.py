@@ -1,0 +1,245 @@
+"""NumPy accelerated: what is replaced, that it computes, and that NumPy is as it was afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gemmlet
+from gemmlet.backends import select
+from gemmlet.backends.cpu import available_isas
+from gemmlet.integrations import numpy as integration
+from support import PATIENCE
+
+pytestmark = pytest.mark.skipif(not available_isas(), reason="nothing is compiled")
+
+
+@pytest.fixture
+def accelerated() -> Iterator[None]:
+    with gemmlet.accelerate_numpy():
+        yield
+
+
+def taken(name: str) -> int:
+    return integration.counts()[name][0]
+
+
+def child(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_every_entry_is_replaced_and_takes_its_usual_case(isa: str) -> None:
+    # Each function of NumPy on the arguments of the battery, in a process of its own for the instruction set.
+    code = """
+import numpy as np, gemmlet
+from gemmlet.integrations import numpy as integration
+names = [name for name in integration._extension().numpy_prepare()]
+gemmlet.accelerate_numpy()
+assert None not in names and integration.replaced() == tuple(names), set(names) - set(integration.replaced())
+x = np.arange(42.0).reshape(6, 7) / 9 + 1
+for name in names:
+    before = integration.counts()[name][0]
+    for case in integration._cases(name, x.copy(), x.copy()):
+        extra = (0,) if name == "ndarray comparisons" else (None,) if name == "ndarray.__pow__" else ()
+        integration._plain(name)(*case, *extra)
+    assert integration.counts()[name][0] > before, name
+print(integration._extension().__name__)
+"""
+    result = child("-c", code, GEMMLET_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    assert isa.replace("-", "_") in result.stdout
+
+
+def test_nothing_is_replaced_before_it_is_asked_for() -> None:
+    result = child("-c", "import gemmlet, gemmlet.integrations.numpy as i; print(i.replaced(), i.counts())")
+    assert result.stdout == "() {}\n", result.stderr
+
+
+def test_restored_at_the_end_of_the_outermost_block() -> None:
+    x = np.ones(5)
+    with gemmlet.accelerate_numpy() as outer:
+        assert str(len(integration.replaced())) in repr(outer)
+        with gemmlet.accelerate_numpy():
+            x + x
+        before = taken("ndarray.__add__")
+        x + x
+        assert taken("ndarray.__add__") == before + 1
+    x + x
+    assert integration.replaced() == ()
+    assert taken("ndarray.__add__") == before + 1
+    gemmlet.restore_numpy()  # does nothing
+
+
+def test_names_bound_before_and_identities_stay(accelerated: None) -> None:
+    # `np.exp` was the same object before: what is replaced is what it calls.
+    before = taken("numpy.exp")
+    exp = np.exp
+    gemmlet.restore_numpy()
+    assert exp is np.exp
+    with gemmlet.accelerate_numpy():
+        exp(np.ones(3))
+        assert taken("numpy.exp") == 1
+    assert before == 0
+
+
+def test_an_entry_that_differs_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = integration._plain
+    monkeypatch.setattr(integration, "_plain", lambda name: (lambda x: x) if name == "numpy.tanh" else plain(name))
+    with gemmlet.accelerate_numpy():
+        assert "numpy.tanh" not in integration.replaced()
+        assert "numpy.exp" in integration.replaced()
+        np.testing.assert_allclose(np.tanh(np.float64(0.5)), 0.46211715726000973, rtol=1e-15)
+
+
+@pytest.mark.parametrize("version", ["1.26.4", "3.0.0", "2.99.0.dev0"])
+def test_an_unknown_numpy_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "__version__", version)
+    with pytest.raises(RuntimeError, match=rf"^NumPy {version} cannot be accelerated: NumPy 2.0 to "):
+        gemmlet.accelerate_numpy()
+
+
+def test_refused_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise RuntimeError("backend 'cpu' was not compiled for this platform")
+
+    monkeypatch.setattr(select, "load", load)
+    with pytest.raises(RuntimeError, match=r"^NumPy cannot be accelerated: backend 'cpu' was not compiled"):
+        gemmlet.accelerate_numpy()
+
+
+PROGRAM = """
+import sys
+import numpy as np
+
+assert __name__ == "__main__"
+print(sys.argv, sys.path[0], np.tanh(np.ones((20, 30)) @ np.ones((30, 4))).sum())
+from gemmlet.integrations.numpy import counts
+print(counts().get("ndarray.__matmul__"))
+sys.exit(7)
+"""
+
+
+def test_a_program_runs_as_it_is(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    result = child("-m", "gemmlet", str(program), "-x", "two words")
+    assert result.returncode == 7, result.stderr
+    assert result.stdout.splitlines() == [f"{[str(program), '-x', 'two words']} {tmp_path} 80.0", "(1, 0)"]
+    result = child("-m", "gemmlet", "-m", "program", "y", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert result.returncode == 7, result.stderr
+    assert result.stdout.splitlines()[1] == "(1, 0)"
+
+
+def test_a_program_that_cannot_be_run_is_one_line() -> None:
+    for arguments, message in ((["no.py"], "there is no file no.py"), (["-m"], "-m needs the name of a module")):
+        result = child("-m", "gemmlet", *arguments)
+        assert (result.returncode, result.stdout, result.stderr) == (1, "", f"gemmlet: {message}\n")
+
+
+def test_flags_of_all_threads_are_reported(accelerated: None) -> None:
+    # The last elements are a worker's, or the caller's after a worker's.
+    n = 1 << 19
+    x = np.ones(n)
+    threads = gemmlet.get_num_threads()
+    gemmlet.set_num_threads(2)
+    try:
+        for at in (0, n // 2, n - 1):
+            y = x.copy()
+            y[at] = 0
+            before = taken("ndarray.__truediv__")
+            with pytest.warns(RuntimeWarning, match="^divide by zero encountered in divide$"):
+                x / y
+            with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
+                x / y
+            with np.errstate(divide="ignore"), warnings.catch_warnings(action="error"):
+                x / y
+            assert taken("ndarray.__truediv__") >= before + 3
+    finally:
+        gemmlet.set_num_threads(threads)
+
+
+def test_a_matmul_is_symmetric_and_the_same_with_out(accelerated: None) -> None:
+    rng = np.random.default_rng(0)
+    for n in (3, 8, 31, 64, 130):
+        a, b = rng.standard_normal((n, n)), rng.standard_normal((n, n))
+        wanted = a @ b
+        assert np.array_equal(np.dot(a, b), wanted)
+        assert np.array_equal(a.dot(b), wanted)
+        product = a @ a.T
+        assert np.array_equal(product, product.T)
+        again = b.copy()
+        assert np.dot(a, again, out=again) is again
+        assert np.array_equal(again, wanted)
+        again = b.copy()
+        assert np.matmul(a, again, again) is again
+        assert np.array_equal(again, wanted)
+
+
+def test_memory_that_is_kept_is_nobodys(accelerated: None) -> None:
+    rng = np.random.default_rng(0)
+    alive = []
+    for size in rng.integers(1, 1 << 16, 200):
+        array = np.full(size, float(size))
+        alive.append(array)
+        alive[rng.integers(len(alive))] = array + 0.0
+    gemmlet.restore_numpy()
+    for array in alive:
+        assert np.all(array == array.size)
+    with gemmlet.accelerate_numpy():
+        for array in alive[:50]:
+            copy = np.zeros(array.size)
+            assert not copy.any()
+            copy.resize(array.size * 2 + 1, refcheck=False)
+            assert not copy.any()
+            np.zeros((array.size, 0)), np.empty((0, array.size, 3))
+        del alive
+
+
+def test_threads_compute_while_numpy_is_accelerated_and_restored() -> None:
+    x = np.arange(30.0).reshape(5, 6)
+    wanted = (x + x, np.sum(x, axis=0), x[[1, 3]])
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            for got, right in zip((x + x, np.sum(x, axis=0), x[[1, 3]]), wanted, strict=True):
+                if not np.array_equal(got, right):
+                    wrong.append(got)
+
+    threads = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        with gemmlet.accelerate_numpy():
+            np.exp(x)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes(accelerated: None) -> None:
+    x = np.ones((400, 500))
+    wanted = (x @ x.T).sum() + np.exp(x).sum()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if (x @ x.T).sum() + np.exp(x).sum() == wanted else 1)
+    assert os.waitpid(pid, 0)[1] == 0
