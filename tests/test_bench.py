@@ -24,7 +24,18 @@ import gemmlet
 from gemmlet import kernels
 from gemmlet.backends import cpu as cpu_backend
 from gemmlet.bench import cases as bench_cases
-from gemmlet.bench import implementations, instructions, results, roofline, scaling, suite, targets, timing, training
+from gemmlet.bench import (
+    implementations,
+    instructions,
+    programs,
+    results,
+    roofline,
+    scaling,
+    suite,
+    targets,
+    timing,
+    training,
+)
 from gemmlet.bench.case import Case, Prepared, Settings
 from gemmlet.bench.results import Results, Row
 from gemmlet.bench.timing import Plan, Timed
@@ -128,6 +139,32 @@ def test_peers_are_right() -> None:
             case, QUICK, suite.Choice(implementations=("numpy", "gemmlet", "pytorch", "pytorch fused"))
         ):
             timing.check(case, implementation)
+
+
+@pytest.mark.parametrize("case", list(programs.programs(QUICK)), ids=lambda case: case.name)
+def test_accelerated_programs_have_the_same_results(case: Case) -> None:
+    timing.check(case, "gemmlet")
+
+
+@pytest.mark.parametrize(
+    ("code", "failed"),
+    [
+        ("print('loss', numpy.exp(numpy.ones(3)).sum(), 'of', -1e-3)", None),
+        ("print('loss', 1.5 + 1e-8 * ('gemmlet' in sys.modules))", "wrong result: 4 times the tolerance"),
+        ("print('loss', *[1] * (1 + ('gemmlet' in sys.modules)))", "a result of shape (2,) instead of (1,)"),
+        ("print('gemmlet' in sys.modules and 1 / 0, 7)", "RuntimeError: it.py: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_programs_are_run_and_compared(code: str, failed: str | None) -> None:
+    Path("it.py").write_text(
+        f"import sys\nimport numpy\nassert sys.argv == ['it.py'], sys.argv\nprint('more')\n{code}\n"
+    )
+    case = programs.case(Path("it.py"))
+    timed = timing.run(case, list(case.implementations), Plan(0.001, 2))
+    assert timed["numpy"].failed is None
+    assert all(0 < seconds < 10 for seconds in timed["numpy"].samples)
+    assert (timed["gemmlet"].failed is None) == (failed is None)
+    assert failed is None or failed in str(timed["gemmlet"].failed)
 
 
 @pytest.mark.parametrize(
@@ -798,5 +835,5 @@ def test_the_benchmarks_of_pytest_cover_the_groups() -> None:
         for path in (ROOT / "benchmarks").glob("bench_*.py")
         for name in re.findall(r"def bench_(\w+)", path.read_text())
     }
-    # These two are not calls of a kernel: one is the cost of any call, one starts processes.
-    assert found == set(bench_cases.GROUPS) - {"overhead", "import"}
+    # These are not calls of a kernel: one is the cost of any call, and two start processes.
+    assert found == set(bench_cases.GROUPS) - {"overhead", "programs", "import"}

@@ -271,6 +271,18 @@ def indices_part(seconds: float, rng: np.random.Generator, tried: Counter[str]) 
     tried["calls"] += run(int(rng.integers(1 << 30)), seconds)
 
 
+def numpy_part(seconds: float, rng: np.random.Generator, tried: Counter[str]) -> None:
+    """Random programs over NumPy's surface: while it is accelerated they see the same, warnings and errors too."""
+    from numpy_cases import differences
+
+    for _ in until(seconds):
+        gemmlet.set_num_threads(int(rng.integers(1, 4)))
+        seed, count = int(rng.integers(1 << 30)), 500
+        found = "\n\n".join(differences(seed, count, gemmlet.accelerate_numpy))
+        assert not found, f"accelerated, NumPy differs:\n{found}"
+        tried["programs"] += count
+
+
 PARTS: dict[str, Callable[[float, np.random.Generator, Counter[str]], None]] = {
     "kernels": kernels_part,
     "threads": threads_part,
@@ -279,6 +291,7 @@ PARTS: dict[str, Callable[[float, np.random.Generator, Counter[str]], None]] = {
     "leaks": leaks_part,
     "files": files_part,
     "indices": indices_part,
+    "numpy": numpy_part,
 }
 
 

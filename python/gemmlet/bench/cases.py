@@ -28,6 +28,7 @@ from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 from . import training
 from .case import Array, Call, Case, Factory, Prepared, Settings
 from .implementations import OURS
+from .programs import programs
 from .thinc import thinc
 
 FLOATS = ("float32", "float64")
@@ -718,7 +719,8 @@ def imports(settings: Settings) -> Iterator[Case]:
 # The groups, in the order of the tables.
 
 _NAMED = (
-    training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, thinc, overhead,
+    training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, programs, thinc,
+    overhead,
 )  # fmt: skip
 GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
 GROUPS["import"] = imports  # a name that no function can have

@@ -96,6 +96,7 @@ _WIDE = "steps of 784-width-width-10, widths 64 to 2048, batch 16 to 1024, dense
 _KERNELS = ("tanh", "sigmoid", "gelu")
 _ACTIVATIONS = f"{', '.join(_KERNELS)} at 16,384 and 1 million elements"
 _ELEMENTWISE = "backend numba, every elementwise kernel"
+_PROGRAMS = "programs in NumPy, accelerated"
 _CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
 TARGETS: tuple[Target | Limit | Share, ...] = (
@@ -120,6 +121,8 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
         Target(f"step of Thinc, 784-128-10, batch {batch}, on GemmletOps", _of("thinc", batch=batch), ("thinc",), ratio)
         for batch, ratio in ((1, 1.6), (64, 2.0))
     ),
+    Target(_PROGRAMS, _of("programs"), ("numpy",), 2.0, mean=True),
+    Target(_PROGRAMS, _of("programs"), ("numpy",), 0.95),
     Limit("import gemmlet over import numpy", _of("import", after_numpy=True), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
     Target(_ELEMENTWISE, _of(elementwise=True), ("numpy",), 1.0, implementation="gemmlet-numba"),

@@ -1,0 +1,65 @@
+"""Random programs of a line over NumPy's surface do the same while NumPy is accelerated.
+
+`numpy_cases` draws and compares them; ``python tools/soak.py --only numpy`` draws more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+import gemmlet
+import numpy_cases
+from gemmlet.integrations import numpy as accelerated
+from numpy_cases import Case
+
+CASES = 4000
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = gemmlet.get_num_threads()
+    gemmlet.set_num_threads(count)
+    try:
+        with gemmlet.accelerate_numpy():
+            yield
+    finally:
+        gemmlet.set_num_threads(before)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_programs_do_the_same(seed: int) -> None:
+    before = accelerated.counts()
+    found = list(numpy_cases.differences(seed, CASES, lambda: threads(1 + seed % 2)))
+    assert not found, f"{len(found)} programs differ:\n\n" + "\n\n".join(found[:10])
+    taken = {name: calls[0] - before.get(name, (0, 0))[0] for name, calls in accelerated.counts().items()}
+    assert sum(taken.values()) > CASES / 10, taken
+
+
+@pytest.mark.parametrize(
+    ("code", "instead"),
+    [
+        ("r = a + b", "r = (a + b).astype('f4')"),
+        ("r = a + b", "r = np.asfortranarray(a + b)"),
+        ("r = a + b", "r = np.nextafter(a + b, 9)"),
+        ("r = a + b", "r = (a + b)[:]"),
+        ("r = a + b", "r = (a + b).view(Sub)"),
+        ("r = -(a * 0)", "r = a * 0"),
+        ("r = np.sum(a)", "r = np.array(np.sum(a))"),
+        ("r = np.sum(a)", "r = float(np.sum(a))"),
+        ("r = a / 0", "r = np.full_like(a, np.inf) * np.sign(a)"),
+        ("r = a / 0", "r = np.divide(a, 0, out=np.zeros_like(a), where=True); r = r.copy(); np.float64(1) / 0"),
+        ("a += b", "a = a + b"),
+        ("r = np.positive(a)", "r = a"),
+        ("r = np.tanh(a)", "r = np.tanh(a) * (1 + 2e-15)"),
+        ("r = a @ b.T", "r = a @ b.T + 1e-11"),
+        ("r = a @ a", "r = np.linalg.cholesky(a)"),
+    ],
+)
+def test_the_comparison_sees_what_differs(code: str, instead: str) -> None:
+    operands = {"a": "draw(1, (3, 4))", "b": "draw(2, (3, 4))"}
+    case = Case(operands, code, "warn")
+    assert numpy_cases.difference(case, numpy_cases.run(case), numpy_cases.run(case)) is None
+    assert numpy_cases.difference(case, numpy_cases.run(case), numpy_cases.run(Case(operands, instead, "warn")))
