@@ -4,10 +4,8 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <exception>
-#include <new>
 
-#include "cpu/tuning.h"
+#include "cpu/bindings/run.h"
 
 namespace gemmlet::numpy {
 namespace {
@@ -60,30 +58,9 @@ PyObject* new_scalar(T value) {
   }
 }
 
-// Runs `call` without the GIL if the work is long; false with an error set if it throws. No object with a destructor may
-// stand around it (see `run` of fast_path.cpp) but Converted, which frees plain memory.
-template <class F>
-bool run(Index work, F&& call) {
-  PyThreadState* state = work < tuning::gil_release_elements ? nullptr : PyEval_SaveThread();
-  bool well = true;
-  try {
-    call();
-  } catch (const std::exception&) {  // the kernels throw std::bad_alloc alone
-    well = false;
-  }
-  if (state != nullptr) PyEval_RestoreThread(state);
-  if (!well) PyErr_NoMemory();
-  return well;
-}
-
 // Reports floating-point errors as np.errstate says; false if that raised.
 bool report(const char* name, unsigned flags) {
   return flags == 0 || PyUFunc_GiveFloatingpointErrors(name, static_cast<int>(flags)) >= 0;
-}
-
-PyObject* result_if(bool well, PyObject* result) {
-  if (!well) Py_CLEAR(result);
-  return result;
 }
 
 template <class F>

@@ -2,7 +2,8 @@
 //   Blocks of at least `smallest` bytes are kept by size class, four to an octave, last in first out; smaller and larger ones
 //   are the default handler's. A block is aligned to a cache line, from posix_memalign: free() takes it as well as realloc().
 //   Sizes that NumPy passes to free may be wrong (of an array without elements, it is 1): the block's own size decides.
-//   NumPy calls a handler with the GIL held, which is the lock of all that stands here.
+//   NumPy calls a handler with the GIL held. Who does not, or finds the blocks in use by such a caller, does without them:
+//   nobody waits, also not in a child that was forked meanwhile.
 #include "cpu/bindings/numpy/memory.h"
 
 #include <pybind11/pybind11.h>
@@ -13,9 +14,11 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "cpu/bindings/numpy/operands.h"
 
@@ -28,6 +31,7 @@ constexpr int steps = 4, classes = 13 * steps + 1;
 struct Block {
   Block* next;
 };
+std::atomic_flag in_use;
 Block* kept[classes];
 std::size_t kept_bytes, most_bytes;
 const PyDataMem_Handler* fallback;
@@ -56,13 +60,32 @@ std::size_t usable_bytes(void* p) {
 #endif
 }
 
+// Who has the blocks, if anybody: false where somebody else has.
+class Turn {
+ public:
+  Turn() : mine_(!in_use.test_and_set(std::memory_order_acquire)) {}
+  ~Turn() {
+    if (mine_) in_use.clear(std::memory_order_release);
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  explicit operator bool() const { return mine_; }
+
+ private:
+  const bool mine_;
+};
+
 void give_back() {
+  const Turn turn;
+  if (!turn) return;
   for (Block*& first : kept)
     while (first != nullptr) std::free(std::exchange(first, first->next));
   kept_bytes = 0;
 }
 
 void* reuse(const Class& c) {
+  const Turn turn;
+  if (!turn) return nullptr;
   Block* block = kept[c.index];
   if (block == nullptr) return nullptr;
   kept[c.index] = block->next;
@@ -101,7 +124,8 @@ void release(void*, void* p, std::size_t bytes) {
   if (p == nullptr) return;
   if (!takes(bytes)) return fallback->allocator.free(fallback->allocator.ctx, p, bytes);
   const Class c(bytes);
-  if (kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) return std::free(p);
+  const Turn turn;
+  if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) return std::free(p);
   Block* block = static_cast<Block*>(p);
   block->next = kept[c.index];
   kept[c.index] = block;
