@@ -102,7 +102,7 @@ def test_the_design_names_what_exists() -> None:
         blocks("docs/design.md", "text"),
         re.sub(r"^```text$.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL),
     )
-    assert len(drawings) == 5
+    assert len(drawings) == 6
     spans = re.findall(r"`([^`]+)`", prose)
     assert len(spans) > 150
     paths = {span for span in spans if "/" in span and " " not in span and "(" not in span}
