@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 import gemmlet
@@ -35,6 +37,29 @@ def test_random_programs_do_the_same(seed: int) -> None:
     assert not found, f"{len(found)} programs differ:\n\n" + "\n\n".join(found[:10])
     taken = {name: calls[0] for name, calls in accelerated.counts().items()}
     assert sum(taken.values()) > CASES / 10, taken
+
+
+@pytest.mark.parametrize("product", ["a @ b", "np.matmul(a, b)", "np.dot(a, b)", "a.dot(b)", "np.dot(a, b, out=c)"])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 2, 1), (2, 3, 4), (3, 40, 3), (64, 50, 40), (200, 64, 300), (1, 300, 3)])
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+def test_products_tell_of_what_is_invalid(product: str, m: int, k: int, n: int, dtype: str) -> None:
+    """Random programs leave it out: of infinities NumPy says so even where nothing is invalid."""
+    names = {"np": np, "a": np.ones((m, k), dtype), "b": np.ones((k, n), dtype), "c": np.empty((m, n), dtype)}
+    said = [f"invalid value encountered in {'dot' if 'dot' in product else 'matmul'}"]
+
+    def warned(last: float) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert eval(product, names)[-1, -1] == pytest.approx(last, nan_ok=True)
+        return [str(w.message) for w in caught]
+
+    for one, other in ((0, np.inf), (np.inf, 1), (np.nan, 1), (0, 0)):
+        names["a"][-1, -1], names["b"][-1, -1] = one, other
+        last = one * other + k - 1
+        before = warned(last)
+        with gemmlet.accelerate_numpy():
+            # Threads of the BLAS, to which NumPy hands large ones, do not tell.
+            assert warned(last) in ([said if other == np.inf else [], before])
 
 
 @pytest.mark.parametrize(
