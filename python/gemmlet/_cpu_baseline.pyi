@@ -52,3 +52,30 @@ def train(
     noise: Array | None,
     kept: object,
 ) -> tuple[list[float], int] | None: ...
+def use_torch(api: object, tensor: type, parameter: type) -> None: ...
+def torch_update(
+    rule: int,
+    hyperparameters: Sequence[float],
+    params: list[Any],
+    grads: list[Any],
+    states: list[Any],
+    steps: list[Any],
+    step: float,
+) -> bool | None: ...
+def torch_network(layers: Sequence[tuple[int, float, bool]], loss: tuple[int, float, bool] | None) -> object: ...
+def torch_train(
+    network: object,
+    rule: int,
+    hyperparameters: Sequence[float],
+    x: Any,
+    target: Any,
+    skip_zeros: bool,
+    params: list[Any],
+    states: list[Any],
+    steps: list[Any],
+    step: float,
+) -> float | None: ...
+def torch_forward(network: object, inputs: tuple[Any, ...], keep: bool) -> tuple[Any, Any] | None: ...
+def torch_backward(
+    network: object, grad: Any, inputs: tuple[Any, ...], kept: Any, y: Any, needed: Sequence[bool]
+) -> list[Any] | None: ...

@@ -92,9 +92,9 @@ class CpuBackend(NumpyBackend):
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
-        # What `cpu_plan.executor` takes.
+        # Of activations, losses (a row loss is ~number) and rules: what `cpu_plan.executor` takes.
         losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
-        self._numbers = self._activations, losses, self._rules
+        self.numbers = self._activations, losses, self._rules
         self.fast_paths = self._make_fast_paths()
 
     def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
@@ -122,6 +122,11 @@ class CpuBackend(NumpyBackend):
         functions["linear"] = fast_path("linear", activations)
         functions["linear_backward"] = fast_path("linear_backward", activations)
         return functions
+
+    @property
+    def extension(self) -> Any:
+        """The extension module, for `gemmlet.integrations`."""
+        return self._module
 
     def describe(self) -> dict[str, str]:
         import platform
@@ -227,5 +232,5 @@ class CpuBackend(NumpyBackend):
         if self not in plan.executors:
             from .cpu_plan import executor  # here, as kernels alone do not need it
 
-            plan.executors[self] = executor(self._module, plan, *self._numbers)
+            plan.executors[self] = executor(self._module, plan, *self.numbers)
         return plan.executors[self]
