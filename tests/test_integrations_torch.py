@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import os
+import re
 import subprocess
 import sys
+import types
+import unittest
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,11 @@ import pytest
 
 import gemmlet
 from conftest import SPECS, Spec
+from gemmlet import kernels
 from gemmlet.backends.numpy import NumpyBackend
+from gemmlet.formulas.activations import ACTIVATIONS as ACTIVATION_ENTRIES
+from gemmlet.formulas.losses import LOSSES as LOSS_ENTRIES
+from gemmlet.formulas.losses import ROW_FUNCTIONS, ROW_LOSSES
 from support import PATIENCE
 
 torch = pytest.importorskip("torch")
@@ -951,3 +960,182 @@ assert calls == {"forward": 1}, calls
         timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
+
+
+# Operators.
+
+
+@pytest.fixture(scope="module")
+def operators() -> Any:
+    importlib.import_module("gemmlet.integrations.torch.operators")
+    return torch.ops.gemmlet
+
+
+def samples_of_operators(dtype: Any) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every operator that has a gradient."""
+
+    def tensor(*shape: int) -> Any:
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    x, probability = tensor(5, 6), torch.rand(5, 6, dtype=dtype, requires_grad=True)
+    found: dict[str, list[tuple[Any, ...]]] = {
+        "matmul": [(x, tensor(6, 3)), (tensor(6, 5).t(), tensor(6, 3))],
+        "linear": [
+            (x, tensor(3, 6)),
+            (tensor(2, 3, 6), tensor(4, 6), tensor(4), "gelu"),
+            (tensor(6), tensor(4, 6).detach(), tensor(4), "leaky_relu", 0.3),
+        ],
+    }
+    for name, entry in ACTIVATION_ENTRIES.items():
+        found[name] = [(x,), (tensor(2, 3, 4).transpose(0, 2),), *([(x, 0.3)] if entry.parameter else [])]
+    for name in ROW_FUNCTIONS:
+        found[name] = [(x,), (tensor(2, 3, 4),)]
+    for name, loss in LOSS_ENTRIES.items():
+        prediction = probability if loss.unit_interval else x
+        found[name] = [(prediction, torch.rand(5, 6, dtype=dtype)), *([(x, x.detach(), 0.3)] if loss.parameter else [])]
+    for name in ROW_LOSSES:
+        found[name] = [(x, torch.randint(0, 6, (5,))), (x, probability.detach(), 0.1)]
+    return found
+
+
+@one_isa
+def test_operators_pass_opcheck(operators: Any) -> None:
+    samples = samples_of_operators(torch.float32)
+    forward = [name for name in kernels.__all__ if not name.endswith(("_backward", "_update"))]
+    assert sorted(samples) == sorted(forward)
+    for name, all_arguments in samples.items():
+        for arguments in all_arguments[:1]:
+            assert set(torch.library.opcheck(getattr(operators, name).default, arguments).values()) == {"SUCCESS"}, name
+
+
+@one_isa
+@pytest.mark.parametrize("name", sorted(samples_of_operators(torch.float32)))
+def test_operators_have_their_gradients(operators: Any, name: str) -> None:
+    for arguments in samples_of_operators(torch.float64)[name]:
+        operator = getattr(operators, name)
+        is_loss = isinstance(operator(*arguments), tuple)
+
+        def value(*given: Any, operator: Any = operator, is_loss: bool = is_loss) -> Any:
+            return operator(*given)[0] if is_loss else operator(*given)
+
+        assert torch.autograd.gradcheck(value, arguments)
+
+
+# Softplus is missing: all samples have a threshold, beyond which PyTorch's is linear.
+# By PyTorch's name of an operator: the function that stands for it, of a sample's arguments; None for samples that it
+# does not take.
+def _loss_of(parameter: str | None = None) -> Callable[..., Any]:
+    def run(operator: Any, prediction: Any, target: Any, **settings: Any) -> Any:
+        number = [settings.pop(parameter)] if parameter in settings else []
+        fits = settings.pop("reduction", "mean") == "mean" and prediction.shape == target.shape and prediction.numel()
+        if not fits or any(each is not None for each in settings.values()):
+            return None
+        return operator(prediction, target.detach(), *number)[0]
+
+    return run
+
+
+def _row_function(operator: Any, x: Any, dim: int, dtype: Any = None) -> Any:
+    return operator(x) if dim in (-1, x.ndim - 1) and dtype in (None, x.dtype) and x.numel() and x.ndim else None
+
+
+def _cross_entropy(operator: Any, x: Any, target: Any, **settings: Any) -> Any:
+    if settings.pop("reduction", "mean") != "mean" or settings.keys() - {"label_smoothing"} or x.ndim != 2:
+        return None
+    return operator(x, target.detach(), settings.get("label_smoothing", 0.0))[0]
+
+
+def _elementwise(operator: Any, x: Any, **settings: Any) -> Any:
+    settings.pop("inplace", None)
+    return operator(x, *settings.values()) if all(number > 0 for number in settings.values()) else None
+
+
+OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "nn.functional.linear": ("linear", lambda op, *given: op(*given) if given[1].ndim == 2 else None),
+    "mm": ("matmul", lambda op, a, b: op(a, b)),
+    "nn.functional.relu": ("relu", _elementwise),
+    "nn.functional.leaky_relu": ("leaky_relu", _elementwise),
+    "nn.functional.elu": ("elu", _elementwise),
+    "nn.functional.silu": ("silu", _elementwise),
+    "nn.functional.gelu": ("gelu", lambda op, x, approximate: op(x) if approximate == "none" else None),
+    "tanh": ("tanh", _elementwise),
+    "sigmoid": ("sigmoid", _elementwise),
+    "exp": ("exp", _elementwise),
+    "softmax": ("softmax", _row_function),
+    "log_softmax": ("log_softmax", _row_function),
+    "nn.functional.cross_entropy": ("softmax_cross_entropy", _cross_entropy),
+    "nn.functional.mse_loss": ("mean_squared_error", _loss_of()),
+    "nn.functional.huber_loss": ("huber", _loss_of("delta")),
+    "nn.functional.binary_cross_entropy": ("binary_cross_entropy", _loss_of()),
+    "nn.functional.binary_cross_entropy_with_logits": ("binary_cross_entropy_with_logits", _loss_of()),
+}
+
+
+def agree_with_the_samples_of_pytorch(operators: Any) -> dict[str, int]:
+    """Compare with PyTorch on the samples of its own tests (OpInfo); return how many there were, by name."""
+    # PyTorch's tests are based on a package that it does not need here, and does not bring along.
+    sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+    counts: dict[str, int] = {}
+    for info in op_db:
+        if info.name not in OPERATORS or info.variant_test_name:
+            continue
+        name, run = OPERATORS[info.name]
+        counts[info.name] = 0
+        for dtype in TOLERANCE:
+            for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+                given = (sample.input, *sample.args)
+                ours = run(getattr(operators, name), *given, **sample.kwargs)
+                if ours is None:
+                    continue
+                counts[info.name] += 1
+                theirs = info.op(*given, **sample.kwargs)
+                assert_close(ours, theirs, dtype)
+                inputs = [each for each in given[:1] if each.requires_grad and theirs.requires_grad]
+                grad = torch.randn_like(theirs)
+                assert_close(*(torch.autograd.grad(y, inputs, grad) for y in (ours, theirs)), dtype)
+    return counts
+
+
+@one_isa
+def test_operators_agree_with_the_samples_of_pytorchs_tests(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = agree_with_the_samples_of_pytorch(operators)
+    assert counts.keys() == OPERATORS.keys()
+    assert all(counts.values()), counts
+    # A wrong operator is seen.
+    monkeypatch.setitem(OPERATORS, "tanh", ("sigmoid", _elementwise))
+    with pytest.raises(AssertionError):
+        agree_with_the_samples_of_pytorch(operators)
+
+
+# The document.
+
+
+@one_isa
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_document_runs_as_written(number: int, tmp_path: Path) -> None:
+    """In a new, empty folder; `backend="gemmlet"` by the object, as the tests may run without an installed package."""
+    text = (Path(__file__).parents[1] / "docs/torch.md").read_text()
+    code = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[number]
+    code = code.replace(
+        'backend="gemmlet"', "backend=__import__('gemmlet.integrations.torch').integrations.torch.backend"
+    )
+    path = os.pathsep.join([str(Path(gemmlet.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            f"{code}\nfrom gemmlet.integrations.torch import calls\nprint(dict(calls))",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "GEMMLET_BACKEND": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.returncode == 0, run.stderr
+    assert ("{'fused_step': 100}", "{'forward': 1, 'backward': 1}")[number] in run.stdout

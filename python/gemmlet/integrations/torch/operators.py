@@ -103,7 +103,7 @@ def _linear_keep(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
 
 def _linear_grad(ctx: Any, grad: torch.Tensor) -> Any:
     x, weight, bias, y = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[:3])
+    needed = [*ctx.needs_input_grad, False][:3]  # a bias that was left out is not there
     found = _ops("linear_backward")(grad, x, weight, bias, y, ctx.activation, ctx.parameter, needed)
     return (*(each if need else None for each, need in zip(found, needed, strict=True)), None, None)
 
