@@ -19,39 +19,11 @@ using LayerTuple = std::tuple<py::array, py::array, int, double, std::vector<py:
                               OptionalArray, OptionalArray>;
 using LayerTuples = std::vector<LayerTuple>;
 
-// The memory of the arrays of a call. What is written may overlap nothing else: indices are checked before training starts.
-class Overlaps {
- public:
-  void read(const py::array& a) { add(a, false); }
-  void write(const py::array& a) { add(a, true); }
-  void check() {
-    std::ranges::sort(parts_, {}, &Part::begin);
-    std::uintptr_t end = 0, written_end = 0;
-    for (const Part& part : parts_) {
-      if (part.begin < (part.written ? end : written_end)) refuse("networks", "a parameter overlaps another array");
-      end = std::max(end, part.end);
-      if (part.written) written_end = std::max(written_end, part.end);
-    }
-  }
-
- private:
-  struct Part {
-    std::uintptr_t begin, end;
-    bool written;
-  };
-  void add(const py::array& a, bool written) {
-    const auto begin = reinterpret_cast<std::uintptr_t>(a.data());
-    if (a.size() > 0) parts_.push_back({begin, begin + static_cast<std::uintptr_t>(a.nbytes()), written});
-  }
-
-  std::vector<Part> parts_;
-};
-
 template <class T>
 Parameter<T> parameter(py::array& value, std::vector<py::array>& states, OptionalArray& average, int rule,
                        Overlaps& overlaps) {
   const auto own = [&](py::array& a) {
-    overlaps.write(a);
+    overlaps.add(a, true);
     return writable<T>(a, value.size(), "networks");
   };
   Parameter<T> p{own(value), {}, average ? own(*average) : nullptr};
@@ -260,7 +232,7 @@ class Checker {
       return targets;
     }
     const auto& array = std::get<py::array>(given);
-    overlaps_.read(array);
+    overlaps_.add(array, false);
     if (array.dtype().num() != py::dtype::num_of<Index>()) {
       targets.values = contiguous<T>(array, elements(samples_, out, "targets"), "targets");
       return targets;
@@ -359,11 +331,11 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     if (batches.hyperparameters.size() != hyperparameters.size())
       refuse("hyperparameters", "not one array for each update");
     if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
-    for (const py::array& a : hyperparameters) overlaps.read(a);
-    for (const py::array* a : {&x, &order}) overlaps.read(*a);
+    for (const py::array& a : hyperparameters) overlaps.add(a, false);
+    for (const py::array* a : {&x, &order}) overlaps.add(*a, false);
     for (const OptionalArray* a : {&indptr, &indices, &decay, &noise})
-      if (*a) overlaps.read(**a);
-    overlaps.check();
+      if (*a) overlaps.add(**a, false);
+    if (overlaps.found()) refuse("networks", "a parameter overlaps another array");
     const Layer<T>& first = plan.networks[0].front();
     if ((indptr || plan.samples.skip_zeros) && !is_finite(first.weight.value, first.in * first.out))
       return std::nullopt;

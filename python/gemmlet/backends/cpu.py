@@ -92,9 +92,9 @@ class CpuBackend(NumpyBackend):
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
-        # What `cpu_plan.executor` takes.
+        # Of activations, losses (a row loss is ~number) and rules: what `cpu_plan.executor` takes.
         losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
-        self._numbers = self._activations, losses, self._rules
+        self.numbers = self._activations, losses, self._rules
         self.fast_paths = self._make_fast_paths()
 
     def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
@@ -125,7 +125,7 @@ class CpuBackend(NumpyBackend):
 
     @property
     def extension(self) -> Any:
-        """The compiled module; the stub ``_cpu_baseline.pyi`` has its functions."""
+        """The extension module, for `gemmlet.integrations`; the stub ``_cpu_baseline.pyi`` has its functions."""
         return self._module
 
     def describe(self) -> dict[str, str]:
@@ -232,5 +232,5 @@ class CpuBackend(NumpyBackend):
         if self not in plan.executors:
             from .cpu_plan import executor  # here, as kernels alone do not need it
 
-            plan.executors[self] = executor(self._module, plan, *self._numbers)
+            plan.executors[self] = executor(self._module, plan, *self.numbers)
         return plan.executors[self]
