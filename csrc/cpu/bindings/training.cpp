@@ -151,27 +151,33 @@ bool is_kind(const py::tuple& phase, const char* kind) {
 
 using GivenTargets = std::variant<py::array, std::vector<double>>;
 
-// A phase as Python gives it; the last three belong to a loss.
+// A phase as Python gives it; all but the first belong to a loss.
 struct GivenPhase {
   Phase phase;
   int loss;
   double parameter, weight;
   GivenTargets targets;
+  double least, most;
 };
 
 GivenPhase read_phase(const py::tuple& tuple) {
-  const auto of = [](Phase phase) { return GivenPhase{std::move(phase), 0, 0, 0, {}}; };
+  const auto of = [](Phase phase) { return GivenPhase{std::move(phase), 0, 0, 0, {}, 0, 0}; };
   if (is_kind(tuple, "forward")) {
     auto [network, inputs] = fields<int, std::vector<int>>(tuple);
     return of({Phase::forward, network, std::move(inputs), -1, -1});
   }
   if (is_kind(tuple, "loss")) {
-    auto [network, loss, parameter, weight, targets] = fields<int, int, double, double, GivenTargets>(tuple);
-    return {{Phase::loss, network, {}, -1, -1}, loss, parameter, weight, std::move(targets)};
+    auto [network, loss, parameter, weight, targets, least, most] =
+        fields<int, int, double, double, GivenTargets, double, double>(tuple);
+    return {{Phase::loss, network, {}, -1, -1}, loss, parameter, weight, std::move(targets), least, most};
   }
   if (is_kind(tuple, "backward")) {
     const auto [network, to] = fields<int, int>(tuple);
     return of({Phase::backward, network, {}, to, -1});
+  }
+  if (is_kind(tuple, "penalty")) {
+    const auto [network, factor] = fields<int, double>(tuple);
+    return of({Phase::penalty, network, {}, -1, -1, factor});
   }
   if (is_kind(tuple, "update")) {
     const auto [network, rule] = fields<int, int>(tuple);
@@ -198,7 +204,8 @@ class Checker {
     const int loss = given.loss;
     const bool of_rows = is_row_loss(loss);
     checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
-    plan_.losses.push_back({loss, given.parameter, given.weight, targets_of(given.targets, given.phase.network, loss)});
+    plan_.losses.push_back({loss, given.parameter, given.weight, targets_of(given.targets, given.phase.network, loss),
+                            given.least, given.most});
   }
 
  private:
@@ -243,6 +250,7 @@ class Checker {
       }
       state.gradient = phase.to >= 0 ? none : of_parameters;
     }
+    if (phase.kind == Phase::penalty) need(state.gradient == of_parameters, "a penalty without gradient");
     if (phase.kind == Phase::update) {
       need(state.gradient == of_parameters, "an update without gradient");
       state.gradient = none;
@@ -284,7 +292,7 @@ class Checker {
 // The rule that updates a network; -1 is none.
 int rule_of(const std::vector<GivenPhase>& phases, std::size_t network) {
   int found = -1;
-  for (const auto& [phase, loss, parameter, weight, targets] : phases) {
+  for (const auto& [phase, loss, parameter, weight, targets, least, most] : phases) {
     if (phase.kind != Phase::update || static_cast<std::size_t>(phase.network) != network) continue;
     if (found != -1 && found != phase.rule) refuse("phases", "two rules for one network");
     found = phase.rule;
@@ -341,7 +349,9 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     Checker<T> check(plan, batches, overlaps, noise_columns, count);
     for (const GivenPhase& phase : given) check(phase);
     if (plan.phases.empty() || plan.phases.back().kind != Phase::update) refuse("phases", "no update at the end");
-    if (plan.losses.size() != losses.size()) refuse("losses", "not one for each loss");
+    const auto penalties = std::ranges::count(plan.phases, Phase::penalty, &Phase::kind);
+    if (plan.losses.size() + static_cast<std::size_t>(penalties) != losses.size())
+      refuse("losses", "not one for each loss and penalty");
     const bool is_scaled = scale != 1.0 || shift != 0.0;
     if (indptr && is_scaled) refuse("scale", "a sparse matrix is not scaled");
     if (is_scaled) plan.samples.skip_zeros = false;

@@ -64,17 +64,19 @@ struct Loss {
   double parameter;  // the kernel's: label smoothing of a row loss
   double weight;     // of the sum over a row in the objective, which is divided by the rows of the mini-batch
   Targets<T> targets;
+  double least, most;  // what the loss of an element, or of a row, counts; the gradient is not limited
 };
 
 // What a network's first layer reads: the samples, the noise, or the outputs of a network (its number).
 inline constexpr int samples_source = -1, noise_source = -2;
 
 struct Phase {
-  enum Kind { forward, loss, backward, update } kind;
+  enum Kind { forward, loss, backward, penalty, update } kind;
   int network;
   std::vector<int> inputs;  // forward: the rows of these sources follow each other
   int to;                   // backward: the network whose outputs get the gradient; -1 is none
   int rule;                 // update
+  double factor = 0;  // penalty: half of it times the sum of the squared weights is what the objective has besides
 };
 
 // Phases are in an order in which each finds what it reads; the last is an update. Only where the plan is_pipelined may
@@ -113,7 +115,8 @@ struct Batches : Steps {
 };
 
 struct Outcome {
-  std::vector<double> losses;  // those given, and each row's loss, as it was before its mini-batch's updates
+  // Those given, and each row's loss and each mini-batch's penalty, as they were before its updates.
+  std::vector<double> losses;
   // Rows whose largest output (of a single one: its sign) is the class that the first loss has as an index.
   Index correct;
 };
