@@ -108,6 +108,10 @@ def samples(dtype: Any, kind: str = "dense") -> Dataset:
     x[rng.uniform(size=x.shape) < 0.7] = 0
     if kind == "zeros":
         return Dataset(x, skip_zeros=True)
+    if kind.startswith("few values"):
+        values = np.concatenate([[0], rng.normal(size=255)]).astype(dtype)
+        codes = rng.integers(0, 256, x.shape, np.uint8) * (x != 0)
+        return Dataset(codes, skip_zeros=kind == "few values", value_of_byte=values)
     rows, columns = np.nonzero(x)
     indptr = np.searchsorted(rows, np.arange(N + 1))
     return Dataset(x[rows, columns], indptr.astype(np.int64), columns.astype(np.int32), skip_zeros=True)
@@ -237,6 +241,8 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "gan, one clipped": lambda dtype: gan(dtype, discriminator_optimizer=ClipNorm(optimizer("momentum"), 0.1)),
     "bytes": lambda dtype: single(dtype, samples(dtype, "bytes"), Loss(0, SOFTMAX, CLASSES)),
     "zeros": lambda dtype: single(dtype, samples(dtype, "zeros"), Loss(0, SOFTMAX, CLASSES)),
+    "few values": lambda dtype: single(dtype, samples(dtype, "few values"), Loss(0, SOFTMAX, CLASSES)),
+    "few values, dense": lambda dtype: discriminator_alone(dtype, samples(dtype, "few values, dense")),
     "csr": lambda dtype: single(dtype, samples(dtype, "csr"), Loss(0, SOFTMAX, CLASSES)),
     "classes as numbers": lambda dtype: single(dtype, samples(dtype), Loss(0, MSE, CLASSES, reduction="mean")),
     "numbers as classes": lambda dtype: single(

@@ -90,13 +90,18 @@ Steps checked_steps(const py::array& order, Index batch, Index samples) {
 }
 
 template <class T>
-Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros) {
-  Samples<T> samples{features, nullptr, nullptr, nullptr, nullptr, T(1), T(0), skip_zeros};
+Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros, const OptionalArray& value_of_byte) {
+  Samples<T> samples{features, nullptr, nullptr, nullptr, nullptr, nullptr, T(1), T(0), skip_zeros};
   if (x.ndim() < 1 || x.size() != elements(x.shape(0), features, "x")) refuse("x", "wrong size");
   if (x.dtype().num() == py::dtype::num_of<std::uint8_t>())
     samples.bytes = contiguous<std::uint8_t>(x, x.size(), "x");
   else
     samples.values = contiguous<T>(x, x.size(), "x");
+  if (value_of_byte) {
+    samples.value_of_byte = contiguous<T>(*value_of_byte, 256, "value_of_byte");
+    if (samples.bytes == nullptr) refuse("value_of_byte", "goes with bytes");
+    samples.skip_zeros = skip_zeros && samples.value_of_byte[0] == T(0);
+  }
   return samples;
 }
 
@@ -109,6 +114,7 @@ Samples<T> sparse_samples(const py::array& x, const py::array& indptr, const py:
   const Index rows = indptr.size() - 1;
   Samples<T> samples{features,
                      contiguous<T>(x, x.size(), "x"),
+                     nullptr,
                      nullptr,
                      contiguous<Index>(indptr, rows + 1, "indptr"),
                      contiguous<std::int32_t>(indices, x.size(), "indices"),
@@ -312,10 +318,10 @@ py::capsule kept_memory() {
 using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
-                  const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros, double scale,
-                  double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
-                  const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
-                  const py::capsule& capsule) {
+                  const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
+                  const OptionalArray& value_of_byte, double scale, double shift, const py::array& order, Index batch,
+                  const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
+                  const OptionalArray& decay, const OptionalArray& noise, const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
   if (!PyCapsule_IsValid(capsule.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
   KeptMemory& kept = *capsule.get_pointer<KeptMemory>();
@@ -323,6 +329,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   std::vector<GivenPhase> given;
   for (const py::tuple& phase : phases) given.push_back(read_phase(phase));
   if (indptr && indptr->size() == 0) refuse("indptr", "empty");
+  if (indptr && value_of_byte) refuse("value_of_byte", "goes with bytes");
   return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) -> TrainResult {
     using T = decltype(zero);
     Plan<T> plan{};
@@ -334,8 +341,8 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     static_cast<Steps&>(batches) = checked_steps(order, batch, count);
     const Index steps = (batches.count + batches.batch - 1) / batches.batch;
     const Index features = indptr ? plan.networks[0].front().in : count > 0 ? x.size() / count : 0;
-    plan.samples =
-        indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches) : dense_samples<T>(x, features, skip_zeros);
+    plan.samples = indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches)
+                          : dense_samples<T>(x, features, skip_zeros, value_of_byte);
     plan.samples.scale = static_cast<T>(scale);
     plan.samples.shift = static_cast<T>(shift);
     for (const auto& layers : plan.networks)
@@ -371,7 +378,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
     for (const py::array& a : hyperparameters) overlaps.read(a);
     for (const py::array* a : {&x, &order}) overlaps.read(*a);
-    for (const OptionalArray* a : {&indptr, &indices, &decay, &noise})
+    for (const OptionalArray* a : {&indptr, &indices, &value_of_byte, &decay, &noise})
       if (*a) overlaps.read(**a);
     overlaps.check();
     const Layer<T>& first = plan.networks[0].front();
@@ -386,12 +393,23 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   });
 }
 
+bool encode(const py::array& x, py::array& codes, py::array& value_of_byte) {
+  return for_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = contiguous<T>(x, x.size(), "x");
+    std::uint8_t* to = writable<std::uint8_t>(codes, x.size(), "codes");
+    T* values = writable<T>(value_of_byte, 256, "value_of_byte");
+    return without_gil([&] { return gemmlet::encode(from, x.size(), to, values); });
+  });
+}
+
 }  // namespace
 
 void bind_training(py::module_& m) {
+  def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
-  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "scale", "shift", "order",
-      "batch", "hyperparameters", "losses", "decay", "noise", "kept");
+  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "scale",
+      "shift", "order", "batch", "hyperparameters", "losses", "decay", "noise", "kept");
 }
 
 }  // namespace gemmlet::bindings

@@ -40,7 +40,9 @@ class Loader {
     } else if (copies || samples.bytes != nullptr || !unchanged) {
       inputs.copies = Rows<T>(memory, max_rows, samples.features);
     }
-    for (int byte = 0; byte < 256; ++byte) value_of_byte_[byte] = static_cast<T>(byte) / T(255);
+    for (int byte = 0; byte < 256; ++byte)
+      value_of_byte_[byte] =
+          samples.value_of_byte != nullptr ? samples.value_of_byte[byte] : static_cast<T>(byte) / T(255);
   }
 
   bool sparse() const { return samples_.indptr != nullptr || samples_.skip_zeros; }
@@ -79,7 +81,10 @@ class Loader {
       const T scale = samples_.scale, shift = samples_.shift;
       if (samples_.bytes != nullptr) {
         const std::uint8_t* from = samples_.bytes + sample * features;
-        for (Index k = 0; k < features; ++k) to[k] = static_cast<T>(from[k]) / T(255) * scale + shift;
+        if (samples_.value_of_byte != nullptr)
+          for (Index k = 0; k < features; ++k) to[k] = value_of_byte_[from[k]] * scale + shift;
+        else
+          for (Index k = 0; k < features; ++k) to[k] = static_cast<T>(from[k]) / T(255) * scale + shift;
       } else {
         const T* from = samples_.values + sample * features;
         for (Index k = 0; k < features; ++k) to[k] = from[k] * scale + shift;

@@ -39,6 +39,7 @@ struct Samples {
   Index features;
   const T* values;            // (rows, features); or the numbers of a sparse matrix
   const std::uint8_t* bytes;  // (rows, features), instead of values: the number is byte / 255
+  const T* value_of_byte;     // or this, 256 numbers, unless null
   // A sparse matrix by rows: row i has the numbers indptr[i] ... indptr[i + 1], their column indices ascending; else null.
   const Index* indptr;
   const std::int32_t* indices;
@@ -120,6 +121,11 @@ struct Outcome {
   // Rows whose largest output (of a single one: its sign) is the class that the first loss has as an index.
   Index correct;
 };
+
+// Writes n numbers as bytes, with the number that each byte stands for, 256 of them; zeros are the byte 0, and the bits of
+// every number are kept. Returns false, and leaves both half written, if there are too many different ones.
+template <class T>
+bool encode(const T* x, Index n, std::uint8_t* bytes, T* value_of_byte);
 
 // `memory` is the same one for the calls of a training.
 template <class T>

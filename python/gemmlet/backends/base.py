@@ -139,6 +139,9 @@ class Backend(Protocol):
     def supports_fused(self, plan: TrainingPlan) -> bool:
         """Whether this backend has an executor of its own for the plan."""
 
+    def encoded(self, x: Array) -> tuple[Array, Array] | None:
+        """C-contiguous numbers as bytes, with `Dataset.value_of_byte`; None if they are many, or it is no use."""
+
     def stage(self, plan: TrainingPlan) -> TrainingPlan:
         """Move what the calls of one `fit` read to where this backend computes: the plan that `train` gets.
 

@@ -218,6 +218,10 @@ class CpuBackend(NumpyBackend):
         """Whether C++ has all formulas and phases of the plan."""
         return self._executor(plan) is not None
 
+    def encoded(self, x: Array) -> tuple[Array, Array] | None:
+        codes, value_of_byte = np.empty(x.shape, np.uint8), np.empty(256, x.dtype)
+        return (codes, value_of_byte) if self._module.encode(x, codes, value_of_byte) else None
+
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """In C++: all steps in one call; no whole gradient of the weights is written to memory."""
         outcome = plan.executors[self](batches) if self.supports_fused(plan) and not batches.varies else None

@@ -175,6 +175,9 @@ class NumpyBackend(Backend):
     def supports_fused(self, plan: TrainingPlan) -> bool:
         return False
 
+    def encoded(self, x: Array) -> tuple[Array, Array] | None:
+        return None
+
     def stage(self, plan: TrainingPlan) -> TrainingPlan:
         return plan
 

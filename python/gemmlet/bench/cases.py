@@ -25,7 +25,7 @@ from gemmlet.formulas.activations import ACTIVATIONS, Activation
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, softmax_cross_entropy
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 
-from . import training
+from . import estimators, training
 from .case import Array, Call, Case, Factory, Prepared, Settings
 from .implementations import OURS
 
@@ -716,6 +716,7 @@ def imports(settings: Settings) -> Iterator[Case]:
 
 # The groups, in the order of the tables.
 
-_NAMED = (training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, overhead)
+_TRAINING = training.epoch, training.wide, training.gan
+_NAMED = (*_TRAINING, matmul, linear, activations, losses, optimizers, overhead, estimators.sklearn)
 GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
 GROUPS["import"] = imports  # a name that no function can have

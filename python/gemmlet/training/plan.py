@@ -30,7 +30,8 @@ Source = str | int
 class Dataset(NamedTuple):
     """Samples: rows (n, features) of uint8 or of the networks' dtype, or the three arrays of a CSR matrix.
 
-    uint8 counts as value/255. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
+    uint8 counts as value/255, or as `value_of_byte[value]`, of 256 numbers, the first of which is 0: a few different
+    numbers, in less memory. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
     numbers are 0 for skipping them to pay; the result is the same. Another thread may change all but `indptr`.
     """
 
@@ -38,6 +39,7 @@ class Dataset(NamedTuple):
     indptr: NDArray[np.int64] | None = None
     indices: NDArray[np.int32] | None = None
     skip_zeros: bool = False
+    value_of_byte: Array | None = None
 
 
 # Layer operations.
@@ -238,10 +240,12 @@ class TrainingPlan:
         return [phase for phase in self.phases if isinstance(phase, Loss)]
 
     @property
-    def is_limited(self) -> bool:
-        """Whether there is a penalty, or a loss with limits."""
-        return any(isinstance(phase, Penalty) for phase in self.phases) or any(
-            loss.limits != NO_LIMITS for loss in self.losses
+    def has_extras(self) -> bool:
+        """Whether it has something that not every executor knows to look for: a penalty, limits, values of bytes."""
+        return (
+            any(isinstance(phase, Penalty) for phase in self.phases)
+            or any(loss.limits != NO_LIMITS for loss in self.losses)
+            or self.gather.dataset.value_of_byte is not None
         )
 
     @property

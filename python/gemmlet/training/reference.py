@@ -102,7 +102,8 @@ class Step:
     def _(self, phase: Gather) -> None:
         dataset, where, dtype = phase.dataset, self._where, self._plan.dtype
         if dataset.indptr is None:
-            self._values[SAMPLES] = self._backend.scaled(dataset.x[where], dtype, phase.scale, phase.shift)
+            rows = dataset.x[where] if dataset.value_of_byte is None else dataset.value_of_byte[dataset.x[where]]
+            self._values[SAMPLES] = self._backend.scaled(rows, dtype, phase.scale, phase.shift)
         else:
             assert dataset.indices is not None
             reader = next(p for p in self._plan.phases if isinstance(p, Forward) and SAMPLES in p.inputs)

@@ -272,7 +272,7 @@ class NumbaBackend(NumpyBackend):
         except UnsupportedError:
             return False
         return (
-            not plan.is_limited
+            not plan.has_extras
             and names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys()
             and (not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))]))
         )
