@@ -656,6 +656,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
+    others |= {"forward"}  # below
     others |= {"kept_memory", "formula", "fast_path"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
@@ -1054,6 +1055,23 @@ def test_memory_that_calls_share(module: Any, dtype: Any) -> None:
     with ThreadPoolExecutor(4) as threads:
         for plan, right in zip(plans, expected, strict=True):
             assert all(left == right for left in threads.map(left_by, [plan] * 8, [kept] * 8))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_forward_refuses(module: Any, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, w, b, v, c = (rng.normal(size=shape).astype(dtype) for shape in ((7, 5), (5, 9), (9,), (9, 2), (2,)))
+    good = {"layers": [(w, b, -1, 0.0), (v, c, -1, 0.0)], "x": x, "skip_zeros": True, "out": np.empty((7, 2), dtype)}
+    module.forward(**good)
+    np.testing.assert_allclose(good["out"], (x @ w + b) @ v + c, 1e-4, 1e-4)
+    layers = [[], None, [None], [(w, b, -1)], good["layers"][::-1], [(w, b[:-1].copy(), -1, 0.0)], [(w, b, 99, 0.0)]]
+    layers += [[(w.astype(other(dtype)), b, -1, 0.0)], [(np.asfortranarray(w), b, -1, 0.0)], [(w[:0], b, -1, 0.0)]]
+    bad: dict[str, list[Any]] = {"layers": layers, "x": [x[:, :-1].copy(), x[::-1], x.astype(other(dtype)), x[0], None]}
+    bad |= {"skip_zeros": ["no"], "out": [good["out"][:-1], np.empty((7, 2), other(dtype)), read_only(good["out"])]}
+    for argument, values in bad.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError)):
+                module.forward(**good | {argument: value})
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

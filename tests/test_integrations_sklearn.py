@@ -71,7 +71,8 @@ def calls(cpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     backend = type(select.current())
-    monkeypatch.setattr(backend, "train", counted("train", backend.train))
+    for name in ("train", "forward"):
+        monkeypatch.setattr(backend, name, counted(name, getattr(backend, name)))
     for name in ("linear", "matmul"):
         monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
     return made
@@ -245,11 +246,33 @@ def test_predictions_of_other_dtypes(cpu: Any) -> None:
     """As NumPy promotes them; and of one sample, and of more than are taken at a time."""
     for fitted in (np.float32, np.float64):
         theirs, mine = (m.fit(X.astype(fitted), CLASSES) for m in pair(CLASSIFIER, {}))
-        for x in (X, X.astype(np.float32), (X * 9).astype(np.int64), X[:1], np.tile(X, (25, 1)), np.asfortranarray(X)):
+        for x in (
+            X,
+            X.astype(np.float32),
+            ZEROS,
+            ZEROS.astype(np.float32),
+            np.tile(ZEROS, (9, 1)),
+            (X * 9).astype(np.int64),
+            X[:1],
+            np.tile(X, (25, 1)),
+            np.asfortranarray(X),
+        ):
             wanted, found = theirs.predict_proba(x), mine.predict_proba(x)
             assert found.dtype == wanted.dtype
             np.testing.assert_allclose(found, wanted, 1e-4, 1e-5)
             np.testing.assert_array_equal(mine.predict(x), theirs.predict(x))
+
+
+def test_zeros_that_are_skipped_hide_no_weights(cpu: Any, calls: list[str]) -> None:
+    theirs, mine = (m.fit(X, CLASSES) for m in pair(CLASSIFIER, {}))
+    calls.clear()
+    wanted, found = (m.predict_proba(ZEROS) for m in (theirs, mine))
+    assert calls == ["forward"]
+    np.testing.assert_allclose(found, wanted, 1e-8)
+    for model in (theirs, mine):
+        model.coefs_[0][0, 0] = np.inf
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(np.isnan(mine.predict_proba(ZEROS)), np.isnan(theirs.predict_proba(ZEROS)))
 
 
 def test_every_backend_learns_the_same(backend: Any) -> None:
@@ -262,7 +285,8 @@ def test_threads_leave_the_bits(cpu: Any) -> None:
     for threads in (1, 2):
         gemmlet.set_num_threads(threads)
         mine = pair(CLASSIFIER, {"hidden_layer_sizes": (150, 33)})[1].fit(np.tile(X, (4, 1)), np.tile(CLASSES, 4))
-        found.append([np.array(mine.loss_curve_), *mine.coefs_, *mine.intercepts_, mine.predict_proba(X)])
+        found.append([np.array(mine.loss_curve_), *mine.coefs_, *mine.intercepts_])
+        found[-1] += [mine.predict_proba(np.tile(x, (9, 1))) for x in (X, ZEROS)]
     assert all(map(same_bits, *found))
 
 

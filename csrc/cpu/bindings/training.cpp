@@ -393,6 +393,35 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   });
 }
 
+// (weight, bias, activation, its parameter)
+using ForwardLayer = std::tuple<py::array, py::array, int, double>;
+
+void forward(const std::vector<ForwardLayer>& tuples, const py::array& x, bool skip_zeros, py::array& out) {
+  if (tuples.empty()) refuse("layers", "none");
+  for_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Layer<T>> layers;
+    Index in = x.ndim() == 2 ? x.shape(1) : -1;
+    for (const auto& [weight, bias, activation, number] : tuples) {
+      if (weight.ndim() != 2 || weight.shape(0) != in || weight.size() == 0) refuse("layers", "widths do not fit");
+      in = weight.shape(1);
+      if (activation != -1) checked_index(activation, activation_names().size(), "layers");
+      // Which are not written.
+      T* const w = const_cast<T*>(contiguous<T>(weight, weight.size(), "layers"));
+      T* const b = const_cast<T*>(contiguous<T>(bias, in, "layers"));
+      layers.push_back(
+          {weight.shape(0), in, {w, {}, nullptr}, {b, {}, nullptr}, in, activation, static_cast<T>(number)});
+    }
+    const Index count = x.shape(0), row = tuning::row_block;
+    for (const Layer<T>& layer : layers)  // so that no size of a buffer overflows
+      elements(row, max_inputs * 16 * (std::max(layer.in, layer.out) + 64), "layers");
+    const Samples<T> samples = dense_samples<T>(
+        x, layers[0].in, skip_zeros && is_finite(layers[0].weight.value, layers[0].in * layers[0].out), std::nullopt);
+    T* const to = writable<T>(out, elements(count, in, "out"), "out");
+    if (count > 0) without_gil([&] { gemmlet::forward(layers, samples, count, to); });
+  });
+}
+
 bool encode(const py::array& x, py::array& codes, py::array& value_of_byte) {
   return for_dtype(x, "x", [&](auto zero) {
     using T = decltype(zero);
@@ -406,6 +435,7 @@ bool encode(const py::array& x, py::array& codes, py::array& value_of_byte) {
 }  // namespace
 
 void bind_training(py::module_& m) {
+  def(m, "forward", &forward, "layers", "x", "skip_zeros", "out");
   def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
   def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "scale",

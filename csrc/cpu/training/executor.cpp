@@ -403,6 +403,43 @@ Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double
   return Executor<T>(plan, batches, memory).run(std::move(losses));
 }
 
+// Each member takes some rows at a time through all layers: their activations stay in its cache, and nobody waits.
+template <class T>
+void forward(const std::vector<Layer<T>>& layers, const Samples<T>& samples, Index count, T* outputs) {
+  KeptMemory memory;
+  const Index rows = std::min(count, tuning::row_block), out = layers.back().out;
+  std::deque<Network<T>> networks;
+  std::deque<Slot<T>> slots;
+  for (int i = 0; i < get_num_threads(); ++i) {
+    networks.emplace_back(layers, memory, rows);
+    slots.emplace_back(samples, memory, rows, rows * samples.features, false);
+  }
+  std::atomic<bool> out_of_memory{false};
+  with_team(static_cast<double>(count) * networks[0].work(), [&](Member& member) {
+    const Index members = std::min(member.count(), static_cast<int>(networks.size()));
+    if (member.index() >= members) return;
+    try {
+      of_this_thread<PackedPanel<T>>();
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      return;
+    }
+    const Network<T>& network = networks[static_cast<std::size_t>(member.index())];
+    const Slot<T>& slot = slots[static_cast<std::size_t>(member.index())];
+    const Range mine = part_of(count, member.index(), members);
+    for (Index first = mine.first; first < mine.end; first += rows) {
+      const Index some = std::min(rows, mine.end - first);
+      for (Index i = 0; i < some; ++i) slot.loader.load(first + i, i, 0);
+      network.forward_first(layers[0], slot.inputs, 0, {0, some}, {0, layers[0].out}, nullptr);
+      network.forward_rest(0, {0, some});
+      for (Index i = 0; i < some; ++i) std::copy_n(network.outputs(0, i), out, outputs + (first + i) * out);
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+template void forward(const std::vector<Layer<float>>&, const Samples<float>&, Index, float*);
+template void forward(const std::vector<Layer<double>>&, const Samples<double>&, Index, double*);
 template Outcome train(const Plan<float>&, const Batches<float>&, std::vector<double>, KeptMemory&);
 template Outcome train(const Plan<double>&, const Batches<double>&, std::vector<double>, KeptMemory&);
 

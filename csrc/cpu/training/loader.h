@@ -123,13 +123,11 @@ class Loader {
     std::int32_t* indices = indices_.get() + row * features;
     T* values = values_.get() + row * features;
     Index count = 0;
-    for (Index k = 0; k < features; ++k) {
-      if (k % block_features == 0) begin[k / block_features] = static_cast<std::int32_t>(count);
-      // Branch-free: every value is written, and counted if it is not 0.
-      const T value = samples_.values[sample * features + k];
-      indices[count] = static_cast<std::int32_t>(k);
-      values[count] = value;
-      count += value != T(0);
+    for (Index block = 0; block < blocks_; ++block) {
+      const Index k = block * block_features;
+      begin[block] = static_cast<std::int32_t>(count);
+      count += list_nonzeros(samples_.values + sample * features + k, std::min(block_features, features - k),
+                             static_cast<std::int32_t>(k), indices + count, values + count);
     }
     begin[blocks_] = static_cast<std::int32_t>(count);
     return {indices, values, begin};

@@ -122,6 +122,11 @@ struct Outcome {
   Index correct;
 };
 
+// The outputs of a network for `count` samples, a row each, without what their activation needs: no parameter is written.
+// Zeros are skipped as in a plan.
+template <class T>
+void forward(const std::vector<Layer<T>>& layers, const Samples<T>& samples, Index count, T* outputs);
+
 // Writes n numbers as bytes, with the number that each byte stands for, 256 of them; zeros are the byte 0, and the bits of
 // every number are kept. Returns false, and leaves both half written, if there are too many different ones.
 template <class T>

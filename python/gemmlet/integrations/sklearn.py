@@ -35,8 +35,9 @@ from .. import kernels
 from .._memory import aligned_zeros
 from .._signals import deferred_signals
 from ..backends import select
+from ..formulas.activations import ACTIVATIONS
 from ..formulas.optimizers import OPTIMIZER_RULES
-from ..nn.dataset import Samples, slices
+from ..nn.dataset import SPARSE_BELOW, Samples, slices
 from ..nn.fit import CallBudget
 from ..training.plan import (
     SAMPLES,
@@ -59,7 +60,7 @@ __all__ = ["MLPClassifier", "MLPRegressor", "patch_sklearn", "unpatch_sklearn"]
 Array = NDArray[Any]
 
 # The registry's names of scikit-learn's activations; softmax is a function of rows.
-_ACTIVATIONS = {"identity": None, "logistic": "sigmoid", "relu": "relu", "tanh": "tanh", "exp": "exp"}
+_NAMES = {"identity": None, "logistic": "sigmoid", "relu": "relu", "tanh": "tanh", "exp": "exp"}
 
 # By scikit-learn's optimizer: the rule, and the lists of arrays that are its state.
 _RULES = {"AdamOptimizer": ("adam", ("ms", "vs")), "SGDOptimizer": ("momentum", ("velocities",))}
@@ -95,7 +96,7 @@ class _Epochs:
             value, *states = (aligned_zeros(array.shape, X.dtype) for _ in range(1 + len(self._states)))
             return Parameter(value, tuple(states))
 
-        activation = _ACTIVATIONS[model.activation]
+        activation = _NAMES[model.activation]
         network: list[Linear | Activation] = []
         for weight, bias in zip(model.coefs_, model.intercepts_, strict=True):
             network.append(Linear(parameter(weight), parameter(bias)))
@@ -325,7 +326,7 @@ def _layers(model: Any, X: Any) -> list[tuple[Array, Array, str | None]] | None:
         return None
     count = len(model.coefs_)
     weights = [np.asarray(array, dtype) for array in parameters]
-    names = [_ACTIVATIONS[model.activation]] * (count - 1) + [_ACTIVATIONS.get(model.out_activation_)]
+    names = [_NAMES[model.activation]] * (count - 1) + [_NAMES.get(model.out_activation_)]
     return list(zip(weights[:count], weights[count:], names, strict=True))
 
 
@@ -335,6 +336,8 @@ def _outputs(layers: list[tuple[Array, Array, str | None]], X: Array, *, is_soft
     dtype, rows = biases[0].dtype, min(_CHUNK, len(X))
     outputs = np.empty((len(X), len(biases[-1])), dtype)
     hidden = [np.empty((rows, len(bias)), dtype) for bias in biases[:-1]]
+    if _forward(layers, X, outputs):
+        return kernels.softmax(outputs, out=outputs) if is_softmax else outputs
     for where in slices(len(X), _CHUNK):
         x = X[where].astype(dtype, copy=False)
         for layer, y in zip(layers, [*(y[: len(x)] for y in hidden), outputs[where]], strict=True):
@@ -342,6 +345,18 @@ def _outputs(layers: list[tuple[Array, Array, str | None]], X: Array, *, is_soft
         if is_softmax:
             kernels.softmax(x, out=x)
     return outputs
+
+
+def _forward(layers: list[tuple[Array, Array, str | None]], X: Array, out: Array) -> bool:
+    """The outputs of all layers in one call that skips zeros; False, and nothing done, where there are few of them."""
+    arrays = [X, *(array for weight, bias, _ in layers for array in (weight, bias))]
+    if not all(array.dtype == out.dtype and array.flags.c_contiguous and array.flags.aligned for array in arrays):
+        return False
+    some = X[:: max(1, len(X) // 200)] != 0
+    if np.count_nonzero(some) >= SPARSE_BELOW * some.size:
+        return False
+    entries = [(weight, bias, ACTIVATIONS[name] if name else None) for weight, bias, name in layers]
+    return select.current().forward(entries, X, out, skip_zeros=True)
 
 
 def _validated(model: Any, X: Any) -> Any:
