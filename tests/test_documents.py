@@ -54,6 +54,8 @@ def test_readme_snippet(
         assert float(names["loss"]) > 0
     elif "h" in names:
         assert abs(names["h"] - names["np"].tanh(names["x"] @ names["w"] + names["b"])).max() < 1e-12
+    elif "MLPClassifier" in names:
+        assert names["MLPClassifier"].__module__ == "gemmlet.integrations.sklearn"
     elif "grad_w" in names:
         assert names["grad_w"].shape == names["w"].shape
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -222,6 +222,22 @@ class CpuBackend(NumpyBackend):
     def supports_fused(self, plan: TrainingPlan) -> bool:
         """Whether C++ has all formulas and phases of the plan."""
         return self._executor(plan) is not None
+
+    def forward(
+        self, layers: Sequence[tuple[Array, Array, Activation | None]], x: Array, out: Array, *, skip_zeros: bool
+    ) -> bool:
+        given = []
+        for weight, bias, activation in layers:
+            number = -1 if activation is None else self._activations.get(activation.name)
+            if number is None:
+                return False
+            given.append((weight, bias, number, 0.0 if activation is None else activation.default))
+        self._module.forward(given, x, skip_zeros, out)
+        return True
+
+    def encoded(self, x: Array) -> tuple[Array, Array] | None:
+        codes, value_of_byte = np.empty(x.shape, np.uint8), np.empty(256, x.dtype)
+        return (codes, value_of_byte) if self._module.encode(x, codes, value_of_byte) else None
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """In C++: all steps in one call; no whole gradient of the weights is written to memory."""

@@ -44,7 +44,7 @@ def data_source(settings: Settings) -> str:
 
 
 def digits(settings: Settings, count: int) -> tuple[Array, Array]:
-    """Return images and labels."""
+    """Return images, uint8, and their labels."""
     data = _mnist(settings.data_dir)
     where = np.arange(count) % len(data.x_train)
     return data.x_train[where], data.y_train[where]
@@ -340,13 +340,14 @@ EPOCH_IMPLEMENTATIONS = tuple(name for name in MLP_IMPLEMENTATIONS if name != "g
 WIDE_IMPLEMENTATIONS = (OURS, "gemmlet kernels", "numpy", "pytorch")
 
 
-def _matmul_flops(layers: Sequence[int]) -> list[float]:
+def matmul_flops(layers: Sequence[int]) -> list[float]:
+    """Operations of the forward matmuls for one sample."""
     return [2.0 * before * after for before, after in pairwise(layers)]
 
 
 def mlp_flops(layers: Sequence[int]) -> float:
     """Operations for one sample of a training: three matmuls a layer, but for the gradient of the input."""
-    flops = _matmul_flops(layers)
+    flops = matmul_flops(layers)
     return 3.0 * sum(flops) - flops[0]
 
 
@@ -758,7 +759,7 @@ def gan_flops(generator: Sequence[int] = GENERATOR, discriminator: Sequence[int]
     """Operations of a step for one image: both networks forward, and what each backward pass needs."""
     layers = (generator[-1], *discriminator)
     # A generated image goes through the discriminator once more, forward and back.
-    through = 2 * sum(_matmul_flops(layers))
+    through = 2 * sum(matmul_flops(layers))
     return mlp_flops((LATENT, *generator)) + 2 * mlp_flops(layers) + through
 
 
