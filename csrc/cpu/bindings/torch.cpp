@@ -10,6 +10,7 @@
 //   the layout that it needs. Whoever calls takes care of autograd: of version counters, and of who needs which gradient.
 #include <algorithm>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -382,7 +383,7 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
       // Of several rows numbers take as long to list as to multiply. A zero would hide a weight that is not finite.
       skip_zeros =
           skip_zeros && rows == 1 && is_finite(layers.front().weight.value, layers.front().in * layers.front().out);
-      plan.samples = {features,  samples.contiguous<T>(rows * features), nullptr, nullptr, nullptr, T(1), T(0),
+      plan.samples = {features,  samples.contiguous<T>(rows * features), nullptr, nullptr, nullptr, nullptr, T(1), T(0),
                       skip_zeros};
       overlaps.add(plan.samples.values, rows * features * static_cast<Index>(sizeof(T)), false);
       const TorchLoss& loss = *network.loss;
@@ -392,7 +393,9 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
       // The objective is a sum over rows, divided by their number.
       const auto n = static_cast<double>(rows);
       const double weight = !loss.is_mean ? n : is_row_loss(loss.number) ? 1 : 1 / static_cast<double>(out);
-      plan.losses.push_back({loss.number, loss.parameter, weight, {targets.index_data(), targets.values, {}}});
+      constexpr double unlimited = std::numeric_limits<double>::infinity();
+      plan.losses.push_back(
+          {loss.number, loss.parameter, weight, {targets.index_data(), targets.values, {}}, -unlimited, unlimited});
       plan.networks.push_back(std::move(layers));
       plan.phases = {{Phase::forward, 0, {samples_source}, -1, -1},
                      {Phase::loss, 0, {}, -1, -1},
