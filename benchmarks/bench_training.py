@@ -1,4 +1,4 @@
-"""Whole trainings: the epoch of an MLP, the step of a wide one, the step of a GAN."""
+"""Whole trainings: the epoch of an MLP, the step of a wide one, the step of a GAN, scikit-learn's estimators."""
 
 from collections.abc import Callable
 
@@ -14,4 +14,8 @@ def bench_wide(run: Callable[[Case, str], None], case: Case, implementation: str
 
 
 def bench_gan(run: Callable[[Case, str], None], case: Case, implementation: str) -> None:
+    run(case, implementation)
+
+
+def bench_sklearn(run: Callable[[Case, str], None], case: Case, implementation: str) -> None:
     run(case, implementation)

@@ -579,6 +579,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
         "row_function_backward": {"function": 0, "grad_y": array(6, 5), "y": array(6, 5), "out": array(6, 5)},
         "row_loss": {"loss": 0, "logits": array(6, 5), "labels": labels, "smoothing": 0.1, "out": array(6, 5)},
         "elementwise_loss": {"loss": 0, "prediction": array(30), "target": array(30), "parameter": 0.5},
+        "encode": {"x": array(30), "codes": guarded.array((30,), np.uint8), "value_of_byte": array(256)},
         "optimizer_update": {"rule": rule, "param": array(30), "grad": array(30), "state": [array(30), array(30)]},
     }
     calls["linear"] |= {"y": array(6, 4), "z": array(6, 4)}
@@ -604,7 +605,8 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
         return [guarded.array((3, rules["adam"][1]), np.float64) for _ in range(count)]
 
     def mlp(targets: Any, loss: int) -> dict[str, Any]:
-        phases = [("forward", 0, [-1]), ("loss", 0, loss, 0.5, 1.0, targets), ("backward", 0, -1), ("update", 0, rule)]
+        phases = [("forward", 0, [-1]), ("loss", 0, loss, 0.5, 1.0, targets, -1.0, 2.0)]
+        phases += [("backward", 0, -1), ("penalty", 0, 0.5), ("update", 0, rule)]
         return {
             "networks": [[layer(5, 9, 0), layer(9, 4, -1)]],
             "phases": phases,
@@ -612,12 +614,13 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "indptr": None,
             "indices": None,
             "skip_zeros": True,
+            "value_of_byte": None,
             "scale": 1.0,
             "shift": 0.0,
             "order": order,
             "batch": 3,
             "hyperparameters": hyperparameters(1),
-            "losses": [0.0],
+            "losses": [0.0, 0.0],
             "decay": None,
             "noise": None,
             "kept": module.kept_memory(),
@@ -626,17 +629,19 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     calls["train: CSR"] = mlp(guarded.array((7,), np.int64, 1), -1)
     calls["train: CSR"] |= {"x": array(8), "indptr": indptr, "indices": indices}
     calls["train: dense"] = mlp(array(7, 4), 0)
+    codes = guarded.array((7, 5), np.uint8, 3)
+    calls["train: bytes"] = mlp(array(7, 4), 0) | {"x": codes, "value_of_byte": array(256)}
     # A GAN: the discriminator is trained on samples and generated rows, the generator through the discriminator.
     calls["train: GAN"] = calls["train: dense"] | {
         "networks": [[layer(2, 9, 0, True), layer(9, 5, -1, True)], [layer(5, 4, 0), layer(4, 1, -1)]],
         "phases": [
             ("forward", 0, [-2]),
             ("forward", 1, [-1, 0]),
-            ("loss", 1, 0, 0.5, 1.0, [0.9, 0.0]),
+            ("loss", 1, 0, 0.5, 1.0, [0.9, 0.0], -1.0, 2.0),
             ("backward", 1, -1),
             ("update", 1, rule),
             ("forward", 1, [0]),
-            ("loss", 1, 0, 0.5, -1.0, [1.0]),
+            ("loss", 1, 0, 0.5, -1.0, [1.0], -1.0, 2.0),
             ("backward", 1, 0),
             ("backward", 0, -1),
             ("update", 0, rule),
@@ -651,6 +656,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
+    others |= {"forward"}  # below
     others |= {"kept_memory", "formula", "fast_path"}  # see test_fast_path.py
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
@@ -658,7 +664,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
 
 
 STRIDED_IS_FINE = {("linear", "x"), ("linear", "w"), ("column_sum", "x")}
-WRITTEN = {"out", "y", "z", "param"}
+WRITTEN = {"codes", "value_of_byte", "out", "y", "z", "param"}
 # Indices and how they name their list.
 LISTS = {"activation": "activations", "function": "row_functions", "loss": "losses", "rule": "optimizer_rules"}
 
@@ -754,9 +760,11 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
             if phase[2] >= 0:
                 yield from (altered(2, value) for value in others)
             yield from (altered(2, value) for value in (phase[1], networks, 2**31 - 1, 2**40, None, "0", 0.5))
+        elif kind == "penalty":
+            yield from (altered(2, value) for value in ("0.5", None, [0.5], 1j))
         else:
             yield from (altered(2, value) for value in (-2, losses, 2**31 - 1, -(2**31), 2**40, "huber", None, 0.5))
-            for field in (3, 4):
+            for field in (3, 4, 6, 7):
                 yield from (altered(field, value) for value in ("0.5", None, [0.5], 1j))
             yield from (altered(5, value) for value in bad_targets(phase[5]))
 
@@ -774,6 +782,12 @@ def bad_targets(good: Any) -> Iterator[Any]:
             wrong = good.copy()
             wrong[at] = value
             yield wrong
+
+
+def is_usual_bytes(array: Any, good: Any) -> bool:
+    """Bytes in another order, or not aligned, are usual ones."""
+    is_bytes = isinstance(array, np.ndarray) and isinstance(good, np.ndarray) and array.dtype == good.dtype == np.uint8
+    return bool(is_bytes and array.shape == good.shape and array.flags.carray and not np.may_share_memory(array, good))
 
 
 def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module: Any) -> Iterator[Any]:
@@ -817,7 +831,7 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
         if argument != "order":  # of no samples nothing is to be done
             yield good[:0]
         yield from (good.astype(d) for d in (np.uint64, np.float16, np.int16, object, good.dtype.newbyteorder()))
-        if argument != "decay":  # without which averages follow at once
+        if argument not in ("decay", "value_of_byte"):  # averages follow at once then, and bytes are value/255
             yield None
         ends = {"order": 7, "indices": 5, "indptr": 9}
         if argument in ends:
@@ -892,6 +906,8 @@ def test_bindings_refuse(module: Any, dtype: Any) -> None:
                 if is_training
                 else bad_for_bindings(name, argument, good, module)
             ):
+                if is_usual_bytes(bad, good):
+                    continue
                 before = bits(arguments)
                 with pytest.raises((TypeError, ValueError)) as caught:
                     function(**{**arguments, argument: bad})
@@ -931,7 +947,7 @@ def test_bindings_never_write_elsewhere(module: Any, data: Any) -> None:
         elif argument == "networks":
             arguments[argument] = data.draw(st.sampled_from(list(bad_networks(good))))
         elif argument == "phases":
-            arguments[argument] = data.draw(st.lists(some_phase(len(arguments["networks"]), good), max_size=12))
+            arguments[argument] = data.draw(st.lists(some_phase(len(calls[name]["networks"]), good), max_size=12))
         elif isinstance(good, list):
             extra = guarded.array((data.draw(st.integers(0, 40)),), dtype) if argument == "state" else 0.5
             arguments[argument] = [*good, extra][data.draw(st.integers(0, 2)) :]
@@ -950,7 +966,8 @@ def some_phase(networks: int, good: list[tuple[Any, ...]]) -> Any:
     return (
         st.sampled_from(good)
         | st.tuples(st.just("forward"), network, st.lists(source, min_size=1, max_size=3))
-        | st.tuples(st.just("loss"), network, st.just(0), st.just(0.5), st.just(1.0), targets)
+        | st.tuples(st.just("loss"), network, *map(st.just, (0, 0.5, 1.0)), targets, *map(st.just, (-1.0, 2.0)))
+        | st.tuples(st.just("penalty"), network, st.just(0.5))
         | st.tuples(st.just("backward"), network, st.integers(-1, networks - 1))
         | st.tuples(st.just("update"), network, st.just(rule))
     )
@@ -966,11 +983,13 @@ def plan_of(data: Any, networks: int, rule: int, loss: int) -> list[tuple[Any, .
             inputs[network] = data.draw(st.lists(st.sampled_from([-1, -2, *inputs]), min_size=1, max_size=3))
             phases.append(("forward", network, inputs[network]))
         if data.draw(st.booleans()):
-            phases.append(("loss", network, loss, 0.5, 1.0, [0.5] * len(inputs[network])))
+            phases.append(("loss", network, loss, 0.5, 1.0, [0.5] * len(inputs[network]), -1.0, 2.0))
             to = data.draw(st.sampled_from([-1, inputs[network][0]]))
             phases.append(("backward", network, max(to, -1)))
             if to >= 0:
                 phases.append(("backward", to, -1))
+            if data.draw(st.booleans()):
+                phases.append(("penalty", to if to >= 0 else network, 0.5))
             phases.append(("update", to if to >= 0 else network, rule))
     return phases
 
@@ -992,11 +1011,13 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     order = guarded.array((count,), np.int64, 0)
     order[:] = np.arange(count)[::-1]
     x = guarded.array((count, width), data.draw(st.sampled_from([np.float32, np.uint8])), 1)
-    updates, losses = (sum(phase[0] == kind for phase in phases) for kind in ("update", "loss"))
+    updates, losses, penalties = (sum(p[0] == kind for p in phases) for kind in ("update", "loss", "penalty"))
     tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
-    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 2.0])), 0.0)
+    values = guarded.array((256,), np.float32) if x.dtype == np.uint8 and data.draw(st.booleans()) else None
+    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values)
+    arguments += (data.draw(st.sampled_from([1.0, 2.0])), 0.0)
     noise = guarded.array((count, width), np.float32)
-    rest = (order, batch, tables, [0.0] * losses, None, noise, module.kept_memory())
+    rest = (order, batch, tables, [0.0] * (losses + penalties), None, noise, module.kept_memory())
     with contextlib.suppress(ValueError):
         module.train(*arguments, *rest)
     assert guarded.intact()
@@ -1023,7 +1044,7 @@ def test_memory_that_calls_share(module: Any, dtype: Any) -> None:
     wide = plans[1] | {"networks": [[layer(300, 900, 0), layer(900, 900, 1), layer(900, 4, -1)]]}
     wide |= {"x": rng.normal(size=(40, 300)).astype(dtype), "order": np.arange(40), "skip_zeros": False}
     targets = rng.normal(size=(40, 4)).astype(dtype)
-    wide["phases"] = [(*p[:5], targets) if p[0] == "loss" else p for p in wide["phases"]]
+    wide["phases"] = [(*p[:5], targets, *p[6:]) if p[0] == "loss" else p for p in wide["phases"]]
     once = [table[:1].copy() for table in wide["hyperparameters"]]
     plans += [wide | {"batch": 40, "hyperparameters": once}, wide | {"batch": 17}]
     expected, kept = [left_by(plan, module.kept_memory()) for plan in plans], module.kept_memory()
@@ -1034,6 +1055,23 @@ def test_memory_that_calls_share(module: Any, dtype: Any) -> None:
     with ThreadPoolExecutor(4) as threads:
         for plan, right in zip(plans, expected, strict=True):
             assert all(left == right for left in threads.map(left_by, [plan] * 8, [kept] * 8))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_forward_refuses(module: Any, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, w, b, v, c = (rng.normal(size=shape).astype(dtype) for shape in ((7, 5), (5, 9), (9,), (9, 2), (2,)))
+    good = {"layers": [(w, b, -1, 0.0), (v, c, -1, 0.0)], "x": x, "skip_zeros": True, "out": np.empty((7, 2), dtype)}
+    module.forward(**good)
+    np.testing.assert_allclose(good["out"], (x @ w + b) @ v + c, 1e-4, 1e-4)
+    layers = [[], None, [None], [(w, b, -1)], good["layers"][::-1], [(w, b[:-1].copy(), -1, 0.0)], [(w, b, 99, 0.0)]]
+    layers += [[(w.astype(other(dtype)), b, -1, 0.0)], [(np.asfortranarray(w), b, -1, 0.0)], [(w[:0], b, -1, 0.0)]]
+    bad: dict[str, list[Any]] = {"layers": layers, "x": [x[:, :-1].copy(), x[::-1], x.astype(other(dtype)), x[0], None]}
+    bad |= {"skip_zeros": ["no"], "out": [good["out"][:-1], np.empty((7, 2), other(dtype)), read_only(good["out"])]}
+    for argument, values in bad.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError)):
+                module.forward(**good | {argument: value})
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

@@ -555,7 +555,7 @@ def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch:
 def test_a_sparse_matrix_gives_the_bits_of_the_dense_one(device: Any, dtype: Any) -> None:
     mlp = Mlp([37, 19, 5], dtype, kind="sparse")
     expected = mlp.on(device)
-    x, indptr, indices, _ = mlp.plan.gather.dataset
+    x, indptr, indices, *_ = mlp.plan.gather.dataset
     assert indptr is not None
     dense = np.zeros((len(indptr) - 1, 37), dtype)
     dense[np.repeat(np.arange(len(dense)), np.diff(indptr)), indices] = x

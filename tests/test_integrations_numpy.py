@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_memory_that_is_kept_is_nobodys(accelerated: None) -> None:
             assert not copy.any()
             np.zeros((array.size, 0)), np.empty((0, array.size, 3))
         del alive
+
+
+def test_tracemalloc_is_told_of_arrays(accelerated: None) -> None:
+    def bytes_of_arrays() -> int:
+        only = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
+        return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([only]).traces)
+
+    tracemalloc.start()
+    try:
+        before = bytes_of_arrays()
+        arrays = [np.ones(size) for size in (100, 1000, 1 << 20)]
+        arrays[1].resize(2000, refcheck=False)
+        assert bytes_of_arrays() - before >= sum(array.nbytes for array in arrays)
+        arrays.clear()
+        gemmlet.restore_numpy()
+        assert bytes_of_arrays() <= before
+    finally:
+        tracemalloc.stop()
 
 
 def test_threads_compute_while_numpy_is_accelerated_and_restored() -> None:

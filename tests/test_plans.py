@@ -37,6 +37,7 @@ from gemmlet.training.plan import (
     Network,
     Outcome,
     Parameter,
+    Penalty,
     TrainingPlan,
     Update,
 )
@@ -86,7 +87,7 @@ def plan_and_batches(networks: Sequence[Network], phases: Sequence[Any], **chang
         rng.permutation(N),
         BATCH,
         tuple(tables),
-        tuple(float(i) for i in range(len(plan.losses))),
+        tuple(float(i) for i, phase in enumerate(plan.phases) if isinstance(phase, Loss | Penalty)),
         np.linspace(0.5, 0.9, STEPS),
         rng.normal(size=(N, LATENT)).astype(plan.dtype),
     )
@@ -107,6 +108,10 @@ def samples(dtype: Any, kind: str = "dense") -> Dataset:
     x[rng.uniform(size=x.shape) < 0.7] = 0
     if kind == "zeros":
         return Dataset(x, skip_zeros=True)
+    if kind.startswith("few values"):
+        values = np.concatenate([[0], rng.normal(size=255)]).astype(dtype)
+        codes = rng.integers(0, 256, x.shape, np.uint8) * (x != 0)
+        return Dataset(codes, skip_zeros=kind == "few values", value_of_byte=values)
     rows, columns = np.nonzero(x)
     indptr = np.searchsorted(rows, np.arange(N + 1))
     return Dataset(x[rows, columns], indptr.astype(np.int64), columns.astype(np.int32), skip_zeros=True)
@@ -185,6 +190,20 @@ def two_networks(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
     return plan_and_batches(networks, phases)
 
 
+def penalized(dtype: Any, dataset: Dataset, rule: str) -> tuple[Any, Batches]:
+    """Two networks, the weights of one are penalized twice, once in vain; of the rows some losses are limited."""
+    networks = [network((FEATURES, 70, 3), "tanh", dtype, rule), network((FEATURES, 4), "tanh", dtype, "momentum")]
+    phases: list[Any] = [Gather(dataset), Forward(0, (SAMPLES,)), Loss(0, SOFTMAX, CLASSES, 0.1), Backward(0)]
+    phases += Penalty(0, 9.0), Loss(0, SOFTMAX, CLASSES, 0.1, limits=(0.8, 1.2)), Backward(0), Penalty(0, 0.3)
+    others = Forward(1, (SAMPLES,)), Loss(1, MSE, numbers(4, dtype)), Backward(1), Update(1, "momentum")
+    return plan_and_batches(networks, [*phases, *others, Penalty(0, 0.2), Update(0, rule_name(rule))])
+
+
+def penalized_once(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
+    plan, _ = single(dtype, dataset, Loss(0, SOFTMAX, CLASSES, limits=(0.8, 1.2)), widths=(FEATURES, 70, 3))
+    return plan_and_batches(plan.networks, [*plan.phases[:-1], Penalty(0, 0.5), plan.phases[-1]])
+
+
 def chained(dtype: Any, *, head: bool) -> tuple[Any, Batches]:
     """Two networks that make one, each with a rule of its own; or only the first one learns."""
     networks = [
@@ -222,6 +241,8 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "gan, one clipped": lambda dtype: gan(dtype, discriminator_optimizer=ClipNorm(optimizer("momentum"), 0.1)),
     "bytes": lambda dtype: single(dtype, samples(dtype, "bytes"), Loss(0, SOFTMAX, CLASSES)),
     "zeros": lambda dtype: single(dtype, samples(dtype, "zeros"), Loss(0, SOFTMAX, CLASSES)),
+    "few values": lambda dtype: single(dtype, samples(dtype, "few values"), Loss(0, SOFTMAX, CLASSES)),
+    "few values, dense": lambda dtype: discriminator_alone(dtype, samples(dtype, "few values, dense")),
     "csr": lambda dtype: single(dtype, samples(dtype, "csr"), Loss(0, SOFTMAX, CLASSES)),
     "classes as numbers": lambda dtype: single(dtype, samples(dtype), Loss(0, MSE, CLASSES, reduction="mean")),
     "numbers as classes": lambda dtype: single(
@@ -232,6 +253,11 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "two losses": lambda dtype: single(
         dtype, samples(dtype), Loss(0, SOFTMAX, CLASSES), Loss(0, BCE, CLASSES, sign=-1.0)
     ),
+    "one penalty": lambda dtype: penalized_once(dtype, samples(dtype)),
+    "one penalty of zeros": lambda dtype: penalized_once(dtype, samples(dtype, "zeros")),
+    "penalty": lambda dtype: penalized(dtype, samples(dtype), "adam"),
+    "penalty of zeros": lambda dtype: penalized(dtype, samples(dtype, "zeros"), "sgd"),
+    "limits of elements": lambda dtype: single(dtype, samples(dtype), Loss(0, BCE, CLASSES, limits=(0.5, 0.9))),
     "generator alone": generator_alone,
     "discriminator alone": lambda dtype: discriminator_alone(dtype, samples(dtype)),
     "discriminator of zeros": lambda dtype: discriminator_alone(dtype, samples(dtype, "zeros")),
@@ -277,7 +303,7 @@ def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype
         assert not same_bits(array, before) or name == "chained, the first learns"
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "chained", "two networks"])
+@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "chained", "two networks", "one penalty"])
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""
     plan, batches = PLANS[name](dtype)

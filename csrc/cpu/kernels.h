@@ -61,8 +61,10 @@ bool within_unit_interval(const T* x, Index n);  // NaN passes
 template <class T>
 void row_loss_each(int loss, const T* logits, const Index* indices, const T* const* targets, double smoothing, T scale,
                    T* gradient, Index stride, Index rows, Index columns, double* losses);
+// The loss of each element counts as at least `least`, and at most `most`.
 template <class T>
-double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T* gradient, Index n);
+double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T least, T most,
+                            T* gradient, Index n);
 
 // optimizers.cpp: the rule's state_count arrays and hyperparameter_count hyperparameters.
 template <class T>

@@ -20,15 +20,16 @@ double sum_chunks(Index n, Index chunk, F&& f) {
   return total;
 }
 
-// The sum of the losses from `i` to `end`.
-template <class T, class F>
+// The sum of the losses from `i` to `end`, of each what `limited` makes of it.
+template <class T, class F, class Limited>
 [[gnu::flatten]] double evaluate_range(const T* prediction, const T* target, Vec<T> parameter, Vec<T> scale,
-                                       T* gradient, Index i, Index end) {
+                                       T* gradient, Index i, Index end, const Limited& limited) {
   DoubleSum<T> total;
   for (; i < end; i += lanes<T>) {
     const int n = static_cast<int>(std::min<Index>(lanes<T>, end - i));
     Vec<T> loss, slope;
     F::evaluate(load_lanes(prediction + i, n), load_lanes(target + i, n), parameter, scale, loss, slope);
+    loss = limited(loss);
     total.add(n == lanes<T> ? loss : keep_lanes<T>(loss, 0, n));
     store_lanes(gradient + i, slope, n);
   }
@@ -39,7 +40,8 @@ template <class T, class F>
 double evaluate(const T* prediction, const T* target, T parameter, T* gradient, Index n) {
   const T scale = static_cast<T>(1.0 / static_cast<double>(n));
   const double sum = sum_chunks(n, tuning::chunk_elements, [&](Index begin, Index end) {
-    return evaluate_range<T, F>(prediction, target, splat(parameter), splat(scale), gradient, begin, end);
+    return evaluate_range<T, F>(prediction, target, splat(parameter), splat(scale), gradient, begin, end,
+                                [](Vec<T> loss) { return loss; });
   });
   return sum / static_cast<double>(n);
 }
@@ -166,13 +168,19 @@ bool within_unit_interval(const T* x, Index n) {
 }
 
 template <class T>
-double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T* gradient,
-                            Index n) {
-  using Function = double (*)(const T*, const T*, Vec<T>, Vec<T>, T*, Index, Index);
-#define GEMMLET_ENTRY(name) &evaluate_range<T, losses::name>,
+struct Limits {
+  Vec<T> least, most;
+  Vec<T> operator()(Vec<T> loss) const { return at_most(at_least(loss, least), most); }
+};
+
+template <class T>
+double elementwise_loss_row(int loss, const T* prediction, const T* target, T parameter, T scale, T least, T most,
+                            T* gradient, Index n) {
+  using Function = double (*)(const T*, const T*, Vec<T>, Vec<T>, T*, Index, Index, const Limits<T>&);
+#define GEMMLET_ENTRY(name) &evaluate_range<T, losses::name, Limits<T>>,
   static constexpr Function table[] = {GEMMLET_LOSSES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-  return table[loss](prediction, target, splat(parameter), splat(scale), gradient, 0, n);
+  return table[loss](prediction, target, splat(parameter), splat(scale), gradient, 0, n, {splat(least), splat(most)});
 }
 
 std::vector<std::string> loss_names() {
@@ -191,7 +199,7 @@ std::vector<std::string> row_loss_names() {
                               double*);                                                                         \
   template double elementwise_loss(int, const T*, const T*, T, T*, Index);                                      \
   template bool within_unit_interval(const T*, Index);                                                          \
-  template double elementwise_loss_row(int, const T*, const T*, T, T, T*, Index);
+  template double elementwise_loss_row(int, const T*, const T*, T, T, T, T, T*, Index);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)
 

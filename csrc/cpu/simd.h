@@ -167,6 +167,52 @@ GEMMLET_INLINE V sqrt(V a) {
   return r;
 }
 
+// Writes the numbers of x that are not 0, and their places, counted from `first`; returns how many. At most n are written.
+template <class T>
+GEMMLET_INLINE std::int64_t list_nonzeros(const T* x, std::int64_t n, std::int32_t first, std::int32_t* places,
+                                          T* values) {
+  std::int64_t count = 0;
+#if defined(__AVX512F__)
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const auto there = static_cast<__mmask16>(n - i < 16 ? (1u << (n - i)) - 1 : 0xffffu);
+    __mmask16 mask;
+    if constexpr (sizeof(T) == 4) {
+      const __m512 v = _mm512_maskz_loadu_ps(there, x + i);
+      mask = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      const auto listed = static_cast<__mmask16>((1u << __builtin_popcount(mask)) - 1);
+      _mm512_mask_storeu_ps(values + count, listed, _mm512_maskz_compress_ps(mask, v));
+    } else {
+      unsigned masks = 0;
+      std::int64_t at = count;
+      for (int half = 0; half < 2; ++half) {
+        const __m512d v = _mm512_maskz_loadu_pd(static_cast<__mmask8>(there >> (8 * half)), x + i + 8 * half);
+        const __mmask8 part = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ);
+        const int listed = __builtin_popcount(part);
+        _mm512_mask_storeu_pd(values + at, static_cast<__mmask8>((1u << listed) - 1),
+                              _mm512_maskz_compress_pd(part, v));
+        masks |= static_cast<unsigned>(part) << (8 * half);
+        at += listed;
+      }
+      mask = static_cast<__mmask16>(masks);
+    }
+    const __m512i lanes16 = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i place = _mm512_add_epi32(lanes16, _mm512_set1_epi32(first + static_cast<std::int32_t>(i)));
+    const int listed = __builtin_popcount(mask);
+    _mm512_mask_storeu_epi32(places + count, static_cast<__mmask16>((1u << listed) - 1),
+                             _mm512_maskz_compress_epi32(mask, place));
+    count += listed;
+  }
+#else
+  for (std::int64_t i = 0; i < n; ++i) {
+    // Branch-free: every number is written, and counted if it is not 0.
+    places[count] = first + static_cast<std::int32_t>(i);
+    values[count] = x[i];
+    count += x[i] != T(0);
+  }
+#endif
+  return count;
+}
+
 // One bit for each of 64 bytes: whether it is not 0.
 GEMMLET_INLINE std::uint64_t mask_of_bytes(const std::uint8_t* bytes) {
   std::uint64_t mask = 0;

@@ -5,10 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -103,6 +106,35 @@ inline Index elements(Index rows, Index columns, const char* name) {
   return count;
 }
 
+// The memory of the arrays of a call. What is written may overlap nothing else: indices are checked before training starts.
+class Overlaps {
+ public:
+  void add(const void* data, Index bytes, bool written) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(data);
+    if (bytes > 0) parts_.push_back({begin, begin + static_cast<std::uintptr_t>(bytes), written});
+  }
+  void add(const py::array& a, bool written) { add(a.data(), a.nbytes(), written); }
+
+  // Whether something that is written overlaps anything else.
+  bool found() {
+    std::ranges::sort(parts_, {}, &Part::begin);
+    std::uintptr_t end = 0, written_end = 0;
+    for (const Part& part : parts_) {
+      if (part.begin < (part.written ? end : written_end)) return true;
+      end = std::max(end, part.end);
+      if (part.written) written_end = std::max(written_end, part.end);
+    }
+    return false;
+  }
+
+ private:
+  struct Part {
+    std::uintptr_t begin, end;
+    bool written;
+  };
+  std::vector<Part> parts_;
+};
+
 // A function of the module, and the names of its arguments.
 template <class Function, class... Names>
 void def(py::module_& m, const char* name, Function function, Names... names) {
@@ -111,5 +143,6 @@ void def(py::module_& m, const char* name, Function function, Names... names) {
 
 void bind_training(py::module_& m);  // training.cpp
 void bind_numpy(py::module_& m);     // numpy/replace.cpp
+void bind_torch(py::module_& m);     // torch.cpp
 
 }  // namespace gemmlet::bindings

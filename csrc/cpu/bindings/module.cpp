@@ -198,5 +198,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def(m, "optimizer_update", &optimizer_update, "rule", "param", "grad", "state", "hyperparameters");
   bind_training(m);
   bind_numpy(m);
+  bind_torch(m);
   gemmlet::add_fast_paths(m);
 }

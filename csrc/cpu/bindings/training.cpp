@@ -19,39 +19,11 @@ using LayerTuple = std::tuple<py::array, py::array, int, double, std::vector<py:
                               OptionalArray, OptionalArray>;
 using LayerTuples = std::vector<LayerTuple>;
 
-// The memory of the arrays of a call. What is written may overlap nothing else: indices are checked before training starts.
-class Overlaps {
- public:
-  void read(const py::array& a) { add(a, false); }
-  void write(const py::array& a) { add(a, true); }
-  void check() {
-    std::ranges::sort(parts_, {}, &Part::begin);
-    std::uintptr_t end = 0, written_end = 0;
-    for (const Part& part : parts_) {
-      if (part.begin < (part.written ? end : written_end)) refuse("networks", "a parameter overlaps another array");
-      end = std::max(end, part.end);
-      if (part.written) written_end = std::max(written_end, part.end);
-    }
-  }
-
- private:
-  struct Part {
-    std::uintptr_t begin, end;
-    bool written;
-  };
-  void add(const py::array& a, bool written) {
-    const auto begin = reinterpret_cast<std::uintptr_t>(a.data());
-    if (a.size() > 0) parts_.push_back({begin, begin + static_cast<std::uintptr_t>(a.nbytes()), written});
-  }
-
-  std::vector<Part> parts_;
-};
-
 template <class T>
 Parameter<T> parameter(py::array& value, std::vector<py::array>& states, OptionalArray& average, int rule,
                        Overlaps& overlaps) {
   const auto own = [&](py::array& a) {
-    overlaps.write(a);
+    overlaps.add(a, true);
     return writable<T>(a, value.size(), "networks");
   };
   Parameter<T> p{own(value), {}, average ? own(*average) : nullptr};
@@ -90,13 +62,18 @@ Steps checked_steps(const py::array& order, Index batch, Index samples) {
 }
 
 template <class T>
-Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros) {
-  Samples<T> samples{features, nullptr, nullptr, nullptr, nullptr, T(1), T(0), skip_zeros};
+Samples<T> dense_samples(const py::array& x, Index features, bool skip_zeros, const OptionalArray& value_of_byte) {
+  Samples<T> samples{features, nullptr, nullptr, nullptr, nullptr, nullptr, T(1), T(0), skip_zeros};
   if (x.ndim() < 1 || x.size() != elements(x.shape(0), features, "x")) refuse("x", "wrong size");
   if (x.dtype().num() == py::dtype::num_of<std::uint8_t>())
     samples.bytes = contiguous<std::uint8_t>(x, x.size(), "x");
   else
     samples.values = contiguous<T>(x, x.size(), "x");
+  if (value_of_byte) {
+    samples.value_of_byte = contiguous<T>(*value_of_byte, 256, "value_of_byte");
+    if (samples.bytes == nullptr) refuse("value_of_byte", "goes with bytes");
+    samples.skip_zeros = skip_zeros && samples.value_of_byte[0] == T(0);
+  }
   return samples;
 }
 
@@ -109,6 +86,7 @@ Samples<T> sparse_samples(const py::array& x, const py::array& indptr, const py:
   const Index rows = indptr.size() - 1;
   Samples<T> samples{features,
                      contiguous<T>(x, x.size(), "x"),
+                     nullptr,
                      nullptr,
                      contiguous<Index>(indptr, rows + 1, "indptr"),
                      contiguous<std::int32_t>(indices, x.size(), "indices"),
@@ -151,27 +129,33 @@ bool is_kind(const py::tuple& phase, const char* kind) {
 
 using GivenTargets = std::variant<py::array, std::vector<double>>;
 
-// A phase as Python gives it; the last three belong to a loss.
+// A phase as Python gives it; all but the first belong to a loss.
 struct GivenPhase {
   Phase phase;
   int loss;
   double parameter, weight;
   GivenTargets targets;
+  double least, most;
 };
 
 GivenPhase read_phase(const py::tuple& tuple) {
-  const auto of = [](Phase phase) { return GivenPhase{std::move(phase), 0, 0, 0, {}}; };
+  const auto of = [](Phase phase) { return GivenPhase{std::move(phase), 0, 0, 0, {}, 0, 0}; };
   if (is_kind(tuple, "forward")) {
     auto [network, inputs] = fields<int, std::vector<int>>(tuple);
     return of({Phase::forward, network, std::move(inputs), -1, -1});
   }
   if (is_kind(tuple, "loss")) {
-    auto [network, loss, parameter, weight, targets] = fields<int, int, double, double, GivenTargets>(tuple);
-    return {{Phase::loss, network, {}, -1, -1}, loss, parameter, weight, std::move(targets)};
+    auto [network, loss, parameter, weight, targets, least, most] =
+        fields<int, int, double, double, GivenTargets, double, double>(tuple);
+    return {{Phase::loss, network, {}, -1, -1}, loss, parameter, weight, std::move(targets), least, most};
   }
   if (is_kind(tuple, "backward")) {
     const auto [network, to] = fields<int, int>(tuple);
     return of({Phase::backward, network, {}, to, -1});
+  }
+  if (is_kind(tuple, "penalty")) {
+    const auto [network, factor] = fields<int, double>(tuple);
+    return of({Phase::penalty, network, {}, -1, -1, factor});
   }
   if (is_kind(tuple, "update")) {
     const auto [network, rule] = fields<int, int>(tuple);
@@ -198,7 +182,8 @@ class Checker {
     const int loss = given.loss;
     const bool of_rows = is_row_loss(loss);
     checked_index(of_rows ? ~loss : loss, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
-    plan_.losses.push_back({loss, given.parameter, given.weight, targets_of(given.targets, given.phase.network, loss)});
+    plan_.losses.push_back({loss, given.parameter, given.weight, targets_of(given.targets, given.phase.network, loss),
+                            given.least, given.most});
   }
 
  private:
@@ -243,6 +228,7 @@ class Checker {
       }
       state.gradient = phase.to >= 0 ? none : of_parameters;
     }
+    if (phase.kind == Phase::penalty) need(state.gradient == of_parameters, "a penalty without gradient");
     if (phase.kind == Phase::update) {
       need(state.gradient == of_parameters, "an update without gradient");
       state.gradient = none;
@@ -260,7 +246,7 @@ class Checker {
       return targets;
     }
     const auto& array = std::get<py::array>(given);
-    overlaps_.read(array);
+    overlaps_.add(array, false);
     if (array.dtype().num() != py::dtype::num_of<Index>()) {
       targets.values = contiguous<T>(array, elements(samples_, out, "targets"), "targets");
       return targets;
@@ -284,7 +270,7 @@ class Checker {
 // The rule that updates a network; -1 is none.
 int rule_of(const std::vector<GivenPhase>& phases, std::size_t network) {
   int found = -1;
-  for (const auto& [phase, loss, parameter, weight, targets] : phases) {
+  for (const auto& [phase, loss, parameter, weight, targets, least, most] : phases) {
     if (phase.kind != Phase::update || static_cast<std::size_t>(phase.network) != network) continue;
     if (found != -1 && found != phase.rule) refuse("phases", "two rules for one network");
     found = phase.rule;
@@ -304,10 +290,10 @@ py::capsule kept_memory() {
 using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
-                  const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros, double scale,
-                  double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
-                  const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
-                  const py::capsule& capsule) {
+                  const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
+                  const OptionalArray& value_of_byte, double scale, double shift, const py::array& order, Index batch,
+                  const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
+                  const OptionalArray& decay, const OptionalArray& noise, const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
   if (!PyCapsule_IsValid(capsule.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
   KeptMemory& kept = *capsule.get_pointer<KeptMemory>();
@@ -315,6 +301,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   std::vector<GivenPhase> given;
   for (const py::tuple& phase : phases) given.push_back(read_phase(phase));
   if (indptr && indptr->size() == 0) refuse("indptr", "empty");
+  if (indptr && value_of_byte) refuse("value_of_byte", "goes with bytes");
   return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) -> TrainResult {
     using T = decltype(zero);
     Plan<T> plan{};
@@ -326,8 +313,8 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     static_cast<Steps&>(batches) = checked_steps(order, batch, count);
     const Index steps = (batches.count + batches.batch - 1) / batches.batch;
     const Index features = indptr ? plan.networks[0].front().in : count > 0 ? x.size() / count : 0;
-    plan.samples =
-        indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches) : dense_samples<T>(x, features, skip_zeros);
+    plan.samples = indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches)
+                          : dense_samples<T>(x, features, skip_zeros, value_of_byte);
     plan.samples.scale = static_cast<T>(scale);
     plan.samples.shift = static_cast<T>(shift);
     for (const auto& layers : plan.networks)
@@ -341,7 +328,9 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     Checker<T> check(plan, batches, overlaps, noise_columns, count);
     for (const GivenPhase& phase : given) check(phase);
     if (plan.phases.empty() || plan.phases.back().kind != Phase::update) refuse("phases", "no update at the end");
-    if (plan.losses.size() != losses.size()) refuse("losses", "not one for each loss");
+    const auto penalties = std::ranges::count(plan.phases, Phase::penalty, &Phase::kind);
+    if (plan.losses.size() + static_cast<std::size_t>(penalties) != losses.size())
+      refuse("losses", "not one for each loss and penalty");
     const bool is_scaled = scale != 1.0 || shift != 0.0;
     if (indptr && is_scaled) refuse("scale", "a sparse matrix is not scaled");
     if (is_scaled) plan.samples.skip_zeros = false;
@@ -359,11 +348,11 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     if (batches.hyperparameters.size() != hyperparameters.size())
       refuse("hyperparameters", "not one array for each update");
     if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
-    for (const py::array& a : hyperparameters) overlaps.read(a);
-    for (const py::array* a : {&x, &order}) overlaps.read(*a);
-    for (const OptionalArray* a : {&indptr, &indices, &decay, &noise})
-      if (*a) overlaps.read(**a);
-    overlaps.check();
+    for (const py::array& a : hyperparameters) overlaps.add(a, false);
+    for (const py::array* a : {&x, &order}) overlaps.add(*a, false);
+    for (const OptionalArray* a : {&indptr, &indices, &value_of_byte, &decay, &noise})
+      if (*a) overlaps.add(**a, false);
+    if (overlaps.found()) refuse("networks", "a parameter overlaps another array");
     const Layer<T>& first = plan.networks[0].front();
     if ((indptr || plan.samples.skip_zeros) && !is_finite(first.weight.value, first.in * first.out))
       return std::nullopt;
@@ -376,12 +365,53 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   });
 }
 
+// (weight, bias, activation, its parameter)
+using ForwardLayer = std::tuple<py::array, py::array, int, double>;
+
+void forward(const std::vector<ForwardLayer>& tuples, const py::array& x, bool skip_zeros, py::array& out) {
+  if (tuples.empty()) refuse("layers", "none");
+  for_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Layer<T>> layers;
+    Index in = x.ndim() == 2 ? x.shape(1) : -1;
+    for (const auto& [weight, bias, activation, number] : tuples) {
+      if (weight.ndim() != 2 || weight.shape(0) != in || weight.size() == 0) refuse("layers", "widths do not fit");
+      in = weight.shape(1);
+      if (activation != -1) checked_index(activation, activation_names().size(), "layers");
+      // Which are not written.
+      T* const w = const_cast<T*>(contiguous<T>(weight, weight.size(), "layers"));
+      T* const b = const_cast<T*>(contiguous<T>(bias, in, "layers"));
+      layers.push_back(
+          {weight.shape(0), in, {w, {}, nullptr}, {b, {}, nullptr}, in, activation, static_cast<T>(number)});
+    }
+    const Index count = x.shape(0), row = tuning::row_block;
+    for (const Layer<T>& layer : layers)  // so that no size of a buffer overflows
+      elements(row, max_inputs * 16 * (std::max(layer.in, layer.out) + 64), "layers");
+    const Samples<T> samples = dense_samples<T>(
+        x, layers[0].in, skip_zeros && is_finite(layers[0].weight.value, layers[0].in * layers[0].out), std::nullopt);
+    T* const to = writable<T>(out, elements(count, in, "out"), "out");
+    if (count > 0) without_gil([&] { gemmlet::forward(layers, samples, count, to); });
+  });
+}
+
+bool encode(const py::array& x, py::array& codes, py::array& value_of_byte) {
+  return for_dtype(x, "x", [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = contiguous<T>(x, x.size(), "x");
+    std::uint8_t* to = writable<std::uint8_t>(codes, x.size(), "codes");
+    T* values = writable<T>(value_of_byte, 256, "value_of_byte");
+    return without_gil([&] { return gemmlet::encode(from, x.size(), to, values); });
+  });
+}
+
 }  // namespace
 
 void bind_training(py::module_& m) {
+  def(m, "forward", &forward, "layers", "x", "skip_zeros", "out");
+  def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
-  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "scale", "shift", "order",
-      "batch", "hyperparameters", "losses", "decay", "noise", "kept");
+  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "scale",
+      "shift", "order", "batch", "hyperparameters", "losses", "decay", "noise", "kept");
 }
 
 }  // namespace gemmlet::bindings

@@ -57,12 +57,15 @@ struct Forward {
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
 
-// A phase, the forward phase whose rows it works on (itself, if it is one), and the objective of a loss.
+// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or the squares of the
+// panels of weights of a penalty; and the place of either among the losses.
 template <class T>
 struct Work {
   const Phase& phase;
   Forward<T>* forward;
-  Objective<T>* objective;
+  Objective<T>* objective = nullptr;
+  std::vector<double> squares = {};
+  std::size_t loss = 0;
 };
 
 // Phases up to an update, that included.
@@ -71,6 +74,7 @@ struct Stage {
   std::vector<Work<T>> rows;
   Work<T> update;
   const double* hyperparameters;
+  double penalty;  // of the weights that are updated
 };
 
 template <class T>
@@ -91,20 +95,30 @@ class Executor {
       networks_.emplace_back(plan.networks[n], memory, max_rows_ * static_cast<Index>(inputs), is_pipelined_ ? 2 : 1);
     }
     std::vector<Forward<T>*> latest(plan.networks.size());
+    std::vector<double> penalties(plan.networks.size());
     std::vector<Work<T>> rows;
+    std::size_t losses = 0;
     for (const Phase& phase : plan.phases) {
       Forward<T>*& forward = latest[static_cast<std::size_t>(phase.network)];
       if (phase.kind == Phase::forward)
         forward = &forwards_.emplace_back(plan, phase, network(phase.network), memory, is_pipelined_ ? 0 : max_rows_,
                                           by_layers_);
-      Work<T> work{phase, forward, nullptr};
+      double& penalty = penalties[static_cast<std::size_t>(phase.network)];
+      Work<T> work{phase, forward};
       if (phase.kind == Phase::loss)
         work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network, memory,
                                                    forward->input_count(), max_rows_);
+      if (phase.kind == Phase::backward) penalty = 0;  // of a gradient that is replaced
+      if (phase.kind == Phase::penalty) {
+        penalty += phase.factor;
+        work.squares.resize(static_cast<std::size_t>(forward->network.panels()));
+      }
+      if (phase.kind == Phase::loss || phase.kind == Phase::penalty) work.loss = losses++;
       if (phase.kind == Phase::update)
-        stages_.push_back({std::exchange(rows, {}), work, batches.hyperparameters[stages_.size()]});
+        stages_.push_back(
+            {std::exchange(rows, {}), work, batches.hyperparameters[stages_.size()], std::exchange(penalty, 0.0)});
       else
-        rows.push_back(work);
+        rows.push_back(std::move(work));
     }
   }
 
@@ -225,7 +239,7 @@ class Executor {
     for (Index start = 0; start < batches_.count; start += batches_.batch, ++step) {
       const Index batch_rows = rows_from(start), next = start + batches_.batch;
       const Range mine = part_of(batch_rows, me, all);
-      for (const Stage<T>& stage : stages_) {
+      for (Stage<T>& stage : stages_) {
         const Workspace<T>* const workspace = this->workspace(member, batch_rows);
         for (std::size_t i = 0; workspace != nullptr && i < stage.rows.size(); ++i)
           run_phase_together(member, stage.rows[i], start, batch_rows, mine, slot, pipeline, *workspace);
@@ -233,16 +247,25 @@ class Executor {
           const Range rows{first, std::min(mine.end, first + tuning::row_block)};
           for (const Work<T>& work : stage.rows) run_phase(work, start, batch_rows, rows, slot, pipeline);
         }
+        const Range columns = pipeline ? pipeline->columns() : Range{0, 0};
+        const auto first_layer = [&](const Network<T>& network) -> const Layer<T>& {
+          return pipeline ? pipeline->layer() : network.first_layer();
+        };
+        for (Work<T>& work : stage.rows)
+          if (!work.squares.empty()) {
+            const Network<T>& network = work.forward->network;
+            network.sum_squares(first_layer(network), me, all, columns, work.squares.data());
+          }
         if (pipeline) pipeline->gather(next, slot ^ 1);
         member.barrier();
 
         const Forward<T>& forward = *stage.update.forward;
         const Network<T>& network = forward.network;
         const int rule = stage.update.phase.rule;
-        network.update(rule, pipeline ? pipeline->layer() : network.first_layer(),
-                       pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * forward.input_count(), me,
-                       all, pipeline ? pipeline->columns() : Range{0, 0}, workspace,
+        network.update(rule, first_layer(network), pipeline ? pipeline->inputs(slot) : forward.inputs, slot,
+                       batch_rows * forward.input_count(), me, all, columns, workspace,
                        stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
+                       stage.penalty / static_cast<double>(batch_rows),
                        batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
         if (me == 0) add_losses(stage, batch_rows);
         if (pipeline) pipeline->begin(member, next, slot ^ 1);
@@ -279,6 +302,7 @@ class Executor {
                            to < 0 ? nullptr : &this->network(to).output_gradients());
           break;
         }
+        case Phase::penalty:
         case Phase::update:
           break;
       }
@@ -314,6 +338,7 @@ class Executor {
                                   work.phase.to < 0 ? nullptr : &this->network(work.phase.to).output_gradients(),
                                   workspace);
         break;
+      case Phase::penalty:
       case Phase::update:
         break;
     }
@@ -339,13 +364,14 @@ class Executor {
 
   void add_losses(const Stage<T>& stage, Index batch_rows) {
     for (const Work<T>& work : stage.rows) {
+      double& loss = outcome_.losses[work.loss];
+      for (const double square : work.squares) loss += 0.5 * work.phase.factor * square;
       if (work.objective == nullptr) continue;
       const Objective<T>& objective = *work.objective;
-      const auto l = static_cast<std::size_t>(&objective.loss - plan_.losses.data());
       const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);
       for (std::size_t i = 0; i < rows; ++i) {
-        outcome_.losses[l] += objective.losses[i] * objective.loss.weight;
-        if (l == 0) outcome_.correct += objective.correct[i];
+        loss += objective.losses[i] * objective.loss.weight;
+        if (&objective == &objectives_[0]) outcome_.correct += objective.correct[i];
       }
     }
   }
@@ -377,6 +403,43 @@ Outcome train(const Plan<T>& plan, const Batches<T>& batches, std::vector<double
   return Executor<T>(plan, batches, memory).run(std::move(losses));
 }
 
+// Each member takes some rows at a time through all layers: their activations stay in its cache, and nobody waits.
+template <class T>
+void forward(const std::vector<Layer<T>>& layers, const Samples<T>& samples, Index count, T* outputs) {
+  KeptMemory memory;
+  const Index rows = std::min(count, tuning::row_block), out = layers.back().out;
+  std::deque<Network<T>> networks;
+  std::deque<Slot<T>> slots;
+  for (int i = 0; i < get_num_threads(); ++i) {
+    networks.emplace_back(layers, memory, rows);
+    slots.emplace_back(samples, memory, rows, rows * samples.features, false);
+  }
+  std::atomic<bool> out_of_memory{false};
+  with_team(static_cast<double>(count) * networks[0].work(), [&](Member& member) {
+    const Index members = std::min(member.count(), static_cast<int>(networks.size()));
+    if (member.index() >= members) return;
+    try {
+      of_this_thread<PackedPanel<T>>();
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      return;
+    }
+    const Network<T>& network = networks[static_cast<std::size_t>(member.index())];
+    const Slot<T>& slot = slots[static_cast<std::size_t>(member.index())];
+    const Range mine = part_of(count, member.index(), members);
+    for (Index first = mine.first; first < mine.end; first += rows) {
+      const Index some = std::min(rows, mine.end - first);
+      for (Index i = 0; i < some; ++i) slot.loader.load(first + i, i, 0);
+      network.forward_first(layers[0], slot.inputs, 0, {0, some}, {0, layers[0].out}, nullptr);
+      network.forward_rest(0, {0, some});
+      for (Index i = 0; i < some; ++i) std::copy_n(network.outputs(0, i), out, outputs + (first + i) * out);
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+template void forward(const std::vector<Layer<float>>&, const Samples<float>&, Index, float*);
+template void forward(const std::vector<Layer<double>>&, const Samples<double>&, Index, double*);
 template Outcome train(const Plan<float>&, const Batches<float>&, std::vector<double>, KeptMemory&);
 template Outcome train(const Plan<double>&, const Batches<double>&, std::vector<double>, KeptMemory&);
 

@@ -40,7 +40,9 @@ class Loader {
     } else if (copies || samples.bytes != nullptr || !unchanged) {
       inputs.copies = Rows<T>(memory, max_rows, samples.features);
     }
-    for (int byte = 0; byte < 256; ++byte) value_of_byte_[byte] = static_cast<T>(byte) / T(255);
+    for (int byte = 0; byte < 256; ++byte)
+      value_of_byte_[byte] =
+          samples.value_of_byte != nullptr ? samples.value_of_byte[byte] : static_cast<T>(byte) / T(255);
   }
 
   bool sparse() const { return samples_.indptr != nullptr || samples_.skip_zeros; }
@@ -79,7 +81,10 @@ class Loader {
       const T scale = samples_.scale, shift = samples_.shift;
       if (samples_.bytes != nullptr) {
         const std::uint8_t* from = samples_.bytes + sample * features;
-        for (Index k = 0; k < features; ++k) to[k] = static_cast<T>(from[k]) / T(255) * scale + shift;
+        if (samples_.value_of_byte != nullptr)
+          for (Index k = 0; k < features; ++k) to[k] = value_of_byte_[from[k]] * scale + shift;
+        else
+          for (Index k = 0; k < features; ++k) to[k] = static_cast<T>(from[k]) / T(255) * scale + shift;
       } else {
         const T* from = samples_.values + sample * features;
         for (Index k = 0; k < features; ++k) to[k] = from[k] * scale + shift;
@@ -118,13 +123,11 @@ class Loader {
     std::int32_t* indices = indices_.get() + row * features;
     T* values = values_.get() + row * features;
     Index count = 0;
-    for (Index k = 0; k < features; ++k) {
-      if (k % block_features == 0) begin[k / block_features] = static_cast<std::int32_t>(count);
-      // Branch-free: every value is written, and counted if it is not 0.
-      const T value = samples_.values[sample * features + k];
-      indices[count] = static_cast<std::int32_t>(k);
-      values[count] = value;
-      count += value != T(0);
+    for (Index block = 0; block < blocks_; ++block) {
+      const Index k = block * block_features;
+      begin[block] = static_cast<std::int32_t>(count);
+      count += list_nonzeros(samples_.values + sample * features + k, std::min(block_features, features - k),
+                             static_cast<std::int32_t>(k), indices + count, values + count);
     }
     begin[blocks_] = static_cast<std::int32_t>(count);
     return {indices, values, begin};

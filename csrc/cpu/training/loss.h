@@ -70,12 +70,15 @@ struct Objective {
                     targets.values != nullptr ? nullptr : &indices[first],
                     targets.values != nullptr ? &values[first] : nullptr, loss.parameter, scale,
                     gradients.row(rows.first), gradients.stride, rows.size(), out, &losses[first]);
+      for (std::size_t i = first; i < static_cast<std::size_t>(rows.end); ++i)
+        losses[i] = losses[i] < loss.least ? loss.least : losses[i] > loss.most ? loss.most : losses[i];
       return;
     }
     for (Index i = rows.first; i < rows.end; ++i) {
       const auto at = static_cast<std::size_t>(i);
-      losses[at] = elementwise_loss_row(loss.loss, network.outputs(slot, i), values[at], static_cast<T>(loss.parameter),
-                                        scale, gradients.row(i), out);
+      losses[at] =
+          elementwise_loss_row(loss.loss, network.outputs(slot, i), values[at], static_cast<T>(loss.parameter), scale,
+                               static_cast<T>(loss.least), static_cast<T>(loss.most), gradients.row(i), out);
     }
   }
 };

@@ -160,19 +160,51 @@ class Network {
     }
   }
 
+  // The sums of the squared weights by panels of all layers; of panels of which each belongs to one member, as columns of
+  // the first layer may do.
+  Index panels() const {
+    Index count = 0;
+    for (const Layer<T>& layer : layers_) count += ceil_div(layer.out, panel_columns);
+    return count;
+  }
+  void sum_squares(const Layer<T>& first_layer, Index index, Index count, Range first_columns, double* sums) const {
+    Index panel = 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
+      for (Index j = 0; j < layer.out; j += panel_columns, ++panel) {
+        const bool by_columns = l == 0 && first_columns.size() > 0;
+        if (by_columns ? j < first_columns.first || j >= first_columns.end : panel % count != index) continue;
+        DoubleSum<T> sum[2] = {};
+        for (Index k = 0; k < layer.in; ++k)
+          for (Index v = 0; v < 2; ++v) {
+            const auto part = static_cast<int>(std::clamp<Index>(layer.out - j - v * lanes<T>, 0, lanes<T>));
+            const Vec<T> w = load_lanes(layer.weight.value + k * layer.stride + j + v * lanes<T>, part);
+            sum[v].add_product(w, w);
+          }
+        sums[panel] = sum[0].total() + sum[1].total();
+      }
+    }
+  }
+
   // Updates part `index` of `count` of all weights from the inputs, activations and gradients of `rows` rows. The first
-  // layer's part is first_columns, unless that is empty.
+  // layer's part is first_columns, unless that is empty. l2 times the weights is added to their gradient.
   template <class UpdateRule>
   void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count,
-              Range first_columns, const Workspace<T>* workspace, const double* hyperparameters,
+              Range first_columns, const Workspace<T>* workspace, const double* hyperparameters, double l2,
               double average_decay) const {
-    const UpdateEpilogue<T, UpdateRule> update(hyperparameters, average_decay, first_layer.weight.average != nullptr);
+    double of_weights[UpdateRule::hyperparameter_count];
+    std::copy_n(hyperparameters, UpdateRule::hyperparameter_count, of_weights);
+    of_weights[UpdateRule::l2] += l2;
+    const bool has_average = first_layer.weight.average != nullptr;
+    const UpdateEpilogue<T, UpdateRule> update(of_weights, average_decay, has_average);
+    const UpdateEpilogue<T, UpdateRule> update_of_bias(hyperparameters, average_decay, has_average);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
       const bool by_columns = l == 0 && first_columns.size() > 0;
       const Range columns = by_columns ? first_columns : Range{0, layer.out};
       const Range inputs_part = by_columns ? Range{0, layer.in} : part_of(layer.in, index, count);
-      if (by_columns || index == static_cast<Index>(l) % count) update_bias(layer, grad_[l], rows, columns, update);
+      if (by_columns || index == static_cast<Index>(l) % count)
+        update_bias(layer, grad_[l], rows, columns, update_of_bias);
       const bool sparse = l == 0 && inputs.if_sparse([&](const auto& x) {
         // Rules with states are never idle.
         if constexpr (UpdateRule::state_count == 0)
@@ -227,13 +259,15 @@ class Network {
   // The columns of the first layer that belong to member `index` of `count` for the whole call, so that they stay in its
   // cache; none if the panels cannot be divided evenly enough.
   Range first_columns(Index index, Index count) const {
-    const Index unit = 2 * lanes<T>, panels = layers_[0].out / unit;
-    if (panels < count || (panels % count != 0 && panels < 4 * count)) return {0, 0};
-    const Range part = part_of(panels, index, count);
-    return {part.first * unit, index + 1 == count ? layers_[0].out : part.end * unit};
+    const Index whole = layers_[0].out / panel_columns;
+    if (whole < count || (whole % count != 0 && whole < 4 * count)) return {0, 0};
+    const Range part = part_of(whole, index, count);
+    return {part.first * panel_columns, index + 1 == count ? layers_[0].out : part.end * panel_columns};
   }
 
  private:
+  static constexpr Index panel_columns = 2 * lanes<T>;
+
   // A member's part of results (rows, columns): columns, unless there are few.
   struct Part {
     Range rows, columns;

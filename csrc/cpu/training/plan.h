@@ -39,6 +39,7 @@ struct Samples {
   Index features;
   const T* values;            // (rows, features); or the numbers of a sparse matrix
   const std::uint8_t* bytes;  // (rows, features), instead of values: the number is byte / 255
+  const T* value_of_byte;     // or this, 256 numbers, unless null
   // A sparse matrix by rows: row i has the numbers indptr[i] ... indptr[i + 1], their column indices ascending; else null.
   const Index* indptr;
   const std::int32_t* indices;
@@ -64,17 +65,19 @@ struct Loss {
   double parameter;  // the kernel's: label smoothing of a row loss
   double weight;     // of the sum over a row in the objective, which is divided by the rows of the mini-batch
   Targets<T> targets;
+  double least, most;  // what the loss of an element, or of a row, counts; the gradient is not limited
 };
 
 // What a network's first layer reads: the samples, the noise, or the outputs of a network (its number).
 inline constexpr int samples_source = -1, noise_source = -2;
 
 struct Phase {
-  enum Kind { forward, loss, backward, update } kind;
+  enum Kind { forward, loss, backward, penalty, update } kind;
   int network;
   std::vector<int> inputs;  // forward: the rows of these sources follow each other
   int to;                   // backward: the network whose outputs get the gradient; -1 is none
   int rule;                 // update
+  double factor = 0;  // penalty: half of it times the sum of the squared weights is what the objective has besides
 };
 
 // Phases are in an order in which each finds what it reads; the last is an update. Only where the plan is_pipelined may
@@ -113,10 +116,21 @@ struct Batches : Steps {
 };
 
 struct Outcome {
-  std::vector<double> losses;  // those given, and each row's loss, as it was before its mini-batch's updates
+  // Those given, and each row's loss and each mini-batch's penalty, as they were before its updates.
+  std::vector<double> losses;
   // Rows whose largest output (of a single one: its sign) is the class that the first loss has as an index.
   Index correct;
 };
+
+// The outputs of a network for `count` samples, a row each, without what their activation needs: no parameter is written.
+// Zeros are skipped as in a plan.
+template <class T>
+void forward(const std::vector<Layer<T>>& layers, const Samples<T>& samples, Index count, T* outputs);
+
+// Writes n numbers as bytes, with the number that each byte stands for, 256 of them; zeros are the byte 0, and the bits of
+// every number are kept. Returns false, and leaves both half written, if there are too many different ones.
+template <class T>
+bool encode(const T* x, Index n, std::uint8_t* bytes, T* value_of_byte);
 
 // `memory` is the same one for the calls of a training.
 template <class T>

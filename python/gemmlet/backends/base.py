@@ -7,7 +7,7 @@ get any strides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -138,6 +138,17 @@ class Backend(Protocol):
 
     def supports_fused(self, plan: TrainingPlan) -> bool:
         """Whether this backend has an executor of its own for the plan."""
+
+    def forward(
+        self, layers: Sequence[tuple[Array, Array, Activation | None]], x: Array, out: Array, *, skip_zeros: bool
+    ) -> bool:
+        """Layers of weight, bias and activation, all in one call; False, and nothing done, where there is none.
+
+        Arrays are C-contiguous, and activations have their default parameter. Skipping zeros of x changes no result.
+        """
+
+    def encoded(self, x: Array) -> tuple[Array, Array] | None:
+        """C-contiguous numbers as bytes, with `Dataset.value_of_byte`; None if they are many, or it is no use."""
 
     def stage(self, plan: TrainingPlan) -> TrainingPlan:
         """Move what the calls of one `fit` read to where this backend computes: the plan that `train` gets.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -92,9 +92,9 @@ class CpuBackend(NumpyBackend):
         self._losses = {name: number for number, name in enumerate(self._module.losses())}
         self._row_losses = {name: number for number, name in enumerate(self._module.row_losses())}
         self._rules = {name: number for number, name in enumerate(self._module.optimizer_rules())}
-        # What `cpu_plan.executor` takes.
+        # Of activations, losses (a row loss is ~number) and rules: what `cpu_plan.executor` takes.
         losses = self._losses | {name: ~number for name, number in self._row_losses.items()}
-        self._numbers = self._activations, losses, self._rules
+        self.numbers = self._activations, losses, self._rules
         self.fast_paths = self._make_fast_paths()
 
     def _make_fast_paths(self) -> dict[str, Callable[..., Any]]:
@@ -125,7 +125,7 @@ class CpuBackend(NumpyBackend):
 
     @property
     def extension(self) -> Any:
-        """The compiled module; the stub ``_cpu_baseline.pyi`` has its functions."""
+        """The extension module, for `gemmlet.integrations`; the stub ``_cpu_baseline.pyi`` has its functions."""
         return self._module
 
     def describe(self) -> dict[str, str]:
@@ -223,6 +223,22 @@ class CpuBackend(NumpyBackend):
         """Whether C++ has all formulas and phases of the plan."""
         return self._executor(plan) is not None
 
+    def forward(
+        self, layers: Sequence[tuple[Array, Array, Activation | None]], x: Array, out: Array, *, skip_zeros: bool
+    ) -> bool:
+        given = []
+        for weight, bias, activation in layers:
+            number = -1 if activation is None else self._activations.get(activation.name)
+            if number is None:
+                return False
+            given.append((weight, bias, number, 0.0 if activation is None else activation.default))
+        self._module.forward(given, x, skip_zeros, out)
+        return True
+
+    def encoded(self, x: Array) -> tuple[Array, Array] | None:
+        codes, value_of_byte = np.empty(x.shape, np.uint8), np.empty(256, x.dtype)
+        return (codes, value_of_byte) if self._module.encode(x, codes, value_of_byte) else None
+
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:
         """In C++: all steps in one call; no whole gradient of the weights is written to memory."""
         outcome = plan.executors[self](batches) if self.supports_fused(plan) and not batches.varies else None
@@ -232,5 +248,5 @@ class CpuBackend(NumpyBackend):
         if self not in plan.executors:
             from .cpu_plan import executor  # here, as kernels alone do not need it
 
-            plan.executors[self] = executor(self._module, plan, *self._numbers)
+            plan.executors[self] = executor(self._module, plan, *self.numbers)
         return plan.executors[self]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..training import plan as training
-from ..training.plan import NOISE, SAMPLES, Backward, Forward, Loss, TrainingPlan, Update
+from ..training.plan import NOISE, SAMPLES, Backward, Forward, Loss, Penalty, TrainingPlan, Update
 
 # By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
 _SOURCES: dict[training.Source, int] = {SAMPLES: -1, NOISE: -2}
 
-# Phases that read a gradient.
-_READERS = "backward", "update"
+# Phases that read a gradient, and which one: what the next phase after `Loss` or `Backward` is.
+_READERS = {"backward": "backward", "penalty": "update", "update": "update"}
 
 
 # The numbers of formulas in an extension module, by name.
@@ -36,7 +36,7 @@ def executor(
         for phase in plan.phases[1:]:
             phases.append(_phase(plan, phase, losses, rules))
             kind, network, to = phases[-1][:3]
-            if (kind == "forward" and network in to) or (kind in _READERS and reader.get(network) != kind):
+            if (kind == "forward" and network in to) or (kind in _READERS and reader.get(network) != _READERS[kind]):
                 return None
             if kind == "loss":
                 reader[network] = "backward"
@@ -76,9 +76,12 @@ def _phase(plan: TrainingPlan, phase: training.Phase, losses: Numbers, rules: Nu
     if isinstance(phase, Forward):
         return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
     if isinstance(phase, Loss):
-        return "loss", phase.network, losses[phase.name], phase.value, plan.weight(phase), phase.targets
+        number = losses[phase.name]
+        return "loss", phase.network, number, phase.value, plan.weight(phase), phase.targets, *phase.limits
     if isinstance(phase, Backward):
         return "backward", phase.network, -1 if phase.to is None else phase.to
+    if isinstance(phase, Penalty):
+        return "penalty", phase.network, phase.factor
     if isinstance(phase, Update) and phase.max_norm is None:
         return "update", phase.network, rules[phase.rule]
     raise training.UnsupportedError(phase)

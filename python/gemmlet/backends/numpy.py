@@ -6,7 +6,7 @@ Other backends derive from this one and override what they do better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -174,6 +174,14 @@ class NumpyBackend(Backend):
 
     def supports_fused(self, plan: TrainingPlan) -> bool:
         return False
+
+    def forward(
+        self, layers: Sequence[tuple[Array, Array, Activation | None]], x: Array, out: Array, *, skip_zeros: bool
+    ) -> bool:
+        return False
+
+    def encoded(self, x: Array) -> tuple[Array, Array] | None:
+        return None
 
     def stage(self, plan: TrainingPlan) -> TrainingPlan:
         return plan

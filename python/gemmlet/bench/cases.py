@@ -25,7 +25,7 @@ from gemmlet.formulas.activations import ACTIVATIONS, Activation
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, softmax_cross_entropy
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 
-from . import training
+from . import estimators, torch, training
 from .case import Array, Call, Case, Factory, Prepared, Settings
 from .implementations import OURS
 from .programs import programs
@@ -720,7 +720,8 @@ def imports(settings: Settings) -> Iterator[Case]:
 
 _NAMED = (
     training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, thinc,
-    overhead, programs,
+    overhead, programs, estimators.sklearn,
 )  # fmt: skip
 GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
 GROUPS["import"] = imports  # a name that no function can have
+GROUPS["torch"] = torch.cases

@@ -96,7 +96,7 @@ def run(
             each.name for each in IMPLEMENTATIONS.values() if each.compiles and each.name not in choice.implementations
         ]
         notes.append(f"--quick: fewer shapes and rounds, and without {' and '.join(left_out)}")
-    if any(case.group in ("epoch", "gan") for case in cases):
+    if any(case.group in ("epoch", "gan", "sklearn") for case in cases):
         notes.append(f"Images: {training.data_source(settings)}")
     rows = []
     with same_threads(threads, used) as complaints:

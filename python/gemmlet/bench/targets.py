@@ -78,12 +78,17 @@ def _of(group: str | None = None, **labels: object) -> Callable[[Row], bool]:
     return chosen
 
 
+def _torch(work: str, layers: str, batch: int) -> Callable[[Row], bool]:
+    return _of("torch", work=work, layers=layers, batch=batch)
+
+
 def _each(work: str, chosen: Callable[[Row], bool], *ratios: tuple[str, float]) -> Iterator[Target]:
     """Targets of the same work, each a peer and the ratio to reach."""
     return (Target(work, chosen, (peer,), ratio) for peer, ratio in ratios)
 
 
 _BEST = ("numpy", "pytorch")
+_COMPILERS = ("pytorch", "pytorch compiled")
 _EPOCH = "MNIST epoch 784-128-10, batch 64, images as they are in MNIST"
 _MNIST = _of("epoch", data="MNIST", dtype="float32")
 _DENSE_EPOCH = "the same on dense random input"
@@ -123,6 +128,15 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
     ),
     Target(_PROGRAMS, _of("programs"), ("numpy",), 2.0, mean=True),
     Target(_PROGRAMS, _of("programs"), ("numpy",), 0.95),
+    *(
+        Target(f"under PyTorch: fused step {layers}, batch {batch}", _torch("step", layers, batch), ("pytorch",), ratio)
+        for layers, batch, ratio in (("784-128-10", 1, 7.0), ("784-128-10", 64, 4.0), ("784-1024-1024-10", 1024, 1.3))
+    ),
+    *(
+        Target(f"under PyTorch: gradient {layers}, batch {batch}", _torch("gradient", layers, batch), _COMPILERS, ratio)
+        for layers, batch, ratio in (("784-128-10", 1, 1.5), ("784-128-10", 64, 1.25), ("784-1024-1024-10", 1024, 0.95))
+    ),
+    Target("under PyTorch: updates by an optimizer", _of("torch", work="update"), ("pytorch",), 3.0),
     Limit("import gemmlet over import numpy", _of("import", after_numpy=True), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
     Target(_ELEMENTWISE, _of(elementwise=True), ("numpy",), 1.0, implementation="gemmlet-numba"),

@@ -43,7 +43,8 @@ def data_source(settings: Settings) -> str:
     return f"{source}, {len(data.x_train):,} images, repeated where more are needed"
 
 
-def _digits(settings: Settings, count: int) -> tuple[Array, Array]:
+def digits(settings: Settings, count: int) -> tuple[Array, Array]:
+    """Return images, uint8, and their labels."""
     data = _mnist(settings.data_dir)
     where = np.arange(count) % len(data.x_train)
     return data.x_train[where], data.y_train[where]
@@ -213,7 +214,7 @@ def exact_mlp(t: Task) -> list[Array]:
     return parameters
 
 
-def _torch_layers(widths: Sequence[int], parameters: Sequence[Array], last: Any = None) -> Any:
+def torch_layers(widths: Sequence[int], parameters: Sequence[Array], last: Any = None) -> Any:
     """Linear layers with tanh between them, and `last` after them, that start from these parameters."""
     import torch
 
@@ -230,7 +231,7 @@ def torch_mlp(t: Task, compiled: bool = False) -> Prepared:
     """Return an epoch of the usual loop in PyTorch."""
     import torch
 
-    model = _torch_layers(t.layers, t.parameters)
+    model = torch_layers(t.layers, t.parameters)
     x, labels = torch.from_numpy(t.x), torch.from_numpy(t.labels)
     optimizer: Any
     if t.rule == "sgd":
@@ -339,13 +340,14 @@ EPOCH_IMPLEMENTATIONS = tuple(name for name in MLP_IMPLEMENTATIONS if name != "g
 WIDE_IMPLEMENTATIONS = (OURS, "gemmlet kernels", "numpy", "pytorch")
 
 
-def _matmul_flops(layers: Sequence[int]) -> list[float]:
+def matmul_flops(layers: Sequence[int]) -> list[float]:
+    """Operations of the forward matmuls for one sample."""
     return [2.0 * before * after for before, after in pairwise(layers)]
 
 
 def mlp_flops(layers: Sequence[int]) -> float:
     """Operations for one sample of a training: three matmuls a layer, but for the gradient of the input."""
-    flops = _matmul_flops(layers)
+    flops = matmul_flops(layers)
     return 3.0 * sum(flops) - flops[0]
 
 
@@ -387,7 +389,7 @@ def digits_case(
     checked = min(count, 200) if batch == 1 else None
 
     def inputs() -> Task:
-        return task(layers, *_digits(settings, count), batch, dtype, checked)
+        return task(layers, *digits(settings, count), batch, dtype, checked)
 
     return mlp_case("MNIST", inputs, layers, count, batch, dtype, implementations)
 
@@ -398,7 +400,7 @@ def epoch(settings: Settings) -> Iterator[Case]:
 
     def dense() -> Task:
         samples = np.random.default_rng(0).random((count, LAYERS[0]), "float32")
-        return task(LAYERS, samples, _digits(settings, count)[1], BATCH, "float32")
+        return task(LAYERS, samples, digits(settings, count)[1], BATCH, "float32")
 
     yield digits_case(settings, LAYERS, count, BATCH, "float32", EPOCH_IMPLEMENTATIONS)
     yield mlp_case("dense random", dense, LAYERS, count, BATCH, "float32")
@@ -651,8 +653,8 @@ def torch_gan(t: GanTask) -> Prepared:
     import torch
 
     torch.manual_seed(0)
-    generator = _torch_layers(_widths(t.generator), t.generator, torch.nn.Tanh())
-    discriminator = _torch_layers(_widths(t.discriminator), t.discriminator)
+    generator = torch_layers(_widths(t.generator), t.generator, torch.nn.Tanh())
+    discriminator = torch_layers(_widths(t.discriminator), t.discriminator)
     settings: dict[str, Any] = {"lr": GAN_LR, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
     generator_optimizer = torch.optim.Adam(generator.parameters(), **settings)
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), **settings)
@@ -757,7 +759,7 @@ def gan_flops(generator: Sequence[int] = GENERATOR, discriminator: Sequence[int]
     """Operations of a step for one image: both networks forward, and what each backward pass needs."""
     layers = (generator[-1], *discriminator)
     # A generated image goes through the discriminator once more, forward and back.
-    through = 2 * sum(_matmul_flops(layers))
+    through = 2 * sum(matmul_flops(layers))
     return mlp_flops((LATENT, *generator)) + 2 * mlp_flops(layers) + through
 
 
@@ -774,7 +776,7 @@ def gan_case(
     return Case(
         "gan",
         f"step {' and '.join(names)}, batch {min(count, batch)}, Adam, float32",
-        lambda: gan_task(_digits(settings, count)[0], generator, discriminator, batch),
+        lambda: gan_task(digits(settings, count)[0], generator, discriminator, batch),
         GAN_IMPLEMENTATIONS,
         exact_gan,
         # Each implementation draws its own noise: losses differ, and their means over a few steps are close.

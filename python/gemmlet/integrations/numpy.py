@@ -59,7 +59,7 @@ def accelerate_numpy() -> Acceleration:
     ``np.sum``, and the methods of those names: `replaced` lists them. Results, dtypes, warnings and errors under
     ``np.errstate`` are NumPy's; so are the bits, but of ``exp``, ``log``, ``tanh``, ``dot`` and ``@``, which are as
     accurate, and round differently. Threads are gemmlet's (`gemmlet.set_num_threads`). Memory of freed arrays, 256 MiB
-    at most, is kept for new ones, in the context of the calling thread.
+    at most, is kept for new ones.
 
     Each function is tried before it is replaced, on a small battery. One that differs from NumPy's is left as it is.
 

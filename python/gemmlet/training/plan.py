@@ -10,6 +10,7 @@ executor gives the same bits for any number of threads, and however mini-batches
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ Source = str | int
 class Dataset(NamedTuple):
     """Samples: rows (n, features) of uint8 or of the networks' dtype, or the three arrays of a CSR matrix.
 
-    uint8 counts as value/255. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
+    uint8 counts as value/255, or as `value_of_byte[value]`, of 256 numbers, the first of which is 0: a few different
+    numbers, in less memory. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
     numbers are 0 for skipping them to pay; the result is the same. Another thread may change all but `indptr`.
     """
 
@@ -37,6 +39,7 @@ class Dataset(NamedTuple):
     indptr: NDArray[np.int64] | None = None
     indices: NDArray[np.int32] | None = None
     skip_zeros: bool = False
+    value_of_byte: Array | None = None
 
 
 # Layer operations.
@@ -99,6 +102,8 @@ def dense_layers(network: Network) -> list[DenseLayer]:
 
 # Phases; `network` is a position in `TrainingPlan.networks`.
 
+NO_LIMITS = -math.inf, math.inf
+
 
 class Gather(NamedTuple):
     """Gather the mini-batch's rows of the dataset, as ``scale * x + shift``, and its rows of noise, if there is any.
@@ -137,6 +142,8 @@ class Loss(NamedTuple):
         of the mini-batch.
     sign : {1.0, -1.0}
         -1 maximises.
+    limits : (float, float)
+        The least and the most that the loss of an element counts, of a row loss that of a row; gradients have no limit.
     """
 
     network: int
@@ -145,6 +152,7 @@ class Loss(NamedTuple):
     parameter: float | None = None
     reduction: str = "sum"
     sign: float = 1.0
+    limits: tuple[float, float] = NO_LIMITS
 
     @property
     def has_classes(self) -> bool:
@@ -169,6 +177,16 @@ class Backward(NamedTuple):
     to: int | None = None
 
 
+class Penalty(NamedTuple):
+    """Add ``factor / 2`` times the sum of a network's squared weights to the objective's sum over the rows (L2).
+
+    Its gradient is added to the weights', which `Backward` has left. Biases are left out.
+    """
+
+    network: int
+    factor: float
+
+
 class AllReduce(NamedTuple):
     """Call `reduce` with the gradients of a network's parameters, to be changed in place.
 
@@ -190,7 +208,7 @@ class Update(NamedTuple):
     max_norm: float | None = None
 
 
-Phase = Gather | Forward | Loss | Backward | AllReduce | Update
+Phase = Gather | Forward | Loss | Backward | Penalty | AllReduce | Update
 
 
 @dataclass(eq=False)
@@ -218,8 +236,17 @@ class TrainingPlan:
 
     @property
     def losses(self) -> list[Loss]:
-        """In the order of the sums that `Backend.train` returns."""
+        """In the order of the sums that `Backend.train` returns, penalties left out."""
         return [phase for phase in self.phases if isinstance(phase, Loss)]
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether it has something that not every executor knows to look for: a penalty, limits, values of bytes."""
+        return (
+            any(isinstance(phase, Penalty) for phase in self.phases)
+            or any(loss.limits != NO_LIMITS for loss in self.losses)
+            or self.gather.dataset.value_of_byte is not None
+        )
 
     @property
     def updates(self) -> list[Update]:
@@ -267,7 +294,8 @@ class Batches(NamedTuple):
         Of each `Update`, the hyperparameters of its rule at each step, shape (steps, count). Where they differ between
         parameters, a list of one array for each, which only the reference takes.
     losses : tuple of float
-        What the losses of the rows are added to, one for each `Loss`.
+        What the losses of the rows are added to, one for each `Loss`, and the penalties of the mini-batches, one for
+        each `Penalty`, in the order of the phases.
     decay : ndarray of float64, shape (steps,), optional
         Of the moving averages.
     noise : ndarray, shape (len(order), columns), optional

@@ -15,10 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import ACTIVATIONS
-from ..formulas.losses import LOSSES, ROW_LOSSES
+from ..formulas.losses import LOSSES, ROW_LOSSES, smoothing
 from ..formulas.optimizers import OPTIMIZER_RULES, moving_average
 from . import plan as training
-from .plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
+from .plan import (
+    NO_LIMITS,
+    NOISE,
+    SAMPLES,
+    AllReduce,
+    Array,
+    Backward,
+    Forward,
+    Gather,
+    Loss,
+    Penalty,
+    TrainingPlan,
+    Update,
+)
 
 
 def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> training.Outcome:
@@ -77,7 +90,7 @@ class Step:
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs
         self.rows, self.correct = len(where), 0
-        self.losses: list[float] = []  # of each `Loss`, the mean over the mini-batch
+        self.losses: list[float] = []  # of each `Loss` and `Penalty`, divided by the size of the mini-batch
         self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
 
     @singledispatchmethod
@@ -89,7 +102,8 @@ class Step:
     def _(self, phase: Gather) -> None:
         dataset, where, dtype = phase.dataset, self._where, self._plan.dtype
         if dataset.indptr is None:
-            self._values[SAMPLES] = self._backend.scaled(dataset.x[where], dtype, phase.scale, phase.shift)
+            rows = dataset.x[where] if dataset.value_of_byte is None else dataset.value_of_byte[dataset.x[where]]
+            self._values[SAMPLES] = self._backend.scaled(rows, dtype, phase.scale, phase.shift)
         else:
             assert dataset.indices is not None
             reader = next(p for p in self._plan.phases if isinstance(p, Forward) and SAMPLES in p.inputs)
@@ -136,6 +150,8 @@ class Step:
                 factor *= outputs.shape[1]
             wanted = one_hot(wanted, outputs.shape, outputs.dtype)
             loss = self._backend.elementwise_loss(entry, outputs, wanted, phase.value, grad)
+        if phase.limits != NO_LIMITS:
+            loss = limited_loss(phase, outputs, wanted)
         grad *= factor
         self._grad[phase.network] = grad
         self.losses.append(loss * factor)
@@ -161,6 +177,14 @@ class Step:
             self.gradients[phase.network] = gradients[::-1]
         else:
             self._grad[phase.to] = grad
+
+    @run.register
+    def _(self, phase: Penalty) -> None:
+        weights = list(self._plan.parameters(phase.network))[::2]
+        for parameter, grad in zip(weights, self.gradients[phase.network][::2], strict=True):
+            grad += (phase.factor / self.rows) * parameter.value
+        squares = sum(float(np.sum(np.square(p.value, dtype=np.float64))) for p in weights)
+        self.losses.append(0.5 * phase.factor * squares / self.rows)
 
     @run.register
     def _(self, phase: AllReduce) -> None:
@@ -189,6 +213,18 @@ def targets_of(phase: Loss, where: NDArray[np.int64], outputs: Array) -> Array:
     if not isinstance(phase.targets, tuple):
         return phase.targets[where]  # type: ignore[no-any-return]
     return np.repeat(np.array(phase.targets, outputs.dtype), len(outputs) // len(phase.targets))[:, np.newaxis]
+
+
+def limited_loss(phase: Loss, outputs: Array, targets: Array) -> float:
+    """The mean loss, as the kernels have it, of a loss with limits."""
+    z = outputs.astype(np.float64)
+    if phase.name in ROW_LOSSES:
+        keep, spread = smoothing(phase.value, z.shape[1])
+        wanted = keep * one_hot(targets, z.shape, z.dtype) + spread
+        losses, _ = ROW_LOSSES[phase.name].evaluate(z, wanted)
+    else:
+        losses, _ = LOSSES[phase.name].evaluate(z, targets.astype(np.float64), phase.value, 1.0)
+    return float(np.mean(np.clip(losses, *phase.limits)))
 
 
 def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -93,15 +93,6 @@ bool read_output(PyObject* object, int type, int axes, const npy_intp* shape, bo
          o.in_order(fortran ? f_order : c_order) && o.axes == axes && std::equal(shape, shape + axes, o.shape);
 }
 
-// At once, of two arrays: whether neither is float64 or float32.
-bool is_unusual(PyObject* x, PyObject* y) {
-  const auto is_float = [](PyObject* array) {
-    const int type = fields(array)->descr->type_num;
-    return type == NPY_DOUBLE || type == NPY_FLOAT;
-  };
-  return is_array(x) && is_array(y) && !is_float(x) && !is_float(y);
-}
-
 // Two operands of one type, at least one of them an array. `integers_divide`: of integers the result is float64.
 bool read_operands(PyObject* x, PyObject* y, bool integers_divide, Operand& a, Operand& b, Converted& converted) {
   const bool a_read = read_array(x, a) || read_number(x, a), b_read = read_array(y, b) || read_number(y, b);
@@ -173,7 +164,6 @@ bool is_large_temporary(PyObject* object) {
 }
 
 PyObject* binary(Binary function, PyObject* x, PyObject* y, PyObject* out) {
-  if (is_unusual(x, y)) return nullptr;
   Operand a, b, o;
   Converted converted;
   if (!read_operands(x, y, function == Binary::divide, a, b, converted)) return nullptr;
@@ -583,19 +573,23 @@ PyObject* binary_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names)
   PyObject* out;
   // NumPy warns of these with out= as a third positional argument.
   if ((function == Binary::maximum || function == Binary::minimum) && n > 2) return nullptr;
-  return read_out(arguments, n, names, 2, out) ? binary(function, arguments[0], arguments[1], out) : nullptr;
+  if (!read_out(arguments, n, names, 2, out) || (function != Binary::divide && are_others(arguments[0], arguments[1])))
+    return nullptr;
+  return binary(function, arguments[0], arguments[1], out);
 }
 
 template <Unary function>
 PyObject* unary_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
   PyObject* out;
-  return read_out(arguments, n, names, 1, out) ? unary(function, arguments[0], out) : nullptr;
+  if (!read_out(arguments, n, names, 1, out) || is_other_array(arguments[0])) return nullptr;
+  return unary(function, arguments[0], out);
 }
 
 template <bool ufunc>
 PyObject* matmul_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
   PyObject* out;
-  return read_out(arguments, n, names, 2, out) ? matmul(arguments[0], arguments[1], out, ufunc) : nullptr;
+  if (!read_out(arguments, n, names, 2, out) || are_others(arguments[0], arguments[1])) return nullptr;
+  return matmul(arguments[0], arguments[1], out, ufunc);
 }
 
 PyObject* power_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
@@ -619,7 +613,7 @@ struct Axes {
   bool read(PyObject* const* arguments, Py_ssize_t count, PyObject* names, Operand& a) {
     PyObject* axis_object = count > 1 ? arguments[1] : nullptr;
     bool keep = false;
-    if (count < 1 || count > 2) return false;
+    if (count < 1 || count > 2 || is_other_array(arguments[0])) return false;
     for (Py_ssize_t i = 0; names != nullptr && i < PyTuple_GET_SIZE(names); ++i) {
       PyObject *name = PyTuple_GET_ITEM(names, i), *value = arguments[count + i];
       if (name == axis_name && axis_object == nullptr)

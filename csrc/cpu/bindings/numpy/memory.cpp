@@ -1,9 +1,12 @@
 // Contract
-//   Blocks of at least `smallest` bytes are kept by size class, four to an octave, last in first out; smaller and larger ones
-//   are the default handler's. A block is aligned to a cache line, from posix_memalign: free() takes it as well as realloc().
-//   Sizes that NumPy passes to free may be wrong (of an array without elements, it is 1): the block's own size decides.
-//   NumPy calls a handler with the GIL held. Who does not, or finds the blocks in use by such a caller, does without them:
-//   nobody waits, also not in a child that was forked meanwhile.
+//   Blocks of at least `smallest` bytes are kept by size class, four to an octave, last in first out, and those below `tiny`
+//   in buckets of 16 bytes, a few of each, as NumPy itself does. A large block is aligned to a cache line.
+//   All are malloc's, as those of NumPy's own functions are: either frees what the other has allocated, so that the functions
+//   may be replaced while arrays are alive. tracemalloc is told of them as by NumPy.
+//   Sizes that NumPy passes to free may be wrong (of an array without elements, it is 1): a block serves no more bytes than
+//   that, and a large one no more than its own size.
+//   NumPy calls a handler with the GIL held, which is the lock of the buckets, as of its own. For large blocks who finds them
+//   in use does without: nobody waits, also not in a child that was forked meanwhile.
 #include "cpu/bindings/numpy/memory.h"
 
 #include <pybind11/pybind11.h>
@@ -34,8 +37,30 @@ struct Block {
 std::atomic_flag in_use;
 Block* kept[classes];
 std::size_t kept_bytes, most_bytes;
-const PyDataMem_Handler* fallback;
-PyObject* before;  // the handler that was in use
+constexpr std::size_t tiny = 1024, bucket_bytes = 16;
+constexpr int bucket_blocks = 8;
+struct Bucket {
+  int count;
+  void* blocks[bucket_blocks];
+} buckets[tiny / bucket_bytes];
+PyDataMemAllocator theirs;  // while ours are in its place
+bool replaced;
+
+// Declared here, as CPython's own declaration has the linkage of C++ in C++ before 3.13.
+namespace tracemalloc {
+extern "C" int PyTraceMalloc_Track(unsigned domain, std::uintptr_t p, std::size_t bytes);
+extern "C" int PyTraceMalloc_Untrack(unsigned domain, std::uintptr_t p);
+}  // namespace tracemalloc
+constexpr unsigned trace_domain = 389047;  // numpy.lib.tracemalloc_domain
+
+void* tracked(void* p, std::size_t bytes) {
+  if (p != nullptr) tracemalloc::PyTraceMalloc_Track(trace_domain, reinterpret_cast<std::uintptr_t>(p), bytes);
+  return p;
+}
+void free_block(void* p) {
+  tracemalloc::PyTraceMalloc_Untrack(trace_domain, reinterpret_cast<std::uintptr_t>(p));
+  std::free(p);
+}
 
 // The smallest class whose blocks hold `bytes`, and their size.
 struct Class {
@@ -79,8 +104,18 @@ void give_back() {
   const Turn turn;
   if (!turn) return;
   for (Block*& first : kept)
-    while (first != nullptr) std::free(std::exchange(first, first->next));
+    while (first != nullptr) free_block(std::exchange(first, first->next));
   kept_bytes = 0;
+}
+
+// The bucket of so many bytes, below `tiny`. Its blocks have bucket_bytes times its number, and one more.
+std::size_t bucket_of(std::size_t bytes) { return bytes == 0 ? 0 : (bytes - 1) / bucket_bytes; }
+
+void* allocate_tiny(std::size_t bytes) {
+  const std::size_t index = bucket_of(bytes);
+  Bucket& bucket = buckets[index];
+  if (bucket.count > 0) return bucket.blocks[--bucket.count];
+  return tracked(std::malloc((index + 1) * bucket_bytes), bytes);
 }
 
 void* reuse(const Class& c) {
@@ -102,11 +137,12 @@ void* take(const Class& c) {
 #if defined(MADV_HUGEPAGE)
   if (c.bytes >= 2 * huge_page) madvise(p, c.bytes, MADV_HUGEPAGE);
 #endif
-  return p;
+  return tracked(p, c.bytes);
 }
 
 void* allocate(void*, std::size_t bytes) {
-  if (!takes(bytes)) return fallback->allocator.malloc(fallback->allocator.ctx, bytes);
+  if (bytes < tiny) return allocate_tiny(bytes);
+  if (!takes(bytes)) return tracked(std::malloc(bytes), bytes);
   const Class c(bytes);
   void* p = reuse(c);
   return p != nullptr ? p : take(c);
@@ -114,18 +150,28 @@ void* allocate(void*, std::size_t bytes) {
 
 void* allocate_zeros(void*, std::size_t count, std::size_t size) {
   const std::size_t bytes = count * size;  // NumPy has checked the product
-  if (!takes(bytes)) return fallback->allocator.calloc(fallback->allocator.ctx, count, size);
+  if (bytes < tiny) {
+    void* p = allocate_tiny(bytes);
+    return p == nullptr ? p : std::memset(p, 0, bytes);
+  }
+  if (!takes(bytes)) return tracked(std::calloc(count, size), bytes);
   const Class c(bytes);
   if (void* p = reuse(c)) return std::memset(p, 0, bytes);
-  return std::calloc(1, c.bytes);  // the system's pages are zeros already
+  return tracked(std::calloc(1, c.bytes), c.bytes);  // the system's pages are zeros already
 }
 
 void release(void*, void* p, std::size_t bytes) {
   if (p == nullptr) return;
-  if (!takes(bytes)) return fallback->allocator.free(fallback->allocator.ctx, p, bytes);
+  if (bytes < tiny) {
+    Bucket& bucket = buckets[bucket_of(bytes)];
+    if (bucket.count == bucket_blocks || most_bytes == 0) return free_block(p);
+    bucket.blocks[bucket.count++] = p;
+    return;
+  }
+  if (!takes(bytes)) return free_block(p);
   const Class c(bytes);
   const Turn turn;
-  if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) return std::free(p);
+  if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) return free_block(p);
   Block* block = static_cast<Block*>(p);
   block->next = kept[c.index];
   kept[c.index] = block;
@@ -133,29 +179,28 @@ void release(void*, void* p, std::size_t bytes) {
 }
 
 void* reallocate(void*, void* p, std::size_t bytes) {
-  return std::realloc(p, takes(bytes) ? Class(bytes).bytes : bytes);
+  const std::size_t rounded = bytes < tiny   ? (bucket_of(bytes) + 1) * bucket_bytes
+                              : takes(bytes) ? Class(bytes).bytes
+                                             : bytes;
+  const auto before = reinterpret_cast<std::uintptr_t>(p);
+  void* moved = std::realloc(p, rounded);
+  if (moved != nullptr) tracemalloc::PyTraceMalloc_Untrack(trace_domain, before);
+  return tracked(moved, bytes);
 }
-
-PyDataMem_Handler handler = {"gemmlet", 1, {nullptr, allocate, allocate_zeros, reallocate, release}};
 
 }  // namespace
 
 void keep_memory(std::int64_t bytes) {
+  auto* handler = static_cast<PyDataMem_Handler*>(PyCapsule_GetPointer(PyDataMem_DefaultHandler, "mem_handler"));
+  if (handler == nullptr) throw pybind11::error_already_set();
   most_bytes = static_cast<std::size_t>(bytes);
-  if (kept_bytes > most_bytes) give_back();
-  PyObject* next = nullptr;
-  if (bytes > 0 && before == nullptr) {
-    fallback = static_cast<PyDataMem_Handler*>(PyCapsule_GetPointer(PyDataMem_DefaultHandler, "mem_handler"));
-    if (fallback == nullptr) throw pybind11::error_already_set();
-    next = PyCapsule_New(&handler, "mem_handler", nullptr);
-    if (next == nullptr) throw pybind11::error_already_set();
-    before = PyDataMem_SetHandler(next);
-  } else if (bytes == 0 && before != nullptr) {
-    next = std::exchange(before, nullptr);
-    Py_XDECREF(PyDataMem_SetHandler(next));
-  }
-  Py_XDECREF(next);
-  if (PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+  if (bytes > 0 && !replaced)
+    theirs = std::exchange(handler->allocator, {nullptr, allocate, allocate_zeros, reallocate, release});
+  if (bytes == 0 && replaced && handler->allocator.malloc == &allocate) handler->allocator = theirs;
+  replaced = bytes > 0;
+  if (kept_bytes > most_bytes || most_bytes == 0) give_back();
+  for (Bucket& bucket : buckets)
+    while (most_bytes == 0 && bucket.count > 0) free_block(bucket.blocks[--bucket.count]);
 }
 
 }  // namespace gemmlet::numpy

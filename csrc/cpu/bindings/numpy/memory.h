@@ -1,13 +1,13 @@
-// A memory handler of NumPy (NEP 49) that keeps the blocks of freed arrays for new ones: temporaries of 16 KiB and more are
-// otherwise mapped, faulted in and unmapped by each operation.
+// Memory of NumPy's arrays: its default handler (NEP 49) with functions that keep the blocks of freed arrays for new ones.
+// Temporaries of 16 KiB and more are otherwise mapped, faulted in and unmapped by each operation.
 #pragma once
 
 #include <cstdint>
 
 namespace gemmlet::numpy {
 
-// Takes new arrays' memory from here, in the calling thread's context, and keeps up to so many bytes of what is freed; 0:
-// gives back what is kept, and sets the handler that was there before. False with an error set.
+// Puts our functions into NumPy's default handler, for all threads, and keeps up to so many bytes of large blocks that are
+// freed; 0: puts back NumPy's functions, and gives back what is kept. A handler that somebody has set stays in use.
 void keep_memory(std::int64_t bytes);
 
 }  // namespace gemmlet::numpy

@@ -39,6 +39,17 @@ inline const PyArrayObject_fields* fields(PyObject* array) {
 }
 inline bool is_array(PyObject* object) { return Py_TYPE(object) == &PyArray_Type; }
 
+// An array whose dtype is neither float64 nor float32: beside another such array, or an int, nothing is usual. This is asked
+// first, as all that does not concern us comes through here.
+inline bool is_other_array(PyObject* object) {
+  if (!is_array(object)) return false;
+  const int type = fields(object)->descr->type_num;
+  return type != NPY_DOUBLE && type != NPY_FLOAT;
+}
+inline bool are_others(PyObject* x, PyObject* y) {
+  return is_other_array(x) ? is_other_array(y) || PyLong_CheckExact(y) : PyLong_CheckExact(x) && is_other_array(y);
+}
+
 struct Operand {
   const char* data = nullptr;
   const npy_intp *shape = nullptr, *strides = nullptr;  // of an array; in bytes

@@ -118,6 +118,13 @@ F theirs(Number number) {
   return reinterpret_cast<F>(entries[number].theirs);
 }
 
+// Theirs, for a call that is theirs at first sight.
+template <class F>
+F hand_on(Number number) {
+  ++entries[number].handed_on;
+  return theirs<F>(number);
+}
+
 // Counts a call, and says whether it is over.
 inline bool is_over(Number number, bool taken) {
   const bool over = taken || PyErr_Occurred() != nullptr;
@@ -130,13 +137,15 @@ inline bool is_over(Number number, bool taken) {
 
 template <Number number, Binary function>
 PyObject* operator_entry(PyObject* x, PyObject* y) {
+  if (function != Binary::divide && are_others(x, y)) return hand_on<binaryfunc>(number)(x, y);
   PyObject* result = is_large_temporary(x) || is_large_temporary(y) ? nullptr : binary(function, x, y, nullptr);
   return is_over(number, result != nullptr) ? result : theirs<binaryfunc>(number)(x, y);
 }
 
 template <Number number, Binary function>
 PyObject* inplace_entry(PyObject* x, PyObject* y) {
-  PyObject* result = is_array(x) ? binary(function, x, y, x) : nullptr;
+  if (!is_array(x) || are_others(x, y)) return hand_on<binaryfunc>(number)(x, y);
+  PyObject* result = binary(function, x, y, x);
   return is_over(number, result != nullptr) ? result : theirs<binaryfunc>(number)(x, y);
 }
 
@@ -151,11 +160,13 @@ PyObject* power_entry(PyObject* x, PyObject* y, PyObject* modulo) {
 }
 
 PyObject* matmul_entry(PyObject* x, PyObject* y) {
+  if (are_others(x, y)) return hand_on<binaryfunc>(operator_matmul)(x, y);
   PyObject* result = matmul(x, y, nullptr, true);
   return is_over(operator_matmul, result != nullptr) ? result : theirs<binaryfunc>(operator_matmul)(x, y);
 }
 
 PyObject* compare_entry(PyObject* x, PyObject* y, int comparison) {
+  if (is_other_array(x)) return hand_on<richcmpfunc>(operator_compare)(x, y, comparison);
   PyObject* result = compare(x, y, comparison);
   return is_over(operator_compare, result != nullptr) ? result
                                                       : theirs<richcmpfunc>(operator_compare)(x, y, comparison);

@@ -271,8 +271,10 @@ class NumbaBackend(NumpyBackend):
                 dense_layers(network)
         except UnsupportedError:
             return False
-        return names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys() and (
-            not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))])
+        return (
+            not plan.has_extras
+            and names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys()
+            and (not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))]))
         )
 
     def train(self, plan: TrainingPlan, batches: Batches) -> Outcome:

@@ -223,7 +223,7 @@ class _Sparse:
 
     def gather(self, where: NDArray[np.int64]) -> None:
         """Take the samples at `where`."""
-        x, indptr, indices, _ = self.dataset
+        x, indptr, indices, *_ = self.dataset
         self.rows = len(where)
         if indptr is not None:
             _rows_of_csr(x, indptr, indices, self.features, where, *self.by_row)

@@ -1,0 +1,197 @@
+"""PyTorch's SGD, Adam and AdamW, with an update of all parameters of a group in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from ...formulas.optimizers import adam_hyperparameters
+from .extension import calls, kernels
+
+Group = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """The rule of the registry that a group of parameters follows, and PyTorch's names for its state."""
+
+    name: str
+    state: tuple[str, ...]
+    # ``hyperparameters(group, step)``, `step` counted from 1.
+    hyperparameters: Callable[[Group, int], Iterable[float]]
+    counts: bool  # whether the state has the number of steps, too
+
+
+_SGD = Rule("sgd", (), lambda group, step: (group["lr"], group["weight_decay"]), False)
+_MOMENTUM = Rule(
+    "momentum",
+    ("momentum_buffer",),
+    lambda group, step: (group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"])),
+    False,
+)
+_ADAM = Rule(
+    "adam",
+    ("exp_avg", "exp_avg_sq"),
+    lambda group, step: adam_hyperparameters(
+        step,
+        group["lr"],
+        group["betas"][0],
+        group["betas"][1],
+        group["eps"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+    ),
+    True,
+)
+
+
+def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
+    """The rule of a group of SGD, Adam or AdamW; None if the kernels have none with its settings."""
+    if group["maximize"] or group["differentiable"] or isinstance(group["lr"], torch.Tensor):
+        return None
+    if "grad_scale" in optimizer.__dict__ or "found_inf" in optimizer.__dict__:
+        return None  # while a GradScaler steps
+    if isinstance(optimizer, torch.optim.SGD):
+        if group["dampening"]:
+            return None
+        return _MOMENTUM if group["momentum"] else _SGD
+    return None if group["amsgrad"] or group["capturable"] else _ADAM
+
+
+def states_of(
+    found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of the states found of the parameters, all arrays in turn, and the counters of steps.
+
+    What is missing is made, as PyTorch does.
+    """
+    arrays, steps = [], []
+    for state, param in zip(found, params, strict=False):
+        for name in rule.state:
+            array = state.get(name)
+            if array is None:
+                if rule.counts:
+                    state.setdefault("step", torch.tensor(0.0))
+                array = state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            arrays.append(array)
+        if rule.counts:
+            steps.append(state["step"])
+    return arrays, steps
+
+
+def step_of(steps: list[torch.Tensor]) -> int:
+    """The number of the step to come, from 1."""
+    return int(steps[0]) + 1 if steps else 1
+
+
+def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
+    """Update a group; False, with nothing done, if that is left to PyTorch."""
+    found, rule = kernels(), rule_of(optimizer, group)
+    if found is None or rule is None:
+        return False
+    params, grads = [], []
+    for param in group["params"]:
+        if (grad := param.grad) is not None:
+            params.append(param)
+            grads.append(grad)
+    if not params:
+        return True
+    found_states = [optimizer.state[param] for param in params] if rule.state else []
+    states, steps = states_of(found_states, rule, params)
+    step = step_of(steps)
+    numbers = list(rule.hyperparameters(group, step))
+    if not found.module.torch_update(found.rules[rule.name], numbers, params, grads, states, steps, step):
+        return False
+    torch.autograd.graph.increment_version(params + states)
+    calls["update"] += 1
+    return True
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    # PyTorch wraps the class's function when it makes the first optimizer of it.
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+
+
+def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    groups = self.param_groups
+    rest = [group for group in groups if not _update(self, group)]
+    if rest:
+        calls["update by PyTorch"] += len(rest)
+        self.param_groups = rest
+        try:
+            _unhooked(self._torch.step)(self)
+        finally:
+            self.param_groups = groups
+    return loss
+
+
+# With PyTorch's hooks, and its entry in profiles.
+_hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+
+class _OneCall:
+    """An optimizer of PyTorch with another `step`."""
+
+    _torch: Any  # PyTorch's class
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters; by PyTorch what the kernels do not know.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Evaluates the model again and returns the loss.
+
+        Returns
+        -------
+        tensor or None
+            What `closure` returned.
+        """
+        optimizer: Any = self
+        if torch.compiler.is_compiling():
+            return _unhooked(self._torch.step)(self, closure)
+        if (
+            optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        ):
+            return _hooked_step(self, closure)
+        return _step(self, closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # so that PyTorch does not wrap it: that takes as long as an update
+
+
+class SGD(_OneCall, torch.optim.SGD):  # type: ignore[misc]
+    """`torch.optim.SGD`, with all parameters of a group updated in one call.
+
+    Arguments, attributes and ``state_dict()`` are PyTorch's, and so are the results to rounding. PyTorch does the step
+    of a group with `dampening`, `maximize`, `differentiable`, a tensor as `lr`, sparse gradients, or parameters that
+    are not float32 or float64 on the CPU.
+    """
+
+    _torch = torch.optim.SGD
+
+
+class Adam(_OneCall, torch.optim.Adam):  # type: ignore[misc]
+    """`torch.optim.Adam`, with all parameters of a group updated in one call.
+
+    Arguments, attributes and ``state_dict()`` are PyTorch's, and so are the results to rounding. PyTorch does the step
+    of a group with `amsgrad`, `maximize`, `capturable`, `differentiable`, a tensor as `lr`, sparse gradients, or
+    parameters that are not float32 or float64 on the CPU.
+    """
+
+    _torch = torch.optim.Adam
+
+
+class AdamW(_OneCall, torch.optim.AdamW):  # type: ignore[misc]
+    """`torch.optim.AdamW`, with all parameters of a group updated in one call; see `Adam`."""
+
+    _torch = torch.optim.AdamW

@@ -1,0 +1,471 @@
+"""gemmlet under scikit-learn: the same results by our kernels, scikit-learn's own tests, what is left to it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+sklearn = pytest.importorskip("sklearn")
+
+from scipy import sparse  # noqa: E402
+from sklearn import neural_network  # noqa: E402
+from sklearn.base import clone  # noqa: E402
+from sklearn.exceptions import ConvergenceWarning  # noqa: E402
+from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
+
+import gemmlet  # noqa: E402
+from gemmlet import kernels  # noqa: E402
+from gemmlet.backends import select  # noqa: E402
+from gemmlet.integrations import sklearn as ours  # noqa: E402
+from support import PATIENCE, same_bits  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
+CLASSIFIER, REGRESSOR = "MLPClassifier", "MLPRegressor"
+TAKES_WEIGHTS = tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 7)
+
+RNG = np.random.default_rng(0)
+N, FEATURES = 90, 12
+X = RNG.normal(size=(N, FEATURES))
+ZEROS = X * (RNG.uniform(size=X.shape) < 0.2)
+FEW = np.round(np.clip(X, 0, 2) * 8) / 8  # some twenty different numbers, half of them 0
+CLASSES = np.array(["a", "b", "c"])[np.argmax(X[:, :3] + RNG.normal(size=(N, 3)) / 2, axis=1)]
+LABELS = (X[:, :4] > 0.3).astype(int)
+NUMBERS = np.tanh(X[:, :2]) + X[:, 2:4] / 3
+WEIGHTS = RNG.integers(0, 4, N).astype(float)
+
+
+@pytest.fixture
+def cpu() -> Iterator[Any]:
+    """The backend that has the plans, with two threads."""
+    try:
+        backend = select.load("cpu")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{error}")
+    threads = gemmlet.get_num_threads()
+    with gemmlet.use_backend("cpu"):
+        gemmlet.set_num_threads(2)
+        yield backend
+        gemmlet.set_num_threads(threads)
+
+
+@pytest.fixture
+def calls(cpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has been computed here: the calls of the backend, by name."""
+    made: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    backend = type(select.current())
+    for name in ("train", "forward"):
+        monkeypatch.setattr(backend, name, counted(name, getattr(backend, name)))
+    for name in ("linear", "matmul"):
+        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
+    return made
+
+
+# The class, targets, arguments, and whether samples go through a training plan.
+CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "adam": (CLASSIFIER, CLASSES, {"alpha": 0.5}),
+    "adam, all else": (CLASSIFIER, CLASSES, {"beta_1": 0.7, "beta_2": 0.9, "epsilon": 1e-3, "batch_size": 7}),
+    "two classes": (CLASSIFIER, CLASSES == "a", {"activation": "tanh"}),
+    "labels": (CLASSIFIER, LABELS, {"activation": "logistic", "hidden_layer_sizes": (5, 4)}),
+    "nesterov": (CLASSIFIER, CLASSES, {"solver": "sgd", "learning_rate_init": 0.05, "batch_size": 32}),
+    "momentum": (CLASSIFIER, CLASSES, {"solver": "sgd", "nesterovs_momentum": False, "momentum": 0.5}),
+    "sgd alone": (REGRESSOR, NUMBERS, {"solver": "sgd", "momentum": 0.0, "shuffle": False}),
+    "invscaling": (REGRESSOR, NUMBERS, {"solver": "sgd", "learning_rate": "invscaling", "learning_rate_init": 0.1}),
+    "adaptive": (REGRESSOR, NUMBERS, {"solver": "sgd", "learning_rate": "adaptive", "tol": 0.1, "n_iter_no_change": 1}),
+    "early stopping": (CLASSIFIER, CLASSES, {"early_stopping": True, "n_iter_no_change": 2, "max_iter": 30}),
+    "early stopping, numbers": (REGRESSOR, NUMBERS, {"early_stopping": True, "learning_rate_init": 0.1}),
+    "no hidden activation": (REGRESSOR, NUMBERS[:, 0], {"activation": "identity", "hidden_layer_sizes": 40}),
+    "no hidden layer": (CLASSIFIER, CLASSES, {"hidden_layer_sizes": ()}),
+    "wide": (CLASSIFIER, CLASSES, {"hidden_layer_sizes": (150, 33)}),
+}
+
+
+def pair(cls: str, settings: dict[str, Any]) -> list[Any]:
+    """scikit-learn's network and ours."""
+    given = {"hidden_layer_sizes": (9,), "random_state": 3, "max_iter": 6} | settings
+    return [getattr(module, cls)(**given) for module in (neural_network, ours)]
+
+
+def assert_alike(theirs: Any, mine: Any, x: Any, rtol: float) -> None:
+    """All that is public of two networks that have been fitted: numbers to rounding, all else exactly."""
+    for name, value in vars(theirs).items():
+        if name.endswith("_") and not name.startswith("_"):
+            other = getattr(mine, name)
+            if name in ("coefs_", "intercepts_", "loss_curve_", "validation_scores_") and value is not None:
+                assert len(value) == len(other)
+                for a, b in zip(value, other, strict=True):
+                    assert np.asarray(a).dtype == np.asarray(b).dtype or name.endswith("e_")
+                    np.testing.assert_allclose(b, a, rtol, 100 * rtol, err_msg=name)
+            elif isinstance(value, float | np.floating):
+                np.testing.assert_allclose(other, value, rtol, err_msg=name)
+            else:
+                np.testing.assert_array_equal(other, value, err_msg=name)
+    predict = "predict_proba" if hasattr(theirs, "predict_proba") else "predict"
+    np.testing.assert_allclose(getattr(mine, predict)(x), getattr(theirs, predict)(x), 1e3 * rtol, 100 * rtol)
+
+
+RTOL = {"float32": 1e-4, "float64": 1e-10}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_the_same(name: str, dtype: Any, calls: list[str]) -> None:
+    cls, y, settings = CASES[name]
+    theirs, mine = pair(cls, settings)
+    x = X.astype(dtype)
+    theirs.fit(x, y)
+    assert not calls
+    mine.fit(x, y)
+    assert "train" in calls
+    assert_alike(theirs, mine, x, RTOL[str(dtype)])
+    assert "linear" in calls
+
+
+@pytest.mark.parametrize("kind", ["zeros", "few", "csr", "csc", "unsorted", "fortran", "strided", "float16", "list"])
+def test_samples_of_any_kind(kind: str, calls: list[str]) -> None:
+    unsorted = sparse.csr_matrix(ZEROS)
+    for row in range(N):
+        part = slice(unsorted.indptr[row], unsorted.indptr[row + 1])
+        unsorted.indices[part], unsorted.data[part] = unsorted.indices[part][::-1], unsorted.data[part][::-1]
+    unsorted.has_sorted_indices = False
+    x = {
+        "zeros": ZEROS,
+        "few": FEW,
+        "csr": sparse.csr_matrix(ZEROS),
+        "csc": sparse.csc_array(ZEROS),
+        "unsorted": unsorted,
+        "fortran": np.asfortranarray(X),
+        "strided": np.repeat(X, 2, axis=1)[:, ::2],
+        "float16": X.astype(np.float16),
+        "list": X.tolist(),
+    }[kind]
+    theirs, mine = (model.fit(x, CLASSES) for model in pair(CLASSIFIER, {"early_stopping": True}))
+    assert "train" in calls
+    assert_alike(theirs, mine, x, 1e-10)
+
+
+def test_few_values_are_trained_on_as_bytes(cpu: Any) -> None:
+    for dtype in (np.float32, np.float64):
+        x = FEW.astype(dtype)
+        codes, values = cpu.encoded(x)
+        assert same_bits(values[codes], x)
+        assert codes[x == 0].max() == 0
+        assert cpu.encoded(X.astype(dtype)) is None
+        special = np.array([0.0, -0.0, np.nan, np.inf, *range(252)], dtype)
+        codes, values = cpu.encoded(special)
+        assert same_bits(values[codes], special)
+        assert cpu.encoded(np.arange(257).astype(dtype)) is None
+
+
+def test_saturated_losses_are_limited_as_theirs(calls: list[str], dtype: Any) -> None:
+    """Probabilities that round to 0 or 1 cost what scikit-learn's limits say."""
+    for y in (CLASSES, CLASSES == "a", LABELS):
+        theirs, mine = pair(CLASSIFIER, {"max_iter": 3, "learning_rate_init": 1e-6})
+        x = (300 * X).astype(dtype)
+        theirs.fit(x, y)
+        mine.fit(x, y)
+        # Of two classes they compute 1 - p, of which few bits are left.
+        rtol = 10 * RTOL[str(dtype)] if y is CLASSES else 1e-3
+        np.testing.assert_allclose(mine.loss_curve_, theirs.loss_curve_, rtol)
+    assert "train" in calls
+
+
+def test_partial_fits_and_warm_starts(calls: list[str], dtype: Any) -> None:
+    x, rtol = X.astype(dtype), RTOL[str(dtype)]
+    for solver in ("adam", "sgd"):
+        models = pair(CLASSIFIER, {"solver": solver, "learning_rate": "invscaling"})
+        for part in (slice(0, 40), slice(40, 41), slice(41, None)):
+            for model in models:
+                model.partial_fit(x[part], CLASSES[part], classes=np.unique(CLASSES))
+        assert_alike(*models, x, rtol)
+        # Either one goes on from what the other has left, state of the optimizer included.
+        swapped = [copy.deepcopy(model) for model in models]
+        vars(swapped[0]).update(vars(copy.deepcopy(models[1])))
+        for model in (*models, *swapped):
+            model.partial_fit(x, CLASSES)
+        assert_alike(*models, x, rtol)
+        assert_alike(*swapped, x, rtol)
+    models = pair(REGRESSOR, {"warm_start": True, "early_stopping": True})
+    for _ in range(3):
+        for model in models:
+            model.fit(x, NUMBERS)
+    assert_alike(*models, x, rtol)
+    assert "train" in calls
+
+
+@pytest.mark.skipif(not TAKES_WEIGHTS, reason="scikit-learn has sample weights since 1.7")
+@pytest.mark.parametrize("solver", ["adam", "sgd", "lbfgs"])
+def test_sample_weights(solver: str, calls: list[str]) -> None:
+    settings = {"solver": solver, "early_stopping": solver == "adam"}
+    theirs, mine = (m.fit(X, CLASSES, sample_weight=WEIGHTS) for m in pair(CLASSIFIER, settings))
+    assert {"linear", "matmul"} <= set(calls)
+    assert_alike(theirs, mine, X, 1e-8)
+
+
+def test_lbfgs(calls: list[str], dtype: Any) -> None:
+    for cls, y in ((CLASSIFIER, CLASSES), (REGRESSOR, NUMBERS)):
+        theirs, mine = (m.fit(X.astype(dtype), y) for m in pair(cls, {"solver": "lbfgs"}))
+        assert_alike(theirs, mine, X.astype(dtype), 100 * RTOL[str(dtype)])
+    assert {"linear", "matmul"} <= set(calls)
+    assert "train" not in calls
+
+
+def test_what_is_not_usual_is_theirs(calls: list[str]) -> None:
+    for settings, y in (({"solver": "sgd", "learning_rate": "invscaling", "power_t": 9.0}, NUMBERS), ({}, NUMBERS)):
+        theirs, mine = pair(REGRESSOR, settings | {"warm_start": True})
+        for model in (theirs, mine):
+            model.fit(X, y)
+            if not settings:
+                calls.clear()
+                model.fit(X.astype(np.float32), y)  # the parameters are float64
+        assert "train" not in calls
+        assert_alike(theirs, mine, X, 1e-10)
+    if TAKES_WEIGHTS:
+        theirs, mine = (m.fit(X, NUMBERS**2) for m in pair(REGRESSOR, {"loss": "poisson"}))
+        assert "train" not in calls
+        assert_alike(theirs, mine, X, 1e-10)
+
+
+def test_predictions_of_other_dtypes(cpu: Any) -> None:
+    """As NumPy promotes them; and of one sample, and of more than are taken at a time."""
+    for fitted in (np.float32, np.float64):
+        theirs, mine = (m.fit(X.astype(fitted), CLASSES) for m in pair(CLASSIFIER, {}))
+        for x in (
+            X,
+            X.astype(np.float32),
+            ZEROS,
+            ZEROS.astype(np.float32),
+            np.tile(ZEROS, (9, 1)),
+            (X * 9).astype(np.int64),
+            X[:1],
+            np.tile(X, (25, 1)),
+            np.asfortranarray(X),
+        ):
+            wanted, found = theirs.predict_proba(x), mine.predict_proba(x)
+            assert found.dtype == wanted.dtype
+            np.testing.assert_allclose(found, wanted, 1e-4, 1e-5)
+            np.testing.assert_array_equal(mine.predict(x), theirs.predict(x))
+
+
+def test_zeros_that_are_skipped_hide_no_weights(cpu: Any, calls: list[str]) -> None:
+    theirs, mine = (m.fit(X, CLASSES) for m in pair(CLASSIFIER, {}))
+    calls.clear()
+    wanted, found = (m.predict_proba(ZEROS) for m in (theirs, mine))
+    assert calls == ["forward"]
+    np.testing.assert_allclose(found, wanted, 1e-8)
+    for model in (theirs, mine):
+        model.coefs_[0][0, 0] = np.inf
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(np.isnan(mine.predict_proba(ZEROS)), np.isnan(theirs.predict_proba(ZEROS)))
+
+
+def test_every_backend_learns_the_same(backend: Any) -> None:
+    theirs, mine = (m.fit(X, CLASSES) for m in pair(CLASSIFIER, {"early_stopping": True}))
+    assert_alike(theirs, mine, X, 1e-9)
+
+
+def test_threads_leave_the_bits(cpu: Any) -> None:
+    found = []
+    for threads in (1, 2):
+        gemmlet.set_num_threads(threads)
+        mine = pair(CLASSIFIER, {"hidden_layer_sizes": (150, 33)})[1].fit(np.tile(X, (4, 1)), np.tile(CLASSES, 4))
+        found.append([np.array(mine.loss_curve_), *mine.coefs_, *mine.intercepts_])
+        found[-1] += [mine.predict_proba(np.tile(x, (9, 1))) for x in (X, ZEROS)]
+    assert all(map(same_bits, *found))
+
+
+def test_a_wrong_kernel_is_noticed(cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of all these comparisons."""
+    train = type(cpu).train
+
+    def wrong(self: Any, plan: Any, batches: Any) -> Any:
+        outcome = train(self, plan, batches)
+        for parameter in plan.parameters(0):
+            np.multiply(parameter.value, 1.001, out=parameter.value)
+        return outcome
+
+    monkeypatch.setattr(type(cpu), "train", wrong)
+    theirs, mine = (m.fit(X, CLASSES) for m in pair(CLASSIFIER, {}))
+    with pytest.raises(AssertionError):
+        assert_alike(theirs, mine, X, 1e-4)
+
+
+def test_errors_and_warnings_are_theirs(cpu: Any) -> None:
+    for model in pair(REGRESSOR, {"solver": "sgd", "learning_rate_init": 1e200}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(ValueError, match="non-finite parameter weights"):
+                model.fit(1e100 * X, NUMBERS)
+    for model in pair(REGRESSOR, {"early_stopping": True}):
+        with pytest.raises(ValueError, match="does not support early_stopping"):
+            model.partial_fit(X, NUMBERS)
+        with pytest.raises(ValueError, match="validation set is too small"):
+            model.fit(X[:5], NUMBERS[:5])
+        assert "_epochs" not in vars(model)
+    for model in pair(REGRESSOR, {"batch_size": 1000}):
+        with pytest.warns(UserWarning, match="larger than sample size"):
+            model.fit(X, NUMBERS)
+        assert model.batch_size == 1000
+    for model in pair(REGRESSOR, {"max_iter": 2}):
+        with pytest.warns(ConvergenceWarning):
+            model.fit(X, NUMBERS)
+
+
+def test_an_interrupt_keeps_what_was_learnt(cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, count = type(cpu).train, 0
+
+    def interrupted(self: Any, plan: Any, batches: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return train(self, plan, batches)
+
+    monkeypatch.setattr(type(cpu), "train", interrupted)
+    mine = pair(CLASSIFIER, {"batch_size": 10})[1]
+    with pytest.warns(UserWarning, match="interrupted by user"):
+        mine.fit(X, CLASSES)
+    assert mine._optimizer.t > 0
+    assert "_epochs" not in vars(mine)
+    assert "update_params" not in vars(mine._optimizer)
+    mine.partial_fit(X, CLASSES)
+
+
+def test_copies(cpu: Any) -> None:
+    mine = pair(CLASSIFIER, {})[1].fit(X, CLASSES)
+    assert type(clone(mine)) is ours.MLPClassifier
+    assert clone(mine).get_params() == mine.get_params()
+    for other in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+        one, two = (copy.deepcopy(model).partial_fit(X, CLASSES) for model in (mine, other))
+        assert all(map(same_bits, one.coefs_, two.coefs_))
+
+
+def test_patch_and_unpatch() -> None:
+    module = types.ModuleType("somebody_s")
+    module.Net, module.other = neural_network.MLPClassifier, 1  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    originals = neural_network.MLPClassifier, neural_network.MLPRegressor
+    private = neural_network._multilayer_perceptron
+    try:
+        for _ in range(2):  # twice is as good as once
+            ours.patch_sklearn()
+        from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+        assert (MLPClassifier, MLPRegressor) == (ours.MLPClassifier, ours.MLPRegressor)
+        assert private.MLPClassifier is module.Net is ours.MLPClassifier  # type: ignore[attr-defined]
+        assert isinstance(module.Net(), originals[0])  # type: ignore[attr-defined]
+    finally:
+        ours.unpatch_sklearn()
+        del sys.modules[module.__name__]
+    assert (neural_network.MLPClassifier, neural_network.MLPRegressor) == originals
+    assert private.MLPClassifier is module.Net is originals[0]  # type: ignore[attr-defined]
+    assert ours.MLPClassifier is not originals[0]
+
+
+def test_what_is_not_known_is_left_alone(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = neural_network._multilayer_perceptron.BaseMultilayerPerceptron
+    assert ours._find_fault() is None
+    calls.clear()
+
+    def changed(self: Any, samples: Any, *rest: Any) -> Any:
+        return backprop(self, samples, *rest)
+
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:  # it counts the loss otherwise
+        loss, *gradients = backprop(self, *args, **kwargs)
+        return 2 * loss, *gradients
+
+    other.__signature__ = __import__("inspect").signature(base._backprop)  # type: ignore[attr-defined]
+    backprop = base._backprop
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_backprop", changed)
+        assert ours._find_fault() == "_backprop has changed"
+        patch.setattr(base, "_backprop", other)
+        assert ours._find_fault() == "MLPClassifier learns something else"
+        patch.delattr(base, "_forward_pass")
+        assert ours._find_fault() == "_forward_pass has changed"
+    calls.clear()
+    monkeypatch.setattr(ours, "_fault", "whatever")
+    for settings in ({}, {"solver": "lbfgs"}):
+        mine = pair(CLASSIFIER, settings)[1].fit(X, CLASSES)
+        mine.predict(X)
+    assert not calls
+
+
+# scikit-learn's own tests.
+
+
+@pytest.mark.parametrize("cls", [CLASSIFIER, REGRESSOR])
+def test_the_checks_of_estimators_pass(cls: str, cpu: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_estimator(getattr(ours, cls)(max_iter=30))
+
+
+# Run under `patch_sklearn`, with a count of the calls of the training plan; one that is wrong makes them fail.
+CHILD = """
+import os, sys
+import pytest
+import sklearn.neural_network.tests as tests
+from gemmlet.backends import select
+from gemmlet.integrations.sklearn import patch_sklearn
+
+patch_sklearn()
+backend, is_wrong, calls = type(select.current()), sys.argv[1] == "wrong", 0
+train = backend.train
+
+def counted(self, plan, batches):
+    global calls
+    calls += 1
+    outcome = train(self, plan, batches)
+    for parameter in plan.parameters(0) if is_wrong else ():
+        parameter.value[...] *= 0.99
+    return outcome
+
+backend.train = counted
+
+class Plugin:
+    @pytest.fixture  # of scikit-learn's conftest.py
+    def global_random_seed(self):
+        return 42
+
+file = os.path.join(os.path.dirname(tests.__file__), "test_mlp.py")
+status = pytest.main([file, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "--rootdir=."], [Plugin()])
+print("calls:", calls)
+sys.exit(status)
+"""
+
+
+def run_their_tests(kind: str, folder: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, kind], cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+@pytest.mark.slow
+def test_their_own_tests_pass(cpu: Any, tmp_path: Any) -> None:
+    """All of test_mlp.py, none left out."""
+    done = run_their_tests("right", tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert int(done.stdout.rpartition("calls:")[2]) > 1000
+    assert "deselected" not in done.stdout
+
+
+def test_their_own_tests_notice_a_wrong_kernel(cpu: Any, tmp_path: Any) -> None:
+    done = run_their_tests("wrong", tmp_path)
+    assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-2000:]
