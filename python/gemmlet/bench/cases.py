@@ -719,8 +719,8 @@ def imports(settings: Settings) -> Iterator[Case]:
 # The groups, in the order of the tables.
 
 _NAMED = (
-    training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, programs,
-    estimators.sklearn, thinc, overhead,
+    training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, thinc,
+    overhead, programs, estimators.sklearn,
 )  # fmt: skip
 GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
 GROUPS["import"] = imports  # a name that no function can have
