@@ -106,8 +106,8 @@ def _loaded_or_skipped(spec: Spec) -> NumpyBackend:
 # Files that take long, though they have few tests, the longest first; then come those with many. A process takes a file
 # at a time, and none shall be left with a long one at the end.
 LONGEST = [
-    "cuda_compile", "fused", "cli", "cuda_mutants", "documents", "cuda_matmul", "fit_bits", "broken_indices",
-    "cuda_training", "gpu_report", "soak",
+    "cuda_compile", "fused", "cli", "integrations_numpy_peers", "cuda_mutants", "documents", "cuda_matmul", "fit_bits",
+    "broken_indices", "integrations_torch", "cuda_training", "integrations_sklearn", "gpu_report", "soak",
 ]  # fmt: skip
 
 
