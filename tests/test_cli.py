@@ -24,8 +24,10 @@ import gemmlet
 from gemmlet import _environment, _threads, cli, nn
 from gemmlet._files import replacing
 from gemmlet.backends import select
+from gemmlet.backends.cpu import available_isas
 from gemmlet.cli import evaluation, files
 from gemmlet.data import load_mnist, mnist
+from gemmlet.integrations.numpy import replaced
 from gemmlet.nn import files as network_files
 from gemmlet.nn import fit
 
@@ -1710,7 +1712,7 @@ def test_folder_is_shown_as_it_is_called(digits, tmp_path, capsys):
 def test_info(capsys, monkeypatch):
     monkeypatch.setenv("GEMMLET_DATA_DIR", "/some/folder")
     assert call("info") == 0
-    config, backends, variables = capsys.readouterr().out.split("\n\n")
+    config, backends, accelerated, variables = capsys.readouterr().out.split("\n\n")
     shown = dict(line.split(maxsplit=1) for line in config.splitlines())
     assert shown == {name: " ".join(value.split()) for name, value in select.config().items()}
     assert shown.keys() >= {"gemmlet", "backend", "isa", "threads", "numpy", "python"}
@@ -1719,6 +1721,10 @@ def test_info(capsys, monkeypatch):
     assert [name for name, _ in found] == list(select.CHOICES)
     assert [name for name, state in found if state == "in use"] == [select.current().name]
     assert re.findall(r"^  (\w+) ", variables, re.MULTILINE) == list(_environment.VARIABLES)
+    if available_isas():
+        listed = " ".join(accelerated.split())
+        assert all(f" {name}," in listed for name in (f"{np.__version__} ndarray.__add__", "exp", "linalg.norm"))
+        assert replaced() == ()
     assert "GEMMLET_DATA_DIR     /some/folder: the folder with" in variables
     assert "GEMMLET_CACHE_DIR    not set: the folder" in variables
 
@@ -1732,10 +1738,12 @@ def test_info_lists_all_where_no_backend_can_be_had(capsys, monkeypatch, variabl
     assert call("info") == 2
     out, err = capsys.readouterr()
     assert "'abacus'" in err
-    refused, backends, variables = out.split("\n\n")
+    refused, backends, accelerated, variables = out.split("\n\n")
     assert refused == f"No backend: {err.removeprefix('gemmlet: ').strip()}"
     assert re.findall(r"^  (\w+) ", backends, re.MULTILINE) == list(select.CHOICES)
     assert "in use" not in backends
+    if variable == "GEMMLET_ISA":
+        assert "NumPy cannot be accelerated: instruction set 'abacus' is unknown" in " ".join(accelerated.split())
     assert re.search(rf"{variable} +abacus: ", variables)
 
 

@@ -192,6 +192,18 @@ def test_a_matmul_is_symmetric_and_the_same_with_out(accelerated: None) -> None:
         assert np.array_equal(again, wanted)
 
 
+def test_bytes_other_than_0_and_1_are_true(accelerated: None) -> None:
+    mask = np.array([0, 1, 2, 127, 128, 200, 255] * 5, dtype=np.uint8).view(bool)
+    x = np.arange(35.0)
+    wanted = mask.view(np.uint8) != 0
+    assert np.array_equal(np.where(mask, x, -x), np.where(wanted, x, -x))
+    assert np.array_equal(x * mask, x * wanted)
+    y = x.copy()
+    y[mask] = -1
+    assert np.array_equal(y, np.where(wanted, -1, x))
+    assert set(integration.counts()["numpy.where"]) == {3, 0}
+
+
 def test_memory_that_is_kept_is_nobodys(accelerated: None) -> None:
     rng = np.random.default_rng(0)
     alive = []

@@ -42,13 +42,13 @@ GEMMLET_INLINE bool all_lanes(M mask) {
 #endif
 }
 
-// Lanes of -1 for bytes that are true, 0 for others.
+// Lanes of -1 for bytes that are not 0, 0 for others.
 template <class T>
-GEMMLET_INLINE Vec<IntOf<T>> mask_of(const bool* bytes) {
+GEMMLET_INLINE Vec<IntOf<T>> mask_of(const std::uint8_t* bytes) {
   typedef signed char Bytes __attribute__((vector_size(lanes<T>)));
   Bytes b;
   std::memcpy(&b, bytes, sizeof b);
-  return __builtin_convertvector(-b, Vec<IntOf<T>>);
+  return __builtin_convertvector(b != 0, Vec<IntOf<T>>);
 }
 
 template <class T>
@@ -388,7 +388,7 @@ void clip(const T* x, T low, T high, T* y, Index n) {
 }
 
 template <class T>
-void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n) {
+void where(const std::uint8_t* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n) {
   const Vec<T> first = splat(*a), second = splat(*b);
   parallel_chunks(
       n,
@@ -397,19 +397,31 @@ void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step,
         for (; i + lanes<T> <= end; i += lanes<T>)
           store(y + i,
                 select(mask_of<T>(mask + i), a_step == 1 ? load(a + i) : first, b_step == 1 ? load(b + i) : second));
-        for (; i < end; ++i) y[i] = mask[i] ? a[i * a_step] : b[i * b_step];
+        for (; i < end; ++i) y[i] = mask[i] != 0 ? a[i * a_step] : b[i * b_step];
       },
       tuning::ufunc_cheap_chunk);
 }
 
-template <class From>
-void convert(const From* x, double* y, Index n) {
+namespace {
+
+template <class From, class F>
+void convert_each(const From* x, double* y, Index n, F f) {
   parallel_chunks(
       n,
       [&](Index begin, Index end) {
-        for (Index i = begin; i < end; ++i) y[i] = static_cast<double>(x[i]);
+        for (Index i = begin; i < end; ++i) y[i] = f(x[i]);
       },
       tuning::ufunc_cheap_chunk);
+}
+
+}  // namespace
+
+template <class From>
+void convert(const From* x, double* y, Index n) {
+  convert_each(x, y, n, [](From value) { return static_cast<double>(value); });
+}
+void convert_bools(const std::uint8_t* x, double* y, Index n) {
+  convert_each(x, y, n, [](std::uint8_t value) { return value != 0 ? 1.0 : 0.0; });
 }
 template void convert(const std::uint8_t*, double*, Index);
 template void convert(const std::int8_t*, double*, Index);
@@ -418,7 +430,7 @@ template void convert(const std::int64_t*, double*, Index);
 template void convert(const float*, double*, Index);
 
 template <class T>
-void fill_where(const bool* mask, T value, T* y, Index n) {
+void fill_where(const std::uint8_t* mask, T value, T* y, Index n) {
   parallel_chunks(
       n,
       [&](Index begin, Index end) {
@@ -434,7 +446,7 @@ void fill_where(const bool* mask, T value, T* y, Index n) {
 #endif
         // Without a branch, which random masks would mispredict: what is not to be written goes elsewhere.
         T elsewhere;
-        for (; i < end; ++i) *(mask[i] ? y + i : &elsewhere) = value;
+        for (; i < end; ++i) *(mask[i] != 0 ? y + i : &elsewhere) = value;
       },
       tuning::ufunc_cheap_chunk);
 }
@@ -573,16 +585,16 @@ void matmul(View<T> a, View<T> b, T* y) {
   }
 }
 
-#define GEMMLET_INSTANTIATE(T)                                                   \
-  template unsigned binary(Binary, const T*, const T*, T*, const Grid&);         \
-  template void compare(Comparison, const T*, const T*, bool*, const Grid&);     \
-  template unsigned unary(Unary, const T*, T*, Index);                           \
-  template void clip(const T*, T, T, T*, Index);                                 \
-  template void where(const bool*, const T*, Index, const T*, Index, T*, Index); \
-  template void fill_where(const bool*, T, T*, Index);                           \
-  template unsigned reduce(Reduction, T, const T*, T*, Index, Index, Index);     \
-  template void arg_extreme(const T*, bool, Index*, Index, Index);               \
-  template T dot(const T*, Index, const T*, Index, Index);                       \
+#define GEMMLET_INSTANTIATE(T)                                                           \
+  template unsigned binary(Binary, const T*, const T*, T*, const Grid&);                 \
+  template void compare(Comparison, const T*, const T*, bool*, const Grid&);             \
+  template unsigned unary(Unary, const T*, T*, Index);                                   \
+  template void clip(const T*, T, T, T*, Index);                                         \
+  template void where(const std::uint8_t*, const T*, Index, const T*, Index, T*, Index); \
+  template void fill_where(const std::uint8_t*, T, T*, Index);                           \
+  template unsigned reduce(Reduction, T, const T*, T*, Index, Index, Index);             \
+  template void arg_extreme(const T*, bool, Index*, Index, Index);                       \
+  template T dot(const T*, Index, const T*, Index, Index);                               \
   template void matmul(View<T>, View<T>, T*);
 GEMMLET_INSTANTIATE(float)
 GEMMLET_INSTANTIATE(double)

@@ -41,17 +41,18 @@ unsigned unary(Unary function, const T* x, T* y, Index n);
 template <class T>
 void clip(const T* x, T low, T high, T* y, Index n);
 
-// y = mask ? a : b. A step of 0 broadcasts a number, 1 goes along with the mask.
+// y = mask ? a : b. Any byte of a mask that is not 0 is true: a view may have made it of another dtype. A step of 0 broadcasts a number, 1 goes along with the mask.
 template <class T>
-void where(const bool* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n);
+void where(const std::uint8_t* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n);
 
-// y = x, as float64.
+// y = x, as float64; of bytes that are bools, 1 or 0.
 template <class From>
 void convert(const From* x, double* y, Index n);
+void convert_bools(const std::uint8_t* x, double* y, Index n);
 
 // y = value where the mask is true; other elements are not written.
 template <class T>
-void fill_where(const bool* mask, T value, T* y, Index n);
+void fill_where(const std::uint8_t* mask, T value, T* y, Index n);
 
 // y(o, i) over k of x(o, k, i), all contiguous. `zero` is what a sum begins with: of either sign, which sums of -0.0 have.
 template <class T>

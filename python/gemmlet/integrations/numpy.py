@@ -126,7 +126,7 @@ def _extension() -> Any:
         raise RuntimeError("NumPy cannot be accelerated in this Python: CPython with the GIL is needed")
     try:
         backend = select.load("cpu")
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:  # the last: of GEMMLET_ISA
         raise RuntimeError(f"NumPy cannot be accelerated: {error}") from error
     assert isinstance(backend, CpuBackend)
     return backend.extension

@@ -376,7 +376,7 @@ bool assign_by_mask(PyObject* array, PyObject* key, PyObject* value) {
   return for_type(a.type, [&](auto zero) {
     using T = decltype(zero);
     T* p = data<T>(array);
-    const bool* flags = data<bool>(mask);
+    const auto* flags = data<std::uint8_t>(mask);
     const T number = static_cast<T>(v.number);
     return run(n, [&] { ufuncs::fill_where(flags, number, p, n); });
   });
@@ -739,7 +739,7 @@ PyObject* where_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) 
     const bool integers = PyLong_CheckExact(arguments[1]) && PyLong_CheckExact(arguments[2]);
     PyObject* out = new_array(integers ? NPY_INTP : NPY_DOUBLE, mask.axes, mask.shape);
     if (out == nullptr) return nullptr;
-    const bool* flags = data<bool>(mask);
+    const auto* flags = data<std::uint8_t>(mask);
     double* y = data<double>(out);
     // int64 as the float64 of the same bits: where() copies.
     const double first = integers ? std::bit_cast<double>(static_cast<std::int64_t>(a.number)) : a.number,
@@ -754,7 +754,7 @@ PyObject* where_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) 
   a.type = b.type = type;
   PyObject* out = new_array(type, mask.axes, mask.shape);
   if (out == nullptr) return nullptr;
-  const bool* flags = data<bool>(mask);
+  const auto* flags = data<std::uint8_t>(mask);
   const bool well = for_elements(a, b, [&](auto zero, const auto* ap, const auto* bp) {
     auto* y = data<decltype(zero)>(out);
     return run(size, [&] { ufuncs::where(flags, ap, a.array, bp, b.array, y, size); });

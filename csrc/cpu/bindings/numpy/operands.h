@@ -136,16 +136,17 @@ class Converted {
     if (!read_any_array(object, o) || !o.in_order()) return false;
     switch (o.type) {
       case NPY_BOOL:
+        return convert(o, ufuncs::convert_bools);
       case NPY_UINT8:
-        return convert<std::uint8_t>(o);
+        return convert(o, ufuncs::convert<std::uint8_t>);
       case NPY_INT8:
-        return convert<std::int8_t>(o);
+        return convert(o, ufuncs::convert<std::int8_t>);
       case NPY_INT32:
-        return convert<std::int32_t>(o);
+        return convert(o, ufuncs::convert<std::int32_t>);
       case NPY_INT64:
-        return convert<std::int64_t>(o);
+        return convert(o, ufuncs::convert<std::int64_t>);
       case NPY_FLOAT:
-        return convert<float>(o);
+        return convert(o, ufuncs::convert<float>);
       default:
         return false;
     }
@@ -153,12 +154,12 @@ class Converted {
 
  private:
   template <class From>
-  bool convert(Operand& o) {
+  bool convert(Operand& o, void (*to_double)(const From*, double*, Index)) {
     const Index n = o.size();
     if (n > static_cast<Index>(std::size(few_)))
       data_ = static_cast<double*>(std::malloc(static_cast<std::size_t>(n) * 8));
     if (data_ == nullptr) return data_ = few_, false;
-    ufuncs::convert(reinterpret_cast<const From*>(o.data), data_, n);
+    to_double(reinterpret_cast<const From*>(o.data), data_, n);
     npy_intp stride = 8;
     for (int i = 0; i < o.axes; ++i) {
       const int axis = o.in_order(c_order) ? o.axes - 1 - i : i;

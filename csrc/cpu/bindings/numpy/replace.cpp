@@ -362,8 +362,11 @@ void replace(const std::vector<std::size_t>& indices) {
 
 void restore() {
   for (Entry& entry : entries) {
-    // What somebody else has put there since calls ours, and stays.
-    if (entry.replaced && *entry.place == entry.ours) *entry.place = entry.theirs;
+    if (!entry.replaced) continue;
+    if (*entry.place == entry.ours)
+      *entry.place = entry.theirs;
+    else
+      entry.place = nullptr;  // what somebody else has put there since may call ours, which calls theirs from now on
     entry.replaced = false;
   }
   PyType_Modified(&PyArray_Type);
