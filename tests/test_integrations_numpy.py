@@ -108,6 +108,31 @@ def test_an_entry_that_differs_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(np.tanh(np.float64(0.5)), 0.46211715726000973, rtol=1e-15)
 
 
+def test_a_function_of_the_programs_own_stays() -> None:
+    code = """
+import numpy as np
+calls, plain = [], np.sum
+
+def counting(*arguments, **named):
+    calls.append(1)
+    return plain(*arguments, **named)
+
+def fails(x):
+    raise ValueError
+
+np.sum, np.tanh = counting, fails
+import gemmlet
+from gemmlet.integrations import numpy as integration
+for _ in range(2):
+    with gemmlet.accelerate_numpy():
+        assert not {"numpy.sum", "numpy.tanh"} & set(integration.replaced())
+        calls.clear()
+        assert np.sum(np.ones(3)) == 3 and len(calls) == 1 and np.sum is counting
+"""
+    result = child("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("version", ["1.26.4", "3.0.0", "2.99.0.dev0"])
 def test_an_unknown_numpy_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "__version__", version)
@@ -145,6 +170,33 @@ def test_a_program_runs_as_it_is(tmp_path: Path) -> None:
     result = child("-m", "gemmlet", "-m", "program", "y", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert result.returncode == 7, result.stderr
     assert result.stdout.splitlines()[1] == "(1, 0)"
+
+
+def test_a_script_is_the_main_module_as_python_has_it(tmp_path: Path) -> None:
+    # Reached by a link: what stands beside the file itself is found, and __main__ is the script's until the end.
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "neighbour.py").write_text("value = 42")
+    (tmp_path / "real" / "script.py").write_text("""
+import atexit, os, pickle, sys
+import neighbour
+
+class A:
+    pass
+
+atexit.register(lambda: print(len(pickle.dumps(A())) > 0, sys.modules["__main__"].A is A))
+os.chdir("/")
+print(neighbour.value, os.path.isabs(__file__), sys.argv, __name__)
+""")
+    (tmp_path / "link.py").symlink_to(tmp_path / "real" / "script.py")
+    plain, ours = (
+        subprocess.run(
+            [sys.executable, *words, "link.py", "x"], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+        for words in ([], ["-m", "gemmlet"])
+    )
+    assert plain == ours == "42 True ['link.py', 'x'] __main__\nTrue True\n"
+    result = child("-P", "-m", "gemmlet", str(tmp_path / "real" / "script.py"))
+    assert "No module named 'neighbour'" in result.stderr
 
 
 def test_a_program_that_cannot_be_run_is_one_line() -> None:
@@ -222,6 +274,22 @@ def test_memory_that_is_kept_is_nobodys(accelerated: None) -> None:
             assert not copy.any()
             np.zeros((array.size, 0)), np.empty((0, array.size, 3))
         del alive
+
+
+def test_memory_of_numpys_own_is_filed_by_its_size() -> None:
+    # NumPy's blocks are exact, and those of empty arrays larger than it says when it frees them.
+    before = [np.zeros(size, np.uint8) for size in range(1, 1101) for _ in range(3)]
+    empty = [np.empty((0, size)) for size in (1, 10, 1000, 100_000)]
+    with gemmlet.accelerate_numpy():
+        alive = []
+        while before:
+            before.pop()
+            alive.append(np.full(len(before) % 1100 + 1, 7, np.uint8))
+        del empty
+        alive += [np.full(size, 7, np.uint8) for size in range(1, 1101)]
+        assert all((array == 7).all() for array in alive)
+    assert all((array == 7).all() for array in alive)
+    del alive
 
 
 def test_tracemalloc_is_told_of_arrays(accelerated: None) -> None:

@@ -430,6 +430,11 @@ template void convert(const std::int64_t*, double*, Index);
 template void convert(const float*, double*, Index);
 
 template <class T>
+void fill(T value, T* y, Index n) {
+  parallel_chunks(n, [&](Index begin, Index end) { std::fill(y + begin, y + end, value); }, tuning::ufunc_cheap_chunk);
+}
+
+template <class T>
 void fill_where(const std::uint8_t* mask, T value, T* y, Index n) {
   parallel_chunks(
       n,
@@ -591,6 +596,7 @@ void matmul(View<T> a, View<T> b, T* y) {
   template unsigned unary(Unary, const T*, T*, Index);                                   \
   template void clip(const T*, T, T, T*, Index);                                         \
   template void where(const std::uint8_t*, const T*, Index, const T*, Index, T*, Index); \
+  template void fill(T, T*, Index);                                                      \
   template void fill_where(const std::uint8_t*, T, T*, Index);                           \
   template unsigned reduce(Reduction, T, const T*, T*, Index, Index, Index);             \
   template void arg_extreme(const T*, bool, Index*, Index, Index);                       \

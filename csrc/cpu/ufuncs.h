@@ -41,7 +41,8 @@ unsigned unary(Unary function, const T* x, T* y, Index n);
 template <class T>
 void clip(const T* x, T low, T high, T* y, Index n);
 
-// y = mask ? a : b. Any byte of a mask that is not 0 is true: a view may have made it of another dtype. A step of 0 broadcasts a number, 1 goes along with the mask.
+// y = mask ? a : b. Any byte of a mask that is not 0 is true: a view may have made it of another dtype. A step of 0
+// broadcasts a number, 1 goes along with the mask.
 template <class T>
 void where(const std::uint8_t* mask, const T* a, Index a_step, const T* b, Index b_step, T* y, Index n);
 
@@ -49,6 +50,9 @@ void where(const std::uint8_t* mask, const T* a, Index a_step, const T* b, Index
 template <class From>
 void convert(const From* x, double* y, Index n);
 void convert_bools(const std::uint8_t* x, double* y, Index n);
+
+template <class T>
+void fill(T value, T* y, Index n);
 
 // y = value where the mask is true; other elements are not written.
 template <class T>

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from types import ModuleType
 
 
 def _run_program(words: list[str]) -> None:
@@ -28,8 +29,20 @@ def _run_program(words: list[str]) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
-        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))  # as Python itself does
-        runpy.run_path(words[0], run_name="__main__")
+        _run_script(words[0])
+
+
+def _run_script(name: str) -> None:
+    """Run a script as Python does: its folder on the path, and its module the main one to the end of the process."""
+    path = os.path.abspath(name)
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    module = ModuleType("__main__")
+    module.__dict__.update(__file__=path, __builtins__=__builtins__, __cached__=None)
+    sys.modules["__main__"] = module
+    exec(code, module.__dict__)
 
 
 _words = sys.argv[1:]

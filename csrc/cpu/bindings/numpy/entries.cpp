@@ -71,6 +71,7 @@ auto for_type(int type, F&& call) {
 // The bytes of an array that is not empty: first, and one past the last.
 struct Bytes {
   const char *begin, *end;
+  Bytes(const char* first, const char* past) : begin(first), end(past) {}
   explicit Bytes(const Operand& o) : begin(o.data), end(o.data + o.item()) {
     for (int i = 0; i < o.axes; ++i) {
       const Index reach = o.strides[i] * (o.shape[i] - 1);
@@ -91,6 +92,13 @@ bool may_be_output(const Operand& out, const Operand& in) {
 bool read_output(PyObject* object, int type, int axes, const npy_intp* shape, bool fortran, Operand& o) {
   return read_array(object, o) && o.type == type && (o.flags & NPY_ARRAY_WRITEABLE) != 0 &&
          o.in_order(fortran ? f_order : c_order) && o.axes == axes && std::equal(shape, shape + axes, o.shape);
+}
+
+// Whether a number becomes one of this type without an error, which NumPy would report.
+bool casts(double number, int type) {
+  if (type == NPY_DOUBLE) return true;
+  const float cast = static_cast<float>(number);
+  return std::isnormal(cast) || cast == number;
 }
 
 // Two operands of one type, at least one of them an array. `integers_divide`: of integers the result is float64.
@@ -117,7 +125,7 @@ bool read_operands(PyObject* x, PyObject* y, bool integers_divide, Operand& a, O
   const int type = a.array ? a.type : b.type;
   if (type == NPY_FLOAT) {
     if (!number.weak && number.type != NPY_FLOAT) return false;  // the result is of float64
-    if (!std::isfinite(static_cast<float>(number.number))) return false;
+    if (!casts(number.number, type)) return false;
   }
   number.type = type;
   return true;
@@ -371,7 +379,7 @@ bool assign_by_mask(PyObject* array, PyObject* key, PyObject* value) {
       (a.flags & NPY_ARRAY_WRITEABLE) == 0 || !read_number(value, v) || !same_shape(a, mask) ||
       (a.flags & mask.flags & c_order) == 0)
     return false;
-  if (a.type == NPY_FLOAT && !std::isfinite(static_cast<float>(v.number))) return false;
+  if (!casts(v.number, a.type)) return false;
   const Index n = a.size();
   return for_type(a.type, [&](auto zero) {
     using T = decltype(zero);
@@ -412,6 +420,10 @@ struct Indices {
     start = first[0];
     step = count > 1 ? first[1] - first[0] : 1;
     return true;
+  }
+  Bytes bytes() const {
+    const Index reach = (count - 1) * stride;
+    return {data + std::min<Index>(reach, 0), data + std::max<Index>(reach, 0) + 8};
   }
   // The i-th, from the end if it is negative; -1 if it is outside.
   Index at(Index i, Index length) const {
@@ -492,16 +504,14 @@ bool assign_pairs(PyObject* array, PyObject* key, PyObject* value) {
     if (v.type != pairs.a.type || v.axes != 1 || v.shape[0] != n || v.strides[0] % v.item() != 0 ||
         !Bytes(v).apart_from(Bytes(pairs.a)))
       return false;
-  } else if (!read_number(value, v) || (pairs.a.type == NPY_FLOAT && !std::isfinite(static_cast<float>(v.number)))) {
+  } else if (!read_number(value, v) || !casts(v.number, pairs.a.type)) {
     return false;
   }
   for (Index i = 0; i < n; ++i)
     if (pairs.at(i) == nullptr) return false;
   const Bytes written(pairs.a);
   for (const Indices* indices : {&pairs.rows, &pairs.columns})
-    if (indices->data != nullptr && indices->data < written.end &&
-        indices->data + (n - 1) * indices->stride >= written.begin)
-      return false;
+    if (indices->data != nullptr && !indices->bytes().apart_from(written)) return false;
   return for_type(pairs.a.type, [&](auto zero) {
     using T = decltype(zero);
     for (Index i = 0; i < n; ++i) {
@@ -545,10 +555,12 @@ PyObject* without_ranges(PyObject* key) {
     } else {
       taken = Py_NewRef(item);
     }
-    if (taken == nullptr)
+    if (taken == nullptr) {
+      PyErr_Clear();  // a range of larger numbers, say: NumPy has its own error
       Py_CLEAR(result);
-    else
+    } else {
       PyTuple_SET_ITEM(result, i, taken);
+    }
   }
   return result;
 }
@@ -700,7 +712,7 @@ PyObject* clip_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
       !read_number(arguments[2], high) || !a.in_order() || a.size() == 0 || !(low.number <= high.number))
     return nullptr;
   const auto fits = [&](const Operand& bound) {
-    return a.type == NPY_DOUBLE || (bound.weak && std::isfinite(static_cast<float>(bound.number)));
+    return a.type == NPY_DOUBLE || (bound.weak && casts(bound.number, a.type));
   };
   if (!fits(low) || !fits(high)) return nullptr;
   const bool fortran = !a.in_order(c_order);
@@ -749,7 +761,7 @@ PyObject* where_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) 
   const int type = a.array ? a.type : b.type;
   for (const Operand* o : {&a, &b}) {
     if (o->array ? o->type != type : type == NPY_FLOAT && !o->weak && o->type != NPY_FLOAT) return nullptr;
-    if (!o->array && type == NPY_FLOAT && !std::isfinite(static_cast<float>(o->number))) return nullptr;
+    if (!o->array && !casts(o->number, type)) return nullptr;
   }
   a.type = b.type = type;
   PyObject* out = new_array(type, mask.axes, mask.shape);
@@ -769,12 +781,12 @@ PyObject* filled_like_call(PyObject* const* arguments, Py_ssize_t n, PyObject* n
   PyObject* out = PyArray_NewLikeArray(reinterpret_cast<PyArrayObject*>(arguments[0]), NPY_KEEPORDER, nullptr, 0);
   if (out == nullptr) return nullptr;
   const Index size = a.size();
-  for_type(a.type, [&](auto zero) {
+  const bool well = for_type(a.type, [&](auto zero) {
     using T = decltype(zero);
-    std::fill_n(data<T>(out), size, T(ones));
-    return true;
+    T* y = data<T>(out);
+    return run(size, [&] { ufuncs::fill(T(ones), y, size); });
   });
-  return out;
+  return result_if(well, out);
 }
 
 PyObject* outer_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {

@@ -24,7 +24,7 @@ PyObject* matmul(PyObject* x, PyObject* y, PyObject* out, bool ufunc);
 bool assign(PyObject* array, PyObject* key, PyObject* value);
 // array[key], where the key is an array of rows' indices, or a pair of indices.
 PyObject* subscript(PyObject* array, PyObject* key);
-// A key with its ranges as arrays; null if there are none. With an error set, if memory is short.
+// A key with its ranges as arrays; null if there are none, or one that makes no array.
 PyObject* without_ranges(PyObject* key);
 
 // An operand so large, and held by nobody else, that NumPy computes in place.

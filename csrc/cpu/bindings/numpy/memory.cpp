@@ -2,11 +2,10 @@
 //   Blocks of at least `smallest` bytes are kept by size class, four to an octave, last in first out, and those below `tiny`
 //   in buckets of 16 bytes, a few of each, as NumPy itself does. A large block is aligned to a cache line.
 //   All are malloc's, as those of NumPy's own functions are: either frees what the other has allocated, so that the functions
-//   may be replaced while arrays are alive. tracemalloc is told of them as by NumPy.
-//   Sizes that NumPy passes to free may be wrong (of an array without elements, it is 1): a block serves no more bytes than
-//   that, and a large one no more than its own size.
+//   may be replaced while arrays are alive. Hence a block is filed by its own size: NumPy's are exact, and of an array
+//   without elements NumPy says that it has one byte, whatever it has allocated.
 //   NumPy calls a handler with the GIL held, which is the lock of the buckets, as of its own. For large blocks who finds them
-//   in use does without: nobody waits, also not in a child that was forked meanwhile.
+//   in use does without: nobody waits, also not in a child that was forked meanwhile. NumPy tells tracemalloc.
 #include "cpu/bindings/numpy/memory.h"
 
 #include <pybind11/pybind11.h>
@@ -21,6 +20,7 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "cpu/bindings/numpy/operands.h"
@@ -45,22 +45,6 @@ struct Bucket {
 } buckets[tiny / bucket_bytes];
 PyDataMemAllocator theirs;  // while ours are in its place
 bool replaced;
-
-// Declared here, as CPython's own declaration has the linkage of C++ in C++ before 3.13.
-namespace tracemalloc {
-extern "C" int PyTraceMalloc_Track(unsigned domain, std::uintptr_t p, std::size_t bytes);
-extern "C" int PyTraceMalloc_Untrack(unsigned domain, std::uintptr_t p);
-}  // namespace tracemalloc
-constexpr unsigned trace_domain = 389047;  // numpy.lib.tracemalloc_domain
-
-void* tracked(void* p, std::size_t bytes) {
-  if (p != nullptr) tracemalloc::PyTraceMalloc_Track(trace_domain, reinterpret_cast<std::uintptr_t>(p), bytes);
-  return p;
-}
-void free_block(void* p) {
-  tracemalloc::PyTraceMalloc_Untrack(trace_domain, reinterpret_cast<std::uintptr_t>(p));
-  std::free(p);
-}
 
 // The smallest class whose blocks hold `bytes`, and their size.
 struct Class {
@@ -104,7 +88,7 @@ void give_back() {
   const Turn turn;
   if (!turn) return;
   for (Block*& first : kept)
-    while (first != nullptr) free_block(std::exchange(first, first->next));
+    while (first != nullptr) std::free(std::exchange(first, first->next));
   kept_bytes = 0;
 }
 
@@ -115,7 +99,7 @@ void* allocate_tiny(std::size_t bytes) {
   const std::size_t index = bucket_of(bytes);
   Bucket& bucket = buckets[index];
   if (bucket.count > 0) return bucket.blocks[--bucket.count];
-  return tracked(std::malloc((index + 1) * bucket_bytes), bytes);
+  return std::malloc((index + 1) * bucket_bytes);
 }
 
 void* reuse(const Class& c) {
@@ -137,12 +121,12 @@ void* take(const Class& c) {
 #if defined(MADV_HUGEPAGE)
   if (c.bytes >= 2 * huge_page) madvise(p, c.bytes, MADV_HUGEPAGE);
 #endif
-  return tracked(p, c.bytes);
+  return p;
 }
 
 void* allocate(void*, std::size_t bytes) {
   if (bytes < tiny) return allocate_tiny(bytes);
-  if (!takes(bytes)) return tracked(std::malloc(bytes), bytes);
+  if (!takes(bytes)) return std::malloc(bytes);
   const Class c(bytes);
   void* p = reuse(c);
   return p != nullptr ? p : take(c);
@@ -154,24 +138,26 @@ void* allocate_zeros(void*, std::size_t count, std::size_t size) {
     void* p = allocate_tiny(bytes);
     return p == nullptr ? p : std::memset(p, 0, bytes);
   }
-  if (!takes(bytes)) return tracked(std::calloc(count, size), bytes);
+  if (!takes(bytes)) return std::calloc(count, size);
   const Class c(bytes);
   if (void* p = reuse(c)) return std::memset(p, 0, bytes);
-  return tracked(std::calloc(1, c.bytes), c.bytes);  // the system's pages are zeros already
+  return std::calloc(1, c.bytes);  // the system's pages are zeros already
 }
 
 void release(void*, void* p, std::size_t bytes) {
   if (p == nullptr) return;
   if (bytes < tiny) {
-    Bucket& bucket = buckets[bucket_of(bytes)];
-    if (bucket.count == bucket_blocks || most_bytes == 0) return free_block(p);
+    const std::size_t whole = usable_bytes(p) / bucket_bytes;
+    if (whole == 0 || whole > std::size(buckets) || most_bytes == 0) return std::free(p);
+    Bucket& bucket = buckets[whole - 1];
+    if (bucket.count == bucket_blocks) return std::free(p);
     bucket.blocks[bucket.count++] = p;
     return;
   }
-  if (!takes(bytes)) return free_block(p);
+  if (!takes(bytes)) return std::free(p);
   const Class c(bytes);
   const Turn turn;
-  if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) return free_block(p);
+  if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) return std::free(p);
   Block* block = static_cast<Block*>(p);
   block->next = kept[c.index];
   kept[c.index] = block;
@@ -182,10 +168,7 @@ void* reallocate(void*, void* p, std::size_t bytes) {
   const std::size_t rounded = bytes < tiny   ? (bucket_of(bytes) + 1) * bucket_bytes
                               : takes(bytes) ? Class(bytes).bytes
                                              : bytes;
-  const auto before = reinterpret_cast<std::uintptr_t>(p);
-  void* moved = std::realloc(p, rounded);
-  if (moved != nullptr) tracemalloc::PyTraceMalloc_Untrack(trace_domain, before);
-  return tracked(moved, bytes);
+  return std::realloc(p, rounded);
 }
 
 }  // namespace
@@ -200,7 +183,7 @@ void keep_memory(std::int64_t bytes) {
   replaced = bytes > 0;
   if (kept_bytes > most_bytes || most_bytes == 0) give_back();
   for (Bucket& bucket : buckets)
-    while (most_bytes == 0 && bucket.count > 0) free_block(bucket.blocks[--bucket.count]);
+    while (most_bytes == 0 && bucket.count > 0) std::free(bucket.blocks[--bucket.count]);
 }
 
 }  // namespace gemmlet::numpy

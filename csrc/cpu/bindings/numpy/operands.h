@@ -27,6 +27,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "cpu/bindings/run.h"
 #include "cpu/ufuncs.h"
 
 namespace gemmlet::numpy {
@@ -159,7 +160,7 @@ class Converted {
     if (n > static_cast<Index>(std::size(few_)))
       data_ = static_cast<double*>(std::malloc(static_cast<std::size_t>(n) * 8));
     if (data_ == nullptr) return data_ = few_, false;
-    to_double(reinterpret_cast<const From*>(o.data), data_, n);
+    if (!run(n, [&] { to_double(reinterpret_cast<const From*>(o.data), data_, n); })) return false;
     npy_intp stride = 8;
     for (int i = 0; i < o.axes; ++i) {
       const int axis = o.in_order(c_order) ? o.axes - 1 - i : i;

@@ -13,6 +13,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/bindings/bindings.h"
@@ -256,6 +257,8 @@ void** place_of_function(Entry& entry) {
     if (object.is_none()) return nullptr;
   }
   PyTypeObject* const type = Py_TYPE(object.ptr());
+  // NumPy's own, not what a program may have put there: a Python function has a vectorcall pointer, too.
+  if (type != &PyUFunc_Type && std::string_view(type->tp_name) != "numpy._ArrayFunctionDispatcher") return nullptr;
   if ((type->tp_flags & Py_TPFLAGS_HAVE_VECTORCALL) == 0 || type->tp_vectorcall_offset <= 0) return nullptr;
   void** place = reinterpret_cast<void**>(reinterpret_cast<char*>(object.ptr()) + type->tp_vectorcall_offset);
   if (*place == nullptr) return nullptr;
