@@ -134,7 +134,7 @@ class TorchMlp(TorchTraining):
     def __init__(self, gpu: Gpu, t: Task, rule: str, graph: bool) -> None:
         super().__init__(gpu)
         torch = self.torch
-        self.model = bench._torch_layers(t.layers, t.parameters).to(self.device)
+        self.model = bench.torch_layers(t.layers, t.parameters).to(self.device)
         self.x, self.labels = self.tensor(t.x), self.tensor(t.labels)
         # Longer than an epoch by what is done to record a step.
         self.order = torch.arange(len(t.labels) + 4 * BATCH, device=self.device) % len(t.labels)
@@ -186,8 +186,8 @@ class TorchGan(TorchTraining):
         super().__init__(gpu)
         torch = self.torch
         torch.manual_seed(0)
-        self.generator = bench._torch_layers((LATENT, *GENERATOR), t.generator, torch.nn.Tanh()).to(self.device)
-        self.discriminator = bench._torch_layers((GENERATOR[-1], *bench.DISCRIMINATOR), t.discriminator).to(self.device)
+        self.generator = bench.torch_layers((LATENT, *GENERATOR), t.generator, torch.nn.Tanh()).to(self.device)
+        self.discriminator = bench.torch_layers((GENERATOR[-1], *bench.DISCRIMINATOR), t.discriminator).to(self.device)
         numbers: dict[str, Any] = {"lr": GAN_LR, "betas": (BETA1, BETA2), "eps": EPS}
         self.generator_optimizer = self.adam(self.generator.parameters(), **numbers)
         self.discriminator_optimizer = self.adam(self.discriminator.parameters(), **numbers)

@@ -658,6 +658,9 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
     others |= {"forward"}  # below
     others |= {"kept_memory", "formula", "fast_path"}  # see test_fast_path.py
+    others |= {
+        name for name in dir(module) if name.startswith(("numpy_", "torch_", "use_torch"))
+    }  # test_integrations_*
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
     return calls

@@ -37,8 +37,9 @@ MATMULS = {"matmul", "linear", "linear_backward"}
 # Arguments choose the rule, or its hyperparameters.
 UPDATES = {"sgd_update": ("sgd", "momentum"), "adam_update": ("adam",), "adamw_update": ("adam",)}
 
-# What a value type has: the mathematics of simd.h and of GPUs, besides csrc/formulas/math.h.
-VALUE_TYPES = {"cpu/simd.h", "cuda/scalar.cuh", "cuda/reduced_precision.cuh", "cuda/ptx.cuh"}
+# What a value type has: the mathematics of simd.h and of GPUs, besides csrc/formulas/math.h. And NumPy's functions,
+# each of which is one of these.
+VALUE_TYPES = {"cpu/simd.h", "cpu/ufuncs.cpp", "cuda/scalar.cuh", "cuda/reduced_precision.cuh", "cuda/ptx.cuh"}
 MATHEMATICS = re.compile(
     r"(?<!: )\b(exp|expf|exp2|expm1|log|logf|log2|log1p|log1p_unit|tanh|erfc?|pow|sqrt|decay|decay_times"
     r"|unsigned_decay_times|scaled_normal_tail|select|copysign|at_least|at_most)(<[^<>()]*>)?\("
@@ -52,12 +53,14 @@ ALLOWED = {
     "static Statistic log(const Statistic& s) {": "the same, of several",
     "return Statistic([&](int i) { return gemmlet::log(s.part[i]); });": "the same",
     "each([&](int, Vec<T> v) { most = select(v > most, v, most); }, x);": "the largest number of a row",
+    "Vec<T> operator()(Vec<T> loss) const { return at_most(at_least(loss, least), most); }": "what a loss counts",
+    "return well && flags == 0 && std::isfinite(square) ? new_scalar(std::sqrt(square)) : nullptr;": "a norm",
     "__device__ __forceinline__ double value() const { return fma(times_, 600 * 0.69314718055994530942, "
     "log(product_)); }": "a sum of logarithms is the logarithm of a product",
 }
 PYTHON_MATHEMATICS = re.compile(r"\b(np|math)\.(exp|exp2|expm1|log|log2|log1p|logaddexp|tanh)\b")
-# Numba's scalar kernels, and what gemmlet is compared with.
-PYTHON_ALLOWED = ("formulas", "backends/numba", "bench")
+# Numba's scalar kernels, what gemmlet is compared with, and what it is put under.
+PYTHON_ALLOWED = ("formulas", "backends/numba", "bench", "integrations")
 
 
 def code_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -445,7 +446,9 @@ class Plugin:
         return 42
 
 file = os.path.join(os.path.dirname(tests.__file__), "test_mlp.py")
-status = pytest.main([file, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "--rootdir=."], [Plugin()])
+# Without the settings of whoever tests gemmlet.
+options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "-c", os.devnull, "--rootdir=."]
+status = pytest.main([file, *options], [Plugin()])
 print("calls:", calls)
 sys.exit(status)
 """
@@ -453,7 +456,13 @@ sys.exit(status)
 
 def run_their_tests(kind: str, folder: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", CHILD, kind], cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False
+        [sys.executable, "-c", CHILD, kind],
+        cwd=folder,
+        env=os.environ | {"PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
 
 

@@ -68,7 +68,8 @@ def alarm() -> Iterator[Callable[[float], None]]:
 
     previous = signal.signal(signal.SIGALRM, handle)
     try:
-        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
+        # Again, as what a garbage collection calls may have swallowed the first.
+        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds, 5.0) and None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

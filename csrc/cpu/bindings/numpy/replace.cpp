@@ -281,7 +281,7 @@ std::vector<py::object> prepare() {
     if (_import_array() < 0 || _import_umath() < 0) throw py::error_already_set();
     const py::module_ np = py::module_::import("numpy");
     const double sum = np.attr("sum")(np.attr("array")(py::make_tuple(-0.0))).cast<double>();
-    if (!prepare_entries(std::copysign(0.0, sum))) throw py::error_already_set();
+    if (!prepare_entries(std::signbit(sum) ? -0.0 : 0.0)) throw py::error_already_set();
     PyNumberMethods* number = PyArray_Type.tp_as_number;
     PyMappingMethods* mapping = PyArray_Type.tp_as_mapping;
 #define GEMMLET_ENTRY(slot, name, function) entries[operator_##slot].place = place_of(number->slot);
