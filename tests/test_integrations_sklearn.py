@@ -360,6 +360,7 @@ def test_copies(cpu: Any) -> None:
 def test_patch_and_unpatch() -> None:
     module = types.ModuleType("somebody_s")
     module.Net, module.other = neural_network.MLPClassifier, 1  # type: ignore[attr-defined]
+    module.Ours = ours.MLPClassifier  # type: ignore[attr-defined]  # on purpose
     sys.modules[module.__name__] = module
     originals = neural_network.MLPClassifier, neural_network.MLPRegressor
     private = neural_network._multilayer_perceptron
@@ -376,7 +377,7 @@ def test_patch_and_unpatch() -> None:
         del sys.modules[module.__name__]
     assert (neural_network.MLPClassifier, neural_network.MLPRegressor) == originals
     assert private.MLPClassifier is module.Net is originals[0]  # type: ignore[attr-defined]
-    assert ours.MLPClassifier is not originals[0]
+    assert module.Ours is ours.MLPClassifier is not originals[0]  # type: ignore[attr-defined]
 
 
 def test_what_is_not_known_is_left_alone(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,6 +310,8 @@ UNUSUAL: dict[str, Callable[..., Any]] = {
     "sample with a gradient": lambda m, o, x, t: (x.requires_grad_(), t),
     "weight of float64": lambda m, o, x, t: (m.double(), x.double(), t)[1:],
     "negated view": lambda m, o, x, t: (torch.complex(x, x).conj().imag, t),
+    "negated weight": lambda m, o, x, t: (setattr(m[0].weight, "data", torch._neg_view(m[0].weight.data)), x, t)[1:],
+    "layer that is not known": lambda m, o, x, t: (m.append(nn.Softmax(1)), x, t)[1:],
     "maximize": lambda m, o, x, t: (o.param_groups[0].update(maximize=True), x, t)[1:],
     "own memory": lambda m, o, x, t: (m[0].weight.share_memory_(), x, t)[1:],
 }
@@ -332,6 +334,18 @@ def test_what_is_unusual_at_the_time_is_done_by_pytorch(unusual: str) -> None:
     assert_close(*results, results[0].dtype)
     assert_close(list(module.parameters()), list(twin.parameters()))
     assert integration.calls == {"fused_step" if unusual in FUSED else "fused_step by PyTorch": 1}
+
+
+@one_isa
+def test_a_fused_step_reads_negated_targets_with_their_sign() -> None:
+    module = NETWORKS["relu"]()
+    twin = copy.deepcopy(module)
+    ours, theirs = made("sgd", module.parameters()), made("sgd", twin.parameters())
+    loss, x = nn.MSELoss(), torch.randn(6, 20)
+    target = torch._neg_view(torch.randn_like(module(x)).detach())
+    step = integration.fused_step(module, loss, ours)
+    assert_close(step(x, target), eager_step(twin, loss, theirs, x, target))
+    assert_close(list(module.parameters()), list(twin.parameters()))
 
 
 @one_isa
@@ -397,9 +411,12 @@ def test_a_change_of_the_module_counts() -> None:
         for scheduler in schedulers:  # which warns, unless the optimizer has stepped
             scheduler.step()
     assert_close(list(module.parameters()), list(twin.parameters()))
-    module[1] = nn.Softmax(1)
-    with pytest.raises(ValueError, match=r"module\[1\] is Softmax"):
-        step(x, target)
+    assert integration.calls == {"fused_step": 4}
+    own, module[1] = module[1], nn.Softmax(1)
+    step(x, target)
+    module[1] = own
+    step(x, target)
+    assert integration.calls == {"fused_step": 5, "fused_step by PyTorch": 1}
 
 
 # Optimizers.
@@ -496,6 +513,39 @@ def test_parameters_of_many_kinds_are_updated() -> None:
         assert both[0][1]["param_groups"] == both[1][1]["param_groups"]
         assert_close(both[1][1]["state"], both[0][1]["state"])
     assert integration.calls["update by PyTorch"] > 0
+
+
+@one_isa
+def test_negated_gradients_and_states_are_read_with_their_sign() -> None:
+    param = nn.Parameter(torch.zeros(3))
+    param.grad = torch._neg_view(torch.ones(3))
+    integration.SGD([param], lr=1.0).step()
+    assert_close(param.detach(), torch.ones(3))
+    theirs, mine = (make([nn.Parameter(torch.zeros(3))], lr=0.1) for make in (torch.optim.Adam, integration.Adam))
+    for optimizer in (theirs, mine):
+        (own,) = optimizer.param_groups[0]["params"]
+        for _ in range(2):
+            own.grad = torch.ones(3)
+            optimizer.step()
+            optimizer.state[own]["exp_avg"] = torch._neg_view(optimizer.state[own]["exp_avg"])
+    assert_close(mine.param_groups[0]["params"][0], theirs.param_groups[0]["params"][0])
+
+
+@one_isa
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_counter_of_steps_has_pytorchs_dtype(default: Any) -> None:
+    found = []
+    torch.set_default_dtype(default)
+    try:
+        for make in (torch.optim.Adam, integration.Adam):
+            param = nn.Parameter(torch.zeros(3, dtype=torch.float32))
+            param.grad = torch.ones_like(param)
+            optimizer = make([param])
+            optimizer.step()
+            found.append(optimizer.state[param]["step"].dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0] is found[1]
 
 
 @one_isa
@@ -867,6 +917,41 @@ def test_hooks_see_what_they_see_in_eager() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t.clone()):
         compare(module, module, [x])
     assert packed
+
+
+@one_isa
+@pytest.mark.parametrize("negated", range(3))
+def test_compiled_chains_read_negated_tensors_with_their_sign(negated: int) -> None:
+    inputs = [torch.randn(4, 6), torch.randn(5, 6), torch.randn(5)]
+    inputs[negated] = torch._neg_view(inputs[negated])
+    function = lambda *a: torch.relu(functional.linear(*a))  # noqa: E731
+    assert_close(compile_with_ours(function)(*inputs), function(*inputs))
+
+
+@one_isa
+def test_compiled_chains_read_negated_gradients_with_their_sign() -> None:
+    found = []
+    for wrap in (compile_with_ours, lambda function: function):
+        torch.manual_seed(1)
+        x, weight = torch.randn(4, 6), torch.randn(5, 6, requires_grad=True)
+        out = wrap(lambda x, w: functional.linear(x, w))(x, weight)
+        found += torch.autograd.grad(out, weight, torch._neg_view(torch.ones(4, 5)))
+    assert_close(*found)
+
+
+@one_isa
+def test_a_last_bias_may_change_before_a_second_derivative() -> None:
+    found = []
+    for wrap in (compile_with_ours, lambda function: function):
+        torch.manual_seed(1)
+        x, w1, w2 = (torch.randn(s, requires_grad=True) for s in ((4, 6), (5, 6), (3, 5)))
+        b = torch.randn(3, requires_grad=True)
+        out = wrap(lambda x, w1, w2, b: functional.linear(torch.tanh(functional.linear(x, w1)), w2, b))(x, w1, w2, b)
+        with torch.no_grad():
+            b.add_(1)
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), (x, w1, w2)))
+    assert_close(*found)
 
 
 @one_isa

@@ -381,29 +381,32 @@ class MLPRegressor(_Accelerated, neural_network.MLPRegressor):  # type: ignore[m
 
 _SWAPS = {cls.__mro__[2]: cls for cls in (MLPClassifier, MLPRegressor)}
 
+# What `patch_sklearn` has replaced: module, attribute, and the class that was there.
+_replaced: list[tuple[Any, str, Any]] = []
+
 
 def patch_sklearn() -> None:
     """Put gemmlet's classes in the place of scikit-learn's, in all modules that have been imported.
 
     Objects that exist already stay what they are.
     """
-    _swap(_SWAPS)
-
-
-def unpatch_sklearn() -> None:
-    """Put scikit-learn's own classes back."""
-    _swap({ours: theirs for theirs, ours in _SWAPS.items()})
-
-
-def _swap(classes: dict[Any, Any]) -> None:
     # By identity: to ask objects of other packages for anything may run their code.
-    swaps = {id(before): after for before, after in classes.items()}
+    swaps = {id(theirs): ours for theirs, ours in _SWAPS.items()}
     for name, module in list(sys.modules.items()):
         if name == __name__:
             continue
         for attribute, value in list(getattr(module, "__dict__", {}).items()):
             if id(value) in swaps:
                 setattr(module, attribute, swaps[id(value)])
+                _replaced.append((module, attribute, value))
+
+
+def unpatch_sklearn() -> None:
+    """Put scikit-learn's own classes back where `patch_sklearn` has replaced them."""
+    while _replaced:
+        module, attribute, theirs = _replaced.pop()
+        if module.__dict__.get(attribute) is _SWAPS[theirs]:
+            setattr(module, attribute, theirs)
 
 
 def _find_fault() -> str | None:

@@ -28,6 +28,7 @@ from .extension import (
     Network,
     calls,
     capsule,
+    is_negated,
     kernels,
 )
 
@@ -217,7 +218,11 @@ class Chain:
         self.network = Network(tuple(self.activations), self.loss)
         self.end_of_parameters = 1 + 2 * len(self.activations)
         # The arguments but biases that are not there.
-        self._tensors = operator.itemgetter(*(i for i, each in enumerate(arguments) if each is not None))
+        there = [i for i, each in enumerate(arguments) if each is not None]
+        self._tensors = operator.itemgetter(*there)
+        # Those whose values gradients depend on: a bias behind which there is no function is only added.
+        added = self.end_of_parameters - 1 if self.loss is None and self.activations[-1] is NONE else None
+        self.differentiated = operator.itemgetter(*(i for i in there if i != added))
         return tuple(arguments)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -225,9 +230,10 @@ class Chain:
         found = kernels()
         if found is not self._found:
             self._found, self._capsule = found, None if found is None else capsule(self.network, found)
-        if found is None or inputs[0].is_neg() or (self.loss is not None and inputs[-1].requires_grad):
+        tensors = self._tensors(inputs)
+        if found is None or any(map(is_negated, tensors)) or (self.loss is not None and inputs[-1].requires_grad):
             return self._by_pytorch(inputs)
-        needs_graph = torch.is_grad_enabled() and any(map(_requires_grad, self._tensors(inputs)))
+        needs_graph = torch.is_grad_enabled() and any(map(_requires_grad, tensors))
         made = found.module.torch_forward(self._capsule, inputs, needs_graph)
         if made is None:
             return self._by_pytorch(inputs)
@@ -250,7 +256,7 @@ class Chain:
         self, inputs: list[Any], given: tuple[Any, ...], versions: list[int], grad: Any, needed: tuple[bool, ...]
     ) -> list[torch.Tensor | None]:
         """The gradients by PyTorch; with a graph of their own, where a second derivative is wanted."""
-        if [*map(_version, self._tensors(given))] != versions:
+        if [*map(_version, self.differentiated(given))] != versions:
             raise RuntimeError("a tensor that a gradient needs has been changed in place since the forward pass")
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -286,7 +292,8 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         result, kept = made
         needed = ctx.needs_input_grad[2 : chain.end_of_parameters + 2]
         where = chain.saved(needed)
-        ctx.state = chain, chain._found, chain._capsule, needed, where, inputs, [*map(_version, chain._tensors(inputs))]
+        versions = [*map(_version, chain.differentiated(inputs))]
+        ctx.state = chain, chain._found, chain._capsule, needed, where, inputs, versions
         saved = [inputs[i] for i in where]
         if chain.loss is None:
             saved.append(result)
@@ -302,7 +309,7 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         for i, each in zip(where, saved, strict=True):  # they may come from a hook
             inputs[i] = each
         grads = None
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not any(map(is_negated, (grad, *ctx.saved_tensors))):
             if chain.activations[-1] is not NONE or grad.ndim != 2:
                 grad = grad.contiguous()
             grads = found.module.torch_backward(network, grad, tuple(inputs), kept, result, needed)

@@ -202,3 +202,7 @@ def of_function(function: Any) -> Loss | None:
         return None
     defaults = inspect.signature(function).parameters
     return made(**{name: defaults[name].default for name in inspect.signature(made).parameters})
+
+
+# Whether a tensor's memory holds the negative of its values, which the kernels would read.
+is_negated = torch.Tensor.is_neg

@@ -9,7 +9,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from ...formulas.optimizers import adam_hyperparameters
-from .extension import calls, kernels
+from .extension import calls, is_negated, kernels
 
 Group = dict[str, Any]
 
@@ -73,7 +73,7 @@ def states_of(
             array = state.get(name)
             if array is None:
                 if rule.counts:
-                    state.setdefault("step", torch.tensor(0.0))
+                    state.setdefault("step", torch.tensor(0.0, dtype=torch_optimizer._get_scalar_dtype()))
                 array = state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             arrays.append(array)
         if rule.counts:
@@ -100,6 +100,8 @@ def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
         return True
     found_states = [optimizer.state[param] for param in params] if rule.state else []
     states, steps = states_of(found_states, rule, params)
+    if any(map(is_negated, params + grads + states)):
+        return False
     step = step_of(steps)
     numbers = list(rule.hyperparameters(group, step))
     if not found.module.torch_update(found.rules[rule.name], numbers, params, grads, states, steps, step):

@@ -22,6 +22,7 @@ from .extension import (
     Network,
     calls,
     capsule,
+    is_negated,
     kernels,
     of_function,
     of_module,
@@ -141,12 +142,15 @@ class FusedStep:
     def _fused(self, x: torch.Tensor, target: torch.Tensor) -> float | None:
         found, optimizer, model = kernels(), self.optimizer, self._model
         if not model.is_current():
-            model = self._model = _Model(self.module, self.loss)
+            try:
+                model = self._model = _Model(self.module, self.loss)
+            except ValueError:  # as long as it is so: the next step looks again
+                return None
         params, group = model.params, optimizer.param_groups[0]
         rule = rule_of(optimizer, group)
         if found is None or rule is None or model.is_observed(optimizer) or not self._is_group(params):
             return None
-        if x.requires_grad or target.requires_grad or x.is_neg() or torch.is_autocast_enabled("cpu"):
+        if x.requires_grad or target.requires_grad or torch.is_autocast_enabled("cpu"):
             return None
         if model.flattens and x.ndim != 2:
             x = x.flatten(1)
@@ -156,6 +160,8 @@ class FusedStep:
         network, number = capsule(model.network, found), found.rules[rule.name]
         while True:
             states, steps = self._states_of(rule, params)
+            if any(map(is_negated, [x, target, *params, *states])):
+                return None
             step = step_of(steps)
             numbers = list(rule.hyperparameters(group, step))
             result = found.module.torch_train(
