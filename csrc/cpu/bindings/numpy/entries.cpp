@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <initializer_list>
 
 #include "cpu/bindings/run.h"
 
@@ -94,6 +95,17 @@ bool read_output(PyObject* object, int type, int axes, const npy_intp* shape, bo
          o.in_order(fortran ? f_order : c_order) && o.axes == axes && std::equal(shape, shape + axes, o.shape);
 }
 
+// A new reference to `out`, or if it is null to a new array; null if `out` cannot take a result of these inputs.
+PyObject* output(PyObject* out, int type, int axes, const npy_intp* shape, bool fortran,
+                 std::initializer_list<const Operand*> inputs) {
+  if (out == nullptr) return new_array(type, axes, shape, fortran);
+  Operand o;
+  if (!read_output(out, type, axes, shape, fortran, o)) return nullptr;
+  for (const Operand* input : inputs)
+    if (!may_be_output(o, *input)) return nullptr;
+  return Py_NewRef(out);
+}
+
 // Whether a number becomes one of this type without an error, which NumPy would report.
 bool casts(double number, int type) {
   if (type == NPY_DOUBLE) return true;
@@ -172,20 +184,13 @@ bool is_large_temporary(PyObject* object) {
 }
 
 PyObject* binary(Binary function, PyObject* x, PyObject* y, PyObject* out) {
-  Operand a, b, o;
+  Operand a, b;
   Converted converted;
   if (!read_operands(x, y, function == Binary::divide, a, b, converted)) return nullptr;
   Broadcast result;
   if (!result.read(a, b)) return nullptr;
-  if (out != nullptr) {
-    if (!read_output(out, a.type, result.axes, result.shape, result.fortran, o) || !may_be_output(o, a) ||
-        !may_be_output(o, b))
-      return nullptr;
-    Py_INCREF(out);
-  } else {
-    out = new_array(a.type, result.axes, result.shape, result.fortran);
-    if (out == nullptr) return nullptr;
-  }
+  out = output(out, a.type, result.axes, result.shape, result.fortran, {&a, &b});
+  if (out == nullptr) return nullptr;
   unsigned flags = 0;
   const bool well = for_elements(a, b, [&](auto zero, const auto* ap, const auto* bp) {
     auto* yp = data<decltype(zero)>(out);
@@ -197,7 +202,7 @@ PyObject* binary(Binary function, PyObject* x, PyObject* y, PyObject* out) {
 
 PyObject* unary(Unary function, PyObject* x, PyObject* out, const char* name) {
   if (name == nullptr) name = name_of(function);
-  Operand a, o;
+  Operand a;
   if (!read_array(x, a)) {
     // A float64, as the functions take it.
     if (out != nullptr || (Py_TYPE(x) != &PyDoubleArrType_Type && Py_TYPE(x) != &PyFloat_Type) || !read_number(x, a))
@@ -208,14 +213,8 @@ PyObject* unary(Unary function, PyObject* x, PyObject* out, const char* name) {
   }
   const Index n = a.size();
   if (!a.in_order() || n == 0) return nullptr;
-  const bool fortran = !a.in_order(c_order);
-  if (out != nullptr) {
-    if (!read_output(out, a.type, a.axes, a.shape, fortran, o) || !may_be_output(o, a)) return nullptr;
-    Py_INCREF(out);
-  } else {
-    out = new_array(a.type, a.axes, a.shape, fortran);
-    if (out == nullptr) return nullptr;
-  }
+  out = output(out, a.type, a.axes, a.shape, !a.in_order(c_order), {&a});
+  if (out == nullptr) return nullptr;
   unsigned flags = 0;
   const bool well = for_type(a.type, [&](auto zero) {
     using T = decltype(zero);
@@ -706,7 +705,7 @@ PyObject* arg_extreme_call(PyObject* const* arguments, Py_ssize_t count, PyObjec
 }
 
 PyObject* clip_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
-  Operand a, low, high, o;
+  Operand a, low, high;
   PyObject* out;
   if (!read_out(arguments, n, names, 3, out) || !read_array(arguments[0], a) || !read_number(arguments[1], low) ||
       !read_number(arguments[2], high) || !a.in_order() || a.size() == 0 || !(low.number <= high.number))
@@ -715,14 +714,8 @@ PyObject* clip_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
     return a.type == NPY_DOUBLE || (bound.weak && casts(bound.number, a.type));
   };
   if (!fits(low) || !fits(high)) return nullptr;
-  const bool fortran = !a.in_order(c_order);
-  if (out != nullptr) {
-    if (!read_output(out, a.type, a.axes, a.shape, fortran, o) || !may_be_output(o, a)) return nullptr;
-    Py_INCREF(out);
-  } else {
-    out = new_array(a.type, a.axes, a.shape, fortran);
-    if (out == nullptr) return nullptr;
-  }
+  out = output(out, a.type, a.axes, a.shape, !a.in_order(c_order), {&a});
+  if (out == nullptr) return nullptr;
   const Index size = a.size();
   const bool well = for_type(a.type, [&](auto zero) {
     using T = decltype(zero);
