@@ -17,10 +17,13 @@ namespace {
 // Functions of vectors, named as in the lists. A tail goes through the same code. Its other lanes raise no flags of their own:
 // they repeat its first elements, or hold 1 where there is one operand.
 
+// Of vectors or numbers: the first operand where it is NaN, the second where both are equal, as zeros have signs.
 template <class V>
 GEMMLET_INLINE V either(V a, V b, bool larger) {
-  // The first operand where it is NaN, the second where both are equal: zeros have signs.
-  return larger ? select((a > b) | (a != a), a, b) : select((a < b) | (a != a), a, b);
+  if constexpr (std::is_floating_point_v<V>)
+    return (larger ? a > b : a < b) || a != a ? a : b;
+  else
+    return larger ? select((a > b) | (a != a), a, b) : select((a < b) | (a != a), a, b);
 }
 
 // Whether a mask is true in all lanes.
@@ -49,11 +52,6 @@ GEMMLET_INLINE Vec<IntOf<T>> mask_of(const std::uint8_t* bytes) {
   Bytes b;
   std::memcpy(&b, bytes, sizeof b);
   return __builtin_convertvector(b != 0, Vec<IntOf<T>>);
-}
-
-template <class T>
-T either_of(T a, T b, bool larger) {
-  return (larger ? a > b : a < b) || a != a ? a : b;
 }
 
 #define GEMMLET_BINARY(name, raises, expression) \
@@ -315,7 +313,7 @@ T extreme_of_row(const T* x, Index n, bool larger) {
   const auto more = [larger](auto a, auto b) GEMMLET_INLINE_LAMBDA { return either(a, b, larger); };
   T result = x[0];
   if (n < 2 * lanes<T>) {
-    for (Index i = 1; i < n; ++i) result = either_of(result, x[i], larger);
+    for (Index i = 1; i < n; ++i) result = either(result, x[i], larger);
     return result;
   }
   // The last vector overlaps the one before.
@@ -328,7 +326,7 @@ T extreme_of_row(const T* x, Index n, bool larger) {
   for (; i < n; i += lanes<T>) best = more(best, load(x + std::min(i, n - lanes<T>)));
   best = more(best, other);
   result = best[0];
-  for (int lane = 1; lane < lanes<T>; ++lane) result = either_of(result, best[lane], larger);
+  for (int lane = 1; lane < lanes<T>; ++lane) result = either(result, best[lane], larger);
   return result;
 }
 

@@ -26,6 +26,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/bindings/extent.h"
 #include "cpu/bindings/run.h"
 #include "cpu/kernels.h"
 
@@ -83,17 +84,7 @@ T* data(const Array* a) {
   return reinterpret_cast<T*>(a->data);
 }
 
-// The bytes of an array that is not empty: first, and one past the last.
-struct Bytes {
-  const char *begin, *end;
-  explicit Bytes(const Array* a, Index item) : begin(a->data), end(a->data + item) {
-    for (int i = 0; i < a->nd; ++i) {
-      const Index reach = a->strides[i] * (a->dimensions[i] - 1);
-      (reach < 0 ? begin : end) += reach;
-    }
-  }
-  bool apart_from(const Bytes& other) const { return end <= other.begin || other.end <= begin; }
-};
+Extent extent(const Array* a, Index item) { return {a->data, item, a->nd, a->dimensions, a->strides}; }
 
 PyObject* new_array(const Array* like, int nd, const Py_intptr_t* shape, bool fortran) {
   Py_INCREF(like->descr);  // it is taken over
@@ -424,9 +415,9 @@ PyObject* linear_forward(PyObject* formulas, Arguments a) {
       const Array* out = matrix(a[5], type);
       if (out == nullptr || !contiguous(out) || !writable(out) || !std::equal(shape, shape + 2, out->dimensions))
         return unusual;
-      const Bytes bytes(out, sizeof(T));
+      const Extent written = extent(out, sizeof(T));
       for (const Array* read : {x, w, b})
-        if (read != nullptr && !bytes.apart_from(Bytes(read, sizeof(T)))) return unusual;
+        if (read != nullptr && !written.apart_from(extent(read, sizeof(T)))) return unusual;
       y = Py_NewRef(a[5]);
     }
     if (y == nullptr) return nullptr;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "cpu/bindings/extent.h"
 #include "cpu/bindings/run.h"
 
 namespace gemmlet::numpy {
@@ -69,24 +70,13 @@ auto for_type(int type, F&& call) {
   return type == NPY_DOUBLE ? call(double{}) : call(float{});
 }
 
-// The bytes of an array that is not empty: first, and one past the last.
-struct Bytes {
-  const char *begin, *end;
-  Bytes(const char* first, const char* past) : begin(first), end(past) {}
-  explicit Bytes(const Operand& o) : begin(o.data), end(o.data + o.item()) {
-    for (int i = 0; i < o.axes; ++i) {
-      const Index reach = o.strides[i] * (o.shape[i] - 1);
-      (reach < 0 ? begin : end) += reach;
-    }
-  }
-  bool apart_from(const Bytes& other) const { return end <= other.begin || other.end <= begin; }
-};
+Extent extent(const Operand& o) { return {o.data, o.item(), o.axes, o.shape, o.strides}; }
 
 // Whether elements of `out` may be written while those of `in` at the same places are read.
 bool may_be_output(const Operand& out, const Operand& in) {
   if (!in.array) return true;
   const bool same = in.data == out.data && same_shape(in, out) && (in.flags & out.flags & (c_order | f_order)) != 0;
-  return same || Bytes(in).apart_from(Bytes(out));
+  return same || extent(in).apart_from(extent(out));
 }
 
 // `out` as the contiguous output of these axes and this type.
@@ -420,10 +410,7 @@ struct Indices {
     step = count > 1 ? first[1] - first[0] : 1;
     return true;
   }
-  Bytes bytes() const {
-    const Index reach = (count - 1) * stride;
-    return {data + std::min<Index>(reach, 0), data + std::max<Index>(reach, 0) + 8};
-  }
+  Extent extent() const { return {data, 8, 1, &count, &stride}; }
   // The i-th, from the end if it is negative; -1 if it is outside.
   Index at(Index i, Index length) const {
     Index index = data == nullptr ? start + i * step : *reinterpret_cast<const std::int64_t*>(data + i * stride);
@@ -501,16 +488,16 @@ bool assign_pairs(PyObject* array, PyObject* key, PyObject* value) {
   const Index n = pairs.rows.count;
   if (read_array(value, v)) {
     if (v.type != pairs.a.type || v.axes != 1 || v.shape[0] != n || v.strides[0] % v.item() != 0 ||
-        !Bytes(v).apart_from(Bytes(pairs.a)))
+        !extent(v).apart_from(extent(pairs.a)))
       return false;
   } else if (!read_number(value, v) || !casts(v.number, pairs.a.type)) {
     return false;
   }
   for (Index i = 0; i < n; ++i)
     if (pairs.at(i) == nullptr) return false;
-  const Bytes written(pairs.a);
+  const Extent written = extent(pairs.a);
   for (const Indices* indices : {&pairs.rows, &pairs.columns})
-    if (indices->data != nullptr && !indices->bytes().apart_from(written)) return false;
+    if (indices->data != nullptr && !indices->extent().apart_from(written)) return false;
   return for_type(pairs.a.type, [&](auto zero) {
     using T = decltype(zero);
     for (Index i = 0; i < n; ++i) {

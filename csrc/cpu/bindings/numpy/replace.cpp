@@ -28,17 +28,12 @@ using ufuncs::Binary;
 using ufuncs::Reduction;
 using ufuncs::Unary;
 
-// Operators: ndarray's slot, its name in Python, and what computes it.
-#define GEMMLET_OPERATORS(X)                          \
-  X(nb_add, "ndarray.__add__", Binary::add)           \
-  X(nb_subtract, "ndarray.__sub__", Binary::subtract) \
-  X(nb_multiply, "ndarray.__mul__", Binary::multiply) \
-  X(nb_true_divide, "ndarray.__truediv__", Binary::divide)
-#define GEMMLET_INPLACE_OPERATORS(X)                           \
-  X(nb_inplace_add, "ndarray.__iadd__", Binary::add)           \
-  X(nb_inplace_subtract, "ndarray.__isub__", Binary::subtract) \
-  X(nb_inplace_multiply, "ndarray.__imul__", Binary::multiply) \
-  X(nb_inplace_true_divide, "ndarray.__itruediv__", Binary::divide)
+// Operators, which are in place too: the name of ndarray's slot, that in Python, and what computes it.
+#define GEMMLET_OPERATORS(X)   \
+  X(add, "add", add)           \
+  X(subtract, "sub", subtract) \
+  X(multiply, "mul", multiply) \
+  X(true_divide, "truediv", divide)
 // Functions: an identifier, the path below numpy, and what computes it.
 #define GEMMLET_FUNCTIONS(X)                             \
   X(add, "add", binary_call<Binary::add>)                \
@@ -81,8 +76,8 @@ using ufuncs::Unary;
   X(argmin, arg_extreme_call<true>)
 
 enum Number {
-#define GEMMLET_ENTRY(slot, name, function) operator_##slot,
-  GEMMLET_OPERATORS(GEMMLET_ENTRY) GEMMLET_INPLACE_OPERATORS(GEMMLET_ENTRY)
+#define GEMMLET_ENTRY(slot, name, function) operator_##slot, inplace_##slot,
+  GEMMLET_OPERATORS(GEMMLET_ENTRY)
 #undef GEMMLET_ENTRY
       operator_negative,
   operator_power,
@@ -221,13 +216,12 @@ void* address(F* function) {
 }
 
 std::array<Entry, entry_count> entries{{
-#define GEMMLET_ENTRY(slot, name, function) {name, Kind::binary, address(&operator_entry<operator_##slot, function>)},
+#define GEMMLET_ENTRY(slot, name, function)                                                            \
+  {"ndarray.__" name "__", Kind::binary, address(&operator_entry<operator_##slot, Binary::function>)}, \
+      {"ndarray.__i" name "__", Kind::inplace, address(&inplace_entry<inplace_##slot, Binary::function>)},
     GEMMLET_OPERATORS(GEMMLET_ENTRY)
 #undef GEMMLET_ENTRY
-#define GEMMLET_ENTRY(slot, name, function) {name, Kind::inplace, address(&inplace_entry<operator_##slot, function>)},
-        GEMMLET_INPLACE_OPERATORS(GEMMLET_ENTRY)
-#undef GEMMLET_ENTRY
-            {"ndarray.__neg__", Kind::unary, address(&negative_entry)},
+        {"ndarray.__neg__", Kind::unary, address(&negative_entry)},
     {"ndarray.__pow__", Kind::power, address(&power_entry)},
     {"ndarray.__matmul__", Kind::binary, address(&matmul_entry)},
     {"ndarray comparisons", Kind::compare, address(&compare_entry)},
@@ -284,9 +278,10 @@ std::vector<py::object> prepare() {
     if (!prepare_entries(std::signbit(sum) ? -0.0 : 0.0)) throw py::error_already_set();
     PyNumberMethods* number = PyArray_Type.tp_as_number;
     PyMappingMethods* mapping = PyArray_Type.tp_as_mapping;
-#define GEMMLET_ENTRY(slot, name, function) entries[operator_##slot].place = place_of(number->slot);
+#define GEMMLET_ENTRY(slot, name, function)                     \
+  entries[operator_##slot].place = place_of(number->nb_##slot); \
+  entries[inplace_##slot].place = place_of(number->nb_inplace_##slot);
     GEMMLET_OPERATORS(GEMMLET_ENTRY)
-    GEMMLET_INPLACE_OPERATORS(GEMMLET_ENTRY)
 #undef GEMMLET_ENTRY
     entries[operator_negative].place = place_of(number->nb_negative);
     entries[operator_power].place = place_of(number->nb_power);
