@@ -364,13 +364,16 @@ def test_patch_and_unpatch() -> None:
     sys.modules[module.__name__] = module
     originals = neural_network.MLPClassifier, neural_network.MLPRegressor
     private = neural_network._multilayer_perceptron
+    before = neural_network.MLPClassifier(alpha=0.5)
     try:
         for _ in range(2):  # twice is as good as once
             ours.patch_sklearn()
         from sklearn.neural_network import MLPClassifier, MLPRegressor
 
         assert (MLPClassifier, MLPRegressor) == (ours.MLPClassifier, ours.MLPRegressor)
-        assert private.MLPClassifier is module.Net is ours.MLPClassifier  # type: ignore[attr-defined]
+        assert module.Net is ours.MLPClassifier  # type: ignore[attr-defined]
+        for estimator in (before, MLPClassifier(alpha=0.5)):
+            assert type(pickle.loads(pickle.dumps(estimator))) is type(estimator)
         assert isinstance(module.Net(), originals[0])  # type: ignore[attr-defined]
     finally:
         ours.unpatch_sklearn()
