@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -85,6 +87,39 @@ def test_restored_at_the_end_of_the_outermost_block() -> None:
     assert integration.replaced() == ()
     assert taken("ndarray.__add__") == before + 1
     gemmlet.restore_numpy()  # does nothing
+
+
+def test_the_last_of_several_blocks_restores() -> None:
+    # In threads: the first to begin is the first to end.
+    began, ended = threading.Barrier(2), threading.Event()
+    inside: list[int] = []
+
+    def last() -> None:
+        began.wait()
+        with gemmlet.accelerate_numpy():
+            began.wait()
+            ended.wait()
+            inside.append(len(integration.replaced()))
+
+    thread = threading.Thread(target=last)
+    thread.start()
+    with gemmlet.accelerate_numpy():
+        began.wait()
+        began.wait()
+    ended.set()
+    thread.join()
+    assert inside[0] > 0
+    assert not integration.replaced()
+
+
+def test_what_is_replaced_is_known_after_a_reload() -> None:
+    result = child(
+        "-c",
+        "import gemmlet, importlib; import gemmlet.integrations.numpy as i; gemmlet.accelerate_numpy();"
+        "before = i.replaced(); importlib.reload(i); assert i.replaced() == before; gemmlet.restore_numpy();"
+        "assert not i.replaced()",
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_names_bound_before_and_identities_stay(accelerated: None) -> None:
@@ -188,13 +223,19 @@ os.chdir("/")
 print(neighbour.value, os.path.isabs(__file__), sys.argv, __name__)
 """)
     (tmp_path / "link.py").symlink_to(tmp_path / "real" / "script.py")
-    plain, ours = (
-        subprocess.run(
-            [sys.executable, *words, "link.py", "x"], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout
-        for words in ([], ["-m", "gemmlet"])
-    )
-    assert plain == ours == "42 True ['link.py', 'x'] __main__\nTrue True\n"
+    for program, argument in (["link.py"], "link.py"), (["-m", "link"], str(tmp_path / "link.py")):
+        plain, ours = (
+            subprocess.run(
+                [sys.executable, *words, *program, "x"],
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "real"), *sys.path])},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for words in ([], ["-m", "gemmlet"])
+        )
+        assert plain == ours == f"42 True {[argument, 'x']} __main__\nTrue True\n"
     result = child("-P", "-m", "gemmlet", str(tmp_path / "real" / "script.py"))
     assert "No module named 'neighbour'" in result.stderr
 
@@ -225,6 +266,103 @@ def test_flags_of_all_threads_are_reported(accelerated: None) -> None:
             assert taken("ndarray.__truediv__") >= before + 3
     finally:
         gemmlet.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "function", ["exp", "log", "tanh", "sign", "negative", "max", "argmax", "less", "maximum", "clip"]
+)
+def test_flags_that_say_nothing_are_left_to_nobody(function: str, accelerated: None) -> None:
+    # A loop that calls Python reports the flags that it finds afterwards.
+    x = np.array([np.nan, np.inf, -np.inf, 0.5] * 9)
+    if function == "log":
+        x = abs(x)
+    arguments = {"less": (x, 1.0), "maximum": (x, 1.0), "clip": (x, 0, 1)}.get(function, (x,))
+    calls = {"less": lambda: x < 1.0}
+    call = calls.get(function, lambda: getattr(np, function)(*arguments))
+    with warnings.catch_warnings(action="error"):
+        np.frompyfunc(lambda _: call(), 1, 1)(1.0)
+    # Those of a result are raised, as by NumPy.
+    with np.errstate(all="ignore"):
+        overflowing = np.frompyfunc(lambda _: np.exp(np.array([1e4])) + x, 1, 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        overflowing(1.0)
+    assert caught
+
+
+def test_metadata_of_a_dtype_is_inherited(accelerated: None) -> None:
+    x = np.ones((3, 3), np.dtype("f8", metadata={"unit": "m"}))
+    for result in (x + x, -x, np.exp(x), x.sum(0), x @ x, x**2, np.clip(x, 0, 1), x[np.arange(2)]):
+        assert result.dtype.metadata == {"unit": "m"}
+
+
+def test_references_of_dtypes_are_kept(accelerated: None) -> None:
+    x, y = np.arange(12.0).reshape(3, 4), np.ones((3, 4), np.float32)
+    dtypes = [np.dtype(each) for each in ("f8", "f4", "i8", "?")]
+    before = [sys.getrefcount(each) for each in dtypes]
+    for _ in range(200):
+        for a in (x, y):
+            a + a, a - 1, a @ a.T, a > 0, -a, a**2, a[range(2), 0], a[np.arange(2)], a.sum(), a.max(1), a.argmax(0)
+            (
+                np.exp(a),
+                np.where(a > 1, a, 0),
+                np.clip(a, 0, 1),
+                np.outer(a[0], a[0]),
+                np.zeros_like(a),
+                np.linalg.norm(a),
+            )
+            a[a > 20] = 0
+            a[range(2), range(2)] = a[0, 0]
+            a += 0
+    assert [sys.getrefcount(each) for each in dtypes] == before
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_long_sums_of_products_are_accurate(dtype: str, accelerated: None) -> None:
+    n = 300_000
+    x = np.random.default_rng(0).random((n, 2)).astype(dtype)
+    a, b = x[:, 0], x[:, 1]
+    exact = math.fsum(a.astype(np.longdouble) * b.astype(np.longdouble))
+    contiguous = [each.copy() for each in (a, b)]
+    columns = np.asfortranarray(np.broadcast_to(a, (8, n)))
+    before = taken("numpy.dot"), taken("ndarray.__matmul__")
+    products = [
+        np.dot(a, b),
+        np.dot(a[::-1], b[::-1]),
+        np.dot(*contiguous),
+        contiguous[0] @ contiguous[1],
+        (columns @ b)[0],
+    ]
+    assert (taken("numpy.dot"), taken("ndarray.__matmul__")) == (before[0] + 3, before[1] + 2)
+    assert np.max(abs(np.array(products) / exact - 1)) < 4 * np.finfo(dtype).eps
+
+
+WRITES = """
+import mmap, threading, time
+import numpy as np
+import gemmlet
+
+gemmlet.accelerate_numpy()
+n = 1 << 15
+x = np.frombuffer(mmap.mmap(-1, n * 8), np.float64)  # nothing may lie behind it
+x[:] = np.random.default_rng(0).random(n)
+end = time.monotonic() + 3
+
+def write():
+    rng = np.random.default_rng(1)
+    while time.monotonic() < end:
+        rng.random(out=x)  # without the GIL
+
+writer = threading.Thread(target=write)
+writer.start()
+while writer.is_alive():
+    assert 0 <= x.argmax() < n and 0 <= x.argmin() < n
+"""
+
+
+def test_an_index_is_one_while_another_thread_writes() -> None:
+    result = child("-c", WRITES)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_matmul_is_symmetric_and_the_same_with_out(accelerated: None) -> None:
@@ -290,6 +428,54 @@ def test_memory_of_numpys_own_is_filed_by_its_size() -> None:
         assert all((array == 7).all() for array in alive)
     assert all((array == 7).all() for array in alive)
     del alive
+
+
+SHORT_OF_MEMORY = """
+import resource
+import numpy as np
+import gemmlet
+
+gemmlet.accelerate_numpy()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (320 << 20), -1))
+kept = [np.ones(size << 17) for size in (60, 50, 40, 30, 20)]
+del kept
+for make in (np.ones, np.zeros, lambda size: np.empty(10).resize(size)):
+    make(200 << 17)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_kept_is_given_back_where_memory_is_short() -> None:
+    result = child("-c", SHORT_OF_MEMORY)
+    assert result.returncode == 0, result.stderr
+
+
+FREED = """
+import numpy as np
+import gemmlet
+from gemmlet.integrations.numpy import KEPT_BYTES
+
+def used():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+rng = np.random.default_rng(0)
+gemmlet.accelerate_numpy()
+np.ones(10) @ np.ones(10)
+before = used()
+for _ in range(4):
+    arrays = [np.ones(size) for size in rng.integers(1 << 11, 1 << 17, 2500)]  # 1.3 GB
+    del arrays
+assert used() - before < 2.5 * KEPT_BYTES, used() - before
+gemmlet.restore_numpy()
+assert used() - before < 20 << 20, used() - before
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="about glibc's malloc")
+def test_freed_memory_goes_back() -> None:
+    result = child("-c", FREED)
+    assert result.returncode == 0, result.stderr
 
 
 def test_tracemalloc_is_told_of_arrays(accelerated: None) -> None:

@@ -56,4 +56,20 @@ inline void clear_float_status() {}
 inline void raise_float_status(unsigned) {}
 #endif
 
+// Puts the status flags back at its end: for code that raises some which say nothing about its result.
+class KeepFloatStatus {
+ public:
+  KeepFloatStatus() = default;
+  KeepFloatStatus(const KeepFloatStatus&) = delete;
+  KeepFloatStatus& operator=(const KeepFloatStatus&) = delete;
+  ~KeepFloatStatus() {
+    if (float_status() == before_) return;
+    clear_float_status();
+    raise_float_status(before_);
+  }
+
+ private:
+  const unsigned before_ = float_status();
+};
+
 }  // namespace gemmlet

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -148,25 +149,35 @@ template <class T, class F>
 }
 
 template <class T, class F>
-unsigned unary_all(const T* x, T* y, Index n) {
+unsigned unary_chunks(const T* x, T* y, Index n) {
   constexpr Index chunk = F::raises == Flags::none && !std::is_same_v<F, functions::tanh> ? tuning::ufunc_cheap_chunk
                                                                                           : tuning::ufunc_costly_chunk;
-  if constexpr (F::raises == Flags::of_processor) clear_float_status();
-  unsigned raised = 0;
-  if (n <= chunk) {
-    raised = unary_range<T, F>(x, y, 0, n);
+  if (n <= chunk) return unary_range<T, F>(x, y, 0, n);
+  std::atomic<unsigned> raised{0};
+  parallel_chunks(
+      n,
+      [&](Index begin, Index end) {
+        if (const unsigned some = unary_range<T, F>(x, y, begin, end)) raised.fetch_or(some, std::memory_order_relaxed);
+      },
+      chunk);
+  return raised.load();
+}
+
+template <class T, class F>
+unsigned unary_all(const T* x, T* y, Index n) {
+  if constexpr (F::raises == Flags::of_processor) {
+    clear_float_status();
+    unary_chunks<T, F>(x, y, n);
+    return float_status();
   } else {
-    std::atomic<unsigned> of_chunks{0};
-    parallel_chunks(
-        n,
-        [&](Index begin, Index end) {
-          if (const unsigned some = unary_range<T, F>(x, y, begin, end))
-            of_chunks.fetch_or(some, std::memory_order_relaxed);
-        },
-        chunk);
-    raised = of_chunks.load();
+    unsigned raised;
+    {
+      const KeepFloatStatus keep;
+      raised = unary_chunks<T, F>(x, y, n);
+    }
+    if (raised != 0) raise_float_status(raised);
+    return raised;
   }
-  return F::raises == Flags::of_processor ? float_status() : raised;
 }
 
 // One operand of a row: its elements one after the other, or one for all of them.
@@ -250,23 +261,34 @@ void for_blocks_of(const Grid& g, F&& f) {
 }
 
 template <class T, class F>
-unsigned binary_all(const T* a, const T* b, T* y, const Grid& g) {
-  if constexpr (F::raises_flags) clear_float_status();
+void binary_grid(const T* a, const T* b, T* y, const Grid& g) {
   const bool a_flat = g.a_row == g.columns, b_flat = g.b_row == g.columns;
   if (g.rows > 4 && g.columns > 1 && g.columns <= narrow_columns && g.a_column == 1 && g.b_column == 1 &&
       g.y_row == g.columns && ((a_flat && g.b_row == 0) || (b_flat && g.a_row == 0)) &&
       g.rows * g.columns <= tuning::ufunc_cheap_chunk) {
-    binary_narrow<T, F>(a, b, y, g);
-    return F::raises_flags ? float_status() : 0;
+    return binary_narrow<T, F>(a, b, y, g);
   }
   for_blocks_of(g, [&](Index row, Index rows, Index column, Index columns) {
     binary_block<T, F>(a, b, y, g, row, rows, column, columns);
   });
-  return F::raises_flags ? float_status() : 0;
+}
+
+template <class T, class F>
+unsigned binary_all(const T* a, const T* b, T* y, const Grid& g) {
+  if constexpr (F::raises_flags) {
+    clear_float_status();
+    binary_grid<T, F>(a, b, y, g);
+    return float_status();
+  } else {
+    const KeepFloatStatus keep;
+    binary_grid<T, F>(a, b, y, g);
+    return 0;
+  }
 }
 
 template <class T, class F>
 void compare_all(const T* a, const T* b, bool* y, const Grid& g) {
+  const KeepFloatStatus keep;
   const F f;
   for_blocks_of(g, [&](Index row, Index rows, Index column, Index columns) {
     for (Index i = row; i < row + rows; ++i) {
@@ -373,6 +395,7 @@ unsigned unary(Unary function, const T* x, T* y, Index n) {
 
 template <class T>
 void clip(const T* x, T low, T high, T* y, Index n) {
+  const KeepFloatStatus keep;
   const Vec<T> lows = splat(low), highs = splat(high);
   parallel_chunks(
       n,
@@ -462,7 +485,8 @@ unsigned reduce(Reduction reduction, T zero, const T* x, T* y, Index outer, Inde
     if (reduction == Reduction::mean)
       for (Index j = 0; j < count; ++j) of[j] = mean_of(of[j], n);
   };
-  if (adds) clear_float_status();
+  std::optional<KeepFloatStatus> keep;
+  adds ? clear_float_status() : void(keep.emplace());
   if (inner == 1) {
     const auto row = [&](Index i) {
       const T* of_row = x + i * n;
@@ -501,6 +525,7 @@ unsigned reduce(Reduction reduction, T zero, const T* x, T* y, Index outer, Inde
 
 template <class T>
 void arg_extreme(const T* x, bool smallest, Index* y, Index rows, Index columns) {
+  const KeepFloatStatus keep;
   for (Index i = 0; i < rows; ++i) {
     const T* row = x + i * columns;
     const T extreme = extreme_of_row(row, columns, !smallest);
@@ -511,18 +536,30 @@ void arg_extreme(const T* x, bool smallest, Index* y, Index rows, Index columns)
       const Vec<T> v = load(row + j);
       if (!all_lanes(is_nan ? v == v : v != wanted)) break;
     }
-    while (is_nan ? row[j] == row[j] : row[j] != extreme) ++j;
-    y[i] = j;
+    // Another thread may have written over it meanwhile.
+    while (j + 1 < columns && (is_nan ? row[j] == row[j] : row[j] != extreme)) ++j;
+    y[i] = std::min(j, columns - 1);
   }
 }
 
+namespace {
+
+// Sums of many products are added up in blocks of so many.
+constexpr Index dot_block = 4096;
+
 template <class T>
-T dot(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
-  T result = 0;
-  if (x_stride != 1 || y_stride != 1) {
-    for (Index i = 0; i < n; ++i) result += x[i * x_stride] * y[i * y_stride];
-    return result;
-  }
+double dot_of_strided(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
+  double sum[4] = {};
+  Index i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int c = 0; c < 4; ++c)
+      sum[c] += static_cast<double>(x[(i + c) * x_stride]) * static_cast<double>(y[(i + c) * y_stride]);
+  for (; i < n; ++i) sum[0] += static_cast<double>(x[i * x_stride]) * static_cast<double>(y[i * y_stride]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <class T>
+T dot_of_contiguous(const T* x, const T* y, Index n) {
   // Several accumulators, to hide the latency of the additions.
   Vec<T> sum[4] = {};
   Index i = 0;
@@ -533,8 +570,24 @@ T dot(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
     sum[0] = fma(load_lanes(x + i, count), load_lanes(y + i, count), sum[0]);
   }
   const Vec<T> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  T result = 0;
   for (int lane = 0; lane < lanes<T>; ++lane) result += total[lane];
   return result;
+}
+
+}  // namespace
+
+template <class T>
+T dot(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
+  if (x_stride == 1 && y_stride == 1 && n <= dot_block) return dot_of_contiguous(x, y, n);
+  double total = 0;
+  for (Index begin = 0; begin < n; begin += dot_block) {
+    const Index count = std::min(dot_block, n - begin);
+    const T *xb = x + begin * x_stride, *yb = y + begin * y_stride;
+    total += x_stride == 1 && y_stride == 1 ? static_cast<double>(dot_of_contiguous(xb, yb, count))
+                                            : dot_of_strided(xb, x_stride, yb, y_stride, count);
+  }
+  return static_cast<T>(total);
 }
 
 namespace {
@@ -542,7 +595,7 @@ namespace {
 // y = a b for a vector b, few rows, and columns of a that are contiguous: as sums of columns.
 template <class T, int vectors>
 void sum_of_columns(View<T> a, const T* b, Index b_stride, T* y) {
-  Vec<T> sum[2][vectors] = {};
+  Vec<T> sum[2][vectors], total[vectors] = {};
   const int rest = static_cast<int>(a.rows - (vectors - 1) * lanes<T>);
   const auto add = [&](Index k, int chain) GEMMLET_INLINE_LAMBDA {
     const T* column = a.data + k * a.column_stride;
@@ -551,14 +604,17 @@ void sum_of_columns(View<T> a, const T* b, Index b_stride, T* y) {
       sum[chain][v] = fma(v < vectors - 1 ? load(column + v * lanes<T>) : load_part(column + v * lanes<T>, rest),
                           factor, sum[chain][v]);
   };
-  Index k = 0;
-  for (; k + 2 <= a.columns; k += 2) {
-    add(k, 0);
-    add(k + 1, 1);
+  for (Index k = 0; k < a.columns;) {
+    const Index end = std::min(a.columns, k + dot_block);
+    for (int v = 0; v < vectors; ++v) sum[0][v] = sum[1][v] = Vec<T>{};
+    for (; k + 2 <= end; k += 2) {
+      add(k, 0);
+      add(k + 1, 1);
+    }
+    if (k < end) add(k++, 0);
+    for (int v = 0; v < vectors; ++v) total[v] += sum[0][v] + sum[1][v];
   }
-  if (k < a.columns) add(k, 0);
-  for (int v = 0; v < vectors; ++v)
-    store_lanes(y + v * lanes<T>, sum[0][v] + sum[1][v], v < vectors - 1 ? lanes<T> : rest);
+  for (int v = 0; v < vectors; ++v) store_lanes(y + v * lanes<T>, total[v], v < vectors - 1 ? lanes<T> : rest);
 }
 
 }  // namespace

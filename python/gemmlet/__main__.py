@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
 
@@ -24,25 +25,28 @@ def _run_program(words: list[str]) -> None:
         accelerate_numpy()
     except RuntimeError as error:
         sys.exit(f"gemmlet: {error}")
+    # The main module to the end of the process: threads and atexit find it.
+    main_module = sys.modules["__main__"] = ModuleType("__main__")
+    if "__annotations__" in globals():  # not in the main module of every version
+        main_module.__annotations__ = {}
     if is_module:
         sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]  # what `python -m` calls
     else:
         sys.argv = words
-        _run_script(words[0])
+        _run_script(words[0], main_module.__dict__)
 
 
-def _run_script(name: str) -> None:
-    """Run a script as Python does: its folder on the path, and its module the main one to the end of the process."""
+def _run_script(name: str, main_globals: dict[str, object]) -> None:
+    """Run a script as Python does, with its folder on the path."""
     path = os.path.abspath(name)
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     with open(path, "rb") as file:
         code = compile(file.read(), path, "exec", dont_inherit=True)
-    module = ModuleType("__main__")
-    module.__dict__.update(__file__=path, __builtins__=__builtins__, __cached__=None)
-    sys.modules["__main__"] = module
-    exec(code, module.__dict__)
+    loader = SourceFileLoader("__main__", path)
+    main_globals.update(__file__=path, __builtins__=__builtins__, __cached__=None, __loader__=loader)
+    exec(code, main_globals)
 
 
 _words = sys.argv[1:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -29,24 +30,38 @@ KNOWN = ((2, 0), (2, 4))
 # Bytes of freed arrays that are kept for new ones.
 KEPT_BYTES = 256 << 20
 
-_replaced: tuple[str, ...] = ()
-_counts_before: dict[str, tuple[int, int]] = {}
+_lock = threading.RLock()
+# They stay what they are when this module is loaded again.
+_replaced: tuple[str, ...] = globals().get("_replaced", ())
+_counts_before: dict[str, tuple[int, int]] = globals().get("_counts_before", {})
+_blocks = 0  # that have begun, and not ended
+_ends_with_blocks = False  # whether the one that replaced NumPy's functions has ended
 
 
 class Acceleration:
-    """What `accelerate_numpy` returns: a context manager, at whose end NumPy is as it was before that call."""
+    """What `accelerate_numpy` returns: a context manager, at whose end NumPy is as it was before that call.
+
+    Where other blocks have begun meanwhile, in other threads, it is as it was once the last of them has ended.
+    """
 
     def __init__(self, began: bool) -> None:
         self._began = began
 
     def __enter__(self) -> Acceleration:
+        global _blocks
+        with _lock:
+            _blocks += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._began:
-            restore_numpy()
+        global _blocks, _ends_with_blocks
+        with _lock:
+            _blocks -= 1
+            _ends_with_blocks |= self._began
+            if _ends_with_blocks and _blocks == 0:
+                restore_numpy()
 
     def __repr__(self) -> str:
         return f"<NumPy {np.__version__}: {len(_replaced)} of its functions computed by gemmlet>"
@@ -81,27 +96,30 @@ def accelerate_numpy() -> Acceleration:
     ...     y = np.tanh(np.ones((64, 784)) @ np.ones((784, 128)))
     """
     global _replaced, _counts_before
-    if _replaced:
-        return Acceleration(False)
-    extension = _extension()
-    names = extension.numpy_prepare()
-    with np.errstate(all="ignore"):
-        good = [index for index, name in enumerate(names) if name is not None and _agrees(extension, index, name)]
-    _counts_before = _all_counts(extension)
-    extension.numpy_keep_memory(KEPT_BYTES)
-    extension.numpy_replace(good)
-    _replaced = tuple(names[index] for index in good)
-    return Acceleration(True)
+    with _lock:
+        if _replaced:
+            return Acceleration(False)
+        extension = _extension()
+        names = extension.numpy_prepare()
+        with np.errstate(all="ignore"):
+            good = [index for index, name in enumerate(names) if name is not None and _agrees(extension, index, name)]
+        _counts_before = _all_counts(extension)
+        extension.numpy_keep_memory(KEPT_BYTES)
+        extension.numpy_replace(good)
+        _replaced = tuple(names[index] for index in good)
+        return Acceleration(True)
 
 
 def restore_numpy() -> None:
     """Put NumPy's own functions back, and give back the memory that was kept; nothing, where nothing is replaced."""
-    global _replaced
-    if _replaced:
-        extension = _extension()
-        extension.numpy_restore()
-        extension.numpy_keep_memory(0)
-        _replaced = ()
+    global _replaced, _ends_with_blocks
+    with _lock:
+        if _replaced:
+            extension = _extension()
+            extension.numpy_restore()
+            extension.numpy_keep_memory(0)
+            _replaced = ()
+        _ends_with_blocks = False
 
 
 def replaced() -> tuple[str, ...]:

@@ -388,8 +388,8 @@ _replaced: list[tuple[Any, str, Any]] = []
 def patch_sklearn() -> None:
     """Put gemmlet's classes in the place of scikit-learn's, in all modules that have been imported.
 
-    Objects that exist already stay what they are, and can still be pickled: the module that defines the classes, by whose
-    name pickle finds them, keeps its own.
+    Objects that exist already stay what they are, and can still be pickled: the module that defines the classes, by
+    whose name pickle finds them, keeps its own.
     """
     # By identity: to ask objects of other packages for anything may run their code.
     swaps = {id(theirs): ours for theirs, ours in _SWAPS.items()}

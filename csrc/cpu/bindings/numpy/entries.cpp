@@ -532,7 +532,6 @@ PyObject* without_ranges(PyObject* key) {
     if (Py_TYPE(item) == &PyRange_Type) {
       PyObject *start = PyObject_GetAttrString(item, "start"), *stop = PyObject_GetAttrString(item, "stop"),
                *step = PyObject_GetAttrString(item, "step");
-      Py_INCREF(index_dtype);  // it is taken over
       if (start != nullptr && stop != nullptr && step != nullptr)
         taken = PyArray_ArangeObj(start, stop, step, index_dtype);
       Py_XDECREF(start);

@@ -36,7 +36,7 @@ struct Block {
 };
 std::atomic_flag in_use;
 Block* kept[classes];
-std::size_t kept_bytes, most_bytes;
+std::size_t kept_bytes, most_bytes, freed_bytes;
 constexpr std::size_t tiny = 1024, bucket_bytes = 16;
 constexpr int bucket_blocks = 8;
 struct Bucket {
@@ -84,12 +84,36 @@ class Turn {
   const bool mine_;
 };
 
+// Gives free memory back to the system: free() itself does so with no more than what lies at the end.
+void trim() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 void give_back() {
   const Turn turn;
   if (!turn) return;
   for (Block*& first : kept)
     while (first != nullptr) std::free(std::exchange(first, first->next));
   kept_bytes = 0;
+  trim();
+}
+
+// Blocks that are kept may lie above those that are freed, which malloc then cannot give back by itself.
+void count_freed(std::size_t bytes) {
+  if ((freed_bytes += bytes) <= most_bytes) return;
+  freed_bytes = 0;
+  trim();
+}
+
+// What `allocate` returns, once more without the blocks that are kept if it is null.
+template <class F>
+void* or_give_back(F allocate) {
+  void* p = allocate();
+  if (p != nullptr) return p;
+  give_back();
+  return allocate();
 }
 
 // The bucket of so many bytes, below `tiny`. Its blocks have bucket_bytes times its number, and one more.
@@ -99,7 +123,7 @@ void* allocate_tiny(std::size_t bytes) {
   const std::size_t index = bucket_of(bytes);
   Bucket& bucket = buckets[index];
   if (bucket.count > 0) return bucket.blocks[--bucket.count];
-  return std::malloc((index + 1) * bucket_bytes);
+  return or_give_back([&] { return std::malloc((index + 1) * bucket_bytes); });
 }
 
 void* reuse(const Class& c) {
@@ -113,20 +137,19 @@ void* reuse(const Class& c) {
 }
 
 void* take(const Class& c) {
-  void* p = nullptr;
-  if (posix_memalign(&p, c.bytes >= 2 * huge_page ? huge_page : 64, c.bytes) != 0) {
-    give_back();
-    if (posix_memalign(&p, 64, c.bytes) != 0) return nullptr;
-  }
+  void* const p = or_give_back([&] {
+    void* block = nullptr;
+    return posix_memalign(&block, c.bytes >= 2 * huge_page ? huge_page : 64, c.bytes) == 0 ? block : nullptr;
+  });
 #if defined(MADV_HUGEPAGE)
-  if (c.bytes >= 2 * huge_page) madvise(p, c.bytes, MADV_HUGEPAGE);
+  if (p != nullptr && c.bytes >= 2 * huge_page) madvise(p, c.bytes, MADV_HUGEPAGE);
 #endif
   return p;
 }
 
 void* allocate(void*, std::size_t bytes) {
   if (bytes < tiny) return allocate_tiny(bytes);
-  if (!takes(bytes)) return std::malloc(bytes);
+  if (!takes(bytes)) return or_give_back([&] { return std::malloc(bytes); });
   const Class c(bytes);
   void* p = reuse(c);
   return p != nullptr ? p : take(c);
@@ -138,10 +161,10 @@ void* allocate_zeros(void*, std::size_t count, std::size_t size) {
     void* p = allocate_tiny(bytes);
     return p == nullptr ? p : std::memset(p, 0, bytes);
   }
-  if (!takes(bytes)) return std::calloc(count, size);
+  if (!takes(bytes)) return or_give_back([&] { return std::calloc(count, size); });
   const Class c(bytes);
   if (void* p = reuse(c)) return std::memset(p, 0, bytes);
-  return std::calloc(1, c.bytes);  // the system's pages are zeros already
+  return or_give_back([&] { return std::calloc(1, c.bytes); });  // the system's pages are zeros already
 }
 
 void release(void*, void* p, std::size_t bytes) {
@@ -157,7 +180,10 @@ void release(void*, void* p, std::size_t bytes) {
   if (!takes(bytes)) return std::free(p);
   const Class c(bytes);
   const Turn turn;
-  if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) return std::free(p);
+  if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) {
+    std::free(p);
+    return turn ? count_freed(c.bytes) : void();
+  }
   Block* block = static_cast<Block*>(p);
   block->next = kept[c.index];
   kept[c.index] = block;
@@ -168,7 +194,7 @@ void* reallocate(void*, void* p, std::size_t bytes) {
   const std::size_t rounded = bytes < tiny   ? (bucket_of(bytes) + 1) * bucket_bytes
                               : takes(bytes) ? Class(bytes).bytes
                                              : bytes;
-  return std::realloc(p, rounded);
+  return or_give_back([&] { return std::realloc(p, rounded); });
 }
 
 }  // namespace

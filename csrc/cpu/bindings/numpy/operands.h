@@ -2,7 +2,7 @@
 //
 // Contract
 //   Usual are an np.ndarray itself (no subclass) of one to max_axes axes, float32 or float64 in native byte order, aligned,
-//   and a number: a Python float or a small int, np.float64, np.float32, np.int64. An array of bool or integers, or one of
+//   whose dtype has no metadata, and a number: a Python float or a small int, np.float64, np.float32, np.int64. An array of bool or integers, or one of
 //   float32 beside float64, is converted to float64 where NumPy would (Converted).
 //   Nothing here sets a Python error but what allocates. Readers return false where an operand is unusual: the call is then
 //   NumPy's.
@@ -76,12 +76,13 @@ inline bool same_shape(const Operand& a, const Operand& b) {
   return true;
 }
 
-// Native byte order ('|' is that of single bytes), aligned, of some axes.
+// Native byte order ('|' is that of single bytes), aligned, of some axes, without metadata, which results inherit.
 inline bool read_any_array(PyObject* object, Operand& o) {
   if (!is_array(object)) return false;
   const PyArrayObject_fields* a = fields(object);
   const char order = a->descr->byteorder;
-  if (a->nd < 1 || a->nd > max_axes || (a->flags & NPY_ARRAY_ALIGNED) == 0 || (order != '=' && order != '|'))
+  if (a->nd < 1 || a->nd > max_axes || (a->flags & NPY_ARRAY_ALIGNED) == 0 || (order != '=' && order != '|') ||
+      PyDataType_METADATA(a->descr) != nullptr)
     return false;
   o.data = a->data;
   o.shape = a->dimensions;
