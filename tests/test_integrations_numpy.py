@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -294,6 +295,32 @@ def test_metadata_of_a_dtype_is_inherited(accelerated: None) -> None:
     x = np.ones((3, 3), np.dtype("f8", metadata={"unit": "m"}))
     for result in (x + x, -x, np.exp(x), x.sum(0), x @ x, x**2, np.clip(x, 0, 1), x[np.arange(2)]):
         assert result.dtype.metadata == {"unit": "m"}
+
+
+def test_strides_of_axes_of_length_one(accelerated: None) -> None:
+    def strides() -> list[tuple[int, ...]]:
+        found = []
+        for shape, order in itertools.product(itertools.product((1, 2), repeat=3), itertools.permutations(range(3))):
+            x = np.ones([shape[axis] for axis in order]).transpose(np.argsort(order))
+            results = (
+                x + x,
+                x + x[0],
+                (x > 0) * x,
+                x.astype(int) / 2.5,
+                -x,
+                x > 0,
+                x.sum(0),
+                x.max(2),
+                np.zeros_like(x),
+                np.where(x > 0, x, 0.0),
+                x[[0]],
+            )
+            found += [result.strides for result in (*results, x[np.array([0])], np.clip(x, 0, 1))]
+        return found
+
+    ours = strides()
+    gemmlet.restore_numpy()
+    assert ours == strides()
 
 
 def test_references_of_dtypes_are_kept(accelerated: None) -> None:

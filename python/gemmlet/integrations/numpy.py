@@ -25,8 +25,8 @@ Array = NDArray[Any]
 
 __all__ = ["accelerate_numpy", "counts", "replaced", "restore_numpy"]
 
-# Versions of NumPy whose own tests have passed while accelerated: 2.0.2, 2.1.3, 2.2.6, 2.3.5 and 2.4.6.
-KNOWN = ((2, 0), (2, 4))
+# Versions of NumPy whose own tests have passed while accelerated: 2.0.2, 2.1.3, 2.2.6, 2.3.5, 2.4.6 and 2.5.5.
+KNOWN = ((2, 0), (2, 5))
 # Bytes of freed arrays that are kept for new ones.
 KEPT_BYTES = 256 << 20
 

@@ -430,7 +430,11 @@ PyObject* take_rows(PyObject* array, PyObject* key) {
     return nullptr;
   npy_intp shape[max_axes] = {rows.count};
   Index bytes = PyDataType_ELSIZE(fields(array)->descr);
-  for (int i = 1; i < a.axes; ++i) bytes *= shape[i] = a.shape[i];
+  for (int i = a.axes - 1; i > 0; --i) {
+    // An axis of length 1 may have any stride, by which NumPy orders those of the result.
+    if (a.axes > 2 && a.strides[i] != bytes) return nullptr;
+    bytes *= shape[i] = a.shape[i];
+  }
   const Index length = a.shape[0];
   if (bytes == 0) return nullptr;
   PyArray_Descr* dtype = fields(array)->descr;

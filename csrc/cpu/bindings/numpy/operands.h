@@ -135,7 +135,8 @@ class Converted {
   }
 
   bool read(PyObject* object, Operand& o) {
-    if (!read_any_array(object, o) || !o.in_order()) return false;
+    // Of three axes NumPy orders the result as its iterator does, which casts.
+    if (!read_any_array(object, o) || !o.in_order(o.axes > 2 ? c_order : c_order | f_order)) return false;
     switch (o.type) {
       case NPY_BOOL:
         return convert(o, ufuncs::convert_bools);
