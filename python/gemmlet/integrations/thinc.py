@@ -150,7 +150,8 @@ class GemmletOps(_Base):
         b1, b2, lr = float(beta1), float(beta2), float(learn_rate)
         # In the order of the registry's rule: step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink.
         hyperparameters = lr, b1, b2, 1.0 - b1, 1.0 - b2, float(eps), float(mod_rate), 0.0, 1.0
-        if _computed("adam_update", weights, gradient, (mom1, mom2), hyperparameters) is None:
+        clears = isinstance(gradient, self.xp.ndarray) and gradient.flags.writeable
+        if not clears or _computed("adam_update", weights, gradient, (mom1, mom2), hyperparameters) is None:
             return super().adam(weights, gradient, mom1, mom2, beta1, beta2, eps, learn_rate, mod_rate)
         gradient.fill(0)
         return weights, gradient, mom1, mom2
