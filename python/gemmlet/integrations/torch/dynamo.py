@@ -17,6 +17,7 @@ from torch import fx
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from ...formulas.activations import ACTIVATIONS
 from .extension import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_METHODS,
@@ -33,6 +34,9 @@ from .extension import (
 )
 
 _DTYPES = (torch.float32, torch.float64)
+
+# Activations whose result PyTorch saves for backward: that of others may be changed in place until then.
+_SAVED_BY_RESULT = ("relu", "tanh", "sigmoid")
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -216,6 +220,9 @@ class Chain:
                 function = node.target if node.op == "call_function" else getattr(torch, str(node.target))
                 self._functions.append((_behind(function, node.args[1:], dict(node.kwargs)), 0))
         self.network = Network(tuple(self.activations), self.loss)
+        last = self.activations[-1].name
+        self.reads_result = self.loss is None and last is not None and not ACTIVATIONS[last].needs_x
+        self.copies_result = last not in _SAVED_BY_RESULT
         self.end_of_parameters = 1 + 2 * len(self.activations)
         # The arguments but biases that are not there.
         there = [i for i, each in enumerate(arguments) if each is not None]
@@ -295,21 +302,21 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         versions = [*map(_version, chain.differentiated(inputs))]
         ctx.state = chain, chain._found, chain._capsule, needed, where, inputs, versions
         saved = [inputs[i] for i in where]
-        if chain.loss is None:
-            saved.append(result)
+        if chain.reads_result:
+            saved.append(result.clone() if chain.copies_result else result)
         ctx.save_for_backward(kept, *saved)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         chain, found, network, needed, where, given, versions = ctx.state
-        kept, *saved = ctx.saved_tensors
-        result = None if chain.loss is not None else saved.pop()
+        kept, *saved = everything = ctx.saved_tensors
+        result = saved.pop() if chain.reads_result else None
         inputs = list(given)
         for i, each in zip(where, saved, strict=True):  # they may come from a hook
             inputs[i] = each
         grads = None
-        if not torch.is_grad_enabled() and not any(map(is_negated, (grad, *ctx.saved_tensors))):
+        if not torch.is_grad_enabled() and not any(map(is_negated, (grad, *everything))):
             if chain.activations[-1] is not NONE or grad.ndim != 2:
                 grad = grad.contiguous()
             grads = found.module.torch_backward(network, grad, tuple(inputs), kept, result, needed)
