@@ -253,7 +253,9 @@ def test_the_usual_call_is_computed_by_a_kernel(name: str, dtype: str, ops: Gemm
         assert (got is a) == (wanted is b)
 
 
-@pytest.mark.parametrize("change", ["transposed", "every other", "subclass", "integers", "mixed", "empty", "shape", "read-only"])
+@pytest.mark.parametrize(
+    "change", ["transposed", "every other", "subclass", "integers", "mixed", "empty", "shape", "read-only"]
+)
 @pytest.mark.parametrize("name", [name for name in CALLS if "out" not in name])
 def test_any_other_call_is_as_before(name: str, change: str, ops: GemmletOps) -> None:
     """Results, and errors by their type: it may be a kernel that takes it, or NumpyOps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import io
 import os
@@ -34,6 +35,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.utils import checkpoint  # noqa: E402
 
 from gemmlet.integrations import torch as integration  # noqa: E402
 from gemmlet.integrations.torch import extension, optimizers  # noqa: E402
@@ -298,6 +300,11 @@ def ignore(*_: Any) -> None:
     """A hook."""
 
 
+def _half_a_step(optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] /= 2
+    type(optimizer).step(optimizer)
+
+
 # What is unusual at the time of a step: a function of module, optimizer, x and target that returns the last two.
 UNUSUAL: dict[str, Callable[..., Any]] = {
     "hook of a module": lambda m, o, x, t: (m[0].register_forward_hook(ignore), x, t)[1:],
@@ -314,11 +321,15 @@ UNUSUAL: dict[str, Callable[..., Any]] = {
     "layer that is not known": lambda m, o, x, t: (m.append(nn.Softmax(1)), x, t)[1:],
     "maximize": lambda m, o, x, t: (o.param_groups[0].update(maximize=True), x, t)[1:],
     "own memory": lambda m, o, x, t: (m[0].weight.share_memory_(), x, t)[1:],
+    "own step": lambda m, o, x, t: (setattr(o, "step", functools.partial(_half_a_step, o)), x, t)[1:],
+    "sparse samples": lambda m, o, x, t: (x.to_sparse(), t),
+    "sparse rows": lambda m, o, x, t: (x.to_sparse_csr(), t),
 }
 FUSED = {"weight of float64"}  # which fits as well
 
 
 @one_isa
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("unusual", UNUSUAL)
 def test_what_is_unusual_at_the_time_is_done_by_pytorch(unusual: str) -> None:
     module = NETWORKS["relu"]()
@@ -366,6 +377,50 @@ def test_autocast_and_other_backends_are_left_to_pytorch() -> None:
         step(x.double(), target)
     with pytest.raises(IndexError):
         step(x, target + 5)
+
+
+@one_isa
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> None:
+    module = NETWORKS["relu"]()
+    ours = made(optimizer, module.parameters())
+    step = integration.fused_step(module, nn.CrossEntropyLoss(), ours)
+    x, target = torch.randn(6, 20), classes(6, None)
+    before = copy.deepcopy(module.state_dict())
+    refused = [
+        (x.numpy(), target, TypeError, r"x must be a torch\.Tensor, got ndarray"),
+        (None, target, TypeError, r"x must be a torch\.Tensor, got NoneType"),
+        (x, target.tolist(), TypeError, r"target must be a torch\.Tensor, got list"),
+        (torch.tensor(1.0), target, RuntimeError, "at least 1D"),
+        (x, target + 5, IndexError, "out of bounds"),
+        (x, target[:3], ValueError, "batch_size"),
+    ]
+    for *given, error, message in refused:
+        with pytest.raises(error, match=message):
+            step(*given)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="does not require grad"):
+        step(x, target)
+    assert not ours.state
+    assert_close(dict(module.state_dict()), dict(before))
+
+
+@one_isa
+@pytest.mark.parametrize("what", ["sample", "target", "range"])
+def test_binary_cross_entropy_refuses_what_pytorchs_does(what: str) -> None:
+    module = nn.Sequential(nn.Linear(20, 5), nn.Sigmoid())
+    before = copy.deepcopy(module.state_dict())
+    x, target = torch.randn(6, 20), numbers(6, None)
+    (x if what == "sample" else target)[1, 2] = 1.5 if what == "range" else torch.nan
+    message = f"all elements of {'input' if what == 'sample' else 'target'} should be between 0 and 1"
+    step = integration.fused_step(module, nn.BCELoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    compiled = compile_with_ours(lambda x, target: functional.binary_cross_entropy(module(x), target))
+    for function in (step, compiled):
+        with pytest.raises(RuntimeError, match=message):
+            function(x, target)
+    assert_close(dict(module.state_dict()), dict(before))
+    module[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="module returns NaN"):
+        step(torch.randn(6, 20), numbers(6, None))
 
 
 @one_isa
@@ -513,6 +568,39 @@ def test_parameters_of_many_kinds_are_updated() -> None:
         assert both[0][1]["param_groups"] == both[1][1]["param_groups"]
         assert_close(both[1][1]["state"], both[0][1]["state"])
     assert integration.calls["update by PyTorch"] > 0
+
+
+@one_isa
+def test_groups_are_updated_in_their_order() -> None:
+    """One that is refused leaves those behind it, and its own state, as they were."""
+    for make in (torch.optim.Adam, integration.Adam):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+        optimizer = make([{"params": [each]} for each in params], lr=0.1)
+        for each in params:
+            each.grad = torch.ones(3)
+        params[1].grad = torch.ones(3).to_sparse()
+        with pytest.raises(RuntimeError, match="sparse gradients"):
+            optimizer.step()
+        assert [bool((each == 1).all()) for each in params] == [False, True, True]
+        assert [*optimizer.state] == params[:1]
+        assert len(optimizer.param_groups) == 3
+
+
+@one_isa
+def test_parameters_from_the_inference_mode_are_refused_and_left() -> None:
+    with torch.inference_mode():
+        module = NETWORKS["relu"]()
+    params, before = list(module.parameters()), copy.deepcopy(module.state_dict())
+    for optimizer in (made("adam", params), made("adam", params, integration)):
+        step = integration.fused_step(module, nn.CrossEntropyLoss(), optimizer)
+        with pytest.raises(RuntimeError, match="Inference tensors"):
+            step(torch.randn(6, 20), classes(6, None))
+        assert not optimizer.state
+    assert_close(dict(module.state_dict()), dict(before))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):  # and PyTorch has changed it by then
+        made("adam", params, integration).step()
 
 
 @one_isa
@@ -780,6 +868,25 @@ def test_what_a_chain_reads_may_be_changed_before_and_behind_it() -> None:
 
 
 @one_isa
+@pytest.mark.parametrize("activation", [nn.Identity(), *ACTIVATIONS], ids=str)
+def test_results_may_be_changed_in_place_where_those_of_eager_may(activation: Any) -> None:
+    module = nn.Sequential(nn.Linear(6, 4), activation)
+    compiled = compile_with_ours(module)
+    found: list[Any] = []
+    for function in (compiled, module):
+        x = torch.ones(5, 6, requires_grad=True)
+        y = function(x)
+        y *= 2
+        try:
+            y.sum().backward()
+            found.append(x.grad)
+        except RuntimeError as error:
+            found.append("modified by an inplace operation" in str(error))
+    assert_close(*found)
+    assert integration.calls["forward"] == 1
+
+
+@one_isa
 def test_batch_sizes_may_change() -> None:
     module = NETWORKS["deep"]()
     loss = nn.CrossEntropyLoss()
@@ -917,6 +1024,19 @@ def test_hooks_see_what_they_see_in_eager() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t.clone()):
         compare(module, module, [x])
     assert packed
+
+
+@one_isa
+def test_chains_are_computed_again_by_checkpoints() -> None:
+    module = NETWORKS["curved"]()
+
+    def again(function: Any) -> Any:
+        return lambda x: checkpoint.checkpoint(function, x, use_reentrant=False)
+
+    x = torch.randn(4, 20, requires_grad=True)
+    ours, theirs = (outcome(again(each), module, [x]) for each in (compile_with_ours(module), module))
+    assert_close(ours, theirs)
+    assert integration.calls == {"forward": 2, "backward": 1}
 
 
 @one_isa
