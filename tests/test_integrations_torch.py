@@ -233,6 +233,23 @@ def test_parameters_stay_where_they_are() -> None:
 
 
 @one_isa
+def test_the_line_of_the_document_makes_weights_contiguous() -> None:
+    module = NETWORKS["relu"]()
+    twin, loss = copy.deepcopy(module), nn.CrossEntropyLoss()
+    ours, theirs = made("adam", module.parameters()), made("adam", twin.parameters())
+    step = integration.fused_step(module, loss, ours)
+    for _ in range(3):
+        x, target = torch.randn(4, 20), classes(4, None)
+        assert_close(step(x, target), eager_step(twin, loss, theirs, x, target))
+        assert not module[0].weight.is_contiguous()
+        line = "for p in model.parameters(): p.data = p.data.contiguous()"
+        assert line in (Path(__file__).parents[1] / "docs/torch.md").read_text()
+        exec(line, {"model": module})
+        assert_close(*(nn.utils.parameters_to_vector(each.parameters()) for each in (module, twin)))
+    assert integration.calls == {"fused_step": 3}
+
+
+@one_isa
 def test_a_graph_from_before_a_step_is_refused_by_autograd() -> None:
     module = NETWORKS["relu"]()
     step = integration.fused_step(module, nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=0.1))
