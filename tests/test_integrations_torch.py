@@ -296,13 +296,24 @@ def test_a_loss_or_an_optimizer_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="loss is"):
             integration.fused_step(module, loss, sgd)
+    for loss, shown in (
+        (nn.CrossEntropyLoss(weight=torch.ones(2)), r"CrossEntropyLoss\(weight=tensor\(\[1., 1.\]\)\)"),
+        (nn.SmoothL1Loss(beta=0.5), r"SmoothL1Loss\(beta=0.5\)"),
+        (nn.MSELoss(reduction="none"), r"MSELoss\(reduction='none'\)"),
+    ):
+        with pytest.raises(ValueError, match=f"loss is {shown}, which"):
+            integration.fused_step(module, loss, sgd)
     loss = nn.CrossEntropyLoss()
     with pytest.raises(TypeError, match="SGD, Adam or AdamW, got RMSprop"):
         integration.fused_step(module, loss, torch.optim.RMSprop(params))
     with pytest.raises(TypeError, match=r"torch\.nn\.Sequential, got Linear"):
         integration.fused_step(nn.Linear(2, 2), loss, sgd)
-    for optimizer in (torch.optim.Adam(params, amsgrad=True), torch.optim.SGD(params, momentum=0.9, dampening=0.5)):
-        with pytest.raises(ValueError, match="settings that fused_step does not know"):
+    for optimizer, shown in (
+        (torch.optim.Adam(params, amsgrad=True), "amsgrad=True"),
+        (torch.optim.SGD(params, momentum=0.9, dampening=0.5), "dampening=0.5"),
+        (torch.optim.AdamW(params, lr=torch.tensor(0.01)), r"lr=tensor\(0.0100\)"),
+    ):
+        with pytest.raises(ValueError, match=f"settings that fused_step does not know: {shown}$"):
             integration.fused_step(module, loss, optimizer)
     for groups in (params[:2], [{"params": params[:2]}, {"params": params[2:]}]):
         with pytest.raises(ValueError, match="one group with all parameters"):
@@ -1228,6 +1239,33 @@ def test_operators_pass_opcheck(operators: Any) -> None:
     for name, all_arguments in samples.items():
         for arguments in all_arguments[:1]:
             assert set(torch.library.opcheck(getattr(operators, name).default, arguments).values()) == {"SUCCESS"}, name
+
+
+@one_isa
+def test_arguments_of_operators_are_refused_by_name_of_fakes_too(operators: Any) -> None:
+    x, weight = torch.randn(5, 8), torch.randn(4, 8)
+    refused = [
+        ("matmul", (x[0], weight.t()), ValueError, r"a has shape \(8,\), b \(8, 4\)"),
+        ("matmul", (x[None], weight.t()), ValueError, r"a has shape \(1, 5, 8\), b \(8, 4\)"),
+        (
+            "matmul",
+            (x, weight.t().double()),
+            TypeError,
+            r"b has dtype torch\.float64, the first argument torch\.float32",
+        ),
+        ("linear", (x, weight[:, :3]), ValueError, r"x has shape \(5, 8\), weight \(4, 3\)"),
+        ("linear", (torch.tensor(1.0), weight), ValueError, r"x has shape \(\), weight"),
+        ("linear", (x, weight, x[0, :2]), ValueError, r"bias has shape \(2,\), expected \(4,\)"),
+        ("linear", (x, weight.double()), TypeError, r"weight has dtype torch\.float64"),
+        ("linear", (x.bfloat16(), weight.bfloat16()), TypeError, r"float32 or torch\.float64, got torch\.bfloat16"),
+    ]
+    for name, arguments, error, message in refused:
+        for device in ("cpu", "meta"):
+            with pytest.raises(error, match=message):
+                getattr(operators, name)(*(each.to(device) for each in arguments))
+    with pytest.raises(TypeError, match=r"got torch\.bfloat16"):
+        operators.relu(x.bfloat16())
+    assert_close(operators.linear(x[:, :0], weight[:, :0], x[0, :4]), x[0, :4].expand(5, 4))
 
 
 @one_isa

@@ -60,6 +60,13 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     return None if group["amsgrad"] or group["capturable"] else _ADAM
 
 
+def unknown_settings(group: Group) -> str:
+    """Those of a group for which there is no rule."""
+    names = [name for name in ("maximize", "differentiable", "dampening", "amsgrad", "capturable") if group.get(name)]
+    names += ["lr"] if isinstance(group["lr"], torch.Tensor) else []
+    return ", ".join(f"{name}={group[name]!r}" for name in names)
+
+
 class States(NamedTuple):
     """Of parameters: all arrays in turn, and the counters of steps; and what of it was missing, and is made."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
@@ -29,7 +30,7 @@ from .extension import (
     of_function,
     of_module,
 )
-from .optimizers import SGD, Adam, AdamW, Rule, States, rule_of, states_of, step_of
+from .optimizers import SGD, Adam, AdamW, Rule, States, rule_of, states_of, step_of, unknown_settings
 
 _OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, SGD, Adam, AdamW)
 
@@ -108,7 +109,7 @@ class FusedStep:
         if len({param.data_ptr() for param in params}) < len(params):
             raise ValueError("module shares a parameter between layers, which fused_step does not train")
         if rule_of(optimizer, group) is None:
-            raise ValueError(f"optimizer has settings that fused_step does not know: {_settings(group)}")
+            raise ValueError(f"optimizer has settings that fused_step does not know: {unknown_settings(group)}")
         if not self._is_group(params):
             raise ValueError("optimizer must have one group with all parameters of module, in their order")
 
@@ -292,7 +293,7 @@ class _Model:
         is_module = isinstance(loss, nn.Module)
         found: Loss | None = of_module(loss, LOSS_MODULES) if is_module else of_function(loss)
         if found is None or (is_module and loss.reduction not in ("mean", "sum")):
-            raise ValueError(f"loss is {loss}, which fused_step does not know")
+            raise ValueError(f"loss is {_shown(loss)}, which fused_step does not know")
         self.refuses_nan = found.name == "binary_cross_entropy"
         if self.refuses_nan and last.name != "sigmoid":
             raise ValueError("loss is BCELoss, which needs a Sigmoid as the last layer of module")
@@ -347,5 +348,11 @@ def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
     return (step is not None and not hasattr(step, "_wrapped_by_lr_sched")) or "zero_grad" in attributes
 
 
-def _settings(group: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in group.items() if name != "params" and value)
+def _shown(loss: Any) -> str:
+    """A loss with the settings that it depends on, where they are not the defaults."""
+    if type(loss) not in LOSS_MODULES:
+        return str(loss)
+    defaults = inspect.signature(type(loss)).parameters
+    given = {name: getattr(loss, name) for name in LOSS_MODULES[type(loss)][0]}
+    settings = [f"{name}={each!r}" for name, each in given.items() if repr(each) != repr(defaults[name].default)]
+    return f"{type(loss).__name__}({', '.join(settings)})"
