@@ -237,10 +237,46 @@ def test_what_is_not_usual_is_theirs(calls: list[str]) -> None:
                 model.fit(X.astype(np.float32), y)  # the parameters are float64
         assert "train" not in calls
         assert_alike(theirs, mine, X, 1e-10)
+    theirs, mine = (m.fit(X.astype(np.float32), NUMBERS * 1e20) for m in pair(REGRESSOR, {}))
+    assert "train" not in calls
+    assert_alike(theirs, mine, X.astype(np.float32), 1e-4)
     if TAKES_WEIGHTS:
         theirs, mine = (m.fit(X, NUMBERS**2) for m in pair(REGRESSOR, {"loss": "poisson"}))
         assert "train" not in calls
         assert_alike(theirs, mine, X, 1e-10)
+
+
+# What somebody may make of the parameters of a network with two hidden layers of nine, so that scikit-learn takes it.
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "sparse matrices": lambda m: vars(m).update(coefs_=[sparse.csr_matrix(c) for c in m.coefs_]),
+    "a sparse array": lambda m: m.coefs_.__setitem__(0, sparse.csr_array(m.coefs_[0])),
+    "a row": lambda m: m.intercepts_.__setitem__(0, np.ones((1, 9))),
+    "one number": lambda m: m.intercepts_.__setitem__(0, np.ones(1)),
+    "a list": lambda m: m.intercepts_.__setitem__(0, m.intercepts_[0].tolist()),
+    "one array twice": lambda m: m.coefs_.__setitem__(2, m.coefs_[1]),
+    "views of one array": lambda m: m.coefs_.__setitem__(2, m.coefs_[1][:]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_have_been_set(change: str, cpu: Any) -> None:
+    widths = {1: 9, 2: 9, 3: 9}.values()  # anything that can be iterated over
+    theirs, mine = pair(REGRESSOR, {"hidden_layer_sizes": widths, "warm_start": True, "max_iter": 2})
+    for model in (theirs, mine):
+        model.fit(X, NUMBERS)
+        CHANGES[change](model)
+    np.testing.assert_allclose(mine.predict(X), theirs.predict(X), 1e-8)
+    errors = []
+    for model in (theirs, mine):
+        try:
+            model.fit(X, NUMBERS)
+        except Exception as error:
+            errors.append(type(error))
+    if errors:
+        assert errors[0] is errors[-1]
+        assert len(errors) == 2
+    else:
+        assert_alike(theirs, mine, X, 1e-8)
 
 
 def test_predictions_of_other_dtypes(cpu: Any) -> None:
@@ -313,11 +349,13 @@ def test_errors_and_warnings_are_theirs(cpu: Any) -> None:
             warnings.simplefilter("ignore")
             with pytest.raises(ValueError, match="non-finite parameter weights"):
                 model.fit(1e100 * X, NUMBERS)
-    for model in pair(REGRESSOR, {"early_stopping": True}):
+    for model in pair(REGRESSOR, {"early_stopping": True, "batch_size": 1000}):
         with pytest.raises(ValueError, match="does not support early_stopping"):
             model.partial_fit(X, NUMBERS)
-        with pytest.raises(ValueError, match="validation set is too small"):
-            model.fit(X[:5], NUMBERS[:5])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of the batch size, which comes later
+            with pytest.raises(ValueError, match="validation set is too small"):
+                model.fit(X[:5], NUMBERS[:5])
         assert "_epochs" not in vars(model)
     for model in pair(REGRESSOR, {"batch_size": 1000}):
         with pytest.warns(UserWarning, match="larger than sample size"):
@@ -355,6 +393,14 @@ def test_copies(cpu: Any) -> None:
     for other in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
         one, two = (copy.deepcopy(model).partial_fit(X, CLASSES) for model in (mine, other))
         assert all(map(same_bits, one.coefs_, two.coefs_))
+
+
+def test_a_network_becomes_scikit_learns_by_its_class(cpu: Any) -> None:
+    _, mine = pair(CLASSIFIER, {"early_stopping": True})
+    wanted = mine.fit(X, CLASSES).predict_proba(X)
+    mine.__class__ = neural_network.MLPClassifier
+    assert b"gemmlet" not in pickle.dumps(mine)
+    np.testing.assert_allclose(mine.predict_proba(X), wanted, 1e-8)
 
 
 def test_patch_and_unpatch() -> None:

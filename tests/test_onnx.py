@@ -241,6 +241,7 @@ def graph(
     shape: Sequence[Any] = ("n", 6),
     opset: int = 17,
     others: Sequence[str] = (),
+    element: int = TensorProto.FLOAT,
 ) -> Path:
     """Write a graph with the constants `WEIGHTS`, and others."""
     made = []
@@ -253,7 +254,7 @@ def graph(
         helper.make_graph(
             made,
             "g",
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in inputs],
+            [helper.make_tensor_value_info(name, element, shape) for name in inputs],
             [
                 helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", "k"]),
                 *(helper.make_tensor_value_info(name, TensorProto.INT64, ["n", 1]) for name in others),
@@ -370,6 +371,22 @@ def test_a_graph_of_another_exporter(spelling: str, tmp_path: Path) -> None:
 def test_images_are_flattened(tmp_path: Path) -> None:
     nodes: list[Node] = [("Flatten", "x", "flat"), ("MatMul", "flat w0", "m0"), *USUAL[1:]]
     assert MLP.from_onnx(graph(tmp_path / "g.onnx", nodes, shape=("n", 2, 3))).layers == [6, 5, 3]
+    # With a batch that is fixed, as exporters write it by default.
+    nodes[0] = ("Reshape", "x rows", "flat")
+    path = graph(tmp_path / "g.onnx", nodes, {"rows": np.array([4, 6])}, shape=(4, 2, 3))
+    assert MLP.from_onnx(path).layers == [6, 5, 3]
+
+
+def test_inputs_that_would_be_taken_for_others_are_refused(tmp_path: Path) -> None:
+    """Softmax may be along another dimension than the outputs; gemmlet divides uint8."""
+    for shape in (("n", 1, 6), ("n", "t", 6)):
+        path = graph(tmp_path / "g.onnx", [*USUAL[:-1], ("Softmax", "z1", "y", {"axis": 1})], shape=shape)
+        with pytest.raises(ValueError, match=r"the_m0 \(MatMul\) takes an input of 3 dimensions"):
+            MLP.from_onnx(path)
+    nodes: list[Node] = [("Cast", "x", "f", {"to": TensorProto.FLOAT}), ("MatMul", "f w0", "m0"), *USUAL[1:]]
+    with pytest.raises(ValueError, match=r"its input is of uint8, which gemmlet takes as value/255"):
+        MLP.from_onnx(graph(path, nodes, element=TensorProto.UINT8))
+    assert MLP.from_onnx(graph(path, nodes, element=TensorProto.INT64)).layers == [6, 5, 3]
 
 
 def test_logits_are_what_they_are_said_to_be(tmp_path: Path) -> None:
@@ -460,6 +477,27 @@ REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
         [*LAYER0, ("Clip", "z0 zero six", "a0"), *USUAL[3:]],
         {"zero": np.float32(0), "six": np.float32(6)},
         r"the_a0 \(Clip\) begins",
+    ),
+    "a small threshold": (
+        [*LAYER0, ("ThresholdedRelu", "z0", "a0", {"alpha": 1e-4}), *USUAL[3:]],
+        {},
+        r"the_a0 \(ThresholdedRelu\) begins",
+    ),
+    "relu up to a large number": (
+        [*LAYER0, ("Clip", "z0 zero large", "a0"), *USUAL[3:]],
+        {"zero": np.float32(0), "large": np.float32(1e20)},
+        r"the_a0 \(Clip\) begins",
+    ),
+    "small numbers shrunk": (
+        [
+            *LAYER0,
+            ("Abs", "z0", "abs"),
+            ("Less", "abs small", "is_small"),
+            ("Where", "is_small zero z0", "a0"),
+            *USUAL[3:],
+        ],
+        {"zero": np.float32(0), "small": np.float32(0.2)},
+        r"the_abs \(Abs\) begins",
     ),
     "a scaled activation": (
         [*LAYER0, ("Relu", "z0", "r"), ("Mul", "r half", "a0"), *USUAL[3:]],
@@ -619,6 +657,24 @@ def test_damaged_files_are_named(damage: Callable[[bytes], bytes], tmp_path: Pat
         MLP.from_onnx(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.onnx"):
         MLP.from_onnx(tmp_path / "nowhere.onnx")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda tensor: tensor.dims.__setitem__(0, 2), lambda tensor: setattr(tensor, "data_type", 77)]
+)
+def test_damaged_tensors_are_named(damage: Callable[[Any], None], tmp_path: Path) -> None:
+    found = onnx.load(graph(tmp_path / "g.onnx", USUAL))
+    damage(found.graph.initializer[0])
+    (tmp_path / "g.onnx").write_bytes(found.SerializeToString())
+    with pytest.raises(ValueError, match=r"g\.onnx is corrupt: tensor w0: "):
+        MLP.from_onnx(tmp_path / "g.onnx")
+
+
+@pytest.mark.parametrize("name", ["net.json", "net.textproto", "net.onnxtxt", "net"])
+def test_files_of_any_name_are_read(name: str, tmp_path: Path) -> None:
+    model = perceptron("tanh", "float32")
+    model.to_onnx(tmp_path / name)
+    assert MLP.from_onnx(tmp_path / name).layers == model.layers
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import inspect
 import math
 import sys
 import warnings
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,9 @@ _NAMES = {"identity": None, "logistic": "sigmoid", "relu": "relu", "tanh": "tanh
 # By scikit-learn's optimizer: the rule, and the lists of arrays that are its state.
 _RULES = {"AdamOptimizer": ("adam", ("ms", "vs")), "SGDOptimizer": ("momentum", ("velocities",))}
 _OPTIMIZERS = {"adam": "AdamOptimizer", "sgd": "SGDOptimizer"}
+
+# Targets below it have squares in float32, and gradients of a network, too.
+_MOST_SQUARED = 1e15
 
 # Rows that pass through all layers together when predicting: their activations stay in the cache.
 _CHUNK = 1024
@@ -227,6 +230,10 @@ def _epochs_of(model: Any, X: Any, y: Array, size: int, optimizer: Any) -> _Epoc
         and model.loss == loss
         and dtype in (np.float32, np.float64)
         and all([(np.shape(a), getattr(a, "dtype", None)) for a in some] == wanted for some in arrays)
+        and all(isinstance(a, np.ndarray) for some in arrays for a in some)
+        and not any(np.may_share_memory(a, b) for a, b in combinations(arrays[0], 2))
+        # Those of another dtype scikit-learn squares in theirs, as gradients too.
+        and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) < _MOST_SQUARED)
         # With a steeper schedule, velocities without the learning rate could overflow.
         and not (model.learning_rate == "invscaling" and model.power_t > 2)
     )
@@ -237,7 +244,8 @@ def _epochs_of(model: Any, X: Any, y: Array, size: int, optimizer: Any) -> _Epoc
 
 
 def _hidden_widths(model: Any) -> list[int]:
-    return [int(width) for width in np.atleast_1d(model.hidden_layer_sizes)]
+    sizes = model.hidden_layer_sizes
+    return [int(width) for width in (sizes if hasattr(sizes, "__iter__") else [sizes])]
 
 
 class _Accelerated:
@@ -257,12 +265,11 @@ class _Accelerated:
         epochs = _epochs_of(self, X, given["y"], size, getattr(self, "_optimizer", None) if incremental else None)
         if epochs is None:
             return plain(*args, **kwargs)
-        if batch_size != "auto" and batch_size > n:
-            message = "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped"
-            warnings.warn(message, stacklevel=2)
         # scikit-learn's loop sees the samples' numbers in place of the samples, and all of an epoch as one mini-batch.
         given["X"] = np.arange(X.shape[0]).reshape(-1, 1)
-        self._epochs, self.batch_size = epochs, n
+        self._epochs = epochs
+        if batch_size == "auto" or batch_size < n:  # scikit-learn clips a larger one, and says so
+            self.batch_size = n
         try:
             return plain(*call.args, **call.kwargs)
         finally:
@@ -321,6 +328,10 @@ def _layers(model: Any, X: Any) -> list[tuple[Array, Array, str | None]] | None:
     if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype.kind not in "biuf":
         return None
     parameters = [*model.coefs_, *model.intercepts_]
+    if not all(isinstance(array, np.ndarray) for array in parameters):
+        return None
+    if any(bias.shape != weight.shape[1:] for weight, bias in zip(model.coefs_, model.intercepts_, strict=True)):
+        return None
     dtype = np.result_type(X, *parameters)
     if dtype not in (np.float32, np.float64):
         return None

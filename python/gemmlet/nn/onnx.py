@@ -204,10 +204,12 @@ _FOLDED = {
     "Unsqueeze",
 }  # fmt: skip
 
-# Where activations are compared. Those beyond 16 tell relu from relu6; the first, a power of 2, gives a parameter
-# without rounding: leaky_relu and elu there are proportional to it, elu by exactly -1.
-_PROBES = np.array([-(2.0**14), *np.linspace(-16, 16, 129), *(2.0**k for k in range(5, 15)), *-np.logspace(1.3, 4, 9)])
+# Where activations are compared: from what the tolerance hides to what no network reaches, so that relu6 is not relu,
+# wherever its limits are. The first, a power of 2, gives a parameter without rounding: leaky_relu and elu there are
+# proportional to it, elu by exactly -1. All are float32, the same for every graph.
 _TOLERANCE = 1e-5
+_FAR = np.geomspace(_TOLERANCE / 2, 1e30, 1000)
+_PROBES = np.array([-(2.0**14), *np.linspace(-16, 16, 129), *_FAR, *-_FAR]).astype(np.float32).astype(np.float64)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> Perceptron:
@@ -226,7 +228,7 @@ def read(path: str | os.PathLike[str], kind: str) -> Perceptron:
     with open(path, "rb"):  # whose errors name the file
         pass
     try:
-        model = onnx.load(name)
+        model = onnx.load(name, format="protobuf")  # whatever the name ends in, as `write` does
         onnx.checker.check_model(model)
     except Exception as error:  # of protobuf, of the checker, of files with external data
         raise ValueError(f"{name} is corrupt, or no ONNX file: {error}") from error
@@ -248,13 +250,21 @@ class _Reader:
     def __init__(self, onnx: Any, model: Any, path: str, kind: str) -> None:
         self.onnx, self.model, self.path, self.kind = onnx, model, path, kind
         self.floats = (int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.DOUBLE))
-        self.known = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.known = {t.name: self._array(t) for t in model.graph.initializer}
+        self.shape: list[int] = []  # of the input, 0 for what is not fixed
+        self.is_flat = False  # whether what a layer takes is a matrix
         self.same: dict[str, str] = {}  # what nodes that change nothing give: the name of what they take
         self.layers: list[tuple[Array, Array]] = []
         self.gaps: list[_Gap] = []
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{self.path} holds no perceptron: {message}")
+
+    def _array(self, tensor: Any) -> Array:
+        try:
+            return np.asarray(self.onnx.numpy_helper.to_array(tensor))
+        except Exception as error:  # the checker does not look at all of it
+            raise ValueError(f"{self.path} is corrupt: tensor {tensor.name}: {error}") from error
 
     def _refusal(self, node: Any, why: str) -> ValueError:
         name = node.name or f"that gives {node.output[0]}"
@@ -268,10 +278,14 @@ class _Reader:
         outputs = outputs or [node.input[0] for node in maps]
         if len(inputs) != 1 or len(outputs) != 1:
             raise self._error(f"it has {len(inputs)} inputs and {len(outputs)} outputs of floats, expected one of each")
+        takes = inputs[0].type.tensor_type
+        if takes.elem_type == self.onnx.TensorProto.UINT8:
+            raise self._error("its input is of uint8, which gemmlet takes as value/255")
+        self.shape = [d.dim_value for d in takes.shape.dim]
+        self.is_flat, features = len(self.shape) <= 2, self.shape[1:]
         ending = self._walk(inputs[0].name, outputs[0])
         if not self.layers:
             raise self._error("it has no layer")
-        features = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim[1:]]
         if all(features) and features and np.prod(features) != len(self.layers[0][0]):
             raise self._error(f"its input has {np.prod(features)} features, its first layer {len(self.layers[0][0])}")
         activations = [self._recognised(gap) for gap in self.gaps]
@@ -323,6 +337,7 @@ class _Reader:
                 raise self._refusal(node, f"takes {', '.join(sorted(set(dynamic) - there))} past a layer")
             if self._changes_nothing(node, inputs):
                 self.same[node.output[0]] = inputs[0]
+                self.is_flat |= operator in ("Flatten", "Reshape")
                 continue
             if ending is not None:
                 raise self._refusal(node, f"stands behind {ending.op_type}")
@@ -335,6 +350,8 @@ class _Reader:
             elif (layer := self._layer(node, inputs)) is not None:
                 if nodes and before is None:
                     raise self._refusal(nodes[0], "stands before the first layer")
+                if not self.is_flat:
+                    raise self._refusal(node, f"takes an input of {len(self.shape)} dimensions, which nothing flattens")
                 if before is not None:
                     self.gaps.append(_Gap(nodes, before, start, inputs[0]))
                 self.layers.append(layer)
@@ -377,7 +394,8 @@ class _Reader:
         if operator == "Reshape":
             shape = self.known.get(inputs[1], np.empty(0)).tolist()
             width = self.layers[-1][0].shape[1] if self.layers else shape[-1:]
-            return len(shape) == 2 and shape[0] in (-1, 0) and (shape[1] in (-1, width) or not self.layers)
+            rows = (-1, 0, *self.shape[:1])
+            return len(shape) == 2 and shape[0] in rows and (shape[1] in (-1, width) or not self.layers)
         return operator == "Identity" or (operator == "Flatten" and bool(attributes.get("axis", 1) == 1))
 
     def _layer(self, node: Any, inputs: list[str]) -> tuple[Array, Array] | None:
