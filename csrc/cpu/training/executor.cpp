@@ -57,8 +57,8 @@ struct Forward {
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
 
-// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or the squares of the
-// panels of weights of a penalty; and the place of either among the losses.
+// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or the sums of
+// the squared weights of a penalty; and the place of either among the losses.
 template <class T>
 struct Work {
   const Phase& phase;
@@ -111,7 +111,7 @@ class Executor {
       if (phase.kind == Phase::backward) penalty = 0;  // of a gradient that is replaced
       if (phase.kind == Phase::penalty) {
         penalty += phase.factor;
-        work.squares.resize(static_cast<std::size_t>(forward->network.panels()));
+        work.squares.resize(static_cast<std::size_t>(forward->network.vectors()));
       }
       if (phase.kind == Phase::loss || phase.kind == Phase::penalty) work.loss = losses++;
       if (phase.kind == Phase::update)

@@ -260,8 +260,11 @@ class _Accelerated:
         if batch_size != "auto" and batch_size > n:
             message = "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped"
             warnings.warn(message, stacklevel=2)
-        # scikit-learn's loop sees the samples' numbers in place of the samples, and all of an epoch as one mini-batch.
+        # scikit-learn's loop sees the samples' numbers in place of the samples, and all of an epoch as one mini-batch. Of
+        # the targets it needs those for validation alone.
         given["X"] = np.arange(X.shape[0]).reshape(-1, 1)
+        if not self.early_stopping:
+            given["y"] = given["X"]
         self._epochs, self.batch_size = epochs, n
         try:
             return plain(*call.args, **call.kwargs)
