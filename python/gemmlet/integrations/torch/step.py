@@ -30,11 +30,11 @@ from .extension import (
     of_function,
     of_module,
 )
-from .optimizers import SGD, Adam, AdamW, Rule, States, rule_of, states_of, step_of, unknown_settings
+from .optimizers import SGD, Adam, AdamW, Rule, States, keep, rule_of, states_of, step_of, unknown_settings
 
 _OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, SGD, Adam, AdamW)
 
-_NO_STATES = States([], [], [])
+_NO_STATES: States = [], [], []
 
 # Steps between two looks at how many zeros the samples have, which takes longer than a small step.
 _LOOK_EVERY = 64
@@ -173,14 +173,14 @@ class FusedStep:
         self._steps += 1
         network, number = capsule(model.network, found), found.rules[rule.name]
         while True:
-            states = self._states_of(rule, params)
-            changed = params + states.arrays
+            states, steps, made = self._states_of(rule, params)
+            changed = params + states
             if any(map(is_negated, [x, target, *changed])) or not increment_versions(changed):
                 return None
-            step = step_of(states.steps)
+            step = step_of(steps)
             numbers = list(rule.hyperparameters(group, step))
             result = found.module.torch_train(
-                network, number, numbers, x, target, self._skip_zeros, params, states.arrays, states.steps, step
+                network, number, numbers, x, target, self._skip_zeros, params, states, steps, step
             )
             if result is not None:
                 break
@@ -190,7 +190,8 @@ class FusedStep:
                 x, target = x.contiguous(), target.contiguous()
             elif not self._lay_out(params, rule.state):
                 return None
-        states.keep(optimizer)
+        if made:
+            keep(optimizer, made)
         for param in params:
             if param.grad is not None:
                 param.grad = None
