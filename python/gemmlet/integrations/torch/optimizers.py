@@ -57,13 +57,15 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
         if group["dampening"]:
             return None
         return _MOMENTUM if group["momentum"] else _SGD
-    return None if group["amsgrad"] or group["capturable"] else _ADAM
+    is_unusual = group["amsgrad"] or group["capturable"] or any(isinstance(b, torch.Tensor) for b in group["betas"])
+    return None if is_unusual else _ADAM
 
 
 def unknown_settings(group: Group) -> str:
     """Those of a group for which there is no rule."""
     names = [name for name in ("maximize", "differentiable", "dampening", "amsgrad", "capturable") if group.get(name)]
-    names += ["lr"] if isinstance(group["lr"], torch.Tensor) else []
+    tensors = {"lr": (group["lr"],), "betas": group.get("betas", ())}
+    names += [name for name, given in tensors.items() if any(isinstance(each, torch.Tensor) for each in given)]
     return ", ".join(f"{name}={group[name]!r}" for name in names)
 
 
@@ -205,8 +207,8 @@ class Adam(_OneCall, torch.optim.Adam):  # type: ignore[misc]
     """`torch.optim.Adam`, with all parameters of a group updated in one call.
 
     Arguments, attributes and ``state_dict()`` are PyTorch's, and so are the results to rounding. PyTorch does the step
-    of a group with `amsgrad`, `maximize`, `capturable`, `differentiable`, a tensor as `lr`, sparse gradients, or
-    parameters that are not float32 or float64 on the CPU.
+    of a group with `amsgrad`, `maximize`, `capturable`, `differentiable`, a tensor as `lr` or in `betas`, sparse
+    gradients, or parameters that are not float32 or float64 on the CPU.
     """
 
     _torch = torch.optim.Adam
