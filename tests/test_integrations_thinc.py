@@ -136,7 +136,9 @@ def run_thincs_tests(folder: Path, *arguments: str, **environment: str) -> tuple
     """The last lines of Thinc's tests, and how many calls each kernel has answered."""
     (folder / "on_gemmlet.py").write_text(PLUGIN)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-p", "on_gemmlet", "-p", "no:cacheprovider", "-q", "--pyargs"]
+    # Always the same random examples: of some even plain Thinc and PyTorch differ by more than these tests allow.
+    options = ["-p", "on_gemmlet", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-q", "--pyargs"]
+    command = [sys.executable, "-m", "pytest", *options]
     child = subprocess.run(
         [*command, *arguments],
         cwd=folder,
