@@ -615,6 +615,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "indices": None,
             "skip_zeros": True,
             "value_of_byte": None,
+            "weights": None,
             "scale": 1.0,
             "shift": 0.0,
             "order": order,
@@ -630,7 +631,8 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     calls["train: CSR"] |= {"x": array(8), "indptr": indptr, "indices": indices}
     calls["train: dense"] = mlp(array(7, 4), 0)
     codes = guarded.array((7, 5), np.uint8, 3)
-    calls["train: bytes"] = mlp(array(7, 4), 0) | {"x": codes, "value_of_byte": array(256)}
+    weights = guarded.array((7,), np.float64)
+    calls["train: bytes"] = mlp(array(7, 4), 0) | {"x": codes, "value_of_byte": array(256), "weights": weights}
     # A GAN: the discriminator is trained on samples and generated rows, the generator through the discriminator.
     calls["train: GAN"] = calls["train: dense"] | {
         "networks": [[layer(2, 9, 0, True), layer(9, 5, -1, True)], [layer(5, 4, 0), layer(4, 1, -1)]],
@@ -834,7 +836,8 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
         if argument != "order":  # of no samples nothing is to be done
             yield good[:0]
         yield from (good.astype(d) for d in (np.uint64, np.float16, np.int16, object, good.dtype.newbyteorder()))
-        if argument not in ("decay", "value_of_byte"):  # averages follow at once then, and bytes are value/255
+        # Averages follow at once then, bytes are value/255, and each sample counts 1.
+        if argument not in ("decay", "value_of_byte", "weights"):
             yield None
         ends = {"order": 7, "indices": 5, "indptr": 9}
         if argument in ends:

@@ -424,6 +424,22 @@ def test_skipping_zeros_in_long_mini_batches(
     assert_same_sums(fusing, *results, dtype)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_skipping_zeros_for_any_number_of_columns(
+    threads: int, fusing: Any, dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one to eight vectors, the last of which is whole or not, of all columns and of a thread's."""
+    x, y = with_zeros("some", rng, 300, 150, dtype), rng.integers(0, 2, size=300)
+    for width in (*range(8, 148, 8), 50, 100, 116, 139):
+        results = []
+        for below, count in ((0, 1), (2, threads)):
+            set_threads(fusing, count)
+            monkeypatch.setattr(dataset, "SPARSE_BELOW", below)
+            model = MLP([150, width, 2], dtype=dtype)
+            results.append(fitted(model, x, y, batch_size=30, epochs=1, optimizer=RULES["adam"]()))
+        assert_same_sums(fusing, *results, dtype)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["float", "uint8", "csr"])
 def test_zeros_hide_no_weight(

@@ -211,12 +211,30 @@ def test_partial_fits_and_warm_starts(calls: list[str], dtype: Any) -> None:
 
 
 @pytest.mark.skipif(not TAKES_WEIGHTS, reason="scikit-learn has sample weights since 1.7")
-@pytest.mark.parametrize("solver", ["adam", "sgd", "lbfgs"])
-def test_sample_weights(solver: str, calls: list[str]) -> None:
-    settings = {"solver": solver, "early_stopping": solver == "adam"}
-    theirs, mine = (m.fit(X, CLASSES, sample_weight=WEIGHTS) for m in pair(CLASSIFIER, settings))
+@pytest.mark.parametrize("name", CASES)
+def test_sample_weights(name: str, calls: list[str], dtype: Any) -> None:
+    cls, y, settings = CASES[name]
+    x, weights = FEW.astype(dtype), WEIGHTS.astype(dtype)
+    theirs, mine = (m.fit(x, y, sample_weight=weights) for m in pair(cls, {"alpha": 0.5} | settings))
+    assert "train" in calls
+    assert_alike(theirs, mine, x, 10 * RTOL[str(dtype)])
+    assert not np.allclose(mine.loss_curve_, pair(cls, {"alpha": 0.5} | settings)[1].fit(x, y).loss_curve_)
+
+
+@pytest.mark.skipif(not TAKES_WEIGHTS, reason="scikit-learn has sample weights since 1.7")
+def test_sample_weights_otherwise(calls: list[str]) -> None:
+    theirs, mine = (m.fit(X, CLASSES, sample_weight=WEIGHTS) for m in pair(CLASSIFIER, {"solver": "lbfgs"}))
     assert {"linear", "matmul"} <= set(calls)
     assert_alike(theirs, mine, X, 1e-8)
+    for model in pair(CLASSIFIER, {"batch_size": 30, "shuffle": False}):
+        with pytest.raises(ZeroDivisionError, match="Weights sum to zero, can't be normalized"):
+            model.fit(X, CLASSES, sample_weight=np.repeat([1.0, 0.0, 1.0], 30))
+    for samples in (sparse.csr_matrix(ZEROS), ZEROS):
+        theirs, mine = pair(CLASSIFIER, {})
+        for model in (theirs, mine):
+            for _ in range(2):
+                model.partial_fit(samples, CLASSES, classes=np.unique(CLASSES), sample_weight=WEIGHTS + 1)
+        assert_alike(theirs, mine, samples, RTOL["float64"])
 
 
 def test_lbfgs(calls: list[str], dtype: Any) -> None:

@@ -233,6 +233,13 @@ def with_reduction(dtype: Any) -> tuple[Any, Batches]:
     return plan_and_batches(plan.networks, [*plan.phases[:-1], AllReduce(0, halve), plan.phases[-1]])
 
 
+def weighted(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
+    """Each sample counts something else, some of them nothing."""
+    weights = np.random.default_rng(5).uniform(0, 3, N) * (np.arange(N) % 4 != 0)
+    gather = plan.gather._replace(dataset=plan.gather.dataset._replace(weights=weights))
+    return plan_and_batches(plan.networks, [gather, *plan.phases[1:]], noise=batches.noise)
+
+
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "mlp": mlp,
     "mlp, clipped": lambda dtype: mlp(dtype, optimizer=ClipNorm(optimizer("momentum"), 0.1)),
@@ -258,6 +265,10 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "penalty": lambda dtype: penalized(dtype, samples(dtype), "adam"),
     "penalty of zeros": lambda dtype: penalized(dtype, samples(dtype, "zeros"), "sgd"),
     "limits of elements": lambda dtype: single(dtype, samples(dtype), Loss(0, BCE, CLASSES, limits=(0.5, 0.9))),
+    "weights": lambda dtype: weighted(*penalized_once(dtype, samples(dtype))),
+    "weights of zeros": lambda dtype: weighted(*penalized(dtype, samples(dtype, "zeros"), "adam")),
+    "weights, csr": lambda dtype: weighted(*single(dtype, samples(dtype, "csr"), Loss(0, BCE, CLASSES))),
+    "weights of three sources": lambda dtype: weighted(*three_sources(dtype)),
     "generator alone": generator_alone,
     "discriminator alone": lambda dtype: discriminator_alone(dtype, samples(dtype)),
     "discriminator of zeros": lambda dtype: discriminator_alone(dtype, samples(dtype, "zeros")),
@@ -303,7 +314,7 @@ def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype
         assert not same_bits(array, before) or name == "chained, the first learns"
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "chained", "two networks", "one penalty"])
+@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "chained", "two networks", "one penalty", "weights"])
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""
     plan, batches = PLANS[name](dtype)

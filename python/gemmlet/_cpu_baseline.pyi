@@ -45,6 +45,7 @@ def train(
     indices: Array | None,
     skip_zeros: bool,
     value_of_byte: Array | None,
+    weights: Array | None,
     scale: float,
     shift: float,
     order: Array,

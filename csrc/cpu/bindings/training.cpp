@@ -291,9 +291,10 @@ using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
                   const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
-                  const OptionalArray& value_of_byte, double scale, double shift, const py::array& order, Index batch,
-                  const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
-                  const OptionalArray& decay, const OptionalArray& noise, const py::capsule& capsule) {
+                  const OptionalArray& value_of_byte, const OptionalArray& weights, double scale, double shift,
+                  const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
+                  const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
+                  const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
   if (!PyCapsule_IsValid(capsule.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
   KeptMemory& kept = *capsule.get_pointer<KeptMemory>();
@@ -315,6 +316,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     const Index features = indptr ? plan.networks[0].front().in : count > 0 ? x.size() / count : 0;
     plan.samples = indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches)
                           : dense_samples<T>(x, features, skip_zeros, value_of_byte);
+    if (weights) plan.samples.weights = contiguous<double>(*weights, count, "weights");
     plan.samples.scale = static_cast<T>(scale);
     plan.samples.shift = static_cast<T>(shift);
     for (const auto& layers : plan.networks)
@@ -350,7 +352,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
     for (const py::array& a : hyperparameters) overlaps.add(a, false);
     for (const py::array* a : {&x, &order}) overlaps.add(*a, false);
-    for (const OptionalArray* a : {&indptr, &indices, &value_of_byte, &decay, &noise})
+    for (const OptionalArray* a : {&indptr, &indices, &value_of_byte, &weights, &decay, &noise})
       if (*a) overlaps.add(**a, false);
     if (overlaps.found()) refuse("networks", "a parameter overlaps another array");
     const Layer<T>& first = plan.networks[0].front();
@@ -410,8 +412,8 @@ void bind_training(py::module_& m) {
   def(m, "forward", &forward, "layers", "x", "skip_zeros", "out");
   def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
-  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "scale",
-      "shift", "order", "batch", "hyperparameters", "losses", "decay", "noise", "kept");
+  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "weights",
+      "scale", "shift", "order", "batch", "hyperparameters", "losses", "decay", "noise", "kept");
 }
 
 }  // namespace gemmlet::bindings

@@ -11,7 +11,8 @@ namespace gemmlet {
 template <class T>
 bool encode(const T* x, Index n, std::uint8_t* bytes, T* values) {
   using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-  // A hash table with open addressing, at most an eighth full: by its bits, so that any number is equal to itself alone.
+  // A hash table with open addressing, at most an eighth full: by its bits, so that any number is equal to itself alone. The
+  // halves of the bits are folded: else multiples of 1/255, which images are, would share slots.
   constexpr int log_slots = 11, slots = 1 << log_slots;
   constexpr Bits factor = static_cast<Bits>(0x9E3779B97F4A7C15u >> (64 - 8 * sizeof(T))) | 1;
   struct Slot {
@@ -21,7 +22,8 @@ bool encode(const T* x, Index n, std::uint8_t* bytes, T* values) {
   std::array<Slot, slots> table;
   table.fill({0, -1});
   const auto slot_of = [&](Bits bits) {
-    auto at = static_cast<std::size_t>(static_cast<Bits>(bits * factor) >> (8 * sizeof(T) - log_slots));
+    auto at = static_cast<std::size_t>(static_cast<Bits>((bits ^ (bits >> 4 * sizeof(T))) * factor) >>
+                                       (8 * sizeof(T) - log_slots));
     while (table[at].byte >= 0 && table[at].bits != bits) at = (at + 1) % slots;
     return &table[at];
   };

@@ -57,8 +57,8 @@ struct Forward {
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
 
-// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or the squares of the
-// panels of weights of a penalty; and the place of either among the losses.
+// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or the sums of
+// the squared weights of a penalty; and the place of either among the losses.
 template <class T>
 struct Work {
   const Phase& phase;
@@ -111,7 +111,7 @@ class Executor {
       if (phase.kind == Phase::backward) penalty = 0;  // of a gradient that is replaced
       if (phase.kind == Phase::penalty) {
         penalty += phase.factor;
-        work.squares.resize(static_cast<std::size_t>(forward->network.panels()));
+        work.squares.resize(static_cast<std::size_t>(forward->network.vectors()));
       }
       if (phase.kind == Phase::loss || phase.kind == Phase::penalty) work.loss = losses++;
       if (phase.kind == Phase::update)
@@ -124,6 +124,12 @@ class Executor {
 
   Outcome run(std::vector<double> losses) {
     outcome_ = {std::move(losses), 0};
+    const double* const weights = plan_.samples.weights;
+    for (Index start = 0; weights != nullptr && start < batches_.count; start += batches_.batch) {
+      double sum = 0;
+      for (Index i = start; i < start + rows_from(start); ++i) sum += weights[batches_.order[i]];
+      counts_.push_back(sum);
+    }
     double work = 0;
     for (const Network<T>& each : networks_) work += each.work();
     if (is_pipelined_) make_slots();
@@ -210,6 +216,12 @@ class Executor {
     return bytes;
   }
 
+  // What the rows of the mini-batch that begins at `start` count.
+  double count_from(Index start) const {
+    return counts_.empty() ? static_cast<double>(rows_from(start))
+                           : counts_[static_cast<std::size_t>(start / batches_.batch)];
+  }
+
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
 
   // Sample order[at] becomes a row of the loader's inputs; the next mini-batch's is fetched into the cache.
@@ -265,9 +277,8 @@ class Executor {
         network.update(rule, first_layer(network), pipeline ? pipeline->inputs(slot) : forward.inputs, slot,
                        batch_rows * forward.input_count(), me, all, columns, workspace,
                        stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
-                       stage.penalty / static_cast<double>(batch_rows),
-                       batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
-        if (me == 0) add_losses(stage, batch_rows);
+                       stage.penalty / count_from(start), batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
+        if (me == 0) add_losses(stage, batch_rows, count_from(start));
         if (pipeline) pipeline->begin(member, next, slot ^ 1);
         member.barrier();
       }
@@ -292,8 +303,11 @@ class Executor {
           network.forward_rest(slot, rows);
           break;
         case Phase::loss: {
-          const T scale = static_cast<T>(work.objective->loss.weight / static_cast<double>(batch_rows));
+          const T scale = static_cast<T>(work.objective->loss.weight / count_from(start));
           work.objective->evaluate(batches_.order + start, base, static_cast<std::size_t>(input), rows, slot, scale);
+          if (plan_.samples.weights != nullptr)
+            work.objective->weigh(batches_.order + start, base, rows, plan_.samples.weights,
+                                  static_cast<double>(batch_rows) / count_from(start));
           break;
         }
         case Phase::backward: {
@@ -362,10 +376,11 @@ class Executor {
     }
   }
 
-  void add_losses(const Stage<T>& stage, Index batch_rows) {
+  void add_losses(const Stage<T>& stage, Index batch_rows, double count) {
     for (const Work<T>& work : stage.rows) {
       double& loss = outcome_.losses[work.loss];
-      for (const double square : work.squares) loss += 0.5 * work.phase.factor * square;
+      for (const double square : work.squares)
+        loss += 0.5 * work.phase.factor * square * (static_cast<double>(batch_rows) / count);
       if (work.objective == nullptr) continue;
       const Objective<T>& objective = *work.objective;
       const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);
@@ -391,6 +406,7 @@ class Executor {
   std::deque<Objective<T>> objectives_;
   std::deque<Slot<T>> slots_;
   std::vector<std::int32_t> nonzeros_before_;  // of each row in its mini-batch
+  std::vector<double> counts_;                 // of each mini-batch the sum of its rows' weights, if they have some
   std::vector<Stage<T>> stages_;
   Outcome outcome_;
 };

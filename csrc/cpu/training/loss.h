@@ -81,6 +81,16 @@ struct Objective {
                                static_cast<T>(loss.least), static_cast<T>(loss.most), gradients.row(i), out);
     }
   }
+
+  // Multiplies the gradients of rows that have been evaluated by their weights, and the losses by `scale` times these.
+  void weigh(const Index* samples, Index base, Range rows, const double* weights, double scale) {
+    const Rows<T>& gradients = network.output_gradients();
+    for (Index i = rows.first; i < rows.end; ++i) {
+      const double weight = weights[samples[i - base]];
+      losses[static_cast<std::size_t>(i)] *= scale * weight;
+      for (Index j = 0; j < out; ++j) gradients.row(i)[j] *= static_cast<T>(weight);
+    }
+  }
 };
 
 }  // namespace

@@ -160,28 +160,32 @@ class Network {
     }
   }
 
-  // The sums of the squared weights by panels of all layers; of panels of which each belongs to one member, as columns of
+  // The sums of the squared weights by columns of vectors of all layers, each of which belongs to one member, as columns of
   // the first layer may do.
-  Index panels() const {
+  Index vectors() const {
     Index count = 0;
-    for (const Layer<T>& layer : layers_) count += ceil_div(layer.out, panel_columns);
+    for (const Layer<T>& layer : layers_) count += ceil_div(layer.out, lanes<T>);
     return count;
   }
   void sum_squares(const Layer<T>& first_layer, Index index, Index count, Range first_columns, double* sums) const {
-    Index panel = 0;
+    Index vector = 0;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
-      for (Index j = 0; j < layer.out; j += panel_columns, ++panel) {
+      for (Index j = 0; j < layer.out; j += lanes<T>, ++vector) {
         const bool by_columns = l == 0 && first_columns.size() > 0;
-        if (by_columns ? j < first_columns.first || j >= first_columns.end : panel % count != index) continue;
-        DoubleSum<T> sum[2] = {};
-        for (Index k = 0; k < layer.in; ++k)
-          for (Index v = 0; v < 2; ++v) {
-            const auto part = static_cast<int>(std::clamp<Index>(layer.out - j - v * lanes<T>, 0, lanes<T>));
-            const Vec<T> w = load_lanes(layer.weight.value + k * layer.stride + j + v * lanes<T>, part);
-            sum[v].add_product(w, w);
-          }
-        sums[panel] = sum[0].total() + sum[1].total();
+        if (by_columns ? j < first_columns.first || j >= first_columns.end : vector % count != index) continue;
+        const auto part = static_cast<int>(std::min<Index>(layer.out - j, lanes<T>));
+        DoubleSum<T> even{}, odd{};
+        const auto add = [&](DoubleSum<T>& sum, Index k) {
+          const Vec<T> w = load_lanes(layer.weight.value + k * layer.stride + j, part);
+          sum.add_product(w, w);
+        };
+        for (Index k = 0; k + 1 < layer.in; k += 2) {
+          add(even, k);
+          add(odd, k + 1);
+        }
+        if (layer.in % 2 != 0) add(even, layer.in - 1);
+        sums[vector] = even.total() + odd.total();
       }
     }
   }
@@ -257,17 +261,15 @@ class Network {
   }
 
   // The columns of the first layer that belong to member `index` of `count` for the whole call, so that they stay in its
-  // cache; none if the panels cannot be divided evenly enough.
+  // cache: two vectors or more. None if the columns cannot be divided evenly enough.
   Range first_columns(Index index, Index count) const {
-    const Index whole = layers_[0].out / panel_columns;
-    if (whole < count || (whole % count != 0 && whole < 4 * count)) return {0, 0};
+    const Index whole = layers_[0].out / lanes<T>;
+    if (whole < 2 * count || (whole % count != 0 && whole < 4 * count)) return {0, 0};
     const Range part = part_of(whole, index, count);
-    return {part.first * panel_columns, index + 1 == count ? layers_[0].out : part.end * panel_columns};
+    return {part.first * lanes<T>, index + 1 == count ? layers_[0].out : part.end * lanes<T>};
   }
 
  private:
-  static constexpr Index panel_columns = 2 * lanes<T>;
-
   // A member's part of results (rows, columns): columns, unless there are few.
   struct Part {
     Range rows, columns;

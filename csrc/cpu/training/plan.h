@@ -44,7 +44,8 @@ struct Samples {
   const Index* indptr;
   const std::int32_t* indices;
   T scale, shift;
-  bool skip_zeros;  // with bytes or values; needs shift 0, and fewer than 2^31 numbers in a mini-batch
+  bool skip_zeros;                  // with bytes or values; needs shift 0, and fewer than 2^31 numbers in a mini-batch
+  const double* weights = nullptr;  // what each row counts, its gradient and its loss; null is 1
 };
 
 // What the outputs are compared with: class indices, numbers (rows, out), or one number for each input of the network; the
@@ -63,7 +64,7 @@ template <class T>
 struct Loss {
   int loss;
   double parameter;  // the kernel's: label smoothing of a row loss
-  double weight;     // of the sum over a row in the objective, which is divided by the rows of the mini-batch
+  double weight;     // of the sum over a row in the objective, which is divided by what the mini-batch's rows count
   Targets<T> targets;
   double least, most;  // what the loss of an element, or of a row, counts; the gradient is not limited
 };

@@ -19,18 +19,14 @@
 namespace gemmlet {
 namespace {
 
-// f(first, vectors) for blocks of eight, four, two or one vectors that cover the columns; the last may extend beyond them.
+// f(first, vectors) for blocks of nearly equal size, at most eight vectors, that cover the columns; the last vector may extend
+// beyond them. Each block walks over all nonzeros.
 template <class T, class F>
 inline void for_wide_blocks(Range columns, F&& f) {
   constexpr Index n = lanes<T>;
-  Index j = columns.first;
-  const auto blocks_of = [&]<int vectors>(Constant<vectors> count) {
-    for (; ceil_div(columns.end - j, n) >= vectors; j += vectors * n) f(j, count);
-  };
-  blocks_of(Constant<8>{});
-  blocks_of(Constant<4>{});
-  blocks_of(Constant<2>{});
-  blocks_of(Constant<1>{});
+  for_blocks(ceil_div(columns.size(), n), 8, [&](Index first, Index count) {
+    with_constant<8>(static_cast<int>(count), [&](auto vectors) { f(columns.first + first * n, vectors); });
+  });
 }
 
 // Features of a block: the bits of a word.

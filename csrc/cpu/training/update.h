@@ -106,37 +106,40 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
   });
 }
 
-// update_dense for one input, from the rows of the mini-batch in which it is not 0.
-template <int vectors, class T, class Sparse, class UpdateRule>
-[[gnu::always_inline]] inline void update_from(const Sparse& rows, const Layer<T>& layer, Index k, const Rows<T>& grad,
-                                               Index j, Index end, const UpdateEpilogue<T, UpdateRule>& update) {
-  constexpr int n = lanes<T>;
-  Vec<T> sum[vectors] = {};
-  accumulate_sparse(rows, grad.row(0) + j, grad.stride, (vectors - 1) * n, sum);
+// update_dense for one input: gradient(v) is that of vector v of the columns from j on, the last of which may extend beyond
+// the end.
+template <int vectors, class T, class UpdateRule, class F>
+[[gnu::always_inline]] inline void update_row(const Layer<T>& layer, Index k, Index j, Index end,
+                                              const UpdateEpilogue<T, UpdateRule>& update, F&& gradient) {
+  constexpr int n = lanes<T>, whole = (vectors - 1) / 2 * 2;
   const Index at = k * layer.stride + j;
-  if (j + vectors * n <= end) {
-    constexpr int together = std::min(vectors, 2);
+  const auto update_two = [&] [[gnu::always_inline]] (int v) {
+    const Vec<T> two[2] = {gradient(v), gradient(v + 1)};
+    update(layer.weight, at + v * n, n, n, two);
+  };
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v += together)
-      update(layer.weight, at + v * n, n, n, reinterpret_cast<const Vec<T>(&)[together]>(sum[v]));
-    return;
-  }
-  for (int v = 0; v < vectors; ++v) {
-    const Vec<T> one[1] = {sum[v]};
+  for (int v = 0; v < whole; v += 2) update_two(v);
+  if (vectors - whole == 2 && j + vectors * n <= end) return update_two(whole);
+#pragma GCC unroll 2
+  for (int v = whole; v < vectors; ++v) {
+    const Vec<T> one[1] = {gradient(v)};
     update(layer.weight, at + v * n, n, static_cast<int>(std::clamp<Index>(end - j - v * n, 0, n)), one);
   }
 }
 
+// update_dense for features that are listed by the rows of the mini-batch in which they are not 0.
 template <class T, class Features, class UpdateRule>
 void update_sparse(const Layer<T>& layer, const Features& features, const Rows<T>& grad, Range inputs, Range columns,
                    const UpdateEpilogue<T, UpdateRule>& update) {
   constexpr Index n = lanes<T>;
   for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
+    alignas(64) T sum[vectors * n];
     for (Index k = inputs.first; k < inputs.end; ++k) {
       prefetch_row(layer.weight.value + std::min(k + 4, layer.in - 1) * layer.stride + j, vectors * n);
       const auto rows = features.feature(k);
-      if (!rows.empty() || !update.idle_without_gradient)
-        update_from<vectors>(rows, layer, k, grad, j, columns.end, update);
+      if (rows.empty() && update.idle_without_gradient) continue;
+      add_sparse<vectors>(rows, grad.row(0) + j, grad.stride, (vectors - 1) * n, sum, true, static_cast<T*>(nullptr));
+      update_row<vectors>(layer, k, j, columns.end, update, [&](int v) { return load(sum + v * n); });
     }
   });
 }
@@ -145,10 +148,11 @@ void update_sparse(const Layer<T>& layer, const Features& features, const Rows<T
 template <class T, class Row, class UpdateRule>
 void update_from_row(const Layer<T>& layer, const Row& x, const Rows<T>& grad, Range columns,
                      const UpdateEpilogue<T, UpdateRule>& update) {
-  static constexpr std::int32_t first_row = 0;
+  constexpr Index n = lanes<T>;
   for_wide_blocks<T>(columns, [&]<int vectors>(Index j, Constant<vectors>) {
     x.blocks(0, ceil_div(layer.in, block_features)).for_each([&](Index k, T value) {
-      update_from<vectors>(SparseRow<T>{&first_row, &value, 1}, layer, k, grad, j, columns.end, update);
+      update_row<vectors>(layer, k, j, columns.end, update,
+                          [&](int v) { return fma(splat<T>(value), load(grad.row(0) + j + v * n), Vec<T>{}); });
     });
   });
 }

@@ -62,7 +62,7 @@ EXPLANATION = (
     "p20, p50, p80: percentiles of gemmlet's time for one unit of work. Each peer: its median time over gemmlet's, "
     "taken within each round, and its own median time; above 1 gemmlet is ahead. "
     f"{LOST} marks what gemmlet loses. % of roofline: the least time that this machine's arithmetic and memory "
-    "allow, over gemmlet's."
+    "allow, over gemmlet's; above 100% where zeros of images are skipped, whose operations are counted."
 )
 
 SUMMARY = (

@@ -102,6 +102,13 @@ _KERNELS = ("tanh", "sigmoid", "gelu")
 _ACTIVATIONS = f"{', '.join(_KERNELS)} at 16,384 and 1 million elements"
 _ELEMENTWISE = "backend numba, every elementwise kernel"
 _PROGRAMS = "programs in NumPy, accelerated"
+_WIDER = ("256-128", "512-512")
+_SKLEARN: tuple[tuple[str, dict[str, object], float], ...] = (
+    ("fit, 784-100-10, float32", {"kind": "fit", "dtype": "float32", "hidden": "100"}, 3.0),
+    ("fit, 784-256-128-10 and 784-512-512-10, float32", {"kind": "fit", "dtype": "float32", "hidden": _WIDER}, 1.5),
+    ("fit, float64", {"kind": "fit", "dtype": "float64"}, 1.3),
+    ("predict_proba", {"kind": "predict"}, 1.2),
+)
 _CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
 TARGETS: tuple[Target | Limit | Share, ...] = (
@@ -125,6 +132,10 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
     *(
         Target(f"step of Thinc, 784-128-10, batch {batch}, on GemmletOps", _of("thinc", batch=batch), ("thinc",), ratio)
         for batch, ratio in ((1, 1.6), (64, 2.0))
+    ),
+    *(
+        Target(f"scikit-learn's MLPClassifier on gemmlet: {work}", _of("sklearn", **rows), ("scikit-learn",), ratio)
+        for work, rows, ratio in _SKLEARN
     ),
     Target(_PROGRAMS, _of("programs"), ("numpy",), 2.0, mean=True),
     Target(_PROGRAMS, _of("programs"), ("numpy",), 0.95),

@@ -2,8 +2,8 @@
 
 They are scikit-learn's own classes, with what trains and predicts replaced: arguments, attributes, labels, validation,
 warm starts, early stopping and random streams are scikit-learn's own code, and results agree with it to rounding. The
-solvers "sgd" and "adam" train whole stretches of mini-batches in one call of the backend; "lbfgs" and `sample_weight`
-take its kernels layer by layer. What is not usual is left to scikit-learn: sparse matrices but for training by "sgd"
+solvers "sgd" and "adam" train whole stretches of mini-batches in one call of the backend; "lbfgs" takes its kernels
+layer by layer. What is not usual is left to scikit-learn: sparse matrices but for training by "sgd"
 and "adam", the loss "poisson", parameters of another dtype than the samples, backends other than `cpu`.
 
     from gemmlet.integrations.sklearn import MLPClassifier
@@ -86,8 +86,9 @@ class _Epochs:
     `size` samples make a mini-batch; `optimizer` is the class of scikit-learn's.
     """
 
-    def __init__(self, model: Any, X: Any, y: Array, size: int, optimizer: str) -> None:
+    def __init__(self, model: Any, X: Any, y: Array, weights: Any, size: int, optimizer: str) -> None:
         self._model, self._X, self._size, self._budget = model, X, size, CallBudget()
+        self._weights = None if weights is None else np.ascontiguousarray(weights, np.float64)
         self._backend, self._held_out = select.current(), None
         rule, self._states = _RULES[optimizer]
         self._columns = OPTIMIZER_RULES[rule].hyperparameters
@@ -121,6 +122,7 @@ class _Epochs:
 
     def _dataset(self) -> Dataset:
         dataset = Samples(self._X, self._X.shape[1], self._X.dtype, sparse=True).dataset(may_skip_zeros=True)
+        dataset = dataset._replace(weights=self._weights)
         # Images of bytes, counts and one-hot columns have a few different numbers: as bytes they take less memory, and
         # their zeros are found sooner.
         if dataset.skip_zeros and dataset.indptr is None and (encoded := self._backend.encoded(dataset.x)) is not None:
@@ -143,6 +145,10 @@ class _Epochs:
             while at < len(order):
                 where = order[at : at + self._size * budget.steps]
                 steps = math.ceil(len(where) / self._size)
+                if self._weights is not None:
+                    counts = np.add.reduceat(self._weights[where], np.arange(0, len(where), self._size))
+                    if not counts.all():  # np.average says so
+                        raise ZeroDivisionError("Weights sum to zero, can't be normalized")
                 with deferred_signals():
                     budget.start()
                     table = self._hyperparameters(optimizer, steps)
@@ -213,7 +219,7 @@ def _loss_of(model: Any, y: Array, dtype: np.dtype[Any]) -> Loss:
     return Loss(0, "binary_cross_entropy_with_logits", targets, limits=limits)
 
 
-def _epochs_of(model: Any, X: Any, y: Array, size: int, optimizer: Any) -> _Epochs | None:
+def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer: Any) -> _Epochs | None:
     """The epochs of a fit; None where that is not usual. `optimizer` is scikit-learn's, None if there is none yet."""
     kind = _OPTIMIZERS[model.solver] if optimizer is None else type(optimizer).__name__
     loss = "squared_error" if model.out_activation_ == "identity" else "log_loss"
@@ -232,7 +238,7 @@ def _epochs_of(model: Any, X: Any, y: Array, size: int, optimizer: Any) -> _Epoc
     )
     if not usual:
         return None
-    epochs = _Epochs(model, X, y, size, kind)
+    epochs = _Epochs(model, X, y, weights, size, kind)
     return epochs if epochs.is_supported else None
 
 
@@ -248,20 +254,24 @@ class _Accelerated:
         call = inspect.signature(plain).bind(*args, **kwargs)
         given, batch_size = call.arguments, self.batch_size
         X, incremental = given["X"], given["incremental"]
-        if _fault is not None or given.get("sample_weight") is not None:
+        if _fault is not None:
             return plain(*args, **kwargs)
         n = X.shape[0]
         if self.early_stopping and not incremental:
             n = len(train_test_split(np.arange(n), test_size=self.validation_fraction, random_state=0)[0])
         size = int(min(200 if batch_size == "auto" else batch_size, n))
-        epochs = _epochs_of(self, X, given["y"], size, getattr(self, "_optimizer", None) if incremental else None)
+        optimizer = getattr(self, "_optimizer", None) if incremental else None
+        epochs = _epochs_of(self, X, given["y"], given.get("sample_weight"), size, optimizer)
         if epochs is None:
             return plain(*args, **kwargs)
         if batch_size != "auto" and batch_size > n:
             message = "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped"
             warnings.warn(message, stacklevel=2)
         # scikit-learn's loop sees the samples' numbers in place of the samples, and all of an epoch as one mini-batch.
+        # Of the targets it needs those for validation alone.
         given["X"] = np.arange(X.shape[0]).reshape(-1, 1)
+        if not self.early_stopping:
+            given["y"] = given["X"]
         self._epochs, self.batch_size = epochs, n
         try:
             return plain(*call.args, **call.kwargs)

@@ -469,24 +469,10 @@ class GAN(Trainable):
         self._write(file, {argument: rule for argument, rule in given.items() if rule is not None})
 
     def to_onnx(self, path: str | os.PathLike[str]) -> None:
-        """Write the generator that `sample` uses as an ONNX file, as `MLP.to_onnx` does.
+        """Write the generator that `sample` uses as an ONNX file; `path` and errors are those of `MLP.to_onnx`.
 
         The graph takes ``z``, noise (n, latent_dim) of the network's dtype and any n, and gives ``x``, (n, features)
         within [0, 1].
-
-        Parameters
-        ----------
-        path : path
-            Written whole or not at all.
-
-        Raises
-        ------
-        ImportError
-            The package onnx is missing.
-        OSError
-            The file cannot be written, or is no plain file.
-        ValueError
-            There are no ONNX operators for an activation, or the parameters exceed the 2 GiB of a file.
         """
         from . import onnx
 

@@ -114,7 +114,7 @@ def write(
     ending: str | None = None,
     halved: bool = False,
 ) -> None:
-    """Write layers as an ONNX file, whole or not at all.
+    """Write layers as an ONNX file; errors are those of `MLP.to_onnx`.
 
     Parameters
     ----------
@@ -128,15 +128,6 @@ def write(
         An operator after the last layer: Softmax or Sigmoid.
     halved : bool
         Whether results go from [-1, 1] to [0, 1].
-
-    Raises
-    ------
-    ImportError
-        The package onnx is missing.
-    OSError
-        The file cannot be written.
-    ValueError
-        The activation is none that ONNX has, or the parameters are more than a file can hold.
     """
     g = _Graph(dense.layers[0].weight.dtype)
     parameters = files.named_tensors(dense)
@@ -312,17 +303,7 @@ def _matches(tree: _Tree, pattern: _Tree, parameters: list[float]) -> bool:
 
 
 def read(path: str | os.PathLike[str], kind: str) -> Perceptron:
-    """Return the perceptron that the graph in an ONNX file computes.
-
-    Raises
-    ------
-    ImportError
-        The package onnx is missing.
-    OSError
-        The file is missing or cannot be read.
-    ValueError
-        It is corrupt, or no perceptron; the message names the first node that does not fit.
-    """
+    """Return the perceptron that the graph in an ONNX file computes; errors are those of `MLP.from_onnx`."""
     onnx, name = _package(), os.fspath(path)
     with open(path, "rb") as file:  # whose errors name the file
         begin = file.read(9)

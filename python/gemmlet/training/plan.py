@@ -32,7 +32,8 @@ class Dataset(NamedTuple):
 
     uint8 counts as value/255, or as `value_of_byte[value]`, of 256 numbers, the first of which is 0: a few different
     numbers, in less memory. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
-    numbers are 0 for skipping them to pay; the result is the same. Another thread may change all but `indptr`.
+    numbers are 0 for skipping them to pay; the result is the same. `weights` (n,), float64, say what each sample
+    counts in the objective, 1 without them. Another thread may change all but `indptr`.
     """
 
     x: Array
@@ -40,6 +41,7 @@ class Dataset(NamedTuple):
     indices: NDArray[np.int32] | None = None
     skip_zeros: bool = False
     value_of_byte: Array | None = None
+    weights: NDArray[np.float64] | None = None
 
 
 # Layer operations.
@@ -139,7 +141,7 @@ class Loss(NamedTuple):
         The kernel's: label smoothing of a row loss, `delta` of huber. By default what the registry says.
     reduction : {"sum", "mean"}
         Over the outputs of a row, for elementwise losses. The objective is the sum over the rows, divided by the size
-        of the mini-batch.
+        of the mini-batch; where samples have weights, the sum times these, divided by their sum.
     sign : {1.0, -1.0}
         -1 maximises.
     limits : (float, float)
@@ -241,11 +243,13 @@ class TrainingPlan:
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has something that not every executor knows to look for: a penalty, limits, values of bytes."""
+        """Whether it has what not every executor knows to look for: penalties, limits, weights, values of bytes."""
+        dataset = self.gather.dataset
         return (
             any(isinstance(phase, Penalty) for phase in self.phases)
             or any(loss.limits != NO_LIMITS for loss in self.losses)
-            or self.gather.dataset.value_of_byte is not None
+            or dataset.value_of_byte is not None
+            or dataset.weights is not None
         )
 
     @property

@@ -90,6 +90,9 @@ class Step:
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs
         self.rows, self.correct = len(where), 0
+        weights = plan.gather.dataset.weights
+        self._weights = None if weights is None else weights[where]
+        self._count = float(self.rows if self._weights is None else self._weights.sum())
         self.losses: list[float] = []  # of each `Loss` and `Penalty`, divided by the size of the mini-batch
         self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
 
@@ -150,9 +153,12 @@ class Step:
                 factor *= outputs.shape[1]
             wanted = one_hot(wanted, outputs.shape, outputs.dtype)
             loss = self._backend.elementwise_loss(entry, outputs, wanted, phase.value, grad)
-        if phase.limits != NO_LIMITS:
-            loss = limited_loss(phase, outputs, wanted)
+        weights = None if self._weights is None else np.tile(self._weights, len(outputs) // self.rows)
+        if phase.limits != NO_LIMITS or weights is not None:
+            loss = limited_loss(phase, outputs, wanted, weights)
         grad *= factor
+        if weights is not None:
+            grad *= (weights[:, np.newaxis] * (self.rows / self._count)).astype(grad.dtype)
         self._grad[phase.network] = grad
         self.losses.append(loss * factor)
 
@@ -182,9 +188,9 @@ class Step:
     def _(self, phase: Penalty) -> None:
         weights = list(self._plan.parameters(phase.network))[::2]
         for parameter, grad in zip(weights, self.gradients[phase.network][::2], strict=True):
-            grad += (phase.factor / self.rows) * parameter.value
+            grad += (phase.factor / self._count) * parameter.value
         squares = sum(float(np.sum(np.square(p.value, dtype=np.float64))) for p in weights)
-        self.losses.append(0.5 * phase.factor * squares / self.rows)
+        self.losses.append(0.5 * phase.factor * squares / self._count)
 
     @run.register
     def _(self, phase: AllReduce) -> None:
@@ -215,8 +221,8 @@ def targets_of(phase: Loss, where: NDArray[np.int64], outputs: Array) -> Array:
     return np.repeat(np.array(phase.targets, outputs.dtype), len(outputs) // len(phase.targets))[:, np.newaxis]
 
 
-def limited_loss(phase: Loss, outputs: Array, targets: Array) -> float:
-    """The mean loss, as the kernels have it, of a loss with limits."""
+def limited_loss(phase: Loss, outputs: Array, targets: Array, weights: Array | None) -> float:
+    """The mean loss, as the kernels have it, of a loss with limits, or of rows with weights."""
     z = outputs.astype(np.float64)
     if phase.name in ROW_LOSSES:
         keep, spread = smoothing(phase.value, z.shape[1])
@@ -224,7 +230,8 @@ def limited_loss(phase: Loss, outputs: Array, targets: Array) -> float:
         losses, _ = ROW_LOSSES[phase.name].evaluate(z, wanted)
     else:
         losses, _ = LOSSES[phase.name].evaluate(z, targets.astype(np.float64), phase.value, 1.0)
-    return float(np.mean(np.clip(losses, *phase.limits)))
+    of_rows = np.clip(losses, *phase.limits).reshape(len(z), -1).mean(axis=1)
+    return float(np.average(of_rows, weights=weights))
 
 
 def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
