@@ -261,6 +261,78 @@ def test_what_is_not_usual_is_theirs(calls: list[str]) -> None:
         assert_alike(theirs, mine, X, 1e-10)
 
 
+def a_row(model: Any) -> None:
+    model.intercepts_[0] = model.intercepts_[0][np.newaxis]
+
+
+def one_number(model: Any) -> None:
+    model.intercepts_[0] = np.full(1, 0.1, model.coefs_[0].dtype)
+
+
+def a_list(model: Any) -> None:
+    model.intercepts_[0] = model.intercepts_[0].tolist()
+
+
+def a_sparse_matrix(model: Any) -> None:
+    model.coefs_[0] = sparse.csr_matrix(model.coefs_[0])
+
+
+def a_sparse_array(model: Any) -> None:
+    model.coefs_ = [sparse.csr_array(w) for w in model.coefs_]
+
+
+def a_matrix(model: Any) -> None:
+    model.coefs_[1] = model.coefs_[1].view(np.matrix)
+
+
+def another_width(model: Any) -> None:
+    model.coefs_[0], model.coefs_[1] = model.coefs_[0][:, :5].copy(), model.coefs_[1][:5].copy()
+    model.intercepts_[0] = model.intercepts_[0][:5].copy()
+
+
+def one_array_twice(model: Any) -> None:
+    model.coefs_[1] = model.coefs_[0]
+
+
+def views_that_overlap(model: Any) -> None:
+    model.intercepts_[1] = model.intercepts_[0][:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(a_row, one_number, a_list, a_sparse_matrix, a_sparse_array, a_matrix, another_width),
+        *(one_array_twice, views_that_overlap),
+    ],
+)
+@pytest.mark.parametrize("solver", ["adam", "lbfgs"])
+def test_parameters_that_somebody_has_set(change: Callable[[Any], None], solver: str, cpu: Any) -> None:
+    """What scikit-learn computes with, it computes with here; what it does not take is its own error."""
+    outcomes = []
+    settings = {"hidden_layer_sizes": (12, 12), "warm_start": True, "solver": solver, "max_iter": 3}
+    for model in pair(REGRESSOR, settings):
+        model.fit(X, NUMBERS)
+        change(model)
+        outcomes.append([])
+        for call in (lambda m: m.predict(X), lambda m: m.fit(X, NUMBERS).predict(X)):
+            try:
+                outcomes[-1].append(call(model))
+            except Exception as error:
+                outcomes[-1].append(type(error))
+    for theirs, mine in zip(*outcomes, strict=True):
+        if isinstance(theirs, type):
+            assert mine is theirs
+        else:
+            np.testing.assert_allclose(mine, theirs, 1e-8, 1e-8)
+
+
+@pytest.mark.parametrize("sizes", [{4: 0, 3: 0}.keys(), {4}, range(3, 5), np.array([4, 3]), np.int64(4)], ids=repr)
+def test_hidden_layers_in_whatever_holds_them(sizes: Any, calls: list[str]) -> None:
+    theirs, mine = (m.fit(X, NUMBERS) for m in pair(REGRESSOR, {"hidden_layer_sizes": sizes}))
+    assert "train" in calls
+    assert_alike(theirs, mine, X, 1e-10)
+
+
 def test_predictions_of_other_dtypes(cpu: Any) -> None:
     """As NumPy promotes them; and of one sample, and of more than are taken at a time."""
     for fitted in (np.float32, np.float64):

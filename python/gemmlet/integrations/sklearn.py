@@ -21,7 +21,7 @@ import inspect
 import math
 import sys
 import warnings
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -223,16 +223,19 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
     """The epochs of a fit; None where that is not usual. `optimizer` is scikit-learn's, None if there is none yet."""
     kind = _OPTIMIZERS[model.solver] if optimizer is None else type(optimizer).__name__
     loss = "squared_error" if model.out_activation_ == "identity" else "log_loss"
-    widths, dtype = [X.shape[1], *_hidden_widths(model), y.shape[1]], X.dtype
-    wanted = [(shape, dtype) for shape in [*pairwise(widths), *((width,) for width in widths[1:])]]
-    arrays = [[*model.coefs_, *model.intercepts_]]
+    widths, dtype, parameters = _widths(model), X.dtype, [*model.coefs_, *model.intercepts_]
+    arrays = [parameters]
     if optimizer is not None:
         arrays += [getattr(optimizer, name) for name in _RULES.get(kind, (kind, ()))[1]]
     usual = (
         kind in _RULES
+        and widths is not None
+        and (widths[0], widths[-1]) == (X.shape[1], y.shape[1])
         and model.loss == loss
         and dtype in (np.float32, np.float64)
-        and all([(np.shape(a), getattr(a, "dtype", None)) for a in some] == wanted for some in arrays)
+        and all([(np.shape(a), dtype) for a in parameters] == [(np.shape(a), a.dtype) for a in some] for some in arrays)
+        and all(a.flags.writeable for a in parameters)
+        and not any(np.may_share_memory(a, b) for a, b in combinations(parameters, 2))
         # With a steeper schedule, velocities without the learning rate could overflow.
         and not (model.learning_rate == "invscaling" and model.power_t > 2)
     )
@@ -242,8 +245,19 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
     return epochs if epochs.is_supported else None
 
 
-def _hidden_widths(model: Any) -> list[int]:
-    return [int(width) for width in np.atleast_1d(model.hidden_layer_sizes)]
+def _widths(model: Any) -> list[int] | None:
+    """The numbers of features, first to last; None where somebody has set parameters that are no arrays of layers."""
+    coefs, parameters = model.coefs_, [*model.coefs_, *model.intercepts_]
+    if len(coefs) != model.n_layers_ - 1 or not all(map(_is_plain, parameters)) or any(w.ndim != 2 for w in coefs):
+        return None
+    widths = [len(coefs[0]), *(w.shape[1] for w in coefs)]
+    shapes = [*pairwise(widths), *((width,) for width in widths[1:])]
+    return widths if [a.shape for a in parameters] == shapes else None
+
+
+def _is_plain(array: Any) -> bool:
+    """Whether an array computes as NumPy's own; that of a file that is mapped into memory does."""
+    return type(array) in (np.ndarray, np.memmap)
 
 
 class _Accelerated:
@@ -321,14 +335,16 @@ class _Accelerated:
 
 def _are_usual(*arrays: Any) -> bool:
     """Whether the kernels take all of these together."""
-    return all(isinstance(a, np.ndarray) for a in arrays) and (
+    return all(map(_is_plain, arrays)) and (
         {a.dtype for a in arrays} in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
     )
 
 
 def _layers(model: Any, X: Any) -> list[tuple[Array, Array, str | None]] | None:
     """Weight, bias and activation of each layer in the dtype of the outputs; None for what the kernels do not take."""
-    if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype.kind not in "biuf":
+    if not _is_plain(X) or X.ndim != 2 or X.dtype.kind not in "biuf":
+        return None
+    if (widths := _widths(model)) is None or widths[0] != X.shape[1]:
         return None
     parameters = [*model.coefs_, *model.intercepts_]
     dtype = np.result_type(X, *parameters)
