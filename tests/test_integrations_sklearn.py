@@ -261,6 +261,18 @@ def test_what_is_not_usual_is_theirs(calls: list[str]) -> None:
         assert_alike(theirs, mine, X, 1e-10)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e8, 1e20, 1e39, 1e-20])
+@pytest.mark.parametrize("solver", ["adam", "sgd"])
+def test_float64_targets_of_float32_samples(scale: float, solver: str, calls: list[str]) -> None:
+    """scikit-learn's losses and gradients are float64 then, of which float32 holds the usual ones."""
+    settings = {"solver": solver, "learning_rate_init": 1e-4 / (max(1, scale) if solver == "sgd" else 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, of overflows
+        theirs, mine = (m.fit(X.astype(np.float32), NUMBERS * scale) for m in pair(REGRESSOR, settings))
+    assert ("train" in calls) == (scale < 2**30)
+    assert_alike(theirs, mine, X.astype(np.float32), 1e-4)
+
+
 def a_row(model: Any) -> None:
     model.intercepts_[0] = model.intercepts_[0][np.newaxis]
 
