@@ -426,6 +426,15 @@ def test_errors_and_warnings_are_theirs(cpu: Any) -> None:
             model.fit(X, NUMBERS)
         assert model.batch_size == 1000
     for model in pair(REGRESSOR, {"max_iter": 2}):
+        # What comes first is the error, and the optimizer is there.
+        for call, settings in (("partial_fit", {}), ("fit", {}), ("fit", {"validation_fraction": 0.999})):
+            failing = clone(model).set_params(early_stopping=True, batch_size=1000, **settings)
+            with (
+                warnings.catch_warnings(action="error"),
+                pytest.raises(ValueError, match=r"validation|early|n_samples"),
+            ):
+                getattr(failing, call)(X[:9], NUMBERS[:9])
+            assert hasattr(failing, "_optimizer")
         with pytest.warns(ConvergenceWarning):
             model.fit(X, NUMBERS)
 

@@ -277,21 +277,22 @@ class _Accelerated:
             return plain(*args, **kwargs)
         n = X.shape[0]
         if self.early_stopping and not incremental:
-            n = len(train_test_split(np.arange(n), test_size=self.validation_fraction, random_state=0)[0])
+            try:
+                n = len(train_test_split(np.arange(n), test_size=self.validation_fraction, random_state=0)[0])
+            except ValueError:  # which is scikit-learn's to say
+                return plain(*args, **kwargs)
         size = int(min(200 if batch_size == "auto" else batch_size, n))
         optimizer = getattr(self, "_optimizer", None) if incremental else None
         epochs = _epochs_of(self, X, given["y"], given.get("sample_weight"), size, optimizer)
         if epochs is None:
             return plain(*args, **kwargs)
-        if batch_size != "auto" and batch_size > n:
-            message = "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped"
-            warnings.warn(message, stacklevel=2)
         # scikit-learn's loop sees the samples' numbers in place of the samples, and all of an epoch as one mini-batch.
         # Of the targets it needs those for validation alone.
         given["X"] = np.arange(X.shape[0]).reshape(-1, 1)
         if not self.early_stopping:
             given["y"] = given["X"]
-        self._epochs, self.batch_size = epochs, n
+        # A larger size stays, of which scikit-learn warns.
+        self._epochs, self.batch_size = epochs, n if batch_size == "auto" else max(n, batch_size)
         try:
             return plain(*call.args, **call.kwargs)
         finally:
