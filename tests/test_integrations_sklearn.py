@@ -569,6 +569,19 @@ sys.exit(status)
 """
 
 
+@pytest.mark.parametrize("setting", ["GEMMLET_BACKEND", "GEMMLET_NUM_THREADS"])
+def test_an_unknown_setting_is_named(setting: str) -> None:
+    """And scikit-learn's version is not blamed."""
+    script = "import gemmlet.integrations.sklearn"
+    environment = os.environ | {setting: "nonsense"}
+    child = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert child.returncode == 1
+    assert f"{setting} " in child.stderr.splitlines()[-1]
+    assert "leaves scikit-learn" not in child.stderr
+
+
 def run_their_tests(kind: str, folder: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", CHILD, kind],

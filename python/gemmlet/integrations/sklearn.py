@@ -446,7 +446,14 @@ def _find_fault() -> str | None:
     """What is not as this file knows it of this version of scikit-learn; None if all is.
 
     Signatures first; then small networks are trained and compared.
+
+    Raises
+    ------
+    ImportError, RuntimeError, ValueError
+        The environment asks for a backend that is not there, or has an unknown value.
     """
+    select.current()
+    select.get_num_threads()
     for name, known in _HOOKS.items():
         hook = getattr(neural_network.MLPClassifier, name, None)
         if hook is None or not {*known} <= inspect.signature(hook).parameters.keys():
