@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import tracemalloc
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from gemmlet.integrations import numpy as integration
 from support import PATIENCE
 
 pytestmark = pytest.mark.skipif(not available_isas(), reason="nothing is compiled")
+glibc_only = pytest.mark.skipif(
+    "glibc" not in platform.libc_ver() or "asan" in os.environ.get("LD_PRELOAD", ""), reason="about glibc's malloc"
+)
 
 
 @pytest.fixture
@@ -242,9 +247,48 @@ print(neighbour.value, os.path.isabs(__file__), sys.argv, __name__)
 
 
 def test_a_program_that_cannot_be_run_is_one_line() -> None:
-    for arguments, message in ((["no.py"], "there is no file no.py"), (["-m"], "-m needs the name of a module")):
+    for arguments, message in ((["no.py"], "there is no file no.py"), (["-m"], "-m needs a module behind it")):
         result = child("-m", "gemmlet", *arguments)
-        assert (result.returncode, result.stdout, result.stderr) == (1, "", f"gemmlet: {message}\n")
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", f"gemmlet: {message}\n")
+    result = child("-m", "gemmlet", "-m", "no_such_module")
+    assert (result.returncode, result.stderr.splitlines()) == (1, [f"{sys.executable}: No module named no_such_module"])
+    result = child("-c", "import sys; sys.argv = ['gemmlet', 'run.py']; from gemmlet.cli import main; main()")
+    assert result.returncode == 2
+    assert "python -m gemmlet program.py" in result.stderr
+
+
+def test_whatever_python_runs(tmp_path: Path) -> None:
+    source = "import numpy, sys; print(numpy.exp(numpy.zeros(3)).sum(), sys.argv, sys.path[0], __annotations__)"
+    (tmp_path / "app").mkdir()
+    for name in ("app/__main__.py", "script", "info"):
+        (tmp_path / name).write_text(source)
+    with zipfile.ZipFile(tmp_path / "app.pyz", "w") as archive:
+        archive.writestr("__main__.py", source)
+    for program in (["script"], ["./info"], ["app"], ["app.pyz"], ["-c", source]):
+        plain, ours = (
+            subprocess.run(
+                [sys.executable, *words, *program, "x"],
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for words in ([], ["-m", "gemmlet"])
+        )
+        assert plain == ours, program
+        assert plain.startswith("3.0")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["def f():\n    raise ValueError('no')\nf()", "def f(:", "raise KeyboardInterrupt", "raise SystemExit('end')"],
+)
+def test_tracebacks_begin_with_the_program(source: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(source)
+    plain, ours = (child(*words, str(tmp_path / "program.py")) for words in ([], ["-m", "gemmlet"]))
+    assert ours.stderr == plain.stderr
+    assert ours.returncode == plain.returncode != 0
 
 
 def test_flags_of_all_threads_are_reported(accelerated: None) -> None:
@@ -295,6 +339,37 @@ def test_metadata_of_a_dtype_is_inherited(accelerated: None) -> None:
     x = np.ones((3, 3), np.dtype("f8", metadata={"unit": "m"}))
     for result in (x + x, -x, np.exp(x), x.sum(0), x @ x, x**2, np.clip(x, 0, 1), x[np.arange(2)]):
         assert result.dtype.metadata == {"unit": "m"}
+
+
+def test_errors_of_a_square_have_numpys_name(accelerated: None) -> None:
+    def messages() -> list[str]:
+        found = []
+        for exponent in (2, 2.0, 0.5):
+            for x in (np.array([1e300, -1.0]), np.array([1e30, -1.0], np.float32)):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    x**exponent
+                found += [str(each.message) for each in caught]
+        return found
+
+    before = taken("ndarray.__pow__")
+    ours = messages()
+    assert taken("ndarray.__pow__") == before + 6
+    gemmlet.restore_numpy()
+    assert ours == messages()
+
+
+def test_ranges_of_large_numbers_are_numpys(accelerated: None) -> None:
+    with pytest.raises(IndexError, match=r"^index -9223372036854775808 is out of bounds for axis 0 with size 3$"):
+        np.ones((3, 3))[range(-(2**63), 2**63 - 1, 2**63 - 1), range(3)]
+
+
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="it warns no longer")
+def test_a_write_that_numpy_warns_of(accelerated: None) -> None:
+    for write in (lambda x: operator.iadd(x, 1), lambda x: np.exp(x, x), lambda x: x.__setitem__(x > 0, 5)):
+        x, _ = np.broadcast_arrays(np.ones(3), np.ones(1))
+        with pytest.warns(DeprecationWarning, match="overlapping memory|broadcast"):
+            write(x)
 
 
 def test_strides_of_axes_of_length_one(accelerated: None) -> None:
@@ -472,7 +547,7 @@ for make in (np.ones, np.zeros, lambda size: np.empty(10).resize(size)):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@glibc_only
 def test_what_is_kept_is_given_back_where_memory_is_short() -> None:
     result = child("-c", SHORT_OF_MEMORY)
     assert result.returncode == 0, result.stderr
@@ -499,7 +574,7 @@ assert used() - before < 20 << 20, used() - before
 """
 
 
-@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="about glibc's malloc")
+@glibc_only
 def test_freed_memory_goes_back() -> None:
     result = child("-c", FREED)
     assert result.returncode == 0, result.stderr

@@ -29,8 +29,9 @@ SKLEARN = [
     "sklearn/neural_network/tests/test_mlp.py", "sklearn/mixture/tests/test_gaussian_mixture.py",
     "sklearn/gaussian_process/tests/test_kernels.py", "sklearn/tests/test_naive_bayes.py",
 ]  # fmt: skip
-# They need 8 and 16 GiB, and half a minute; and five seconds for all arrays of 16 bools.
-LEFT_OUT = "not test_huge_vectordot and not test_count_nonzero_all"
+# They need 8 and 16 GiB, and half a minute; and five seconds for all arrays of 16 bools. The last one, of NumPy 2.5,
+# replaces a loop inside a ufunc, which is not seen (docs/numpy.md).
+LEFT_OUT = "not test_huge_vectordot and not test_count_nonzero_all and not TestReplaceLoopBySignature"
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,9 @@ def test_the_usual_call_is_computed_by_a_kernel(name: str, dtype: str, ops: Gemm
         assert (got is a) == (wanted is b)
 
 
-@pytest.mark.parametrize("change", ["transposed", "every other", "subclass", "integers", "mixed", "empty", "shape"])
+@pytest.mark.parametrize(
+    "change", ["transposed", "every other", "subclass", "integers", "mixed", "empty", "shape", "read-only"]
+)
 @pytest.mark.parametrize("name", [name for name in CALLS if "out" not in name])
 def test_any_other_call_is_as_before(name: str, change: str, ops: GemmletOps) -> None:
     """Results, and errors by their type: it may be a kernel that takes it, or NumpyOps."""
@@ -273,6 +275,10 @@ def test_any_other_call_is_as_before(name: str, change: str, ops: GemmletOps) ->
             return [a[:0] if a.ndim == 2 else a for a in found]
         if change == "shape":
             return [found[0][:, :3], *found[1:]]
+        if change == "read-only":
+            for a in found:
+                a.flags.writeable = False
+            return found
         return [a.view(np.memmap) for a in found]
 
     def outcome(ops: Any) -> Any:
@@ -309,11 +315,23 @@ def test_adam_is_numpyops(ops: GemmletOps, taken: list[str]) -> None:
         rate = 0.01 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
         for each, state in ((ops, ours), (STOCK, theirs)):
             state[1][:] = arrays("float32", (500,))[0] / step
-            results = each.adam(*state, 0.9, 0.999, 1e-8, rate)
+            results = each.adam(*state, 0.9, 0.999, 1e-8, rate, 0.5)  # the last one is not read
             assert all(a is b for a, b in zip(results, state, strict=True))
             assert not state[1].any()
     assert taken == ["adam_update"] * 5
     for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_with_a_gradient_that_is_read_only_is_numpyops(ops: GemmletOps) -> None:
+    """Which sets it to 0 nevertheless."""
+    found = []
+    for each in (ops, STOCK):
+        state = [np.abs(a) for a in arrays("float32", *[(9,)] * 4)]
+        state[1].flags.writeable = False
+        each.adam(*state, 0.9, 0.999, 1e-8, 0.1)
+        found.append(state)
+    for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 

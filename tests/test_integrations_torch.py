@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import io
 import os
@@ -34,6 +35,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.utils import checkpoint  # noqa: E402
 
 from gemmlet.integrations import torch as integration  # noqa: E402
 from gemmlet.integrations.torch import extension, optimizers  # noqa: E402
@@ -231,6 +233,23 @@ def test_parameters_stay_where_they_are() -> None:
 
 
 @one_isa
+def test_the_line_of_the_document_makes_weights_contiguous() -> None:
+    module = NETWORKS["relu"]()
+    twin, loss = copy.deepcopy(module), nn.CrossEntropyLoss()
+    ours, theirs = made("adam", module.parameters()), made("adam", twin.parameters())
+    step = integration.fused_step(module, loss, ours)
+    for _ in range(3):
+        x, target = torch.randn(4, 20), classes(4, None)
+        assert_close(step(x, target), eager_step(twin, loss, theirs, x, target))
+        assert not module[0].weight.is_contiguous()
+        line = "for p in model.parameters(): p.data = p.data.contiguous()"
+        assert line in (Path(__file__).parents[1] / "docs/torch.md").read_text()
+        exec(line, {"model": module})
+        assert_close(*(nn.utils.parameters_to_vector(each.parameters()) for each in (module, twin)))
+    assert integration.calls == {"fused_step": 3}
+
+
+@one_isa
 def test_a_graph_from_before_a_step_is_refused_by_autograd() -> None:
     module = NETWORKS["relu"]()
     step = integration.fused_step(module, nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=0.1))
@@ -277,13 +296,24 @@ def test_a_loss_or_an_optimizer_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="loss is"):
             integration.fused_step(module, loss, sgd)
+    for loss, shown in (
+        (nn.CrossEntropyLoss(weight=torch.ones(2)), r"CrossEntropyLoss\(weight=tensor\(\[1., 1.\]\)\)"),
+        (nn.SmoothL1Loss(beta=0.5), r"SmoothL1Loss\(beta=0.5\)"),
+        (nn.MSELoss(reduction="none"), r"MSELoss\(reduction='none'\)"),
+    ):
+        with pytest.raises(ValueError, match=f"loss is {shown}, which"):
+            integration.fused_step(module, loss, sgd)
     loss = nn.CrossEntropyLoss()
     with pytest.raises(TypeError, match="SGD, Adam or AdamW, got RMSprop"):
         integration.fused_step(module, loss, torch.optim.RMSprop(params))
     with pytest.raises(TypeError, match=r"torch\.nn\.Sequential, got Linear"):
         integration.fused_step(nn.Linear(2, 2), loss, sgd)
-    for optimizer in (torch.optim.Adam(params, amsgrad=True), torch.optim.SGD(params, momentum=0.9, dampening=0.5)):
-        with pytest.raises(ValueError, match="settings that fused_step does not know"):
+    for optimizer, shown in (
+        (torch.optim.Adam(params, amsgrad=True), "amsgrad=True"),
+        (torch.optim.SGD(params, momentum=0.9, dampening=0.5), "dampening=0.5"),
+        (torch.optim.AdamW(params, lr=torch.tensor(0.01)), r"lr=tensor\(0.0100\)"),
+    ):
+        with pytest.raises(ValueError, match=f"settings that fused_step does not know: {shown}$"):
             integration.fused_step(module, loss, optimizer)
     for groups in (params[:2], [{"params": params[:2]}, {"params": params[2:]}]):
         with pytest.raises(ValueError, match="one group with all parameters"):
@@ -296,6 +326,11 @@ def test_a_loss_or_an_optimizer_that_does_not_fit_is_refused() -> None:
 
 def ignore(*_: Any) -> None:
     """A hook."""
+
+
+def _half_a_step(optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] /= 2
+    type(optimizer).step(optimizer)
 
 
 # What is unusual at the time of a step: a function of module, optimizer, x and target that returns the last two.
@@ -314,11 +349,15 @@ UNUSUAL: dict[str, Callable[..., Any]] = {
     "layer that is not known": lambda m, o, x, t: (m.append(nn.Softmax(1)), x, t)[1:],
     "maximize": lambda m, o, x, t: (o.param_groups[0].update(maximize=True), x, t)[1:],
     "own memory": lambda m, o, x, t: (m[0].weight.share_memory_(), x, t)[1:],
+    "own step": lambda m, o, x, t: (setattr(o, "step", functools.partial(_half_a_step, o)), x, t)[1:],
+    "sparse samples": lambda m, o, x, t: (x.to_sparse(), t),
+    "sparse rows": lambda m, o, x, t: (x.to_sparse_csr(), t),
 }
 FUSED = {"weight of float64"}  # which fits as well
 
 
 @one_isa
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("unusual", UNUSUAL)
 def test_what_is_unusual_at_the_time_is_done_by_pytorch(unusual: str) -> None:
     module = NETWORKS["relu"]()
@@ -366,6 +405,50 @@ def test_autocast_and_other_backends_are_left_to_pytorch() -> None:
         step(x.double(), target)
     with pytest.raises(IndexError):
         step(x, target + 5)
+
+
+@one_isa
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> None:
+    module = NETWORKS["relu"]()
+    ours = made(optimizer, module.parameters())
+    step = integration.fused_step(module, nn.CrossEntropyLoss(), ours)
+    x, target = torch.randn(6, 20), classes(6, None)
+    before = copy.deepcopy(module.state_dict())
+    refused = [
+        (x.numpy(), target, TypeError, r"x must be a torch\.Tensor, got ndarray"),
+        (None, target, TypeError, r"x must be a torch\.Tensor, got NoneType"),
+        (x, target.tolist(), TypeError, r"target must be a torch\.Tensor, got list"),
+        (torch.tensor(1.0), target, RuntimeError, "at least 1D"),
+        (x, target + 5, IndexError, "out of bounds"),
+        (x, target[:3], ValueError, "batch_size"),
+    ]
+    for *given, error, message in refused:
+        with pytest.raises(error, match=message):
+            step(*given)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="does not require grad"):
+        step(x, target)
+    assert not ours.state
+    assert_close(dict(module.state_dict()), dict(before))
+
+
+@one_isa
+@pytest.mark.parametrize("what", ["sample", "target", "range"])
+def test_binary_cross_entropy_refuses_what_pytorchs_does(what: str) -> None:
+    module = nn.Sequential(nn.Linear(20, 5), nn.Sigmoid())
+    before = copy.deepcopy(module.state_dict())
+    x, target = torch.randn(6, 20), numbers(6, None)
+    (x if what == "sample" else target)[1, 2] = 1.5 if what == "range" else torch.nan
+    message = f"all elements of {'input' if what == 'sample' else 'target'} should be between 0 and 1"
+    step = integration.fused_step(module, nn.BCELoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    compiled = compile_with_ours(lambda x, target: functional.binary_cross_entropy(module(x), target))
+    for function in (step, compiled):
+        with pytest.raises(RuntimeError, match=message):
+            function(x, target)
+    assert_close(dict(module.state_dict()), dict(before))
+    module[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="module returns NaN"):
+        step(torch.randn(6, 20), numbers(6, None))
 
 
 @one_isa
@@ -513,6 +596,39 @@ def test_parameters_of_many_kinds_are_updated() -> None:
         assert both[0][1]["param_groups"] == both[1][1]["param_groups"]
         assert_close(both[1][1]["state"], both[0][1]["state"])
     assert integration.calls["update by PyTorch"] > 0
+
+
+@one_isa
+def test_groups_are_updated_in_their_order() -> None:
+    """One that is refused leaves those behind it, and its own state, as they were."""
+    for make in (torch.optim.Adam, integration.Adam):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+        optimizer = make([{"params": [each]} for each in params], lr=0.1)
+        for each in params:
+            each.grad = torch.ones(3)
+        params[1].grad = torch.ones(3).to_sparse()
+        with pytest.raises(RuntimeError, match="sparse gradients"):
+            optimizer.step()
+        assert [bool((each == 1).all()) for each in params] == [False, True, True]
+        assert [*optimizer.state] == params[:1]
+        assert len(optimizer.param_groups) == 3
+
+
+@one_isa
+def test_parameters_from_the_inference_mode_are_refused_and_left() -> None:
+    with torch.inference_mode():
+        module = NETWORKS["relu"]()
+    params, before = list(module.parameters()), copy.deepcopy(module.state_dict())
+    for optimizer in (made("adam", params), made("adam", params, integration)):
+        step = integration.fused_step(module, nn.CrossEntropyLoss(), optimizer)
+        with pytest.raises(RuntimeError, match="Inference tensors"):
+            step(torch.randn(6, 20), classes(6, None))
+        assert not optimizer.state
+    assert_close(dict(module.state_dict()), dict(before))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):  # and PyTorch has changed it by then
+        made("adam", params, integration).step()
 
 
 @one_isa
@@ -780,6 +896,25 @@ def test_what_a_chain_reads_may_be_changed_before_and_behind_it() -> None:
 
 
 @one_isa
+@pytest.mark.parametrize("activation", [nn.Identity(), *ACTIVATIONS], ids=str)
+def test_results_may_be_changed_in_place_where_those_of_eager_may(activation: Any) -> None:
+    module = nn.Sequential(nn.Linear(6, 4), activation)
+    compiled = compile_with_ours(module)
+    found: list[Any] = []
+    for function in (compiled, module):
+        x = torch.ones(5, 6, requires_grad=True)
+        y = function(x)
+        y *= 2
+        try:
+            y.sum().backward()
+            found.append(x.grad)
+        except RuntimeError as error:
+            found.append("modified by an inplace operation" in str(error))
+    assert_close(*found)
+    assert integration.calls["forward"] == 1
+
+
+@one_isa
 def test_batch_sizes_may_change() -> None:
     module = NETWORKS["deep"]()
     loss = nn.CrossEntropyLoss()
@@ -917,6 +1052,19 @@ def test_hooks_see_what_they_see_in_eager() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.clone(), lambda t: t.clone()):
         compare(module, module, [x])
     assert packed
+
+
+@one_isa
+def test_chains_are_computed_again_by_checkpoints() -> None:
+    module = NETWORKS["curved"]()
+
+    def again(function: Any) -> Any:
+        return lambda x: checkpoint.checkpoint(function, x, use_reentrant=False)
+
+    x = torch.randn(4, 20, requires_grad=True)
+    ours, theirs = (outcome(again(each), module, [x]) for each in (compile_with_ours(module), module))
+    assert_close(ours, theirs)
+    assert integration.calls == {"forward": 2, "backward": 1}
 
 
 @one_isa
@@ -1091,6 +1239,33 @@ def test_operators_pass_opcheck(operators: Any) -> None:
     for name, all_arguments in samples.items():
         for arguments in all_arguments[:1]:
             assert set(torch.library.opcheck(getattr(operators, name).default, arguments).values()) == {"SUCCESS"}, name
+
+
+@one_isa
+def test_arguments_of_operators_are_refused_by_name_of_fakes_too(operators: Any) -> None:
+    x, weight = torch.randn(5, 8), torch.randn(4, 8)
+    refused = [
+        ("matmul", (x[0], weight.t()), ValueError, r"a has shape \(8,\), b \(8, 4\)"),
+        ("matmul", (x[None], weight.t()), ValueError, r"a has shape \(1, 5, 8\), b \(8, 4\)"),
+        (
+            "matmul",
+            (x, weight.t().double()),
+            TypeError,
+            r"b has dtype torch\.float64, the first argument torch\.float32",
+        ),
+        ("linear", (x, weight[:, :3]), ValueError, r"x has shape \(5, 8\), weight \(4, 3\)"),
+        ("linear", (torch.tensor(1.0), weight), ValueError, r"x has shape \(\), weight"),
+        ("linear", (x, weight, x[0, :2]), ValueError, r"bias has shape \(2,\), expected \(4,\)"),
+        ("linear", (x, weight.double()), TypeError, r"weight has dtype torch\.float64"),
+        ("linear", (x.bfloat16(), weight.bfloat16()), TypeError, r"float32 or torch\.float64, got torch\.bfloat16"),
+    ]
+    for name, arguments, error, message in refused:
+        for device in ("cpu", "meta"):
+            with pytest.raises(error, match=message):
+                getattr(operators, name)(*(each.to(device) for each in arguments))
+    with pytest.raises(TypeError, match=r"got torch\.bfloat16"):
+        operators.relu(x.bfloat16())
+    assert_close(operators.linear(x[:, :0], weight[:, :0], x[0, :4]), x[0, :4].expand(5, 4))
 
 
 @one_isa

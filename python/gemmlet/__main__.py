@@ -1,7 +1,8 @@
 """``python -m gemmlet`` is the command ``gemmlet``, or runs a Python program with NumPy accelerated.
 
-``python -m gemmlet script.py arguments`` and ``python -m gemmlet -m module arguments`` are what they would be without
-``-m gemmlet``, but for the speed.
+``python -m gemmlet script.py arguments``, ``python -m gemmlet -m module arguments`` and ``python -m gemmlet -c code
+arguments`` are what they would be without ``-m gemmlet``, but for the speed. A script may also be a folder or a zip
+file with a ``__main__.py``; one with the name of a command is told from it by its folder, as ``./train``.
 """
 
 from __future__ import annotations
@@ -9,48 +10,95 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import zipfile
 from importlib.machinery import SourceFileLoader
-from types import ModuleType
+from types import ModuleType, TracebackType
+from typing import Any, NoReturn
+
+from .cli.commands import COMMANDS
+
+
+def _is_program(words: list[str]) -> bool:
+    if not words or words[0] in COMMANDS:
+        return False
+    return words[0] in {"-m", "-c"} or words[0].endswith(".py") or os.path.exists(words[0])
 
 
 def _run_program(words: list[str]) -> None:
     from .integrations.numpy import accelerate_numpy
 
-    is_module = words[0] == "-m"
-    if is_module and len(words) < 2:
-        sys.exit("gemmlet: -m needs the name of a module")
-    if not is_module and not os.path.isfile(words[0]):
-        sys.exit(f"gemmlet: there is no file {words[0]}")
+    if words[0] in {"-m", "-c"} and len(words) < 2:
+        _refuse(f"{words[0]} needs {'a module' if words[0] == '-m' else 'code'} behind it")
+    if words[0] not in {"-m", "-c"} and not os.path.exists(words[0]):
+        _refuse(f"there is no file {words[0]}")
     try:
         accelerate_numpy()
     except RuntimeError as error:
         sys.exit(f"gemmlet: {error}")
     # The main module to the end of the process: threads and atexit find it.
     main_module = sys.modules["__main__"] = ModuleType("__main__")
+    main_module.__dict__["__builtins__"] = __builtins__
     if "__annotations__" in globals():  # not in the main module of every version
         main_module.__annotations__ = {}
-    if is_module:
-        sys.argv = words[1:]
+    try:
+        _run(words, main_module.__dict__)
+    except BaseException as error:
+        _show_from(error, _programs_part(error.__traceback__))
+        raise
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"gemmlet: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(words: list[str], main_globals: dict[str, Any]) -> None:
+    """Run a program as Python does, with its folder on the path."""
+    sys.argv = words[1:] if words[0] == "-m" else words
+    if words[0] == "-m":
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]  # what `python -m` calls
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path[0] = ""
+        exec(compile(words[1], "<string>", "exec", dont_inherit=True), main_globals)
+    elif os.path.isdir(words[0]) or zipfile.is_zipfile(words[0]):
+        sys.path[0] = os.path.abspath(words[0])
+        runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
     else:
-        sys.argv = words
-        _run_script(words[0], main_module.__dict__)
+        path = os.path.abspath(words[0])
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path[0] = os.path.dirname(os.path.realpath(path))
+        with open(path, "rb") as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+        main_globals.update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
+        exec(code, main_globals)
 
 
-def _run_script(name: str, main_globals: dict[str, object]) -> None:
-    """Run a script as Python does, with its folder on the path."""
-    path = os.path.abspath(name)
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
-    with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    loader = SourceFileLoader("__main__", path)
-    main_globals.update(__file__=path, __builtins__=__builtins__, __cached__=None, __loader__=loader)
-    exec(code, main_globals)
+def _programs_part(traceback: TracebackType | None) -> TracebackType | None:
+    """What follows our frames in a traceback, and those of runpy."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in {
+        __file__,
+        "<frozen runpy>",
+        runpy.__file__,
+    }:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def _show_from(error: BaseException, traceback: TracebackType | None) -> None:
+    """Have an error that nobody handles shown with this traceback."""
+    hook = sys.excepthook
+
+    def excepthook(kind: type[BaseException], value: BaseException, frames: TracebackType | None) -> None:
+        frames = traceback if value is error else frames
+        hook(kind, value.with_traceback(frames), frames)
+
+    sys.excepthook = excepthook
 
 
 _words = sys.argv[1:]
-if _words and (_words[0] == "-m" or _words[0].endswith(".py")):
+if _is_program(_words):
     _run_program(_words)
 else:
     from .cli import main

@@ -9,6 +9,7 @@
 //   Weights are (out, in), as PyTorch has them: of any strides for the kernels, whole columns for fused training, which is
 //   the layout that it needs. Whoever calls takes care of autograd: of version counters, and of who needs which gradient.
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -279,7 +280,7 @@ struct TorchLayer {
 struct TorchLoss {
   int number;  // ~number is a row loss
   double parameter;
-  bool is_mean;
+  bool is_mean, unit_interval;  // the latter: PyTorch refuses what is outside [0, 1]
 };
 
 struct TorchNetwork {
@@ -291,7 +292,7 @@ struct TorchNetwork {
 constexpr const char* network_name = "gemmlet.TorchNetwork";
 
 py::capsule torch_network(const std::vector<std::tuple<int, double, bool>>& layers,
-                          const std::optional<std::tuple<int, double, bool>>& loss) {
+                          const std::optional<std::tuple<int, double, bool, bool>>& loss) {
   auto made = std::make_unique<TorchNetwork>();
   if (layers.empty()) refuse("layers", "none");
   for (const auto& [activation, parameter, needs_x] : layers) {
@@ -299,10 +300,10 @@ py::capsule torch_network(const std::vector<std::tuple<int, double, bool>>& laye
     made->layers.push_back({activation, parameter, needs_x});
   }
   if (loss) {
-    const auto [number, parameter, is_mean] = *loss;
+    const auto [number, parameter, is_mean, unit_interval] = *loss;
     const bool of_rows = is_row_loss(number);
     checked_index(of_rows ? ~number : number, (of_rows ? row_loss_names() : loss_names()).size(), "loss");
-    made->loss = {number, parameter, is_mean};
+    made->loss = {number, parameter, is_mean, unit_interval};
   }
   py::capsule capsule(made.get(), network_name, [](PyObject* object) {
     delete static_cast<TorchNetwork*>(PyCapsule_GetPointer(object, network_name));
@@ -331,6 +332,7 @@ struct TorchTargets {
     } else {
       need(target.dimensions() == 2 && target.shape()[0] == rows);
       values = target.contiguous<T>(rows * out);
+      need(!loss.unit_interval || (within_unit_interval(values, target.size()) && is_finite(values, target.size())));
     }
   }
   const Index* index_data() const { return indices.empty() ? nullptr : indices.data(); }
@@ -388,6 +390,7 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
       overlaps.add(plan.samples.values, rows * features * static_cast<Index>(sizeof(T)), false);
       const TorchLoss& loss = *network.loss;
       const TorchTargets<T> targets(loss, wanted, rows, out);
+      need(!loss.unit_interval || is_finite(plan.samples.values, samples.size()));  // of NaN a prediction would be NaN
       if (targets.values != nullptr) overlaps.add(targets.values, rows * out * static_cast<Index>(sizeof(T)), false);
       need(!overlaps.found());
       // The objective is a sum over rows, divided by their number.
@@ -508,7 +511,7 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
           x = {y, rows, in.weights[l].rows, in.weights[l].rows, 1};
         }
         if (!network.loss) return;
-        const auto [number, parameter, is_mean] = *network.loss;
+        const auto [number, parameter, is_mean, unit_interval] = *network.loss;
         const double loss = is_row_loss(number)
                                 ? row_loss<T>(~number, x.data, targets->index_data(), targets->values, parameter,
                                               at(kept.gradient), rows, out)
@@ -516,13 +519,14 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
                                                       at(kept.gradient), rows * out);
         *to = static_cast<T>(loss);
       });
+      need(!network.loss || !network.loss->unit_interval || !std::isnan(*to));
       return std::pair{result, block};
     });
   });
 }
 
 // The gradients of the inputs but the targets, None where `needed` says so, from that of the result. `y` is the result of a
-// network without a loss.
+// network without a loss, None if the last activation's gradient does not depend on it.
 auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py::tuple& inputs, py::handle block,
                     py::handle y, const std::vector<bool>& needed) {
   const TorchNetwork& network = network_of(capsule);
@@ -536,7 +540,9 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
       const Index rows = in.rows.rows, out = in.weights.back().rows;
       const Kept kept(network, in.weights, rows);
       const T* const memory = Tensor(block).contiguous<T>(std::max(kept.size, Index{1}));
-      const T* const result = network.loss ? nullptr : Tensor(y).contiguous<T>(rows * out);
+      const T* const result = y.is_none() ? nullptr : Tensor(y).contiguous<T>(rows * out);
+      const TorchLayer& last = network.layers.back();
+      need(network.loss || last.activation < 0 || last.needs_x || result != nullptr);
       const Tensor given(grad_result);
       // Of the loss, which is a number, or of the outputs.
       const View<T> top = network.loss ? View<T>{given.contiguous<T>(1), 1, 1, 1, 1} : given.rows<T>();

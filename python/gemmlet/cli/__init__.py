@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO, cast
 
-from .commands import EXTRAS, FOR_HELP, HELP_OPTIONS, list_commands, missing
+from .commands import EXTRAS, FOR_HELP, HELP_OPTIONS, PROGRAMS, list_commands, missing
 from .errors import UserError
 from .signals import Interrupted, stops
 
@@ -134,6 +134,8 @@ def _command(words: list[str]) -> int:
             # The peers read it when they are loaded, and NumPy is: start once more.
             os.execve(sys.executable, [sys.executable, "-m", "gemmlet", *words], environment)
 
+    if words[:1] and words[0].endswith(".py"):
+        raise UserError(f"no such command {words[0]!r}. {PROGRAMS}")
     extra = "bench" if words[:1] == ["bench"] else "train"
     if needed := missing(FOR_HELP if set(words) & set(HELP_OPTIONS) or not words else EXTRAS[extra]):
         raise UserError(f"this needs {', '.join(needed)}: pip install 'gemmlet[{extra}]'", code=1)

@@ -14,7 +14,7 @@ from ..backends import select
 from ..bench.results import TOLERANCES
 from ..formulas.activations import ACTIVATIONS
 from . import bench, info, train_gan, train_mlp, training
-from .commands import COMMANDS, HELP_OPTIONS
+from .commands import COMMANDS, HELP_OPTIONS, PROGRAMS
 from .errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -89,6 +89,7 @@ Resume = Annotated[
 
 app = typer.Typer(
     help="Compiled kernels for small dense networks.",
+    epilog=PROGRAMS,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": list(HELP_OPTIONS)},

@@ -12,6 +12,8 @@ COMMANDS = {
     "info": "Show backends, threads, versions and environment variables.",
 }
 HELP_OPTIONS = ("-h", "--help")
+# What the help says besides: it is no command, as it runs in the interpreter that is named.
+PROGRAMS = "python -m gemmlet program.py runs a program with NumPy accelerated."
 
 # What the extras bring, by the names they are imported under, and what of it the help needs.
 _TRAIN = ("typer", "rich", "matplotlib", "PIL", "sklearn", "threadpoolctl")
@@ -31,3 +33,4 @@ def list_commands() -> None:
         print(f"  {name:<5}  {text}")
         if needed := missing(EXTRAS.get(name, ())):
             print(f"         It needs {', '.join(needed)}: pip install 'gemmlet[{name}]'")
+    print(f"\n{PROGRAMS}")

@@ -69,9 +69,9 @@ _OPTIMIZERS = {"adam": "AdamOptimizer", "sgd": "SGDOptimizer"}
 # Rows that pass through all layers together when predicting: their activations stay in the cache.
 _CHUNK = 1024
 
-# With float64 targets scikit-learn computes losses and gradients of float32 samples in float64. Up to this size of
-# targets float32 holds their squares.
-_LARGEST_TARGET = 2.0**30
+# With float64 targets scikit-learn computes losses and gradients of float32 samples in float64. Of targets below it
+# float32 holds the squares, and those of a network's gradients.
+_MOST_SQUARED = 1e15
 
 # What is overridden of scikit-learn, all of it private, with the arguments that are used here.
 _HOOKS = {
@@ -240,7 +240,7 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
         and all([(np.shape(a), dtype) for a in parameters] == [(np.shape(a), a.dtype) for a in some] for some in arrays)
         and all(a.flags.writeable for a in parameters)
         and not any(np.may_share_memory(a, b) for a, b in combinations(parameters, 2))
-        and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) <= _LARGEST_TARGET)
+        and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) < _MOST_SQUARED)
         # With a steeper schedule, velocities without the learning rate could overflow.
         and not (model.learning_rate == "invscaling" and model.power_t > 2)
     )

@@ -146,11 +146,15 @@ class GemmletOps(_Base):
     # What optimizers do.
 
     def adam(self, weights, gradient, mom1, mom2, beta1, beta2, eps, learn_rate, mod_rate=1.0):
-        """Adam, the bias of the moments corrected in `learn_rate`; the gradient is 0 afterwards, as NumpyOps has it."""
+        """Adam, the bias of the moments corrected in `learn_rate`; the gradient is 0 afterwards.
+
+        As in NumpyOps `mod_rate` is not read.
+        """
         b1, b2, lr = float(beta1), float(beta2), float(learn_rate)
         # In the order of the registry's rule: step_size, beta1, beta2, gain1, gain2, eps, correction, l2, shrink.
-        hyperparameters = lr, b1, b2, 1.0 - b1, 1.0 - b2, float(eps), float(mod_rate), 0.0, 1.0
-        if _computed("adam_update", weights, gradient, (mom1, mom2), hyperparameters) is None:
+        hyperparameters = lr, b1, b2, 1.0 - b1, 1.0 - b2, float(eps), 1.0, 0.0, 1.0
+        clears = isinstance(gradient, self.xp.ndarray) and gradient.flags.writeable
+        if not clears or _computed("adam_update", weights, gradient, (mom1, mom2), hyperparameters) is None:
             return super().adam(weights, gradient, mom1, mom2, beta1, beta2, eps, learn_rate, mod_rate)
         gradient.fill(0)
         return weights, gradient, mom1, mom2

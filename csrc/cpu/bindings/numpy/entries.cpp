@@ -79,10 +79,16 @@ bool may_be_output(const Operand& out, const Operand& in) {
   return same || extent(in).apart_from(extent(out));
 }
 
+// Not an array whose first write NumPy warns of, by a flag that its headers do not have.
+bool is_writable(const Operand& o) {
+  constexpr unsigned warn_on_write = 1u << 31;
+  return (static_cast<unsigned>(o.flags) & (NPY_ARRAY_WRITEABLE | warn_on_write)) == NPY_ARRAY_WRITEABLE;
+}
+
 // `out` as the contiguous output of these axes and this type.
 bool read_output(PyObject* object, int type, int axes, const npy_intp* shape, bool fortran, Operand& o) {
-  return read_array(object, o) && o.type == type && (o.flags & NPY_ARRAY_WRITEABLE) != 0 &&
-         o.in_order(fortran ? f_order : c_order) && o.axes == axes && std::equal(shape, shape + axes, o.shape);
+  return read_array(object, o) && o.type == type && is_writable(o) && o.in_order(fortran ? f_order : c_order) &&
+         o.axes == axes && std::equal(shape, shape + axes, o.shape);
 }
 
 // A new reference to `out`, or if it is null to a new array; null if `out` cannot take a result of these inputs.
@@ -219,7 +225,11 @@ PyObject* unary(Unary function, PyObject* x, PyObject* out, const char* name) {
 PyObject* power(PyObject* x, PyObject* y) {
   Operand exponent;
   if (!is_array(x) || !read_number(y, exponent) || !exponent.weak) return nullptr;
-  if (exponent.number == 2) return unary(Unary::square, x, nullptr);
+  if (exponent.number == 2) {
+    // From 2.3 on NumPy squares for a float by the loop of power, which reports errors by that name.
+    static const bool float_is_power = PyArray_GetNDArrayCFeatureVersion() >= 0x14;
+    return unary(Unary::square, x, nullptr, float_is_power && PyFloat_Check(y) ? "power" : nullptr);
+  }
   if (exponent.number == 0.5) return unary(Unary::sqrt, x, nullptr);
   return nullptr;
 }
@@ -365,8 +375,7 @@ namespace {
 bool assign_by_mask(PyObject* array, PyObject* key, PyObject* value) {
   Operand a, mask, v;
   if (fields(key)->descr->type_num != NPY_BOOL || !read_any_array(key, mask) || !read_array(array, a) ||
-      (a.flags & NPY_ARRAY_WRITEABLE) == 0 || !read_number(value, v) || !same_shape(a, mask) ||
-      (a.flags & mask.flags & c_order) == 0)
+      !is_writable(a) || !read_number(value, v) || !same_shape(a, mask) || (a.flags & mask.flags & c_order) == 0)
     return false;
   if (!casts(v.number, a.type)) return false;
   const Index n = a.size();
@@ -488,7 +497,7 @@ PyObject* take_pairs(PyObject* array, PyObject* key) {
 bool assign_pairs(PyObject* array, PyObject* key, PyObject* value) {
   Pairs pairs;
   Operand v;
-  if (!pairs.read(array, key) || (pairs.a.flags & NPY_ARRAY_WRITEABLE) == 0) return false;
+  if (!pairs.read(array, key) || !is_writable(pairs.a)) return false;
   const Index n = pairs.rows.count;
   if (read_array(value, v)) {
     if (v.type != pairs.a.type || v.axes != 1 || v.shape[0] != n || v.strides[0] % v.item() != 0 ||
@@ -523,6 +532,19 @@ PyObject* subscript(PyObject* array, PyObject* key) {
   return is_array(key) ? take_rows(array, key) : take_pairs(array, key);
 }
 
+namespace {
+
+// Ints of which a difference is exact in float64, by which NumPy counts the elements of a range.
+bool are_small(std::initializer_list<PyObject*> ints) {
+  return std::all_of(ints.begin(), ints.end(), [](PyObject* each) {
+    int too_large;
+    const long value = PyLong_AsLongAndOverflow(each, &too_large);
+    return too_large == 0 && value < 1L << 31 && value > -(1L << 31);
+  });
+}
+
+}  // namespace
+
 PyObject* without_ranges(PyObject* key) {
   if (!PyTuple_CheckExact(key)) return nullptr;
   const Py_ssize_t n = PyTuple_GET_SIZE(key);
@@ -536,7 +558,7 @@ PyObject* without_ranges(PyObject* key) {
     if (Py_TYPE(item) == &PyRange_Type) {
       PyObject *start = PyObject_GetAttrString(item, "start"), *stop = PyObject_GetAttrString(item, "stop"),
                *step = PyObject_GetAttrString(item, "step");
-      if (start != nullptr && stop != nullptr && step != nullptr)
+      if (start != nullptr && stop != nullptr && step != nullptr && are_small({start, stop, step}))
         taken = PyArray_ArangeObj(start, stop, step, index_dtype);
       Py_XDECREF(start);
       Py_XDECREF(stop);

@@ -17,6 +17,7 @@ from torch import fx
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from ...formulas.activations import ACTIVATIONS
 from .extension import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_METHODS,
@@ -33,6 +34,9 @@ from .extension import (
 )
 
 _DTYPES = (torch.float32, torch.float64)
+
+# Activations whose result PyTorch saves for backward: that of others may be changed in place until then.
+_SAVED_BY_RESULT = ("relu", "tanh", "sigmoid")
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -176,7 +180,7 @@ class Chain:
         self.loss: Loss | None = None
         self._found: Kernels | None = None
         self._capsule: Any = None
-        self._saved: dict[tuple[bool, ...], tuple[int, ...]] = {}
+        self._saved: dict[tuple[bool, ...], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.__name__ = "gemmlet_chain"
 
     def extend(self, node: fx.Node) -> bool:
@@ -216,13 +220,16 @@ class Chain:
                 function = node.target if node.op == "call_function" else getattr(torch, str(node.target))
                 self._functions.append((_behind(function, node.args[1:], dict(node.kwargs)), 0))
         self.network = Network(tuple(self.activations), self.loss)
+        last = self.activations[-1].name
+        self.reads_result = self.loss is None and last is not None and not ACTIVATIONS[last].needs_x
+        self.copies_result = last not in _SAVED_BY_RESULT
         self.end_of_parameters = 1 + 2 * len(self.activations)
         # The arguments but biases that are not there.
         there = [i for i, each in enumerate(arguments) if each is not None]
         self._tensors = operator.itemgetter(*there)
         # Those whose values gradients depend on: a bias behind which there is no function is only added.
         added = self.end_of_parameters - 1 if self.loss is None and self.activations[-1] is NONE else None
-        self.differentiated = operator.itemgetter(*(i for i in there if i != added))
+        self._differentiated = [i for i in there if i != added]
         return tuple(arguments)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -238,7 +245,7 @@ class Chain:
         if made is None:
             return self._by_pytorch(inputs)
         calls["forward"] += 1
-        return _Differentiable.apply(self, made, *inputs) if needs_graph else made[0]
+        return _apply(self, made, *inputs) if needs_graph else made[0]
 
     def _by_pytorch(self, inputs: tuple[Any, ...]) -> Any:
         calls["forward by PyTorch"] += 1
@@ -253,10 +260,10 @@ class Chain:
         return result
 
     def gradients(
-        self, inputs: list[Any], given: tuple[Any, ...], versions: list[int], grad: Any, needed: tuple[bool, ...]
+        self, inputs: list[Any], versions: list[int], grad: Any, needed: tuple[bool, ...]
     ) -> list[torch.Tensor | None]:
         """The gradients by PyTorch; with a graph of their own, where a second derivative is wanted."""
-        if [*map(_version, self.differentiated(given))] != versions:
+        if [inputs[i]._version for i in self.saved(needed)[1]] != versions:
             raise RuntimeError("a tensor that a gradient needs has been changed in place since the forward pass")
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -266,18 +273,22 @@ class Chain:
             found = iter(torch.autograd.grad(self.eager(*own), wanted, grad, create_graph=create_graph))
         return [next(found) if is_needed else None for is_needed in needed]
 
-    def saved(self, needed: tuple[bool, ...]) -> tuple[int, ...]:
-        """The positions of the inputs that backward reads, as in PyTorch: others may be changed until then."""
+    def saved(self, needed: tuple[bool, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The positions of the inputs that backward reads, as in PyTorch, and of others that a second derivative reads.
+
+        The others may be changed until backward.
+        """
         found = self._saved.get(needed)
         if found is None:
             layers = range(len(self.activations))
             lowest = next((i for i in layers if (i == 0 and needed[0]) or needed[1 + 2 * i] or needed[2 + 2 * i]), 0)
             weights = [1 + 2 * i for i in layers if i > lowest or (i == 0 and needed[0])]
-            found = self._saved[needed] = tuple(([0] if needed[1] else []) + weights)
+            read = tuple(([0] if needed[1] else []) + weights)
+            found = self._saved[needed] = read, tuple(i for i in self._differentiated if i not in read)
         return found
 
 
-_requires_grad, _version = operator.attrgetter("requires_grad"), operator.attrgetter("_version")
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def _behind(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Any], Any]:
@@ -291,34 +302,40 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, chain: Chain, made: Any, *inputs: Any) -> Any:
         result, kept = made
         needed = ctx.needs_input_grad[2 : chain.end_of_parameters + 2]
-        where = chain.saved(needed)
-        versions = [*map(_version, chain.differentiated(inputs))]
-        ctx.state = chain, chain._found, chain._capsule, needed, where, inputs, versions
-        saved = [inputs[i] for i in where]
-        if chain.loss is None:
-            saved.append(result)
-        ctx.save_for_backward(kept, *saved)
+        read, others = chain.saved(needed)
+        saved, rest = [kept], list(inputs)
+        for i in read:  # those are freed by backward, though the result may live on
+            saved.append(inputs[i])
+            rest[i] = None
+        if chain.reads_result:
+            saved.append(result.clone() if chain.copies_result else result)
+        ctx.state = chain, chain._found, chain._capsule, needed, read, rest, [inputs[i]._version for i in others]
+        ctx.save_for_backward(*saved)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        chain, found, network, needed, where, given, versions = ctx.state
-        kept, *saved = ctx.saved_tensors
-        result = None if chain.loss is not None else saved.pop()
-        inputs = list(given)
-        for i, each in zip(where, saved, strict=True):  # they may come from a hook
+        chain, found, network, needed, read, rest, versions = ctx.state
+        saved = ctx.saved_tensors
+        inputs = rest.copy()
+        for i, each in zip(read, saved[1:], strict=False):  # they may come from a hook
             inputs[i] = each
         grads = None
-        if not torch.is_grad_enabled() and not any(map(is_negated, (grad, *ctx.saved_tensors))):
+        if not torch.is_grad_enabled() and not is_negated(grad) and not any(map(is_negated, saved)):
             if chain.activations[-1] is not NONE or grad.ndim != 2:
                 grad = grad.contiguous()
-            grads = found.module.torch_backward(network, grad, tuple(inputs), kept, result, needed)
+            result = saved[-1] if chain.reads_result else None
+            grads = found.module.torch_backward(network, grad, tuple(inputs), saved[0], result, needed)
         if grads is None:
             calls["backward by PyTorch"] += 1
-            grads = chain.gradients(inputs, given, versions, grad, needed)
+            grads = chain.gradients(inputs, versions, grad, needed)
         else:
             calls["backward"] += 1
         return (None, None, *grads) if chain.loss is None else (None, None, *grads, None)
+
+
+# Without the Python that looks for functorch's wrappers: the kernels have taken all arguments, so there are none.
+_apply = super(torch.autograd.Function, _Differentiable).apply
 
 
 def _find_chains(graph: fx.Graph) -> list[Chain]:

@@ -81,8 +81,11 @@ def capsule(network: Network, kernels: Kernels) -> Any:
         (-1, 0.0, False) if name is None else (kernels.activations[name], parameter, ACTIVATIONS[name].needs_x)
         for name, parameter in network.activations
     ]
-    loss = network.loss
-    return kernels.module.torch_network(layers, loss and (kernels.losses[loss.name], loss.parameter, loss.is_mean))
+    loss = None
+    if network.loss is not None:
+        name, parameter, is_mean = network.loss
+        loss = kernels.losses[name], parameter, is_mean, name in LOSSES and LOSSES[name].unit_interval
+    return kernels.module.torch_network(layers, loss)
 
 
 # What PyTorch's modules and functions are to the registry: functions of their arguments, by PyTorch's names. None is
@@ -206,3 +209,12 @@ def of_function(function: Any) -> Loss | None:
 
 # Whether a tensor's memory holds the negative of its values, which the kernels would read.
 is_negated = torch.Tensor.is_neg
+
+
+def increment_versions(tensors: list[torch.Tensor]) -> bool:
+    """Tell autograd that tensors are about to change; False if one has no version, as those of the inference mode."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:
+        return False
+    return True

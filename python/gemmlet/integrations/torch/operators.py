@@ -25,10 +25,23 @@ from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 
 _NAMESPACE = "gemmlet"
+_DTYPES = (torch.float32, torch.float64)
+
+
+def _check_dtype(dtype: torch.dtype, **others: torch.Tensor | None) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(f"tensors must be torch.float32 or torch.float64, got {dtype}")
+    for name, each in others.items():
+        if each is not None and each.dtype != dtype:
+            raise TypeError(f"{name} has dtype {each.dtype}, the first argument {dtype}; all must agree")
 
 
 def _array(x: torch.Tensor | None) -> Any:
-    return None if x is None else x.detach().contiguous().numpy()
+    if x is None:
+        return None
+    if x.is_floating_point():
+        _check_dtype(x.dtype)
+    return x.detach().contiguous().numpy()
 
 
 def _like(x: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -59,7 +72,19 @@ def _ops(name: str) -> Any:
 # Matmuls.
 
 
+def _check_matmul(a: torch.Tensor, b: torch.Tensor) -> None:
+    _check_dtype(a.dtype, b=b)
+    if not (a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]):
+        raise ValueError(f"a has shape {tuple(a.shape)}, b {tuple(b.shape)}; expected (rows, k) and (k, columns)")
+
+
+def _matmul_fake(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    _check_matmul(a, b)
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    _check_matmul(a, b)
     return torch.from_numpy(kernels.matmul(a.detach().numpy(), b.detach().numpy()))
 
 
@@ -80,6 +105,21 @@ def _linear_arguments(activation: str, parameter: float | None) -> dict[str, Any
     return {"activation": None if activation == "identity" else activation, "activation_parameter": parameter}
 
 
+def _check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    _check_dtype(x.dtype, weight=weight, bias=bias)
+    if not (x.ndim > 0 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]):
+        shapes = f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes}; expected (..., features) and (out, features)")
+    if bias is not None and not (bias.ndim == 1 and bias.shape[0] == weight.shape[0]):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+
+
+def _rows(x: torch.Tensor) -> Any:
+    """All dimensions but the last as one."""
+    x = x.detach()
+    return (x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)).numpy()
+
+
 def _linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -87,12 +127,13 @@ def _linear(
     activation: str = "identity",
     parameter: float | None = None,
 ) -> torch.Tensor:
-    rows, w = x.detach().reshape(-1, x.shape[-1]).numpy(), weight.detach().numpy().T
-    y = kernels.linear(rows, w, _array(bias), **_linear_arguments(activation, parameter))
+    _check_linear(x, weight, bias)
+    y = kernels.linear(_rows(x), weight.detach().numpy().T, _array(bias), **_linear_arguments(activation, parameter))
     return torch.from_numpy(y).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *_: Any) -> torch.Tensor:
+    _check_linear(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -118,8 +159,7 @@ def _linear_backward(
     parameter: float | None,
     needed: list[bool],
 ) -> tuple[torch.Tensor, ...]:
-    rows, w = x.detach().reshape(-1, x.shape[-1]).numpy(), weight.detach().numpy().T
-    grad, outputs = (each.detach().reshape(-1, weight.shape[0]).numpy() for each in (grad_y, y))
+    rows, w, grad, outputs = _rows(x), weight.detach().numpy().T, _rows(grad_y), _rows(y)
     arguments = _linear_arguments(activation, parameter)
     z = kernels.linear(rows, w, _array(bias)) if ACTIVATIONS[activation].needs_x else None
     arguments |= dict(zip(("need_x", "need_w", "need_b"), needed, strict=True))
@@ -139,8 +179,7 @@ def _linear_backward_fake(
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, rest[-1], strict=True))
 
 
-_register("matmul(Tensor a, Tensor b) -> Tensor", _matmul, lambda a, b: a.new_empty((a.shape[0], b.shape[1])),
-          _matmul_backward, _matmul_keep)  # fmt: skip
+_register("matmul(Tensor a, Tensor b) -> Tensor", _matmul, _matmul_fake, _matmul_backward, _matmul_keep)
 _register(
     'linear(Tensor x, Tensor weight, Tensor? bias=None, str activation="identity", float? parameter=None) -> Tensor',
     _linear,

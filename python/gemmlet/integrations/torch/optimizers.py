@@ -9,7 +9,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from ...formulas.optimizers import adam_hyperparameters
-from .extension import calls, is_negated, kernels
+from .extension import calls, increment_versions, is_negated, kernels
 
 Group = dict[str, Any]
 
@@ -60,25 +60,44 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     return None if group["amsgrad"] or group["capturable"] else _ADAM
 
 
-def states_of(
-    found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Of the states found of the parameters, all arrays in turn, and the counters of steps.
+def unknown_settings(group: Group) -> str:
+    """Those of a group for which there is no rule."""
+    names = [name for name in ("maximize", "differentiable", "dampening", "amsgrad", "capturable") if group.get(name)]
+    names += ["lr"] if isinstance(group["lr"], torch.Tensor) else []
+    return ", ".join(f"{name}={group[name]!r}" for name in names)
 
-    What is missing is made, as PyTorch does.
-    """
-    arrays, steps = [], []
+
+class States(NamedTuple):
+    """Of parameters: all arrays in turn, and the counters of steps; and what of it was missing, and is made."""
+
+    arrays: list[torch.Tensor]
+    steps: list[torch.Tensor]
+    made: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+    def keep(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put what was made into the optimizer, once the step has been done."""
+        for param, missing in self.made:
+            optimizer.state[param].update(missing)
+
+
+def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor]) -> States:
+    """The states of parameters, of which `found` are in the optimizer."""
+    arrays, steps, made = [], [], []
     for state, param in zip(found, params, strict=False):
+        missing = {}
+        if rule.counts:
+            step = state.get("step")
+            if step is None:
+                step = missing["step"] = torch.tensor(0.0, dtype=torch_optimizer._get_scalar_dtype())
+            steps.append(step)
         for name in rule.state:
             array = state.get(name)
             if array is None:
-                if rule.counts:
-                    state.setdefault("step", torch.tensor(0.0, dtype=torch_optimizer._get_scalar_dtype()))
-                array = state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                array = missing[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             arrays.append(array)
-        if rule.counts:
-            steps.append(state["step"])
-    return arrays, steps
+        if missing:
+            made.append((param, missing))
+    return States(arrays, steps, made)
 
 
 def step_of(steps: list[torch.Tensor]) -> int:
@@ -98,15 +117,18 @@ def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
             grads.append(grad)
     if not params:
         return True
-    found_states = [optimizer.state[param] for param in params] if rule.state else []
-    states, steps = states_of(found_states, rule, params)
-    if any(map(is_negated, params + grads + states)):
+    found_states = [optimizer.state.get(param, {}) for param in params] if rule.state else []
+    states = states_of(found_states, rule, params)
+    if any(map(is_negated, params + grads + states.arrays)):
         return False
-    step = step_of(steps)
+    step = step_of(states.steps)
     numbers = list(rule.hyperparameters(group, step))
-    if not found.module.torch_update(found.rules[rule.name], numbers, params, grads, states, steps, step):
+    if not increment_versions(params + states.arrays):
         return False
-    torch.autograd.graph.increment_version(params + states)
+    number = found.rules[rule.name]
+    if not found.module.torch_update(number, numbers, params, grads, states.arrays, states.steps, step):
+        return False
+    states.keep(optimizer)
     calls["update"] += 1
     return True
 
@@ -122,14 +144,14 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         with torch.enable_grad():
             loss = closure()
     groups = self.param_groups
-    rest = [group for group in groups if not _update(self, group)]
-    if rest:
-        calls["update by PyTorch"] += len(rest)
-        self.param_groups = rest
-        try:
-            _unhooked(self._torch.step)(self)
-        finally:
-            self.param_groups = groups
+    for group in groups:
+        if not _update(self, group):
+            calls["update by PyTorch"] += 1
+            self.param_groups = [group]
+            try:
+                _unhooked(self._torch.step)(self)
+            finally:
+                self.param_groups = groups
     return loss
 
 

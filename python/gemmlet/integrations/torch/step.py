@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,14 +24,17 @@ from .extension import (
     Network,
     calls,
     capsule,
+    increment_versions,
     is_negated,
     kernels,
     of_function,
     of_module,
 )
-from .optimizers import SGD, Adam, AdamW, Rule, rule_of, states_of, step_of
+from .optimizers import SGD, Adam, AdamW, Rule, States, rule_of, states_of, step_of, unknown_settings
 
 _OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, SGD, Adam, AdamW)
+
+_NO_STATES = States([], [], [])
 
 # Steps between two looks at how many zeros the samples have, which takes longer than a small step.
 _LOOK_EVERY = 64
@@ -104,7 +109,7 @@ class FusedStep:
         if len({param.data_ptr() for param in params}) < len(params):
             raise ValueError("module shares a parameter between layers, which fused_step does not train")
         if rule_of(optimizer, group) is None:
-            raise ValueError(f"optimizer has settings that fused_step does not know: {_settings(group)}")
+            raise ValueError(f"optimizer has settings that fused_step does not know: {unknown_settings(group)}")
         if not self._is_group(params):
             raise ValueError("optimizer must have one group with all parameters of module, in their order")
 
@@ -124,9 +129,14 @@ class FusedStep:
         """
         value = self._fused(x, target)
         if value is None:
+            for name, given in (("x", x), ("target", target)):
+                if not isinstance(given, torch.Tensor):
+                    raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
             calls["fused_step by PyTorch"] += 1
             return self._by_pytorch(x, target)
         calls["fused_step"] += 1
+        if math.isnan(value) and self._model.refuses_nan:
+            raise RuntimeError("module returns NaN, which BCELoss refuses: are its parameters finite?")
         return torch.scalar_tensor(value, dtype=x.dtype)
 
     def _by_pytorch(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -150,22 +160,27 @@ class FusedStep:
         rule = rule_of(optimizer, group)
         if found is None or rule is None or model.is_observed(optimizer) or not self._is_group(params):
             return None
-        if x.requires_grad or target.requires_grad or torch.is_autocast_enabled("cpu"):
+        if not (type(x) is type(target) is torch.Tensor and x.layout is target.layout is torch.strided):
+            return None
+        if x.requires_grad or target.requires_grad:
+            return None
+        if torch.is_autocast_enabled("cpu") or torch.is_inference_mode_enabled():
             return None
         if model.flattens and x.ndim != 2:
             x = x.flatten(1)
         if self._steps % _LOOK_EVERY == 0:
-            self._skip_zeros = x.shape[0] == 1 and bool(torch.count_nonzero(x) < SPARSE_BELOW * x.numel())
+            self._skip_zeros = x.shape[:1] == (1,) and bool(torch.count_nonzero(x) < SPARSE_BELOW * x.numel())
         self._steps += 1
         network, number = capsule(model.network, found), found.rules[rule.name]
         while True:
-            states, steps = self._states_of(rule, params)
-            if any(map(is_negated, [x, target, *params, *states])):
+            states = self._states_of(rule, params)
+            changed = params + states.arrays
+            if any(map(is_negated, [x, target, *changed])) or not increment_versions(changed):
                 return None
-            step = step_of(steps)
+            step = step_of(states.steps)
             numbers = list(rule.hyperparameters(group, step))
             result = found.module.torch_train(
-                network, number, numbers, x, target, self._skip_zeros, params, states, steps, step
+                network, number, numbers, x, target, self._skip_zeros, params, states.arrays, states.steps, step
             )
             if result is not None:
                 break
@@ -173,7 +188,7 @@ class FusedStep:
                 x, target = x.contiguous(), target.contiguous()
             elif not self._lay_out(params, rule.state):
                 return None
-        torch.autograd.graph.increment_version(params + states)
+        states.keep(optimizer)
         for param in params:
             if param.grad is not None:
                 param.grad = None
@@ -181,13 +196,13 @@ class FusedStep:
         value: float = result
         return value
 
-    def _states_of(self, rule: Rule, params: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _states_of(self, rule: Rule, params: list[torch.Tensor]) -> States:
         if not rule.state:
-            return [], []
+            return _NO_STATES
         found, state = self._states, self.optimizer.state
         # To look a tensor up takes longer than to compare.
         if len(found) != len(params) or len(state) != len(found) or not all(map(operator.is_, state.values(), found)):
-            self._states = [state[param] for param in params]
+            self._states = [state.get(param, {}) for param in params]
         return states_of(self._states, rule, params)
 
     def _lay_out(self, params: list[torch.Tensor], names: tuple[str, ...]) -> bool:
@@ -197,8 +212,8 @@ class FusedStep:
         """
         changed = False
         for param in params:
-            state = self.optimizer.state[param] if names else {}
-            for name, tensor in [("", param), *((name, state[name]) for name in names)]:
+            state = self.optimizer.state.get(param, {})
+            for name, tensor in [("", param), *((name, state[name]) for name in names if state.get(name) is not None)]:
                 if (
                     tensor.ndim != 2
                     or tensor.t().is_contiguous()
@@ -278,8 +293,9 @@ class _Model:
         is_module = isinstance(loss, nn.Module)
         found: Loss | None = of_module(loss, LOSS_MODULES) if is_module else of_function(loss)
         if found is None or (is_module and loss.reduction not in ("mean", "sum")):
-            raise ValueError(f"loss is {loss}, which fused_step does not know")
-        if found.name == "binary_cross_entropy" and last.name != "sigmoid":
+            raise ValueError(f"loss is {_shown(loss)}, which fused_step does not know")
+        self.refuses_nan = found.name == "binary_cross_entropy"
+        if self.refuses_nan and last.name != "sigmoid":
             raise ValueError("loss is BCELoss, which needs a Sigmoid as the last layer of module")
         if is_module:
             self._modules.append(loss)
@@ -311,6 +327,7 @@ class _Model:
             self._has_own_forward
             or any(self._hooks)
             or optimizer._optimizer_step_pre_hooks
+            or _has_own_step(optimizer)
             or optimizer._optimizer_step_post_hooks
             or any(map(_backward_hooks, self.params))
             or any(map(_gradient_hooks, self.params))
@@ -324,5 +341,18 @@ _gradient_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
 _requires_grad = operator.attrgetter("requires_grad")
 
 
-def _settings(group: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in group.items() if name != "params" and value)
+def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its `step`, or `zero_grad`, has been replaced, other than by learning rate schedulers: they count."""
+    attributes = optimizer.__dict__
+    step = attributes.get("step")
+    return (step is not None and not hasattr(step, "_wrapped_by_lr_sched")) or "zero_grad" in attributes
+
+
+def _shown(loss: Any) -> str:
+    """A loss with the settings that it depends on, where they are not the defaults."""
+    if type(loss) not in LOSS_MODULES:
+        return str(loss)
+    defaults = inspect.signature(type(loss)).parameters
+    given = {name: getattr(loss, name) for name in LOSS_MODULES[type(loss)][0]}
+    settings = [f"{name}={each!r}" for name, each in given.items() if repr(each) != repr(defaults[name].default)]
+    return f"{type(loss).__name__}({', '.join(settings)})"
