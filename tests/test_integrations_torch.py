@@ -13,6 +13,7 @@ import sys
 import types
 import unittest
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -525,6 +526,15 @@ def some_params(dtype: Any = torch.float32) -> list[Any]:
     return [torch.randn(5, 7, dtype=dtype), torch.randn(7, 3, dtype=dtype).t(), torch.randn(1000, dtype=dtype)]
 
 
+def of_pytorchs_tests(name: str) -> Any:
+    """A module of PyTorch's own tests."""
+    # They are based on a package that it does not need here, and does not bring along.
+    sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(f"torch.testing._internal.{name}")
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_are_pytorchs(name: str, dtype: Any) -> None:
@@ -566,6 +576,30 @@ def test_settings_that_the_kernels_do_not_know_are_pytorchs(kind: str, settings:
     minimize_both(of(torch.optim), of(integration), some_params())
     known = settings.keys() <= {"fused", "foreach", "momentum"}
     assert integration.calls == {"update" if known else "update by PyTorch": 4}
+
+
+@one_isa
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_optimizers_agree_with_pytorchs_on_the_inputs_of_its_tests(name: str) -> None:
+    """All settings and all errors of OptimizerInfo."""
+    common = of_pytorchs_tests("common_optimizers")
+    theirs, ours = getattr(torch.optim, name), getattr(integration, name)
+    (info,) = (each for each in common.optim_db if each.optim_cls is theirs)
+    given = [each.kwargs for each in info.optim_inputs_func(device="cpu")]
+    if name != "SGD":
+        given.append({"betas": (torch.tensor(0.8), torch.tensor(0.95)), "foreach": False})
+    for settings in given:
+        for dtype in TOLERANCE:
+            both = [lambda p, of=of, kw=settings: of(p, **copy.deepcopy(kw)) for of in (theirs, ours)]
+            minimize_both(*both, some_params(dtype), steps=3)
+    assert integration.calls["update"]
+    assert integration.calls["update by PyTorch"]
+    for error in info.optim_error_inputs_func("cpu", torch.float32):
+        assert error.error_on is common.OptimizerErrorEnum.CONSTRUCTION_ERROR
+        params = error.optimizer_error_input.params or [nn.Parameter(torch.zeros(1))]
+        raises = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
+        with raises(error.error_type, match=error.error_regex):
+            ours(params, **error.optimizer_error_input.kwargs)
 
 
 @one_isa
@@ -1088,18 +1122,37 @@ def test_compiled_chains_read_negated_gradients_with_their_sign() -> None:
 
 
 @one_isa
-def test_a_last_bias_may_change_before_a_second_derivative() -> None:
+@pytest.mark.parametrize("function", [torch.tanh, functional.gelu], ids=["tanh", "gelu"])
+def test_biases_may_change_before_a_second_derivative(function: Any) -> None:
+    def network(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, w3: Any, b3: Any) -> Any:
+        return functional.linear(functional.linear(function(functional.linear(x, w1, b1)), w2, b2).relu(), w3, b3)
+
     found = []
     for wrap in (compile_with_ours, lambda function: function):
         torch.manual_seed(1)
-        x, w1, w2 = (torch.randn(s, requires_grad=True) for s in ((4, 6), (5, 6), (3, 5)))
-        b = torch.randn(3, requires_grad=True)
-        out = wrap(lambda x, w1, w2, b: functional.linear(torch.tanh(functional.linear(x, w1)), w2, b))(x, w1, w2, b)
+        shapes = (4, 6), (5, 6), (5,), (5, 5), (5,), (3, 5), (3,)
+        x, w1, b1, w2, b2, w3, b3 = tensors = [
+            torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes
+        ]
+        out = wrap(network)(*tensors)
         with torch.no_grad():
-            b.add_(1)
-        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(grad.square().sum(), (x, w1, w2)))
-    assert_close(*found)
+            for b in (b1, b2, b3):
+                b.add_(1)
+        grads = torch.autograd.grad(out.square().sum(), (x, w1), create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in grads), (x, w1, b1, w2, b2, w3)))
+    assert_close(*found, dtype=torch.float64)
+
+
+@one_isa
+def test_a_loss_that_is_kept_does_not_hold_the_samples() -> None:
+    module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    for wrap in (compile_with_ours, lambda function: function):
+        x = torch.randn(4, 6)
+        loss = wrap(lambda x, module=module: functional.mse_loss(module(x), torch.zeros(4, 3)))(x)
+        loss.backward()
+        held = weakref.ref(x)
+        del x
+        assert held() is None
 
 
 @one_isa
@@ -1333,11 +1386,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 def agree_with_the_samples_of_pytorch(operators: Any) -> dict[str, int]:
     """Compare with PyTorch on the samples of its own tests (OpInfo); return how many there were, by name."""
-    # PyTorch's tests are based on a package that it does not need here, and does not bring along.
-    sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))  # type: ignore[arg-type]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.testing._internal.common_methods_invocations import op_db
+    op_db = of_pytorchs_tests("common_methods_invocations").op_db
     counts: dict[str, int] = {}
     for info in op_db:
         if info.name not in OPERATORS or info.variant_test_name:

@@ -14,16 +14,30 @@ void update(T* param, const T* grad, T* const* state, const double* values, Inde
   using V = Vec<T>;
   V hyperparameters[Rule::hyperparameter_count];
   for (int s = 0; s < Rule::hyperparameter_count; ++s) hyperparameters[s] = constant<V>(values[s]);
+  // First all loads, then all stores: a load waits for an earlier store that is a multiple of a page away, which large
+  // arrays often are from each other.
+  const auto part = [&]<int vectors>(Index at, int lane_count) {
+    V p[vectors], kept[vectors][std::max(Rule::state_count, 1)];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const Index i = at + v * lanes<T>;
+      p[v] = load_lanes(param + i, lane_count);
+      for (int s = 0; s < Rule::state_count; ++s) kept[v][s] = load_lanes(state[s] + i, lane_count);
+      Rule::apply(p[v], load_lanes(grad + i, lane_count), kept[v], hyperparameters);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const Index i = at + v * lanes<T>;
+      for (int s = 0; s < Rule::state_count; ++s) store_lanes(state[s] + i, kept[v][s], lane_count);
+      store_lanes(param + i, p[v], lane_count);
+    }
+  };
+  constexpr int vectors = tuning::update_vectors;
+  constexpr Index block = vectors * lanes<T>;
   parallel_chunks(n, [&](Index begin, Index end) {
-    for_lanes<T>(end - begin, [&](Index j, int lane_count) {
-      const Index i = begin + j;
-      V p = load_lanes(param + i, lane_count);
-      V kept[std::max(Rule::state_count, 1)];
-      for (int s = 0; s < Rule::state_count; ++s) kept[s] = load_lanes(state[s] + i, lane_count);
-      Rule::apply(p, load_lanes(grad + i, lane_count), kept, hyperparameters);
-      for (int s = 0; s < Rule::state_count; ++s) store_lanes(state[s] + i, kept[s], lane_count);
-      store_lanes(param + i, p, lane_count);
-    });
+    Index i = begin;
+    for (; i + block <= end; i += block) part.template operator()<vectors>(i, lanes<T>);
+    for_lanes<T>(end - i, [&](Index j, int lane_count) { part.template operator()<1>(i + j, lane_count); });
   });
 }
 

@@ -56,6 +56,9 @@ constexpr std::int64_t costly_chunk = 4096, cheap_chunk = 32768;
 constexpr std::int64_t ufunc_costly_chunk = 16384, ufunc_cheap_chunk = 65536;
 // Longer rows are about as fast along their vectors, and need no transposed copy (order).
 constexpr std::int64_t across_max_columns = 64;
+// Vectors of each array that an optimizer's update takes at a time: momentum and Adam of 2 million parameters some 10 % faster
+// than with one.
+constexpr int update_vectors = 4;
 // Columns of column_sum that one pass over the rows adds up.
 constexpr std::int64_t column_sum_block = 64;
 

@@ -183,7 +183,7 @@ py::object new_tensor(std::vector<Index> shape) {
 
 // Without the GIL where that is longer than a few microseconds.
 template <class Call>
-void run(Index multiply_adds, Call&& call) {
+void run_unlocked_if_long(Index multiply_adds, Call&& call) {
   if (multiply_adds / tuning::multiply_adds_per_element < tuning::gil_release_elements) return call();
   without_gil(call);
 }
@@ -260,7 +260,7 @@ auto torch_update(int rule, const std::vector<double>& hyperparameters, const py
         total += one.size;
       }
       return with_counters(steps, step, [&] {
-        run(total * tuning::multiply_adds_per_element, [&] {
+        run_unlocked_if_long(total * tuning::multiply_adds_per_element, [&] {
           for (const Updated<T>& one : all)
             optimizer_update<T>(rule, one.param, one.grad, one.state, hyperparameters.data(), one.size);
         });
@@ -424,9 +424,10 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
 
 // What a forward pass leaves in one block of memory, by its offset, -1 where it does not: of each layer but the last the
 // outputs, of each whose gradient needs it the preactivation too; with a loss also the last layer's outputs, and the
-// gradient of the loss.
+// gradient of the loss. Behind all of that the biases, side by side: they may be changed until a second derivative reads
+// them.
 struct Kept {
-  std::vector<Index> y, z;
+  std::vector<Index> bias, y, z;
   Index gradient = -1, size = 0;
 
   template <class T>
@@ -436,6 +437,7 @@ struct Kept {
       z.push_back(take(network.layers[l].needs_x, rows * weights[l].rows));
     }
     gradient = take(network.loss.has_value(), rows * weights.back().rows);
+    for (const View<T>& w : weights) bias.push_back(take(true, w.rows));
   }
 
  private:
@@ -501,10 +503,11 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
       if (!keep) own = space<T>(kept.size);
       T *const to = Tensor(result).data<T>(), *const memory = keep ? Tensor(block).data<T>() : own.get();
       const auto at = [&](Index offset) { return offset < 0 ? nullptr : memory + offset; };
-      run(in.multiply_adds, [&] {
+      run_unlocked_if_long(in.multiply_adds, [&] {
         View<T> x = in.rows;
         for (std::size_t l = 0; l < in.weights.size(); ++l) {
           const TorchLayer& layer = network.layers[l];
+          if (keep && in.biases[l] != nullptr) std::copy_n(in.biases[l], in.weights[l].rows, at(kept.bias[l]));
           T* const y = kept.y[l] < 0 ? to : at(kept.y[l]);
           linear<T>(x, in.weights[l].transposed(), in.biases[l], layer.activation, static_cast<T>(layer.parameter), y,
                     at(kept.z[l]));
@@ -566,7 +569,7 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
       Index widest = 0;
       for (const View<T>& w : in.weights) widest = std::max(widest, w.rows);
       Buffer<T> own[2] = {space<T>(rows * widest), space<T>(rows * widest)};
-      run(2 * in.multiply_adds, [&] {
+      run_unlocked_if_long(2 * in.multiply_adds, [&] {
         View<T> grad = top;
         std::size_t next = 0;
         const auto own_rows = [&](Index columns) { return View<T>{own[next ^= 1].get(), rows, columns, columns, 1}; };

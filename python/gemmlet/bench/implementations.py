@@ -54,6 +54,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation("scikit-learn", "sklearn"),
         Implementation("numexpr", "numexpr"),
         Implementation("thinc", "thinc"),
+        Implementation("dynamo alone", "torch", compiles=True),  # `torch.compile`, without what is compiled
     )
 }
 

@@ -27,8 +27,9 @@ _COLORS = (
     "#56b4e9",
     "#b8a800",
     "#332288",
+    "#882255",
 )
-_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<", ">")
+_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<", ">", "p")
 STYLE = dict(zip(IMPLEMENTATIONS, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 

@@ -147,6 +147,7 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
         Target(f"under PyTorch: gradient {layers}, batch {batch}", _torch("gradient", layers, batch), _COMPILERS, ratio)
         for layers, batch, ratio in (("784-128-10", 1, 1.5), ("784-128-10", 64, 1.25), ("784-1024-1024-10", 1024, 0.95))
     ),
+    Target("under PyTorch: inference", _of("torch", work="inference"), _COMPILERS, 0.95),
     Target("under PyTorch: updates by an optimizer", _of("torch", work="update"), ("pytorch",), 3.0),
     Limit("import gemmlet over import numpy", _of("import", after_numpy=True), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),

@@ -1,7 +1,8 @@
-"""Cases of gemmlet under PyTorch: a fused step, a gradient by `torch.compile`, an update by an optimizer.
+"""Cases of gemmlet under PyTorch: a fused step, a gradient and inference by `torch.compile`, an update by an optimizer.
 
 Peers are PyTorch as it is, and compiled by its own backend, inductor, which compiles the loss of a mini-batch. Networks
-have tanh. Python's part of a call counts on both sides: a mini-batch is one call of each.
+have tanh. Python's part of a call counts on both sides: a mini-batch is one call of each. "dynamo alone" is what
+`torch.compile` costs with a backend that computes nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +19,24 @@ from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 
 from .case import Array, Case, Prepared, Settings
 from .implementations import OURS
-from .training import ADAM_BETAS, ADAM_EPS, ADAM_LR, LAYERS, LR, Task, digits, exact_mlp, mlp_flops, task, torch_layers
+from .training import (
+    ADAM_BETAS,
+    ADAM_EPS,
+    ADAM_LR,
+    LAYERS,
+    LR,
+    Task,
+    digits,
+    exact_mlp,
+    matmul_flops,
+    mlp_flops,
+    task,
+    torch_layers,
+)
 
 _SIZES = ((LAYERS, 1), (LAYERS, 64), (LAYERS, 1024), ((784, 512, 512, 10), 64), ((784, 1024, 1024, 10), 1024))
 _RULES = ("sgd", "momentum", "adam")
+_DYNAMO = "dynamo alone"
 
 
 def _inputs(layers: tuple[int, ...], batch: int, rule: str = "sgd", settings: Settings | None = None) -> Task:
@@ -110,6 +125,38 @@ def _gradient(t: Task, backend: str | None) -> Prepared:
     return Prepared(call, result)
 
 
+def _inference(t: Task, backend: str | None) -> Prepared:
+    """Return the outputs of the network."""
+    import torch
+
+    from gemmlet.integrations.torch import backend as ours
+
+    torch._dynamo.reset()
+    model, x = torch_layers(t.layers, t.parameters), torch.from_numpy(t.x)
+    outputs = model(x).detach()
+
+    def nothing(graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *_: (outputs,)
+
+    compilers: dict[str | None, Any] = {OURS: ours, _DYNAMO: nothing}
+    compiler = compilers.get(backend, backend)
+    compiled = model if backend is None else torch.compile(model, backend=compiler, dynamic=False)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return compiled(x)
+
+    return Prepared(call, lambda: [call().numpy()])
+
+
+def _exact_outputs(t: Task) -> list[Array]:
+    y = t.x.astype(np.float64)
+    for i in range(0, len(t.parameters), 2):
+        y = y @ t.parameters[i].astype(np.float64) + t.parameters[i + 1].astype(np.float64)
+        y = np.tanh(y) if i + 2 < len(t.parameters) else y
+    return [y]
+
+
 def _exact_gradient(t: Task) -> list[Array]:
     after = exact_mlp(replace(t, rule="sgd"))
     return [(before - p) / LR for before, p in zip(t.parameters, after, strict=True)]
@@ -156,8 +203,9 @@ def cases(settings: Settings) -> Iterator[Case]:
             exact,
             rtol=1e-5,
             atol=1e-5,
-            flops=0.0 if labels["work"] == "update" else mlp_flops(layers) * batch,
-            bytes=4.0 * (2 * weights + batch * layers[0]),
+            flops=batch
+            * {"update": 0.0, "inference": sum(matmul_flops(layers))}.get(labels["work"], mlp_flops(layers)),
+            bytes=4.0 * ((1 if labels["work"] == "inference" else 2) * weights + batch * layers[0]),
             labels={"dtype": "float32", "layers": "-".join(map(str, layers)), "batch": batch, **labels},
         )
 
@@ -167,6 +215,9 @@ def cases(settings: Settings) -> Iterator[Case]:
         made = {each: partial(_gradient, backend=backend) for each, backend in {OURS: OURS, **compiled}.items()}
         inputs = partial(_inputs, layers, batch)
         yield case(f"gradient {name}", layers, batch, inputs, made, _exact_gradient, work="gradient")
+        made = {each: partial(_inference, backend=backend) for each, backend in {OURS: OURS, **compiled}.items()}
+        made[_DYNAMO] = partial(_inference, backend=_DYNAMO)
+        yield case(f"inference {name}", layers, batch, inputs, made, _exact_outputs, work="inference")
         for rule, given in (("sgd", None), ("adam", None), ("sgd", settings))[: 3 if batch == 1 else 2]:
             steps: dict[str, Any] = {OURS: _fused_step}
             steps |= {each: partial(_step, backend=backend) for each, backend in compiled.items()}

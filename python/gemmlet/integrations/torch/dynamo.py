@@ -260,11 +260,20 @@ class Chain:
         return result
 
     def gradients(
-        self, inputs: list[Any], versions: list[int], grad: Any, needed: tuple[bool, ...]
+        self, inputs: list[Any], versions: list[int], kept: torch.Tensor, grad: Any, needed: tuple[bool, ...]
     ) -> list[torch.Tensor | None]:
         """The gradients by PyTorch; with a graph of their own, where a second derivative is wanted."""
-        if [inputs[i]._version for i in self.saved(needed)[1]] != versions:
+        changed = {
+            i for i, version in zip(self.saved(needed)[1], versions, strict=True) if inputs[i]._version != version
+        }
+        if any(i % 2 for i in changed) or 0 in changed:
             raise RuntimeError("a tensor that a gradient needs has been changed in place since the forward pass")
+        end = len(kept)  # of the biases as they were, the last of what is kept
+        for i in range(self.end_of_parameters - 1, 0, -2):
+            begin = end - inputs[i - 1].shape[0]
+            if i in changed:
+                inputs[i] = _WithValues.apply(inputs[i], kept[begin:end])
+            end = begin
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases: an input may be computed from another one, whose gradient that way is not the chain's.
@@ -293,6 +302,18 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 def _behind(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Any], Any]:
     return lambda x: function(x, *arguments, **named)
+
+
+class _WithValues(torch.autograd.Function):  # type: ignore[misc]
+    """A tensor as it was when it had other values."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad, None
 
 
 class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
@@ -328,7 +349,7 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
             grads = found.module.torch_backward(network, grad, tuple(inputs), saved[0], result, needed)
         if grads is None:
             calls["backward by PyTorch"] += 1
-            grads = chain.gradients(inputs, versions, grad, needed)
+            grads = chain.gradients(inputs, versions, saved[0], grad, needed)
         else:
             calls["backward"] += 1
         return (None, None, *grads) if chain.loss is None else (None, None, *grads, None)

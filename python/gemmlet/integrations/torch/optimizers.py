@@ -57,27 +57,21 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
         if group["dampening"]:
             return None
         return _MOMENTUM if group["momentum"] else _SGD
-    return None if group["amsgrad"] or group["capturable"] else _ADAM
+    is_unusual = group["amsgrad"] or group["capturable"] or any(isinstance(b, torch.Tensor) for b in group["betas"])
+    return None if is_unusual else _ADAM
 
 
 def unknown_settings(group: Group) -> str:
     """Those of a group for which there is no rule."""
     names = [name for name in ("maximize", "differentiable", "dampening", "amsgrad", "capturable") if group.get(name)]
-    names += ["lr"] if isinstance(group["lr"], torch.Tensor) else []
+    tensors = {"lr": (group["lr"],), "betas": group.get("betas", ())}
+    names += [name for name, given in tensors.items() if any(isinstance(each, torch.Tensor) for each in given)]
     return ", ".join(f"{name}={group[name]!r}" for name in names)
 
 
-class States(NamedTuple):
-    """Of parameters: all arrays in turn, and the counters of steps; and what of it was missing, and is made."""
-
-    arrays: list[torch.Tensor]
-    steps: list[torch.Tensor]
-    made: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
-
-    def keep(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put what was made into the optimizer, once the step has been done."""
-        for param, missing in self.made:
-            optimizer.state[param].update(missing)
+# Of parameters: all arrays in turn, the counters of steps, and what of it was missing in the optimizer, and is made as
+# PyTorch does. That belongs in the optimizer once the step has been done: `keep`.
+States = tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[torch.Tensor, dict[str, torch.Tensor]]]]
 
 
 def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor]) -> States:
@@ -97,7 +91,13 @@ def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor
             arrays.append(array)
         if missing:
             made.append((param, missing))
-    return States(arrays, steps, made)
+    return arrays, steps, made
+
+
+def keep(optimizer: torch.optim.Optimizer, made: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
+    """Put into the optimizer what was missing in it."""
+    for param, missing in made:
+        optimizer.state[param].update(missing)
 
 
 def step_of(steps: list[torch.Tensor]) -> int:
@@ -118,17 +118,16 @@ def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
     if not params:
         return True
     found_states = [optimizer.state.get(param, {}) for param in params] if rule.state else []
-    states = states_of(found_states, rule, params)
-    if any(map(is_negated, params + grads + states.arrays)):
+    states, steps, made = states_of(found_states, rule, params)
+    changed = params + states
+    if any(map(is_negated, changed + grads)) or not increment_versions(changed):
         return False
-    step = step_of(states.steps)
+    step = step_of(steps)
     numbers = list(rule.hyperparameters(group, step))
-    if not increment_versions(params + states.arrays):
-        return False
     number = found.rules[rule.name]
-    if not found.module.torch_update(number, numbers, params, grads, states.arrays, states.steps, step):
+    if not found.module.torch_update(number, numbers, params, grads, states, steps, step):
         return False
-    states.keep(optimizer)
+    keep(optimizer, made)
     calls["update"] += 1
     return True
 
@@ -208,8 +207,8 @@ class Adam(_OneCall, torch.optim.Adam):  # type: ignore[misc]
     """`torch.optim.Adam`, with all parameters of a group updated in one call.
 
     Arguments, attributes and ``state_dict()`` are PyTorch's, and so are the results to rounding. PyTorch does the step
-    of a group with `amsgrad`, `maximize`, `capturable`, `differentiable`, a tensor as `lr`, sparse gradients, or
-    parameters that are not float32 or float64 on the CPU.
+    of a group with `amsgrad`, `maximize`, `capturable`, `differentiable`, a tensor as `lr` or in `betas`, sparse
+    gradients, or parameters that are not float32 or float64 on the CPU.
     """
 
     _torch = torch.optim.Adam

@@ -30,11 +30,11 @@ from .extension import (
     of_function,
     of_module,
 )
-from .optimizers import SGD, Adam, AdamW, Rule, States, rule_of, states_of, step_of, unknown_settings
+from .optimizers import SGD, Adam, AdamW, Rule, States, keep, rule_of, states_of, step_of, unknown_settings
 
 _OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, SGD, Adam, AdamW)
 
-_NO_STATES = States([], [], [])
+_NO_STATES: States = [], [], []
 
 # Steps between two looks at how many zeros the samples have, which takes longer than a small step.
 _LOOK_EVERY = 64
@@ -135,7 +135,7 @@ class FusedStep:
             calls["fused_step by PyTorch"] += 1
             return self._by_pytorch(x, target)
         calls["fused_step"] += 1
-        if math.isnan(value) and self._model.refuses_nan:
+        if self._model.refuses_nan and math.isnan(value):
             raise RuntimeError("module returns NaN, which BCELoss refuses: are its parameters finite?")
         return torch.scalar_tensor(value, dtype=x.dtype)
 
@@ -160,7 +160,7 @@ class FusedStep:
         rule = rule_of(optimizer, group)
         if found is None or rule is None or model.is_observed(optimizer) or not self._is_group(params):
             return None
-        if not (type(x) is type(target) is torch.Tensor and x.layout is target.layout is torch.strided):
+        if not (type(x) is type(target) is torch.Tensor):
             return None
         if x.requires_grad or target.requires_grad:
             return None
@@ -168,27 +168,30 @@ class FusedStep:
             return None
         if model.flattens and x.ndim != 2:
             x = x.flatten(1)
-        if self._steps % _LOOK_EVERY == 0:
+        if self._steps % _LOOK_EVERY == 0 and x.layout is torch.strided:
             self._skip_zeros = x.shape[:1] == (1,) and bool(torch.count_nonzero(x) < SPARSE_BELOW * x.numel())
         self._steps += 1
         network, number = capsule(model.network, found), found.rules[rule.name]
         while True:
-            states = self._states_of(rule, params)
-            changed = params + states.arrays
+            states, steps, made = self._states_of(rule, params)
+            changed = params + states
             if any(map(is_negated, [x, target, *changed])) or not increment_versions(changed):
                 return None
-            step = step_of(states.steps)
+            step = step_of(steps)
             numbers = list(rule.hyperparameters(group, step))
             result = found.module.torch_train(
-                network, number, numbers, x, target, self._skip_zeros, params, states.arrays, states.steps, step
+                network, number, numbers, x, target, self._skip_zeros, params, states, steps, step
             )
             if result is not None:
                 break
+            if not x.layout is target.layout is torch.strided:
+                return None
             if not (x.is_contiguous() and target.is_contiguous()):
                 x, target = x.contiguous(), target.contiguous()
             elif not self._lay_out(params, rule.state):
                 return None
-        states.keep(optimizer)
+        if made:
+            keep(optimizer, made)
         for param in params:
             if param.grad is not None:
                 param.grad = None
@@ -327,7 +330,7 @@ class _Model:
             self._has_own_forward
             or any(self._hooks)
             or optimizer._optimizer_step_pre_hooks
-            or _has_own_step(optimizer)
+            or (not _REPLACED.isdisjoint(optimizer.__dict__) and _has_own_step(optimizer))
             or optimizer._optimizer_step_post_hooks
             or any(map(_backward_hooks, self.params))
             or any(map(_gradient_hooks, self.params))
@@ -341,11 +344,12 @@ _gradient_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
 _requires_grad = operator.attrgetter("requires_grad")
 
 
+_REPLACED = frozenset(("step", "zero_grad"))  # methods that an instance may have of its own
+
+
 def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its `step`, or `zero_grad`, has been replaced, other than by learning rate schedulers: they count."""
-    attributes = optimizer.__dict__
-    step = attributes.get("step")
-    return (step is not None and not hasattr(step, "_wrapped_by_lr_sched")) or "zero_grad" in attributes
+    """Whether one of them has been replaced, other than by learning rate schedulers: they count."""
+    return "zero_grad" in optimizer.__dict__ or not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 def _shown(loss: Any) -> str:
