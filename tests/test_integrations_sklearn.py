@@ -255,46 +255,94 @@ def test_what_is_not_usual_is_theirs(calls: list[str]) -> None:
                 model.fit(X.astype(np.float32), y)  # the parameters are float64
         assert "train" not in calls
         assert_alike(theirs, mine, X, 1e-10)
-    theirs, mine = (m.fit(X.astype(np.float32), NUMBERS * 1e20) for m in pair(REGRESSOR, {}))
-    assert "train" not in calls
-    assert_alike(theirs, mine, X.astype(np.float32), 1e-4)
     if TAKES_WEIGHTS:
         theirs, mine = (m.fit(X, NUMBERS**2) for m in pair(REGRESSOR, {"loss": "poisson"}))
         assert "train" not in calls
         assert_alike(theirs, mine, X, 1e-10)
 
 
-# What somebody may make of the parameters of a network with two hidden layers of nine, so that scikit-learn takes it.
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "sparse matrices": lambda m: vars(m).update(coefs_=[sparse.csr_matrix(c) for c in m.coefs_]),
-    "a sparse array": lambda m: m.coefs_.__setitem__(0, sparse.csr_array(m.coefs_[0])),
-    "a row": lambda m: m.intercepts_.__setitem__(0, np.ones((1, 9))),
-    "one number": lambda m: m.intercepts_.__setitem__(0, np.ones(1)),
-    "a list": lambda m: m.intercepts_.__setitem__(0, m.intercepts_[0].tolist()),
-    "one array twice": lambda m: m.coefs_.__setitem__(2, m.coefs_[1]),
-    "views of one array": lambda m: m.coefs_.__setitem__(2, m.coefs_[1][:]),
-}
+@pytest.mark.parametrize("scale", [1.0, 1e14, 1e20, 1e39, 1e-20])
+@pytest.mark.parametrize("solver", ["adam", "sgd"])
+def test_float64_targets_of_float32_samples(scale: float, solver: str, calls: list[str]) -> None:
+    """scikit-learn's losses and gradients are float64 then, of which float32 holds the usual ones."""
+    settings = {"solver": solver, "learning_rate_init": 1e-4 / (max(1, scale) if solver == "sgd" else 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, of overflows
+        theirs, mine = (m.fit(X.astype(np.float32), NUMBERS * scale) for m in pair(REGRESSOR, settings))
+    assert ("train" in calls) == (scale < 1e15)
+    assert_alike(theirs, mine, X.astype(np.float32), 1e-4)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_parameters_that_have_been_set(change: str, cpu: Any) -> None:
-    widths = {1: 9, 2: 9, 3: 9}.values()  # anything that can be iterated over
-    theirs, mine = pair(REGRESSOR, {"hidden_layer_sizes": widths, "warm_start": True, "max_iter": 2})
-    for model in (theirs, mine):
+def a_row(model: Any) -> None:
+    model.intercepts_[0] = model.intercepts_[0][np.newaxis]
+
+
+def one_number(model: Any) -> None:
+    model.intercepts_[0] = np.full(1, 0.1, model.coefs_[0].dtype)
+
+
+def a_list(model: Any) -> None:
+    model.intercepts_[0] = model.intercepts_[0].tolist()
+
+
+def a_sparse_matrix(model: Any) -> None:
+    model.coefs_[0] = sparse.csr_matrix(model.coefs_[0])
+
+
+def a_sparse_array(model: Any) -> None:
+    model.coefs_ = [sparse.csr_array(w) for w in model.coefs_]
+
+
+def a_matrix(model: Any) -> None:
+    model.coefs_[1] = model.coefs_[1].view(np.matrix)
+
+
+def another_width(model: Any) -> None:
+    model.coefs_[0], model.coefs_[1] = model.coefs_[0][:, :5].copy(), model.coefs_[1][:5].copy()
+    model.intercepts_[0] = model.intercepts_[0][:5].copy()
+
+
+def one_array_twice(model: Any) -> None:
+    model.coefs_[1] = model.coefs_[0]
+
+
+def views_that_overlap(model: Any) -> None:
+    model.intercepts_[1] = model.intercepts_[0][:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(a_row, one_number, a_list, a_sparse_matrix, a_sparse_array, a_matrix, another_width),
+        *(one_array_twice, views_that_overlap),
+    ],
+)
+@pytest.mark.parametrize("solver", ["adam", "lbfgs"])
+def test_parameters_that_somebody_has_set(change: Callable[[Any], None], solver: str, cpu: Any) -> None:
+    """What scikit-learn computes with, it computes with here; what it does not take is its own error."""
+    outcomes = []
+    settings = {"hidden_layer_sizes": (12, 12), "warm_start": True, "solver": solver, "max_iter": 3}
+    for model in pair(REGRESSOR, settings):
         model.fit(X, NUMBERS)
-        CHANGES[change](model)
-    np.testing.assert_allclose(mine.predict(X), theirs.predict(X), 1e-8)
-    errors = []
-    for model in (theirs, mine):
-        try:
-            model.fit(X, NUMBERS)
-        except Exception as error:
-            errors.append(type(error))
-    if errors:
-        assert errors[0] is errors[-1]
-        assert len(errors) == 2
-    else:
-        assert_alike(theirs, mine, X, 1e-8)
+        change(model)
+        outcomes.append([])
+        for call in (lambda m: m.predict(X), lambda m: m.fit(X, NUMBERS).predict(X)):
+            try:
+                outcomes[-1].append(call(model))
+            except Exception as error:
+                outcomes[-1].append(type(error))
+    for theirs, mine in zip(*outcomes, strict=True):
+        if isinstance(theirs, type):
+            assert mine is theirs
+        else:
+            np.testing.assert_allclose(mine, theirs, 1e-8, 1e-8)
+
+
+@pytest.mark.parametrize("sizes", [{4: 0, 3: 0}.keys(), {4}, range(3, 5), np.array([4, 3]), np.int64(4)], ids=repr)
+def test_hidden_layers_in_whatever_holds_them(sizes: Any, calls: list[str]) -> None:
+    theirs, mine = (m.fit(X, NUMBERS) for m in pair(REGRESSOR, {"hidden_layer_sizes": sizes}))
+    assert "train" in calls
+    assert_alike(theirs, mine, X, 1e-10)
 
 
 def test_predictions_of_other_dtypes(cpu: Any) -> None:
@@ -367,19 +415,26 @@ def test_errors_and_warnings_are_theirs(cpu: Any) -> None:
             warnings.simplefilter("ignore")
             with pytest.raises(ValueError, match="non-finite parameter weights"):
                 model.fit(1e100 * X, NUMBERS)
-    for model in pair(REGRESSOR, {"early_stopping": True, "batch_size": 1000}):
+    for model in pair(REGRESSOR, {"early_stopping": True}):
         with pytest.raises(ValueError, match="does not support early_stopping"):
             model.partial_fit(X, NUMBERS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of the batch size, which comes later
-            with pytest.raises(ValueError, match="validation set is too small"):
-                model.fit(X[:5], NUMBERS[:5])
+        with pytest.raises(ValueError, match="validation set is too small"):
+            model.fit(X[:5], NUMBERS[:5])
         assert "_epochs" not in vars(model)
     for model in pair(REGRESSOR, {"batch_size": 1000}):
         with pytest.warns(UserWarning, match="larger than sample size"):
             model.fit(X, NUMBERS)
         assert model.batch_size == 1000
     for model in pair(REGRESSOR, {"max_iter": 2}):
+        # What comes first is the error, and the optimizer is there.
+        for call, settings in (("partial_fit", {}), ("fit", {}), ("fit", {"validation_fraction": 0.999})):
+            failing = clone(model).set_params(early_stopping=True, batch_size=1000, **settings)
+            with (
+                warnings.catch_warnings(action="error"),
+                pytest.raises(ValueError, match=r"validation|early|n_samples"),
+            ):
+                getattr(failing, call)(X[:9], NUMBERS[:9])
+            assert hasattr(failing, "_optimizer")
         with pytest.warns(ConvergenceWarning):
             model.fit(X, NUMBERS)
 
@@ -520,6 +575,19 @@ status = pytest.main([file, *options], [Plugin()])
 print("calls:", calls)
 sys.exit(status)
 """
+
+
+@pytest.mark.parametrize("setting", ["GEMMLET_BACKEND", "GEMMLET_NUM_THREADS"])
+def test_an_unknown_setting_is_named(setting: str) -> None:
+    """And scikit-learn's version is not blamed."""
+    script = "import gemmlet.integrations.sklearn"
+    environment = os.environ | {setting: "nonsense"}
+    child = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert child.returncode == 1
+    assert f"{setting} " in child.stderr.splitlines()[-1]
+    assert "leaves scikit-learn" not in child.stderr
 
 
 def run_their_tests(kind: str, folder: Any) -> subprocess.CompletedProcess[str]:

@@ -241,7 +241,7 @@ def graph(
     shape: Sequence[Any] = ("n", 6),
     opset: int = 17,
     others: Sequence[str] = (),
-    element: int = TensorProto.FLOAT,
+    kinds: tuple[int, int] = (TensorProto.FLOAT, TensorProto.FLOAT),
 ) -> Path:
     """Write a graph with the constants `WEIGHTS`, and others."""
     made = []
@@ -254,9 +254,9 @@ def graph(
         helper.make_graph(
             made,
             "g",
-            [helper.make_tensor_value_info(name, element, shape) for name in inputs],
+            [helper.make_tensor_value_info(name, kinds[0], shape) for name in inputs],
             [
-                helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", "k"]),
+                helper.make_tensor_value_info(output, kinds[1], ["n", "k"]),
                 *(helper.make_tensor_value_info(name, TensorProto.INT64, ["n", 1]) for name in others),
             ],
             [numpy_helper.from_array(np.asarray(a), name) for name, a in (WEIGHTS | (constants or {})).items()],
@@ -368,25 +368,89 @@ def test_a_graph_of_another_exporter(spelling: str, tmp_path: Path) -> None:
     assert difference(path, x, model.predict_proba(x)) < 1e-5
 
 
-def test_images_are_flattened(tmp_path: Path) -> None:
-    nodes: list[Node] = [("Flatten", "x", "flat"), ("MatMul", "flat w0", "m0"), *USUAL[1:]]
-    assert MLP.from_onnx(graph(tmp_path / "g.onnx", nodes, shape=("n", 2, 3))).layers == [6, 5, 3]
-    # With a batch that is fixed, as exporters write it by default.
-    nodes[0] = ("Reshape", "x rows", "flat")
-    path = graph(tmp_path / "g.onnx", nodes, {"rows": np.array([4, 6])}, shape=(4, 2, 3))
-    assert MLP.from_onnx(path).layers == [6, 5, 3]
+@pytest.mark.parametrize("spell", [spell for _, spell in onnx_files._SPELLINGS])
+def test_activations_as_exporters_spell_them(spell: Any, tmp_path: Path) -> None:
+    """Each is the activation that it is read as; with another number in it, it is none."""
+    name = next(name for name, other in onnx_files._SPELLINGS if other is spell)
+    g, path, x = onnx_files._Graph(np.dtype(np.float32)), tmp_path / "g.onnx", samples(1000, "float32", 6) * 4
+    if name == "exp":
+        x /= 20
+
+    def written(constants: dict[str, Any]) -> Path:
+        model = onnx.load(graph(path, [*LAYER0, ("Identity", gives, "a0"), *LAYER1], constants, output="z1", opset=20))
+        nodes = [*model.graph.node]
+        del model.graph.node[:]
+        model.graph.node.extend([*nodes[:2], *g.nodes, *nodes[2:]])
+        onnx.save(model, path)
+        return path
+
+    gives = spell(g, "z0", 0.3)
+    model = MLP.from_onnx(written(g.tensors))
+    assert model.activation == name
+    assert model.activation_parameter == (float(np.float32(0.3)) if ACTIVATIONS[name].parameter else None)
+    assert difference(path, x, model.predict(x), reference=True) < 1e-5
+    for constant, value in g.tensors.items():
+        if value != np.float32(0.3):
+            with pytest.raises(ValueError, match="begins what is no activation"):
+                MLP.from_onnx(written(g.tensors | {constant: value * np.float32(1.001) + np.float32(1e-4)}))
 
 
-def test_inputs_that_would_be_taken_for_others_are_refused(tmp_path: Path) -> None:
-    """Softmax may be along another dimension than the outputs; gemmlet divides uint8."""
-    for shape in (("n", 1, 6), ("n", "t", 6)):
-        path = graph(tmp_path / "g.onnx", [*USUAL[:-1], ("Softmax", "z1", "y", {"axis": 1})], shape=shape)
-        with pytest.raises(ValueError, match=r"the_m0 \(MatMul\) takes an input of 3 dimensions"):
-            MLP.from_onnx(path)
-    nodes: list[Node] = [("Cast", "x", "f", {"to": TensorProto.FLOAT}), ("MatMul", "f w0", "m0"), *USUAL[1:]]
-    with pytest.raises(ValueError, match=r"its input is of uint8, which gemmlet takes as value/255"):
-        MLP.from_onnx(graph(path, nodes, element=TensorProto.UINT8))
-    assert MLP.from_onnx(graph(path, nodes, element=TensorProto.INT64)).layers == [6, 5, 3]
+def test_images_are_made_rows(tmp_path: Path) -> None:
+    """As by Flatten, and as PyTorch's exporters spell it, of a fixed number of samples and of any."""
+    row: list[Node] = [("MatMul", "row w0", "m0"), *USUAL[1:]]
+    path = tmp_path / "g.onnx"
+    shapes = [("n", 2, 3), (4, 2, 3), (None, 2, 1, 3)]
+    for shape in shapes:
+        for axis in (1, 1 - len(shape)):
+            MLP.from_onnx(graph(path, [("Flatten", "x", "row", {"axis": axis}), *row], shape=shape))
+        for new in ([-1, 6], [0, -1], [shape[0], 6], [shape[0], -1]):
+            if isinstance(new[0], int):
+                nodes: list[Node] = [("Reshape", "x new", "row", {"allowzero": int(0 not in new)}), *row]
+                assert MLP.from_onnx(graph(path, nodes, {"new": np.array(new)}, shape=shape)).layers == [6, 5, 3]
+        view: list[Node] = [("Concat", "rows rest", "new", {"axis": 0}), ("Reshape", "x new", "row"), *row]
+        by_gather: list[Node] = [
+            ("Shape", "x", "shape"),
+            ("Gather", "shape zero", "n"),
+            ("Unsqueeze", "n axes", "rows"),
+        ]
+        constants = {"zero": np.array(0), "axes": np.array([0]), "rest": np.array([-1])}
+        for rows in (by_gather, [("Shape", "x", "rows", {"end": 1})]):
+            model = MLP.from_onnx(graph(path, [*rows, *view], constants, shape=shape))
+            x = samples(4, "float32", 6)
+            assert difference(path, x.reshape(4, *shape[1:]), model.predict_proba(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("nodes", "new", "message"),
+    [
+        (USUAL, None, r"the_m0 \(MatMul\) takes samples of shape \[0, 2, 3\]"),
+        ([("Reshape", "x new", "row")], [4, 6], r"the_row \(Reshape\) is no layer"),
+        ([("Reshape", "x new", "row")], [-1, 3], r"the_row \(Reshape\) is no layer"),
+        ([("Reshape", "x new", "row", {"allowzero": 1})], [0, 6], r"the_row \(Reshape\) is no layer"),
+        ([("Flatten", "x", "row", {"axis": 2})], None, r"the_row \(Flatten\) is no layer"),
+        ([("Flatten", "x", "row", {"axis": -1})], None, r"the_row \(Flatten\) is no layer"),
+    ],
+)
+def test_samples_that_are_no_rows(nodes: list[Node], new: Any, message: str, tmp_path: Path) -> None:
+    rest: list[Node] = [] if nodes is USUAL else [("MatMul", "row w0", "m0"), *USUAL[1:]]
+    path = graph(tmp_path / "g.onnx", [*nodes, *rest], {"new": np.array(new or [0])}, shape=("n", 2, 3))
+    with pytest.raises(ValueError, match=message):
+        MLP.from_onnx(path)
+
+
+def test_labels_of_scikit_learns_converter(tmp_path: Path) -> None:
+    """Of several labels a sample it makes an output that tells which are true."""
+    nodes: list[Node] = [
+        *USUAL[:-1],
+        ("Sigmoid", "z1", "y"),
+        ("Binarizer@ai.onnx.ml", "y", "b", {"threshold": 0.5}),
+        ("Cast", "b", "label", {"to": TensorProto.INT64}),
+    ]
+    path, x = graph(tmp_path / "g.onnx", nodes, others=["label"]), samples(50, "float32", 6)
+    model = MLP.from_onnx(path)
+    assert model.multi_label
+    assert model.predict(x).tolist() == (run(path, x, reference=True) > 0.5).tolist()
+    assert not MLP.from_onnx(graph(path, nodes[:-2])).multi_label
 
 
 def test_logits_are_what_they_are_said_to_be(tmp_path: Path) -> None:
@@ -478,26 +542,46 @@ REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
         {"zero": np.float32(0), "six": np.float32(6)},
         r"the_a0 \(Clip\) begins",
     ),
-    "a small threshold": (
-        [*LAYER0, ("ThresholdedRelu", "z0", "a0", {"alpha": 1e-4}), *USUAL[3:]],
+    "relu up to 20000": (
+        [*LAYER0, ("Clip", "z0 zero most", "a0"), *USUAL[3:]],
+        {"zero": np.float32(0), "most": np.float32(20000)},
+        r"the_a0 \(Clip\) begins",
+    ),
+    "relu from a threshold on": (
+        [*LAYER0, ("ThresholdedRelu", "z0", "a0", {"alpha": 0.24}), *USUAL[3:]],
         {},
         r"the_a0 \(ThresholdedRelu\) begins",
     ),
-    "relu up to a large number": (
-        [*LAYER0, ("Clip", "z0 zero large", "a0"), *USUAL[3:]],
-        {"zero": np.float32(0), "large": np.float32(1e20)},
-        r"the_a0 \(Clip\) begins",
+    "a shrinkage": (
+        [*LAYER0, ("Abs", "z0", "m"), ("Less", "m small", "c"), ("Where", "c zero z0", "a0"), *USUAL[3:]],
+        {"zero": np.float32(0), "small": np.float32(0.2)},
+        r"the_m \(Abs\) begins",
     ),
-    "small numbers shrunk": (
+    "a steep silu, which nearly is relu": (
+        [*LAYER0, ("Mul", "z0 steep", "s"), ("Sigmoid", "s", "g"), ("Mul", "z0 g", "a0"), *USUAL[3:]],
+        {"steep": np.float32(1e6)},
+        r"the_s \(Mul\) begins",
+    ),
+    "a node that is doubled again and again": (
         [
             *LAYER0,
-            ("Abs", "z0", "abs"),
-            ("Less", "abs small", "is_small"),
-            ("Where", "is_small zero z0", "a0"),
+            ("Add", "z0 z0", "d0"),
+            *[("Add", f"d{i} d{i}", f"d{i + 1}") for i in range(60)],
+            ("Relu", "d60", "a0"),
             *USUAL[3:],
         ],
-        {"zero": np.float32(0), "small": np.float32(0.2)},
-        r"the_abs \(Abs\) begins",
+        {},
+        r"the_d0 \(Add\) begins",
+    ),
+    "a number of three dimensions": (
+        [*LAYER0, ("Max", "z0 zero", "a0"), *USUAL[3:]],
+        {"zero": np.zeros((1, 1, 1), np.float32)},
+        r"the_a0 \(Max\) is no layer",
+    ),
+    "a bias of three dimensions": (
+        [("MatMul", "x w0", "m0"), ("Add", "m0 b", "z0"), *USUAL[2:]],
+        {"b": B0.reshape(1, 1, -1)},
+        r"the_z0 \(Add\) is no layer",
     ),
     "a scaled activation": (
         [*LAYER0, ("Relu", "z0", "r"), ("Mul", "r half", "a0"), *USUAL[3:]],
@@ -643,8 +727,30 @@ def test_what_does_not_fit_is_named(case: str, tmp_path: Path) -> None:
 
 def test_inputs_and_outputs_are_counted(tmp_path: Path) -> None:
     path = graph(tmp_path / "g.onnx", [("Add", "x other", "s"), ("MatMul", "s w0", "y")], inputs=["x", "other"])
-    with pytest.raises(ValueError, match="it has 2 inputs and 1 outputs of floats"):
+    with pytest.raises(ValueError, match="its inputs are x of float, other of float; expected one"):
         MLP.from_onnx(path)
+    half = graph(
+        path, [("Cast", "x", "y", {"to": TensorProto.FLOAT16})], kinds=(TensorProto.FLOAT, TensorProto.FLOAT16)
+    )
+    with pytest.raises(ValueError, match="its outputs are y of float16; expected one of float"):
+        MLP.from_onnx(half)
+
+
+def test_inputs_of_integers(tmp_path: Path) -> None:
+    """They count as their value, as in `predict`; but for uint8, of which the two differ."""
+    nodes: list[Node] = [("Cast", "x", "f", {"to": TensorProto.FLOAT}), ("MatMul", "f w0", "m0"), *USUAL[1:]]
+    x = np.random.default_rng(0).integers(0, 9, (5, 6))
+    path = graph(tmp_path / "g.onnx", nodes, kinds=(TensorProto.INT64, TensorProto.FLOAT))
+    assert difference(path, x, MLP.from_onnx(path).predict_proba(x)) < 1e-5
+    path = graph(path, nodes, kinds=(TensorProto.UINT8, TensorProto.FLOAT))
+    with pytest.raises(ValueError, match=r"its input x is of uint8, which MLP takes as value/255"):
+        MLP.from_onnx(path)
+
+
+def test_old_operators_are_refused(tmp_path: Path) -> None:
+    """Before opset 7 they broadcast in another way, and Dropout drops."""
+    with pytest.raises(ValueError, match="its operators are of opset 6; expected 7 or newer"):
+        MLP.from_onnx(graph(tmp_path / "g.onnx", USUAL[2:3], output="a0", inputs=["z0"], opset=6))
 
 
 @pytest.mark.parametrize(
@@ -659,22 +765,35 @@ def test_damaged_files_are_named(damage: Callable[[bytes], bytes], tmp_path: Pat
         MLP.from_onnx(tmp_path / "nowhere.onnx")
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda tensor: tensor.dims.__setitem__(0, 2), lambda tensor: setattr(tensor, "data_type", 77)]
-)
-def test_damaged_tensors_are_named(damage: Callable[[Any], None], tmp_path: Path) -> None:
-    found = onnx.load(graph(tmp_path / "g.onnx", USUAL))
-    damage(found.graph.initializer[0])
-    (tmp_path / "g.onnx").write_bytes(found.SerializeToString())
-    with pytest.raises(ValueError, match=r"g\.onnx is corrupt: tensor w0: "):
+@pytest.mark.parametrize("field", ["data_type", "dims", "raw_data"])
+def test_damaged_tensors_are_named(field: str, tmp_path: Path) -> None:
+    model = onnx.load(graph(tmp_path / "g.onnx", USUAL))
+    tensor = next(t for t in model.graph.initializer if t.name == "w1")
+    if field == "dims":
+        tensor.dims[:] = [2, 5]
+    else:
+        setattr(tensor, field, {"data_type": 77, "raw_data": tensor.raw_data[:-2]}[field])
+    onnx.save(model, tmp_path / "g.onnx")
+    with pytest.raises(ValueError, match=r"g\.onnx is corrupt.*'?w1'?"):
         MLP.from_onnx(tmp_path / "g.onnx")
 
 
-@pytest.mark.parametrize("name", ["net.json", "net.textproto", "net.onnxtxt", "net"])
-def test_files_of_any_name_are_read(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["m.json", "m.textproto", "m.onnxtxt", "m.pb", "m"])
+def test_files_of_any_name(name: str, tmp_path: Path) -> None:
     model = perceptron("tanh", "float32")
     model.to_onnx(tmp_path / name)
-    assert MLP.from_onnx(tmp_path / name).layers == model.layers
+    assert MLP.from_onnx(tmp_path / name)._saved_config() == model._saved_config()
+
+
+def test_the_function_for_the_other_format_is_named(tmp_path: Path) -> None:
+    model = perceptron("tanh", "float32")
+    model.save(tmp_path / "saved")
+    model.to_onnx(tmp_path / "exported")
+    with pytest.raises(ValueError, match=r"saved is a safetensors file, no ONNX file; MLP\.load reads those"):
+        MLP.from_onnx(tmp_path / "saved")
+    for load in (MLP.load, GAN.load, MLP.load_optimizers):
+        with pytest.raises(ValueError, match=r"exported is .*it begins as ONNX files do, which MLP\.from_onnx reads"):
+            load(tmp_path / "exported")
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:

@@ -66,11 +66,12 @@ _NAMES = {"identity": None, "logistic": "sigmoid", "relu": "relu", "tanh": "tanh
 _RULES = {"AdamOptimizer": ("adam", ("ms", "vs")), "SGDOptimizer": ("momentum", ("velocities",))}
 _OPTIMIZERS = {"adam": "AdamOptimizer", "sgd": "SGDOptimizer"}
 
-# Targets below it have squares in float32, and gradients of a network, too.
-_MOST_SQUARED = 1e15
-
 # Rows that pass through all layers together when predicting: their activations stay in the cache.
 _CHUNK = 1024
+
+# With float64 targets scikit-learn computes losses and gradients of float32 samples in float64. Of targets below it
+# float32 holds the squares, and those of a network's gradients.
+_MOST_SQUARED = 1e15
 
 # What is overridden of scikit-learn, all of it private, with the arguments that are used here.
 _HOOKS = {
@@ -226,19 +227,19 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
     """The epochs of a fit; None where that is not usual. `optimizer` is scikit-learn's, None if there is none yet."""
     kind = _OPTIMIZERS[model.solver] if optimizer is None else type(optimizer).__name__
     loss = "squared_error" if model.out_activation_ == "identity" else "log_loss"
-    widths, dtype = [X.shape[1], *_hidden_widths(model), y.shape[1]], X.dtype
-    wanted = [(shape, dtype) for shape in [*pairwise(widths), *((width,) for width in widths[1:])]]
-    arrays = [[*model.coefs_, *model.intercepts_]]
+    widths, dtype, parameters = _widths(model), X.dtype, [*model.coefs_, *model.intercepts_]
+    arrays = [parameters]
     if optimizer is not None:
         arrays += [getattr(optimizer, name) for name in _RULES.get(kind, (kind, ()))[1]]
     usual = (
         kind in _RULES
+        and widths is not None
+        and (widths[0], widths[-1]) == (X.shape[1], y.shape[1])
         and model.loss == loss
         and dtype in (np.float32, np.float64)
-        and all([(np.shape(a), getattr(a, "dtype", None)) for a in some] == wanted for some in arrays)
-        and all(isinstance(a, np.ndarray) for some in arrays for a in some)
-        and not any(np.may_share_memory(a, b) for a, b in combinations(arrays[0], 2))
-        # Those of another dtype scikit-learn squares in theirs, as gradients too.
+        and all([(np.shape(a), dtype) for a in parameters] == [(np.shape(a), a.dtype) for a in some] for some in arrays)
+        and all(a.flags.writeable for a in parameters)
+        and not any(np.may_share_memory(a, b) for a, b in combinations(parameters, 2))
         and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) < _MOST_SQUARED)
         # With a steeper schedule, velocities without the learning rate could overflow.
         and not (model.learning_rate == "invscaling" and model.power_t > 2)
@@ -249,9 +250,19 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
     return epochs if epochs.is_supported else None
 
 
-def _hidden_widths(model: Any) -> list[int]:
-    sizes = model.hidden_layer_sizes
-    return [int(width) for width in (sizes if hasattr(sizes, "__iter__") else [sizes])]
+def _widths(model: Any) -> list[int] | None:
+    """The numbers of features, first to last; None where somebody has set parameters that are no arrays of layers."""
+    coefs, parameters = model.coefs_, [*model.coefs_, *model.intercepts_]
+    if len(coefs) != model.n_layers_ - 1 or not all(map(_is_plain, parameters)) or any(w.ndim != 2 for w in coefs):
+        return None
+    widths = [len(coefs[0]), *(w.shape[1] for w in coefs)]
+    shapes = [*pairwise(widths), *((width,) for width in widths[1:])]
+    return widths if [a.shape for a in parameters] == shapes else None
+
+
+def _is_plain(array: Any) -> bool:
+    """Whether an array computes as NumPy's own; that of a file that is mapped into memory does."""
+    return type(array) in (np.ndarray, np.memmap)
 
 
 class _Accelerated:
@@ -266,7 +277,10 @@ class _Accelerated:
             return plain(*args, **kwargs)
         n = X.shape[0]
         if self.early_stopping and not incremental:
-            n = len(train_test_split(np.arange(n), test_size=self.validation_fraction, random_state=0)[0])
+            try:
+                n = len(train_test_split(np.arange(n), test_size=self.validation_fraction, random_state=0)[0])
+            except ValueError:  # which is scikit-learn's to say
+                return plain(*args, **kwargs)
         size = int(min(200 if batch_size == "auto" else batch_size, n))
         optimizer = getattr(self, "_optimizer", None) if incremental else None
         epochs = _epochs_of(self, X, given["y"], given.get("sample_weight"), size, optimizer)
@@ -277,9 +291,8 @@ class _Accelerated:
         given["X"] = np.arange(X.shape[0]).reshape(-1, 1)
         if not self.early_stopping:
             given["y"] = given["X"]
-        self._epochs = epochs
-        if batch_size == "auto" or batch_size < n:  # scikit-learn clips a larger one, and says so
-            self.batch_size = n
+        # A larger size stays, of which scikit-learn warns.
+        self._epochs, self.batch_size = epochs, n if batch_size == "auto" else max(n, batch_size)
         try:
             return plain(*call.args, **call.kwargs)
         finally:
@@ -328,20 +341,18 @@ class _Accelerated:
 
 def _are_usual(*arrays: Any) -> bool:
     """Whether the kernels take all of these together."""
-    return all(isinstance(a, np.ndarray) for a in arrays) and (
+    return all(map(_is_plain, arrays)) and (
         {a.dtype for a in arrays} in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
     )
 
 
 def _layers(model: Any, X: Any) -> list[tuple[Array, Array, str | None]] | None:
     """Weight, bias and activation of each layer in the dtype of the outputs; None for what the kernels do not take."""
-    if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype.kind not in "biuf":
+    if not _is_plain(X) or X.ndim != 2 or X.dtype.kind not in "biuf":
+        return None
+    if (widths := _widths(model)) is None or widths[0] != X.shape[1]:
         return None
     parameters = [*model.coefs_, *model.intercepts_]
-    if not all(isinstance(array, np.ndarray) for array in parameters):
-        return None
-    if any(bias.shape != weight.shape[1:] for weight, bias in zip(model.coefs_, model.intercepts_, strict=True)):
-        return None
     dtype = np.result_type(X, *parameters)
     if dtype not in (np.float32, np.float64):
         return None
@@ -435,7 +446,14 @@ def _find_fault() -> str | None:
     """What is not as this file knows it of this version of scikit-learn; None if all is.
 
     Signatures first; then small networks are trained and compared.
+
+    Raises
+    ------
+    ImportError, RuntimeError, ValueError
+        The environment asks for a backend that is not there, or has an unknown value.
     """
+    select.current()
+    select.get_num_threads()
     for name, known in _HOOKS.items():
         hook = getattr(neural_network.MLPClassifier, name, None)
         if hook is None or not {*known} <= inspect.signature(hook).parameters.keys():

@@ -541,10 +541,10 @@ class MLP(Trainable):
     def from_onnx(cls, path: str | os.PathLike[str], output: str | None = None) -> Self:
         """Read a network from an ONNX file, of `to_onnx` or of another exporter.
 
-        The graph is one of layers, Gemm or MatMul and Add, with one activation between all of them, however it is
-        spelled: what stands between two layers is compared with the activations of `gemmlet.kernels` by its values.
-        Constants may be initializers or nodes; Identity, Dropout, Flatten and casts are passed over. Of scikit-learn's
-        converter classifiers are read too, labels included.
+        The graph is one of layers, Gemm or MatMul and Add, with one activation between all of them, as an operator or
+        composed as exporters do. Constants may be initializers or nodes; Identity, Dropout, Flatten and casts are
+        passed over. Of scikit-learn's converter classifiers are read too, labels included. A graph that ends in Sigmoid
+        does not say otherwise whether several labels of a sample can be true: set `multi_label` then.
 
         Parameters
         ----------
@@ -585,6 +585,7 @@ class MLP(Trainable):
             dtype=found.layers[0][0].dtype,
             activation_parameter=found.activation_parameter,
             classes=None if found.classes == list(range(max(layers[-1], 2))) else found.classes,
+            multi_label=found.multi_label,
         )
         config = model._saved_config()
         if all(saved.get(name) == config[name] for name in ("activation", "output", "dtype")):

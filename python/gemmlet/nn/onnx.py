@@ -1,7 +1,8 @@
-"""Networks as ONNX files: written in standard operators, and read by what the graph computes."""
+"""Networks as ONNX files: written in standard operators, and read where a graph is spelled as exporters do."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ _OPERATORS: dict[str, Callable[[_Graph, str, float], str]] = {
 }
 
 
-def _where_positive(g: _Graph, x: str, otherwise: str) -> str:
+def _where_positive(g: _Graph, x: str, otherwise: str | float) -> str:
     return g.add("Where", g.add("Greater", x, 0.0), x, otherwise)
 
 
@@ -178,10 +179,11 @@ class Perceptron(NamedTuple):
     activation_parameter: float | None  # None is its default
     output: str  # "softmax", "sigmoid" or "identity"
     classes: list[Any] | None  # the labels, where the graph has them
+    multi_label: bool  # whether the graph says that several labels of a sample can be true
     config: dict[str, Any]  # what a network of gemmlet has written besides
 
 
-# Elementwise operators; what becomes of them between two layers is told by trying.
+# Elementwise operators: between two layers they are to spell an activation.
 _ELEMENTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater", "GreaterOrEqual",
     "HardSigmoid", "HardSwish", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish", "Mul", "Neg", "PRelu",
@@ -191,27 +193,126 @@ _ELEMENTWISE = {
 
 # Operators of which constants are computed as soon as the file is read.
 _FOLDED = {
-    "Add", "Cast", "Constant", "Div", "Flatten", "Identity", "Mul", "Neg", "Reshape", "Squeeze", "Sub", "Transpose",
-    "Unsqueeze",
+    "Add", "Cast", "Concat", "Constant", "Div", "Flatten", "Gather", "Identity", "Mul", "Neg", "Reshape", "Squeeze",
+    "Sub", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
-# Where activations are compared: from what the tolerance hides to what no network reaches, so that relu6 is not relu,
-# wherever its limits are. The first, a power of 2, gives a parameter without rounding: leaky_relu and elu there are
-# proportional to it, elu by exactly -1. All are float32, the same for every graph.
-_TOLERANCE = 1e-5
-_FAR = np.geomspace(_TOLERANCE / 2, 1e30, 1000)
-_PROBES = np.array([-(2.0**14), *np.linspace(-16, 16, 129), *_FAR, *-_FAR]).astype(np.float32).astype(np.float64)
+
+def _gelu_tanh(g: _Graph, x: str, inner: str) -> str:
+    bracket = g.add("Add", g.add("Tanh", g.add("Mul", inner, math.sqrt(2 / math.pi))), 1.0)
+    return g.add("Mul", g.add("Mul", x, 0.5), bracket)
+
+
+# Each activation as exporters spell it, as in `_OPERATORS`. PyTorch's exporters compose GELU before opset 20 and guard
+# Softplus; the second form of the tanh is that of transformers' "gelu_fast".
+_SPELLINGS: list[tuple[str, Callable[[_Graph, str, float], str]]] = [
+    *_OPERATORS.items(),
+    *_FLOAT64_OPERATORS.items(),
+    ("relu", lambda g, x, parameter: g.add("Max", x, 0.0)),
+    ("relu", lambda g, x, parameter: _where_positive(g, x, 0.0)),
+    ("leaky_relu", lambda g, x, parameter: g.add("PRelu", x, parameter)),
+    (
+        "gelu",
+        lambda g, x, parameter: g.add(
+            "Mul", g.add("Mul", x, 0.5), g.add("Add", g.add("Erf", g.add("Div", x, math.sqrt(2))), 1.0)
+        ),
+    ),
+    (
+        "gelu_tanh",
+        lambda g, x, parameter: _gelu_tanh(g, x, g.add("Add", x, g.add("Mul", g.add("Pow", x, 3.0), 0.044715))),
+    ),
+    (
+        "gelu_tanh",
+        lambda g, x, parameter: _gelu_tanh(
+            g, x, g.add("Mul", x, g.add("Add", g.add("Mul", g.add("Mul", x, x), 0.044715), 1.0))
+        ),
+    ),
+    ("silu", lambda g, x, parameter: g.add("Div", x, g.add("Add", g.add("Exp", g.add("Neg", x)), 1.0))),
+    ("sigmoid", lambda g, x, parameter: g.add("Div", 1.0, g.add("Add", g.add("Exp", g.add("Neg", x)), 1.0))),
+    ("softplus", lambda g, x, parameter: g.add("Where", g.add("Greater", x, 20.0), x, g.add("Softplus", x))),
+]
+
+# What exporters leave of constants' digits, and what bounds nothing.
+_TOLERANCE, _LARGEST = 1e-6, float(np.finfo(np.float32).max)
+
+# No spelling has as many nodes; trees of more could be of any size, as a node may be used twice.
+_MOST_NODES = 12
+
+# What a graph computes of x: "x", a number, or an operator with its operands and attributes. Sums, products, maxima and
+# minima are in a normal form, with one number at most: what comes first, and what is subtracted, makes no difference.
+_Tree = Any
+
+_FOLDS: dict[str, Callable[[list[float]], float]] = {"Add": sum, "Mul": math.prod, "Max": max, "Min": min}
+
+
+def _joined(operator: str, *operands: _Tree) -> _Tree:
+    """An operator of `_FOLDS` in its normal form."""
+    parts = [
+        part for tree in operands for part in (tree[1:] if isinstance(tree, tuple) and tree[0] == operator else [tree])
+    ]
+    numbers = [part for part in parts if isinstance(part, float)]
+    others = sorted((part for part in parts if not isinstance(part, float)), key=repr)
+    parts = ([_FOLDS[operator](numbers)] if numbers else []) + others
+    return parts[0] if len(parts) == 1 else (operator, *parts)
+
+
+def _normal(operator: str, operands: list[_Tree], attributes: dict[str, Any]) -> _Tree:
+    """The tree of a node; an operand that is left out is None."""
+    a, b, c = (*operands, None, None, None)[:3]
+    if operator in _FOLDS:
+        return _joined(operator, *operands)
+    if operator == "Neg":
+        return _joined("Mul", -1.0, a)
+    if operator == "Sub":
+        return _joined("Add", a, _joined("Mul", -1.0, b))
+    if operator == "Div" and b != 0:
+        return _joined("Mul", a, 1 / b if isinstance(b, float) else ("Reciprocal", b))
+    if operator == "Pow" and b in (2.0, 3.0):
+        return _joined("Mul", *[a] * int(b))
+    if operator == "Clip":  # whose bounds were attributes once, by default those of float32
+        low, high = attributes.get("min", b), attributes.get("max", c)
+        a = a if low in (None, -_LARGEST, -math.inf) else _joined("Max", a, low)
+        return a if high in (None, _LARGEST, math.inf) else _joined("Min", a, high)
+    return (operator, *operands, *sorted(attributes.items()))
+
+
+def _tree(nodes: Sequence[Any], leaves: dict[str, _Tree], opset: int, gives: str) -> _Tree:
+    """What nodes compute of leaves."""
+    onnx, trees = _package(), leaves | {"": None}
+    for node in nodes:
+        schema = onnx.defs.get_schema(node.op_type, opset)
+        defaults = [a.default_value for a in schema.attributes.values() if a.default_value.type]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in (*defaults, *node.attribute)}
+        trees[node.output[0]] = _normal(node.op_type, [trees[name] for name in node.input], attributes)
+    return trees[gives]
+
+
+def _matches(tree: _Tree, pattern: _Tree, parameters: list[float]) -> bool:
+    """Whether a tree is a pattern, up to `_TOLERANCE`; NaN in a pattern stands for any number, which is appended."""
+    if isinstance(pattern, tuple):
+        return (
+            isinstance(tree, tuple)
+            and len(tree) == len(pattern)
+            and all(_matches(*pair, parameters) for pair in zip(tree, pattern, strict=True))
+        )
+    if not isinstance(pattern, float) or not isinstance(tree, float):
+        return bool(tree == pattern)
+    if math.isnan(pattern):
+        parameters.append(tree)
+    return math.isnan(pattern) or math.isclose(tree, pattern, rel_tol=_TOLERANCE)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> Perceptron:
     """Return the perceptron that the graph in an ONNX file computes; errors are those of `MLP.from_onnx`."""
     onnx, name = _package(), os.fspath(path)
-    with open(path, "rb"):  # whose errors name the file
-        pass
+    with open(path, "rb") as file:  # whose errors name the file
+        begin = file.read(9)
     try:
-        model = onnx.load(name, format="protobuf")  # whatever the name ends in, as `write` does
+        model = onnx.load(name, format="protobuf")  # as it is written, whatever its name ends in
         onnx.checker.check_model(model)
     except Exception as error:  # of protobuf, of the checker, of files with external data
+        if begin[8:] == b"{":
+            raise ValueError(f"{name} is a safetensors file, no ONNX file; {kind}.load reads those") from error
         raise ValueError(f"{name} is corrupt, or no ONNX file: {error}") from error
     return _Reader(onnx, model, name, kind).perceptron()
 
@@ -231,9 +332,10 @@ class _Reader:
     def __init__(self, onnx: Any, model: Any, path: str, kind: str) -> None:
         self.onnx, self.model, self.path, self.kind = onnx, model, path, kind
         self.floats = (int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.DOUBLE))
+        self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=_OPSET)
         self.known = {t.name: self._array(t) for t in model.graph.initializer}
-        self.shape: list[int] = []  # of the input, 0 for what is not fixed
-        self.is_flat = False  # whether what a layer takes is a matrix
+        self.input = ""
+        self.shape: list[int] | None = None  # of the input, if the graph has it, with 0 where one is not known
         self.same: dict[str, str] = {}  # what nodes that change nothing give: the name of what they take
         self.layers: list[tuple[Array, Array]] = []
         self.gaps: list[_Gap] = []
@@ -241,34 +343,52 @@ class _Reader:
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{self.path} holds no perceptron: {message}")
 
-    def _array(self, tensor: Any) -> Array:
-        try:
-            return np.asarray(self.onnx.numpy_helper.to_array(tensor))
-        except Exception as error:  # the checker does not look at all of it
-            raise ValueError(f"{self.path} is corrupt: tensor {tensor.name}: {error}") from error
-
     def _refusal(self, node: Any, why: str) -> ValueError:
         name = node.name or f"that gives {node.output[0]}"
         return self._error(f"node {name} ({node.op_type}) {why}")
 
+    def _array(self, tensor: Any) -> Array:
+        try:
+            return np.asarray(self.onnx.numpy_helper.to_array(tensor))
+        except Exception as error:
+            made = f"type {tensor.data_type} and shape {[*tensor.dims]}"
+            raise ValueError(
+                f"{self.path} is corrupt: tensor {tensor.name!r} cannot be read as of {made} ({error!r})"
+            ) from error
+
+    def _described(self, values: Any) -> str:
+        """Inputs or outputs of the graph, with their types."""
+        types = {number: name.lower() for name, number in self.onnx.TensorProto.DataType.items()}
+        given = [(value.name, value.type.tensor_type.elem_type) for value in values]
+        return ", ".join(f"{name} of {types.get(number, number)}" for name, number in given) or "none"
+
+    def _take_input(self, value: Any) -> None:
+        tensor = value.type.tensor_type
+        if tensor.elem_type == self.onnx.TensorProto.UINT8:
+            raise self._error(f"its input {value.name} is of uint8, which {self.kind} takes as value/255")
+        self.input = value.name
+        if tensor.HasField("shape"):
+            self.shape = [max(d.dim_value, 0) for d in tensor.shape.dim]
+
     def perceptron(self) -> Perceptron:
         graph = self.model.graph
+        if self.opset < 7:
+            raise self._error(f"its operators are of opset {self.opset}; expected 7 or newer")
         inputs = [i for i in graph.input if i.name not in self.known]
         maps = [node for node in graph.node if node.op_type == "ZipMap"]  # scikit-learn's converter ends in one
         outputs = [o.name for o in graph.output if o.type.tensor_type.elem_type in self.floats]
         outputs = outputs or [node.input[0] for node in maps]
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise self._error(f"it has {len(inputs)} inputs and {len(outputs)} outputs of floats, expected one of each")
-        takes = inputs[0].type.tensor_type
-        if takes.elem_type == self.onnx.TensorProto.UINT8:
-            raise self._error("its input is of uint8, which gemmlet takes as value/255")
-        self.shape = [d.dim_value for d in takes.shape.dim]
-        self.is_flat, features = len(self.shape) <= 2, self.shape[1:]
+        if len(inputs) != 1:
+            raise self._error(f"its inputs are {self._described(inputs)}; expected one")
+        if len(outputs) != 1:
+            given = self._described(graph.output)
+            raise self._error(f"its outputs are {given}; expected one of float (float32) or double (float64)")
+        self._take_input(inputs[0])
         ending = self._walk(inputs[0].name, outputs[0])
         if not self.layers:
             raise self._error("it has no layer")
-        if all(features) and features and np.prod(features) != len(self.layers[0][0]):
-            raise self._error(f"its input has {np.prod(features)} features, its first layer {len(self.layers[0][0])}")
+        if (features := self._features()) not in (None, len(self.layers[0][0])):
+            raise self._error(f"its input has {features} features, its first layer {len(self.layers[0][0])}")
         activations = [self._recognised(gap) for gap in self.gaps]
         for gap, found in zip(self.gaps[:-1], activations[:-1], strict=True):
             if found != activations[0]:
@@ -284,7 +404,14 @@ class _Reader:
         output = "softmax" if ending is not None else output
         classes = [label for node in maps for labels in self._attributes(node).values() for label in labels]
         labels = [label.decode() if isinstance(label, bytes) else label for label in classes]
-        return Perceptron(self.layers, activation, parameter, output, labels or None, self._config())
+        # With this operator scikit-learn's converter tells the labels of a sample, one by one.
+        multi_label = any(node.op_type == "Binarizer" for node in graph.node) and output == "sigmoid"
+        return Perceptron(self.layers, activation, parameter, output, labels or None, multi_label, self._config())
+
+    def _features(self) -> int | None:
+        """The numbers of a sample, if the graph tells."""
+        features = self.shape[1:] if self.shape else []
+        return math.prod(features) if all(features) and features else None
 
     def _config(self) -> dict[str, Any]:
         try:
@@ -306,11 +433,17 @@ class _Reader:
     def _walk(self, start: str, output: str) -> Any:
         """Take the graph apart into layers and gaps, and return the Softmax at its end, if there is one."""
         tip, there, nodes, before, ending = start, {start}, list[Any](), None, None
+        are_rows = self.shape is None or len(self.shape) == 2
         for node in self._needed(output):
             inputs = [self.same.get(name, name) for name in node.input]
             operator, dynamic = node.op_type, [name for name in inputs if name and name not in self.known]
             if node.domain not in ("", "ai.onnx"):
                 raise self._refusal(node, f"is of the domain {node.domain}")
+            if operator == "Shape" and inputs[0] == self.input and self.shape is not None and self._features():
+                attributes = self._attributes(node)
+                # To reshape, 0 stands for as many rows as there are.
+                self.known[node.output[0]] = np.array(self.shape[attributes.get("start", 0) : attributes.get("end")])
+                continue
             if not dynamic:
                 self._fold(node, inputs)
                 continue
@@ -318,7 +451,7 @@ class _Reader:
                 raise self._refusal(node, f"takes {', '.join(sorted(set(dynamic) - there))} past a layer")
             if self._changes_nothing(node, inputs):
                 self.same[node.output[0]] = inputs[0]
-                self.is_flat |= operator in ("Flatten", "Reshape")
+                are_rows = are_rows or operator in ("Flatten", "Reshape")
                 continue
             if ending is not None:
                 raise self._refusal(node, f"stands behind {ending.op_type}")
@@ -331,8 +464,8 @@ class _Reader:
             elif (layer := self._layer(node, inputs)) is not None:
                 if nodes and before is None:
                     raise self._refusal(nodes[0], "stands before the first layer")
-                if not self.is_flat:
-                    raise self._refusal(node, f"takes an input of {len(self.shape)} dimensions, which nothing flattens")
+                if not are_rows:
+                    raise self._refusal(node, f"takes samples of shape {self.shape}, which nothing makes rows (n, k)")
                 if before is not None:
                     self.gaps.append(_Gap(nodes, before, start, inputs[0]))
                 self.layers.append(layer)
@@ -344,7 +477,7 @@ class _Reader:
             elif operator == "Concat" and self._adds_complement(node, inputs, nodes):
                 nodes.pop()
                 tip = self.same[node.output[0]] = inputs[1]
-            elif operator in _ELEMENTWISE and all(self.known[n].size == 1 for n in inputs if n in self.known):
+            elif operator in _ELEMENTWISE and all(self._is_number(n) for n in inputs if n in self.known):
                 tip = node.output[0]
                 nodes.append(self._with_inputs(node, inputs))
                 there.update(node.output)
@@ -374,10 +507,14 @@ class _Reader:
             return attributes["to"] in self.floats
         if operator == "Reshape":
             shape = self.known.get(inputs[1], np.empty(0)).tolist()
-            width = self.layers[-1][0].shape[1] if self.layers else shape[-1:]
-            rows = (-1, 0, *self.shape[:1])
-            return len(shape) == 2 and shape[0] in rows and (shape[1] in (-1, width) or not self.layers)
-        return operator == "Identity" or (operator == "Flatten" and bool(attributes.get("axis", 1) == 1))
+            if len(shape) != 2 or (attributes.get("allowzero") and 0 in shape):
+                return False
+            width = self.layers[-1][0].shape[1] if self.layers else self._features() or shape[1]
+            return shape[0] in (-1, 0, *(self.shape or [])[:1]) and shape[1] in (-1, width)
+        if operator == "Flatten":
+            rank = 2 if self.layers or self.shape is None else len(self.shape)
+            return attributes.get("axis", 1) in (1, 1 - rank)
+        return bool(operator == "Identity")
 
     def _layer(self, node: Any, inputs: list[str]) -> tuple[Array, Array] | None:
         """Weight and bias of a Gemm or a MatMul; None of another node."""
@@ -401,10 +538,15 @@ class _Reader:
             bias += self.known[inputs[2]].reshape(-1) * weight.dtype.type(attributes.get("beta", 1))
         return weight, bias
 
+    def _is_number(self, name: str) -> bool:
+        """Whether a constant is one number, which leaves rows what they are."""
+        array = self.known[name]
+        return array.size == 1 and array.ndim <= 2 and array.dtype.kind in "biuf"
+
     def _fits(self, name: str, bias: Array) -> bool:
         """Whether a constant can be added to a bias: it is one number for all rows and outputs, or for all rows."""
         array = self.known.get(name, np.empty(0))
-        is_row = array.size == (array.shape[-1] if array.ndim else 1)
+        is_row = array.ndim <= 2 and array.size == (array.shape[-1] if array.ndim else 1)
         return is_row and array.dtype == bias.dtype and array.size in (1, len(bias))
 
     def _adds_bias(self, inputs: list[str]) -> bool:
@@ -422,63 +564,43 @@ class _Reader:
         one = self.known.get(nodes[-1].input[0])
         return one is not None and bool(one == 1) and self._attributes(node)["axis"] in (-1, 1)
 
-    def _run(self, nodes: Sequence[Any], inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """What nodes compute of arrays and constants, by the package's own reference."""
+    def _fold(self, node: Any, inputs: list[str]) -> None:
+        """Compute what a node makes of constants, by the package's own reference."""
         from onnx.reference import ReferenceEvaluator
 
-        helper = self.onnx.helper
-        constants = {n for node in nodes for n in node.input if n in self.known}
-        element = helper.np_dtype_to_tensor_dtype
-        graph = helper.make_graph(
-            nodes,
-            "part",
-            [helper.make_tensor_value_info(name, element(array.dtype), None) for name, array in inputs.items()],
-            [helper.make_value_info(name, self.onnx.TypeProto()) for name in outputs],
-            [self.onnx.numpy_helper.from_array(self.known[name], name) for name in sorted(constants)],
-        )
-        model = helper.make_model(graph, opset_imports=self.model.opset_import)
-        with np.errstate(all="ignore"):
-            return list(ReferenceEvaluator(model).run(None, inputs))
-
-    def _fold(self, node: Any, inputs: list[str]) -> None:
         if node.op_type not in _FOLDED:
             raise self._refusal(node, "computes with constants what is not known here")
+        helper = self.onnx.helper
         try:
-            (self.known[node.output[0]],) = self._run([self._with_inputs(node, inputs)], {}, node.output[:1])
+            graph = helper.make_graph(
+                [self._with_inputs(node, inputs)],
+                "constant",
+                [],
+                [helper.make_value_info(node.output[0], self.onnx.TypeProto())],
+                [self.onnx.numpy_helper.from_array(self.known[name], name) for name in sorted({*inputs} - {""})],
+            )
+            model = helper.make_model(graph, opset_imports=self.model.opset_import)
+            with np.errstate(all="ignore"):
+                (self.known[node.output[0]],) = ReferenceEvaluator(model).run(None, {})
         except Exception as error:
             raise self._refusal(node, f"cannot be computed: {error}") from error
 
     def _recognised(self, gap: _Gap) -> tuple[str, float | None]:
-        """The activation that the nodes of a gap compute, and its parameter where it is not the default."""
+        """The activation that the nodes of a gap spell, and its parameter where it is not the default."""
         if not gap.nodes:
             return "identity", None
         dtype = self.layers[0][0].dtype
-        try:
-            (values,) = self._run(gap.nodes, {gap.takes: _PROBES.astype(dtype)[np.newaxis]}, [gap.gives])
-        except Exception as error:
-            raise self._refusal(gap.nodes[0], f"cannot be computed: {error}") from error
-        found = _nearest(values.reshape(-1), dtype)
-        if found is None:
-            raise self._refusal(gap.nodes[0], "begins what is no activation of gemmlet")
-        return found
-
-
-def _nearest(values: Array, dtype: np.dtype[Any]) -> tuple[str, float | None] | None:
-    """The activation that gives these values of the probes, and its parameter; None if none does."""
-    finite = np.isfinite(values)  # where a spelling overflows it need not agree
-    if values.shape != _PROBES.shape or not finite[np.abs(_PROBES) <= 16].all():
-        return None
-    found, least = None, _TOLERANCE
-    with np.errstate(all="ignore"):
-        for entry in ACTIVATIONS.values():
-            number, parameter = entry.default, None
-            if entry.parameter is not None:
-                number = float(values[0]) / float(entry.forward(_PROBES[:1], 1.0)[0])
-                if not 0 < number < np.inf:
+        if len(gap.nodes) <= _MOST_NODES:
+            constants = {n for node in gap.nodes for n in node.input if n in self.known}
+            leaves = {n: float(self.known[n].item()) for n in constants} | {gap.takes: "x"}
+            tree = _tree(gap.nodes, leaves, self.opset, gap.gives)
+            for name, spell in _SPELLINGS:
+                g, parameters, default = _Graph(np.dtype(np.float64)), list[float](), ACTIVATIONS[name].default
+                gives = spell(g, "x", math.nan)
+                numbers = {n: float(array) for n, array in g.tensors.items()}
+                if not _matches(tree, _tree(g.nodes, numbers | {"x": "x"}, _OPSET, gives), parameters):
                     continue
-                parameter = None if dtype.type(number) == dtype.type(entry.default) else number
-            expected = entry.forward(_PROBES, number)
-            error = float(np.max(np.abs(values - expected)[finite] / (1 + np.abs(expected[finite]))))
-            if error < least:
-                found, least = (entry.name, parameter), error
-    return found
+                if all(0 < p < math.inf for p in parameters):
+                    rounded = {dtype.type(p) for p in parameters} - {dtype.type(default)}
+                    return name, parameters[0] if rounded else None
+        raise self._refusal(gap.nodes[0], "begins what is no activation of gemmlet")

@@ -91,7 +91,8 @@ def load(file: Readable) -> tuple[dict[str, str], dict[str, Array]]:
     check_has(file, "read")
     length = int.from_bytes(_read(file, 8, "it is truncated: it has not even the length of its header"), "little")
     if length > _MAX_HEADER:
-        raise ValueError(f"its header would have {length:,} bytes, the most are {_MAX_HEADER:,}")
+        hint = "; it begins as ONNX files do, which MLP.from_onnx reads" if length % 256 == 8 else ""
+        raise ValueError(f"its header would have {length:,} bytes, the most are {_MAX_HEADER:,}{hint}")
     header = parse_json(_read(file, length, "it is truncated: its header is not all there").decode())
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
