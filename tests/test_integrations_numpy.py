@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import operator
@@ -97,23 +98,25 @@ def test_restored_at_the_end_of_the_outermost_block() -> None:
 
 def test_the_last_of_several_blocks_restores() -> None:
     # In threads: the first to begin is the first to end.
-    began, ended = threading.Barrier(2), threading.Event()
+    began, ended = threading.Barrier(2, timeout=PATIENCE), threading.Event()
     inside: list[int] = []
 
     def last() -> None:
         began.wait()
         with gemmlet.accelerate_numpy():
             began.wait()
-            ended.wait()
+            ended.wait(PATIENCE)
             inside.append(len(integration.replaced()))
 
     thread = threading.Thread(target=last)
     thread.start()
-    with gemmlet.accelerate_numpy():
-        began.wait()
-        began.wait()
-    ended.set()
-    thread.join()
+    try:
+        with gemmlet.accelerate_numpy():
+            began.wait()
+            began.wait()
+    finally:
+        ended.set()
+        thread.join()
     assert inside[0] > 0
     assert not integration.replaced()
 
@@ -121,9 +124,16 @@ def test_the_last_of_several_blocks_restores() -> None:
 def test_what_is_replaced_is_known_after_a_reload() -> None:
     result = child(
         "-c",
-        "import gemmlet, importlib; import gemmlet.integrations.numpy as i; gemmlet.accelerate_numpy();"
-        "before = i.replaced(); importlib.reload(i); assert i.replaced() == before; gemmlet.restore_numpy();"
-        "assert not i.replaced()",
+        """
+import gemmlet, importlib
+import gemmlet.integrations.numpy as i
+for _ in range(2):
+    with gemmlet.accelerate_numpy():
+        before = i.replaced()
+        importlib.reload(i)
+        assert i.replaced() == before != ()
+    assert not i.replaced()
+""",
     )
     assert result.returncode == 0, result.stderr
 
@@ -258,16 +268,18 @@ def test_a_program_that_cannot_be_run_is_one_line() -> None:
 
 
 def test_whatever_python_runs(tmp_path: Path) -> None:
-    source = "import numpy, sys; print(numpy.exp(numpy.zeros(3)).sum(), sys.argv, sys.path[0], __annotations__)"
+    what = "numpy.exp(numpy.zeros(3)).sum(), sys.argv, sys.path[:2], '__annotations__' in globals()"
+    source = f"import numpy, sys; print({what})"
     (tmp_path / "app").mkdir()
     for name in ("app/__main__.py", "script", "info"):
         (tmp_path / name).write_text(source)
     with zipfile.ZipFile(tmp_path / "app.pyz", "w") as archive:
         archive.writestr("__main__.py", source)
-    for program in (["script"], ["./info"], ["app"], ["app.pyz"], ["-c", source]):
+    programs = ["script"], ["./info"], ["app"], ["app.pyz"], ["-c", source]
+    for options, program in itertools.product(([], ["-P"]), programs):
         plain, ours = (
             subprocess.run(
-                [sys.executable, *words, *program, "x"],
+                [sys.executable, *options, *words, *program, "x"],
                 cwd=tmp_path,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
                 capture_output=True,
@@ -326,13 +338,21 @@ def test_flags_that_say_nothing_are_left_to_nobody(function: str, accelerated: N
     call = calls.get(function, lambda: getattr(np, function)(*arguments))
     with warnings.catch_warnings(action="error"):
         np.frompyfunc(lambda _: call(), 1, 1)(1.0)
-    # Those of a result are raised, as by NumPy.
-    with np.errstate(all="ignore"):
-        overflowing = np.frompyfunc(lambda _: np.exp(np.array([1e4])) + x, 1, 1)
+    # Those of earlier calls are cleared, as by NumPy (argmax leaves them).
+    overflowing = np.array([1e4])
+
+    def after_an_overflow(_: object) -> int:
+        with np.errstate(all="ignore"):
+            np.exp(overflowing)
+            call()
+        return 0
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        overflowing(1.0)
-    assert caught
+        np.frompyfunc(after_an_overflow, 1, 1)(1.0)
+    assert [str(each.message) for each in caught] == (
+        ["overflow encountered in after_an_overflow (vectorized)"] if function == "argmax" else []
+    )
 
 
 def test_metadata_of_a_dtype_is_inherited(accelerated: None) -> None:
@@ -401,8 +421,10 @@ def test_strides_of_axes_of_length_one(accelerated: None) -> None:
 def test_references_of_dtypes_are_kept(accelerated: None) -> None:
     x, y = np.arange(12.0).reshape(3, 4), np.ones((3, 4), np.float32)
     dtypes = [np.dtype(each) for each in ("f8", "f4", "i8", "?")]
+    gc.collect()
+    gc.disable()  # of others' arrays
     before = [sys.getrefcount(each) for each in dtypes]
-    for _ in range(200):
+    for _ in range(1000):
         for a in (x, y):
             a + a, a - 1, a @ a.T, a > 0, -a, a**2, a[range(2), 0], a[np.arange(2)], a.sum(), a.max(1), a.argmax(0)
             (
@@ -416,7 +438,9 @@ def test_references_of_dtypes_are_kept(accelerated: None) -> None:
             a[a > 20] = 0
             a[range(2), range(2)] = a[0, 0]
             a += 0
-    assert [sys.getrefcount(each) for each in dtypes] == before
+    after = [sys.getrefcount(each) for each in dtypes]
+    gc.enable()
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 200
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
@@ -448,7 +472,7 @@ gemmlet.accelerate_numpy()
 n = 1 << 15
 x = np.frombuffer(mmap.mmap(-1, n * 8), np.float64)  # nothing may lie behind it
 x[:] = np.random.default_rng(0).random(n)
-end = time.monotonic() + 3
+end = time.monotonic() + 2
 
 def write():
     rng = np.random.default_rng(1)
@@ -459,7 +483,7 @@ writer = threading.Thread(target=write)
 writer.start()
 while writer.is_alive():
     assert 0 <= x.argmax() < n and 0 <= x.argmin() < n
-"""
+"""  # a fault showed after some milliseconds on two processors; on one it may not
 
 
 def test_an_index_is_one_while_another_thread_writes() -> None:
@@ -554,12 +578,13 @@ def test_what_is_kept_is_given_back_where_memory_is_short() -> None:
 
 
 FREED = """
+import resource
 import numpy as np
 import gemmlet
 from gemmlet.integrations.numpy import KEPT_BYTES
 
 def used():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 rng = np.random.default_rng(0)
 gemmlet.accelerate_numpy()

@@ -56,20 +56,20 @@ inline void clear_float_status() {}
 inline void raise_float_status(unsigned) {}
 #endif
 
-// Puts the status flags back at its end: for code that raises some which say nothing about its result.
-class KeepFloatStatus {
+// Leaves these status flags at its end: for code that raises some which say nothing about its result.
+class FloatStatusGuard {
  public:
-  KeepFloatStatus() = default;
-  KeepFloatStatus(const KeepFloatStatus&) = delete;
-  KeepFloatStatus& operator=(const KeepFloatStatus&) = delete;
-  ~KeepFloatStatus() {
-    if (float_status() == before_) return;
+  explicit FloatStatusGuard(unsigned status) : status_(status) {}
+  FloatStatusGuard(const FloatStatusGuard&) = delete;
+  FloatStatusGuard& operator=(const FloatStatusGuard&) = delete;
+  ~FloatStatusGuard() {
+    if (float_status() == status_) return;
     clear_float_status();
-    raise_float_status(before_);
+    if (status_ != 0) raise_float_status(status_);
   }
 
  private:
-  const unsigned before_ = float_status();
+  const unsigned status_;
 };
 
 }  // namespace gemmlet

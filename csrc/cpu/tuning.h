@@ -54,6 +54,9 @@ constexpr std::int64_t costly_chunk = 4096, cheap_chunk = 32768;
 // The same for NumPy's functions. Between two calls of a program the workers sleep, and to wake one costs 5 to 10 us: with the
 // two chunks above, programs of arrays of 10,000 elements took 10 % longer with two threads than with one.
 constexpr std::int64_t ufunc_costly_chunk = 16384, ufunc_cheap_chunk = 65536;
+// Products that are added up before their sum is added to those before: in float32 a million in one sum lose four digits
+// (order).
+constexpr std::int64_t dot_block = 4096;
 // Longer rows are about as fast along their vectors, and need no transposed copy (order).
 constexpr std::int64_t across_max_columns = 64;
 // Vectors of each array that an optimizer's update takes at a time: momentum and Adam of 2 million parameters some 10 % faster

@@ -172,7 +172,7 @@ unsigned unary_all(const T* x, T* y, Index n) {
   } else {
     unsigned raised;
     {
-      const KeepFloatStatus keep;
+      const FloatStatusGuard none(0);
       raised = unary_chunks<T, F>(x, y, n);
     }
     if (raised != 0) raise_float_status(raised);
@@ -280,7 +280,7 @@ unsigned binary_all(const T* a, const T* b, T* y, const Grid& g) {
     binary_grid<T, F>(a, b, y, g);
     return float_status();
   } else {
-    const KeepFloatStatus keep;
+    const FloatStatusGuard none(0);
     binary_grid<T, F>(a, b, y, g);
     return 0;
   }
@@ -288,7 +288,7 @@ unsigned binary_all(const T* a, const T* b, T* y, const Grid& g) {
 
 template <class T, class F>
 void compare_all(const T* a, const T* b, bool* y, const Grid& g) {
-  const KeepFloatStatus keep;
+  const FloatStatusGuard none(0);
   const F f;
   for_blocks_of(g, [&](Index row, Index rows, Index column, Index columns) {
     for (Index i = row; i < row + rows; ++i) {
@@ -395,7 +395,7 @@ unsigned unary(Unary function, const T* x, T* y, Index n) {
 
 template <class T>
 void clip(const T* x, T low, T high, T* y, Index n) {
-  const KeepFloatStatus keep;
+  const FloatStatusGuard none(0);
   const Vec<T> lows = splat(low), highs = splat(high);
   parallel_chunks(
       n,
@@ -485,8 +485,11 @@ unsigned reduce(Reduction reduction, T zero, const T* x, T* y, Index outer, Inde
     if (reduction == Reduction::mean)
       for (Index j = 0; j < count; ++j) of[j] = mean_of(of[j], n);
   };
-  std::optional<KeepFloatStatus> keep;
-  adds ? clear_float_status() : void(keep.emplace());
+  std::optional<FloatStatusGuard> none;
+  if (adds)
+    clear_float_status();
+  else
+    none.emplace(0);
   if (inner == 1) {
     const auto row = [&](Index i) {
       const T* of_row = x + i * n;
@@ -525,7 +528,7 @@ unsigned reduce(Reduction reduction, T zero, const T* x, T* y, Index outer, Inde
 
 template <class T>
 void arg_extreme(const T* x, bool smallest, Index* y, Index rows, Index columns) {
-  const KeepFloatStatus keep;
+  const FloatStatusGuard as_before(float_status());
   for (Index i = 0; i < rows; ++i) {
     const T* row = x + i * columns;
     const T extreme = extreme_of_row(row, columns, !smallest);
@@ -543,9 +546,6 @@ void arg_extreme(const T* x, bool smallest, Index* y, Index rows, Index columns)
 }
 
 namespace {
-
-// Sums of many products are added up in blocks of so many.
-constexpr Index dot_block = 4096;
 
 template <class T>
 double dot_of_strided(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
@@ -579,10 +579,10 @@ T dot_of_contiguous(const T* x, const T* y, Index n) {
 
 template <class T>
 T dot(const T* x, Index x_stride, const T* y, Index y_stride, Index n) {
-  if (x_stride == 1 && y_stride == 1 && n <= dot_block) return dot_of_contiguous(x, y, n);
+  if (x_stride == 1 && y_stride == 1 && n <= tuning::dot_block) return dot_of_contiguous(x, y, n);
   double total = 0;
-  for (Index begin = 0; begin < n; begin += dot_block) {
-    const Index count = std::min(dot_block, n - begin);
+  for (Index begin = 0; begin < n; begin += tuning::dot_block) {
+    const Index count = std::min(tuning::dot_block, n - begin);
     const T *xb = x + begin * x_stride, *yb = y + begin * y_stride;
     total += x_stride == 1 && y_stride == 1 ? static_cast<double>(dot_of_contiguous(xb, yb, count))
                                             : dot_of_strided(xb, x_stride, yb, y_stride, count);
@@ -605,7 +605,7 @@ void sum_of_columns(View<T> a, const T* b, Index b_stride, T* y) {
                           factor, sum[chain][v]);
   };
   for (Index k = 0; k < a.columns;) {
-    const Index end = std::min(a.columns, k + dot_block);
+    const Index end = std::min(a.columns, k + tuning::dot_block);
     for (int v = 0; v < vectors; ++v) sum[0][v] = sum[1][v] = Vec<T>{};
     for (; k + 2 <= end; k += 2) {
       add(k, 0);

@@ -3,8 +3,8 @@
 // Contract
 //   Results are NumPy's: the same bits where an operation is exactly rounded, and of sums, which are added in its order
 //   (pairwise, Higham 1993, in blocks of 128 with 8 accumulators); exp, log and tanh within the errors of formulas/math.h.
-//   Each function returns the floating-point status that NumPy's loop raises (float_status.h); 0 is none. Those are raised in
-//   the thread, too, and no others.
+//   Each function returns the floating-point status that NumPy's loop raises (float_status.h); 0 is none. As after NumPy's,
+//   those flags are set in the thread, and no others; arg_extreme leaves those that were. dot and matmul add theirs.
 //   y may be an input, element for element; beyond that nothing overlaps. Sizes are above 0.
 //   Not for: other dtypes, and outputs whose columns are not contiguous.
 #pragma once

@@ -18,18 +18,23 @@ from typing import Any, NoReturn
 from .cli.commands import COMMANDS
 
 
-def _is_program(words: list[str]) -> bool:
+def _kind(words: list[str]) -> str | None:
+    """What the words run: a module, code, a script, or a folder that is one; None for the command."""
     if not words or words[0] in COMMANDS:
-        return False
-    return words[0] in {"-m", "-c"} or words[0].endswith(".py") or os.path.exists(words[0])
+        return None
+    if words[0] in {"-m", "-c"}:
+        return {"-m": "module", "-c": "code"}[words[0]]
+    if os.path.isdir(words[0]) or zipfile.is_zipfile(words[0]):
+        return "folder"
+    return "script" if words[0].endswith(".py") or os.path.exists(words[0]) else None
 
 
-def _run_program(words: list[str]) -> None:
+def _run_program(kind: str, words: list[str]) -> None:
     from .integrations.numpy import accelerate_numpy
 
-    if words[0] in {"-m", "-c"} and len(words) < 2:
-        _refuse(f"{words[0]} needs {'a module' if words[0] == '-m' else 'code'} behind it")
-    if words[0] not in {"-m", "-c"} and not os.path.exists(words[0]):
+    if kind in {"module", "code"} and len(words) < 2:
+        _refuse(f"{words[0]} needs a {kind} behind it")
+    if kind == "script" and not os.path.exists(words[0]):
         _refuse(f"there is no file {words[0]}")
     try:
         accelerate_numpy()
@@ -41,7 +46,7 @@ def _run_program(words: list[str]) -> None:
     if "__annotations__" in globals():  # not in the main module of every version
         main_module.__annotations__ = {}
     try:
-        _run(words, main_module.__dict__)
+        _run(kind, words, main_module.__dict__)
     except BaseException as error:
         _show_from(error, _programs_part(error.__traceback__))
         raise
@@ -52,22 +57,21 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _run(words: list[str], main_globals: dict[str, Any]) -> None:
+def _run(kind: str, words: list[str], main_globals: dict[str, Any]) -> None:
     """Run a program as Python does, with its folder on the path."""
-    sys.argv = words[1:] if words[0] == "-m" else words
-    if words[0] == "-m":
+    sys.argv = {"module": words[1:], "code": ["-c", *words[2:]]}.get(kind, words)
+    if kind == "module":
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]  # what `python -m` calls
-    elif words[0] == "-c":
-        sys.argv = ["-c", *words[2:]]
-        if not getattr(sys.flags, "safe_path", False):
+    elif kind == "code":
+        if not sys.flags.safe_path:
             sys.path[0] = ""
         exec(compile(words[1], "<string>", "exec", dont_inherit=True), main_globals)
-    elif os.path.isdir(words[0]) or zipfile.is_zipfile(words[0]):
-        sys.path[0] = os.path.abspath(words[0])
+    elif kind == "folder":
+        sys.path[: 0 if sys.flags.safe_path else 1] = [os.path.abspath(words[0])]
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
     else:
         path = os.path.abspath(words[0])
-        if not getattr(sys.flags, "safe_path", False):
+        if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(path))
         with open(path, "rb") as file:
             code = compile(file.read(), path, "exec", dont_inherit=True)
@@ -98,8 +102,8 @@ def _show_from(error: BaseException, traceback: TracebackType | None) -> None:
 
 
 _words = sys.argv[1:]
-if _is_program(_words):
-    _run_program(_words)
+if (_program := _kind(_words)) is not None:
+    _run_program(_program, _words)
 else:
     from .cli import main
 

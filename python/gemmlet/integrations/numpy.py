@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._locks import fork_safe_lock
 from ..backends import select
 from ..backends.cpu import CpuBackend
 
@@ -30,12 +30,19 @@ KNOWN = ((2, 0), (2, 5))
 # Bytes of freed arrays that are kept for new ones.
 KEPT_BYTES = 256 << 20
 
-_lock = threading.RLock()
-# They stay what they are when this module is loaded again.
-_replaced: tuple[str, ...] = globals().get("_replaced", ())
-_counts_before: dict[str, tuple[int, int]] = globals().get("_counts_before", {})
-_blocks = 0  # that have begun, and not ended
-_ends_with_blocks = False  # whether the one that replaced NumPy's functions has ended
+
+class _State:
+    """What is replaced now, and by whom."""
+
+    def __init__(self) -> None:
+        self.lock = fork_safe_lock()
+        self.replaced: tuple[str, ...] = ()
+        self.counts_before: dict[str, tuple[int, int]] = {}
+        self.blocks = 0  # that have begun, and not ended
+        self.ends_with_blocks = False  # whether the one that replaced NumPy's functions has ended
+
+
+_state: _State = globals().get("_state") or _State()  # it stays where this module is loaded again
 
 
 class Acceleration:
@@ -48,23 +55,23 @@ class Acceleration:
         self._began = began
 
     def __enter__(self) -> Acceleration:
-        global _blocks
-        with _lock:
-            _blocks += 1
+        with _state.lock:
+            if not _state.replaced:  # another block has ended since this was made
+                self._began = accelerate_numpy()._began
+            _state.blocks += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _blocks, _ends_with_blocks
-        with _lock:
-            _blocks -= 1
-            _ends_with_blocks |= self._began
-            if _ends_with_blocks and _blocks == 0:
+        with _state.lock:
+            _state.blocks -= 1
+            _state.ends_with_blocks |= self._began
+            if _state.ends_with_blocks and _state.blocks == 0:
                 restore_numpy()
 
     def __repr__(self) -> str:
-        return f"<NumPy {np.__version__}: {len(_replaced)} of its functions computed by gemmlet>"
+        return f"<NumPy {np.__version__}: {len(_state.replaced)} of its functions computed by gemmlet>"
 
 
 def accelerate_numpy() -> Acceleration:
@@ -81,8 +88,8 @@ def accelerate_numpy() -> Acceleration:
     Returns
     -------
     Acceleration
-        A context manager: ``with gemmlet.accelerate_numpy(): ...`` ends with NumPy as it was. A call while NumPy is
-        accelerated changes nothing, and neither does its end.
+        A context manager: ``with gemmlet.accelerate_numpy(): ...`` ends with NumPy as it was before the block, or, of
+        blocks that overlap, before the first of them. A call while NumPy is accelerated changes nothing.
 
     Raises
     ------
@@ -95,36 +102,34 @@ def accelerate_numpy() -> Acceleration:
     >>> with gemmlet.accelerate_numpy():
     ...     y = np.tanh(np.ones((64, 784)) @ np.ones((784, 128)))
     """
-    global _replaced, _counts_before
-    with _lock:
-        if _replaced:
+    with _state.lock:
+        if _state.replaced:
             return Acceleration(False)
         extension = _extension()
         names = extension.numpy_prepare()
         with np.errstate(all="ignore"):
             good = [index for index, name in enumerate(names) if name is not None and _agrees(extension, index, name)]
-        _counts_before = _all_counts(extension)
+        _state.counts_before = _all_counts(extension)
         extension.numpy_keep_memory(KEPT_BYTES)
         extension.numpy_replace(good)
-        _replaced = tuple(names[index] for index in good)
+        _state.replaced = tuple(names[index] for index in good)
         return Acceleration(True)
 
 
 def restore_numpy() -> None:
     """Put NumPy's own functions back, and give back the memory that was kept; nothing, where nothing is replaced."""
-    global _replaced, _ends_with_blocks
-    with _lock:
-        if _replaced:
+    with _state.lock:
+        if _state.replaced:
             extension = _extension()
             extension.numpy_restore()
             extension.numpy_keep_memory(0)
-            _replaced = ()
-        _ends_with_blocks = False
+            _state.replaced = ()
+        _state.ends_with_blocks = False
 
 
 def replaced() -> tuple[str, ...]:
     """Return the names of what is replaced now, as ``"ndarray.__add__"`` and ``"numpy.exp"``."""
-    return _replaced
+    return _state.replaced
 
 
 def counts() -> dict[str, tuple[int, int]]:
@@ -134,9 +139,9 @@ def counts() -> dict[str, tuple[int, int]]:
     counted.
     """
     return {
-        name: (taken - _counts_before[name][0], handed_on - _counts_before[name][1])
+        name: (taken - _state.counts_before[name][0], handed_on - _state.counts_before[name][1])
         for name, (taken, handed_on) in _all_counts(_extension()).items()
-        if name in _counts_before
+        if name in _state.counts_before
     }
 
 

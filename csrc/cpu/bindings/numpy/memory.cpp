@@ -182,7 +182,8 @@ void release(void*, void* p, std::size_t bytes) {
   const Turn turn;
   if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) {
     std::free(p);
-    return turn ? count_freed(c.bytes) : void();
+    if (turn) count_freed(c.bytes);
+    return;
   }
   Block* block = static_cast<Block*>(p);
   block->next = kept[c.index];

@@ -2,8 +2,8 @@
 //
 // Contract
 //   Usual are an np.ndarray itself (no subclass) of one to max_axes axes, float32 or float64 in native byte order, aligned,
-//   whose dtype has no metadata, and a number: a Python float or a small int, np.float64, np.float32, np.int64. An array of bool or integers, or one of
-//   float32 beside float64, is converted to float64 where NumPy would (Converted).
+//   whose dtype has no metadata, and a number: a Python float or a small int, np.float64, np.float32, np.int64. An array of
+//   bool or integers, or one of float32 beside float64, is converted to float64 where NumPy would (Converted).
 //   Nothing here sets a Python error but what allocates. Readers return false where an operand is unusual: the call is then
 //   NumPy's.
 #pragma once
