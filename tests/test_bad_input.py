@@ -548,7 +548,7 @@ class Guarded:
         size = int(np.prod(shape))
         buffer = np.full(size + 2 * GUARD, 77, dtype)
         inside = buffer[GUARD : GUARD + size]
-        inside[:] = fill
+        inside[:] = np.asarray(fill).astype(dtype)  # of bytes, -1 is 255
         self.buffers.append((buffer, size, buffer.dtype))
         return inside.reshape(shape)
 
