@@ -548,7 +548,7 @@ class Guarded:
         size = int(np.prod(shape))
         buffer = np.full(size + 2 * GUARD, 77, dtype)
         inside = buffer[GUARD : GUARD + size]
-        inside[:] = fill
+        inside[:] = np.asarray(fill).astype(dtype)  # of bytes, -1 is 255
         self.buffers.append((buffer, size, buffer.dtype))
         return inside.reshape(shape)
 
@@ -1020,7 +1020,8 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     updates, losses, penalties = (sum(p[0] == kind for p in phases) for kind in ("update", "loss", "penalty"))
     tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
     values = guarded.array((256,), np.float32) if x.dtype == np.uint8 and data.draw(st.booleans()) else None
-    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values)
+    weights = guarded.array((count,), np.float64) if data.draw(st.booleans()) else None
+    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values, weights)
     arguments += (data.draw(st.sampled_from([1.0, 2.0])), 0.0)
     noise = guarded.array((count, width), np.float32)
     rest = (order, batch, tables, [0.0] * (losses + penalties), None, noise, module.kept_memory())

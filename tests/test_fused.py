@@ -424,20 +424,22 @@ def test_skipping_zeros_in_long_mini_batches(
     assert_same_sums(fusing, *results, dtype)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 def test_skipping_zeros_for_any_number_of_columns(
-    threads: int, fusing: Any, dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch
+    fusing: Any, dtype: Any, rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one to eight vectors, the last of which is whole or not, of all columns and of a thread's."""
+    if fusing.name != "cpu":
+        pytest.skip("blocks of vectors are those of the C++ modules")
     x, y = with_zeros("some", rng, 300, 150, dtype), rng.integers(0, 2, size=300)
-    for width in (*range(8, 148, 8), 50, 100, 116, 139):
+    for width in (1, 5, 8, 10, 24, 36, 50, 72, 88, 104, 128):
         results = []
-        for below, count in ((0, 1), (2, threads)):
-            set_threads(fusing, count)
+        for below, threads in ((0, 1), (2, 1), (2, 2)):
+            set_threads(fusing, threads)
             monkeypatch.setattr(dataset, "SPARSE_BELOW", below)
             model = MLP([150, width, 2], dtype=dtype)
             results.append(fitted(model, x, y, batch_size=30, epochs=1, optimizer=RULES["adam"]()))
-        assert_same_sums(fusing, *results, dtype)
+        assert same(results[1], results[0])
+        assert same(results[2], results[0])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -229,6 +229,10 @@ def test_sample_weights_otherwise(calls: list[str]) -> None:
     for model in pair(CLASSIFIER, {"batch_size": 30, "shuffle": False}):
         with pytest.raises(ZeroDivisionError, match="Weights sum to zero, can't be normalized"):
             model.fit(X, CLASSES, sample_weight=np.repeat([1.0, 0.0, 1.0], 30))
+    calls.clear()
+    theirs, mine = (m.fit(X, CLASSES, sample_weight=WEIGHTS - 0.1) for m in pair(CLASSIFIER, {}))
+    assert "train" not in calls  # some are negative
+    assert_alike(theirs, mine, X, 1e-12)
     for samples in (sparse.csr_matrix(ZEROS), ZEROS):
         theirs, mine = pair(CLASSIFIER, {})
         for model in (theirs, mine):
@@ -336,6 +340,46 @@ def test_parameters_that_somebody_has_set(change: Callable[[Any], None], solver:
             assert mine is theirs
         else:
             np.testing.assert_allclose(mine, theirs, 1e-8, 1e-8)
+
+
+def a_list_of_numbers(state: list[Any]) -> None:
+    state[0] = state[0].tolist()
+
+
+def what_nobody_may_write(state: list[Any]) -> None:
+    state[0] = state[0].copy()
+    state[0].flags.writeable = False
+
+
+def an_array_of_another_class(state: list[Any]) -> None:
+    state[0] = state[0].view(np.matrix)
+
+
+def overlapping_arrays(state: list[Any]) -> None:
+    state[0] = state[1][:]
+
+
+@pytest.mark.parametrize(
+    "change", [a_list_of_numbers, what_nobody_may_write, an_array_of_another_class, overlapping_arrays]
+)
+@pytest.mark.parametrize(("solver", "name"), [("adam", "ms"), ("sgd", "velocities")])
+def test_states_that_somebody_has_set(change: Callable[[Any], None], solver: str, name: str, calls: list[str]) -> None:
+    outcomes: list[Any] = []
+    settings = {"hidden_layer_sizes": (X.shape[1], X.shape[1]), "solver": solver}
+    for model in pair(REGRESSOR, settings):
+        model.partial_fit(X, NUMBERS)
+        change(getattr(model._optimizer, name))
+        calls.clear()
+        try:
+            outcomes.append(model.partial_fit(X, NUMBERS).predict(X))
+        except Exception as error:
+            outcomes.append(type(error))
+        assert "train" not in calls
+    theirs, mine = outcomes
+    if isinstance(theirs, type):
+        assert mine is theirs
+    else:
+        np.testing.assert_allclose(mine, theirs, 1e-8, 1e-8)
 
 
 @pytest.mark.parametrize("sizes", [{4: 0, 3: 0}.keys(), {4}, range(3, 5), np.array([4, 3]), np.int64(4)], ids=repr)
@@ -514,6 +558,12 @@ def test_what_is_not_known_is_left_alone(calls: list[str], monkeypatch: pytest.M
         loss, *gradients = backprop(self, *args, **kwargs)
         return 2 * loss, *gradients
 
+    def renamed(
+        self: Any, X: Any, y: Any, weights: Any, a: Any, d: Any, c: Any, i: Any, units: Any, incremental: Any
+    ) -> Any:
+        return fit_stochastic(self, X, y, weights, a, d, c, i, units, incremental)
+
+    fit_stochastic = base._fit_stochastic
     other.__signature__ = __import__("inspect").signature(base._backprop)  # type: ignore[attr-defined]
     backprop = base._backprop
     with monkeypatch.context() as patch:
@@ -521,6 +571,10 @@ def test_what_is_not_known_is_left_alone(calls: list[str], monkeypatch: pytest.M
         assert ours._find_fault() == "_backprop has changed"
         patch.setattr(base, "_backprop", other)
         assert ours._find_fault() == "MLPClassifier learns something else"
+        if TAKES_WEIGHTS:
+            patch.setattr(base, "_backprop", backprop)
+            patch.setattr(base, "_fit_stochastic", renamed)
+            assert ours._find_fault() == "MLPClassifier learns something else"
         patch.delattr(base, "_forward_pass")
         assert ours._find_fault() == "_forward_pass has changed"
     calls.clear()

@@ -395,6 +395,22 @@ def test_activations_as_exporters_spell_them(spell: Any, tmp_path: Path) -> None
                 MLP.from_onnx(written(g.tensors | {constant: value * np.float32(1.001) + np.float32(1e-4)}))
 
 
+@pytest.mark.parametrize("alpha", [None, 1.0, 1.5])
+def test_swish_of_a_newer_opset(alpha: float | None, tmp_path: Path) -> None:
+    if onnx.defs.onnx_opset_version() < 24:
+        pytest.skip("this onnx does not have it")
+    attributes = {} if alpha is None else {"alpha": alpha}
+    nodes = [*LAYER0, ("Swish", "z0", "a0", attributes), *USUAL[3:]]
+    path, x = graph(tmp_path / "g.onnx", nodes, opset=24), samples(1000, "float32", 6)
+    if alpha == 1.5:
+        with pytest.raises(ValueError, match="begins what is no activation"):
+            MLP.from_onnx(path)
+        return
+    model = MLP.from_onnx(path)
+    assert model.activation == "silu"
+    assert difference(path, x, model.predict_proba(x), reference=True) < 1e-5
+
+
 def test_images_are_made_rows(tmp_path: Path) -> None:
     """As by Flatten, and as PyTorch's exporters spell it, of a fixed number of samples and of any."""
     row: list[Node] = [("MatMul", "row w0", "m0"), *USUAL[1:]]
@@ -418,6 +434,14 @@ def test_images_are_made_rows(tmp_path: Path) -> None:
             model = MLP.from_onnx(graph(path, [*rows, *view], constants, shape=shape))
             x = samples(4, "float32", 6)
             assert difference(path, x.reshape(4, *shape[1:]), model.predict_proba(x)) < 1e-5
+        # By the width of what is flat already.
+        by_width: list[Node] = [
+            *(("Flatten", "x", "flat"), ("Identity", "flat", "same"), ("Shape", "same", "width", {"start": 1})),
+            *(("Concat", "rest width", "new", {"axis": 0}), ("Reshape", "same new", "again")),
+            *(("Flatten", "again", "row", {"axis": -1}), *row),
+        ]
+        model = MLP.from_onnx(graph(path, by_width, constants, shape=shape))
+        assert difference(path, x.reshape(4, *shape[1:]), model.predict_proba(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -429,6 +453,7 @@ def test_images_are_made_rows(tmp_path: Path) -> None:
         ([("Reshape", "x new", "row", {"allowzero": 1})], [0, 6], r"the_row \(Reshape\) is no layer"),
         ([("Flatten", "x", "row", {"axis": 2})], None, r"the_row \(Flatten\) is no layer"),
         ([("Flatten", "x", "row", {"axis": -1})], None, r"the_row \(Flatten\) is no layer"),
+        ([("Flatten", "x", "a"), ("Flatten", "a", "row", {"axis": -2})], None, r"the_row \(Flatten\) is no layer"),
     ],
 )
 def test_samples_that_are_no_rows(nodes: list[Node], new: Any, message: str, tmp_path: Path) -> None:

@@ -338,6 +338,20 @@ def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     np.testing.assert_allclose(np.sum([outcome.losses for outcome in outcomes], axis=0), whole.losses, rtol=1e-12)
 
 
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (-1.0, 2.0)], ids=str)
+def test_weights_out_of_their_domain(weights: tuple[float, float], backend: Any, dtype: Any) -> None:
+    """Those of the last mini-batch; an executor of the backend's own has taken no step before, the reference has."""
+    plan, batches = PLANS["weights"](dtype)
+    last, numbers = batches.order[-BATCH:], np.ones(N)
+    numbers[last] = np.resize(weights, BATCH)
+    dataset = plan.gather.dataset._replace(weights=numbers)
+    plan = TrainingPlan(plan.networks, (plan.gather._replace(dataset=dataset), *plan.phases[1:]))
+    before = [array.copy() for array in arrays_of(plan)]
+    with pytest.raises(ValueError, match="weights: "):
+        backend.train(backend.stage(plan), batches if backend.supports_fused(plan) else batches._replace(order=last))
+    assert all(map(same_bits, arrays_of(plan), before))
+
+
 def test_averages_without_a_decay_are_the_parameters(backend: Any, dtype: Any) -> None:
     plan, batches = mlp(dtype)
     there = backend.stage(plan)

@@ -1,6 +1,7 @@
 // The bindings of fused training, with the checks that protect memory: dtypes, sizes, indices. Python code that may run, as the
 // phases are read, runs before the first size or pointer is taken: it may change any array.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <mutex>
 #include <tuple>
@@ -59,6 +60,20 @@ Steps checked_steps(const py::array& order, Index batch, Index samples) {
     if (indices[i] < 0 || indices[i] >= samples) refuse("order", "an index that is out of range");
   // A larger batch could overflow sizes.
   return {indices, count, std::min(batch, std::max(count, Index{1}))};
+}
+
+// The sums of the weights of each step's samples.
+std::vector<double> checked_weight_sums(const double* weights, const Steps& steps) {
+  std::vector<double> sums;
+  for (Index i = 0; i < steps.count; ++i) {
+    if (i % steps.batch == 0) sums.push_back(0);
+    const double weight = weights[steps.order[i]];
+    if (!(weight >= 0)) refuse("weights", "a number that is negative or NaN");
+    sums.back() += weight;
+  }
+  for (const double sum : sums)
+    if (sum == 0 || !std::isfinite(sum)) refuse("weights", "a mini-batch whose sum is 0 or infinite");
+  return sums;
 }
 
 template <class T>
@@ -316,7 +331,10 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     const Index features = indptr ? plan.networks[0].front().in : count > 0 ? x.size() / count : 0;
     plan.samples = indptr ? sparse_samples<T>(x, *indptr, *indices, features, batches)
                           : dense_samples<T>(x, features, skip_zeros, value_of_byte);
-    if (weights) plan.samples.weights = contiguous<double>(*weights, count, "weights");
+    if (weights) {
+      plan.samples.weights = contiguous<double>(*weights, count, "weights");
+      batches.weight_sums = checked_weight_sums(plan.samples.weights, batches);
+    }
     plan.samples.scale = static_cast<T>(scale);
     plan.samples.shift = static_cast<T>(shift);
     for (const auto& layers : plan.networks)

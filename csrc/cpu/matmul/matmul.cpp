@@ -199,7 +199,7 @@ template <int small_k, int rows, class T>
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 16
     for (int k = 0; k < small_k; ++k) x_r[r][k] = splat<T>(x.data[(row + r) * x.row_stride + k * x.column_stride]);
-  const auto put = [&] [[gnu::always_inline]] (Index j, int count) {
+  const auto put = [&](Index j, int count) GEMMLET_INLINE_LAMBDA {
     Vec<T> sum[rows] = {};
 #pragma GCC unroll 16
     for (int k = 0; k < small_k; ++k) {

@@ -283,7 +283,7 @@ template <int vectors, class T, class Sparse>
 [[gnu::always_inline]] inline void accumulate_sparse(const Sparse& x, const T* w, Index stride, Index last,
                                                      Vec<T> (&total)[vectors]) {
   // The main loop:
-  x.for_each([&] [[gnu::always_inline]] (Index i, T number) {
+  x.for_each([&](Index i, T number) GEMMLET_INLINE_LAMBDA {
     const Vec<T> x_i = splat<T>(number);
     const T* w_i = w + i * stride;
 #pragma GCC unroll 8

@@ -124,12 +124,6 @@ class Executor {
 
   Outcome run(std::vector<double> losses) {
     outcome_ = {std::move(losses), 0};
-    const double* const weights = plan_.samples.weights;
-    for (Index start = 0; weights != nullptr && start < batches_.count; start += batches_.batch) {
-      double sum = 0;
-      for (Index i = start; i < start + rows_from(start); ++i) sum += weights[batches_.order[i]];
-      counts_.push_back(sum);
-    }
     double work = 0;
     for (const Network<T>& each : networks_) work += each.work();
     if (is_pipelined_) make_slots();
@@ -216,10 +210,10 @@ class Executor {
     return bytes;
   }
 
-  // What the rows of the mini-batch that begins at `start` count.
-  double count_from(Index start) const {
-    return counts_.empty() ? static_cast<double>(rows_from(start))
-                           : counts_[static_cast<std::size_t>(start / batches_.batch)];
+  // Of the rows of the mini-batch that begins at `start`: their number, if they have no weights.
+  double weight_sum_from(Index start) const {
+    return batches_.weight_sums.empty() ? static_cast<double>(rows_from(start))
+                                        : batches_.weight_sums[static_cast<std::size_t>(start / batches_.batch)];
   }
 
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
@@ -277,8 +271,8 @@ class Executor {
         network.update(rule, first_layer(network), pipeline ? pipeline->inputs(slot) : forward.inputs, slot,
                        batch_rows * forward.input_count(), me, all, columns, workspace,
                        stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
-                       stage.penalty / count_from(start), batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
-        if (me == 0) add_losses(stage, batch_rows, count_from(start));
+                       stage.penalty / weight_sum_from(start), batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
+        if (me == 0) add_losses(stage, batch_rows, weight_sum_from(start));
         if (pipeline) pipeline->begin(member, next, slot ^ 1);
         member.barrier();
       }
@@ -303,11 +297,11 @@ class Executor {
           network.forward_rest(slot, rows);
           break;
         case Phase::loss: {
-          const T scale = static_cast<T>(work.objective->loss.weight / count_from(start));
+          const T scale = static_cast<T>(work.objective->loss.weight / weight_sum_from(start));
           work.objective->evaluate(batches_.order + start, base, static_cast<std::size_t>(input), rows, slot, scale);
           if (plan_.samples.weights != nullptr)
             work.objective->weigh(batches_.order + start, base, rows, plan_.samples.weights,
-                                  static_cast<double>(batch_rows) / count_from(start));
+                                  static_cast<double>(batch_rows) / weight_sum_from(start));
           break;
         }
         case Phase::backward: {
@@ -376,11 +370,11 @@ class Executor {
     }
   }
 
-  void add_losses(const Stage<T>& stage, Index batch_rows, double count) {
+  void add_losses(const Stage<T>& stage, Index batch_rows, double weight_sum) {
     for (const Work<T>& work : stage.rows) {
       double& loss = outcome_.losses[work.loss];
       for (const double square : work.squares)
-        loss += 0.5 * work.phase.factor * square * (static_cast<double>(batch_rows) / count);
+        loss += 0.5 * work.phase.factor * square * (static_cast<double>(batch_rows) / weight_sum);
       if (work.objective == nullptr) continue;
       const Objective<T>& objective = *work.objective;
       const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);
@@ -406,7 +400,6 @@ class Executor {
   std::deque<Objective<T>> objectives_;
   std::deque<Slot<T>> slots_;
   std::vector<std::int32_t> nonzeros_before_;  // of each row in its mini-batch
-  std::vector<double> counts_;                 // of each mini-batch the sum of its rows' weights, if they have some
   std::vector<Stage<T>> stages_;
   Outcome outcome_;
 };

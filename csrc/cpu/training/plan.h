@@ -45,7 +45,7 @@ struct Samples {
   const std::int32_t* indices;
   T scale, shift;
   bool skip_zeros;                  // with bytes or values; needs shift 0, and fewer than 2^31 numbers in a mini-batch
-  const double* weights = nullptr;  // what each row counts, its gradient and its loss; null is 1
+  const double* weights = nullptr;  // of each row, its gradient and its loss; null is 1
 };
 
 // What the outputs are compared with: class indices, numbers (rows, out), or one number for each input of the network; the
@@ -64,7 +64,7 @@ template <class T>
 struct Loss {
   int loss;
   double parameter;  // the kernel's: label smoothing of a row loss
-  double weight;     // of the sum over a row in the objective, which is divided by what the mini-batch's rows count
+  double weight;     // of the sum over a row in the objective, which is divided by that of the rows' weights
   Targets<T> targets;
   double least, most;  // what the loss of an element, or of a row, counts; the gradient is not limited
 };
@@ -112,8 +112,9 @@ template <class T>
 struct Batches : Steps {
   // Of each update: those of step s begin at s * optimizer_hyperparameter_count(rule).
   std::vector<const double*> hyperparameters;
-  const double* decay;  // of the averages, one for each step; or null
-  const T* noise;       // `count` rows, or null
+  std::vector<double> weight_sums;  // of each step's samples, positive and finite; empty if samples have no weights
+  const double* decay;              // of the averages, one for each step; or null
+  const T* noise;                   // `count` rows, or null
 };
 
 struct Outcome {

@@ -113,7 +113,7 @@ template <int vectors, class T, class UpdateRule, class F>
                                               const UpdateEpilogue<T, UpdateRule>& update, F&& gradient) {
   constexpr int n = lanes<T>, whole = (vectors - 1) / 2 * 2;
   const Index at = k * layer.stride + j;
-  const auto update_two = [&] [[gnu::always_inline]] (int v) {
+  const auto update_two = [&](int v) GEMMLET_INLINE_LAMBDA {
     const Vec<T> two[2] = {gradient(v), gradient(v + 1)};
     update(layer.weight, at + v * n, n, n, two);
   };

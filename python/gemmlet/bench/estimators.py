@@ -100,7 +100,7 @@ def _case(settings: Settings, kind: str, hidden: tuple[int, ...], dtype: str, co
 
 
 def sklearn(settings: Settings) -> Iterator[Case]:
-    """`MLPClassifier` on MNIST: an epoch of fits of some, everything that `fit` does included; `predict_proba`."""
+    """`MLPClassifier` on MNIST: an epoch, from fits of three to ten epochs, all of `fit` included; `predict_proba`."""
     if importlib.util.find_spec("sklearn") is None:
         return
     networks = list(EPOCHS)[: 1 if settings.quick else None]

@@ -3,8 +3,10 @@
 They are scikit-learn's own classes, with what trains and predicts replaced: arguments, attributes, labels, validation,
 warm starts, early stopping and random streams are scikit-learn's own code, and results agree with it to rounding. The
 solvers "sgd" and "adam" train whole stretches of mini-batches in one call of the backend; "lbfgs" takes its kernels
-layer by layer. What is not usual is left to scikit-learn: sparse matrices but for training by "sgd"
-and "adam", the loss "poisson", parameters of another dtype than the samples, backends other than `cpu`.
+layer by layer. What is not usual is left to scikit-learn: sparse matrices but for training by "sgd" and "adam", the
+loss "poisson", float64 targets of 1e15 and more with float32 samples, `power_t` above 2, negative sample weights,
+parameters of another dtype than the samples, parameters that somebody has set to what is no plain array of its layer's
+shape, backends other than `cpu`.
 
     from gemmlet.integrations.sklearn import MLPClassifier
 
@@ -150,8 +152,8 @@ class _Epochs:
                 where = order[at : at + self._size * budget.steps]
                 steps = math.ceil(len(where) / self._size)
                 if self._weights is not None:
-                    counts = np.add.reduceat(self._weights[where], np.arange(0, len(where), self._size))
-                    if not counts.all():  # np.average says so
+                    weight_sums = np.add.reduceat(self._weights[where], np.arange(0, len(where), self._size))
+                    if not weight_sums.all():  # np.average says so
                         raise ZeroDivisionError("Weights sum to zero, can't be normalized")
                 with deferred_signals():
                     budget.start()
@@ -228,18 +230,19 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
     kind = _OPTIMIZERS[model.solver] if optimizer is None else type(optimizer).__name__
     loss = "squared_error" if model.out_activation_ == "identity" else "log_loss"
     widths, dtype, parameters = _widths(model), X.dtype, [*model.coefs_, *model.intercepts_]
-    arrays = [parameters]
-    if optimizer is not None:
-        arrays += [getattr(optimizer, name) for name in _RULES.get(kind, (kind, ()))[1]]
+    names = () if optimizer is None else _RULES.get(kind, (kind, ()))[1]
+    states = [getattr(optimizer, name) for name in names]
+    written = [*parameters, *(a for state in states for a in state)]
     usual = (
         kind in _RULES
         and widths is not None
         and (widths[0], widths[-1]) == (X.shape[1], y.shape[1])
         and model.loss == loss
         and dtype in (np.float32, np.float64)
-        and all([(np.shape(a), dtype) for a in parameters] == [(np.shape(a), a.dtype) for a in some] for some in arrays)
-        and all(a.flags.writeable for a in parameters)
-        and not any(np.may_share_memory(a, b) for a, b in combinations(parameters, 2))
+        and all(_is_plain(a) and a.dtype == dtype and a.flags.writeable for a in written)
+        and all([a.shape for a in state] == [a.shape for a in parameters] for state in states)
+        and not any(np.may_share_memory(a, b) for a, b in combinations(written, 2))
+        and (weights is None or (np.all(weights >= 0) and np.sum(weights, dtype=np.float64) < math.inf))
         and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) < _MOST_SQUARED)
         # With a steeper schedule, velocities without the learning rate could overflow.
         and not (model.learning_rate == "invscaling" and model.power_t > 2)
@@ -462,16 +465,18 @@ def _find_fault() -> str | None:
     X = rng.normal(size=(24, 3)).astype(np.float32)
     classes, numbers = np.arange(24) % 3, X[:, :2] * 0.5
     common = {"hidden_layer_sizes": (4,), "max_iter": 3, "batch_size": 7, "random_state": 0, "alpha": 0.1}
-    for theirs, y, own in (
-        (neural_network.MLPClassifier, classes, {"early_stopping": True, "validation_fraction": 0.25}),
-        (neural_network.MLPClassifier, classes > 0, {"solver": "sgd", "learning_rate": "invscaling"}),
-        (neural_network.MLPRegressor, numbers, {"activation": "tanh", "shuffle": False}),
-        (neural_network.MLPRegressor, numbers, {"solver": "lbfgs"}),
+    takes_weights = "sample_weight" in inspect.signature(neural_network.MLPClassifier.fit).parameters  # since 1.7
+    weights = {"sample_weight": 1.0 + np.arange(24) % 5} if takes_weights else {}
+    for theirs, y, own, given in (
+        (neural_network.MLPClassifier, classes, {"early_stopping": True, "validation_fraction": 0.25}, weights),
+        (neural_network.MLPClassifier, classes > 0, {"solver": "sgd", "learning_rate": "invscaling"}, {}),
+        (neural_network.MLPRegressor, numbers, {"activation": "tanh", "shuffle": False}, {}),
+        (neural_network.MLPRegressor, numbers, {"solver": "lbfgs"}, {}),
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                pair = [cls(**common, **own).fit(X, y) for cls in (theirs, _SWAPS[theirs])]
+                pair = [cls(**common, **own).fit(X, y, **given) for cls in (theirs, _SWAPS[theirs])]
                 found = [
                     [*m.coefs_, *m.intercepts_, getattr(m, "loss_curve_", [m.loss_]), m.t_, m._forward_pass_fast(X)]
                     for m in pair

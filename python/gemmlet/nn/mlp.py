@@ -543,8 +543,8 @@ class MLP(Trainable):
 
         The graph is one of layers, Gemm or MatMul and Add, with one activation between all of them, as an operator or
         composed as exporters do. Constants may be initializers or nodes; Identity, Dropout, Flatten and casts are
-        passed over. Of scikit-learn's converter classifiers are read too, labels included. A graph that ends in Sigmoid
-        does not say otherwise whether several labels of a sample can be true: set `multi_label` then.
+        passed over. Of scikit-learn's converter classifiers are read too, labels included. Sigmoid at
+        the end does not tell whether a sample may have several labels; set `multi_label` if it may.
 
         Parameters
         ----------

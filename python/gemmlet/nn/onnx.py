@@ -183,7 +183,8 @@ class Perceptron(NamedTuple):
     config: dict[str, Any]  # what a network of gemmlet has written besides
 
 
-# Elementwise operators: between two layers they are to spell an activation.
+# Elementwise operators: between two layers they are to spell an activation. Of those in no spelling, this chooses the
+# text of the error alone.
 _ELEMENTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater", "GreaterOrEqual",
     "HardSigmoid", "HardSwish", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish", "Mul", "Neg", "PRelu",
@@ -273,6 +274,8 @@ def _normal(operator: str, operands: list[_Tree], attributes: dict[str, Any]) ->
         low, high = attributes.get("min", b), attributes.get("max", c)
         a = a if low in (None, -_LARGEST, -math.inf) else _joined("Max", a, low)
         return a if high in (None, _LARGEST, math.inf) else _joined("Min", a, high)
+    if operator == "Swish" and attributes["alpha"] == 1:  # of opset 24
+        return _joined("Mul", a, ("Sigmoid", a))
     return (operator, *operands, *sorted(attributes.items()))
 
 
@@ -334,8 +337,8 @@ class _Reader:
         self.floats = (int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.DOUBLE))
         self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=_OPSET)
         self.known = {t.name: self._array(t) for t in model.graph.initializer}
-        self.input = ""
         self.shape: list[int] | None = None  # of the input, if the graph has it, with 0 where one is not known
+        self.shapes: dict[str, list[int]] = {}  # of the input, and of what nodes that change nothing make of it
         self.same: dict[str, str] = {}  # what nodes that change nothing give: the name of what they take
         self.layers: list[tuple[Array, Array]] = []
         self.gaps: list[_Gap] = []
@@ -366,9 +369,8 @@ class _Reader:
         tensor = value.type.tensor_type
         if tensor.elem_type == self.onnx.TensorProto.UINT8:
             raise self._error(f"its input {value.name} is of uint8, which {self.kind} takes as value/255")
-        self.input = value.name
         if tensor.HasField("shape"):
-            self.shape = [max(d.dim_value, 0) for d in tensor.shape.dim]
+            self.shape = self.shapes[value.name] = [max(d.dim_value, 0) for d in tensor.shape.dim]
 
     def perceptron(self) -> Perceptron:
         graph = self.model.graph
@@ -439,10 +441,11 @@ class _Reader:
             operator, dynamic = node.op_type, [name for name in inputs if name and name not in self.known]
             if node.domain not in ("", "ai.onnx"):
                 raise self._refusal(node, f"is of the domain {node.domain}")
-            if operator == "Shape" and inputs[0] == self.input and self.shape is not None and self._features():
+            shape = self.shapes.get(node.input[0]) if node.input else None
+            if operator == "Shape" and shape is not None and self._features():
                 attributes = self._attributes(node)
                 # To reshape, 0 stands for as many rows as there are.
-                self.known[node.output[0]] = np.array(self.shape[attributes.get("start", 0) : attributes.get("end")])
+                self.known[node.output[0]] = np.array(shape[attributes.get("start", 0) : attributes.get("end")])
                 continue
             if not dynamic:
                 self._fold(node, inputs)
@@ -451,7 +454,10 @@ class _Reader:
                 raise self._refusal(node, f"takes {', '.join(sorted(set(dynamic) - there))} past a layer")
             if self._changes_nothing(node, inputs):
                 self.same[node.output[0]] = inputs[0]
-                are_rows = are_rows or operator in ("Flatten", "Reshape")
+                makes_rows = operator in ("Flatten", "Reshape")
+                are_rows = are_rows or makes_rows
+                if shape is not None:
+                    self.shapes[node.output[0]] = [*shape[:1], self._features() or 0] if makes_rows else shape
                 continue
             if ending is not None:
                 raise self._refusal(node, f"stands behind {ending.op_type}")
@@ -512,7 +518,7 @@ class _Reader:
             width = self.layers[-1][0].shape[1] if self.layers else self._features() or shape[1]
             return shape[0] in (-1, 0, *(self.shape or [])[:1]) and shape[1] in (-1, width)
         if operator == "Flatten":
-            rank = 2 if self.layers or self.shape is None else len(self.shape)
+            rank = len(self.shapes.get(node.input[0], (0, 0)))
             return attributes.get("axis", 1) in (1, 1 - rank)
         return bool(operator == "Identity")
 

@@ -32,8 +32,9 @@ class Dataset(NamedTuple):
 
     uint8 counts as value/255, or as `value_of_byte[value]`, of 256 numbers, the first of which is 0: a few different
     numbers, in less memory. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
-    numbers are 0 for skipping them to pay; the result is the same. `weights` (n,), float64, say what each sample
-    counts in the objective, 1 without them. Another thread may change all but `indptr`.
+    numbers are 0 for skipping them to pay; the result is the same. `weights` (n,), float64, make the objective
+    their weighted mean over the mini-batch: finite, not negative, and of a positive sum in each mini-batch. Another
+    thread may change all but `indptr`.
     """
 
     x: Array

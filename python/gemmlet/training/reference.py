@@ -92,8 +92,11 @@ class Step:
         self.rows, self.correct = len(where), 0
         weights = plan.gather.dataset.weights
         self._weights = None if weights is None else weights[where]
-        self._count = float(self.rows if self._weights is None else self._weights.sum())
-        self.losses: list[float] = []  # of each `Loss` and `Penalty`, divided by the size of the mini-batch
+        self._weight_sum = float(self.rows if self._weights is None else self._weights.sum())
+        if self._weights is not None and not ((self._weights >= 0).all() and 0 < self._weight_sum < math.inf):
+            raise ValueError("weights: expected finite numbers, none of them negative, of a positive sum")
+        # Of each `Loss` and `Penalty`, divided by the size of the mini-batch, or the sum of its weights.
+        self.losses: list[float] = []
         self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
 
     @singledispatchmethod
@@ -158,7 +161,7 @@ class Step:
             loss = limited_loss(phase, outputs, wanted, weights)
         grad *= factor
         if weights is not None:
-            grad *= (weights[:, np.newaxis] * (self.rows / self._count)).astype(grad.dtype)
+            grad *= (weights[:, np.newaxis] * (self.rows / self._weight_sum)).astype(grad.dtype)
         self._grad[phase.network] = grad
         self.losses.append(loss * factor)
 
@@ -188,9 +191,9 @@ class Step:
     def _(self, phase: Penalty) -> None:
         weights = list(self._plan.parameters(phase.network))[::2]
         for parameter, grad in zip(weights, self.gradients[phase.network][::2], strict=True):
-            grad += (phase.factor / self._count) * parameter.value
+            grad += (phase.factor / self._weight_sum) * parameter.value
         squares = sum(float(np.sum(np.square(p.value, dtype=np.float64))) for p in weights)
-        self.losses.append(0.5 * phase.factor * squares / self._count)
+        self.losses.append(0.5 * phase.factor * squares / self._weight_sum)
 
     @run.register
     def _(self, phase: AllReduce) -> None:
