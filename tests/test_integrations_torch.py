@@ -415,7 +415,8 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
     ours = made(optimizer, module.parameters())
     step = integration.fused_step(module, nn.CrossEntropyLoss(), ours)
     x, target = torch.randn(6, 20), classes(6, None)
-    before = copy.deepcopy(module.state_dict())
+    before, versions = copy.deepcopy(module.state_dict()), [each._version for each in module.parameters()]
+    earlier = module(x).sum()
     refused = [
         (x.numpy(), target, TypeError, r"x must be a torch\.Tensor, got ndarray"),
         (None, target, TypeError, r"x must be a torch\.Tensor, got NoneType"),
@@ -431,6 +432,8 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
         step(x, target)
     assert not ours.state
     assert_close(dict(module.state_dict()), dict(before))
+    assert [each._version for each in module.parameters()] == versions
+    earlier.backward()
 
 
 @one_isa
@@ -641,9 +644,11 @@ def test_groups_are_updated_in_their_order() -> None:
         for each in params:
             each.grad = torch.ones(3)
         params[1].grad = torch.ones(3).to_sparse()
+        versions = [each._version for each in params]
         with pytest.raises(RuntimeError, match="sparse gradients"):
             optimizer.step()
         assert [bool((each == 1).all()) for each in params] == [False, True, True]
+        assert [each._version > before for each, before in zip(params, versions, strict=True)] == [True, False, False]
         assert [*optimizer.state] == params[:1]
         assert len(optimizer.param_groups) == 3
 

@@ -210,11 +210,6 @@ def of_function(function: Any) -> Loss | None:
 # Whether a tensor's memory holds the negative of its values, which the kernels would read.
 is_negated = torch.Tensor.is_neg
 
-
-def increment_versions(tensors: list[torch.Tensor]) -> bool:
-    """Tell autograd that tensors are about to change; False if one has no version, as those of the inference mode."""
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:
-        return False
-    return True
+# Of tensors that have been changed: autograd is told. Those of the inference mode have no version.
+increment_versions = torch.autograd.graph.increment_version
+has_no_version = torch.Tensor.is_inference

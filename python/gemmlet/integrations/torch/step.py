@@ -24,6 +24,7 @@ from .extension import (
     Network,
     calls,
     capsule,
+    has_no_version,
     increment_versions,
     is_negated,
     kernels,
@@ -175,7 +176,7 @@ class FusedStep:
         while True:
             states, steps, made = self._states_of(rule, params)
             changed = params + states
-            if any(map(is_negated, [x, target, *changed])) or not increment_versions(changed):
+            if any(map(is_negated, [x, target, *changed])) or any(map(has_no_version, changed)):
                 return None
             step = step_of(steps)
             numbers = list(rule.hyperparameters(group, step))
@@ -190,6 +191,7 @@ class FusedStep:
                 x, target = x.contiguous(), target.contiguous()
             elif not self._lay_out(params, rule.state):
                 return None
+        increment_versions(changed)
         if made:
             keep(optimizer, made)
         for param in params:
