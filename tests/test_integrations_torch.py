@@ -334,6 +334,11 @@ def _half_a_step(optimizer: Any) -> None:
     type(optimizer).step(optimizer)
 
 
+def _count(optimizer: Any, step: Any) -> None:
+    optimizer.step = step
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps it
+
+
 # What is unusual at the time of a step: a function of module, optimizer, x and target that returns the last two.
 UNUSUAL: dict[str, Callable[..., Any]] = {
     "hook of a module": lambda m, o, x, t: (m[0].register_forward_hook(ignore), x, t)[1:],
@@ -351,6 +356,7 @@ UNUSUAL: dict[str, Callable[..., Any]] = {
     "maximize": lambda m, o, x, t: (o.param_groups[0].update(maximize=True), x, t)[1:],
     "own memory": lambda m, o, x, t: (m[0].weight.share_memory_(), x, t)[1:],
     "own step": lambda m, o, x, t: (setattr(o, "step", functools.partial(_half_a_step, o)), x, t)[1:],
+    "own step, counted": lambda m, o, x, t: (_count(o, types.MethodType(_half_a_step, o)), x, t)[1:],
     "sparse samples": lambda m, o, x, t: (x.to_sparse(), t),
     "sparse rows": lambda m, o, x, t: (x.to_sparse_csr(), t),
 }

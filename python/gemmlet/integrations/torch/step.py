@@ -350,8 +350,10 @@ _REPLACED = frozenset(("step", "zero_grad"))  # methods that an instance may hav
 
 
 def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether one of them has been replaced, other than by learning rate schedulers: they count."""
-    return "zero_grad" in optimizer.__dict__ or not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    """Whether one of them has been replaced, other than by learning rate schedulers: they count the class's steps."""
+    step = optimizer.step
+    counted = hasattr(step, "_wrapped_by_lr_sched") and step.__wrapped__ is type(optimizer).step
+    return "zero_grad" in optimizer.__dict__ or not counted
 
 
 def _shown(loss: Any) -> str:
