@@ -185,7 +185,7 @@ class FusedStep:
             )
             if result is not None:
                 break
-            if not x.layout is target.layout is torch.strided:
+            if {x.layout, target.layout} != {torch.strided}:
                 return None
             if not (x.is_contiguous() and target.is_contiguous()):
                 x, target = x.contiguous(), target.contiguous()
