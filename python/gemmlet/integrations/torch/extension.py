@@ -22,6 +22,8 @@ EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 if EXCHANGE is None:
     raise ImportError(f"gemmlet.integrations.torch needs PyTorch 2.13 or later, got {torch.__version__}")
 
+DTYPES = (torch.float32, torch.float64)  # that the kernels take
+
 # How often gemmlet computed, by what was called: "fused_step", "update", "forward", "backward"; and how often it left
 # that to PyTorch: the same with " by PyTorch".
 calls: Counter[str] = Counter()
