@@ -456,9 +456,28 @@ def test_binary_cross_entropy_refuses_what_pytorchs_does(what: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             function(x, target)
     assert_close(dict(module.state_dict()), dict(before))
-    module[0].weight.data[0, 0] = torch.nan
+
+
+@one_isa
+@pytest.mark.parametrize("which", range(4))
+def test_a_parameter_that_is_not_finite_is_refused_with_nothing_changed(which: int) -> None:
+    module = nn.Sequential(nn.Linear(20, 4), nn.Tanh(), nn.Linear(4, 5), nn.Sigmoid())
+    [*module.parameters()][which].data.view(-1)[0] = torch.nan
+    before, optimizer = copy.deepcopy(module.state_dict()), made("adam", module.parameters())
+    with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
+        integration.fused_step(module, nn.BCELoss(), optimizer)(torch.randn(6, 20), numbers(6, None))
+    assert not optimizer.state
+    assert_close(dict(module.state_dict()), dict(before))
+
+
+@one_isa
+def test_outputs_that_overflow_to_nan_are_refused_by_binary_cross_entropy() -> None:
+    module = nn.Sequential(nn.Linear(20, 2), nn.Linear(2, 5), nn.Sigmoid())
+    for param, each in zip(module.parameters(), (3e38, 0.0, torch.tensor([1.0, -1.0]), 0.0), strict=True):
+        param.data[:] = each
+    step = integration.fused_step(module, nn.BCELoss(), made("sgd", module.parameters()))
     with pytest.raises(RuntimeError, match="module returns NaN"):
-        step(torch.randn(6, 20), numbers(6, None))
+        step(torch.ones(6, 20), numbers(6, None))
 
 
 @one_isa

@@ -127,6 +127,14 @@ class FusedStep:
         -------
         tensor
             The loss before the step, without a graph.
+
+        Raises
+        ------
+        TypeError
+            `x` or `target` is no tensor.
+        RuntimeError
+            Finite samples and parameters overflow to NaN before a BCELoss; the parameters have been updated by then.
+            What else a forward pass of PyTorch refuses raises its error, and leaves parameters and state as they were.
         """
         value = self._fused(x, target)
         if value is None:
@@ -137,7 +145,7 @@ class FusedStep:
             return self._by_pytorch(x, target)
         calls["fused_step"] += 1
         if self._model.refuses_nan and math.isnan(value):
-            raise RuntimeError("module returns NaN, which BCELoss refuses: are its parameters finite?")
+            raise RuntimeError("module returns NaN, which BCELoss refuses: its outputs overflow")
         return torch.scalar_tensor(value, dtype=x.dtype)
 
     def _by_pytorch(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
