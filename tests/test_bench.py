@@ -653,6 +653,14 @@ def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     tables = Path("page-some.md").read_text()
     assert "| tanh | 2.00 µs | 2.00 µs | 2.00 µs |  | ▼ 0.50 (1.00 µs) |" in tables
     assert "activations (one call): 2 rows, 1 behind a peer" in tables
+    # What is faster without being a peer.
+    floors = {name: [1e-6] for name in ("gemmlet-numba", "dynamo alone")}
+    floored = saved("floored.json", run_of(row(gemmlet=[2e-6], numpy=[3e-6], **floors)))
+    assert call("--from", floored, "--markdown", page) == 0
+    tables = Path("page-some.md").read_text()
+    assert "activations (one call): 1 rows, none behind a peer" in tables
+    assert "| 0.50 (1.00 µs) | 1.50 (3.00 µs) | 0.50 (1.00 µs) |" in tables
+    assert "| activations | 1 |  | 0.50 | 1.50 | 0.50 |" in page.read_text()
     counts = saved("counts.json", run_of(row(gemmlet=[1000.0]), measure=results.INSTRUCTIONS))
     assert call("--from", counts, "--markdown", page) == 2
     assert "--markdown is for times, and these are instructions" in capsys.readouterr().err

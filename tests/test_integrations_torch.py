@@ -334,6 +334,11 @@ def _half_a_step(optimizer: Any) -> None:
     type(optimizer).step(optimizer)
 
 
+def _count(optimizer: Any, step: Any) -> None:
+    optimizer.step = step
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps it
+
+
 # What is unusual at the time of a step: a function of module, optimizer, x and target that returns the last two.
 UNUSUAL: dict[str, Callable[..., Any]] = {
     "hook of a module": lambda m, o, x, t: (m[0].register_forward_hook(ignore), x, t)[1:],
@@ -351,6 +356,7 @@ UNUSUAL: dict[str, Callable[..., Any]] = {
     "maximize": lambda m, o, x, t: (o.param_groups[0].update(maximize=True), x, t)[1:],
     "own memory": lambda m, o, x, t: (m[0].weight.share_memory_(), x, t)[1:],
     "own step": lambda m, o, x, t: (setattr(o, "step", functools.partial(_half_a_step, o)), x, t)[1:],
+    "own step, counted": lambda m, o, x, t: (_count(o, types.MethodType(_half_a_step, o)), x, t)[1:],
     "sparse samples": lambda m, o, x, t: (x.to_sparse(), t),
     "sparse rows": lambda m, o, x, t: (x.to_sparse_csr(), t),
 }
@@ -415,7 +421,8 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
     ours = made(optimizer, module.parameters())
     step = integration.fused_step(module, nn.CrossEntropyLoss(), ours)
     x, target = torch.randn(6, 20), classes(6, None)
-    before = copy.deepcopy(module.state_dict())
+    before, versions = copy.deepcopy(module.state_dict()), [each._version for each in module.parameters()]
+    earlier = module(x).sum()
     refused = [
         (x.numpy(), target, TypeError, r"x must be a torch\.Tensor, got ndarray"),
         (None, target, TypeError, r"x must be a torch\.Tensor, got NoneType"),
@@ -431,6 +438,8 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
         step(x, target)
     assert not ours.state
     assert_close(dict(module.state_dict()), dict(before))
+    assert [each._version for each in module.parameters()] == versions
+    earlier.backward()
 
 
 @one_isa
@@ -447,9 +456,28 @@ def test_binary_cross_entropy_refuses_what_pytorchs_does(what: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             function(x, target)
     assert_close(dict(module.state_dict()), dict(before))
-    module[0].weight.data[0, 0] = torch.nan
+
+
+@one_isa
+@pytest.mark.parametrize("which", range(4))
+def test_a_parameter_that_is_not_finite_is_refused_with_nothing_changed(which: int) -> None:
+    module = nn.Sequential(nn.Linear(20, 4), nn.Tanh(), nn.Linear(4, 5), nn.Sigmoid())
+    [*module.parameters()][which].data.view(-1)[0] = torch.nan
+    before, optimizer = copy.deepcopy(module.state_dict()), made("adam", module.parameters())
+    with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
+        integration.fused_step(module, nn.BCELoss(), optimizer)(torch.randn(6, 20), numbers(6, None))
+    assert not optimizer.state
+    assert_close(dict(module.state_dict()), dict(before))
+
+
+@one_isa
+def test_outputs_that_overflow_to_nan_are_refused_by_binary_cross_entropy() -> None:
+    module = nn.Sequential(nn.Linear(20, 2), nn.Linear(2, 5), nn.Sigmoid())
+    for param, each in zip(module.parameters(), (3e38, 0.0, torch.tensor([1.0, -1.0]), 0.0), strict=True):
+        param.data[:] = each
+    step = integration.fused_step(module, nn.BCELoss(), made("sgd", module.parameters()))
     with pytest.raises(RuntimeError, match="module returns NaN"):
-        step(torch.randn(6, 20), numbers(6, None))
+        step(torch.ones(6, 20), numbers(6, None))
 
 
 @one_isa
@@ -641,9 +669,11 @@ def test_groups_are_updated_in_their_order() -> None:
         for each in params:
             each.grad = torch.ones(3)
         params[1].grad = torch.ones(3).to_sparse()
+        versions = [each._version for each in params]
         with pytest.raises(RuntimeError, match="sparse gradients"):
             optimizer.step()
         assert [bool((each == 1).all()) for each in params] == [False, True, True]
+        assert [each._version > before for each, before in zip(params, versions, strict=True)] == [True, False, False]
         assert [*optimizer.state] == params[:1]
         assert len(optimizer.param_groups) == 3
 

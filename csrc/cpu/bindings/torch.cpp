@@ -348,6 +348,7 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
   if (!network.loss) refuse("network", "no loss");
   if (params.size() != 2 * layer_count || states.size() != count * params.size())
     refuse("params, states", "wrong number");
+  const TorchLoss& loss = *network.loss;
   return unless_unusual([&]() {
     const Tensor samples(x), wanted(target);
     return for_dtype(samples, [&](auto zero) {
@@ -361,6 +362,7 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
       const auto parameter = [&](std::size_t i, const Tensor& value) {
         need(value.is_transposed());
         Parameter<T> made{written(value), {}, nullptr};
+        need(!loss.unit_interval || is_finite(made.value, value.size()));  // else a prediction might be NaN
         for (std::size_t s = 0; s < count; ++s) {
           const Tensor state(states[i * count + s]);
           need(state.lies_as(value));
@@ -388,9 +390,8 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
       plan.samples = {features,  samples.contiguous<T>(rows * features), nullptr, nullptr, nullptr, nullptr, T(1), T(0),
                       skip_zeros};
       overlaps.add(plan.samples.values, rows * features * static_cast<Index>(sizeof(T)), false);
-      const TorchLoss& loss = *network.loss;
       const TorchTargets<T> targets(loss, wanted, rows, out);
-      need(!loss.unit_interval || is_finite(plan.samples.values, samples.size()));  // of NaN a prediction would be NaN
+      need(!loss.unit_interval || is_finite(plan.samples.values, samples.size()));
       if (targets.values != nullptr) overlaps.add(targets.values, rows * out * static_cast<Index>(sizeof(T)), false);
       need(!overlaps.found());
       // The objective is a sum over rows, divided by their number.

@@ -22,6 +22,7 @@ class Implementation:
     package: str | None = None  # that it needs, as it is imported; None needs nothing beyond gemmlet
     backend: str | None = None  # of gemmlet, that it runs on; None is the one in use
     compiles: bool = False  # whether it compiles for seconds before its first result; ``--quick`` leaves it out
+    is_peer: bool = True  # whether gemmlet is behind where this is faster: not gemmlet's other backend, nor a floor
 
     def available(self) -> bool:
         """Whether its package is installed."""
@@ -44,7 +45,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     each.name: each
     for each in (
         Implementation(OURS),
-        Implementation("gemmlet-numba", "numba", backend="numba", compiles=True),
+        Implementation("gemmlet-numba", "numba", backend="numba", compiles=True, is_peer=False),
         Implementation("gemmlet kernels"),
         Implementation("numpy"),
         Implementation("pytorch", "torch"),
@@ -54,7 +55,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation("scikit-learn", "sklearn"),
         Implementation("numexpr", "numexpr"),
         Implementation("thinc", "thinc"),
-        Implementation("dynamo alone", "torch", compiles=True),  # `torch.compile`, without what is compiled
+        # `torch.compile`, without what is compiled.
+        Implementation("dynamo alone", "torch", compiles=True, is_peer=False),
     )
 }
 

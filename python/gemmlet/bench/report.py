@@ -48,13 +48,18 @@ def _own_cells(row: Row) -> list[str]:
     return [*times, "" if share is None else f"{share:.0%}"]
 
 
+def _is_behind(row: Row, peer: str) -> bool:
+    ratio = row.ratio(peer) if IMPLEMENTATIONS[peer].is_peer else None
+    return ratio is not None and ratio < 1
+
+
 def _peer_cell(row: Row, peer: str) -> str:
     if peer not in row.timed:
         return ""
     if row.timed[peer].failed is not None:
         return "failed"
     time, ratio = duration(row.percentile(peer, 50)), row.ratio(peer)
-    return time if ratio is None else f"{f'{LOST} ' if ratio < 1 else ''}{ratio:.2f} ({time})"
+    return time if ratio is None else f"{f'{LOST} ' if _is_behind(row, peer) else ''}{ratio:.2f} ({time})"
 
 
 _OWN_COLUMNS = ("p20", "p50", "p80", "% of roofline")
@@ -210,7 +215,7 @@ def _summary(results: Results) -> list[str]:
         cells = [name, str(len(rows)), f"{statistics.median(reached):.0%}" if reached else ""]
         for peer in peers:
             ratios = [ratio for row in rows if (ratio := row.ratio(peer)) is not None]
-            lost = sum(ratio < 1 for ratio in ratios)
+            lost = sum(_is_behind(row, peer) for row in rows)
             cells.append(f"{geometric_mean(ratios):.2f}{f' ({LOST} {lost})' if lost else ''}" if ratios else "")
         table.append(cells)
     return _markdown_table(("group", "rows", "% of roofline", *peers), table)
@@ -222,7 +227,7 @@ def markdown_tables(results: Results) -> str:
     for name, rows in groups(results):
         title, names = _heading(name, rows)
         columns, table = _cells(names, rows)
-        lost = sum(any((row.ratio(peer) or 1.0) < 1 for peer in row.peers if peer != "gemmlet-numba") for row in rows)
+        lost = sum(any(_is_behind(row, peer) for peer in IMPLEMENTATIONS) for row in rows)
         behind = f"{len(rows)} rows, {lost or 'none'} behind a peer"
         lines += [f"## {title}: {behind}", "", *_markdown_table((name, *columns), table), ""]
     return "\n".join(lines).rstrip() + "\n"

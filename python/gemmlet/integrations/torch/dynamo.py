@@ -21,6 +21,7 @@ from ...formulas.activations import ACTIVATIONS
 from .extension import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_METHODS,
+    DTYPES,
     LOSS_FUNCTIONS,
     NONE,
     Activation,
@@ -32,8 +33,6 @@ from .extension import (
     is_negated,
     kernels,
 )
-
-_DTYPES = (torch.float32, torch.float64)
 
 # Activations whose result PyTorch saves for backward: that of others may be changed in place until then.
 _SAVED_BY_RESULT = ("relu", "tanh", "sigmoid")
@@ -94,7 +93,7 @@ def _fits(*nodes: Any) -> bool:
         isinstance(each, torch.Tensor)
         and each.device.type == "cpu"
         and each.layout is torch.strided
-        and each.dtype in _DTYPES
+        and each.dtype in DTYPES
         and each.dtype == examples[0].dtype
         for each in examples
     )

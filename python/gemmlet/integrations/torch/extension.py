@@ -22,6 +22,8 @@ EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 if EXCHANGE is None:
     raise ImportError(f"gemmlet.integrations.torch needs PyTorch 2.13 or later, got {torch.__version__}")
 
+DTYPES = (torch.float32, torch.float64)  # that the kernels take
+
 # How often gemmlet computed, by what was called: "fused_step", "update", "forward", "backward"; and how often it left
 # that to PyTorch: the same with " by PyTorch".
 calls: Counter[str] = Counter()
@@ -210,11 +212,6 @@ def of_function(function: Any) -> Loss | None:
 # Whether a tensor's memory holds the negative of its values, which the kernels would read.
 is_negated = torch.Tensor.is_neg
 
-
-def increment_versions(tensors: list[torch.Tensor]) -> bool:
-    """Tell autograd that tensors are about to change; False if one has no version, as those of the inference mode."""
-    try:
-        torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:
-        return False
-    return True
+# Of tensors that have been changed: autograd is told. Those of the inference mode have no version.
+increment_versions = torch.autograd.graph.increment_version
+has_no_version = torch.Tensor.is_inference

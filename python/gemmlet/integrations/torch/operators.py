@@ -23,13 +23,13 @@ import torch
 from ... import kernels
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
+from .extension import DTYPES
 
 _NAMESPACE = "gemmlet"
-_DTYPES = (torch.float32, torch.float64)
 
 
 def _check_dtype(dtype: torch.dtype, **others: torch.Tensor | None) -> None:
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise TypeError(f"tensors must be torch.float32 or torch.float64, got {dtype}")
     for name, each in others.items():
         if each is not None and each.dtype != dtype:

@@ -9,7 +9,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 from ...formulas.optimizers import adam_hyperparameters
-from .extension import calls, increment_versions, is_negated, kernels
+from .extension import calls, has_no_version, increment_versions, is_negated, kernels
 
 Group = dict[str, Any]
 
@@ -120,13 +120,14 @@ def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
     found_states = [optimizer.state.get(param, {}) for param in params] if rule.state else []
     states, steps, made = states_of(found_states, rule, params)
     changed = params + states
-    if any(map(is_negated, changed + grads)) or not increment_versions(changed):
+    if any(map(is_negated, changed + grads)) or any(map(has_no_version, changed)):
         return False
     step = step_of(steps)
     numbers = list(rule.hyperparameters(group, step))
     number = found.rules[rule.name]
     if not found.module.torch_update(number, numbers, params, grads, states, steps, step):
         return False
+    increment_versions(changed)
     keep(optimizer, made)
     calls["update"] += 1
     return True

@@ -24,6 +24,7 @@ from .extension import (
     Network,
     calls,
     capsule,
+    has_no_version,
     increment_versions,
     is_negated,
     kernels,
@@ -126,6 +127,14 @@ class FusedStep:
         -------
         tensor
             The loss before the step, without a graph.
+
+        Raises
+        ------
+        TypeError
+            `x` or `target` is no tensor.
+        RuntimeError
+            Finite samples and parameters overflow to NaN before a BCELoss; the parameters have been updated by then.
+            What else a forward pass of PyTorch refuses raises its error, and leaves parameters and state as they were.
         """
         value = self._fused(x, target)
         if value is None:
@@ -136,7 +145,7 @@ class FusedStep:
             return self._by_pytorch(x, target)
         calls["fused_step"] += 1
         if self._model.refuses_nan and math.isnan(value):
-            raise RuntimeError("module returns NaN, which BCELoss refuses: are its parameters finite?")
+            raise RuntimeError("module returns NaN, which BCELoss refuses: its outputs overflow")
         return torch.scalar_tensor(value, dtype=x.dtype)
 
     def _by_pytorch(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -175,7 +184,7 @@ class FusedStep:
         while True:
             states, steps, made = self._states_of(rule, params)
             changed = params + states
-            if any(map(is_negated, [x, target, *changed])) or not increment_versions(changed):
+            if any(map(is_negated, [x, target, *changed])) or any(map(has_no_version, changed)):
                 return None
             step = step_of(steps)
             numbers = list(rule.hyperparameters(group, step))
@@ -184,12 +193,13 @@ class FusedStep:
             )
             if result is not None:
                 break
-            if not x.layout is target.layout is torch.strided:
+            if {x.layout, target.layout} != {torch.strided}:
                 return None
             if not (x.is_contiguous() and target.is_contiguous()):
                 x, target = x.contiguous(), target.contiguous()
             elif not self._lay_out(params, rule.state):
                 return None
+        increment_versions(changed)
         if made:
             keep(optimizer, made)
         for param in params:
@@ -348,8 +358,10 @@ _REPLACED = frozenset(("step", "zero_grad"))  # methods that an instance may hav
 
 
 def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether one of them has been replaced, other than by learning rate schedulers: they count."""
-    return "zero_grad" in optimizer.__dict__ or not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    """Whether one of them has been replaced, other than by learning rate schedulers: they count the class's steps."""
+    step = optimizer.step
+    counted = hasattr(step, "_wrapped_by_lr_sched") and step.__wrapped__ is type(optimizer).step
+    return "zero_grad" in optimizer.__dict__ or not counted
 
 
 def _shown(loss: Any) -> str:
