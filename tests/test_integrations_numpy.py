@@ -423,23 +423,25 @@ def test_references_of_dtypes_are_kept(accelerated: None) -> None:
     dtypes = [np.dtype(each) for each in ("f8", "f4", "i8", "?")]
     gc.collect()
     gc.disable()  # of others' arrays
-    before = [sys.getrefcount(each) for each in dtypes]
-    for _ in range(1000):
-        for a in (x, y):
-            a + a, a - 1, a @ a.T, a > 0, -a, a**2, a[range(2), 0], a[np.arange(2)], a.sum(), a.max(1), a.argmax(0)
-            (
-                np.exp(a),
-                np.where(a > 1, a, 0),
-                np.clip(a, 0, 1),
-                np.outer(a[0], a[0]),
-                np.zeros_like(a),
-                np.linalg.norm(a),
-            )
-            a[a > 20] = 0
-            a[range(2), range(2)] = a[0, 0]
-            a += 0
-    after = [sys.getrefcount(each) for each in dtypes]
-    gc.enable()
+    try:
+        before = [sys.getrefcount(each) for each in dtypes]
+        for _ in range(1000):
+            for a in (x, y):
+                a + a, a - 1, a @ a.T, a > 0, -a, a**2, a[range(2), 0], a[np.arange(2)], a.sum(), a.max(1), a.argmax(0)
+                (
+                    np.exp(a),
+                    np.where(a > 1, a, 0),
+                    np.clip(a, 0, 1),
+                    np.outer(a[0], a[0]),
+                    np.zeros_like(a),
+                    np.linalg.norm(a),
+                )
+                a[a > 20] = 0
+                a[range(2), range(2)] = a[0, 0]
+                a += 0
+        after = [sys.getrefcount(each) for each in dtypes]
+    finally:
+        gc.enable()
     assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 200
 
 
