@@ -596,22 +596,21 @@ PyObject* binary_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names)
   PyObject* out;
   // NumPy warns of these with out= as a third positional argument.
   if ((function == Binary::maximum || function == Binary::minimum) && n > 2) return nullptr;
-  if (!read_out(arguments, n, names, 2, out) || (function != Binary::divide && are_others(arguments[0], arguments[1])))
-    return nullptr;
+  if (!read_out(arguments, n, names, 2, out)) return nullptr;
   return binary(function, arguments[0], arguments[1], out);
 }
 
 template <Unary function>
 PyObject* unary_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
   PyObject* out;
-  if (!read_out(arguments, n, names, 1, out) || is_other_array(arguments[0])) return nullptr;
+  if (!read_out(arguments, n, names, 1, out)) return nullptr;
   return unary(function, arguments[0], out);
 }
 
 template <bool ufunc>
 PyObject* matmul_call(PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
   PyObject* out;
-  if (!read_out(arguments, n, names, 2, out) || are_others(arguments[0], arguments[1])) return nullptr;
+  if (!read_out(arguments, n, names, 2, out)) return nullptr;
   return matmul(arguments[0], arguments[1], out, ufunc);
 }
 
@@ -636,7 +635,7 @@ struct Axes {
   bool read(PyObject* const* arguments, Py_ssize_t count, PyObject* names, Operand& a) {
     PyObject* axis_object = count > 1 ? arguments[1] : nullptr;
     bool keep = false;
-    if (count < 1 || count > 2 || is_other_array(arguments[0])) return false;
+    if (count < 1 || count > 2) return false;
     for (Py_ssize_t i = 0; names != nullptr && i < PyTuple_GET_SIZE(names); ++i) {
       PyObject *name = PyTuple_GET_ITEM(names, i), *value = arguments[count + i];
       if (name == axis_name && axis_object == nullptr)

@@ -1,11 +1,10 @@
 // Contract
-//   Blocks of at least `smallest` bytes are kept by size class, four to an octave, last in first out, and those below `tiny`
-//   in buckets of 16 bytes, a few of each, as NumPy itself does. A large block is aligned to a cache line.
+//   Blocks of at least `smallest` bytes are kept by size class, four to an octave, last in first out, and aligned to a cache
+//   line. Smaller ones are NumPy's own functions', which keep a few of each size below 1 KiB.
 //   All are malloc's, as those of NumPy's own functions are: either frees what the other has allocated, so that the functions
-//   may be replaced while arrays are alive. Hence a block is filed by its own size: NumPy's are exact, and of an array
-//   without elements NumPy says that it has one byte, whatever it has allocated.
-//   NumPy calls a handler with the GIL held, which is the lock of the buckets, as of its own. For large blocks who finds them
-//   in use does without: nobody waits, also not in a child that was forked meanwhile. NumPy tells tracemalloc.
+//   may be replaced while arrays are alive. Hence a block is kept only if it has the size of its class: NumPy's are exact.
+//   Who finds the blocks in use does without: nobody waits, also not in a child that was forked meanwhile. NumPy tells
+//   tracemalloc.
 #include "cpu/bindings/numpy/memory.h"
 
 #include <pybind11/pybind11.h>
@@ -37,13 +36,7 @@ struct Block {
 std::atomic_flag in_use;
 Block* kept[classes];
 std::size_t kept_bytes, most_bytes, freed_bytes;
-constexpr std::size_t tiny = 1024, bucket_bytes = 16;
-constexpr int bucket_blocks = 8;
-struct Bucket {
-  int count;
-  void* blocks[bucket_blocks];
-} buckets[tiny / bucket_bytes];
-PyDataMemAllocator theirs;  // while ours are in its place
+PyDataMemAllocator theirs;  // NumPy's own functions
 bool replaced;
 
 // The smallest class whose blocks hold `bytes`, and their size.
@@ -91,7 +84,7 @@ void trim() {
 #endif
 }
 
-void give_back() {
+[[gnu::cold]] void give_back() {
   const Turn turn;
   if (!turn) return;
   for (Block*& first : kept)
@@ -116,16 +109,6 @@ void* or_give_back(F allocate) {
   return allocate();
 }
 
-// The bucket of so many bytes, below `tiny`. Its blocks have bucket_bytes times its number, and one more.
-std::size_t bucket_of(std::size_t bytes) { return bytes == 0 ? 0 : (bytes - 1) / bucket_bytes; }
-
-void* allocate_tiny(std::size_t bytes) {
-  const std::size_t index = bucket_of(bytes);
-  Bucket& bucket = buckets[index];
-  if (bucket.count > 0) return bucket.blocks[--bucket.count];
-  return or_give_back([&] { return std::malloc((index + 1) * bucket_bytes); });
-}
-
 void* reuse(const Class& c) {
   const Turn turn;
   if (!turn) return nullptr;
@@ -147,37 +130,27 @@ void* take(const Class& c) {
   return p;
 }
 
-void* allocate(void*, std::size_t bytes) {
-  if (bytes < tiny) return allocate_tiny(bytes);
-  if (!takes(bytes)) return or_give_back([&] { return std::malloc(bytes); });
+[[gnu::noinline]] void* allocate_large(std::size_t bytes) {
   const Class c(bytes);
   void* p = reuse(c);
   return p != nullptr ? p : take(c);
 }
 
-void* allocate_zeros(void*, std::size_t count, std::size_t size) {
+// Small blocks are most: what is done with large ones is kept out of their way.
+void* allocate(void* context, std::size_t bytes) {
+  if (takes(bytes)) return allocate_large(bytes);
+  return or_give_back([&] { return theirs.malloc(context, bytes); });
+}
+
+void* allocate_zeros(void* context, std::size_t count, std::size_t size) {
   const std::size_t bytes = count * size;  // NumPy has checked the product
-  if (bytes < tiny) {
-    void* p = allocate_tiny(bytes);
-    return p == nullptr ? p : std::memset(p, 0, bytes);
-  }
-  if (!takes(bytes)) return or_give_back([&] { return std::calloc(count, size); });
+  if (!takes(bytes)) return or_give_back([&] { return theirs.calloc(context, count, size); });
   const Class c(bytes);
   if (void* p = reuse(c)) return std::memset(p, 0, bytes);
   return or_give_back([&] { return std::calloc(1, c.bytes); });  // the system's pages are zeros already
 }
 
-void release(void*, void* p, std::size_t bytes) {
-  if (p == nullptr) return;
-  if (bytes < tiny) {
-    const std::size_t whole = usable_bytes(p) / bucket_bytes;
-    if (whole == 0 || whole > std::size(buckets) || most_bytes == 0) return std::free(p);
-    Bucket& bucket = buckets[whole - 1];
-    if (bucket.count == bucket_blocks) return std::free(p);
-    bucket.blocks[bucket.count++] = p;
-    return;
-  }
-  if (!takes(bytes)) return std::free(p);
+[[gnu::noinline]] void release_large(void* p, std::size_t bytes) {
   const Class c(bytes);
   const Turn turn;
   if (!turn || kept_bytes + c.bytes > most_bytes || usable_bytes(p) < c.bytes) {
@@ -191,11 +164,14 @@ void release(void*, void* p, std::size_t bytes) {
   kept_bytes += c.bytes;
 }
 
-void* reallocate(void*, void* p, std::size_t bytes) {
-  const std::size_t rounded = bytes < tiny   ? (bucket_of(bytes) + 1) * bucket_bytes
-                              : takes(bytes) ? Class(bytes).bytes
-                                             : bytes;
-  return or_give_back([&] { return std::realloc(p, rounded); });
+void release(void* context, void* p, std::size_t bytes) {
+  if (p != nullptr && takes(bytes)) return release_large(p, bytes);
+  theirs.free(context, p, bytes);
+}
+
+void* reallocate(void* context, void* p, std::size_t bytes) {
+  const std::size_t rounded = takes(bytes) ? Class(bytes).bytes : bytes;
+  return or_give_back([&] { return theirs.realloc(context, p, rounded); });
 }
 
 }  // namespace
@@ -209,8 +185,6 @@ void keep_memory(std::int64_t bytes) {
   if (bytes == 0 && replaced && handler->allocator.malloc == &allocate) handler->allocator = theirs;
   replaced = bytes > 0;
   if (kept_bytes > most_bytes || most_bytes == 0) give_back();
-  for (Bucket& bucket : buckets)
-    while (most_bytes == 0 && bucket.count > 0) std::free(bucket.blocks[--bucket.count]);
 }
 
 }  // namespace gemmlet::numpy

@@ -40,15 +40,19 @@ inline const PyArrayObject_fields* fields(PyObject* array) {
 }
 inline bool is_array(PyObject* object) { return Py_TYPE(object) == &PyArray_Type; }
 
-// An array whose dtype is neither float64 nor float32: beside another such array, or an int, nothing is usual. This is asked
-// first, as all that does not concern us comes through here.
-inline bool is_other_array(PyObject* object) {
+// An array whose dtype is neither float64 nor float32: alone, beside another such array, or beside an int, it is not usual,
+// but to functions that take integers (`integers`), as a quotient is float64. This is asked first, as all that does not concern
+// us comes through here.
+template <bool integers = false>
+[[gnu::always_inline]] inline bool is_other_array(PyObject* object) {
   if (!is_array(object)) return false;
   const int type = fields(object)->descr->type_num;
-  return type != NPY_DOUBLE && type != NPY_FLOAT;
+  return type != NPY_DOUBLE && type != NPY_FLOAT && !(integers && type < NPY_FLOAT);
 }
-inline bool are_others(PyObject* x, PyObject* y) {
-  return is_other_array(x) ? is_other_array(y) || PyLong_CheckExact(y) : PyLong_CheckExact(x) && is_other_array(y);
+template <bool integers = false>
+[[gnu::always_inline]] inline bool are_others(PyObject* x, PyObject* y) {
+  return is_other_array<integers>(x) ? is_other_array<integers>(y) || PyLong_CheckExact(y)
+                                     : PyLong_CheckExact(x) && is_other_array<integers>(y);
 }
 
 struct Operand {

@@ -132,10 +132,15 @@ inline bool is_over(Number number, bool taken) {
 // temporaries of the interpreter, looks at who calls it.
 
 template <Number number, Binary function>
-PyObject* operator_entry(PyObject* x, PyObject* y) {
-  if (function != Binary::divide && are_others(x, y)) return hand_on<binaryfunc>(number)(x, y);
+[[gnu::noinline]] PyObject* operator_call(PyObject* x, PyObject* y) {
   PyObject* result = is_large_temporary(x) || is_large_temporary(y) ? nullptr : binary(function, x, y, nullptr);
   return is_over(number, result != nullptr) ? result : theirs<binaryfunc>(number)(x, y);
+}
+
+template <Number number, Binary function>
+PyObject* operator_entry(PyObject* x, PyObject* y) {
+  return are_others<function == Binary::divide>(x, y) ? hand_on<binaryfunc>(number)(x, y)
+                                                      : operator_call<number, function>(x, y);
 }
 
 template <Number number, Binary function>
@@ -146,11 +151,13 @@ PyObject* inplace_entry(PyObject* x, PyObject* y) {
 }
 
 PyObject* negative_entry(PyObject* x) {
+  if (is_other_array(x)) return hand_on<unaryfunc>(operator_negative)(x);
   PyObject* result = is_large_temporary(x) ? nullptr : unary(Unary::negative, x, nullptr);
   return is_over(operator_negative, result != nullptr) ? result : theirs<unaryfunc>(operator_negative)(x);
 }
 
 PyObject* power_entry(PyObject* x, PyObject* y, PyObject* modulo) {
+  if (is_other_array(x)) return hand_on<ternaryfunc>(operator_power)(x, y, modulo);
   PyObject* result = modulo == Py_None && !is_large_temporary(x) ? power(x, y) : nullptr;
   return is_over(operator_power, result != nullptr) ? result : theirs<ternaryfunc>(operator_power)(x, y, modulo);
 }
@@ -189,10 +196,25 @@ int assign_entry(PyObject* array, PyObject* key, PyObject* value) {
   return theirs<objobjargproc>(operator_assign)(array, key, value);
 }
 
+// Whether a call of a function, or of a method with its array first, is none of ours at first sight.
+template <Number number>
+bool is_other_call(PyObject* const* arguments, Py_ssize_t n) {
+  if (n == 0 || number == function_where) return false;  // which takes a mask
+  if (n == 1) return is_other_array(arguments[0]);
+  return are_others<number == function_divide>(arguments[0], arguments[1]);
+}
+
 template <Number number, Call call>
-PyObject* function_entry(PyObject* self, PyObject* const* arguments, std::size_t n, PyObject* names) {
+[[gnu::noinline]] PyObject* function_call(PyObject* self, PyObject* const* arguments, std::size_t n, PyObject* names) {
   PyObject* result = call(arguments, PyVectorcall_NARGS(n), names);
   return is_over(number, result != nullptr) ? result : theirs<vectorcallfunc>(number)(self, arguments, n, names);
+}
+
+template <Number number, Call call>
+PyObject* function_entry(PyObject* self, PyObject* const* arguments, std::size_t n, PyObject* names) {
+  return is_other_call<number>(arguments, PyVectorcall_NARGS(n))
+             ? hand_on<vectorcallfunc>(number)(self, arguments, n, names)
+             : function_call<number, call>(self, arguments, n, names);
 }
 
 using Method = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
@@ -200,6 +222,8 @@ using Method = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*)
 template <Number number, Call call>
 PyObject* method_entry(PyObject* self, PyObject* const* arguments, Py_ssize_t n, PyObject* names) {
   constexpr Py_ssize_t most = 3;
+  if (n == 0 ? is_other_array(self) : are_others(self, arguments[0]))
+    return hand_on<Method>(number)(self, arguments, n, names);
   const Py_ssize_t all = n + (names == nullptr ? 0 : PyTuple_GET_SIZE(names));
   PyObject* result = nullptr;
   if (all <= most) {
