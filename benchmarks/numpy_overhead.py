@@ -2,9 +2,9 @@
 
     python benchmarks/numpy_overhead.py
 
-The installation is timed in new processes, after `import numpy` and after `import gemmlet`, of modules that are compiled to
-bytecode, as installed ones are. A call is timed plain and accelerated in turns, in one process; what is printed are the least
-times of both, in nanoseconds.
+The installation is timed in new processes, after `import numpy` and after `import gemmlet`, of modules that are
+compiled to bytecode, as installed ones are. A call is timed plain and accelerated in turns, in one process; what is
+printed are the least times of both, in nanoseconds.
 """
 
 from __future__ import annotations
