@@ -8,6 +8,7 @@ import math
 import operator
 import os
 import platform
+import py_compile
 import subprocess
 import sys
 import threading
@@ -119,6 +120,39 @@ def test_the_last_of_several_blocks_restores() -> None:
         thread.join()
     assert inside[0] > 0
     assert not integration.replaced()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_has_no_blocks_of_other_threads() -> None:
+    result = child(
+        "-c",
+        """
+import os, threading, gemmlet
+from gemmlet.integrations.numpy import replaced
+
+began, ended = threading.Event(), threading.Event()
+
+def block():
+    with gemmlet.accelerate_numpy():
+        began.set()
+        ended.wait()
+
+thread = threading.Thread(target=block)
+thread.start()
+began.wait()
+pid = os.fork()
+if pid == 0:
+    gemmlet.restore_numpy()
+    with gemmlet.accelerate_numpy():
+        inside = replaced()
+    os._exit(0 if inside and not replaced() else 1)
+ended.set()
+thread.join()
+assert os.waitpid(pid, 0)[1] == 0
+assert not replaced()
+""",
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_what_is_replaced_is_known_after_a_reload() -> None:
@@ -275,7 +309,8 @@ def test_whatever_python_runs(tmp_path: Path) -> None:
         (tmp_path / name).write_text(source)
     with zipfile.ZipFile(tmp_path / "app.pyz", "w") as archive:
         archive.writestr("__main__.py", source)
-    programs = ["script"], ["./info"], ["app"], ["app.pyz"], ["-c", source]
+    py_compile.compile(str(tmp_path / "script"), str(tmp_path / "script.pyc"))
+    programs = ["script"], ["script.pyc"], ["./info"], ["app"], ["app.pyz"], ["-c", source]
     for options, program in itertools.product(([], ["-P"]), programs):
         plain, ours = (
             subprocess.run(
@@ -323,6 +358,19 @@ def test_flags_of_all_threads_are_reported(accelerated: None) -> None:
             assert taken("ndarray.__truediv__") >= before + 3
     finally:
         gemmlet.set_num_threads(threads)
+
+
+def test_flags_of_each_matrix_are_reported(accelerated: None) -> None:
+    # An outer product is a multiplication; so many rows and columns are a kernel of another kind.
+    for shapes in (((2, 2, 1), (2, 1, 2)), ((2, 2, 2), (2, 2, 2)), ((2, 20, 30), (2, 30, 20))):
+        a, b = (np.ones(shape) for shape in shapes)
+        a[0] = b[0] = 1e-200
+        before = taken("numpy.matmul")
+        with np.errstate(under="raise"), pytest.raises(FloatingPointError, match="underflow encountered in matmul"):
+            np.matmul(a, b)
+        with np.errstate(under="ignore"):
+            assert np.matmul(a, b)[0].max() == 0
+        assert taken("numpy.matmul") >= before + 1
 
 
 @pytest.mark.parametrize(

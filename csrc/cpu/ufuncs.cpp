@@ -629,8 +629,10 @@ void matmul(View<T> a, View<T> b, T* y) {
     return table[(a.rows - 1) / lanes<T>](a, b.data, b.row_stride, y);
   }
   if (a.columns == 1 && (b.column_stride == 1 || b.columns == 1)) {
-    // An outer product.
+    // An outer product, which sets its own flags alone.
+    const unsigned earlier = float_status();
     binary_all<T, functions::multiply>(a.data, b.data, y, {a.rows, b.columns, a.row_stride, 0, 0, 1, b.columns});
+    if (earlier != 0) raise_float_status(earlier);
   } else if (a.rows * b.columns * a.columns <= 64) {
     for (Index i = 0; i < a.rows; ++i)
       for (Index j = 0; j < b.columns; ++j) {

@@ -8,10 +8,11 @@ file with a ``__main__.py``; one with the name of a command is told from it by i
 from __future__ import annotations
 
 import os
+import pkgutil
 import runpy
 import sys
 import zipfile
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import SourceFileLoader, SourcelessFileLoader
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
@@ -74,8 +75,11 @@ def _run(kind: str, words: list[str], main_globals: dict[str, Any]) -> None:
         if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(path))
         with open(path, "rb") as file:
-            code = compile(file.read(), path, "exec", dont_inherit=True)
-        main_globals.update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
+            bytecode = pkgutil.read_code(file)
+            file.seek(0)
+            code = bytecode or compile(file.read(), path, "exec", dont_inherit=True)
+        loader = (SourcelessFileLoader if bytecode else SourceFileLoader)("__main__", path)
+        main_globals.update(__file__=path, __cached__=None, __loader__=loader)
         exec(code, main_globals)
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextvars
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
@@ -39,8 +41,12 @@ class _State:
         self.lock = fork_safe_lock()
         self.replaced: tuple[str, ...] = ()
         self.counts_before: dict[str, tuple[int, int]] = {}
-        self.blocks = 0  # that have begun, and not ended
+        self.blocks: list[int] = []  # that have begun, and not ended: the threads of them
         self.ends_with_blocks = False  # whether the one that replaced NumPy's functions has ended
+        os.register_at_fork(after_in_child=self._forget_other_threads)
+
+    def _forget_other_threads(self) -> None:
+        self.blocks = [thread for thread in self.blocks if thread == get_ident()]
 
 
 _state: _State = globals().get("_state") or _State()  # it stays where this module is loaded again
@@ -59,16 +65,17 @@ class Acceleration:
         with _state.lock:
             if not _state.replaced:  # another block has ended since this was made
                 self._began = accelerate_numpy()._began
-            _state.blocks += 1
+            _state.blocks.append(get_ident())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with _state.lock:
-            _state.blocks -= 1
+            thread = get_ident()
+            _state.blocks.remove(thread if thread in _state.blocks else _state.blocks[0])
             _state.ends_with_blocks |= self._began
-            if _state.ends_with_blocks and _state.blocks == 0:
+            if _state.ends_with_blocks and not _state.blocks:
                 restore_numpy()
 
     def __repr__(self) -> str:
