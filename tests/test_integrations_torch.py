@@ -531,6 +531,31 @@ def test_a_change_of_the_module_counts() -> None:
     assert integration.calls == {"fused_step": 5, "fused_step by PyTorch": 1}
 
 
+WEIGHTED: list[tuple[Callable[[], Any], str, Callable[..., Any]]] = [
+    (nn.CrossEntropyLoss, "weight", classes),
+    (nn.BCEWithLogitsLoss, "weight", numbers),
+    (nn.BCEWithLogitsLoss, "pos_weight", numbers),
+    (nn.BCELoss, "weight", numbers),
+]
+
+
+@one_isa
+@pytest.mark.parametrize(("kind", "name", "target_of"), WEIGHTED, ids=lambda value: getattr(value, "__name__", value))
+def test_a_weight_that_a_loss_is_given_later_is_pytorchs(kind: Any, name: str, target_of: Any) -> None:
+    module = nn.Sequential(nn.Linear(20, 5), *([nn.Sigmoid()] if kind is nn.BCELoss else []))
+    twin, loss = copy.deepcopy(module), kind()
+    ours, theirs = made("sgd", module.parameters()), made("sgd", twin.parameters())
+    step = integration.fused_step(module, loss, ours)
+    x, target = torch.randn(6, 20), target_of(6, None)
+    given = torch.tensor([1.0, 10.0, 0.1, 2.0, 3.0])
+    param = nn.Parameter(given, requires_grad=False)  # which is held elsewhere from then on
+    for weight in (None, given, None, param, None, param):
+        setattr(loss, name, weight)
+        assert_close(step(x, target), eager_step(twin, loss, theirs, x, target))
+    assert_close(list(module.parameters()), list(twin.parameters()))
+    assert integration.calls == {"fused_step": 3, "fused_step by PyTorch": 3}
+
+
 # Optimizers.
 
 
