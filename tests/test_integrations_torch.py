@@ -998,7 +998,9 @@ def test_results_may_be_changed_in_place_where_those_of_eager_may(activation: An
             y.sum().backward()
             found.append(x.grad)
         except RuntimeError as error:
-            found.append("modified by an inplace operation" in str(error))
+            if "modified by an inplace operation" not in str(error):
+                raise
+            found.append(True)
     assert_close(*found)
     assert integration.calls["forward"] == 1
 
