@@ -1201,6 +1201,23 @@ def test_biases_may_change_before_a_second_derivative(function: Any) -> None:
 
 
 @one_isa
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
+def test_biases_may_change_before_a_gradient_that_pytorch_computes(is_frozen: bool) -> None:
+    found = []
+    for wrap in (compile_with_ours, lambda function: function):
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        out = wrap(module)(torch.randn(4, 6))
+        with torch.no_grad():
+            module[0].bias.add_(1)
+        module[0].bias.requires_grad_(not is_frozen)
+        out.backward(torch._neg_view(torch.ones(4, 3)))
+        found.append([param.grad for param in module.parameters() if param.grad is not None])
+    assert_close(*found)
+    assert integration.calls == {"forward": 1, "backward by PyTorch": 1}
+
+
+@one_isa
 def test_a_loss_that_is_kept_does_not_hold_the_samples() -> None:
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     for wrap in (compile_with_ours, lambda function: function):

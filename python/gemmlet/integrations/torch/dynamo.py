@@ -31,7 +31,6 @@ from .extension import (
     Network,
     calls,
     capsule,
-    has_no_version,
     is_negated,
     kernels,
 )
@@ -261,11 +260,11 @@ class Chain:
         return result
 
     def gradients(
-        self, inputs: list[Any], versions: list[int | None], kept: torch.Tensor, grad: Any, needed: tuple[bool, ...]
+        self, inputs: list[Any], versions: list[int], kept: torch.Tensor, grad: Any, needed: tuple[bool, ...]
     ) -> list[torch.Tensor | None]:
         """The gradients by PyTorch; with a graph of their own, where a second derivative is wanted."""
         changed = {
-            i for i, version in zip(self.saved(needed)[1], versions, strict=True) if _version(inputs[i]) != version
+            i for i, version in zip(self.saved(needed)[1], versions, strict=True) if inputs[i]._version != version
         }
         if any(i % 2 for i in changed) or 0 in changed:
             raise RuntimeError("a tensor that a gradient needs has been changed in place since the forward pass")
@@ -288,7 +287,7 @@ class Chain:
         return [next(found) if is_needed else None for is_needed in needed]
 
     def saved(self, needed: tuple[bool, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The positions of the inputs that PyTorch saves for backward, and of others that a second derivative reads.
+        """The positions of the inputs that backward reads, as in PyTorch, and of others that a second derivative reads.
 
         The others may be changed until backward.
         """
@@ -297,18 +296,12 @@ class Chain:
             layers = range(len(self.activations))
             lowest = next((i for i in layers if (i == 0 and needed[0]) or needed[1 + 2 * i] or needed[2 + 2 * i]), 0)
             weights = [1 + 2 * i for i in layers if i > lowest or (i == 0 and needed[0])]
-            targets = [] if self.loss is None else [self.end_of_parameters]
-            read = (*([0] if needed[1] else []), *weights, *targets)
+            read = tuple(([0] if needed[1] else []) + weights)
             found = self._saved[needed] = read, tuple(i for i in self._differentiated if i not in read)
         return found
 
 
 _requires_grad = operator.attrgetter("requires_grad")
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often a tensor has been changed, None of one of the inference mode."""
-    return None if has_no_version(tensor) else tensor._version
 
 
 def _behind(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Any], Any]:
@@ -341,16 +334,14 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
             rest[i] = None
         if chain.reads_result:
             saved.append(result.clone() if chain.copies_result else result)
-        ctx.state = chain, chain._found, chain._capsule, needed, read, rest, [_version(inputs[i]) for i in others]
+        ctx.state = chain, chain._found, chain._capsule, needed, read, rest, [inputs[i]._version for i in others]
         ctx.save_for_backward(*saved)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        saved = ctx.saved_tensors
         chain, found, network, needed, read, rest, versions = ctx.state
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # what was saved is freed as well
-            ctx.state = None
+        saved = ctx.saved_tensors
         inputs = rest.copy()
         for i, each in zip(read, saved[1:], strict=False):  # they may come from a hook
             inputs[i] = each
