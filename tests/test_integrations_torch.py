@@ -1218,6 +1218,18 @@ def test_biases_may_change_before_a_gradient_that_pytorch_computes(is_frozen: bo
 
 
 @one_isa
+@pytest.mark.parametrize("by", ["gemmlet", "PyTorch"])
+def test_a_head_is_trained_behind_what_the_inference_mode_made(by: str) -> None:
+    with torch.inference_mode():
+        x, first = torch.randn(4, 6), nn.Linear(6, 5).requires_grad_(False)
+    module = nn.Sequential(first, nn.Tanh(), nn.Linear(5, 3))
+    grad = torch.ones(4, 3) if by == "gemmlet" else torch._neg_view(torch.ones(4, 3))
+    params = list(module[2].parameters())
+    assert_close(*(torch.autograd.grad(f(x), params, grad) for f in (compile_with_ours(module), module)))
+    assert integration.calls == {"forward": 1, "backward" if by == "gemmlet" else "backward by PyTorch": 1}
+
+
+@one_isa
 def test_a_loss_that_is_kept_does_not_hold_the_samples() -> None:
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     for wrap in (compile_with_ours, lambda function: function):

@@ -31,6 +31,7 @@ from .extension import (
     Network,
     calls,
     capsule,
+    has_no_version,
     is_negated,
     kernels,
 )
@@ -260,12 +261,11 @@ class Chain:
         return result
 
     def gradients(
-        self, inputs: list[Any], versions: list[int], kept: torch.Tensor, grad: Any, needed: tuple[bool, ...]
+        self, inputs: list[Any], versions: list[int | None], kept: torch.Tensor, grad: Any, needed: tuple[bool, ...]
     ) -> list[torch.Tensor | None]:
         """The gradients by PyTorch; with a graph of their own, where a second derivative is wanted."""
-        changed = {
-            i for i, version in zip(self.saved(needed)[1], versions, strict=True) if inputs[i]._version != version
-        }
+        others = self.saved(needed)[1]
+        changed = {i for i, was, now in zip(others, versions, _versions(inputs, others), strict=True) if was != now}
         if any(i % 2 for i in changed) or 0 in changed:
             raise RuntimeError("a tensor that a gradient needs has been changed in place since the forward pass")
         create_graph = torch.is_grad_enabled()
@@ -304,6 +304,14 @@ class Chain:
 _requires_grad = operator.attrgetter("requires_grad")
 
 
+def _versions(inputs: Sequence[Any], positions: tuple[int, ...]) -> list[int | None]:
+    """How often tensors have been changed, None of those of the inference mode."""
+    try:
+        return [inputs[i]._version for i in positions]
+    except RuntimeError:  # rarely: to ask each takes as long as to read its version
+        return [None if has_no_version(inputs[i]) else inputs[i]._version for i in positions]
+
+
 def _behind(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Any], Any]:
     return lambda x: function(x, *arguments, **named)
 
@@ -334,7 +342,7 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
             rest[i] = None
         if chain.reads_result:
             saved.append(result.clone() if chain.copies_result else result)
-        ctx.state = chain, chain._found, chain._capsule, needed, read, rest, [inputs[i]._version for i in others]
+        ctx.state = chain, chain._found, chain._capsule, needed, read, rest, _versions(inputs, others)
         ctx.save_for_backward(*saved)
         return result
 
