@@ -1230,15 +1230,38 @@ def test_a_head_is_trained_behind_what_the_inference_mode_made(by: str) -> None:
 
 
 @one_isa
-def test_a_loss_that_is_kept_does_not_hold_the_samples() -> None:
-    module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    for wrap in (compile_with_ours, lambda function: function):
-        x = torch.randn(4, 6)
-        loss = wrap(lambda x, module=module: functional.mse_loss(module(x), torch.zeros(4, 3)))(x)
-        loss.backward()
-        held = weakref.ref(x)
-        del x
-        assert held() is None
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "first layer frozen"])
+@pytest.mark.parametrize("loss", ["mse_loss", "cross_entropy", "itself"])
+def test_a_loss_that_is_kept_does_not_hold_samples_or_targets(loss: str, is_frozen: bool) -> None:
+    module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+    module[0].requires_grad_(not is_frozen)
+
+    def function(x: Any, target: Any) -> Any:
+        return functional.mse_loss(module(x), x) if loss == "itself" else getattr(functional, loss)(module(x), target)
+
+    for each in (compile_with_ours(function), function):
+        x, target = torch.randn(4, 6), torch.randn(4, 6) if loss == "mse_loss" else torch.arange(4)
+        value = each(x, target)
+        value.backward(retain_graph=True)
+        value.backward()
+        held = weakref.ref(x), weakref.ref(target)
+        del x, target
+        assert [tensor() for tensor in held] == [None, None]
+        assert value.requires_grad
+    assert integration.calls == {"forward": 1, "backward": 2}
+
+
+@one_isa
+@pytest.mark.parametrize("loss", ["mse_loss", "cross_entropy"])
+def test_targets_that_are_changed_before_backward_are_seen_as_in_eager(loss: str) -> None:
+    module = nn.Linear(6, 5)
+    function = lambda x, target: getattr(functional, loss)(module(x), target)  # noqa: E731
+    for each in (compile_with_ours(function), function):
+        target = torch.randn(4, 5) if loss == "mse_loss" else torch.arange(4)
+        value = each(torch.randn(4, 6), target)
+        target.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
 
 
 @one_isa

@@ -287,7 +287,7 @@ class Chain:
         return [next(found) if is_needed else None for is_needed in needed]
 
     def saved(self, needed: tuple[bool, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The positions of the inputs that backward reads, as in PyTorch, and of others that a second derivative reads.
+        """The positions of the inputs that PyTorch saves for backward, and of others that a second derivative reads.
 
         The others may be changed until backward.
         """
@@ -296,7 +296,8 @@ class Chain:
             layers = range(len(self.activations))
             lowest = next((i for i in layers if (i == 0 and needed[0]) or needed[1 + 2 * i] or needed[2 + 2 * i]), 0)
             weights = [1 + 2 * i for i in layers if i > lowest or (i == 0 and needed[0])]
-            read = tuple(([0] if needed[1] else []) + weights)
+            targets = [] if self.loss is None else [self.end_of_parameters]
+            read = (*([0] if needed[1] else []), *weights, *targets)
             found = self._saved[needed] = read, tuple(i for i in self._differentiated if i not in read)
         return found
 
@@ -348,8 +349,10 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        chain, found, network, needed, read, rest, versions = ctx.state
         saved = ctx.saved_tensors
+        chain, found, network, needed, read, rest, versions = ctx.state
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # what was saved is freed as well
+            ctx.state = None
         inputs = rest.copy()
         for i, each in zip(read, saved[1:], strict=False):  # they may come from a hook
             inputs[i] = each
