@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from .extension import (
     Network,
     calls,
     capsule,
+    has_no_version,
     is_negated,
     kernels,
 )
@@ -259,30 +261,33 @@ class Chain:
         return result
 
     def gradients(
-        self, inputs: list[Any], versions: list[int], kept: torch.Tensor, grad: Any, needed: tuple[bool, ...]
+        self, inputs: list[Any], versions: list[int | None], kept: torch.Tensor, grad: Any, needed: tuple[bool, ...]
     ) -> list[torch.Tensor | None]:
         """The gradients by PyTorch; with a graph of their own, where a second derivative is wanted."""
-        changed = {
-            i for i, version in zip(self.saved(needed)[1], versions, strict=True) if inputs[i]._version != version
-        }
+        others = self.saved(needed)[1]
+        changed = {i for i, was, now in zip(others, versions, _versions(inputs, others), strict=True) if was != now}
         if any(i % 2 for i in changed) or 0 in changed:
             raise RuntimeError("a tensor that a gradient needs has been changed in place since the forward pass")
-        end = len(kept)  # of the biases as they were, the last of what is kept
-        for i in range(self.end_of_parameters - 1, 0, -2):
-            begin = end - inputs[i - 1].shape[0]
-            if i in changed:
-                inputs[i] = _WithValues.apply(inputs[i], kept[begin:end])
-            end = begin
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Aliases: an input may be computed from another one, whose gradient that way is not the chain's.
-            own = [each.view_as(each) if i < len(needed) and needed[i] else each for i, each in enumerate(inputs)]
-            wanted = [each for each, is_needed in zip(own, needed, strict=False) if is_needed]
+            end = len(kept)  # of the biases as they were, the last of what is kept
+            for i in range(self.end_of_parameters - 1, 0, -2):
+                begin = end - inputs[i - 1].shape[0]
+                if i in changed:
+                    inputs[i] = _WithValues.apply(inputs[i], kept[begin:end])
+                end = begin
+            # Aliases: an input may be computed from another one, whose gradient that way is not the chain's. Those that
+            # have been frozen since are asked for as well.
+            own = inputs.copy()
+            wanted = []
+            for i in itertools.compress(range(len(needed)), needed):
+                own[i] = inputs[i].view_as(inputs[i]).requires_grad_()
+                wanted.append(own[i])
             found = iter(torch.autograd.grad(self.eager(*own), wanted, grad, create_graph=create_graph))
         return [next(found) if is_needed else None for is_needed in needed]
 
     def saved(self, needed: tuple[bool, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The positions of the inputs that backward reads, as in PyTorch, and of others that a second derivative reads.
+        """The positions of the inputs that PyTorch saves for backward, and of others that a second derivative reads.
 
         The others may be changed until backward.
         """
@@ -291,12 +296,21 @@ class Chain:
             layers = range(len(self.activations))
             lowest = next((i for i in layers if (i == 0 and needed[0]) or needed[1 + 2 * i] or needed[2 + 2 * i]), 0)
             weights = [1 + 2 * i for i in layers if i > lowest or (i == 0 and needed[0])]
-            read = tuple(([0] if needed[1] else []) + weights)
+            targets = [] if self.loss is None else [self.end_of_parameters]
+            read = (*([0] if needed[1] else []), *weights, *targets)
             found = self._saved[needed] = read, tuple(i for i in self._differentiated if i not in read)
         return found
 
 
 _requires_grad = operator.attrgetter("requires_grad")
+
+
+def _versions(inputs: Sequence[Any], positions: tuple[int, ...]) -> list[int | None]:
+    """How often tensors have been changed, None of those of the inference mode."""
+    try:
+        return [inputs[i]._version for i in positions]
+    except RuntimeError:  # rarely: to ask each takes as long as to read its version
+        return [None if has_no_version(inputs[i]) else inputs[i]._version for i in positions]
 
 
 def _behind(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Callable[[Any], Any]:
@@ -329,14 +343,16 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
             rest[i] = None
         if chain.reads_result:
             saved.append(result.clone() if chain.copies_result else result)
-        ctx.state = chain, chain._found, chain._capsule, needed, read, rest, [inputs[i]._version for i in others]
+        ctx.state = chain, chain._found, chain._capsule, needed, read, rest, _versions(inputs, others)
         ctx.save_for_backward(*saved)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        chain, found, network, needed, read, rest, versions = ctx.state
         saved = ctx.saved_tensors
+        chain, found, network, needed, read, rest, versions = ctx.state
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # what was saved is freed as well
+            ctx.state = None
         inputs = rest.copy()
         for i, each in zip(read, saved[1:], strict=False):  # they may come from a hook
             inputs[i] = each

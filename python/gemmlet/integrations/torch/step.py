@@ -283,9 +283,10 @@ class _Model:
         self.network = Network(tuple(activations), self._loss(loss, activations[-1]))
         self.params: list[torch.Tensor] = [p for each in self._linears for p in (each.weight, each.bias)]
         self._values = self._found()
-        # What the modules hold: sequences their layers, layers their parameters.
-        held = [each._modules for each in self._modules if type(each) is nn.Sequential]
-        self._held: list[Mapping[str, Any]] = held + [each._parameters for each in self._linears]
+        # What the modules hold: sequences their layers, layers their parameters, a loss its weights.
+        held: list[Mapping[str, Any]] = [each._modules for each in self._modules if type(each) is nn.Sequential]
+        held += [each._parameters for each in self._linears]
+        self._held = [*held, loss._buffers, loss._parameters] if isinstance(loss, nn.Module) else held
         self._parts = self._found_parts()
         attributes = [each.__dict__ for each in self._modules]
         self._attributes, self._sizes = attributes, [*map(len, attributes)]
