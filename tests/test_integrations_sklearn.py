@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -226,9 +227,11 @@ def test_sample_weights_otherwise(calls: list[str]) -> None:
     theirs, mine = (m.fit(X, CLASSES, sample_weight=WEIGHTS) for m in pair(CLASSIFIER, {"solver": "lbfgs"}))
     assert {"linear", "matmul"} <= set(calls)
     assert_alike(theirs, mine, X, 1e-8)
-    for model in pair(CLASSIFIER, {"batch_size": 30, "shuffle": False}):
+    theirs, mine = pair(CLASSIFIER, {"batch_size": 30, "shuffle": False})
+    for model in (theirs, mine):  # the first mini-batch is trained on
         with pytest.raises(ZeroDivisionError, match="Weights sum to zero, can't be normalized"):
             model.fit(X, CLASSES, sample_weight=np.repeat([1.0, 0.0, 1.0], 30))
+    np.testing.assert_allclose(mine.coefs_[0], theirs.coefs_[0], 1e-10)
     calls.clear()
     theirs, mine = (m.fit(X, CLASSES, sample_weight=WEIGHTS - 0.1) for m in pair(CLASSIFIER, {}))
     assert "train" not in calls  # some are negative
@@ -263,6 +266,58 @@ def test_what_is_not_usual_is_theirs(calls: list[str]) -> None:
         theirs, mine = (m.fit(X, NUMBERS**2) for m in pair(REGRESSOR, {"loss": "poisson"}))
         assert "train" not in calls
         assert_alike(theirs, mine, X, 1e-10)
+
+
+def test_a_subclass_computes_as_it_says(calls: list[str]) -> None:
+    def halved_gradients(base: Any) -> Any:
+        def compute(self: Any, layer: int, rows: Any, activations: Any, deltas: Any, coefs: Any, biases: Any) -> None:
+            base._compute_loss_grad(self, layer, rows, activations, deltas, coefs, biases)
+            coefs[layer] *= 0.5
+
+        return type("Halved", (base,), {"_compute_loss_grad": compute})
+
+    def dropped_features(base: Any) -> Any:
+        def forward(self: Any, activations: Any) -> Any:
+            activations[0][:, 0] = 0
+            return base._forward_pass(self, activations)
+
+        return type("Dropped", (base,), {"_forward_pass": forward})
+
+    for derived in (halved_gradients, dropped_features):
+        bases = neural_network.MLPClassifier, ours.MLPClassifier
+        models = [derived(base)((5,), random_state=0, max_iter=3).fit(X.copy(), CLASSES) for base in bases]
+        assert "train" not in calls
+        assert_alike(*models, X, 1e-10)
+
+
+def test_a_function_of_scikit_learns_that_somebody_has_replaced(calls: list[str], monkeypatch: Any) -> None:
+    tables = neural_network._multilayer_perceptron
+    monkeypatch.setitem(tables.ACTIVATIONS, "relu", lambda x: np.maximum(x, 0.1 * x, out=x))
+    theirs, mine = (m.fit(X, CLASSES) for m in pair(CLASSIFIER, {}))
+    assert {"train", "linear"}.isdisjoint(calls)
+    assert_alike(theirs, mine, X, 1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(9, 4), ()])
+def test_another_number_of_layers_is_an_error_of_theirs(sizes: tuple[int, ...], cpu: Any) -> None:
+    errors = []
+    for model in pair(CLASSIFIER, {"warm_start": True}):
+        model.fit(X, CLASSES).set_params(hidden_layer_sizes=sizes)
+        with pytest.raises((AttributeError, IndexError, ValueError)) as caught:
+            model.fit(X, CLASSES)
+        errors.append(repr(caught.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-50, 1e30])
+def test_learning_rates_out_of_all_bounds(lr: float, cpu: Any) -> None:
+    models = pair(CLASSIFIER, {"solver": "sgd"})
+    for model in models:
+        model.partial_fit(X, CLASSES, classes=np.unique(CLASSES))
+        model._optimizer.learning_rate = lr
+        with contextlib.suppress(ValueError), np.errstate(all="ignore"):  # 1e30 is too much for both
+            model.partial_fit(X, CLASSES)
+    np.testing.assert_allclose(models[1].coefs_[0], models[0].coefs_[0], 1e-10)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e14, 1e20, 1e39, 1e-20])
@@ -559,9 +614,9 @@ def test_what_is_not_known_is_left_alone(calls: list[str], monkeypatch: pytest.M
         return 2 * loss, *gradients
 
     def renamed(
-        self: Any, X: Any, y: Any, weights: Any, a: Any, d: Any, c: Any, i: Any, units: Any, incremental: Any
+        self: Any, X: Any, y: Any, weights: Any, a: Any, d: Any, c: Any, i: Any, layer_units: Any, incremental: Any
     ) -> Any:
-        return fit_stochastic(self, X, y, weights, a, d, c, i, units, incremental)
+        return fit_stochastic(self, X, y, weights, a, d, c, i, layer_units, incremental)
 
     fit_stochastic = base._fit_stochastic
     other.__signature__ = __import__("inspect").signature(base._backprop)  # type: ignore[attr-defined]

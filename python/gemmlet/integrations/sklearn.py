@@ -31,6 +31,7 @@ import sklearn
 from numpy.typing import NDArray
 from sklearn import neural_network
 from sklearn.model_selection import train_test_split
+from sklearn.neural_network import _multilayer_perceptron
 from sklearn.utils import validation
 
 from .. import kernels
@@ -77,13 +78,23 @@ _MOST_SQUARED = 1e15
 
 # What is overridden of scikit-learn, all of it private, with the arguments that are used here.
 _HOOKS = {
-    "_fit_stochastic": ("X", "y", "incremental"),
+    "_fit_stochastic": ("X", "y", "layer_units", "incremental"),
     "_backprop": ("X", "y"),
     "_forward_pass": ("activations",),
     "_forward_pass_fast": ("X", "check_input"),
     "_compute_loss_grad": ("layer", "activations", "deltas", "coef_grads", "intercept_grads"),
     "_update_no_improvement_count": ("early_stopping",),
 }
+
+# scikit-learn's functions that are computed otherwise here, as they are at import.
+_TABLES = [
+    (table, dict(table))
+    for table in (
+        _multilayer_perceptron.ACTIVATIONS,
+        _multilayer_perceptron.DERIVATIVES,
+        _multilayer_perceptron.LOSS_FUNCTIONS,
+    )
+]
 
 
 class _Epochs:
@@ -153,7 +164,10 @@ class _Epochs:
                 steps = math.ceil(len(where) / self._size)
                 if self._weights is not None:
                     weight_sums = np.add.reduceat(self._weights[where], np.arange(0, len(where), self._size))
-                    if not weight_sums.all():  # np.average says so
+                    if not weight_sums.all():  # those before it are trained on
+                        steps = int(np.argmin(weight_sums != 0))
+                        where = where[: steps * self._size]
+                    if not steps:  # np.average says so
                         raise ZeroDivisionError("Weights sum to zero, can't be normalized")
                 with deferred_signals():
                     budget.start()
@@ -233,8 +247,10 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
     names = () if optimizer is None else _RULES.get(kind, (kind, ()))[1]
     states = [getattr(optimizer, name) for name in names]
     written = [*parameters, *(a for state in states for a in state)]
+    lr = model.learning_rate_init if optimizer is None else optimizer.learning_rate
     usual = (
         kind in _RULES
+        and _computes_as_known(model)
         and widths is not None
         and (widths[0], widths[-1]) == (X.shape[1], y.shape[1])
         and model.loss == loss
@@ -244,13 +260,27 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
         and not any(np.may_share_memory(a, b) for a, b in combinations(written, 2))
         and (weights is None or (np.all(weights >= 0) and np.sum(weights, dtype=np.float64) < math.inf))
         and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) < _MOST_SQUARED)
-        # With a steeper schedule, velocities without the learning rate could overflow.
-        and not (model.learning_rate == "invscaling" and model.power_t > 2)
+        # Velocities are kept without the learning rate: they must not overflow, nor it become 0.
+        and (kind == "AdamOptimizer" or 1e-35 < lr < 1e35)
+        and not (model.learning_rate == "invscaling" and (model.power_t > 2 or lr < 1e-15))
     )
     if not usual:
         return None
     epochs = _Epochs(model, X, y, weights, size, kind)
     return epochs if epochs.is_supported else None
+
+
+def _computes_as_known(model: Any) -> bool:
+    """Whether nobody, in a subclass say, has replaced what is computed otherwise here."""
+    return (
+        all(getattr(type(model), name) is getattr(_Accelerated, name) for name in _HOOKS if name != "_fit_stochastic")
+        and _HOOKS.keys().isdisjoint(vars(model))
+        and _has_known_functions()
+    )
+
+
+def _has_known_functions() -> bool:
+    return all(table == known for table, known in _TABLES)
 
 
 def _widths(model: Any) -> list[int] | None:
@@ -276,7 +306,7 @@ class _Accelerated:
         call = inspect.signature(plain).bind(*args, **kwargs)
         given, batch_size = call.arguments, self.batch_size
         X, incremental = given["X"], given["incremental"]
-        if _fault is not None:
+        if _fault is not None or len(given["layer_units"]) != self.n_layers_:  # of which scikit-learn makes an error
             return plain(*args, **kwargs)
         n = X.shape[0]
         if self.early_stopping and not incremental:
@@ -315,7 +345,7 @@ class _Accelerated:
 
     def _forward_pass(self: Any, activations: Any) -> Any:
         layers = _layers(self, activations[0]) if _fault is None else None
-        if layers is not None and activations[0].dtype == layers[0][0].dtype:
+        if layers is not None and len(layers) + 1 == len(activations) and activations[0].dtype == layers[0][0].dtype:
             for i, (layer, x) in enumerate(zip(layers, activations, strict=False)):
                 activations[i + 1] = kernels.linear(x, *layer)
             if self.out_activation_ == "softmax":
@@ -351,7 +381,7 @@ def _are_usual(*arrays: Any) -> bool:
 
 def _layers(model: Any, X: Any) -> list[tuple[Array, Array, str | None]] | None:
     """Weight, bias and activation of each layer in the dtype of the outputs; None for what the kernels do not take."""
-    if not _is_plain(X) or X.ndim != 2 or X.dtype.kind not in "biuf":
+    if not _is_plain(X) or X.ndim != 2 or X.dtype.kind not in "biuf" or not _has_known_functions():
         return None
     if (widths := _widths(model)) is None or widths[0] != X.shape[1]:
         return None
