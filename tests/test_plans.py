@@ -368,6 +368,19 @@ def test_weights_of_another_form(kind: str, weights: Any, dtype: Any) -> None:
         with_weights(plan, weights)
 
 
+@pytest.mark.parametrize("factor", [2.0**-1060, 2.0**-130, 2.0**130, 2.0**1015])
+def test_the_size_of_weights_changes_no_bit(factor: float, backend: Any, dtype: Any) -> None:
+    """Their ratio is what counts, also where neither they nor what they are multiplied by would fit float32."""
+    plan, batches = single(dtype, samples(dtype), Loss(0, MSE, 1e4 * numbers(3, dtype)))
+    plan, batches = plan_and_batches(plan.networks, [*plan.phases[:-1], Penalty(0, 0.0), plan.phases[-1]])
+    weights = np.arange(N) % 5.0
+    wanted, expected = staged(backend, with_weights(plan, weights), batches)
+    outcomes, arrays = staged(backend, with_weights(plan, factor * weights), batches)
+    assert outcomes == wanted
+    assert all(map(same_bits, arrays, expected))
+    assert all(np.isfinite(array).all() for array in arrays)
+
+
 def test_averages_without_a_decay_are_the_parameters(backend: Any, dtype: Any) -> None:
     plan, batches = mlp(dtype)
     there = backend.stage(plan)

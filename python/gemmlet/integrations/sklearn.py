@@ -71,8 +71,8 @@ _OPTIMIZERS = {"adam": "AdamOptimizer", "sgd": "SGDOptimizer"}
 # Rows that pass through all layers together when predicting: their activations stay in the cache.
 _CHUNK = 1024
 
-# With float64 targets scikit-learn computes losses and gradients of float32 samples in float64. Of targets below it
-# float32 holds the squares, and those of a network's gradients.
+# With float64 targets scikit-learn computes losses and gradients of float32 samples in float64. Of targets and
+# penalties below it float32 holds the squares, and those of a network's gradients.
 _MOST_SQUARED = 1e15
 
 # What is overridden of scikit-learn, all of it private, with the arguments that are used here.
@@ -243,7 +243,7 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
         and all([a.shape for a in state] == [a.shape for a in parameters] for state in states)
         and not any(np.may_share_memory(a, b) for a, b in combinations(written, 2))
         and (weights is None or (np.all(weights >= 0) and np.sum(weights, dtype=np.float64) < math.inf))
-        and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) < _MOST_SQUARED)
+        and (loss == "log_loss" or y.dtype == dtype or _most(y, model.alpha, weights) < _MOST_SQUARED)
         # With a steeper schedule, velocities without the learning rate could overflow.
         and not (model.learning_rate == "invscaling" and model.power_t > 2)
     )
@@ -251,6 +251,12 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
         return None
     epochs = _Epochs(model, X, y, weights, size, kind)
     return epochs if epochs.is_supported else None
+
+
+def _most(y: Array, alpha: float, weights: Any) -> float:
+    """The largest target; or the penalty, divided by the least that the weights of a mini-batch may add up to."""
+    least = 1.0 if weights is None else np.min(weights, where=weights > 0, initial=math.inf)
+    return max(float(np.abs(y).max(initial=0)), float(alpha) / float(least))
 
 
 def _widths(model: Any) -> list[int] | None:
