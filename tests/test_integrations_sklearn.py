@@ -223,6 +223,22 @@ def test_sample_weights(name: str, calls: list[str], dtype: Any) -> None:
 
 
 @pytest.mark.skipif(not TAKES_WEIGHTS, reason="scikit-learn has sample weights since 1.7")
+@pytest.mark.parametrize(
+    "weights", [1e-40, 1e-36, 1e30, np.repeat([1e-30, 1e30], N // 2)], ids=lambda w: f"{np.max(w)}"
+)
+def test_sample_weights_of_any_size(weights: Any, calls: list[str]) -> None:
+    """In float32, of which the smallest weights have few bits left once scikit-learn has multiplied by them."""
+    x, numbers = X.astype(np.float32), 1e4 * NUMBERS
+    for cls, y, alpha in ((CLASSIFIER, CLASSES, 0.0), (REGRESSOR, numbers, 0.0), (REGRESSOR, numbers, 1e-4)):
+        calls.clear()
+        models = pair(cls, {"alpha": alpha, "batch_size": 8})
+        theirs, mine = (m.fit(x, y, sample_weight=np.broadcast_to(weights, N)) for m in models)
+        # The L2 term is divided by the weights: scikit-learn has its square in float64 here, float32 may not hold it.
+        assert ("train" in calls) == (alpha < 1e15 * np.min(weights))
+        assert_alike(theirs, mine, x, RTOL["float32"])
+
+
+@pytest.mark.skipif(not TAKES_WEIGHTS, reason="scikit-learn has sample weights since 1.7")
 def test_sample_weights_otherwise(calls: list[str]) -> None:
     theirs, mine = (m.fit(X, CLASSES, sample_weight=WEIGHTS) for m in pair(CLASSIFIER, {"solver": "lbfgs"}))
     assert {"linear", "matmul"} <= set(calls)

@@ -229,6 +229,15 @@ Node = tuple[Any, ...]  # operator, inputs, output, attributes
 LAYER0: list[Node] = [("MatMul", "x w0", "m0"), ("Add", "m0 b0", "z0")]
 LAYER1: list[Node] = [("MatMul", "a0 w1", "m1"), ("Add", "m1 b1", "z1")]
 USUAL: list[Node] = [*LAYER0, ("Relu", "z0", "a0"), *LAYER1, ("Softmax", "z1", "y")]
+# Of one output both classes, with the constants of ONE.
+ONE = {"w": W1[:, :1], "one": np.float32([1])}
+OF_TWO: list[Node] = [
+    *USUAL[:3],
+    ("MatMul", "a0 w", "z"),
+    ("Sigmoid", "z", "p"),
+    ("Sub", "one p", "q"),
+    ("Concat", "q p", "both", {"axis": 1}),
+]
 
 
 def graph(
@@ -495,19 +504,12 @@ def test_logits_are_what_they_are_said_to_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [[0, 1], [3, 7], ["no", "yes"]])
 def test_a_classifier_of_scikit_learns_converter(labels: list[Any], tmp_path: Path) -> None:
     """Of two classes it makes a column each, and then a map for each row, whose keys are the labels."""
-    of_two: list[Node] = [
-        *LAYER0,
-        ("Relu", "z0", "a0"),
-        ("MatMul", "a0 w", "z"),
-        ("Sigmoid", "z", "p"),
-        ("Sub", "one p", "q"),
-        ("Concat", "q p", "y", {"axis": 1}),
-    ]
+    of_two = [*OF_TWO, ("Identity", "both", "y")]
     maps = ("ZipMap@ai.onnx.ml", "y", "maps", {f"classlabels_{'strings' if labels[0] == 'no' else 'int64s'}": labels})
-    path, x = graph(tmp_path / "g.onnx", of_two, {"w": W1[:, :1], "one": np.float32([1])}), samples(100, "float32", 6)
+    path, x = graph(tmp_path / "g.onnx", of_two, ONE), samples(100, "float32", 6)
     both = run(path, x, reference=True)
     assert np.abs(both - np.c_[1 - both[:, 1], both[:, 1]]).max() < 1e-6
-    found = onnx.load(graph(path, [*of_two, maps], {"w": W1[:, :1], "one": np.float32([1])}))
+    found = onnx.load(graph(path, [*of_two, maps], ONE))
     key = TensorProto.STRING if labels[0] == "no" else TensorProto.INT64
     of_maps = helper.make_sequence_type_proto(
         helper.make_map_type_proto(key, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
@@ -736,6 +738,13 @@ REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
         [*USUAL[:-1], ("Sigmoid", "z1", "p"), ("Sub", "half p", "q"), ("Concat", "q p", "y", {"axis": 1})],
         HALF,
         r"the_y \(Concat\) is no layer",
+    ),
+    "one class times both": ([*OF_TWO, ("Mul", "both q", "y")], ONE, r"the_y \(Mul\) stands behind Concat"),
+    "the logarithm of both classes": ([*OF_TWO, ("Log", "both", "y")], ONE, r"the_y \(Log\) stands behind Concat"),
+    "samples and their complements": (
+        [("Sub", "one x", "q"), ("Concat", "q x", "both", {"axis": 1}), ("MatMul", "both w", "y")],
+        ONE | {"w": np.ones((12, 2), np.float32)},
+        r"the_y \(MatMul\) stands behind Concat",
     ),
     "no layer": ([("Relu", "x", "y")], {}, "it has no layer"),
     "too few features": ([("MatMul", "x w", "y")], {"w": np.ones((4, 2), np.float32)}, "its input has 6 features"),

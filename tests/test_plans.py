@@ -233,11 +233,16 @@ def with_reduction(dtype: Any) -> tuple[Any, Batches]:
     return plan_and_batches(plan.networks, [*plan.phases[:-1], AllReduce(0, halve), plan.phases[-1]])
 
 
+def with_weights(plan: TrainingPlan, weights: Any) -> TrainingPlan:
+    gather = plan.gather._replace(dataset=plan.gather.dataset._replace(weights=weights))
+    return TrainingPlan(plan.networks, (gather, *plan.phases[1:]))
+
+
 def weighted(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
     """Each sample counts something else, some of them nothing."""
     weights = np.random.default_rng(5).uniform(0, 3, N) * (np.arange(N) % 4 != 0)
-    gather = plan.gather._replace(dataset=plan.gather.dataset._replace(weights=weights))
-    return plan_and_batches(plan.networks, [gather, *plan.phases[1:]], noise=batches.noise)
+    plan = with_weights(plan, weights)
+    return plan_and_batches(plan.networks, plan.phases, noise=batches.noise)
 
 
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
@@ -344,12 +349,36 @@ def test_weights_out_of_their_domain(weights: tuple[float, float], backend: Any,
     plan, batches = PLANS["weights"](dtype)
     last, numbers = batches.order[-BATCH:], np.ones(N)
     numbers[last] = np.resize(weights, BATCH)
-    dataset = plan.gather.dataset._replace(weights=numbers)
-    plan = TrainingPlan(plan.networks, (plan.gather._replace(dataset=dataset), *plan.phases[1:]))
+    plan = with_weights(plan, numbers)
     before = [array.copy() for array in arrays_of(plan)]
     with pytest.raises(ValueError, match="weights: "):
         backend.train(backend.stage(plan), batches if backend.supports_fused(plan) else batches._replace(order=last))
     assert all(map(same_bits, arrays_of(plan), before))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [np.ones(N - 1), np.ones((N, 1)), np.ones(N, np.float32), np.ones(2 * N)[::2]],
+    ids=lambda w: str(w.shape),
+)
+@pytest.mark.parametrize("kind", ["dense", "csr"])
+def test_weights_of_another_form(kind: str, weights: Any, dtype: Any) -> None:
+    plan, _ = single(dtype, samples(dtype, kind), Loss(0, SOFTMAX, CLASSES))
+    with pytest.raises(ValueError, match=rf"weights: expected a contiguous array of shape \({N},\) and float64, not"):
+        with_weights(plan, weights)
+
+
+@pytest.mark.parametrize("factor", [2.0**-1060, 2.0**-130, 2.0**130, 2.0**1015])
+def test_the_size_of_weights_changes_no_bit(factor: float, backend: Any, dtype: Any) -> None:
+    """Their ratio is what counts, also where neither they nor what they are multiplied by would fit float32."""
+    plan, batches = single(dtype, samples(dtype), Loss(0, MSE, 1e4 * numbers(3, dtype)))
+    plan, batches = plan_and_batches(plan.networks, [*plan.phases[:-1], Penalty(0, 0.0), plan.phases[-1]])
+    weights = np.arange(N) % 5.0
+    wanted, expected = staged(backend, with_weights(plan, weights), batches)
+    outcomes, arrays = staged(backend, with_weights(plan, factor * weights), batches)
+    assert outcomes == wanted
+    assert all(map(same_bits, arrays, expected))
+    assert all(np.isfinite(array).all() for array in arrays)
 
 
 def test_averages_without_a_decay_are_the_parameters(backend: Any, dtype: Any) -> None:

@@ -297,11 +297,11 @@ class Executor {
           network.forward_rest(slot, rows);
           break;
         case Phase::loss: {
-          const T scale = static_cast<T>(work.objective->loss.weight / weight_sum_from(start));
+          const T scale = static_cast<T>(work.objective->loss.weight / static_cast<double>(batch_rows));
           work.objective->evaluate(batches_.order + start, base, static_cast<std::size_t>(input), rows, slot, scale);
           if (plan_.samples.weights != nullptr)
-            work.objective->weigh(batches_.order + start, base, rows, plan_.samples.weights,
-                                  static_cast<double>(batch_rows) / weight_sum_from(start));
+            work.objective->weigh(batches_.order + start, base, rows, plan_.samples.weights, weight_sum_from(start),
+                                  batch_rows);
           break;
         }
         case Phase::backward: {
@@ -374,7 +374,7 @@ class Executor {
     for (const Work<T>& work : stage.rows) {
       double& loss = outcome_.losses[work.loss];
       for (const double square : work.squares)
-        loss += 0.5 * work.phase.factor * square * (static_cast<double>(batch_rows) / weight_sum);
+        loss += 0.5 * work.phase.factor * square / (weight_sum / static_cast<double>(batch_rows));
       if (work.objective == nullptr) continue;
       const Objective<T>& objective = *work.objective;
       const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);

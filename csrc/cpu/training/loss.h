@@ -82,12 +82,13 @@ struct Objective {
     }
   }
 
-  // Multiplies the gradients of rows that have been evaluated by their weights, and the losses by `scale` times these.
-  void weigh(const Index* samples, Index base, Range rows, const double* weights, double scale) {
+  // Multiplies the losses and gradients of rows that have been evaluated by their weights, in units of the mini-batch's
+  // mean weight. The share of the sum comes first: it is at most 1, however small or large the weights are.
+  void weigh(const Index* samples, Index base, Range rows, const double* weights, double weight_sum, Index batch_rows) {
     const Rows<T>& gradients = network.output_gradients();
     for (Index i = rows.first; i < rows.end; ++i) {
-      const double weight = weights[samples[i - base]];
-      losses[static_cast<std::size_t>(i)] *= scale * weight;
+      const double weight = weights[samples[i - base]] / weight_sum * static_cast<double>(batch_rows);
+      losses[static_cast<std::size_t>(i)] *= weight;
       for (Index j = 0; j < out; ++j) gradients.row(i)[j] *= static_cast<T>(weight);
     }
   }

@@ -72,8 +72,8 @@ _OPTIMIZERS = {"adam": "AdamOptimizer", "sgd": "SGDOptimizer"}
 # Rows that pass through all layers together when predicting: their activations stay in the cache.
 _CHUNK = 1024
 
-# With float64 targets scikit-learn computes losses and gradients of float32 samples in float64. Of targets below it
-# float32 holds the squares, and those of a network's gradients.
+# With float64 targets scikit-learn computes losses and gradients of float32 samples in float64. Of targets and
+# penalties below it float32 holds the squares, and those of a network's gradients.
 _MOST_SQUARED = 1e15
 
 # What is overridden of scikit-learn, all of it private, with the arguments that are used here.
@@ -259,7 +259,7 @@ def _epochs_of(model: Any, X: Any, y: Array, weights: Any, size: int, optimizer:
         and all([a.shape for a in state] == [a.shape for a in parameters] for state in states)
         and not any(np.may_share_memory(a, b) for a, b in combinations(written, 2))
         and (weights is None or (np.all(weights >= 0) and np.sum(weights, dtype=np.float64) < math.inf))
-        and (loss == "log_loss" or y.dtype == dtype or np.abs(y).max(initial=0) < _MOST_SQUARED)
+        and (loss == "log_loss" or y.dtype == dtype or _most(y, model.alpha, weights) < _MOST_SQUARED)
         # Velocities are kept without the learning rate: they must not overflow, nor it become 0.
         and (kind == "AdamOptimizer" or 1e-35 < lr < 1e35)
         and not (model.learning_rate == "invscaling" and (model.power_t > 2 or lr < 1e-15))
@@ -281,6 +281,12 @@ def _computes_as_known(model: Any) -> bool:
 
 def _has_known_functions() -> bool:
     return all(table == known for table, known in _TABLES)
+
+
+def _most(y: Array, alpha: float, weights: Any) -> float:
+    """The largest target; or the penalty, divided by the least that the weights of a mini-batch may add up to."""
+    least = 1.0 if weights is None else np.min(weights, where=weights > 0, initial=math.inf)
+    return max(float(np.abs(y).max(initial=0)), float(alpha) / float(least))
 
 
 def _widths(model: Any) -> list[int] | None:

@@ -434,7 +434,7 @@ class _Reader:
 
     def _walk(self, start: str, output: str) -> Any:
         """Take the graph apart into layers and gaps, and return the Softmax at its end, if there is one."""
-        tip, there, nodes, before, ending = start, {start}, list[Any](), None, None
+        tip, there, nodes, before, ending, last = start, {start}, list[Any](), None, None, None
         are_rows = self.shape is None or len(self.shape) == 2
         for node in self._needed(output):
             inputs = [self.same.get(name, name) for name in node.input]
@@ -450,21 +450,22 @@ class _Reader:
             if not dynamic:
                 self._fold(node, inputs)
                 continue
+            changes_nothing = self._changes_nothing(node, inputs)
+            if last is not None and not changes_nothing:
+                raise self._refusal(node, f"stands behind {last.op_type}")
             if not there.issuperset(dynamic):
                 raise self._refusal(node, f"takes {', '.join(sorted(set(dynamic) - there))} past a layer")
-            if self._changes_nothing(node, inputs):
+            if changes_nothing:
                 self.same[node.output[0]] = inputs[0]
                 makes_rows = operator in ("Flatten", "Reshape")
                 are_rows = are_rows or makes_rows
                 if shape is not None:
                     self.shapes[node.output[0]] = [*shape[:1], self._features() or 0] if makes_rows else shape
                 continue
-            if ending is not None:
-                raise self._refusal(node, f"stands behind {ending.op_type}")
             if operator in ("Softmax", "LogSoftmax"):
                 if not self.layers or self._attributes(node).get("axis", -1) not in (-1, 1):
                     raise self._refusal(node, "is not along the outputs of a layer")
-                ending, tip = node, node.output[0]
+                ending, last, tip = node, node, node.output[0]
                 self.gaps.append(_Gap(nodes, before, start, inputs[0]))
                 there = {tip}
             elif (layer := self._layer(node, inputs)) is not None:
@@ -481,7 +482,8 @@ class _Reader:
                 start = tip = node.output[0]
                 there = {start}
             elif operator == "Concat" and self._adds_complement(node, inputs, nodes):
-                nodes.pop()
+                last = node
+                there.remove(nodes.pop().output[0])
                 tip = self.same[node.output[0]] = inputs[1]
             elif operator in _ELEMENTWISE and all(self._is_number(n) for n in inputs if n in self.known):
                 tip = node.output[0]

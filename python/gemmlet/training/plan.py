@@ -32,9 +32,9 @@ class Dataset(NamedTuple):
 
     uint8 counts as value/255, or as `value_of_byte[value]`, of 256 numbers, the first of which is 0: a few different
     numbers, in less memory. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
-    numbers are 0 for skipping them to pay; the result is the same. `weights` (n,), float64, make the objective
-    their weighted mean over the mini-batch: finite, not negative, and of a positive sum in each mini-batch. Another
-    thread may change all but `indptr`.
+    numbers are 0 for skipping them to pay; the result is the same. `weights` (n,), float64 and contiguous, make the
+    objective their weighted mean over the mini-batch: finite, not negative, and of a positive sum in each mini-batch.
+    Another thread may change all but `indptr`.
     """
 
     x: Array
@@ -226,6 +226,15 @@ class TrainingPlan:
     phases: tuple[Phase, ...]
     executors: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     is_torn: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        dataset = self.gather.dataset
+        if (weights := dataset.weights) is None:
+            return
+        n = len(dataset.x) if dataset.indptr is None else len(dataset.indptr) - 1
+        if weights.shape != (n,) or weights.dtype != np.float64 or not weights.flags.c_contiguous:
+            found = f"shape {weights.shape} and {weights.dtype}"
+            raise ValueError(f"weights: expected a contiguous array of shape ({n},) and float64, not one of {found}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainingPlan, (self.networks, self.phases)  # a copy has executors of its own

@@ -156,12 +156,15 @@ class Step:
                 factor *= outputs.shape[1]
             wanted = one_hot(wanted, outputs.shape, outputs.dtype)
             loss = self._backend.elementwise_loss(entry, outputs, wanted, phase.value, grad)
-        weights = None if self._weights is None else np.tile(self._weights, len(outputs) // self.rows)
+        weights = None
+        if self._weights is not None:
+            # In units of their mean. The share of the sum comes first: no product of small or large ones overflows.
+            weights = np.tile(self._weights / self._weight_sum * self.rows, len(outputs) // self.rows)
         if phase.limits != NO_LIMITS or weights is not None:
             loss = limited_loss(phase, outputs, wanted, weights)
         grad *= factor
         if weights is not None:
-            grad *= (weights[:, np.newaxis] * (self.rows / self._weight_sum)).astype(grad.dtype)
+            grad *= weights[:, np.newaxis].astype(grad.dtype)
         self._grad[phase.network] = grad
         self.losses.append(loss * factor)
 
