@@ -303,14 +303,14 @@ def test_a_program_that_cannot_be_run_is_one_line() -> None:
 
 def test_whatever_python_runs(tmp_path: Path) -> None:
     what = "numpy.exp(numpy.zeros(3)).sum(), sys.argv, sys.path[:2], '__annotations__' in globals()"
-    source = f"import numpy, sys; print({what})"
+    source = f"import numpy, sys; print({what}, globals().get('__file__'), str(__loader__).partition(' object')[0])"
     (tmp_path / "app").mkdir()
     for name in ("app/__main__.py", "script", "info"):
         (tmp_path / name).write_text(source)
     with zipfile.ZipFile(tmp_path / "app.pyz", "w") as archive:
         archive.writestr("__main__.py", source)
     py_compile.compile(str(tmp_path / "script"), str(tmp_path / "script.pyc"))
-    programs = ["script"], ["script.pyc"], ["./info"], ["app"], ["app.pyz"], ["-c", source]
+    programs = ["app/../script"], ["script.pyc"], ["./info"], ["app/"], ["app.pyz"], ["-c", source]
     for options, program in itertools.product(([], ["-P"]), programs):
         plain, ours = (
             subprocess.run(
@@ -358,6 +358,25 @@ def test_flags_of_all_threads_are_reported(accelerated: None) -> None:
             assert taken("ndarray.__truediv__") >= before + 3
     finally:
         gemmlet.set_num_threads(threads)
+
+
+def test_edges_of_the_usual_cases(accelerated: None) -> None:
+    # A sum begins at +0, also of one product.
+    for x, w in (([[-1.0], [2.0]], [[0.0, 1.0]]), ([-1.0], [[0.0]]), ([[-1.0]], [0.0])):
+        assert not np.signbit(np.array(x) @ np.array(w)).ravel()[0]
+    # Of other strides, x[::-1] is no operand in place: NumPy writes no result where that raises.
+    x = np.array([0.0])
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError):
+        x /= x[::-1]
+    assert x.tolist() == [0.0]
+    # A mask that lies in the array changes meanwhile.
+    results = []
+    for way in (operator.setitem, lambda a, mask, value: np.copyto(a, value, where=mask)):
+        memory = np.zeros(64, np.uint8)
+        memory[8:16] = [1, 1, 0, 1, 0, 1, 0, 1]
+        way(memory.view(np.float64), memory[8:16].view(bool), -0.0)
+        results.append(memory.tobytes())
+    assert results[0] == results[1]
 
 
 def test_flags_of_each_matrix_are_reported(accelerated: None) -> None:
@@ -621,9 +640,55 @@ for make in (np.ones, np.zeros, lambda size: np.empty(10).resize(size)):
 """
 
 
+# The size of its class is larger than what is left.
+EXACTLY = """
+import resource
+import numpy as np
+import gemmlet
+
+gemmlet.accelerate_numpy()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (104 << 20), -1))
+for make in (np.empty, np.zeros, np.ones):
+    make(97 << 17)
+"""
+
+# A product packs its operands.
+PACKED = """
+import resource
+import numpy as np
+import gemmlet
+
+gemmlet.accelerate_numpy()
+a = np.ones((1500, 1500))
+kept = [np.ones_like(a) for _ in range(12)]
+del kept
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now, -1))
+assert (a @ a).max() == 1500
+"""
+
+# Which leaves holes between what is alive.
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (1 << 40, -1))
+import numpy as np
+import gemmlet
+
+gemmlet.accelerate_numpy()
+def used():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+before = used()
+del [np.ones(1 << 17) for _ in range(200)][:]
+assert used() - before < 20 << 20
+"""
+
+
 @glibc_only
-def test_what_is_kept_is_given_back_where_memory_is_short() -> None:
-    result = child("-c", SHORT_OF_MEMORY)
+@pytest.mark.parametrize("program", [SHORT_OF_MEMORY, EXACTLY, PACKED, LIMITED])
+def test_what_is_kept_is_given_back_where_memory_is_short(program: str) -> None:
+    result = child("-c", program)
     assert result.returncode == 0, result.stderr
 
 

@@ -67,6 +67,7 @@ namespace functions {
 GEMMLET_BINARY(add, true, a + b)
 GEMMLET_BINARY(subtract, true, a - b)
 GEMMLET_BINARY(multiply, true, a* b)
+GEMMLET_BINARY(sum_of_one, true, a* b + V{})  // no -0
 GEMMLET_BINARY(divide, true, a / b)
 GEMMLET_BINARY(maximum, false, either(a, b, true))
 GEMMLET_BINARY(minimum, false, either(a, b, false))
@@ -629,10 +630,8 @@ void matmul(View<T> a, View<T> b, T* y) {
     return table[(a.rows - 1) / lanes<T>](a, b.data, b.row_stride, y);
   }
   if (a.columns == 1 && (b.column_stride == 1 || b.columns == 1)) {
-    // An outer product, which sets its own flags alone.
-    const unsigned earlier = float_status();
-    binary_all<T, functions::multiply>(a.data, b.data, y, {a.rows, b.columns, a.row_stride, 0, 0, 1, b.columns});
-    if (earlier != 0) raise_float_status(earlier);
+    // An outer product.
+    binary_grid<T, functions::sum_of_one>(a.data, b.data, y, {a.rows, b.columns, a.row_stride, 0, 0, 1, b.columns});
   } else if (a.rows * b.columns * a.columns <= 64) {
     for (Index i = 0; i < a.rows; ++i)
       for (Index j = 0; j < b.columns; ++j) {

@@ -12,7 +12,7 @@ import pkgutil
 import runpy
 import sys
 import zipfile
-from importlib.machinery import SourceFileLoader, SourcelessFileLoader
+from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
@@ -66,12 +66,13 @@ def _run(kind: str, words: list[str], main_globals: dict[str, Any]) -> None:
     elif kind == "code":
         if not sys.flags.safe_path:
             sys.path[0] = ""
+        main_globals["__loader__"] = BuiltinImporter
         exec(compile(words[1], "<string>", "exec", dont_inherit=True), main_globals)
     elif kind == "folder":
-        sys.path[: 0 if sys.flags.safe_path else 1] = [os.path.abspath(words[0])]
+        sys.path[: 0 if sys.flags.safe_path else 1] = [os.path.join(os.getcwd(), words[0])]
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
     else:
-        path = os.path.abspath(words[0])
+        path = os.path.join(os.getcwd(), words[0])
         if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(path))
         with open(path, "rb") as file:
@@ -100,6 +101,7 @@ def _show_from(error: BaseException, traceback: TracebackType | None) -> None:
 
     def excepthook(kind: type[BaseException], value: BaseException, frames: TracebackType | None) -> None:
         frames = traceback if value is error else frames
+        sys.last_traceback = frames
         hook(kind, value.with_traceback(frames), frames)
 
     sys.excepthook = excepthook

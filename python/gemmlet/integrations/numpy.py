@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextvars
 import operator
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from threading import get_ident
@@ -118,7 +119,8 @@ def accelerate_numpy() -> Acceleration:
         # In a context of its own: one in which np.errstate has been set once makes each call of a ufunc some ns longer.
         good = contextvars.Context().run(_good, extension, names)
         _state.counts_before = _all_counts(extension)
-        extension.numpy_keep_memory(KEPT_BYTES)
+        if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:  # else holes in the heap would count
+            extension.numpy_keep_memory(KEPT_BYTES)
         extension.numpy_replace(good)
         _state.replaced = tuple(names[index] for index in good)
         return Acceleration(True)

@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "cpu/bindings/extent.h"
+#include "cpu/bindings/numpy/memory.h"
 #include "cpu/bindings/run.h"
 
 namespace gemmlet::numpy {
@@ -75,7 +76,8 @@ Extent extent(const Operand& o) { return {o.data, o.item(), o.axes, o.shape, o.s
 // Whether elements of `out` may be written while those of `in` at the same places are read.
 bool may_be_output(const Operand& out, const Operand& in) {
   if (!in.array) return true;
-  const bool same = in.data == out.data && same_shape(in, out) && (in.flags & out.flags & (c_order | f_order)) != 0;
+  const bool same = in.data == out.data && same_shape(in, out) && in.in_order() &&
+                    std::equal(in.strides, in.strides + in.axes, out.strides);
   return same || extent(in).apart_from(extent(out));
 }
 
@@ -336,7 +338,7 @@ PyObject* product(const Operand& a, const Operand& b, PyObject* out, bool ufunc)
   T* y = data<T>(result);
   const Index size = p.x.rows * p.w.columns, work = p.batch * size * p.x.columns;
   unsigned flags = 0;
-  const bool well = run(work / tuning::multiply_adds_per_element, [&] {
+  const auto compute = [&] {
     clear_float_status();
     for (Index i = 0; i < p.batch; ++i) {
       View<T> x = p.x, w = p.w;
@@ -345,7 +347,14 @@ PyObject* product(const Operand& a, const Operand& b, PyObject* out, bool ufunc)
       ufuncs::matmul(x, w, y + i * size);
     }
     flags = float_status();
-  });
+  };
+  bool well = run(work / tuning::multiply_adds_per_element, compute);
+  if (!well && PyErr_ExceptionMatches(PyExc_MemoryError)) {
+    // Packed matrices need some.
+    PyErr_Clear();
+    give_back_memory();
+    well = run(work / tuning::multiply_adds_per_element, compute);
+  }
   // What is reported depends on the order of the sums, and by np.dot on the version: it is NumPy's to say.
   if (well && flags != 0 && (!ufunc || flags != underflow || !report("matmul", flags))) {
     Py_DECREF(result);
@@ -377,8 +386,9 @@ bool assign_by_mask(PyObject* array, PyObject* key, PyObject* value) {
   if (fields(key)->descr->type_num != NPY_BOOL || !read_any_array(key, mask) || !read_array(array, a) ||
       !is_writable(a) || !read_number(value, v) || !same_shape(a, mask) || (a.flags & mask.flags & c_order) == 0)
     return false;
-  if (!casts(v.number, a.type)) return false;
   const Index n = a.size();
+  if (!casts(v.number, a.type) || n == 0) return false;
+  if (!Extent(mask.data, 1, mask.axes, mask.shape, mask.strides).apart_from(extent(a))) return false;
   return for_type(a.type, [&](auto zero) {
     using T = decltype(zero);
     T* p = data<T>(array);

@@ -84,15 +84,6 @@ void trim() {
 #endif
 }
 
-[[gnu::cold]] void give_back() {
-  const Turn turn;
-  if (!turn) return;
-  for (Block*& first : kept)
-    while (first != nullptr) std::free(std::exchange(first, first->next));
-  kept_bytes = 0;
-  trim();
-}
-
 // Blocks that are kept may lie above those that are freed, which malloc then cannot give back by itself.
 void count_freed(std::size_t bytes) {
   if ((freed_bytes += bytes) <= most_bytes) return;
@@ -105,7 +96,7 @@ template <class F>
 void* or_give_back(F allocate) {
   void* p = allocate();
   if (p != nullptr) return p;
-  give_back();
+  give_back_memory();
   return allocate();
 }
 
@@ -130,15 +121,17 @@ void* take(const Class& c) {
   return p;
 }
 
-[[gnu::noinline]] void* allocate_large(std::size_t bytes) {
+// The last resort is a block of the very size.
+[[gnu::noinline]] void* allocate_large(void* context, std::size_t bytes) {
   const Class c(bytes);
-  void* p = reuse(c);
-  return p != nullptr ? p : take(c);
+  if (void* p = reuse(c)) return p;
+  if (void* p = take(c)) return p;
+  return theirs.malloc(context, bytes);
 }
 
 // Small blocks are most: what is done with large ones is kept out of their way.
 void* allocate(void* context, std::size_t bytes) {
-  if (takes(bytes)) return allocate_large(bytes);
+  if (takes(bytes)) return allocate_large(context, bytes);
   return or_give_back([&] { return theirs.malloc(context, bytes); });
 }
 
@@ -147,7 +140,9 @@ void* allocate_zeros(void* context, std::size_t count, std::size_t size) {
   if (!takes(bytes)) return or_give_back([&] { return theirs.calloc(context, count, size); });
   const Class c(bytes);
   if (void* p = reuse(c)) return std::memset(p, 0, bytes);
-  return or_give_back([&] { return std::calloc(1, c.bytes); });  // the system's pages are zeros already
+  // The system's pages are zeros already.
+  if (void* p = or_give_back([&] { return std::calloc(1, c.bytes); })) return p;
+  return theirs.calloc(context, count, size);
 }
 
 [[gnu::noinline]] void release_large(void* p, std::size_t bytes) {
@@ -171,10 +166,20 @@ void release(void* context, void* p, std::size_t bytes) {
 
 void* reallocate(void* context, void* p, std::size_t bytes) {
   const std::size_t rounded = takes(bytes) ? Class(bytes).bytes : bytes;
-  return or_give_back([&] { return theirs.realloc(context, p, rounded); });
+  if (void* q = or_give_back([&] { return theirs.realloc(context, p, rounded); })) return q;
+  return rounded == bytes ? nullptr : theirs.realloc(context, p, bytes);
 }
 
 }  // namespace
+
+[[gnu::cold]] void give_back_memory() {
+  const Turn turn;
+  if (!turn) return;
+  for (Block*& first : kept)
+    while (first != nullptr) std::free(std::exchange(first, first->next));
+  kept_bytes = 0;
+  trim();
+}
 
 void keep_memory(std::int64_t bytes) {
   auto* handler = static_cast<PyDataMem_Handler*>(PyCapsule_GetPointer(PyDataMem_DefaultHandler, "mem_handler"));
@@ -184,7 +189,7 @@ void keep_memory(std::int64_t bytes) {
     theirs = std::exchange(handler->allocator, {nullptr, allocate, allocate_zeros, reallocate, release});
   if (bytes == 0 && replaced && handler->allocator.malloc == &allocate) handler->allocator = theirs;
   replaced = bytes > 0;
-  if (kept_bytes > most_bytes || most_bytes == 0) give_back();
+  if (kept_bytes > most_bytes || most_bytes == 0) give_back_memory();
 }
 
 }  // namespace gemmlet::numpy

@@ -10,4 +10,7 @@ namespace gemmlet::numpy {
 // freed; 0: puts back NumPy's functions, and gives back what is kept. A handler that somebody has set stays in use.
 void keep_memory(std::int64_t bytes);
 
+// Frees what is kept.
+void give_back_memory();
+
 }  // namespace gemmlet::numpy
