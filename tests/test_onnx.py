@@ -556,6 +556,8 @@ def test_what_pytorch_exports(make: Callable[[Any], Any], activation: str, param
 
 
 # What is refused, with the name of the first node that does not fit.
+# Of one output, with the constants of ONE.
+OF_ONE: list[Node] = [*USUAL[:3], ("MatMul", "a0 w", "z")]
 
 HALF, THIRD = {"half": np.float32(0.5)}, {"w2": np.eye(3, dtype=np.float32)}
 REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
@@ -744,8 +746,35 @@ REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
     "samples and their complements": (
         [("Sub", "one x", "q"), ("Concat", "q x", "both", {"axis": 1}), ("MatMul", "both w", "y")],
         ONE | {"w": np.ones((12, 2), np.float32)},
+        r"the_both \(Concat\) is no layer",
+    ),
+    "a layer behind both classes": (
+        [*OF_TWO, ("MatMul", "both w2", "y")],
+        ONE | {"w2": np.ones((1, 2), np.float32)},
         r"the_y \(MatMul\) stands behind Concat",
     ),
+    "logits of both classes": (
+        [*OF_ONE, ("Sub", "one z", "q"), ("Concat", "q z", "y", {"axis": 1})],
+        ONE,
+        r"the_y \(Concat\) makes two columns of identity outputs",
+    ),
+    "several outputs and their complements": (
+        [*USUAL[:-1], ("Sigmoid", "z1", "p"), ("Sub", "one p", "q"), ("Concat", "q p", "y", {"axis": 1})],
+        ONE,
+        r"the_y \(Concat\) is no layer",
+    ),
+    "complements of both classes": (
+        [*OF_TWO, ("Sub", "one both", "others"), ("Concat", "others both", "y", {"axis": 1})],
+        ONE,
+        r"the_others \(Sub\) stands behind Concat",
+    ),
+    "softmax of both classes": ([*OF_TWO, ("Softmax", "both", "y")], ONE, r"the_y \(Softmax\) stands behind Concat"),
+    "both classes in one column": (
+        [*OF_TWO, ("Reshape", "both column", "y")],
+        ONE | {"column": np.array([-1, 1])},
+        r"the_y \(Reshape\) stands behind Concat",
+    ),
+    "softmax of one output": ([*OF_ONE, ("Softmax", "z", "y")], ONE, r"the_y \(Softmax\) is of one output"),
     "no layer": ([("Relu", "x", "y")], {}, "it has no layer"),
     "too few features": ([("MatMul", "x w", "y")], {"w": np.ones((4, 2), np.float32)}, "its input has 6 features"),
 }

@@ -342,6 +342,7 @@ class _Reader:
         self.same: dict[str, str] = {}  # what nodes that change nothing give: the name of what they take
         self.layers: list[tuple[Array, Array]] = []
         self.gaps: list[_Gap] = []
+        self.both: Any = None  # the node that makes two columns, of both classes, of one output
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{self.path} holds no perceptron: {message}")
@@ -403,6 +404,8 @@ class _Reader:
         if output not in ("identity", "sigmoid") or (ending is not None and output != "identity"):
             raise self._refusal(last.nodes[0], f"makes {output} of the outputs; expected softmax, sigmoid or nothing")
         activation, parameter = activations[0] if len(activations) > 1 else (None, None)
+        if self.both is not None and output != "sigmoid":
+            raise self._refusal(self.both, f"makes two columns of {output} outputs; expected sigmoid")
         output = "softmax" if ending is not None else output
         classes = [label for node in maps for labels in self._attributes(node).values() for label in labels]
         labels = [label.decode() if isinstance(label, bytes) else label for label in classes]
@@ -465,6 +468,8 @@ class _Reader:
             if operator in ("Softmax", "LogSoftmax"):
                 if not self.layers or self._attributes(node).get("axis", -1) not in (-1, 1):
                     raise self._refusal(node, "is not along the outputs of a layer")
+                if self._width() == 1:
+                    raise self._refusal(node, "is of one output; expected two or more")
                 ending, last, tip = node, node, node.output[0]
                 self.gaps.append(_Gap(nodes, before, start, inputs[0]))
                 there = {tip}
@@ -482,7 +487,7 @@ class _Reader:
                 start = tip = node.output[0]
                 there = {start}
             elif operator == "Concat" and self._adds_complement(node, inputs, nodes):
-                last = node
+                self.both = last = node
                 there.remove(nodes.pop().output[0])
                 tip = self.same[node.output[0]] = inputs[1]
             elif operator in _ELEMENTWISE and all(self._is_number(n) for n in inputs if n in self.known):
@@ -517,12 +522,16 @@ class _Reader:
             shape = self.known.get(inputs[1], np.empty(0)).tolist()
             if len(shape) != 2 or (attributes.get("allowzero") and 0 in shape):
                 return False
-            width = self.layers[-1][0].shape[1] if self.layers else self._features() or shape[1]
+            width = self._width() if self.layers else self._features() or shape[1]
             return shape[0] in (-1, 0, *(self.shape or [])[:1]) and shape[1] in (-1, width)
         if operator == "Flatten":
             rank = len(self.shapes.get(node.input[0], (0, 0)))
             return attributes.get("axis", 1) in (1, 1 - rank)
         return bool(operator == "Identity")
+
+    def _width(self) -> int:
+        """The columns of what the last layer gives, or of what is made of it."""
+        return len(self.layers[-1][1]) if self.both is None else 2
 
     def _layer(self, node: Any, inputs: list[str]) -> tuple[Array, Array] | None:
         """Weight and bias of a Gemm or a MatMul; None of another node."""
@@ -535,7 +544,7 @@ class _Reader:
             raise self._refusal(node, f"has weights of {weight.dtype}; expected float32 or float64")
         weight = (weight.T if attributes.get("transB", 0) else weight) * weight.dtype.type(attributes.get("alpha", 1))
         if self.layers:
-            (other, _), width = self.layers[-1], self.layers[-1][0].shape[1]
+            (other, _), width = self.layers[-1], self._width()
             if len(weight) != width or weight.dtype != other.dtype:
                 found = f"{len(weight)} inputs of {weight.dtype}"
                 raise self._refusal(node, f"takes {found}, the layer before gives {width} of {other.dtype}")
@@ -567,6 +576,8 @@ class _Reader:
 
     def _adds_complement(self, node: Any, inputs: list[str], nodes: list[Any]) -> bool:
         """Whether a node makes ``[1 - p, p]`` of p, with the last of `nodes`: of one output, the two classes."""
+        if not self.layers or self._width() != 1:
+            return False
         if not nodes or nodes[-1].op_type != "Sub" or inputs != [nodes[-1].output[0], nodes[-1].input[1]]:
             return False
         one = self.known.get(nodes[-1].input[0])
