@@ -443,6 +443,13 @@ def test_images_are_made_rows(tmp_path: Path) -> None:
             model = MLP.from_onnx(graph(path, [*rows, *view], constants, shape=shape))
             x = samples(4, "float32", 6)
             assert difference(path, x.reshape(4, *shape[1:]), model.predict_proba(x)) < 1e-5
+        # By the product of the widths.
+        product: list[Node] = [
+            *(("Gather", "shape one", "height"), ("Gather", "shape last", "width"), ("Mul", "height width", "rest")),
+            *view,
+        ]
+        sizes = {"zero": np.array(0), "axes": np.array([0]), "one": np.array([1]), "last": np.array([-1])}
+        assert MLP.from_onnx(graph(path, [*by_gather, *product], sizes, shape=shape)).layers == [6, 5, 3]
         # By the width of what is flat already.
         by_width: list[Node] = [
             *(("Flatten", "x", "flat"), ("Identity", "flat", "same"), ("Shape", "same", "width", {"start": 1})),
@@ -555,7 +562,40 @@ def test_what_pytorch_exports(make: Callable[[Any], Any], activation: str, param
     assert np.abs(model.predict_proba(x) - net(torch.from_numpy(x)).detach().numpy()).max() < 1e-5
 
 
+def test_pytorch_tells_how_many_samples_there_are(tmp_path: Path) -> None:
+    """Its exporter has nodes for that. To reshape they change nothing; anything else of them is no perceptron."""
+    torch = pytest.importorskip("torch")
+    path, x = tmp_path / "t.onnx", samples(100, "float32")
+
+    class Net(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self, counts: bool) -> None:
+            super().__init__()
+            self.layer, self.counts = torch.nn.Linear(12, 3), counts
+
+        def forward(self, x: Any) -> Any:
+            z = self.layer(x.view(x.size(0), x.size(1) * x.size(2))).view(x.size(0), -1)
+            return z + x.size(0) if self.counts else z
+
+    for counts in (False, True):
+        net, images = Net(counts).eval(), torch.from_numpy(x.reshape(100, 3, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(net, (images[:7],), path, input_names=["x"], dynamic_axes={"x": {0: "n"}}, dynamo=False)
+        if counts:
+            with pytest.raises(ValueError, match=r"t\.onnx .* \(Add\) computes with the number of samples"):
+                MLP.from_onnx(path)
+        else:
+            assert np.abs(MLP.from_onnx(path).predict(x) - net(images).detach().numpy()).max() < 1e-5
+
+
 # What is refused, with the name of the first node that does not fit.
+
+# The number of samples, with a constant.
+FIRST = {"first": np.array([0])}
+COUNT: list[Node] = [
+    *(("Shape", "x", "s"), ("Gather", "s first", "n")),
+    ("Cast", "n", "count", {"to": TensorProto.FLOAT}),
+]
 # Of one output, with the constants of ONE.
 OF_ONE: list[Node] = [*USUAL[:3], ("MatMul", "a0 w", "z")]
 
@@ -775,6 +815,35 @@ REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
         r"the_y \(Reshape\) stands behind Concat",
     ),
     "softmax of one output": ([*OF_ONE, ("Softmax", "z", "y")], ONE, r"the_y \(Softmax\) is of one output"),
+    "the number of samples in a sum": (
+        [*COUNT, *USUAL[:-1], ("Add", "z1 count", "y")],
+        FIRST,
+        r"the_y \(Add\) computes with the number of samples",
+    ),
+    "the number of samples in a maximum": (
+        [*COUNT, *LAYER0, ("Max", "z0 count", "a0"), *USUAL[3:]],
+        FIRST,
+        r"the_a0 \(Max\) computes with the number of samples",
+    ),
+    "the number of samples in weights": (
+        [*COUNT, ("Add", "w0 count", "w"), ("MatMul", "x w", "y")],
+        FIRST,
+        r"the_w \(Add\) computes with the number of samples",
+    ),
+    "the number of samples as an index": (
+        [*COUNT[:2], ("Gather", "b0 n", "b"), ("MatMul", "x w0", "m"), ("Add", "m b", "y")],
+        FIRST,
+        r"the_b \(Gather\) computes with the number of samples",
+    ),
+    "twice as many rows": (
+        [
+            *USUAL[:-1],
+            *COUNT[:2],
+            *(("Add", "n n", "twice"), ("Concat", "twice rest", "shape", {"axis": 0}), ("Reshape", "z1 shape", "y")),
+        ],
+        FIRST | {"rest": np.array([-1])},
+        r"the_twice \(Add\) computes with the number of samples",
+    ),
     "no layer": ([("Relu", "x", "y")], {}, "it has no layer"),
     "too few features": ([("MatMul", "x w", "y")], {"w": np.ones((4, 2), np.float32)}, "its input has 6 features"),
 }

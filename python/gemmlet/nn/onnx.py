@@ -198,6 +198,9 @@ _FOLDED = {
     "Sub", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
+# Those of them that leave each number what it is.
+_MOVING = {"Cast", "Concat", "Flatten", "Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+
 
 def _gelu_tanh(g: _Graph, x: str, inner: str) -> str:
     bracket = g.add("Add", g.add("Tanh", g.add("Mul", inner, math.sqrt(2 / math.pi))), 1.0)
@@ -337,6 +340,8 @@ class _Reader:
         self.floats = (int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.DOUBLE))
         self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=_OPSET)
         self.known = {t.name: self._array(t) for t in model.graph.initializer}
+        # Constants with the number of samples in them, which is not known: it is 0 there, as Reshape has it.
+        self.counts = set[str]()
         self.shape: list[int] | None = None  # of the input, if the graph has it, with 0 where one is not known
         self.shapes: dict[str, list[int]] = {}  # of the input, and of what nodes that change nothing make of it
         self.same: dict[str, str] = {}  # what nodes that change nothing give: the name of what they take
@@ -446,13 +451,16 @@ class _Reader:
                 raise self._refusal(node, f"is of the domain {node.domain}")
             shape = self.shapes.get(node.input[0]) if node.input else None
             if operator == "Shape" and shape is not None and self._features():
-                attributes = self._attributes(node)
-                # To reshape, 0 stands for as many rows as there are.
-                self.known[node.output[0]] = np.array(shape[attributes.get("start", 0) : attributes.get("end")])
+                attributes, given = self._attributes(node), node.output[0]
+                self.known[given] = np.array(shape[attributes.get("start", 0) : attributes.get("end")], np.int64)
+                if 0 in self.known[given]:
+                    self.counts.add(given)
                 continue
             if not dynamic:
                 self._fold(node, inputs)
                 continue
+            if operator != "Reshape" and not self.counts.isdisjoint(inputs):
+                raise self._refusal(node, "computes with the number of samples")
             changes_nothing = self._changes_nothing(node, inputs)
             if last is not None and not changes_nothing:
                 raise self._refusal(node, f"stands behind {last.op_type}")
@@ -589,6 +597,10 @@ class _Reader:
 
         if node.op_type not in _FOLDED:
             raise self._refusal(node, "computes with constants what is not known here")
+        counts = self.counts.intersection(inputs)
+        others = [] if node.op_type == "Concat" else inputs[1:]  # shapes, axes, indices
+        if counts and (node.op_type not in _MOVING or not counts.isdisjoint(others)):
+            raise self._refusal(node, "computes with the number of samples")
         helper = self.onnx.helper
         try:
             graph = helper.make_graph(
@@ -600,9 +612,12 @@ class _Reader:
             )
             model = helper.make_model(graph, opset_imports=self.model.opset_import)
             with np.errstate(all="ignore"):
-                (self.known[node.output[0]],) = ReferenceEvaluator(model).run(None, {})
+                (made,) = ReferenceEvaluator(model).run(None, {})
         except Exception as error:
             raise self._refusal(node, f"cannot be computed: {error}") from error
+        self.known[node.output[0]] = made
+        if counts and (made.dtype.kind not in "iu" or not np.all(made)):
+            self.counts.add(node.output[0])
 
     def _recognised(self, gap: _Gap) -> tuple[str, float | None]:
         """The activation that the nodes of a gap spell, and its parameter where it is not the default."""
