@@ -213,9 +213,28 @@ def test_settings_and_labels_come_back(tmp_path: Path) -> None:
     assert read.steps == model.steps > 0
     assert read.predict(x).tolist() == model.predict(x).tolist()
     read.fit(x, y, epochs=1)
-    several = MLP([12, 3], output="sigmoid", multi_label=True)
+    several = MLP([12, 3], "elu", "sigmoid", activation_parameter=0.3, multi_label=True)
     several.to_onnx(tmp_path / "m.onnx")
-    assert MLP.from_onnx(tmp_path / "m.onnx").multi_label
+    assert MLP.from_onnx(tmp_path / "m.onnx")._saved_config() == several._saved_config()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("changed", [0.05, 0.01])
+def test_what_the_graph_computes_counts(changed: float, dtype: str, tmp_path: Path) -> None:
+    """Not what the metadata says of it."""
+    path, x = tmp_path / "m.onnx", samples(100, dtype)
+    perceptron("leaky_relu", dtype, activation_parameter=0.3).to_onnx(path)
+    graph = onnx.load(path)
+    for node in graph.graph.node:
+        if node.op_type == "LeakyRelu":
+            node.attribute[0].f = changed
+    for tensor in graph.graph.initializer:
+        if tensor.name == "constant_0.3":
+            tensor.CopyFrom(numpy_helper.from_array(np.array(changed, dtype), tensor.name))
+    onnx.save(graph, path)
+    read = MLP.from_onnx(path)
+    assert read.activation_parameter == (None if changed == 0.01 else float(np.dtype(dtype).type(changed)))
+    assert difference(path, x, outputs(read, x)) < 1e-5
 
 
 # Graphs of others.

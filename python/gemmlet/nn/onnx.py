@@ -96,6 +96,12 @@ _FLOAT64_OPERATORS: dict[str, Callable[[_Graph, str, float], str]] = {
 }
 
 
+def rounded(activation: str, parameter: float | None, dtype: np.dtype[Any]) -> float:
+    """The number that a graph of this dtype has for an activation."""
+    with np.errstate(over="ignore"):
+        return float(dtype.type(ACTIVATIONS[activation].default if parameter is None else parameter))
+
+
 def _activation(g: _Graph, x: str, name: str, parameter: float | None) -> str:
     operators = _OPERATORS | (_FLOAT64_OPERATORS if g.dtype == np.float64 else {})
     if name not in operators:
