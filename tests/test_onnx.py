@@ -546,6 +546,12 @@ def test_a_classifier_of_scikit_learns_converter(labels: list[Any], tmp_path: Pa
     assert (model.layers, model.output, model.classes) == ([6, 5, 1], "sigmoid", None if labels[1] == 1 else labels)
     assert np.abs(model.predict_proba(x)[:, 0] - both[:, 1]).max() < 1e-5
     assert model.predict(x).tolist() == [labels[int(p > 0.5)] for p in both[:, 1]]
+    named = found.graph.node[-1].attribute[0]
+    for wrong in ([*labels, *labels], labels[:1] * 2):
+        named.CopyFrom(helper.make_attribute(named.name, wrong))
+        onnx.save(found, path)
+        with pytest.raises(ValueError, match=r"g\.onnx .* the_maps \(ZipMap\) has the labels .*; expected 2 different"):
+            MLP.from_onnx(path)
 
 
 @pytest.mark.parametrize(
@@ -863,6 +869,39 @@ REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
         FIRST | {"rest": np.array([-1])},
         r"the_twice \(Add\) computes with the number of samples",
     ),
+    "no outputs": (
+        [("MatMul", "x w", "z"), ("Relu", "z", "a"), ("MatMul", "a v", "y")],
+        {"w": np.ones((6, 0), np.float32), "v": np.ones((0, 3), np.float32)},
+        r"the_z \(MatMul\) has weights of shape \(6, 0\)",
+    ),
+    "weights that are doubled again and again": (
+        [
+            ("Identity", "w0", "d0"),
+            *(("Concat", f"d{i} " * 2, f"d{i + 1}", {"axis": 0}) for i in range(60)),
+            ("MatMul", "x d60", "y"),
+        ],
+        {},
+        r"the_d15 \(Concat\) cannot be computed: it makes far more numbers than the file has",
+    ),
+    "a sum of a row and a column": (
+        [("Add", "row column", "w"), ("MatMul", "x w", "y")],
+        {"row": np.ones((1, 2**11), np.float32), "column": np.ones((2**11, 1), np.float32)},
+        r"the_w \(Add\) cannot be computed: it makes far more numbers",
+    ),
+    "a row again and again": (
+        [("Gather", "row zeros", "w"), ("MatMul", "x w", "y")],
+        {"row": np.ones((1, 2**11), np.float32), "zeros": np.zeros(2**11, np.int64)},
+        r"the_w \(Gather\) cannot be computed: it makes far more numbers",
+    ),
+    "maxima of many operands": (
+        [
+            *(*LAYER0, ("Identity", "z0", "d0")),
+            *(("Max", f"d{i} " * 9, f"d{i + 1}") for i in range(9)),
+            *(("Relu", "d9", "a0"), *USUAL[3:]),
+        ],
+        {},
+        r"the_d1 \(Max\) begins",
+    ),
     "no layer": ([("Relu", "x", "y")], {}, "it has no layer"),
     "too few features": ([("MatMul", "x w", "y")], {"w": np.ones((4, 2), np.float32)}, "its input has 6 features"),
 }
@@ -874,6 +913,29 @@ def test_what_does_not_fit_is_named(case: str, tmp_path: Path) -> None:
     path = graph(tmp_path / "g.onnx", nodes, constants)
     with pytest.raises(ValueError, match=rf"g\.onnx holds no perceptron: .*{message}"):
         MLP.from_onnx(path)
+
+
+def test_as_many_constants_are_computed_as_fit_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx_files, "_MADE", 0)
+    monkeypatch.setattr(onnx_files, "_MADE_OF_EACH", 2)
+    wide: list[Node] = [("Constant", "", "t0", constant(np.ones((6, 100), np.float32)))]
+    for count in (2, 4):
+        nodes = [*wide, *(("Transpose", f"t{i}", f"t{i + 1}") for i in range(count)), ("MatMul", f"x t{count}", "y")]
+        path = graph(tmp_path / "g.onnx", nodes)
+        if count == 2:
+            assert MLP.from_onnx(path).layers == [6, 100]
+        else:
+            with pytest.raises(ValueError, match=r"the_t3 \(Transpose\) cannot be computed: it makes far more numbers"):
+                MLP.from_onnx(path)
+
+
+def test_labels_of_logits(tmp_path: Path) -> None:
+    """What they are labels of is to be said."""
+    maps = ("ZipMap@ai.onnx.ml", "z1", "maps", {"classlabels_int64s": [3, 7, 9]})
+    graph(tmp_path / "g.onnx", [*USUAL[:-1], maps], output="z1")
+    with pytest.raises(ValueError, match=r"g\.onnx has labels, but ends in a layer: output must be softmax or sigmoid"):
+        MLP.from_onnx(tmp_path / "g.onnx")
+    assert MLP.from_onnx(tmp_path / "g.onnx", output="softmax").classes == [3, 7, 9]
 
 
 def test_inputs_and_outputs_are_counted(tmp_path: Path) -> None:

@@ -577,6 +577,8 @@ class MLP(Trainable):
         found = onnx.read(path, "MLP")
         if output not in (None, found.output) and found.output != "identity":
             raise ValueError(f"output is {output!r}, but the graph in {os.fspath(path)} ends in {found.output}")
+        if found.classes and (output or found.output) == "identity":
+            raise ValueError(f"{os.fspath(path)} has labels, but ends in a layer: output must be softmax or sigmoid")
         layers = [len(found.layers[0][0]), *(len(bias) for _, bias in found.layers)]
         saved = found.config if found.config.get("layers") == layers else {}
         dtype = found.layers[0][0].dtype

@@ -207,6 +207,9 @@ _FOLDED = {
 # Those of them that leave each number what it is.
 _MOVING = {"Cast", "Concat", "Flatten", "Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
+# Numbers that they may make: some for a file of any size, and some for each number in it.
+_MADE, _MADE_OF_EACH = 2**20, 16
+
 
 def _gelu_tanh(g: _Graph, x: str, inner: str) -> str:
     bracket = g.add("Add", g.add("Tanh", g.add("Mul", inner, math.sqrt(2 / math.pi))), 1.0)
@@ -245,8 +248,8 @@ _SPELLINGS: list[tuple[str, Callable[[_Graph, str, float], str]]] = [
 # What exporters leave of constants' digits, and what bounds nothing.
 _TOLERANCE, _LARGEST = 1e-6, float(np.finfo(np.float32).max)
 
-# No spelling has as many nodes; trees of more could be of any size, as a node may be used twice.
-_MOST_NODES = 12
+# No spelling has as many nodes, nor more operands; trees of more could be of any size, as a node may be used twice.
+_MOST_NODES, _MOST_OPERANDS = 12, 3
 
 # What a graph computes of x: "x", a number, or an operator with its operands and attributes. Sums, products, maxima and
 # minima are in a normal form, with one number at most: what comes first, and what is subtracted, makes no difference.
@@ -346,6 +349,7 @@ class _Reader:
         self.floats = (int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.DOUBLE))
         self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=_OPSET)
         self.known = {t.name: self._array(t) for t in model.graph.initializer}
+        self.may_make = _MADE + _MADE_OF_EACH * sum(array.size for array in self.known.values())
         # Constants with the number of samples in them, which is not known: it is 0 there, as Reshape has it.
         self.counts = set[str]()
         self.shape: list[int] | None = None  # of the input, if the graph has it, with 0 where one is not known
@@ -420,6 +424,8 @@ class _Reader:
         output = "softmax" if ending is not None else output
         classes = [label for node in maps for labels in self._attributes(node).values() for label in labels]
         labels = [label.decode() if isinstance(label, bytes) else label for label in classes]
+        if labels and (len(labels) != max(self._width(), 2) or len({*labels}) != len(labels)):
+            raise self._refusal(maps[0], f"has the labels {labels}; expected {max(self._width(), 2)} different ones")
         # With this operator scikit-learn's converter tells the labels of a sample, one by one.
         multi_label = any(node.op_type == "Binarizer" for node in graph.node) and output == "sigmoid"
         return Perceptron(self.layers, activation, parameter, output, labels or None, multi_label, self._config())
@@ -556,6 +562,8 @@ class _Reader:
             raise self._refusal(node, "does not multiply rows by a constant matrix")
         if weight.dtype not in (np.float32, np.float64):
             raise self._refusal(node, f"has weights of {weight.dtype}; expected float32 or float64")
+        if not weight.size:
+            raise self._refusal(node, f"has weights of shape {weight.shape}, which has no number")
         weight = (weight.T if attributes.get("transB", 0) else weight) * weight.dtype.type(attributes.get("alpha", 1))
         if self.layers:
             (other, _), width = self.layers[-1], self._width()
@@ -609,6 +617,9 @@ class _Reader:
             raise self._refusal(node, "computes with the number of samples")
         helper = self.onnx.helper
         try:
+            self.may_make -= self._numbers(node, inputs)
+            if self.may_make < 0:
+                raise ValueError("it makes far more numbers than the file has")
             graph = helper.make_graph(
                 [self._with_inputs(node, inputs)],
                 "constant",
@@ -622,15 +633,28 @@ class _Reader:
         except Exception as error:
             raise self._refusal(node, f"cannot be computed: {error}") from error
         self.known[node.output[0]] = made
+        if node.op_type == "Constant":
+            self.may_make += _MADE_OF_EACH * made.size
         if counts and (made.dtype.kind not in "iu" or not np.all(made)):
             self.counts.add(node.output[0])
+
+    def _numbers(self, node: Any, inputs: list[str]) -> int:
+        """How many numbers a node makes of constants."""
+        arrays = [self.known[name] for name in inputs if name]
+        if node.op_type == "Concat":
+            return sum(array.size for array in arrays)
+        if node.op_type == "Gather":
+            rows = arrays[0].shape[self._attributes(node).get("axis", 0)]
+            return int(arrays[0].size // rows * arrays[1].size)
+        operands = arrays if node.op_type in _ELEMENTWISE else arrays[:1]
+        return math.prod(np.broadcast_shapes(*(array.shape for array in operands)))
 
     def _recognised(self, gap: _Gap) -> tuple[str, float | None]:
         """The activation that the nodes of a gap spell, and its parameter where it is not the default."""
         if not gap.nodes:
             return "identity", None
         dtype = self.layers[0][0].dtype
-        if len(gap.nodes) <= _MOST_NODES:
+        if len(gap.nodes) <= _MOST_NODES and all(len(node.input) <= _MOST_OPERANDS for node in gap.nodes):
             constants = {n for node in gap.nodes for n in node.input if n in self.known}
             leaves = {n: float(self.known[n].item()) for n in constants} | {gap.takes: "x"}
             tree = _tree(gap.nodes, leaves, self.opset, gap.gives)
