@@ -213,9 +213,28 @@ def test_settings_and_labels_come_back(tmp_path: Path) -> None:
     assert read.steps == model.steps > 0
     assert read.predict(x).tolist() == model.predict(x).tolist()
     read.fit(x, y, epochs=1)
-    several = MLP([12, 3], output="sigmoid", multi_label=True)
+    several = MLP([12, 3], "elu", "sigmoid", activation_parameter=0.3, multi_label=True)
     several.to_onnx(tmp_path / "m.onnx")
-    assert MLP.from_onnx(tmp_path / "m.onnx").multi_label
+    assert MLP.from_onnx(tmp_path / "m.onnx")._saved_config() == several._saved_config()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("changed", [0.05, 0.01])
+def test_what_the_graph_computes_counts(changed: float, dtype: str, tmp_path: Path) -> None:
+    """Not what the metadata says of it."""
+    path, x = tmp_path / "m.onnx", samples(100, dtype)
+    perceptron("leaky_relu", dtype, activation_parameter=0.3).to_onnx(path)
+    graph = onnx.load(path)
+    for node in graph.graph.node:
+        if node.op_type == "LeakyRelu":
+            node.attribute[0].f = changed
+    for tensor in graph.graph.initializer:
+        if tensor.name == "constant_0.3":
+            tensor.CopyFrom(numpy_helper.from_array(np.array(changed, dtype), tensor.name))
+    onnx.save(graph, path)
+    read = MLP.from_onnx(path)
+    assert read.activation_parameter == (None if changed == 0.01 else float(np.dtype(dtype).type(changed)))
+    assert difference(path, x, outputs(read, x)) < 1e-5
 
 
 # Graphs of others.
@@ -443,6 +462,13 @@ def test_images_are_made_rows(tmp_path: Path) -> None:
             model = MLP.from_onnx(graph(path, [*rows, *view], constants, shape=shape))
             x = samples(4, "float32", 6)
             assert difference(path, x.reshape(4, *shape[1:]), model.predict_proba(x)) < 1e-5
+        # By the product of the widths.
+        product: list[Node] = [
+            *(("Gather", "shape one", "height"), ("Gather", "shape last", "width"), ("Mul", "height width", "rest")),
+            *view,
+        ]
+        sizes = {"zero": np.array(0), "axes": np.array([0]), "one": np.array([1]), "last": np.array([-1])}
+        assert MLP.from_onnx(graph(path, [*by_gather, *product], sizes, shape=shape)).layers == [6, 5, 3]
         # By the width of what is flat already.
         by_width: list[Node] = [
             *(("Flatten", "x", "flat"), ("Identity", "flat", "same"), ("Shape", "same", "width", {"start": 1})),
@@ -520,6 +546,12 @@ def test_a_classifier_of_scikit_learns_converter(labels: list[Any], tmp_path: Pa
     assert (model.layers, model.output, model.classes) == ([6, 5, 1], "sigmoid", None if labels[1] == 1 else labels)
     assert np.abs(model.predict_proba(x)[:, 0] - both[:, 1]).max() < 1e-5
     assert model.predict(x).tolist() == [labels[int(p > 0.5)] for p in both[:, 1]]
+    named = found.graph.node[-1].attribute[0]
+    for wrong in ([*labels, *labels], labels[:1] * 2):
+        named.CopyFrom(helper.make_attribute(named.name, wrong))
+        onnx.save(found, path)
+        with pytest.raises(ValueError, match=r"g\.onnx .* the_maps \(ZipMap\) has the labels .*; expected 2 different"):
+            MLP.from_onnx(path)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +587,42 @@ def test_what_pytorch_exports(make: Callable[[Any], Any], activation: str, param
     assert np.abs(model.predict_proba(x) - net(torch.from_numpy(x)).detach().numpy()).max() < 1e-5
 
 
+def test_pytorch_tells_how_many_samples_there_are(tmp_path: Path) -> None:
+    """Its exporter has nodes for that. To reshape they change nothing; anything else of them is no perceptron."""
+    torch = pytest.importorskip("torch")
+    path, x = tmp_path / "t.onnx", samples(100, "float32")
+
+    class Net(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self, counts: bool) -> None:
+            super().__init__()
+            self.layer, self.counts = torch.nn.Linear(12, 3), counts
+
+        def forward(self, x: Any) -> Any:
+            z = self.layer(x.view(x.size(0), x.size(1) * x.size(2))).view(x.size(0), -1)
+            return z + x.size(0) if self.counts else z
+
+    for counts in (False, True):
+        net, images = Net(counts).eval(), torch.from_numpy(x.reshape(100, 3, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(net, (images[:7],), path, input_names=["x"], dynamic_axes={"x": {0: "n"}}, dynamo=False)
+        if counts:
+            with pytest.raises(ValueError, match=r"t\.onnx .* \(Add\) computes with the number of samples"):
+                MLP.from_onnx(path)
+        else:
+            assert np.abs(MLP.from_onnx(path).predict(x) - net(images).detach().numpy()).max() < 1e-5
+
+
 # What is refused, with the name of the first node that does not fit.
+
+# The number of samples, with a constant.
+FIRST = {"first": np.array([0])}
+COUNT: list[Node] = [
+    *(("Shape", "x", "s"), ("Gather", "s first", "n")),
+    ("Cast", "n", "count", {"to": TensorProto.FLOAT}),
+]
+# Of one output, with the constants of ONE.
+OF_ONE: list[Node] = [*USUAL[:3], ("MatMul", "a0 w", "z")]
 
 HALF, THIRD = {"half": np.float32(0.5)}, {"w2": np.eye(3, dtype=np.float32)}
 REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
@@ -744,7 +811,96 @@ REFUSED: dict[str, tuple[list[Node], dict[str, Any], str]] = {
     "samples and their complements": (
         [("Sub", "one x", "q"), ("Concat", "q x", "both", {"axis": 1}), ("MatMul", "both w", "y")],
         ONE | {"w": np.ones((12, 2), np.float32)},
+        r"the_both \(Concat\) is no layer",
+    ),
+    "a layer behind both classes": (
+        [*OF_TWO, ("MatMul", "both w2", "y")],
+        ONE | {"w2": np.ones((1, 2), np.float32)},
         r"the_y \(MatMul\) stands behind Concat",
+    ),
+    "logits of both classes": (
+        [*OF_ONE, ("Sub", "one z", "q"), ("Concat", "q z", "y", {"axis": 1})],
+        ONE,
+        r"the_y \(Concat\) makes two columns of identity outputs",
+    ),
+    "several outputs and their complements": (
+        [*USUAL[:-1], ("Sigmoid", "z1", "p"), ("Sub", "one p", "q"), ("Concat", "q p", "y", {"axis": 1})],
+        ONE,
+        r"the_y \(Concat\) is no layer",
+    ),
+    "complements of both classes": (
+        [*OF_TWO, ("Sub", "one both", "others"), ("Concat", "others both", "y", {"axis": 1})],
+        ONE,
+        r"the_others \(Sub\) stands behind Concat",
+    ),
+    "softmax of both classes": ([*OF_TWO, ("Softmax", "both", "y")], ONE, r"the_y \(Softmax\) stands behind Concat"),
+    "both classes in one column": (
+        [*OF_TWO, ("Reshape", "both column", "y")],
+        ONE | {"column": np.array([-1, 1])},
+        r"the_y \(Reshape\) stands behind Concat",
+    ),
+    "softmax of one output": ([*OF_ONE, ("Softmax", "z", "y")], ONE, r"the_y \(Softmax\) is of one output"),
+    "the number of samples in a sum": (
+        [*COUNT, *USUAL[:-1], ("Add", "z1 count", "y")],
+        FIRST,
+        r"the_y \(Add\) computes with the number of samples",
+    ),
+    "the number of samples in a maximum": (
+        [*COUNT, *LAYER0, ("Max", "z0 count", "a0"), *USUAL[3:]],
+        FIRST,
+        r"the_a0 \(Max\) computes with the number of samples",
+    ),
+    "the number of samples in weights": (
+        [*COUNT, ("Add", "w0 count", "w"), ("MatMul", "x w", "y")],
+        FIRST,
+        r"the_w \(Add\) computes with the number of samples",
+    ),
+    "the number of samples as an index": (
+        [*COUNT[:2], ("Gather", "b0 n", "b"), ("MatMul", "x w0", "m"), ("Add", "m b", "y")],
+        FIRST,
+        r"the_b \(Gather\) computes with the number of samples",
+    ),
+    "twice as many rows": (
+        [
+            *USUAL[:-1],
+            *COUNT[:2],
+            *(("Add", "n n", "twice"), ("Concat", "twice rest", "shape", {"axis": 0}), ("Reshape", "z1 shape", "y")),
+        ],
+        FIRST | {"rest": np.array([-1])},
+        r"the_twice \(Add\) computes with the number of samples",
+    ),
+    "no outputs": (
+        [("MatMul", "x w", "z"), ("Relu", "z", "a"), ("MatMul", "a v", "y")],
+        {"w": np.ones((6, 0), np.float32), "v": np.ones((0, 3), np.float32)},
+        r"the_z \(MatMul\) has weights of shape \(6, 0\)",
+    ),
+    "weights that are doubled again and again": (
+        [
+            ("Identity", "w0", "d0"),
+            *(("Concat", f"d{i} " * 2, f"d{i + 1}", {"axis": 0}) for i in range(60)),
+            ("MatMul", "x d60", "y"),
+        ],
+        {},
+        r"the_d15 \(Concat\) cannot be computed: it makes far more numbers than the file has",
+    ),
+    "a sum of a row and a column": (
+        [("Add", "row column", "w"), ("MatMul", "x w", "y")],
+        {"row": np.ones((1, 2**11), np.float32), "column": np.ones((2**11, 1), np.float32)},
+        r"the_w \(Add\) cannot be computed: it makes far more numbers",
+    ),
+    "a row again and again": (
+        [("Gather", "row zeros", "w"), ("MatMul", "x w", "y")],
+        {"row": np.ones((1, 2**11), np.float32), "zeros": np.zeros(2**11, np.int64)},
+        r"the_w \(Gather\) cannot be computed: it makes far more numbers",
+    ),
+    "maxima of many operands": (
+        [
+            *(*LAYER0, ("Identity", "z0", "d0")),
+            *(("Max", f"d{i} " * 9, f"d{i + 1}") for i in range(9)),
+            *(("Relu", "d9", "a0"), *USUAL[3:]),
+        ],
+        {},
+        r"the_d1 \(Max\) begins",
     ),
     "no layer": ([("Relu", "x", "y")], {}, "it has no layer"),
     "too few features": ([("MatMul", "x w", "y")], {"w": np.ones((4, 2), np.float32)}, "its input has 6 features"),
@@ -757,6 +913,29 @@ def test_what_does_not_fit_is_named(case: str, tmp_path: Path) -> None:
     path = graph(tmp_path / "g.onnx", nodes, constants)
     with pytest.raises(ValueError, match=rf"g\.onnx holds no perceptron: .*{message}"):
         MLP.from_onnx(path)
+
+
+def test_as_many_constants_are_computed_as_fit_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx_files, "_MADE", 0)
+    monkeypatch.setattr(onnx_files, "_MADE_OF_EACH", 2)
+    wide: list[Node] = [("Constant", "", "t0", constant(np.ones((6, 100), np.float32)))]
+    for count in (2, 4):
+        nodes = [*wide, *(("Transpose", f"t{i}", f"t{i + 1}") for i in range(count)), ("MatMul", f"x t{count}", "y")]
+        path = graph(tmp_path / "g.onnx", nodes)
+        if count == 2:
+            assert MLP.from_onnx(path).layers == [6, 100]
+        else:
+            with pytest.raises(ValueError, match=r"the_t3 \(Transpose\) cannot be computed: it makes far more numbers"):
+                MLP.from_onnx(path)
+
+
+def test_labels_of_logits(tmp_path: Path) -> None:
+    """What they are labels of is to be said."""
+    maps = ("ZipMap@ai.onnx.ml", "z1", "maps", {"classlabels_int64s": [3, 7, 9]})
+    graph(tmp_path / "g.onnx", [*USUAL[:-1], maps], output="z1")
+    with pytest.raises(ValueError, match=r"g\.onnx has labels, but ends in a layer: output must be softmax or sigmoid"):
+        MLP.from_onnx(tmp_path / "g.onnx")
+    assert MLP.from_onnx(tmp_path / "g.onnx", output="softmax").classes == [3, 7, 9]
 
 
 def test_inputs_and_outputs_are_counted(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
+from .files import errors_name
 from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
 from .targets import Label, Meaning, as_labels, checked_classes, numbers, of_classes
@@ -557,7 +558,8 @@ class MLP(Trainable):
         -------
         MLP
             Of the dtype of the weights. From a file of `to_onnx` it has the settings of the network that wrote it,
-            and starts from the weights that network predicted with; else those of a new one.
+            and starts from the weights that network predicted with; else, or if the graph no longer is what they say,
+            those of a new one.
 
         Raises
         ------
@@ -575,21 +577,29 @@ class MLP(Trainable):
         found = onnx.read(path, "MLP")
         if output not in (None, found.output) and found.output != "identity":
             raise ValueError(f"output is {output!r}, but the graph in {os.fspath(path)} ends in {found.output}")
+        if found.classes and (output or found.output) == "identity":
+            raise ValueError(f"{os.fspath(path)} has labels, but ends in a layer: output must be softmax or sigmoid")
         layers = [len(found.layers[0][0]), *(len(bias) for _, bias in found.layers)]
         saved = found.config if found.config.get("layers") == layers else {}
-        activation = found.activation or saved.get("activation", "tanh")
+        dtype = found.layers[0][0].dtype
         model = cls(
             layers,
-            activation,
+            found.activation or "tanh",
             output or found.output,
-            dtype=found.layers[0][0].dtype,
+            dtype=dtype,
             activation_parameter=found.activation_parameter,
             classes=None if found.classes == list(range(max(layers[-1], 2))) else found.classes,
             multi_label=found.multi_label,
         )
         config = model._saved_config()
-        if all(saved.get(name) == config[name] for name in ("activation", "output", "dtype")):
-            config = saved
+        # Of an activation graphs without hidden layers have nothing.
+        told = ("output", "dtype") if found.activation is None else ("activation", "output", "dtype")
+        if all(saved.get(name) == config[name] for name in told):
+            with errors_name(path, cls.__name__):
+                parameter = activation_number(saved["activation"], saved.get("activation_parameter"))
+            of_both = {onnx.rounded(model.activation, p, dtype) for p in (parameter, model.activation_parameter)}
+            if found.activation is None or len(of_both) == 1:
+                config = saved
         tensors = dict[str, Array]()
         for prefix in cls._widths(config):
             for i, (weight, bias) in enumerate(found.layers):

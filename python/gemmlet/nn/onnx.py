@@ -96,6 +96,12 @@ _FLOAT64_OPERATORS: dict[str, Callable[[_Graph, str, float], str]] = {
 }
 
 
+def rounded(activation: str, parameter: float | None, dtype: np.dtype[Any]) -> float:
+    """The number that a graph of this dtype has for an activation."""
+    with np.errstate(over="ignore"):
+        return float(dtype.type(ACTIVATIONS[activation].default if parameter is None else parameter))
+
+
 def _activation(g: _Graph, x: str, name: str, parameter: float | None) -> str:
     operators = _OPERATORS | (_FLOAT64_OPERATORS if g.dtype == np.float64 else {})
     if name not in operators:
@@ -198,6 +204,12 @@ _FOLDED = {
     "Sub", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
+# Those of them that leave each number what it is.
+_MOVING = {"Cast", "Concat", "Flatten", "Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+
+# Numbers that they may make: some for a file of any size, and some for each number in it.
+_MADE, _MADE_OF_EACH = 2**20, 16
+
 
 def _gelu_tanh(g: _Graph, x: str, inner: str) -> str:
     bracket = g.add("Add", g.add("Tanh", g.add("Mul", inner, math.sqrt(2 / math.pi))), 1.0)
@@ -236,8 +248,8 @@ _SPELLINGS: list[tuple[str, Callable[[_Graph, str, float], str]]] = [
 # What exporters leave of constants' digits, and what bounds nothing.
 _TOLERANCE, _LARGEST = 1e-6, float(np.finfo(np.float32).max)
 
-# No spelling has as many nodes; trees of more could be of any size, as a node may be used twice.
-_MOST_NODES = 12
+# No spelling has as many nodes, nor more operands; trees of more could be of any size, as a node may be used twice.
+_MOST_NODES, _MOST_OPERANDS = 12, 3
 
 # What a graph computes of x: "x", a number, or an operator with its operands and attributes. Sums, products, maxima and
 # minima are in a normal form, with one number at most: what comes first, and what is subtracted, makes no difference.
@@ -337,11 +349,15 @@ class _Reader:
         self.floats = (int(onnx.TensorProto.FLOAT), int(onnx.TensorProto.DOUBLE))
         self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=_OPSET)
         self.known = {t.name: self._array(t) for t in model.graph.initializer}
+        self.may_make = _MADE + _MADE_OF_EACH * sum(array.size for array in self.known.values())
+        # Constants with the number of samples in them, which is not known: it is 0 there, as Reshape has it.
+        self.counts = set[str]()
         self.shape: list[int] | None = None  # of the input, if the graph has it, with 0 where one is not known
         self.shapes: dict[str, list[int]] = {}  # of the input, and of what nodes that change nothing make of it
         self.same: dict[str, str] = {}  # what nodes that change nothing give: the name of what they take
         self.layers: list[tuple[Array, Array]] = []
         self.gaps: list[_Gap] = []
+        self.both: Any = None  # the node that makes two columns, of both classes, of one output
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{self.path} holds no perceptron: {message}")
@@ -403,9 +419,13 @@ class _Reader:
         if output not in ("identity", "sigmoid") or (ending is not None and output != "identity"):
             raise self._refusal(last.nodes[0], f"makes {output} of the outputs; expected softmax, sigmoid or nothing")
         activation, parameter = activations[0] if len(activations) > 1 else (None, None)
+        if self.both is not None and output != "sigmoid":
+            raise self._refusal(self.both, f"makes two columns of {output} outputs; expected sigmoid")
         output = "softmax" if ending is not None else output
         classes = [label for node in maps for labels in self._attributes(node).values() for label in labels]
         labels = [label.decode() if isinstance(label, bytes) else label for label in classes]
+        if labels and (len(labels) != max(self._width(), 2) or len({*labels}) != len(labels)):
+            raise self._refusal(maps[0], f"has the labels {labels}; expected {max(self._width(), 2)} different ones")
         # With this operator scikit-learn's converter tells the labels of a sample, one by one.
         multi_label = any(node.op_type == "Binarizer" for node in graph.node) and output == "sigmoid"
         return Perceptron(self.layers, activation, parameter, output, labels or None, multi_label, self._config())
@@ -443,13 +463,16 @@ class _Reader:
                 raise self._refusal(node, f"is of the domain {node.domain}")
             shape = self.shapes.get(node.input[0]) if node.input else None
             if operator == "Shape" and shape is not None and self._features():
-                attributes = self._attributes(node)
-                # To reshape, 0 stands for as many rows as there are.
-                self.known[node.output[0]] = np.array(shape[attributes.get("start", 0) : attributes.get("end")])
+                attributes, given = self._attributes(node), node.output[0]
+                self.known[given] = np.array(shape[attributes.get("start", 0) : attributes.get("end")], np.int64)
+                if 0 in self.known[given]:
+                    self.counts.add(given)
                 continue
             if not dynamic:
                 self._fold(node, inputs)
                 continue
+            if operator != "Reshape" and not self.counts.isdisjoint(inputs):
+                raise self._refusal(node, "computes with the number of samples")
             changes_nothing = self._changes_nothing(node, inputs)
             if last is not None and not changes_nothing:
                 raise self._refusal(node, f"stands behind {last.op_type}")
@@ -465,6 +488,8 @@ class _Reader:
             if operator in ("Softmax", "LogSoftmax"):
                 if not self.layers or self._attributes(node).get("axis", -1) not in (-1, 1):
                     raise self._refusal(node, "is not along the outputs of a layer")
+                if self._width() == 1:
+                    raise self._refusal(node, "is of one output; expected two or more")
                 ending, last, tip = node, node, node.output[0]
                 self.gaps.append(_Gap(nodes, before, start, inputs[0]))
                 there = {tip}
@@ -482,7 +507,7 @@ class _Reader:
                 start = tip = node.output[0]
                 there = {start}
             elif operator == "Concat" and self._adds_complement(node, inputs, nodes):
-                last = node
+                self.both = last = node
                 there.remove(nodes.pop().output[0])
                 tip = self.same[node.output[0]] = inputs[1]
             elif operator in _ELEMENTWISE and all(self._is_number(n) for n in inputs if n in self.known):
@@ -517,12 +542,16 @@ class _Reader:
             shape = self.known.get(inputs[1], np.empty(0)).tolist()
             if len(shape) != 2 or (attributes.get("allowzero") and 0 in shape):
                 return False
-            width = self.layers[-1][0].shape[1] if self.layers else self._features() or shape[1]
+            width = self._width() if self.layers else self._features() or shape[1]
             return shape[0] in (-1, 0, *(self.shape or [])[:1]) and shape[1] in (-1, width)
         if operator == "Flatten":
             rank = len(self.shapes.get(node.input[0], (0, 0)))
             return attributes.get("axis", 1) in (1, 1 - rank)
         return bool(operator == "Identity")
+
+    def _width(self) -> int:
+        """The columns of what the last layer gives, or of what is made of it."""
+        return len(self.layers[-1][1]) if self.both is None else 2
 
     def _layer(self, node: Any, inputs: list[str]) -> tuple[Array, Array] | None:
         """Weight and bias of a Gemm or a MatMul; None of another node."""
@@ -533,9 +562,11 @@ class _Reader:
             raise self._refusal(node, "does not multiply rows by a constant matrix")
         if weight.dtype not in (np.float32, np.float64):
             raise self._refusal(node, f"has weights of {weight.dtype}; expected float32 or float64")
+        if not weight.size:
+            raise self._refusal(node, f"has weights of shape {weight.shape}, which has no number")
         weight = (weight.T if attributes.get("transB", 0) else weight) * weight.dtype.type(attributes.get("alpha", 1))
         if self.layers:
-            (other, _), width = self.layers[-1], self.layers[-1][0].shape[1]
+            (other, _), width = self.layers[-1], self._width()
             if len(weight) != width or weight.dtype != other.dtype:
                 found = f"{len(weight)} inputs of {weight.dtype}"
                 raise self._refusal(node, f"takes {found}, the layer before gives {width} of {other.dtype}")
@@ -567,6 +598,8 @@ class _Reader:
 
     def _adds_complement(self, node: Any, inputs: list[str], nodes: list[Any]) -> bool:
         """Whether a node makes ``[1 - p, p]`` of p, with the last of `nodes`: of one output, the two classes."""
+        if not self.layers or self._width() != 1:
+            return False
         if not nodes or nodes[-1].op_type != "Sub" or inputs != [nodes[-1].output[0], nodes[-1].input[1]]:
             return False
         one = self.known.get(nodes[-1].input[0])
@@ -578,8 +611,15 @@ class _Reader:
 
         if node.op_type not in _FOLDED:
             raise self._refusal(node, "computes with constants what is not known here")
+        counts = self.counts.intersection(inputs)
+        others = [] if node.op_type == "Concat" else inputs[1:]  # shapes, axes, indices
+        if counts and (node.op_type not in _MOVING or not counts.isdisjoint(others)):
+            raise self._refusal(node, "computes with the number of samples")
         helper = self.onnx.helper
         try:
+            self.may_make -= self._numbers(node, inputs)
+            if self.may_make < 0:
+                raise ValueError("it makes far more numbers than the file has")
             graph = helper.make_graph(
                 [self._with_inputs(node, inputs)],
                 "constant",
@@ -589,16 +629,32 @@ class _Reader:
             )
             model = helper.make_model(graph, opset_imports=self.model.opset_import)
             with np.errstate(all="ignore"):
-                (self.known[node.output[0]],) = ReferenceEvaluator(model).run(None, {})
+                (made,) = ReferenceEvaluator(model).run(None, {})
         except Exception as error:
             raise self._refusal(node, f"cannot be computed: {error}") from error
+        self.known[node.output[0]] = made
+        if node.op_type == "Constant":
+            self.may_make += _MADE_OF_EACH * made.size
+        if counts and (made.dtype.kind not in "iu" or not np.all(made)):
+            self.counts.add(node.output[0])
+
+    def _numbers(self, node: Any, inputs: list[str]) -> int:
+        """How many numbers a node makes of constants."""
+        arrays = [self.known[name] for name in inputs if name]
+        if node.op_type == "Concat":
+            return sum(array.size for array in arrays)
+        if node.op_type == "Gather":
+            rows = arrays[0].shape[self._attributes(node).get("axis", 0)]
+            return int(arrays[0].size // rows * arrays[1].size)
+        operands = arrays if node.op_type in _ELEMENTWISE else arrays[:1]
+        return math.prod(np.broadcast_shapes(*(array.shape for array in operands)))
 
     def _recognised(self, gap: _Gap) -> tuple[str, float | None]:
         """The activation that the nodes of a gap spell, and its parameter where it is not the default."""
         if not gap.nodes:
             return "identity", None
         dtype = self.layers[0][0].dtype
-        if len(gap.nodes) <= _MOST_NODES:
+        if len(gap.nodes) <= _MOST_NODES and all(len(node.input) <= _MOST_OPERANDS for node in gap.nodes):
             constants = {n for node in gap.nodes for n in node.input if n in self.known}
             leaves = {n: float(self.known[n].item()) for n in constants} | {gap.takes: "x"}
             tree = _tree(gap.nodes, leaves, self.opset, gap.gives)
