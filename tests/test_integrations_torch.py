@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import types
 import unittest
 import warnings
@@ -1355,6 +1356,46 @@ assert calls == {"forward": 1}, calls
         timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
+
+
+# Threads.
+
+HOLDS_MEMORY: dict[str, tuple[str, Callable[..., Any]]] = {
+    "forward": ("torch_forward", lambda m, x: functools.partial(compile_with_ours(m), x)),
+    "backward": ("torch_backward", lambda m, x: compile_with_ours(m)(x).sum().backward),
+    "fused_step": (
+        "torch_train",
+        lambda m, x: functools.partial(integration.fused_step(m, nn.MSELoss(), made("sgd", m.parameters())), x, x),
+    ),
+    "update": ("torch_update", lambda m, x: made("adam", m.parameters(), integration).step),
+}
+
+
+@one_isa
+@pytest.mark.parametrize("what", HOLDS_MEMORY)
+def test_a_call_holds_the_memory_of_a_weight_that_gets_another_one(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, made_of = HOLDS_MEMORY[what]
+    started = threading.Event()
+    break_kernel(monkeypatch, name, lambda right, *given: (started.set(), right(*given))[1])
+    module, size = nn.Sequential(nn.Linear(1500, 1500)), (1500, 1500)
+    module[0].weight.grad, module[0].bias.grad = torch.zeros(size).t(), torch.zeros(1500)
+    x = torch.randn(200, 1500)
+    is_held = False
+    for _ in range(20):  # it may have ended before this thread comes to look
+        array = np.zeros(size, np.float32)
+        module[0].weight.data, memory = torch.from_numpy(array).t(), weakref.ref(array)
+        del array
+        started.clear()
+        thread = threading.Thread(target=made_of(module, x))
+        thread.start()
+        started.wait(PATIENCE)
+        module[0].weight.data = torch.zeros(size).t()
+        is_held = is_held or memory() is not None
+        thread.join()
+        assert memory() is None
+        if is_held:
+            break
+    assert is_held
 
 
 # Operators.
