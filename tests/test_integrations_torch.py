@@ -1300,6 +1300,16 @@ def test_transforms_of_functorch_and_forward_mode_are_pytorchs() -> None:
         dual = torch.autograd.forward_ad.make_dual(rows, torch.ones_like(rows))
         found = [torch.autograd.forward_ad.unpack_dual(f(dual)) for f in (module, compile_with_ours(module))]
         assert_close(found[1].tangent, found[0].tangent)
+    # Behind an ordinary call, too, and a level that begins between forward and backward.
+    compiled, x = compile_with_ours(module), rows.clone().requires_grad_()
+    results = [f(x) for f in (module, compiled)]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(rows, torch.ones_like(rows))
+        grad = torch.autograd.forward_ad.make_dual(torch.ones(4, 1), torch.ones(4, 1))
+        for each in ([f(dual) for f in (module, compiled)], [torch.autograd.grad(y, x, grad)[0] for y in results]):
+            theirs, ours = map(torch.autograd.forward_ad.unpack_dual, each)
+            assert_close(tuple(ours), tuple(theirs))
+    assert integration.calls["forward"] == 1
     params = dict(module.named_parameters())
     call = compile_with_ours(lambda params, x: torch.func.functional_call(module, params, (x,)))
     assert_close(call(params, rows), module(rows))
