@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -36,6 +37,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     pytest.skip("PyTorch is older than 2.13", allow_module_level=True)
 
 from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.utils import checkpoint  # noqa: E402
 
@@ -413,6 +415,36 @@ def test_autocast_and_other_backends_are_left_to_pytorch() -> None:
         step(x.double(), target)
     with pytest.raises(IndexError):
         step(x, target + 5)
+
+
+@one_isa
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_default_device_is_not_asked_for(name: str) -> None:
+    module = NETWORKS["relu"]()
+    step = integration.fused_step(module, nn.CrossEntropyLoss(), made(name, module.parameters()))
+    param = module[0].weight.detach().clone().requires_grad_()
+    param.grad = torch.ones_like(param)
+    optimizer, x, target = made(name, [param], integration), torch.randn(6, 20), classes(6, None)
+    with torch.device("meta"):
+        assert step(x, target).device == torch.device("cpu")
+        optimizer.step()
+    assert integration.calls == {"fused_step": 1, "update": 1}
+
+
+@one_isa
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_modes_of_pytorch_get_what_they_would(name: str) -> None:
+    module = NETWORKS["relu"]()
+    before = [param.detach().clone() for param in module.parameters()]
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    step = integration.fused_step(module, nn.CrossEntropyLoss(), made(name, module.parameters()))
+    optimizer, x, target = made(name, module.parameters(), integration), torch.randn(6, 20), classes(6, None)
+    for function in (optimizer.step, functools.partial(step, x, target)):
+        with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError):  # PyTorch's own
+            function()
+        assert_close([param.detach() for param in module.parameters()], before)
+    assert integration.calls == {"fused_step by PyTorch": 1, "update by PyTorch": 1}
 
 
 @one_isa

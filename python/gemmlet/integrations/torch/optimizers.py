@@ -82,7 +82,7 @@ def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor
         if rule.counts:
             step = state.get("step")
             if step is None:
-                step = missing["step"] = torch.tensor(0.0, dtype=torch_optimizer._get_scalar_dtype())
+                step = missing["step"] = torch.tensor(0.0, dtype=torch_optimizer._get_scalar_dtype(), device="cpu")
             steps.append(step)
         for name in rule.state:
             array = state.get(name)
@@ -108,7 +108,7 @@ def step_of(steps: list[torch.Tensor]) -> int:
 def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
     """Update a group; False, with nothing done, if that is left to PyTorch."""
     found, rule = kernels(), rule_of(optimizer, group)
-    if found is None or rule is None:
+    if found is None or rule is None or torch._C._len_torch_dispatch_stack():
         return False
     params, grads = [], []
     for param in group["params"]:

@@ -93,7 +93,8 @@ class FusedStep:
 
     PyTorch does the step, with the same result to rounding, where something is unusual at the time: samples and
     parameters that are not float32 or float64 on the CPU, samples or targets of other shapes, class indices that
-    PyTorch would ignore or refuse, hooks, autocast, frozen parameters, a backend other than the compiled one. `calls`
+    PyTorch would ignore or refuse, hooks, dispatch modes, autocast, frozen parameters, a backend other than the compiled
+    one. `calls`
     counts both.
     """
 
@@ -146,7 +147,7 @@ class FusedStep:
         calls["fused_step"] += 1
         if self._model.refuses_nan and math.isnan(value):
             raise RuntimeError("module returns NaN, which BCELoss refuses: its outputs overflow")
-        return torch.scalar_tensor(value, dtype=x.dtype)
+        return torch.scalar_tensor(value, dtype=x.dtype, device="cpu")
 
     def _by_pytorch(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad()
@@ -159,6 +160,8 @@ class FusedStep:
         return result
 
     def _fused(self, x: torch.Tensor, target: torch.Tensor) -> float | None:
+        if torch._C._len_torch_dispatch_stack():
+            return None  # under a mode that computes something else, or watches
         found, optimizer, model = kernels(), self.optimizer, self._model
         if not model.is_current():
             try:
