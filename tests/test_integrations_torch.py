@@ -455,7 +455,9 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
     step = integration.fused_step(module, nn.CrossEntropyLoss(), ours)
     x, target = torch.randn(6, 20), classes(6, None)
     before, versions = copy.deepcopy(module.state_dict()), [each._version for each in module.parameters()]
-    earlier = module(x).sum()
+    earlier, memory = module(x).sum(), [each.data_ptr() for each in module.parameters()]
+    for each in module.parameters():
+        each.grad = torch.ones_like(each)
     refused = [
         (x.numpy(), target, TypeError, r"x must be a torch\.Tensor, got ndarray"),
         (None, target, TypeError, r"x must be a torch\.Tensor, got NoneType"),
@@ -467,6 +469,8 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
     for *given, error, message in refused:
         with pytest.raises(error, match=message):
             step(*given)
+    assert all((each.grad == 1).all() for each in module.parameters())
+    assert [each.data_ptr() for each in module.parameters()] == memory
     with torch.inference_mode(), pytest.raises(RuntimeError, match="does not require grad"):
         step(x, target)
     assert not ours.state
@@ -509,6 +513,9 @@ def test_outputs_that_overflow_to_nan_are_refused_by_binary_cross_entropy() -> N
     for param, each in zip(module.parameters(), (3e38, 0.0, torch.tensor([1.0, -1.0]), 0.0), strict=True):
         param.data[:] = each
     step = integration.fused_step(module, nn.BCELoss(), made("sgd", module.parameters()))
+    with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):  # PyTorch's own
+        step(torch.ones(6, 20), numbers(6, None))
+    step(torch.zeros(6, 20), numbers(6, None))
     with pytest.raises(RuntimeError, match="module returns NaN"):
         step(torch.ones(6, 20), numbers(6, None))
 

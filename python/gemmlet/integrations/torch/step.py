@@ -93,9 +93,8 @@ class FusedStep:
 
     PyTorch does the step, with the same result to rounding, where something is unusual at the time: samples and
     parameters that are not float32 or float64 on the CPU, samples or targets of other shapes, class indices that
-    PyTorch would ignore or refuse, hooks, dispatch modes, autocast, frozen parameters, a backend other than the compiled
-    one. `calls`
-    counts both.
+    PyTorch would ignore or refuse, hooks, autocast, dispatch modes, frozen parameters, a backend other than the
+    compiled one. `calls` counts both.
     """
 
     def __init__(self, module: nn.Sequential, loss: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -150,9 +149,9 @@ class FusedStep:
         return torch.scalar_tensor(value, dtype=x.dtype, device="cpu")
 
     def _by_pytorch(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        self.optimizer.zero_grad()
         with torch.enable_grad():
             loss = self.loss(self.module(x), target)
+            self.optimizer.zero_grad()  # behind what may raise
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -200,7 +199,11 @@ class FusedStep:
                 return None
             if not (x.is_contiguous() and target.is_contiguous()):
                 x, target = x.contiguous(), target.contiguous()
-            elif not self._lay_out(params, rule.state):
+            elif misplaced := self._misplaced(params, rule.state):
+                with torch.no_grad():
+                    self.loss(self.module(x), target)  # may raise, before anything is changed
+                _lay_out(misplaced)
+            else:
                 return None
         increment_versions(changed)
         if made:
@@ -221,34 +224,40 @@ class FusedStep:
             self._states = [state.get(param, {}) for param in params]
         return states_of(self._states, rule, params)
 
-    def _lay_out(self, params: list[torch.Tensor], names: tuple[str, ...]) -> bool:
-        """Let the weights, and their states, lie as (in, out); whether that has changed anything.
+    def _misplaced(self, params: list[torch.Tensor], names: tuple[str, ...]) -> list[tuple[Any, str, torch.Tensor]]:
+        """The weights, and their states, that do not lie as (in, out), each with who has it and its name there.
 
         Not those of which others know the memory.
         """
-        changed = False
+        found: list[tuple[Any, str, torch.Tensor]] = []
         for param in params:
             state = self.optimizer.state.get(param, {})
-            for name, tensor in [("", param), *((name, state[name]) for name in names if state.get(name) is not None)]:
-                if (
-                    tensor.ndim != 2
-                    or tensor.t().is_contiguous()
-                    or tensor.device.type != "cpu"
-                    or tensor.is_shared()
-                    or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-                ):
-                    continue
-                changed, moved = True, tensor.detach().t().contiguous().t()
-                if name:
-                    state[name] = moved
-                else:
-                    param.data = moved
-        return changed
+            found.append((param, "data", param))
+            found += [(state, name, state[name]) for name in names if state.get(name) is not None]
+        return [
+            (owner, name, tensor)
+            for owner, name, tensor in found
+            if tensor.ndim == 2
+            and not tensor.t().is_contiguous()
+            and tensor.device.type == "cpu"
+            and not tensor.is_shared()
+            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        ]
 
     def _is_group(self, params: list[torch.Tensor]) -> bool:
         groups = self.optimizer.param_groups
         given = groups[0]["params"]
         return len(groups) == 1 and len(given) == len(params) and all(map(operator.is_, given, params))
+
+
+def _lay_out(misplaced: list[tuple[Any, str, torch.Tensor]]) -> None:
+    """Let them lie as (in, out)."""
+    for owner, name, tensor in misplaced:
+        moved = tensor.detach().t().contiguous().t()
+        if isinstance(owner, dict):
+            owner[name] = moved
+        else:
+            owner.data = moved
 
 
 class _Model:
