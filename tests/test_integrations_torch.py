@@ -743,6 +743,43 @@ def test_groups_are_updated_in_their_order() -> None:
         assert len(optimizer.param_groups) == 3
 
 
+# What may be wrong in an optimizer behind a first step, which is PyTorch's to refuse or to take.
+BROKEN: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "counter of inf": ("adam", lambda o, param: o.state[param]["step"].fill_(torch.inf)),
+    "counter of nan": ("adam", lambda o, param: o.state[param]["step"].fill_(torch.nan)),
+    "no second moments": ("adam", lambda o, param: o.state[param].pop("exp_avg_sq")),
+    "no weight decay": ("sgd", lambda o, param: o.param_groups[0].update(weight_decay=None)),
+    "no momentum": ("momentum", lambda o, param: o.param_groups[0].update(momentum=None)),
+}
+
+
+@one_isa
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_is_broken_in_an_optimizer_is_left_to_pytorch(broken: str) -> None:
+    name, breaks = BROKEN[broken]
+    module, loss, x, target = NETWORKS["relu"](), nn.CrossEntropyLoss(), torch.randn(6, 20), classes(6, None)
+    found = []
+    for package, is_fused in ((torch.optim, False), (integration, False), (torch.optim, True)):
+        own = copy.deepcopy(module)
+        optimizer = made(name, own.parameters(), package)
+        step = (
+            integration.fused_step(own, loss, optimizer)
+            if is_fused
+            else functools.partial(eager_step, own, loss, optimizer)
+        )
+        step(x, target)
+        breaks(optimizer, own[0].weight)
+        error = None
+        try:
+            step(x, target)
+        except (TypeError, KeyError) as refused:
+            error = type(refused), str(refused)
+        found.append((error, [param.detach() for param in own.parameters()]))
+    for error, params in found[1:]:
+        assert error == found[0][0]
+        assert_close(params, found[0][1])
+
+
 @one_isa
 def test_parameters_from_the_inference_mode_are_refused_and_left() -> None:
     with torch.inference_mode():

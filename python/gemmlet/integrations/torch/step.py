@@ -31,7 +31,7 @@ from .extension import (
     of_function,
     of_module,
 )
-from .optimizers import SGD, Adam, AdamW, Rule, States, keep, rule_of, states_of, step_of, unknown_settings
+from .optimizers import SGD, Adam, AdamW, Rule, States, keep, numbers_of, rule_of, states_of, step_of, unknown_settings
 
 _OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, SGD, Adam, AdamW)
 
@@ -184,12 +184,14 @@ class FusedStep:
         self._steps += 1
         network, number = capsule(model.network, found), found.rules[rule.name]
         while True:
-            states, steps, made = self._states_of(rule, params)
+            if (own := self._states_of(rule, params)) is None:
+                return None
+            states, steps, made = own
             changed = params + states
             if any(map(is_negated, [x, target, *changed])) or any(map(has_no_version, changed)):
                 return None
-            step = step_of(steps)
-            numbers = list(rule.hyperparameters(group, step))
+            if (step := step_of(steps)) is None or (numbers := numbers_of(rule, group, step)) is None:
+                return None
             result = found.module.torch_train(
                 network, number, numbers, x, target, self._skip_zeros, params, states, steps, step
             )
@@ -215,7 +217,7 @@ class FusedStep:
         value: float = result
         return value
 
-    def _states_of(self, rule: Rule, params: list[torch.Tensor]) -> States:
+    def _states_of(self, rule: Rule, params: list[torch.Tensor]) -> States | None:
         if not rule.state:
             return _NO_STATES
         found, state = self._states, self.optimizer.state
