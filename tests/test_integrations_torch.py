@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import types
 import unittest
 import warnings
@@ -35,6 +37,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     pytest.skip("PyTorch is older than 2.13", allow_module_level=True)
 
 from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.utils import checkpoint  # noqa: E402
 
@@ -415,6 +418,36 @@ def test_autocast_and_other_backends_are_left_to_pytorch() -> None:
 
 
 @one_isa
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_default_device_is_not_asked_for(name: str) -> None:
+    module = NETWORKS["relu"]()
+    step = integration.fused_step(module, nn.CrossEntropyLoss(), made(name, module.parameters()))
+    param = module[0].weight.detach().clone().requires_grad_()
+    param.grad = torch.ones_like(param)
+    optimizer, x, target = made(name, [param], integration), torch.randn(6, 20), classes(6, None)
+    with torch.device("meta"):
+        assert step(x, target).device == torch.device("cpu")
+        optimizer.step()
+    assert integration.calls == {"fused_step": 1, "update": 1}
+
+
+@one_isa
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_modes_of_pytorch_get_what_they_would(name: str) -> None:
+    module = NETWORKS["relu"]()
+    before = [param.detach().clone() for param in module.parameters()]
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    step = integration.fused_step(module, nn.CrossEntropyLoss(), made(name, module.parameters()))
+    optimizer, x, target = made(name, module.parameters(), integration), torch.randn(6, 20), classes(6, None)
+    for function in (optimizer.step, functools.partial(step, x, target)):
+        with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError):  # PyTorch's own
+            function()
+        assert_close([param.detach() for param in module.parameters()], before)
+    assert integration.calls == {"fused_step by PyTorch": 1, "update by PyTorch": 1}
+
+
+@one_isa
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> None:
     module = NETWORKS["relu"]()
@@ -422,7 +455,9 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
     step = integration.fused_step(module, nn.CrossEntropyLoss(), ours)
     x, target = torch.randn(6, 20), classes(6, None)
     before, versions = copy.deepcopy(module.state_dict()), [each._version for each in module.parameters()]
-    earlier = module(x).sum()
+    earlier, memory = module(x).sum(), [each.data_ptr() for each in module.parameters()]
+    for each in module.parameters():
+        each.grad = torch.ones_like(each)
     refused = [
         (x.numpy(), target, TypeError, r"x must be a torch\.Tensor, got ndarray"),
         (None, target, TypeError, r"x must be a torch\.Tensor, got NoneType"),
@@ -434,6 +469,8 @@ def test_a_fused_step_that_is_refused_has_changed_nothing(optimizer: str) -> Non
     for *given, error, message in refused:
         with pytest.raises(error, match=message):
             step(*given)
+    assert all((each.grad == 1).all() for each in module.parameters())
+    assert [each.data_ptr() for each in module.parameters()] == memory
     with torch.inference_mode(), pytest.raises(RuntimeError, match="does not require grad"):
         step(x, target)
     assert not ours.state
@@ -476,6 +513,9 @@ def test_outputs_that_overflow_to_nan_are_refused_by_binary_cross_entropy() -> N
     for param, each in zip(module.parameters(), (3e38, 0.0, torch.tensor([1.0, -1.0]), 0.0), strict=True):
         param.data[:] = each
     step = integration.fused_step(module, nn.BCELoss(), made("sgd", module.parameters()))
+    with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):  # PyTorch's own
+        step(torch.ones(6, 20), numbers(6, None))
+    step(torch.zeros(6, 20), numbers(6, None))
     with pytest.raises(RuntimeError, match="module returns NaN"):
         step(torch.ones(6, 20), numbers(6, None))
 
@@ -701,6 +741,43 @@ def test_groups_are_updated_in_their_order() -> None:
         assert [each._version > before for each, before in zip(params, versions, strict=True)] == [True, False, False]
         assert [*optimizer.state] == params[:1]
         assert len(optimizer.param_groups) == 3
+
+
+# What may be wrong in an optimizer behind a first step, which is PyTorch's to refuse or to take.
+BROKEN: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "counter of inf": ("adam", lambda o, param: o.state[param]["step"].fill_(torch.inf)),
+    "counter of nan": ("adam", lambda o, param: o.state[param]["step"].fill_(torch.nan)),
+    "no second moments": ("adam", lambda o, param: o.state[param].pop("exp_avg_sq")),
+    "no weight decay": ("sgd", lambda o, param: o.param_groups[0].update(weight_decay=None)),
+    "no momentum": ("momentum", lambda o, param: o.param_groups[0].update(momentum=None)),
+}
+
+
+@one_isa
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_is_broken_in_an_optimizer_is_left_to_pytorch(broken: str) -> None:
+    name, breaks = BROKEN[broken]
+    module, loss, x, target = NETWORKS["relu"](), nn.CrossEntropyLoss(), torch.randn(6, 20), classes(6, None)
+    found = []
+    for package, is_fused in ((torch.optim, False), (integration, False), (torch.optim, True)):
+        own = copy.deepcopy(module)
+        optimizer = made(name, own.parameters(), package)
+        step = (
+            integration.fused_step(own, loss, optimizer)
+            if is_fused
+            else functools.partial(eager_step, own, loss, optimizer)
+        )
+        step(x, target)
+        breaks(optimizer, own[0].weight)
+        error = None
+        try:
+            step(x, target)
+        except (TypeError, KeyError) as refused:
+            error = type(refused), str(refused)
+        found.append((error, [param.detach() for param in own.parameters()]))
+    for error, params in found[1:]:
+        assert error == found[0][0]
+        assert_close(params, found[0][1])
 
 
 @one_isa
@@ -1299,6 +1376,16 @@ def test_transforms_of_functorch_and_forward_mode_are_pytorchs() -> None:
         dual = torch.autograd.forward_ad.make_dual(rows, torch.ones_like(rows))
         found = [torch.autograd.forward_ad.unpack_dual(f(dual)) for f in (module, compile_with_ours(module))]
         assert_close(found[1].tangent, found[0].tangent)
+    # Behind an ordinary call, too, and a level that begins between forward and backward.
+    compiled, x = compile_with_ours(module), rows.clone().requires_grad_()
+    results = [f(x) for f in (module, compiled)]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(rows, torch.ones_like(rows))
+        grad = torch.autograd.forward_ad.make_dual(torch.ones(4, 1), torch.ones(4, 1))
+        for each in ([f(dual) for f in (module, compiled)], [torch.autograd.grad(y, x, grad)[0] for y in results]):
+            theirs, ours = map(torch.autograd.forward_ad.unpack_dual, each)
+            assert_close(tuple(ours), tuple(theirs))
+    assert integration.calls["forward"] == 1
     params = dict(module.named_parameters())
     call = compile_with_ours(lambda params, x: torch.func.functional_call(module, params, (x,)))
     assert_close(call(params, rows), module(rows))
@@ -1355,6 +1442,46 @@ assert calls == {"forward": 1}, calls
         timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
+
+
+# Threads.
+
+HOLDS_MEMORY: dict[str, tuple[str, Callable[..., Any]]] = {
+    "forward": ("torch_forward", lambda m, x: functools.partial(compile_with_ours(m), x)),
+    "backward": ("torch_backward", lambda m, x: compile_with_ours(m)(x).sum().backward),
+    "fused_step": (
+        "torch_train",
+        lambda m, x: functools.partial(integration.fused_step(m, nn.MSELoss(), made("sgd", m.parameters())), x, x),
+    ),
+    "update": ("torch_update", lambda m, x: made("adam", m.parameters(), integration).step),
+}
+
+
+@one_isa
+@pytest.mark.parametrize("what", HOLDS_MEMORY)
+def test_a_call_holds_the_memory_of_a_weight_that_gets_another_one(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, made_of = HOLDS_MEMORY[what]
+    started = threading.Event()
+    break_kernel(monkeypatch, name, lambda right, *given: (started.set(), right(*given))[1])
+    module, size = nn.Sequential(nn.Linear(1500, 1500)), (1500, 1500)
+    module[0].weight.grad, module[0].bias.grad = torch.zeros(size).t(), torch.zeros(1500)
+    x = torch.randn(200, 1500)
+    is_held = False
+    for _ in range(20):  # it may have ended before this thread comes to look
+        array = np.zeros(size, np.float32)
+        module[0].weight.data, memory = torch.from_numpy(array).t(), weakref.ref(array)
+        del array
+        started.clear()
+        thread = threading.Thread(target=made_of(module, x))
+        thread.start()
+        started.wait(PATIENCE)
+        module[0].weight.data = torch.zeros(size).t()
+        is_held = is_held or memory() is not None
+        thread.join()
+        assert memory() is None
+        if is_held:
+            break
+    assert is_held
 
 
 # Operators.

@@ -3,7 +3,7 @@
 // Contract
 //   Tensors are seen, and made, by the functions of DLPack's exchange API (1.3), which use_torch() is given once. What a
 //   DLTensor points to is valid as long as no Python code runs: sizes, strides and pointers are taken before the GIL is
-//   released.
+//   released. Where it is, the storages are held from before that on: another thread may give a tensor other memory.
 //   Usual are torch.Tensor and torch.nn.Parameter themselves, on the CPU, float32 or float64 in one call, not empty.
 //   Where anything is unusual a function returns None, having written nothing: PyTorch computes it then, or raises.
 //   Weights are (out, in), as PyTorch has them: of any strides for the kernels, whole columns for fused training, which is
@@ -62,6 +62,7 @@ constexpr std::uint8_t dl_int = 0, dl_float = 2;
 // Of the process: types and capsule live as long as PyTorch, which cannot be unloaded.
 const DlExchange* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
+PyObject* untyped_storage = nullptr;  // a name
 
 struct Unusual : std::exception {};
 
@@ -181,17 +182,60 @@ py::object new_tensor(std::vector<Index> shape) {
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
-// Without the GIL where that is longer than a few microseconds.
-template <class Call>
-void run_unlocked_if_long(Index multiply_adds, Call&& call) {
-  if (multiply_adds / tuning::multiply_adds_per_element < tuning::gil_release_elements) return call();
-  without_gil(call);
+void add_storage(py::list& to, py::handle tensor) {
+  if (tensor.is_none()) return;
+  PyObject* const storage = PyObject_CallMethodNoArgs(tensor.ptr(), untyped_storage);
+  if (storage == nullptr) {
+    PyErr_Clear();
+    throw Unusual();
+  }
+  to.append(py::reinterpret_steal<py::object>(storage));
+}
+
+// The storages of tensors, or of lists and tuples of them, for a call without the GIL: `weight.data = other` in another
+// thread would free what a kernel reads. Who has them sees the tensors, again, behind that. Null where a call takes no
+// longer than a few microseconds: it keeps the GIL.
+template <class... Tensors>
+py::object storages_if_long(Index multiply_adds, const Tensors&... tensors) {
+  if (multiply_adds / tuning::multiply_adds_per_element < tuning::gil_release_elements) return {};
+  py::list storages;
+  const auto add = [&](const auto& given) {
+    if constexpr (std::is_same_v<decltype(given), const py::handle&>)
+      add_storage(storages, given);
+    else
+      for (const py::handle each : given) add_storage(storages, each);
+  };
+  (add(tensors), ...);
+  return storages;
+}
+
+// Without the GIL if there are storages. They, and `objects`, are plain pointers meanwhile: see run() on why.
+template <class Call, class... Objects>
+void run_unlocked_if(py::object& storages, Call&& call, Objects&... objects) {
+  if (!storages) return call();
+  const auto run = [&](auto&... each) {
+    PyObject* const held[] = {each.release().ptr()...};
+    const auto take_back = [&] {
+      std::size_t i = 0;
+      ((each = py::reinterpret_steal<std::remove_reference_t<decltype(each)>>(held[i++])), ...);
+    };
+    try {
+      without_gil(call);
+    } catch (const std::exception&) {
+      take_back();
+      throw;
+    }
+    take_back();
+  };
+  run(storages, objects...);
 }
 
 void use_torch(const py::capsule& api, const py::type& tensor, const py::type& parameter) {
   const auto* given = static_cast<const DlExchange*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (given == nullptr) throw py::error_already_set();
   if (given->version.major != 1 || given->view == nullptr) refuse("api", "not DLPack 1.3");
+  untyped_storage = PyUnicode_InternFromString("untyped_storage");
+  if (untyped_storage == nullptr) throw py::error_already_set();
   exchange = given;
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
@@ -246,21 +290,27 @@ auto torch_update(int rule, const std::vector<double>& hyperparameters, const py
     return for_dtype(Tensor(params[0]), [&](auto zero) {
       using T = decltype(zero);
       std::vector<Updated<T>> all;
-      Index total = 0;
-      for (std::size_t i = 0; i < params.size(); ++i) {
-        const Tensor param(params[i]), grad(grads[i]);
-        need((param.is_contiguous() || param.is_transposed()) && grad.lies_as(param));
-        Updated<T> one{param.data<T>(), grad.data<T>(), {}, param.size()};
-        for (std::size_t s = 0; s < count; ++s) {
-          const Tensor state(states[i * count + s]);
-          need(state.lies_as(param));
-          one.state[s] = state.data<T>();
+      const auto see = [&] {
+        Index total = 0;
+        all.clear();
+        for (std::size_t i = 0; i < params.size(); ++i) {
+          const Tensor param(params[i]), grad(grads[i]);
+          need((param.is_contiguous() || param.is_transposed()) && grad.lies_as(param));
+          Updated<T> one{param.data<T>(), grad.data<T>(), {}, param.size()};
+          for (std::size_t s = 0; s < count; ++s) {
+            const Tensor state(states[i * count + s]);
+            need(state.lies_as(param));
+            one.state[s] = state.data<T>();
+          }
+          all.push_back(one);
+          total += one.size;
         }
-        all.push_back(one);
-        total += one.size;
-      }
+        return total;
+      };
+      py::object storages = storages_if_long(see() * tuning::multiply_adds_per_element, params, grads, states, steps);
+      if (storages) see();
       return with_counters(steps, step, [&] {
-        run_unlocked_if_long(total * tuning::multiply_adds_per_element, [&] {
+        run_unlocked_if(storages, [&] {
           for (const Updated<T>& one : all)
             optimizer_update<T>(rule, one.param, one.grad, one.state, hyperparameters.data(), one.size);
         });
@@ -350,6 +400,11 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
     refuse("params, states", "wrong number");
   const TorchLoss& loss = *network.loss;
   return unless_unusual([&]() {
+    Index weights = 0;
+    for (std::size_t l = 0; l < layer_count; ++l) weights += Tensor(params[2 * l]).size();
+    const Tensor given(x);
+    need(given.dimensions() == 2);
+    py::object storages = storages_if_long(3 * given.shape()[0] * weights, x, target, params, states, steps);
     const Tensor samples(x), wanted(target);
     return for_dtype(samples, [&](auto zero) {
       using T = decltype(zero);
@@ -412,7 +467,7 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
       batches.hyperparameters = {hyperparameters.data()};
       double sum = 0;
       with_counters(steps, step, [&] {
-        without_gil([&] {
+        run_unlocked_if(storages, [&] {
           KeptMemory own;
           const std::unique_lock lock(network.memory.used, std::try_to_lock);
           sum = gemmlet::train(plan, batches, {0.0}, lock ? network.memory : own).losses[0];
@@ -489,7 +544,9 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
   return unless_unusual([&] {
     return for_dtype(Tensor(inputs[0]), [&](auto zero) {
       using T = decltype(zero);
-      const Inputs<T> in(network, inputs);
+      Inputs<T> in(network, inputs);
+      py::object storages = storages_if_long(in.multiply_adds, inputs);
+      if (storages) in = Inputs<T>(network, inputs);
       const Index rows = in.rows.rows, out = in.weights.back().rows;
       std::optional<TorchTargets<T>> targets;
       if (network.loss) {
@@ -498,13 +555,13 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
       }
       const Kept kept(network, in.weights, rows);
       // Python code may run as tensors are made: what was seen of those given is pointers to memory that they own.
-      const py::object result = new_tensor<T>(network.loss ? std::vector<Index>{} : in.shape(out));
-      const py::object block = keep ? new_tensor<T>({std::max(kept.size, Index{1})}) : py::none();
+      py::object result = new_tensor<T>(network.loss ? std::vector<Index>{} : in.shape(out));
+      py::object block = keep ? new_tensor<T>({std::max(kept.size, Index{1})}) : py::none();
       Buffer<T> own;
       if (!keep) own = space<T>(kept.size);
       T *const to = Tensor(result).data<T>(), *const memory = keep ? Tensor(block).data<T>() : own.get();
       const auto at = [&](Index offset) { return offset < 0 ? nullptr : memory + offset; };
-      run_unlocked_if_long(in.multiply_adds, [&] {
+      const auto compute = [&] {
         View<T> x = in.rows;
         for (std::size_t l = 0; l < in.weights.size(); ++l) {
           const TorchLayer& layer = network.layers[l];
@@ -522,7 +579,8 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
                                 : elementwise_loss<T>(number, x.data, targets->values, static_cast<T>(parameter),
                                                       at(kept.gradient), rows * out);
         *to = static_cast<T>(loss);
-      });
+      };
+      run_unlocked_if(storages, compute, result, block);
       need(!network.loss || !network.loss->unit_interval || !std::isnan(*to));
       return std::pair{result, block};
     });
@@ -540,7 +598,9 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
   return unless_unusual([&] {
     return for_dtype(Tensor(inputs[0]), [&](auto zero) {
       using T = decltype(zero);
-      const Inputs<T> in(network, inputs);
+      Inputs<T> in(network, inputs);
+      py::object storages = storages_if_long(2 * in.multiply_adds, grad_result, inputs, block, y);
+      if (storages) in = Inputs<T>(network, inputs);
       const Index rows = in.rows.rows, out = in.weights.back().rows;
       const Kept kept(network, in.weights, rows);
       const T* const memory = Tensor(block).contiguous<T>(std::max(kept.size, Index{1}));
@@ -570,7 +630,7 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
       Index widest = 0;
       for (const View<T>& w : in.weights) widest = std::max(widest, w.rows);
       Buffer<T> own[2] = {space<T>(rows * widest), space<T>(rows * widest)};
-      run_unlocked_if_long(2 * in.multiply_adds, [&] {
+      const auto compute = [&] {
         View<T> grad = top;
         std::size_t next = 0;
         const auto own_rows = [&](Index columns) { return View<T>{own[next ^= 1].get(), rows, columns, columns, 1}; };
@@ -602,7 +662,8 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
             grad = grad_x;
           }
         }
-      });
+      };
+      run_unlocked_if(storages, compute, grads);
       return grads;
     });
   });

@@ -239,7 +239,12 @@ class Chain:
         if found is not self._found:
             self._found, self._capsule = found, None if found is None else capsule(self.network, found)
         tensors = self._tensors(inputs)
-        if found is None or any(map(is_negated, tensors)) or (self.loss is not None and inputs[-1].requires_grad):
+        if (
+            found is None
+            or forward_ad._current_level >= 0
+            or any(map(is_negated, tensors))
+            or (self.loss is not None and inputs[-1].requires_grad)
+        ):
             return self._by_pytorch(inputs)
         needs_graph = torch.is_grad_enabled() and any(map(_requires_grad, tensors))
         made = found.module.torch_forward(self._capsule, inputs, needs_graph)
@@ -357,7 +362,8 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
         for i, each in zip(read, saved[1:], strict=False):  # they may come from a hook
             inputs[i] = each
         grads = None
-        if not torch.is_grad_enabled() and not is_negated(grad) and not any(map(is_negated, saved)):
+        is_plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        if is_plain and not is_negated(grad) and not any(map(is_negated, saved)):
             if chain.activations[-1] is not NONE or grad.ndim != 2:
                 grad = grad.contiguous()
             result = saved[-1] if chain.reads_result else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     if isinstance(optimizer, torch.optim.SGD):
         if group["dampening"]:
             return None
-        return _MOMENTUM if group["momentum"] else _SGD
+        return _SGD if group["momentum"] == 0 else _MOMENTUM
     is_unusual = group["amsgrad"] or group["capturable"] or any(isinstance(b, torch.Tensor) for b in group["betas"])
     return None if is_unusual else _ADAM
 
@@ -74,15 +75,15 @@ def unknown_settings(group: Group) -> str:
 States = tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[torch.Tensor, dict[str, torch.Tensor]]]]
 
 
-def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor]) -> States:
-    """The states of parameters, of which `found` are in the optimizer."""
+def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor]) -> States | None:
+    """The states of parameters, of which `found` are in the optimizer; None if PyTorch would miss some."""
     arrays, steps, made = [], [], []
     for state, param in zip(found, params, strict=False):
         missing = {}
         if rule.counts:
             step = state.get("step")
             if step is None:
-                step = missing["step"] = torch.tensor(0.0, dtype=torch_optimizer._get_scalar_dtype())
+                step = missing["step"] = torch.tensor(0.0, dtype=torch_optimizer._get_scalar_dtype(), device="cpu")
             steps.append(step)
         for name in rule.state:
             array = state.get(name)
@@ -90,6 +91,8 @@ def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor
                 array = missing[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             arrays.append(array)
         if missing:
+            if rule.counts and state:
+                return None
             made.append((param, missing))
     return arrays, steps, made
 
@@ -100,15 +103,27 @@ def keep(optimizer: torch.optim.Optimizer, made: list[tuple[torch.Tensor, dict[s
         optimizer.state[param].update(missing)
 
 
-def step_of(steps: list[torch.Tensor]) -> int:
-    """The number of the step to come, from 1."""
-    return int(steps[0]) + 1 if steps else 1
+def step_of(steps: list[torch.Tensor]) -> int | None:
+    """The number of the step to come, from 1; None if there is none."""
+    if not steps:
+        return 1
+    last = float(steps[0])
+    return int(last) + 1 if 0 <= last < math.inf else None
+
+
+def numbers_of(rule: Rule, group: Group, step: int) -> list[float] | None:
+    """The hyperparameters of a step; None if PyTorch would refuse a setting."""
+    try:
+        numbers = list(rule.hyperparameters(group, step))
+    except TypeError:
+        return None
+    return None if None in numbers else numbers
 
 
 def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
     """Update a group; False, with nothing done, if that is left to PyTorch."""
     found, rule = kernels(), rule_of(optimizer, group)
-    if found is None or rule is None:
+    if found is None or rule is None or torch._C._len_torch_dispatch_stack():
         return False
     params, grads = [], []
     for param in group["params"]:
@@ -118,12 +133,14 @@ def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:
     if not params:
         return True
     found_states = [optimizer.state.get(param, {}) for param in params] if rule.state else []
-    states, steps, made = states_of(found_states, rule, params)
+    if (own := states_of(found_states, rule, params)) is None:
+        return False
+    states, steps, made = own
     changed = params + states
     if any(map(is_negated, changed + grads)) or any(map(has_no_version, changed)):
         return False
-    step = step_of(steps)
-    numbers = list(rule.hyperparameters(group, step))
+    if (step := step_of(steps)) is None or (numbers := numbers_of(rule, group, step)) is None:
+        return False
     number = found.rules[rule.name]
     if not found.module.torch_update(number, numbers, params, grads, states, steps, step):
         return False

@@ -31,7 +31,7 @@ from .extension import (
     of_function,
     of_module,
 )
-from .optimizers import SGD, Adam, AdamW, Rule, States, keep, rule_of, states_of, step_of, unknown_settings
+from .optimizers import SGD, Adam, AdamW, Rule, States, keep, numbers_of, rule_of, states_of, step_of, unknown_settings
 
 _OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, SGD, Adam, AdamW)
 
@@ -93,8 +93,8 @@ class FusedStep:
 
     PyTorch does the step, with the same result to rounding, where something is unusual at the time: samples and
     parameters that are not float32 or float64 on the CPU, samples or targets of other shapes, class indices that
-    PyTorch would ignore or refuse, hooks, autocast, frozen parameters, a backend other than the compiled one. `calls`
-    counts both.
+    PyTorch would ignore or refuse, hooks, autocast, dispatch modes, frozen parameters, a backend other than the
+    compiled one. `calls` counts both.
     """
 
     def __init__(self, module: nn.Sequential, loss: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -146,12 +146,12 @@ class FusedStep:
         calls["fused_step"] += 1
         if self._model.refuses_nan and math.isnan(value):
             raise RuntimeError("module returns NaN, which BCELoss refuses: its outputs overflow")
-        return torch.scalar_tensor(value, dtype=x.dtype)
+        return torch.scalar_tensor(value, dtype=x.dtype, device="cpu")
 
     def _by_pytorch(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        self.optimizer.zero_grad()
         with torch.enable_grad():
             loss = self.loss(self.module(x), target)
+            self.optimizer.zero_grad()  # behind what may raise
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -159,6 +159,8 @@ class FusedStep:
         return result
 
     def _fused(self, x: torch.Tensor, target: torch.Tensor) -> float | None:
+        if torch._C._len_torch_dispatch_stack():
+            return None  # under a mode that computes something else, or watches
         found, optimizer, model = kernels(), self.optimizer, self._model
         if not model.is_current():
             try:
@@ -182,12 +184,14 @@ class FusedStep:
         self._steps += 1
         network, number = capsule(model.network, found), found.rules[rule.name]
         while True:
-            states, steps, made = self._states_of(rule, params)
+            if (own := self._states_of(rule, params)) is None:
+                return None
+            states, steps, made = own
             changed = params + states
             if any(map(is_negated, [x, target, *changed])) or any(map(has_no_version, changed)):
                 return None
-            step = step_of(steps)
-            numbers = list(rule.hyperparameters(group, step))
+            if (step := step_of(steps)) is None or (numbers := numbers_of(rule, group, step)) is None:
+                return None
             result = found.module.torch_train(
                 network, number, numbers, x, target, self._skip_zeros, params, states, steps, step
             )
@@ -197,7 +201,11 @@ class FusedStep:
                 return None
             if not (x.is_contiguous() and target.is_contiguous()):
                 x, target = x.contiguous(), target.contiguous()
-            elif not self._lay_out(params, rule.state):
+            elif misplaced := self._misplaced(params, rule.state):
+                with torch.no_grad():
+                    self.loss(self.module(x), target)  # may raise, before anything is changed
+                _lay_out(misplaced)
+            else:
                 return None
         increment_versions(changed)
         if made:
@@ -209,7 +217,7 @@ class FusedStep:
         value: float = result
         return value
 
-    def _states_of(self, rule: Rule, params: list[torch.Tensor]) -> States:
+    def _states_of(self, rule: Rule, params: list[torch.Tensor]) -> States | None:
         if not rule.state:
             return _NO_STATES
         found, state = self._states, self.optimizer.state
@@ -218,34 +226,40 @@ class FusedStep:
             self._states = [state.get(param, {}) for param in params]
         return states_of(self._states, rule, params)
 
-    def _lay_out(self, params: list[torch.Tensor], names: tuple[str, ...]) -> bool:
-        """Let the weights, and their states, lie as (in, out); whether that has changed anything.
+    def _misplaced(self, params: list[torch.Tensor], names: tuple[str, ...]) -> list[tuple[Any, str, torch.Tensor]]:
+        """The weights, and their states, that do not lie as (in, out), each with who has it and its name there.
 
         Not those of which others know the memory.
         """
-        changed = False
+        found: list[tuple[Any, str, torch.Tensor]] = []
         for param in params:
             state = self.optimizer.state.get(param, {})
-            for name, tensor in [("", param), *((name, state[name]) for name in names if state.get(name) is not None)]:
-                if (
-                    tensor.ndim != 2
-                    or tensor.t().is_contiguous()
-                    or tensor.device.type != "cpu"
-                    or tensor.is_shared()
-                    or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-                ):
-                    continue
-                changed, moved = True, tensor.detach().t().contiguous().t()
-                if name:
-                    state[name] = moved
-                else:
-                    param.data = moved
-        return changed
+            found.append((param, "data", param))
+            found += [(state, name, state[name]) for name in names if state.get(name) is not None]
+        return [
+            (owner, name, tensor)
+            for owner, name, tensor in found
+            if tensor.ndim == 2
+            and not tensor.t().is_contiguous()
+            and tensor.device.type == "cpu"
+            and not tensor.is_shared()
+            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        ]
 
     def _is_group(self, params: list[torch.Tensor]) -> bool:
         groups = self.optimizer.param_groups
         given = groups[0]["params"]
         return len(groups) == 1 and len(given) == len(params) and all(map(operator.is_, given, params))
+
+
+def _lay_out(misplaced: list[tuple[Any, str, torch.Tensor]]) -> None:
+    """Let them lie as (in, out)."""
+    for owner, name, tensor in misplaced:
+        moved = tensor.detach().t().contiguous().t()
+        if isinstance(owner, dict):
+            owner[name] = moved
+        else:
+            owner.data = moved
 
 
 class _Model:
