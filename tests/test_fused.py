@@ -944,6 +944,7 @@ import numpy as np
 from gemmlet.nn import GAN, MLP, Adam, StopTraining
 from support import same_bits
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 rng = np.random.default_rng(0)
 x = rng.uniform(size=(20_000, 64)).astype(np.float32)
 data = (x,) if sys.argv[-1] == "gan" else (x, rng.integers(0, 10, size=len(x)))
