@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.util
 import itertools
 import math
 import operator
@@ -140,6 +142,10 @@ def block():
 thread = threading.Thread(target=block)
 thread.start()
 began.wait()
+if os.fork() == 0:
+    gemmlet.accelerate_numpy().__exit__(None, None, None)  # as of a block that another thread has begun
+    os._exit(0)
+assert os.wait()[1] == 0
 pid = os.fork()
 if pid == 0:
     gemmlet.restore_numpy()
@@ -338,6 +344,64 @@ def test_tracebacks_begin_with_the_program(source: str, tmp_path: Path) -> None:
     assert ours.returncode == plain.returncode != 0
 
 
+ENDS = """
+import os, sys
+class Lock:
+    def __init__(self, name):
+        self.name = name
+        open(name, "w").close()
+    def __del__(self):
+        os.remove(self.name)
+lock = Lock("global.lock")
+def main():
+    own = Lock("local.lock")
+    own.cycle = own
+    {}
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "sys.exit('bad')", "1 / 0", "return"])
+def test_what_a_program_leaves_is_finalized(end: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(ENDS.format(end))
+    with contextlib.chdir(tmp_path):
+        for words in ["program.py"], ["-m", "program"]:
+            plain, ours = (
+                child(*more, *words, PYTHONPATH=os.pathsep.join(sys.path)) for more in ([], ["-m", "gemmlet"])
+            )
+            assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+            assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_program_may_come_from_a_pipe_and_its_folder_be_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gemmlet", "/dev/stdin"]
+    assert subprocess.run(command, input="print(3)", capture_output=True, text=True, check=True).stdout == "3\n"
+    (tmp_path / "program.py").write_text("print(4)")
+    code = (
+        "import os, sys, subprocess; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
+        f"sys.exit(subprocess.call([sys.executable, '-m', 'gemmlet', {str(tmp_path / 'program.py')!r}]))"
+    )
+    with contextlib.chdir(tmp_path):
+        result = child("-c", code, PYTHONPATH=os.pathsep.join(sys.path))
+    assert (result.returncode, result.stdout) == (0, "4\n"), result.stderr
+
+
+def test_a_program_may_have_a_module_of_the_name_resource(tmp_path: Path) -> None:
+    (tmp_path / "resource.py").write_text("FILES = 5")
+    (tmp_path / "program.py").write_text("import resource, gemmlet; gemmlet.accelerate_numpy(); print(resource.FILES)")
+    for words in [], ["-m", "gemmlet"]:
+        assert child(*words, str(tmp_path / "program.py")).stdout == "5\n"
+
+
+@pytest.mark.parametrize(("spoil", "message"), [(b"bad!" + bytes(20), "Bad magic number"), (b"", "Bad code object")])
+def test_bytecode_that_is_none(spoil: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "program.pyc").write_bytes(spoil or importlib.util.MAGIC_NUMBER + bytes(12))
+    for words in [], ["-m", "gemmlet"]:
+        result = child(*words, str(tmp_path / "program.pyc"))
+        assert (result.returncode, result.stderr.splitlines()[-1]) == (1, f"RuntimeError: {message} in .pyc file")
+
+
 def test_flags_of_all_threads_are_reported(accelerated: None) -> None:
     # The last elements are a worker's, or the caller's after a worker's.
     n = 1 << 19
@@ -364,6 +428,10 @@ def test_edges_of_the_usual_cases(accelerated: None) -> None:
     # A sum begins at +0, also of one product.
     for x, w in (([[-1.0], [2.0]], [[0.0, 1.0]]), ([-1.0], [[0.0]]), ([[-1.0]], [0.0])):
         assert not np.signbit(np.array(x) @ np.array(w)).ravel()[0]
+    # But np.dot of two numbers is their product.
+    one, zero = np.array([[-1.0]]), np.array([[0.0]])
+    for found in (np.dot(one, zero), one.dot(zero[0]), np.dot(one[0], zero), np.dot(one[0], zero[0])):
+        assert np.signbit(found).all()
     # Of other strides, x[::-1] is no operand in place: NumPy writes no result where that raises.
     x = np.array([0.0])
     with np.errstate(all="raise"), pytest.raises(FloatingPointError):
@@ -671,7 +739,7 @@ assert (a @ a).max() == 1500
 # Which leaves holes between what is alive.
 LIMITED = """
 import resource
-resource.setrlimit(resource.RLIMIT_AS, (1 << 40, -1))
+resource.setrlimit(resource.{}, (1 << 40, -1))
 import numpy as np
 import gemmlet
 
@@ -686,7 +754,9 @@ assert used() - before < 20 << 20
 
 
 @glibc_only
-@pytest.mark.parametrize("program", [SHORT_OF_MEMORY, EXACTLY, PACKED, LIMITED])
+@pytest.mark.parametrize(
+    "program", [SHORT_OF_MEMORY, EXACTLY, PACKED, *map(LIMITED.format, ("RLIMIT_AS", "RLIMIT_DATA"))]
+)
 def test_what_is_kept_is_given_back_where_memory_is_short(program: str) -> None:
     # A thread that begins late, on a busy machine, reserves addresses for its stack, its arena and OpenBLAS's buffer
     # after the limit is set: no other threads.

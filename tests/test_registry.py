@@ -121,10 +121,10 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_import_takes_30_ms_at_most() -> None:
     code = (
-        "import time, numpy; start = time.perf_counter(); import gemmlet, gemmlet.kernels; "
-        "gemmlet.kernels.tanh(numpy.ones(3)); print(time.perf_counter() - start)"
+        "import time, numpy; start = time.process_time(); import gemmlet, gemmlet.kernels; "
+        "gemmlet.kernels.tanh(numpy.ones(3)); print(time.process_time() - start)"
     )
-    # The least of many: the first may have to compile to bytecode, and the machine may be busy with other tests.
+    # The processor's time, as the machine may be busy with other tests; the least of many, as the first may compile.
     seconds: list[float] = []
     while len(seconds) < 60 and (not seconds or min(seconds) > 0.030):
         seconds.append(float(_run(code, GEMMLET_BACKEND="", PYTHONDONTWRITEBYTECODE="")))

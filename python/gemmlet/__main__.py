@@ -7,16 +7,20 @@ file with a ``__main__.py``; one with the name of a command is told from it by i
 
 from __future__ import annotations
 
+import marshal
 import os
-import pkgutil
 import runpy
 import sys
 import zipfile
 from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
-from types import ModuleType, TracebackType
+from importlib.util import MAGIC_NUMBER
+from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from .cli.commands import COMMANDS
+
+# The files whose frames come before the program's.
+_OURS = (__file__, "<frozen runpy>", runpy.__file__)
 
 
 def _kind(words: list[str]) -> str | None:
@@ -48,8 +52,10 @@ def _run_program(kind: str, words: list[str]) -> None:
         main_module.__annotations__ = {}
     try:
         _run(kind, words, main_module.__dict__)
+    except SystemExit:
+        raise
     except BaseException as error:
-        _show_from(error, _programs_part(error.__traceback__))
+        _show_from(error)
         raise
 
 
@@ -69,40 +75,62 @@ def _run(kind: str, words: list[str], main_globals: dict[str, Any]) -> None:
         main_globals["__loader__"] = BuiltinImporter
         exec(compile(words[1], "<string>", "exec", dont_inherit=True), main_globals)
     elif kind == "folder":
-        sys.path[: 0 if sys.flags.safe_path else 1] = [os.path.join(os.getcwd(), words[0])]
+        sys.path[: 0 if sys.flags.safe_path else 1] = [_absolute(words[0])]
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
     else:
-        path = os.path.join(os.getcwd(), words[0])
+        path = _absolute(words[0])
         if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(path))
         with open(path, "rb") as file:
-            bytecode = pkgutil.read_code(file)
-            file.seek(0)
-            code = bytecode or compile(file.read(), path, "exec", dont_inherit=True)
-        loader = (SourcelessFileLoader if bytecode else SourceFileLoader)("__main__", path)
+            content = file.read()  # at once: it may be a pipe
+        if is_bytecode := content.startswith(MAGIC_NUMBER) or path.endswith(".pyc"):
+            code = _code_of(content)
+        else:
+            code = compile(content, path, "exec", dont_inherit=True)
+        loader = (SourcelessFileLoader if is_bytecode else SourceFileLoader)("__main__", path)
         main_globals.update(__file__=path, __cached__=None, __loader__=loader)
         exec(code, main_globals)
 
 
+def _absolute(path: str) -> str:
+    """A path as Python has that of a program: not normalised. The current folder may be gone."""
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+
+
+def _code_of(content: bytes) -> CodeType:
+    """The code in a file of bytecode, behind its header of 16 bytes."""
+    if not content.startswith(MAGIC_NUMBER):
+        raise RuntimeError("Bad magic number in .pyc file")
+    try:
+        code = marshal.loads(content[16:])
+    except (EOFError, ValueError, TypeError):
+        code = None
+    if not isinstance(code, CodeType):
+        raise RuntimeError("Bad code object in .pyc file")
+    return code
+
+
 def _programs_part(traceback: TracebackType | None) -> TracebackType | None:
-    """What follows our frames in a traceback, and those of runpy."""
-    while traceback is not None and traceback.tb_frame.f_code.co_filename in {
-        __file__,
-        "<frozen runpy>",
-        runpy.__file__,
-    }:
+    """What follows our frames in a traceback: Python, too, shows those of runpy under a module."""
+    part = traceback
+    while traceback is not None and (file := traceback.tb_frame.f_code.co_filename) in _OURS:
         traceback = traceback.tb_next
-    return traceback
+        if file == __file__:
+            part = traceback
+    return part
 
 
-def _show_from(error: BaseException, traceback: TracebackType | None) -> None:
-    """Have an error that nobody handles shown with this traceback."""
+def _show_from(error: BaseException) -> None:
+    """Have an error that nobody handles shown without our frames."""
     hook = sys.excepthook
+    # By its number: the error holds all that is in its frames, which at the end must go before the modules do.
+    shown = id(error)
 
     def excepthook(kind: type[BaseException], value: BaseException, frames: TracebackType | None) -> None:
-        frames = traceback if value is error else frames
-        sys.last_traceback = frames
-        hook(kind, value.with_traceback(frames), frames)
+        if id(value) == shown:
+            frames = sys.last_traceback = _programs_part(frames)
+            value = value.with_traceback(frames)
+        hook(kind, value, frames)
 
     sys.excepthook = excepthook
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextvars
 import operator
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from threading import get_ident
@@ -74,7 +73,8 @@ class Acceleration:
     ) -> None:
         with _state.lock:
             thread = get_ident()
-            _state.blocks.remove(thread if thread in _state.blocks else _state.blocks[0])
+            if _state.blocks:  # in a forked child a block that another thread has begun is forgotten
+                _state.blocks.remove(thread if thread in _state.blocks else _state.blocks[0])
             _state.ends_with_blocks |= self._began
             if _state.ends_with_blocks and not _state.blocks:
                 restore_numpy()
@@ -119,8 +119,7 @@ def accelerate_numpy() -> Acceleration:
         # In a context of its own: one in which np.errstate has been set once makes each call of a ufunc some ns longer.
         good = contextvars.Context().run(_good, extension, names)
         _state.counts_before = _all_counts(extension)
-        if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:  # else holes in the heap would count
-            extension.numpy_keep_memory(KEPT_BYTES)
+        extension.numpy_keep_memory(KEPT_BYTES)
         extension.numpy_replace(good)
         _state.replaced = tuple(names[index] for index in good)
         return Acceleration(True)

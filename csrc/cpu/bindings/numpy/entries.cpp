@@ -328,15 +328,18 @@ struct Product {
 
 template <class T>
 PyObject* product(const Operand& a, const Operand& b, PyObject* out, bool ufunc) {
-  if (a.axes == 1 && b.axes == 1) return out == nullptr ? dot_of_vectors<T>(a, b) : nullptr;
+  if (a.axes == 1 && b.axes == 1)
+    return out == nullptr && (ufunc || a.shape[0] > 1) ? dot_of_vectors<T>(a, b) : nullptr;
   Product<T> p;
   if (!p.read(a, b, ufunc)) return nullptr;
+  const Index size = p.x.rows * p.w.columns, work = p.batch * size * p.x.columns;
+  // Of two numbers np.dot is no sum, but their product, which may be -0.
+  if (!ufunc && work == 1) return nullptr;
   Operand o;
   if (out != nullptr && !read_output(out, a.type, p.axes, p.shape, false, o)) return nullptr;
   PyObject* result = new_array(a.type, p.axes, p.shape);
   if (result == nullptr) return nullptr;
   T* y = data<T>(result);
-  const Index size = p.x.rows * p.w.columns, work = p.batch * size * p.x.columns;
   unsigned flags = 0;
   const auto compute = [&] {
     clear_float_status();

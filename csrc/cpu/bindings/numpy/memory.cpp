@@ -14,6 +14,7 @@
 #include <malloc.h>
 #include <sys/mman.h>
 #endif
+#include <sys/resource.h>
 
 #include <atomic>
 #include <bit>
@@ -170,6 +171,14 @@ void* reallocate(void* context, void* p, std::size_t bytes) {
   return rounded == bytes ? nullptr : theirs.realloc(context, p, bytes);
 }
 
+// Whether the process may have only so many addresses: holes between blocks count there, which free() gives back otherwise.
+bool memory_is_limited() {
+  rlimit limit;
+  for (const auto resource : {RLIMIT_AS, RLIMIT_DATA})
+    if (getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) return true;
+  return false;
+}
+
 }  // namespace
 
 [[gnu::cold]] void give_back_memory() {
@@ -182,6 +191,7 @@ void* reallocate(void* context, void* p, std::size_t bytes) {
 }
 
 void keep_memory(std::int64_t bytes) {
+  if (bytes > 0 && memory_is_limited()) return;
   auto* handler = static_cast<PyDataMem_Handler*>(PyCapsule_GetPointer(PyDataMem_DefaultHandler, "mem_handler"));
   if (handler == nullptr) throw pybind11::error_already_set();
   most_bytes = static_cast<std::size_t>(bytes);
