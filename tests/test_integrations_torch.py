@@ -781,6 +781,24 @@ def test_what_is_broken_in_an_optimizer_is_left_to_pytorch(broken: str) -> None:
 
 
 @one_isa
+@pytest.mark.parametrize("shared", ["parameter", "counter"])
+def test_steps_are_counted_where_parameters_share_a_counter(shared: str) -> None:
+    found = []
+    for make in (torch.optim.Adam, integration.Adam):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        given = [params[0]] * 2 if shared == "parameter" else params
+        with pytest.warns(UserWarning, match="duplicate") if shared == "parameter" else contextlib.nullcontext():
+            optimizer = make(given, lr=0.1)
+        for number in range(3):
+            for each in params:
+                each.grad = torch.full((3,), 1.0 + number)
+            optimizer.step()
+            optimizer.state[given[1]]["step"] = optimizer.state[given[0]]["step"]
+        found.append(([each.detach() for each in params], optimizer.state_dict()["state"]))
+    assert_close(*found)
+
+
+@one_isa
 def test_parameters_from_the_inference_mode_are_refused_and_left() -> None:
     with torch.inference_mode():
         module = NETWORKS["relu"]()

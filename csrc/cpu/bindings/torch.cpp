@@ -251,6 +251,8 @@ std::vector<T*> counters(const py::list& tensors, double step) {
     found.push_back(Tensor(each).contiguous<T>(1));
     need(static_cast<double>(*found.back()) == step - 1);
   }
+  std::ranges::sort(found);
+  need(std::ranges::adjacent_find(found) == found.end());  // PyTorch advances one of two parameters twice
   return found;
 }
 

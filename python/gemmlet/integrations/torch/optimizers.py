@@ -94,6 +94,8 @@ def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor
             if rule.counts and state:
                 return None
             made.append((param, missing))
+    if made and len({id(param) for param, _ in made}) < len(made):
+        return None  # a parameter that is there twice
     return arrays, steps, made
 
 
