@@ -750,6 +750,13 @@ BROKEN: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "no second moments": ("adam", lambda o, param: o.state[param].pop("exp_avg_sq")),
     "no weight decay": ("sgd", lambda o, param: o.param_groups[0].update(weight_decay=None)),
     "no momentum": ("momentum", lambda o, param: o.param_groups[0].update(momentum=None)),
+    "rate beyond float32": ("sgd", lambda o, param: o.param_groups[0].update(lr=1e39)),
+    "weight decay beyond float32": ("adam", lambda o, param: o.param_groups[0].update(weight_decay=1e39)),
+    "rate that is text": ("momentum", lambda o, param: o.param_groups[0].update(lr="0.1")),
+    "complex rate": ("sgd", lambda o, param: o.param_groups[0].update(lr=1j)),
+    "two weight decays": ("sgd", lambda o, param: o.param_groups[0].update(weight_decay=torch.ones(2))),
+    "beta of 1": ("adam", lambda o, param: o.param_groups[0].update(betas=(0.9, 1.0))),
+    "three betas": ("adam", lambda o, param: o.param_groups[0].update(betas=(0.9, 0.99, 0.999))),
 }
 
 
@@ -772,7 +779,7 @@ def test_what_is_broken_in_an_optimizer_is_left_to_pytorch(broken: str) -> None:
         error = None
         try:
             step(x, target)
-        except (TypeError, KeyError) as refused:
+        except (TypeError, KeyError, ValueError, RuntimeError) as refused:
             error = type(refused), str(refused)
         found.append((error, [param.detach() for param in own.parameters()]))
     for error, params in found[1:]:

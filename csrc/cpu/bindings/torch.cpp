@@ -275,6 +275,13 @@ struct Updated {
   Index size;
 };
 
+// PyTorch refuses numbers that the dtype does not reach.
+template <class T>
+void need_reached(const std::vector<double>& numbers) {
+  constexpr auto largest = static_cast<double>(std::numeric_limits<T>::max());
+  for (const double each : numbers) need(!(std::abs(each) > largest));
+}
+
 void check_rule(int rule, const std::vector<double>& hyperparameters) {
   checked_index(rule, optimizer_rule_names().size(), "rule");
   if (static_cast<int>(hyperparameters.size()) != optimizer_hyperparameter_count(rule))
@@ -291,6 +298,7 @@ auto torch_update(int rule, const std::vector<double>& hyperparameters, const py
     need(!params.empty());
     return for_dtype(Tensor(params[0]), [&](auto zero) {
       using T = decltype(zero);
+      need_reached<T>(hyperparameters);
       std::vector<Updated<T>> all;
       const auto see = [&] {
         Index total = 0;
@@ -410,6 +418,7 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
     const Tensor samples(x), wanted(target);
     return for_dtype(samples, [&](auto zero) {
       using T = decltype(zero);
+      need_reached<T>(hyperparameters);
       Overlaps overlaps;
       const auto written = [&](const Tensor& tensor) {
         T* const data = tensor.data<T>();
