@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import io
 import os
@@ -39,7 +40,9 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils import checkpoint  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from gemmlet.integrations import torch as integration  # noqa: E402
 from gemmlet.integrations.torch import extension, optimizers  # noqa: E402
@@ -1389,6 +1392,18 @@ def test_changes_between_forward_and_backward_are_seen_as_in_eager() -> None:
 
 
 @one_isa
+def test_a_mode_around_backward_sees_its_operators() -> None:
+    module, x, seen = NETWORKS["relu"](), torch.randn(6, 20), []
+    for function in (module, compile_with_ours(module)):
+        loss = function(x).sum()
+        with FlopCounterMode(display=False) as mode:
+            loss.backward()
+        seen.append(mode.get_total_flops())
+    assert seen[1] >= seen[0] > 0  # where PyTorch computes a gradient it repeats the forward pass
+    assert integration.calls == {"forward": 1, "backward by PyTorch": 1}
+
+
+@one_isa
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, for the forward mode
 def test_transforms_of_functorch_and_forward_mode_are_pytorchs() -> None:
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
@@ -1507,6 +1522,83 @@ def test_a_call_holds_the_memory_of_a_weight_that_gets_another_one(what: str, mo
         if is_held:
             break
     assert is_held
+
+
+# Python code in the middle of a call.
+
+
+@one_isa
+@pytest.mark.parametrize("size", [16, 256], ids=["short", "long"])
+@pytest.mark.parametrize("what", ["torch_forward", "torch_backward"])
+def test_a_collection_may_give_tensors_other_memory(what: str, size: int) -> None:
+    module, x = nn.Sequential(nn.Linear(size, size), nn.Tanh(), nn.Linear(size, size)), torch.randn(size // 4, size)
+    params, garbage = list(module.parameters()), []
+    found = extension.kernels()
+    assert found is not None
+    network = extension.capsule(extension.Network((extension.Activation("tanh"), extension.NONE)), found)
+    inputs = x, *params
+    made = found.module.torch_forward(network, inputs, True)
+    call = {
+        "torch_forward": lambda: found.module.torch_forward(network, inputs, True)[0],
+        "torch_backward": lambda: found.module.torch_backward(
+            network, torch.ones(size // 4, size), inputs, made[1], None, (False, True, True, True, True)
+        )[1:],
+    }[what]
+    wanted = call()
+
+    def swap(*_: Any) -> None:
+        for param in params:
+            param.data = param.data.clone()
+            garbage.extend(torch.full_like(param, torch.nan, requires_grad=False) for _ in range(2))
+
+    threshold = gc.get_threshold()
+    gc.freeze()  # what is not there takes no time
+    gc.callbacks.append(swap)
+    try:
+        for count in range(1, 40):  # objects that are made before a collection
+            gc.collect(0)
+            gc.set_threshold(count)
+            got = call()
+            gc.set_threshold(*threshold)
+            assert_close(got, wanted)
+            garbage.clear()
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(swap)
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+
+
+class Recorded(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@one_isa
+@pytest.mark.parametrize("what", HOLDS_MEMORY)
+def test_a_mode_runs_no_code_in_the_middle_of_a_call(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, made_of = HOLDS_MEMORY[what]
+    modes = []
+
+    def run(right: Any, *given: Any) -> Any:
+        with Recorded() as mode:
+            result = right(*given)
+            modes.append(mode)
+            torch.ones(1)  # it is on again
+        return result
+
+    break_kernel(monkeypatch, name, run)
+    module = nn.Sequential(nn.Linear(200, 200))
+    for param in module.parameters():
+        param.grad = torch.zeros_like(param)
+    made_of(module, torch.randn(200, 200))()
+    assert modes
+    assert all(mode.functions == [torch.ones] for mode in modes)
 
 
 # Operators.
