@@ -572,6 +572,28 @@ def test_a_change_of_the_module_counts() -> None:
     module[1] = own
     step(x, target)
     assert integration.calls == {"fused_step": 5, "fused_step by PyTorch": 1}
+    step.loss, step.module = functional.cross_entropy, twin
+    step.optimizer = theirs
+    wanted = functional.cross_entropy(twin(x), target)
+    assert_close(step(x, target), wanted.detach())
+    assert integration.calls == {"fused_step": 6, "fused_step by PyTorch": 1}
+
+
+@one_isa
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_parameter_that_replaces_another_one_has_a_state_of_its_own(name: str) -> None:
+    module = NETWORKS["relu"]()
+    twin, loss, x, target = copy.deepcopy(module), nn.CrossEntropyLoss(), torch.randn(6, 20), classes(6, None)
+    ours, theirs = made(name, module.parameters()), made(name, twin.parameters())
+    step = integration.fused_step(module, loss, ours)
+    for number in range(5):
+        if number == 2:
+            for each, optimizer in ((module, ours), (twin, theirs)):
+                each[2].weight = nn.Parameter(torch.ones(5, 16))
+                optimizer.param_groups[0]["params"][2] = each[2].weight
+        assert_close(step(x, target), eager_step(twin, loss, theirs, x, target))
+        assert_close(list(module.parameters()), list(twin.parameters()))
+        assert module[2].weight in ours.state
 
 
 WEIGHTED: list[tuple[Callable[[], Any], str, Callable[..., Any]]] = [
