@@ -775,6 +775,7 @@ BROKEN: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "no second moments": ("adam", lambda o, param: o.state[param].pop("exp_avg_sq")),
     "no weight decay": ("sgd", lambda o, param: o.param_groups[0].update(weight_decay=None)),
     "no momentum": ("momentum", lambda o, param: o.param_groups[0].update(momentum=None)),
+    "no dampening": ("momentum", lambda o, param: o.param_groups[0].update(dampening=None)),
     "rate beyond float32": ("sgd", lambda o, param: o.param_groups[0].update(lr=1e39)),
     "weight decay beyond float32": ("adam", lambda o, param: o.param_groups[0].update(weight_decay=1e39)),
     "rate that is text": ("momentum", lambda o, param: o.param_groups[0].update(lr="0.1")),

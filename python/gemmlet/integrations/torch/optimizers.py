@@ -50,7 +50,7 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     if "grad_scale" in optimizer.__dict__ or "found_inf" in optimizer.__dict__:
         return None  # while a GradScaler steps
     if isinstance(optimizer, torch.optim.SGD):
-        if group["dampening"]:
+        if group["dampening"] != 0:
             return None
         return _SGD if group["momentum"] == 0 else _MOMENTUM
     is_unusual = group["amsgrad"] or group["capturable"] or any(isinstance(b, torch.Tensor) for b in group["betas"])
