@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import io
 import os
@@ -39,7 +40,9 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils import checkpoint  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from gemmlet.integrations import torch as integration  # noqa: E402
 from gemmlet.integrations.torch import extension, optimizers  # noqa: E402
@@ -569,6 +572,28 @@ def test_a_change_of_the_module_counts() -> None:
     module[1] = own
     step(x, target)
     assert integration.calls == {"fused_step": 5, "fused_step by PyTorch": 1}
+    step.loss, step.module = functional.cross_entropy, twin
+    step.optimizer = theirs
+    wanted = functional.cross_entropy(twin(x), target)
+    assert_close(step(x, target), wanted.detach())
+    assert integration.calls == {"fused_step": 6, "fused_step by PyTorch": 1}
+
+
+@one_isa
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_parameter_that_replaces_another_one_has_a_state_of_its_own(name: str) -> None:
+    module = NETWORKS["relu"]()
+    twin, loss, x, target = copy.deepcopy(module), nn.CrossEntropyLoss(), torch.randn(6, 20), classes(6, None)
+    ours, theirs = made(name, module.parameters()), made(name, twin.parameters())
+    step = integration.fused_step(module, loss, ours)
+    for number in range(5):
+        if number == 2:
+            for each, optimizer in ((module, ours), (twin, theirs)):
+                each[2].weight = nn.Parameter(torch.ones(5, 16))
+                optimizer.param_groups[0]["params"][2] = each[2].weight
+        assert_close(step(x, target), eager_step(twin, loss, theirs, x, target))
+        assert_close(list(module.parameters()), list(twin.parameters()))
+        assert module[2].weight in ours.state
 
 
 WEIGHTED: list[tuple[Callable[[], Any], str, Callable[..., Any]]] = [
@@ -750,6 +775,14 @@ BROKEN: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "no second moments": ("adam", lambda o, param: o.state[param].pop("exp_avg_sq")),
     "no weight decay": ("sgd", lambda o, param: o.param_groups[0].update(weight_decay=None)),
     "no momentum": ("momentum", lambda o, param: o.param_groups[0].update(momentum=None)),
+    "no dampening": ("momentum", lambda o, param: o.param_groups[0].update(dampening=None)),
+    "rate beyond float32": ("sgd", lambda o, param: o.param_groups[0].update(lr=1e39)),
+    "weight decay beyond float32": ("adam", lambda o, param: o.param_groups[0].update(weight_decay=1e39)),
+    "rate that is text": ("momentum", lambda o, param: o.param_groups[0].update(lr="0.1")),
+    "complex rate": ("sgd", lambda o, param: o.param_groups[0].update(lr=1j)),
+    "two weight decays": ("sgd", lambda o, param: o.param_groups[0].update(weight_decay=torch.ones(2))),
+    "beta of 1": ("adam", lambda o, param: o.param_groups[0].update(betas=(0.9, 1.0))),
+    "three betas": ("adam", lambda o, param: o.param_groups[0].update(betas=(0.9, 0.99, 0.999))),
 }
 
 
@@ -772,12 +805,30 @@ def test_what_is_broken_in_an_optimizer_is_left_to_pytorch(broken: str) -> None:
         error = None
         try:
             step(x, target)
-        except (TypeError, KeyError) as refused:
+        except (TypeError, KeyError, ValueError, RuntimeError) as refused:
             error = type(refused), str(refused)
         found.append((error, [param.detach() for param in own.parameters()]))
     for error, params in found[1:]:
         assert error == found[0][0]
         assert_close(params, found[0][1])
+
+
+@one_isa
+@pytest.mark.parametrize("shared", ["parameter", "counter"])
+def test_steps_are_counted_where_parameters_share_a_counter(shared: str) -> None:
+    found = []
+    for make in (torch.optim.Adam, integration.Adam):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        given = [params[0]] * 2 if shared == "parameter" else params
+        with pytest.warns(UserWarning, match="duplicate") if shared == "parameter" else contextlib.nullcontext():
+            optimizer = make(given, lr=0.1)
+        for number in range(3):
+            for each in params:
+                each.grad = torch.full((3,), 1.0 + number)
+            optimizer.step()
+            optimizer.state[given[1]]["step"] = optimizer.state[given[0]]["step"]
+        found.append(([each.detach() for each in params], optimizer.state_dict()["state"]))
+    assert_close(*found)
 
 
 @one_isa
@@ -1364,6 +1415,18 @@ def test_changes_between_forward_and_backward_are_seen_as_in_eager() -> None:
 
 
 @one_isa
+def test_a_mode_around_backward_sees_its_operators() -> None:
+    module, x, seen = NETWORKS["relu"](), torch.randn(6, 20), []
+    for function in (module, compile_with_ours(module)):
+        loss = function(x).sum()
+        with FlopCounterMode(display=False) as mode:
+            loss.backward()
+        seen.append(mode.get_total_flops())
+    assert seen[1] >= seen[0] > 0  # where PyTorch computes a gradient it repeats the forward pass
+    assert integration.calls == {"forward": 1, "backward by PyTorch": 1}
+
+
+@one_isa
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, for the forward mode
 def test_transforms_of_functorch_and_forward_mode_are_pytorchs() -> None:
     module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
@@ -1482,6 +1545,83 @@ def test_a_call_holds_the_memory_of_a_weight_that_gets_another_one(what: str, mo
         if is_held:
             break
     assert is_held
+
+
+# Python code in the middle of a call.
+
+
+@one_isa
+@pytest.mark.parametrize("size", [16, 256], ids=["short", "long"])
+@pytest.mark.parametrize("what", ["torch_forward", "torch_backward"])
+def test_a_collection_may_give_tensors_other_memory(what: str, size: int) -> None:
+    module, x = nn.Sequential(nn.Linear(size, size), nn.Tanh(), nn.Linear(size, size)), torch.randn(size // 4, size)
+    params, garbage = list(module.parameters()), []
+    found = extension.kernels()
+    assert found is not None
+    network = extension.capsule(extension.Network((extension.Activation("tanh"), extension.NONE)), found)
+    inputs = x, *params
+    made = found.module.torch_forward(network, inputs, True)
+    call = {
+        "torch_forward": lambda: found.module.torch_forward(network, inputs, True)[0],
+        "torch_backward": lambda: found.module.torch_backward(
+            network, torch.ones(size // 4, size), inputs, made[1], None, (False, True, True, True, True)
+        )[1:],
+    }[what]
+    wanted = call()
+
+    def swap(*_: Any) -> None:
+        for param in params:
+            param.data = param.data.clone()
+            garbage.extend(torch.full_like(param, torch.nan, requires_grad=False) for _ in range(2))
+
+    threshold = gc.get_threshold()
+    gc.freeze()  # what is not there takes no time
+    gc.callbacks.append(swap)
+    try:
+        for count in range(1, 40):  # objects that are made before a collection
+            gc.collect(0)
+            gc.set_threshold(count)
+            got = call()
+            gc.set_threshold(*threshold)
+            assert_close(got, wanted)
+            garbage.clear()
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(swap)
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+
+
+class Recorded(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@one_isa
+@pytest.mark.parametrize("what", HOLDS_MEMORY)
+def test_a_mode_runs_no_code_in_the_middle_of_a_call(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, made_of = HOLDS_MEMORY[what]
+    modes = []
+
+    def run(right: Any, *given: Any) -> Any:
+        with Recorded() as mode:
+            result = right(*given)
+            modes.append(mode)
+            torch.ones(1)  # it is on again
+        return result
+
+    break_kernel(monkeypatch, name, run)
+    module = nn.Sequential(nn.Linear(200, 200))
+    for param in module.parameters():
+        param.grad = torch.zeros_like(param)
+    made_of(module, torch.randn(200, 200))()
+    assert modes
+    assert all(mode.functions == [torch.ones] for mode in modes)
 
 
 # Operators.

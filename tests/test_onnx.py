@@ -938,6 +938,13 @@ def test_labels_of_logits(tmp_path: Path) -> None:
     assert MLP.from_onnx(tmp_path / "g.onnx", output="softmax").classes == [3, 7, 9]
 
 
+def test_a_label_that_is_no_text(tmp_path: Path) -> None:
+    maps = ("ZipMap@ai.onnx.ml", "y", "maps", {"classlabels_strings": ["a", b"\xff", "c"]})
+    path = graph(tmp_path / "g.onnx", [*USUAL, maps])
+    with pytest.raises(ValueError, match=r"g\.onnx .* the_maps \(ZipMap\) has the label b'\\xff', which is not UTF-8"):
+        MLP.from_onnx(path)
+
+
 def test_inputs_and_outputs_are_counted(tmp_path: Path) -> None:
     path = graph(tmp_path / "g.onnx", [("Add", "x other", "s"), ("MatMul", "s w0", "y")], inputs=["x", "other"])
     with pytest.raises(ValueError, match="its inputs are x of float, other of float; expected one"):

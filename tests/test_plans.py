@@ -381,6 +381,17 @@ def test_the_size_of_weights_changes_no_bit(factor: float, backend: Any, dtype: 
     assert all(np.isfinite(array).all() for array in arrays)
 
 
+def test_weights_whose_mean_is_below_the_smallest_number(backend: Any, dtype: Any) -> None:
+    plan, _ = single(dtype, samples(dtype), Loss(0, MSE, numbers(3, dtype)))
+    plan, batches = plan_and_batches(plan.networks, [*plan.phases[:-1], Penalty(0, 0.0), plan.phases[-1]])
+    weights = np.zeros(N)
+    weights[batches.order[::BATCH]] = 1.0
+    wanted, expected = staged(backend, with_weights(plan, weights), batches)
+    outcomes, arrays = staged(backend, with_weights(plan, 5e-324 * weights), batches)
+    assert outcomes == wanted
+    assert all(map(same_bits, arrays, expected))
+
+
 def test_averages_without_a_decay_are_the_parameters(backend: Any, dtype: Any) -> None:
     plan, batches = mlp(dtype)
     there = backend.stage(plan)

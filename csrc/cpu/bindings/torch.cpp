@@ -2,8 +2,9 @@
 //
 // Contract
 //   Tensors are seen, and made, by the functions of DLPack's exchange API (1.3), which use_torch() is given once. What a
-//   DLTensor points to is valid as long as no Python code runs: sizes, strides and pointers are taken before the GIL is
-//   released. Where it is, the storages are held from before that on: another thread may give a tensor other memory.
+//   DLTensor points to is valid as long as no Python code runs: from the first look at a tensor to the kernel none does, not
+//   even a collection's (Preparation). Where the GIL is released the storages are held from before that on: another thread
+//   may give a tensor other memory.
 //   Usual are torch.Tensor and torch.nn.Parameter themselves, on the CPU, float32 or float64 in one call, not empty.
 //   Where anything is unusual a function returns None, having written nothing: PyTorch computes it then, or raises.
 //   Weights are (out, in), as PyTorch has them: of any strides for the kernels, whole columns for fused training, which is
@@ -63,6 +64,7 @@ constexpr std::uint8_t dl_int = 0, dl_float = 2;
 const DlExchange* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject* untyped_storage = nullptr;  // a name
+PyObject *has_modes = nullptr, *without_modes = nullptr;
 
 struct Unusual : std::exception {};
 
@@ -182,60 +184,104 @@ py::object new_tensor(std::vector<Index> shape) {
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
-void add_storage(py::list& to, py::handle tensor) {
-  if (tensor.is_none()) return;
-  PyObject* const storage = PyObject_CallMethodNoArgs(tensor.ptr(), untyped_storage);
-  if (storage == nullptr) {
-    PyErr_Clear();
-    throw Unusual();
+// Without modes of torch functions, such as torch.set_default_device's, as long as this lives: they run Python code where a
+// storage is asked for.
+class NoModes {
+ public:
+  NoModes() {
+    if (!called(has_modes).is(py::handle(Py_True))) return;
+    context_ = called(without_modes);
+    context_.attr("__enter__")();
   }
-  to.append(py::reinterpret_steal<py::object>(storage));
-}
+  ~NoModes() {
+    if (context_) Py_XDECREF(PyObject_CallMethod(context_.ptr(), "__exit__", nullptr));
+  }
+  NoModes(const NoModes&) = delete;
 
-// The storages of tensors, or of lists and tuples of them, for a call without the GIL: `weight.data = other` in another
-// thread would free what a kernel reads. Who has them sees the tensors, again, behind that. Null where a call takes no
-// longer than a few microseconds: it keeps the GIL.
-template <class... Tensors>
-py::object storages_if_long(Index multiply_adds, const Tensors&... tensors) {
-  if (multiply_adds / tuning::multiply_adds_per_element < tuning::gil_release_elements) return {};
-  py::list storages;
-  const auto add = [&](const auto& given) {
-    if constexpr (std::is_same_v<decltype(given), const py::handle&>)
-      add_storage(storages, given);
-    else
-      for (const py::handle each : given) add_storage(storages, each);
-  };
-  (add(tensors), ...);
-  return storages;
-}
+ private:
+  static py::object called(PyObject* function) {
+    PyObject* const result = PyObject_CallNoArgs(function);
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+  py::object context_;
+};
 
-// Without the GIL if there are storages. They, and `objects`, are plain pointers meanwhile: see run() on why.
-template <class Call, class... Objects>
-void run_unlocked_if(py::object& storages, Call&& call, Objects&... objects) {
-  if (!storages) return call();
-  const auto run = [&](auto&... each) {
-    PyObject* const held[] = {each.release().ptr()...};
-    const auto take_back = [&] {
-      std::size_t i = 0;
-      ((each = py::reinterpret_steal<std::remove_reference_t<decltype(each)>>(held[i++])), ...);
+// A call before its kernel: no Python code runs from the making of this to run(), and so no other thread. Before CPython
+// 3.12 a new object may start a collection, and with it anyone's callbacks and finalizers: there are none meanwhile.
+class Preparation {
+ public:
+  Preparation() : collects_(PY_VERSION_HEX < 0x030c0000 && PyGC_Disable() != 0) {}
+  ~Preparation() { end(); }
+  Preparation(const Preparation&) = delete;
+
+  // Holds the storages of tensors, or of lists and tuples of them, for a call without the GIL: `weight.data = other` in
+  // another thread would free what a kernel reads. False where a call takes no longer than a few microseconds: it keeps
+  // the GIL.
+  template <class... Tensors>
+  bool holds_if_long(Index multiply_adds, const Tensors&... tensors) {
+    if (multiply_adds / tuning::multiply_adds_per_element < tuning::gil_release_elements) return false;
+    const NoModes no_modes;
+    storages_ = py::list();
+    const auto add = [&](const auto& given) {
+      if constexpr (std::is_same_v<decltype(given), const py::handle&>)
+        add_storage(given);
+      else
+        for (const py::handle each : given) add_storage(each);
     };
-    try {
-      without_gil(call);
-    } catch (const std::exception&) {
-      take_back();
-      throw;
-    }
-    take_back();
-  };
-  run(storages, objects...);
-}
+    (add(tensors), ...);
+    return true;
+  }
 
-void use_torch(const py::capsule& api, const py::type& tensor, const py::type& parameter) {
+  // Without the GIL if there are storages. They, and `objects`, are plain pointers meanwhile: see run() on why.
+  template <class Call, class... Objects>
+  void run(Call&& call, Objects&... objects) {
+    end();
+    if (!storages_) return call();
+    const auto run = [&](auto&... each) {
+      PyObject* const held[] = {each.release().ptr()...};
+      const auto take_back = [&] {
+        std::size_t i = 0;
+        ((each = py::reinterpret_steal<std::remove_reference_t<decltype(each)>>(held[i++])), ...);
+      };
+      try {
+        without_gil(call);
+      } catch (const std::exception&) {
+        take_back();
+        throw;
+      }
+      take_back();
+    };
+    run(storages_, objects...);
+  }
+
+ private:
+  void end() {
+    if (std::exchange(collects_, false)) PyGC_Enable();
+  }
+  void add_storage(py::handle tensor) {
+    if (tensor.is_none()) return;
+    PyObject* const storage = PyObject_CallMethodNoArgs(tensor.ptr(), untyped_storage);
+    if (storage == nullptr) {
+      PyErr_Clear();
+      throw Unusual();
+    }
+    py::reinterpret_borrow<py::list>(storages_).append(py::reinterpret_steal<py::object>(storage));
+  }
+
+  bool collects_;
+  py::object storages_;  // a list
+};
+
+void use_torch(const py::capsule& api, const py::type& tensor, const py::type& parameter, py::handle modes,
+               py::handle no_modes) {
   const auto* given = static_cast<const DlExchange*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (given == nullptr) throw py::error_already_set();
   if (given->version.major != 1 || given->view == nullptr) refuse("api", "not DLPack 1.3");
   untyped_storage = PyUnicode_InternFromString("untyped_storage");
   if (untyped_storage == nullptr) throw py::error_already_set();
+  has_modes = modes.inc_ref().ptr();
+  without_modes = no_modes.inc_ref().ptr();
   exchange = given;
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
@@ -251,6 +297,8 @@ std::vector<T*> counters(const py::list& tensors, double step) {
     found.push_back(Tensor(each).contiguous<T>(1));
     need(static_cast<double>(*found.back()) == step - 1);
   }
+  std::ranges::sort(found);
+  need(std::ranges::adjacent_find(found) == found.end());  // PyTorch advances one of two parameters twice
   return found;
 }
 
@@ -273,6 +321,13 @@ struct Updated {
   Index size;
 };
 
+// PyTorch refuses numbers that the dtype does not reach.
+template <class T>
+void need_reached(const std::vector<double>& numbers) {
+  constexpr auto largest = static_cast<double>(std::numeric_limits<T>::max());
+  for (const double each : numbers) need(!(std::abs(each) > largest));
+}
+
 void check_rule(int rule, const std::vector<double>& hyperparameters) {
   checked_index(rule, optimizer_rule_names().size(), "rule");
   if (static_cast<int>(hyperparameters.size()) != optimizer_hyperparameter_count(rule))
@@ -286,9 +341,11 @@ auto torch_update(int rule, const std::vector<double>& hyperparameters, const py
   const auto count = static_cast<std::size_t>(optimizer_state_count(rule));
   if (grads.size() != params.size() || states.size() != count * params.size()) refuse("grads, states", "wrong number");
   return unless_unusual([&] {
+    Preparation preparation;
     need(!params.empty());
     return for_dtype(Tensor(params[0]), [&](auto zero) {
       using T = decltype(zero);
+      need_reached<T>(hyperparameters);
       std::vector<Updated<T>> all;
       const auto see = [&] {
         Index total = 0;
@@ -307,10 +364,9 @@ auto torch_update(int rule, const std::vector<double>& hyperparameters, const py
         }
         return total;
       };
-      py::object storages = storages_if_long(see() * tuning::multiply_adds_per_element, params, grads, states, steps);
-      if (storages) see();
+      if (preparation.holds_if_long(see() * tuning::multiply_adds_per_element, params, grads, states, steps)) see();
       return with_counters(steps, step, [&] {
-        run_unlocked_if(storages, [&] {
+        preparation.run([&] {
           for (const Updated<T>& one : all)
             optimizer_update<T>(rule, one.param, one.grad, one.state, hyperparameters.data(), one.size);
         });
@@ -400,14 +456,16 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
     refuse("params, states", "wrong number");
   const TorchLoss& loss = *network.loss;
   return unless_unusual([&]() {
+    Preparation preparation;
     Index weights = 0;
     for (std::size_t l = 0; l < layer_count; ++l) weights += Tensor(params[2 * l]).size();
     const Tensor given(x);
     need(given.dimensions() == 2);
-    py::object storages = storages_if_long(3 * given.shape()[0] * weights, x, target, params, states, steps);
+    preparation.holds_if_long(3 * given.shape()[0] * weights, x, target, params, states, steps);
     const Tensor samples(x), wanted(target);
     return for_dtype(samples, [&](auto zero) {
       using T = decltype(zero);
+      need_reached<T>(hyperparameters);
       Overlaps overlaps;
       const auto written = [&](const Tensor& tensor) {
         T* const data = tensor.data<T>();
@@ -467,7 +525,7 @@ auto torch_train(const py::capsule& capsule, int rule, const std::vector<double>
       batches.hyperparameters = {hyperparameters.data()};
       double sum = 0;
       with_counters(steps, step, [&] {
-        run_unlocked_if(storages, [&] {
+        preparation.run([&] {
           KeptMemory own;
           const std::unique_lock lock(network.memory.used, std::try_to_lock);
           sum = gemmlet::train(plan, batches, {0.0}, lock ? network.memory : own).losses[0];
@@ -542,11 +600,11 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
   const TorchNetwork& network = network_of(capsule);
   check_inputs(network, inputs);
   return unless_unusual([&] {
+    Preparation preparation;
     return for_dtype(Tensor(inputs[0]), [&](auto zero) {
       using T = decltype(zero);
       Inputs<T> in(network, inputs);
-      py::object storages = storages_if_long(in.multiply_adds, inputs);
-      if (storages) in = Inputs<T>(network, inputs);
+      if (preparation.holds_if_long(in.multiply_adds, inputs)) in = Inputs<T>(network, inputs);
       const Index rows = in.rows.rows, out = in.weights.back().rows;
       std::optional<TorchTargets<T>> targets;
       if (network.loss) {
@@ -554,7 +612,6 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
         targets.emplace(*network.loss, Tensor(inputs[inputs.size() - 1]), rows, out);
       }
       const Kept kept(network, in.weights, rows);
-      // Python code may run as tensors are made: what was seen of those given is pointers to memory that they own.
       py::object result = new_tensor<T>(network.loss ? std::vector<Index>{} : in.shape(out));
       py::object block = keep ? new_tensor<T>({std::max(kept.size, Index{1})}) : py::none();
       Buffer<T> own;
@@ -580,7 +637,7 @@ auto torch_forward(const py::capsule& capsule, const py::tuple& inputs, bool kee
                                                       at(kept.gradient), rows * out);
         *to = static_cast<T>(loss);
       };
-      run_unlocked_if(storages, compute, result, block);
+      preparation.run(compute, result, block);
       need(!network.loss || !network.loss->unit_interval || !std::isnan(*to));
       return std::pair{result, block};
     });
@@ -596,11 +653,12 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
   const std::size_t count = network.layers.size();
   if (needed.size() != 1 + 2 * count) refuse("needed", "wrong number");
   return unless_unusual([&] {
+    Preparation preparation;
     return for_dtype(Tensor(inputs[0]), [&](auto zero) {
       using T = decltype(zero);
       Inputs<T> in(network, inputs);
-      py::object storages = storages_if_long(2 * in.multiply_adds, grad_result, inputs, block, y);
-      if (storages) in = Inputs<T>(network, inputs);
+      if (preparation.holds_if_long(2 * in.multiply_adds, grad_result, inputs, block, y))
+        in = Inputs<T>(network, inputs);
       const Index rows = in.rows.rows, out = in.weights.back().rows;
       const Kept kept(network, in.weights, rows);
       const T* const memory = Tensor(block).contiguous<T>(std::max(kept.size, Index{1}));
@@ -663,7 +721,7 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
           }
         }
       };
-      run_unlocked_if(storages, compute, grads);
+      preparation.run(compute, grads);
       return grads;
     });
   });
@@ -672,7 +730,7 @@ auto torch_backward(const py::capsule& capsule, py::handle grad_result, const py
 }  // namespace
 
 void bind_torch(py::module_& m) {
-  def(m, "use_torch", &use_torch, "api", "tensor", "parameter");
+  def(m, "use_torch", &use_torch, "api", "tensor", "parameter", "modes", "no_modes");
   def(m, "torch_update", &torch_update, "rule", "hyperparameters", "params", "grads", "states", "steps", "step");
   def(m, "torch_network", &torch_network, "layers", "loss");
   def(m, "torch_train", &torch_train, "network", "rule", "hyperparameters", "x", "target", "skip_zeros", "params",

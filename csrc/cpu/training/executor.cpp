@@ -373,8 +373,10 @@ class Executor {
   void add_losses(const Stage<T>& stage, Index batch_rows, double weight_sum) {
     for (const Work<T>& work : stage.rows) {
       double& loss = outcome_.losses[work.loss];
-      for (const double square : work.squares)
-        loss += 0.5 * work.phase.factor * square / (weight_sum / static_cast<double>(batch_rows));
+      for (const double square : work.squares) {
+        const double penalty = 0.5 * work.phase.factor * square;
+        if (penalty != 0) loss += penalty / (weight_sum / static_cast<double>(batch_rows));  // which may underflow to 0
+      }
       if (work.objective == nullptr) continue;
       const Objective<T>& objective = *work.objective;
       const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);

@@ -423,7 +423,10 @@ class _Reader:
             raise self._refusal(self.both, f"makes two columns of {output} outputs; expected sigmoid")
         output = "softmax" if ending is not None else output
         classes = [label for node in maps for labels in self._attributes(node).values() for label in labels]
-        labels = [label.decode() if isinstance(label, bytes) else label for label in classes]
+        try:
+            labels = [label.decode() if isinstance(label, bytes) else label for label in classes]
+        except UnicodeDecodeError as error:
+            raise self._refusal(maps[0], f"has the label {error.object!r}, which is not UTF-8") from error
         if labels and (len(labels) != max(self._width(), 2) or len({*labels}) != len(labels)):
             raise self._refusal(maps[0], f"has the labels {labels}; expected {max(self._width(), 2)} different ones")
         # With this operator scikit-learn's converter tells the labels of a sample, one by one.

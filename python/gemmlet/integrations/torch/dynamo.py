@@ -363,6 +363,7 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]
             inputs[i] = each
         grads = None
         is_plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        is_plain = is_plain and not torch._C._len_torch_dispatch_stack()
         if is_plain and not is_negated(grad) and not any(map(is_negated, saved)):
             if chain.activations[-1] is not NONE or grad.ndim != 2:
                 grad = grad.contiguous()

@@ -41,7 +41,8 @@ class Kernels:
 
 @functools.cache
 def _kernels_of(backend: CpuBackend) -> Kernels:
-    backend.extension.use_torch(EXCHANGE, torch.Tensor, nn.Parameter)
+    modes = torch._C._is_torch_function_mode_enabled, torch._C.DisableTorchFunction
+    backend.extension.use_torch(EXCHANGE, torch.Tensor, nn.Parameter, *modes)
     return Kernels(backend.extension, *backend.numbers)
 
 

@@ -32,20 +32,15 @@ _MOMENTUM = Rule(
     lambda group, step: (group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"])),
     False,
 )
-_ADAM = Rule(
-    "adam",
-    ("exp_avg", "exp_avg_sq"),
-    lambda group, step: adam_hyperparameters(
-        step,
-        group["lr"],
-        group["betas"][0],
-        group["betas"][1],
-        group["eps"],
-        group["weight_decay"],
-        group["decoupled_weight_decay"],
-    ),
-    True,
-)
+
+
+def _adam(group: Group, step: int) -> Iterable[float]:
+    beta1, beta2 = group["betas"]
+    settings = group["eps"], group["weight_decay"], group["decoupled_weight_decay"]
+    return adam_hyperparameters(step, group["lr"], beta1, beta2, *settings)
+
+
+_ADAM = Rule("adam", ("exp_avg", "exp_avg_sq"), _adam, True)
 
 
 def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
@@ -55,7 +50,7 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Group) -> Rule | None:
     if "grad_scale" in optimizer.__dict__ or "found_inf" in optimizer.__dict__:
         return None  # while a GradScaler steps
     if isinstance(optimizer, torch.optim.SGD):
-        if group["dampening"]:
+        if group["dampening"] != 0:
             return None
         return _SGD if group["momentum"] == 0 else _MOMENTUM
     is_unusual = group["amsgrad"] or group["capturable"] or any(isinstance(b, torch.Tensor) for b in group["betas"])
@@ -94,6 +89,8 @@ def states_of(found: list[dict[str, Any]], rule: Rule, params: list[torch.Tensor
             if rule.counts and state:
                 return None
             made.append((param, missing))
+    if made and len({id(param) for param, _ in made}) < len(made):
+        return None  # a parameter that is there twice
     return arrays, steps, made
 
 
@@ -112,12 +109,12 @@ def step_of(steps: list[torch.Tensor]) -> int | None:
 
 
 def numbers_of(rule: Rule, group: Group, step: int) -> list[float] | None:
-    """The hyperparameters of a step; None if PyTorch would refuse a setting."""
+    """The hyperparameters of a step; None if they are no finite numbers, which PyTorch may refuse or take."""
     try:
         numbers = list(rule.hyperparameters(group, step))
-    except TypeError:
+        return numbers if math.isfinite(sum(numbers)) else None
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):
         return None
-    return None if None in numbers else numbers
 
 
 def _update(optimizer: torch.optim.Optimizer, group: Group) -> bool:

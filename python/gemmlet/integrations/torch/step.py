@@ -105,7 +105,6 @@ class FusedStep:
         self.module, self.loss, self.optimizer = module, loss, optimizer
         self._steps, self._skip_zeros = 0, False
         self._model = _Model(module, loss)
-        self._states: list[dict[str, Any]] = []
         params, group = self._model.params, optimizer.param_groups[0]
         if len({param.data_ptr() for param in params}) < len(params):
             raise ValueError("module shares a parameter between layers, which fused_step does not train")
@@ -162,7 +161,7 @@ class FusedStep:
         if torch._C._len_torch_dispatch_stack():
             return None  # under a mode that computes something else, or watches
         found, optimizer, model = kernels(), self.optimizer, self._model
-        if not model.is_current():
+        if model.of != (self.module, self.loss) or not model.is_current():
             try:
                 model = self._model = _Model(self.module, self.loss)
             except ValueError:  # as long as it is so: the next step looks again
@@ -220,11 +219,11 @@ class FusedStep:
     def _states_of(self, rule: Rule, params: list[torch.Tensor]) -> States | None:
         if not rule.state:
             return _NO_STATES
-        found, state = self._states, self.optimizer.state
+        state = self.optimizer.state
         # To look a tensor up takes longer than to compare.
-        if len(found) != len(params) or len(state) != len(found) or not all(map(operator.is_, state.values(), found)):
-            self._states = [state.get(param, {}) for param in params]
-        return states_of(self._states, rule, params)
+        in_order = len(state) == len(params) and all(map(operator.is_, state, params))
+        found = [*state.values()] if in_order else [state.get(param, {}) for param in params]
+        return states_of(found, rule, params)
 
     def _misplaced(self, params: list[torch.Tensor], names: tuple[str, ...]) -> list[tuple[Any, str, torch.Tensor]]:
         """The weights, and their states, that do not lie as (in, out), each with who has it and its name there.
@@ -269,6 +268,7 @@ class _Model:
     """
 
     def __init__(self, module: nn.Sequential, loss: Any) -> None:
+        self.of = module, loss
         self._modules: list[nn.Module] = []
         self._linears: list[nn.Linear] = []
         self._read: list[tuple[dict[str, Any], str]] = []  # attributes of modules that all of this depends on
