@@ -1,0 +1,45 @@
+"""How good predictions are: of classes, of probabilities, and of numbers. NumPy alone computes them, in float64.
+
+Names, arguments and results are those of `sklearn.metrics` where it has the function, so that one can stand for the
+other. What it lacks: intervals (`wilson_interval`, `bootstrap_interval`), the calibration error with its definition,
+`mcnemar`, which compares two classifiers on the same samples, and `classification_report` with all of it.
+
+Everywhere `y_true` are the labels of n samples, integers, bools or strings, and `sample_weight` (n,) what each sample
+counts: finite numbers, none of them negative, of a positive sum; 1 by default. Where a function takes `labels`, these
+are the classes in the order of the columns of `y_score` and of the results; by default those that occur, ascending.
+"""
+
+from .classes import accuracy_score, confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
+from .curves import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from .intervals import Interval, McNemar, bootstrap_interval, mcnemar, wilson_interval
+from .probabilities import CalibrationCurve, brier_score_loss, calibration_curve, calibration_error, log_loss
+from .regression import mean_absolute_error, mean_squared_error, r2_score
+from .report import ClassificationReport, ClassScores, classification_report
+
+__all__ = [
+    "CalibrationCurve",
+    "ClassScores",
+    "ClassificationReport",
+    "Interval",
+    "McNemar",
+    "accuracy_score",
+    "auc",
+    "average_precision_score",
+    "bootstrap_interval",
+    "brier_score_loss",
+    "calibration_curve",
+    "calibration_error",
+    "classification_report",
+    "confusion_matrix",
+    "log_loss",
+    "mcnemar",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "precision_recall_curve",
+    "precision_recall_fscore_support",
+    "r2_score",
+    "roc_auc_score",
+    "roc_curve",
+    "top_k_accuracy_score",
+    "wilson_interval",
+]
