@@ -11,6 +11,7 @@ are the classes in the order of the columns of `y_score` and of the results; by 
 
 from .classes import accuracy_score, confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score
 from .curves import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from .generated import frechet_distance
 from .intervals import Interval, McNemar, bootstrap_interval, mcnemar, wilson_interval
 from .probabilities import CalibrationCurve, brier_score_loss, calibration_curve, calibration_error, log_loss
 from .regression import mean_absolute_error, mean_squared_error, r2_score
@@ -31,6 +32,7 @@ __all__ = [
     "calibration_error",
     "classification_report",
     "confusion_matrix",
+    "frechet_distance",
     "log_loss",
     "mcnemar",
     "mean_absolute_error",
