@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from gemmlet import metrics
+from support import frechet_by_eigenvalues
 
 Array = NDArray[Any]
 
@@ -267,6 +270,61 @@ def test_the_area_is_the_probability_of_a_higher_score(scores: Array, data: st.D
         return
     wins = (a[:, np.newaxis] > b).mean() + 0.5 * (a[:, np.newaxis] == b).mean()
     assert metrics.roc_auc_score(positive, scores) == pytest.approx(wins, abs=1e-14)
+
+
+# Of generated samples.
+
+
+def frechet_by_scipy(a: Array, b: Array) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    return shift @ shift + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b))
+
+
+def test_frechet_distance_of_equals(rng: np.random.Generator) -> None:
+    a = rng.normal(size=(50, 8))
+    scale = np.trace(np.cov(a, rowvar=False))
+    assert 0 <= metrics.frechet_distance(a, a) < 1e-12 * scale
+    assert 0 <= metrics.frechet_distance(a, rng.permutation(a)) < 1e-12 * scale
+
+
+def test_frechet_distance_of_a_shift(rng: np.random.Generator) -> None:
+    a, shift = rng.normal(size=(50, 8)), rng.normal(size=8)
+    assert metrics.frechet_distance(a, a + shift) == pytest.approx(shift @ shift, rel=1e-12)
+    assert metrics.frechet_distance(a[:, :1], a[:, :1] + 3) == pytest.approx(9, rel=1e-12)
+
+
+def test_frechet_distance_of_a_stretch(rng: np.random.Generator) -> None:
+    """Of two normal distributions of one feature: the squared difference of the standard deviations."""
+    a = rng.normal(size=(50, 1))
+    assert metrics.frechet_distance(a, 4 * (a - a.mean()) + a.mean()) == pytest.approx(9 * a.var(ddof=1), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_frechet_distance_against_scipy(rng: np.random.Generator, dtype: Any) -> None:
+    a = (rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))).astype(dtype)
+    b = (rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 1).astype(dtype)
+    distance = metrics.frechet_distance(a, b)
+    assert distance == pytest.approx(frechet_by_scipy(a, b), rel=1e-9)
+    assert metrics.frechet_distance(b, a) == pytest.approx(distance, rel=1e-9)
+
+
+def test_frechet_distance_of_singular_covariances(rng: np.random.Generator) -> None:
+    """Fewer rows than features, a feature that never changes, and rows that are all the same."""
+    a, b = rng.normal(size=(5, 20)), rng.normal(size=(6, 20))
+    a[:, 0] = b[:, 0] = 1
+    assert metrics.frechet_distance(a, b) == pytest.approx(frechet_by_eigenvalues(a, b), rel=1e-6)
+    same = np.ones((3, 4))
+    assert metrics.frechet_distance(same, same + 2) == 16
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((1, 3), (5, 3)), ((5, 3), (1, 3)), ((5, 3), (5, 4)), ((5,), (5,)), ((0, 3), (5, 3))]
+)
+def test_frechet_distance_of_bad_shapes(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"a and b have shapes {a} and {b}")):
+        metrics.frechet_distance(np.ones(a), np.ones(b))
 
 
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
