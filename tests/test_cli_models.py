@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from cli_support import (
     TEST_IMAGES,
+    TEST_LABELS,
     call,
     check_picture,
     error_line,
@@ -90,7 +91,10 @@ def test_evaluation_is_that_of_scikit_learn(model, folder, capsys):
     assert found["confusion_matrix"] == sklearn.metrics.confusion_matrix(y, predicted).tolist()
     assert found["top_2_accuracy"] == sklearn.metrics.top_k_accuracy_score(y, p, k=2)
     assert found["log_loss"] == pytest.approx(-np.log(p[np.arange(80), y]).mean(), rel=1e-9)
-    assert found["calibration_error"] == metrics.calibration_error(y, p, bins=found["calibration_bins"])
+    own, which = p.max(axis=1), np.ceil(p.max(axis=1) * found["calibration_bins"])
+    right = predicted == y
+    error = sum((which == i).mean() * abs(own[which == i].mean() - right[which == i].mean()) for i in np.unique(which))
+    assert found["calibration_error"] == pytest.approx(error, abs=1e-12)
     for name, value in (("macro_f1_interval", found["macro"]["f1"]), ("roc_auc_interval", found["macro"]["roc_auc"])):
         assert found[name][0] < value < found[name][1]
     assert evaluated(capsys, model, "--data-dir", folder) == found  # intervals are seeded
@@ -111,7 +115,7 @@ def test_what_is_printed(model, folder, capsys, tmp_path):
     assert f"log loss {content['log_loss']:.4f}, Brier score {content['brier_score']:.4f}" in printed
     matrix = np.array(content["confusion_matrix"])
     most = (matrix - np.diag(np.diag(matrix))).max()
-    assert re.search(rf"^most mistakes: \d taken for \d {most} times", printed, re.MULTILINE)
+    assert re.search(rf"^most mistakes: \d as \d \({most}\);", printed, re.MULTILINE)
     assert names_in(tmp_path / "new" / "out") == {"evaluation.json", *PICTURES}
     for name, size in PICTURES.items():
         check_picture(tmp_path / "new" / "out" / name, size)
@@ -160,10 +164,21 @@ def test_one_image(model, tmp_path, capsys):
     """Without an image of most classes there are no areas, and JSON has no NaN."""
     found = evaluated(capsys, model, "--data-dir", write_digits(tmp_path / "one", 1, 1))
     assert found["macro"]["roc_auc"] is None
+    assert found["macro_f1_interval"] == [found["macro"]["f1"]] * 2  # over the classes that occur
     assert found["roc_auc_interval"] == [None, None]
     assert call("evaluate", model, "--data-dir", tmp_path / "one", "--out", tmp_path / "out") == 0
     assert "macro F1" in capsys.readouterr().out
     assert names_in(tmp_path / "out") == {"evaluation.json", *PICTURES}
+
+
+def test_two_classes_alone(model, tmp_path, capsys):
+    """What is said of the whole and its interval are over the same classes."""
+    folder = write_digits(tmp_path / "two", 20, 60)
+    (folder / TEST_LABELS).write_bytes(idx(np.repeat([3, 7], 30).astype(np.uint8)))
+    found = evaluated(capsys, model, "--data-dir", folder)
+    low, high = found["macro_f1_interval"]
+    assert low <= found["macro"]["f1"] <= high
+    assert len(found["classes"]) == 10
 
 
 # predict.
@@ -228,6 +243,82 @@ def test_a_photo_is_scaled_as_mnist_was(width, tmp_path):
     assert image.max() > 200
 
 
+def photo(path, *, size=300, ground=245, ink=20, slope=0.0, width=0.07, mirror=None, speck=False, exif=None):
+    """A seven on some ground, which gets darker to the right by `slope`."""
+    page = Image.new("L", (4 * size, 4 * size), 0)
+    pen = ImageDraw.Draw(page)
+    line = [(0.2 * 4 * size, 0.15 * 4 * size), (0.6 * 4 * size, 0.15 * 4 * size), (0.35 * 4 * size, 0.8 * 4 * size)]
+    pen.line(line, 255, max(1, round(width * 4 * size)), joint="curve")
+    share = np.asarray(page.resize((size, size), Image.Resampling.BOX)) / 255
+    light = ground - slope * np.arange(size) / size
+    pixels = (1 - share) * light + share * ink
+    if speck:
+        pixels[size - 3, size - 3] = ink
+    image = Image.fromarray(pixels.astype(np.uint8))
+    more = {}
+    if exif is not None:
+        more["exif"] = Image.Exif()
+        more["exif"][0x0112] = exif
+        image = image.transpose({6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}[exif])
+    image.save(path, **more)
+    return predict.digit_of(path).astype(int)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"ground": 120},
+        {"ground": 140, "ink": 255},
+        {"ground": 0, "ink": 255},
+        {"slope": 110},
+        {"ground": 255, "slope": 60, "ink": 0},
+        {"width": 0.01, "size": 1000},
+        {"speck": True, "size": 1000},
+        {"exif": 6},
+        {"exif": 3},
+        {"size": 80},
+        {"size": 1500},
+    ],
+    ids=str,
+)
+def test_the_same_digit_on_any_page(how, tmp_path):
+    wanted, found = photo(tmp_path / "a.png"), photo(tmp_path / "b.png", **how)
+    # A thin line is thinner, a small picture coarser, and all of them are in the same place.
+    assert found.max() == 255
+    least = 0.6 if how.get("width", 1) < 0.05 else 0.85 if how.get("size", 300) < 100 else 0.95
+    assert np.corrcoef(wanted.ravel(), found.ravel())[0, 1] > least
+
+
+def test_one_image_that_cannot_be_read_stops_no_other(model, folder, tmp_path, capsys):
+    photo(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    words = ["predict", model, tmp_path / "b.png", tmp_path / "a.png", tmp_path / "c.png", folder / TEST_IMAGES]
+    assert call(*words) == 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 81
+    assert shown.err.count("\n") == 1
+    assert f"{tmp_path / 'b.png'}" in shown.err
+    assert "(and 1 more)" in shown.err
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "P", "LA", "1"])
+def test_pictures_of_any_kind(mode, tmp_path):
+    page = Image.new("L", (100, 100), 0)
+    ImageDraw.Draw(page).line([(50, 20), (50, 80)], 255, 9)
+    values = np.asarray(page).astype(float)
+    if mode in ("I;16", "F"):
+        image = Image.fromarray((values * 257).astype(np.uint16)) if mode == "I;16" else Image.fromarray(values / 255)
+    elif mode == "LA":  # white ink on nothing
+        image = Image.merge("LA", [Image.new("L", page.size, 255), page])
+    else:
+        image = page.convert(mode)
+    path = tmp_path / ("a.tif" if mode == "F" else "a.png")
+    image.save(path)
+    digit = predict.digit_of(path)
+    assert digit[10, 13:15].max() == 255
+    assert digit[:, :8].max() == digit[:, 20:].max() == 0
+
+
 # sample.
 
 
@@ -252,6 +343,11 @@ def files(tmp_path, folder, model):
     """Files by the names that the table below has in braces."""
     nn.MLP([10, 4, 2]).save(tmp_path / "small")
     nn.MLP([784, 10], output="identity").save(tmp_path / "numbers")
+    nn.MLP([784, 10], classes=list("abcdefghij")).save(tmp_path / "names")
+    spoilt = nn.MLP([784, 10])
+    spoilt.parameters[0][5, 5] = np.nan
+    spoilt.save(tmp_path / "spoilt")
+    Image.new("1", (14000, 14000), 1).save(tmp_path / "bomb.png")
     nn.GAN(generator=[16, 784], discriminator=[16, 1]).save(tmp_path / "gan")
     nn.GAN(generator=[16, 10], discriminator=[16, 1]).save(tmp_path / "small_gan")
     (tmp_path / "text").write_text("seven")
@@ -272,18 +368,22 @@ def files(tmp_path, folder, model):
         ("evaluate {small}", "expected a network from 784 pixels to the probabilities of ten digits"),
         ("evaluate {numbers}", "expected a network from 784 pixels to the probabilities of ten digits"),
         ("evaluate {gan}", "it holds a GAN"),
+        ("evaluate {names}", "has the classes 'a', 'b',"),
+        ("evaluate {spoilt}", "{spoilt} has parameters that are not finite"),
+        ("predict {model} {bomb}", "{bomb}"),
+        ("predict {spoilt} {images}", "{spoilt} has parameters that are not finite"),
         ("evaluate {model} {model} {model}", "expected one model, or two to compare, got 3"),
         ("evaluate {model} --data-dir {missing}", "{missing} (--data-dir) does not exist"),
         ("evaluate {model} --out {text}", "{text} is a file, expected a folder"),
         ("evaluate {model} --threads 0", "--threads must be from 1 to 1,024, got 0"),
         ("evaluate {model} --backend none", "--backend"),
         ("predict {model}", "IMAGE"),
-        ("predict {model} {missing}", "{missing}"),
+        ("predict {model} {missing}", "{missing} does not exist"),
         ("predict {model} {text}", "{text}"),
         ("predict {model} {cut}", "{cut}"),
         ("predict {model} {blank}", "no digit stands out from its ground"),
         ("predict {model} {wide}", "images of 28 × 29 pixels"),
-        ("predict {model} {empty}", "{empty}"),
+        ("predict {model} {empty}", "{empty} is a folder, expected an image"),
         ("predict {gan} {images}", "it holds a GAN"),
         ("sample {model}", "it holds a MLP"),
         ("sample {small_gan}", "makes samples of 10 numbers, expected 784 pixels"),

@@ -231,7 +231,8 @@ def _evaluate(
 ) -> int:
     """Measure a classifier of digits on the test images: accuracy, precision, recall, F1, ROC AUC, calibration.
 
-    Of two models it is said which mistakes of the first the second corrects, and what it spoils.
+    Of two models it is said how many mistakes of the first the second corrects, and how many it makes anew; the
+    pictures are those of the second.
     """
     options = locals()
     return evaluate.run(evaluate.Options(**options))
@@ -257,7 +258,10 @@ def _predict(
 
 @app.command("sample", short_help=COMMANDS["sample"])
 def _sample(
-    model: Annotated[Path, typer.Argument(metavar="GAN", help=_MODEL, show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="GAN", help="A file of save, or the folder that a training left.", show_default=False),
+    ],
     count: Annotated[int, typer.Option("-n", "--count", help="How many samples.", **INTEGER)] = 100,
     seed: Annotated[
         int | None, _option(help="The same seed gives the same samples.", default="other ones each time", **INTEGER)

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from .. import get_num_threads, nn, set_num_threads, use_backend
 from ..backends import select
 from ..data import Mnist, load_mnist
@@ -78,6 +80,8 @@ def load_digits_classifier(path: Path) -> nn.MLP:
     model = load_network(path, nn.MLP)
     if model.layers[0] != 784 or model.layers[-1] != 10 or model.output == "identity" or model.multi_label:
         raise UserError(f"{path} is {model}; expected a network from 784 pixels to the probabilities of ten digits")
+    if not all(np.isfinite(array).all() for array in model.parameters):
+        raise UserError(f"{path} has parameters that are not finite")
     return model
 
 

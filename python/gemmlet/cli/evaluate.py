@@ -51,7 +51,7 @@ def run(options: Options) -> int:
     if options.out is not None:
         files.check_folder(options.out)
     common.use(options.backend, options.threads)
-    models = [(path, common.load_digits_classifier(path)) for path in options.models]
+    models = [(path, _load(path)) for path in options.models]
     data = common.load_data(options.data_dir)
     if not len(data.y_test):
         raise UserError(f"{data.source} has no test images")
@@ -92,22 +92,22 @@ def evaluate(path: Path, model: nn.MLP, data: Mnist) -> Evaluated:
     """Measure a network on the test images."""
     labels, predicted = data.y_test, as_digits(model.predict(data.x_test))
     probabilities = model.predict_proba(data.x_test).astype(np.float64)
-    report = metrics.classification_report(labels, predicted, probabilities)
+    report, classes = evaluation.report(labels, predicted, probabilities), np.arange(probabilities.shape[1])
     f1_interval = metrics.bootstrap_interval(_macro_f1, labels, predicted, resamples=evaluation.RESAMPLES)
     area_interval = metrics.bootstrap_interval(
-        metrics.roc_auc_score, labels, probabilities, resamples=evaluation.RESAMPLES_OF_AREA
+        partial(metrics.roc_auc_score, labels=classes), labels, probabilities, resamples=evaluation.RESAMPLES_OF_AREA
     )
     scores = {
         "model": str(path),
         "layers": model.layers,
         "accuracy": report.accuracy,
         "accuracy_interval": list(report.accuracy_interval),
-        "top_2_accuracy": metrics.top_k_accuracy_score(labels, probabilities, k=2),
-        "top_3_accuracy": metrics.top_k_accuracy_score(labels, probabilities, k=3),
+        "top_2_accuracy": metrics.top_k_accuracy_score(labels, probabilities, k=2, labels=classes),
+        "top_3_accuracy": metrics.top_k_accuracy_score(labels, probabilities, k=3, labels=classes),
         # Of sigmoids, which do not add up to 1, it would be another one.
-        "log_loss": metrics.log_loss(labels, probabilities) if model.output == "softmax" else None,
-        "brier_score": metrics.brier_score_loss(labels, probabilities),
-        "calibration_error": metrics.calibration_error(labels, probabilities, bins=evaluation.BINS),
+        "log_loss": metrics.log_loss(labels, probabilities, labels=classes) if model.output == "softmax" else None,
+        "brier_score": metrics.brier_score_loss(labels, probabilities, labels=classes),
+        "calibration_error": metrics.calibration_error(labels, probabilities, bins=evaluation.BINS, labels=classes),
         "calibration_bins": evaluation.BINS,
         "macro": _as_json(report.macro),
         "weighted": _as_json(report.weighted),
@@ -119,8 +119,16 @@ def evaluate(path: Path, model: nn.MLP, data: Mnist) -> Evaluated:
     return Evaluated(path, model, predicted, probabilities, report, scores)
 
 
+def _load(path: Path) -> nn.MLP:
+    """A network whose classes are the digits, in their order."""
+    model = common.load_digits_classifier(path)
+    if model.classes is not None and [str(label) for label in model.classes] != [str(i) for i in range(10)]:
+        raise UserError(f"{path} has the classes {', '.join(map(repr, model.classes))}; expected the digits 0 to 9")
+    return model
+
+
 def as_digits(predicted: Array) -> Array:
-    """Predictions as digits: the labels of a network may be their names, or strings."""
+    """Predictions as digits: the labels of a network may be strings."""
     return predicted.astype(np.int64)
 
 
@@ -138,7 +146,7 @@ def _lines(each: Evaluated) -> list[str]:
     low, high = scores["macro_f1_interval"]
     area = [finite(each.report.macro.roc_auc), *scores["roc_auc_interval"]]
     loss = scores["log_loss"]
-    mistakes = [f"{label} taken for {seen} {count} times" for label, seen, count in each.report.confusions(3)]
+    mistakes = [f"{label} as {seen} ({count})" for label, seen, count in each.report.confusions(3)]
     return [
         *str(each.report).splitlines(),
         "",
@@ -161,7 +169,9 @@ def _draw(each: Evaluated, data: Mnist, out: Path) -> None:
     plots.precision_recall_curves(out / "precision_recall_curves.png", labels, probabilities)
     plots.reliability(
         out / "reliability.png",
-        metrics.calibration_curve(labels, probabilities, bins=evaluation.BINS),
+        metrics.calibration_curve(
+            labels, probabilities, bins=evaluation.BINS, labels=np.arange(probabilities.shape[1])
+        ),
         each.scores["calibration_error"],
     )
     plots.worst_mistakes(out / "worst_mistakes.png", data.x_test, labels, each.predicted, probabilities)

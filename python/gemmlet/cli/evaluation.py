@@ -45,20 +45,22 @@ def roc_curves(labels: Array, probabilities: Array) -> list[RocCurve]:
     return curves
 
 
-def classification(labels: Array, predicted: Array, probabilities: Array) -> dict[str, Any]:
-    """The scores that ``metrics.json`` has, None where there is no value.
+def report(labels: Array, predicted: Array, probabilities: Array) -> metrics.ClassificationReport:
+    """What is known of a classifier whose classes are the columns of `probabilities` (n, classes)."""
+    classes = np.arange(probabilities.shape[1])
+    return metrics.classification_report(labels, predicted, probabilities, labels=classes)
 
-    Macro averages are over the classes that occur in either.
-    """
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(labels, predicted, average="macro")
-    correct = int(np.count_nonzero(labels == predicted))
+
+def classification(labels: Array, predicted: Array, probabilities: Array) -> dict[str, Any]:
+    """The scores that ``metrics.json`` has, None where there is no value."""
+    found = report(labels, predicted, probabilities)
     return {
-        "test_accuracy": correct / len(labels),
-        "test_accuracy_interval": list(metrics.wilson_interval(correct, len(labels))),
-        "macro_precision": precision,
-        "macro_recall": recall,
-        "macro_f1": f1,
-        "roc_auc": finite(metrics.roc_auc_score(labels, probabilities)),
+        "test_accuracy": found.accuracy,
+        "test_accuracy_interval": list(found.accuracy_interval),
+        "macro_precision": found.macro.precision,
+        "macro_recall": found.macro.recall,
+        "macro_f1": found.macro.f1,
+        "roc_auc": finite(found.macro.roc_auc),
     }
 
 

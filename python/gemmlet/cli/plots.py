@@ -130,7 +130,7 @@ def precision_recall_curves(path: Path, labels: Array, probabilities: Array) -> 
         precision, recall, _ = metrics.precision_recall_curve(positive, scores)
         average = metrics.average_precision_score(positive, scores)
         name = f"{label} (average precision {average:.4f})"
-        axes.plot(recall, precision, color=colormaps["tab10"](label), label=name, drawstyle="steps-pre")
+        axes.plot(recall, precision, color=colormaps["tab10"](label), label=name, drawstyle="steps-post")
         lowest = min(lowest, float(precision[recall <= 0.95].min()))
     # Of good classifiers the corner: all else is a straight line.
     low, margin = (0.9, 0.002) if lowest >= 0.9 else (0.0, 0.02)
@@ -152,8 +152,10 @@ def reliability(path: Path, curve: metrics.CalibrationCurve, error: float) -> No
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, width, there = curve.edges[:-1], np.diff(curve.edges), curve.weight > 0
     above.bar(left[there], curve.accuracy[there], width[there], align="edge", color=_BLUE, edgecolor="white")
-    above.plot(curve.confidence[there], curve.accuracy[there], color=_ORANGE, marker="o", markersize=3.5)
-    above.plot([0, 1], [0, 1], color="black", linestyle=":")
+    mean = curve.confidence[there]
+    above.plot(mean, curve.accuracy[there], color=_ORANGE, marker="o", markersize=3.5, label="at the mean confidence")
+    above.plot([0, 1], [0, 1], color="black", linestyle=":", label="as sure as right")
+    above.legend(frameon=False, loc="upper left")
     above.set(xlim=(0, 1), ylim=(0, 1.01), ylabel="share of images classified correctly")
     above.set_title(f"Reliability: expected calibration error {error:.2%}, {len(left)} bins")
     # Of nearly all images the network is sure: without a logarithmic scale nothing else would be seen.

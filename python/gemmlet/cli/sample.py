@@ -39,6 +39,9 @@ def run(options: Options) -> int:
     samples = model.sample(options.count, z=model.noise(options.count, seed=options.seed))
     from . import plots
 
-    plots.save_image(options.out, plots.sample_grid(samples, f"{options.count} samples after {model.steps:,} steps"))
-    print(f"{options.count} samples: {options.out}")
+    plots.save_image(
+        options.out,
+        plots.sample_grid(samples, f"{options.count} sample{'s' * (options.count > 1)} after {model.steps:,} steps"),
+    )
+    print(f"{options.count} sample{'s' * (options.count > 1)}: {options.out}")
     return 0

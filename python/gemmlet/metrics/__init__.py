@@ -1,12 +1,14 @@
 """How good predictions are: of classes, of probabilities, and of numbers. NumPy alone computes them, in float64.
 
-Names, arguments and results are those of `sklearn.metrics` where it has the function, so that one can stand for the
-other. What it lacks: intervals (`wilson_interval`, `bootstrap_interval`), the calibration error with its definition,
-`mcnemar`, which compares two classifiers on the same samples, and `classification_report` with all of it.
+Functions that `sklearn.metrics` has too have its name, and on the arguments that both take its results; scores and
+probabilities are the second argument, `y_score`, everywhere. Its own are intervals (`wilson_interval`,
+`bootstrap_interval`), `calibration_error` and `calibration_curve`, `mcnemar`, which compares two classifiers on the
+same samples, and `classification_report`, an object with all that is known of one, which prints as a table.
 
 Everywhere `y_true` are the labels of n samples, integers, bools or strings, and `sample_weight` (n,) what each sample
 counts: finite numbers, none of them negative, of a positive sum; 1 by default. Where a function takes `labels`, these
-are the classes in the order of the columns of `y_score` and of the results; by default those that occur, ascending.
+are the classes in the order of the columns of `y_score` and of the results. By default they are those that occur,
+ascending; columns of scores stand for the classes 0, 1, ... where all labels are among these and one is 0.
 """
 
 from .classes import accuracy_score, confusion_matrix, precision_recall_fscore_support, top_k_accuracy_score

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,24 @@ Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 
-def level(confidence: float) -> float:
+def level(confidence: Any) -> float:
     """Return the level of a confidence interval, or raise."""
-    if not 0 < confidence < 1:
+    if not isinstance(confidence, Real):
+        raise TypeError(f"confidence must be a number, got {type(confidence).__name__}")
+    if not 0 < (number := float(confidence)) < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    return confidence
+    return number
+
+
+def count(value: Any, name: str, low: int = 1) -> int:
+    """Return an integer of at least `low`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, got {number}")
+    return number
 
 
 def as_array(value: ArrayLike, name: str) -> Array:
@@ -25,14 +40,16 @@ def as_array(value: ArrayLike, name: str) -> Array:
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(...)")
     try:
         array = np.asarray(value)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as an array: {error}") from error
     if array.dtype.kind == "O" and all(isinstance(each, str) for each in array.flat):
         array = array.astype(str)
     if array.dtype.kind not in "biufU":
         raise TypeError(f"{name} has dtype {array.dtype}; expected numbers, bools or strings")
-    if not len(np.atleast_1d(array)):
+    if not array.size:
         raise ValueError(f"{name} is empty; expected at least one sample")
+    if array.dtype == np.uint64 and array.max() <= np.iinfo(np.int64).max:
+        array = array.astype(np.int64)  # with signed labels NumPy would make floats of them
     return array
 
 
@@ -46,14 +63,24 @@ def as_vector(value: ArrayLike, name: str) -> Array:
     return array
 
 
-def as_numbers(value: ArrayLike, name: str) -> Floats:
-    """Return an array as float64, without NaN."""
+def as_labels(value: ArrayLike, name: str) -> Array:
+    """Return labels (n,), or rows of them: of floats none that is not finite."""
+    array = as_array(value, name)
+    if array.dtype.kind == "f":
+        as_numbers(array, name)
+    return array
+
+
+def as_numbers(value: ArrayLike, name: str, *, finite: bool = True) -> Floats:
+    """Return an array as float64, without NaN, and without infinities if it has to be `finite`."""
     array = as_array(value, name)
     if array.dtype.kind == "U":
         raise TypeError(f"{name} has dtype {array.dtype}; expected numbers")
     floats = array.astype(np.float64)
-    if np.isnan(floats).any():
-        raise ValueError(f"{name} has NaN at {tuple(map(int, np.argwhere(np.isnan(floats))[0]))}")
+    bad = ~np.isfinite(floats) if finite else np.isnan(floats)
+    if bad.any():
+        place = tuple(map(int, np.argwhere(bad)[0]))
+        raise ValueError(f"{name} has {'NaN' if np.isnan(floats[place]) else floats[place]} at {place}")
     return floats
 
 
@@ -63,7 +90,7 @@ def same_shape(
     """Two arrays of one shape which can be compared: (n,), or rows too; float64 if they have to be `numbers`."""
     arrays = []
     for value, name in ((a, a_name), (b, b_name)):
-        array = as_numbers(value, name) if numbers else as_array(value, name)
+        array = as_numbers(value, name) if numbers else as_labels(value, name)
         arrays.append(array if allow_rows and array.ndim == 2 and array.shape[1] > 1 else as_vector(array, name))
     first, second = arrays
     if first.shape != second.shape:
@@ -97,7 +124,7 @@ def classes_of(labels: ArrayLike | None, *values: Array) -> Array:
     """`labels`, checked; by default those that occur in `values`, ascending."""
     if labels is None:
         return np.unique(np.concatenate(values))
-    classes = as_vector(labels, "labels")
+    classes = as_vector(as_labels(labels, "labels"), "labels")
     if len(np.unique(classes)) != len(classes):
         raise ValueError("labels has a label twice")
     for each in values:
@@ -106,8 +133,13 @@ def classes_of(labels: ArrayLike | None, *values: Array) -> Array:
 
 
 def classes_of_columns(true: Array, columns: int, labels: ArrayLike | None) -> Array:
-    """The classes that columns of scores stand for: indices, if labels can be, else those that occur."""
+    """The classes that columns of scores stand for: indices, if labels can be, else those that occur, if all do."""
     if labels is None and true.dtype.kind in "biu" and true.min() >= 0 and true.max() < columns:
+        if true.min() > 0:
+            raise ValueError(
+                f"y_true has labels from {int(true.min())} to {int(true.max())} and no 0, y_score {columns} columns: "
+                "give labels, the class of each column"
+            )
         return np.arange(columns)
     classes = classes_of(labels, true)
     if len(classes) != columns:
@@ -129,22 +161,30 @@ def positions(values: Array, classes: Array) -> NDArray[np.int64]:
 
 
 def as_scores(y_score: ArrayLike, n: int, dimensions: int) -> Floats:
-    """Return scores of `n` samples, as an array of so many dimensions."""
-    scores = as_numbers(y_score, "y_score")
+    """Return scores of `n` samples, as an array of so many dimensions; (n, 1) is one column as well."""
+    scores = as_numbers(y_score, "y_score", finite=False)
+    if dimensions == 1 and scores.ndim == 2 and scores.shape[1] == 1:
+        scores = scores[:, 0]
     if scores.ndim != dimensions or len(scores) != n:
         raise ValueError(f"y_score has shape {scores.shape}, expected ({n},{' classes' * (dimensions == 2)})")
     return scores
+
+
+def is_one_column(y_score: ArrayLike) -> bool:
+    """Whether scores are of one class alone."""
+    shape = np.shape(as_array(y_score, "y_score"))
+    return len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
 
 
 def of_columns(
     y_true: ArrayLike, y_score: ArrayLike, labels: ArrayLike | None, sample_weight: ArrayLike | None
 ) -> tuple[NDArray[np.int64], Floats, Floats]:
     """The column of each sample's class, the scores (n, classes), and the weights."""
-    true = as_vector(y_true, "y_true")
+    true = as_vector(as_labels(y_true, "y_true"), "y_true")
     scores = as_scores(y_score, len(true), 2)
     at = positions(true, classes_of_columns(true, scores.shape[1], labels))
     if (at < 0).any():
-        raise ValueError(f"y_true has the label {true[at < 0][0]!r}, which labels has not")
+        raise ValueError(f"y_true has the label {true[at < 0][0].item()!r}, which labels has not")
     return at, scores, as_weights(sample_weight, len(true))
 
 
@@ -152,7 +192,7 @@ def of_probabilities(
     y_true: ArrayLike, y_score: ArrayLike, labels: ArrayLike | None, sample_weight: ArrayLike | None
 ) -> tuple[NDArray[np.int64], Floats, Floats]:
     """`of_columns` of probabilities; of one column those of both classes."""
-    if np.ndim(y_score) == 1:
+    if is_one_column(y_score):
         positive = as_scores(y_score, len(as_vector(y_true, "y_true")), 1)
         y_score = np.stack([1 - positive, positive], axis=1)
     at, probabilities, weights = of_columns(y_true, y_score, labels, sample_weight)
@@ -163,12 +203,15 @@ def of_probabilities(
 
 def is_positive(y_true: ArrayLike, pos_label: Any) -> NDArray[np.bool_]:
     """Which samples are positive."""
-    true = as_vector(y_true, "y_true")
+    true = as_vector(as_labels(y_true, "y_true"), "y_true")
     if pos_label is None:
         if true.dtype.kind == "U" or not np.isin(true, (0, 1)).all():
             raise ValueError("y_true must be bools, or 0 and 1, where pos_label does not say which label is positive")
         return true.astype(bool)
-    check_comparable(true, np.asarray(pos_label), "y_true", "pos_label")
+    label = np.asarray(pos_label)
+    if label.ndim:
+        raise TypeError(f"pos_label must be one label, got {type(pos_label).__name__}")
+    check_comparable(true, label, "y_true", "pos_label")
     return np.asarray(true == pos_label)
 
 
@@ -187,5 +230,6 @@ def sums(which: NDArray[np.int64], weights: Floats, count: int) -> Floats:
 
 def ratio(above: Array, below: Array, otherwise: float) -> Floats:
     """``above / below``, and `otherwise` where that is 0 / 0."""
-    result: Floats = np.divide(above, below, out=np.full(np.shape(above), otherwise), where=np.asarray(below) != 0)
+    result = np.full(np.shape(above), otherwise, np.float64)
+    np.divide(above, below, out=result, where=np.asarray(below) != 0)
     return result

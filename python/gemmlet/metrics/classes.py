@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -59,7 +61,7 @@ def precision_recall_fscore_support(
     labels: ArrayLike | None = None,
     average: str | None = None,
     sample_weight: ArrayLike | None = None,
-    zero_division: float = 0.0,
+    zero_division: Any = 0.0,
 ) -> tuple[Any, Any, Any, Any]:
     """Precision, recall, F1 and support of each class.
 
@@ -73,8 +75,8 @@ def precision_recall_fscore_support(
     average : {None, "macro", "weighted", "micro"}
         With macro the mean over the classes, with weighted that mean by support, with micro one of all classes taken
         together. The support is None then.
-    zero_division : float
-        What stands where a class is never predicted, or never there.
+    zero_division : {0, 1, NaN}
+        What stands where a class is never predicted, or never there. NaN is left out of means.
 
     Returns
     -------
@@ -89,6 +91,9 @@ def precision_recall_fscore_support(
     true, predicted = checks.same_shape(y_true, y_pred, "y_true", "y_pred")
     classes = checks.classes_of(labels, true, predicted)
     weights = checks.as_weights(sample_weight, len(true))
+    if not isinstance(zero_division, Real) or not (math.isnan(zero_division) or zero_division in (0, 1)):
+        raise ValueError(f"zero_division must be 0, 1 or NaN, got {zero_division!r}")
+    zero_division = float(zero_division)
     at, there, count = checks.positions(true, classes), checks.positions(predicted, classes), len(classes)
 
     def total(positions: NDArray[np.int64], counted: NDArray[np.bool_]) -> Floats:
@@ -107,8 +112,16 @@ def precision_recall_fscore_support(
     if average == "weighted" and not support.any():
         return zero_division, zero_division, zero_division, None
     shares = support if average == "weighted" else None
-    means = [float(np.average(each, weights=shares)) for each in (precision, recall, f1)]
+    means = [_mean_of_known(each, shares) for each in (precision, recall, f1)]
     return means[0], means[1], means[2], None
+
+
+def _mean_of_known(values: Floats, weights: Floats | None) -> float:
+    """The mean without NaN, which classes have where `zero_division` is NaN; NaN of nothing else."""
+    known = ~np.isnan(values)
+    if not known.any() or (weights is not None and not weights[known].any()):
+        return math.nan
+    return float(np.average(values[known], weights=None if weights is None else weights[known]))
 
 
 def top_k_accuracy_score(
@@ -134,8 +147,7 @@ def top_k_accuracy_score(
         An argument does not fit.
     """
     at, scores, weights = checks.of_columns(y_true, y_score, labels, sample_weight)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    k = checks.count(k, "k")
     own = scores[np.arange(len(at)), at][:, np.newaxis]
     later = np.arange(scores.shape[1]) > at[:, np.newaxis]
     ahead = np.count_nonzero((scores > own) | ((scores == own) & later), axis=1)

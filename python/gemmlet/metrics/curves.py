@@ -54,8 +54,8 @@ def auc(x: ArrayLike, y: ArrayLike) -> float:
 
     Raises
     ------
-    ValueError
-        There are fewer than two points, or `x` does neither.
+    TypeError, ValueError
+        There are fewer than two points, `x` does neither, or something is no finite number.
     """
     xs, ys = checks.same_shape(x, y, "x", "y", numbers=True)
     if len(xs) < 2:
@@ -95,14 +95,19 @@ def roc_auc_score(
     TypeError, ValueError
         An argument does not fit.
     """
-    if np.ndim(y_score) == 1:
-        true = checks.as_vector(y_true, "y_true")
-        classes = checks.classes_of(labels, true)
-        if len(classes) != 2:
-            raise ValueError(f"y_true must have two classes where y_score is one column, got {len(classes)}")
-        return _area(true == classes[1], np.asarray(y_score), sample_weight)
     if average not in (None, "macro", "weighted"):
         raise ValueError(f"average must be None, 'macro' or 'weighted', got {average!r}")
+    if checks.is_one_column(y_score):
+        true = checks.as_vector(checks.as_labels(y_true, "y_true"), "y_true")
+        classes = checks.classes_of(labels, true)
+        if len(classes) > 2 or (labels is not None and len(classes) < 2):
+            raise ValueError(f"y_true must have two classes where y_score is one column, got {len(classes)}")
+        if len(classes) < 2:
+            checks.as_scores(y_score, len(true), 1)
+            return math.nan
+        if (at := checks.positions(true, classes)).min() < 0:
+            raise ValueError(f"y_true has the label {true[at < 0][0].item()!r}, which labels has not")
+        return _area(at == 1, y_score, sample_weight)
     at, scores, weights = checks.of_columns(y_true, y_score, labels, sample_weight)
     areas = np.array([_area(at == column, scores[:, column], weights) for column in range(scores.shape[1])])
     if average is None:
@@ -169,7 +174,7 @@ def average_precision_score(
     return max(0.0, -math.fsum(np.diff(recall) * precision[:-1]))
 
 
-def _area(positive: Array, scores: Array, sample_weight: ArrayLike | None) -> float:
+def _area(positive: Array, scores: ArrayLike, sample_weight: ArrayLike | None) -> float:
     """The area under the ROC curve; NaN where all samples, or none, are positive."""
     hits, false, _ = _cumulative(positive, scores, None, sample_weight)
     if not (hits[-1] and false[-1]):
@@ -187,6 +192,8 @@ def _cumulative(
     positive = checks.is_positive(y_true, pos_label)
     scores = checks.as_scores(y_score, len(positive), 1)
     weights = checks.as_weights(sample_weight, len(positive))
+    # By a power of two, which is exact, so that sums and their products neither overflow nor vanish.
+    weights = np.ldexp(weights, -int(np.frexp(weights.max())[1]))
     counted = np.flatnonzero(weights)
     order = counted[np.argsort(-scores[counted], kind="stable")]
     scores, positive, weights = scores[order], positive[order], weights[order]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from . import _checks as checks
 from ._checks import Array
 
 
@@ -18,8 +19,13 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017. It depends on the
     features and on how many rows there are: compare only distances from the same classifier and the same counts. `a`
     and `b`, shapes (n, features) and (m, features), have at least two rows each.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument does not fit.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a, b = checks.as_numbers(a, "a"), checks.as_numbers(b, "b")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
             f"a and b have shapes {a.shape} and {b.shape}; expected two rows or more, of the same features"

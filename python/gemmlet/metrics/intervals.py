@@ -31,7 +31,8 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     ValueError
         `successes` is not from 0 to `n`, `n` is below 1, or `confidence` not between 0 and 1.
     """
-    if not (0 <= successes <= n and n >= 1):
+    successes, n = checks.count(successes, "successes", 0), checks.count(n, "n")
+    if successes > n:
         raise ValueError(f"successes must be from 0 to n and n at least 1, got successes {successes} and n {n}")
     z = NormalDist().inv_cdf(0.5 + checks.level(confidence) / 2)
     share, ratio = successes / n, z * z / n
@@ -53,8 +54,8 @@ def bootstrap_interval(
     Parameters
     ----------
     metric : callable
-        ``metric(*arrays)``, a number: ``lambda y, p: metrics.roc_auc_score(y, p)``, say. NaN, of a resample without a
-        class say, is left out.
+        ``metric(*arrays)``, a number: `roc_auc_score`, say. NaN, of a resample without a class say, is left out; where
+        columns stand for classes, ``lambda y, p: roc_auc_score(y, p, labels=[...])`` names those that it may lack.
     *arrays : array_like
         Of as many samples each, along the first axis.
     confidence : float, between 0 and 1
@@ -81,16 +82,14 @@ def bootstrap_interval(
     >>> metrics.bootstrap_interval(metrics.accuracy_score, labels, predicted)
     Interval(low=0.625, high=1.0)
     """
-    checks.level(confidence)
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
-    samples = [np.asarray(array) for array in arrays]
+    confidence, resamples = checks.level(confidence), checks.count(resamples, "resamples")
+    rng = np.random.default_rng(checks.count(seed, "seed", 0))
+    samples = [_as_rows(array, f"arrays[{i}]") for i, array in enumerate(arrays)]
     if not samples or any(array.ndim == 0 for array in samples) or len({len(array) for array in samples}) != 1:
         shapes = ", ".join(str(array.shape) for array in samples) or "none"
         raise ValueError(f"arrays must have the same number of samples, got the shapes {shapes}")
     if not (n := len(samples[0])):
         raise ValueError("arrays are empty; expected at least one sample")
-    rng = np.random.default_rng(seed)
     found = np.empty(resamples)
     for i in range(resamples):
         rows = rng.integers(n, size=n)
@@ -99,6 +98,15 @@ def bootstrap_interval(
         return Interval(math.nan, math.nan)
     low, high = np.quantile(known, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(float(low), float(high))
+
+
+def _as_rows(value: ArrayLike, name: str) -> checks.Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(...)")
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read as an array: {error}") from error
 
 
 class McNemar(NamedTuple):

@@ -106,10 +106,9 @@ def calibration_curve(
     TypeError, ValueError
         An argument does not fit.
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    bins = checks.count(bins, "bins")
     at, probabilities, weights = checks.of_probabilities(y_true, y_score, labels, sample_weight)
-    if np.ndim(y_score) == 1:
+    if checks.is_one_column(y_score):
         confidence, correct = probabilities[:, 1], at == 1
     else:
         predicted = probabilities.argmax(axis=1)

@@ -51,7 +51,7 @@ class ClassificationReport:
         95 %, by `wilson_interval`.
     classes : tuple of ClassScores
     macro, weighted : ClassScores
-        Means over the classes, each counting the same, or by its support.
+        Means over the classes that occur among labels or predictions, each counting the same, or by its support.
     confusion : ndarray, shape (classes, classes)
         See `confusion_matrix`.
     """
@@ -78,7 +78,7 @@ class ClassificationReport:
         for scores in (*self.classes, self.macro, self.weighted):
             numbers = (f"{number:.2%}" for number in (scores.precision, scores.recall, scores.f1))
             area = () if scores.roc_auc is None else (f"{scores.roc_auc:.5f}",)
-            yield (str(scores.label), *numbers, f"{scores.support:g}", *area)
+            yield (str(scores.label), *numbers, f"{scores.support:.12g}", *area)
 
     def __str__(self) -> str:
         rows = list(self.rows())
@@ -118,8 +118,10 @@ def classification_report(
         for i, label in enumerate(classes.tolist())
     )
     means = {}
+    # As in scikit-learn the mean is over the classes that occur, also where columns stand for others too.
+    occurring = classes[np.isin(classes, np.concatenate([true, predicted]))]
     for kind in ("macro", "weighted"):
-        mean = precision_recall_fscore_support(true, predicted, labels=classes, average=kind)
+        mean = precision_recall_fscore_support(true, predicted, labels=occurring, average=kind)
         area = None if y_score is None else roc_auc_score(true, y_score, average=kind, labels=classes)
         means[kind] = ClassScores(kind, *mean[:3], float(support.sum()), area)
     correct = int(np.count_nonzero(true == predicted))
