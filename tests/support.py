@@ -306,3 +306,15 @@ def stop_after(steps: int) -> Callable[[Any], None]:
             raise StopTraining
 
     return callback
+
+
+def frechet_by_eigenvalues(a: Any, b: Any) -> float:
+    """The Fréchet distance, for covariances that are singular, where `scipy.linalg.sqrtm` warns."""
+    import scipy.linalg
+
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    # Those that are 0 may come out as complex or negative, by rounding errors.
+    roots = np.sqrt(np.maximum(scipy.linalg.eigvals(cov_a @ cov_b).real, 0))
+    return shift @ shift + np.trace(cov_a + cov_b) - 2 * roots.sum()

@@ -16,6 +16,7 @@ LAYERS = (
     ("formulas",),
     ("_cgroup", "_environment"),
     ("_arrays", "_files", "_locks", "_memory", "_precision", "_signals", "_threads", "_version"),
+    ("metrics",),
     ("training",),
     ("backends",),
     ("_arguments",),

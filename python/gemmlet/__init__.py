@@ -16,6 +16,7 @@ __all__ = [
     "get_float32_matmul_precision",
     "get_num_threads",
     "kernels",
+    "metrics",
     "nn",
     "restore_numpy",
     "set_float32_matmul_precision",
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> Any:
     # Submodules load on first use.
     if name in {"accelerate_numpy", "restore_numpy"}:
         return getattr(importlib.import_module(".integrations.numpy", __name__), name)
-    if name in {"data", "kernels", "nn"}:
+    if name in {"data", "kernels", "metrics", "nn"}:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,6 +1,6 @@
-"""The command ``gemmlet``: train the networks on MNIST, measure the kernels, and show what computes here.
+"""The command ``gemmlet``: train and use the networks, measure the kernels, and show what computes here.
 
-Typer, rich and all that the trainings need come with the extra ``train``, the peers of ``bench`` with the extra of that
+Typer, rich and all that networks need come with the extra ``train``, the peers of ``bench`` with the extra of that
 name; ``gemmlet info`` and the list of commands work without them.
 """
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO, cast
 
-from .commands import EXTRAS, FOR_HELP, HELP_OPTIONS, PROGRAMS, list_commands, missing
+from .commands import EXTRAS, FOR_HELP, HELP_OPTIONS, PROGRAMS, extra_of, list_commands, missing
 from .errors import UserError
 from .signals import Interrupted, stops
 
@@ -136,7 +136,7 @@ def _command(words: list[str]) -> int:
 
     if words[:1] and words[0].endswith(".py"):
         raise UserError(f"no such command {words[0]!r}. {PROGRAMS}")
-    extra = "bench" if words[:1] == ["bench"] else "train"
+    extra = extra_of(words[0] if words else "")
     if needed := missing(FOR_HELP if set(words) & set(HELP_OPTIONS) or not words else EXTRAS[extra]):
         raise UserError(f"this needs {', '.join(needed)}: pip install 'gemmlet[{extra}]'", code=1)
     from .app import run

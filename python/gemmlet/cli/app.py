@@ -13,7 +13,7 @@ from .. import nn
 from ..backends import select
 from ..bench.results import TOLERANCES
 from ..formulas.activations import ACTIVATIONS
-from . import bench, info, train_gan, train_mlp, training
+from . import bench, evaluate, info, predict, sample, train_gan, train_mlp, training
 from .commands import COMMANDS, HELP_OPTIONS, PROGRAMS
 from .errors import UserError
 
@@ -212,6 +212,67 @@ _add_training(
         classic="100-256-784 tanh generator, 784-256-1 discriminator.",
     ),
 )
+
+
+_MODEL = "A file of save or to_onnx, or the folder that a training left."
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+@app.command("evaluate", short_help=COMMANDS["evaluate"])
+def _evaluate(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL [OTHER]", help=_MODEL, show_default=False)],
+    data_dir: DataDir = None,
+    as_json: Json = False,
+    out: Annotated[
+        Path | None, _option(metavar="FOLDER", help="Where evaluation.json and pictures go.", default="nowhere")
+    ] = None,
+    backend: BackendName = None,
+    threads: Threads = None,
+) -> int:
+    """Measure a classifier of digits on the test images: accuracy, precision, recall, F1, ROC AUC, calibration.
+
+    Of two models it is said how many mistakes of the first the second corrects, and how many it makes anew; the
+    pictures are those of the second.
+    """
+    options = locals()
+    return evaluate.run(evaluate.Options(**options))
+
+
+@app.command("predict", short_help=COMMANDS["predict"])
+def _predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="PNG and the like, or an IDX file.", show_default=False)
+    ],
+    as_json: Json = False,
+    backend: BackendName = None,
+    threads: Threads = None,
+) -> int:
+    """Say which digit each image shows, and how sure the network is.
+
+    An image of 28 × 28 pixels is taken as it is, any other one cut to the digit and scaled as those of MNIST were.
+    """
+    options = locals()
+    return predict.run(predict.Options(**options))
+
+
+@app.command("sample", short_help=COMMANDS["sample"])
+def _sample(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="GAN", help="A file of save, or the folder that a training left.", show_default=False),
+    ],
+    count: Annotated[int, typer.Option("-n", "--count", help="How many samples.", **INTEGER)] = 100,
+    seed: Annotated[
+        int | None, _option(help="The same seed gives the same samples.", default="other ones each time", **INTEGER)
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture, a PNG.")] = Path("samples.png"),
+    backend: BackendName = None,
+    threads: Threads = None,
+) -> int:
+    """Draw samples of a GAN into a picture."""
+    options = locals()
+    return sample.run(sample.Options(**options))
 
 
 @app.command("bench", short_help=COMMANDS["bench"])

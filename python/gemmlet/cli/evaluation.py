@@ -1,4 +1,4 @@
-"""How good a classifier is, and how good the samples of a generator are."""
+"""How good a classifier is, and how good the samples of a generator are, as the commands show it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import metrics
+from .common import finite
+
 Array = NDArray[Any]
 
 # A sample counts as confident if the classifier gives its class at least this probability.
 CONFIDENT = 0.9
+
+# The bins of the calibration error, and how often samples are drawn anew for an interval: of F1, and of the area under
+# the ROC curve, which takes twenty times as long.
+BINS, RESAMPLES, RESAMPLES_OF_AREA = 15, 1000, 200
 
 
 @dataclass(frozen=True)
@@ -29,64 +36,32 @@ def roc_curves(labels: Array, probabilities: Array) -> list[RocCurve]:
 
     The rows of `probabilities` (n, classes) need not sum to 1: sigmoid outputs do not.
     """
-    from sklearn.metrics import auc, roc_curve
-
     curves = []
     for label in range(probabilities.shape[1]):
-        positive = labels == label
+        positive, scores = labels == label, probabilities[:, label]
         if positive.any() and not positive.all():
-            false_positive, true_positive, _ = roc_curve(positive, probabilities[:, label])
-            curves.append(RocCurve(label, false_positive, true_positive, float(auc(false_positive, true_positive))))
+            false_positive, true_positive, _ = metrics.roc_curve(positive, scores)
+            curves.append(RocCurve(label, false_positive, true_positive, metrics.roc_auc_score(positive, scores)))
     return curves
 
 
-def classification(labels: Array, predicted: Array, curves: list[RocCurve]) -> dict[str, float | None]:
-    """Accuracy, and macro averages: each class counts the same. The area is that of `roc_curves`, None without any.
+def report(labels: Array, predicted: Array, probabilities: Array) -> metrics.ClassificationReport:
+    """What is known of a classifier whose classes are the columns of `probabilities` (n, classes)."""
+    classes = np.arange(probabilities.shape[1])
+    return metrics.classification_report(labels, predicted, probabilities, labels=classes)
 
-    A class that is never predicted has precision 0.
-    """
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+def classification(labels: Array, predicted: Array, probabilities: Array) -> dict[str, Any]:
+    """The scores that ``metrics.json`` has, None where there is no value."""
+    found = report(labels, predicted, probabilities)
     return {
-        "test_accuracy": float(accuracy_score(labels, predicted)),
-        "macro_precision": float(precision),
-        "macro_recall": float(recall),
-        "macro_f1": float(f1),
-        "roc_auc": float(np.mean([curve.auc for curve in curves])) if curves else None,
+        "test_accuracy": found.accuracy,
+        "test_accuracy_interval": list(found.accuracy_interval),
+        "macro_precision": found.macro.precision,
+        "macro_recall": found.macro.recall,
+        "macro_f1": found.macro.f1,
+        "roc_auc": finite(found.macro.roc_auc),
     }
-
-
-def frechet_distance(a: Array, b: Array) -> float:
-    """Fréchet distance between two sets of features, each taken as a normal distribution.
-
-    ``|mean_a - mean_b|² + trace(C_a + C_b - 2 (C_a C_b)^½)`` with the covariances C; 0 for equal distributions. Heusel
-    et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017. It depends on the
-    features and on how many rows there are: compare only distances from the same classifier and the same counts. `a`
-    and `b`, shapes (n, features) and (m, features), have at least two rows each.
-    """
-    from threadpoolctl import threadpool_limits
-
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            f"a and b have shapes {a.shape} and {b.shape}; expected two rows or more, of the same features"
-        )
-    # The number of BLAS threads might change the last bits.
-    with threadpool_limits(1, user_api="blas"):
-        cov_a, cov_b = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (a, b))
-        # The trace of (C_a C_b)^½ is the sum of the singular values of C_a^½ C_b^½, which needs no root of a matrix
-        # that is not symmetric.
-        cross = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
-    shift = a.mean(axis=0) - b.mean(axis=0)
-    return max(0.0, float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
-
-
-def _root(covariance: Array) -> Array:
-    """Return the symmetric root of a symmetric matrix without negative eigenvalues."""
-    values, vectors = np.linalg.eigh(covariance)
-    root: Array = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    return root
 
 
 def sample_quality(probabilities: Array, features: Array, real_features: Array) -> dict[str, Any]:
@@ -98,5 +73,5 @@ def sample_quality(probabilities: Array, features: Array, real_features: Array) 
     return {
         "confident_share": float((probabilities.max(axis=1) >= CONFIDENT).mean()),
         "class_shares": (digits / len(probabilities)).tolist(),
-        "frechet_distance": frechet_distance(features, real_features),
+        "frechet_distance": metrics.frechet_distance(features, real_features),
     }

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import nn
+from .. import metrics, nn
 from .._files import replacing
 from ..bench.plots import plain, save
 from .evaluation import RocCurve
@@ -115,6 +115,55 @@ def roc_curves(path: Path, curves: Sequence[RocCurve], count: int) -> None:
     )
     plain(axes)
     figure.legend(title="digit", loc="outside right center", frameon=False)
+    save(figure, path)
+
+
+def precision_recall_curves(path: Path, labels: Array, probabilities: Array) -> None:
+    """Draw precision over recall, each class against the rest, where good classifiers differ."""
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    lowest = 1.0
+    for label in range(probabilities.shape[1]):
+        positive, scores = labels == label, probabilities[:, label]
+        if not positive.any():
+            continue
+        precision, recall, _ = metrics.precision_recall_curve(positive, scores)
+        average = metrics.average_precision_score(positive, scores)
+        name = f"{label} (average precision {average:.4f})"
+        axes.plot(recall, precision, color=colormaps["tab10"](label), label=name, drawstyle="steps-post")
+        lowest = min(lowest, float(precision[recall <= 0.95].min()))
+    # Of good classifiers the corner: all else is a straight line.
+    low, margin = (0.9, 0.002) if lowest >= 0.9 else (0.0, 0.02)
+    axes.set(
+        xlim=(low, 1 + margin),
+        ylim=(low, 1 + margin),
+        xlabel="recall",
+        ylabel="precision",
+        title="Precision–recall curves, each digit against the rest, on the test images",
+    )
+    plain(axes)
+    figure.legend(title="digit", loc="outside right center", frameon=False)
+    save(figure, path)
+
+
+def reliability(path: Path, curve: metrics.CalibrationCurve, error: float) -> None:
+    """Draw how often predictions of some confidence are right, and how many there are of each."""
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    left, width, there = curve.edges[:-1], np.diff(curve.edges), curve.weight > 0
+    above.bar(left[there], curve.accuracy[there], width[there], align="edge", color=_BLUE, edgecolor="white")
+    mean = curve.confidence[there]
+    above.plot(mean, curve.accuracy[there], color=_ORANGE, marker="o", markersize=3.5, label="at the mean confidence")
+    above.plot([0, 1], [0, 1], color="black", linestyle=":", label="as sure as right")
+    above.legend(frameon=False, loc="upper left")
+    above.set(xlim=(0, 1), ylim=(0, 1.01), ylabel="share of images classified correctly")
+    above.set_title(f"Reliability: expected calibration error {error:.2%}, {len(left)} bins")
+    # Of nearly all images the network is sure: without a logarithmic scale nothing else would be seen.
+    below.bar(left[there], curve.weight[there], width[there], align="edge", color=_GREY, edgecolor="white")
+    below.set_yscale("log")
+    below.set(xlabel="confidence: the largest probability", ylabel="images")
+    for axes in (above, below):
+        plain(axes)
     save(figure, path)
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import nn
-from . import evaluation, files, training
+from .. import metrics, nn
+from . import evaluation, files
+from .common import percent
 from .training import Array, Defaults, Options, Watch
 
 if TYPE_CHECKING:
@@ -144,21 +145,19 @@ def _judge(model: nn.GAN, judge: nn.MLP, watch: Watch) -> dict[str, Any]:
     scores = evaluation.sample_quality(judge.predict_proba(samples), judge.features(samples), real_features)
     # What genuine digits score, for comparison: as many training images.
     genuine: Array = data.x_train[np.random.default_rng(seed).permutation(len(data.x_train))[:JUDGED]]
-    scores["frechet_distance_of_genuine_digits"] = evaluation.frechet_distance(judge.features(genuine), real_features)
+    scores["frechet_distance_of_genuine_digits"] = metrics.frechet_distance(judge.features(genuine), real_features)
     scores["samples_judged"] = JUDGED
     scores["classifier_accuracy"] = judge.evaluate(data.x_test, data.y_test)["accuracy"]
     return scores
 
 
 def _show(scores: dict[str, Any], history: nn.GANHistory, watch: Watch) -> None:
-    accuracy, rarest = training.percent(scores["classifier_accuracy"]), int(np.argmin(scores["class_shares"]))
+    accuracy, rarest = percent(scores["classifier_accuracy"]), int(np.argmin(scores["class_shares"]))
     watch.show(
         f"What a classifier ({accuracy} right on the test images) makes of {JUDGED:,} samples",
         {
-            f"classified with a probability of at least {evaluation.CONFIDENT}": training.percent(
-                scores["confident_share"]
-            ),
-            f"share of the rarest digit ({rarest})": training.percent(scores["class_shares"][rarest]),
+            f"classified with a probability of at least {evaluation.CONFIDENT}": percent(scores["confident_share"]),
+            f"share of the rarest digit ({rarest})": percent(scores["class_shares"][rarest]),
             "Fréchet distance to the test images": f"{scores['frechet_distance']:.2f}",
             "the same for genuine training images": f"{scores['frechet_distance_of_genuine_digits']:.2f}",
             "training time": f"{history.seconds:.1f} s",

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from .. import nn
-from . import evaluation, training
+from . import evaluation
+from .common import percent
 from .training import Array, Defaults, Options, Watch
 
 # With a rate that falls to 0, Adam may start with more than its usual 1e-3.
@@ -64,18 +65,19 @@ def _finish(model: nn.MLP, history: nn.History, watch: Watch) -> None:
     scores: dict[str, Any] = {"test_accuracy": float((predicted == data.y_test).mean())}
     curves: list[evaluation.RocCurve] = []
     with watch.attempting("scores"):
+        scores |= evaluation.classification(data.y_test, predicted, probabilities)
         curves = evaluation.roc_curves(data.y_test, probabilities)
-        scores |= evaluation.classification(data.y_test, predicted, curves)
     scores["layers"] = model.layers
     watch.write_metrics(scores)
     area = scores.get("roc_auc")
     watch.show(
         f"On {len(data.y_test):,} test images",
         {
-            "accuracy": training.percent(scores["test_accuracy"]),
-            "precision (macro)": training.percent(scores.get("macro_precision")),
-            "recall (macro)": training.percent(scores.get("macro_recall")),
-            "F1 (macro)": training.percent(scores.get("macro_f1")),
+            "accuracy": percent(scores["test_accuracy"]),
+            "accuracy (95 % interval)": " to ".join(map(percent, scores.get("test_accuracy_interval", ()))) or "-",
+            "precision (macro)": percent(scores.get("macro_precision")),
+            "recall (macro)": percent(scores.get("macro_recall")),
+            "F1 (macro)": percent(scores.get("macro_f1")),
             "ROC AUC (one against the rest)": "-" if area is None else f"{area:.5f}",
             "training time": f"{history.seconds:.1f} s",
         },

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import get_num_threads, nn, set_num_threads, use_backend
+from .. import get_num_threads, nn
 from ..backends import select
-from ..data import Mnist, load_mnist
+from ..data import Mnist
 from ..formulas.activations import ACTIVATIONS
 from ..nn import files as network_files
-from . import files, info
+from . import common, files
 from .errors import UserError
 from .signals import Interrupted, stops
 
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 Kept = TypeVar("Kept", nn.History, nn.GANHistory)
 
 # Files in --out.
-MODEL, METRICS, CHECKPOINT = "model.safetensors", "metrics.json", "checkpoint.safetensors"
+METRICS, CHECKPOINT = "metrics.json", "checkpoint.safetensors"
 
 # What of a line with a bar is no figures: five characters of it, the time left, and the spaces between.
 _REST_OF_BAR = 5 + 7 + 3
@@ -106,7 +106,6 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     for option, value, low, high in (
         ("--epochs", options.epochs, 1, 10**9),
         ("--batch-size", options.batch_size, 1, 10**9),
-        ("--threads", options.threads, 1, 1024),
     ):
         if value is not None and not low <= value <= high:
             raise UserError(f"{option} must be from {low} to {high:,}, got {value}")
@@ -122,15 +121,7 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     hidden = defaults.hidden if options.hidden is None else _widths(options.hidden)
     activation = defaults.activation if options.activation is None else _activations(options.activation, defaults)
     files.check_folder(out)
-    if options.backend is not None:
-        try:
-            use_backend(options.backend)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise info.backend_error("--backend", error) from error
-    info.choose_backend()
-    if options.threads is not None:
-        set_num_threads(options.threads)
-    _limit_blas(get_num_threads())
+    common.use(options.backend, options.threads)
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
     rates = optimizer.lr, defaults.lr_decay
     return Settings(hidden, activation, epochs, batch_size, optimizer, *rates, seed, out, options.classic)
@@ -172,25 +163,6 @@ def _activations(words: str, defaults: Defaults) -> tuple[str, ...]:
     if len(names) not in (1, count):
         raise UserError(f"--activation must be 1{' or 2 names' if count > 1 else ' name'}, got {words!r}")
     return names if len(names) == count else names * count
-
-
-def _limit_blas(threads: int) -> None:
-    """Limit NumPy's BLAS, which computes the matmuls of the backends numpy and numba, and scikit-learn's OpenMP.
-
-    Without this they would ignore ``--threads`` and GEMMLET_NUM_THREADS, and metrics.json would be wrong.
-    """
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(threads)
-
-
-def _load(options: Options) -> Mnist:
-    try:
-        return load_mnist(options.data_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error).replace("(data_dir)", "(--data-dir)")) from error
-    except RuntimeError as error:  # the home directory of "~nobody"
-        raise UserError(f"{'GEMMLET_DATA_DIR' if options.data_dir is None else '--data-dir'}: {error}") from error
 
 
 def _checksum(data: Mnist) -> int:
@@ -258,7 +230,7 @@ class Watch:
         if resume is not None:
             options, checksum, self.resumes = _resumed(options, resume, network)
         self.settings = check(options, network.__name__.lower(), classic if options.classic else defaults)
-        self.data = data = _load(options)
+        self.data = data = common.load_data(options.data_dir)
         images, tests = len(data.y_train), len(data.y_test)
         if min(images, tests) < least:
             raise UserError(
@@ -284,8 +256,7 @@ class Watch:
         )
         self._task = self._bar.add_task("", total=None, epoch=1, figures="")
         self._say(f"Data: {data.source} ({images:,} training and {tests:,} test images)")
-        description, threads = select.current().describe(), get_num_threads()
-        self._say(f"Backend: {description['backend']}, {description['isa']}, {threads} thread{'s' * (threads > 1)}")
+        self._say(common.backend_line())
 
     def _saved_options(self, options: Options) -> dict[str, Any]:
         """What ``--resume`` needs to go on."""
@@ -356,11 +327,11 @@ class Watch:
         except nn.CheckpointError as error:
             self._problems.append(str(error))
             history = error.history
-        model.save(out / MODEL)
+        model.save(out / common.MODEL)
         lists = [name for name in vars(history) if name != "seconds"]
         last, whole = self._last, len(getattr(history, lists[0]))
         self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
-        self._facts["history"] = {name: [_finite(v) for v in getattr(history, name)] for name in lists}
+        self._facts["history"] = {name: [common.finite(v) for v in getattr(history, name)] for name in lists}
         self.write_metrics({})
         stops.message, stops.are_noted = "interrupted; what was learnt is saved", False
         if stops.first is not None:
@@ -471,13 +442,3 @@ class Watch:
             others = f" (and {len(self._problems) - 1} more)" if len(self._problems) > 1 else ""
             raise UserError(self._problems[0] + others, 1)
         return 0
-
-
-def _finite(value: float) -> float | None:
-    """Return a number for JSON, which has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def percent(value: float | None) -> str:
-    """Return a share as a percentage, and a dash for None."""
-    return "-" if value is None else f"{value:.2%}"
