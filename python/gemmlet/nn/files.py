@@ -34,6 +34,8 @@ FORMAT = 1
 
 # Prefix of the names of optimizers' states, which `Saved.load` passes over.
 OPTIMIZER = "optimizer."
+# Likewise of the parameters of the best epoch, in a checkpoint.
+BEST = "best."
 
 
 def named_tensors(dense: Dense, prefix: str = "") -> dict[str, Array]:
@@ -244,7 +246,13 @@ class Saved(ABC):
         """
         self._write(file, {} if optimizer is None else {"optimizer": optimizer})
 
-    def _write(self, file: Target, optimizers: Mapping[str, Optimizer], fit: dict[str, Any] | None = None) -> None:
+    def _write(
+        self,
+        file: Target,
+        optimizers: Mapping[str, Optimizer],
+        fit: dict[str, Any] | None = None,
+        best: Mapping[str, Array] = MappingProxyType({}),
+    ) -> None:
         """Write the network, optimizers by the arguments of `fit`, and what a checkpoint has besides."""
         config = self._saved_config()
         tensors, shapes = dict[str, Array](), dict[str, tuple[int, ...]]()
@@ -262,6 +270,7 @@ class Saved(ABC):
                 tensors |= {f"{OPTIMIZER}{name}.{i}": array for i, array in enumerate(state.arrays)}
             steps = {name: state.steps for name, state in by_name.items()}
             described[argument] = {"settings": optimizer.settings(), "steps": steps}
+        tensors |= {f"{BEST}{name}": array for name, array in best.items()}
         streams = {name: rng.bit_generator.state for name, rng in self._streams().items()}
         extra = {"streams": streams, "optimizers": described}
         if fit is not None:
@@ -325,7 +334,7 @@ class Saved(ABC):
             shapes: dict[str, tuple[int, ...]] = {}
             for prefix, widths in cls._widths(config).items():
                 shapes |= expected_shapes(widths, prefix)
-            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, BEST))}
             check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
             network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
             streams = network._streams()

@@ -28,9 +28,10 @@ from . import _checks as checks
 from .checkpoints import Checkpoints, Position
 from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
-from .files import Saved
+from .files import Saved, copy_into, named_tensors
 from .normals import fill_normal
-from .optimizers import Optimizer, ParameterGroup, Schedule, as_optimizer, lr_factors
+from .optimizers import Optimizer, ParameterGroup, as_optimizer
+from .schedules import EarlyStopping, ReduceOnPlateau, Schedule, lr_factors
 
 # Between calls Python sees Ctrl-C: the seconds that one should take.
 _CALL_SECONDS = 0.1
@@ -95,6 +96,8 @@ class History:
         counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
+    validation_... : list of float
+        Likewise of each of the `metrics` that `fit` was given: ``validation_macro_f1``, say.
     seconds : float
         Wall-clock time of `fit`, with that before the checkpoint which it went on from.
     """
@@ -138,6 +141,8 @@ class Progress:
         Whether this was the last mini-batch of the epoch.
     validation_loss, validation_accuracy : float or None
         After the epoch, if there is validation data.
+    metrics : mapping, optional
+        Likewise of the `metrics` that `fit` was given, by their names in the history.
     """
 
     epoch: int
@@ -149,6 +154,7 @@ class Progress:
     epoch_done: bool = False
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    metrics: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,20 +217,22 @@ class Settings:
 
     epochs: int
     batch_size: int
-    lr_schedule: Schedule | None
+    lr_schedule: Schedule | ReduceOnPlateau | None
     shuffle: bool
     verbose: bool
     callback: Callable[[Any], object] | None
     callback_every: str
     checkpoint: Any = None  # a path becomes a Path
     resume: Any = False  # likewise
+    early_stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
         self.epochs = checks.whole_number(self.epochs, "epochs", 1)
         self.batch_size = checks.batch_size(self.batch_size, "batch_size")
         self.shuffle = arguments.flag(self.shuffle, "shuffle")
         self.verbose = arguments.flag(self.verbose, "verbose")
-        checks.optional_callable(self.lr_schedule, "lr_schedule")
+        if not isinstance(self.lr_schedule, ReduceOnPlateau):
+            checks.optional_callable(self.lr_schedule, "lr_schedule")
         checks.optional_callable(self.callback, "callback")
         checks.choice(self.callback_every, "callback_every", CALLBACK_EVERY)
         if self.checkpoint is not None:
@@ -240,6 +248,11 @@ class Settings:
             self.resume = self.checkpoint if self.resume and exists else None
         else:
             self.resume = checks.path(self.resume, "resume", "True, False or a path")
+
+    def check_early_stopping(self) -> None:
+        """Raise TypeError unless it is one."""
+        if self.early_stopping is not None and not isinstance(self.early_stopping, EarlyStopping):
+            raise TypeError(f"early_stopping must be an EarlyStopping, got {type(self.early_stopping).__name__}")
 
 
 # Takes the network, a value and its name, and returns what is to be the network's attribute.
@@ -396,8 +409,12 @@ class Training:
         losses = plan.losses
         self._has_classes = losses[0].has_classes
         self.at = self._start_of(1, len(losses))
-        facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
+        facts: dict[str, Any] = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
+        facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)
+        self._validated = [name for name in vars(history) if name.startswith("validation_")]
+        for argument in ("early_stopping", "lr_schedule"):
+            self._check_monitor(getattr(settings, argument), argument)
         if settings.checkpoint is not None or settings.resume is not None:
             facts |= {f"checksum of {name}": checksum(rows) for name, rows in data.items()}
         self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, groups, facts, history, self.at)
@@ -415,15 +432,17 @@ class Training:
         """Train."""
         try:
             with contextlib.suppress(StopTraining):
-                while self.at.epoch <= self._settings.epochs:
+                while self.at.epoch <= self._settings.epochs and not self._is_over():
                     self._epoch(self._orders.take(self._n))
             self._check()
             if self._checkpoints.is_missing(self.at):
                 with deferred_signals():
                     self._write_last()
             if self.at.seen:
-                unknown = {} if self._validate is None else dict.fromkeys(VALIDATION, math.nan)
+                unknown = {} if self._validate is None else dict.fromkeys(self._validated, math.nan)
                 self._log(self._metrics() | unknown)
+            with deferred_signals():
+                self._restore_best()
         except BaseException as error:
             with deferred_signals():
                 with contextlib.suppress(ValueError):
@@ -464,9 +483,12 @@ class Training:
                     self._backend.write_back(self._plan)
                     metrics |= self._validate()
                 self._log(metrics)
+                self._keep_best()
             if settings.callback is not None and (done or settings.callback_every != "epoch"):
                 self._backend.write_back(self._plan)
                 told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
+                if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
+                    metrics["metrics"] = extra  # type: ignore[assignment]
                 settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
             if self._checkpoints.is_due(self.at, epoch_done=done):
                 with deferred_signals():
@@ -479,7 +501,7 @@ class Training:
         where = order[at.seen : at.seen + size * (1 if self._one_by_one else self._budget.steps)]
         steps, first = math.ceil(len(where) / size), at.seen // size
         done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
-        factors = lr_factors(self._settings.lr_schedule, done, steps, total)
+        factors = self._factors(done, steps, total)
         with deferred_signals():
             # A callback or the schedule may have changed them.
             self._check_layouts()
@@ -513,6 +535,52 @@ class Training:
             model.steps += steps
             for group in self.groups:
                 group.advance(steps)
+
+    # What follows the history.
+
+    def _check_monitor(self, follower: Any, argument: str) -> None:
+        """Raise ValueError unless the history has what `follower` monitors."""
+        if not isinstance(follower, EarlyStopping | ReduceOnPlateau):
+            return
+        known = [name for name, values in vars(self.history).items() if isinstance(values, list)]
+        if self._validate is None:
+            known = [name for name in known if name not in self._validated]
+        if follower.monitor not in known:
+            hint = "" if self._validate else "; there is no validation data"
+            raise ValueError(f"{argument} monitors {follower.monitor!r}, this fit has {', '.join(known)}{hint}")
+
+    def _monitored(self, follower: EarlyStopping | ReduceOnPlateau) -> list[float]:
+        return getattr(self.history, follower.monitor)[: self.at.epoch - 1]  # type: ignore[no-any-return]
+
+    def _factors(self, done: int, steps: int, total: int) -> Array:
+        """What the learning rate is multiplied by in the next steps."""
+        schedule = self._settings.lr_schedule
+        if isinstance(schedule, ReduceOnPlateau):
+            return np.full(steps, schedule.factor_after(self._monitored(schedule)))
+        return lr_factors(schedule, done, steps, total)
+
+    def _is_over(self) -> bool:
+        early = self._settings.early_stopping
+        return early is not None and early.is_over(self._monitored(early))
+
+    def _keep_best(self) -> None:
+        """Keep the parameters of an epoch that was the best so far."""
+        early = self._settings.early_stopping
+        if early is None or not early.restore_best or not early.is_best(self._monitored(early)):
+            return
+        self._backend.write_back(self._plan)
+        with deferred_signals():
+            parts = self.model._parts()
+            self._checkpoints.best = {
+                f"{prefix}{name}": array.copy()
+                for prefix, dense in parts.items()
+                for name, array in named_tensors(dense).items()
+            }
+
+    def _restore_best(self) -> None:
+        if self._checkpoints.best:
+            for prefix, dense in self.model._parts().items():
+                copy_into(dense, self._checkpoints.best, prefix)
 
     def _prepare(self, rest: int) -> None:
         """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""
