@@ -108,6 +108,9 @@ class History:
     validation_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        return f"History({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
 
 @dataclass
 class GANHistory:

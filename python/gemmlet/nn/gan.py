@@ -223,7 +223,7 @@ class GAN(Trainable):
         discriminator_optimizer : str or Optimizer, optional
             One of its own for the discriminator; by default `optimizer` serves both.
         lr_schedule : callable, optional
-            As in `MLP.fit`, for both learning rates.
+            As in `MLP.fit`, for both learning rates; `ReduceOnPlateau` may follow either loss.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
         checkpoint, resume

@@ -67,9 +67,9 @@ def measured(functions: Mapping[str, Metric], targets: Array, outputs: Array) ->
     scores = arguments.on_cpu(outputs).astype(np.float64)
     if targets.ndim == 1 and scores.shape[1] == 1:
         scores = np.hstack([1 - scores, scores])
-    found = {}
+    found = dict[str, float]()
     for name, function in functions.items():
-        value = function(targets, scores)
+        value: Any = function(targets, scores)
         if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
             raise TypeError(f"what metrics[{name!r}] returns must be a real number, got {type(value).__name__}")
         found[f"validation_{name}"] = float(value)
