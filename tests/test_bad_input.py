@@ -616,6 +616,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "skip_zeros": True,
             "value_of_byte": None,
             "weights": None,
+            "divides_by_rows": False,
             "scale": 1.0,
             "shift": 0.0,
             "order": order,
@@ -1021,7 +1022,7 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
     values = guarded.array((256,), np.float32) if x.dtype == np.uint8 and data.draw(st.booleans()) else None
     weights = guarded.array((count,), np.float64) if data.draw(st.booleans()) else None
-    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values, weights)
+    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values, weights, data.draw(st.booleans()))
     arguments += (data.draw(st.sampled_from([1.0, 2.0])), 0.0)
     noise = guarded.array((count, width), np.float32)
     rest = (order, batch, tables, [0.0] * (losses + penalties), None, noise, module.kept_memory())

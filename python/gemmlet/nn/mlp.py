@@ -22,6 +22,7 @@ from . import _checks as checks
 from . import monitors
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
+from .estimator import Estimator
 from .files import errors_name
 from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
 from .monitors import Metric
@@ -56,7 +57,7 @@ def _multi_label(model: MLP, value: Any, name: str) -> bool:
     return wanted
 
 
-class MLP(Trainable):
+class MLP(Estimator, Trainable):
     """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
 
     Parameters
@@ -141,6 +142,7 @@ class MLP(Trainable):
         classes: Sequence[Label] | None = None,
         multi_label: bool = False,
     ) -> None:
+        self._given = {"dtype": dtype, "classes": classes, "multi_label": multi_label}
         self.layers = checks.widths(layers, "layers", 2)
         self.activation = activation_name(activation)
         self.output = checks.choice(output, "output", OUTPUTS)
@@ -193,6 +195,9 @@ class MLP(Trainable):
 
     def __repr__(self) -> str:
         return f"MLP({self.layers}, {self.activation!r}, {self.output!r}, dtype=np.{self.dtype}, seed={self.seed})"
+
+    def _unsaid(self) -> dict[str, Any]:
+        return self._given | ({"loss": None} if self.loss == OUTPUTS[self.output][0] else {})
 
     @property
     def parameters(self) -> list[Array]:
