@@ -805,7 +805,7 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
     elif argument == "batch":
         # With other numbers of mini-batches the hyperparameters are too many or too few.
         yield from (0, -1, -(2**63), 2**63, 2, 7, 2**62, 2**63 - 1, None, "3", 3.5, np.nan)
-    elif argument == "skip_zeros":
+    elif argument in ("skip_zeros", "divides_by_rows"):
         yield from ("yes", [True])
     elif argument == "kept":
         yield from (None, 0, b"text", object(), np.ones(2).__dlpack__())

@@ -308,8 +308,7 @@ using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
                   const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
                   const OptionalArray& value_of_byte, const OptionalArray& weights, bool divides_by_rows, double scale,
-                  double shift,
-                  const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
+                  double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
                   const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
                   const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");

@@ -64,7 +64,7 @@ template <class T>
 struct Loss {
   int loss;
   double parameter;  // the kernel's: label smoothing of a row loss
-  double weight;     // of the sum over a row in the objective, which is divided by that of the rows' weights, or their number
+  double weight;     // of the sum over a row in the objective, divided by that of the rows' weights or their number
   Targets<T> targets;
   double least, most;  // what the loss of an element, or of a row, counts; the gradient is not limited
 };
@@ -114,8 +114,8 @@ struct Batches : Steps {
   std::vector<const double*> hyperparameters;
   // Of each step's samples, positive and finite; empty if samples have no weights, or their number counts instead.
   std::vector<double> weight_sums;
-  const double* decay;              // of the averages, one for each step; or null
-  const T* noise;                   // `count` rows, or null
+  const double* decay;  // of the averages, one for each step; or null
+  const T* noise;       // `count` rows, or null
 };
 
 struct Outcome {
