@@ -17,6 +17,7 @@ from gemmlet.nn import (
     MLP,
     SGD,
     Adam,
+    DivergedError,
     EarlyStopping,
     ReduceOnPlateau,
     StepDecay,
@@ -182,6 +183,7 @@ def test_early_stopping_goes_on_from_a_checkpoint(stop: int, tmp_path: Path) -> 
     history = model.fit(X, Y, optimizer=Adam(0.02), checkpoint=path, resume=True, **how)
     assert same(model, whole)
     assert {**vars(history), "seconds": 0} == {**vars(wanted), "seconds": 0}
+    assert same(MLP.load(path), whole)  # not the last epoch, which the checkpoint has as well
     # What has ended stays so.
     model = model_of()
     assert model.fit(X, Y, optimizer=Adam(0.02), checkpoint=path, resume=True, **how).loss == history.loss
@@ -189,6 +191,42 @@ def test_early_stopping_goes_on_from_a_checkpoint(stop: int, tmp_path: Path) -> 
     for other in (EarlyStopping(patience=5), None):
         with pytest.raises(ValueError, match="early_stopping was"):
             model_of().fit(X, Y, optimizer=Adam(0.02), checkpoint=path, resume=True, **{**how, "early_stopping": other})
+
+
+@pytest.mark.parametrize("when", range(1, 24))
+def test_an_interrupt_where_an_epoch_is_printed_loses_no_best(when: int, tmp_path: Path, capsys: Any) -> None:
+    how = {**HOW, "epochs": 200, "early_stopping": EarlyStopping(patience=4)}
+    whole = model_of()
+    wanted = whole.fit(X, Y, optimizer=Adam(0.02), **how)
+    if when > len(wanted.loss):
+        return
+    path, model = tmp_path / "fit.safetensors", model_of()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spoilt(line: str, **_: Any) -> None:
+            if line.startswith(f"epoch {when}/"):
+                raise BrokenPipeError
+
+        patch.setattr("builtins.print", spoilt)
+        with pytest.raises(BrokenPipeError):
+            model.fit(X, Y, optimizer=Adam(0.02), verbose=True, checkpoint=path, **how)
+    model = model_of()
+    model.fit(X, Y, optimizer=Adam(0.02), checkpoint=path, resume=True, **how)
+    assert same(model, whole)
+
+
+def test_a_fit_that_diverges_forgets_the_best_of_later_epochs(tmp_path: Path) -> None:
+    path, early = tmp_path / "fit.safetensors", EarlyStopping("loss", patience=100)
+    schedule = lambda done: 1.0 if done < 0.5 else 3e38  # noqa: E731 - it spoils the second half
+    how: dict[str, Any] = {"epochs": 40, "batch_size": 10, "early_stopping": early, "checkpoint": path}
+    with pytest.raises(DivergedError) as caught:
+        model_of(activation="relu").fit(X, Y, optimizer=SGD(0.5), lr_schedule=schedule, **how)
+    epochs = len(caught.value.history.loss)
+    best = MLP.load(path)
+    other = model_of(activation="relu")
+    if epochs:
+        other.fit(X, Y, epochs, 10, SGD(0.5), lambda done: schedule(done * epochs / 40), early_stopping=early)
+        assert same(best, other)
 
 
 def test_a_callback_that_stops_gets_the_best_too() -> None:
@@ -256,32 +294,32 @@ def test_metrics_are_those_of_the_module() -> None:
     history: Any = model.fit(
         X, Y, 3, metrics={**dict.fromkeys(own), **own}, callback=callback, callback_every="epoch", **HOW
     )
-    assert history.validation_count == [40.0] * 3
-    assert history.validation_largest == [float(p.max()) for p in proba]
-    assert found[2] == {"validation_largest": history.validation_largest[2], "validation_count": 40.0}
+    assert history["validation_count"] == [40.0] * 3
+    assert history["validation_largest"] == [float(p.max()) for p in proba]
+    assert found[2] == {"validation_largest": history["validation_largest"][2], "validation_count": 40.0}
     names = ["macro_f1", "weighted_f1", "macro_recall", "roc_auc", "top_2_accuracy", "log_loss", "calibration_error"]
     other = model_of()
     history = other.fit(X, Y, 3, metrics=names, **HOW)
     p, y = proba[2], VALIDATION[1]
     assert same(model, other)
     macro = metrics.precision_recall_fscore_support(y, p.argmax(axis=1), average="macro")
-    assert history.validation_macro_f1[2] == macro[2]
-    assert history.validation_macro_recall[2] == macro[1]
-    assert history.validation_roc_auc[2] == metrics.roc_auc_score(y, p)
-    assert history.validation_log_loss[2] == pytest.approx(history.validation_loss[2], rel=1e-6)
-    assert history.validation_top_2_accuracy[2] == metrics.top_k_accuracy_score(y, p, k=2)
-    assert "validation_macro_f1=" in repr(history)
+    assert history["validation_macro_f1"][2] == macro[2]
+    assert history["validation_macro_recall"][2] == macro[1]
+    assert history["validation_roc_auc"][2] == metrics.roc_auc_score(y, p)
+    assert history["validation_log_loss"][2] == pytest.approx(history.validation_loss[2], rel=1e-6)
+    assert history["validation_top_2_accuracy"][2] == metrics.top_k_accuracy_score(y, p, k=2)
+    assert "validation_macro_f1" in repr(history)
 
 
 def test_metrics_of_one_output_and_of_numbers() -> None:
     two = MLP([6, 4, 1], output="sigmoid")
     history: Any = two.fit(X, Y > 0, 2, metrics=["roc_auc", "brier_score"], validation_split=0.5)
-    assert len(history.validation_roc_auc) == 2
-    assert 0 < history.validation_brier_score[1] < 1
+    assert len(history["validation_roc_auc"]) == 2
+    assert 0 < history["validation_brier_score"][1] < 1
     numbers = MLP([6, 4, 1], output="identity")
     history = numbers.fit(X, X.sum(axis=1), 2, metrics=["r2", "mean_squared_error"], validation_data=(X, X.sum(axis=1)))
-    assert history.validation_mean_squared_error == pytest.approx(history.validation_loss, rel=1e-5)
-    assert history.validation_r2[1] == metrics.r2_score(X.sum(axis=1), numbers.predict(X))
+    assert history["validation_mean_squared_error"] == pytest.approx(history.validation_loss, rel=1e-5)
+    assert history["validation_r2"][1] == metrics.r2_score(X.sum(axis=1), numbers.predict(X))
 
 
 # Weights.
@@ -336,9 +374,49 @@ def test_weights_of_classes() -> None:
 
 
 def test_weights_and_a_split_go_together() -> None:
-    weights = np.where(np.arange(N) % 2, 1.0, 1e-3)
-    history = model_of().fit(X, Y, 2, 10, sample_weight=weights, validation_split=0.5)
-    assert len(history.validation_loss) == 2
+    """What is held out says nothing of the units of what is trained on."""
+    plain, weighted = model_of(), model_of()
+    plain.fit(X, Y, 1, 10, validation_split=0.25, shuffle=False)
+    found: list[Array] = []
+    for large in range(N):  # of a row that is held out, the weight changes nothing
+        weights = np.ones(N)
+        weights[large] = 99.0
+        weighted = model_of()
+        weighted.fit(X, Y, 1, 10, validation_split=0.25, shuffle=False, sample_weight=weights)
+        found.append(same(weighted, plain))
+    assert sum(found) == 30
+    weights = np.where(found, 1.0, 0.0)
+    with pytest.raises(ValueError, match="leave no sample to train on"):
+        model_of().fit(X, Y, 1, 10, validation_split=0.25, shuffle=False, sample_weight=weights)
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1e300, 1.7e308])
+@pytest.mark.parametrize("class_weight", [None, "balanced", {0: 1e300}, {1: 1e-300}])
+def test_weights_of_any_size(scale: float, class_weight: Any) -> None:
+    model, other = model_of(), model_of()
+    model.fit(X, Y, 2, 10, sample_weight=np.full(N, scale), class_weight=class_weight)
+    other.fit(X, Y, 2, 10, sample_weight=np.ones(N), class_weight=class_weight)
+    assert same(model, other)
+
+
+def test_a_metric_may_change_what_it_is_given() -> None:
+    def spoils(y: Array, p: Array) -> float:
+        y[:], p[:] = 0, 0
+        return 1.0
+
+    model, other = model_of(), model_of()
+    history = model.fit(X, Y, 3, metrics={"spoils": spoils, "sum": lambda y, p: float(p.sum())}, **HOW)
+    assert history["validation_sum"] == pytest.approx([40.0] * 3, rel=1e-5)
+    assert history.validation_loss == other.fit(X, Y, 3, **HOW).validation_loss
+
+
+def test_a_checkpoint_of_other_metrics_is_refused_by_name(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"checkpoint": tmp_path / "fit", "resume": True, "validation_split": 0.2}
+    model_of().fit(X, Y, 2, metrics=["macro_f1"], **how)
+    with pytest.raises(ValueError, match="metrics was"):
+        model_of().fit(X, Y, 3, metrics=["macro_f1", "roc_auc"], **how)
+    with pytest.raises(ValueError, match=r"validation_split was 0\.2, is 0\.3"):
+        model_of().fit(X, Y, 3, metrics=["macro_f1"], **{**how, "validation_split": 0.3})
 
 
 # What cannot be used.

@@ -67,6 +67,12 @@ class Position:
             raise ValueError(f"no fit is at {self}")
 
 
+def lists_of(history: Any) -> dict[str, list[float]]:
+    """The lists of a history, one number for each epoch, by the names that monitors have."""
+    lists = {name: values for name, values in vars(history).items() if isinstance(values, list)}
+    return lists | getattr(history, "metrics", {})
+
+
 class Checkpoints:
     """The checkpoints of one `fit`: files of its network that have all it needs to go on.
 
@@ -107,7 +113,7 @@ class Checkpoints:
 
     @property
     def _epochs(self) -> dict[str, list[float]]:
-        return {name: values for name, values in vars(self._history).items() if name != "seconds"}
+        return lists_of(self._history)
 
     @property
     def seconds(self) -> float:

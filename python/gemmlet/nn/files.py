@@ -292,7 +292,7 @@ class Saved(ABC):
         ValueError
             It is corrupt, of a newer gemmlet, or holds something else; the message names it.
         """
-        return cls._made(file, *read(file, cls.__name__))
+        return cls._made(file, *read(file, cls.__name__), best=True)
 
     @classmethod
     def load_optimizers(cls, file: Source) -> dict[str, Optimizer]:
@@ -326,8 +326,16 @@ class Saved(ABC):
         return found
 
     @classmethod
-    def _made(cls, file: Source, config: dict[str, Any], tensors: dict[str, Array], extra: dict[str, Any]) -> Self:
-        """The network that was read from a file."""
+    def _made(
+        cls,
+        file: Source,
+        config: dict[str, Any],
+        tensors: dict[str, Array],
+        extra: dict[str, Any],
+        *,
+        best: bool = False,
+    ) -> Self:
+        """The network that was read from a file; with the parameters of the best epoch, if wanted and there."""
         with errors_name(file, cls.__name__):
             # Perceptrons that were saved before there were averages have neither.
             steps = checks.whole_number(config.pop("steps") if "ema_decay" in config else 0, "steps", 0)
@@ -335,6 +343,8 @@ class Saved(ABC):
             for prefix, widths in cls._widths(config).items():
                 shapes |= expected_shapes(widths, prefix)
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, BEST))}
+            if best and (kept := {n.removeprefix(BEST): t for n, t in tensors.items() if n.startswith(BEST)}):
+                own = kept
             check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
             network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
             streams = network._streams()

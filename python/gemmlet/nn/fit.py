@@ -25,7 +25,7 @@ from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
-from .checkpoints import Checkpoints, Position
+from .checkpoints import Checkpoints, Position, lists_of
 from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
 from .files import Saved, copy_into, named_tensors
@@ -96,8 +96,8 @@ class History:
         counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
-    validation_... : list of float
-        Likewise of each of the `metrics` that `fit` was given: ``validation_macro_f1``, say.
+    metrics : dict of lists of float
+        Likewise of the `metrics` that `fit` was given, by their names: ``metrics["validation_macro_f1"]``, say.
     seconds : float
         Wall-clock time of `fit`, with that before the checkpoint which it went on from.
     """
@@ -106,10 +106,12 @@ class History:
     accuracy: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def __repr__(self) -> str:
-        return f"History({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+    def __getitem__(self, name: str) -> list[float]:
+        """The list of this name, ``history["validation_macro_f1"]`` say, a monitor's."""
+        return lists_of(self)[name]
 
 
 @dataclass
@@ -392,6 +394,7 @@ class Training:
         settings: Settings,
         data: Mapping[str, Any],
         validate: Callable[[], dict[str, float]] | None = None,
+        more_facts: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
         self._samples, self._settings, self._validate = samples, settings, validate
@@ -412,10 +415,10 @@ class Training:
         losses = plan.losses
         self._has_classes = losses[0].has_classes
         self.at = self._start_of(1, len(losses))
-        facts: dict[str, Any] = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
+        facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
         facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)
-        self._validated = [name for name in vars(history) if name.startswith("validation_")]
+        self._validated = [name for name in lists_of(history) if name.startswith("validation_")]
         for argument in ("early_stopping", "lr_schedule"):
             self._check_monitor(getattr(settings, argument), argument)
         if settings.checkpoint is not None or settings.resume is not None:
@@ -486,7 +489,6 @@ class Training:
                     self._backend.write_back(self._plan)
                     metrics |= self._validate()
                 self._log(metrics)
-                self._keep_best()
             if settings.callback is not None and (done or settings.callback_every != "epoch"):
                 self._backend.write_back(self._plan)
                 told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
@@ -545,15 +547,15 @@ class Training:
         """Raise ValueError unless the history has what `follower` monitors."""
         if not isinstance(follower, EarlyStopping | ReduceOnPlateau):
             return
-        known = [name for name, values in vars(self.history).items() if isinstance(values, list)]
+        known = list(lists_of(self.history))
         if self._validate is None:
             known = [name for name in known if name not in self._validated]
         if follower.monitor not in known:
-            hint = "" if self._validate else "; there is no validation data"
+            hint = "; there is no validation data" if self._validated and self._validate is None else ""
             raise ValueError(f"{argument} monitors {follower.monitor!r}, this fit has {', '.join(known)}{hint}")
 
     def _monitored(self, follower: EarlyStopping | ReduceOnPlateau) -> list[float]:
-        return getattr(self.history, follower.monitor)[: self.at.epoch - 1]  # type: ignore[no-any-return]
+        return lists_of(self.history)[follower.monitor][: self.at.epoch - 1]
 
     def _factors(self, done: int, steps: int, total: int) -> Array:
         """What the learning rate is multiplied by in the next steps."""
@@ -567,18 +569,16 @@ class Training:
         return early is not None and early.is_over(self._monitored(early))
 
     def _keep_best(self) -> None:
-        """Keep the parameters of an epoch that was the best so far."""
+        """Keep the parameters of an epoch that was the best so far; signals are deferred."""
         early = self._settings.early_stopping
         if early is None or not early.restore_best or not early.is_best(self._monitored(early)):
             return
         self._backend.write_back(self._plan)
-        with deferred_signals():
-            parts = self.model._parts()
-            self._checkpoints.best = {
-                f"{prefix}{name}": array.copy()
-                for prefix, dense in parts.items()
-                for name, array in named_tensors(dense).items()
-            }
+        self._checkpoints.best = {
+            f"{prefix}{name}": array.copy()
+            for prefix, dense in self.model._parts().items()
+            for name, array in named_tensors(dense).items()
+        }
 
     def _restore_best(self) -> None:
         if self._checkpoints.best:
@@ -608,9 +608,13 @@ class Training:
         """Add the epoch to the history, and begin the next one."""
         epoch = self.at.epoch
         with deferred_signals():
+            lists = lists_of(self.history)
             for name, value in metrics.items():
-                getattr(self.history, name).append(value)
+                lists[name].append(value)
+            is_whole = self.at.seen == self._n
             self.at = self._start_of(epoch + 1, len(self.at.sums))
+            if is_whole:
+                self._keep_best()
         if self._settings.verbose:
             # An accuracy that is NaN is that of targets without classes.
             known = [(_LABELS.get(k, k.replace("_", " ")), v) for k, v in metrics.items() if not math.isnan(v)]
@@ -719,6 +723,7 @@ class _Copy:
         self._position, self._steps = source.at.copy(), source.model.steps
         self._updates = [(group.is_kept, [state.steps for state in group.states]) for group in source.groups]
         self._streams = {name: rng.bit_generator.state for name, rng in source.model._streams().items()}
+        self._best = source._checkpoints.best
 
     def restore(self, to: Training) -> None:
         """Go back to it."""
@@ -733,9 +738,9 @@ class _Copy:
                 state.steps = count
         for name, rng in to.model._streams().items():
             rng.bit_generator.state = self._streams[name]
-        for values in vars(to.history).values():
-            if isinstance(values, list):
-                del values[at.epoch - 1 :]
+        for values in lists_of(to.history).values():
+            del values[at.epoch - 1 :]
+        to._checkpoints.best = self._best
 
 
 # What is said of validation data, and how it is printed.

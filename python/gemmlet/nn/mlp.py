@@ -22,13 +22,22 @@ from . import _checks as checks
 from . import monitors
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
-from .estimator import Estimator
 from .files import errors_name
 from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
 from .monitors import Metric
 from .optimizers import SGD, Optimizer, ParameterGroup, as_optimizer
 from .schedules import EarlyStopping, ReduceOnPlateau, Schedule
-from .targets import Label, Meaning, as_labels, checked_classes, numbers, of_classes, split, weights_of
+from .targets import (
+    Label,
+    Meaning,
+    as_labels,
+    checked_classes,
+    in_units_of_mean,
+    numbers,
+    of_classes,
+    split,
+    weights_of,
+)
 
 Array = NDArray[Any]
 
@@ -57,7 +66,7 @@ def _multi_label(model: MLP, value: Any, name: str) -> bool:
     return wanted
 
 
-class MLP(Estimator, Trainable):
+class MLP(Trainable):
     """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
 
     Parameters
@@ -142,7 +151,6 @@ class MLP(Estimator, Trainable):
         classes: Sequence[Label] | None = None,
         multi_label: bool = False,
     ) -> None:
-        self._given = {"dtype": dtype, "classes": classes, "multi_label": multi_label}
         self.layers = checks.widths(layers, "layers", 2)
         self.activation = activation_name(activation)
         self.output = checks.choice(output, "output", OUTPUTS)
@@ -195,9 +203,6 @@ class MLP(Estimator, Trainable):
 
     def __repr__(self) -> str:
         return f"MLP({self.layers}, {self.activation!r}, {self.output!r}, dtype=np.{self.dtype}, seed={self.seed})"
-
-    def _unsaid(self) -> dict[str, Any]:
-        return self._given | ({"loss": None} if self.loss == OUTPUTS[self.output][0] else {})
 
     @property
     def parameters(self) -> list[Array]:
@@ -285,7 +290,8 @@ class MLP(Estimator, Trainable):
             A file that is written again and again, each time whole or not at all: at the end of each epoch, every 30
             seconds in between, but not more often than every 50 times as long as that takes; and when `fit` ends,
             whatever ends it, Ctrl-C or an error. It has the network, which `load` reads, state and settings of the
-            optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is.
+            optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is. With
+            `early_stopping` that restores the best epoch, `load` gives the parameters of the best one so far.
         resume : bool or path
             A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
             between. With True it is `checkpoint` if that exists, so that a job that is started again goes on; one that
@@ -294,22 +300,23 @@ class MLP(Estimator, Trainable):
             whether there is one.
         validation_split : float, within [0, 1)
             The share of the samples that is held out at random, by `seed`, and evaluated instead of `validation_data`;
-            of each class the same share.
+            of each class the same share, as nearly as whole samples allow: of a class with a single one all or none.
         early_stopping : EarlyStopping, optional
             When to end before the epochs do, and whether to go back to the best one.
         metrics : list of str, or mapping
-            What is computed of the validation data after each epoch besides loss and accuracy, and kept in the history
-            as ``validation_`` and its name. Of classes: macro_precision, macro_recall, macro_f1, weighted_f1, roc_auc,
-            top_2_accuracy, log_loss, brier_score, calibration_error; of numbers: mean_squared_error,
-            mean_absolute_error, r2; see `gemmlet.metrics`. Or functions by name, ``f(y_true, y_score)`` of class
-            indices (n,) and probabilities (n, classes), or of numbers, that return a number.
+            What is computed of the validation data after each epoch besides loss and accuracy, and kept in
+            ``history.metrics``, under ``validation_`` and its name. Of classes: macro_precision, macro_recall,
+            macro_f1, weighted_f1, roc_auc, top_2_accuracy, log_loss, brier_score, calibration_error; of numbers:
+            mean_squared_error, mean_absolute_error, r2; see `gemmlet.metrics`. Or functions by name,
+            ``f(y_true, y_score)`` of class indices (n,) and probabilities (n, classes), or of numbers, that return a
+            number.
         class_weight : {"balanced"} or mapping, optional
             From labels to what their samples count, 1 where it says nothing. Balanced: all classes count the same.
         sample_weight : array_like, shape (n,), optional
-            What each sample counts in the objective: finite, at least 0. The mean of all weights, together with those
-            of the classes, counts as 1. A mini-batch's objective is the weighted sum divided by its size. The accuracy
-            of the history counts samples, and validation has no weights. On `numba` and `cuda` the reference trains
-            then, a mini-batch a call: slower.
+            What each sample counts in the objective: finite, at least 0. The mean weight of those that are trained on,
+            together with those of the classes, counts as 1. A mini-batch's objective is the weighted sum divided by its
+            size. The accuracy of the history counts samples, and validation has no weights. On `numba` and `cuda` the
+            reference trains then, a mini-batch a call: slower.
 
         Returns
         -------
@@ -364,14 +371,14 @@ class MLP(Estimator, Trainable):
                 kept, held = split(targets, share, np.random.default_rng(self._seeds()[2]))
                 validation = samples.take(held), targets[held]
                 samples, targets = samples.take(kept), targets[kept]
-                weights = None if weights is None else weights[kept]
+                weights = None if weights is None else in_units_of_mean(weights[kept])
             functions = monitors.checked(metrics, self._known_metrics(targets))
+            facts = {"metrics": sorted(functions), "validation_split": share}
             history = History()
             if validation is not None:
                 validation[0].stay()
                 validate = partial(self._validated, *validation, functions)
-                for name in functions:
-                    setattr(history, f"validation_{name}", [])
+                history.metrics = {f"validation_{name}": [] for name in functions}
             elif functions:
                 raise ValueError("metrics needs validation_data or validation_split")
 
@@ -381,7 +388,7 @@ class MLP(Estimator, Trainable):
             self.multi_label = meaning.multi_label
             group = rule.group(self.parameters)
             plan = self._plan(samples, targets, group, weights)
-            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate).run()
+            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate, facts).run()
         return history
 
     def _known_metrics(self, targets: Array) -> Mapping[str, Metric]:

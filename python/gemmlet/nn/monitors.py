@@ -59,6 +59,8 @@ def checked(value: Any, known: Mapping[str, Metric]) -> dict[str, Metric]:
         return dict(value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"metrics must be a list of names or a mapping of functions, got {type(value).__name__}")
+    if value and not known:
+        raise ValueError("metrics by name need one class for each sample; give functions by name")
     return {checks.choice(name, f"metrics[{i}]", known): known[name] for i, name in enumerate(value)}
 
 
@@ -69,7 +71,7 @@ def measured(functions: Mapping[str, Metric], targets: Array, outputs: Array) ->
         scores = np.hstack([1 - scores, scores])
     found = dict[str, float]()
     for name, function in functions.items():
-        value: Any = function(targets, scores)
+        value: Any = function(targets.copy(), scores.copy())  # a function of the caller's may change them
         if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
             raise TypeError(f"what metrics[{name!r}] returns must be a real number, got {type(value).__name__}")
         found[f"validation_{name}"] = float(value)

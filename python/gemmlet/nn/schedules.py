@@ -215,9 +215,10 @@ class EarlyStopping(_Monitor):
         By how much a number must be better than the best so far to count.
     restore_best : bool
         Whether the network gets the parameters of its best epoch back at the end, moving averages included, also where
-        all epochs were trained. (Keras has this off; the last epochs would be kept, which were worse.)
+        all epochs were trained; `steps` and the state of the optimizer stay those of the last. (Keras has this off.)
     mode : {"min", "max"}, optional
-        Whether smaller or larger is better. By default smaller for names that end in loss, error or brier_score.
+        Whether smaller or larger is better. By default smaller for names that end in loss, error or brier_score: say it
+        for functions of your own. NaN is never better.
     """
 
     restore_best: bool = True

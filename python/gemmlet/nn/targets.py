@@ -124,19 +124,25 @@ def weights_of(sample_weight: Any, class_weight: Any, targets: Array, meaning: M
         if given.shape != (n,):
             raise ValueError(f"sample_weight has shape {given.shape}, expected ({n},), one for each sample")
         weights = given.astype(np.float64)
+        bad = ~((weights >= 0) & (weights < np.inf))
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise ValueError(f"sample_weight[{row}] is {weights[row]:g}; expected finite numbers of at least 0")
     if class_weight is not None:
         if targets.ndim != 1:
             raise ValueError("class_weight needs one class for each sample; use sample_weight")
+        weights = in_units_of_mean(weights)
         weights = weights * _by_class(class_weight, targets, weights, meaning)[targets]
-    bad = ~((weights >= 0) & (weights < np.inf))
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise ValueError(f"sample_weight[{row}] is {weights[row]:g}; expected finite numbers of at least 0")
-    if not (total := float(weights.sum())) > 0:
-        raise ValueError("sample_weight and class_weight leave no sample; expected a positive sum")
+    return in_units_of_mean(weights)
+
+
+def in_units_of_mean(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return weights of samples divided by their mean, where some are positive and none is too large."""
+    if not (largest := float(weights.max(initial=0.0))) > 0:
+        raise ValueError("sample_weight and class_weight leave no sample to train on; expected a positive sum")
     # The largest is 1 in between, so that no sum and no quotient overflows.
-    scaled = weights / weights.max() if not total < np.inf or total < np.finfo(np.float64).tiny * n else weights
-    units: NDArray[np.float64] = scaled / (scaled.sum() / n)
+    scaled = weights / largest
+    units: NDArray[np.float64] = scaled / scaled.mean()
     return units
 
 
