@@ -17,7 +17,6 @@ from gemmlet.nn import (
     MLP,
     SGD,
     Adam,
-    DivergedError,
     EarlyStopping,
     ReduceOnPlateau,
     StepDecay,
@@ -213,20 +212,6 @@ def test_an_interrupt_where_an_epoch_is_printed_loses_no_best(when: int, tmp_pat
     model = model_of()
     model.fit(X, Y, optimizer=Adam(0.02), checkpoint=path, resume=True, **how)
     assert same(model, whole)
-
-
-def test_a_fit_that_diverges_forgets_the_best_of_later_epochs(tmp_path: Path) -> None:
-    path, early = tmp_path / "fit.safetensors", EarlyStopping("loss", patience=100)
-    schedule = lambda done: 1.0 if done < 0.5 else 3e38  # noqa: E731 - it spoils the second half
-    how: dict[str, Any] = {"epochs": 40, "batch_size": 10, "early_stopping": early, "checkpoint": path}
-    with pytest.raises(DivergedError) as caught:
-        model_of(activation="relu").fit(X, Y, optimizer=SGD(0.5), lr_schedule=schedule, **how)
-    epochs = len(caught.value.history.loss)
-    best = MLP.load(path)
-    other = model_of(activation="relu")
-    if epochs:
-        other.fit(X, Y, epochs, 10, SGD(0.5), lambda done: schedule(done * epochs / 40), early_stopping=early)
-        assert same(best, other)
 
 
 def test_a_callback_that_stops_gets_the_best_too() -> None:
