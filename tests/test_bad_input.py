@@ -616,6 +616,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "skip_zeros": True,
             "value_of_byte": None,
             "weights": None,
+            "divides_by_rows": False,
             "scale": 1.0,
             "shift": 0.0,
             "order": order,
@@ -804,7 +805,7 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
     elif argument == "batch":
         # With other numbers of mini-batches the hyperparameters are too many or too few.
         yield from (0, -1, -(2**63), 2**63, 2, 7, 2**62, 2**63 - 1, None, "3", 3.5, np.nan)
-    elif argument == "skip_zeros":
+    elif argument in ("skip_zeros", "divides_by_rows"):
         yield from ("yes", [True])
     elif argument == "kept":
         yield from (None, 0, b"text", object(), np.ones(2).__dlpack__())
@@ -1021,7 +1022,7 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
     values = guarded.array((256,), np.float32) if x.dtype == np.uint8 and data.draw(st.booleans()) else None
     weights = guarded.array((count,), np.float64) if data.draw(st.booleans()) else None
-    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values, weights)
+    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values, weights, data.draw(st.booleans()))
     arguments += (data.draw(st.sampled_from([1.0, 2.0])), 0.0)
     noise = guarded.array((count, width), np.float32)
     rest = (order, batch, tables, [0.0] * (losses + penalties), None, noise, module.kept_memory())

@@ -19,7 +19,7 @@ import pytest
 
 from gemmlet.formulas.optimizers import adam_hyperparameters, adam_table
 from gemmlet.nn import GAN, MLP, OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
-from gemmlet.nn.optimizers import lr_factors
+from gemmlet.nn.schedules import lr_factors
 from gemmlet.training.plan import Batches
 from support import same_bits
 

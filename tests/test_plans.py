@@ -245,6 +245,16 @@ def weighted(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
     return plan_and_batches(plan.networks, plan.phases, noise=batches.noise)
 
 
+def by_rows(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
+    """The weighted sum is divided by the number of rows; the first mini-batch has no weight at all."""
+    dataset = plan.gather.dataset
+    assert dataset.weights is not None
+    weights = dataset.weights.copy()
+    weights[batches.order[: batches.size]] = 0
+    gather = plan.gather._replace(dataset=dataset._replace(weights=weights, divides_by_rows=True))
+    return plan_and_batches(plan.networks, [gather, *plan.phases[1:]], noise=batches.noise)
+
+
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "mlp": mlp,
     "mlp, clipped": lambda dtype: mlp(dtype, optimizer=ClipNorm(optimizer("momentum"), 0.1)),
@@ -271,6 +281,7 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "penalty of zeros": lambda dtype: penalized(dtype, samples(dtype, "zeros"), "sgd"),
     "limits of elements": lambda dtype: single(dtype, samples(dtype), Loss(0, BCE, CLASSES, limits=(0.5, 0.9))),
     "weights": lambda dtype: weighted(*penalized_once(dtype, samples(dtype))),
+    "weights by rows": lambda dtype: by_rows(*weighted(*penalized_once(dtype, samples(dtype)))),
     "weights of zeros": lambda dtype: weighted(*penalized(dtype, samples(dtype, "zeros"), "adam")),
     "weights, csr": lambda dtype: weighted(*single(dtype, samples(dtype, "csr"), Loss(0, BCE, CLASSES))),
     "weights of three sources": lambda dtype: weighted(*three_sources(dtype)),

@@ -46,6 +46,7 @@ def train(
     skip_zeros: bool,
     value_of_byte: Array | None,
     weights: Array | None,
+    divides_by_rows: bool,
     scale: float,
     shift: float,
     order: Array,

@@ -62,8 +62,8 @@ Steps checked_steps(const py::array& order, Index batch, Index samples) {
   return {indices, count, std::min(batch, std::max(count, Index{1}))};
 }
 
-// The sums of the weights of each step's samples.
-std::vector<double> checked_weight_sums(const double* weights, const Steps& steps) {
+// The sums of the weights of each step's samples; none where their losses are divided by their number.
+std::vector<double> checked_weight_sums(const double* weights, const Steps& steps, bool divides_by_rows) {
   std::vector<double> sums;
   for (Index i = 0; i < steps.count; ++i) {
     if (i % steps.batch == 0) sums.push_back(0);
@@ -72,8 +72,9 @@ std::vector<double> checked_weight_sums(const double* weights, const Steps& step
     sums.back() += weight;
   }
   for (const double sum : sums)
-    if (sum == 0 || !std::isfinite(sum)) refuse("weights", "a mini-batch whose sum is 0 or infinite");
-  return sums;
+    if ((sum == 0 && !divides_by_rows) || !std::isfinite(sum))
+      refuse("weights", "a mini-batch whose sum is 0 or infinite");
+  return divides_by_rows ? std::vector<double>{} : sums;
 }
 
 template <class T>
@@ -306,8 +307,8 @@ using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
                   const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
-                  const OptionalArray& value_of_byte, const OptionalArray& weights, double scale, double shift,
-                  const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
+                  const OptionalArray& value_of_byte, const OptionalArray& weights, bool divides_by_rows, double scale,
+                  double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
                   const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
                   const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
@@ -333,7 +334,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
                           : dense_samples<T>(x, features, skip_zeros, value_of_byte);
     if (weights) {
       plan.samples.weights = contiguous<double>(*weights, count, "weights");
-      batches.weight_sums = checked_weight_sums(plan.samples.weights, batches);
+      batches.weight_sums = checked_weight_sums(plan.samples.weights, batches, divides_by_rows);
     }
     plan.samples.scale = static_cast<T>(scale);
     plan.samples.shift = static_cast<T>(shift);
@@ -431,7 +432,7 @@ void bind_training(py::module_& m) {
   def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
   def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "weights",
-      "scale", "shift", "order", "batch", "hyperparameters", "losses", "decay", "noise", "kept");
+      "divides_by_rows", "scale", "shift", "order", "batch", "hyperparameters", "losses", "decay", "noise", "kept");
 }
 
 }  // namespace gemmlet::bindings

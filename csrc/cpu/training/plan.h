@@ -64,7 +64,7 @@ template <class T>
 struct Loss {
   int loss;
   double parameter;  // the kernel's: label smoothing of a row loss
-  double weight;     // of the sum over a row in the objective, which is divided by that of the rows' weights
+  double weight;     // of the sum over a row in the objective, divided by that of the rows' weights or their number
   Targets<T> targets;
   double least, most;  // what the loss of an element, or of a row, counts; the gradient is not limited
 };
@@ -112,9 +112,10 @@ template <class T>
 struct Batches : Steps {
   // Of each update: those of step s begin at s * optimizer_hyperparameter_count(rule).
   std::vector<const double*> hyperparameters;
-  std::vector<double> weight_sums;  // of each step's samples, positive and finite; empty if samples have no weights
-  const double* decay;              // of the averages, one for each step; or null
-  const T* noise;                   // `count` rows, or null
+  // Of each step's samples, positive and finite; empty if samples have no weights, or their number counts instead.
+  std::vector<double> weight_sums;
+  const double* decay;  // of the averages, one for each step; or null
+  const T* noise;       // `count` rows, or null
 };
 
 struct Outcome {

@@ -328,7 +328,7 @@ class Watch:
             self._problems.append(str(error))
             history = error.history
         model.save(out / common.MODEL)
-        lists = [name for name in vars(history) if name != "seconds"]
+        lists = [name for name, values in vars(history).items() if isinstance(values, list)]
         last, whole = self._last, len(getattr(history, lists[0]))
         self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
         self._facts["history"] = {name: [common.finite(v) for v in getattr(history, name)] for name in lists}

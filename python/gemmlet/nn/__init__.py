@@ -8,7 +8,8 @@ NumPy's BLAS, which may add in another order where the number of its own threads
 from .fit import CheckpointError, DivergedError, GANHistory, GANProgress, History, Progress, StopTraining
 from .gan import GAN
 from .mlp import MLP
-from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, linear_decay, make_optimizer
+from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, make_optimizer
+from .schedules import EarlyStopping, ReduceOnPlateau, StepDecay, WarmUp, cosine_decay, linear_decay
 
 __all__ = [
     "GAN",
@@ -20,12 +21,17 @@ __all__ = [
     "CheckpointError",
     "ClipNorm",
     "DivergedError",
+    "EarlyStopping",
     "GANHistory",
     "GANProgress",
     "History",
     "Optimizer",
     "Progress",
+    "ReduceOnPlateau",
+    "StepDecay",
     "StopTraining",
+    "WarmUp",
+    "cosine_decay",
     "linear_decay",
     "make_optimizer",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _arguments as arguments
 from .._signals import deferred_signals
@@ -18,6 +19,8 @@ from . import _checks as checks
 from . import files
 from .dataset import copy_of
 from .optimizers import Optimizer, ParameterGroup
+
+Array = NDArray[Any]
 
 # The least time between two checkpoints: these seconds, unless an epoch ends; and this multiple of the time that one
 # takes to write, so that writing is at most 2 % of a training.
@@ -64,6 +67,12 @@ class Position:
             raise ValueError(f"no fit is at {self}")
 
 
+def lists_of(history: Any) -> dict[str, list[float]]:
+    """The lists of a history, one number for each epoch, by the names that monitors have."""
+    lists = {name: values for name, values in vars(history).items() if isinstance(values, list)}
+    return lists | getattr(history, "metrics", {})
+
+
 class Checkpoints:
     """The checkpoints of one `fit`: files of its network that have all it needs to go on.
 
@@ -97,12 +106,14 @@ class Checkpoints:
         # As they were given: a callback may change them.
         self._given = {} if path is None else self._settings()
         self._written = start.copy()
+        # The parameters of the best epoch so far, by name, where they are kept.
+        self.best: dict[str, Array] = {}
         self._started = self._last = time.perf_counter()
         self._took = 0.0
 
     @property
     def _epochs(self) -> dict[str, list[float]]:
-        return {name: values for name, values in vars(self._history).items() if name != "seconds"}
+        return lists_of(self._history)
 
     @property
     def seconds(self) -> float:
@@ -129,7 +140,8 @@ class Checkpoints:
         }
         fit = {"position": asdict(at), "history": history, "seconds": self.seconds}
         try:
-            self._model._write(self._path, self._optimizers, fit | {"facts": self._facts, "optimizers": self._given})
+            fit |= {"facts": self._facts, "optimizers": self._given}
+            self._model._write(self._path, self._optimizers, fit, self.best)
             self._written = at.copy()
         finally:
             self._last = time.perf_counter()
@@ -175,7 +187,7 @@ class Checkpoints:
                 is_validation = name.startswith("validation_")
                 epochs_done = 0 if is_validation and not self._facts["validation_data"] else at.epoch - 1
                 # The accuracy is NaN without classes, and a validation may overflow.
-                odd = [v for v in values if not (math.isfinite(v) or name == "validation_loss")]
+                odd = [v for v in values if not (math.isfinite(v) or is_validation)]
                 if len(values) != epochs_done or (odd if "loss" in name else any(map(math.isinf, odd))):
                     raise ValueError(f"{name} in the history has {values}, expected {epochs_done} finite numbers")
             for argument, given in self._given.items():
@@ -188,6 +200,10 @@ class Checkpoints:
                 if (np.isnan(tensor) if name.startswith(files.OPTIMIZER) else ~np.isfinite(tensor)).any():
                     raise ValueError(f"tensor {name!r} is not finite")
             states = list(self._states(optimizers))
+            best = {n.removeprefix(files.BEST): t for n, t in content[1].items() if n.startswith(files.BEST)}
+            if best:
+                own = {n: t for n, t in content[1].items() if not n.startswith((files.OPTIMIZER, files.BEST))}
+                files.check_tensors(best, {name: tensor.shape for name, tensor in own.items()}, model.dtype)
             if at.order is not None:
                 copy_of(model._streams()["shuffle"]).bit_generator.state = at.order
         if (begun := at.epoch - (at.seen == 0)) > epochs:
@@ -211,7 +227,7 @@ class Checkpoints:
                 model._streams()["shuffle"].bit_generator.state = at.order
             for name, values in history.items():
                 self._epochs[name][:] = values
-            model.steps = saved.steps
+            model.steps, self.best = saved.steps, best
             self._started -= seconds
             if path == self._path:
                 self._written = at.copy()

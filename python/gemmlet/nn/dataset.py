@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -158,6 +159,13 @@ class Samples:
         rows = self.backend.contiguous(self.backend.to_device(some))
         rows = rows.reshape(len(rows), self.features)
         return rows if rows.dtype == self.dtype else self.backend.scaled(rows, self.dtype)
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        """Return some of them, a copy."""
+        taken = copy.copy(self)
+        taken.array = self.array[rows]
+        taken.held = held(taken.array.data, taken.array.indices) if self.is_sparse else held(taken.array)
+        return taken
 
     def dataset(self, *, may_skip_zeros: bool) -> Dataset:
         """The samples as training takes them; zeros are skipped, if they may be, where there are many."""

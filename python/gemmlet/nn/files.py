@@ -34,6 +34,8 @@ FORMAT = 1
 
 # Prefix of the names of optimizers' states, which `Saved.load` passes over.
 OPTIMIZER = "optimizer."
+# Likewise of the parameters of the best epoch, in a checkpoint.
+BEST = "best."
 
 
 def named_tensors(dense: Dense, prefix: str = "") -> dict[str, Array]:
@@ -244,7 +246,13 @@ class Saved(ABC):
         """
         self._write(file, {} if optimizer is None else {"optimizer": optimizer})
 
-    def _write(self, file: Target, optimizers: Mapping[str, Optimizer], fit: dict[str, Any] | None = None) -> None:
+    def _write(
+        self,
+        file: Target,
+        optimizers: Mapping[str, Optimizer],
+        fit: dict[str, Any] | None = None,
+        best: Mapping[str, Array] = MappingProxyType({}),
+    ) -> None:
         """Write the network, optimizers by the arguments of `fit`, and what a checkpoint has besides."""
         config = self._saved_config()
         tensors, shapes = dict[str, Array](), dict[str, tuple[int, ...]]()
@@ -262,6 +270,7 @@ class Saved(ABC):
                 tensors |= {f"{OPTIMIZER}{name}.{i}": array for i, array in enumerate(state.arrays)}
             steps = {name: state.steps for name, state in by_name.items()}
             described[argument] = {"settings": optimizer.settings(), "steps": steps}
+        tensors |= {f"{BEST}{name}": array for name, array in best.items()}
         streams = {name: rng.bit_generator.state for name, rng in self._streams().items()}
         extra = {"streams": streams, "optimizers": described}
         if fit is not None:
@@ -283,7 +292,7 @@ class Saved(ABC):
         ValueError
             It is corrupt, of a newer gemmlet, or holds something else; the message names it.
         """
-        return cls._made(file, *read(file, cls.__name__))
+        return cls._made(file, *read(file, cls.__name__), best=True)
 
     @classmethod
     def load_optimizers(cls, file: Source) -> dict[str, Optimizer]:
@@ -317,15 +326,25 @@ class Saved(ABC):
         return found
 
     @classmethod
-    def _made(cls, file: Source, config: dict[str, Any], tensors: dict[str, Array], extra: dict[str, Any]) -> Self:
-        """The network that was read from a file."""
+    def _made(
+        cls,
+        file: Source,
+        config: dict[str, Any],
+        tensors: dict[str, Array],
+        extra: dict[str, Any],
+        *,
+        best: bool = False,
+    ) -> Self:
+        """The network that was read from a file; with the parameters of the best epoch, if wanted and there."""
         with errors_name(file, cls.__name__):
             # Perceptrons that were saved before there were averages have neither.
             steps = checks.whole_number(config.pop("steps") if "ema_decay" in config else 0, "steps", 0)
             shapes: dict[str, tuple[int, ...]] = {}
             for prefix, widths in cls._widths(config).items():
                 shapes |= expected_shapes(widths, prefix)
-            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, BEST))}
+            if best and (kept := {n.removeprefix(BEST): t for n, t in tensors.items() if n.startswith(BEST)}):
+                own = kept
             check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
             network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
             streams = network._streams()

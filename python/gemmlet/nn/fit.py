@@ -25,12 +25,13 @@ from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
-from .checkpoints import Checkpoints, Position
+from .checkpoints import Checkpoints, Position, lists_of
 from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
-from .files import Saved
+from .files import Saved, copy_into, named_tensors
 from .normals import fill_normal
-from .optimizers import Optimizer, ParameterGroup, Schedule, as_optimizer, lr_factors
+from .optimizers import Optimizer, ParameterGroup, as_optimizer
+from .schedules import EarlyStopping, ReduceOnPlateau, Schedule, lr_factors
 
 # Between calls Python sees Ctrl-C: the seconds that one should take.
 _CALL_SECONDS = 0.1
@@ -95,6 +96,8 @@ class History:
         counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
+    metrics : dict of lists of float
+        Likewise of the `metrics` that `fit` was given, by their names: ``metrics["validation_macro_f1"]``, say.
     seconds : float
         Wall-clock time of `fit`, with that before the checkpoint which it went on from.
     """
@@ -103,7 +106,12 @@ class History:
     accuracy: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def __getitem__(self, name: str) -> list[float]:
+        """The list of this name, ``history["validation_macro_f1"]`` say, a monitor's."""
+        return lists_of(self)[name]
 
 
 @dataclass
@@ -138,6 +146,8 @@ class Progress:
         Whether this was the last mini-batch of the epoch.
     validation_loss, validation_accuracy : float or None
         After the epoch, if there is validation data.
+    metrics : mapping, optional
+        Likewise of the `metrics` that `fit` was given, by their names in the history.
     """
 
     epoch: int
@@ -149,6 +159,7 @@ class Progress:
     epoch_done: bool = False
     validation_loss: float | None = None
     validation_accuracy: float | None = None
+    metrics: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,20 +222,22 @@ class Settings:
 
     epochs: int
     batch_size: int
-    lr_schedule: Schedule | None
+    lr_schedule: Schedule | ReduceOnPlateau | None
     shuffle: bool
     verbose: bool
     callback: Callable[[Any], object] | None
     callback_every: str
     checkpoint: Any = None  # a path becomes a Path
     resume: Any = False  # likewise
+    early_stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
         self.epochs = checks.whole_number(self.epochs, "epochs", 1)
         self.batch_size = checks.batch_size(self.batch_size, "batch_size")
         self.shuffle = arguments.flag(self.shuffle, "shuffle")
         self.verbose = arguments.flag(self.verbose, "verbose")
-        checks.optional_callable(self.lr_schedule, "lr_schedule")
+        if not isinstance(self.lr_schedule, ReduceOnPlateau):
+            checks.optional_callable(self.lr_schedule, "lr_schedule")
         checks.optional_callable(self.callback, "callback")
         checks.choice(self.callback_every, "callback_every", CALLBACK_EVERY)
         if self.checkpoint is not None:
@@ -240,6 +253,11 @@ class Settings:
             self.resume = self.checkpoint if self.resume and exists else None
         else:
             self.resume = checks.path(self.resume, "resume", "True, False or a path")
+
+    def check_early_stopping(self) -> None:
+        """Raise TypeError unless it is one."""
+        if self.early_stopping is not None and not isinstance(self.early_stopping, EarlyStopping):
+            raise TypeError(f"early_stopping must be an EarlyStopping, got {type(self.early_stopping).__name__}")
 
 
 # Takes the network, a value and its name, and returns what is to be the network's attribute.
@@ -376,6 +394,7 @@ class Training:
         settings: Settings,
         data: Mapping[str, Any],
         validate: Callable[[], dict[str, float]] | None = None,
+        more_facts: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
         self._samples, self._settings, self._validate = samples, settings, validate
@@ -396,8 +415,12 @@ class Training:
         losses = plan.losses
         self._has_classes = losses[0].has_classes
         self.at = self._start_of(1, len(losses))
-        facts = {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
+        facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
+        facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)
+        self._validated = [name for name in lists_of(history) if name.startswith("validation_")]
+        for argument in ("early_stopping", "lr_schedule"):
+            self._check_monitor(getattr(settings, argument), argument)
         if settings.checkpoint is not None or settings.resume is not None:
             facts |= {f"checksum of {name}": checksum(rows) for name, rows in data.items()}
         self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, groups, facts, history, self.at)
@@ -415,15 +438,17 @@ class Training:
         """Train."""
         try:
             with contextlib.suppress(StopTraining):
-                while self.at.epoch <= self._settings.epochs:
+                while self.at.epoch <= self._settings.epochs and not self._is_over():
                     self._epoch(self._orders.take(self._n))
             self._check()
             if self._checkpoints.is_missing(self.at):
                 with deferred_signals():
                     self._write_last()
             if self.at.seen:
-                unknown = {} if self._validate is None else dict.fromkeys(VALIDATION, math.nan)
+                unknown = {} if self._validate is None else dict.fromkeys(self._validated, math.nan)
                 self._log(self._metrics() | unknown)
+            with deferred_signals():
+                self._restore_best()
         except BaseException as error:
             with deferred_signals():
                 with contextlib.suppress(ValueError):
@@ -467,6 +492,8 @@ class Training:
             if settings.callback is not None and (done or settings.callback_every != "epoch"):
                 self._backend.write_back(self._plan)
                 told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
+                if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
+                    metrics["metrics"] = extra  # type: ignore[assignment]
                 settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
             if self._checkpoints.is_due(self.at, epoch_done=done):
                 with deferred_signals():
@@ -479,7 +506,7 @@ class Training:
         where = order[at.seen : at.seen + size * (1 if self._one_by_one else self._budget.steps)]
         steps, first = math.ceil(len(where) / size), at.seen // size
         done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
-        factors = lr_factors(self._settings.lr_schedule, done, steps, total)
+        factors = self._factors(done, steps, total)
         with deferred_signals():
             # A callback or the schedule may have changed them.
             self._check_layouts()
@@ -514,6 +541,50 @@ class Training:
             for group in self.groups:
                 group.advance(steps)
 
+    # What follows the history.
+
+    def _check_monitor(self, follower: Any, argument: str) -> None:
+        """Raise ValueError unless the history has what `follower` monitors."""
+        if not isinstance(follower, EarlyStopping | ReduceOnPlateau):
+            return
+        known = list(lists_of(self.history))
+        if self._validate is None:
+            known = [name for name in known if name not in self._validated]
+        if follower.monitor not in known:
+            hint = "; there is no validation data" if self._validated and self._validate is None else ""
+            raise ValueError(f"{argument} monitors {follower.monitor!r}, this fit has {', '.join(known)}{hint}")
+
+    def _monitored(self, follower: EarlyStopping | ReduceOnPlateau) -> list[float]:
+        return lists_of(self.history)[follower.monitor][: self.at.epoch - 1]
+
+    def _factors(self, done: int, steps: int, total: int) -> Array:
+        """What the learning rate is multiplied by in the next steps."""
+        schedule = self._settings.lr_schedule
+        if isinstance(schedule, ReduceOnPlateau):
+            return np.full(steps, schedule.factor_after(self._monitored(schedule)))
+        return lr_factors(schedule, done, steps, total)
+
+    def _is_over(self) -> bool:
+        early = self._settings.early_stopping
+        return early is not None and early.is_over(self._monitored(early))
+
+    def _keep_best(self) -> None:
+        """Keep the parameters of an epoch that was the best so far; signals are deferred."""
+        early = self._settings.early_stopping
+        if early is None or not early.restore_best or not early.is_best(self._monitored(early)):
+            return
+        self._backend.write_back(self._plan)
+        self._checkpoints.best = {
+            f"{prefix}{name}": array.copy()
+            for prefix, dense in self.model._parts().items()
+            for name, array in named_tensors(dense).items()
+        }
+
+    def _restore_best(self) -> None:
+        if self._checkpoints.best:
+            for prefix, dense in self.model._parts().items():
+                copy_into(dense, self._checkpoints.best, prefix)
+
     def _prepare(self, rest: int) -> None:
         """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""
         if not rest and self.at.epoch < self._settings.epochs:
@@ -537,9 +608,13 @@ class Training:
         """Add the epoch to the history, and begin the next one."""
         epoch = self.at.epoch
         with deferred_signals():
+            lists = lists_of(self.history)
             for name, value in metrics.items():
-                getattr(self.history, name).append(value)
+                lists[name].append(value)
+            is_whole = self.at.seen == self._n
             self.at = self._start_of(epoch + 1, len(self.at.sums))
+            if is_whole:
+                self._keep_best()
         if self._settings.verbose:
             # An accuracy that is NaN is that of targets without classes.
             known = [(_LABELS.get(k, k.replace("_", " ")), v) for k, v in metrics.items() if not math.isnan(v)]
@@ -648,6 +723,7 @@ class _Copy:
         self._position, self._steps = source.at.copy(), source.model.steps
         self._updates = [(group.is_kept, [state.steps for state in group.states]) for group in source.groups]
         self._streams = {name: rng.bit_generator.state for name, rng in source.model._streams().items()}
+        self._best = source._checkpoints.best
 
     def restore(self, to: Training) -> None:
         """Go back to it."""
@@ -662,9 +738,9 @@ class _Copy:
                 state.steps = count
         for name, rng in to.model._streams().items():
             rng.bit_generator.state = self._streams[name]
-        for values in vars(to.history).values():
-            if isinstance(values, list):
-                del values[at.epoch - 1 :]
+        for values in lists_of(to.history).values():
+            del values[at.epoch - 1 :]
+        to._checkpoints.best = self._best
 
 
 # What is said of validation data, and how it is printed.

@@ -19,7 +19,8 @@ from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
 from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
-from .optimizers import Adam, Optimizer, ParameterGroup, Schedule, as_optimizer
+from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
+from .schedules import ReduceOnPlateau, Schedule
 
 Array = NDArray[Any]
 
@@ -197,7 +198,7 @@ class GAN(Trainable):
         batch_size: int | None = None,
         optimizer: str | Optimizer | None = None,
         discriminator_optimizer: str | Optimizer | None = None,
-        lr_schedule: Schedule | None = None,
+        lr_schedule: Schedule | ReduceOnPlateau | None = None,
         shuffle: bool = True,
         verbose: bool = False,
         callback: Callable[[GANProgress], object] | None = None,
@@ -222,7 +223,7 @@ class GAN(Trainable):
         discriminator_optimizer : str or Optimizer, optional
             One of its own for the discriminator; by default `optimizer` serves both.
         lr_schedule : callable, optional
-            As in `MLP.fit`, for both learning rates.
+            As in `MLP.fit`, for both learning rates; `ReduceOnPlateau` may follow either loss.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
         checkpoint, resume

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -18,12 +19,25 @@ from ..formulas.losses import LOSSES, ROW_LOSSES
 from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
+from . import monitors
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .files import errors_name
 from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
-from .optimizers import SGD, Optimizer, ParameterGroup, Schedule, as_optimizer
-from .targets import Label, Meaning, as_labels, checked_classes, numbers, of_classes
+from .monitors import Metric
+from .optimizers import SGD, Optimizer, ParameterGroup, as_optimizer
+from .schedules import EarlyStopping, ReduceOnPlateau, Schedule
+from .targets import (
+    Label,
+    Meaning,
+    as_labels,
+    checked_classes,
+    in_units_of_mean,
+    numbers,
+    of_classes,
+    split,
+    weights_of,
+)
 
 Array = NDArray[Any]
 
@@ -166,7 +180,11 @@ class MLP(Trainable):
 
     def _fresh_streams(self) -> list[np.random.Generator]:
         """Two, so that the order of the samples does not depend on how many weights were drawn."""
-        return [np.random.default_rng(s) for s in np.random.SeedSequence(self.seed).spawn(2)]
+        return [np.random.default_rng(s) for s in self._seeds()[:2]]
+
+    def _seeds(self) -> list[np.random.SeedSequence]:
+        """Of the weights, of the order of the samples, and of those that are held out."""
+        return np.random.SeedSequence(self.seed).spawn(3)
 
     def _draw_layers(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
@@ -204,7 +222,7 @@ class MLP(Trainable):
         epochs: int = 10,
         batch_size: int | None = None,
         optimizer: str | Optimizer | None = None,
-        lr_schedule: Schedule | None = None,
+        lr_schedule: Schedule | ReduceOnPlateau | None = None,
         validation_data: tuple[Any, Any] | None = None,
         shuffle: bool = True,
         verbose: bool = False,
@@ -212,6 +230,12 @@ class MLP(Trainable):
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        *,
+        validation_split: float = 0.0,
+        early_stopping: EarlyStopping | None = None,
+        metrics: Sequence[str] | Mapping[str, Metric] = (),
+        class_weight: str | Mapping[Any, float] | None = None,
+        sample_weight: Any = None,
     ) -> History:
         """Train on samples `x` and their labels `y`.
 
@@ -248,7 +272,8 @@ class MLP(Trainable):
             ``lr_schedule(done)``, with the fraction of all mini-batches of this `fit` that is done, from 0 to below 1,
             returns what the learning rate is multiplied by in the next one: `linear_decay`, say, or
             ``lambda done: 0.1 ** int(3 * done)``. `optimizer.lr` stays as it is. While it is called, `parameters` may
-            be those of an earlier step: from a GPU they come back for callbacks alone.
+            be those of an earlier step: from a GPU they come back for callbacks alone. Others are `cosine_decay`,
+            `StepDecay` and `WarmUp`; `ReduceOnPlateau` follows the history instead.
         validation_data : (x, y), optional
             Evaluated after each epoch.
         shuffle : bool
@@ -265,13 +290,33 @@ class MLP(Trainable):
             A file that is written again and again, each time whole or not at all: at the end of each epoch, every 30
             seconds in between, but not more often than every 50 times as long as that takes; and when `fit` ends,
             whatever ends it, Ctrl-C or an error. It has the network, which `load` reads, state and settings of the
-            optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is.
+            optimizer, which `load_optimizers` reads, the random streams, the history, and where the fit is. With
+            `early_stopping` that restores the best epoch, `load` gives the parameters of the best one so far.
         resume : bool or path
             A checkpoint to go on from: the results, history included, have the same bits as if nothing had come
             between. With True it is `checkpoint` if that exists, so that a job that is started again goes on; one that
             `StopTraining` has ended, too. Samples and arguments must be those of then, but for `epochs`, which may be
             more, and callbacks; what differs is named. Of samples and targets some rows are compared, of `lr_schedule`
             whether there is one.
+        validation_split : float, within [0, 1)
+            The share of the samples that is held out at random, by `seed`, and evaluated instead of `validation_data`;
+            of each class the same share, as nearly as whole samples allow: of a class with a single one all or none.
+        early_stopping : EarlyStopping, optional
+            When to end before the epochs do, and whether to go back to the best one.
+        metrics : list of str, or mapping
+            What is computed of the validation data after each epoch besides loss and accuracy, and kept in
+            ``history.metrics``, under ``validation_`` and its name. Of classes: macro_precision, macro_recall,
+            macro_f1, weighted_f1, roc_auc, top_2_accuracy, log_loss, brier_score, calibration_error; of numbers:
+            mean_squared_error, mean_absolute_error, r2; see `gemmlet.metrics`. Or functions by name,
+            ``f(y_true, y_score)`` of class indices (n,) and probabilities (n, classes), or of numbers, that return a
+            number.
+        class_weight : {"balanced"} or mapping, optional
+            From labels to what their samples count, 1 where it says nothing. Balanced: all classes count the same.
+        sample_weight : array_like, shape (n,), optional
+            What each sample counts in the objective: finite, at least 0. The mean weight of those that are trained on,
+            together with those of the classes, counts as 1. A mini-batch's objective is the weighted sum divided by its
+            size. The accuracy of the history counts samples, and validation has no weights. On `numba` and `cuda` the
+            reference trains then, a mini-batch a call: slower.
 
         Returns
         -------
@@ -299,36 +344,73 @@ class MLP(Trainable):
             settings = self._settings(
                 epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
             )
+            settings.early_stopping = early_stopping
+            settings.check_early_stopping()
             rule = self._optimizer(optimizer)
+            weights = weights_of(sample_weight, class_weight, targets, meaning)
             samples.convert()
             data, validate = {"x": samples.array, "y": targets}, None
+            if weights is not None:
+                data["sample_weight"] = weights
+            share = checks.fraction(validation_split, "validation_split")
+            validation = None
             if validation_data is not None:
+                if share:
+                    raise ValueError("validation_split and validation_data: give one of them")
                 given = checks.pair(validation_data, "validation_data")
                 held_out = self._filled(given[0], "validation_data[0]", samples.dtype)
                 validation = held_out, self._targets(given[1], "validation_data[1]", held_out, meaning)[0]
                 for spoilt in (held_out.not_finite(), not_finite(validation[1], "validation_data[1]")):
                     if spoilt:
                         raise ValueError(spoilt)
-                held_out.stay()
                 data |= {"validation_data[0]": held_out.array, "validation_data[1]": validation[1]}
-
-                def validate() -> dict[str, float]:
-                    return dict(zip(VALIDATION, self._evaluate(*validation), strict=True))
+            elif share:
+                for spoilt in (samples.not_finite(), not_finite(targets, "y")):
+                    if spoilt:
+                        raise ValueError(spoilt)
+                kept, held = split(targets, share, np.random.default_rng(self._seeds()[2]))
+                validation = samples.take(held), targets[held]
+                samples, targets = samples.take(kept), targets[kept]
+                weights = None if weights is None else in_units_of_mean(weights[kept])
+            functions = monitors.checked(metrics, self._known_metrics(targets))
+            facts = {"metrics": sorted(functions), "validation_split": share}
+            history = History()
+            if validation is not None:
+                validation[0].stay()
+                validate = partial(self._validated, *validation, functions)
+                history.metrics = {f"validation_{name}": [] for name in functions}
+            elif functions:
+                raise ValueError("metrics needs validation_data or validation_split")
 
             self._settle(samples.dtype)
             if meaning.classes is not self.classes:
                 self.classes = meaning.classes
             self.multi_label = meaning.multi_label
-            history, group = History(), rule.group(self.parameters)
-            plan = self._plan(samples, targets, group)
-            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate).run()
+            group = rule.group(self.parameters)
+            plan = self._plan(samples, targets, group, weights)
+            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate, facts).run()
         return history
 
-    def _plan(self, samples: Samples, targets: Array, group: ParameterGroup | None = None) -> TrainingPlan:
+    def _known_metrics(self, targets: Array) -> Mapping[str, Metric]:
+        if self.output == "identity":
+            return monitors.OF_NUMBERS
+        return monitors.OF_CLASSES if targets.ndim == 1 else {}
+
+    def _validated(self, samples: Samples, targets: Array, functions: Mapping[str, Metric]) -> dict[str, float]:
+        """What the history has of validation data after an epoch."""
+        found = dict(zip(VALIDATION, self._evaluate(samples, targets), strict=True))
+        if functions:
+            function = {"softmax": kernels.softmax, "sigmoid": kernels.sigmoid, "identity": None}[self.output]
+            found |= monitors.measured(functions, targets, self._by_chunks(samples, self.layers[-1], function))
+        return found
+
+    def _plan(
+        self, samples: Samples, targets: Array, group: ParameterGroup | None = None, weights: Array | None = None
+    ) -> TrainingPlan:
         """A step; without `group` all but the update."""
         reduction = "mean" if self.output == "identity" else "sum"
         phases: list[Phase] = [
-            Gather(samples.dataset(may_skip_zeros=True)),
+            Gather(samples.dataset(may_skip_zeros=True)._replace(weights=weights, divides_by_rows=True)),
             Forward(0, (SAMPLES,)),
             Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -20,14 +20,9 @@ from .._signals import deferred_signals
 from ..formulas.optimizers import OPTIMIZER_RULES, adam_table
 from ..training.reference import clip_by_norm
 from . import _checks as checks
+from .schedules import ONE
 
 Array = NDArray[Any]
-
-# What the learning rate is multiplied by, once this fraction of all mini-batches is done: from 0 to below 1.
-Schedule = Callable[[float], float]
-
-# The factor of one step without a schedule.
-_ONE = np.ones(1)
 
 
 @dataclass(eq=False)
@@ -220,7 +215,7 @@ class Optimizer(ABC):
         states = self._states.find(params, self._arrays_per_parameter)
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
-        rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(_ONE))
+        rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(ONE))
         return ParameterGroup(self, rule, params, states)
 
     def fresh(self) -> Self:
@@ -464,32 +459,6 @@ class ClipNorm(Optimizer):
     def _take(self, settings: Mapping[str, Any]) -> None:
         self.optimizer._take(settings)
         self.max_norm = settings["max_norm"]
-
-
-def linear_decay(done: float) -> float:
-    """An `lr_schedule` for `fit` that lowers the learning rate to 0, in equal steps over all mini-batches.
-
-    ``model.fit(x, y, optimizer=Adam(3e-3), lr_schedule=linear_decay)``.
-
-    Parameters
-    ----------
-    done : float
-        The fraction of all mini-batches that is done.
-
-    Returns
-    -------
-    float
-        What the learning rate is multiplied by: 1 at the beginning.
-    """
-    return 1.0 - done
-
-
-def lr_factors(schedule: Schedule | None, first: int, count: int, total: int) -> NDArray[np.float64]:
-    """What the learning rate is multiplied by at `count` steps from `first` on, counted from 0, of `total`."""
-    if schedule is None:
-        return _ONE if count == 1 else np.ones(count)
-    factors = (schedule(step / total) for step in range(first, first + count))
-    return np.array([arguments.number(factor, "what lr_schedule returns", low=0.0) for factor in factors])
 
 
 OPTIMIZERS: dict[str, type[SGD] | type[Adam]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}

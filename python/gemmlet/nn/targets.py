@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +99,90 @@ def of_classes(y: Any, meaning: Meaning, output: str, dtype: np.dtype[Any], name
         classes = _learnt(labels, meaning, name)
     known = np.arange(meaning.class_count) if classes is None else as_labels(classes)
     return _positions(labels, known, name), meaning._replace(classes=classes, learns=False)
+
+
+def weights_of(sample_weight: Any, class_weight: Any, targets: Array, meaning: Meaning) -> NDArray[np.float64] | None:
+    """Return what each sample counts, in units of their mean; None where all count the same.
+
+    Parameters
+    ----------
+    sample_weight : array_like, shape (n,), optional
+    class_weight : {"balanced"} or mapping, optional
+        From labels to what their samples count besides; 1 where it says nothing. Balanced: such that all classes that
+        occur count the same.
+    targets : ndarray
+        As `of_classes` or `numbers` returns them.
+    meaning : Meaning
+    """
+    if sample_weight is None and class_weight is None:
+        return None
+    n = len(targets)
+    weights = np.ones(n)
+    if sample_weight is not None:
+        given = arguments.on_cpu(arguments.as_array(sample_weight, "sample_weight"))
+        checks.real_numbers(given.dtype, "sample_weight")
+        if given.shape != (n,):
+            raise ValueError(f"sample_weight has shape {given.shape}, expected ({n},), one for each sample")
+        weights = given.astype(np.float64)
+        bad = ~((weights >= 0) & (weights < np.inf))
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise ValueError(f"sample_weight[{row}] is {weights[row]:g}; expected finite numbers of at least 0")
+    if class_weight is not None:
+        if targets.ndim != 1:
+            raise ValueError("class_weight needs one class for each sample; use sample_weight")
+        weights = in_units_of_mean(weights)
+        weights = weights * _by_class(class_weight, targets, weights, meaning)[targets]
+    return in_units_of_mean(weights)
+
+
+def in_units_of_mean(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return weights of samples divided by their mean, where some are positive and none is too large."""
+    if not (largest := float(weights.max(initial=0.0))) > 0:
+        raise ValueError("sample_weight and class_weight leave no sample to train on; expected a positive sum")
+    # The largest is 1 in between, so that no sum and no quotient overflows.
+    scaled = weights / largest
+    units: NDArray[np.float64] = scaled / scaled.mean()
+    return units
+
+
+def _by_class(value: Any, targets: Array, weights: NDArray[np.float64], meaning: Meaning) -> NDArray[np.float64]:
+    """What samples of each class count."""
+    count = meaning.class_count
+    if isinstance(value, str):
+        checks.choice(value, "class_weight", ("balanced",))
+        sums = np.bincount(targets, weights, count)
+        return np.divide(1.0, sums, out=np.zeros(count), where=sums > 0)
+    if not isinstance(value, Mapping):
+        raise TypeError(f"class_weight must be 'balanced' or a mapping from labels, got {type(value).__name__}")
+    of_class = np.ones(count)
+    labels = list(range(count)) if meaning.classes is None else meaning.classes
+    for label, number in value.items():
+        if label not in labels:
+            raise ValueError(f"class_weight has the label {label!r}; expected {_shown(as_labels(labels))}")
+        of_class[labels.index(label)] = arguments.number(number, f"class_weight[{label!r}]", low=0.0)
+    return of_class
+
+
+def split(targets: Array, fraction: float, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divide samples at random into those to train with and a fraction to validate with, positions that ascend.
+
+    Of class indices each class gives its share, rounded such that the whole has that of all samples.
+    """
+    n = len(targets)
+    held_out = round(fraction * n)
+    if not 0 < held_out < n:
+        raise ValueError(f"validation_split of {fraction:g} leaves {held_out} of {n} samples to validate with")
+    order = rng.permutation(n)
+    if targets.ndim == 1:
+        # Sorted by class, each one at random, every step of n / held_out has one of its share.
+        order = order[np.argsort(targets[order], kind="stable")]
+        chosen = order[((np.arange(held_out) + rng.random()) * n / held_out).astype(np.int64)]
+    else:
+        chosen = order[:held_out]
+    is_held_out = np.zeros(n, bool)
+    is_held_out[chosen] = True
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def checked_classes(value: Any, output: str, outputs: int) -> list[Label] | None:

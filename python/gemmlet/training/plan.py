@@ -34,6 +34,7 @@ class Dataset(NamedTuple):
     numbers, in less memory. Rows may be on a GPU, for a backend that computes there. `skip_zeros` says that enough
     numbers are 0 for skipping them to pay; the result is the same. `weights` (n,), float64 and contiguous, make the
     objective their weighted mean over the mini-batch: finite, not negative, and of a positive sum in each mini-batch.
+    With `divides_by_rows` it is the weighted sum divided by the size of the mini-batch instead, and the sum may be 0.
     Another thread may change all but `indptr`.
     """
 
@@ -43,6 +44,7 @@ class Dataset(NamedTuple):
     skip_zeros: bool = False
     value_of_byte: Array | None = None
     weights: NDArray[np.float64] | None = None
+    divides_by_rows: bool = False
 
 
 # Layer operations.

@@ -90,11 +90,16 @@ class Step:
         self._records: dict[int, list[_Record]] = {}
         self._grad: dict[int, Array] = {}  # of a network's outputs
         self.rows, self.correct = len(where), 0
-        weights = plan.gather.dataset.weights
-        self._weights = None if weights is None else weights[where]
-        self._weight_sum = float(self.rows if self._weights is None else self._weights.sum())
-        if self._weights is not None and not ((self._weights >= 0).all() and 0 < self._weight_sum < math.inf):
-            raise ValueError("weights: expected finite numbers, none of them negative, of a positive sum")
+        dataset = plan.gather.dataset
+        self._weights = None if dataset.weights is None else dataset.weights[where]
+        # What the sum of the rows' losses is divided by.
+        self._weight_sum = float(self.rows)
+        if self._weights is not None:
+            total = float(self._weights.sum())
+            if not ((self._weights >= 0).all() and (total > 0 or dataset.divides_by_rows) and total < math.inf):
+                raise ValueError("weights: expected finite numbers, none of them negative, of a positive sum")
+            if not dataset.divides_by_rows:
+                self._weight_sum = total
         # Of each `Loss` and `Penalty`, divided by the size of the mini-batch, or the sum of its weights.
         self.losses: list[float] = []
         self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
@@ -237,7 +242,7 @@ def limited_loss(phase: Loss, outputs: Array, targets: Array, weights: Array | N
     else:
         losses, _ = LOSSES[phase.name].evaluate(z, targets.astype(np.float64), phase.value, 1.0)
     of_rows = np.clip(losses, *phase.limits).reshape(len(z), -1).mean(axis=1)
-    return float(np.average(of_rows, weights=weights))
+    return float(np.mean(of_rows if weights is None else of_rows * weights))
 
 
 def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
