@@ -132,12 +132,18 @@ def test_peers_have_the_functions_that_the_tables_name(known: str, find: str) ->
 
 def test_peers_are_right() -> None:
     """Each implementation of a few cases that are small; `pytest benchmarks` checks all of them."""
-    chosen = ["tanh 16,384 float64", "softmax_cross_entropy 64x10 float32", "adam 100,000 float64", "x.T@g 784x64x128"]
+    chosen = [
+        "tanh 16,384 float64",
+        "softmax_cross_entropy 64x10 float32",
+        "adam 100,000 float64",
+        "x.T@g 784x64x128",
+        "augment: affine",
+    ]
     found = [case for words in chosen for case in suite.chosen_cases(QUICK, suite.Choice((), words))]
     assert len(found) >= len(chosen)
     for case in found:
         for implementation in suite.chosen_implementations(
-            case, QUICK, suite.Choice(implementations=("numpy", "gemmlet", "pytorch", "pytorch fused"))
+            case, QUICK, suite.Choice(implementations=("numpy", "gemmlet", "pytorch", "pytorch fused", "scipy"))
         ):
             timing.check(case, implementation)
 

@@ -1695,9 +1695,9 @@ OPTIONS = (
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("", ["bench", "evaluate", "info", "predict", "sample", "train"]),
-        ("--help", ["bench", "evaluate", "info", "predict", "sample", "train"]),
-        ("-h", ["bench", "evaluate", "info", "predict", "sample", "train"]),
+        ("", ["augment", "bench", "evaluate", "info", "predict", "sample", "train"]),
+        ("--help", ["augment", "bench", "evaluate", "info", "predict", "sample", "train"]),
+        ("-h", ["augment", "bench", "evaluate", "info", "predict", "sample", "train"]),
         ("train", ["mlp", "gan"]),
         ("train --help", ["mlp", "gan"]),
         ("train mlp --help", [f"--{name}" for name in OPTIONS]),
@@ -1707,6 +1707,7 @@ OPTIONS = (
         ("evaluate --help", ["MODEL", "--data-dir", "--json", "--out", "--backend", "--threads"]),
         ("predict --help", ["MODEL", "IMAGE", "--json", "--backend", "--threads"]),
         ("sample --help", ["GAN", "--count", "--seed", "--out", "--backend", "--threads"]),
+        ("augment --help", [f"--{name}" for name in (*nn.Augment().settings._fields, "seed", "out", "data-dir")]),
         ("bench --help", ["--filter", "--quick", "--compare", "--data-dir", "--scaling", "--instructions"]),
     ],
 )
@@ -1753,7 +1754,7 @@ def test_commands_are_listed_without_the_extra(words):
     assert done.stderr == ""
     for name in COMMANDS:
         assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
-    for extra, count in (("train", 4), ("bench", 1)):
+    for extra, count in (("train", 5), ("bench", 1)):
         assert done.stdout.count(f"It needs typer, rich, matplotlib: pip install 'gemmlet[{extra}]'") == count
 
 

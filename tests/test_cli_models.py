@@ -1,4 +1,4 @@
-"""`gemmlet evaluate`, `predict` and `sample`: networks that were trained."""
+"""`gemmlet evaluate`, `predict` and `sample`, of networks that were trained, and `augment`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cli_support import (
 )
 from gemmlet import metrics, nn
 from gemmlet.cli import predict
-from gemmlet.data import load_mnist
+from gemmlet.data import augment, load_mnist
 
 PICTURES = {
     "confusion_matrix.png": (840, 792),
@@ -335,6 +335,25 @@ def test_samples(tmp_path, capsys):
     assert a == b != c
 
 
+# augment.
+
+
+def test_augmented_digits(folder, tmp_path, capsys):
+    words = ["augment", "--data-dir", folder, "--seed", 4, "--noise", 3]
+    assert call(*words, "--out", tmp_path / "a.png") == 0
+    settings = "rotate=12.0, scale=0.12, shear=0.12, shift=1.0, elastic=1.2, noise=3.0, erase=0.0"
+    assert capsys.readouterr().out == f"Augment({settings}): {tmp_path / 'a.png'}\n"
+    check_picture(tmp_path / "a.png", (604, 632))
+    assert call(*words, "--backend", "numpy", "--out", tmp_path / "b.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    # Below the title, without the gaps: the digits themselves, and in the last row and column that of the last epoch.
+    cells = 255 - np.asarray(Image.open(tmp_path / "a.png"))[32::2, 4::2]
+    digits = load_mnist(folder).x_train[:10].reshape(10, 28, 28)
+    assert (cells[:28, :28] == digits[0]).all()
+    expected = augment(digits, **vars(nn.Augment(noise=3)), seed=4, epoch=8)[9]
+    assert (cells[270:298, 270:298] == expected).all()
+
+
 # What cannot be used.
 
 
@@ -390,6 +409,12 @@ def files(tmp_path, folder, model):
         ("sample {gan} -n 0", "-n must be from 1 to 10,000, got 0"),
         ("sample {gan} --seed -1", "--seed must be at least 0, got -1"),
         ("sample {gan} --out samples.jpg", "expected a name that ends in .png"),
+        ("augment --rotate 200", "--rotate must be within [0, 180], got 200.0"),
+        ("augment --noise nan", "--noise must be within [0, 255], got nan"),
+        ("augment --erase many", "'many' is no number"),
+        ("augment --seed -1", "--seed must be from 0 to 2**64 - 1, got -1"),
+        ("augment --out grid", "--out grid: expected a name that ends in .png"),
+        ("augment --data-dir {empty}", "{empty} lacks the file train-images-idx3-ubyte"),
         ("sample {gan} --out {missing}/a.png", "there is no folder {missing}"),
     ],
 )

@@ -167,6 +167,8 @@ GEMMLET_INLINE V sqrt(V a) {
   return r;
 }
 
+GEMMLET_INLINE double sqrt(double a) { return __builtin_sqrt(a); }
+
 // Writes the numbers of x that are not 0, and their places, counted from `first`; returns how many. At most n are written.
 template <class T>
 GEMMLET_INLINE std::int64_t list_nonzeros(const T* x, std::int64_t n, std::int32_t first, std::int32_t* places,
@@ -253,6 +255,64 @@ template <class I>
 GEMMLET_INLINE I sum_shifted_right(I a, ScalarOf<I> b, int count) {
   using U = Vec<std::make_unsigned_t<ScalarOf<I>>>;
   return std::bit_cast<I>((std::bit_cast<U>(a) + static_cast<ScalarOf<U>>(b)) >> count);
+}
+
+// The products of the low halves of a's lanes with b: GCC finds the instruction neither in a product of masked lanes nor in
+// a loop, and takes three times as long.
+GEMMLET_INLINE Vec<std::uint64_t> multiply_low_halves(Vec<std::uint64_t> a, std::uint32_t b) {
+#if defined(__AVX512F__)
+  // Without a mask it is the same instruction, and GCC warns of its own header.
+  const __m512i product = _mm512_maskz_mul_epu32(0xff, std::bit_cast<__m512i>(a), _mm512_set1_epi64(b));
+  return std::bit_cast<Vec<std::uint64_t>>(product);
+#elif defined(__AVX2__)
+  return std::bit_cast<Vec<std::uint64_t>>(_mm256_mul_epu32(std::bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return std::bit_cast<Vec<std::uint64_t>>(_mm_mul_epu32(std::bit_cast<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  for (int i = 0; i < lanes<std::uint64_t>; ++i)
+    a[i] = static_cast<std::uint64_t>(static_cast<std::uint32_t>(a[i])) * b;
+  return a;
+#endif
+}
+
+// Each lane holds two integers of 16 bits: the sum of the products of both. The sum must fit.
+GEMMLET_INLINE Vec<std::int32_t> multiply_pairs(Vec<std::int32_t> a, Vec<std::int32_t> b) {
+#if defined(__AVX512BW__)
+  return std::bit_cast<Vec<std::int32_t>>(_mm512_madd_epi16(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return std::bit_cast<Vec<std::int32_t>>(_mm256_madd_epi16(std::bit_cast<__m256i>(a), std::bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return std::bit_cast<Vec<std::int32_t>>(_mm_madd_epi16(std::bit_cast<__m128i>(a), std::bit_cast<__m128i>(b)));
+#else
+  using U = Vec<std::uint32_t>;  // whose shifts to the left are defined for any number
+  const auto low = [](Vec<std::int32_t> v) {
+    return std::bit_cast<Vec<std::int32_t>>(std::bit_cast<U>(v) << 16) >> 16;
+  };
+  return low(a) * low(b) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// Bytes as integers of 32 bits, and back: lanes that are not within [0, 255] have no defined byte.
+GEMMLET_INLINE Vec<std::int32_t> load_bytes(const std::uint8_t* p) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(lanes<std::int32_t>)));
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Vec<std::int32_t>);
+}
+GEMMLET_INLINE void store_bytes(std::uint8_t* p, Vec<std::int32_t> v) {
+  // Where no single instruction does it, GCC takes the lanes one by one.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i first = _mm256_shuffle_epi8(std::bit_cast<__m256i>(v), _mm256_set1_epi32(0x0c080400));
+  _mm_storeu_si64(p, _mm_unpacklo_epi32(_mm256_castsi256_si128(first), _mm256_extracti128_si256(first, 1)));
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+  const __m128i shorts = _mm_packs_epi32(std::bit_cast<__m128i>(v), std::bit_cast<__m128i>(v));
+  const int bytes = _mm_cvtsi128_si32(_mm_packus_epi16(shorts, shorts));
+  std::memcpy(p, &bytes, sizeof bytes);
+#else
+  typedef std::uint8_t Bytes __attribute__((vector_size(lanes<std::int32_t>)));
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+  std::memcpy(p, &bytes, sizeof bytes);
+#endif
 }
 
 // The rounding error of p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).

@@ -4,6 +4,7 @@
 
 #include <functional>
 
+#include "cpu/augment.h"
 #include "cpu/roofline.h"
 #include "cpu/threads.h"
 
@@ -157,6 +158,28 @@ void optimizer_update(int rule, py::array& param, const py::array& grad, std::ve
   });
 }
 
+void augment(const py::array& images, const std::vector<double>& settings, std::uint64_t seed, Index epoch,
+             const py::array& samples, py::array& out) {
+  if (images.ndim() != 3) refuse("images", "not of three dimensions");
+  const Index count = images.shape(0), height = images.shape(1), width = images.shape(2);
+  if (std::min(height, width) < 1 || std::max(height, width) > gemmlet::augment_max_side)
+    refuse("images", "too small or too large");
+  double by[gemmlet::augment_setting_count];
+  if (settings.size() != std::size(by)) refuse("settings", "wrong number");
+  std::ranges::copy(settings, by);
+  const auto* from = contiguous<std::uint8_t>(images, images.size(), "images");
+  const auto* of_image = contiguous<Index>(samples, count, "samples");
+  auto* to = writable<std::uint8_t>(out, images.size(), "out");
+  without_gil([&] { gemmlet::augment(by, from, count, height, width, seed, epoch, of_image, to); });
+}
+
+// For the tests.
+void random_words(std::uint64_t seed, unsigned stream, std::uint64_t step, std::uint64_t row, Index first_block,
+                  py::array& out) {
+  auto* words = writable<std::uint32_t>(out, out.size(), "out");
+  gemmlet::random_blocks(seed, stream, step, row, first_block, out.size() / 4, words);
+}
+
 double fma_loop(bool is_double, std::int64_t steps) {
   if (steps < 1) refuse("steps", "below 1");
   return without_gil([&] { return is_double ? gemmlet::fma_loop<double>(steps) : gemmlet::fma_loop<float>(steps); });
@@ -196,6 +219,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def(m, "row_loss", &row_loss, "loss", "logits", "labels", "smoothing", "out");
   def(m, "elementwise_loss", &elementwise_loss, "loss", "prediction", "target", "parameter", "out");
   def(m, "optimizer_update", &optimizer_update, "rule", "param", "grad", "state", "hyperparameters");
+  def(m, "augment", &augment, "images", "settings", "seed", "epoch", "samples", "out");
+  def(m, "random_words", &random_words, "seed", "stream", "step", "row", "first_block", "out");
   bind_training(m);
   bind_numpy(m);
   bind_torch(m);

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import Activation
+from ..formulas.augmentation import Draw, Settings
 from ..formulas.losses import Loss, RowFunction, RowLoss
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
 
@@ -133,6 +134,14 @@ class Backend(Protocol):
         self, rule: OptimizerRule, param: Array, grad: Array, state: tuple[Array, ...], hyperparameters: Hyperparameters
     ) -> None:
         """Update `param` and its state in place."""
+
+    # Images.
+
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
+        """``out`` = the images (n, h, w), bytes on the CPU, transformed; it is `images` itself, or overlaps it nowhere.
+
+        Every backend gives the same bytes.
+        """
 
     # Training.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import _environment
 from ..formulas.activations import ACTIVATIONS, Activation
+from ..formulas.augmentation import Draw, Settings
 from ..formulas.losses import LOSSES, Loss, RowFunction, RowLoss
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from . import threadpool
@@ -216,6 +217,11 @@ class CpuBackend(NumpyBackend):
             super().update(rule, param, grad, state, hyperparameters)
         else:
             self._module.optimizer_update(number, param, grad, state, hyperparameters)
+
+    # Images.
+
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
+        self._module.augment(images, settings, draw.seed, draw.epoch, draw.samples, out)
 
     # Training.
 

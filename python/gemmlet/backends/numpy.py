@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _threads
+from ..formulas import augmentation
 from ..formulas.activations import Activation
+from ..formulas.augmentation import Draw, Settings
 from ..formulas.losses import Loss, RowFunction, RowLoss, smoothing
 from ..formulas.optimizers import Hyperparameters, OptimizerRule
 from .base import Array, Backend
@@ -169,6 +171,13 @@ class NumpyBackend(Backend):
             results = rule.apply(_f64(param), _f64(grad), *(_f64(s) for s in state), *hyperparameters)
             for target, result in zip((param, *state), results, strict=True):
                 target[...] = result
+
+    # Images.
+
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
+        count, height, width = images.shape
+        for part in augmentation.blocks(count, height * width):
+            out[part] = augmentation.augmented(images[part], settings, draw.of(part))
 
     # Training.
 

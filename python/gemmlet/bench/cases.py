@@ -25,7 +25,7 @@ from gemmlet.formulas.activations import ACTIVATIONS, Activation
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, Loss, softmax_cross_entropy
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
 
-from . import estimators, torch, training
+from . import augmentation, estimators, torch, training
 from .case import Array, Call, Case, Factory, Prepared, Settings
 from .implementations import OURS
 from .programs import programs
@@ -720,7 +720,7 @@ def imports(settings: Settings) -> Iterator[Case]:
 
 _NAMED = (
     training.epoch, training.wide, training.gan, matmul, linear, activations, losses, optimizers, thinc,
-    overhead, programs, estimators.sklearn,
+    overhead, programs, estimators.sklearn, augmentation.augment,
 )  # fmt: skip
 GROUPS: dict[str, Callable[[Settings], Iterator[Case]]] = {group.__name__: group for group in _NAMED}
 GROUPS["import"] = imports  # a name that no function can have

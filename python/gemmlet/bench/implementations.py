@@ -22,6 +22,7 @@ class Implementation:
     package: str | None = None  # that it needs, as it is imported; None needs nothing beyond gemmlet
     backend: str | None = None  # of gemmlet, that it runs on; None is the one in use
     compiles: bool = False  # whether it compiles for seconds before its first result; ``--quick`` leaves it out
+    in_extra: bool = True  # whether the extra `bench` brings the package: others are measured where they happen to be
     is_peer: bool = True  # whether gemmlet is behind where this is faster: not gemmlet's other backend, nor a floor
 
     def available(self) -> bool:
@@ -55,6 +56,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation("scikit-learn", "sklearn"),
         Implementation("numexpr", "numexpr"),
         Implementation("thinc", "thinc"),
+        Implementation("scipy", "scipy"),
+        Implementation("opencv", "cv2", in_extra=False),
+        Implementation("kornia", "kornia", in_extra=False),
         # `torch.compile`, without what is compiled.
         Implementation("dynamo alone", "torch", compiles=True, is_peer=False),
     )
@@ -62,8 +66,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def missing_packages() -> list[str]:
-    """Return the packages of peers that are not installed."""
-    return sorted({each.package for each in IMPLEMENTATIONS.values() if each.package and not each.available()})
+    """Return the packages of peers that are not installed, though the extra would bring them."""
+    missing = {each.package for each in IMPLEMENTATIONS.values() if each.in_extra and not each.available()}
+    return sorted(package for package in missing if package)
 
 
 @contextlib.contextmanager
@@ -86,9 +91,11 @@ def same_threads(count: int, names: Iterable[str]) -> Iterator[list[str]]:
     select.current()
     before = gemmlet.get_num_threads()
     restore = []
-    for name in packages & {"torch", "numexpr"}:
+    for name in packages & {"torch", "numexpr"} | ({"torch"} if "kornia" in packages else set()):
         module = sys.modules[str(name)]
         restore.append((module.set_num_threads, module.get_num_threads()))
+    if "cv2" in packages:
+        restore.append((sys.modules["cv2"].setNumThreads, sys.modules["cv2"].getNumThreads()))
     notes = []
     if "jax" in packages and processors() != count:
         notes.append(

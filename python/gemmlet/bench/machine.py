@@ -16,7 +16,7 @@ from gemmlet.backends import select
 from .implementations import IMPLEMENTATIONS
 
 # Where the name of a distribution is not that of its package.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "cv2": "opencv-python"}
 
 
 def machine() -> dict[str, Any]:

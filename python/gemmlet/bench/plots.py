@@ -28,8 +28,11 @@ _COLORS = (
     "#b8a800",
     "#332288",
     "#882255",
+    "#44aa99",
+    "#999933",
+    "#aa4499",
 )
-_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<", ">", "p")
+_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<", ">", "p", "h", "d", "8")
 STYLE = dict(zip(IMPLEMENTATIONS, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 

@@ -109,6 +109,7 @@ _SKLEARN: tuple[tuple[str, dict[str, object], float], ...] = (
     ("fit, float64", {"kind": "fit", "dtype": "float64"}, 1.3),
     ("predict_proba", {"kind": "predict"}, 1.2),
 )
+_AUGMENT = "augmentation of MNIST's digits, one by one"
 _CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
 TARGETS: tuple[Target | Limit | Share, ...] = (
@@ -149,6 +150,12 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
     ),
     Target("under PyTorch: inference", _of("torch", work="inference"), _COMPILERS, 0.95),
     Target("under PyTorch: updates by an optimizer", _of("torch", work="update"), ("pytorch",), 3.0),
+    *(
+        Target(f"{_AUGMENT}{', elastic' * elastic}", _of("augment", elastic=elastic), (peer,), ratio)
+        for elastic, peer, ratio in ((False, "scipy", 25.0), (False, "pytorch", 8.0), (True, "scipy", 100.0))
+    ),
+    Limit(f"{_AUGMENT}, on one thread", _of("augment", elastic=False), 1.2e-6),
+    Limit(f"{_AUGMENT}, elastic, on one thread", _of("augment", elastic=True), 2e-6),
     Limit("import gemmlet over import numpy", _of("import", after_numpy=True), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
     Target(_ELEMENTWISE, _of(elementwise=True), ("numpy",), 1.0, implementation="gemmlet-numba"),

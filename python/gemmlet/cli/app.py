@@ -13,7 +13,7 @@ from .. import nn
 from ..backends import select
 from ..bench.results import TOLERANCES
 from ..formulas.activations import ACTIVATIONS
-from . import bench, evaluate, info, predict, sample, train_gan, train_mlp, training
+from . import augment, bench, evaluate, info, predict, sample, train_gan, train_mlp, training
 from .commands import COMMANDS, HELP_OPTIONS, PROGRAMS
 from .errors import UserError
 
@@ -273,6 +273,39 @@ def _sample(
     """Draw samples of a GAN into a picture."""
     options = locals()
     return sample.run(sample.Options(**options))
+
+
+_AUGMENT = nn.Augment()
+
+
+def _setting(what: str) -> Any:
+    return typer.Option(metavar="NUMBER", help=what, parser=REAL["parser"])
+
+
+@app.command("augment", short_help=COMMANDS["augment"])
+def _augment(
+    data_dir: DataDir = None,
+    rotate: Annotated[float, _setting("Degrees, to either side.")] = _AUGMENT.rotate,
+    scale: Annotated[
+        float, _setting("Height and width, each by a factor of 1 - NUMBER to 1 + NUMBER.")
+    ] = _AUGMENT.scale,
+    shear: Annotated[
+        float, _setting("Pixels by which a row is shifted, to either side, for each row.")
+    ] = _AUGMENT.shear,
+    shift: Annotated[float, _setting("Pixels, along each axis, to either side.")] = _AUGMENT.shift,
+    elastic: Annotated[float, _setting("Pixels by which a pixel is displaced, standard deviation.")] = _AUGMENT.elastic,
+    noise: Annotated[float, _setting("Grey levels of 256 that are added, standard deviation.")] = _AUGMENT.noise,
+    erase: Annotated[float, _setting("Probability with which a rectangle is erased.")] = _AUGMENT.erase,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same picture.", **INTEGER)] = 0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture, a PNG.")] = Path("augmented.png"),
+    backend: BackendName = None,
+) -> int:
+    """Draw a digit of each class, and what augmentation makes of it in nine epochs.
+
+    0 leaves something out. The ranges and the sources: gemmlet.nn.Augment.
+    """
+    options = locals()
+    return augment.run(augment.Options(**options))
 
 
 @app.command("bench", short_help=COMMANDS["bench"])

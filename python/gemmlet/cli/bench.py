@@ -124,9 +124,8 @@ def _implementations(text: str) -> tuple[str, ...]:
         if name not in IMPLEMENTATIONS:
             raise UserError(f"--sides: {name!r} is unknown; the choices are {', '.join(IMPLEMENTATIONS)}")
         if not IMPLEMENTATIONS[name].available():
-            raise UserError(
-                f"--sides: {name} needs the package {IMPLEMENTATIONS[name].package}: pip install 'gemmlet[bench]'"
-            )
+            hint = ": pip install 'gemmlet[bench]'" if IMPLEMENTATIONS[name].in_extra else ""
+            raise UserError(f"--sides: {name} needs the package {IMPLEMENTATIONS[name].package}{hint}")
     return names
 
 

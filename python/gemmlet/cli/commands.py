@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "Measure a classifier of digits, or compare two.",
     "predict": "Say which digits images show.",
     "sample": "Draw what a generator makes.",
+    "augment": "Draw what augmentation makes of digits.",
     "bench": "Check and time the kernels and the trainings beside their peers.",
     "info": "Show backends, threads, versions and environment variables.",
 }

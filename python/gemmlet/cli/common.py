@@ -85,6 +85,14 @@ def load_digits_classifier(path: Path) -> nn.MLP:
     return model
 
 
+def check_picture_path(path: Path) -> None:
+    """Raise `UserError` unless ``--out`` is where a picture can be written."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path}: expected a name that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.absolute().parent}")
+
+
 def finite(value: float | None) -> float | None:
     """Return a number for JSON, which has no NaN."""
     return value if value is not None and math.isfinite(value) else None

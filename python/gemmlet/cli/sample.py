@@ -28,10 +28,7 @@ def run(options: Options) -> int:
         raise UserError(f"-n must be from 1 to 10,000, got {options.count}")
     if options.seed is not None and options.seed < 0:
         raise UserError(f"--seed must be at least 0, got {options.seed}")
-    if options.out.suffix.lower() != ".png":
-        raise UserError(f"--out {options.out}: expected a name that ends in .png")
-    if not options.out.absolute().parent.is_dir():
-        raise UserError(f"--out {options.out}: there is no folder {options.out.absolute().parent}")
+    common.check_picture_path(options.out)
     common.use(options.backend, options.threads)
     model = common.load_network(options.model, nn.GAN)
     if model.features != 784:

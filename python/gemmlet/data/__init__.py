@@ -1,5 +1,6 @@
-"""Data to train on: MNIST from a folder, from the network, or as a small sample that lies in the package."""
+"""Data to train on: MNIST from a folder, from the network, or as a small sample in the package; augmentation."""
 
+from .augmentation import augment
 from .mnist import Mnist, load_mnist
 
-__all__ = ["Mnist", "load_mnist"]
+__all__ = ["Mnist", "augment", "load_mnist"]

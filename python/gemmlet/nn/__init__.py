@@ -5,6 +5,7 @@ same bits on one backend, whatever `gemmlet.set_num_threads` says. (The matmul o
 NumPy's BLAS, which may add in another order where the number of its own threads is another.)
 """
 
+from .augment import Augment
 from .fit import CheckpointError, DivergedError, GANHistory, GANProgress, History, Progress, StopTraining
 from .gan import GAN
 from .mlp import MLP
@@ -18,6 +19,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Augment",
     "CheckpointError",
     "ClipNorm",
     "DivergedError",

@@ -24,7 +24,9 @@ import numba
 import numpy as np
 from llvmlite import binding
 
+from ...formulas import augmentation
 from ...formulas.activations import ACTIVATIONS, Activation
+from ...formulas.augmentation import Draw, Settings
 from ...formulas.losses import Loss, RowFunction, RowLoss
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import SAMPLES, Batches, Forward, Gather, Outcome, TrainingPlan, UnsupportedError, dense_layers
@@ -257,6 +259,25 @@ class NumbaBackend(NumpyBackend):
         loop = loops.update_loop(rule.name, param.dtype, len(state), len(hyperparameters))
         p, g, states = param.reshape(-1), grad.reshape(-1), [s.reshape(-1) for s in state]
         self._split(p.size, 1, lambda part: loop(p[part], g[part], *(s[part] for s in states), hyperparameters))
+
+    # Images.
+
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
+        count, height, width = images.shape
+        loop, pixels = loops.augment_loop(), height * width
+        of_row, of_column = augmentation.grid_weights(height, width)
+        spacing = augmentation.grid_spacing(height, width)
+
+        def run(part: slice) -> None:
+            begin, end = part.start // pixels, part.stop // pixels
+            for block in augmentation.blocks(end - begin, pixels):
+                chosen = slice(begin + block.start, begin + block.stop)
+                numbers = augmentation.numbers(settings, height, width, draw.of(chosen))
+                loop(
+                    images[chosen], numbers.maps, numbers.points, of_row, of_column, spacing, *numbers[2:], out[chosen]
+                )
+
+        self._split(count * pixels, pixels, run)
 
     # Training.
 

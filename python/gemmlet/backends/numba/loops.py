@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from numba import njit, types
 
+from ...formulas.augmentation import CONTROL_POINTS, WEIGHT_BITS
 from ...formulas.losses import smoothing
 from .formulas import scalar_kernels
 
@@ -310,3 +311,69 @@ def cross_entropy_loop(dtype: np.dtype[Any]) -> Callable[..., Any]:
     read, labels = _array(dtype), _array(np.dtype(np.int64))
     numbers = types.float64, numba.from_dtype(dtype), _SUMS
     return _compiled(loop, read, types.intp, labels, read, *numbers, _array(dtype, written=True))
+
+
+# Images. The formulas of `formulas.augmentation` pixel by pixel, in integers.
+
+
+@_compile
+def _pixel(image, row, column):
+    """A pixel, or 0 beyond the image."""
+    inside = 0 <= row < image.shape[0] and 0 <= column < image.shape[1]
+    return np.int64(image[row, column]) if inside else np.int64(0)
+
+
+@_compile
+def _warp(image, affine, points, of_row, of_column, spacing, result):
+    height, width = image.shape
+    by_column = np.empty((2, CONTROL_POINTS, width), np.int64)
+    for axis in range(2):
+        for i in range(CONTROL_POINTS):
+            for x in range(width):
+                total = np.int64(1 << (WEIGHT_BITS - 1))
+                for j in range(x // spacing, x // spacing + 4):
+                    total += points[axis, i, j] * of_column[x, j]
+                by_column[axis, i, x] = total >> WEIGHT_BITS
+    for y in range(height):
+        for x in range(width):
+            shift_x, shift_y = np.int64(2), np.int64(2)
+            for i in range(y // spacing, y // spacing + 4):
+                shift_x += of_row[y, i] * by_column[0, i, x]
+                shift_y += of_row[y, i] * by_column[1, i, x]
+            from_x = affine[0, 0] * x + affine[0, 1] * y + affine[0, 2] + (shift_x >> 2)
+            from_y = affine[1, 0] * x + affine[1, 1] * y + affine[1, 2] + (shift_y >> 2)
+            column, row, right, down = from_x >> 16, from_y >> 16, from_x >> 10 & 63, from_y >> 10 & 63
+            first = _pixel(image, row, column) * (64 - down) + _pixel(image, row + 1, column) * down
+            second = _pixel(image, row, column + 1) * (64 - down) + _pixel(image, row + 1, column + 1) * down
+            result[y, x] = (first * (64 - right) + second * right + 2048) >> 12
+
+
+@functools.cache
+def augment_loop() -> Callable[..., Any]:
+    """``loop(images, maps, points, of_row, of_column, spacing, noise, corners, out)``; what is empty is left out."""
+
+    def loop(images, maps, points, of_row, of_column, spacing, noise, corners, out):
+        result = np.empty(images.shape[1:], np.int64)
+        for k in range(images.shape[0]):
+            if maps.size:
+                _warp(images[k], maps[k], points[k], of_row, of_column, spacing, result)
+            else:
+                result[:] = images[k]
+            if noise.size:
+                for y in range(result.shape[0]):
+                    for x in range(result.shape[1]):
+                        result[y, x] = min(max(result[y, x] + noise[k, y, x], 0), 255)
+            if corners.size:
+                result[corners[k, 0] : corners[k, 1], corners[k, 2] : corners[k, 3]] = 0
+            for y in range(result.shape[0]):
+                for x in range(result.shape[1]):
+                    out[k, y, x] = result[y, x]
+
+    def integers(dimensions: int) -> Any:
+        return types.Array(types.int64, dimensions, "C", readonly=True)
+
+    def images(*, written: bool) -> Any:
+        return types.Array(types.uint8, 3, "C", readonly=not written)
+
+    numbers = integers(3), integers(4), integers(2), integers(2), types.int64, integers(3), integers(2)
+    return _compiled(loop, images(written=False), *numbers, images(written=True))

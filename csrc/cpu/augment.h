@@ -1,0 +1,25 @@
+// Augmentation of images and random numbers, as the bindings call them; augmenter.h says what a transform is.
+//
+// Contract
+//   As kernels.h has it: no type here depends on the instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace gemmlet {
+
+constexpr Index augment_max_side = 1024;
+constexpr int augment_setting_count = 7;
+
+// Many images, by all threads. Image i is sample samples[i]; settings are those of augmentation::Settings, in its order; out may
+// be images.
+void augment(const double (&settings)[augment_setting_count], const std::uint8_t* images, Index count, Index height,
+             Index width, std::uint64_t seed, Index epoch, const Index* samples, std::uint8_t* out);
+
+// `blocks` blocks of four random words each, one after the other, as formulas/random.h has them.
+void random_blocks(std::uint64_t seed, unsigned stream, std::uint64_t step, std::uint64_t row, Index first,
+                   Index blocks, std::uint32_t* out);
+
+}  // namespace gemmlet

@@ -1,0 +1,124 @@
+"""Augmentation of images, as a function of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _arguments as arguments
+from .. import _arrays as arrays
+from ..backends import select
+from ..formulas import random
+from ..formulas.augmentation import MAX_SIDE, Draw
+from ..nn import _checks as checks
+from ..nn.augment import Augment
+
+
+def augment(
+    images: Any,
+    *,
+    rotate: float = 0,
+    scale: float = 0,
+    shear: float = 0,
+    shift: float = 0,
+    elastic: float = 0,
+    noise: float = 0,
+    erase: float = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    indices: Any = None,
+    out: Any = None,
+) -> NDArray[np.uint8]:
+    """Transform images, each by numbers of its own: warped, with noise, with a rectangle erased, in this order.
+
+    The numbers follow from `seed`, `epoch` and the image's index alone (Philox 4x32-10, a counter-based generator), and
+    all that follows from them is in integers: the same bytes on every backend and instruction set, for any number of
+    threads, whichever images a call has. With all settings 0 the images stay as they are.
+
+    Pixels are interpolated bilinearly; what comes from beyond an image is 0. There is no CUDA kernel: where the backend
+    ``cuda`` is in use, the reference computes, in NumPy.
+
+    Parameters
+    ----------
+    images : array_like of uint8, shape (n, h, w)
+        Each side from 1 to 1024. Rows of pixels are images by ``rows.reshape(-1, 28, 28)``, which is a view.
+    rotate, scale, shear, shift, elastic, noise, erase : float
+        See `gemmlet.nn.Augment`, which has the ranges, the units and the sources; ``augment(images, **vars(settings))``
+        takes one.
+    seed : int, 0 to 2**64 - 1
+        Other seeds, other transforms.
+    epoch : int, 0 to 2**40 - 1
+        In each epoch an image has another transform.
+    indices : array_like of int, shape (n,), optional
+        The number of each image in the data set, 0 to 2**40 - 1; by default from 0 on. So
+        ``augment(images[i], indices=i)`` is ``augment(images)[i]``.
+    out : array_like of uint8, shape (n, h, w), optional
+        Takes the result; it may be `images`.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, h, w)
+
+    Raises
+    ------
+    TypeError
+        `images` or `out` are not bytes, or on a GPU; a setting is no number.
+    ValueError
+        A shape does not fit, or a number is out of its range. Each error names the argument.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> digits = np.zeros((2, 28, 28), np.uint8)
+    >>> augment(digits, rotate=12, elastic=1.2, seed=1).shape
+    (2, 28, 28)
+    """
+    settings = Augment(rotate, scale, shear, shift, elastic, noise, erase).settings
+    array = arguments.as_array(images, "images")
+    if arrays.is_on_gpu(array):
+        raise TypeError(f"images are on {arrays.place(array)}; they are augmented on the CPU: pass images.get()")
+    if array.dtype != np.uint8:
+        raise TypeError(f"images has dtype {array.dtype}, expected uint8: grey levels from 0 to 255")
+    if array.ndim != 3:
+        hint = ": reshape rows of pixels, as images.reshape(-1, 28, 28)" if array.ndim == 2 else ""
+        raise ValueError(f"images has shape {array.shape}, expected (n, h, w){hint}")
+    if not all(1 <= side <= MAX_SIDE for side in array.shape[1:]):
+        raise ValueError(f"images has shape {array.shape}; height and width must be from 1 to {MAX_SIDE}")
+    draw = Draw(
+        _below(seed, "seed", 64), _below(epoch, "epoch", random.STEP_BITS), _sample_numbers(indices, len(array))
+    )
+    backend = select.current()
+    result = arguments.output(backend, out, "out", array.shape, array)
+    source = np.ascontiguousarray(array)
+    target = result if result.flags.c_contiguous else np.empty_like(source)
+    if arguments.overlaps(source, target) and not arguments.same_view(source, target):
+        source = source.copy()
+    backend.augment(source, settings, draw, target)
+    if target is not result:
+        result[...] = target
+    return result if out is None else out
+
+
+def _below(value: Any, name: str, bits: int) -> int:
+    """Return an integer from 0 to ``2**bits - 1``."""
+    number = checks.whole_number(value, name, 0, is_count=False)
+    if number >> bits:
+        raise ValueError(f"{name} must be below 2**{bits}, got {arguments.shown(number)}")
+    return number
+
+
+def _sample_numbers(indices: Any, count: int) -> NDArray[np.int64]:
+    if indices is None:
+        return np.arange(count)
+    array = arguments.as_array(indices, "indices")
+    if arrays.is_on_gpu(array):
+        raise TypeError(f"indices are on {arrays.place(array)}, images on the CPU")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"indices has dtype {array.dtype}, expected integers")
+    arguments.check_shape(array, "indices", (count,), "one for each image")
+    array = array.copy()  # which nobody can change after the check
+    if count and not (array.min() >= 0 and int(array.max()) >> random.ROW_BITS == 0):
+        raise ValueError(f"indices must be from 0 to 2**{random.ROW_BITS} - 1, got {array.min()} to {array.max()}")
+    return array.astype(np.int64)
