@@ -659,7 +659,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     }
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
-    others |= {"forward"}  # below
+    others |= {"forward", "augment", "random_words"}  # below
     others |= {"kept_memory", "formula", "fast_path"}  # see test_fast_path.py
     others |= {
         name for name in dir(module) if name.startswith(("numpy_", "torch_", "use_torch"))
@@ -667,6 +667,39 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
     functions = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
     assert functions == {function_of(name) for name in calls} | others
     return calls
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_the_binding_of_augment_refuses(module: Any) -> None:
+    guarded = Guarded()
+    images, out = guarded.array((3, 4, 5), np.uint8, 7), guarded.array((3, 4, 5), np.uint8, 9)
+    samples, settings = guarded.array((3,), np.int64, 1), [12.0, 0.1, 0.1, 1.0, 1.2, 3.0, 0.5]
+    good = {"images": images, "settings": settings, "seed": 1, "epoch": 2, "samples": samples, "out": out}
+    bad: dict[str, list[Any]] = {
+        "images": [images[0], images[:, :0], images[..., ::2], images.astype(np.int8), images.tolist(), None],
+        "settings": [settings[:-1], [*settings, 0.0], "text", None, ["a"] * 7],
+        "seed": [-1, 2**64, 0.5, None],
+        "epoch": [2**63, 0.5, None],
+        "samples": [samples[:2], samples.astype(np.int32), samples[::-1], None],
+        "out": [out[:2], out[..., ::2], out.astype(np.int8), read_only(out), None],
+    }
+    for argument, values in bad.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError)):
+                module.augment(**good | {argument: value})
+    largest = [180.0, 0.5, 1.0, 1024.0, 32.0, 255.0, 1.0]
+    for i in range(7):
+        for value in (math.nan, math.inf, -5e-324, np.nextafter(largest[i], math.inf)):
+            with pytest.raises(ValueError, match="settings"):
+                module.augment(**good | {"settings": [*settings[:i], value, *settings[i + 1 :]]})
+    assert (out == 9).all()
+    module.augment(**good | {"settings": largest})
+    words = guarded.array((8,), np.uint32)
+    for wrong in (words.astype(np.int64), words[::2], read_only(words), None):
+        with pytest.raises((TypeError, ValueError)):
+            module.random_words(1, 0, 0, 0, 0, wrong)
+    module.random_words(1, 0, 0, 0, 0, words[:6])
+    assert guarded.intact()
 
 
 STRIDED_IS_FINE = {("linear", "x"), ("linear", "w"), ("column_sum", "x")}

@@ -122,7 +122,7 @@ def weights_of(network: MLP | GAN) -> list[Any]:
 def fitted(network: Any, *data: Any, **arguments: Any) -> list[Any]:
     """What `fit` leaves behind: all weights, then what the history says."""
     history = vars(network.fit(*data, **arguments))
-    return [*weights_of(network), *(np.array(v) for k, v in sorted(history.items()) if k != "seconds")]
+    return [*weights_of(network), *(np.array(v) for k, v in sorted(history.items()) if isinstance(v, list))]
 
 
 def same(results: list[Any], expected: list[Any]) -> bool:

@@ -12,6 +12,8 @@ namespace gemmlet {
 
 constexpr Index augment_max_side = 1024;
 constexpr int augment_setting_count = 7;
+// The most that each setting may be, as `Augment` has it (python/gemmlet/nn/augment.py); the least is 0.
+constexpr double augment_largest[augment_setting_count] = {180, 0.5, 1, 1024, 32, 255, 1};
 
 // Many images, by all threads. Image i is sample samples[i]; settings are those of augmentation::Settings, in its order; out may
 // be images.

@@ -166,6 +166,8 @@ void augment(const py::array& images, const std::vector<double>& settings, std::
     refuse("images", "too small or too large");
   double by[gemmlet::augment_setting_count];
   if (settings.size() != std::size(by)) refuse("settings", "wrong number");
+  for (std::size_t i = 0; i < settings.size(); ++i)
+    if (!(settings[i] >= 0 && settings[i] <= gemmlet::augment_largest[i])) refuse("settings", "a number out of range");
   std::ranges::copy(settings, by);
   const auto* from = contiguous<std::uint8_t>(images, images.size(), "images");
   const auto* of_image = contiguous<Index>(samples, count, "samples");

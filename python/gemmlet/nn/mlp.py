@@ -381,7 +381,6 @@ class MLP(Trainable):
                 history.metrics = {f"validation_{name}": [] for name in functions}
             elif functions:
                 raise ValueError("metrics needs validation_data or validation_split")
-
             self._settle(samples.dtype)
             if meaning.classes is not self.classes:
                 self.classes = meaning.classes
