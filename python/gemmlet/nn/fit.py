@@ -447,8 +447,9 @@ class Training:
             if self.at.seen:
                 unknown = {} if self._validate is None else dict.fromkeys(self._validated, math.nan)
                 self._log(self._metrics() | unknown)
-            with deferred_signals():
-                self._restore_best()
+            if self._checkpoints.best:
+                with deferred_signals():
+                    self._restore_best()
         except BaseException as error:
             with deferred_signals():
                 with contextlib.suppress(ValueError):
@@ -581,9 +582,8 @@ class Training:
         }
 
     def _restore_best(self) -> None:
-        if self._checkpoints.best:
-            for prefix, dense in self.model._parts().items():
-                copy_into(dense, self._checkpoints.best, prefix)
+        for prefix, dense in self.model._parts().items():
+            copy_into(dense, self._checkpoints.best, prefix)
 
     def _prepare(self, rest: int) -> None:
         """Draw what the next call takes, if the one that runs leaves `rest` samples of its epoch."""

@@ -408,8 +408,11 @@ class MLP(Trainable):
     ) -> TrainingPlan:
         """A step; without `group` all but the update."""
         reduction = "mean" if self.output == "identity" else "sum"
+        dataset = samples.dataset(may_skip_zeros=True)
+        if weights is not None:
+            dataset = dataset._replace(weights=weights, divides_by_rows=True)
         phases: list[Phase] = [
-            Gather(samples.dataset(may_skip_zeros=True)._replace(weights=weights, divides_by_rows=True)),
+            Gather(dataset),
             Forward(0, (SAMPLES,)),
             Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),

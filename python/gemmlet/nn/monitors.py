@@ -50,6 +50,8 @@ OF_NUMBERS: dict[str, Metric] = {
 
 def checked(value: Any, known: Mapping[str, Metric]) -> dict[str, Metric]:
     """Return the argument `metrics` of `fit` as functions by name."""
+    if type(value) is tuple and not value:  # the usual case
+        return {}
     if isinstance(value, Mapping):
         for name, function in value.items():
             if not isinstance(name, str) or not name.isidentifier() or name in ("loss", "accuracy"):
