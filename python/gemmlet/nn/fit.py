@@ -238,6 +238,8 @@ class Settings:
         self.verbose = arguments.flag(self.verbose, "verbose")
         if not isinstance(self.lr_schedule, ReduceOnPlateau):
             checks.optional_callable(self.lr_schedule, "lr_schedule")
+        if self.early_stopping is not None and not isinstance(self.early_stopping, EarlyStopping):
+            raise TypeError(f"early_stopping must be an EarlyStopping, got {type(self.early_stopping).__name__}")
         checks.optional_callable(self.callback, "callback")
         checks.choice(self.callback_every, "callback_every", CALLBACK_EVERY)
         if self.checkpoint is not None:
@@ -253,11 +255,6 @@ class Settings:
             self.resume = self.checkpoint if self.resume and exists else None
         else:
             self.resume = checks.path(self.resume, "resume", "True, False or a path")
-
-    def check_early_stopping(self) -> None:
-        """Raise TypeError unless it is one."""
-        if self.early_stopping is not None and not isinstance(self.early_stopping, EarlyStopping):
-            raise TypeError(f"early_stopping must be an EarlyStopping, got {type(self.early_stopping).__name__}")
 
 
 # Takes the network, a value and its name, and returns what is to be the network's attribute.

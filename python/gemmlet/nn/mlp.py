@@ -342,10 +342,17 @@ class MLP(Trainable):
             samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
             targets, meaning = self._targets(y, "y", samples, self._meaning())
             settings = self._settings(
-                epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
+                epochs,
+                batch_size,
+                lr_schedule,
+                shuffle,
+                verbose,
+                callback,
+                callback_every,
+                checkpoint,
+                resume,
+                early_stopping,
             )
-            settings.early_stopping = early_stopping
-            settings.check_early_stopping()
             rule = self._optimizer(optimizer)
             weights = weights_of(sample_weight, class_weight, targets, meaning)
             samples.convert()
