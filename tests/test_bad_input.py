@@ -617,6 +617,8 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "value_of_byte": None,
             "weights": None,
             "divides_by_rows": False,
+            "labels": None,
+            "classes": 0,
             "scale": 1.0,
             "shift": 0.0,
             "order": order,
@@ -657,6 +659,9 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
         "decay": guarded.array((3,), np.float64),
         "noise": array(7, 2),
     }
+    labels = guarded.array((7,), np.int64, 2)
+    networks = [[layer(2 + 3, 9, 0, True), layer(9, 5, -1, True)], [layer(5 + 3, 4, 0), layer(4, 1, -1)]]
+    calls["train: labels"] = calls["train: GAN"] | {"networks": networks, "labels": labels, "classes": 3}
     others = {"activations", "row_functions", "losses", "row_losses", "optimizer_rules"}
     others |= {"get_num_threads", "set_num_threads", "fma_loop", "mark"}  # in test_bench.py
     others |= {"forward", "augment", "random_words"}  # below
@@ -840,6 +845,8 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
         yield from (0, -1, -(2**63), 2**63, 2, 7, 2**62, 2**63 - 1, None, "3", 3.5, np.nan)
     elif argument in ("skip_zeros", "divides_by_rows"):
         yield from ("yes", [True])
+    elif argument == "classes":
+        yield from (good - 1, good + 1, -(2**63), 2**62, 2**64, None, "3", 0.5)
     elif argument == "kept":
         yield from (None, 0, b"text", object(), np.ones(2).__dlpack__())
     elif argument == "losses":
@@ -873,7 +880,7 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
         # Averages follow at once then, bytes are value/255, and each sample counts 1.
         if argument not in ("decay", "value_of_byte", "weights"):
             yield None
-        ends = {"order": 7, "indices": 5, "indptr": 9}
+        ends = {"order": 7, "indices": 5, "indptr": 9, "labels": 3}
         if argument in ends:
             for at, value in itertools.product((0, len(good) - 1), (-1, ends[argument], 2**31 - 1, -(2**31))):
                 wrong = good.copy()

@@ -311,6 +311,24 @@ def test_gan(variant: str, images: bool, fusing: Any, dtype: Any, rng: Any) -> N
         )
 
 
+@pytest.mark.parametrize("hidden", [(), (21,), (530, 470)], ids=["no hidden layer", "one", "layer by layer"])
+def test_gan_of_classes(hidden: tuple[int, ...], fusing: Any, dtype: Any, rng: Any) -> None:
+    x, y = rng.integers(0, 256, (60, 33), np.uint8), rng.integers(0, 4, 60)
+    smooth = {"generator_activation": "tanh", "discriminator_activation": "gelu", "ema_decay": 0.9}
+    for batch, rule in ((1, "sgd"), (25, "adam"), (100, "nesterov")):
+        few = slice(6 if batch == 1 else 60)
+        check(
+            lambda: GAN(7, [*hidden, 33], [*hidden[::-1], 1], n_classes=5, dtype=dtype, seed=1, **smooth),
+            fusing,
+            dtype,
+            x[few],
+            y=y[few],
+            batch_size=batch,
+            epochs=2,
+            optimizer=RULES[rule],
+        )
+
+
 def test_gan_with_an_optimizer_for_each(fusing: Any, dtype: Any, rng: Any) -> None:
     x = rng.uniform(size=(60, 33)).astype(dtype)
     for first, second in itertools.permutations(["sgd", "nesterov", "adamw"], 2):
@@ -365,12 +383,14 @@ def test_same_bits_over_many_steps(kind: str, fusing: Any, dtype: Any) -> None:
         assert same(run(2, rule, lambda progress: None), expected), rule
 
 
-def test_gan_same_bits_for_any_number_of_threads(fusing: Any, dtype: Any, rng: Any) -> None:
-    x = rng.uniform(size=(130, 200)).astype(dtype)
+@pytest.mark.parametrize(("n_classes", "width"), [(0, 130), (10, 130), (10, 700)])
+def test_gan_same_bits_for_any_number_of_threads(n_classes: int, width: int, fusing: Any, dtype: Any, rng: Any) -> None:
+    x, y = rng.uniform(size=(130, 200)).astype(dtype), rng.integers(0, n_classes, 130) if n_classes else None
     expected: list[Any] = []
     for threads in (1, 2, 3, 2):
         set_threads(fusing, threads)
-        result = fitted(GAN(20, [130, 200], [140, 1], dtype=dtype), x, epochs=2, batch_size=50)
+        gan = GAN(20, [width, 200], [140, 1], n_classes=n_classes, dtype=dtype)
+        result = fitted(gan, x, epochs=2, batch_size=50, y=y)
         expected = expected or result
         assert same(result, expected), threads
 

@@ -55,6 +55,8 @@ def fit_of(network: str, rule: str = "adam", **settings: Any) -> tuple[Any, Any,
     """A network, its optimizer, and a `fit` of it."""
     optimizer = RULES[rule]()
     model: Any = MLP([6, 5, 3], ema_decay=0.9) if network == "mlp" else GAN(2, [4, 6], [5, 1])
+    if network == "conditional gan":
+        model, settings = GAN(2, [4, 6], [5, 1], n_classes=3), {"y": Y} | settings
     settings = {"epochs": EPOCHS, "batch_size": SIZE, "optimizer": optimizer, "lr_schedule": linear_decay} | settings
     if network == "mlp":
         return model, optimizer, lambda **more: model.fit(X, Y, **{"validation_data": (X, Y), **settings, **more})
@@ -121,6 +123,14 @@ def test_a_training_goes_on_with_the_same_bits(
 
 def test_stopping_is_like_that_too(network: str, training: Any, tmp_path: Path) -> None:
     """The history that `fit` returns has the part of an epoch; the checkpoint goes on with it."""
+    stop_and_go_on(network, tmp_path)
+
+
+def test_stopping_of_a_conditional_gan(training: Any, tmp_path: Path) -> None:
+    stop_and_go_on("conditional gan", tmp_path)
+
+
+def stop_and_go_on(network: str, tmp_path: Path) -> None:
     path, (model, optimizer, fit) = tmp_path / "checkpoint", fit_of(network)
     history = fit()
 
@@ -433,6 +443,10 @@ def test_other_data_are_refused(changes: dict[str, Any], message: str, tmp_path:
         fit_of("gan")[2](checkpoint=path, callback=killed_after(24))
     with pytest.raises(ValueError, match="checksum of x was"):
         GAN(2, [4, 6], [5, 1]).fit(X / 2, EPOCHS, SIZE, Adam(3e-3), lr_schedule=linear_decay, resume=path)
+    with pytest.raises(Killed):
+        fit_of("conditional gan")[2](checkpoint=path, callback=killed_after(24))
+    with pytest.raises(ValueError, match="checksum of y was"):
+        fit_of("conditional gan")[2](resume=path, y=(Y + 1) % 3)
 
 
 def test_resume_with_a_read_only_parameter(network: str, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from support import same_bits
 
 
 class TorchGAN:
-    """The same networks in PyTorch, with the parameters of a `GAN`."""
+    """The same networks in PyTorch, with the parameters of a `GAN`; `y`: the classes of samples, if there are some."""
 
-    def __init__(self, gan: GAN) -> None:
+    def __init__(self, gan: GAN, y: Any = None) -> None:
         self.torch = pytest.importorskip("torch")
-        self.gan = gan
+        self.gan, self.y = gan, y
         self.g = [self.torch.tensor(p, requires_grad=True) for p in gan.generator_parameters]
         self.d = [self.torch.tensor(p, requires_grad=True) for p in gan.discriminator_parameters]
 
@@ -42,12 +42,18 @@ class TorchGAN:
                 x = activation(x)
         return x
 
+    def with_classes(self, x: Any) -> Any:
+        if self.y is None:
+            return x
+        one_hot = self.torch.nn.functional.one_hot(self.torch.tensor(self.y), self.gan.n_classes)
+        return self.torch.cat([x, one_hot.to(x.dtype)], 1)
+
     def generate(self, z: Any) -> Any:
-        x = self.stack(self.g, self.torch.tensor(z), self.activation(self.gan.generator_activation))
+        x = self.stack(self.g, self.with_classes(self.torch.tensor(z)), self.activation(self.gan.generator_activation))
         return self.torch.tanh(x) if self.gan.generator_output == "tanh" else self.torch.sigmoid(x)
 
     def probability(self, x: Any) -> Any:
-        logits = self.stack(self.d, x, self.activation(self.gan.discriminator_activation))
+        logits = self.stack(self.d, self.with_classes(x), self.activation(self.gan.discriminator_activation))
         return self.torch.sigmoid(logits)
 
     def discriminator_loss(self, x: Any, z: Any) -> Any:
@@ -71,6 +77,13 @@ VARIANTS = {
     "no hidden layers": {"generator": [4], "discriminator": [1]},
     "needs z": {"generator_activation": "gelu", "discriminator_activation": "silu", "loss": "minimax"},
     "tanh": {"generator_activation": "tanh", "discriminator_activation": "tanh"},
+    "classes": {"n_classes": 3, "generator": [6, 7, 4]},
+    "classes, no hidden layers": {
+        "n_classes": 2,
+        "generator": [4],
+        "discriminator": [1],
+        "generator_output": "sigmoid",
+    },
 }
 
 
@@ -80,12 +93,13 @@ def test_gradients(variant: str, backend: object, rng: np.random.Generator) -> N
     for parameters in (gan.generator_parameters, gan.discriminator_parameters):
         for bias in parameters[1::2]:  # zeros would hide a mistake
             bias[...] = rng.normal(size=bias.shape)
-    theirs = TorchGAN(gan)
     x, z = rng.uniform(size=(11, 4)), rng.normal(size=(11, 3))
+    y = rng.integers(0, gan.n_classes, 11) if gan.n_classes else None
+    theirs = TorchGAN(gan, y)
 
     expected = theirs.discriminator_loss(x, z)
     expected.backward()
-    loss, gradients = gan.discriminator_loss_and_gradients(x, z)
+    loss, gradients = gan.discriminator_loss_and_gradients(x, z, y)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     check(gradients, theirs.d)
 
@@ -93,7 +107,7 @@ def test_gradients(variant: str, backend: object, rng: np.random.Generator) -> N
         tensor.grad = None
     expected = theirs.generator_loss(z)
     expected.backward()
-    loss, gradients = gan.generator_loss_and_gradients(z)
+    loss, gradients = gan.generator_loss_and_gradients(z, y)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     check(gradients, theirs.g)
 
@@ -105,11 +119,13 @@ def check(gradients: list[Any], tensors: list[Any]) -> None:
         assert np.abs(gradient - exact).max() <= 1e-10 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("norms", [None, (0.02, 0.1)], ids=["", "clipped"])
-def test_training_agrees_with_pytorch(norms: Any, backend: object, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("norms", "n_classes"), [(None, 0), ((0.02, 0.1), 0), (None, 3)], ids=["", "clipped", "classes"]
+)
+def test_training_agrees_with_pytorch(norms: Any, n_classes: int, backend: object, rng: np.random.Generator) -> None:
     """Some steps of both networks and of the moving average, with the noise that `fit` draws."""
-    gan = GAN(3, [6, 4], [5, 1], dtype="float64", ema_decay=0.5, seed=3)
-    twin = GAN(3, [6, 4], [5, 1], dtype="float64", ema_decay=0.5, seed=3)
+    gan, twin = (GAN(3, [6, 4], [5, 1], n_classes=n_classes, dtype="float64", ema_decay=0.5, seed=3) for _ in range(2))
+    y = rng.integers(0, n_classes, 10) if n_classes else None
     theirs = TorchGAN(twin)
     torch = theirs.torch
     x = rng.uniform(size=(10, 4))
@@ -125,6 +141,7 @@ def test_training_agrees_with_pytorch(norms: Any, backend: object, rng: np.rando
 
     for step in range(6):
         part = x[:4], x[4:8], x[8:]
+        theirs.y = None if y is None else np.split(y, [4, 8])[step % 3]
         z = twin._draw(twin._training_noise, len(part[step % 3]))
         rules[1].zero_grad()
         loss_d = theirs.discriminator_loss(part[step % 3], z)
@@ -143,7 +160,7 @@ def test_training_agrees_with_pytorch(norms: Any, backend: object, rng: np.rando
         averages = [decay * a + (1 - decay) * t.detach() for a, t in zip(averages, theirs.g, strict=True)]
     adam = gan.default_optimizer
     ours = [ClipNorm(adam.fresh(), norm) for norm in norms] if norms else [None, None]
-    history = gan.fit(x, 2, 4, *ours, shuffle=False)
+    history = gan.fit(x, 2, 4, *ours, shuffle=False, y=y)
     assert gan.steps == 6
     for ours, tensors in ((gan.generator_parameters, theirs.g), (gan.discriminator_parameters, theirs.d)):
         for param, tensor in zip(ours, tensors, strict=True):
@@ -152,8 +169,8 @@ def test_training_agrees_with_pytorch(norms: Any, backend: object, rng: np.rando
         means = np.average(losses[3 * epoch : 3 * epoch + 3], axis=0, weights=[4, 4, 2])
         assert [history.generator_loss[epoch], history.discriminator_loss[epoch]] == pytest.approx(means, rel=1e-9)
     z = gan.noise(5)
-    theirs.g = averages
-    np.testing.assert_allclose(gan.sample(z=z), (theirs.generate(z).numpy() + 1) / 2, rtol=1e-9)
+    theirs.g, theirs.y = averages, None if y is None else y[:5]
+    np.testing.assert_allclose(gan.sample(z=z, label=theirs.y), (theirs.generate(z).numpy() + 1) / 2, rtol=1e-9)
 
 
 # Learning.
@@ -188,6 +205,37 @@ def test_learns_a_ring(loss: str, any_threads_backend: object, rng: np.random.Ge
     assert off_the_ring(points) < 0.04 < 0.1 < off_the_ring(before.astype(np.float64))
     assert in_the_quarters(points).min() > 0.15
     assert 0.5 < history.discriminator_loss[-1] < 2 * math.log(2) + 0.2
+
+
+def test_learns_classes(any_threads_backend: object, rng: np.random.Generator) -> None:
+    """Four quarters of a ring: each sample is of the quarter that was asked for."""
+    skip_long(any_threads_backend)
+    x = ring(rng, 2048)
+    y = 2 * (x[:, 0] > 0.5) + (x[:, 1] > 0.5)
+    gan = GAN(8, [64, 64, 2], [64, 64, 1], n_classes=4, ema_decay=0.99)
+    gan.fit(x, epochs=20, batch_size=64, optimizer=Adam(2e-3, beta1=0.5), y=y)
+
+    def quarters(points: Any) -> Any:
+        return 2 * (points[:, 0] > 0.5) + (points[:, 1] > 0.5)
+
+    assert np.mean(quarters(gan.sample(1000)) == np.arange(1000) % 4) > 0.95
+    for label in range(4):
+        points = gan.sample(500, label=label)
+        assert np.mean(quarters(points) == label) > 0.9
+        assert points.std(axis=0).min() > 0.03  # they are not all the same
+
+
+def test_classes_in_turn() -> None:
+    gan = GAN(3, [5, 4], [5, 1], n_classes=3)
+    assert gan.generator_parameters[0].shape == (6, 5)
+    assert gan.discriminator_parameters[0].shape == (7, 5)
+    z = gan.noise(7, seed=1)
+    in_turn = gan.sample(z=z)
+    assert same_bits(in_turn, gan.sample(z=z, label=[0, 1, 2, 0, 1, 2, 0]))
+    assert same_bits(in_turn, gan.sample(z=z, label=np.eye(3)[[0, 1, 2, 0, 1, 2, 0]]))
+    assert not same_bits(in_turn, gan.sample(z=z, label=1))
+    assert same_bits(gan.sample(z=z, label=1)[1::3], gan.sample(z=z, label=np.int8(1))[1::3])
+    assert same_bits(gan.sample(z=z, label=1)[1::3], in_turn[1::3])
 
 
 def test_classic() -> None:
@@ -368,11 +416,13 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
             default_optimizer=ClipNorm(SGD(0.5, 0.9), 0.25),
             default_batch_size=5,
         ),
+        GAN(2, [4], [1], n_classes=5),
     ],
-    ids=["default", "all else"],
+    ids=["default", "all else", "classes"],
 )
 def test_save_and_load(gan: GAN, tmp_path: Path, rng: np.random.Generator) -> None:
-    gan.fit(rng.uniform(size=(20, 4)).astype(gan.dtype), epochs=1)
+    y = np.arange(20) % gan.n_classes if gan.n_classes else None
+    gan.fit(rng.uniform(size=(20, 4)).astype(gan.dtype), epochs=1, y=y)
     path = tmp_path / "gan.safetensors"
     gan.save(path)
     assert list(tmp_path.iterdir()) == [path]
@@ -390,7 +440,7 @@ def test_save_and_load(gan: GAN, tmp_path: Path, rng: np.random.Generator) -> No
         assert same_bits(a, b)
     z = gan.noise(6)
     assert same_bits(gan.sample(z=z), loaded.sample(z=z))
-    loaded.fit(rng.uniform(size=(20, 4)).astype(gan.dtype), epochs=1)
+    loaded.fit(rng.uniform(size=(20, 4)).astype(gan.dtype), epochs=1, y=y)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +489,9 @@ def test_a_bad_file_is_named(how: str, tmp_path: Path) -> None:
         ({"discriminator": [4, 2]}, ValueError, r"discriminator must end in the width 1, got \[4, 2\]"),
         ({"generator_activation": "cube"}, ValueError, "generator_activation 'cube' is unknown"),
         ({"discriminator_activation": 3}, TypeError, "discriminator_activation must be a string, got int"),
+        ({"n_classes": 1}, ValueError, "n_classes must be 0 or at least 2, got 1"),
+        ({"n_classes": -2}, ValueError, "n_classes must be at least 0, got -2"),
+        ({"n_classes": 2.0}, TypeError, "n_classes must be an integer, got float"),
         ({"generator_output": "relu"}, ValueError, "generator_output 'relu' is unknown; the choices are tanh, sigmoid"),
         ({"loss": "hinge"}, ValueError, "loss 'hinge' is unknown; the choices are non_saturating, minimax"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be below 1, got 1"),
@@ -486,6 +539,52 @@ def test_bad_arguments_of_fit(changes: dict[str, Any], error: type[Exception], m
     with pytest.raises(error, match=message):
         gan.fit(**{"x": X} | changes)
     assert all(same_bits(a, b) for a, b in zip(before, gan.generator_parameters, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (None, TypeError, "y is needed: the class of each sample, as n_classes is 3"),
+        ([0, 1], ValueError, "y has 2 labels, but there are 3 samples; they must match"),
+        ([0, 1, 3], ValueError, r"y\[2\] is 3; the classes of this network are 0, 1, 2"),
+        ([0, -1, 1], ValueError, r"y\[1\] is -1; the classes of this network are 0, 1, 2"),
+        ([0, 1, 0.5], ValueError, r"y\[2\] is 0.5; labels must be whole numbers, bools or strings"),
+        ([0, 1, math.nan], ValueError, r"y\[2\] is nan; labels must be whole numbers"),
+        (["a", "b", "c"], ValueError, r"y\[0\] is 'a'; the classes of this network are 0, 1, 2"),
+        (np.full((3, 3), 1 / 3), ValueError, "y has soft labels; expected one class for each sample"),
+        (np.zeros((3, 2)), ValueError, r"y has shape \(3, 2\), expected"),
+    ],
+)
+def test_bad_labels(y: Any, error: type[Exception], message: str) -> None:
+    gan = GAN(3, [4], [1], n_classes=3)
+    before = [p.copy() for p in gan.generator_parameters]
+    with pytest.raises(error, match=message):
+        gan.fit(X, y=y)
+    with pytest.raises(error, match=message):
+        gan.discriminator_loss_and_gradients(X, gan.noise(3), y)
+    with pytest.raises(error, match=message):
+        gan.generator_loss_and_gradients(gan.noise(3), y)
+    if y is not None:
+        with pytest.raises(error, match=message.replace("y", "label", 1)):
+            gan.sample(3, label=y)
+    assert all(map(same_bits, before, gan.generator_parameters))
+    assert gan.steps == 0
+
+
+def test_labels_of_another_network() -> None:
+    plain, conditional = GAN(3, [4], [1]), GAN(3, [4], [1], n_classes=3)
+    for what in (
+        lambda: plain.fit(X, y=[0, 0, 0]),
+        lambda: plain.sample(3, label=1),
+        lambda: plain.generator_loss_and_gradients(plain.noise(2), [0, 1]),
+    ):
+        with pytest.raises(ValueError, match="was given, but this network knows no classes"):
+            what()
+    for label, error in ((3, ValueError), (-1, ValueError), (True, TypeError), (1.0, TypeError), ("1", TypeError)):
+        with pytest.raises(error, match="label"):
+            conditional.sample(3, label=label)
+    with pytest.raises(AttributeError, match="n_classes cannot be changed"):
+        conditional.n_classes = 4
 
 
 def test_bad_arguments_of_the_other_methods() -> None:

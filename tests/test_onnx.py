@@ -105,6 +105,15 @@ def test_layers_of_any_number_and_width(layers: list[int], tmp_path: Path) -> No
     assert MLP.from_onnx(tmp_path / "m.onnx").layers == layers
 
 
+def test_a_generator_of_classes(tmp_path: Path) -> None:
+    gan = GAN(6, [16, 9], [4, 1], n_classes=3)
+    gan.fit(np.random.default_rng(0).random((64, 9)), epochs=1, y=np.arange(64) % 3)
+    gan.to_onnx(tmp_path / "generator.onnx")
+    z, labels = gan.noise(100), np.random.default_rng(1).integers(0, 3, 100)
+    rows = np.hstack([z, np.eye(3, dtype=np.float32)[labels]])
+    assert difference(tmp_path / "generator.onnx", rows, gan.sample(z=z, label=labels)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ending", ["tanh", "sigmoid"])
 def test_the_generator_of_a_gan(ending: str, dtype: str, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from gemmlet.training.plan import (
     Dataset,
     Forward,
     Gather,
+    Labels,
     Linear,
     Loss,
     Network,
@@ -255,6 +256,23 @@ def by_rows(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
     return plan_and_batches(plan.networks, [gather, *plan.phases[1:]], noise=batches.noise)
 
 
+def labelled(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
+    """Each network is given the classes of the samples beside its inputs, of noise and generated rows too."""
+    networks = [
+        network((LATENT + 3, 40, FEATURES), "tanh", dtype, "adam", averaged=True),
+        network((FEATURES + 3, 70, 9, 1), "leaky_relu", dtype, "momentum"),
+    ]
+    phases: list[Any] = [Gather(dataset._replace(labels=Labels(CLASSES, 3)), 2.0, -1.0), Forward(0, (NOISE,))]
+    phases += Forward(1, (SAMPLES, 0)), Loss(1, BCE, (0.9, 0.0)), Backward(1), Penalty(1, 0.5), Update(1, "momentum")
+    phases += Forward(1, (0,)), Loss(1, BCE, (1.0,)), Backward(1, to=0), Backward(0), Update(0, rule_name("adam"))
+    return plan_and_batches(networks, phases)
+
+
+def labelled_alone(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
+    dataset = dataset._replace(labels=Labels(CLASSES, 3))
+    return single(dtype, dataset, Loss(0, SOFTMAX, CLASSES[::-1].copy()), widths=(FEATURES + 3, 9, 3))
+
+
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "mlp": mlp,
     "mlp, clipped": lambda dtype: mlp(dtype, optimizer=ClipNorm(optimizer("momentum"), 0.1)),
@@ -285,6 +303,12 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "weights of zeros": lambda dtype: weighted(*penalized(dtype, samples(dtype, "zeros"), "adam")),
     "weights, csr": lambda dtype: weighted(*single(dtype, samples(dtype, "csr"), Loss(0, BCE, CLASSES))),
     "weights of three sources": lambda dtype: weighted(*three_sources(dtype)),
+    "labels": lambda dtype: labelled(dtype, samples(dtype)),
+    "labels of bytes": lambda dtype: labelled(dtype, samples(dtype, "bytes")),
+    "labels of zeros": lambda dtype: labelled(dtype, samples(dtype, "zeros")),
+    "labels, one network": lambda dtype: labelled_alone(dtype, samples(dtype)),
+    "labels, one network of zeros": lambda dtype: labelled_alone(dtype, samples(dtype, "zeros")),
+    "labels, csr": lambda dtype: labelled_alone(dtype, samples(dtype, "csr")),
     "generator alone": generator_alone,
     "discriminator alone": lambda dtype: discriminator_alone(dtype, samples(dtype)),
     "discriminator of zeros": lambda dtype: discriminator_alone(dtype, samples(dtype, "zeros")),
@@ -330,7 +354,9 @@ def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype
         assert not same_bits(array, before) or name == "chained, the first learns"
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "chained", "two networks", "one penalty", "weights"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp, clipped", "gan", "labels", "chained", "two networks", "one penalty", "weights"]
+)
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""
     plan, batches = PLANS[name](dtype)

@@ -49,6 +49,8 @@ def train(
     value_of_byte: Array | None,
     weights: Array | None,
     divides_by_rows: bool,
+    labels: Array | None,
+    classes: int,
     scale: float,
     shift: float,
     order: Array,

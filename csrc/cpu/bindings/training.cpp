@@ -35,7 +35,7 @@ Parameter<T> parameter(py::array& value, std::vector<py::array>& states, Optiona
 }
 
 template <class T>
-std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, Overlaps& overlaps) {
+std::vector<Layer<T>> checked_layers(LayerTuples& tuples, Index classes, int rule, Overlaps& overlaps) {
   const char* name = "networks";
   if (tuples.empty()) refuse(name, "no layers");
   std::vector<Layer<T>> layers;
@@ -49,6 +49,9 @@ std::vector<Layer<T>> checked_layers(LayerTuples& tuples, int rule, Overlaps& ov
                       parameter<T>(bias, bias_states, bias_average, rule, overlaps), weight.shape(1), activation,
                       static_cast<T>(number)});
   }
+  if (layers[0].in <= classes) refuse(name, "a first layer without inputs besides the classes");
+  layers[0].in -= classes;
+  layers[0].classes = classes;
   return layers;
 }
 
@@ -307,10 +310,10 @@ using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
                   const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
-                  const OptionalArray& value_of_byte, const OptionalArray& weights, bool divides_by_rows, double scale,
-                  double shift, const py::array& order, Index batch, const std::vector<py::array>& hyperparameters,
-                  const std::vector<double>& losses, const OptionalArray& decay, const OptionalArray& noise,
-                  const py::capsule& capsule) {
+                  const OptionalArray& value_of_byte, const OptionalArray& weights, bool divides_by_rows,
+                  const OptionalArray& labels, Index classes, double scale, double shift, const py::array& order,
+                  Index batch, const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
+                  const OptionalArray& decay, const OptionalArray& noise, const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
   if (!PyCapsule_IsValid(capsule.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
   KeptMemory& kept = *capsule.get_pointer<KeptMemory>();
@@ -319,12 +322,13 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   for (const py::tuple& phase : phases) given.push_back(read_phase(phase));
   if (indptr && indptr->size() == 0) refuse("indptr", "empty");
   if (indptr && value_of_byte) refuse("value_of_byte", "goes with bytes");
+  if (labels ? indptr || classes < 1 : classes != 0) refuse("labels", "go with dense samples and a number of classes");
   return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) -> TrainResult {
     using T = decltype(zero);
     Plan<T> plan{};
     Overlaps overlaps;
     for (std::size_t n = 0; n < networks.size(); ++n)
-      plan.networks.push_back(checked_layers<T>(networks[n], rule_of(given, n), overlaps));
+      plan.networks.push_back(checked_layers<T>(networks[n], classes, rule_of(given, n), overlaps));
     Batches<T> batches{};
     const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
     static_cast<Steps&>(batches) = checked_steps(order, batch, count);
@@ -335,6 +339,13 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     if (weights) {
       plan.samples.weights = contiguous<double>(*weights, count, "weights");
       batches.weight_sums = checked_weight_sums(plan.samples.weights, batches, divides_by_rows);
+    }
+    if (labels) {
+      plan.samples.labels = contiguous<Index>(*labels, count, "labels");
+      for (Index i = 0; i < batches.count; ++i) {
+        const Index label = plan.samples.labels[batches.order[i]];
+        if (label < 0 || label >= classes) refuse("labels", "a class that is out of range");
+      }
     }
     plan.samples.scale = static_cast<T>(scale);
     plan.samples.shift = static_cast<T>(shift);
@@ -371,7 +382,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     if (decay) batches.decay = contiguous<double>(*decay, steps, "decay");
     for (const py::array& a : hyperparameters) overlaps.add(a, false);
     for (const py::array* a : {&x, &order}) overlaps.add(*a, false);
-    for (const OptionalArray* a : {&indptr, &indices, &value_of_byte, &weights, &decay, &noise})
+    for (const OptionalArray* a : {&indptr, &indices, &value_of_byte, &weights, &labels, &decay, &noise})
       if (*a) overlaps.add(**a, false);
     if (overlaps.found()) refuse("networks", "a parameter overlaps another array");
     const Layer<T>& first = plan.networks[0].front();
@@ -432,7 +443,8 @@ void bind_training(py::module_& m) {
   def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
   def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "weights",
-      "divides_by_rows", "scale", "shift", "order", "batch", "hyperparameters", "losses", "decay", "noise", "kept");
+      "divides_by_rows", "labels", "classes", "scale", "shift", "order", "batch", "hyperparameters", "losses", "decay",
+      "noise", "kept");
 }
 
 }  // namespace gemmlet::bindings

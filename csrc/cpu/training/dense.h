@@ -88,6 +88,15 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
     for (Index r = 0; r < rows; ++r) std::fill(y + r * y_stride + out, y + (r + 1) * y_stride, T(0));
 }
 
+// y += one-hot rows times the rows of w of the classes.
+template <class T>
+void add_class_rows(const Index* labels, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
+  for (Index r = 0; r < rows; ++r) {
+    const T* const w = layer.weight.value + (layer.in + labels[r]) * layer.stride;
+    for (Index j = columns.first; j < columns.end; ++j) y[r * y_stride + j] += w[j];
+  }
+}
+
 // grad_x = grad_y w^T for some rows: by the dot-product kernel, or by tiles with packed panels of w^T.
 template <class T>
 void backward_dot_products(const T* grad_y, Index y_stride, Index rows, const Layer<T>& layer, T* grad_x,

@@ -46,6 +46,7 @@ struct Forward {
   Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, KeptMemory& memory, Index max_rows, bool copies)
       : phase(forward), network(of), inputs(max_rows * static_cast<Index>(forward.inputs.size())) {
     if (max_rows == 0) return;
+    if (of.first_layer().classes > 0) inputs.labels.resize(inputs.rows.size());
     // Samples in the places that they have among the inputs.
     const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
     const Index rows = max_rows * (copies ? input_count() : phase.inputs.rend() - last);
@@ -358,6 +359,8 @@ class Executor {
     const Index features = forward.network.first_layer().in;
     for (Index i = rows.first; i < rows.end; ++i) {
       const Index at = start + i - base;
+      if (plan_.samples.labels != nullptr)
+        forward.inputs.labels[static_cast<std::size_t>(i)] = plan_.samples.labels[batches_.order[at]];
       if (source == samples_source)
         load(*forward.loader, at, i);
       else

@@ -46,7 +46,7 @@ class Network {
   void forward_first(const Layer<T>& layer, const Inputs<T>& inputs, Index slot, Range rows, Range columns,
                      const Workspace<T>* workspace) const {
     const Rows<T>& target = preactivations(0);
-    T* to = target.row(slot * max_rows_ + rows.first);
+    T *const first_row = target.row(slot * max_rows_ + rows.first), *to = first_row;
     const bool sparse = inputs.if_sparse([&](const auto& x) {
       forward_sparse(x.rows.data() + rows.first, rows.size(), layer, columns, to, target.stride);
     });
@@ -60,6 +60,8 @@ class Network {
            first += tuning::row_block, to += tuning::row_block * target.stride)
         forward_dense(inputs.rows.data() + first, std::min(tuning::row_block, rows.end - first), layer, columns, to,
                       target.stride);
+    if (layer.classes > 0)
+      add_class_rows(inputs.labels.data() + rows.first, rows.size(), layer, columns, first_row, target.stride);
   }
 
   // Everything after the first layer's preactivations, for some rows.
@@ -180,11 +182,12 @@ class Network {
           const Vec<T> w = load_lanes(layer.weight.value + k * layer.stride + j, part);
           sum.add_product(w, w);
         };
-        for (Index k = 0; k + 1 < layer.in; k += 2) {
+        const Index weight_rows = layer.in + layer.classes;
+        for (Index k = 0; k + 1 < weight_rows; k += 2) {
           add(even, k);
           add(odd, k + 1);
         }
-        if (layer.in % 2 != 0) add(even, layer.in - 1);
+        if (weight_rows % 2 != 0) add(even, weight_rows - 1);
         sums[vector] = even.total() + odd.total();
       }
     }
@@ -234,6 +237,9 @@ class Network {
         else
           update_dense(layer, x, grad_[l], rows, inputs_part, columns, update);
       }
+      if (layer.classes > 0)
+        update_class_rows(layer, inputs.labels.data(), grad_[l], rows, part_of(layer.classes, index, count), columns,
+                          update);
     }
   }
 

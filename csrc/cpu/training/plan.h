@@ -31,6 +31,7 @@ struct Layer {
   Index stride;               // from one row of the weights, and of all that belongs to them, to the next
   int activation;             // -1 is none
   T activation_parameter;
+  Index classes = 0;  // that many rows of weights follow those of the inputs: of each class of the samples one
 };
 
 // Rows of numbers, in one of three forms; x is scale * number + shift.
@@ -46,6 +47,8 @@ struct Samples {
   T scale, shift;
   bool skip_zeros;                  // with bytes or values; needs shift 0, and fewer than 2^31 numbers in a mini-batch
   const double* weights = nullptr;  // of each row, its gradient and its loss; null is 1
+  // The class of each row, which every network is given beside its inputs; null where first layers have no classes.
+  const Index* labels = nullptr;
 };
 
 // What the outputs are compared with: class indices, numbers (rows, out), or one number for each input of the network; the
@@ -99,7 +102,8 @@ bool is_pipelined(const Plan<T>& plan) {
     forwards += phase.kind == Phase::forward;
     updates += phase.kind == Phase::update;
   }
-  return forwards == 1 && updates == 1 && plan.phases[0].inputs == std::vector<int>{samples_source};
+  return forwards == 1 && updates == 1 && plan.samples.labels == nullptr &&
+         plan.phases[0].inputs == std::vector<int>{samples_source};
 }
 
 // The mini-batches: rows order[0] ... order[count - 1], `batch` at a time.

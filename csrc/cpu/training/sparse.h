@@ -228,10 +228,12 @@ struct SparseInputs {
   Features features;
 };
 
-// The input of the first layer: pointers to dense rows, which may be copies, or sparse rows in one of the two forms.
+// The input of the first layer: pointers to dense rows, which may be copies, or sparse rows in one of the two forms; and the
+// class of each row, if the layer has classes.
 template <class T>
 struct Inputs {
   std::vector<const T*> rows;
+  std::vector<Index> labels;
   Rows<T> copies;
   SparseInputs<T, BlockedRow<T>, FeatureLists<T>> listed;
   SparseInputs<T, MaskedRow<T>, FeatureMasks<T>> masked;

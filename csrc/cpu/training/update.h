@@ -106,6 +106,20 @@ void update_dense(const Layer<T>& layer, const T* const* x, const Rows<T>& grad,
   });
 }
 
+// update_dense for the rows of the weights of some classes: the inputs are one-hot rows.
+template <class T, class UpdateRule>
+void update_class_rows(const Layer<T>& layer, const Index* labels, const Rows<T>& grad, Index rows, Range classes,
+                       Range columns, const UpdateEpilogue<T, UpdateRule>& update) {
+  for (Index c = classes.first; c < classes.end; ++c)
+    for_panels<T>(columns, [&]<int vectors>(Index j, Index second, int n, Constant<vectors>) {
+      Vec<T> sum[vectors] = {};
+      for (Index i = 0; i < rows; ++i)
+        if (labels[i] == c)
+          for (int v = 0; v < vectors; ++v) sum[v] = sum[v] + load(grad.row(i) + j + v * second);
+      update(layer.weight, (layer.in + c) * layer.stride + j, second, n, sum);
+    });
+}
+
 // update_dense for one input: gradient(v) is that of vector v of the columns from j on, the last of which may extend beyond
 // the end.
 template <int vectors, class T, class UpdateRule, class F>

@@ -55,7 +55,9 @@ def executor(
         if phases[0] != ("forward", 0, [_SOURCES[SAMPLES]]) or kinds.count("forward") + kinds.count("update") > 2:
             return None
     dataset, scale, shift = plan.gather
-    fixed = networks, phases, *dataset, scale, shift
+    if dataset.labels is not None and dataset.indptr is not None:
+        return None
+    fixed = networks, phases, *dataset[:-1], *(dataset.labels or (None, 0)), scale, shift
     kept = module.kept_memory()
 
     def train(batches: training.Batches) -> training.Outcome | None:

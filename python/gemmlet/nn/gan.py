@@ -12,7 +12,19 @@ from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
 from ..backends import select
-from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, Loss, Phase, TrainingPlan, Update
+from ..training.plan import (
+    NOISE,
+    SAMPLES,
+    Backward,
+    Dataset,
+    Forward,
+    Gather,
+    Labels,
+    Loss,
+    Phase,
+    TrainingPlan,
+    Update,
+)
 from ..training.reference import gradients
 from . import _checks as checks
 from . import files
@@ -21,6 +33,7 @@ from .dense import Dense, activation_name
 from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
 from .schedules import ReduceOnPlateau, Schedule
+from .targets import Meaning, of_classes
 
 Array = NDArray[Any]
 
@@ -44,6 +57,10 @@ class GAN(Trainable):
         Width of the noise, which is normal with variance 1.
     generator, discriminator : list of int
         Widths after the input. The last of `generator` is the number of features, the last of `discriminator` is 1.
+    n_classes : int, optional
+        How many classes samples are of, at least 2; 0 for samples without classes. Both networks are given the class,
+        as a one-hot row that follows noise and sample (Mirza and Osindero, "Conditional Generative Adversarial Nets",
+        2014), and `sample` makes samples of the class that is asked for.
     generator_activation, discriminator_activation : str
         Of the hidden layers: any activation of `gemmlet.kernels`. Where it is leaky_relu its slope is 0.2 (Radford et
         al., 2016).
@@ -90,6 +107,7 @@ class GAN(Trainable):
         generator: Sequence[int] = (256, 784),
         discriminator: Sequence[int] = (256, 1),
         *,
+        n_classes: int = 0,
         generator_activation: str = "relu",
         discriminator_activation: str = "leaky_relu",
         generator_output: str = "tanh",
@@ -106,6 +124,9 @@ class GAN(Trainable):
         self.discriminator = checks.widths(discriminator, "discriminator", 1)
         if self.discriminator[-1] != 1:
             raise ValueError(f"discriminator must end in the width 1, got {self.discriminator}")
+        self.n_classes = checks.whole_number(n_classes, "n_classes", 0)
+        if self.n_classes == 1:
+            raise ValueError("n_classes must be 0 or at least 2, got 1")
         self.generator_activation = activation_name(generator_activation, "generator_activation")
         self.discriminator_activation = activation_name(discriminator_activation, "discriminator_activation")
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
@@ -126,8 +147,8 @@ class GAN(Trainable):
     _checks = Trainable._checks | {
         **dict.fromkeys(
             (
-                "latent_dim", "generator", "discriminator", "generator_activation", "discriminator_activation",
-                "generator_output", "features", "seed",
+                "latent_dim", "generator", "discriminator", "n_classes", "generator_activation",
+                "discriminator_activation", "generator_output", "features", "seed",
             ),
             check_fixed,
         ),
@@ -147,8 +168,9 @@ class GAN(Trainable):
             return Dense(widths, activation, output, dtype, draw, slope)
 
         self.dtype = dtype
-        self._generator = dense([self.latent_dim, *self.generator], self.generator_activation, self.generator_output)
-        self._discriminator = dense([self.features, *self.discriminator], self.discriminator_activation, None)
+        widths = self._widths({name: getattr(self, name) for name in self._WIDTHS})
+        self._generator = dense(widths["generator."], self.generator_activation, self.generator_output)
+        self._discriminator = dense(widths["discriminator."], self.discriminator_activation, None)
         self._average = self._generator.copy() if self.ema_decay else self._generator
 
     @classmethod
@@ -169,14 +191,18 @@ class GAN(Trainable):
         )
 
     def __repr__(self) -> str:
+        classes = f"n_classes={self.n_classes}, " if self.n_classes else ""
         return (
-            f"GAN({self.latent_dim}, {self.generator}, {self.discriminator}, loss={self.loss!r}, "
+            f"GAN({self.latent_dim}, {self.generator}, {self.discriminator}, {classes}loss={self.loss!r}, "
             f"dtype=np.{self.dtype}, seed={self.seed})"
         )
 
     @property
     def generator_parameters(self) -> list[Array]:
-        """The arrays of the generator: weight (in_features, out_features) and bias of each layer in turn."""
+        """The arrays of the generator: weight (in_features, out_features) and bias of each layer in turn.
+
+        Where there are classes the first weight ends in a row for each.
+        """
         return self._generator.parameters
 
     @property
@@ -205,6 +231,8 @@ class GAN(Trainable):
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        *,
+        y: Any = None,
     ) -> GANHistory:
         """Train both networks on samples `x`.
 
@@ -228,6 +256,9 @@ class GAN(Trainable):
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
         checkpoint, resume
             As in `MLP.fit`.
+        y : array_like, shape (n,), optional
+            The class of each sample, an integer from 0 to ``n_classes - 1``, or one-hot rows (n, n_classes): needed if
+            there are classes, and only then.
 
         Returns
         -------
@@ -246,6 +277,7 @@ class GAN(Trainable):
         """
         with fitting(self):
             samples = self._samples(x, None if self._follows_samples else self.dtype)
+            labels = self._labels(y, len(samples), "y")
             settings = self._settings(
                 epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
             )
@@ -257,7 +289,7 @@ class GAN(Trainable):
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
             phases = [
-                self._gather(samples.dataset(may_skip_zeros=False)),
+                self._gather(samples.dataset(may_skip_zeros=False), labels),
                 # The same noise serves both steps, so that the generator's forward pass is done once.
                 Forward(_GENERATOR, (NOISE,)),
                 *self._discriminator_phases(),
@@ -265,7 +297,7 @@ class GAN(Trainable):
                 *self._generator_phases(),
                 Update(_GENERATOR, generator.rule, generator.max_norm),
             ]
-            data = {"x": samples.array}
+            data = {"x": samples.array} | ({} if labels is None else {"y": labels.values})
             history, plan = GANHistory(), self._plan(phases, generator, discriminator)
             Training(self, history, samples, plan, optimizers, [discriminator, generator], settings, data).run()
         return history
@@ -276,8 +308,10 @@ class GAN(Trainable):
         networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
         return TrainingPlan(networks, tuple(phases))
 
-    def _gather(self, dataset: Dataset) -> Gather:
+    def _gather(self, dataset: Dataset, labels: Labels | None) -> Gather:
         """Samples, from [0, 1] to the range of the generator."""
+        if labels is not None:
+            dataset = dataset._replace(labels=labels)
         return Gather(dataset, 2.0, -1.0) if self.generator_output == "tanh" else Gather(dataset)
 
     def _discriminator_phases(self) -> list[Phase]:
@@ -307,7 +341,7 @@ class GAN(Trainable):
     def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         return {"generator_loss": sums[1] / seen, "discriminator_loss": sums[0] / seen}
 
-    def discriminator_loss_and_gradients(self, x: Any, z: Any) -> tuple[float, list[Array]]:
+    def discriminator_loss_and_gradients(self, x: Any, z: Any, y: Any = None) -> tuple[float, list[Array]]:
         """Loss of the discriminator, and its gradients: one array for each of `discriminator_parameters`.
 
         Parameters
@@ -316,29 +350,34 @@ class GAN(Trainable):
             As in `fit`.
         z : array_like, shape (m, latent_dim)
             Noise for the generator, as many rows as there are samples.
+        y : array_like, shape (n,), optional
+            The classes of both, as in `fit`.
         """
         samples = self._samples(x, self.dtype).to_cpu()
         noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
         phases = [
-            self._gather(samples.dataset(may_skip_zeros=False)),
+            self._gather(samples.dataset(may_skip_zeros=False), self._labels(y, len(samples), "y")),
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
         ]
         step = gradients(select.current(), self._plan(phases), len(samples), noise)
         return step.losses[0], step.gradients[_DISCRIMINATOR]
 
-    def generator_loss_and_gradients(self, z: Any) -> tuple[float, list[Array]]:
+    def generator_loss_and_gradients(self, z: Any, y: Any = None) -> tuple[float, list[Array]]:
         """Loss of the generator, and its gradients: one array for each of `generator_parameters`.
 
         Parameters
         ----------
         z : array_like, shape (n, latent_dim)
             Noise, at least one row.
+        y : array_like, shape (n,), optional
+            The classes to generate, as in `fit`.
         """
         noise = arguments.on_cpu(self._checked_noise(z, None))
         if not len(noise):
             raise ValueError("z is empty; expected at least one row")
-        phases = [Gather(Dataset(noise)), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
+        dataset = Dataset(noise, labels=self._labels(y, len(noise), "y"))
+        phases = [Gather(dataset), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
         step = gradients(select.current(), self._plan(phases), len(noise), noise)
         return step.losses[0], step.gradients[_GENERATOR]
 
@@ -362,7 +401,7 @@ class GAN(Trainable):
             return self._draw(self._sampling_noise, count)
         return self._draw(np.random.default_rng(checks.whole_number(seed, "seed", 0, is_count=False)), count)
 
-    def sample(self, n: int | None = None, *, z: Any = None) -> Array:
+    def sample(self, n: int | None = None, *, z: Any = None, label: Any = None) -> Array:
         """Generate samples.
 
         Parameters
@@ -371,6 +410,9 @@ class GAN(Trainable):
             How many; needed without `z`.
         z : array_like, shape (n, latent_dim), optional
             The noise to make them from, as `noise` draws it.
+        label : int, or array_like of shape (n,), optional
+            Their classes, where there are some: from 0 to ``n_classes - 1``. By default all in turn: sample i is one of
+            the class ``i % n_classes``.
 
         Returns
         -------
@@ -389,11 +431,16 @@ class GAN(Trainable):
             noise = self.noise(count)
         else:
             noise = self._checked_noise(z, count)
+        classes = self._asked(label, len(noise))
         backend = select.of(noise)
         result = backend.empty((len(noise), self.features), self.dtype, noise)
         generator = self._average.with_parameters(lambda array: backend.to_device(array, noise))
         for where in slices(len(noise), CHUNK):
-            made = generator.forward(backend.to_device(noise[where]))
+            rows = noise[where]
+            if classes is not None:
+                rows = np.hstack([arguments.on_cpu(rows), np.eye(self.n_classes, dtype=self.dtype)[classes[where]]])
+                rows = backend.to_device(rows, noise)
+            made = generator.forward(backend.to_device(rows))
             if self.generator_output == "tanh":
                 made = backend.scaled(made, self.dtype, 0.5, 0.5)
             backend.assign(result[where], made)
@@ -419,6 +466,30 @@ class GAN(Trainable):
                 )
         return samples
 
+    def _labels(self, y: Any, n: int, name: str) -> Labels | None:
+        """Classes as training takes them; None where there are none."""
+        if not self.n_classes:
+            if y is not None:
+                raise ValueError(f"{name} was given, but this network knows no classes: GAN(n_classes=...)")
+            return None
+        if y is None:
+            raise TypeError(f"{name} is needed: the class of each sample, as n_classes is {self.n_classes}")
+        targets, _ = of_classes(y, Meaning(self.n_classes, None, False, False), "softmax", self.dtype, name)
+        if targets.ndim != 1:
+            raise ValueError(f"{name} has soft labels; expected one class for each sample")
+        if len(targets) != n:
+            raise ValueError(f"{name} has {len(targets)} labels, but there are {n} samples; they must match")
+        return Labels(np.ascontiguousarray(targets, np.int64), self.n_classes)
+
+    def _asked(self, label: Any, n: int) -> NDArray[np.int64] | None:
+        """The classes of `n` samples that are to be made."""
+        if self.n_classes and label is None:
+            return np.arange(n, dtype=np.int64) % self.n_classes
+        if self.n_classes and np.ndim(label) == 0:
+            label = np.full(n, checks.whole_number(label, "label", 0, is_count=False))
+        labels = self._labels(label, n, "label")
+        return None if labels is None else labels.values
+
     def _checked_noise(self, z: Any, n: int | None) -> Array:
         noise = arguments.as_array(z, "z")
         checks.real_numbers(noise.dtype, "z")
@@ -430,8 +501,8 @@ class GAN(Trainable):
 
     def _config(self) -> dict[str, Any]:
         names = (
-            "latent_dim", "generator", "discriminator", "generator_activation", "discriminator_activation",
-            "generator_output", "loss", "label_smoothing", "ema_decay",
+            "latent_dim", "generator", "discriminator", "n_classes", "generator_activation",
+            "discriminator_activation", "generator_output", "loss", "label_smoothing", "ema_decay",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -473,15 +544,20 @@ class GAN(Trainable):
         """Write the generator that `sample` uses as an ONNX file; `path` and errors are those of `MLP.to_onnx`.
 
         The graph takes ``z``, noise (n, latent_dim) of the network's dtype and any n, and gives ``x``, (n, features)
-        within [0, 1].
+        within [0, 1]. Where there are classes, a row of noise is followed by the one-hot row of one:
+        (n, latent_dim + n_classes).
         """
         from . import onnx
 
         halved = self.generator_output == "tanh"
         onnx.write(path, "GAN", self._saved_config(), self._average, input_name="z", output_name="x", halved=halved)
 
+    # What the widths follow from.
+    _WIDTHS = "latent_dim", "generator", "discriminator", "n_classes", "ema_decay"
+
     @staticmethod
     def _widths(config: dict[str, Any]) -> dict[str, Sequence[int]]:
-        generator = [config["latent_dim"], *config["generator"]]
-        widths = {"generator.": generator, "discriminator.": [generator[-1], *config["discriminator"]]}
+        classes = config.get("n_classes", 0)  # which older files have none of
+        generator = [config["latent_dim"] + classes, *config["generator"]]
+        widths = {"generator.": generator, "discriminator.": [generator[-1] + classes, *config["discriminator"]]}
         return widths | ({"average.": generator} if config["ema_decay"] else {})

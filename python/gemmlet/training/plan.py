@@ -27,6 +27,13 @@ SAMPLES, NOISE = "samples", "noise"
 Source = str | int
 
 
+class Labels(NamedTuple):
+    """The classes of all samples: `values` (n,), int64 and contiguous, each of them at least 0 and below `classes`."""
+
+    values: NDArray[np.int64]
+    classes: int
+
+
 class Dataset(NamedTuple):
     """Samples: rows (n, features) of uint8 or of the networks' dtype, or the three arrays of a CSR matrix.
 
@@ -35,6 +42,8 @@ class Dataset(NamedTuple):
     numbers are 0 for skipping them to pay; the result is the same. `weights` (n,), float64 and contiguous, make the
     objective their weighted mean over the mini-batch: finite, not negative, and of a positive sum in each mini-batch.
     With `divides_by_rows` it is the weighted sum divided by the size of the mini-batch instead, and the sum may be 0.
+    With `labels` the inputs of every network end in the one-hot row of the sample's class: noise, and what another
+    network has made of it, belong to the samples in their order, too.
     Another thread may change all but `indptr`.
     """
 
@@ -45,6 +54,7 @@ class Dataset(NamedTuple):
     value_of_byte: Array | None = None
     weights: NDArray[np.float64] | None = None
     divides_by_rows: bool = False
+    labels: Labels | None = None
 
 
 # Layer operations.
@@ -231,12 +241,11 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         dataset = self.gather.dataset
-        if (weights := dataset.weights) is None:
-            return
         n = len(dataset.x) if dataset.indptr is None else len(dataset.indptr) - 1
-        if weights.shape != (n,) or weights.dtype != np.float64 or not weights.flags.c_contiguous:
-            found = f"shape {weights.shape} and {weights.dtype}"
-            raise ValueError(f"weights: expected a contiguous array of shape ({n},) and float64, not one of {found}")
+        if dataset.weights is not None:
+            _check_column(dataset.weights, n, np.float64, "weights")
+        if dataset.labels is not None:
+            _check_column(dataset.labels.values, n, np.int64, "labels")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TrainingPlan, (self.networks, self.phases)  # a copy has executors of its own
@@ -296,6 +305,12 @@ class TrainingPlan:
     def activations(self) -> set[str]:
         """The names of all activations."""
         return {o.name for network in self.networks for o in network if isinstance(o, Activation)}
+
+
+def _check_column(array: Array, n: int, dtype: Any, name: str) -> None:
+    if array.shape != (n,) or array.dtype != dtype or not array.flags.c_contiguous:
+        expected, found = f"({n},) and {np.dtype(dtype)}", f"shape {array.shape} and {array.dtype}"
+        raise ValueError(f"{name}: expected a contiguous array of shape {expected}, not one of {found}")
 
 
 class Batches(NamedTuple):

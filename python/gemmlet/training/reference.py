@@ -102,6 +102,10 @@ class Step:
                 self._weight_sum = total
         # Of each `Loss` and `Penalty`, divided by the size of the mini-batch, or the sum of its weights.
         self.losses: list[float] = []
+        # One-hot rows of the samples' classes.
+        self._classes = None
+        if (labels := dataset.labels) is not None:
+            self._classes = one_hot(labels.values[where], (self.rows, labels.classes), plan.dtype)
         self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
 
     @singledispatchmethod
@@ -118,7 +122,10 @@ class Step:
         else:
             assert dataset.indices is not None
             reader = next(p for p in self._plan.phases if isinstance(p, Forward) and SAMPLES in p.inputs)
-            rows = np.zeros((len(where), len(self._layers[reader.network][0].weight.value)), dtype)
+            features = len(self._layers[reader.network][0].weight.value)
+            if dataset.labels is not None:
+                features -= dataset.labels.classes
+            rows = np.zeros((len(where), features), dtype)
             for row, sample in zip(rows, where, strict=True):
                 numbers = slice(dataset.indptr[sample], dataset.indptr[sample + 1])
                 try:
@@ -134,6 +141,8 @@ class Step:
     def _(self, phase: Forward) -> None:
         inputs = [self._values[source] for source in phase.inputs]
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
+        if self._classes is not None:
+            x = np.hstack([x, np.tile(self._classes, (len(inputs), 1))])
         records = self._records[phase.network] = []
         for layer in self._layers[phase.network]:
             entry = None if layer.activation is None else ACTIVATIONS[layer.activation]
@@ -193,7 +202,7 @@ class Step:
         if phase.to is None:
             self.gradients[phase.network] = gradients[::-1]
         else:
-            self._grad[phase.to] = grad
+            self._grad[phase.to] = np.ascontiguousarray(grad[:, : self._values[phase.to].shape[1]])
 
     @run.register
     def _(self, phase: Penalty) -> None:

@@ -144,6 +144,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
         return (
             phases in _STEPS
             and not plan.has_extras
+            and dataset.labels is None
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
             and all(map(training.dense_layers, plan.networks))
             and plan.activations() <= places("activations").keys()

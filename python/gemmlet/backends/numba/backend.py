@@ -295,6 +295,7 @@ class NumbaBackend(NumpyBackend):
         return (
             not plan.has_extras
             and names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys()
+            and (dataset.labels is None or not dataset.skip_zeros)
             and (not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))]))
         )
 

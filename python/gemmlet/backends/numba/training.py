@@ -335,6 +335,11 @@ class _Executor:
         self._values: dict[training.Source, Any] = {}
         self._inputs: dict[int, Any] = {}  # of the last forward pass of each network
 
+    def _inputs_of(self, network: int) -> int:
+        """How many inputs a network has, but for the classes."""
+        labels = self._plan.gather.dataset.labels
+        return len(self._layers[network][0].weight) - (0 if labels is None else labels.classes)
+
     def _gradients(self, network: int) -> list[Array]:
         return [grad for layer in self._layers[network] for grad in (layer.grad_weight, layer.grad_bias)]
 
@@ -378,11 +383,20 @@ class _Executor:
     @prepare.register
     def _(self, phase: Forward) -> Callable[[], None]:
         layers, several = self._layers[phase.network], len(phase.inputs) > 1
-        joined = np.empty((len(layers[0].y) if several else 0, len(layers[0].weight)), self._dtype)
+        labels = self._plan.gather.dataset.labels
+        joined = np.empty((len(layers[0].y) if several or labels else 0, len(layers[0].weight)), self._dtype)
+        columns = slice(0, self._inputs_of(phase.network))
 
         def run() -> None:
             inputs = [self._values[source] for source in phase.inputs]
-            x = np.concatenate(inputs, out=joined[: sum(map(len, inputs))]) if several else inputs[0]
+            if labels is not None:
+                x = joined[: sum(map(len, inputs))]
+                np.concatenate(inputs, out=x[:, columns])
+                x[:, columns.stop :] = (
+                    np.arange(labels.classes) == np.tile(labels.values[self.where], len(inputs))[:, None]
+                )
+            else:
+                x = np.concatenate(inputs, out=joined[: sum(map(len, inputs))]) if several else inputs[0]
             self._inputs[phase.network] = x
             for layer in layers:
                 x = layer.forward(x)
@@ -411,13 +425,15 @@ class _Executor:
     def _(self, phase: Backward) -> Callable[[], None]:
         layers = self._layers[phase.network]
         below = None if phase.to is None else self._layers[phase.to][-1]
+        weights = [layer.weight for layer in layers]
+        weights[0] = weights[0][: self._inputs_of(phase.network)]
 
         def run() -> None:
             rows = len(self._values[phase.network])
             for i in range(len(layers) - 1, -1, -1):
                 grad, previous = layers[i].backward_activation(rows), layers[i - 1] if i > 0 else below
                 if previous is not None:
-                    np.matmul(grad, layers[i].weight.T, out=previous.grad_y[:rows])
+                    np.matmul(grad, weights[i].T, out=previous.grad_y[:rows])
                 if phase.to is None:
                     x = layers[i - 1].y[:rows] if i > 0 else self._inputs[phase.network]
                     _column_sum(grad, layers[i].sums, layers[i].grad_bias)
