@@ -335,6 +335,42 @@ def test_samples(tmp_path, capsys):
     assert a == b != c
 
 
+def test_samples_of_a_digit_and_interpolations(tmp_path, capsys):
+    gan = nn.GAN(generator=[32, 784], discriminator=[16, 1], n_classes=10, seed=1)
+    gan.save(tmp_path / "gan.safetensors")
+    words = ["sample", tmp_path / "gan.safetensors", "-n", 20, "--seed", 4]
+    pictures = {}
+    for name, more in (
+        ("all", []),
+        ("7", ["--digit", 7]),
+        ("ways", ["--interpolate"]),
+        ("of 7", ["--interpolate", "--digit", 7]),
+    ):
+        path = tmp_path / f"{name}.png"
+        assert call(*words, *more, "--out", path) == 0
+        what = "interpolations" if "--interpolate" in more else "samples"
+        assert capsys.readouterr().out == f"20 {what}: {path}\n"
+        check_picture(path, (604, 1232 if "--interpolate" in more else 152))
+        pictures[name] = np.asarray(Image.open(path))
+    cells = {name: digits_of(picture) for name, picture in pictures.items()}
+    noise = gan.noise(20, seed=4)
+    for name, label in (("all", None), ("7", 7)):
+        np.testing.assert_allclose(cells[name], 1 - gan.sample(z=noise, label=label), atol=0.003)
+    # The row of a digit begins with its sample; from there it leads to the noise of the next.
+    np.testing.assert_allclose(cells["ways"][::10], cells["all"])
+    np.testing.assert_allclose(cells["of 7"][::10], cells["7"])
+    np.testing.assert_allclose(cells["of 7"][9::10], np.roll(cells["7"], -1, axis=0))
+
+
+def digits_of(picture):
+    """The cells of a grid of ten columns, rows (n, 784)."""
+    page = picture[28::2, ::2] / 255  # after the title; each pixel is four
+    rows = (len(page) - 2) // 30
+    return np.stack(
+        [page[2 + 30 * r : 30 + 30 * r, 2 + 30 * c : 30 + 30 * c].ravel() for r in range(rows) for c in range(10)]
+    )
+
+
 # augment.
 
 
@@ -408,6 +444,8 @@ def files(tmp_path, folder, model):
         ("sample {small_gan}", "makes samples of 10 numbers, expected 784 pixels"),
         ("sample {gan} -n 0", "-n must be from 1 to 10,000, got 0"),
         ("sample {gan} --seed -1", "--seed must be at least 0, got -1"),
+        ("sample {gan} --digit 10", "--digit must be from 0 to 9, got 10"),
+        ("sample {gan} --digit 3", "was trained without labels of this digit: leave out --digit"),
         ("sample {gan} --out samples.jpg", "expected a name that ends in .png"),
         ("augment --rotate 200", "--rotate must be within [0, 180], got 200.0"),
         ("augment --noise nan", "--noise must be within [0, 255], got nan"),

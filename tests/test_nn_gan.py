@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cuda_on_host.backend import skip_long
-from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, GANProgress, StopTraining
+from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, GANProgress, StopTraining, interpolate
 from support import same_bits
 
 # Gradients.
@@ -283,6 +283,36 @@ def test_noise() -> None:
     assert not same_bits(gan.noise(5), gan.noise(5))
     assert same_bits(gan.sample(z=fixed), gan.sample(1000, z=fixed))
     assert same_bits(gan.sample(z=fixed.astype(np.float32)[::2]), gan.sample(z=np.ascontiguousarray(fixed[::2])))
+
+
+def test_interpolate() -> None:
+    gan = GAN(100, [4], [1])
+    start, end = gan.noise(5, seed=1), gan.noise(5, seed=2)
+    way = interpolate(start, end, 7)
+    assert way.shape == (5, 7, 100)
+    assert way.dtype == np.float32
+    np.testing.assert_allclose(way[:, 0], start, rtol=1e-6)
+    np.testing.assert_allclose(way[:, -1], end, rtol=1e-6)
+    # Equal steps, on the circle through both.
+    unit = start / np.linalg.norm(start, axis=1, keepdims=True)
+    ways = interpolate(unit[:4], unit[1:], 7)
+    np.testing.assert_allclose(np.linalg.norm(ways, axis=2), 1, rtol=1e-6)
+    lengths = np.linalg.norm(np.diff(ways, axis=1), axis=2)
+    np.testing.assert_allclose(lengths, lengths[:, :1].repeat(6, axis=1), rtol=1e-5)
+    right_angle = interpolate([[3.0, 0.0]], [[0.0, 3.0]], 3)[0]
+    np.testing.assert_allclose(right_angle, [[3, 0], [3 / math.sqrt(2)] * 2, [0, 3]], atol=1e-12)
+    # Where there is no such circle, a line.
+    np.testing.assert_allclose(interpolate([[1, 0], [1, 0], [0, 0]], [[3, 0], [-1, 0], [2, 2]], 3)[:, 1],
+                               [[2, 0], [0, 0], [1, 1]], atol=1e-12)  # fmt: skip
+    for bad, error, message in (
+        ((start, end[:4]), ValueError, r"start and end have shapes \(5, 100\) and \(4, 100\)"),
+        ((start[0], end[0]), ValueError, r"expected \(n, latent_dim\)"),
+        ((start, end, 1), ValueError, "steps must be at least 2, got 1"),
+        ((start, end, 2.5), TypeError, "steps must be an integer"),
+        ((start, end.astype(complex)), TypeError, "end has dtype complex128"),
+    ):
+        with pytest.raises(error, match=message):
+            interpolate(*bad)
 
 
 @pytest.mark.parametrize("output", ["tanh", "sigmoid"])

@@ -262,7 +262,14 @@ def _sample(
         Path,
         typer.Argument(metavar="GAN", help="A file of save, or the folder that a training left.", show_default=False),
     ],
-    count: Annotated[int, typer.Option("-n", "--count", help="How many samples.", **INTEGER)] = 100,
+    count: Annotated[int, typer.Option("-n", "--count", help="How many samples, or rows.", **INTEGER)] = 100,
+    digit: Annotated[
+        int | None,
+        _option(help="Only this digit; of a network that was trained with labels.", default="all", **INTEGER),
+    ] = None,
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="Rows, each from one sample to another of the same digit.")
+    ] = False,
     seed: Annotated[
         int | None, _option(help="The same seed gives the same samples.", default="other ones each time", **INTEGER)
     ] = None,

@@ -7,7 +7,7 @@ NumPy's BLAS, which may add in another order where the number of its own threads
 
 from .augment import Augment
 from .fit import CheckpointError, DivergedError, GANHistory, GANProgress, History, Progress, StopTraining
-from .gan import GAN
+from .gan import GAN, interpolate
 from .mlp import MLP
 from .optimizers import OPTIMIZERS, SGD, Adam, AdamW, ClipNorm, Optimizer, make_optimizer
 from .schedules import EarlyStopping, ReduceOnPlateau, StepDecay, WarmUp, cosine_decay, linear_decay
@@ -34,6 +34,7 @@ __all__ = [
     "StopTraining",
     "WarmUp",
     "cosine_decay",
+    "interpolate",
     "linear_decay",
     "make_optimizer",
 ]

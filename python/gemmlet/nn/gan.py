@@ -561,3 +561,48 @@ class GAN(Trainable):
         generator = [config["latent_dim"] + classes, *config["generator"]]
         widths = {"generator.": generator, "discriminator.": [generator[-1] + classes, *config["discriminator"]]}
         return widths | ({"average.": generator} if config["ema_decay"] else {})
+
+
+def interpolate(start: Any, end: Any, steps: int = 10) -> Array:
+    """Return noise that leads from some rows of noise to others, for `GAN.sample`.
+
+    It follows great circles, so that it stays as long as noise is: ``(sin((1 - t) a) start + sin(t a) end) / sin(a)``
+    with the angle a between both rows. Shoemake, 1985; White, "Sampling Generative Networks", 2016.
+
+    Parameters
+    ----------
+    start, end : array_like, shape (n, latent_dim)
+    steps : int
+        How many rows for each, `start` and `end` among them; at least 2.
+
+    Returns
+    -------
+    ndarray, shape (n, steps, latent_dim)
+        Of the dtype of both; float64 of integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument does not fit.
+    """
+    ends = [arguments.on_cpu(arguments.as_array(value, name)) for value, name in ((start, "start"), (end, "end"))]
+    for rows, name in zip(ends, ("start", "end"), strict=True):
+        checks.real_numbers(rows.dtype, name)
+    if ends[0].ndim != 2 or ends[0].shape != ends[1].shape:
+        raise ValueError(
+            f"start and end have shapes {ends[0].shape} and {ends[1].shape}; expected (n, latent_dim), both"
+        )
+    count = checks.whole_number(steps, "steps", 2)
+    a, b = (rows.astype(np.float64)[:, np.newaxis] for rows in ends)
+    norms = np.linalg.norm(a, axis=2, keepdims=True) * np.linalg.norm(b, axis=2, keepdims=True)
+    cosine = np.divide((a * b).sum(axis=2, keepdims=True), norms, out=np.ones_like(norms), where=norms > 0)
+    angle, t = np.arccos(np.clip(cosine, -1.0, 1.0)), np.linspace(0.0, 1.0, count)[:, np.newaxis]
+    sine = np.sin(angle)
+    # Rows of one direction, or of opposite ones, are on no great circle that is known: a line.
+    straight = sine < 1e-6
+    sine = np.where(straight, 1.0, sine)
+    from_start = np.where(straight, 1.0 - t, np.sin((1.0 - t) * angle) / sine)
+    from_end = np.where(straight, t, np.sin(t * angle) / sine)
+    dtype = np.result_type(*ends)
+    result: Array = (from_start * a + from_end * b).astype(dtype if dtype.kind == "f" else np.float64)
+    return result
