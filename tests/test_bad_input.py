@@ -644,6 +644,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             ("forward", 1, [-1, 0]),
             ("loss", 1, 0, 0.5, 1.0, [0.9, 0.0], -1.0, 2.0),
             ("backward", 1, -1),
+            ("gradient_penalty", 1, 0.5, 2),
             ("update", 1, rule),
             ("forward", 1, [0]),
             ("loss", 1, 0, 0.5, -1.0, [1.0], -1.0, 2.0),
@@ -771,9 +772,10 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
             return [*good[:at], (*phase[:field], value, *phase[field + 1 :]), *good[at + 1 :]]
 
         kind = phase[0]
-        if kind != "forward" or networks == 1:  # a second forward phase changes nothing
+        # A second forward phase changes nothing, and a gradient penalty may be missing.
+        if kind not in ("forward", "gradient_penalty") or networks == 1:
             yield [*good[:at], *good[at + 1 :]]
-        if kind in ("backward", "update"):  # the gradient is gone
+        if kind in ("backward", "gradient_penalty", "update"):  # the gradient is gone, or penalized
             yield [*good[: at + 1], phase, *good[at + 1 :]]
         yield [*good[:at], phase[:-1], *good[at + 1 :]]
         yield [*good[:at], (*phase, None), *good[at + 1 :]]
@@ -804,6 +806,9 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
             if phase[2] >= 0:
                 yield from (altered(2, value) for value in others)
             yield from (altered(2, value) for value in (phase[1], networks, 2**31 - 1, 2**40, None, "0", 0.5))
+        elif kind == "gradient_penalty":
+            yield from (altered(2, value) for value in (-1.0, np.nan, "0.5", None, [0.5], 1j))
+            yield from (altered(3, value) for value in (0, -1, 2**40, 2**63 - 1, "2", None, 0.5))
         elif kind == "penalty":
             yield from (altered(2, value) for value in ("0.5", None, [0.5], 1j))
         else:

@@ -383,13 +383,19 @@ def test_same_bits_over_many_steps(kind: str, fusing: Any, dtype: Any) -> None:
         assert same(run(2, rule, lambda progress: None), expected), rule
 
 
-@pytest.mark.parametrize(("n_classes", "width"), [(0, 130), (10, 130), (10, 700)])
-def test_gan_same_bits_for_any_number_of_threads(n_classes: int, width: int, fusing: Any, dtype: Any, rng: Any) -> None:
+@pytest.mark.parametrize(
+    ("n_classes", "width", "penalty"), [(0, 130, 0.0), (10, 130, 0.0), (10, 700, 0.0), (0, 130, 2.0), (10, 700, 2.0)]
+)
+def test_gan_same_bits_for_any_number_of_threads(
+    n_classes: int, width: int, penalty: float, fusing: Any, dtype: Any, rng: Any
+) -> None:
+    if penalty and fusing.name != "cpu":
+        pytest.skip("the reference computes gradient penalties")
     x, y = rng.uniform(size=(130, 200)).astype(dtype), rng.integers(0, n_classes, 130) if n_classes else None
     expected: list[Any] = []
     for threads in (1, 2, 3, 2):
         set_threads(fusing, threads)
-        gan = GAN(20, [width, 200], [140, 1], n_classes=n_classes, dtype=dtype)
+        gan = GAN(20, [width, 200], [width, 140, 1], n_classes=n_classes, gradient_penalty=penalty, dtype=dtype)
         result = fitted(gan, x, epochs=2, batch_size=50, y=y)
         expected = expected or result
         assert same(result, expected), threads

@@ -31,9 +31,8 @@ class TorchGAN:
         functional = self.torch.nn.functional
         if name == "leaky_relu":
             return lambda x: functional.leaky_relu(x, 0.2)
-        return {"tanh": self.torch.tanh, "relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu}[
-            name
-        ]
+        functions = {"gelu": functional.gelu, "silu": functional.silu, "identity": lambda x: x}
+        return {"tanh": self.torch.tanh, "relu": functional.relu, **functions}[name]
 
     def stack(self, parameters: list[Any], x: Any, activation: Any) -> Any:
         for i in range(0, len(parameters), 2):
@@ -63,6 +62,16 @@ class TorchGAN:
         t = 1 - self.gan.label_smoothing
         return -(t * p.log() + (1 - t) * (1 - p).log()).mean() - (1 - q).log().mean()
 
+    def penalty(self, x: Any) -> Any:
+        """What the gradient penalty adds to the discriminator's loss, for a quarter of the samples."""
+        real, y = self.torch.tensor(2 * x - 1 if self.gan.generator_output == "tanh" else x), self.y
+        real = real[: -(-len(x) // 4)].requires_grad_()
+        self.y = None if y is None else y[: len(real)]
+        logits = self.stack(self.d, self.with_classes(real), self.activation(self.gan.discriminator_activation))
+        self.y = y
+        (grad,) = self.torch.autograd.grad(logits.sum(), real, create_graph=True)
+        return self.gan.gradient_penalty / 2 * grad.square().sum(1).mean()
+
     def generator_loss(self, z: Any) -> Any:
         q = self.probability(self.generate(z))
         return (1 - q).log().mean() if self.gan.loss == "minimax" else -q.log().mean()
@@ -78,6 +87,10 @@ VARIANTS = {
     "needs z": {"generator_activation": "gelu", "discriminator_activation": "silu", "loss": "minimax"},
     "tanh": {"generator_activation": "tanh", "discriminator_activation": "tanh"},
     "classes": {"n_classes": 3, "generator": [6, 7, 4]},
+    "penalty": {"gradient_penalty": 0.7, "discriminator": [9, 8, 7, 1]},
+    "penalty, relu": {"gradient_penalty": 20.0, "discriminator_activation": "relu", "generator_output": "sigmoid"},
+    "penalty, one layer": {"gradient_penalty": 2.0, "discriminator": [1], "n_classes": 2},
+    "penalty, classes": {"gradient_penalty": 3.0, "discriminator_activation": "identity", "n_classes": 3},
     "classes, no hidden layers": {
         "n_classes": 2,
         "generator": [4],
@@ -98,7 +111,7 @@ def test_gradients(variant: str, backend: object, rng: np.random.Generator) -> N
     theirs = TorchGAN(gan, y)
 
     expected = theirs.discriminator_loss(x, z)
-    expected.backward()
+    (expected + (theirs.penalty(x) if gan.gradient_penalty else 0.0)).backward()
     loss, gradients = gan.discriminator_loss_and_gradients(x, z, y)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     check(gradients, theirs.d)
@@ -120,11 +133,16 @@ def check(gradients: list[Any], tensors: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("norms", "n_classes"), [(None, 0), ((0.02, 0.1), 0), (None, 3)], ids=["", "clipped", "classes"]
+    ("norms", "n_classes", "penalty"),
+    [(None, 0, 0.0), ((0.02, 0.1), 0, 0.0), (None, 3, 0.0), (None, 0, 2.0), (None, 3, 0.5)],
+    ids=["", "clipped", "classes", "penalty", "classes and penalty"],
 )
-def test_training_agrees_with_pytorch(norms: Any, n_classes: int, backend: object, rng: np.random.Generator) -> None:
+def test_training_agrees_with_pytorch(
+    norms: Any, n_classes: int, penalty: float, backend: object, rng: np.random.Generator
+) -> None:
     """Some steps of both networks and of the moving average, with the noise that `fit` draws."""
-    gan, twin = (GAN(3, [6, 4], [5, 1], n_classes=n_classes, dtype="float64", ema_decay=0.5, seed=3) for _ in range(2))
+    settings = {"n_classes": n_classes, "gradient_penalty": penalty, "dtype": "float64", "ema_decay": 0.5, "seed": 3}
+    gan, twin = (GAN(3, [6, 4], [5, 7, 1], **settings) for _ in range(2))
     y = rng.integers(0, n_classes, 10) if n_classes else None
     theirs = TorchGAN(twin)
     torch = theirs.torch
@@ -145,7 +163,7 @@ def test_training_agrees_with_pytorch(norms: Any, n_classes: int, backend: objec
         z = twin._draw(twin._training_noise, len(part[step % 3]))
         rules[1].zero_grad()
         loss_d = theirs.discriminator_loss(part[step % 3], z)
-        loss_d.backward()
+        (loss_d + (theirs.penalty(part[step % 3]) if penalty else 0.0)).backward()
         if norms:
             clip(theirs.d, norms[1])
         rules[1].step()
@@ -526,6 +544,14 @@ def test_a_bad_file_is_named(how: str, tmp_path: Path) -> None:
         ({"loss": "hinge"}, ValueError, "loss 'hinge' is unknown; the choices are non_saturating, minimax"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be below 1, got 1"),
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be within \[0, 1\], got -0\.1"),
+        ({"gradient_penalty": -1.0}, ValueError, "gradient_penalty must be at least 0, got -1"),
+        ({"gradient_penalty": math.inf}, ValueError, "gradient_penalty must be finite"),
+        ({"gradient_penalty": "much"}, TypeError, "gradient_penalty must be a real number, got str"),
+        (
+            {"gradient_penalty": 1.0, "discriminator_activation": "tanh"},
+            ValueError,
+            "gradient_penalty needs a discriminator_activation that is linear in pieces, relu, leaky_relu, identity",
+        ),
         ({"ema_decay": 1}, ValueError, "ema_decay must be below 1, got 1"),
         ({"ema_decay": "slow"}, TypeError, "ema_decay must be a real number, got str"),
         ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64"),

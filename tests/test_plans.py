@@ -32,6 +32,7 @@ from gemmlet.training.plan import (
     Dataset,
     Forward,
     Gather,
+    GradientPenalty,
     Labels,
     Linear,
     Loss,
@@ -268,6 +269,36 @@ def labelled(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
     return plan_and_batches(networks, phases)
 
 
+def with_gradient_penalty(
+    dtype: Any, dataset: Dataset, share: int, widths: Any = (FEATURES, 70, 9, 1)
+) -> tuple[Any, Batches]:
+    """A discriminator whose gradient by samples is penalized; its weights are so, too."""
+    plan, _ = gan(dtype)
+    phases = list(plan.phases)
+    gather = plan.gather._replace(dataset=dataset)
+    networks = [network((LATENT, 40, FEATURES), "tanh", dtype, "adam", averaged=True)]
+    networks.append(network(widths, "leaky_relu", dtype, "momentum"))
+    phases[0] = gather
+    at = next(i for i, phase in enumerate(phases) if isinstance(phase, Update))
+    phases[at : at + 1] = GradientPenalty(1, 5.0, share), Penalty(1, 0.5), Update(1, "momentum")
+    return plan_and_batches(networks, phases)
+
+
+def in_large_batches(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
+    """Of a size with which C++ trains wide networks layer by layer."""
+    steps = -(-N // 20)
+    assert batches.decay is not None
+    tables = tuple(table[:steps] for table in batches.hyperparameters)
+    return plan, batches._replace(size=20, hyperparameters=tables, decay=batches.decay[:steps])
+
+
+def labelled_and_penalized(dtype: Any) -> tuple[Any, Batches]:
+    plan, _ = labelled(dtype, samples(dtype, "bytes"))
+    phases = list(plan.phases)
+    phases.insert(5, GradientPenalty(1, 3.0, 2))
+    return plan_and_batches(plan.networks, phases)
+
+
 def labelled_alone(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
     dataset = dataset._replace(labels=Labels(CLASSES, 3))
     return single(dtype, dataset, Loss(0, SOFTMAX, CLASSES[::-1].copy()), widths=(FEATURES + 3, 9, 3))
@@ -303,6 +334,13 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "weights of zeros": lambda dtype: weighted(*penalized(dtype, samples(dtype, "zeros"), "adam")),
     "weights, csr": lambda dtype: weighted(*single(dtype, samples(dtype, "csr"), Loss(0, BCE, CLASSES))),
     "weights of three sources": lambda dtype: weighted(*three_sources(dtype)),
+    "gradient penalty": lambda dtype: with_gradient_penalty(dtype, samples(dtype), 1),
+    "gradient penalty for some": lambda dtype: with_gradient_penalty(dtype, samples(dtype, "bytes"), 3),
+    "gradient penalty, one layer": lambda dtype: with_gradient_penalty(dtype, samples(dtype), 2, (FEATURES, 1)),
+    "gradient penalty, layer by layer": lambda dtype: in_large_batches(
+        *with_gradient_penalty(dtype, samples(dtype), 2, (FEATURES, 550, 520, 1))
+    ),
+    "gradient penalty and labels": labelled_and_penalized,
     "labels": lambda dtype: labelled(dtype, samples(dtype)),
     "labels of bytes": lambda dtype: labelled(dtype, samples(dtype, "bytes")),
     "labels of zeros": lambda dtype: labelled(dtype, samples(dtype, "zeros")),

@@ -176,6 +176,11 @@ GivenPhase read_phase(const py::tuple& tuple) {
     const auto [network, factor] = fields<int, double>(tuple);
     return of({Phase::penalty, network, {}, -1, -1, factor});
   }
+  if (is_kind(tuple, "gradient_penalty")) {
+    const auto [network, factor, share] = fields<int, double, Index>(tuple);
+    if (!(factor >= 0) || share < 1 || share > max_positions) refuse("phases", "a gradient penalty of a wrong size");
+    return of({Phase::gradient_penalty, network, {}, -1, -1, factor, share});
+  }
   if (is_kind(tuple, "update")) {
     const auto [network, rule] = fields<int, int>(tuple);
     return of({Phase::update, network, {}, -1, checked_index(rule, optimizer_rule_names().size(), "rule")});
@@ -210,6 +215,7 @@ class Checker {
   struct State {
     std::vector<int> inputs;  // of the latest forward phase
     Gradient gradient = none;
+    bool is_penalized = false;  // by a gradient penalty
   };
 
   static void need(bool there, const char* what) {
@@ -246,6 +252,13 @@ class Checker {
         has(phase.to).gradient = of_outputs;
       }
       state.gradient = phase.to >= 0 ? none : of_parameters;
+      state.is_penalized = false;
+    }
+    if (phase.kind == Phase::gradient_penalty) {
+      need(state.gradient == of_parameters && !state.is_penalized, "a gradient penalty without gradient, or two");
+      need(state.inputs[0] == samples_source && layers(phase.network).back().out == 1,
+           "a gradient penalty for samples that do not come first, or for several outputs");
+      state.is_penalized = true;
     }
     if (phase.kind == Phase::penalty) need(state.gradient == of_parameters, "a penalty without gradient");
     if (phase.kind == Phase::update) {

@@ -12,6 +12,7 @@
 // To skip a zero leaves out a product that is 0, which changes no bit.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <deque>
 #include <new>
 #include <optional>
@@ -41,11 +42,19 @@ struct Forward {
   Network<T>& network;
   Inputs<T> inputs;
   std::optional<Loader<T>> loader;
+  Rows<T> sample_gradients, zeros;  // of a gradient penalty: by the samples, in the rows after all inputs; and biases
 
-  // With `copies` the rows of all inputs are copied, so that they follow each other in memory.
-  Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, KeptMemory& memory, Index max_rows, bool copies)
-      : phase(forward), network(of), inputs(max_rows * static_cast<Index>(forward.inputs.size())) {
+  // With `copies` the rows of all inputs are copied, so that they follow each other in memory. `is_penalized`: there is a
+  // gradient penalty.
+  Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, KeptMemory& memory, Index max_rows, bool copies,
+          bool is_penalized)
+      : phase(forward), network(of), inputs(max_rows * (static_cast<Index>(forward.inputs.size()) + is_penalized)) {
     if (max_rows == 0) return;
+    if (is_penalized) {
+      sample_gradients = Rows<T>(memory, max_rows * (input_count() + 1), of.first_layer().in);
+      zeros = Rows<T>(memory, 1, of.max_out());
+      std::fill_n(zeros.row(0), zeros.stride, T(0));
+    }
     if (of.first_layer().classes > 0) inputs.labels.resize(inputs.rows.size());
     // Samples in the places that they have among the inputs.
     const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
@@ -76,6 +85,7 @@ struct Stage {
   Work<T> update;
   const double* hyperparameters;
   double penalty;  // of the weights that are updated
+  Index share;     // one of so many samples has a gradient penalty; 0 is none
 };
 
 template <class T>
@@ -93,31 +103,35 @@ class Executor {
       std::size_t inputs = 1;
       for (const Phase& phase : plan.phases)
         if (static_cast<std::size_t>(phase.network) == n) inputs = std::max(inputs, phase.inputs.size());
+      inputs += is_penalized(static_cast<int>(n));
       networks_.emplace_back(plan.networks[n], memory, max_rows_ * static_cast<Index>(inputs), is_pipelined_ ? 2 : 1);
     }
     std::vector<Forward<T>*> latest(plan.networks.size());
     std::vector<double> penalties(plan.networks.size());
+    std::vector<Index> shares(plan.networks.size());
     std::vector<Work<T>> rows;
     std::size_t losses = 0;
     for (const Phase& phase : plan.phases) {
       Forward<T>*& forward = latest[static_cast<std::size_t>(phase.network)];
       if (phase.kind == Phase::forward)
         forward = &forwards_.emplace_back(plan, phase, network(phase.network), memory, is_pipelined_ ? 0 : max_rows_,
-                                          by_layers_);
+                                          by_layers_, is_penalized(phase.network));
+      Index& share = shares[static_cast<std::size_t>(phase.network)];
       double& penalty = penalties[static_cast<std::size_t>(phase.network)];
       Work<T> work{phase, forward};
       if (phase.kind == Phase::loss)
         work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network, memory,
                                                    forward->input_count(), max_rows_);
-      if (phase.kind == Phase::backward) penalty = 0;  // of a gradient that is replaced
+      if (phase.kind == Phase::backward) penalty = 0, share = 0;  // of a gradient that is replaced
+      if (phase.kind == Phase::gradient_penalty) share = phase.share;
       if (phase.kind == Phase::penalty) {
         penalty += phase.factor;
         work.squares.resize(static_cast<std::size_t>(forward->network.vectors()));
       }
       if (phase.kind == Phase::loss || phase.kind == Phase::penalty) work.loss = losses++;
       if (phase.kind == Phase::update)
-        stages_.push_back(
-            {std::exchange(rows, {}), work, batches.hyperparameters[stages_.size()], std::exchange(penalty, 0.0)});
+        stages_.push_back({std::exchange(rows, {}), work, batches.hyperparameters[stages_.size()],
+                           std::exchange(penalty, 0.0), std::exchange(share, 0)});
       else
         rows.push_back(std::move(work));
     }
@@ -203,6 +217,12 @@ class Executor {
     return by_layers ? &workspaces_[static_cast<std::size_t>(member.index())] : nullptr;
   }
 
+  bool is_penalized(int network) const {
+    return std::ranges::any_of(plan_.phases, [&](const Phase& phase) {
+      return phase.kind == Phase::gradient_penalty && phase.network == network;
+    });
+  }
+
   static double weight_bytes(const Plan<T>& plan) {
     double bytes = 0;
     for (const std::vector<Layer<T>>& layers : plan.networks)
@@ -270,8 +290,8 @@ class Executor {
         const Network<T>& network = forward.network;
         const int rule = stage.update.phase.rule;
         network.update(rule, first_layer(network), pipeline ? pipeline->inputs(slot) : forward.inputs, slot,
-                       batch_rows * forward.input_count(), me, all, columns, workspace,
-                       stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
+                       batch_rows * forward.input_count(), stage.share > 0 ? ceil_div(batch_rows, stage.share) : 0, me,
+                       all, columns, workspace, stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
                        stage.penalty / weight_sum_from(start), batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
         if (me == 0) add_losses(stage, batch_rows, weight_sum_from(start));
         if (pipeline) pipeline->begin(member, next, slot ^ 1);
@@ -286,6 +306,7 @@ class Executor {
                  const std::optional<Pipeline>& pipeline) {
     Forward<T>& forward = *work.forward;
     const Network<T>& network = forward.network;
+    if (work.phase.kind == Phase::gradient_penalty) return penalize(work, batch_rows, mine);
     for (Index input = 0; input < forward.input_count(); ++input) {
       const Index base = input * batch_rows;
       const Range rows{base + mine.first, base + mine.end};
@@ -312,10 +333,24 @@ class Executor {
           break;
         }
         case Phase::penalty:
+        case Phase::gradient_penalty:
         case Phase::update:
           break;
       }
     }
+  }
+
+  // The gradient penalty of those of the rows that have one, at most row_block.
+  void penalize(const Work<T>& work, Index batch_rows, Range rows) {
+    Forward<T>& forward = *work.forward;
+    const Index count = ceil_div(batch_rows, work.phase.share), base = batch_rows * forward.input_count();
+    rows.end = std::min(rows.end, count);
+    if (rows.size() <= 0) return;
+    for (Index i = base + rows.first; i < base + rows.end; ++i)
+      forward.inputs.rows[static_cast<std::size_t>(i)] = forward.sample_gradients.row(i);
+    const T seed = static_cast<T>(std::sqrt(work.phase.factor / static_cast<double>(count)));
+    forward.network.penalize(rows, base, base, seed, forward.sample_gradients, forward.inputs.rows.data(),
+                             forward.zeros.row(0));
   }
 
   // A phase for the whole mini-batch, by all members; `mine` are the rows that this one gathers, and takes the loss of.
@@ -347,6 +382,12 @@ class Executor {
                                   work.phase.to < 0 ? nullptr : &this->network(work.phase.to).output_gradients(),
                                   workspace);
         break;
+      case Phase::gradient_penalty: {
+        const Range part = part_of(ceil_div(batch_rows, work.phase.share), member.index(), member.count());
+        for (Index first = part.first; first < part.end; first += tuning::row_block)
+          penalize(work, batch_rows, {first, std::min(part.end, first + tuning::row_block)});
+        break;
+      }
       case Phase::penalty:
       case Phase::update:
         break;

@@ -162,6 +162,34 @@ class Network {
     }
   }
 
+  // The gradient penalty of some samples: rows of which x has the products that their gradients make with those of the
+  // weights, which the update adds to it. They are left in the rows from `base` on: of `gradients` the gradient by the sample,
+  // times seed, which `x` points to; of the activations what the slopes at the sample make of it; of the gradients those of the
+  // output, times seed, by the preactivations. Without pipeline.
+  void penalize(Range samples, Index base, Index batch_rows, T seed, const Rows<T>& gradients, const T* const* x,
+                const T* zeros) const {
+    const Range rows{base + samples.first, base + samples.end};
+    for (const Rows<T>& y : y_) std::copy_n(y.row(samples.first), samples.size() * y.stride, y.row(rows.first));
+    for (Index i = rows.first; i < rows.end; ++i) {
+      T* const grad = grad_.back().row(i);
+      std::fill_n(grad, grad_.back().stride, T(0));
+      grad[0] = seed;
+    }
+    backward(0, rows, batch_rows, &gradients);
+    for (std::size_t l = 0; l + 1 < layers_.size(); ++l) {
+      Layer<T> linear = layers_[l];
+      linear.bias.value = const_cast<T*>(zeros);
+      T* const y = y_[l].row(rows.first);
+      forward_dense(l == 0 ? x + rows.first : y_rows_[l - 1].data() + rows.first, rows.size(), linear, {0, linear.out},
+                    y, y_[l].stride);
+      if (linear.activation >= 0)
+        for_chunks(rows.size() * y_[l].stride, [&](Index i, Index n) {
+          activation_backward(linear.activation, y + i, y_[l].row(samples.first) + i, linear.activation_parameter,
+                              y + i, n);
+        });
+    }
+  }
+
   // The sums of the squared weights by columns of vectors of all layers, each of which belongs to one member, as columns of
   // the first layer may do.
   Index vectors() const {
@@ -193,12 +221,13 @@ class Network {
     }
   }
 
-  // Updates part `index` of `count` of all weights from the inputs, activations and gradients of `rows` rows. The first
-  // layer's part is first_columns, unless that is empty. l2 times the weights is added to their gradient.
+  // Updates part `index` of `count` of all weights from the inputs, activations and gradients of `rows` rows, and of those
+  // that gradient penalties have left after them. The first layer's part is first_columns, unless that is empty. l2 times the
+  // weights is added to their gradient.
   template <class UpdateRule>
-  void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index index, Index count,
-              Range first_columns, const Workspace<T>* workspace, const double* hyperparameters, double l2,
-              double average_decay) const {
+  void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index penalty_rows,
+              Index index, Index count, Range first_columns, const Workspace<T>* workspace,
+              const double* hyperparameters, double l2, double average_decay) const {
     double of_weights[UpdateRule::hyperparameter_count];
     std::copy_n(hyperparameters, UpdateRule::hyperparameter_count, of_weights);
     of_weights[UpdateRule::l2] += l2;
@@ -233,9 +262,9 @@ class Network {
       if (!sparse) {
         const T* const* x = l == 0 ? inputs.rows.data() : y_rows_[l - 1].data() + (l == 1 ? slot * max_rows_ : 0);
         if (workspace != nullptr)
-          update_packed(layer, x, grad_[l], rows, inputs_part, columns, *workspace, update);
+          update_packed(layer, x, grad_[l], rows + penalty_rows, inputs_part, columns, *workspace, update);
         else
-          update_dense(layer, x, grad_[l], rows, inputs_part, columns, update);
+          update_dense(layer, x, grad_[l], rows + penalty_rows, inputs_part, columns, update);
       }
       if (layer.classes > 0)
         update_class_rows(layer, inputs.labels.data(), grad_[l], rows, part_of(layer.classes, index, count), columns,
@@ -257,6 +286,12 @@ class Network {
     double total = 0;
     for (const Layer<T>& layer : layers_) total += static_cast<double>(layer.in) * static_cast<double>(layer.out);
     return total;
+  }
+
+  Index max_out() const {
+    Index out = 1;
+    for (const Layer<T>& layer : layers_) out = std::max(out, layer.out);
+    return out;
   }
 
   // The longest sum of a layer, over inputs, outputs or rows.

@@ -76,12 +76,15 @@ struct Loss {
 inline constexpr int samples_source = -1, noise_source = -2;
 
 struct Phase {
-  enum Kind { forward, loss, backward, penalty, update } kind;
+  enum Kind { forward, loss, backward, penalty, gradient_penalty, update } kind;
   int network;
   std::vector<int> inputs;  // forward: the rows of these sources follow each other
   int to;                   // backward: the network whose outputs get the gradient; -1 is none
   int rule;                 // update
   double factor = 0;  // penalty: half of it times the sum of the squared weights is what the objective has besides
+  // gradient_penalty: half the factor times the mean square of the gradient by a sample, over the first of the mini-batch's,
+  // one of `share`, rounded up. The network has one output, samples come first, and all activations are linear in pieces.
+  Index share = 0;
 };
 
 // Phases are in an order in which each finds what it reads; the last is an update. Only where the plan is_pipelined may
@@ -97,12 +100,13 @@ struct Plan {
 // Whether samples go through one network alone, which is updated once: then the executor prepares a mini-batch ahead.
 template <class T>
 bool is_pipelined(const Plan<T>& plan) {
-  int forwards = 0, updates = 0;
+  int forwards = 0, updates = 0, gradient_penalties = 0;
   for (const Phase& phase : plan.phases) {
     forwards += phase.kind == Phase::forward;
     updates += phase.kind == Phase::update;
+    gradient_penalties += phase.kind == Phase::gradient_penalty;
   }
-  return forwards == 1 && updates == 1 && plan.samples.labels == nullptr &&
+  return gradient_penalties == 0 && forwards == 1 && updates == 1 && plan.samples.labels == nullptr &&
          plan.phases[0].inputs == std::vector<int>{samples_source};
 }
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..training import plan as training
-from ..training.plan import NOISE, SAMPLES, Backward, Forward, Loss, Penalty, TrainingPlan, Update
+from ..training.plan import NOISE, SAMPLES, Backward, Forward, GradientPenalty, Loss, Penalty, TrainingPlan, Update
 
 # By what `csrc/cpu/training/plan.h` knows the inputs of a network that are no other network's outputs.
 _SOURCES: dict[training.Source, int] = {SAMPLES: -1, NOISE: -2}
 
 # Phases that read a gradient, and which one: what the next phase after `Loss` or `Backward` is.
-_READERS = {"backward": "backward", "penalty": "update", "update": "update"}
+_READERS = {"backward": "backward", "penalty": "update", "gradient_penalty": "update", "update": "update"}
 
 
 # The numbers of formulas in an extension module, by name.
@@ -84,6 +84,8 @@ def _phase(plan: TrainingPlan, phase: training.Phase, losses: Numbers, rules: Nu
         return "backward", phase.network, -1 if phase.to is None else phase.to
     if isinstance(phase, Penalty):
         return "penalty", phase.network, phase.factor
+    if isinstance(phase, GradientPenalty):
+        return "gradient_penalty", *phase
     if isinstance(phase, Update) and phase.max_norm is None:
         return "update", phase.network, rules[phase.rule]
     raise training.UnsupportedError(phase)

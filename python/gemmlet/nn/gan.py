@@ -19,6 +19,7 @@ from ..training.plan import (
     Dataset,
     Forward,
     Gather,
+    GradientPenalty,
     Labels,
     Loss,
     Phase,
@@ -39,6 +40,10 @@ Array = NDArray[Any]
 
 LOSSES = ("non_saturating", "minimax")
 GENERATOR_OUTPUTS = ("tanh", "sigmoid")
+
+# One of so many samples stands for all in the gradient penalty, and the activations of which it is exact.
+PENALTY_SHARE = 4
+_LINEAR_IN_PIECES = "relu", "leaky_relu", "identity"
 
 # Positions in the plan's networks.
 _GENERATOR, _DISCRIMINATOR = 0, 1
@@ -72,6 +77,11 @@ class GAN(Trainable):
         ``log(1 - sigmoid(D(G(z))))``.
     label_smoothing : float, within [0, 1)
         D's target for samples of the data is 1 minus this (one-sided label smoothing, Salimans et al., 2016).
+    gradient_penalty : float, at least 0
+        Half of this times the mean of ``|dD(x) / dx|²`` over samples of the data, x as D sees them, is added to D's
+        loss (R1; Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018). A quarter of each
+        mini-batch stands for the whole. D's activation must be linear in pieces: relu, leaky_relu or identity. The
+        losses of the history are without it.
     ema_decay : float, within [0, 1)
         `sample` uses an exponential moving average of the generator's parameters with this decay per step (Yazıcı et
         al., 2019); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the generator itself.
@@ -113,6 +123,7 @@ class GAN(Trainable):
         generator_output: str = "tanh",
         loss: str = "non_saturating",
         label_smoothing: float = 0.1,
+        gradient_penalty: float = 0.0,
         ema_decay: float = 0.999,
         dtype: DTypeLike | None = None,
         seed: int = 0,
@@ -131,6 +142,7 @@ class GAN(Trainable):
         self.discriminator_activation = activation_name(discriminator_activation, "discriminator_activation")
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
         self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
+        self.gradient_penalty = gradient_penalty
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
@@ -153,6 +165,7 @@ class GAN(Trainable):
             check_fixed,
         ),
         "loss": lambda _, value, name: checks.choice(value, name, LOSSES),
+        "gradient_penalty": lambda gan, value, name: gan._penalty(value, name),
     }  # fmt: skip
 
     def _fresh_streams(self) -> list[np.random.Generator]:
@@ -321,6 +334,7 @@ class GAN(Trainable):
             Forward(_DISCRIMINATOR, (SAMPLES, _GENERATOR)),
             Loss(_DISCRIMINATOR, "binary_cross_entropy_with_logits", targets),
             Backward(_DISCRIMINATOR),
+            *[GradientPenalty(_DISCRIMINATOR, self.gradient_penalty, PENALTY_SHARE)] * bool(self.gradient_penalty),
         ]
 
     def _generator_phases(self) -> list[Phase]:
@@ -343,6 +357,8 @@ class GAN(Trainable):
 
     def discriminator_loss_and_gradients(self, x: Any, z: Any, y: Any = None) -> tuple[float, list[Array]]:
         """Loss of the discriminator, and its gradients: one array for each of `discriminator_parameters`.
+
+        A gradient penalty is in the gradients, and not in the loss.
 
         Parameters
         ----------
@@ -466,6 +482,15 @@ class GAN(Trainable):
                 )
         return samples
 
+    def _penalty(self, value: Any, name: str) -> float:
+        penalty = arguments.number(value, name, low=0.0)
+        if penalty and self.discriminator_activation not in _LINEAR_IN_PIECES:
+            raise ValueError(
+                f"{name} needs a discriminator_activation that is linear in pieces, {', '.join(_LINEAR_IN_PIECES)}, "
+                f"got {self.discriminator_activation!r}"
+            )
+        return penalty
+
     def _labels(self, y: Any, n: int, name: str) -> Labels | None:
         """Classes as training takes them; None where there are none."""
         if not self.n_classes:
@@ -502,7 +527,7 @@ class GAN(Trainable):
     def _config(self) -> dict[str, Any]:
         names = (
             "latent_dim", "generator", "discriminator", "n_classes", "generator_activation",
-            "discriminator_activation", "generator_output", "loss", "label_smoothing", "ema_decay",
+            "discriminator_activation", "generator_output", "loss", "label_smoothing", "gradient_penalty", "ema_decay",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -202,6 +202,23 @@ class Penalty(NamedTuple):
     factor: float
 
 
+class GradientPenalty(NamedTuple):
+    """Add ``factor / 2`` times the mean of ``|d output / d x|²`` over samples x to the objective (R1).
+
+    Its gradient is added to the weights', which `Backward` has left; it counts in no loss. The mean is over the first
+    of the mini-batch's samples, one of `share`, rounded up. The network has one output, reads samples first, and has
+    activations that are linear in pieces, whose second derivative is 0. Mescheder et al., 2018.
+    """
+
+    network: int
+    factor: float
+    share: int = 1
+
+    def rows(self, batch_rows: int) -> int:
+        """How many samples the mean is over."""
+        return -(-batch_rows // self.share)
+
+
 class AllReduce(NamedTuple):
     """Call `reduce` with the gradients of a network's parameters, to be changed in place.
 
@@ -223,7 +240,7 @@ class Update(NamedTuple):
     max_norm: float | None = None
 
 
-Phase = Gather | Forward | Loss | Backward | Penalty | AllReduce | Update
+Phase = Gather | Forward | Loss | Backward | Penalty | GradientPenalty | AllReduce | Update
 
 
 @dataclass(eq=False)
@@ -267,7 +284,7 @@ class TrainingPlan:
         """Whether it has what not every executor knows to look for: penalties, limits, weights, values of bytes."""
         dataset = self.gather.dataset
         return (
-            any(isinstance(phase, Penalty) for phase in self.phases)
+            any(isinstance(phase, Penalty | GradientPenalty) for phase in self.phases)
             or any(loss.limits != NO_LIMITS for loss in self.losses)
             or dataset.value_of_byte is not None
             or dataset.weights is not None

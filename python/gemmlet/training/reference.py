@@ -27,6 +27,7 @@ from .plan import (
     Backward,
     Forward,
     Gather,
+    GradientPenalty,
     Loss,
     Penalty,
     TrainingPlan,
@@ -211,6 +212,39 @@ class Step:
             grad += (phase.factor / self._weight_sum) * parameter.value
         squares = sum(float(np.sum(np.square(p.value, dtype=np.float64))) for p in weights)
         self.losses.append(0.5 * phase.factor * squares / self._weight_sum)
+
+    @run.register
+    def _(self, phase: GradientPenalty) -> None:
+        backend, rows = self._backend, slice(0, phase.rows(self.rows))
+        layers, records, gradients = self._layers[phase.network], self._records[phase.network], []
+        weights, features = [layer.weight.value for layer in layers], self._values[SAMPLES].shape[1]
+
+        def times_slopes(i: int, numbers: Array) -> Array:
+            """By the derivative of layer i's activation."""
+            if layers[i].activation is None:
+                return numbers
+            saved, result = np.ascontiguousarray(records[i].saved[rows]), np.empty_like(numbers)
+            entry = ACTIVATIONS[str(layers[i].activation)]
+            backend.activation_backward(entry, numbers, saved, layers[i].parameter, result)
+            return result
+
+        # Backward from 1: the derivatives by each layer's preactivations, and by the samples.
+        grad = np.full((rows.stop, 1), math.sqrt(phase.factor / rows.stop), self._plan.dtype)
+        grads = [grad]
+        for i in range(len(layers) - 1, -1, -1):
+            grads[0] = times_slopes(i, grads[0])
+            grads.insert(0, np.empty((rows.stop, len(weights[i])), grad.dtype))
+            backend.matmul(grads[1], weights[i].T, grads[0])
+        # Forward from those, by the slopes that the samples have: the linear map of which the penalty is a square.
+        x = np.zeros_like(grads[0])
+        x[:, :features] = grads[0][:, :features]
+        for i, weight in enumerate(weights):
+            backend.matmul(x.T, grads[i + 1], penalty := np.empty_like(weight))
+            gradients.append(penalty)
+            backend.matmul(x, weight, y := np.empty((rows.stop, weight.shape[1]), grad.dtype))
+            x = times_slopes(i, y)
+        for grad, penalty in zip(self.gradients[phase.network][::2], gradients, strict=True):
+            grad += penalty
 
     @run.register
     def _(self, phase: AllReduce) -> None:
