@@ -256,7 +256,11 @@ def test_gan_pictures_show_one_noise(gan):
         assert (page[y : y + 56 : 2, x : x + 56 : 2] == drawn[i]).all()
         assert (page[y + 1 : y + 57 : 2, x + 1 : x + 57 : 2] == drawn[i]).all()
     assert (page == np.asarray(Image.open(out / "samples" / "epoch_0030.png"))).all()
-    untrained = nn.GAN(generator=[16, 784], discriminator=[16, 1], seed=3)
+    untrained = nn.GAN(
+        generator=[16, 784], discriminator=[16, 1], n_classes=10, generator_output="sigmoid",
+        generator_output_bias=-2, seed=3,
+    )  # fmt: skip
+    assert (model.n_classes, model.gradient_penalty, model.loss) == (10, 0.1, "non_saturating")
     drawn = np.rint(255 * (1 - untrained.sample(z=model.noise(100, seed=3)))).reshape(100, 28, 28)
     assert (np.asarray(Image.open(out / "samples" / "epoch_0000.png"))[32:88:2, 4:60:2] == drawn[0]).all()
 
@@ -277,7 +281,7 @@ def test_gan_animation(gan):
 
 def test_gan_metrics(gan, digits):
     metrics = metrics_of(gan[0])
-    assert metrics.keys() >= EVERYWHERE | {"confident_share", "class_shares", "frechet_distance"}
+    assert metrics.keys() >= EVERYWHERE | {"confident_share", "class_shares", "frechet_distance", "asked_digit_share"}
     assert len(metrics["class_shares"]) == 10
     assert sum(metrics["class_shares"]) == pytest.approx(1)
     assert all(0 <= share <= 1 for share in (*metrics["class_shares"], metrics["confident_share"]))
@@ -286,8 +290,8 @@ def test_gan_metrics(gan, digits):
     assert metrics["samples_judged"] == 1000
     assert metrics["interrupted"] is False
     assert metrics["epochs_done"] == metrics["epochs"] == 30
-    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("adam", 0.001, 128)
-    assert metrics["lr_decay"] is False
+    assert (metrics["optimizer"], metrics["lr"], metrics["batch_size"]) == ("adam", 0.002, 64)
+    assert metrics["lr_decay"] is True
     assert (metrics["data"], metrics["training_images"], metrics["test_images"]) == (str(digits), 200, 80)
     assert {name: len(v) for name, v in metrics["history"].items()} == {"generator_loss": 30, "discriminator_loss": 30}
 
@@ -302,6 +306,7 @@ def test_gan_metrics_are_those_of_the_saved_model(gan, digits):
     assert metrics["classifier_accuracy"] == judge.evaluate(data.x_test, data.y_test)["accuracy"]
     assert metrics["confident_share"] == np.mean(probabilities.max(axis=1) >= 0.9)
     assert metrics["class_shares"] == [np.mean(probabilities.argmax(axis=1) == digit) for digit in range(10)]
+    assert metrics["asked_digit_share"] == np.mean(probabilities.argmax(axis=1) == np.arange(1000) % 10)
     expected = frechet_by_eigenvalues(judge.features(samples), judge.features(data.x_test))
     assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-5)
 
@@ -316,6 +321,7 @@ def test_gan_prints(gan):
     rarest = int(np.argmin(metrics["class_shares"]))
     for name, value in (
         ("classified with a probability of at least 0.9", f"{metrics['confident_share']:.2%}"),
+        ("recognised as the digit that was asked for", f"{metrics['asked_digit_share']:.2%}"),
         (f"share of the rarest digit ({rarest})", f"{min(metrics['class_shares']):.2%}"),
         ("Fréchet distance to the test images", f"{metrics['frechet_distance']:.2f}"),
     ):

@@ -47,6 +47,8 @@ TORCH_ROW_LOSSES: dict[str, Callable[..., Any]] = {
 TORCH_LOSSES: dict[str, Callable[..., Any]] = {
     "mean_squared_error": functional.mse_loss,
     "huber": lambda p, t, delta=1.0: functional.huber_loss(p, t, delta=delta),
+    "hinge": lambda p, t: functional.relu(1 - t * p).mean(),
+    "wasserstein": lambda p, t: -(t * p).mean(),
 }
 
 

@@ -222,6 +222,16 @@ def loss_of(name: str, prediction: float, target: float, dtype: Any, length: int
         ("huber", 1e30, 0.0, 1e30, 1.0),
         ("huber", NAN, 0.0, NAN, NAN),
         ("huber", 0.0, NAN, NAN, NAN),
+        ("hinge", INF, 1.0, 0.0, 0.0),
+        ("hinge", -INF, 1.0, INF, -1.0),
+        ("hinge", INF, -1.0, INF, 1.0),
+        ("hinge", 1.0, 1.0, 0.0, 0.0),
+        ("hinge", NAN, 1.0, NAN, NAN),
+        ("hinge", 0.0, NAN, NAN, NAN),
+        ("wasserstein", INF, 1.0, -INF, -1.0),
+        ("wasserstein", INF, -1.0, INF, 1.0),
+        ("wasserstein", NAN, 1.0, NAN, -1.0),
+        ("wasserstein", 0.0, NAN, NAN, NAN),
     ],
 )
 def test_loss_limits(

@@ -52,10 +52,29 @@ struct huber {
   }
 };
 
+struct hinge {
+  template <class V>
+  static constexpr void evaluate(V p, V t, V, V scale, V& loss, V& gradient) {
+    const V margin = constant<V>(1) - t * p;
+    loss = select(margin <= V{}, V{}, margin);
+    gradient = select(margin > V{}, -t, select(margin <= V{}, V{}, margin)) * scale;
+  }
+};
+
+struct wasserstein {
+  template <class V>
+  static constexpr void evaluate(V p, V t, V, V scale, V& loss, V& gradient) {
+    loss = -(t * p);
+    gradient = -t * scale;
+  }
+};
+
 #define GEMMLET_LOSSES(X)             \
   X(binary_cross_entropy_with_logits) \
   X(binary_cross_entropy)             \
   X(mean_squared_error)               \
-  X(huber)
+  X(huber)                            \
+  X(hinge)                            \
+  X(wasserstein)
 
 }  // namespace gemmlet::losses

@@ -144,7 +144,11 @@ def _add_training(
         return value if value == other else f"{value}; with --classic {other}"
 
     def by_optimizer(setting: str) -> str:
-        return ", ".join(f"{key} {each.settings()[setting]:g}" for key, each in defaults.optimizers.items())
+        value, other = (
+            ", ".join(f"{key} {rule.settings()[setting]:g}" for key, rule in each.optimizers.items())
+            for each in (defaults, classic_defaults)
+        )
+        return value if value == other else f"{value}; with --classic {other}"
 
     def command(
         data_dir: DataDir = None,
@@ -202,14 +206,14 @@ _add_training(
     train_gan.CLASSIC,
     train_gan.run,
     _Texts(
-        command="""Train a generator of digits, and measure it with a classifier trained on the spot.
+        command="""Train a generator of each digit, and measure it with a classifier trained on the spot.
 
         Ctrl-C stops early and saves what was learnt.
         """,
-        lr="Learning rate.",
+        lr="Learning rate; without --classic it falls to 0 in the second half of the epochs.",
         hidden="Hidden layers of the generator, such as 128 or 256,128; the discriminator has them in reverse.",
         activation=f"Of the hidden layers, or NAME,NAME of the generator's and the discriminator's: {_ACTIVATIONS}.",
-        classic="100-256-784 tanh generator, 784-256-1 discriminator.",
+        classic="100-256-784 tanh generator, 784-256-1 discriminator, which are told no labels.",
     ),
 )
 

@@ -54,6 +54,16 @@ def _huber(p: Array, t: Array, delta: float, scale: float) -> tuple[Array, Array
     return loss, np.clip(d, -delta, delta) * scale
 
 
+def _hinge(p: Array, t: Array, parameter: float, scale: float) -> tuple[Array, Array]:
+    margin = 1.0 - t * p
+    loss = np.where(margin <= 0, 0.0, margin)
+    return loss, np.where(margin > 0, -t, loss) * scale  # else 0, or NaN
+
+
+def _wasserstein(p: Array, t: Array, parameter: float, scale: float) -> tuple[Array, Array]:
+    return -(t * p), -t * scale
+
+
 LOSSES: dict[str, Loss] = {
     entry.name: entry
     for entry in (
@@ -87,6 +97,20 @@ LOSSES: dict[str, Loss] = {
             parameter="delta",
             default=1.0,
             source="Huber, 1964",
+        ),
+        Loss(
+            name="hinge",
+            formula="max(1 - t * p, 0)",
+            prediction="p",
+            evaluate=_hinge,
+            source="the hinge loss of support vector machines, for targets of 1 and -1; of a GAN: Lim and Ye, 2017",
+        ),
+        Loss(
+            name="wasserstein",
+            formula="-t * p",
+            prediction="p",
+            evaluate=_wasserstein,
+            source="Arjovsky et al., 2017: a critic's, for targets of 1 and -1",
         ),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -38,12 +38,32 @@ from .targets import Meaning, of_classes
 
 Array = NDArray[Any]
 
-LOSSES = ("non_saturating", "minimax")
+
+class _Objective(NamedTuple):
+    """The elementwise losses of both networks, and the targets of samples and of generated rows."""
+
+    discriminator: str
+    samples: float
+    generated: float
+    generator: str
+    wanted: float
+    sign: float = 1.0  # -1: the generator's is maximised
+
+
+_LOGISTIC = "binary_cross_entropy_with_logits"
+_OBJECTIVES = {
+    "non_saturating": _Objective(_LOGISTIC, 1.0, 0.0, _LOGISTIC, 1.0),
+    # log(1 - D) shall become small, so that the loss of the target 0 is maximised.
+    "minimax": _Objective(_LOGISTIC, 1.0, 0.0, _LOGISTIC, 0.0, -1.0),
+    "hinge": _Objective("hinge", 1.0, -1.0, "wasserstein", 1.0),
+    "wasserstein": _Objective("wasserstein", 1.0, -1.0, "wasserstein", 1.0),
+}
+LOSSES = tuple(_OBJECTIVES)
 GENERATOR_OUTPUTS = ("tanh", "sigmoid")
 
 # One of so many samples stands for all in the gradient penalty, and the activations of which it is exact.
 PENALTY_SHARE = 4
-_LINEAR_IN_PIECES = "relu", "leaky_relu", "identity"
+LINEAR_IN_PIECES = "relu", "leaky_relu", "identity"
 
 # Positions in the plan's networks.
 _GENERATOR, _DISCRIMINATOR = 0, 1
@@ -71,12 +91,19 @@ class GAN(Trainable):
         al., 2016).
     generator_output : {"tanh", "sigmoid"}
         Activation of the generator's last layer. With tanh both networks see samples scaled to [-1, 1]; what goes into
-        `fit` and comes out of `sample` is within [0, 1] in either case.
-    loss : {"non_saturating", "minimax"}
+        `fit` and comes out of `sample` is within [0, 1] in either case. With sigmoid a background of 0 is 0 to D, too,
+        whose weights for pixels that are always background then learn from speckles alone: fewer are left.
+    generator_output_bias : float
+        The biases of the generator's last layer at first. With the one whose activation is the mean of the data (-2 and
+        sigmoid for handwritten digits) D does not tell both apart by their brightness at once.
+    loss : {"non_saturating", "minimax", "hinge", "wasserstein"}
         What the generator minimises: ``-log sigmoid(D(G(z)))``, whose gradient does not vanish while D is winning, or
-        ``log(1 - sigmoid(D(G(z))))``.
+        ``log(1 - sigmoid(D(G(z))))``. Or ``-D(G(z))``, while D's loss is ``max(1 - D(x), 0) + max(1 + D(G(z)), 0)``
+        (Lim and Ye, "Geometric GAN", 2017), or ``-D(x) + D(G(z))`` (Arjovsky et al., "Wasserstein GAN", 2017), which
+        has no bound without a `gradient_penalty`.
     label_smoothing : float, within [0, 1)
-        D's target for samples of the data is 1 minus this (one-sided label smoothing, Salimans et al., 2016).
+        D's target for samples of the data is 1 minus this (one-sided label smoothing, Salimans et al., 2016), with the
+        first two losses.
     gradient_penalty : float, at least 0
         Half of this times the mean of ``|dD(x) / dx|²`` over samples of the data, x as D sees them, is added to D's
         loss (R1; Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018). A quarter of each
@@ -121,6 +148,7 @@ class GAN(Trainable):
         generator_activation: str = "relu",
         discriminator_activation: str = "leaky_relu",
         generator_output: str = "tanh",
+        generator_output_bias: float = 0.0,
         loss: str = "non_saturating",
         label_smoothing: float = 0.1,
         gradient_penalty: float = 0.0,
@@ -141,6 +169,7 @@ class GAN(Trainable):
         self.generator_activation = activation_name(generator_activation, "generator_activation")
         self.discriminator_activation = activation_name(discriminator_activation, "discriminator_activation")
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
+        self.generator_output_bias = arguments.number(generator_output_bias, "generator_output_bias")
         self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
         self.gradient_penalty = gradient_penalty
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
@@ -160,7 +189,7 @@ class GAN(Trainable):
         **dict.fromkeys(
             (
                 "latent_dim", "generator", "discriminator", "n_classes", "generator_activation",
-                "discriminator_activation", "generator_output", "features", "seed",
+                "discriminator_activation", "generator_output", "generator_output_bias", "features", "seed",
             ),
             check_fixed,
         ),
@@ -184,6 +213,7 @@ class GAN(Trainable):
         widths = self._widths({name: getattr(self, name) for name in self._WIDTHS})
         self._generator = dense(widths["generator."], self.generator_activation, self.generator_output)
         self._discriminator = dense(widths["discriminator."], self.discriminator_activation, None)
+        self._generator.layers[-1].bias[...] = self.generator_output_bias
         self._average = self._generator.copy() if self.ema_decay else self._generator
 
     @classmethod
@@ -329,23 +359,21 @@ class GAN(Trainable):
 
     def _discriminator_phases(self) -> list[Phase]:
         """From samples, and from what is generated, to the discriminator's gradients."""
-        targets = 1.0 - self.label_smoothing, 0.0
+        objective = _OBJECTIVES[self.loss]
+        smoothing = self.label_smoothing if objective.discriminator == _LOGISTIC else 0.0
         return [
             Forward(_DISCRIMINATOR, (SAMPLES, _GENERATOR)),
-            Loss(_DISCRIMINATOR, "binary_cross_entropy_with_logits", targets),
+            Loss(_DISCRIMINATOR, objective.discriminator, (objective.samples - smoothing, objective.generated)),
             Backward(_DISCRIMINATOR),
             *[GradientPenalty(_DISCRIMINATOR, self.gradient_penalty, PENALTY_SHARE)] * bool(self.gradient_penalty),
         ]
 
     def _generator_phases(self) -> list[Phase]:
-        """From what is generated to the generator's gradients, through the discriminator as it is then.
-
-        minimax: ``log(1 - D)`` shall become small, so that the loss of the target 0 is maximised.
-        """
-        target, sign = (1.0, 1.0) if self.loss == "non_saturating" else (0.0, -1.0)
+        """From what is generated to the generator's gradients, through the discriminator as it is then."""
+        objective = _OBJECTIVES[self.loss]
         return [
             Forward(_DISCRIMINATOR, (_GENERATOR,)),
-            Loss(_DISCRIMINATOR, "binary_cross_entropy_with_logits", (target,), sign=sign),
+            Loss(_DISCRIMINATOR, objective.generator, (objective.wanted,), sign=objective.sign),
             Backward(_DISCRIMINATOR, to=_GENERATOR),
             Backward(_GENERATOR),
         ]
@@ -484,9 +512,9 @@ class GAN(Trainable):
 
     def _penalty(self, value: Any, name: str) -> float:
         penalty = arguments.number(value, name, low=0.0)
-        if penalty and self.discriminator_activation not in _LINEAR_IN_PIECES:
+        if penalty and self.discriminator_activation not in LINEAR_IN_PIECES:
             raise ValueError(
-                f"{name} needs a discriminator_activation that is linear in pieces, {', '.join(_LINEAR_IN_PIECES)}, "
+                f"{name} needs a discriminator_activation that is linear in pieces, {', '.join(LINEAR_IN_PIECES)}, "
                 f"got {self.discriminator_activation!r}"
             )
         return penalty
@@ -527,7 +555,8 @@ class GAN(Trainable):
     def _config(self) -> dict[str, Any]:
         names = (
             "latent_dim", "generator", "discriminator", "n_classes", "generator_activation",
-            "discriminator_activation", "generator_output", "loss", "label_smoothing", "gradient_penalty", "ema_decay",
+            "discriminator_activation", "generator_output", "generator_output_bias", "loss", "label_smoothing",
+            "gradient_penalty", "ema_decay",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

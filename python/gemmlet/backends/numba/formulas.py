@@ -432,6 +432,16 @@ def scalar_kernels(dtype: np.dtype[Any]) -> dict[str, Callable[..., Any]]:
         loss = select(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
         return loss, select(d < -delta, -delta, select(d > delta, delta, d)) * scale
 
+    @scalar_kernel
+    def hinge(p, t, parameter, scale):
+        margin = 1.0 - np.float64(t) * np.float64(p)
+        loss = select(margin <= 0.0, 0.0, margin)
+        return loss, select(margin > 0.0, -np.float64(t), loss) * scale
+
+    @scalar_kernel
+    def wasserstein(p, t, parameter, scale):
+        return -(np.float64(t) * np.float64(p)), -np.float64(t) * scale
+
     # Optimizer rules.
 
     @scalar_kernel
