@@ -443,6 +443,13 @@ def test_weights_of_another_form(kind: str, weights: Any, dtype: Any) -> None:
         with_weights(plan, weights)
 
 
+@pytest.mark.parametrize("labels", [CLASSES[1:], CLASSES.astype(np.int32), np.repeat(CLASSES, 2)[::2]], ids=len)
+def test_labels_of_another_form(labels: Any, dtype: Any) -> None:
+    dataset = samples(dtype)._replace(labels=Labels(labels, 3))
+    with pytest.raises(ValueError, match=rf"labels: expected a contiguous array of shape \({N},\) and int64, not"):
+        single(dtype, dataset, Loss(0, SOFTMAX, CLASSES), widths=(FEATURES + 3, 9, 3))
+
+
 @pytest.mark.parametrize("factor", [2.0**-1060, 2.0**-130, 2.0**130, 2.0**1015])
 def test_the_size_of_weights_changes_no_bit(factor: float, backend: Any, dtype: Any) -> None:
     """Their ratio is what counts, also where neither they nor what they are multiplied by would fit float32."""

@@ -162,10 +162,12 @@ class Network {
     }
   }
 
-  // The gradient penalty of some samples: rows of which x has the products that their gradients make with those of the
-  // weights, which the update adds to it. They are left in the rows from `base` on: of `gradients` the gradient by the sample,
-  // times seed, which `x` points to; of the activations what the slopes at the sample make of it; of the gradients those of the
-  // output, times seed, by the preactivations. Without pipeline.
+  // The gradient penalty of some samples. Its gradient by a layer's weights is a product of two rows for each sample, which
+  // the update adds to those of the rows of the mini-batch; they are left in the rows from `base` on:
+  //   inputs (`gradients`, to which x points)  seed * dD/dx
+  //   activations                              what the layers make of that without biases, by the slopes at the sample
+  //   gradients                                seed * dD/dz of each layer's preactivation z
+  // Without pipeline, where activations are linear in pieces.
   void penalize(Range samples, Index base, Index batch_rows, T seed, const Rows<T>& gradients, const T* const* x,
                 const T* zeros) const {
     const Range rows{base + samples.first, base + samples.end};

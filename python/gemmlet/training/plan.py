@@ -258,6 +258,8 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         dataset = self.gather.dataset
+        if dataset.weights is None and dataset.labels is None:
+            return
         n = len(dataset.x) if dataset.indptr is None else len(dataset.indptr) - 1
         if dataset.weights is not None:
             _check_column(dataset.weights, n, np.float64, "weights")
