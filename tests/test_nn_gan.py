@@ -356,6 +356,17 @@ def test_interpolate() -> None:
             interpolate(*bad)
 
 
+def test_temperature(dtype: Any) -> None:
+    cold, other = (GAN(6, [4], [1], temperature=temperature, dtype=dtype, seed=1) for temperature in (0.5, 1.0))
+    assert same_bits(cold.noise(100, seed=3), other.noise(100, seed=3) * dtype.type(0.5))
+    assert same_bits(cold.sample(z=cold.noise(5, seed=2)), other.sample(z=cold.noise(5, seed=2)))
+    cold.fit(np.zeros((8, 4), dtype), 1)
+    other.fit(np.zeros((8, 4), dtype), 1)
+    assert all(map(same_bits, cold.generator_parameters, other.generator_parameters))  # training is not colder
+    cold.temperature = 1
+    assert same_bits(cold.noise(100, seed=3), other.noise(100, seed=3))
+
+
 @pytest.mark.parametrize("output", ["tanh", "sigmoid"])
 def test_samples_lie_within_0_and_1(output: str, dtype: Any) -> None:
     gan = GAN(5, [8, 6], [4, 1], generator_output=output, ema_decay=0.0, dtype=dtype)
@@ -487,7 +498,7 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
             default_optimizer=ClipNorm(SGD(0.5, 0.9), 0.25),
             default_batch_size=5,
         ),
-        GAN(2, [4], [1], n_classes=5, gradient_penalty=0.1, generator_output_bias=-2.0, loss="hinge"),
+        GAN(2, [4], [1], n_classes=5, gradient_penalty=0.1, generator_output_bias=-2.0, loss="hinge", temperature=0.5),
     ],
     ids=["default", "all else", "classes"],
 )
@@ -573,6 +584,9 @@ def test_a_bad_file_is_named(how: str, tmp_path: Path) -> None:
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be within \[0, 1\], got -0\.1"),
         ({"generator_output_bias": math.nan}, ValueError, "generator_output_bias must be finite"),
         ({"generator_output_bias": None}, TypeError, "generator_output_bias must be a real number"),
+        ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
+        ({"temperature": math.inf}, ValueError, "temperature must be finite"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a real number, got str"),
         ({"gradient_penalty": -1.0}, ValueError, "gradient_penalty must be at least 0, got -1"),
         ({"gradient_penalty": math.inf}, ValueError, "gradient_penalty must be finite"),
         ({"gradient_penalty": "much"}, TypeError, "gradient_penalty must be a real number, got str"),

@@ -12,7 +12,6 @@
 // To skip a zero leaves out a product that is 0, which changes no bit.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <deque>
 #include <new>
 #include <optional>
@@ -348,9 +347,8 @@ class Executor {
     if (rows.size() <= 0) return;
     for (Index i = base + rows.first; i < base + rows.end; ++i)
       forward.inputs.rows[static_cast<std::size_t>(i)] = forward.sample_gradients.row(i);
-    const T seed = static_cast<T>(std::sqrt(work.phase.factor / static_cast<double>(count)));
-    forward.network.penalize(rows, base, base, seed, forward.sample_gradients, forward.inputs.rows.data(),
-                             forward.zeros.row(0));
+    forward.network.penalize(rows, base, base, static_cast<T>(work.phase.factor / static_cast<double>(count)),
+                             forward.sample_gradients, forward.inputs.rows.data(), forward.zeros.row(0));
   }
 
   // A phase for the whole mini-batch, by all members; `mine` are the rows that this one gathers, and takes the loss of.

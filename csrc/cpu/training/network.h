@@ -164,18 +164,18 @@ class Network {
 
   // The gradient penalty of some samples. Its gradient by a layer's weights is a product of two rows for each sample, which
   // the update adds to those of the rows of the mini-batch; they are left in the rows from `base` on:
-  //   inputs (`gradients`, to which x points)  seed * dD/dx
+  //   inputs (`gradients`, to which x points)  dD/dx
   //   activations                              what the layers make of that without biases, by the slopes at the sample
-  //   gradients                                seed * dD/dz of each layer's preactivation z
+  //   gradients                                scale * dD/dz of each layer's preactivation z
   // Without pipeline, where activations are linear in pieces.
-  void penalize(Range samples, Index base, Index batch_rows, T seed, const Rows<T>& gradients, const T* const* x,
+  void penalize(Range samples, Index base, Index batch_rows, T scale, const Rows<T>& gradients, const T* const* x,
                 const T* zeros) const {
     const Range rows{base + samples.first, base + samples.end};
     for (const Rows<T>& y : y_) std::copy_n(y.row(samples.first), samples.size() * y.stride, y.row(rows.first));
     for (Index i = rows.first; i < rows.end; ++i) {
       T* const grad = grad_.back().row(i);
       std::fill_n(grad, grad_.back().stride, T(0));
-      grad[0] = seed;
+      grad[0] = T(1);
     }
     backward(0, rows, batch_rows, &gradients);
     for (std::size_t l = 0; l + 1 < layers_.size(); ++l) {
@@ -190,6 +190,8 @@ class Network {
                               y + i, n);
         });
     }
+    for (const Rows<T>& grad : grad_)
+      for (Index i = 0; i < rows.size() * grad.stride; ++i) grad.row(rows.first)[i] *= scale;
   }
 
   // The sums of the squared weights by columns of vectors of all layers, each of which belongs to one member, as columns of

@@ -79,7 +79,7 @@ class GAN(Trainable):
     Parameters
     ----------
     latent_dim : int
-        Width of the noise, which is normal with variance 1.
+        Width of the noise, which is normal, with variance 1 in training.
     generator, discriminator : list of int
         Widths after the input. The last of `generator` is the number of features, the last of `discriminator` is 1.
     n_classes : int, optional
@@ -112,6 +112,9 @@ class GAN(Trainable):
     ema_decay : float, within [0, 1)
         `sample` uses an exponential moving average of the generator's parameters with this decay per step (Yazıcı et
         al., 2019); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the generator itself.
+    temperature : float, above 0
+        The standard deviation of the noise that samples are made from, while training has 1. Below 1 they are clearer
+        and less different (Kingma and Dhariwal, "Glow", 2018).
     dtype : float32 or float64, optional
         Of parameters and results; samples and noise of other dtypes are converted. By default that of the samples of
         the first `fit`, as in `MLP`.
@@ -153,6 +156,7 @@ class GAN(Trainable):
         label_smoothing: float = 0.1,
         gradient_penalty: float = 0.0,
         ema_decay: float = 0.999,
+        temperature: float = 1.0,
         dtype: DTypeLike | None = None,
         seed: int = 0,
         default_optimizer: str | Optimizer | None = None,
@@ -171,7 +175,7 @@ class GAN(Trainable):
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
         self.generator_output_bias = arguments.number(generator_output_bias, "generator_output_bias")
         self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
-        self.gradient_penalty = gradient_penalty
+        self.gradient_penalty, self.temperature = gradient_penalty, temperature
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
@@ -194,6 +198,7 @@ class GAN(Trainable):
             check_fixed,
         ),
         "loss": lambda _, value, name: checks.choice(value, name, LOSSES),
+        "temperature": lambda _, value, name: arguments.number(value, name, low=0.0, open_low=True),
         "gradient_penalty": lambda gan, value, name: gan._penalty(value, name),
     }  # fmt: skip
 
@@ -428,7 +433,7 @@ class GAN(Trainable):
     # Use.
 
     def noise(self, n: int, seed: int | None = None) -> Array:
-        """Draw noise for `sample`, normal with variance 1.
+        """Draw noise for `sample`: normal, with the standard deviation `temperature`.
 
         Parameters
         ----------
@@ -441,9 +446,11 @@ class GAN(Trainable):
         ndarray, shape (n, latent_dim)
         """
         count = checks.whole_number(n, "n", 0)
-        if seed is None:
-            return self._draw(self._sampling_noise, count)
-        return self._draw(np.random.default_rng(checks.whole_number(seed, "seed", 0, is_count=False)), count)
+        rng = self._sampling_noise
+        if seed is not None:
+            rng = np.random.default_rng(checks.whole_number(seed, "seed", 0, is_count=False))
+        noise = self._draw(rng, count)
+        return noise if self.temperature == 1.0 else noise * self.dtype.type(self.temperature)
 
     def sample(self, n: int | None = None, *, z: Any = None, label: Any = None) -> Array:
         """Generate samples.
@@ -556,7 +563,7 @@ class GAN(Trainable):
         names = (
             "latent_dim", "generator", "discriminator", "n_classes", "generator_activation",
             "discriminator_activation", "generator_output", "generator_output_bias", "loss", "label_smoothing",
-            "gradient_penalty", "ema_decay",
+            "gradient_penalty", "ema_decay", "temperature",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

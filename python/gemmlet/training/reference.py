@@ -229,7 +229,7 @@ class Step:
             return result
 
         # Backward from 1: the derivatives by each layer's preactivations, and by the samples.
-        grad = np.full((rows.stop, 1), math.sqrt(phase.factor / rows.stop), self._plan.dtype)
+        grad = np.ones((rows.stop, 1), self._plan.dtype)
         grads = [grad]
         for i in range(len(layers) - 1, -1, -1):
             grads[0] = times_slopes(i, grads[0])
@@ -244,7 +244,7 @@ class Step:
             backend.matmul(x, weight, y := np.empty((rows.stop, weight.shape[1]), grad.dtype))
             x = times_slopes(i, y)
         for grad, penalty in zip(self.gradients[phase.network][::2], gradients, strict=True):
-            grad += penalty
+            grad += penalty * (phase.factor / rows.stop)
 
     @run.register
     def _(self, phase: AllReduce) -> None:
