@@ -25,7 +25,7 @@ def _optimizers(rate: float) -> dict[str, nn.Optimizer]:
 
 # Two hidden layers, as with one far fewer samples are recognised. Steps count, not images: larger mini-batches take
 # less time for an epoch, and more of them.
-DEFAULTS = Defaults((256, 512), ("relu", "leaky_relu"), 20, 64, "adam", _optimizers(2e-3), lr_decay=True)
+DEFAULTS = Defaults((256, 512), ("relu", "leaky_relu"), 24, 64, "adam", _optimizers(2e-3), lr_decay=True)
 CLASSIC = Defaults((256,), ("tanh", "tanh"), 30, 128, "adam", _optimizers(1e-3), lr_decay=False)
 
 # Of the discriminator, which wins without; where its activation allows it.
@@ -33,7 +33,7 @@ GRADIENT_PENALTY = 0.1
 # The first bias of a pixel: its sigmoid is the mean of the digits' pixels.
 OUTPUT_BIAS = -2.0
 # Of samples: they are recognised more often, at a Fréchet distance that is hardly greater.
-TEMPERATURE = 0.95
+TEMPERATURE = 0.94
 
 # How many samples a generator is judged by, how many a picture of them shows, and about how many pictures there are.
 JUDGED, SHOWN, PICTURES = 1000, 100, 12
