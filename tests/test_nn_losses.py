@@ -105,7 +105,7 @@ def test_a_file_from_before_there_was_a_choice(tmp_path: Path) -> None:
         ("softmax", "huber", ValueError, "loss 'huber' is unknown; the choices are softmax_cross_entropy"),
         ("sigmoid", "huber", ValueError, "the choices are binary_cross_entropy_with_logits"),
         ("identity", "binary_cross_entropy", ValueError, "the choices are mean_squared_error, "),
-        ("identity", "hinge", ValueError, "loss 'hinge' is unknown"),
+        ("identity", "quantile", ValueError, "loss 'quantile' is unknown"),
         ("identity", 1, TypeError, "loss must be a string, got int"),
     ],
 )
