@@ -41,6 +41,8 @@ from gemmlet.training.plan import (
     Dataset,
     Forward,
     Gather,
+    GradientPenalty,
+    Labels,
     Linear,
     Loss,
     Network,
@@ -803,11 +805,17 @@ def test_fuses_what_there_is() -> None:
     assert all(fuses(loss=name) for name in (*ROW_LOSSES, *LOSSES))
     assert all(fuses(rule=name) for name in OPTIMIZER_RULES)
     assert not fuses(activation="hardtanh")
-    assert not fuses(loss="hinge")
+    assert not fuses(loss="quantile")
     assert not fuses(rule="lion")
 
     plan, gan = Mlp([3, 2, 2], dtype).plan, Gan(dtype).plan
     assert supports(gan)
+    labels = Labels(np.zeros(len(gan.gather.dataset.x), np.int64), 2)
+    conditional = gan.gather._replace(dataset=gan.gather.dataset._replace(labels=labels))
+    assert not supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
+    penalized = [GradientPenalty(1, 0.5), Update(1, "sgd")]
+    at = next(i for i, phase in enumerate(gan.phases) if isinstance(phase, Update))
+    assert not supports(TrainingPlan(gan.networks, (*gan.phases[:at], *penalized, *gan.phases[at + 1 :])))
     gather, forward, loss, backward, update = plan.phases
     for phases in (
         (gather, forward, loss, backward, AllReduce(0, lambda gradients: None), update),
