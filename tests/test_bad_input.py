@@ -674,13 +674,14 @@ def test_the_binding_of_augment_refuses(module: Any) -> None:
     guarded = Guarded()
     images, out = guarded.array((3, 4, 5), np.uint8, 7), guarded.array((3, 4, 5), np.uint8, 9)
     samples, settings = guarded.array((3,), np.int64, 1), [12.0, 0.1, 0.1, 1.0, 1.2, 3.0, 0.5]
-    good = {"images": images, "settings": settings, "seed": 1, "epoch": 2, "samples": samples, "out": out}
+    good = {"images": images, "settings": settings, "seed": 1, "epoch": 2, "samples": samples, "rows": None, "out": out}
     bad: dict[str, list[Any]] = {
         "images": [images[0], images[:, :0], images[..., ::2], images.astype(np.int8), images.tolist(), None],
         "settings": [settings[:-1], [*settings, 0.0], "text", None, ["a"] * 7],
         "seed": [-1, 2**64, 0.5, None],
         "epoch": [2**63, 0.5, None],
         "samples": [samples[:2], samples.astype(np.int32), samples[::-1], None],
+        "rows": [samples[:2], samples.astype(np.int32), samples[::-1], samples + 2, samples - 2, 3],
         "out": [out[:2], out[..., ::2], out.astype(np.int8), read_only(out), None],
     }
     for argument, values in bad.items():

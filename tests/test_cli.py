@@ -557,6 +557,11 @@ def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
         "--weight-decay -1",
         "--weight-decay nan",
         "--weight-decay much",
+        "--augment rotate=200",
+        "--augment rotate",
+        "--augment elastic=much",
+        "--augment elastic=1,colour=3",
+        "--augment=",
         "--resume nowhere",
         "--colour red",
         "surplus",
@@ -1198,6 +1203,25 @@ def check_same(out, other):
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_augment(digits, tmp_path, capsys, uninterrupted, network):
+    plain, out = metrics_of(uninterrupted(network)), tmp_path / "out"
+    assert call(*long_run(network, digits, out), "--augment", "rotate=5, noise=3") == 0
+    found = metrics_of(out)
+    assert found["augment"] == vars(nn.Augment(rotate=5, noise=3))
+    assert plain["augment"] is None
+    assert found["history"] != plain["history"]
+    capsys.readouterr()
+    assert call("train", network, "--resume", out, "--augment") == 2
+    assert "--augment default: the training in" in error_line(capsys)
+    assert call("train", network, "--resume", out, "--augment", "rotate=5,noise=3", "--epochs", 7) == 0
+    assert metrics_of(out)["augment"] == found["augment"]
+    assert call("train", network, "--augment", "--data-dir", digits, "--epochs", 1, "--out", tmp_path / "other") == 0
+    assert metrics_of(tmp_path / "other")["augment"] == vars(nn.Augment())
+    assert call("train", network, "--data-dir", digits, "--epochs", 1, "--out", tmp_path / "last", "--augment") == 0
+    assert without(metrics_of(tmp_path / "last"), "seconds") == without(metrics_of(tmp_path / "other"), "seconds")
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
 def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
     """In the midst of an epoch, and once more in another."""
     whole, out = uninterrupted(network), tmp_path / "out"
@@ -1689,6 +1713,7 @@ OPTIONS = (
     "out",
     "resume",
     "classic",
+    "augment",
 )
 
 

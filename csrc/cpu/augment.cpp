@@ -270,7 +270,7 @@ void Augmenter::erase(Index sample, Index epoch, std::uint8_t* pixels) const {
 static_assert(augment_max_side == max_side);
 
 void augment(const double (&settings)[augment_setting_count], const std::uint8_t* images, Index count, Index height,
-             Index width, std::uint64_t seed, Index epoch, const Index* samples, std::uint8_t* out) {
+             Index width, std::uint64_t seed, Index epoch, const Index* samples, const Index* rows, std::uint8_t* out) {
   const auto [rotate, scale, shear, shift, elastic, noise, erase] = settings;
   const Augmenter augmenter({rotate, scale, shear, shift, elastic, noise, erase}, height, width, seed);
   const Index pixels = height * width, chunk = std::max<Index>(1, tuning::augment_chunk_pixels / pixels);
@@ -278,8 +278,13 @@ void augment(const double (&settings)[augment_setting_count], const std::uint8_t
       count,
       [&](Index begin, Index end) {
         Augmenter::Workspace workspace(augmenter);
-        for (Index i = begin; i < end; ++i)
-          augmenter.transform(images + i * pixels, samples[i], epoch, workspace, out + i * pixels);
+        for (Index i = begin; i < end; ++i) {
+          // Rows in random order are not in the cache.
+          if (rows != nullptr && i + 1 < end)
+            for (Index k = 0; k < pixels; k += 64) __builtin_prefetch(images + rows[i + 1] * pixels + k, 0, 2);
+          augmenter.transform(images + (rows == nullptr ? i : rows[i]) * pixels, samples[i], epoch, workspace,
+                              out + i * pixels);
+        }
       },
       chunk);
 }

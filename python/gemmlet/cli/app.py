@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -170,6 +171,13 @@ def _add_training(
         out: OutOfTraining = None,
         resume: Resume = None,
         classic: bool = typer.Option(False, "--classic", help=texts.classic),
+        augment: str | None = _option(
+            None,
+            metavar="[SETTINGS]",
+            help="Transform images anew in each epoch, by settings such as rotate=12,elastic=0, else those of gemmlet "
+            "augment.",
+            default="as they are",
+        ),
     ) -> int:
         given = locals()
         return run(training.Options(**{field.name: given[field.name] for field in fields(training.Options)}))
@@ -362,8 +370,13 @@ def _bench(
 def run(words: list[str]) -> int:
     """Run the command that `words` name and return its exit status."""
     command = typer.main.get_command(app)
+    given = []
+    for word, following in pairwise([*words, ""]):
+        given.append(word)
+        if word == "--augment" and (not following or following.startswith("-")):
+            given.append(training.DEFAULT_AUGMENT)  # Typer has no options whose value may be left out
     try:
-        return int(command.main(args=words, prog_name="gemmlet", standalone_mode=False) or 0)
+        return int(command.main(args=given, prog_name="gemmlet", standalone_mode=False) or 0)
     except Exception as error:
         # Click's errors. Their class is not to be named: some versions of Typer use click, others hold a copy of it.
         text = getattr(error, "format_message", None)

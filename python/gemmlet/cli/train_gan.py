@@ -57,7 +57,8 @@ def run(options: Options) -> int:
     with watch:
         pages.start()
         with watch.bar():
-            fit = partial(model.fit, watch.data.x_train, callback=callback)
+            images = watch.data.x_train.reshape(-1, 28, 28)
+            fit = partial(model.fit, images, callback=callback, augment=settings.augment)
             history = watch.fit(model, fit)
             scores: dict[str, Any] = {}
             with watch.attempting("scores"):

@@ -38,11 +38,12 @@ def run(options: Options) -> int:
         with watch.bar():
             fit = partial(
                 model.fit,
-                data.x_train[kept],
+                data.x_train[kept].reshape(-1, 28, 28),
                 data.y_train[kept],
                 lr_schedule=nn.linear_decay if settings.lr_decay else None,
                 validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
                 callback=callback,
+                augment=settings.augment,
             )
             history = watch.fit(model, fit)
         _finish(model, history, watch)

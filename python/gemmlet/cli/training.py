@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
@@ -30,6 +30,9 @@ Kept = TypeVar("Kept", nn.History, nn.GANHistory)
 
 # Files in --out.
 METRICS, CHECKPOINT = "metrics.json", "checkpoint.safetensors"
+
+# What --augment takes where no settings follow it.
+DEFAULT_AUGMENT = "default"
 
 # What of a line with a bar is no figures: five characters of it, the time left, and the spaces between.
 _REST_OF_BAR = 5 + 7 + 3
@@ -67,6 +70,7 @@ class Options:
     out: Path | None
     resume: Path | None
     classic: bool
+    augment: str | None
 
 
 # Options that may differ from those of the training that --resume goes on with.
@@ -87,12 +91,14 @@ class Settings:
     seed: int
     out: Path
     classic: bool
+    augment: nn.Augment | None
 
     def facts(self) -> dict[str, Any]:
         """Return them for metrics.json."""
         facts = {name: value for name, value in vars(self).items() if name != "out"}
         optimizer = {"optimizer": self.optimizer.name}
         optimizer |= {k: v for k, v in self.optimizer.settings().items() if k in ("momentum", "weight_decay")}
+        facts["augment"] = None if self.augment is None else vars(self.augment)
         return facts | {"hidden": list(self.hidden), "activation": text(self.activation)} | optimizer
 
 
@@ -120,11 +126,12 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
             raise UserError(f"--classic is one certain network; leave out {option}")
     hidden = defaults.hidden if options.hidden is None else _widths(options.hidden)
     activation = defaults.activation if options.activation is None else _activations(options.activation, defaults)
+    augment = None if options.augment is None else _augment(options.augment)
     files.check_folder(out)
     common.use(options.backend, options.threads)
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
     rates = optimizer.lr, defaults.lr_decay
-    return Settings(hidden, activation, epochs, batch_size, optimizer, *rates, seed, out, options.classic)
+    return Settings(hidden, activation, epochs, batch_size, optimizer, *rates, seed, out, options.classic, augment)
 
 
 def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
@@ -145,6 +152,22 @@ def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
             raise UserError(str(error).replace(setting, option, 1)) from error
         settings[setting] = value
     return nn.make_optimizer(**settings)
+
+
+def _augment(words: str) -> nn.Augment:
+    """Settings such as rotate=12,elastic=0; the defaults where there are none."""
+    settings = {}
+    for word in [] if words == DEFAULT_AUGMENT else words.split(","):
+        name, _, number = word.partition("=")
+        try:
+            settings[name.strip()] = float(number)
+            nn.Augment(**settings)
+        except (TypeError, ValueError) as error:
+            names = ", ".join(field.name for field in fields(nn.Augment))
+            known = f"expected NAME=NUMBER, the names being {names}"
+            reason = str(error) if name.strip() in names.split(", ") and number else known
+            raise UserError(f"--augment {word.strip()!r}: {reason}") from error
+    return nn.Augment(**settings)
 
 
 def _widths(words: str) -> tuple[int, ...]:
@@ -275,6 +298,7 @@ class Watch:
             "seed": settings.seed,
             "backend": select.current().name,
             "classic": settings.classic,
+            "augment": None if options.augment is None else options.augment.replace(" ", ""),
         }
 
     def _say(self, line: str) -> None:

@@ -11,9 +11,9 @@ from .. import _arguments as arguments
 from .. import _arrays as arrays
 from ..backends import select
 from ..formulas import random
-from ..formulas.augmentation import MAX_SIDE, Draw
+from ..formulas.augmentation import Draw
 from ..nn import _checks as checks
-from ..nn.augment import Augment
+from ..nn.augment import Augment, check_images
 
 
 def augment(
@@ -38,7 +38,7 @@ def augment(
     threads, whichever images a call has. With all settings 0 the images stay as they are.
 
     Pixels are interpolated bilinearly; what comes from beyond an image is 0. There is no CUDA kernel: where the backend
-    ``cuda`` is in use, the reference computes, in NumPy.
+    ``cuda`` is in use, the processor computes, by the backend that it has otherwise.
 
     Parameters
     ----------
@@ -77,15 +77,7 @@ def augment(
     """
     settings = Augment(rotate, scale, shear, shift, elastic, noise, erase).settings
     array = arguments.as_array(images, "images")
-    if arrays.is_on_gpu(array):
-        raise TypeError(f"images are on {arrays.place(array)}; they are augmented on the CPU: pass images.get()")
-    if array.dtype != np.uint8:
-        raise TypeError(f"images has dtype {array.dtype}, expected uint8: grey levels from 0 to 255")
-    if array.ndim != 3:
-        hint = ": reshape rows of pixels, as images.reshape(-1, 28, 28)" if array.ndim == 2 else ""
-        raise ValueError(f"images has shape {array.shape}, expected (n, h, w){hint}")
-    if not all(1 <= side <= MAX_SIDE for side in array.shape[1:]):
-        raise ValueError(f"images has shape {array.shape}; height and width must be from 1 to {MAX_SIDE}")
+    check_images(array, "images")
     draw = Draw(
         _below(seed, "seed", 64), _below(epoch, "epoch", random.STEP_BITS), _sample_numbers(indices, len(array))
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import threading
 import time
 from abc import abstractmethod
@@ -25,6 +26,7 @@ from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
+from .augment import Augmented
 from .checkpoints import Checkpoints, Position, lists_of
 from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
@@ -191,11 +193,12 @@ class CallBudget:
     Attributes
     ----------
     steps : int
-        In the next call.
+        In the next call: at most `most`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = sys.maxsize) -> None:
         self.steps = self._following = 1
+        self._most = most
         self._is_fixed = False
         self._started = 0.0
 
@@ -211,7 +214,7 @@ class CallBudget:
     def stop(self, done: int) -> None:
         """It has ended after `done` steps: fewer than it might have, at the end of an epoch."""
         seconds = max(time.perf_counter() - self._started, 1e-6)
-        estimated = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self._following))
+        estimated = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self._following, self._most))
         self.steps, self._following = self._following if self._is_fixed else estimated, estimated
         self._is_fixed = False
 
@@ -344,6 +347,11 @@ class Trainable(Saved):
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
         return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
 
+    @property
+    def augment_seed(self) -> int:
+        """The seed that `fit` gives `gemmlet.data.augment`: below 2**64, made of `seed`, which may be of any size."""
+        return int(np.random.SeedSequence(self.seed, spawn_key=(256,)).generate_state(1, np.uint64)[0])
+
     def _draw(self, rng: np.random.Generator, n: int) -> Array:
         # Drawn in float64 for either dtype, so that both get the same numbers.
         return rng.standard_normal((n, self.latent_dim)).astype(self.dtype, copy=False)
@@ -392,9 +400,11 @@ class Training:
         data: Mapping[str, Any],
         validate: Callable[[], dict[str, float]] | None = None,
         more_facts: dict[str, Any] | None = None,
+        augmented: Augmented | None = None,
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
         self._samples, self._settings, self._validate = samples, settings, validate
+        self._augmented = augmented  # the samples, if the plan has a block of them
         self._n, self._size = len(samples), settings.batch_size
         self._batches = math.ceil(self._n / self._size)
         self._backend = samples.backend
@@ -402,7 +412,7 @@ class Training:
         # The reference takes a step a call: it may raise in the midst of several.
         every_batch = settings.callback is not None and settings.callback_every == "batch"
         self._one_by_one = every_batch or not self._backend.supports_fused(self._plan)
-        self._budget = CallBudget()
+        self._budget = CallBudget() if augmented is None else CallBudget(augmented.steps)
         self._orders = Ahead(model._shuffle if settings.shuffle else None, sample_order)
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
@@ -414,6 +424,7 @@ class Training:
         self.at = self._start_of(1, len(losses))
         facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
+        facts["augment"] = None if augmented is None else repr(augmented.settings)
         facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)
         self._validated = [name for name in lists_of(history) if name.startswith("validation_")]
         for argument in ("early_stopping", "lr_schedule"):
@@ -512,13 +523,18 @@ class Training:
             if time.perf_counter() >= self._copy_at:
                 self._keep()
             hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
+            rows = where
+            if self._augmented is not None:
+                # Epochs are counted over all fits, so that none has the images of another.
+                rows = self._augmented.take(where, -((first - model.steps) // self._batches))
+                self._backend.restage(self._plan)
             noise, stream = None, model._training_noise
             if stream is not None:
                 before, noise = stream.bit_generator.state, self._noises.take(len(where))
             decay = model._decay(model.steps + np.arange(1, steps + 1)) if model.ema_decay else None
             rest = self._n - at.seen - len(where)
             batches = training.Batches(
-                where, min(size, len(where)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
+                rows, min(size, len(rows)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
             )
             self._budget.start()
             try:
@@ -670,7 +686,9 @@ class Training:
 
     def _diverge(self, where: str) -> NoReturn:
         """Go back, and say why: because of samples or targets that are not finite, if there are some."""
-        targets = (loss.targets for loss in self._plan.losses if isinstance(loss.targets, np.ndarray))
+        targets = [loss.targets for loss in self._plan.losses if isinstance(loss.targets, np.ndarray)]
+        if self._augmented is not None and targets:
+            targets = [self._augmented.all_targets]
         spoilt = self._samples.not_finite() or next(filter(None, (not_finite(t, "y") for t in targets)), None)
         with deferred_signals():
             self._undo(self._start if spoilt else self._good)

@@ -16,6 +16,7 @@ from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, 
 from ..training.reference import gradients
 from . import _checks as checks
 from . import files
+from .augment import Augment, Augmented, check_augment
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
 from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
@@ -205,6 +206,8 @@ class GAN(Trainable):
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        *,
+        augment: Augment | None = None,
     ) -> GANHistory:
         """Train both networks on samples `x`.
 
@@ -226,7 +229,7 @@ class GAN(Trainable):
             As in `MLP.fit`, for both learning rates; `ReduceOnPlateau` may follow either loss.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
-        checkpoint, resume
+        checkpoint, resume, augment
             As in `MLP.fit`.
 
         Returns
@@ -245,6 +248,8 @@ class GAN(Trainable):
             A checkpoint cannot be read or written; see `MLP.fit`.
         """
         with fitting(self):
+            if augment is not None:
+                check_augment(augment, x)
             samples = self._samples(x, None if self._follows_samples else self.dtype)
             settings = self._settings(
                 epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
@@ -256,8 +261,12 @@ class GAN(Trainable):
                 optimizers["discriminator_optimizer"] = other
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
+            augmented = None
+            if augment is not None:
+                augmented = Augmented(samples, augment, self.augment_seed, settings.batch_size)
+            trained = samples if augmented is None else augmented.samples
             phases = [
-                self._gather(samples.dataset(may_skip_zeros=False)),
+                self._gather(trained.dataset(may_skip_zeros=False)),
                 # The same noise serves both steps, so that the generator's forward pass is done once.
                 Forward(_GENERATOR, (NOISE,)),
                 *self._discriminator_phases(),
@@ -267,7 +276,8 @@ class GAN(Trainable):
             ]
             data = {"x": samples.array}
             history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings, data).run()
+            groups = [discriminator, generator]
+            Training(self, history, samples, plan, optimizers, groups, settings, data, augmented=augmented).run()
         return history
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:

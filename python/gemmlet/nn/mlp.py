@@ -20,6 +20,7 @@ from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, Tra
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from . import monitors
+from .augment import Augment, Augmented, check_augment
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .files import errors_name
@@ -236,6 +237,7 @@ class MLP(Trainable):
         metrics: Sequence[str] | Mapping[str, Metric] = (),
         class_weight: str | Mapping[Any, float] | None = None,
         sample_weight: Any = None,
+        augment: Augment | None = None,
     ) -> History:
         """Train on samples `x` and their labels `y`.
 
@@ -317,6 +319,11 @@ class MLP(Trainable):
             together with those of the classes, counts as 1. A mini-batch's objective is the weighted sum divided by its
             size. The accuracy of the history counts samples, and validation has no weights. On `numba` and `cuda` the
             reference trains then, a mini-batch a call: slower.
+        augment : Augment, optional
+            Each epoch has its own transform of each image instead of `x`, which then is uint8 of shape (n, h, w), on
+            the CPU. The transform follows from `seed`, the number of the epoch, counted over all fits, and the place of
+            the image among those that are trained on. So the images of the first epoch are
+            ``data.augment(x, **vars(augment), seed=model.augment_seed, epoch=0)``. Validation data stays as it is.
 
         Returns
         -------
@@ -339,6 +346,8 @@ class MLP(Trainable):
             A checkpoint cannot be read, or it is known beforehand that none can be written.
         """
         with fitting(self):
+            if augment is not None:
+                check_augment(augment, x)
             samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
             targets, meaning = self._targets(y, "y", samples, self._meaning())
             settings = self._settings(
@@ -392,9 +401,15 @@ class MLP(Trainable):
             if meaning.classes is not self.classes:
                 self.classes = meaning.classes
             self.multi_label = meaning.multi_label
-            group = rule.group(self.parameters)
-            plan = self._plan(samples, targets, group, weights)
-            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate, facts).run()
+            group, augmented = rule.group(self.parameters), None
+            if augment is None:
+                plan = self._plan(samples, targets, group, weights)
+            else:
+                seed, size = self.augment_seed, settings.batch_size
+                augmented = Augmented(samples, augment, seed, size, targets, weights)
+                plan = self._plan(augmented.samples, augmented.targets, group, augmented.weights)
+            rules = {"optimizer": rule}
+            Training(self, history, samples, plan, rules, [group], settings, data, validate, facts, augmented).run()
         return history
 
     def _known_metrics(self, targets: Array) -> Mapping[str, Metric]:

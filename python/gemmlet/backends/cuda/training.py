@@ -299,8 +299,14 @@ class Session:
     """
 
     def __init__(self, device: Device, plan: TrainingPlan) -> None:
+        # What calls read, here and there.
+        self._residents = list[tuple[Array, Any]]()
+
         def resident(value: Any) -> Any:
-            return device.upload(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+            if not isinstance(value, np.ndarray):
+                return value
+            self._residents.append((value, device.upload(np.ascontiguousarray(value))))
+            return self._residents[-1][1]
 
         def staged(phase: training.Phase) -> training.Phase:
             if isinstance(phase, Gather):
@@ -370,6 +376,11 @@ class Session:
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
         self.is_torn = False
         return training.Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
+
+    def restage(self) -> None:
+        """See `Backend.restage`."""
+        for here, there in self._residents:
+            self.device.upload(np.ascontiguousarray(here), there)
 
     def write_back(self) -> None:
         """Copy the state into the networks' arrays, if it is newer than they are."""

@@ -262,8 +262,8 @@ class NumbaBackend(NumpyBackend):
 
     # Images.
 
-    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
-        count, height, width = images.shape
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
+        count, height, width = out.shape
         loop, pixels = loops.augment_loop(), height * width
         of_row, of_column = augmentation.grid_weights(height, width)
         spacing = augmentation.grid_spacing(height, width)
@@ -273,9 +273,8 @@ class NumbaBackend(NumpyBackend):
             for block in augmentation.blocks(end - begin, pixels):
                 chosen = slice(begin + block.start, begin + block.stop)
                 numbers = augmentation.numbers(settings, height, width, draw.of(chosen))
-                loop(
-                    images[chosen], numbers.maps, numbers.points, of_row, of_column, spacing, *numbers[2:], out[chosen]
-                )
+                given = images[chosen if rows is None else rows[chosen]]
+                loop(given, numbers.maps, numbers.points, of_row, of_column, spacing, *numbers[2:], out[chosen])
 
         self._split(count * pixels, pixels, run)
 
