@@ -38,7 +38,8 @@ def augment(
     threads, whichever images a call has. With all settings 0 the images stay as they are.
 
     Pixels are interpolated bilinearly; what comes from beyond an image is 0. There is no CUDA kernel: where the backend
-    ``cuda`` is in use, the processor computes, by the backend that it has otherwise.
+    ``cuda`` is in use, the processor computes, by the backend that it has otherwise. To train on other images in each
+    epoch, give an `Augment` to `fit`, which needs no copy of all of them.
 
     Parameters
     ----------
@@ -53,7 +54,8 @@ def augment(
         In each epoch an image has another transform.
     indices : array_like of int, shape (n,), optional
         The number of each image in the data set, 0 to 2**40 - 1; by default from 0 on. So
-        ``augment(images[i], indices=i)`` is ``augment(images)[i]``.
+        ``augment(images[i], indices=i)`` is ``augment(images)[i]`` for an array of integers. Images with the same
+        number have the same transform, as the channels of one picture should.
     out : array_like of uint8, shape (n, h, w), optional
         Takes the result; it may be `images`.
 
@@ -107,7 +109,7 @@ def _sample_numbers(indices: Any, count: int) -> NDArray[np.int64]:
     array = arguments.as_array(indices, "indices")
     if arrays.is_on_gpu(array):
         raise TypeError(f"indices are on {arrays.place(array)}, images on the CPU")
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"indices has dtype {array.dtype}, expected integers")
     arguments.check_shape(array, "indices", (count,), "one for each image")
     array = array.copy()  # which nobody can change after the check

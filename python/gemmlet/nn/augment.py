@@ -30,9 +30,12 @@ _LARGEST = {"rotate": 180.0, "scale": 0.5, "shear": 1.0, "shift": 1024.0, "elast
 
 @dataclass(frozen=True)
 class Augment:
-    """How images are changed for training: each by numbers of its own, drawn anew in each epoch.
+    """How `fit` changes images for training: each by numbers of its own, drawn anew in each epoch.
 
-    0 leaves something out. The defaults are for digits, which must stay what they are.
+    An image is shifted, scaled, sheared and rotated, in this order; each pixel of the result is displaced; noise comes
+    last but for the rectangle. 0 leaves something out. The defaults are for light digits on black, which must stay
+    what they are: what comes from beyond the image is 0, so invert dark ink on white first. `gemmlet.data.augment`
+    has other defaults, 0 for each.
 
     Parameters
     ----------
@@ -44,17 +47,20 @@ class Augment:
         Rows are shifted by this many pixels for each pixel of their distance from the middle: uniform within
         [-shear, shear].
     shift : float, 0 to 1024
-        Shift along each axis, in pixels of the original: uniform within [-shift, shift].
+        Shift along each axis of the image as it was, in its pixels, which scaling then changes: uniform within
+        [-shift, shift].
     elastic : float, 0 to 32
         Standard deviation of a smooth displacement of each pixel along each axis, in pixels: a cubic B-spline over a
         grid of random displacements, of which the longer side has four intervals. At 28 pixels these are 7 pixels wide,
         and the field is as smooth as Simard's with a deviation of 4 pixels [1]_.
     noise : float, 0 to 255
         Standard deviation of what is added to each pixel, in grey levels of 256: nearly normal, the sum of four uniform
-        numbers, at most 3.45 deviations. Results are clipped to 0 to 255.
+        numbers, at most 3.45 deviations, rounded to whole grey levels. Results are clipped to 0 to 255, so that on
+        black half of it is seen.
     erase : float, 0 to 1
-        Probability with which a rectangle of an image is set to 0, of 2 to 40 % of the image, its height 0.3 to 3.3
-        times its width, anywhere within the image [2]_; what would exceed the image is cut off.
+        Probability with which a rectangle of an image is set to 0, the ground of digits [2]_. Its area is uniform
+        within 2 to 40 % of the image, its height within 0.3 to 3.3 times its width, its place within the image; a side
+        has one pixel at least, and is cut to the image's.
 
     Raises
     ------
@@ -102,7 +108,8 @@ def check_images(array: Any, name: str, purpose: str = "") -> None:
     if array.dtype != np.uint8:
         raise TypeError(f"{name}{purpose} has dtype {array.dtype}, expected uint8: grey levels from 0 to 255")
     if array.ndim != 3:
-        hint = f": reshape rows of pixels, as {name}.reshape(-1, 28, 28)" if array.ndim == 2 else ""
+        hint = f": reshape rows of pixels, as {name}.reshape(-1, 28, 28), one image as {name}[None]"
+        hint = hint if array.ndim == 2 else ""
         raise ValueError(f"{name}{purpose} has shape {array.shape}, expected (n, h, w){hint}")
     if not all(1 <= side <= MAX_SIDE for side in array.shape[1:]):
         raise ValueError(f"{name}{purpose} has shape {array.shape}; height and width must be from 1 to {MAX_SIDE}")
