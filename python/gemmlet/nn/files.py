@@ -170,8 +170,13 @@ def optimizers_of(tensors: dict[str, Array], extra: dict[str, Any]) -> dict[str,
                 raise ValueError(f"the optimizer's state of {name} has another shape or dtype than {name}")
             count = checks.whole_number(steps, "steps", 0)
             states[name] = State(value.shape, value.dtype, tuple(arrays), count, fingerprint(value))
-        found[argument] = make_optimizer(**optimizer["settings"]).settings(), states
+        found[argument] = optimizer_of(optimizer["settings"]).settings(), states
     return found
+
+
+def optimizer_of(settings: Mapping[str, Any]) -> Optimizer:
+    """The optimizer of these settings in a file. Those of older files decayed biases too."""
+    return make_optimizer(**{"decay_biases": True, **settings})
 
 
 def copy_into(dense: Dense, tensors: dict[str, Array], prefix: str = "") -> None:
@@ -346,7 +351,7 @@ class Saved(ABC):
             if best and (kept := {n.removeprefix(BEST): t for n, t in tensors.items() if n.startswith(BEST)}):
                 own = kept
             check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
-            network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
+            network = cls(**{**config, "default_optimizer": optimizer_of(config["default_optimizer"])})
             streams = network._streams()
             for name, state in extra.get("streams", {}).items():
                 streams[name].bit_generator.state = state

@@ -92,7 +92,8 @@ class History:
     ----------
     loss, accuracy : list of float
         Means over the epoch, each mini-batch counted as it was before its update. The accuracy is NaN
-        where the targets are no classes: numbers, soft labels, several labels a sample. An epoch that was stopped
+        where the targets are no classes: numbers, soft labels, several labels a sample. The loss has the penalties `l1`
+        and `l2` of the network. An epoch that was stopped
         counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
@@ -411,7 +412,7 @@ class Training:
         self._check_writeable()
         losses = plan.losses
         self._has_classes = losses[0].has_classes
-        self.at = self._start_of(1, len(losses))
+        self.at = self._start_of(1, len(losses) + sum(isinstance(phase, training.Penalty) for phase in plan.phases))
         facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
         facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)

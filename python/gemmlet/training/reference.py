@@ -197,11 +197,13 @@ class Step:
 
     @run.register
     def _(self, phase: Penalty) -> None:
-        weights = list(self._plan.parameters(phase.network))[::2]
-        for parameter, grad in zip(weights, self.gradients[phase.network][::2], strict=True):
-            grad += (phase.factor / self._weight_sum) * parameter.value
-        squares = sum(float(np.sum(np.square(p.value, dtype=np.float64))) for p in weights)
-        self.losses.append(0.5 * phase.factor * squares / self._weight_sum)
+        share, loss = self._weight_sum if phase.of_sum else 1.0, 0.0
+        for p, grad in zip(self._plan.parameters(phase.network), self.gradients[phase.network], strict=True):
+            if p.is_weight:
+                penalty, slope = penalty_of(p.value, phase.l2 / share, phase.l1 / share)
+                grad += slope
+                loss += penalty
+        self.losses.append(loss)
 
     @run.register
     def _(self, phase: AllReduce) -> None:
@@ -212,9 +214,13 @@ class Step:
         gradients = self.gradients[phase.network]
         if phase.max_norm is not None:
             clip_by_norm(gradients, phase.max_norm)
+        if phase.clip_value is not None:
+            clip_by_value(gradients, phase.clip_value)
         rule = OPTIMIZER_RULES[phase.rule]
         for i, (p, grad) in enumerate(zip(self._plan.parameters(phase.network), gradients, strict=True)):
             numbers = hyperparameters[i] if isinstance(hyperparameters, list) else hyperparameters
+            if not (phase.decays_biases or p.is_weight):
+                numbers = rule.without_decay(numbers)
             self._backend.update(rule, p.value, grad, p.state, tuple(numbers.tolist()))
             if (average := p.average) is not None:
                 average[...] = moving_average(average, p.value, decay, 1.0 - decay)
@@ -255,6 +261,23 @@ def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Arr
     else:
         rows[np.arange(len(targets)), targets] = 1.0
     return rows
+
+
+def penalty_of(weight: Array, l2: float, l1: float) -> tuple[float, Array]:
+    """``l2 / 2 * sum(w**2) + l1 * sum(|w|)``, in float64, and its gradient; that of ``|0|`` is 0."""
+    loss = 0.5 * l2 * float(np.sum(np.square(weight, dtype=np.float64)))
+    slope = l2 * weight
+    if l1:
+        loss += l1 * float(np.sum(np.abs(weight), dtype=np.float64))
+        slope += l1 * np.sign(weight)
+    return loss, slope
+
+
+def clip_by_value(gradients: Sequence[Array], clip_value: float) -> None:
+    """Limit each number of the arrays to ±`clip_value` in place; NaN stays NaN."""
+    with np.errstate(over="ignore"):  # a limit beyond the dtype is none
+        for grad in gradients:
+            np.clip(grad, -clip_value, clip_value, out=grad)
 
 
 def clip_by_norm(gradients: Sequence[Array], max_norm: float) -> None:
