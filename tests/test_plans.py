@@ -270,6 +270,14 @@ def by_rows(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
     return plan_and_batches(plan.networks, [gather, *plan.phases[1:]], noise=batches.noise)
 
 
+def activations_alone(dtype: Any) -> tuple[Any, Batches]:
+    """Activations that follow no linear layer."""
+    plan, _ = single(dtype, samples(dtype), Loss(0, SOFTMAX, CLASSES))
+    first, _, last = plan.networks[0]
+    operations = Activation("gelu", 0.0), first, Activation("leaky_relu", 0.1), Activation("silu", 0.0), last
+    return plan_and_batches([(*operations, Activation("tanh", 0.0))], plan.phases)
+
+
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "mlp": mlp,
     "mlp, clipped": lambda dtype: mlp(dtype, optimizer=ClipNorm(optimizer("momentum"), 0.1)),
@@ -285,6 +293,7 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "numbers as classes": lambda dtype: single(
         dtype, samples(dtype), Loss(0, SOFTMAX, np.eye(3, dtype=dtype)[CLASSES], 0.1)
     ),
+    "activations alone": activations_alone,
     "one layer": lambda dtype: single(dtype, samples(dtype), Loss(0, SOFTMAX, CLASSES), widths=(FEATURES, 3)),
     # The gradient is the last one's.
     "two losses": lambda dtype: single(
@@ -358,7 +367,24 @@ def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype
         assert not same_bits(array, before) or name == "chained, the first learns"
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp, clipped", "gan", "chained", "two networks", "one penalty", "weights"])
+def test_activations_alone_agree_with_pytorch(backend: Any) -> None:
+    torch = pytest.importorskip("torch")
+    plan, _ = activations_alone(np.float64)
+    functional, x = torch.nn.functional, torch.tensor(samples(np.float64).x)
+    tensors = [torch.tensor(p.value, requires_grad=True) for p in plan.parameters(0)]
+    hidden = functional.leaky_relu(functional.gelu(x) @ tensors[0] + tensors[1], 0.1)
+    outputs = torch.tanh(functional.silu(hidden) @ tensors[2] + tensors[3])
+    wanted = functional.cross_entropy(outputs, torch.tensor(CLASSES))
+    wanted.backward()
+    step = reference.gradients(backend, TrainingPlan(plan.networks, plan.phases[:-1]), N)
+    assert step.losses == pytest.approx([wanted.item()], rel=1e-12)
+    for gradient, tensor in zip(step.gradients[0], tensors, strict=True):
+        np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp, clipped", "gan", "chained", "two networks", "one penalty", "weights", "l1"]
+)
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""
     plan, batches = PLANS[name](dtype)

@@ -754,7 +754,7 @@ def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
-    operations: list[training.Linear | training.Activation] = []
+    operations: list[Any] = []
     for layer, weight in zip(dense.layers, parameters, strict=False):
         operations.append(training.Linear(weight, next(parameters)))
         if layer.activation is not None:

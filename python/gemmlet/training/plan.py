@@ -113,6 +113,23 @@ def dense_layers(network: Network) -> list[DenseLayer]:
     return layers
 
 
+def layers(network: Network) -> list[Any]:
+    """The network as dense layers, as far as it is that, and its other operations between them."""
+    found: list[Any] = []
+    while network:
+        for end in range(len(network), 0, -1):
+            try:
+                found += dense_layers(network[:end])
+                break
+            except UnsupportedError:
+                pass
+        else:
+            end = 1
+            found.append(network[0])
+        network = network[end:]
+    return found
+
+
 # Phases; `network` is a position in `TrainingPlan.networks`.
 
 NO_LIMITS = -math.inf, math.inf
@@ -291,8 +308,7 @@ class TrainingPlan:
     def parameters(self, network: int) -> Iterator[Parameter]:
         """Those of a network, in order."""
         for operation in self.networks[network]:
-            if isinstance(operation, Linear):
-                yield from operation
+            yield from (field for field in operation if isinstance(field, Parameter))
 
     def weight(self, loss: Loss) -> float:
         """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""

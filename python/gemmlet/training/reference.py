@@ -6,7 +6,7 @@ It gives the bits of the same step written with the public functions of `gemmlet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import singledispatchmethod
 from typing import Any, NamedTuple
@@ -22,9 +22,11 @@ from .plan import (
     NO_LIMITS,
     NOISE,
     SAMPLES,
+    Activation,
     AllReduce,
     Array,
     Backward,
+    DenseLayer,
     Forward,
     Gather,
     Loss,
@@ -78,16 +80,40 @@ class _Record(NamedTuple):
     saved: Array
 
 
+class Operation(NamedTuple):
+    """How a layer operation is computed that is no part of a dense layer.
+
+    ``forward(backend, operation, x)`` returns y and what backward needs of it; ``backward(backend, operation, kept,
+    grad_y)`` the gradients of x and, in order, of the operation's parameters.
+    """
+
+    forward: Callable[[Any, Any, Array], tuple[Array, Any]]
+    backward: Callable[[Any, Any, Any, Array], tuple[Array, list[Array]]]
+
+
+def _activate(backend: Any, activation: Activation, x: Array) -> tuple[Array, Array]:
+    entry, y = ACTIVATIONS[activation.name], np.empty_like(x)
+    backend.activation(entry, x, activation.parameter, y)
+    return y, x if entry.needs_x else y
+
+
+def _deactivate(backend: Any, activation: Activation, saved: Array, grad_y: Array) -> tuple[Array, list[Array]]:
+    grad_x = np.empty_like(grad_y)
+    backend.activation_backward(ACTIVATIONS[activation.name], grad_y, saved, activation.parameter, grad_x)
+    return grad_x, []
+
+
+OPERATIONS: dict[type, Operation] = {Activation: Operation(_activate, _deactivate)}
+
+
 class Step:
     """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`."""
 
     def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
-        # The public kernels round an activation's parameter to the dtype.
-        F, stacks = plan.dtype.type, map(training.dense_layers, plan.networks)
-        self._layers = [[layer._replace(parameter=float(F(layer.parameter))) for layer in stack] for stack in stacks]
+        self._layers = [[self._rounded(layer) for layer in training.layers(network)] for network in plan.networks]
         self._values: dict[training.Source, Array] = {}
-        self._records: dict[int, list[_Record]] = {}
+        self._records: dict[int, list[Any]] = {}  # of each dense layer a _Record
         self._grad: dict[int, Array] = {}  # of a network's outputs
         self.rows, self.correct = len(where), 0
         dataset = plan.gather.dataset
@@ -103,6 +129,12 @@ class Step:
         # Of each `Loss` and `Penalty`, divided by the size of the mini-batch, or the sum of its weights.
         self.losses: list[float] = []
         self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
+
+    def _rounded(self, layer: Any) -> Any:
+        """The public kernels round an activation's parameter to the dtype."""
+        if not isinstance(layer, DenseLayer | Activation):
+            return layer
+        return layer._replace(parameter=float(self._plan.dtype.type(layer.parameter)))
 
     @singledispatchmethod
     def run(self, phase: Any) -> None:
@@ -136,6 +168,10 @@ class Step:
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
         records = self._records[phase.network] = []
         for layer in self._layers[phase.network]:
+            if not isinstance(layer, DenseLayer):
+                x, kept = OPERATIONS[type(layer)].forward(self._backend, layer, x)
+                records.append(kept)
+                continue
             entry = None if layer.activation is None else ACTIVATIONS[layer.activation]
             y = np.empty((len(x), layer.bias.value.size), x.dtype)
             z = np.empty_like(y) if entry is not None and entry.needs_x else None
@@ -178,6 +214,10 @@ class Step:
         backend, grad, gradients = self._backend, self._grad[phase.network], list[Array]()
         layers, records = self._layers[phase.network], self._records[phase.network]
         for i in range(len(layers) - 1, -1, -1):
+            if not isinstance(layers[i], DenseLayer):
+                grad, own = OPERATIONS[type(layers[i])].backward(backend, layers[i], records[i], grad)
+                gradients += own[::-1]
+                continue
             weight, record, grad_z = layers[i].weight.value, records[i], grad
             if layers[i].activation is not None:
                 grad_z, entry = np.empty_like(grad), ACTIVATIONS[str(layers[i].activation)]
