@@ -377,6 +377,7 @@ def test_optimizers(digits, tmp_path, words, lr):
     [
         ("--optimizer sgd --momentum 0.9 --weight-decay 0.001", nn.SGD(0.1, momentum=0.9, weight_decay=0.001)),
         ("--weight-decay 0.5", nn.Adam(3e-3, weight_decay=0.5)),
+        ("--clip-value 1e-3", nn.Adam(3e-3, clip_value=1e-3)),
     ],
 )
 @pytest.mark.usefixtures("no_pictures")
@@ -391,6 +392,31 @@ def test_settings_of_optimizers_and_activation(digits, tmp_path, words, optimize
     metrics = metrics_of(tmp_path / "out")
     assert metrics["history"]["loss"] == history.loss
     assert (metrics["activation"], metrics["weight_decay"]) == ("gelu", optimizer.weight_decay)
+    assert metrics["clip_value"] == optimizer.clip_value
+
+
+@pytest.mark.parametrize("words", ["", "--classic"])
+@pytest.mark.usefixtures("no_pictures")
+def test_penalties(digits, tmp_path, words):
+    """They go on after --resume."""
+    out = tmp_path / "out"
+    words = "train", "mlp", "--data-dir", digits, "--l1", 1e-4, "--l2", 1e-3, *words.split()
+    assert call(*words, "--epochs", 2, "--out", out) == 0
+    metrics, model = metrics_of(out), nn.MLP.load(out / "model.safetensors")
+    assert (metrics["l1"], metrics["l2"], model.l1, model.l2) == (1e-4, 1e-3, 1e-4, 1e-3)
+    assert call(*words, "--epochs", 1, "--out", tmp_path / "other") == 0
+    assert call("train", "mlp", "--resume", tmp_path / "other", "--epochs", 2) == 0
+    assert len(metrics_of(tmp_path / "other")["history"]["loss"]) == 2
+    resumed = nn.MLP.load(tmp_path / "other" / "model.safetensors")
+    assert (resumed.l1, resumed.l2, resumed.steps) == (1e-4, 1e-3, model.steps)
+    assert call(*words[:4], "--epochs", 1, "--out", tmp_path / "without", *words[8:]) == 0
+    losses = [metrics_of(tmp_path / name)["history"]["loss"][0] for name in ("other", "without")]
+    assert losses[0] > losses[1] + 0.1
+
+
+def test_penalties_are_for_the_mlp(digits, tmp_path, capsys):
+    assert call("train", "gan", "--data-dir", digits, "--out", tmp_path / "out", "--l2", 0.5) == 2
+    assert "--l2 is for mlp; the network is gan" in error_line(capsys)
 
 
 @pytest.mark.parametrize(("words", "activations"), [("elu", ("elu", "elu")), ("silu, tanh", ("silu", "tanh"))])
@@ -562,6 +588,10 @@ def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
         "--augment elastic=much",
         "--augment elastic=1,colour=3",
         "--augment=",
+        "--clip-value 0",
+        "--l1 -0.5",
+        "--l1 much",
+        "--l2 inf",
         "--resume nowhere",
         "--colour red",
         "surplus",
@@ -1350,6 +1380,8 @@ def test_a_resumed_training_that_diverges_has_the_whole_history(digits, tmp_path
         ("--hidden 9", "--hidden 9: the training in out has 8"),
         ("--seed 0", "--seed 0: the training in out has 4"),
         ("--momentum 0", "--momentum 0.0: the training in out has none"),
+        ("--clip-value 1", "--clip-value 1.0: the training in out has none"),
+        ("--l1 0.5", "--l1 0.5: the training in out has none"),
         ("--optimizer sgd", "--optimizer sgd: the training in out has adam"),
         ("--classic", "--classic"),
         ("--out other", "--out other"),
@@ -1705,6 +1737,9 @@ OPTIONS = (
     "optimizer",
     "weight-decay",
     "momentum",
+    "clip-value",
+    "l1",
+    "l2",
     "hidden",
     "activation",
     "seed",

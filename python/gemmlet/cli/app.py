@@ -163,6 +163,11 @@ def _add_training(
             None, help="Weight decay of the optimizer.", default=by_optimizer("weight_decay"), **REAL
         ),
         momentum: Momentum = None,
+        clip_value: float | None = _option(
+            None, help="What each number of a gradient is limited to.", default="no limit", **REAL
+        ),
+        l1: float | None = _option(None, help="Of the mlp: L1 penalty of the weights.", default="0", **REAL),
+        l2: float | None = _option(None, help="Of the mlp: L2 penalty of the weights.", default="0", **REAL),
         hidden: str | None = _option(None, metavar="WIDTHS", help=texts.hidden, default=differing("hidden")),
         activation: str | None = _option(None, metavar="NAME", help=texts.activation, default=differing("activation")),
         seed: Seed = None,

@@ -62,6 +62,9 @@ class Options:
     optimizer: str | None
     weight_decay: float | None
     momentum: float | None
+    clip_value: float | None
+    l1: float | None
+    l2: float | None
     hidden: str | None
     activation: str | None
     seed: int | None
@@ -76,6 +79,9 @@ class Options:
 # Options that may differ from those of the training that --resume goes on with.
 _FREE = ("data_dir", "epochs", "backend", "threads")
 
+# Options that a training of before they were there has not.
+_NEWER = ("clip_value", "l1", "l2")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -88,6 +94,8 @@ class Settings:
     optimizer: nn.Optimizer
     lr: float  # at first: it may fall later on
     lr_decay: bool
+    l1: float
+    l2: float
     seed: int
     out: Path
     classic: bool
@@ -97,7 +105,8 @@ class Settings:
         """Return them for metrics.json."""
         facts = {name: value for name, value in vars(self).items() if name != "out"}
         optimizer = {"optimizer": self.optimizer.name}
-        optimizer |= {k: v for k, v in self.optimizer.settings().items() if k in ("momentum", "weight_decay")}
+        told = "momentum", "weight_decay", "clip_value"
+        optimizer |= {name: value for name, value in self.optimizer.settings().items() if name in told}
         facts["augment"] = None if self.augment is None else vars(self.augment)
         return facts | {"hidden": list(self.hidden), "activation": text(self.activation)} | optimizer
 
@@ -121,6 +130,11 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     if options.lr is not None and not (math.isfinite(options.lr) and options.lr > 0):
         raise UserError(f"--lr must be a number above 0, got {options.lr:g}")
     optimizer = _optimizer(options, defaults)
+    for option, penalty in (("--l1", options.l1), ("--l2", options.l2)):
+        if penalty is not None and network != "mlp":
+            raise UserError(f"{option} is for mlp; the network is {network}")
+        if penalty is not None and not (math.isfinite(penalty) and penalty >= 0):
+            raise UserError(f"{option} must be a number of at least 0, got {penalty:g}")
     for option, given in (("--hidden", options.hidden), ("--activation", options.activation)):
         if options.classic and given is not None:
             raise UserError(f"--classic is one certain network; leave out {option}")
@@ -130,8 +144,10 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     files.check_folder(out)
     common.use(options.backend, options.threads)
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
-    rates = optimizer.lr, defaults.lr_decay
-    return Settings(hidden, activation, epochs, batch_size, optimizer, *rates, seed, out, options.classic, augment)
+    rates, penalties = (optimizer.lr, defaults.lr_decay), (options.l1 or 0.0, options.l2 or 0.0)
+    return Settings(
+        hidden, activation, epochs, batch_size, optimizer, *rates, *penalties, seed, out, options.classic, augment
+    )
 
 
 def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
@@ -139,7 +155,7 @@ def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
     if name not in defaults.optimizers:
         raise UserError(f"--optimizer {name!r} is unknown; the choices are {', '.join(defaults.optimizers)}")
     settings = defaults.optimizers[name].settings()
-    for setting in ("lr", "weight_decay", "momentum"):
+    for setting in ("lr", "weight_decay", "momentum", "clip_value"):
         value, option = getattr(options, setting), f"--{setting.replace('_', '-')}"
         if value is None:
             continue
@@ -209,6 +225,7 @@ def _resumed(options: Options, resume: Path, network: type[nn.MLP | nn.GAN]) -> 
         saved = dict(extra["notes"])
         checksum, is_begun = int(saved.pop("images_crc32")), config["steps"] > 0
         saved |= {"data_dir": Path(folder)} if (folder := saved["data_dir"]) is not None else {}
+        saved = dict.fromkeys(_NEWER) | saved
         if wrong := saved.keys() ^ (types.keys() - {"out", "resume", "threads"}):
             raise ValueError(", ".join(sorted(wrong)))
         for name, value in saved.items():
@@ -293,6 +310,9 @@ class Watch:
             "optimizer": optimizer["name"],
             "weight_decay": optimizer["weight_decay"],
             "momentum": optimizer.get("momentum"),
+            "clip_value": optimizer["clip_value"],
+            "l1": settings.l1 or None,
+            "l2": settings.l2 or None,
             "hidden": None if settings.classic else text(settings.hidden),
             "activation": None if settings.classic else text(settings.activation),
             "seed": settings.seed,

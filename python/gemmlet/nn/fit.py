@@ -94,7 +94,8 @@ class History:
     ----------
     loss, accuracy : list of float
         Means over the epoch, each mini-batch counted as it was before its update. The accuracy is NaN
-        where the targets are no classes: numbers, soft labels, several labels a sample. An epoch that was stopped
+        where the targets are no classes: numbers, soft labels, several labels a sample. The loss has the penalties `l1`
+        and `l2` of the network. An epoch that was stopped
         counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
@@ -421,7 +422,7 @@ class Training:
         self._check_writeable()
         losses = plan.losses
         self._has_classes = losses[0].has_classes
-        self.at = self._start_of(1, len(losses))
+        self.at = self._start_of(1, len(losses) + sum(isinstance(phase, training.Penalty) for phase in plan.phases))
         facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
         facts["augment"] = None if augmented is None else repr(augmented.settings)
@@ -771,7 +772,7 @@ def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
-    operations: list[training.Linear | training.Activation] = []
+    operations: list[Any] = []
     for layer, weight in zip(dense.layers, parameters, strict=False):
         operations.append(training.Linear(weight, next(parameters)))
         if layer.activation is not None:

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
 from ..backends import select
-from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, Loss, Phase, TrainingPlan, Update
+from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, Loss, Phase, TrainingPlan
 from ..training.reference import gradients
 from . import _checks as checks
 from . import files
@@ -270,9 +270,9 @@ class GAN(Trainable):
                 # The same noise serves both steps, so that the generator's forward pass is done once.
                 Forward(_GENERATOR, (NOISE,)),
                 *self._discriminator_phases(),
-                Update(_DISCRIMINATOR, discriminator.rule, discriminator.max_norm),
+                discriminator.update(_DISCRIMINATOR),
                 *self._generator_phases(),
-                Update(_GENERATOR, generator.rule, generator.max_norm),
+                generator.update(_GENERATOR),
             ]
             data = {"x": samples.array}
             history, plan = GANHistory(), self._plan(phases, generator, discriminator)

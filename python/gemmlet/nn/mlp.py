@@ -16,7 +16,7 @@ from .. import kernels
 from .._memory import held
 from ..backends import select
 from ..formulas.losses import LOSSES, ROW_LOSSES
-from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
+from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Penalty, Phase, TrainingPlan
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from . import monitors
@@ -99,6 +99,11 @@ class MLP(Trainable):
     label_smoothing : float, within [0, 1)
         With softmax, targets of the objective become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy
         et al., 2016); so do those of `evaluate`.
+    l1, l2 : float, at least 0
+        ``l1 * sum(|w|) + l2 / 2 * sum(w**2)`` over all weights, biases left out, is added to the objective of every
+        mini-batch. The loss of the history has it; those of validation data and `evaluate`, which say how well samples
+        are predicted, do not. L1 draws weights to 0 (Tibshirani, 1996), and has the gradient 0 there. With `SGD`,
+        `l2` does the same as `weight_decay`.
     ema_decay : float, within [0, 1)
         What the network is used with is an exponential moving average of its parameters with this decay per step
         (Polyak and Juditsky, 1992); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the parameters
@@ -146,6 +151,8 @@ class MLP(Trainable):
         seed: int = 0,
         activation_parameter: float | None = None,
         label_smoothing: float = 0.0,
+        l1: float = 0.0,
+        l2: float = 0.0,
         ema_decay: float = 0.0,
         default_optimizer: str | Optimizer = "adam",
         default_batch_size: int = 64,
@@ -159,6 +166,7 @@ class MLP(Trainable):
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         self.activation_parameter = activation_number(activation, activation_parameter)
         self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
+        self.l1, self.l2 = l1, l2
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
         self.default_batch_size = default_batch_size
         if output == "softmax" and self.layers[-1] < 2:
@@ -176,6 +184,7 @@ class MLP(Trainable):
         "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
         "classes": lambda model, value, _: checked_classes(value, model.output, model.layers[-1]),
         "label_smoothing": _label_smoothing,
+        **dict.fromkeys(("l1", "l2"), lambda _, value, name: arguments.number(value, name, low=0.0)),
         "multi_label": _multi_label,
     }
 
@@ -439,18 +448,22 @@ class MLP(Trainable):
             Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),
         ]
+        if self.l1 or self.l2:
+            phases.append(Penalty(0, self.l2, self.l1, of_sum=False))
         if group is not None:
-            phases.append(Update(0, group.rule, group.max_norm))
+            phases.append(group.update(0))
         average = self._average if self.ema_decay else None
         return TrainingPlan((network_of(self._dense, group, average),), tuple(phases))
 
     _progress = Progress
 
     def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
-        return {"loss": sums[0] / seen, "accuracy": correct / seen}
+        return {"loss": sum(sums) / seen, "accuracy": correct / seen}
 
     def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
         """Loss of all samples as one mini-batch, of `parameters`, and its gradients: one array for each of them.
+
+        Both are what `fit` minimises, `l1` and `l2` included.
 
         Parameters
         ----------
@@ -459,7 +472,7 @@ class MLP(Trainable):
         """
         samples, targets = self._samples_and_targets(x, y)
         step = gradients(select.current(), self._plan(samples.to_cpu(), targets), len(samples))
-        return step.losses[0], step.gradients[0]
+        return sum(step.losses), step.gradients[0]
 
     def _loss(self, outputs: Array, targets: Array) -> float:
         """The objective, where the outputs are."""
@@ -527,7 +540,8 @@ class MLP(Trainable):
     def evaluate(self, x: Any, y: Any) -> dict[str, float]:
         """Return ``{"loss": ..., "accuracy": ...}``, means over the samples.
 
-        The accuracy is NaN where the targets are no classes: numbers, soft labels, several labels a sample.
+        The accuracy is NaN where the targets are no classes: numbers, soft labels, several labels a sample. The loss
+        has no penalties.
 
         Parameters
         ----------
@@ -714,8 +728,8 @@ class MLP(Trainable):
 
     def _config(self) -> dict[str, Any]:
         names = (
-            "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "ema_decay", "classes",
-            "multi_label",
+            "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "l1", "l2",
+            "ema_decay", "classes", "multi_label",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
