@@ -376,8 +376,9 @@ def test_one_sigmoid_output_tells_two_classes_apart(backend: object, rng: np.ran
     model.fit(x, y, epochs=15, batch_size=16, optimizer=Adam(0.05))
     assert model.evaluate(x, y)["accuracy"] > 0.95
     p = model.predict_proba(x)
-    assert p.shape == (400, 1)
-    assert same_bits(model.predict(x), (p[:, 0] > 0.5).astype(np.int64))
+    assert p.shape == (400, 2)
+    assert np.abs(p.sum(axis=1) - 1).max() < 1e-6
+    assert same_bits(model.predict(x), (p[:, 1] > 0.5).astype(np.int64))
 
 
 @pytest.mark.parametrize("width", [1, 2])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -291,6 +292,8 @@ class Trainable(Saved):
     latent_dim = 0
     # Whether the first `fit`, which is still to come, sets the dtype.
     _follows_samples = False
+    # What stands for arguments of the constructor that were left open, by their names. It is replaced, never changed.
+    _found: Mapping[str, Any] = MappingProxyType({})
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
@@ -337,6 +340,7 @@ class Trainable(Saved):
         if dtype != self.dtype:
             before = self._parts()
             self._draw_layers(dtype)
+            self._found = {**self._found, "dtype": self.dtype}
             for name, dense in self._parts().items():
                 dense.keep_changes(before[name])
 
@@ -367,7 +371,15 @@ class fitting:  # noqa: N801 - it is used as a function
         if self._under_way.get(id(self._model)) is self:
             del self._under_way[id(self._model)]
         if error is not None and self._model.steps == self._before["steps"]:
-            vars(self._model).update(self._before)
+            attributes = vars(self._model)
+            for name in attributes.keys() - self._before:
+                del attributes[name]
+            attributes.update(self._before)
+
+    @classmethod
+    def is_under_way(cls, model: Trainable) -> bool:
+        """Whether a network is in a fit, of any thread."""
+        return id(model) in cls._under_way
 
 
 os.register_at_fork(after_in_child=fitting._under_way.clear)  # the other threads are not in the child

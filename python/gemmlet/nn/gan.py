@@ -18,6 +18,7 @@ from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
+from .estimator import Estimator
 from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
 from .schedules import ReduceOnPlateau, Schedule
@@ -31,7 +32,7 @@ GENERATOR_OUTPUTS = ("tanh", "sigmoid")
 _GENERATOR, _DISCRIMINATOR = 0, 1
 
 
-class GAN(Trainable):
+class GAN(Estimator):
     """Generative adversarial network (Goodfellow et al., 2014) of two multilayer perceptrons.
 
     The generator G makes a sample from noise z, the discriminator D tells samples of the data from generated ones; each
@@ -120,6 +121,7 @@ class GAN(Trainable):
 
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
+        self._found = {"dtype": self.dtype} if dtype is None else {}
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
     _stream_names = "shuffle", "training_noise", "sampling_noise"

@@ -22,6 +22,7 @@ from . import _checks as checks
 from . import monitors
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
+from .estimator import Predictor
 from .files import errors_name
 from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
 from .monitors import Metric
@@ -66,7 +67,7 @@ def _multi_label(model: MLP, value: Any, name: str) -> bool:
     return wanted
 
 
-class MLP(Trainable):
+class MLP(Predictor):
     """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
 
     Parameters
@@ -167,6 +168,7 @@ class MLP(Trainable):
         self.steps = 0
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
+        self._found = ({"dtype": self.dtype} if dtype is None else {}) | ({"loss": self.loss} if loss is None else {})
         self._shuffle = self._fresh_streams()[1]
 
     _stream_names = ("shuffle",)
@@ -389,13 +391,20 @@ class MLP(Trainable):
             elif functions:
                 raise ValueError("metrics needs validation_data or validation_split")
             self._settle(samples.dtype)
-            if meaning.classes is not self.classes:
-                self.classes = meaning.classes
-            self.multi_label = meaning.multi_label
+            self._take_meaning(meaning)
             group = rule.group(self.parameters)
             plan = self._plan(samples, targets, group, weights)
             Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate, facts).run()
         return history
+
+    def _take_meaning(self, meaning: Meaning) -> None:
+        """Keep what targets have said about the outputs."""
+        if meaning.classes is not self.classes:
+            self.classes = meaning.classes
+            self._found = {**self._found, "classes": self.classes}
+        if meaning.multi_label is not self.multi_label:
+            self.multi_label = meaning.multi_label
+            self._found = {**self._found, "multi_label": self.multi_label}
 
     def _known_metrics(self, targets: Array) -> Mapping[str, Metric]:
         if self.output == "identity":
@@ -496,8 +505,9 @@ class MLP(Trainable):
 
         Returns
         -------
-        ndarray, shape (n, layers[-1])
-            With softmax they add up to 1 over the classes; with sigmoid each stands for itself.
+        ndarray, shape (n, classes)
+            In the order of `classes_`. With softmax they add up to 1, and so they do with one sigmoid output, which
+            has two columns: of class 0, or ``classes[0]``, and of class 1. With several ones each stands for itself.
 
         Raises
         ------
@@ -506,8 +516,20 @@ class MLP(Trainable):
         """
         if self.output == "identity":
             raise ValueError('predict_proba needs output "softmax" or "sigmoid", this network has "identity"')
+        if self.layers[-1] == 1:
+            return self._of_two_classes(self._samples(x))
         to_probability = kernels.softmax if self.output == "softmax" else kernels.sigmoid
         return self._by_chunks(self._samples(x), self.layers[-1], to_probability)
+
+    def _of_two_classes(self, samples: Samples) -> Array:
+        """Probabilities of both, (n, 2), from one output."""
+        backend = samples.backend
+        result = backend.empty((len(samples), 2), self.dtype, samples.array)
+        for where, outputs in self._outputs(samples):
+            # Not 1 - p, which rounds a small probability to 0.
+            backend.assign(result[where][:, :1], kernels.sigmoid(backend.scaled(outputs, self.dtype, -1.0)))
+            backend.assign(result[where][:, 1:], kernels.sigmoid(outputs))
+        return result
 
     def evaluate(self, x: Any, y: Any) -> dict[str, float]:
         """Return ``{"loss": ..., "accuracy": ...}``, means over the samples.
@@ -606,9 +628,10 @@ class MLP(Trainable):
         """Write the network that `predict` uses as an ONNX file, for onnxruntime and other readers of opset 20.
 
         The graph takes ``x``, (n, layers[0]) of the network's dtype and any n, and gives ``y``, (n, layers[-1]): what
-        `predict_proba` returns, or with identity outputs what the last layer gives. **Bytes are for the caller to
-        divide by 255.** The configuration is in the metadata, under ``gemmlet``, as in the files of `save`: `classes`
-        too, which `from_onnx` reads. Random streams and the state of optimizers are in files of `save` alone.
+        `predict_proba` returns (of one sigmoid output its second column), or with identity outputs what the last layer
+        gives. **Bytes are for the caller to divide by 255.** The configuration is in the metadata, under ``gemmlet``,
+        as in the files of `save`: `classes` too, which `from_onnx` reads. Random streams and the state of optimizers
+        are in files of `save` alone.
 
         Parameters
         ----------
