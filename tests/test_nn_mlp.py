@@ -791,7 +791,7 @@ def test_an_activation_parameter_beyond_the_dtype() -> None:
         ({"validation_data": (X[:, :2], Y)}, ValueError, r"validation_data\[0\] has shape \(3, 2\)"),
         ({"validation_data": (X, Y + 1)}, ValueError, r"validation_data\[1\]\[2\] is 3; the classes of .* are 0, 1, 2"),
         ({"shuffle": "yes"}, TypeError, "shuffle must be True or False, got str"),
-        ({"verbose": 2}, TypeError, "verbose must be True or False, got int"),
+        ({"verbose": 3}, ValueError, "verbose must be 0, 1, 2, True or False, got 3"),
         ({"resume": None}, TypeError, "resume must be True, False or a path, got NoneType"),
         ({"resume": np.True_}, ValueError, "resume=True needs checkpoint, or give resume the path"),
         ({"callback": 3}, TypeError, "callback must be callable, got int"),

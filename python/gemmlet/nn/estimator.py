@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from .. import metrics
 from .._signals import deferred_signals
+from . import display
+from .dense import Dense
+from .display import Text
 from .fit import Trainable, fitting
 from .optimizers import Optimizer, as_optimizer, make_optimizer
 from .targets import Label, as_labels, checked_classes
@@ -26,6 +29,9 @@ class Estimator(Trainable):
     """Base of networks whose constructor's arguments are asked for, and changed, by name."""
 
     default_optimizer: Optimizer
+    # Arguments that `repr` shows, and the activation of last layers that have none.
+    _in_repr: tuple[str, ...] = ()
+    _shown_output = "identity"
 
     @classmethod
     def _arguments(cls) -> dict[str, Any]:
@@ -88,6 +94,46 @@ class Estimator(Trainable):
                 del mine[name]
             mine.update(other)
         return self
+
+    @abstractmethod
+    def _shown_parts(self) -> dict[str, Dense]:
+        """The stacks of layers that `summary` shows, by what it writes before the names of layers."""
+
+    def _shown(self) -> tuple[str, dict[str, Dense], str, list[str]]:
+        """What `summary` and notebooks show: title, layers, activation of the outputs, and other facts."""
+        settings = [
+            f"{name}={value!r}"
+            for name, default in self._arguments().items()
+            if name not in self._in_repr and (value := getattr(self, name)) != default
+        ]
+        return repr(self), self._shown_parts(), self._shown_output, [*settings, f"{self.steps:,} steps taken"]
+
+    def summary(self) -> Text:
+        """Return a table of the layers: shapes, activations and parameters; below it what was set, and the steps.
+
+        An interpreter shows it; ``print(model.summary())`` prints it.
+
+        Examples
+        --------
+        >>> from gemmlet.nn import MLP
+        >>> MLP([784, 128, 10], "relu", label_smoothing=0.1).summary()
+        MLP([784, 128, 10], 'relu', 'softmax', dtype=np.float32, seed=0)
+        layer  output shape  activation  parameters
+        -------------------------------------------
+        input      (n, 784)
+        1          (n, 128)  relu           100,480
+        2           (n, 10)  softmax          1,290
+        -------------------------------------------
+        101,770 parameters, 407 kB
+        loss='softmax_cross_entropy'
+        label_smoothing=0.1
+        default_optimizer=Adam(lr=0.001, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.0)
+        0 steps taken
+        """
+        return display.summary(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return display.network_html(*self._shown(), self._history)
 
     def __sklearn_clone__(self) -> Self:
         """A network with the same arguments that has learnt nothing, for `sklearn.base.clone`."""

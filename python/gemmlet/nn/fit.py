@@ -26,6 +26,8 @@ from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
+from . import display
+from .bar import Bar, printer
 from .checkpoints import Checkpoints, Position, lists_of
 from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
@@ -85,8 +87,36 @@ class CheckpointError(OSError):
         self.history = history
 
 
+class _Shown:
+    """What histories look like."""
+
+    seconds: float
+
+    def _repr_html_(self) -> str:
+        return display.history_html(lists_of(self), self.seconds)
+
+    def plot(self, ax: Any = None, names: Sequence[str] | None = None) -> Any:
+        """Draw curves over the epochs with matplotlib, and return the axes.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Where; by default a new figure.
+        names : list of str, optional
+            What: lists of the history, ``["accuracy", "validation_accuracy"]`` say. By default all losses.
+
+        Raises
+        ------
+        ImportError
+            The package matplotlib is missing.
+        ValueError
+            There is no list of a name.
+        """
+        return display.plot(lists_of(self), names, ax)
+
+
 @dataclass
-class History:
+class History(_Shown):
     """How training an `MLP` went: one number per epoch, and the seconds it took.
 
     Attributes
@@ -116,7 +146,7 @@ class History:
 
 
 @dataclass
-class GANHistory:
+class GANHistory(_Shown):
     """How training a `GAN` went: the mean losses of each epoch, and the seconds it took.
 
     Attributes
@@ -225,7 +255,7 @@ class Settings:
     batch_size: int
     lr_schedule: Schedule | ReduceOnPlateau | None
     shuffle: bool
-    verbose: bool
+    verbose: int
     callback: Callable[[Any], object] | None
     callback_every: str
     checkpoint: Any = None  # a path becomes a Path
@@ -236,7 +266,7 @@ class Settings:
         self.epochs = checks.whole_number(self.epochs, "epochs", 1)
         self.batch_size = checks.batch_size(self.batch_size, "batch_size")
         self.shuffle = arguments.flag(self.shuffle, "shuffle")
-        self.verbose = arguments.flag(self.verbose, "verbose")
+        self.verbose = checks.verbosity(self.verbose, "verbose")
         if not isinstance(self.lr_schedule, ReduceOnPlateau):
             checks.optional_callable(self.lr_schedule, "lr_schedule")
         if self.early_stopping is not None and not isinstance(self.early_stopping, EarlyStopping):
@@ -294,6 +324,8 @@ class Trainable(Saved):
     _follows_samples = False
     # What stands for arguments of the constructor that were left open, by their names. It is replaced, never changed.
     _found: Mapping[str, Any] = MappingProxyType({})
+    # Of the last `fit`.
+    _history: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
@@ -415,6 +447,8 @@ class Training:
         every_batch = settings.callback is not None and settings.callback_every == "batch"
         self._one_by_one = every_batch or not self._backend.supports_fused(self._plan)
         self._budget = CallBudget()
+        self._lines = printer(settings.verbose, settings.epochs) if settings.verbose else None
+        self._bar = self._lines if isinstance(self._lines, Bar) else None
         self._orders = Ahead(model._shuffle if settings.shuffle else None, sample_order)
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
@@ -445,6 +479,7 @@ class Training:
 
     def run(self) -> None:
         """Train."""
+        self.model._history = self.history
         try:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs and not self._is_over():
@@ -460,6 +495,9 @@ class Training:
                 with deferred_signals():
                     self._restore_best()
         except BaseException as error:
+            if self._bar is not None:
+                with contextlib.suppress(OSError):
+                    self._bar.close()
             with deferred_signals():
                 with contextlib.suppress(ValueError):
                     self._check_layouts()
@@ -491,6 +529,8 @@ class Training:
         while not done:
             if at.seen < n:
                 self._call(order)
+                if self._bar is not None and self._bar.is_due:
+                    self._bar.advance(at.epoch, math.ceil(at.seen / self._size), self._batches, self._metrics())
             done = at.seen == n
             if done or settings.callback is not None:
                 metrics = self._metrics()
@@ -624,11 +664,8 @@ class Training:
             self.at = self._start_of(epoch + 1, len(self.at.sums))
             if is_whole:
                 self._keep_best()
-        if self._settings.verbose:
-            # An accuracy that is NaN is that of targets without classes.
-            known = [(_LABELS.get(k, k.replace("_", " ")), v) for k, v in metrics.items() if not math.isnan(v)]
-            shown = "  ".join(f"{label} {value:.4f}" for label, value in known)
-            print(f"epoch {epoch}/{self._settings.epochs}  {shown}", flush=True)
+        if self._lines is not None:
+            self._lines.end_epoch(epoch, metrics)
 
     def _check_writeable(self) -> None:
         """Raise ValueError if a parameter is read-only: before a step, which might else stop halfway."""
@@ -752,9 +789,8 @@ class _Copy:
         to._checkpoints.best = self._best
 
 
-# What is said of validation data, and how it is printed.
+# What is said of validation data.
 VALIDATION = ("validation_loss", "validation_accuracy")
-_LABELS = {"validation_accuracy": "accuracy"}
 
 
 def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:

@@ -125,6 +125,7 @@ class GAN(Estimator):
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
     _stream_names = "shuffle", "training_noise", "sampling_noise"
+    _in_repr = "latent_dim", "generator", "discriminator", "loss", "dtype", "seed"
     _checks = Trainable._checks | {
         **dict.fromkeys(
             (
@@ -202,7 +203,7 @@ class GAN(Estimator):
         discriminator_optimizer: str | Optimizer | None = None,
         lr_schedule: Schedule | ReduceOnPlateau | None = None,
         shuffle: bool = True,
-        verbose: bool = False,
+        verbose: bool | int = False,
         callback: Callable[[GANProgress], object] | None = None,
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
@@ -436,6 +437,9 @@ class GAN(Estimator):
             "generator_output", "loss", "label_smoothing", "ema_decay",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def _shown_parts(self) -> dict[str, Dense]:
+        return {"generator ": self._generator, "discriminator ": self._discriminator}
 
     def _parts(self) -> dict[str, Dense]:
         parts = {"generator.": self._generator, "discriminator.": self._discriminator}

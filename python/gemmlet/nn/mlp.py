@@ -172,6 +172,7 @@ class MLP(Predictor):
         self._shuffle = self._fresh_streams()[1]
 
     _stream_names = ("shuffle",)
+    _in_repr = "layers", "activation", "output", "dtype", "seed"
     _checks = Trainable._checks | {
         **dict.fromkeys(("layers", "activation", "output", "activation_parameter", "seed"), check_fixed),
         "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
@@ -227,7 +228,7 @@ class MLP(Predictor):
         lr_schedule: Schedule | ReduceOnPlateau | None = None,
         validation_data: tuple[Any, Any] | None = None,
         shuffle: bool = True,
-        verbose: bool = False,
+        verbose: bool | int = False,
         callback: Callable[[Progress], object] | None = None,
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
@@ -280,8 +281,9 @@ class MLP(Predictor):
             Evaluated after each epoch.
         shuffle : bool
             Whether each epoch takes the samples in a new random order.
-        verbose : bool
-            Whether to print a line per epoch.
+        verbose : {0, 1, 2} or bool
+            What is printed. With 1 or True a line per epoch, with a bar in it on a terminal and in a notebook; with 2 a
+            line per epoch everywhere.
         callback : callable, optional
             Called with a `Progress`. It may raise `StopTraining`.
         callback_every : {"batch", "call", "epoch"}
@@ -726,6 +728,13 @@ class MLP(Predictor):
             "multi_label",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def _shown_parts(self) -> dict[str, Dense]:
+        return {"": self._dense}
+
+    @property
+    def _shown_output(self) -> str:  # type: ignore[override] # it is this network's
+        return self.output
 
     def _parts(self) -> dict[str, Dense]:
         return {"": self._dense} | ({"average.": self._average} if self.ema_decay else {})
