@@ -441,11 +441,13 @@ class Training:
         self._samples, self._settings, self._validate = samples, settings, validate
         self._n, self._size = len(samples), settings.batch_size
         self._batches = math.ceil(self._n / self._size)
+        # Samples and mini-batches of the epoch before those that `_call` is given.
+        self._skipped = self._first_batch = 0
         self._backend = samples.backend
         self._plan = self._backend.stage(plan)
         # The reference takes a step a call: it may raise in the midst of several.
-        every_batch = settings.callback is not None and settings.callback_every == "batch"
-        self._one_by_one = every_batch or not self._backend.supports_fused(self._plan)
+        self._every_batch = settings.callback is not None and settings.callback_every == "batch"
+        self._one_by_one = self._every_batch or not self._backend.supports_fused(self._plan)
         self._budget = CallBudget()
         self._lines = printer(settings.verbose, settings.epochs) if settings.verbose else None
         self._bar = self._lines if isinstance(self._lines, Bar) else None
@@ -483,7 +485,7 @@ class Training:
         try:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs and not self._is_over():
-                    self._epoch(self._orders.take(self._n))
+                    self._epoch(self._order())
             self._check()
             if self._checkpoints.is_missing(self.at):
                 with deferred_signals():
@@ -523,40 +525,57 @@ class Training:
             self.history.seconds = self._checkpoints.seconds
             raise CheckpointError(error.errno, error.strerror, error.filename, self.history) from error
 
-    def _epoch(self, order: Array) -> None:
+    def _order(self) -> Any:
+        """The order of the samples in the next epoch."""
+        return self._orders.take(self._n)
+
+    def _epoch(self, order: Any) -> None:
         """The rest of an epoch, which takes the samples in this order."""
-        settings, at, n, done = self._settings, self.at, self._n, False
+        at, n, done = self.at, self._n, False
         while not done:
             if at.seen < n:
                 self._call(order)
-                if self._bar is not None and self._bar.is_due:
-                    self._bar.advance(at.epoch, math.ceil(at.seen / self._size), self._batches, self._metrics())
             done = at.seen == n
-            if done or settings.callback is not None:
-                metrics = self._metrics()
-            if done:
-                if self._validate is not None:
-                    self._backend.write_back(self._plan)
-                    metrics |= self._validate()
-                self._log(metrics)
-            if settings.callback is not None and (done or settings.callback_every != "epoch"):
+            self._report(done=done)
+
+    def _report(self, *, done: bool) -> None:
+        """What follows a call, the last one of its epoch or not: validation, history, callback, checkpoint."""
+        settings, at = self._settings, self.at
+        if self._bar is not None and self._bar.is_due:
+            self._bar.advance(at.epoch, self._batch(), self._batches, self._metrics())
+        if done or settings.callback is not None:
+            metrics = self._metrics()
+        if done:
+            if self._validate is not None:
                 self._backend.write_back(self._plan)
-                told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
-                if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
-                    metrics["metrics"] = extra  # type: ignore[assignment]
-                settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
-            if self._checkpoints.is_due(self.at, epoch_done=done):
-                with deferred_signals():
-                    self._keep()  # so that what is gone back to is never older than the checkpoint
-                self._checkpoints.try_to_write(self.at)
+                metrics |= self._validate()
+            self._log(metrics)
+        if settings.callback is not None and (done or settings.callback_every != "epoch"):
+            self._backend.write_back(self._plan)
+            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": self._batch(at)}
+            if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
+                metrics["metrics"] = extra  # type: ignore[assignment]
+            settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
+        if self._checkpoints.is_due(self.at, epoch_done=done):
+            with deferred_signals():
+                self._keep()  # so that what is gone back to is never older than the checkpoint
+            self._checkpoints.try_to_write(self.at)
+
+    def _batch(self, at: Position | None = None) -> int:
+        """The mini-batches of the epoch that are done."""
+        seen = (self.at if at is None else at).seen
+        return self._first_batch + math.ceil((seen - self._skipped) / self._size)
+
+    def _of_batches(self) -> str:
+        return f" of {self._batches}" if self._batches else ""
 
     def _call(self, order: Array) -> None:
         """Take the steps of one call of the backend, on the next samples of the epoch."""
         at, size, model = self.at, self._size, self.model
-        where = order[at.seen : at.seen + size * (1 if self._one_by_one else self._budget.steps)]
-        steps, first = math.ceil(len(where) / size), at.seen // size
-        done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
-        factors = self._factors(done, steps, total)
+        begin = at.seen - self._skipped
+        where = order[begin : begin + size * (1 if self._one_by_one else self._budget.steps)]
+        steps, first = math.ceil(len(where) / size), self._first_batch + begin // size
+        factors = self._factors(first, steps)
         with deferred_signals():
             # A callback or the schedule may have changed them.
             self._check_layouts()
@@ -585,7 +604,7 @@ class Training:
             if not all(map(math.isfinite, sums)):
                 last = first + steps
                 which = f"batch {last}" if steps == 1 else f"batches {first + 1} to {last}"
-                self._diverge(f"in epoch {at.epoch}, {which} of {self._batches}: the loss is no longer finite")
+                self._diverge(f"in epoch {at.epoch}, {which}{self._of_batches()}: the loss is no longer finite")
             at.seen, at.sums, at.correct = at.seen + len(where), sums, at.correct + correct
             model.steps += steps
             for group in self.groups:
@@ -607,11 +626,12 @@ class Training:
     def _monitored(self, follower: EarlyStopping | ReduceOnPlateau) -> list[float]:
         return lists_of(self.history)[follower.monitor][: self.at.epoch - 1]
 
-    def _factors(self, done: int, steps: int, total: int) -> Array:
-        """What the learning rate is multiplied by in the next steps."""
+    def _factors(self, first: int, steps: int) -> Array:
+        """What the learning rate is multiplied by in the next steps, from mini-batch `first` of the epoch on."""
         schedule = self._settings.lr_schedule
         if isinstance(schedule, ReduceOnPlateau):
             return np.full(steps, schedule.factor_after(self._monitored(schedule)))
+        done, total = (self.at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
         return lr_factors(schedule, done, steps, total)
 
     def _is_over(self) -> bool:
@@ -698,8 +718,8 @@ class Training:
         self._check_layouts()
         self._backend.write_back(self._plan)
         if not self._is_finite():
-            epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)
-            where = f"epoch {epoch}, batch {batch} of {self._batches}" if batch else f"epoch {epoch - 1}"
+            epoch, batch = self.at.epoch, self._batch()
+            where = f"epoch {epoch}, batch {batch}{self._of_batches()}" if batch else f"epoch {epoch - 1}"
             self._diverge(f"after {where}: parameters are no longer finite")
 
     def _is_finite(self) -> bool:

@@ -16,6 +16,7 @@ from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, 
 from ..training.reference import gradients
 from . import _checks as checks
 from . import files
+from .batches import BatchTraining, Piece, Source, is_source, refuse
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
 from .estimator import Estimator
@@ -208,6 +209,8 @@ class GAN(Estimator):
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        *,
+        steps_per_epoch: int | None = None,
     ) -> GANHistory:
         """Train both networks on samples `x`.
 
@@ -217,7 +220,9 @@ class GAN(Estimator):
         ----------
         x : array_like, shape (n, features)
             Rows of real numbers within [0, 1]; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and
-            are expanded a mini-batch at a time. On a GPU, they are trained on there.
+            are expanded a mini-batch at a time. On a GPU, they are trained on there. Or batches of them, as in
+            `MLP.fit`; of one that is a pair, as a DataLoader's, the first counts. A list is one of samples, unless
+            there is `steps_per_epoch`.
         epochs, batch_size, shuffle, verbose, callback_every
             As in `MLP.fit`.
         optimizer : str or Optimizer, optional
@@ -229,7 +234,7 @@ class GAN(Estimator):
             As in `MLP.fit`, for both learning rates; `ReduceOnPlateau` may follow either loss.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
-        checkpoint, resume
+        checkpoint, resume, steps_per_epoch
             As in `MLP.fit`.
 
         Returns
@@ -248,7 +253,12 @@ class GAN(Estimator):
             A checkpoint cannot be read or written; see `MLP.fit`.
         """
         with fitting(self):
-            samples = self._samples(x, None if self._follows_samples else self.dtype)
+            dtype, source = None if self._follows_samples else self.dtype, None
+            if steps_per_epoch is not None or is_source(x):
+                refuse({"checkpoint": checkpoint is not None, "resume": resume})
+                source, samples = self._batches(x, steps_per_epoch, epochs, shuffle, dtype)
+            else:
+                samples = self._samples(x, dtype)
             settings = self._settings(
                 epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
             )
@@ -259,19 +269,42 @@ class GAN(Estimator):
                 optimizers["discriminator_optimizer"] = other
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
-            phases = [
-                self._gather(samples.dataset(may_skip_zeros=False)),
-                # The same noise serves both steps, so that the generator's forward pass is done once.
-                Forward(_GENERATOR, (NOISE,)),
-                *self._discriminator_phases(),
-                Update(_DISCRIMINATOR, discriminator.rule, discriminator.max_norm),
-                *self._generator_phases(),
-                Update(_GENERATOR, generator.rule, generator.max_norm),
-            ]
-            data = {"x": samples.array}
-            history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings, data).run()
+
+            def plan_of(samples: Samples, _: Any = None) -> TrainingPlan:
+                phases = [
+                    self._gather(samples.dataset(may_skip_zeros=False)),
+                    # The same noise serves both steps, so that the generator's forward pass is done once.
+                    Forward(_GENERATOR, (NOISE,)),
+                    *self._discriminator_phases(),
+                    Update(_DISCRIMINATOR, discriminator.rule, discriminator.max_norm),
+                    *self._generator_phases(),
+                    Update(_GENERATOR, generator.rule, generator.max_norm),
+                ]
+                return self._plan(phases, generator, discriminator)
+
+            data, groups = {"x": samples.array}, [discriminator, generator]
+            history, plan = GANHistory(), plan_of(samples)
+            if source is None:
+                Training(self, history, samples, plan, optimizers, groups, settings, data).run()
+            else:
+                loop = source, plan_of, None if batch_size is None else settings.batch_size
+                BatchTraining(*loop, self, history, samples, plan, optimizers, groups, settings, data).run()
         return history
+
+    def _batches(
+        self, x: Any, steps_per_epoch: Any, epochs: Any, shuffle: Any, dtype: np.dtype[Any] | None
+    ) -> tuple[Source, Samples]:
+        """Where batches come from, and the first of them."""
+
+        def load(batch: Any, name: str) -> Piece:
+            nonlocal dtype
+            is_pair = isinstance(batch, list | tuple) and len(batch) > 0 and hasattr(batch[0], "shape")
+            samples = self._samples(batch[0] if is_pair else batch, dtype, name)
+            dtype = samples.dtype
+            return Piece(samples, None)
+
+        source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
+        return source, source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None).samples
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
         generator, discriminator = groups or (None, None)
@@ -404,10 +437,10 @@ class GAN(Estimator):
 
     # Arguments.
 
-    def _samples(self, x: Any, dtype: np.dtype[Any] | None) -> Samples:
-        samples = Samples(x, self.features, dtype)
+    def _samples(self, x: Any, dtype: np.dtype[Any] | None, name: str = "x") -> Samples:
+        samples = Samples(x, self.features, dtype, name)
         if not len(samples):
-            raise ValueError("x is empty; expected at least one sample")
+            raise ValueError(f"{name} is empty; expected at least one sample")
         samples.convert()
         if samples.array.dtype != np.uint8:
             low, high = samples.backend.extremes(samples.array)
@@ -417,7 +450,7 @@ class GAN(Estimator):
                 given = arguments.on_cpu(samples.array)
                 place = np.argwhere(~((given >= 0.0) & (given <= 1.0)))[0]
                 raise ValueError(
-                    f"x must lie within [0, 1], but {checks.item('x', place)} is {given[tuple(place)]}; images "
+                    f"{name} must lie within [0, 1], but {checks.item(name, place)} is {given[tuple(place)]}; images "
                     "of bytes count as value/255 if they are uint8"
                 )
         return samples

@@ -20,6 +20,7 @@ from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, Tra
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from . import monitors
+from .batches import BatchTraining, Piece, Source, refuse
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .estimator import Predictor
@@ -221,7 +222,7 @@ class MLP(Predictor):
     def fit(
         self,
         x: Any,
-        y: Any,
+        y: Any = None,
         epochs: int = 10,
         batch_size: int | None = None,
         optimizer: str | Optimizer | None = None,
@@ -239,6 +240,7 @@ class MLP(Predictor):
         metrics: Sequence[str] | Mapping[str, Metric] = (),
         class_weight: str | Mapping[Any, float] | None = None,
         sample_weight: Any = None,
+        steps_per_epoch: int | None = None,
     ) -> History:
         """Train on samples `x` and their labels `y`.
 
@@ -249,7 +251,11 @@ class MLP(Predictor):
             expanded a mini-batch at a time; every other dtype counts as its value, and is converted to the network's:
             pixels from 0 to 255 in lists, or as int64, should be made uint8. Or a sparse matrix of scipy, likewise. On
             a GPU (CuPy's, or anything with ``__cuda_array_interface__`` or DLPack), they are trained on there; `y` may
-            be there too. The parameters stay NumPy's.
+            be there too. The parameters stay NumPy's. A `np.memmap` of uint8 or of the network's dtype is not copied.
+
+            Without `y`: batches, each a pair (x, y) of these. A function that is called with their numbers, from 0 to
+            below `steps_per_epoch`; an object with a length and items, likewise; or an iterable, PyTorch's DataLoader
+            say. See Notes.
         y : array_like
             With softmax or sigmoid a label for each sample, (n,) or (n, 1):
 
@@ -267,7 +273,8 @@ class MLP(Predictor):
         epochs : int
             How often each sample is used.
         batch_size : int, optional
-            Samples per update; the last mini-batch of an epoch may be smaller. By default 64, or what the preset says.
+            Samples per update; the last mini-batch of an epoch may be smaller. By default 64, or what the preset says;
+            batches are mini-batches, unless it is given.
         optimizer : str or Optimizer, optional
             A name, ``"sgd"``, ``"adam"`` or ``"adamw"``, with its default settings; or an object, whose state is
             continued. By default ``"adam"``, or what the preset says.
@@ -321,6 +328,9 @@ class MLP(Predictor):
             together with those of the classes, counts as 1. A mini-batch's objective is the weighted sum divided by its
             size. The accuracy of the history counts samples, and validation has no weights. On `numba` and `cuda` the
             reference trains then, a mini-batch a call: slower.
+        steps_per_epoch : int, optional
+            How many batches an epoch has; by default as many as `x` says, or gives. An iterable goes on in the next
+            epoch where it was, and begins again at its end.
 
         Returns
         -------
@@ -341,10 +351,28 @@ class MLP(Predictor):
             warning, and training goes on.
         OSError
             A checkpoint cannot be read, or it is known beforehand that none can be written.
+
+        Notes
+        -----
+        Batches are loaded some ahead: as many as come in a tenth of a second, up to 32 MB, or the next one. All have
+        the dtype that the first one decides about, and the labels that it has, or `classes`. With `shuffle` those that
+        have numbers are asked for in a new random order in each epoch; others come as they come. With `batch_size` each
+        is divided into mini-batches, and with `shuffle` in a random order: for large parts of data. The result has the
+        same bits as that of the same mini-batches from memory. `validation_split`, `class_weight`, `sample_weight`,
+        `checkpoint` and `resume` need all samples at once; `lr_schedule` the number of batches. A batch that does not
+        fit, or is not finite, ends training in the last good state, which has the steps before.
         """
         with fitting(self):
-            samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
-            targets, meaning = self._targets(y, "y", samples, self._meaning())
+            dtype, source = None if self._follows_samples else self.dtype, None
+            if y is None or steps_per_epoch is not None:
+                lacking = {"y": y is not None, "validation_split": validation_split, "checkpoint": checkpoint}
+                lacking |= {"class_weight": class_weight is not None, "sample_weight": sample_weight is not None}
+                source, (samples, targets), meaning = self._batches(
+                    x, steps_per_epoch, epochs, shuffle, dtype, lacking | {"resume": resume}
+                )
+            else:
+                samples = self._filled(x, "x", dtype)
+                targets, meaning = self._targets(y, "y", samples, self._meaning())
             settings = self._settings(
                 epochs,
                 batch_size,
@@ -396,8 +424,38 @@ class MLP(Predictor):
             self._take_meaning(meaning)
             group = rule.group(self.parameters)
             plan = self._plan(samples, targets, group, weights)
-            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate, facts).run()
+            rules, groups = {"optimizer": rule}, [group]
+            if source is None:
+                Training(self, history, samples, plan, rules, groups, settings, data, validate, facts).run()
+            else:
+                loop = source, partial(self._plan, group=group), None if batch_size is None else settings.batch_size
+                BatchTraining(*loop, self, history, samples, plan, rules, groups, settings, data, validate, facts).run()
         return history
+
+    def _batches(
+        self,
+        x: Any,
+        steps_per_epoch: Any,
+        epochs: Any,
+        shuffle: Any,
+        dtype: np.dtype[Any] | None,
+        lacking: Mapping[str, Any],
+    ) -> tuple[Source, Piece, Meaning]:
+        """Where batches come from, the first of them, and what outputs stand for after it."""
+        refuse(lacking)
+        meaning = self._meaning()
+
+        def load(batch: Any, name: str) -> Piece:
+            nonlocal dtype, meaning
+            rows, labels = checks.pair(batch, name.removeprefix("x of "))
+            samples = self._filled(rows, name, dtype)
+            targets, meaning = self._targets(labels, f"y{name[1:]}", samples, meaning)
+            dtype = samples.dtype
+            return Piece(samples, targets)
+
+        source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
+        first = source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None)
+        return source, first, meaning
 
     def _take_meaning(self, meaning: Meaning) -> None:
         """Keep what targets have said about the outputs."""
