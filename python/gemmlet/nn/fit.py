@@ -481,7 +481,7 @@ class Training:
 
     def run(self) -> None:
         """Train."""
-        self.model._history = self.history
+        vars(self.model)["_history"] = self.history  # it has no check
         try:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs and not self._is_over():
@@ -552,7 +552,8 @@ class Training:
             self._log(metrics)
         if settings.callback is not None and (done or settings.callback_every != "epoch"):
             self._backend.write_back(self._plan)
-            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": self._batch(at)}
+            batch = self._first_batch + math.ceil((at.seen - self._skipped) / self._size)
+            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": batch}
             if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
                 metrics["metrics"] = extra  # type: ignore[assignment]
             settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
@@ -561,10 +562,9 @@ class Training:
                 self._keep()  # so that what is gone back to is never older than the checkpoint
             self._checkpoints.try_to_write(self.at)
 
-    def _batch(self, at: Position | None = None) -> int:
+    def _batch(self) -> int:
         """The mini-batches of the epoch that are done."""
-        seen = (self.at if at is None else at).seen
-        return self._first_batch + math.ceil((seen - self._skipped) / self._size)
+        return self._first_batch + math.ceil((self.at.seen - self._skipped) / self._size)
 
     def _of_batches(self) -> str:
         return f" of {self._batches}" if self._batches else ""
@@ -631,6 +631,8 @@ class Training:
         schedule = self._settings.lr_schedule
         if isinstance(schedule, ReduceOnPlateau):
             return np.full(steps, schedule.factor_after(self._monitored(schedule)))
+        if schedule is None:
+            return lr_factors(None, first, steps, 0)
         done, total = (self.at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
         return lr_factors(schedule, done, steps, total)
 

@@ -421,7 +421,8 @@ class MLP(Predictor):
             elif functions:
                 raise ValueError("metrics needs validation_data or validation_split")
             self._settle(samples.dtype)
-            self._take_meaning(meaning)
+            if meaning.classes is not self.classes or meaning.multi_label is not self.multi_label:
+                self._take_meaning(meaning)
             group = rule.group(self.parameters)
             plan = self._plan(samples, targets, group, weights)
             rules, groups = {"optimizer": rule}, [group]
