@@ -190,6 +190,8 @@ class Saved(ABC):
     _stream_names: ClassVar[tuple[str, ...]]  # of the attributes, without their underscore
     # JSON that checkpoints have besides, of whoever calls `fit`.
     _notes: Mapping[str, Any] = MappingProxyType({})
+    # The optimizer of `partial_fit`, once that was called.
+    _of_partial_fit: Optimizer | None = None
 
     @abstractmethod
     def _config(self) -> dict[str, Any]:
@@ -236,14 +238,16 @@ class Saved(ABC):
             An existing file is replaced, a symbolic link's target; permissions are kept. A file that is open is
             flushed. The configuration is in the metadata, under ``gemmlet``, as JSON.
         optimizer : Optimizer, optional
-            One that `fit` was given: its settings and its state are written, for `load_optimizers`.
+            One that `fit` was given: its settings and its state are written, for `load_optimizers`. By default that
+            of `partial_fit`, if there was one, which goes on after `load`.
 
         Raises
         ------
         OSError
             The file cannot be written, or is no plain file.
         """
-        self._write(file, {} if optimizer is None else {"optimizer": optimizer})
+        rule = self._of_partial_fit if optimizer is None else optimizer
+        self._write(file, {} if rule is None else {"optimizer": rule})
 
     def _write(
         self,
@@ -272,6 +276,8 @@ class Saved(ABC):
         tensors |= {f"{BEST}{name}": array for name, array in best.items()}
         streams = {name: rng.bit_generator.state for name, rng in self._streams().items()}
         extra = {"streams": streams, "optimizers": described}
+        if self._of_partial_fit is not None:
+            extra["partial_fit"] = optimizers.get("optimizer") is self._of_partial_fit
         if fit is not None:
             extra |= {"fit": fit, "notes": dict(self._notes)}
         write(file, type(self).__name__, config, tensors, extra)
@@ -349,6 +355,10 @@ class Saved(ABC):
             streams = network._streams()
             for name, state in extra.get("streams", {}).items():
                 streams[name].bit_generator.state = state
+            if extra.get("partial_fit") is True:
+                settings, states = optimizers_of(tensors, extra)["optimizer"]
+                network._of_partial_fit = make_optimizer(**settings)
+                network._of_partial_fit._states = States(states.values())
         for prefix, dense in network._parts().items():
             copy_into(dense, own, prefix)
         network.steps = steps

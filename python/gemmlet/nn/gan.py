@@ -17,8 +17,10 @@ from ..training.reference import gradients
 from . import _checks as checks
 from . import files
 from .augment import Augment, Augmented, check_augment
+from .batches import BatchTraining, Piece, Source, is_source, refuse
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
+from .estimator import Estimator
 from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
 from .schedules import ReduceOnPlateau, Schedule
@@ -32,7 +34,7 @@ GENERATOR_OUTPUTS = ("tanh", "sigmoid")
 _GENERATOR, _DISCRIMINATOR = 0, 1
 
 
-class GAN(Trainable):
+class GAN(Estimator):
     """Generative adversarial network (Goodfellow et al., 2014) of two multilayer perceptrons.
 
     The generator G makes a sample from noise z, the discriminator D tells samples of the data from generated ones; each
@@ -121,9 +123,11 @@ class GAN(Trainable):
 
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
+        self._found = {"dtype": self.dtype} if dtype is None else {}
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
     _stream_names = "shuffle", "training_noise", "sampling_noise"
+    _in_repr = "latent_dim", "generator", "discriminator", "loss", "dtype", "seed"
     _checks = Trainable._checks | {
         **dict.fromkeys(
             (
@@ -201,12 +205,13 @@ class GAN(Trainable):
         discriminator_optimizer: str | Optimizer | None = None,
         lr_schedule: Schedule | ReduceOnPlateau | None = None,
         shuffle: bool = True,
-        verbose: bool = False,
+        verbose: bool | int = False,
         callback: Callable[[GANProgress], object] | None = None,
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
         *,
+        steps_per_epoch: int | None = None,
         augment: Augment | None = None,
     ) -> GANHistory:
         """Train both networks on samples `x`.
@@ -217,7 +222,9 @@ class GAN(Trainable):
         ----------
         x : array_like, shape (n, features)
             Rows of real numbers within [0, 1]; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and
-            are expanded a mini-batch at a time. On a GPU, they are trained on there.
+            are expanded a mini-batch at a time. On a GPU, they are trained on there. Or batches of them, as in
+            `MLP.fit`; of one that is a pair, as a DataLoader's, the first counts. A list is one of samples, unless
+            there is `steps_per_epoch`.
         epochs, batch_size, shuffle, verbose, callback_every
             As in `MLP.fit`.
         optimizer : str or Optimizer, optional
@@ -229,7 +236,7 @@ class GAN(Trainable):
             As in `MLP.fit`, for both learning rates; `ReduceOnPlateau` may follow either loss.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
-        checkpoint, resume, augment
+        checkpoint, resume, steps_per_epoch, augment
             As in `MLP.fit`.
 
         Returns
@@ -248,9 +255,14 @@ class GAN(Trainable):
             A checkpoint cannot be read or written; see `MLP.fit`.
         """
         with fitting(self):
-            if augment is not None:
-                check_augment(augment, x)
-            samples = self._samples(x, None if self._follows_samples else self.dtype)
+            dtype, source = None if self._follows_samples else self.dtype, None
+            if steps_per_epoch is not None or is_source(x):
+                refuse({"checkpoint": checkpoint is not None, "resume": resume, "augment": augment is not None})
+                source, samples = self._batches(x, steps_per_epoch, epochs, shuffle, dtype)
+            else:
+                if augment is not None:
+                    check_augment(augment, x)
+                samples = self._samples(x, dtype)
             settings = self._settings(
                 epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
             )
@@ -261,24 +273,45 @@ class GAN(Trainable):
                 optimizers["discriminator_optimizer"] = other
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
+
+            def plan_of(samples: Samples, _: Any = None) -> TrainingPlan:
+                phases = [
+                    self._gather(samples.dataset(may_skip_zeros=False)),
+                    # The same noise serves both steps, so that the generator's forward pass is done once.
+                    Forward(_GENERATOR, (NOISE,)),
+                    *self._discriminator_phases(),
+                    discriminator.update(_DISCRIMINATOR),
+                    *self._generator_phases(),
+                    generator.update(_GENERATOR),
+                ]
+                return self._plan(phases, generator, discriminator)
+
             augmented = None
             if augment is not None:
                 augmented = Augmented(samples, augment, self.augment_seed, settings.batch_size)
-            trained = samples if augmented is None else augmented.samples
-            phases = [
-                self._gather(trained.dataset(may_skip_zeros=False)),
-                # The same noise serves both steps, so that the generator's forward pass is done once.
-                Forward(_GENERATOR, (NOISE,)),
-                *self._discriminator_phases(),
-                discriminator.update(_DISCRIMINATOR),
-                *self._generator_phases(),
-                generator.update(_GENERATOR),
-            ]
-            data = {"x": samples.array}
-            history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-            groups = [discriminator, generator]
-            Training(self, history, samples, plan, optimizers, groups, settings, data, augmented=augmented).run()
+            data, groups = {"x": samples.array}, [discriminator, generator]
+            history, plan = GANHistory(), plan_of(samples if augmented is None else augmented.samples)
+            if source is None:
+                Training(self, history, samples, plan, optimizers, groups, settings, data, augmented=augmented).run()
+            else:
+                loop = source, plan_of, None if batch_size is None else settings.batch_size
+                BatchTraining(*loop, self, history, samples, plan, optimizers, groups, settings, data).run()
         return history
+
+    def _batches(
+        self, x: Any, steps_per_epoch: Any, epochs: Any, shuffle: Any, dtype: np.dtype[Any] | None
+    ) -> tuple[Source, Samples]:
+        """Where batches come from, and the first of them."""
+
+        def load(batch: Any, name: str) -> Piece:
+            nonlocal dtype
+            is_pair = isinstance(batch, list | tuple) and len(batch) > 0 and hasattr(batch[0], "shape")
+            samples = self._samples(batch[0] if is_pair else batch, dtype, name)
+            dtype = samples.dtype
+            return Piece(samples, None)
+
+        source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
+        return source, source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None).samples
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
         generator, discriminator = groups or (None, None)
@@ -411,10 +444,10 @@ class GAN(Trainable):
 
     # Arguments.
 
-    def _samples(self, x: Any, dtype: np.dtype[Any] | None) -> Samples:
-        samples = Samples(x, self.features, dtype)
+    def _samples(self, x: Any, dtype: np.dtype[Any] | None, name: str = "x") -> Samples:
+        samples = Samples(x, self.features, dtype, name)
         if not len(samples):
-            raise ValueError("x is empty; expected at least one sample")
+            raise ValueError(f"{name} is empty; expected at least one sample")
         samples.convert()
         if samples.array.dtype != np.uint8:
             low, high = samples.backend.extremes(samples.array)
@@ -424,7 +457,7 @@ class GAN(Trainable):
                 given = arguments.on_cpu(samples.array)
                 place = np.argwhere(~((given >= 0.0) & (given <= 1.0)))[0]
                 raise ValueError(
-                    f"x must lie within [0, 1], but {checks.item('x', place)} is {given[tuple(place)]}; images "
+                    f"{name} must lie within [0, 1], but {checks.item(name, place)} is {given[tuple(place)]}; images "
                     "of bytes count as value/255 if they are uint8"
                 )
         return samples
@@ -444,6 +477,9 @@ class GAN(Trainable):
             "generator_output", "loss", "label_smoothing", "ema_decay",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def _shown_parts(self) -> dict[str, Dense]:
+        return {"generator ": self._generator, "discriminator ": self._discriminator}
 
     def _parts(self) -> dict[str, Dense]:
         parts = {"generator.": self._generator, "discriminator.": self._discriminator}
