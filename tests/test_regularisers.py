@@ -225,22 +225,54 @@ def test_files_keep_them(tmp_path: Path, rng: Any) -> None:
     assert loaded.loss_and_gradients(x, y)[0] == model.loss_and_gradients(x, y)[0]
 
 
-def test_older_files_decay_biases(tmp_path: Path, rng: Any) -> None:
-    rule, (x, y) = AdamW(0.01), problem(rng)
+def make_older(path: Path) -> None:
+    """A file as it was before there was any of this."""
+    with open(path, "rb") as file:
+        metadata, tensors = load(file)
+    header = parsed_header(metadata)
+    config, extra = header["config"], header["extra"]
+    del config["l1"], config["l2"]
+    for settings in (
+        config["default_optimizer"],
+        extra["optimizers"]["optimizer"]["settings"],
+        extra.get("fit", {}).get("optimizers", {}).get("optimizer"),
+    ):
+        for name in ("decay_biases", "clip_value") if settings else ():
+            del settings[name]
+    with open(path, "wb") as file:
+        dump(file, tensors, {"gemmlet": json.dumps(header)})
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_older_files_decay_biases(weight_decay: float, tmp_path: Path, rng: Any) -> None:
+    rule, (x, y) = AdamW(0.01, weight_decay=weight_decay), problem(rng)
     model = MLP([6, 4, 3], default_optimizer=rule)
     model.fit(x, y, 1, optimizer=rule)
     model.save(tmp_path / "file", rule)
-    with open(tmp_path / "file", "rb") as file:
-        metadata, tensors = load(file)
-    header = parsed_header(metadata)
-    for settings in (header["config"]["default_optimizer"], header["extra"]["optimizers"]["optimizer"]["settings"]):
-        del settings["decay_biases"], settings["clip_value"]
-    del header["config"]["l1"], header["config"]["l2"]
-    with open(tmp_path / "file", "wb") as file:
-        dump(file, tensors, {"gemmlet": json.dumps(header)})
-    old = AdamW(0.01, decay_biases=True)
+    make_older(tmp_path / "file")
+    old = AdamW(0.01, weight_decay=weight_decay, decay_biases=weight_decay > 0)
     assert MLP.load(tmp_path / "file").default_optimizer == old
     assert MLP.load_optimizers(tmp_path / "file") == {"optimizer": old}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_older_checkpoints_go_on(weight_decay: float, tmp_path: Path, rng: Any) -> None:
+    """With the optimizer that they are of."""
+    x, y = problem(rng)
+
+    def fit(epochs: int, **settings: Any) -> Any:
+        model, rule = MLP([6, 4, 3]), Adam(0.01, weight_decay=weight_decay, **settings)
+        model.fit(x, y, epochs, 8, rule, checkpoint=tmp_path / "file", resume=True)
+        return model.parameters
+
+    biases = weight_decay > 0
+    fit(2, decay_biases=biases)
+    make_older(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"optimizer\.decay_biases was None, is "):
+        fit(4, decay_biases=not biases)
+    resumed = fit(4, decay_biases=biases)
+    (tmp_path / "file").unlink()
+    assert all(map(same_bits, resumed, fit(4, decay_biases=biases)))
 
 
 @pytest.mark.parametrize(

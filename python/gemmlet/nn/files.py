@@ -169,8 +169,8 @@ def optimizers_of(tensors: dict[str, Array], extra: dict[str, Any]) -> dict[str,
 
 
 def optimizer_of(settings: Mapping[str, Any]) -> Optimizer:
-    """The optimizer of these settings in a file. Those of older files decayed biases too."""
-    return make_optimizer(**{"decay_biases": True, **settings})
+    """The optimizer of these settings in a file. Those of older files that decay weights decay biases too."""
+    return make_optimizer(**{"decay_biases": settings.get("weight_decay", 0.0) > 0, **settings})
 
 
 def copy_into(dense: Dense, tensors: dict[str, Array], prefix: str = "") -> None:
