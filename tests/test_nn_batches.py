@@ -213,6 +213,26 @@ def test_targets_of_all_kinds(kind: str) -> None:
     assert model.multi_label == (kind == "several labels")
 
 
+@pytest.mark.parametrize("kind", ["numbers", "classes", "sparse", "divided"])
+def test_a_source_may_use_its_memory_again(kind: str) -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    output = "identity" if kind == "numbers" else "softmax"
+    targets = X[:, :3] if kind == "numbers" else Y
+    full = sparse.csr_array(np.ones((20, 6), np.float32))
+    x, y = np.empty((20, 6), np.float32), targets[:20].copy()
+
+    def function(i: int) -> Any:
+        x[:], y[:] = X[20 * i : 20 * i + 20], targets[20 * i : 20 * i + 20]
+        full.data[:] = x.ravel()
+        return full if kind == "sparse" else x, y
+
+    model, expected = model_of(output=output, dtype=np.float32), model_of(output=output)
+    size = 10 if kind == "divided" else None
+    model.fit(function, steps_per_epoch=5, epochs=2, shuffle=False, batch_size=size)
+    expected.fit(X, targets, 2, size or 20, shuffle=False)
+    assert same(model, expected)
+
+
 def test_early_stopping_and_plateaus() -> None:
     early = EarlyStopping("validation_loss", 2, min_delta=0.01)
     plateau = ReduceOnPlateau("validation_loss", 0, factor=0.5)
@@ -327,7 +347,7 @@ def test_callbacks_end_it(every: str) -> None:
         ([(X[:8], Y[:7])], {}, ValueError, "x of batch 0 has 8 samples but y of batch 0 has 7 entries"),
         ([(X[:0], Y[:0])], {}, ValueError, "x of batch 0 is empty"),
         ([(X[:8] * np.nan, Y[:8])], {}, ValueError, "x of batch 0 must be finite, got nan in row 0"),
-        (Items(), {"y": Y, "steps_per_epoch": 2}, ValueError, "y needs all samples at once"),
+        (X, {"y": Y, "steps_per_epoch": 2}, ValueError, "steps_per_epoch is for batches, which have y in them"),
         (Items(), {"validation_split": 0.1}, ValueError, "validation_split needs all samples at once"),
         (Items(), {"sample_weight": np.ones(N)}, ValueError, "sample_weight needs all samples at once"),
         (Items(), {"class_weight": "balanced"}, ValueError, "class_weight needs all samples at once"),

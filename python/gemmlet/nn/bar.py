@@ -75,8 +75,12 @@ class Bar(Lines):
             bar = "=" * int(_BAR * done)
             place = f"[{bar}{'>' if len(bar) < _BAR else ''}".ljust(_BAR + 1, ".") + f"] {batch}/{batches}  {left} left"
         else:
-            place = f"{batch} batches  {_time(now - self._began)}"
-        self._draw(f"{self._head(epoch)}  {place}  {shown(metrics)}")
+            place = f"batch {batch}  {_time(now - self._began)}"
+        # A line that is folded could not be drawn over: numbers that it has no room for are left out.
+        line, room = f"{self._head(epoch)}  {place}  {shown(metrics)}", shutil.get_terminal_size().columns - 1
+        while len(line) > room and "  " in line:
+            line = line.rpartition("  ")[0]
+        self._draw(line[:room])
 
     def end_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Put the line of an epoch in the place of the bar."""
@@ -91,10 +95,8 @@ class Bar(Lines):
             print(flush=True)
 
     def _draw(self, line: str, *, is_last: bool = False) -> None:
-        # A line that is folded could not be drawn over; a finished one may be.
-        text = line if is_last else line[: shutil.get_terminal_size().columns - 1]
-        before, self._drawn = self._drawn, 0 if is_last else len(text)
-        print(f"\r{text.ljust(before)}", end="\n" if is_last else "", flush=True, file=sys.stdout)
+        before, self._drawn = self._drawn, 0 if is_last else len(line)
+        print(f"\r{line.ljust(before)}", end="\n" if is_last else "", flush=True)
 
 
 def _time(seconds: float) -> str:

@@ -180,7 +180,19 @@ class Source:
             spoilt = spoilt or not_finite(piece.targets, f"y of batch {number}")
         if spoilt:
             raise ValueError(spoilt)
-        return piece
+        return _own(piece)
+
+
+def _own(piece: Piece) -> Piece:
+    """The piece in memory of its own: what gives batches may use the same memory for the next one."""
+    samples, targets = piece
+    if samples.is_sparse:
+        samples.array = samples.array.copy()
+    elif samples.on_gpu:
+        samples.array = samples.backend.copy(samples.array)
+    elif samples.array.base is not None:  # else it was converted
+        samples.array = samples.array.copy()
+    return Piece(samples, None if targets is None else targets.copy())
 
 
 def _itself(batch: Any) -> Any:

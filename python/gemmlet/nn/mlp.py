@@ -381,9 +381,11 @@ class MLP(Predictor):
         with fitting(self):
             dtype, source = None if self._follows_samples else self.dtype, None
             if y is None or steps_per_epoch is not None:
-                lacking = {"y": y is not None, "validation_split": validation_split, "checkpoint": checkpoint}
+                if y is not None:
+                    raise ValueError("steps_per_epoch is for batches, which have y in them, but y was given")
+                lacking = {"validation_split": validation_split, "checkpoint": checkpoint, "resume": resume}
                 lacking |= {"class_weight": class_weight is not None, "sample_weight": sample_weight is not None}
-                lacking |= {"augment": augment is not None, "resume": resume}
+                lacking |= {"augment": augment is not None}
                 source, (samples, targets), meaning = self._batches(x, steps_per_epoch, epochs, shuffle, dtype, lacking)
             else:
                 if augment is not None:
