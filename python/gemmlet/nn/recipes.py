@@ -90,6 +90,6 @@ class Recipe:
 
 
 quick = Recipe((384,), 60)
-best = Recipe((512, 256), 80)
+best = Recipe((512, 256), 60)
 
 RECIPES = {"quick": quick, "best": best}
