@@ -1251,6 +1251,47 @@ def test_augment(digits, tmp_path, capsys, uninterrupted, network):
     assert without(metrics_of(tmp_path / "last"), "seconds") == without(metrics_of(tmp_path / "other"), "seconds")
 
 
+def test_recipe(digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("train", "mlp", "--data-dir", digits, "--out", out)
+    assert call(*words, "--recipe", "quick", "--epochs", 2, "--seed", 3) == 0
+    images = load_mnist(digits)
+    model, history = nn.recipes.quick.train(images.x_train, images.y_train, 3, epochs=2)
+    for array, same in zip(nn.MLP.load(out / "model.safetensors").parameters, model.parameters, strict=True):
+        np.testing.assert_array_equal(array, same)
+    found = metrics_of(out)
+    assert (found["recipe"], found["hidden"], found["lr"]) == ("quick", list(nn.recipes.quick.hidden), 0.05)
+    assert found["history"]["loss"] == history.loss
+    assert found["augment"] == vars(nn.recipes.quick.augment)
+    capsys.readouterr()
+    for refused, named in (
+        ("--recipe best", "--recipe best: the training in"),
+        ("--augment", "--augment default: the training in"),
+        ("--lr 1", "--lr 1.0: the training in"),
+    ):
+        assert call("train", "mlp", "--resume", out, *refused.split()) == 2
+        assert named in error_line(capsys)
+    assert call("train", "mlp", "--resume", out, "--recipe", "quick", "--epochs", 3) == 0
+    assert metrics_of(out)["epochs_done"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("train gan --recipe quick", "--recipe is for gemmlet train mlp"),
+        ("train mlp --recipe slow", "--recipe 'slow' is unknown; the choices are quick, best"),
+        *(
+            (f"train mlp --recipe quick {word}", f"--recipe is a whole training; leave out {word.split()[0]}")
+            for word in ("--batch-size 3", "--lr 1", "--hidden 5", "--classic", "--augment", "--optimizer adam")
+        ),
+    ],
+)
+def test_recipe_is_a_whole_training(digits, tmp_path, capsys, words, named):
+    assert call(*words.split(), "--data-dir", digits, "--out", tmp_path / "out") == 2
+    assert named in error_line(capsys)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("network", ["mlp", "gan"])
 def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
     """In the midst of an epoch, and once more in another."""
@@ -1760,8 +1801,8 @@ OPTIONS = (
         ("-h", ["augment", "bench", "evaluate", "info", "predict", "sample", "train"]),
         ("train", ["mlp", "gan"]),
         ("train --help", ["mlp", "gan"]),
-        ("train mlp --help", [f"--{name}" for name in OPTIONS]),
-        ("train mlp -h", [f"--{name}" for name in OPTIONS]),
+        ("train mlp --help", [f"--{name}" for name in (*OPTIONS, "recipe")]),
+        ("train mlp -h", [f"--{name}" for name in (*OPTIONS, "recipe")]),
         ("train gan --help", [f"--{name}" for name in OPTIONS]),
         ("info --help", ["versions"]),
         ("evaluate --help", ["MODEL", "--data-dir", "--json", "--out", "--backend", "--threads"]),

@@ -132,7 +132,7 @@ def of_fit(model: Any, *data: Any, **arguments: Any) -> tuple[Any, Batches]:
     """The plan that `fit` makes."""
     made: list[Any] = []
 
-    def training(self: Training, model: Any, history: Any, given: Any, plan: Any, *rest: Any) -> None:
+    def training(self: Training, model: Any, history: Any, given: Any, plan: Any, *rest: Any, **settings: Any) -> None:
         made.append(plan)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -122,7 +122,16 @@ void Augmenter::warp(const std::uint8_t* image, const Words& words, Workspace& w
     const std::uint16_t* pairs = workspace.pairs_.get();
     const std::int32_t* places = workspace.places_.get();
     std::int32_t* fours = workspace.fours_.get();
-    for (int i = 0, n = rows * padded_width_; i < n; ++i) std::memcpy(fours + i, pairs + places[i], sizeof *fours);
+    // Two at a time: stores are what there is least room for.
+    for (int i = 0, n = rows * padded_width_; i < n; i += 2) {
+      std::uint64_t both;
+      std::memcpy(&both, places + i, sizeof both);
+      std::uint32_t first, second;
+      std::memcpy(&first, pairs + (both & 0xffffffff), sizeof first);
+      std::memcpy(&second, pairs + (both >> 32), sizeof second);
+      both = first | std::uint64_t{second} << 32;
+      std::memcpy(fours + i, &both, sizeof both);
+    }
     blend(row, rows, workspace);
   }
 }

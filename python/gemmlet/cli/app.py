@@ -130,6 +130,7 @@ class _Texts:
     hidden: str
     activation: str
     classic: str
+    recipe: str = ""  # without a help there is none
 
 
 def _add_training(
@@ -183,6 +184,7 @@ def _add_training(
             "augment.",
             default="as they are",
         ),
+        recipe: str | None = _option(None, metavar="NAME", help=texts.recipe, default="none", hidden=not texts.recipe),
     ) -> int:
         given = locals()
         return run(training.Options(**{field.name: given[field.name] for field in fields(training.Options)}))
@@ -207,6 +209,7 @@ _add_training(
         hidden="Hidden layers, such as 128 or 256,128.",
         activation=f"Of the hidden layers: {_ACTIVATIONS}.",
         classic="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
+        recipe=f"A whole training, on all training images: {', '.join(nn.recipes.RECIPES)}.",
     ),
 )
 _add_training(

@@ -74,7 +74,14 @@ class Options:
     resume: Path | None
     classic: bool
     augment: str | None
+    recipe: str | None
 
+
+# What a recipe says, so that nothing else may.
+_OF_RECIPE = (
+    "batch_size", "lr", "optimizer", "weight_decay", "momentum", "clip_value", "l1", "l2", "hidden", "activation",
+    "classic", "augment",
+)  # fmt: skip
 
 # Options that may differ from those of the training that --resume goes on with.
 _FREE = ("data_dir", "epochs", "backend", "threads")
@@ -100,6 +107,7 @@ class Settings:
     out: Path
     classic: bool
     augment: nn.Augment | None
+    recipe: str | None
 
     def facts(self) -> dict[str, Any]:
         """Return them for metrics.json."""
@@ -129,6 +137,9 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
         raise UserError(f"--seed must be at least 0, got {seed}")
     if options.lr is not None and not (math.isfinite(options.lr) and options.lr > 0):
         raise UserError(f"--lr must be a number above 0, got {options.lr:g}")
+    recipe = None if options.recipe is None else _recipe(options, network)
+    if recipe is not None:
+        defaults = _defaults(recipe)
     optimizer = _optimizer(options, defaults)
     for option, penalty in (("--l1", options.l1), ("--l2", options.l2)):
         if penalty is not None and network != "mlp":
@@ -141,12 +152,37 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     hidden = defaults.hidden if options.hidden is None else _widths(options.hidden)
     activation = defaults.activation if options.activation is None else _activations(options.activation, defaults)
     augment = None if options.augment is None else _augment(options.augment)
+    if recipe is not None:
+        augment = recipe.augment
     files.check_folder(out)
     common.use(options.backend, options.threads)
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
     rates, penalties = (optimizer.lr, defaults.lr_decay), (options.l1 or 0.0, options.l2 or 0.0)
-    return Settings(
-        hidden, activation, epochs, batch_size, optimizer, *rates, *penalties, seed, out, options.classic, augment
+    common_ones = hidden, activation, epochs, batch_size, optimizer, *rates, *penalties, seed, out
+    return Settings(*common_ones, classic=options.classic, augment=augment, recipe=options.recipe)
+
+
+def _recipe(options: Options, network: str) -> nn.recipes.Recipe:
+    if network != "mlp":
+        raise UserError("--recipe is for gemmlet train mlp")
+    if (recipe := nn.recipes.RECIPES.get(str(options.recipe))) is None:
+        raise UserError(f"--recipe {options.recipe!r} is unknown; the choices are {', '.join(nn.recipes.RECIPES)}")
+    for name in _OF_RECIPE:
+        if getattr(options, name) not in (None, False):
+            raise UserError(f"--recipe is a whole training; leave out --{name.replace('_', '-')}")
+    return recipe
+
+
+def _defaults(recipe: nn.recipes.Recipe) -> Defaults:
+    optimizer = recipe.optimizer
+    return Defaults(
+        recipe.hidden,
+        (recipe.activation,),
+        recipe.epochs,
+        recipe.batch_size,
+        optimizer.name,
+        {optimizer.name: optimizer},
+        lr_decay=True,
     )
 
 
@@ -301,7 +337,7 @@ class Watch:
     def _saved_options(self, options: Options) -> dict[str, Any]:
         """What ``--resume`` needs to go on."""
         settings, optimizer = self.settings, self.settings.optimizer.settings()
-        return {
+        saved = {
             "images_crc32": _checksum(self.data),
             "data_dir": None if options.data_dir is None else str(options.data_dir.absolute()),
             "epochs": settings.epochs,
@@ -319,7 +355,10 @@ class Watch:
             "backend": select.current().name,
             "classic": settings.classic,
             "augment": None if options.augment is None else options.augment.replace(" ", ""),
+            "recipe": settings.recipe,
         }
+        unsaid = {} if settings.recipe is None else {name: getattr(options, name) for name in _OF_RECIPE}
+        return saved | unsaid
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)

@@ -375,8 +375,8 @@ class MLP(Predictor):
         have numbers are asked for in a new random order in each epoch; others come as they come. With `batch_size` each
         is divided into mini-batches, and with `shuffle` in a random order: for large parts of data. The result has the
         same bits as that of the same mini-batches from memory. `validation_split`, `class_weight`, `sample_weight`,
-        `checkpoint`, `resume` and `augment` need all samples at once; `lr_schedule` the number of batches. A batch that does not
-        fit, or is not finite, ends training in the last good state, which has the steps before.
+        `checkpoint`, `resume` and `augment` need all samples at once; `lr_schedule` the number of batches. A batch that
+        does not fit, or is not finite, ends training in the last good state, which has the steps before.
         """
         with fitting(self):
             dtype, source = None if self._follows_samples else self.dtype, None
