@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 25
 _BLOCK_SECONDS = 0.1
 
 # What says that an object is an array.
-_OF_ARRAYS = ("__array__", "__array_interface__", "__cuda_array_interface__", "__dlpack__", "shape")
+_OF_ARRAYS = ("__array__", "__array_interface__", "__cuda_array_interface__", "__dlpack__", "toarray")
 
 
 class Piece(NamedTuple):
