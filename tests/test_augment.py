@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 import mmap
+import time
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
@@ -101,6 +102,25 @@ def test_threads_change_nothing(any_threads_backend: Any, rng: Any) -> None:
         results.append(augment(images[: 100 if any_threads_backend.name in ("numpy", "cuda") else 1000], **ALL))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_no_thread_writes_after_an_error(rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the caller's part fails, or is interrupted, the other threads have ended when the call does."""
+    numba = pytest.importorskip("gemmlet.backends.numba.backend")
+    backend, written = numba.NumbaBackend(), []
+    backend.set_num_threads(2)
+
+    def run(part: slice) -> None:
+        if not part.start:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        written.append(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        backend._split(2 * numba._ELEMENTS_PER_THREAD, 1, run)
+    count = len(written)
+    time.sleep(0.3)
+    assert len(written) == count
 
 
 def test_an_image_has_its_own_transform(any_threads_backend: Any, rng: Any) -> None:
@@ -389,4 +409,4 @@ def test_the_examples_run(module: str) -> None:
 def test_arrays_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemmlet._arrays.is_on_gpu", lambda array: True)
     monkeypatch.setattr("gemmlet._arrays.place", lambda array: "GPU 0")
-    refused(TypeError, r"^images are on GPU 0; they are augmented on the CPU: pass images.get\(\)")
+    refused(TypeError, r"^images is on GPU 0; images are augmented on the CPU: pass images.get\(\)")

@@ -606,7 +606,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
 
     def mlp(targets: Any, loss: int) -> dict[str, Any]:
         phases = [("forward", 0, [-1]), ("loss", 0, loss, 0.5, 1.0, targets, -1.0, 2.0)]
-        phases += [("backward", 0, -1), ("penalty", 0, 0.5), ("update", 0, rule)]
+        phases += [("backward", 0, -1), ("penalty", 0, 0.5, 0.25, True), ("update", 0, rule, 2.0, False)]
         return {
             "networks": [[layer(5, 9, 0), layer(9, 4, -1)]],
             "phases": phases,
@@ -645,12 +645,12 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             ("loss", 1, 0, 0.5, 1.0, [0.9, 0.0], -1.0, 2.0),
             ("backward", 1, -1),
             ("gradient_penalty", 1, 0.5, 2),
-            ("update", 1, rule),
+            ("update", 1, rule, math.inf, True),
             ("forward", 1, [0]),
             ("loss", 1, 0, 0.5, -1.0, [1.0], -1.0, 2.0),
             ("backward", 1, 0),
             ("backward", 0, -1),
-            ("update", 0, rule),
+            ("update", 0, rule, 0.1, False),
         ],
         "x": array(7, 5),
         "scale": 2.0,
@@ -680,13 +680,14 @@ def test_the_binding_of_augment_refuses(module: Any) -> None:
     guarded = Guarded()
     images, out = guarded.array((3, 4, 5), np.uint8, 7), guarded.array((3, 4, 5), np.uint8, 9)
     samples, settings = guarded.array((3,), np.int64, 1), [12.0, 0.1, 0.1, 1.0, 1.2, 3.0, 0.5]
-    good = {"images": images, "settings": settings, "seed": 1, "epoch": 2, "samples": samples, "out": out}
+    good = {"images": images, "settings": settings, "seed": 1, "epoch": 2, "samples": samples, "rows": None, "out": out}
     bad: dict[str, list[Any]] = {
         "images": [images[0], images[:, :0], images[..., ::2], images.astype(np.int8), images.tolist(), None],
         "settings": [settings[:-1], [*settings, 0.0], "text", None, ["a"] * 7],
         "seed": [-1, 2**64, 0.5, None],
         "epoch": [2**63, 0.5, None],
         "samples": [samples[:2], samples.astype(np.int32), samples[::-1], None],
+        "rows": [samples[:2], samples.astype(np.int32), samples[::-1], samples + 2, samples - 2, 3],
         "out": [out[:2], out[..., ::2], out.astype(np.int8), read_only(out), None],
     }
     for argument, values in bad.items():
@@ -801,6 +802,8 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
         elif kind == "update":
             wrong = [rule for rule in range(rules) if rule != phase[2]]  # with another number of states
             yield from (altered(2, value) for value in (*wrong, -1, rules, 2**31 - 1, 2**40, "adam", None, 0.5))
+            yield from (altered(3, value) for value in ("0.5", None, [0.5], 1j))
+            yield from (altered(4, value) for value in ("yes", [True]))
         elif kind == "backward":
             others = [number for number in (-1, *range(networks)) if number != phase[2] and number != phase[1]]
             if phase[2] >= 0:
@@ -810,7 +813,9 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
             yield from (altered(2, value) for value in (-1.0, np.nan, "0.5", None, [0.5], 1j))
             yield from (altered(3, value) for value in (0, -1, 2**40, 2**63 - 1, "2", None, 0.5))
         elif kind == "penalty":
-            yield from (altered(2, value) for value in ("0.5", None, [0.5], 1j))
+            for field in (2, 3):
+                yield from (altered(field, value) for value in ("0.5", None, [0.5], 1j))
+            yield from (altered(4, value) for value in ("yes", [True]))
         else:
             yield from (altered(2, value) for value in (-2, losses, 2**31 - 1, -(2**31), 2**40, "huber", None, 0.5))
             for field in (3, 4, 6, 7):
@@ -1019,9 +1024,9 @@ def some_phase(networks: int, good: list[tuple[Any, ...]]) -> Any:
         st.sampled_from(good)
         | st.tuples(st.just("forward"), network, st.lists(source, min_size=1, max_size=3))
         | st.tuples(st.just("loss"), network, *map(st.just, (0, 0.5, 1.0)), targets, *map(st.just, (-1.0, 2.0)))
-        | st.tuples(st.just("penalty"), network, st.just(0.5))
+        | st.tuples(st.just("penalty"), network, st.just(0.5), st.just(0.25), st.booleans())
         | st.tuples(st.just("backward"), network, st.integers(-1, networks - 1))
-        | st.tuples(st.just("update"), network, st.just(rule))
+        | st.tuples(st.just("update"), network, st.just(rule), st.sampled_from([math.inf, 0.1]), st.booleans())
     )
 
 
@@ -1041,8 +1046,8 @@ def plan_of(data: Any, networks: int, rule: int, loss: int) -> list[tuple[Any, .
             if to >= 0:
                 phases.append(("backward", to, -1))
             if data.draw(st.booleans()):
-                phases.append(("penalty", to if to >= 0 else network, 0.5))
-            phases.append(("update", to if to >= 0 else network, rule))
+                phases.append(("penalty", to if to >= 0 else network, 0.5, 0.25, network == 0))
+            phases.append(("update", to if to >= 0 else network, rule, 0.1 if network else math.inf, network == 0))
     return phases
 
 

@@ -383,6 +383,7 @@ def test_optimizers(digits, tmp_path, words, lr):
     [
         ("--optimizer sgd --momentum 0.9 --weight-decay 0.001", nn.SGD(0.1, momentum=0.9, weight_decay=0.001)),
         ("--weight-decay 0.5", nn.Adam(3e-3, weight_decay=0.5)),
+        ("--clip-value 1e-3", nn.Adam(3e-3, clip_value=1e-3)),
     ],
 )
 @pytest.mark.usefixtures("no_pictures")
@@ -397,6 +398,31 @@ def test_settings_of_optimizers_and_activation(digits, tmp_path, words, optimize
     metrics = metrics_of(tmp_path / "out")
     assert metrics["history"]["loss"] == history.loss
     assert (metrics["activation"], metrics["weight_decay"]) == ("gelu", optimizer.weight_decay)
+    assert metrics["clip_value"] == optimizer.clip_value
+
+
+@pytest.mark.parametrize("words", ["", "--classic"])
+@pytest.mark.usefixtures("no_pictures")
+def test_penalties(digits, tmp_path, words):
+    """They go on after --resume."""
+    out = tmp_path / "out"
+    words = "train", "mlp", "--data-dir", digits, "--l1", 1e-4, "--l2", 1e-3, *words.split()
+    assert call(*words, "--epochs", 2, "--out", out) == 0
+    metrics, model = metrics_of(out), nn.MLP.load(out / "model.safetensors")
+    assert (metrics["l1"], metrics["l2"], model.l1, model.l2) == (1e-4, 1e-3, 1e-4, 1e-3)
+    assert call(*words, "--epochs", 1, "--out", tmp_path / "other") == 0
+    assert call("train", "mlp", "--resume", tmp_path / "other", "--epochs", 2) == 0
+    assert len(metrics_of(tmp_path / "other")["history"]["loss"]) == 2
+    resumed = nn.MLP.load(tmp_path / "other" / "model.safetensors")
+    assert (resumed.l1, resumed.l2, resumed.steps) == (1e-4, 1e-3, model.steps)
+    assert call(*words[:4], "--epochs", 1, "--out", tmp_path / "without", *words[8:]) == 0
+    losses = [metrics_of(tmp_path / name)["history"]["loss"][0] for name in ("other", "without")]
+    assert losses[0] > losses[1] + 0.1
+
+
+def test_penalties_are_for_the_mlp(digits, tmp_path, capsys):
+    assert call("train", "gan", "--data-dir", digits, "--out", tmp_path / "out", "--l2", 0.5) == 2
+    assert "--l2 is for mlp; the network is gan" in error_line(capsys)
 
 
 @pytest.mark.parametrize(("words", "activations"), [("elu", ("elu", "elu")), ("silu, tanh", ("silu", "tanh"))])
@@ -563,6 +589,15 @@ def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
         "--weight-decay -1",
         "--weight-decay nan",
         "--weight-decay much",
+        "--augment rotate=200",
+        "--augment rotate",
+        "--augment elastic=much",
+        "--augment elastic=1,colour=3",
+        "--augment=",
+        "--clip-value 0",
+        "--l1 -0.5",
+        "--l1 much",
+        "--l2 inf",
         "--resume nowhere",
         "--colour red",
         "surplus",
@@ -1204,6 +1239,66 @@ def check_same(out, other):
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_augment(digits, tmp_path, capsys, uninterrupted, network):
+    plain, out = metrics_of(uninterrupted(network)), tmp_path / "out"
+    assert call(*long_run(network, digits, out), "--augment", "rotate=5, noise=3") == 0
+    found = metrics_of(out)
+    assert found["augment"] == vars(nn.Augment(rotate=5, noise=3))
+    assert plain["augment"] is None
+    assert found["history"] != plain["history"]
+    capsys.readouterr()
+    assert call("train", network, "--resume", out, "--augment") == 2
+    assert "--augment default: the training in" in error_line(capsys)
+    assert call("train", network, "--resume", out, "--augment", "rotate=5,noise=3", "--epochs", 7) == 0
+    assert metrics_of(out)["augment"] == found["augment"]
+    assert call("train", network, "--augment", "--data-dir", digits, "--epochs", 1, "--out", tmp_path / "other") == 0
+    assert metrics_of(tmp_path / "other")["augment"] == vars(nn.Augment())
+    assert call("train", network, "--data-dir", digits, "--epochs", 1, "--out", tmp_path / "last", "--augment") == 0
+    assert without(metrics_of(tmp_path / "last"), "seconds") == without(metrics_of(tmp_path / "other"), "seconds")
+
+
+def test_recipe(digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("train", "mlp", "--data-dir", digits, "--out", out)
+    assert call(*words, "--recipe", "quick", "--epochs", 2, "--seed", 3) == 0
+    images = load_mnist(digits)
+    model, history = nn.recipes.quick.train(images.x_train, images.y_train, 3, epochs=2)
+    for array, same in zip(nn.MLP.load(out / "model.safetensors").parameters, model.parameters, strict=True):
+        np.testing.assert_array_equal(array, same)
+    found = metrics_of(out)
+    assert (found["recipe"], found["hidden"], found["lr"]) == ("quick", list(nn.recipes.quick.hidden), 0.05)
+    assert found["history"]["loss"] == history.loss
+    assert found["augment"] == vars(nn.recipes.quick.augment)
+    capsys.readouterr()
+    for refused, named in (
+        ("--recipe best", "--recipe best: the training in"),
+        ("--augment", "--augment default: the training in"),
+        ("--lr 1", "--lr 1.0: the training in"),
+    ):
+        assert call("train", "mlp", "--resume", out, *refused.split()) == 2
+        assert named in error_line(capsys)
+    assert call("train", "mlp", "--resume", out, "--recipe", "quick", "--epochs", 3) == 0
+    assert metrics_of(out)["epochs_done"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("train gan --recipe quick", "--recipe is for gemmlet train mlp"),
+        ("train mlp --recipe slow", "--recipe 'slow' is unknown; the choices are quick, best"),
+        *(
+            (f"train mlp --recipe quick {word}", f"--recipe is a whole training; leave out {word.split()[0]}")
+            for word in ("--batch-size 3", "--lr 1", "--hidden 5", "--classic", "--augment", "--optimizer adam")
+        ),
+    ],
+)
+def test_recipe_is_a_whole_training(digits, tmp_path, capsys, words, named):
+    assert call(*words.split(), "--data-dir", digits, "--out", tmp_path / "out") == 2
+    assert named in error_line(capsys)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
 def test_resume_after_ctrl_c(digits, tmp_path, press, uninterrupted, network):
     """In the midst of an epoch, and once more in another."""
     whole, out = uninterrupted(network), tmp_path / "out"
@@ -1332,6 +1427,8 @@ def test_a_resumed_training_that_diverges_has_the_whole_history(digits, tmp_path
         ("--hidden 9", "--hidden 9: the training in out has 8"),
         ("--seed 0", "--seed 0: the training in out has 4"),
         ("--momentum 0", "--momentum 0.0: the training in out has none"),
+        ("--clip-value 1", "--clip-value 1.0: the training in out has none"),
+        ("--l1 0.5", "--l1 0.5: the training in out has none"),
         ("--optimizer sgd", "--optimizer sgd: the training in out has adam"),
         ("--classic", "--classic"),
         ("--out other", "--out other"),
@@ -1687,6 +1784,9 @@ OPTIONS = (
     "optimizer",
     "weight-decay",
     "momentum",
+    "clip-value",
+    "l1",
+    "l2",
     "hidden",
     "activation",
     "seed",
@@ -1695,6 +1795,7 @@ OPTIONS = (
     "out",
     "resume",
     "classic",
+    "augment",
 )
 
 
@@ -1706,8 +1807,8 @@ OPTIONS = (
         ("-h", ["augment", "bench", "evaluate", "info", "predict", "sample", "train"]),
         ("train", ["mlp", "gan"]),
         ("train --help", ["mlp", "gan"]),
-        ("train mlp --help", [f"--{name}" for name in OPTIONS]),
-        ("train mlp -h", [f"--{name}" for name in OPTIONS]),
+        ("train mlp --help", [f"--{name}" for name in (*OPTIONS, "recipe")]),
+        ("train mlp -h", [f"--{name}" for name in (*OPTIONS, "recipe")]),
         ("train gan --help", [f"--{name}" for name in OPTIONS]),
         ("info --help", ["versions"]),
         ("evaluate --help", ["MODEL", "--data-dir", "--json", "--out", "--backend", "--threads"]),

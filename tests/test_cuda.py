@@ -392,6 +392,22 @@ NETWORKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("size", [None, 8])
+def test_batches_where_the_samples_are(size: int | None, rng: Any) -> None:
+    """On a GPU; the function may use their memory again."""
+    x, y = rng.random((64, 12), dtype=np.float32), rng.integers(0, 4, 64)
+    model, expected = nn.MLP([12, 9, 4]), nn.MLP([12, 9, 4])
+    there = to_gpu(x[:16])
+
+    def batch(i: int) -> tuple[Any, Any]:
+        BACKEND.assign(there, to_gpu(x[16 * i : 16 * i + 16]))
+        return there, to_gpu(y[16 * i : 16 * i + 16])
+
+    history = model.fit(batch, epochs=2, steps_per_epoch=4, batch_size=size, shuffle=False)
+    assert history.loss == expected.fit(to_gpu(x), y, 2, size or 16, shuffle=False).loss
+    assert all(map(same_bits, model.parameters, expected.parameters))
+
+
 @pytest.mark.parametrize("kind", ["float", "bytes", "images"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_predictions_where_the_samples_are(name: str, kind: str, dtype: Any, rng: Any, monkeypatch: Any) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -48,6 +48,7 @@ from gemmlet.training.plan import (
     Network,
     Outcome,
     Parameter,
+    Penalty,
     TrainingPlan,
     Update,
 )
@@ -264,6 +265,12 @@ class Mlp(Problem):
     def use(self, dataset: Dataset) -> None:
         self.plan = replace(self.plan, phases=(Gather(dataset), *self.plan.phases[1:]))
 
+    def adjusted(self, **update: Any) -> Self:
+        """With another update."""
+        *phases, last = self.plan.phases
+        self.plan = replace(self.plan, phases=(*phases, last._replace(**update)))
+        return self
+
 
 class Gan(Problem):
     """That of two adversarial networks."""
@@ -351,6 +358,14 @@ def test_averages(rule: str, plan: str, device: Any, cpu: Any, dtype: Any) -> No
     Mlp([37, 45, 19, 5], dtype, rule=rule, averaged=True, kind="bytes").check(device, cpu)
 
 
+@pytest.mark.parametrize("clip_value", [None, 1e-3])
+@pytest.mark.parametrize("rule", OPTIMIZER_RULES)
+def test_decay_of_weights_alone(rule: str, clip_value: float | None, device: Any, cpu: Any, dtype: Any) -> None:
+    update = {"decays_biases": False, "clip_value": clip_value}
+    for kind in ("floats", "bytes", "sparse"):
+        Mlp([70, 40, 3], dtype, rule=rule, kind=kind).adjusted(**update).check(device, cpu)
+
+
 @pytest.mark.parametrize("rule", OPTIMIZER_RULES)
 def test_every_rule(rule: str, device: Any, cpu: Any, dtype: Any) -> None:
     for kind in ("floats", "bytes", "sparse"):
@@ -434,6 +449,12 @@ def test_cluster(variant: str, rule: str, device: Any, cpu: Any, cluster: None) 
     assert set(counting.launched) == {"arrange_samples", "train_in_cluster", "close_steps"}
 
 
+@pytest.mark.parametrize("rule", OPTIMIZER_RULES)
+@pytest.mark.parametrize("variant", ["small", "full", "unaligned inputs"])
+def test_decay_of_weights_alone_in_a_cluster(variant: str, rule: str, device: Any, cpu: Any, cluster: None) -> None:
+    in_cluster(**CLUSTERS[variant], rule=rule).adjusted(decays_biases=False).check(device, cpu)
+
+
 @pytest.mark.parametrize("size", [8, 16])
 def test_large_cluster(size: int, device: Any, cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if "thread" in SANITIZERS:
@@ -487,9 +508,12 @@ def test_rows_that_are_not_there_in_a_cluster(device: Any, cpu: Any, cluster: No
 def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,))
 
-    def launched(widths: Sequence[int], dtype: Any = np.float32, arch: str = device.arch, **settings: Any) -> bool:
+    def launched(
+        widths: Sequence[int], dtype: Any = np.float32, arch: str = device.arch, update: Any = None, **settings: Any
+    ) -> bool:
         counting = Counting(device, arch=arch)
-        Mlp(widths, np.dtype(dtype), **{"kind": "bytes", "count": 65, **settings}).on(counting)
+        mlp = Mlp(widths, np.dtype(dtype), **{"kind": "bytes", "count": 65, **settings})
+        mlp.adjusted(**(update or {})).on(counting)
         return "train_in_cluster" in counting.launched
 
     assert launched((9, 16, 16), batch=64)
@@ -501,6 +525,7 @@ def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -
     assert not launched((9, 8, 3), kind="sparse")
     assert not launched((9, 8, 3), averaged=True)
     assert not launched((9, 8, 3), arch="sm_80")
+    assert not launched((9, 8, 3), update={"clip_value": 1.0})
 
 
 def test_a_cluster_of_16_takes_a_whole_gpu(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -820,6 +845,7 @@ def test_fuses_what_there_is() -> None:
     for phases in (
         (gather, forward, loss, backward, AllReduce(0, lambda gradients: None), update),
         (gather, forward, loss, backward, Update(0, "sgd", 1.0)),
+        (gather, forward, loss, backward, Penalty(0, 1.0), update),
         (Gather(plan.gather.dataset, 2.0), forward, loss, backward, update),
         plan.phases[:-1],
     ):

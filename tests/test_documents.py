@@ -10,13 +10,16 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import gemmlet
 from gemmlet import kernels
 from gemmlet.backends import select
+from gemmlet.backends.cpu import available_isas
 from gemmlet.cli.commands import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,10 +149,7 @@ def test_options_in_the_documents_exist() -> None:
         assert {word for word in words if word.startswith("--")} <= options, words
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="the package is for Linux and macOS")
-def test_an_activation_and_a_loss_take_three_files_each(tmp_path: Path) -> None:
-    """Apply the worked examples of CONTRIBUTING to a copy, build it for one instruction set, run the tests on it."""
+def copy_of_the_repository(copy: Path) -> Path:
     files = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -158,14 +158,129 @@ def test_an_activation_and_a_loss_take_three_files_each(tmp_path: Path) -> None:
     )
     if files.returncode:
         pytest.skip("no checkout of the repository")
-    copy = tmp_path / "gemmlet"
     for name in filter(None, files.stdout.split("\0")):
         target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, target)
+    return copy
 
-    names = []
+
+# What is asked of the layer that CONTRIBUTING adds.
+LAYER_CHECK = """
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+import gemmlet
+from gemmlet.nn import MLP, AdamW
+
+assert gemmlet.__file__.startswith(sys.argv[1]), gemmlet.__file__
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(40, 6)), rng.integers(0, 3, 40)
+for backend in sys.argv[2:]:
+    with gemmlet.use_backend(backend):
+        model = MLP([6, 8, 5, 3], "gelu", layer_norm=True, dtype=np.float64, ema_decay=0.5, seed=1)
+        for array in model.parameters:
+            array += 0.3 * rng.normal(size=array.shape)
+        tensors = [torch.tensor(p, requires_grad=True) for p in model.parameters]
+
+        def objective(rows):
+            z = torch.tensor(x[rows])
+            for i in (0, 4):
+                z = z @ tensors[i] + tensors[i + 1]
+                z = torch.nn.functional.layer_norm(z, z.shape[1:], *tensors[i + 2 : i + 4])
+                z = torch.nn.functional.gelu(z)
+            return torch.nn.functional.cross_entropy(z @ tensors[8] + tensors[9], torch.tensor(y[rows]))
+
+        def assert_close(ours, theirs):
+            np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=0, atol=1e-10)
+
+        loss, gradients = model.loss_and_gradients(x, y)
+        wanted = objective(slice(None))
+        wanted.backward()
+        assert_close(loss, wanted)
+        assert len(gradients) == len(tensors) == 10
+        for gradient, tensor in zip(gradients, tensors):
+            assert_close(gradient, tensor.grad)
+        groups = [{"params": [t for t in tensors if t.ndim > 1]}]
+        groups.append({"params": [t for t in tensors if t.ndim == 1], "weight_decay": 0.0})
+        theirs = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+        for _ in range(3):
+            for first in range(0, 40, 16):
+                theirs.zero_grad()
+                objective(slice(first, first + 16)).backward()
+                theirs.step()
+        model.fit(x, y, 3, 16, AdamW(0.01, weight_decay=0.1), shuffle=False)
+        for param, tensor in zip(model.parameters, tensors):
+            assert_close(param, tensor)
+        model.save("network")
+        loaded = MLP.load("network")
+        assert np.array_equal(loaded.predict_proba(x), model.predict_proba(x))
+        for ours, average in zip(model._dense.parameters, model._average.parameters):
+            average[...] = ours
+        assert_close(model.evaluate(x, y)["loss"], objective(slice(None)))
+        refused = [lambda: setattr(model, "layer_norm", False)]
+        if find_spec("onnx") is not None:
+            refused.append(lambda: model.to_onnx("network.onnx"))
+        for call in refused:
+            try:
+                call()
+            except (AttributeError, ValueError) as error:
+                assert "layer_norm cannot be changed" in str(error) or "0.gain" in str(error)
+            else:
+                raise AssertionError(call)
+        print(backend, "agrees")
+"""
+
+
+def apply_diff(text: str, diff: str) -> str:
+    """The text, with the lines of a diff that stand in it once replaced."""
+    lines = diff.rstrip("\n").split("\n")
+    before, after = ("\n".join(line[1:] for line in lines if line[:1] != left_out) for left_out in "+-")
+    assert text.count(before) == 1, diff
+    return text.replace(before, after)
+
+
+def test_a_layer_takes_six_files(tmp_path: Path) -> None:
+    """Apply the worked example of CONTRIBUTING to a copy, with the modules that are built, and compare with PyTorch."""
+    pytest.importorskip("torch")
+    copy = copy_of_the_repository(tmp_path / "gemmlet")
+    for module in Path(gemmlet.__file__).parent.glob("_cpu*.so"):
+        shutil.copy2(module, copy / "python" / "gemmlet")
+    example = (ROOT / "CONTRIBUTING.md").read_text().split("## Adding a layer in six files")[1].split("\n## ")[0]
+    parts = re.split(r"\*\*`([^`]*)`\*\*", example)[1:]
+    files = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert len(files) == 6
+    for name, part in files.items():
+        text, diffs = (copy / name).read_text(), re.findall(r"```diff\n(.*?)```", part, re.DOTALL)
+        assert diffs
+        for diff in diffs:
+            text = apply_diff(text, diff)
+        (copy / name).write_text(text)
+    backends = ["numpy"] + ["cpu"] * bool(available_isas()) + ["numba"] * (find_spec("numba") is not None)
+    # An editable install of the package would come before PYTHONPATH.
+    script = 'sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__]\n'
+    script = f"import sys\n{script}{LAYER_CHECK}"
+    python, environment = str(copy / "python"), dict(os.environ)
+    environment["PYTHONPATH"] = python
+    done = subprocess.run(
+        [sys.executable, "-c", script, python, *backends], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == [f"{backend} agrees" for backend in backends], done.stderr
+    # Without the operation in the reference nothing of it works.
+    source = copy / "python" / "gemmlet" / "training" / "reference.py"
+    source.write_text(source.read_text().replace("    LayerNorm: Operation(_normalize, _denormalize),\n", ""))
+    broken = subprocess.run(done.args, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "KeyError: <class 'gemmlet.training.plan.LayerNorm'>" in broken.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the package is for Linux and macOS")
+def test_an_activation_and_a_loss_take_three_files_each(tmp_path: Path) -> None:
+    """Apply the worked examples of CONTRIBUTING to a copy, build it for one instruction set, run the tests on it."""
+    copy, names = copy_of_the_repository(tmp_path / "gemmlet"), []
     for kind, formulas, struct_at, list_at, entry_at in (
         ("an activation", "activations", "// The list.", "  X(relu)", '        Activation(\n            name="relu"'),
         (

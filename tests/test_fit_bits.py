@@ -159,13 +159,13 @@ SGDS = {
     "sgd": SGD(0.1),
     "momentum": SGD(0.05, momentum=0.9),
     "nesterov": SGD(0.05, momentum=0.8, nesterov=True),
-    "decayed sgd": SGD(0.1, weight_decay=0.01),
-    "decayed momentum": SGD(0.05, momentum=0.9, weight_decay=0.01),
+    "decayed sgd": SGD(0.1, weight_decay=0.01, decay_biases=True),
+    "decayed momentum": SGD(0.05, momentum=0.9, weight_decay=0.01, decay_biases=True),
 }
 ADAMS = {
     "adam": Adam(0.01),
-    "other adam": Adam(0.02, beta1=0.5, beta2=0.9, eps=1e-5, weight_decay=0.02),
-    "adamw": AdamW(0.01, weight_decay=0.1),
+    "other adam": Adam(0.02, beta1=0.5, beta2=0.9, eps=1e-5, weight_decay=0.02, decay_biases=True),
+    "adamw": AdamW(0.01, weight_decay=0.1, decay_biases=True),
 }
 RULES = SGDS | ADAMS
 

@@ -54,6 +54,8 @@ RULES: dict[str, Callable[[], Any]] = {
     "adam": lambda: Adam(3e-3, eps=1e-4),
     "adam, weight decay": lambda: Adam(3e-3, 0.7, 0.95, eps=1e-3, weight_decay=0.1),
     "adamw": lambda: AdamW(3e-3, eps=1e-4, weight_decay=0.3),
+    "adamw, biases too": lambda: AdamW(3e-3, eps=1e-4, weight_decay=0.3, decay_biases=True),
+    "momentum, clipped": lambda: SGD(0.02, momentum=0.8, weight_decay=0.05, clip_value=0.01),
 }
 
 

@@ -626,7 +626,7 @@ X = np.zeros((3, 4), np.float32)
         ({"optimizer": 3}, TypeError, "optimizer must be a name or an optimizer of gemmlet.nn, got int"),
         ({"discriminator_optimizer": 3}, TypeError, "discriminator_optimizer must be a name or an optimizer"),
         ({"shuffle": None}, TypeError, "shuffle must be True or False, got NoneType"),
-        ({"verbose": 1}, TypeError, "verbose must be True or False, got int"),
+        ({"verbose": "auto"}, TypeError, "verbose must be an integer, got str"),
         ({"callback": []}, TypeError, "callback must be callable, got list"),
         ({"callback_every": None}, TypeError, "callback_every must be a string, got NoneType"),
         ({"lr_schedule": 0.5}, TypeError, "lr_schedule must be callable, got float"),

@@ -376,8 +376,9 @@ def test_one_sigmoid_output_tells_two_classes_apart(backend: object, rng: np.ran
     model.fit(x, y, epochs=15, batch_size=16, optimizer=Adam(0.05))
     assert model.evaluate(x, y)["accuracy"] > 0.95
     p = model.predict_proba(x)
-    assert p.shape == (400, 1)
-    assert same_bits(model.predict(x), (p[:, 0] > 0.5).astype(np.int64))
+    assert p.shape == (400, 2)
+    assert np.abs(p.sum(axis=1) - 1).max() < 1e-6
+    assert same_bits(model.predict(x), (p[:, 1] > 0.5).astype(np.int64))
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -790,7 +791,7 @@ def test_an_activation_parameter_beyond_the_dtype() -> None:
         ({"validation_data": (X[:, :2], Y)}, ValueError, r"validation_data\[0\] has shape \(3, 2\)"),
         ({"validation_data": (X, Y + 1)}, ValueError, r"validation_data\[1\]\[2\] is 3; the classes of .* are 0, 1, 2"),
         ({"shuffle": "yes"}, TypeError, "shuffle must be True or False, got str"),
-        ({"verbose": 2}, TypeError, "verbose must be True or False, got int"),
+        ({"verbose": 3}, ValueError, "verbose must be 0, 1, 2, True or False, got 3"),
         ({"resume": None}, TypeError, "resume must be True, False or a path, got NoneType"),
         ({"resume": np.True_}, ValueError, "resume=True needs checkpoint, or give resume the path"),
         ({"callback": 3}, TypeError, "callback must be callable, got int"),

@@ -25,22 +25,22 @@ from support import same_bits
 
 SETTINGS = {
     "sgd": (SGD(0.05), "SGD", {"lr": 0.05}),
-    "sgd-decay": (SGD(0.05, weight_decay=0.02), "SGD", {"lr": 0.05, "weight_decay": 0.02}),
+    "sgd-decay": (SGD(0.05, weight_decay=0.02, decay_biases=True), "SGD", {"lr": 0.05, "weight_decay": 0.02}),
     "momentum": (SGD(0.05, 0.9), "SGD", {"lr": 0.05, "momentum": 0.9}),
     "nesterov": (
-        SGD(0.05, 0.8, nesterov=True, weight_decay=0.02),
+        SGD(0.05, 0.8, nesterov=True, weight_decay=0.02, decay_biases=True),
         "SGD",
         {"lr": 0.05, "momentum": 0.8, "nesterov": True, "weight_decay": 0.02},
     ),
     "adam": (Adam(), "Adam", {}),
     "adam-all": (
-        Adam(0.02, 0.5, 0.99, 1e-6, 0.03),
+        Adam(0.02, 0.5, 0.99, 1e-6, 0.03, decay_biases=True),
         "Adam",
         {"lr": 0.02, "betas": (0.5, 0.99), "eps": 1e-6, "weight_decay": 0.03},
     ),
-    "adamw": (AdamW(), "AdamW", {}),
+    "adamw": (AdamW(decay_biases=True), "AdamW", {}),
     "adamw-all": (
-        AdamW(0.02, 0.5, 0.99, 1e-6, 0.03),
+        AdamW(0.02, 0.5, 0.99, 1e-6, 0.03, decay_biases=True),
         "AdamW",
         {"lr": 0.02, "betas": (0.5, 0.99), "eps": 1e-6, "weight_decay": 0.03},
     ),
@@ -376,8 +376,9 @@ def test_numbers_of_other_kinds_as_settings() -> None:
     """They become Python's, which files have."""
     optimizer = ClipNorm(SGD(0.1), 1.0)
     for number in (Fraction(1, 4), np.float32(0.25), np.float64(0.25)):
-        optimizer.lr = optimizer.weight_decay = optimizer.max_norm = number
-        kinds = {type(value) for name, value in optimizer.settings().items() if name not in ("name", "nesterov")}
+        optimizer.lr = optimizer.weight_decay = optimizer.max_norm = optimizer.clip_value = number
+        others = "name", "nesterov", "decay_biases"
+        kinds = {type(value) for name, value in optimizer.settings().items() if name not in others}
         assert (kinds, optimizer.lr) == ({float}, 0.25)
 
 
@@ -491,7 +492,7 @@ def test_gradients_without_a_norm_are_not_clipped(bad: float, backend: Any) -> N
 
 def test_what_clipping_knows() -> None:
     clipped = ClipNorm(SGD(0.5, 0.9), 2)
-    assert repr(clipped) == "ClipNorm(SGD(lr=0.5, momentum=0.9, nesterov=False, weight_decay=0.0), 2.0)"
+    assert repr(clipped) == f"ClipNorm({clipped.optimizer!r}, 2.0)"
     assert clipped.settings() == SGD(0.5, 0.9).settings() | {"max_norm": 2.0}
     assert make_optimizer(**clipped.settings()) == clipped == make_optimizer("sgd", lr=0.5, momentum=0.9, max_norm=2)
     assert clipped != SGD(0.5, 0.9)

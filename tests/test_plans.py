@@ -19,7 +19,8 @@ import pytest
 
 from gemmlet import kernels
 from gemmlet.formulas.activations import ACTIVATIONS
-from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm
+from gemmlet.formulas.optimizers import OPTIMIZER_RULES
+from gemmlet.nn import GAN, MLP, SGD, Adam, AdamW, ClipNorm
 from gemmlet.nn.fit import Training
 from gemmlet.training import reference
 from gemmlet.training.plan import (
@@ -133,7 +134,7 @@ def of_fit(model: Any, *data: Any, **arguments: Any) -> tuple[Any, Batches]:
     """The plan that `fit` makes."""
     made: list[Any] = []
 
-    def training(self: Training, model: Any, history: Any, given: Any, plan: Any, *rest: Any) -> None:
+    def training(self: Training, model: Any, history: Any, given: Any, plan: Any, *rest: Any, **settings: Any) -> None:
         made.append(plan)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -204,6 +205,20 @@ def penalized(dtype: Any, dataset: Dataset, rule: str) -> tuple[Any, Batches]:
 def penalized_once(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
     plan, _ = single(dtype, dataset, Loss(0, SOFTMAX, CLASSES, limits=(0.8, 1.2)), widths=(FEATURES, 70, 3))
     return plan_and_batches(plan.networks, [*plan.phases[:-1], Penalty(0, 0.5), plan.phases[-1]])
+
+
+def adjusted(dtype: Any, dataset: Dataset, rule: str, **update: Any) -> tuple[Any, Batches]:
+    """Penalties of both kinds, of weights some of which are 0, and an update that decays; by default weights alone."""
+    plan, _ = single(dtype, dataset, Loss(0, SOFTMAX, CLASSES), rule=rule, widths=(FEATURES, 70, 3))
+    *phases, last = plan.phases
+    for p in plan.parameters(0):
+        p.value[..., ::5] = 0
+    phases += Penalty(0, 0.3, 0.7), Penalty(0, 0.01, 0.02, of_sum=False), Penalty(0, 0.0, 0.004, of_sum=False)
+    plan, batches = plan_and_batches(plan.networks, [*phases, last._replace(**({"decays_biases": False} | update))])
+    (table,), columns = batches.hyperparameters, OPTIMIZER_RULES[plan.updates[0].rule].hyperparameters
+    for name in OPTIMIZER_RULES[plan.updates[0].rule].no_decay:
+        table[:, columns.index(name)] = 0.9 if name == "shrink" else 0.2
+    return plan, batches
 
 
 def chained(dtype: Any, *, head: bool) -> tuple[Any, Batches]:
@@ -304,6 +319,14 @@ def labelled_alone(dtype: Any, dataset: Dataset) -> tuple[Any, Batches]:
     return single(dtype, dataset, Loss(0, SOFTMAX, CLASSES[::-1].copy()), widths=(FEATURES + 3, 9, 3))
 
 
+def activations_alone(dtype: Any) -> tuple[Any, Batches]:
+    """Activations that follow no linear layer."""
+    plan, _ = single(dtype, samples(dtype), Loss(0, SOFTMAX, CLASSES))
+    first, _, last = plan.networks[0]
+    operations = Activation("gelu", 0.0), first, Activation("leaky_relu", 0.1), Activation("silu", 0.0), last
+    return plan_and_batches([(*operations, Activation("tanh", 0.0))], plan.phases)
+
+
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "mlp": mlp,
     "mlp, clipped": lambda dtype: mlp(dtype, optimizer=ClipNorm(optimizer("momentum"), 0.1)),
@@ -319,6 +342,7 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "numbers as classes": lambda dtype: single(
         dtype, samples(dtype), Loss(0, SOFTMAX, np.eye(3, dtype=dtype)[CLASSES], 0.1)
     ),
+    "activations alone": activations_alone,
     "one layer": lambda dtype: single(dtype, samples(dtype), Loss(0, SOFTMAX, CLASSES), widths=(FEATURES, 3)),
     # The gradient is the last one's.
     "two losses": lambda dtype: single(
@@ -328,6 +352,19 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "one penalty of zeros": lambda dtype: penalized_once(dtype, samples(dtype, "zeros")),
     "penalty": lambda dtype: penalized(dtype, samples(dtype), "adam"),
     "penalty of zeros": lambda dtype: penalized(dtype, samples(dtype, "zeros"), "sgd"),
+    "l1": lambda dtype: adjusted(dtype, samples(dtype), "momentum"),
+    "l1 of zeros": lambda dtype: adjusted(dtype, samples(dtype, "zeros"), "sgd"),
+    "l1, csr": lambda dtype: adjusted(dtype, samples(dtype, "csr"), "adam"),
+    "clipped by value": lambda dtype: adjusted(dtype, samples(dtype), "adam", clip_value=0.01, decays_biases=True),
+    "clipped by value, of zeros": lambda dtype: adjusted(dtype, samples(dtype, "zeros"), "sgd", clip_value=0.01),
+    "clipped by norm and value": lambda dtype: adjusted(
+        dtype, samples(dtype), "momentum", max_norm=0.1, clip_value=0.01
+    ),
+    "gan, clipped by value": lambda dtype: gan(
+        dtype, optimizer=SGD(0.05, 0.8, clip_value=1e-3), discriminator_optimizer=optimizer("adam")
+    ),
+    "decay of weights alone": lambda dtype: mlp(dtype, optimizer=AdamW(0.01, eps=1e-3)),
+    "weighted l1": lambda dtype: weighted(*adjusted(dtype, samples(dtype), "sgd", clip_value=0.02)),
     "limits of elements": lambda dtype: single(dtype, samples(dtype), Loss(0, BCE, CLASSES, limits=(0.5, 0.9))),
     "weights": lambda dtype: weighted(*penalized_once(dtype, samples(dtype))),
     "weights by rows": lambda dtype: by_rows(*weighted(*penalized_once(dtype, samples(dtype)))),
@@ -392,8 +429,23 @@ def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype
         assert not same_bits(array, before) or name == "chained, the first learns"
 
 
+def test_activations_alone_agree_with_pytorch(backend: Any) -> None:
+    torch = pytest.importorskip("torch")
+    plan, _ = activations_alone(np.float64)
+    functional, x = torch.nn.functional, torch.tensor(samples(np.float64).x)
+    tensors = [torch.tensor(p.value, requires_grad=True) for p in plan.parameters(0)]
+    hidden = functional.leaky_relu(functional.gelu(x) @ tensors[0] + tensors[1], 0.1)
+    outputs = torch.tanh(functional.silu(hidden) @ tensors[2] + tensors[3])
+    wanted = functional.cross_entropy(outputs, torch.tensor(CLASSES))
+    wanted.backward()
+    step = reference.gradients(backend, TrainingPlan(plan.networks, plan.phases[:-1]), N)
+    assert step.losses == pytest.approx([wanted.item()], rel=1e-12)
+    for gradient, tensor in zip(step.gradients[0], tensors, strict=True):
+        np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(
-    "name", ["mlp", "mlp, clipped", "gan", "labels", "chained", "two networks", "one penalty", "weights"]
+    "name", ["mlp", "mlp, clipped", "gan", "labels", "chained", "two networks", "one penalty", "weights", "l1"]
 )
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""

@@ -9,6 +9,10 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #include "cpu/augmenter.h"
 #include "cpu/random.h"
@@ -118,7 +122,16 @@ void Augmenter::warp(const std::uint8_t* image, const Words& words, Workspace& w
     const std::uint16_t* pairs = workspace.pairs_.get();
     const std::int32_t* places = workspace.places_.get();
     std::int32_t* fours = workspace.fours_.get();
-    for (int i = 0, n = rows * padded_width_; i < n; ++i) std::memcpy(fours + i, pairs + places[i], sizeof *fours);
+    // Two at a time: stores are what there is least room for.
+    for (int i = 0, n = rows * padded_width_; i < n; i += 2) {
+      std::uint64_t both;
+      std::memcpy(&both, places + i, sizeof both);
+      std::uint32_t first, second;
+      std::memcpy(&first, pairs + (both & 0xffffffff), sizeof first);
+      std::memcpy(&second, pairs + (both >> 32), sizeof second);
+      both = first | std::uint64_t{second} << 32;
+      std::memcpy(fours + i, &both, sizeof both);
+    }
     blend(row, rows, workspace);
   }
 }
@@ -269,17 +282,53 @@ void Augmenter::erase(Index sample, Index epoch, std::uint8_t* pixels) const {
 
 static_assert(augment_max_side == max_side);
 
+namespace {
+
+// One for each thread from the start: where memory is short, nothing has been written yet.
+class Workspaces {
+ public:
+  Workspaces(const Augmenter& augmenter, Index count) : augmenter_(augmenter) {
+    for (Index i = 0; i < count; ++i) free_.push_back(std::make_unique<Augmenter::Workspace>(augmenter));
+  }
+  // A new one, if another thread has asked for more threads meanwhile.
+  std::unique_ptr<Augmenter::Workspace> take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return std::make_unique<Augmenter::Workspace>(augmenter_);
+    std::unique_ptr<Augmenter::Workspace> workspace = std::move(free_.back());
+    free_.pop_back();
+    return workspace;
+  }
+  void give_back(std::unique_ptr<Augmenter::Workspace> workspace) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(workspace));
+  }
+
+ private:
+  const Augmenter& augmenter_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Augmenter::Workspace>> free_;
+};
+
+}  // namespace
+
 void augment(const double (&settings)[augment_setting_count], const std::uint8_t* images, Index count, Index height,
-             Index width, std::uint64_t seed, Index epoch, const Index* samples, std::uint8_t* out) {
+             Index width, std::uint64_t seed, Index epoch, const Index* samples, const Index* rows, std::uint8_t* out) {
   const auto [rotate, scale, shear, shift, elastic, noise, erase] = settings;
   const Augmenter augmenter({rotate, scale, shear, shift, elastic, noise, erase}, height, width, seed);
   const Index pixels = height * width, chunk = std::max<Index>(1, tuning::augment_chunk_pixels / pixels);
+  Workspaces workspaces(augmenter, std::min<Index>(get_num_threads(), ceil_div(count, chunk)));
   parallel_chunks(
       count,
       [&](Index begin, Index end) {
-        Augmenter::Workspace workspace(augmenter);
-        for (Index i = begin; i < end; ++i)
-          augmenter.transform(images + i * pixels, samples[i], epoch, workspace, out + i * pixels);
+        std::unique_ptr<Augmenter::Workspace> workspace = workspaces.take();
+        for (Index i = begin; i < end; ++i) {
+          // Rows in random order are not in the cache.
+          if (rows != nullptr && i + 1 < end)
+            for (Index k = 0; k < pixels; k += 64) __builtin_prefetch(images + rows[i + 1] * pixels + k, 0, 2);
+          augmenter.transform(images + (rows == nullptr ? i : rows[i]) * pixels, samples[i], epoch, *workspace,
+                              out + i * pixels);
+        }
+        workspaces.give_back(std::move(workspace));
       },
       chunk);
 }

@@ -52,7 +52,8 @@ struct AffineMap {
   int x_x, x_y, x_0, y_x, y_y, y_0;
 };
 
-// Around the middle of the image: rotated, sheared along x, scaled along each axis, shifted.
+// Around the middle of the image: rotated, sheared along x, scaled along each axis, shifted. That is the way back: what the
+// image shows is shifted first, and rotated last.
 constexpr AffineMap affine_map(const Settings& by, int height, int width, const unsigned (&words)[6]) {
   const double angle = signed_unit(words[0]) * (by.rotate * (3.141592653589793 / 180));
   const double scale_x = 1 / (1 + signed_unit(words[1]) * by.scale),

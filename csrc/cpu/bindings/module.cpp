@@ -159,9 +159,10 @@ void optimizer_update(int rule, py::array& param, const py::array& grad, std::ve
 }
 
 void augment(const py::array& images, const std::vector<double>& settings, std::uint64_t seed, Index epoch,
-             const py::array& samples, py::array& out) {
+             const py::array& samples, const OptionalArray& rows, py::array& out) {
   if (images.ndim() != 3) refuse("images", "not of three dimensions");
-  const Index count = images.shape(0), height = images.shape(1), width = images.shape(2);
+  const Index all = images.shape(0), height = images.shape(1), width = images.shape(2);
+  const Index count = rows ? rows->size() : all;
   if (std::min(height, width) < 1 || std::max(height, width) > gemmlet::augment_max_side)
     refuse("images", "too small or too large");
   double by[gemmlet::augment_setting_count];
@@ -171,8 +172,11 @@ void augment(const py::array& images, const std::vector<double>& settings, std::
   std::ranges::copy(settings, by);
   const auto* from = contiguous<std::uint8_t>(images, images.size(), "images");
   const auto* of_image = contiguous<Index>(samples, count, "samples");
-  auto* to = writable<std::uint8_t>(out, images.size(), "out");
-  without_gil([&] { gemmlet::augment(by, from, count, height, width, seed, epoch, of_image, to); });
+  const Index* at = rows ? contiguous<Index>(*rows, count, "rows") : nullptr;
+  for (Index i = 0; at != nullptr && i < count; ++i)
+    if (at[i] < 0 || at[i] >= all) refuse("rows", "out of range");
+  auto* to = writable<std::uint8_t>(out, elements(count, height * width, "rows"), "out");
+  without_gil([&] { gemmlet::augment(by, from, count, height, width, seed, epoch, of_image, at, to); });
 }
 
 // For the tests.
@@ -221,7 +225,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   def(m, "row_loss", &row_loss, "loss", "logits", "labels", "smoothing", "out");
   def(m, "elementwise_loss", &elementwise_loss, "loss", "prediction", "target", "parameter", "out");
   def(m, "optimizer_update", &optimizer_update, "rule", "param", "grad", "state", "hyperparameters");
-  def(m, "augment", &augment, "images", "settings", "seed", "epoch", "samples", "out");
+  def(m, "augment", &augment, "images", "settings", "seed", "epoch", "samples", "rows", "out");
   def(m, "random_words", &random_words, "seed", "stream", "step", "row", "first_block", "out");
   bind_training(m);
   bind_numpy(m);

@@ -173,17 +173,23 @@ GivenPhase read_phase(const py::tuple& tuple) {
     return of({Phase::backward, network, {}, to, -1});
   }
   if (is_kind(tuple, "penalty")) {
-    const auto [network, factor] = fields<int, double>(tuple);
-    return of({Phase::penalty, network, {}, -1, -1, factor});
+    const auto [network, l2, l1, of_sum] = fields<int, double, double, bool>(tuple);
+    return of({Phase::penalty, network, {}, -1, -1, l2, l1, of_sum});
   }
   if (is_kind(tuple, "gradient_penalty")) {
     const auto [network, factor, share] = fields<int, double, Index>(tuple);
     if (!(factor >= 0) || share < 1 || share > max_positions) refuse("phases", "a gradient penalty of a wrong size");
-    return of({Phase::gradient_penalty, network, {}, -1, -1, factor, share});
+    Phase phase{Phase::gradient_penalty, network, {}, -1, -1};
+    phase.factor = factor;
+    phase.share = share;
+    return of(std::move(phase));
   }
   if (is_kind(tuple, "update")) {
-    const auto [network, rule] = fields<int, int>(tuple);
-    return of({Phase::update, network, {}, -1, checked_index(rule, optimizer_rule_names().size(), "rule")});
+    const auto [network, rule, limit, decays_biases] = fields<int, int, double, bool>(tuple);
+    Phase phase{Phase::update, network, {}, -1, checked_index(rule, optimizer_rule_names().size(), "rule")};
+    phase.limit = limit;
+    phase.decays_biases = decays_biases;
+    return of(std::move(phase));
   }
   refuse("phases", "an unknown kind of phase");
 }

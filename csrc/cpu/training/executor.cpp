@@ -66,15 +66,20 @@ struct Forward {
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
 
-// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or the sums of
-// the squared weights of a penalty; and the place of either among the losses.
+// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or a penalty's sums of
+// the squared weights and, with l1, of their sizes; and the place of either among the losses.
 template <class T>
 struct Work {
   const Phase& phase;
   Forward<T>* forward;
   Objective<T>* objective = nullptr;
-  std::vector<double> squares = {};
+  std::vector<double> squares = {}, sizes = {};
   std::size_t loss = 0;
+};
+
+// The factors of penalties, added up.
+struct Factors {
+  double l2 = 0, l1 = 0;
 };
 
 // Phases up to an update, that included.
@@ -83,8 +88,14 @@ struct Stage {
   std::vector<Work<T>> rows;
   Work<T> update;
   const double* hyperparameters;
-  double penalty;  // of the weights that are updated
-  Index share;     // one of so many samples has a gradient penalty; 0 is none
+  Factors of_sum, of_objective;  // of the weights that are updated
+  Index share;                   // one of so many samples has a gradient penalty; 0 is none
+
+  Adjustment adjustment(double weight_sum) const {
+    const Phase& phase = update.phase;
+    return {of_objective.l2 + of_sum.l2 / weight_sum, of_objective.l1 + of_sum.l1 / weight_sum, phase.limit,
+            phase.decays_biases};
+  }
 };
 
 template <class T>
@@ -106,7 +117,7 @@ class Executor {
       networks_.emplace_back(plan.networks[n], memory, max_rows_ * static_cast<Index>(inputs), is_pipelined_ ? 2 : 1);
     }
     std::vector<Forward<T>*> latest(plan.networks.size());
-    std::vector<double> penalties(plan.networks.size());
+    std::vector<Factors> of_sums(plan.networks.size()), of_objectives(plan.networks.size());
     std::vector<Index> shares(plan.networks.size());
     std::vector<Work<T>> rows;
     std::size_t losses = 0;
@@ -116,21 +127,26 @@ class Executor {
         forward = &forwards_.emplace_back(plan, phase, network(phase.network), memory, is_pipelined_ ? 0 : max_rows_,
                                           by_layers_, is_penalized(phase.network));
       Index& share = shares[static_cast<std::size_t>(phase.network)];
-      double& penalty = penalties[static_cast<std::size_t>(phase.network)];
+      Factors& of_sum = of_sums[static_cast<std::size_t>(phase.network)];
+      Factors& of_objective = of_objectives[static_cast<std::size_t>(phase.network)];
       Work<T> work{phase, forward};
       if (phase.kind == Phase::loss)
         work.objective = &objectives_.emplace_back(plan.losses[objectives_.size()], forward->network, memory,
                                                    forward->input_count(), max_rows_);
-      if (phase.kind == Phase::backward) penalty = 0, share = 0;  // of a gradient that is replaced
+      if (phase.kind == Phase::backward) of_sum = of_objective = {}, share = 0;  // of a gradient that is replaced
       if (phase.kind == Phase::gradient_penalty) share = phase.share;
       if (phase.kind == Phase::penalty) {
-        penalty += phase.factor;
-        work.squares.resize(static_cast<std::size_t>(forward->network.vectors()));
+        Factors& factors = phase.of_sum ? of_sum : of_objective;
+        factors.l2 += phase.l2;
+        factors.l1 += phase.l1;
+        const auto vectors = static_cast<std::size_t>(forward->network.vectors());
+        work.squares.resize(vectors);
+        if (phase.l1 != 0) work.sizes.resize(vectors);
       }
       if (phase.kind == Phase::loss || phase.kind == Phase::penalty) work.loss = losses++;
       if (phase.kind == Phase::update)
         stages_.push_back({std::exchange(rows, {}), work, batches.hyperparameters[stages_.size()],
-                           std::exchange(penalty, 0.0), std::exchange(share, 0)});
+                           std::exchange(of_sum, {}), std::exchange(of_objective, {}), std::exchange(share, 0)});
       else
         rows.push_back(std::move(work));
     }
@@ -280,7 +296,8 @@ class Executor {
         for (Work<T>& work : stage.rows)
           if (!work.squares.empty()) {
             const Network<T>& network = work.forward->network;
-            network.sum_squares(first_layer(network), me, all, columns, work.squares.data());
+            network.sum_weights(first_layer(network), me, all, columns, work.squares.data(),
+                                work.sizes.empty() ? nullptr : work.sizes.data());
           }
         if (pipeline) pipeline->gather(next, slot ^ 1);
         member.barrier();
@@ -288,10 +305,12 @@ class Executor {
         const Forward<T>& forward = *stage.update.forward;
         const Network<T>& network = forward.network;
         const int rule = stage.update.phase.rule;
-        network.update(rule, first_layer(network), pipeline ? pipeline->inputs(slot) : forward.inputs, slot,
-                       batch_rows * forward.input_count(), stage.share > 0 ? ceil_div(batch_rows, stage.share) : 0, me,
-                       all, columns, workspace, stage.hyperparameters + step * optimizer_hyperparameter_count(rule),
-                       stage.penalty / weight_sum_from(start), batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
+        const Adjustment adjustment = stage.adjustment(weight_sum_from(start));
+        network.update(rule, adjustment.needs_rule(), first_layer(network),
+                       pipeline ? pipeline->inputs(slot) : forward.inputs, slot, batch_rows * forward.input_count(),
+                       stage.share > 0 ? ceil_div(batch_rows, stage.share) : 0, me, all, columns, workspace,
+                       stage.hyperparameters + step * optimizer_hyperparameter_count(rule), adjustment,
+                       batches_.decay == nullptr ? 0.0 : batches_.decay[step]);
         if (me == 0) add_losses(stage, batch_rows, weight_sum_from(start));
         if (pipeline) pipeline->begin(member, next, slot ^ 1);
         member.barrier();
@@ -415,10 +434,13 @@ class Executor {
   void add_losses(const Stage<T>& stage, Index batch_rows, double weight_sum) {
     for (const Work<T>& work : stage.rows) {
       double& loss = outcome_.losses[work.loss];
-      for (const double square : work.squares) {
-        const double penalty = 0.5 * work.phase.factor * square;
-        if (penalty != 0) loss += penalty / (weight_sum / static_cast<double>(batch_rows));  // which may underflow to 0
-      }
+      const double rows_of_batch = static_cast<double>(batch_rows);
+      const auto add = [&](double penalty) {
+        if (penalty == 0) return;  // a sum of weights may underflow to 0
+        loss += work.phase.of_sum ? penalty / (weight_sum / rows_of_batch) : penalty * rows_of_batch;
+      };
+      for (const double square : work.squares) add(0.5 * work.phase.l2 * square);
+      for (const double size : work.sizes) add(work.phase.l1 * size);
       if (work.objective == nullptr) continue;
       const Objective<T>& objective = *work.objective;
       const auto rows = static_cast<std::size_t>(batch_rows * objective.inputs);

@@ -194,14 +194,15 @@ class Network {
       for (Index i = 0; i < rows.size() * grad.stride; ++i) grad.row(rows.first)[i] *= scale;
   }
 
-  // The sums of the squared weights by columns of vectors of all layers, each of which belongs to one member, as columns of
-  // the first layer may do.
+  // The sums of the squared weights, and of their sizes unless that is null, by columns of vectors of all layers, each of
+  // which belongs to one member, as columns of the first layer may do.
   Index vectors() const {
     Index count = 0;
     for (const Layer<T>& layer : layers_) count += ceil_div(layer.out, lanes<T>);
     return count;
   }
-  void sum_squares(const Layer<T>& first_layer, Index index, Index count, Range first_columns, double* sums) const {
+  void sum_weights(const Layer<T>& first_layer, Index index, Index count, Range first_columns, double* squares,
+                   double* sizes) const {
     Index vector = 0;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
@@ -209,35 +210,34 @@ class Network {
         const bool by_columns = l == 0 && first_columns.size() > 0;
         if (by_columns ? j < first_columns.first || j >= first_columns.end : vector % count != index) continue;
         const auto part = static_cast<int>(std::min<Index>(layer.out - j, lanes<T>));
-        DoubleSum<T> even{}, odd{};
-        const auto add = [&](DoubleSum<T>& sum, Index k) {
-          const Vec<T> w = load_lanes(layer.weight.value + k * layer.stride + j, part);
-          sum.add_product(w, w);
+        const auto total = [&](auto&& add) {
+          DoubleSum<T> even{}, odd{};
+          const auto weights = [&](Index k) { return load_lanes(layer.weight.value + k * layer.stride + j, part); };
+          const Index weight_rows = layer.in + layer.classes;
+          for (Index k = 0; k + 1 < weight_rows; k += 2) {
+            add(even, weights(k));
+            add(odd, weights(k + 1));
+          }
+          if (weight_rows % 2 != 0) add(even, weights(weight_rows - 1));
+          return even.total() + odd.total();
         };
-        const Index weight_rows = layer.in + layer.classes;
-        for (Index k = 0; k + 1 < weight_rows; k += 2) {
-          add(even, k);
-          add(odd, k + 1);
-        }
-        if (weight_rows % 2 != 0) add(even, weight_rows - 1);
-        sums[vector] = even.total() + odd.total();
+        squares[vector] = total([](DoubleSum<T>& sum, Vec<T> w) { sum.add_product(w, w); });
+        if (sizes != nullptr) sizes[vector] = total([](DoubleSum<T>& sum, Vec<T> w) { sum.add(abs(w)); });
       }
     }
   }
 
   // Updates part `index` of `count` of all weights from the inputs, activations and gradients of `rows` rows, and of those
-  // that gradient penalties have left after them. The first layer's part is first_columns, unless that is empty. l2 times the
-  // weights is added to their gradient.
+  // that gradient penalties have left after them. The first layer's part is first_columns, unless that is empty.
   template <class UpdateRule>
   void update(const Layer<T>& first_layer, const Inputs<T>& inputs, Index slot, Index rows, Index penalty_rows,
               Index index, Index count, Range first_columns, const Workspace<T>* workspace,
-              const double* hyperparameters, double l2, double average_decay) const {
-    double of_weights[UpdateRule::hyperparameter_count];
-    std::copy_n(hyperparameters, UpdateRule::hyperparameter_count, of_weights);
-    of_weights[UpdateRule::l2] += l2;
+              const double* hyperparameters, const Adjustment& adjustment, double average_decay) const {
+    double of_weights[UpdateRule::hyperparameter_count], of_biases[UpdateRule::hyperparameter_count];
+    adjustment.fill<UpdateRule>(hyperparameters, of_weights, of_biases);
     const bool has_average = first_layer.weight.average != nullptr;
     const UpdateEpilogue<T, UpdateRule> update(of_weights, average_decay, has_average);
-    const UpdateEpilogue<T, UpdateRule> update_of_bias(hyperparameters, average_decay, has_average);
+    const UpdateEpilogue<T, UpdateRule> update_of_bias(of_biases, average_decay, has_average);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const Layer<T>& layer = l == 0 ? first_layer : layers_[l];
       const bool by_columns = l == 0 && first_columns.size() > 0;
@@ -276,13 +276,17 @@ class Network {
     }
   }
 
-  void update(int rule, const auto&... arguments) const {
+  // The same by the rule's number; `is_adjusted` is Adjustment::needs_rule.
+  void update(int rule, bool is_adjusted, const auto&... arguments) const {
     using Function = void (*)(const Network&, decltype(arguments)...);
+#define GEMMLET_FUNCTION(...) \
+  [](const Network& self, decltype(arguments)... a) { self.template update<__VA_ARGS__>(a...); }
 #define GEMMLET_ENTRY(name) \
-  [](const Network& self, decltype(arguments)... a) { self.template update<optimizers::name>(a...); },
-    static constexpr Function table[] = {GEMMLET_OPTIMIZER_RULES(GEMMLET_ENTRY)};
+  {GEMMLET_FUNCTION(optimizers::name), GEMMLET_FUNCTION(optimizers::adjusted<optimizers::name>)},
+    static constexpr Function table[][2] = {GEMMLET_OPTIMIZER_RULES(GEMMLET_ENTRY)};
 #undef GEMMLET_ENTRY
-    table[rule](*this, arguments...);
+#undef GEMMLET_FUNCTION
+    table[rule][is_adjusted](*this, arguments...);
   }
 
   // Multiply-adds of one row, forward.

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -81,9 +82,16 @@ struct Phase {
   std::vector<int> inputs;  // forward: the rows of these sources follow each other
   int to;                   // backward: the network whose outputs get the gradient; -1 is none
   int rule;                 // update
-  double factor = 0;  // penalty: half of it times the sum of the squared weights is what the objective has besides
+  // penalty: l2 / 2 times the sum of the squared weights and l1 times that of their sizes, of the network. It is added to the
+  // objective, or to the sum over the rows that the objective divides by the size of the mini-batch.
+  double l2 = 0, l1 = 0;
+  bool of_sum = true;
+  // update: each number of the gradient, with that of penalties, is limited to [-limit, limit] first
+  double limit = std::numeric_limits<double>::infinity();
+  bool decays_biases = true;
   // gradient_penalty: half the factor times the mean square of the gradient by a sample, over the first of the mini-batch's,
   // one of `share`, rounded up. The network has one output, samples come first, and all activations are linear in pieces.
+  double factor = 0;
   Index share = 0;
 };
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <new>
 
 #include "cpu/rows.h"
@@ -18,6 +19,37 @@
 
 namespace gemmlet {
 namespace {
+
+template <class UpdateRule>
+inline constexpr bool is_adjusted = requires { UpdateRule::limit; };
+
+// What changes gradients before the rule has them, and which parameters decay.
+struct Adjustment {
+  double l2, l1;  // of the penalty: of weights alone
+  double limit;
+  bool decays_biases;
+
+  // Whether it takes optimizers::adjusted, instead of a larger weight decay at most.
+  bool needs_rule() const { return l1 != 0 || limit < std::numeric_limits<double>::infinity(); }
+
+  // The hyperparameters of a rule, with all this.
+  template <class UpdateRule>
+  void fill(const double* hyperparameters, double* of_weights, double* of_biases) const {
+    constexpr int count = UpdateRule::hyperparameter_count - (is_adjusted<UpdateRule> ? 3 : 0);
+    std::copy_n(hyperparameters, count, of_weights);
+    std::copy_n(hyperparameters, count, of_biases);
+    if constexpr (is_adjusted<UpdateRule>) {
+      for (double* const h : {of_weights, of_biases}) {
+        h[UpdateRule::l2_of_penalty] = h == of_weights ? l2 : 0.0;
+        h[UpdateRule::l1] = h == of_weights ? l1 : 0.0;
+        h[UpdateRule::limit] = limit;
+      }
+    } else {
+      of_weights[UpdateRule::l2] += l2;
+    }
+    if (!decays_biases) UpdateRule::without_decay(of_biases);
+  }
+};
 
 // The optimizer update of some columns of one row of a parameter, its states and its average; the gradient is in registers.
 template <class T, class UpdateRule>
@@ -44,6 +76,23 @@ struct UpdateEpilogue {
   template <int vectors>
   [[gnu::always_inline]] void operator()(const Parameter<T>& p, Index at, Index second, int n,
                                          const Vec<T> (&gradient)[vectors]) const {
+    if constexpr (is_adjusted<UpdateRule>)
+      update_by_call(p, at, second, n, gradient);
+    else
+      update(p, at, second, n, gradient);
+  }
+
+ private:
+  // Adjusted rules are rare, and would double the code.
+  template <int vectors>
+  [[gnu::noinline]] void update_by_call(const Parameter<T>& p, Index at, Index second, int n,
+                                        const Vec<T> (&gradient)[vectors]) const {
+    n == lanes<T> ? update(p, at, second, lanes<T>, gradient) : update(p, at, second, n, gradient);
+  }
+
+  template <int vectors>
+  [[gnu::always_inline]] void update(const Parameter<T>& p, Index at, Index second, int n,
+                                     const Vec<T> (&gradient)[vectors]) const {
     constexpr int states = UpdateRule::state_count;
     Vec<T> value[vectors], state[vectors][std::max(states, 1)];
 #pragma GCC unroll 8

@@ -84,6 +84,7 @@ struct ClusterTraining {
   Index plane;
   Activation<float> hidden_activation, activation;
   Objective<float> objective;  // labels, losses and correct: of the first step, those of the others behind them
+  bool decays_biases;
 };
 
 // Rows of 20 numbers begin in other banks, eight of them together in all.
@@ -468,6 +469,10 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     float hyperparameters[Rule::hyperparameter_count];
 #pragma unroll
     for (int s = 0; s < Rule::hyperparameter_count; ++s) hyperparameters[s] = memory.hyperparameters[parity][s];
+    float of_biases[Rule::hyperparameter_count];
+#pragma unroll
+    for (int s = 0; s < Rule::hyperparameter_count; ++s) of_biases[s] = hyperparameters[s];
+    if (!p.decays_biases) Rule::without_decay(of_biases);
 
 #pragma unroll
     for (int round = 0; round < rounds; ++round) {
@@ -485,7 +490,11 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       // Lanes 2 c and 2 c + 1 of the 8 get number c.
       exchange_sums<4, 2, 4>(grad, lane);
       grad[0] += __shfl_xor_sync(0xffffffffu, grad[0], 1);
-      small.update(round, grad[0], hyperparameters);
+      const bool is_bias = round * (cluster_threads / 8) + thread / 8 >= weight_tasks;
+      float own[Rule::hyperparameter_count];
+#pragma unroll
+      for (int s = 0; s < Rule::hyperparameter_count; ++s) own[s] = is_bias ? of_biases[s] : hyperparameters[s];
+      small.update(round, grad[0], own);
       if (task.to >= 0) numbers_of_memory[task.to] = small.value[0][round];
     }
 

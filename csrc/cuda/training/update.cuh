@@ -32,6 +32,8 @@ struct Update {
   const int* correct;        // or null
   int loss_rows;
   double weight;  // of each
+  double limit;   // each number of the gradient is limited to [-limit, limit]
+  bool decays_biases;
   bool closes;
   Progress* progress;
 };
@@ -44,6 +46,8 @@ struct UpdateEpilogue {
   int rows, out;  // with the bias
   bool averages;
   const T* hyperparameters;
+  T limit;
+  bool decays_biases;
 
   template <int n>
   struct Loaded {
@@ -62,6 +66,7 @@ struct UpdateEpilogue {
     for (int s = 0; s < Rule::state_count; ++s) load_numbers<n>(at(i, j) + (1 + s) * plane, loaded.state[s]);
 #pragma unroll
     for (int s = 0; s < Rule::hyperparameter_count; ++s) loaded.hyperparameters[s] = hyperparameters[s];
+    if (!decays_biases && i == rows - 1) Rule::without_decay(loaded.hyperparameters);
     if (averages) {
       load_numbers<n>(at(i, j) + (1 + Rule::state_count) * plane, loaded.average);
       loaded.decay = hyperparameters[Staged<T>::max_hyperparameters - 2];
@@ -79,7 +84,7 @@ struct UpdateEpilogue {
 #pragma unroll
       for (int s = 0; s < states; ++s) of_one[s] = loaded.state[s][c];
       value[c] = loaded.value[c];
-      Rule::apply(value[c], gradient[c], of_one, loaded.hyperparameters);
+      Rule::apply(value[c], optimizers::clipped(gradient[c], limit), of_one, loaded.hyperparameters);
 #pragma unroll
       for (int s = 0; s < states; ++s) state[s][c] = of_one[s];
     }
@@ -121,8 +126,9 @@ __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T*
   const int tile = block - layer.first_block, tiles_across = (layer.out + WideTile::columns - 1) / WideTile::columns;
   const int row = tile / tiles_across * WideTile::rows, column = tile % tiles_across * WideTile::columns;
 
-  const UpdateEpilogue<T, Rule> epilogue{layer.parameters, p.plane,    layer.in + 1,
-                                         layer.out,        p.averages, p.hyperparameters};
+  const UpdateEpilogue<T, Rule> epilogue{
+      layer.parameters,        p.plane,        layer.in + 1, layer.out, p.averages, p.hyperparameters,
+      static_cast<T>(p.limit), p.decays_biases};
   const LinesOfColumns<T> grad{layer.grad, row_stride(layer.out)};
   if (p.has_first && l == 0) {
     const LinesOfPicked<T, N> x{p.input.in_step(p.progress), layer.in};

@@ -137,10 +137,11 @@ class Backend(Protocol):
 
     # Images.
 
-    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
         """``out`` = the images (n, h, w), bytes on the CPU, transformed; it is `images` itself, or overlaps it nowhere.
 
-        Every backend gives the same bytes.
+        With `rows`, int64, `out` has ``images[rows]`` transformed, and overlaps `images` nowhere. Every backend gives
+        the same bytes.
         """
 
     # Training.
@@ -165,6 +166,9 @@ class Backend(Protocol):
         What these calls change may stay on a GPU from one to the next: until `write_back` the arrays of the networks
         must be neither read nor changed.
         """
+
+    def restage(self, plan: TrainingPlan) -> None:
+        """Do so again with dataset and targets of a plan that `stage` has returned: their numbers have changed."""
 
     def write_back(self, plan: TrainingPlan) -> None:
         """Update the arrays of the networks of a plan that `stage` has returned."""

@@ -220,8 +220,8 @@ class CpuBackend(NumpyBackend):
 
     # Images.
 
-    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
-        self._module.augment(images, settings, draw.seed, draw.epoch, draw.samples, out)
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
+        self._module.augment(images, settings, *draw, rows, out)
 
     # Training.
 

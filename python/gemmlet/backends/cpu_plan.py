@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,9 +84,10 @@ def _phase(plan: TrainingPlan, phase: training.Phase, losses: Numbers, rules: Nu
     if isinstance(phase, Backward):
         return "backward", phase.network, -1 if phase.to is None else phase.to
     if isinstance(phase, Penalty):
-        return "penalty", phase.network, phase.factor
+        return "penalty", *phase
     if isinstance(phase, GradientPenalty):
         return "gradient_penalty", *phase
     if isinstance(phase, Update) and phase.max_norm is None:
-        return "update", phase.network, rules[phase.rule]
+        limit = math.inf if phase.clip_value is None else phase.clip_value
+        return "update", phase.network, rules[phase.rule], limit, phase.decays_biases
     raise training.UnsupportedError(phase)

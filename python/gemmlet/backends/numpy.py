@@ -174,10 +174,11 @@ class NumpyBackend(Backend):
 
     # Images.
 
-    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
-        count, height, width = images.shape
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
+        count, height, width = out.shape
         for part in augmentation.blocks(count, height * width):
-            out[part] = augmentation.augmented(images[part], settings, draw.of(part))
+            chosen = images[part if rows is None else rows[part]]
+            out[part] = augmentation.augmented(chosen, settings, draw.of(part))
 
     # Training.
 
@@ -194,6 +195,9 @@ class NumpyBackend(Backend):
 
     def stage(self, plan: TrainingPlan) -> TrainingPlan:
         return plan
+
+    def restage(self, plan: TrainingPlan) -> None:
+        """Everything is where it belongs."""
 
     def write_back(self, plan: TrainingPlan) -> None:
         """Everything is where it belongs."""

@@ -86,7 +86,8 @@ def _is_refusal(error: BaseException) -> bool:
     return all(isinstance(link, Exception) and not isinstance(link, MemoryError) for link in chain)
 
 
-def _automatic() -> Backend:
+def automatic() -> Backend:
+    """Return the backend that is used where nobody asks for one: for arrays on the CPU."""
     refusals = []
     for name in _AUTOMATIC:
         with deferred_signals():  # what a handler raises, whatever it is, is no refusal
@@ -113,7 +114,7 @@ def current() -> Backend:
         name = _environment.read("GEMMLET_BACKEND")
         if name and name not in _CLASSES:
             raise ValueError(f"backend {name!r} is unknown; GEMMLET_BACKEND takes {', '.join(CHOICES)}")
-        _current = load(name) if name else _automatic()
+        _current = load(name) if name else automatic()
     return _current
 
 

@@ -8,19 +8,24 @@ cannot be given a matrix, and are one for all images of a call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemmlet import nn
 from gemmlet.data import augment as gemmlet_augment
 from gemmlet.formulas import augmentation
 from gemmlet.nn import Augment
 
 from .case import Array, Case, Factory, Prepared, Settings
 from .implementations import OURS
-from .training import digits
+from .training import BATCH, LR, digits, mlp_case, task
+from .training import Task as TrainingTask
 
+# Of the networks of epochs.
+_SEED = 0
 COUNT, SIDE = 256, 28
 # Simard's smooth noise: its deviation, and that of the displacement in pixels.
 SIGMA, AMPLITUDE = 4.0, 1.2
@@ -204,9 +209,44 @@ _PEERS: dict[str, Factory] = {
 }  # fmt: skip
 
 
+def _epoch(augment: Augment, t: TrainingTask, *, plain: bool = False) -> Prepared:
+    """An epoch of `nn.MLP.fit`; a plain one is timed on the images as they are."""
+    model, images = nn.MLP(list(t.layers), "tanh", seed=_SEED), t.given.reshape(-1, SIDE, SIDE)
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": t.batch, "optimizer": nn.SGD(LR)}
+    checked = {"x": t.x} if plain else {"x": images, "augment": augment}
+
+    def result() -> list[Array]:
+        model.fit(y=t.labels, shuffle=False, **checked, **settings)
+        return model.parameters
+
+    return Prepared(partial(model.fit, images, t.labels, augment=None if plain else augment, **settings), result)
+
+
+def _epoch_case(settings: Settings, name: str, hidden: int, given: Augment) -> Case:
+    """Training on images that are augmented, beside training on the same ones as they are."""
+    count, layers = 6_400 if settings.quick else 60_000, (SIDE * SIDE, hidden, 10)
+
+    def inputs() -> TrainingTask:
+        made = task(layers, *digits(settings, count), BATCH, "float32")
+        model, images = nn.MLP(list(layers), "tanh", seed=_SEED), made.given.reshape(-1, SIDE, SIDE)
+        augmented = gemmlet_augment(images, **vars(given), seed=model.augment_seed).reshape(count, -1)
+        x = augmented / np.float32(255)
+        return replace(made, x=x, parameters=[p.copy() for p in model.parameters])
+
+    case = mlp_case("MNIST", inputs, layers, count, BATCH, "float32", (OURS,), "augment")
+    return replace(
+        case,
+        name=f"epoch {'-'.join(map(str, layers))}, {name}",
+        implementations={OURS: partial(_epoch, given), "gemmlet plain": partial(_epoch, given, plain=True)},
+        labels={**case.labels, "hidden": hidden},
+    )
+
+
 def augment(settings: Settings) -> Iterator[Case]:
-    """Digits rotated, scaled, sheared and shifted, and bent besides."""
+    """Digits rotated, scaled, sheared and shifted, and bent besides; and epochs of training on them."""
     affine = {"rotate": 12, "scale": 0.12, "shear": 0.12, "shift": 1, "elastic": 0}
+    for hidden, name, elastic in ((128, "affine", 0.0), (256, "affine, elastic", AMPLITUDE)):
+        yield _epoch_case(settings, name, hidden, Augment(**{**affine, "elastic": elastic}))
     for name, elastic in (("affine", 0.0), ("affine, elastic", AMPLITUDE)):
         yield Case(
             "augment",

@@ -48,6 +48,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         Implementation(OURS),
         Implementation("gemmlet-numba", "numba", backend="numba", compiles=True, is_peer=False),
         Implementation("gemmlet kernels"),
+        Implementation("gemmlet plain", is_peer=False),  # without what a row is about
         Implementation("numpy"),
         Implementation("pytorch", "torch"),
         Implementation("pytorch fused", "torch"),

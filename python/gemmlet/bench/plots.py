@@ -31,8 +31,9 @@ _COLORS = (
     "#44aa99",
     "#999933",
     "#aa4499",
+    "#666666",
 )
-_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<", ">", "p", "h", "d", "8")
+_MARKERS = ("o", "x", "+", "s", "^", "v", "D", "P", "*", "<", ">", "p", "h", "d", "8", "H")
 STYLE = dict(zip(IMPLEMENTATIONS, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 

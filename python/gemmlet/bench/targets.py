@@ -110,6 +110,7 @@ _SKLEARN: tuple[tuple[str, dict[str, object], float], ...] = (
     ("predict_proba", {"kind": "predict"}, 1.2),
 )
 _AUGMENT = "augmentation of MNIST's digits, one by one"
+_AUGMENTED = "epoch with augmentation, batch 64,"
 _CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
 TARGETS: tuple[Target | Limit | Share, ...] = (
@@ -156,6 +157,8 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
     ),
     Limit(f"{_AUGMENT}, on one thread", _of("augment", elastic=False), 1.2e-6),
     Limit(f"{_AUGMENT}, elastic, on one thread", _of("augment", elastic=True), 2e-6),
+    Target(f"{_AUGMENTED} 784-128-10, affine", _of("augment", hidden=128), ("gemmlet plain",), 0.77),
+    Target(f"{_AUGMENTED} 784-256-10, affine and elastic", _of("augment", hidden=256), ("gemmlet plain",), 0.8),
     Limit("import gemmlet over import numpy", _of("import", after_numpy=True), 0.030),
     Target("backend numba, MNIST epoch", _MNIST, ("numpy",), 1.0, implementation="gemmlet-numba"),
     Target(_ELEMENTWISE, _of(elementwise=True), ("numpy",), 1.0, implementation="gemmlet-numba"),

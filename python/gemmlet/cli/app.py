@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -129,6 +130,7 @@ class _Texts:
     hidden: str
     activation: str
     classic: str
+    recipe: str = ""  # without a help there is none
 
 
 def _add_training(
@@ -166,6 +168,11 @@ def _add_training(
             None, help="Weight decay of the optimizer.", default=by_optimizer("weight_decay"), **REAL
         ),
         momentum: Momentum = None,
+        clip_value: float | None = _option(
+            None, help="What each number of a gradient is limited to.", default="no limit", **REAL
+        ),
+        l1: float | None = _option(None, help="Of the mlp: L1 penalty of the weights.", default="0", **REAL),
+        l2: float | None = _option(None, help="Of the mlp: L2 penalty of the weights.", default="0", **REAL),
         hidden: str | None = _option(None, metavar="WIDTHS", help=texts.hidden, default=differing("hidden")),
         activation: str | None = _option(None, metavar="NAME", help=texts.activation, default=differing("activation")),
         seed: Seed = None,
@@ -174,6 +181,14 @@ def _add_training(
         out: OutOfTraining = None,
         resume: Resume = None,
         classic: bool = typer.Option(False, "--classic", help=texts.classic),
+        augment: str | None = _option(
+            None,
+            metavar="[SETTINGS]",
+            help="Transform images anew in each epoch, by settings such as rotate=12,elastic=0, else those of gemmlet "
+            "augment.",
+            default="as they are",
+        ),
+        recipe: str | None = _option(None, metavar="NAME", help=texts.recipe, default="none", hidden=not texts.recipe),
     ) -> int:
         given = locals()
         return run(training.Options(**{field.name: given[field.name] for field in fields(training.Options)}))
@@ -198,6 +213,7 @@ _add_training(
         hidden="Hidden layers, such as 128 or 256,128.",
         activation=f"Of the hidden layers: {_ACTIVATIONS}.",
         classic="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
+        recipe=f"A whole training, on all training images: {', '.join(nn.recipes.RECIPES)}.",
     ),
 )
 _add_training(
@@ -373,8 +389,13 @@ def _bench(
 def run(words: list[str]) -> int:
     """Run the command that `words` name and return its exit status."""
     command = typer.main.get_command(app)
+    given = []
+    for word, following in pairwise([*words, ""]):
+        given.append(word)
+        if word == "--augment" and (not following or following.startswith("-")):
+            given.append(training.DEFAULT_AUGMENT)  # Typer has no options whose value may be left out
     try:
-        return int(command.main(args=words, prog_name="gemmlet", standalone_mode=False) or 0)
+        return int(command.main(args=given, prog_name="gemmlet", standalone_mode=False) or 0)
     except Exception as error:
         # Click's errors. Their class is not to be named: some versions of Typer use click, others hold a copy of it.
         text = getattr(error, "format_message", None)

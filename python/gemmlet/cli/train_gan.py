@@ -77,10 +77,11 @@ def run(options: Options) -> int:
         with watch.bar():
             fit = partial(
                 model.fit,
-                watch.data.x_train,
+                watch.data.x_train.reshape(-1, 28, 28),
                 y=watch.data.y_train if model.n_classes else None,
                 lr_schedule=_schedule if settings.lr_decay else None,
                 callback=callback,
+                augment=settings.augment,
             )
             history = watch.fit(model, fit)
             scores: dict[str, Any] = {}

@@ -25,11 +25,17 @@ def run(options: Options) -> int:
     """Train an MLP, write the results to the folder ``--out`` and return the exit status."""
     watch = Watch(nn.MLP, options, DEFAULTS, CLASSIC)
     settings, data = watch.settings, watch.data
-    if settings.classic:
+    schedule: nn.schedules.Schedule | None = nn.linear_decay if settings.lr_decay else None
+    kept, held_out = hold_out(len(data.y_train), settings.seed)
+    if settings.recipe is not None:
+        recipe = nn.recipes.RECIPES[settings.recipe]
+        model, schedule = recipe.network(settings.seed), recipe.lr_schedule
+        kept, held_out = np.arange(len(data.y_train)), np.arange(0)
+    elif settings.classic:
         model = nn.MLP.classic(seed=settings.seed)
     else:
         model = nn.MLP([784, *settings.hidden, 10], *settings.activation, seed=settings.seed)
-    kept, held_out = hold_out(len(data.y_train), settings.seed)
+    model.l1, model.l2 = settings.l1, settings.l2
 
     def callback(p: nn.Progress) -> None:
         watch.see(p, {"loss": p.loss, "accuracy": p.accuracy, "held out": p.validation_accuracy})
@@ -38,11 +44,12 @@ def run(options: Options) -> int:
         with watch.bar():
             fit = partial(
                 model.fit,
-                data.x_train[kept],
+                data.x_train[kept].reshape(-1, 28, 28),
                 data.y_train[kept],
-                lr_schedule=nn.linear_decay if settings.lr_decay else None,
+                lr_schedule=schedule,
                 validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
                 callback=callback,
+                augment=settings.augment,
             )
             history = watch.fit(model, fit)
         _finish(model, history, watch)

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
@@ -30,6 +30,9 @@ Kept = TypeVar("Kept", nn.History, nn.GANHistory)
 
 # Files in --out.
 METRICS, CHECKPOINT = "metrics.json", "checkpoint.safetensors"
+
+# What --augment takes where no settings follow it.
+DEFAULT_AUGMENT = "default"
 
 # What of a line with a bar is no figures: five characters of it, the time left, and the spaces between.
 _REST_OF_BAR = 5 + 7 + 3
@@ -59,6 +62,9 @@ class Options:
     optimizer: str | None
     weight_decay: float | None
     momentum: float | None
+    clip_value: float | None
+    l1: float | None
+    l2: float | None
     hidden: str | None
     activation: str | None
     seed: int | None
@@ -67,10 +73,21 @@ class Options:
     out: Path | None
     resume: Path | None
     classic: bool
+    augment: str | None
+    recipe: str | None
 
+
+# What a recipe says, so that nothing else may.
+_OF_RECIPE = (
+    "batch_size", "lr", "optimizer", "weight_decay", "momentum", "clip_value", "l1", "l2", "hidden", "activation",
+    "classic", "augment",
+)  # fmt: skip
 
 # Options that may differ from those of the training that --resume goes on with.
 _FREE = ("data_dir", "epochs", "backend", "threads")
+
+# Options that a training of before they were there has not.
+_NEWER = ("clip_value", "l1", "l2")
 
 
 @dataclass(frozen=True)
@@ -84,15 +101,21 @@ class Settings:
     optimizer: nn.Optimizer
     lr: float  # at first: it may fall later on
     lr_decay: bool
+    l1: float
+    l2: float
     seed: int
     out: Path
     classic: bool
+    augment: nn.Augment | None
+    recipe: str | None
 
     def facts(self) -> dict[str, Any]:
         """Return them for metrics.json."""
         facts = {name: value for name, value in vars(self).items() if name != "out"}
         optimizer = {"optimizer": self.optimizer.name}
-        optimizer |= {k: v for k, v in self.optimizer.settings().items() if k in ("momentum", "weight_decay")}
+        told = "momentum", "weight_decay", "clip_value"
+        optimizer |= {name: value for name, value in self.optimizer.settings().items() if name in told}
+        facts["augment"] = None if self.augment is None else vars(self.augment)
         return facts | {"hidden": list(self.hidden), "activation": text(self.activation)} | optimizer
 
 
@@ -114,17 +137,53 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
         raise UserError(f"--seed must be at least 0, got {seed}")
     if options.lr is not None and not (math.isfinite(options.lr) and options.lr > 0):
         raise UserError(f"--lr must be a number above 0, got {options.lr:g}")
+    recipe = None if options.recipe is None else _recipe(options, network)
+    if recipe is not None:
+        defaults = _defaults(recipe)
     optimizer = _optimizer(options, defaults)
+    for option, penalty in (("--l1", options.l1), ("--l2", options.l2)):
+        if penalty is not None and network != "mlp":
+            raise UserError(f"{option} is for mlp; the network is {network}")
+        if penalty is not None and not (math.isfinite(penalty) and penalty >= 0):
+            raise UserError(f"{option} must be a number of at least 0, got {penalty:g}")
     for option, given in (("--hidden", options.hidden), ("--activation", options.activation)):
         if options.classic and given is not None:
             raise UserError(f"--classic is one certain network; leave out {option}")
     hidden = defaults.hidden if options.hidden is None else _widths(options.hidden)
     activation = defaults.activation if options.activation is None else _activations(options.activation, defaults)
+    augment = None if options.augment is None else _augment(options.augment)
+    if recipe is not None:
+        augment = recipe.augment
     files.check_folder(out)
     common.use(options.backend, options.threads)
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
-    rates = optimizer.lr, defaults.lr_decay
-    return Settings(hidden, activation, epochs, batch_size, optimizer, *rates, seed, out, options.classic)
+    rates, penalties = (optimizer.lr, defaults.lr_decay), (options.l1 or 0.0, options.l2 or 0.0)
+    common_ones = hidden, activation, epochs, batch_size, optimizer, *rates, *penalties, seed, out
+    return Settings(*common_ones, classic=options.classic, augment=augment, recipe=options.recipe)
+
+
+def _recipe(options: Options, network: str) -> nn.recipes.Recipe:
+    if network != "mlp":
+        raise UserError("--recipe is for gemmlet train mlp")
+    if (recipe := nn.recipes.RECIPES.get(str(options.recipe))) is None:
+        raise UserError(f"--recipe {options.recipe!r} is unknown; the choices are {', '.join(nn.recipes.RECIPES)}")
+    for name in _OF_RECIPE:
+        if getattr(options, name) not in (None, False):
+            raise UserError(f"--recipe is a whole training; leave out --{name.replace('_', '-')}")
+    return recipe
+
+
+def _defaults(recipe: nn.recipes.Recipe) -> Defaults:
+    optimizer = recipe.optimizer
+    return Defaults(
+        recipe.hidden,
+        (recipe.activation,),
+        recipe.epochs,
+        recipe.batch_size,
+        optimizer.name,
+        {optimizer.name: optimizer},
+        lr_decay=True,
+    )
 
 
 def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
@@ -132,7 +191,7 @@ def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
     if name not in defaults.optimizers:
         raise UserError(f"--optimizer {name!r} is unknown; the choices are {', '.join(defaults.optimizers)}")
     settings = defaults.optimizers[name].settings()
-    for setting in ("lr", "weight_decay", "momentum"):
+    for setting in ("lr", "weight_decay", "momentum", "clip_value"):
         value, option = getattr(options, setting), f"--{setting.replace('_', '-')}"
         if value is None:
             continue
@@ -145,6 +204,22 @@ def _optimizer(options: Options, defaults: Defaults) -> nn.Optimizer:
             raise UserError(str(error).replace(setting, option, 1)) from error
         settings[setting] = value
     return nn.make_optimizer(**settings)
+
+
+def _augment(words: str) -> nn.Augment:
+    """Settings such as rotate=12,elastic=0; the defaults where there are none."""
+    settings = {}
+    for word in [] if words == DEFAULT_AUGMENT else words.split(","):
+        name, _, number = word.partition("=")
+        try:
+            settings[name.strip()] = float(number)
+            nn.Augment(**settings)
+        except (TypeError, ValueError) as error:
+            names = ", ".join(field.name for field in fields(nn.Augment))
+            known = f"expected NAME=NUMBER, the names being {names}"
+            reason = str(error) if name.strip() in names.split(", ") and number else known
+            raise UserError(f"--augment {word.strip()!r}: {reason}") from error
+    return nn.Augment(**settings)
 
 
 def _widths(words: str) -> tuple[int, ...]:
@@ -186,6 +261,7 @@ def _resumed(options: Options, resume: Path, network: type[nn.MLP | nn.GAN]) -> 
         saved = dict(extra["notes"])
         checksum, is_begun = int(saved.pop("images_crc32")), config["steps"] > 0
         saved |= {"data_dir": Path(folder)} if (folder := saved["data_dir"]) is not None else {}
+        saved = dict.fromkeys(_NEWER) | saved
         if wrong := saved.keys() ^ (types.keys() - {"out", "resume", "threads"}):
             raise ValueError(", ".join(sorted(wrong)))
         for name, value in saved.items():
@@ -261,7 +337,7 @@ class Watch:
     def _saved_options(self, options: Options) -> dict[str, Any]:
         """What ``--resume`` needs to go on."""
         settings, optimizer = self.settings, self.settings.optimizer.settings()
-        return {
+        saved = {
             "images_crc32": _checksum(self.data),
             "data_dir": None if options.data_dir is None else str(options.data_dir.absolute()),
             "epochs": settings.epochs,
@@ -270,12 +346,19 @@ class Watch:
             "optimizer": optimizer["name"],
             "weight_decay": optimizer["weight_decay"],
             "momentum": optimizer.get("momentum"),
+            "clip_value": optimizer["clip_value"],
+            "l1": settings.l1 or None,
+            "l2": settings.l2 or None,
             "hidden": None if settings.classic else text(settings.hidden),
             "activation": None if settings.classic else text(settings.activation),
             "seed": settings.seed,
             "backend": select.current().name,
             "classic": settings.classic,
+            "augment": None if options.augment is None else options.augment.replace(" ", ""),
+            "recipe": settings.recipe,
         }
+        unsaid = {} if settings.recipe is None else {name: getattr(options, name) for name in _OF_RECIPE}
+        return saved | unsaid
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)

@@ -11,9 +11,9 @@ from .. import _arguments as arguments
 from .. import _arrays as arrays
 from ..backends import select
 from ..formulas import random
-from ..formulas.augmentation import MAX_SIDE, Draw
+from ..formulas.augmentation import Draw
 from ..nn import _checks as checks
-from ..nn.augment import Augment
+from ..nn.augment import Augment, check_images
 
 
 def augment(
@@ -38,7 +38,8 @@ def augment(
     threads, whichever images a call has. With all settings 0 the images stay as they are.
 
     Pixels are interpolated bilinearly; what comes from beyond an image is 0. There is no CUDA kernel: where the backend
-    ``cuda`` is in use, the reference computes, in NumPy.
+    ``cuda`` is in use, the processor computes, by the backend that it has otherwise. To train on other images in each
+    epoch, give an `Augment` to `fit`, which needs no copy of all of them.
 
     Parameters
     ----------
@@ -53,7 +54,8 @@ def augment(
         In each epoch an image has another transform.
     indices : array_like of int, shape (n,), optional
         The number of each image in the data set, 0 to 2**40 - 1; by default from 0 on. So
-        ``augment(images[i], indices=i)`` is ``augment(images)[i]``.
+        ``augment(images[i], indices=i)`` is ``augment(images)[i]`` for an array of integers. Images with the same
+        number have the same transform, as the channels of one picture should.
     out : array_like of uint8, shape (n, h, w), optional
         Takes the result; it may be `images`.
 
@@ -77,15 +79,7 @@ def augment(
     """
     settings = Augment(rotate, scale, shear, shift, elastic, noise, erase).settings
     array = arguments.as_array(images, "images")
-    if arrays.is_on_gpu(array):
-        raise TypeError(f"images are on {arrays.place(array)}; they are augmented on the CPU: pass images.get()")
-    if array.dtype != np.uint8:
-        raise TypeError(f"images has dtype {array.dtype}, expected uint8: grey levels from 0 to 255")
-    if array.ndim != 3:
-        hint = ": reshape rows of pixels, as images.reshape(-1, 28, 28)" if array.ndim == 2 else ""
-        raise ValueError(f"images has shape {array.shape}, expected (n, h, w){hint}")
-    if not all(1 <= side <= MAX_SIDE for side in array.shape[1:]):
-        raise ValueError(f"images has shape {array.shape}; height and width must be from 1 to {MAX_SIDE}")
+    check_images(array, "images")
     draw = Draw(
         _below(seed, "seed", 64), _below(epoch, "epoch", random.STEP_BITS), _sample_numbers(indices, len(array))
     )
@@ -115,7 +109,7 @@ def _sample_numbers(indices: Any, count: int) -> NDArray[np.int64]:
     array = arguments.as_array(indices, "indices")
     if arrays.is_on_gpu(array):
         raise TypeError(f"indices are on {arrays.place(array)}, images on the CPU")
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"indices has dtype {array.dtype}, expected integers")
     arguments.check_shape(array, "indices", (count,), "one for each image")
     array = array.copy()  # which nobody can change after the check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,15 @@ class OptimizerRule(NamedTuple):
     hyperparameters: tuple[str, ...]  # their names, in the order in which `apply` takes them
     # ``apply(param, grad, *state, *hyperparameters) -> (param, *state)``, on float64.
     apply: Callable[..., tuple[Array, ...]]
+    no_decay: Mapping[str, float]  # those hyperparameters of parameters that do not decay
     source: str
+
+    def without_decay(self, hyperparameters: Any) -> Any:
+        """The hyperparameters of parameters that do not decay, in an array of one step, or of a row for each."""
+        result = hyperparameters.copy()
+        for name, value in self.no_decay.items():
+            result[..., self.hyperparameters.index(name)] = value
+        return result
 
 
 def _sgd(p: Array, g: Array, lr: float, weight_decay: float) -> tuple[Array, ...]:
@@ -90,6 +98,7 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
             state=(),
             hyperparameters=("lr", "weight_decay"),
             apply=_sgd,
+            no_decay={"weight_decay": 0.0},
             source="Robbins and Monro, 1951",
         ),
         OptimizerRule(
@@ -98,6 +107,7 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
             state=("velocity",),
             hyperparameters=("lr", "weight_decay", "momentum", "nesterov"),
             apply=_momentum,
+            no_decay={"weight_decay": 0.0},
             source="Sutskever et al., 2013, in PyTorch's form",
         ),
         OptimizerRule(
@@ -107,6 +117,7 @@ OPTIMIZER_RULES: dict[str, OptimizerRule] = {
             state=("m", "v"),
             hyperparameters=("step_size", "beta1", "beta2", "gain1", "gain2", "eps", "correction", "l2", "shrink"),
             apply=_adam,
+            no_decay={"l2": 0.0, "shrink": 1.0},
             source="Kingma and Ba, 2015; Loshchilov and Hutter, 2019",
         ),
     )

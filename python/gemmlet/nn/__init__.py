@@ -5,6 +5,7 @@ same bits on one backend, whatever `gemmlet.set_num_threads` says. (The matmul o
 NumPy's BLAS, which may add in another order where the number of its own threads is another.)
 """
 
+from . import recipes
 from .augment import Augment
 from .fit import CheckpointError, DivergedError, GANHistory, GANProgress, History, Progress, StopTraining
 from .gan import GAN, interpolate
@@ -37,4 +38,5 @@ __all__ = [
     "interpolate",
     "linear_decay",
     "make_optimizer",
+    "recipes",
 ]

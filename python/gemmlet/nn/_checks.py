@@ -31,6 +31,15 @@ def whole_number(value: Any, name: str, low: int, *, is_count: bool = True) -> i
     return number
 
 
+def verbosity(value: Any, name: str) -> int:
+    """Return what is printed: 0, 1 or 2; True is 1."""
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if whole_number(value, name, 0) > 2:
+        raise ValueError(f"{name} must be 0, 1, 2, True or False, got {arguments.shown(value)}")
+    return int(value)
+
+
 def batch_size(value: Any, name: str) -> int:
     """Return the number of rows of a mini-batch; more than there can be are as many as there are."""
     return min(whole_number(value, name, 1, is_count=False), _LARGEST)

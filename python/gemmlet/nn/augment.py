@@ -1,11 +1,28 @@
-"""Settings of augmentation."""
+"""Settings of augmentation, and training samples that are augmented."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import _arguments as arguments
-from ..formulas.augmentation import Settings
+from .. import _arrays as arrays
+from .._memory import held
+from ..formulas.augmentation import MAX_SIDE, Draw, Settings
+from ..formulas.random import STEP_BITS
+from .dataset import Samples
+
+Array = NDArray[Any]
+
+# Images that are augmented at a time: MNIST's are 3 MB, which stay in the cache until they are trained on.
+_BLOCK = 4096
+
+# Images that tell the density of all.
+_SOME = 256
 
 # The largest value of each: within these no number of the compiled kernels overflows.
 _LARGEST = {"rotate": 180.0, "scale": 0.5, "shear": 1.0, "shift": 1024.0, "elastic": 32.0, "noise": 255.0, "erase": 1.0}
@@ -13,9 +30,12 @@ _LARGEST = {"rotate": 180.0, "scale": 0.5, "shear": 1.0, "shift": 1024.0, "elast
 
 @dataclass(frozen=True)
 class Augment:
-    """How images are changed for training: each by numbers of its own, drawn anew in each epoch.
+    """How `fit` changes images for training: each by numbers of its own, drawn anew in each epoch.
 
-    0 leaves something out. The defaults are for digits, which must stay what they are.
+    An image is shifted, scaled, sheared and rotated, in this order; each pixel of the result is displaced; noise comes
+    last but for the rectangle. 0 leaves something out. The defaults are for light digits on black, which must stay
+    what they are: what comes from beyond the image is 0, so invert dark ink on white first. `gemmlet.data.augment`
+    has other defaults, 0 for each.
 
     Parameters
     ----------
@@ -27,17 +47,20 @@ class Augment:
         Rows are shifted by this many pixels for each pixel of their distance from the middle: uniform within
         [-shear, shear].
     shift : float, 0 to 1024
-        Shift along each axis, in pixels of the original: uniform within [-shift, shift].
+        Shift along each axis of the image as it was, in its pixels, which scaling then changes: uniform within
+        [-shift, shift].
     elastic : float, 0 to 32
         Standard deviation of a smooth displacement of each pixel along each axis, in pixels: a cubic B-spline over a
         grid of random displacements, of which the longer side has four intervals. At 28 pixels these are 7 pixels wide,
         and the field is as smooth as Simard's with a deviation of 4 pixels [1]_.
     noise : float, 0 to 255
         Standard deviation of what is added to each pixel, in grey levels of 256: nearly normal, the sum of four uniform
-        numbers, at most 3.45 deviations. Results are clipped to 0 to 255.
+        numbers, at most 3.45 deviations, rounded to whole grey levels. Results are clipped to 0 to 255, so that on
+        black half of it is seen.
     erase : float, 0 to 1
-        Probability with which a rectangle of an image is set to 0, of 2 to 40 % of the image, its height 0.3 to 3.3
-        times its width, anywhere within the image [2]_; what would exceed the image is cut off.
+        Probability with which a rectangle of an image is set to 0, the ground of digits [2]_. Its area is uniform
+        within 2 to 40 % of the image, its height within 0.3 to 3.3 times its width, its place within the image; a side
+        has one pixel at least, and is cut to the image's.
 
     Raises
     ------
@@ -73,3 +96,89 @@ class Augment:
     def settings(self) -> Settings:
         """The numbers, as backends take them."""
         return Settings(*(getattr(self, name) for name in Settings._fields))
+
+
+def check_images(array: Any, name: str, purpose: str = "") -> None:
+    """Raise TypeError or ValueError unless an array has images (n, h, w) of bytes, on the CPU."""
+    if hasattr(array, "tocsr"):
+        raise TypeError(f"{name}{purpose} is a sparse matrix; expected images (n, h, w)")
+    if arrays.is_on_gpu(array):
+        where = arrays.place(array)
+        raise TypeError(f"{name}{purpose} is on {where}; images are augmented on the CPU: pass {name}.get()")
+    if array.dtype != np.uint8:
+        raise TypeError(f"{name}{purpose} has dtype {array.dtype}, expected uint8: grey levels from 0 to 255")
+    if array.ndim != 3:
+        hint = f": reshape rows of pixels, as {name}.reshape(-1, 28, 28), one image as {name}[None]"
+        hint = hint if array.ndim == 2 else ""
+        raise ValueError(f"{name}{purpose} has shape {array.shape}, expected (n, h, w){hint}")
+    if not all(1 <= side <= MAX_SIDE for side in array.shape[1:]):
+        raise ValueError(f"{name}{purpose} has shape {array.shape}; height and width must be from 1 to {MAX_SIDE}")
+
+
+def check_augment(augment: Any, x: Any) -> None:
+    """Raise TypeError or ValueError unless `augment` has settings, and `x`, an argument of `fit`, images for them."""
+    if not isinstance(augment, Augment):
+        raise TypeError(f"augment must be an Augment, got {type(augment).__name__}")
+    array = x if hasattr(x, "tocsr") else arguments.as_array(x, "x")
+    check_images(array, "x", ", which is to be augmented,")
+
+
+class Augmented:
+    """Training samples of which each epoch has others: a block of them, which a plan has as its dataset.
+
+    Parameters
+    ----------
+    samples : Samples
+        Images (n, h, w) of bytes.
+    settings : Augment
+    seed : int, below 2**64
+    batch_size : int
+        A block is of whole mini-batches.
+    targets, weights : ndarray, optional
+        Of all samples.
+
+    Attributes
+    ----------
+    samples : Samples
+        Those of the block.
+    targets, weights : ndarray or None
+        Likewise.
+    all_targets : ndarray or None
+        As given.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        settings: Augment,
+        seed: int,
+        batch_size: int,
+        targets: Any = None,
+        weights: Array | None = None,
+    ) -> None:
+        self.settings, self._seed, self._images = settings, seed, np.ascontiguousarray(samples.array)
+        self.steps = max(1, _BLOCK // batch_size)  # in a block
+        rows = min(self.steps * batch_size, len(samples))
+        self._order, self._backend = np.arange(rows), samples.backend
+        self._pixels = np.empty((rows, *self._images.shape[1:]), np.uint8)
+        self.samples = copy.copy(samples)
+        self.samples.array, self.samples.held = self._pixels, held(self._pixels)
+        self.all_targets, self._all_weights = targets, weights
+        self.targets: Any = None if targets is None else np.empty((rows, *targets.shape[1:]), targets.dtype)
+        self.weights: Any = None if weights is None else np.empty(rows)
+        # Some samples from everywhere, again and again, tell the density of the dataset.
+        some = min(rows, _SOME)
+        self.take(self._order[:some] * (len(samples) // some), 0)
+        for array in (self._pixels, self.targets, self.weights):
+            if array is not None:
+                array[some:] = array[self._order[: rows - some] % some]
+
+    def take(self, chosen: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Make the block of these samples, as they are in an epoch, and return where they are in it."""
+        count = len(chosen)
+        draw = Draw(self._seed, epoch % 2**STEP_BITS, chosen)
+        self._backend.augment(self._images, self.settings.settings, draw, self._pixels[:count], chosen)
+        for block, given in ((self.targets, self.all_targets), (self.weights, self._all_weights)):
+            if given is not None:
+                block[:count] = given[chosen]
+        return self._order[:count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -41,6 +41,27 @@ class Layer:
     bias: Array
     activation: str | None
     activation_parameter: float | None
+
+    def tensors(self) -> dict[str, Array]:
+        """The parameters by name, in their order."""
+        return {"weight": self.weight, "bias": self.bias}
+
+    def forward(self, x: Array) -> Array:
+        """Return ``activation(x @ weight + bias)``."""
+        number = self.activation_parameter
+        y: Array = kernels.linear(x, self.weight, self.bias, self.activation, activation_parameter=number)
+        return y
+
+
+def tensor_shapes(widths: Sequence[int], config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of `Dense`, by the number of the layer and the name in `Layer.tensors`.
+
+    `config` is that of the network in a file.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, (before, after) in enumerate(pairwise(widths)):
+        shapes |= {f"{i}.weight": (before, after), f"{i}.bias": (after,)}
+    return shapes
 
 
 class Dense:
@@ -91,7 +112,7 @@ class Dense:
     @property
     def parameters(self) -> list[Array]:
         """The arrays that training changes: weight and bias of each layer in turn."""
-        return [array for layer in self.layers for array in (layer.weight, layer.bias)]
+        return [array for layer in self.layers for array in layer.tensors().values()]
 
     def copy(self) -> Self:
         """Return a network of the same parameters, in arrays of its own."""
@@ -100,7 +121,10 @@ class Dense:
     def with_parameters(self, move: Callable[[Array], Array]) -> Self:
         """Return the network with ``move(parameter)`` in place of each parameter."""
         there = copy.copy(self)
-        there.layers = [replace(layer, weight=move(layer.weight), bias=move(layer.bias)) for layer in self.layers]
+        there.layers = []
+        for layer in self.layers:
+            moved: dict[str, Any] = {name: move(array) for name, array in layer.tensors().items()}
+            there.layers.append(replace(layer, **moved))
         return there
 
     def keep_changes(self, rounded: Dense) -> None:
@@ -111,9 +135,7 @@ class Dense:
     def forward(self, x: Array, depth: int | None = None) -> Array:
         """Return the result of the last layer, or of the first `depth` ones."""
         for layer in self.layers[:depth]:
-            x = kernels.linear(
-                x, layer.weight, layer.bias, layer.activation, activation_parameter=layer.activation_parameter
-            )
+            x = layer.forward(x)
         return x
 
 

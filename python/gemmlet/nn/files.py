@@ -7,7 +7,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from .._files import replacing
 from . import _checks as checks
 from . import safetensors
-from .dense import Dense
+from .dense import Dense, tensor_shapes
 from .optimizers import Optimizer, State, States, as_optimizer, fingerprint, make_optimizer
 
 Array = NDArray[Any]
@@ -40,20 +39,15 @@ BEST = "best."
 
 def named_tensors(dense: Dense, prefix: str = "") -> dict[str, Array]:
     """Return the parameters by name: ``<prefix>0.weight``, ``<prefix>0.bias`` and so on."""
-    tensors = {}
-    for i, layer in enumerate(dense.layers):
-        tensors[f"{prefix}{i}.weight"] = layer.weight
-        tensors[f"{prefix}{i}.bias"] = layer.bias
-    return tensors
+    named = enumerate(layer.tensors() for layer in dense.layers)
+    return {f"{prefix}{i}.{name}": array for i, tensors in named for name, array in tensors.items()}
 
 
-def expected_shapes(widths: Sequence[int], prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that `named_tensors` gives for a network of these widths."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i, (before, after) in enumerate(pairwise(widths)):
-        shapes[f"{prefix}{i}.weight"] = (before, after)
-        shapes[f"{prefix}{i}.bias"] = (after,)
-    return shapes
+def expected_shapes(
+    widths: Sequence[int], prefix: str = "", config: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that `named_tensors` gives for a network of these widths and settings."""
+    return {f"{prefix}{name}": shape for name, shape in tensor_shapes(widths, config).items()}
 
 
 def header(kind: str, config: dict[str, Any], extra: dict[str, Any] | None = None) -> dict[str, str]:
@@ -170,8 +164,13 @@ def optimizers_of(tensors: dict[str, Array], extra: dict[str, Any]) -> dict[str,
                 raise ValueError(f"the optimizer's state of {name} has another shape or dtype than {name}")
             count = checks.whole_number(steps, "steps", 0)
             states[name] = State(value.shape, value.dtype, tuple(arrays), count, fingerprint(value))
-        found[argument] = make_optimizer(**optimizer["settings"]).settings(), states
+        found[argument] = optimizer_of(optimizer["settings"]).settings(), states
     return found
+
+
+def optimizer_of(settings: Mapping[str, Any]) -> Optimizer:
+    """The optimizer of these settings in a file. Those of older files that decay weights decay biases too."""
+    return make_optimizer(**{"decay_biases": settings.get("weight_decay", 0.0) > 0, **settings})
 
 
 def copy_into(dense: Dense, tensors: dict[str, Array], prefix: str = "") -> None:
@@ -191,6 +190,8 @@ class Saved(ABC):
     _stream_names: ClassVar[tuple[str, ...]]  # of the attributes, without their underscore
     # JSON that checkpoints have besides, of whoever calls `fit`.
     _notes: Mapping[str, Any] = MappingProxyType({})
+    # The optimizer of `partial_fit`, once that was called.
+    _of_partial_fit: Optimizer | None = None
 
     @abstractmethod
     def _config(self) -> dict[str, Any]:
@@ -237,14 +238,16 @@ class Saved(ABC):
             An existing file is replaced, a symbolic link's target; permissions are kept. A file that is open is
             flushed. The configuration is in the metadata, under ``gemmlet``, as JSON.
         optimizer : Optimizer, optional
-            One that `fit` was given: its settings and its state are written, for `load_optimizers`.
+            One that `fit` was given: its settings and its state are written, for `load_optimizers`. By default that
+            of `partial_fit`, if there was one, which goes on after `load`.
 
         Raises
         ------
         OSError
             The file cannot be written, or is no plain file.
         """
-        self._write(file, {} if optimizer is None else {"optimizer": optimizer})
+        rule = self._of_partial_fit if optimizer is None else optimizer
+        self._write(file, {} if rule is None else {"optimizer": rule})
 
     def _write(
         self,
@@ -258,7 +261,7 @@ class Saved(ABC):
         tensors, shapes = dict[str, Array](), dict[str, tuple[int, ...]]()
         for prefix, dense in self._parts().items():
             tensors |= named_tensors(dense, prefix)
-            shapes |= expected_shapes(self._widths(config)[prefix], prefix)
+            shapes |= expected_shapes(self._widths(config)[prefix], prefix, config)
         check_tensors(tensors, shapes, self.dtype)  # somebody may have set them
         described = {}
         for argument, networks in self._trained(optimizers).items() if optimizers else ():
@@ -273,6 +276,8 @@ class Saved(ABC):
         tensors |= {f"{BEST}{name}": array for name, array in best.items()}
         streams = {name: rng.bit_generator.state for name, rng in self._streams().items()}
         extra = {"streams": streams, "optimizers": described}
+        if self._of_partial_fit is not None:
+            extra["partial_fit"] = optimizers.get("optimizer") is self._of_partial_fit
         if fit is not None:
             extra |= {"fit": fit, "notes": dict(self._notes)}
         write(file, type(self).__name__, config, tensors, extra)
@@ -341,15 +346,19 @@ class Saved(ABC):
             steps = checks.whole_number(config.pop("steps") if "ema_decay" in config else 0, "steps", 0)
             shapes: dict[str, tuple[int, ...]] = {}
             for prefix, widths in cls._widths(config).items():
-                shapes |= expected_shapes(widths, prefix)
+                shapes |= expected_shapes(widths, prefix, config)
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, BEST))}
             if best and (kept := {n.removeprefix(BEST): t for n, t in tensors.items() if n.startswith(BEST)}):
                 own = kept
             check_tensors(own, shapes, np.dtype(checks.choice(config["dtype"], "dtype", ("float32", "float64"))))
-            network = cls(**{**config, "default_optimizer": make_optimizer(**config["default_optimizer"])})
+            network = cls(**{**config, "default_optimizer": optimizer_of(config["default_optimizer"])})
             streams = network._streams()
             for name, state in extra.get("streams", {}).items():
                 streams[name].bit_generator.state = state
+            if extra.get("partial_fit") is True:
+                settings, states = optimizers_of(tensors, extra)["optimizer"]
+                network._of_partial_fit = make_optimizer(**settings)
+                network._of_partial_fit._states = States(states.values())
         for prefix, dense in network._parts().items():
             copy_into(dense, own, prefix)
         network.steps = steps

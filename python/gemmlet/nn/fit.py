@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import threading
 import time
 from abc import abstractmethod
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -25,6 +27,9 @@ from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
 from ..training import plan as training
 from . import _checks as checks
+from . import display
+from .augment import Augmented
+from .bar import Bar, printer
 from .checkpoints import Checkpoints, Position, lists_of
 from .dataset import Ahead, Array, Samples, checksum, not_finite, sample_order
 from .dense import Dense
@@ -84,15 +89,44 @@ class CheckpointError(OSError):
         self.history = history
 
 
+class _Shown:
+    """What histories look like."""
+
+    seconds: float
+
+    def _repr_html_(self) -> str:
+        return display.history_html(lists_of(self), self.seconds)
+
+    def plot(self, ax: Any = None, names: Sequence[str] | None = None) -> Any:
+        """Draw curves over the epochs with matplotlib, and return the axes.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Where; by default a new figure.
+        names : list of str, optional
+            What: lists of the history, ``["accuracy", "validation_accuracy"]`` say. By default all losses.
+
+        Raises
+        ------
+        ImportError
+            The package matplotlib is missing.
+        ValueError
+            There is no list of a name.
+        """
+        return display.plot(lists_of(self), names, ax)
+
+
 @dataclass
-class History:
+class History(_Shown):
     """How training an `MLP` went: one number per epoch, and the seconds it took.
 
     Attributes
     ----------
     loss, accuracy : list of float
         Means over the epoch, each mini-batch counted as it was before its update. The accuracy is NaN
-        where the targets are no classes: numbers, soft labels, several labels a sample. An epoch that was stopped
+        where the targets are no classes: numbers, soft labels, several labels a sample. The loss has the penalties `l1`
+        and `l2` of the network. An epoch that was stopped
         counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
@@ -115,7 +149,7 @@ class History:
 
 
 @dataclass
-class GANHistory:
+class GANHistory(_Shown):
     """How training a `GAN` went: the mean losses of each epoch, and the seconds it took.
 
     Attributes
@@ -191,11 +225,12 @@ class CallBudget:
     Attributes
     ----------
     steps : int
-        In the next call.
+        In the next call: at most `most`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = sys.maxsize) -> None:
         self.steps = self._following = 1
+        self._most = most
         self._is_fixed = False
         self._started = 0.0
 
@@ -211,7 +246,7 @@ class CallBudget:
     def stop(self, done: int) -> None:
         """It has ended after `done` steps: fewer than it might have, at the end of an epoch."""
         seconds = max(time.perf_counter() - self._started, 1e-6)
-        estimated = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self._following))
+        estimated = max(1, min(int(done * _CALL_SECONDS / seconds), 4 * self._following, self._most))
         self.steps, self._following = self._following if self._is_fixed else estimated, estimated
         self._is_fixed = False
 
@@ -224,7 +259,7 @@ class Settings:
     batch_size: int
     lr_schedule: Schedule | ReduceOnPlateau | None
     shuffle: bool
-    verbose: bool
+    verbose: int
     callback: Callable[[Any], object] | None
     callback_every: str
     checkpoint: Any = None  # a path becomes a Path
@@ -235,7 +270,7 @@ class Settings:
         self.epochs = checks.whole_number(self.epochs, "epochs", 1)
         self.batch_size = checks.batch_size(self.batch_size, "batch_size")
         self.shuffle = arguments.flag(self.shuffle, "shuffle")
-        self.verbose = arguments.flag(self.verbose, "verbose")
+        self.verbose = checks.verbosity(self.verbose, "verbose")
         if not isinstance(self.lr_schedule, ReduceOnPlateau):
             checks.optional_callable(self.lr_schedule, "lr_schedule")
         if self.early_stopping is not None and not isinstance(self.early_stopping, EarlyStopping):
@@ -291,6 +326,10 @@ class Trainable(Saved):
     latent_dim = 0
     # Whether the first `fit`, which is still to come, sets the dtype.
     _follows_samples = False
+    # What stands for arguments of the constructor that were left open, by their names. It is replaced, never changed.
+    _found: Mapping[str, Any] = MappingProxyType({})
+    # Of the last `fit`.
+    _history: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
@@ -337,12 +376,18 @@ class Trainable(Saved):
         if dtype != self.dtype:
             before = self._parts()
             self._draw_layers(dtype)
+            self._found = {**self._found, "dtype": self.dtype}
             for name, dense in self._parts().items():
                 dense.keep_changes(before[name])
 
     def _decay(self, steps: Any) -> Any:
         """The moving average's decay after `steps` steps, a number or an array: at first it follows closely."""
         return np.minimum(self.ema_decay, (1 + steps) / (10 + steps))
+
+    @property
+    def augment_seed(self) -> int:
+        """The seed that `fit` gives `gemmlet.data.augment`: below 2**64, made of `seed`, which may be of any size."""
+        return int(np.random.SeedSequence(self.seed, spawn_key=(256,)).generate_state(1, np.uint64)[0])
 
     def _draw(self, rng: np.random.Generator, n: int) -> Array:
         # Drawn in float64 for either dtype, so that both get the same numbers.
@@ -367,7 +412,15 @@ class fitting:  # noqa: N801 - it is used as a function
         if self._under_way.get(id(self._model)) is self:
             del self._under_way[id(self._model)]
         if error is not None and self._model.steps == self._before["steps"]:
-            vars(self._model).update(self._before)
+            attributes = vars(self._model)
+            for name in attributes.keys() - self._before:
+                del attributes[name]
+            attributes.update(self._before)
+
+    @classmethod
+    def is_under_way(cls, model: Trainable) -> bool:
+        """Whether a network is in a fit, of any thread."""
+        return id(model) in cls._under_way
 
 
 os.register_at_fork(after_in_child=fitting._under_way.clear)  # the other threads are not in the child
@@ -392,17 +445,23 @@ class Training:
         data: Mapping[str, Any],
         validate: Callable[[], dict[str, float]] | None = None,
         more_facts: dict[str, Any] | None = None,
+        augmented: Augmented | None = None,
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
         self._samples, self._settings, self._validate = samples, settings, validate
+        self._augmented = augmented  # the samples, if the plan has a block of them
         self._n, self._size = len(samples), settings.batch_size
         self._batches = math.ceil(self._n / self._size)
+        # Samples and mini-batches of the epoch before those that `_call` is given.
+        self._skipped = self._first_batch = 0
         self._backend = samples.backend
         self._plan = self._backend.stage(plan)
         # The reference takes a step a call: it may raise in the midst of several.
-        every_batch = settings.callback is not None and settings.callback_every == "batch"
-        self._one_by_one = every_batch or not self._backend.supports_fused(self._plan)
-        self._budget = CallBudget()
+        self._every_batch = settings.callback is not None and settings.callback_every == "batch"
+        self._one_by_one = self._every_batch or not self._backend.supports_fused(self._plan)
+        self._budget = CallBudget() if augmented is None else CallBudget(augmented.steps)
+        self._lines = printer(settings.verbose, settings.epochs) if settings.verbose else None
+        self._bar = self._lines if isinstance(self._lines, Bar) else None
         self._orders = Ahead(model._shuffle if settings.shuffle else None, sample_order)
         by_threads = partial(_draw_by_threads, self._backend, model.latent_dim, model.dtype)
         self._noises = Ahead(model._training_noise, model._draw, by_threads)
@@ -411,9 +470,10 @@ class Training:
         self._check_writeable()
         losses = plan.losses
         self._has_classes = losses[0].has_classes
-        self.at = self._start_of(1, len(losses))
+        self.at = self._start_of(1, len(losses) + sum(isinstance(phase, training.Penalty) for phase in plan.phases))
         facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
+        facts["augment"] = None if augmented is None else repr(augmented.settings)
         facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)
         self._validated = [name for name in lists_of(history) if name.startswith("validation_")]
         for argument in ("early_stopping", "lr_schedule"):
@@ -433,10 +493,11 @@ class Training:
 
     def run(self) -> None:
         """Train."""
+        vars(self.model)["_history"] = self.history  # it has no check
         try:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs and not self._is_over():
-                    self._epoch(self._orders.take(self._n))
+                    self._epoch(self._order())
             self._check()
             if self._checkpoints.is_missing(self.at):
                 with deferred_signals():
@@ -448,6 +509,9 @@ class Training:
                 with deferred_signals():
                     self._restore_best()
         except BaseException as error:
+            if self._bar is not None:
+                with contextlib.suppress(OSError):
+                    self._bar.close()
             with deferred_signals():
                 with contextlib.suppress(ValueError):
                     self._check_layouts()
@@ -473,38 +537,57 @@ class Training:
             self.history.seconds = self._checkpoints.seconds
             raise CheckpointError(error.errno, error.strerror, error.filename, self.history) from error
 
-    def _epoch(self, order: Array) -> None:
+    def _order(self) -> Any:
+        """The order of the samples in the next epoch."""
+        return self._orders.take(self._n)
+
+    def _epoch(self, order: Any) -> None:
         """The rest of an epoch, which takes the samples in this order."""
-        settings, at, n, done = self._settings, self.at, self._n, False
+        at, n, done = self.at, self._n, False
         while not done:
             if at.seen < n:
                 self._call(order)
             done = at.seen == n
-            if done or settings.callback is not None:
-                metrics = self._metrics()
-            if done:
-                if self._validate is not None:
-                    self._backend.write_back(self._plan)
-                    metrics |= self._validate()
-                self._log(metrics)
-            if settings.callback is not None and (done or settings.callback_every != "epoch"):
+            self._report(done=done)
+
+    def _report(self, *, done: bool) -> None:
+        """What follows a call, the last one of its epoch or not: validation, history, callback, checkpoint."""
+        settings, at = self._settings, self.at
+        if self._bar is not None and self._bar.is_due:
+            self._bar.advance(at.epoch, self._batch(), self._batches, self._metrics())
+        if done or settings.callback is not None:
+            metrics = self._metrics()
+        if done:
+            if self._validate is not None:
                 self._backend.write_back(self._plan)
-                told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": math.ceil(at.seen / self._size)}
-                if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
-                    metrics["metrics"] = extra  # type: ignore[assignment]
-                settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
-            if self._checkpoints.is_due(self.at, epoch_done=done):
-                with deferred_signals():
-                    self._keep()  # so that what is gone back to is never older than the checkpoint
-                self._checkpoints.try_to_write(self.at)
+                metrics |= self._validate()
+            self._log(metrics)
+        if settings.callback is not None and (done or settings.callback_every != "epoch"):
+            self._backend.write_back(self._plan)
+            batch = self._first_batch + math.ceil((at.seen - self._skipped) / self._size)
+            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": batch}
+            if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
+                metrics["metrics"] = extra  # type: ignore[assignment]
+            settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
+        if self._checkpoints.is_due(self.at, epoch_done=done):
+            with deferred_signals():
+                self._keep()  # so that what is gone back to is never older than the checkpoint
+            self._checkpoints.try_to_write(self.at)
+
+    def _batch(self) -> int:
+        """The mini-batches of the epoch that are done."""
+        return self._first_batch + math.ceil((self.at.seen - self._skipped) / self._size)
+
+    def _of_batches(self) -> str:
+        return f" of {self._batches}" if self._batches else ""
 
     def _call(self, order: Array) -> None:
         """Take the steps of one call of the backend, on the next samples of the epoch."""
         at, size, model = self.at, self._size, self.model
-        where = order[at.seen : at.seen + size * (1 if self._one_by_one else self._budget.steps)]
-        steps, first = math.ceil(len(where) / size), at.seen // size
-        done, total = (at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
-        factors = self._factors(done, steps, total)
+        begin = at.seen - self._skipped
+        where = order[begin : begin + size * (1 if self._one_by_one else self._budget.steps)]
+        steps, first = math.ceil(len(where) / size), self._first_batch + begin // size
+        factors = self._factors(first, steps)
         with deferred_signals():
             # A callback or the schedule may have changed them.
             self._check_layouts()
@@ -512,13 +595,18 @@ class Training:
             if time.perf_counter() >= self._copy_at:
                 self._keep()
             hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
+            rows = where
+            if self._augmented is not None:
+                # Epochs are counted over all fits, so that none has the images of another.
+                rows = self._augmented.take(where, -((first - model.steps) // self._batches))
+                self._backend.restage(self._plan)
             noise, stream = None, model._training_noise
             if stream is not None:
                 before, noise = stream.bit_generator.state, self._noises.take(len(where))
             decay = model._decay(model.steps + np.arange(1, steps + 1)) if model.ema_decay else None
             rest = self._n - at.seen - len(where)
             batches = training.Batches(
-                where, min(size, len(where)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
+                rows, min(size, len(rows)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
             )
             self._budget.start()
             try:
@@ -533,7 +621,7 @@ class Training:
             if not all(map(math.isfinite, sums)):
                 last = first + steps
                 which = f"batch {last}" if steps == 1 else f"batches {first + 1} to {last}"
-                self._diverge(f"in epoch {at.epoch}, {which} of {self._batches}: the loss is no longer finite")
+                self._diverge(f"in epoch {at.epoch}, {which}{self._of_batches()}: the loss is no longer finite")
             at.seen, at.sums, at.correct = at.seen + len(where), sums, at.correct + correct
             model.steps += steps
             for group in self.groups:
@@ -555,11 +643,14 @@ class Training:
     def _monitored(self, follower: EarlyStopping | ReduceOnPlateau) -> list[float]:
         return lists_of(self.history)[follower.monitor][: self.at.epoch - 1]
 
-    def _factors(self, done: int, steps: int, total: int) -> Array:
-        """What the learning rate is multiplied by in the next steps."""
+    def _factors(self, first: int, steps: int) -> Array:
+        """What the learning rate is multiplied by in the next steps, from mini-batch `first` of the epoch on."""
         schedule = self._settings.lr_schedule
         if isinstance(schedule, ReduceOnPlateau):
             return np.full(steps, schedule.factor_after(self._monitored(schedule)))
+        if schedule is None:
+            return lr_factors(None, first, steps, 0)
+        done, total = (self.at.epoch - 1) * self._batches + first, self._settings.epochs * self._batches
         return lr_factors(schedule, done, steps, total)
 
     def _is_over(self) -> bool:
@@ -612,11 +703,8 @@ class Training:
             self.at = self._start_of(epoch + 1, len(self.at.sums))
             if is_whole:
                 self._keep_best()
-        if self._settings.verbose:
-            # An accuracy that is NaN is that of targets without classes.
-            known = [(_LABELS.get(k, k.replace("_", " ")), v) for k, v in metrics.items() if not math.isnan(v)]
-            shown = "  ".join(f"{label} {value:.4f}" for label, value in known)
-            print(f"epoch {epoch}/{self._settings.epochs}  {shown}", flush=True)
+        if self._lines is not None:
+            self._lines.end_epoch(epoch, metrics)
 
     def _check_writeable(self) -> None:
         """Raise ValueError if a parameter is read-only: before a step, which might else stop halfway."""
@@ -649,8 +737,8 @@ class Training:
         self._check_layouts()
         self._backend.write_back(self._plan)
         if not self._is_finite():
-            epoch, batch = self.at.epoch, math.ceil(self.at.seen / self._size)
-            where = f"epoch {epoch}, batch {batch} of {self._batches}" if batch else f"epoch {epoch - 1}"
+            epoch, batch = self.at.epoch, self._batch()
+            where = f"epoch {epoch}, batch {batch}{self._of_batches()}" if batch else f"epoch {epoch - 1}"
             self._diverge(f"after {where}: parameters are no longer finite")
 
     def _is_finite(self) -> bool:
@@ -670,7 +758,9 @@ class Training:
 
     def _diverge(self, where: str) -> NoReturn:
         """Go back, and say why: because of samples or targets that are not finite, if there are some."""
-        targets = (loss.targets for loss in self._plan.losses if isinstance(loss.targets, np.ndarray))
+        targets = [loss.targets for loss in self._plan.losses if isinstance(loss.targets, np.ndarray)]
+        if self._augmented is not None and targets:
+            targets = [self._augmented.all_targets]
         spoilt = self._samples.not_finite() or next(filter(None, (not_finite(t, "y") for t in targets)), None)
         with deferred_signals():
             self._undo(self._start if spoilt else self._good)
@@ -740,9 +830,8 @@ class _Copy:
         to._checkpoints.best = self._best
 
 
-# What is said of validation data, and how it is printed.
+# What is said of validation data.
 VALIDATION = ("validation_loss", "validation_accuracy")
-_LABELS = {"validation_accuracy": "accuracy"}
 
 
 def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:
@@ -753,7 +842,7 @@ def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
-    operations: list[training.Linear | training.Activation] = []
+    operations: list[Any] = []
     for layer, weight in zip(dense.layers, parameters, strict=False):
         operations.append(training.Linear(weight, next(parameters)))
         if layer.activation is not None:

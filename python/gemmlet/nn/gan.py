@@ -24,13 +24,15 @@ from ..training.plan import (
     Loss,
     Phase,
     TrainingPlan,
-    Update,
 )
 from ..training.reference import gradients
 from . import _checks as checks
 from . import files
+from .augment import Augment, Augmented, check_augment
+from .batches import BatchTraining, Piece, Source, is_source, refuse
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
+from .estimator import Estimator
 from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
 from .schedules import ReduceOnPlateau, Schedule
@@ -69,7 +71,7 @@ LINEAR_IN_PIECES = "relu", "leaky_relu", "identity"
 _GENERATOR, _DISCRIMINATOR = 0, 1
 
 
-class GAN(Trainable):
+class GAN(Estimator):
     """Generative adversarial network (Goodfellow et al., 2014) of two multilayer perceptrons.
 
     The generator G makes a sample from noise z, the discriminator D tells samples of the data from generated ones; each
@@ -186,9 +188,11 @@ class GAN(Trainable):
 
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
+        self._found = {"dtype": self.dtype} if dtype is None else {}
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
     _stream_names = "shuffle", "training_noise", "sampling_noise"
+    _in_repr = "latent_dim", "generator", "discriminator", "loss", "dtype", "seed"
     _checks = Trainable._checks | {
         **dict.fromkeys(
             (
@@ -274,12 +278,14 @@ class GAN(Trainable):
         discriminator_optimizer: str | Optimizer | None = None,
         lr_schedule: Schedule | ReduceOnPlateau | None = None,
         shuffle: bool = True,
-        verbose: bool = False,
+        verbose: bool | int = False,
         callback: Callable[[GANProgress], object] | None = None,
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
         *,
+        steps_per_epoch: int | None = None,
+        augment: Augment | None = None,
         y: Any = None,
     ) -> GANHistory:
         """Train both networks on samples `x`.
@@ -290,7 +296,9 @@ class GAN(Trainable):
         ----------
         x : array_like, shape (n, features)
             Rows of real numbers within [0, 1]; or uint8 images, of shape (n, 28, 28) too, which count as value/255 and
-            are expanded a mini-batch at a time. On a GPU, they are trained on there.
+            are expanded a mini-batch at a time. On a GPU, they are trained on there. Or batches of them, as in
+            `MLP.fit`; of one that is a pair, as a DataLoader's, the first counts. A list is one of samples, unless
+            there is `steps_per_epoch`.
         epochs, batch_size, shuffle, verbose, callback_every
             As in `MLP.fit`.
         optimizer : str or Optimizer, optional
@@ -302,7 +310,7 @@ class GAN(Trainable):
             As in `MLP.fit`, for both learning rates; `ReduceOnPlateau` may follow either loss.
         callback : callable, optional
             Called with a `GANProgress`. It may draw samples, and raise `StopTraining`.
-        checkpoint, resume
+        checkpoint, resume, steps_per_epoch, augment
             As in `MLP.fit`.
         y : array_like, shape (n,), optional
             The class of each sample, an integer from 0 to ``n_classes - 1``, or one-hot rows (n, n_classes): needed if
@@ -324,8 +332,17 @@ class GAN(Trainable):
             A checkpoint cannot be read or written; see `MLP.fit`.
         """
         with fitting(self):
-            samples = self._samples(x, None if self._follows_samples else self.dtype)
-            labels = self._labels(y, len(samples), "y")
+            dtype, source = None if self._follows_samples else self.dtype, None
+            if steps_per_epoch is not None or is_source(x):
+                refuse({"checkpoint": checkpoint is not None, "resume": resume, "augment": augment is not None})
+                if y is not None:
+                    raise ValueError("y is for samples in an array; batches are pairs of samples and labels")
+                source, (samples, labels) = self._batches(x, steps_per_epoch, epochs, shuffle, dtype)
+            else:
+                if augment is not None:
+                    check_augment(augment, x)
+                samples = self._samples(x, dtype)
+                labels = self._labels(y, len(samples), "y")
             settings = self._settings(
                 epochs, batch_size, lr_schedule, shuffle, verbose, callback, callback_every, checkpoint, resume
             )
@@ -336,19 +353,48 @@ class GAN(Trainable):
                 optimizers["discriminator_optimizer"] = other
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
-            phases = [
-                self._gather(samples.dataset(may_skip_zeros=False), labels),
-                # The same noise serves both steps, so that the generator's forward pass is done once.
-                Forward(_GENERATOR, (NOISE,)),
-                *self._discriminator_phases(),
-                Update(_DISCRIMINATOR, discriminator.rule, discriminator.max_norm),
-                *self._generator_phases(),
-                Update(_GENERATOR, generator.rule, generator.max_norm),
-            ]
-            data = {"x": samples.array} | ({} if labels is None else {"y": labels.values})
-            history, plan = GANHistory(), self._plan(phases, generator, discriminator)
-            Training(self, history, samples, plan, optimizers, [discriminator, generator], settings, data).run()
+
+            def plan_of(samples: Samples, labels: Any) -> TrainingPlan:
+                phases = [
+                    self._gather(samples.dataset(may_skip_zeros=False), labels),
+                    # The same noise serves both steps, so that the generator's forward pass is done once.
+                    Forward(_GENERATOR, (NOISE,)),
+                    *self._discriminator_phases(),
+                    discriminator.update(_DISCRIMINATOR),
+                    *self._generator_phases(),
+                    generator.update(_GENERATOR),
+                ]
+                return self._plan(phases, generator, discriminator)
+
+            augmented = None
+            if augment is not None:
+                augmented = Augmented(samples, augment, self.augment_seed, settings.batch_size, labels)
+            data, groups = {"x": samples.array} | ({} if labels is None else {"y": labels}), [discriminator, generator]
+            block = (samples, labels) if augmented is None else (augmented.samples, augmented.targets)
+            history, plan = GANHistory(), plan_of(*block)
+            if source is None:
+                Training(self, history, samples, plan, optimizers, groups, settings, data, augmented=augmented).run()
+            else:
+                loop = source, plan_of, None if batch_size is None else settings.batch_size
+                BatchTraining(*loop, self, history, samples, plan, optimizers, groups, settings, data).run()
         return history
+
+    def _batches(
+        self, x: Any, steps_per_epoch: Any, epochs: Any, shuffle: Any, dtype: np.dtype[Any] | None
+    ) -> tuple[Source, Piece]:
+        """Where batches come from, and the first of them."""
+
+        def load(batch: Any, name: str) -> Piece:
+            nonlocal dtype
+            is_pair = isinstance(batch, list | tuple) and len(batch) > 0 and hasattr(batch[0], "shape")
+            samples = self._samples(batch[0] if is_pair else batch, dtype, name)
+            dtype = samples.dtype
+            if not self.n_classes:
+                return Piece(samples, None)
+            return Piece(samples, self._labels(batch[1] if is_pair else None, len(samples), "y"))
+
+        source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
+        return source, source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None)
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
         generator, discriminator = groups or (None, None)
@@ -356,10 +402,10 @@ class GAN(Trainable):
         networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
         return TrainingPlan(networks, tuple(phases))
 
-    def _gather(self, dataset: Dataset, labels: Labels | None) -> Gather:
+    def _gather(self, dataset: Dataset, labels: NDArray[np.int64] | None) -> Gather:
         """Samples, from [0, 1] to the range of the generator."""
         if labels is not None:
-            dataset = dataset._replace(labels=labels)
+            dataset = dataset._replace(labels=Labels(labels, self.n_classes))
         return Gather(dataset, 2.0, -1.0) if self.generator_output == "tanh" else Gather(dataset)
 
     def _discriminator_phases(self) -> list[Phase]:
@@ -425,7 +471,8 @@ class GAN(Trainable):
         noise = arguments.on_cpu(self._checked_noise(z, None))
         if not len(noise):
             raise ValueError("z is empty; expected at least one row")
-        dataset = Dataset(noise, labels=self._labels(y, len(noise), "y"))
+        labels = self._labels(y, len(noise), "y")
+        dataset = Dataset(noise, labels=None if labels is None else Labels(labels, self.n_classes))
         phases = [Gather(dataset), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
         step = gradients(select.current(), self._plan(phases), len(noise), noise)
         return step.losses[0], step.gradients[_GENERATOR]
@@ -499,10 +546,10 @@ class GAN(Trainable):
 
     # Arguments.
 
-    def _samples(self, x: Any, dtype: np.dtype[Any] | None) -> Samples:
-        samples = Samples(x, self.features, dtype)
+    def _samples(self, x: Any, dtype: np.dtype[Any] | None, name: str = "x") -> Samples:
+        samples = Samples(x, self.features, dtype, name)
         if not len(samples):
-            raise ValueError("x is empty; expected at least one sample")
+            raise ValueError(f"{name} is empty; expected at least one sample")
         samples.convert()
         if samples.array.dtype != np.uint8:
             low, high = samples.backend.extremes(samples.array)
@@ -512,7 +559,7 @@ class GAN(Trainable):
                 given = arguments.on_cpu(samples.array)
                 place = np.argwhere(~((given >= 0.0) & (given <= 1.0)))[0]
                 raise ValueError(
-                    f"x must lie within [0, 1], but {checks.item('x', place)} is {given[tuple(place)]}; images "
+                    f"{name} must lie within [0, 1], but {checks.item(name, place)} is {given[tuple(place)]}; images "
                     "of bytes count as value/255 if they are uint8"
                 )
         return samples
@@ -526,7 +573,7 @@ class GAN(Trainable):
             )
         return penalty
 
-    def _labels(self, y: Any, n: int, name: str) -> Labels | None:
+    def _labels(self, y: Any, n: int, name: str) -> NDArray[np.int64] | None:
         """Classes as training takes them; None where there are none."""
         if not self.n_classes:
             if y is not None:
@@ -539,7 +586,7 @@ class GAN(Trainable):
             raise ValueError(f"{name} has soft labels; expected one class for each sample")
         if len(targets) != n:
             raise ValueError(f"{name} has {len(targets)} labels, but there are {n} samples; they must match")
-        return Labels(np.ascontiguousarray(targets, np.int64), self.n_classes)
+        return np.ascontiguousarray(targets, np.int64)
 
     def _asked(self, label: Any, n: int) -> NDArray[np.int64] | None:
         """The classes of `n` samples that are to be made."""
@@ -547,8 +594,7 @@ class GAN(Trainable):
             return np.arange(n, dtype=np.int64) % self.n_classes
         if self.n_classes and np.ndim(label) == 0:
             label = np.full(n, checks.whole_number(label, "label", 0, is_count=False))
-        labels = self._labels(label, n, "label")
-        return None if labels is None else labels.values
+        return self._labels(label, n, "label")
 
     def _checked_noise(self, z: Any, n: int | None) -> Array:
         noise = arguments.as_array(z, "z")
@@ -566,6 +612,9 @@ class GAN(Trainable):
             "gradient_penalty", "ema_decay", "temperature",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def _shown_parts(self) -> dict[str, Dense]:
+        return {"generator ": self._generator, "discriminator ": self._discriminator}
 
     def _parts(self) -> dict[str, Dense]:
         parts = {"generator.": self._generator, "discriminator.": self._discriminator}

@@ -16,12 +16,15 @@ from .. import kernels
 from .._memory import held
 from ..backends import select
 from ..formulas.losses import LOSSES, ROW_LOSSES
-from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Phase, TrainingPlan, Update
+from ..training.plan import SAMPLES, Backward, Forward, Gather, Loss, Penalty, Phase, TrainingPlan
 from ..training.reference import gradients, one_hot, predicted_classes
 from . import _checks as checks
 from . import monitors
+from .augment import Augment, Augmented, check_augment
+from .batches import BatchTraining, Piece, Source, refuse
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
+from .estimator import Predictor
 from .files import errors_name
 from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
 from .monitors import Metric
@@ -66,7 +69,7 @@ def _multi_label(model: MLP, value: Any, name: str) -> bool:
     return wanted
 
 
-class MLP(Trainable):
+class MLP(Predictor):
     """Multilayer perceptron: linear layers with an activation between them, and a loss that belongs to its outputs.
 
     Parameters
@@ -98,6 +101,11 @@ class MLP(Trainable):
     label_smoothing : float, within [0, 1)
         With softmax, targets of the objective become ``(1 - label_smoothing) * t + label_smoothing / classes`` (Szegedy
         et al., 2016); so do those of `evaluate`.
+    l1, l2 : float, at least 0
+        ``l1 * sum(|w|) + l2 / 2 * sum(w**2)`` over all weights, biases left out, is added to the objective of every
+        mini-batch. The loss of the history has it; those of validation data and `evaluate`, which say how well samples
+        are predicted, do not. L1 draws weights to 0 (Tibshirani, 1996), and has the gradient 0 there. With `SGD`,
+        `l2` does the same as `weight_decay`.
     ema_decay : float, within [0, 1)
         What the network is used with is an exponential moving average of its parameters with this decay per step
         (Polyak and Juditsky, 1992); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the parameters
@@ -145,6 +153,8 @@ class MLP(Trainable):
         seed: int = 0,
         activation_parameter: float | None = None,
         label_smoothing: float = 0.0,
+        l1: float = 0.0,
+        l2: float = 0.0,
         ema_decay: float = 0.0,
         default_optimizer: str | Optimizer = "adam",
         default_batch_size: int = 64,
@@ -158,6 +168,7 @@ class MLP(Trainable):
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         self.activation_parameter = activation_number(activation, activation_parameter)
         self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
+        self.l1, self.l2 = l1, l2
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
         self.default_batch_size = default_batch_size
         if output == "softmax" and self.layers[-1] < 2:
@@ -167,14 +178,17 @@ class MLP(Trainable):
         self.steps = 0
         self._draw_layers(checks.float_dtype(dtype))
         self._follows_samples = dtype is None
+        self._found = ({"dtype": self.dtype} if dtype is None else {}) | ({"loss": self.loss} if loss is None else {})
         self._shuffle = self._fresh_streams()[1]
 
     _stream_names = ("shuffle",)
+    _in_repr = "layers", "activation", "output", "dtype", "seed"
     _checks = Trainable._checks | {
         **dict.fromkeys(("layers", "activation", "output", "activation_parameter", "seed"), check_fixed),
         "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
         "classes": lambda model, value, _: checked_classes(value, model.output, model.layers[-1]),
         "label_smoothing": _label_smoothing,
+        **dict.fromkeys(("l1", "l2"), lambda _, value, name: arguments.number(value, name, low=0.0)),
         "multi_label": _multi_label,
     }
 
@@ -218,14 +232,14 @@ class MLP(Trainable):
     def fit(
         self,
         x: Any,
-        y: Any,
+        y: Any = None,
         epochs: int = 10,
         batch_size: int | None = None,
         optimizer: str | Optimizer | None = None,
         lr_schedule: Schedule | ReduceOnPlateau | None = None,
         validation_data: tuple[Any, Any] | None = None,
         shuffle: bool = True,
-        verbose: bool = False,
+        verbose: bool | int = False,
         callback: Callable[[Progress], object] | None = None,
         callback_every: str = "batch",
         checkpoint: str | os.PathLike[str] | None = None,
@@ -236,6 +250,8 @@ class MLP(Trainable):
         metrics: Sequence[str] | Mapping[str, Metric] = (),
         class_weight: str | Mapping[Any, float] | None = None,
         sample_weight: Any = None,
+        steps_per_epoch: int | None = None,
+        augment: Augment | None = None,
     ) -> History:
         """Train on samples `x` and their labels `y`.
 
@@ -246,7 +262,11 @@ class MLP(Trainable):
             expanded a mini-batch at a time; every other dtype counts as its value, and is converted to the network's:
             pixels from 0 to 255 in lists, or as int64, should be made uint8. Or a sparse matrix of scipy, likewise. On
             a GPU (CuPy's, or anything with ``__cuda_array_interface__`` or DLPack), they are trained on there; `y` may
-            be there too. The parameters stay NumPy's.
+            be there too. The parameters stay NumPy's. A `np.memmap` of uint8 or of the network's dtype is not copied.
+
+            Without `y`: batches, each a pair (x, y) of these. A function that is called with their numbers, from 0 to
+            below `steps_per_epoch`; an object with a length and items, likewise; or an iterable, PyTorch's DataLoader
+            say. See Notes.
         y : array_like
             With softmax or sigmoid a label for each sample, (n,) or (n, 1):
 
@@ -264,7 +284,8 @@ class MLP(Trainable):
         epochs : int
             How often each sample is used.
         batch_size : int, optional
-            Samples per update; the last mini-batch of an epoch may be smaller. By default 64, or what the preset says.
+            Samples per update; the last mini-batch of an epoch may be smaller. By default 64, or what the preset says;
+            batches are mini-batches, unless it is given.
         optimizer : str or Optimizer, optional
             A name, ``"sgd"``, ``"adam"`` or ``"adamw"``, with its default settings; or an object, whose state is
             continued. By default ``"adam"``, or what the preset says.
@@ -278,8 +299,9 @@ class MLP(Trainable):
             Evaluated after each epoch.
         shuffle : bool
             Whether each epoch takes the samples in a new random order.
-        verbose : bool
-            Whether to print a line per epoch.
+        verbose : {0, 1, 2} or bool
+            What is printed. With 1 or True a line per epoch, with a bar in it on a terminal and in a notebook; with 2 a
+            line per epoch everywhere.
         callback : callable, optional
             Called with a `Progress`. It may raise `StopTraining`.
         callback_every : {"batch", "call", "epoch"}
@@ -317,6 +339,14 @@ class MLP(Trainable):
             together with those of the classes, counts as 1. A mini-batch's objective is the weighted sum divided by its
             size. The accuracy of the history counts samples, and validation has no weights. On `numba` and `cuda` the
             reference trains then, a mini-batch a call: slower.
+        steps_per_epoch : int, optional
+            How many batches an epoch has; by default as many as `x` says, or gives. An iterable goes on in the next
+            epoch where it was, and begins again at its end.
+        augment : Augment, optional
+            Each epoch has its own transform of each image instead of `x`, which then is uint8 of shape (n, h, w), on
+            the CPU. The transform follows from `seed`, the number of the epoch, counted over all fits, and the place of
+            the image among those that are trained on. So the images of the first epoch are
+            ``data.augment(x, **vars(augment), seed=model.augment_seed, epoch=0)``. Validation data stays as it is.
 
         Returns
         -------
@@ -337,10 +367,31 @@ class MLP(Trainable):
             warning, and training goes on.
         OSError
             A checkpoint cannot be read, or it is known beforehand that none can be written.
+
+        Notes
+        -----
+        Batches are loaded some ahead: as many as come in a tenth of a second, up to 32 MB, or the next one. All have
+        the dtype that the first one decides about, and the labels that it has, or `classes`. With `shuffle` those that
+        have numbers are asked for in a new random order in each epoch; others come as they come. With `batch_size` each
+        is divided into mini-batches, and with `shuffle` in a random order: for large parts of data. The result has the
+        same bits as that of the same mini-batches from memory. `validation_split`, `class_weight`, `sample_weight`,
+        `checkpoint`, `resume` and `augment` need all samples at once; `lr_schedule` the number of batches. A batch that
+        does not fit, or is not finite, ends training in the last good state, which has the steps before.
         """
         with fitting(self):
-            samples = self._filled(x, "x", None if self._follows_samples else self.dtype)
-            targets, meaning = self._targets(y, "y", samples, self._meaning())
+            dtype, source = None if self._follows_samples else self.dtype, None
+            if y is None or steps_per_epoch is not None:
+                if y is not None:
+                    raise ValueError("steps_per_epoch is for batches, which have y in them, but y was given")
+                lacking = {"validation_split": validation_split, "checkpoint": checkpoint, "resume": resume}
+                lacking |= {"class_weight": class_weight is not None, "sample_weight": sample_weight is not None}
+                lacking |= {"augment": augment is not None}
+                source, (samples, targets), meaning = self._batches(x, steps_per_epoch, epochs, shuffle, dtype, lacking)
+            else:
+                if augment is not None:
+                    check_augment(augment, x)
+                samples = self._filled(x, "x", dtype)
+                targets, meaning = self._targets(y, "y", samples, self._meaning())
             settings = self._settings(
                 epochs,
                 batch_size,
@@ -389,13 +440,56 @@ class MLP(Trainable):
             elif functions:
                 raise ValueError("metrics needs validation_data or validation_split")
             self._settle(samples.dtype)
-            if meaning.classes is not self.classes:
-                self.classes = meaning.classes
-            self.multi_label = meaning.multi_label
-            group = rule.group(self.parameters)
-            plan = self._plan(samples, targets, group, weights)
-            Training(self, history, samples, plan, {"optimizer": rule}, [group], settings, data, validate, facts).run()
+            if meaning.classes is not self.classes or meaning.multi_label is not self.multi_label:
+                self._take_meaning(meaning)
+            group, augmented = rule.group(self.parameters), None
+            if augment is None:
+                plan = self._plan(samples, targets, group, weights)
+            else:
+                seed, size = self.augment_seed, settings.batch_size
+                augmented = Augmented(samples, augment, seed, size, targets, weights)
+                plan = self._plan(augmented.samples, augmented.targets, group, augmented.weights)
+            rules, groups = {"optimizer": rule}, [group]
+            if source is None:
+                Training(self, history, samples, plan, rules, groups, settings, data, validate, facts, augmented).run()
+            else:
+                loop = source, partial(self._plan, group=group), None if batch_size is None else settings.batch_size
+                BatchTraining(*loop, self, history, samples, plan, rules, groups, settings, data, validate, facts).run()
         return history
+
+    def _batches(
+        self,
+        x: Any,
+        steps_per_epoch: Any,
+        epochs: Any,
+        shuffle: Any,
+        dtype: np.dtype[Any] | None,
+        lacking: Mapping[str, Any],
+    ) -> tuple[Source, Piece, Meaning]:
+        """Where batches come from, the first of them, and what outputs stand for after it."""
+        refuse(lacking)
+        meaning = self._meaning()
+
+        def load(batch: Any, name: str) -> Piece:
+            nonlocal dtype, meaning
+            rows, labels = checks.pair(batch, name.removeprefix("x of "))
+            samples = self._filled(rows, name, dtype)
+            targets, meaning = self._targets(labels, f"y{name[1:]}", samples, meaning)
+            dtype = samples.dtype
+            return Piece(samples, targets)
+
+        source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
+        first = source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None)
+        return source, first, meaning
+
+    def _take_meaning(self, meaning: Meaning) -> None:
+        """Keep what targets have said about the outputs."""
+        if meaning.classes is not self.classes:
+            self.classes = meaning.classes
+            self._found = {**self._found, "classes": self.classes}
+        if meaning.multi_label is not self.multi_label:
+            self.multi_label = meaning.multi_label
+            self._found = {**self._found, "multi_label": self.multi_label}
 
     def _known_metrics(self, targets: Array) -> Mapping[str, Metric]:
         if self.output == "identity":
@@ -424,18 +518,22 @@ class MLP(Trainable):
             Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),
         ]
+        if self.l1 or self.l2:
+            phases.append(Penalty(0, self.l2, self.l1, of_sum=False))
         if group is not None:
-            phases.append(Update(0, group.rule, group.max_norm))
+            phases.append(group.update(0))
         average = self._average if self.ema_decay else None
         return TrainingPlan((network_of(self._dense, group, average),), tuple(phases))
 
     _progress = Progress
 
     def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
-        return {"loss": sums[0] / seen, "accuracy": correct / seen}
+        return {"loss": sum(sums) / seen, "accuracy": correct / seen}
 
     def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
         """Loss of all samples as one mini-batch, of `parameters`, and its gradients: one array for each of them.
+
+        Both are what `fit` minimises, `l1` and `l2` included.
 
         Parameters
         ----------
@@ -444,7 +542,7 @@ class MLP(Trainable):
         """
         samples, targets = self._samples_and_targets(x, y)
         step = gradients(select.current(), self._plan(samples.to_cpu(), targets), len(samples))
-        return step.losses[0], step.gradients[0]
+        return sum(step.losses), step.gradients[0]
 
     def _loss(self, outputs: Array, targets: Array) -> float:
         """The objective, where the outputs are."""
@@ -496,8 +594,9 @@ class MLP(Trainable):
 
         Returns
         -------
-        ndarray, shape (n, layers[-1])
-            With softmax they add up to 1 over the classes; with sigmoid each stands for itself.
+        ndarray, shape (n, classes)
+            In the order of `classes_`. With softmax they add up to 1, and so they do with one sigmoid output, which
+            has two columns: of class 0, or ``classes[0]``, and of class 1. With several ones each stands for itself.
 
         Raises
         ------
@@ -506,13 +605,26 @@ class MLP(Trainable):
         """
         if self.output == "identity":
             raise ValueError('predict_proba needs output "softmax" or "sigmoid", this network has "identity"')
+        if self.layers[-1] == 1:
+            return self._of_two_classes(self._samples(x))
         to_probability = kernels.softmax if self.output == "softmax" else kernels.sigmoid
         return self._by_chunks(self._samples(x), self.layers[-1], to_probability)
+
+    def _of_two_classes(self, samples: Samples) -> Array:
+        """Probabilities of both, (n, 2), from one output."""
+        backend = samples.backend
+        result = backend.empty((len(samples), 2), self.dtype, samples.array)
+        for where, outputs in self._outputs(samples):
+            # Not 1 - p, which rounds a small probability to 0.
+            backend.assign(result[where][:, :1], kernels.sigmoid(backend.scaled(outputs, self.dtype, -1.0)))
+            backend.assign(result[where][:, 1:], kernels.sigmoid(outputs))
+        return result
 
     def evaluate(self, x: Any, y: Any) -> dict[str, float]:
         """Return ``{"loss": ..., "accuracy": ...}``, means over the samples.
 
-        The accuracy is NaN where the targets are no classes: numbers, soft labels, several labels a sample.
+        The accuracy is NaN where the targets are no classes: numbers, soft labels, several labels a sample. The loss
+        has no penalties.
 
         Parameters
         ----------
@@ -606,9 +718,10 @@ class MLP(Trainable):
         """Write the network that `predict` uses as an ONNX file, for onnxruntime and other readers of opset 20.
 
         The graph takes ``x``, (n, layers[0]) of the network's dtype and any n, and gives ``y``, (n, layers[-1]): what
-        `predict_proba` returns, or with identity outputs what the last layer gives. **Bytes are for the caller to
-        divide by 255.** The configuration is in the metadata, under ``gemmlet``, as in the files of `save`: `classes`
-        too, which `from_onnx` reads. Random streams and the state of optimizers are in files of `save` alone.
+        `predict_proba` returns (of one sigmoid output its second column), or with identity outputs what the last layer
+        gives. **Bytes are for the caller to divide by 255.** The configuration is in the metadata, under ``gemmlet``,
+        as in the files of `save`: `classes` too, which `from_onnx` reads. Random streams and the state of optimizers
+        are in files of `save` alone.
 
         Parameters
         ----------
@@ -699,10 +812,17 @@ class MLP(Trainable):
 
     def _config(self) -> dict[str, Any]:
         names = (
-            "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "ema_decay", "classes",
-            "multi_label",
+            "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "l1", "l2",
+            "ema_decay", "classes", "multi_label",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def _shown_parts(self) -> dict[str, Dense]:
+        return {"": self._dense}
+
+    @property
+    def _shown_output(self) -> str:  # type: ignore[override] # it is this network's
+        return self.output
 
     def _parts(self) -> dict[str, Dense]:
         return {"": self._dense} | ({"average.": self._average} if self.ema_decay else {})

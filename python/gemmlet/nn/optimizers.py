@@ -18,7 +18,8 @@ from .._locks import fork_safe_lock
 from .._memory import aligned_copy, aligned_zeros
 from .._signals import deferred_signals
 from ..formulas.optimizers import OPTIMIZER_RULES, adam_table
-from ..training.reference import clip_by_norm
+from ..training.plan import Update
+from ..training.reference import clip_by_norm, clip_by_value
 from . import _checks as checks
 from .schedules import ONE
 
@@ -166,6 +167,10 @@ class Optimizer(ABC):
 
     def _checked(self, name: str, value: Any) -> Any:
         """A setting that is to be set; numbers become Python's."""
+        if name == "decay_biases":
+            return arguments.flag(value, name)
+        if name == "clip_value":
+            return None if value is None else arguments.number(value, name, low=0.0, open_low=True)
         high = 1.0 if name in ("momentum", "beta1", "beta2") else np.inf
         number = arguments.number(value, name, low=0.0, high=high)
         if name in ("beta1", "beta2") and number == 1.0:
@@ -182,7 +187,8 @@ class Optimizer(ABC):
         Parameters
         ----------
         param : ndarray of float32 or float64
-            The same object at every step: the state belongs to it.
+            The same object at every step: the state belongs to it. One of a single dimension is a bias, which has no
+            weight decay without `decay_biases`.
         grad : ndarray, the shape and dtype of `param`
             The gradient of the loss with respect to it; it is only read.
         lr_factor : float
@@ -216,7 +222,7 @@ class Optimizer(ABC):
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
         rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(ONE))
-        return ParameterGroup(self, rule, params, states)
+        return ParameterGroup(self, rule, params, states, self.settings())
 
     def fresh(self) -> Self:
         """Return an optimizer with the same settings and no state."""
@@ -240,6 +246,20 @@ class Optimizer(ABC):
         """The rule and its hyperparameters at the steps from `step` on, for parameters with `arrays` state arrays."""
 
 
+def _decay_of(param: Array, rule: SGD | Adam) -> float:
+    """The weight decay of a parameter."""
+    return rule.weight_decay if rule.decay_biases or param.ndim > 1 else 0.0
+
+
+def _clipped(grad: Array, clip_value: float | None) -> Array:
+    """A gradient as the kernel gets it."""
+    if clip_value is None:
+        return grad
+    clipped = arguments.as_floats(grad, "grad").copy()
+    clip_by_value([clipped], clip_value)
+    return clipped
+
+
 class ParameterGroup(NamedTuple):
     """Parameters that an optimizer updates together, by one rule, and its state for each."""
 
@@ -247,7 +267,12 @@ class ParameterGroup(NamedTuple):
     rule: str
     params: Sequence[Array]
     states: list[State]
-    max_norm: float | None = None  # as in `Update`
+    settings: Mapping[str, Any]
+
+    def update(self, network: int) -> Update:
+        """The phase that updates the parameters, those of a network of the plan."""
+        settings = self.settings
+        return Update(network, self.rule, settings.get("max_norm"), settings["clip_value"], settings["decay_biases"])
 
     def hyperparameters(self, factors: NDArray[np.float64]) -> Array | list[Array]:
         """The rule's hyperparameters at the next updates, as `Batches` has them; `factors` has one for each."""
@@ -289,7 +314,13 @@ class SGD(Optimizer):
     nesterov : bool
         Nesterov's form of momentum (Sutskever et al., 2013), which needs `momentum` above 0.
     weight_decay : float
-        Added to the gradient as ``weight_decay * param``.
+        Added to the gradient as ``weight_decay * param``, after it is clipped.
+    decay_biases : bool
+        Whether biases decay too, as in PyTorch. By default weights alone do: a bias is one number per unit, which adds
+        little to what a network can learn by heart.
+    clip_value : float, above 0, optional
+        Each number of a gradient is limited to ±`clip_value` first (PyTorch's ``clip_grad_value_``); NaN stays NaN. A
+        change counts from the next `fit`, as one of `decay_biases` does.
     """
 
     name = "sgd"
@@ -298,6 +329,8 @@ class SGD(Optimizer):
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    decay_biases: bool = False
+    clip_value: float | None = None
 
     def _checked(self, name: str, value: Any) -> Any:
         checked = arguments.flag(value, name) if name == "nesterov" else super()._checked(name, value)
@@ -312,8 +345,9 @@ class SGD(Optimizer):
         return 1 if self.momentum else 0
 
     def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
+        grad, decay = _clipped(grad, self.clip_value), _decay_of(param, self)
         kernels.sgd_update(
-            param, grad, *arrays, lr=lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay
+            param, grad, *arrays, lr=lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=decay
         )
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
@@ -340,7 +374,9 @@ class Adam(Optimizer):
     eps : float
         Added to the root of the second moment.
     weight_decay : float
-        Added to the gradient as ``weight_decay * param``.
+        Added to the gradient as ``weight_decay * param``, after it is clipped.
+    decay_biases, clip_value
+        As in `SGD`.
     """
 
     name = "adam"
@@ -352,14 +388,16 @@ class Adam(Optimizer):
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay_biases: bool = False
+    clip_value: float | None = None
 
     @property
     def _arrays_per_parameter(self) -> int:
         return 2
 
     def _apply(self, param: Array, grad: Array, arrays: tuple[Array, ...], step: int, lr: float) -> None:
-        settings = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "weight_decay": self.weight_decay}
-        self._kernel(param, grad, *arrays, step=step, lr=lr, **settings)
+        settings = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps, "weight_decay": _decay_of(param, self)}
+        self._kernel(param, _clipped(grad, self.clip_value), *arrays, step=step, lr=lr, **settings)
 
     def _hyperparameters(self, arrays: int, step: int, rates: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
         settings = self.beta1, self.beta2, self.eps, self.weight_decay, self._decoupled
@@ -377,6 +415,8 @@ class AdamW(Adam):
         As in `Adam`.
     weight_decay : float
         Each step multiplies the parameter by ``1 - lr * weight_decay``.
+    decay_biases, clip_value
+        As in `SGD`.
     """
 
     name = "adamw"
@@ -391,7 +431,8 @@ class ClipNorm(Optimizer):
 
     Where the Euclidean norm of all gradients of a network together is above `max_norm`, `fit` scales them down to it.
     `update` knows one gradient, and clips by its norm. A norm that is not finite scales nothing. The other settings are
-    the optimizer's: ``clipped.lr`` is ``clipped.optimizer.lr``. A change of `max_norm` counts from the next `fit`.
+    the optimizer's: ``clipped.lr`` is ``clipped.optimizer.lr``; its `clip_value` comes after. A change of `max_norm`
+    counts from the next `fit`.
 
     Parameters
     ----------
@@ -426,9 +467,6 @@ class ClipNorm(Optimizer):
             vars(self)[name] = arguments.number(value, name, low=0.0, open_low=True)
         else:
             setattr(self.optimizer, name, value)
-
-    def group(self, params: Sequence[Array]) -> ParameterGroup:
-        return super().group(params)._replace(max_norm=self.max_norm)
 
     def __repr__(self) -> str:
         return f"ClipNorm({self.optimizer!r}, {self.max_norm})"

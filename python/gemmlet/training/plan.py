@@ -61,11 +61,19 @@ class Dataset(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """An array that training changes in place, the optimizer's state for it, and its moving average, if wanted."""
+    """An array that training changes in place, the optimizer's state for it, and its moving average, if wanted.
+
+    One of several dimensions is a weight, which penalties and decay are for; one of a single one is a bias.
+    """
 
     value: Array
     state: tuple[Array, ...] = ()
     average: Array | None = None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is no bias."""
+        return self.value.ndim > 1
 
     def arrays(self) -> tuple[Array | None, ...]:
         """All of them."""
@@ -113,6 +121,23 @@ def dense_layers(network: Network) -> list[DenseLayer]:
         else:
             raise UnsupportedError(operation)
     return layers
+
+
+def layers(network: Network) -> list[Any]:
+    """The network as dense layers, as far as it is that, and its other operations between them."""
+    found: list[Any] = []
+    while network:
+        for end in range(len(network), 0, -1):
+            try:
+                found += dense_layers(network[:end])
+                break
+            except UnsupportedError:
+                pass
+        else:
+            end = 1
+            found.append(network[0])
+        network = network[end:]
+    return found
 
 
 # Phases; `network` is a position in `TrainingPlan.networks`.
@@ -193,13 +218,16 @@ class Backward(NamedTuple):
 
 
 class Penalty(NamedTuple):
-    """Add ``factor / 2`` times the sum of a network's squared weights to the objective's sum over the rows (L2).
+    """Add ``l2 / 2 * sum(w**2) + l1 * sum(|w|)`` over a network's weights to the objective.
 
-    Its gradient is added to the weights', which `Backward` has left. Biases are left out.
+    With `of_sum` it is added to the objective's sum over the rows, and so divided by the size of the mini-batch. Its
+    gradient, 0 where a weight is 0 for L1, is added to the weights', which `Backward` has left. Biases are left out.
     """
 
     network: int
-    factor: float
+    l2: float
+    l1: float = 0.0
+    of_sum: bool = True
 
 
 class GradientPenalty(NamedTuple):
@@ -232,12 +260,16 @@ class AllReduce(NamedTuple):
 class Update(NamedTuple):
     """Update a network's parameters by an optimizer rule, and their moving averages, if they have some.
 
-    With `max_norm`, gradients are scaled so that the Euclidean norm of all of them together is at most this.
+    With `max_norm`, gradients are scaled so that the Euclidean norm of all of them together is at most this; then, with
+    `clip_value`, each number of them is limited to ±`clip_value`. Both come before the weight decay of the rule, which
+    biases have with `decays_biases` alone.
     """
 
     network: int
     rule: str
     max_norm: float | None = None
+    clip_value: float | None = None
+    decays_biases: bool = True
 
 
 Phase = Gather | Forward | Loss | Backward | Penalty | GradientPenalty | AllReduce | Update
@@ -283,10 +315,10 @@ class TrainingPlan:
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has what not every executor knows to look for: penalties, limits, weights, values of bytes."""
+        """Whether it has what not every executor knows to look for: limits, weights of samples and the like."""
         dataset = self.gather.dataset
         return (
-            any(isinstance(phase, Penalty | GradientPenalty) for phase in self.phases)
+            any(isinstance(phase, GradientPenalty) for phase in self.phases)
             or any(loss.limits != NO_LIMITS for loss in self.losses)
             or dataset.value_of_byte is not None
             or dataset.weights is not None
@@ -305,8 +337,7 @@ class TrainingPlan:
     def parameters(self, network: int) -> Iterator[Parameter]:
         """Those of a network, in order."""
         for operation in self.networks[network]:
-            if isinstance(operation, Linear):
-                yield from operation
+            yield from (field for field in operation if isinstance(field, Parameter))
 
     def weight(self, loss: Loss) -> float:
         """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""

@@ -6,7 +6,7 @@ It gives the bits of the same step written with the public functions of `gemmlet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import singledispatchmethod
 from typing import Any, NamedTuple
@@ -22,9 +22,11 @@ from .plan import (
     NO_LIMITS,
     NOISE,
     SAMPLES,
+    Activation,
     AllReduce,
     Array,
     Backward,
+    DenseLayer,
     Forward,
     Gather,
     GradientPenalty,
@@ -79,16 +81,40 @@ class _Record(NamedTuple):
     saved: Array
 
 
+class Operation(NamedTuple):
+    """How a layer operation is computed that is no part of a dense layer.
+
+    ``forward(backend, operation, x)`` returns y and what backward needs of it; ``backward(backend, operation, kept,
+    grad_y)`` the gradients of x and, in order, of the operation's parameters.
+    """
+
+    forward: Callable[[Any, Any, Array], tuple[Array, Any]]
+    backward: Callable[[Any, Any, Any, Array], tuple[Array, list[Array]]]
+
+
+def _activate(backend: Any, activation: Activation, x: Array) -> tuple[Array, Array]:
+    entry, y = ACTIVATIONS[activation.name], np.empty_like(x)
+    backend.activation(entry, x, activation.parameter, y)
+    return y, x if entry.needs_x else y
+
+
+def _deactivate(backend: Any, activation: Activation, saved: Array, grad_y: Array) -> tuple[Array, list[Array]]:
+    grad_x = np.empty_like(grad_y)
+    backend.activation_backward(ACTIVATIONS[activation.name], grad_y, saved, activation.parameter, grad_x)
+    return grad_x, []
+
+
+OPERATIONS: dict[type, Operation] = {Activation: Operation(_activate, _deactivate)}
+
+
 class Step:
     """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`."""
 
     def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
-        # The public kernels round an activation's parameter to the dtype.
-        F, stacks = plan.dtype.type, map(training.dense_layers, plan.networks)
-        self._layers = [[layer._replace(parameter=float(F(layer.parameter))) for layer in stack] for stack in stacks]
+        self._layers = [[self._rounded(layer) for layer in training.layers(network)] for network in plan.networks]
         self._values: dict[training.Source, Array] = {}
-        self._records: dict[int, list[_Record]] = {}
+        self._records: dict[int, list[Any]] = {}  # of each dense layer a _Record
         self._grad: dict[int, Array] = {}  # of a network's outputs
         self.rows, self.correct = len(where), 0
         dataset = plan.gather.dataset
@@ -108,6 +134,12 @@ class Step:
         if (labels := dataset.labels) is not None:
             self._classes = one_hot(labels.values[where], (self.rows, labels.classes), plan.dtype)
         self.gradients: dict[int, list[Array]] = {}  # by network, of all parameters; what `Backward` gives
+
+    def _rounded(self, layer: Any) -> Any:
+        """The public kernels round an activation's parameter to the dtype."""
+        if not isinstance(layer, DenseLayer | Activation):
+            return layer
+        return layer._replace(parameter=float(self._plan.dtype.type(layer.parameter)))
 
     @singledispatchmethod
     def run(self, phase: Any) -> None:
@@ -146,6 +178,10 @@ class Step:
             x = np.hstack([x, np.tile(self._classes, (len(inputs), 1))])
         records = self._records[phase.network] = []
         for layer in self._layers[phase.network]:
+            if not isinstance(layer, DenseLayer):
+                x, kept = OPERATIONS[type(layer)].forward(self._backend, layer, x)
+                records.append(kept)
+                continue
             entry = None if layer.activation is None else ACTIVATIONS[layer.activation]
             y = np.empty((len(x), layer.bias.value.size), x.dtype)
             z = np.empty_like(y) if entry is not None and entry.needs_x else None
@@ -188,6 +224,10 @@ class Step:
         backend, grad, gradients = self._backend, self._grad[phase.network], list[Array]()
         layers, records = self._layers[phase.network], self._records[phase.network]
         for i in range(len(layers) - 1, -1, -1):
+            if not isinstance(layers[i], DenseLayer):
+                grad, own = OPERATIONS[type(layers[i])].backward(backend, layers[i], records[i], grad)
+                gradients += own[::-1]
+                continue
             weight, record, grad_z = layers[i].weight.value, records[i], grad
             if layers[i].activation is not None:
                 grad_z, entry = np.empty_like(grad), ACTIVATIONS[str(layers[i].activation)]
@@ -207,11 +247,13 @@ class Step:
 
     @run.register
     def _(self, phase: Penalty) -> None:
-        weights = list(self._plan.parameters(phase.network))[::2]
-        for parameter, grad in zip(weights, self.gradients[phase.network][::2], strict=True):
-            grad += (phase.factor / self._weight_sum) * parameter.value
-        squares = sum(float(np.sum(np.square(p.value, dtype=np.float64))) for p in weights)
-        self.losses.append(0.5 * phase.factor * squares / self._weight_sum)
+        share, loss = self._weight_sum if phase.of_sum else 1.0, 0.0
+        for p, grad in zip(self._plan.parameters(phase.network), self.gradients[phase.network], strict=True):
+            if p.is_weight:
+                penalty, slope = penalty_of(p.value, phase.l2 / share, phase.l1 / share)
+                grad += slope
+                loss += penalty
+        self.losses.append(loss)
 
     @run.register
     def _(self, phase: GradientPenalty) -> None:
@@ -255,9 +297,13 @@ class Step:
         gradients = self.gradients[phase.network]
         if phase.max_norm is not None:
             clip_by_norm(gradients, phase.max_norm)
+        if phase.clip_value is not None:
+            clip_by_value(gradients, phase.clip_value)
         rule = OPTIMIZER_RULES[phase.rule]
         for i, (p, grad) in enumerate(zip(self._plan.parameters(phase.network), gradients, strict=True)):
             numbers = hyperparameters[i] if isinstance(hyperparameters, list) else hyperparameters
+            if not (phase.decays_biases or p.is_weight):
+                numbers = rule.without_decay(numbers)
             self._backend.update(rule, p.value, grad, p.state, tuple(numbers.tolist()))
             if (average := p.average) is not None:
                 average[...] = moving_average(average, p.value, decay, 1.0 - decay)
@@ -298,6 +344,23 @@ def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Arr
     else:
         rows[np.arange(len(targets)), targets] = 1.0
     return rows
+
+
+def penalty_of(weight: Array, l2: float, l1: float) -> tuple[float, Array]:
+    """``l2 / 2 * sum(w**2) + l1 * sum(|w|)``, in float64, and its gradient; that of ``|0|`` is 0."""
+    loss = 0.5 * l2 * float(np.sum(np.square(weight, dtype=np.float64)))
+    slope = l2 * weight
+    if l1:
+        loss += l1 * float(np.sum(np.abs(weight), dtype=np.float64))
+        slope += l1 * np.sign(weight)
+    return loss, slope
+
+
+def clip_by_value(gradients: Sequence[Array], clip_value: float) -> None:
+    """Limit each number of the arrays to ±`clip_value` in place; NaN stays NaN."""
+    with np.errstate(over="ignore"):  # a limit beyond the dtype is none
+        for grad in gradients:
+            np.clip(grad, -clip_value, clip_value, out=grad)
 
 
 def clip_by_norm(gradients: Sequence[Array], max_norm: float) -> None:

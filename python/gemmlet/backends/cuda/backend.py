@@ -6,6 +6,7 @@ backend was chosen by name, are copied to the first GPU and back.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,10 +17,11 @@ import numpy as np
 from ... import _precision, _threads
 from ..._arrays import is_on_gpu, name_of
 from ...formulas.activations import ACTIVATIONS, Activation
+from ...formulas.augmentation import Draw, Settings
 from ...formulas.losses import Loss, RowFunction, RowLoss, smoothing
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import Batches, Outcome, TrainingPlan
-from ..base import Array
+from ..base import Array, Backend
 from ..numpy import NumpyBackend
 from . import compiler, fast_path, launches, matmul, training
 from .device import Device
@@ -311,6 +313,18 @@ class CudaBackend(Launcher, NumpyBackend):
                 numbers = *hyperparameters, *[0.0] * (RULE_HYPERPARAMETERS - len(hyperparameters))
                 launch(-(-p.size // per_block), 1, address(p), address(g), *addresses, *numbers, p.size)
 
+    # Images.
+
+    @functools.cached_property
+    def _of_cpu(self) -> Backend:
+        from .. import select  # which loads this module
+
+        return select.automatic()
+
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
+        """By the processor: its backend."""
+        self._of_cpu.augment(images, settings, draw, out, rows)
+
     # Training.
 
     def supports_fused(self, plan: TrainingPlan) -> bool:
@@ -325,6 +339,10 @@ class CudaBackend(Launcher, NumpyBackend):
     def _session(self, plan: TrainingPlan) -> training.Session:
         x = plan.gather.dataset.x
         return training.Session(self.device_of(x) if is_on_gpu(x) else self._first, plan)
+
+    def restage(self, plan: TrainingPlan) -> None:
+        if (session := plan.executors.get(self)) is not None:
+            session.restage()
 
     def write_back(self, plan: TrainingPlan) -> None:
         if (session := plan.executors.get(self)) is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -300,8 +301,14 @@ class Session:
     """
 
     def __init__(self, device: Device, plan: TrainingPlan) -> None:
+        # What calls read, here and there.
+        self._residents = list[tuple[Array, Any]]()
+
         def resident(value: Any) -> Any:
-            return device.upload(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+            if not isinstance(value, np.ndarray):
+                return value
+            self._residents.append((value, device.upload(np.ascontiguousarray(value))))
+            return self._residents[-1][1]
 
         def staged(phase: training.Phase) -> training.Phase:
             if isinstance(phase, Gather):
@@ -371,6 +378,11 @@ class Session:
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
         self.is_torn = False
         return training.Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
+
+    def restage(self) -> None:
+        """See `Backend.restage`."""
+        for here, there in self._residents:
+            self.device.upload(np.ascontiguousarray(here), there)
 
     def write_back(self) -> None:
         """Copy the state into the networks' arrays, if it is newer than they are."""
@@ -445,6 +457,8 @@ class Session:
         """The size of the cluster that can take steps of `rows` rows; 0 if none can."""
         network, dataset = self.networks[0], self.plan.gather.dataset
         if self.device.arch not in ARCHITECTURES[CLUSTER_SOURCE] or len(self.networks) > 1 or len(network.layers) != 2:
+            return 0
+        if self.plan.updates[0].clip_value is not None:
             return 0
         if self.type != "float" or dataset.x.dtype != np.uint8 or dataset.indptr is not None or network.averages:
             return 0
@@ -569,6 +583,8 @@ class Session:
                 correct=address(self._correct) if loss.has_classes else 0,
                 loss_rows=rows if end == count else 0,
                 weight=self.plan.weight(loss),
+                limit=math.inf if phase.clip_value is None else phase.clip_value,
+                decays_biases=phase.decays_biases,
                 closes=end == count and phase is self.plan.phases[-1],
                 progress=self.state,
             )
@@ -652,7 +668,8 @@ class _Cluster:
 
     def __init__(self, session: Session, size: int, rows: int) -> None:
         self._device, self._size, self._rows = session.device, size, rows
-        (network,), (loss,), dataset = session.networks, session.plan.losses, session.plan.gather.dataset
+        (network,), (loss,), (update,) = session.networks, session.plan.losses, session.plan.updates
+        dataset = session.plan.gather.dataset
         features, hidden, out = network.widths
         self._step_numbers = _pieces(features, 16) * 16 * _CLUSTER_ROWS
         # (Steps are the second number of a grid.)
@@ -673,6 +690,7 @@ class _Cluster:
             hidden_activation=network.activations[0],
             activation=network.activations[1],
             objective=session.objective(loss, rows),
+            decays_biases=update.decays_biases,
             **common,
         )
         self._close = _filled("CloseSteps", weight=session.plan.weight(loss), **common)

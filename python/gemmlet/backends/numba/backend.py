@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import binding
 
+from ..._signals import deferred_signals
 from ...formulas import augmentation
 from ...formulas.activations import ACTIVATIONS, Activation
 from ...formulas.augmentation import Draw, Settings
@@ -151,10 +152,18 @@ class NumbaBackend(NumpyBackend):
             return
         length = -(-size // (parts * unit)) * unit
         slices = [slice(start, min(start + length, size)) for start in range(0, size, length)]
-        futures = [_pool().submit(run, part) for part in slices[1:]]
-        run(slices[0])
-        for future in futures:
-            future.result()
+        futures: list[Future[None]] = []
+        try:
+            for part in slices[1:]:
+                futures.append(_pool().submit(run, part))
+            run(slices[0])
+            for future in futures:
+                future.result()
+        except BaseException:
+            # No thread may write to the arrays of a call that has ended.
+            with deferred_signals():
+                wait([future for future in futures if not future.cancel()])
+            raise
 
     def linear(
         self,
@@ -262,8 +271,8 @@ class NumbaBackend(NumpyBackend):
 
     # Images.
 
-    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array) -> None:
-        count, height, width = images.shape
+    def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
+        count, height, width = out.shape
         loop, pixels = loops.augment_loop(), height * width
         of_row, of_column = augmentation.grid_weights(height, width)
         spacing = augmentation.grid_spacing(height, width)
@@ -273,9 +282,8 @@ class NumbaBackend(NumpyBackend):
             for block in augmentation.blocks(end - begin, pixels):
                 chosen = slice(begin + block.start, begin + block.stop)
                 numbers = augmentation.numbers(settings, height, width, draw.of(chosen))
-                loop(
-                    images[chosen], numbers.maps, numbers.points, of_row, of_column, spacing, *numbers[2:], out[chosen]
-                )
+                given = images[chosen if rows is None else rows[chosen]]
+                loop(given, numbers.maps, numbers.points, of_row, of_column, spacing, *numbers[2:], out[chosen])
 
         self._split(count * pixels, pixels, run)
 

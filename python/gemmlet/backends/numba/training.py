@@ -21,10 +21,22 @@ from numpy.typing import NDArray
 
 from ..._memory import aligned_zeros
 from ...formulas.activations import ACTIVATIONS
-from ...formulas.optimizers import moving_average
+from ...formulas.optimizers import OPTIMIZER_RULES, moving_average
 from ...training import plan as training
-from ...training.plan import NOISE, SAMPLES, AllReduce, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
-from ...training.reference import clip_by_norm, one_hot, targets_of
+from ...training.plan import (
+    NOISE,
+    SAMPLES,
+    AllReduce,
+    Array,
+    Backward,
+    Forward,
+    Gather,
+    Loss,
+    Penalty,
+    TrainingPlan,
+    Update,
+)
+from ...training.reference import clip_by_norm, clip_by_value, one_hot, targets_of
 from .loops import BLOCK, backward_loop, cross_entropy_loop, epilogue_loop, loss_loop, update_loop
 
 Split = Callable[[int, int, Callable[[slice], None]], None]
@@ -203,6 +215,20 @@ def _move_average(average, value, decay, gain):
         average[i] = _next_average(average[i], value[i], decay, gain)
 
 
+# Sums in any order: the same one for all numbers of threads, as a single one adds.
+@njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc", "nsz"})
+def _add_penalty(weight, grad, l2, l1):
+    """Add the gradient of ``l2 / 2 * w**2 + l1 * |w|`` to `grad`; the sums of squares and of sizes."""
+    squares, sizes = 0.0, 0.0
+    for i in range(weight.size):
+        w = weight[i]
+        squares += np.float64(w) * np.float64(w)
+        sizes += np.float64(abs(w))
+        slope = -l1 if w < 0 else (l1 if w > 0 else l1 * w)
+        grad[i] += l2 * w + slope
+    return squares, sizes
+
+
 class _Sparse:
     """The nonzeros of a mini-batch, by rows and by features."""
 
@@ -330,7 +356,8 @@ class _Executor:
         self._sparse: _Sparse | None = None
         # The input's weight gradient is not written, unless it is needed as a whole.
         self._whole_gradients = any(
-            isinstance(p, AllReduce) or (isinstance(p, Update) and p.max_norm is not None) for p in plan.phases
+            isinstance(p, AllReduce | Penalty) or (isinstance(p, Update) and (p.max_norm, p.clip_value) != (None, None))
+            for p in plan.phases
         )
         self._values: dict[training.Source, Any] = {}
         self._inputs: dict[int, Any] = {}  # of the last forward pass of each network
@@ -447,13 +474,33 @@ class _Executor:
         return run
 
     @prepare.register
+    def _(self, phase: Penalty) -> Callable[[], None]:
+        number, F = next(self._numbers), self._dtype.type
+        weights = [
+            (p.value.reshape(-1), grad.reshape(-1))
+            for p, grad in zip(self._plan.parameters(phase.network), self._gradients(phase.network), strict=True)
+            if p.is_weight
+        ]
+
+        def run() -> None:
+            rows = len(self.where)
+            share = rows if phase.of_sum else 1
+            for weight, grad in weights:
+                squares, sizes = _add_penalty(weight, grad, F(phase.l2 / share), F(phase.l1 / share))
+                self.losses[number] += (0.5 * phase.l2 * squares + phase.l1 * sizes) * (rows / share)
+
+        return run
+
+    @prepare.register
     def _(self, phase: AllReduce) -> Callable[[], None]:
         return lambda: phase.reduce(self._gradients(phase.network))
 
     @prepare.register
     def _(self, phase: Update) -> Callable[[], None]:
         gradients, decays, F = self._gradients(phase.network), self._batches.decay, self._dtype.type
-        table = next(self._tables)
+        table = table_of_biases = next(self._tables)
+        if not phase.decays_biases:
+            table_of_biases = OPTIMIZER_RULES[phase.rule].without_decay(table)
         parameters, first = list(self._plan.parameters(phase.network)), self._layers[phase.network][0]
         kind = phase.rule, self._dtype, len(parameters[0].state), table.shape[1]
         update, sparse = update_loop(*kind), None if self._whole_gradients else self._sparse
@@ -474,8 +521,11 @@ class _Executor:
             hyperparameters, decay = tuple(table[self.step].tolist()), 0.0 if decays is None else decays[self.step]
             if phase.max_norm is not None:
                 clip_by_norm(gradients, phase.max_norm)
+            if phase.clip_value is not None:
+                clip_by_value(gradients, phase.clip_value)
+            of_biases = tuple(table_of_biases[self.step].tolist())
             for arrays in biases:
-                update(*arrays, hyperparameters)
+                update(*arrays, of_biases)
             for arrays in weights:
                 in_parts(update, arrays, hyperparameters)
             if phase.network == 0 and sparse is not None:
