@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cuda_on_host.backend import skip_long
-from gemmlet.nn import GAN, MLP, SGD, Adam, ClipNorm, GANProgress, StopTraining, interpolate
+from gemmlet.nn import GAN, MLP, SGD, Adam, Augment, ClipNorm, GANProgress, StopTraining, interpolate
 from support import same_bits
 
 # Gradients.
@@ -255,6 +255,28 @@ def test_learns_classes(any_threads_backend: object, rng: np.random.Generator) -
         points = gan.sample(500, label=label)
         assert np.mean(quarters(points) == label) > 0.9
         assert points.std(axis=0).min() > 0.03  # they are not all the same
+
+
+def test_classes_of_batches_and_of_augmented_images(backend: object, rng: np.random.Generator) -> None:
+    """Labels go with the samples, wherever these come from."""
+    x, y = rng.integers(0, 256, (64, 6, 6), np.uint8), rng.integers(0, 3, 64)
+
+    def trained(x: Any, **arguments: Any) -> list[Any]:
+        gan = GAN(3, [8, 36], [9, 1], n_classes=3, gradient_penalty=0.1)
+        gan.fit(x, epochs=2, batch_size=16, **arguments)
+        return [*gan.generator_parameters, *gan.discriminator_parameters]
+
+    def batch(number: int) -> Any:
+        return x[32 * number :][:32], y[32 * number :][:32]
+
+    in_batches = trained(batch, steps_per_epoch=2, shuffle=False)
+    assert all(map(same_bits, in_batches, trained(x, y=y, shuffle=False)))
+    unchanged = Augment(rotate=0, scale=0, shear=0, shift=0, elastic=0, noise=0, erase=0)
+    assert all(map(same_bits, trained(x, y=y, augment=unchanged), trained(x, y=y)))
+    with pytest.raises(TypeError, match="y is needed"):
+        trained(lambda number: x[:32], steps_per_epoch=2)
+    with pytest.raises(ValueError, match="y is for samples in an array; batches are pairs"):
+        trained(batch, steps_per_epoch=2, y=y)
 
 
 def test_classes_in_turn() -> None:
