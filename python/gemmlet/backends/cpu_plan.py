@@ -30,7 +30,8 @@ def executor(
     Sparse matrices are for a single network, no network reads itself, and a gradient is read once.
     """
     try:
-        networks = [[_layer(layer, activations) for layer in training.dense_layers(n)] for n in plan.networks]
+        stacks = [training.dense_layers(network) for network in plan.networks]
+        networks = [[_layer(layer, activations) for layer in stack] for stack in stacks]
         phases: list[tuple[Any, ...]] = []
         reader: dict[int, str] = {}  # by network, which phase its gradient is there for
         for phase in plan.phases[1:]:
@@ -55,26 +56,33 @@ def executor(
         if phases[0] != ("forward", 0, [_SOURCES[SAMPLES]]) or kinds.count("forward") + kinds.count("update") > 2:
             return None
     dataset, scale, shift = plan.gather
-    fixed = networks, phases, *dataset, scale, shift
+    dropout = [
+        (network, i, layer.dropout.keep, layer.dropout.stream, layer.dropout.seed)
+        for network, stack in enumerate(stacks)
+        for i, layer in enumerate(stack)
+        if layer.dropout is not None
+    ]
+    fixed = networks, phases, dropout, *dataset, scale, shift
     kept = module.kept_memory()
 
     def train(batches: training.Batches) -> training.Outcome | None:
-        order, size, hyperparameters, sums, decay, noise, _ = batches
-        outcome = module.train(*fixed, order, size, hyperparameters, sums, decay, noise, kept)
+        order, size, hyperparameters, sums, decay, noise, _, first_step = batches
+        outcome = module.train(*fixed, order, size, hyperparameters, sums, decay, noise, first_step, kept)
         return None if outcome is None else training.Outcome(tuple(outcome[0]), outcome[1])
 
     return train
 
 
 def _layer(layer: training.DenseLayer, activations: Numbers) -> tuple[Any, ...]:
-    (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
+    (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter, _ = layer
     number = -1 if activation is None else activations[activation]
     return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
 
 
 def _phase(plan: TrainingPlan, phase: training.Phase, losses: Numbers, rules: Numbers) -> tuple[Any, ...]:
     if isinstance(phase, Forward):
-        return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
+        forward = "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
+        return (*forward, phase.stream) if phase.stream else forward
     if isinstance(phase, Loss):
         number = losses[phase.name]
         return "loss", phase.network, number, phase.value, plan.weight(phase), phase.targets, *phase.limits

@@ -29,6 +29,7 @@ def run(options: Options) -> int:
         model = nn.MLP.classic(seed=settings.seed)
     else:
         model = nn.MLP([784, *settings.hidden, 10], *settings.activation, seed=settings.seed)
+    model.dropout, model.input_dropout = settings.dropout, settings.input_dropout
     kept, held_out = hold_out(len(data.y_train), settings.seed)
 
     def callback(p: nn.Progress) -> None:

@@ -23,6 +23,7 @@ from .._signals import deferred_signals
 from .._threads import get_num_threads
 from ..backends.base import Backend
 from ..formulas.activations import ACTIVATIONS
+from ..formulas.dropout import ALL, FIRST_STREAM
 from ..training import plan as training
 from . import _checks as checks
 from .checkpoints import Checkpoints, Position, lists_of
@@ -325,6 +326,11 @@ class Trainable(Saved):
     def _parameters(self) -> dict[str, list[Array]]:
         """The parameters that `fit` changes, by the names of the attributes that have them."""
 
+    @property
+    def _key(self) -> int:
+        """The key of random numbers that are counted (`gemmlet.formulas.random`): 64 bits, by any seed."""
+        return int(np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0])
+
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
         return Settings(epochs, self.default_batch_size if batch_size is None else batch_size, *others)
 
@@ -518,7 +524,14 @@ class Training:
             decay = model._decay(model.steps + np.arange(1, steps + 1)) if model.ema_decay else None
             rest = self._n - at.seen - len(where)
             batches = training.Batches(
-                where, min(size, len(where)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
+                where,
+                min(size, len(where)),
+                hyperparameters,
+                at.sums,
+                decay,
+                noise,
+                lambda: self._prepare(rest),
+                model.steps,
             )
             self._budget.start()
             try:
@@ -745,16 +758,33 @@ VALIDATION = ("validation_loss", "validation_accuracy")
 _LABELS = {"validation_accuracy": "accuracy"}
 
 
-def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:
+def dropout_of(model: Trainable, inputs: float, hidden: float | list[float], layers: int) -> list[training.Dropout]:
+    """The dropout of the inputs of each layer of a network, by its rates."""
+    rates = [inputs, *(hidden if isinstance(hidden, list) else [hidden] * (layers - 1))]
+    if not any(rates):
+        return []
+    key = model._key
+    return [training.Dropout(rate, FIRST_STREAM + i, key) for i, rate in enumerate(rates)]
+
+
+def network_of(
+    dense: Dense,
+    group: ParameterGroup | None = None,
+    average: Dense | None = None,
+    dropout: Sequence[training.Dropout] = (),
+) -> training.Network:
     """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages.
 
-    The parameters are views, whose shape nobody can change.
+    The parameters are views, whose shape nobody can change. Of `dropout` there is one for each layer, or none.
     """
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
-    operations: list[training.Linear | training.Activation] = []
+    operations: list[training.Linear | training.Activation | training.Dropout] = []
+    dropped = iter(dropout)
     for layer, weight in zip(dense.layers, parameters, strict=False):
+        if (drop := next(dropped, None)) is not None and drop.keep < ALL:
+            operations.append(drop)
         operations.append(training.Linear(weight, next(parameters)))
         if layer.activation is not None:
             number = ACTIVATIONS[layer.activation].default

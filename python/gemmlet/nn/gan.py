@@ -12,13 +12,25 @@ from numpy.typing import DTypeLike, NDArray
 
 from .. import _arguments as arguments
 from ..backends import select
-from ..training.plan import NOISE, SAMPLES, Backward, Dataset, Forward, Gather, Loss, Phase, TrainingPlan, Update
+from ..training.plan import (
+    NOISE,
+    SAMPLES,
+    SECOND_PASS,
+    Backward,
+    Dataset,
+    Forward,
+    Gather,
+    Loss,
+    Phase,
+    TrainingPlan,
+    Update,
+)
 from ..training.reference import gradients
 from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
-from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
+from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, dropout_of, fitting, network_of
 from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
 from .schedules import ReduceOnPlateau, Schedule
 
@@ -58,6 +70,11 @@ class GAN(Trainable):
     ema_decay : float, within [0, 1)
         `sample` uses an exponential moving average of the generator's parameters with this decay per step (Yazıcı et
         al., 2019); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the generator itself.
+    discriminator_dropout : float or list of float, each within [0, 1)
+        The probability with which each output of a hidden layer of the discriminator is left out of a pass of `fit`, as
+        `dropout` of `MLP`. The discriminator's step and the generator's leave out others.
+    discriminator_input_dropout : float, within [0, 1)
+        The same for its inputs.
     dtype : float32 or float64, optional
         Of parameters and results; samples and noise of other dtypes are converted. By default that of the samples of
         the first `fit`, as in `MLP`.
@@ -96,6 +113,8 @@ class GAN(Trainable):
         loss: str = "non_saturating",
         label_smoothing: float = 0.1,
         ema_decay: float = 0.999,
+        discriminator_dropout: float | Sequence[float] = 0.0,
+        discriminator_input_dropout: float = 0.0,
         dtype: DTypeLike | None = None,
         seed: int = 0,
         default_optimizer: str | Optimizer | None = None,
@@ -110,6 +129,8 @@ class GAN(Trainable):
         self.discriminator_activation = activation_name(discriminator_activation, "discriminator_activation")
         self.generator_output = checks.choice(generator_output, "generator_output", GENERATOR_OUTPUTS)
         self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
+        self.discriminator_dropout: float | list[float] = discriminator_dropout  # type: ignore[assignment]
+        self.discriminator_input_dropout = discriminator_input_dropout
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
@@ -132,6 +153,10 @@ class GAN(Trainable):
             check_fixed,
         ),
         "loss": lambda _, value, name: checks.choice(value, name, LOSSES),
+        "discriminator_dropout": lambda gan, value, name: checks.dropout_rates(
+            value, name, len(gan.discriminator) - 1
+        ),
+        "discriminator_input_dropout": lambda _, value, name: checks.fraction(value, name),
     }  # fmt: skip
 
     def _fresh_streams(self) -> list[np.random.Generator]:
@@ -169,8 +194,10 @@ class GAN(Trainable):
         )
 
     def __repr__(self) -> str:
+        names = "discriminator_dropout", "discriminator_input_dropout"
+        given = "".join(f"{name}={rate}, " for name in names if (rate := getattr(self, name)))
         return (
-            f"GAN({self.latent_dim}, {self.generator}, {self.discriminator}, loss={self.loss!r}, "
+            f"GAN({self.latent_dim}, {self.generator}, {self.discriminator}, loss={self.loss!r}, {given}"
             f"dtype=np.{self.dtype}, seed={self.seed})"
         )
 
@@ -270,10 +297,15 @@ class GAN(Trainable):
             Training(self, history, samples, plan, optimizers, [discriminator, generator], settings, data).run()
         return history
 
-    def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
+    def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup, drops: bool = True) -> TrainingPlan:
         generator, discriminator = groups or (None, None)
         average = self._average if self.ema_decay else None
-        networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
+        rates = self.discriminator_input_dropout, self.discriminator_dropout
+        dropout = dropout_of(self, *rates, len(self.discriminator)) if drops else ()
+        networks = (
+            network_of(self._generator, generator, average),
+            network_of(self._discriminator, discriminator, dropout=dropout),
+        )
         return TrainingPlan(networks, tuple(phases))
 
     def _gather(self, dataset: Dataset) -> Gather:
@@ -296,18 +328,22 @@ class GAN(Trainable):
         """
         target, sign = (1.0, 1.0) if self.loss == "non_saturating" else (0.0, -1.0)
         return [
-            Forward(_DISCRIMINATOR, (_GENERATOR,)),
+            Forward(_DISCRIMINATOR, (_GENERATOR,), SECOND_PASS if self._has_dropout else 0),
             Loss(_DISCRIMINATOR, "binary_cross_entropy_with_logits", (target,), sign=sign),
             Backward(_DISCRIMINATOR, to=_GENERATOR),
             Backward(_GENERATOR),
         ]
+
+    @property
+    def _has_dropout(self) -> bool:
+        return bool(self.discriminator_dropout or self.discriminator_input_dropout)
 
     _progress = GANProgress
 
     def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         return {"generator_loss": sums[1] / seen, "discriminator_loss": sums[0] / seen}
 
-    def discriminator_loss_and_gradients(self, x: Any, z: Any) -> tuple[float, list[Array]]:
+    def discriminator_loss_and_gradients(self, x: Any, z: Any, step: int | None = None) -> tuple[float, list[Array]]:
         """Loss of the discriminator, and its gradients: one array for each of `discriminator_parameters`.
 
         Parameters
@@ -316,6 +352,8 @@ class GAN(Trainable):
             As in `fit`.
         z : array_like, shape (m, latent_dim)
             Noise for the generator, as many rows as there are samples.
+        step : int, optional
+            As in `MLP.loss_and_gradients`.
         """
         samples = self._samples(x, self.dtype).to_cpu()
         noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
@@ -324,23 +362,30 @@ class GAN(Trainable):
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
         ]
-        step = gradients(select.current(), self._plan(phases), len(samples), noise)
-        return step.losses[0], step.gradients[_DISCRIMINATOR]
+        return self._gradients(phases, noise, step, _DISCRIMINATOR)
 
-    def generator_loss_and_gradients(self, z: Any) -> tuple[float, list[Array]]:
+    def generator_loss_and_gradients(self, z: Any, step: int | None = None) -> tuple[float, list[Array]]:
         """Loss of the generator, and its gradients: one array for each of `generator_parameters`.
 
         Parameters
         ----------
         z : array_like, shape (n, latent_dim)
             Noise, at least one row.
+        step : int, optional
+            As in `MLP.loss_and_gradients`.
         """
         noise = arguments.on_cpu(self._checked_noise(z, None))
         if not len(noise):
             raise ValueError("z is empty; expected at least one row")
         phases = [Gather(Dataset(noise)), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
-        step = gradients(select.current(), self._plan(phases), len(noise), noise)
-        return step.losses[0], step.gradients[_GENERATOR]
+        return self._gradients(phases, noise, step, _GENERATOR)
+
+    def _gradients(
+        self, phases: Sequence[Phase], noise: Array, step: int | None, network: int
+    ) -> tuple[float, list[Array]]:
+        number = 0 if step is None else checks.whole_number(step, "step", 0)
+        taken = gradients(select.current(), self._plan(phases, drops=step is not None), len(noise), noise, number)
+        return taken.losses[0], taken.gradients[network]
 
     # Use.
 
@@ -431,7 +476,8 @@ class GAN(Trainable):
     def _config(self) -> dict[str, Any]:
         names = (
             "latent_dim", "generator", "discriminator", "generator_activation", "discriminator_activation",
-            "generator_output", "loss", "label_smoothing", "ema_decay",
+            "generator_output", "loss", "label_smoothing", "ema_decay", "discriminator_dropout",
+            "discriminator_input_dropout",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -23,7 +23,7 @@ from . import monitors
 from .dataset import CHUNK, Samples, not_finite, slices
 from .dense import Dense, activation_name, activation_number
 from .files import errors_name
-from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, fitting, network_of
+from .fit import VALIDATION, History, Progress, Trainable, Training, check_fixed, dropout_of, fitting, network_of
 from .monitors import Metric
 from .optimizers import SGD, Optimizer, ParameterGroup, as_optimizer
 from .schedules import EarlyStopping, ReduceOnPlateau, Schedule
@@ -102,6 +102,13 @@ class MLP(Trainable):
         What the network is used with is an exponential moving average of its parameters with this decay per step
         (Polyak and Juditsky, 1992); less in the first steps, ``(1 + step) / (10 + step)``. With 0 it is the parameters
         themselves.
+    dropout : float or list of float, each within [0, 1)
+        The probability with which a step of `fit` leaves out each output of a hidden layer, in units of 2**-16; a list
+        has one for each layer. The others are scaled so that the mean stays, and `predict` and `evaluate` use all
+        (Srivastava et al., 2014). What is left out follows from `seed`, `steps`, the layer, the unit and the sample's
+        place in the mini-batch: it is the same on every backend, and for any number of threads.
+    input_dropout : float, within [0, 1)
+        The same for the inputs.
     default_optimizer : str or Optimizer
         What `fit` uses if it is given none: a name, or an optimizer whose settings are taken.
     default_batch_size : int
@@ -146,6 +153,8 @@ class MLP(Trainable):
         activation_parameter: float | None = None,
         label_smoothing: float = 0.0,
         ema_decay: float = 0.0,
+        dropout: float | Sequence[float] = 0.0,
+        input_dropout: float = 0.0,
         default_optimizer: str | Optimizer = "adam",
         default_batch_size: int = 64,
         classes: Sequence[Label] | None = None,
@@ -158,6 +167,8 @@ class MLP(Trainable):
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         self.activation_parameter = activation_number(activation, activation_parameter)
         self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
+        self.dropout: float | list[float] = dropout  # type: ignore[assignment] # _checks makes a list of a sequence
+        self.input_dropout = input_dropout
         self.default_optimizer = as_optimizer(default_optimizer, "default_optimizer").fresh()
         self.default_batch_size = default_batch_size
         if output == "softmax" and self.layers[-1] < 2:
@@ -175,6 +186,8 @@ class MLP(Trainable):
         "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
         "classes": lambda model, value, _: checked_classes(value, model.output, model.layers[-1]),
         "label_smoothing": _label_smoothing,
+        "dropout": lambda model, value, name: checks.dropout_rates(value, name, len(model.layers) - 2),
+        "input_dropout": lambda _, value, name: checks.fraction(value, name),
         "multi_label": _multi_label,
     }
 
@@ -202,7 +215,11 @@ class MLP(Trainable):
         return cls([784, 128, 10], "tanh", "sigmoid", seed=seed, default_optimizer=SGD(0.1), default_batch_size=16)
 
     def __repr__(self) -> str:
-        return f"MLP({self.layers}, {self.activation!r}, {self.output!r}, dtype=np.{self.dtype}, seed={self.seed})"
+        others = {name: rate for name in ("dropout", "input_dropout") if (rate := getattr(self, name))}
+        given = "".join(f", {name}={value}" for name, value in others.items())
+        return (
+            f"MLP({self.layers}, {self.activation!r}, {self.output!r}{given}, dtype=np.{self.dtype}, seed={self.seed})"
+        )
 
     @property
     def parameters(self) -> list[Array]:
@@ -411,9 +428,15 @@ class MLP(Trainable):
         return found
 
     def _plan(
-        self, samples: Samples, targets: Array, group: ParameterGroup | None = None, weights: Array | None = None
+        self,
+        samples: Samples,
+        targets: Array,
+        group: ParameterGroup | None = None,
+        weights: Array | None = None,
+        *,
+        drops: bool = True,
     ) -> TrainingPlan:
-        """A step; without `group` all but the update."""
+        """A step; without `group` all but the update, without `drops` all but the dropout."""
         reduction = "mean" if self.output == "identity" else "sum"
         dataset = samples.dataset(may_skip_zeros=True)
         if weights is not None:
@@ -427,24 +450,29 @@ class MLP(Trainable):
         if group is not None:
             phases.append(Update(0, group.rule, group.max_norm))
         average = self._average if self.ema_decay else None
-        return TrainingPlan((network_of(self._dense, group, average),), tuple(phases))
+        dropout = dropout_of(self, self.input_dropout, self.dropout, len(self.layers) - 1) if drops else ()
+        return TrainingPlan((network_of(self._dense, group, average, dropout),), tuple(phases))
 
     _progress = Progress
 
     def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         return {"loss": sums[0] / seen, "accuracy": correct / seen}
 
-    def loss_and_gradients(self, x: Any, y: Any) -> tuple[float, list[Array]]:
+    def loss_and_gradients(self, x: Any, y: Any, step: int | None = None) -> tuple[float, list[Array]]:
         """Loss of all samples as one mini-batch, of `parameters`, and its gradients: one array for each of them.
 
         Parameters
         ----------
         x, y
             As in `fit`.
+        step : int, optional
+            With the dropout of this step, as `fit` takes it when `steps` is this. Without it there is none.
         """
         samples, targets = self._samples_and_targets(x, y)
-        step = gradients(select.current(), self._plan(samples.to_cpu(), targets), len(samples))
-        return step.losses[0], step.gradients[0]
+        number = 0 if step is None else checks.whole_number(step, "step", 0)
+        plan = self._plan(samples.to_cpu(), targets, drops=step is not None)
+        taken = gradients(select.current(), plan, len(samples), number=number)
+        return taken.losses[0], taken.gradients[0]
 
     def _loss(self, outputs: Array, targets: Array) -> float:
         """The objective, where the outputs are."""
@@ -700,7 +728,7 @@ class MLP(Trainable):
     def _config(self) -> dict[str, Any]:
         names = (
             "layers", "activation", "output", "loss", "activation_parameter", "label_smoothing", "ema_decay", "classes",
-            "multi_label",
+            "multi_label", "dropout", "input_dropout",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import ACTIVATIONS
+from ..formulas.dropout import places, scale
 from ..formulas.losses import LOSSES, ROW_LOSSES, smoothing
 from ..formulas.optimizers import OPTIMIZER_RULES, moving_average
 from . import plan as training
@@ -40,7 +41,8 @@ def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> traini
     given.is_torn = False
     for number in range(batches.steps):
         rows = slice(number * batches.size, (number + 1) * batches.size)
-        step = Step(backend, plan, batches.order[rows], None if batches.noise is None else batches.noise[rows])
+        noise = None if batches.noise is None else batches.noise[rows]
+        step = Step(backend, plan, batches.order[rows], noise, batches.first_step + number)
         tables = iter(batches.hyperparameters)
         for phase in plan.phases:
             if isinstance(phase, Update):
@@ -56,9 +58,9 @@ def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> traini
     return training.Outcome(tuple(losses), correct)
 
 
-def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None) -> Step:
-    """The step of a plan without updates, the first `rows` samples being the mini-batch."""
-    step = Step(backend, _on_cpu(backend, plan), np.arange(rows), noise)
+def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None, number: int = 0) -> Step:
+    """The step of this number of a plan without updates, the first `rows` samples being the mini-batch."""
+    step = Step(backend, _on_cpu(backend, plan), np.arange(rows), noise, number)
     for phase in plan.phases:
         step.run(phase)
     return step
@@ -72,17 +74,28 @@ def _on_cpu(backend: Any, plan: TrainingPlan) -> TrainingPlan:
 
 
 class _Record(NamedTuple):
-    """What the backward pass of a layer needs of its forward pass; `saved` is the activation's input or output."""
+    """What the backward pass of a layer needs of its forward pass.
+
+    `x` is the input without what was dropped, `factors` what it was multiplied by, `saved` the activation's input or
+    output.
+    """
 
     x: Array
     saved: Array
+    factors: Array | None
 
 
 class Step:
-    """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`."""
+    """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`.
 
-    def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
+    `number` is that of the step, which random numbers depend on.
+    """
+
+    def __init__(
+        self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None, number: int = 0
+    ) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
+        self._number = number
         # The public kernels round an activation's parameter to the dtype.
         F, stacks = plan.dtype.type, map(training.dense_layers, plan.networks)
         self._layers = [[layer._replace(parameter=float(F(layer.parameter))) for layer in stack] for stack in stacks]
@@ -136,11 +149,15 @@ class Step:
         x = inputs[0] if len(inputs) == 1 else np.concatenate(inputs)
         records = self._records[phase.network] = []
         for layer in self._layers[phase.network]:
-            entry = None if layer.activation is None else ACTIVATIONS[layer.activation]
+            entry, factors = None if layer.activation is None else ACTIVATIONS[layer.activation], None
+            if layer.dropout is not None:
+                kept = layer.dropout.kept(phase.stream, self._number, places(len(x), self.rows), x.shape[1])
+                factors = kept * x.dtype.type(scale(layer.dropout.keep))
+                x = _times(x, factors)
             y = np.empty((len(x), layer.bias.value.size), x.dtype)
             z = np.empty_like(y) if entry is not None and entry.needs_x else None
             self._backend.linear(x, layer.weight.value, layer.bias.value, entry, layer.parameter, y, z)
-            records.append(_Record(x, y if z is None else z))
+            records.append(_Record(x, y if z is None else z, factors))
             x = y
         self._values[phase.network] = x
 
@@ -185,6 +202,8 @@ class Step:
             if i > 0 or phase.to is not None:
                 grad = np.empty((len(grad_z), len(weight)), grad_z.dtype)
                 backend.matmul(grad_z, weight.T, grad)
+                if record.factors is not None:
+                    grad = _times(grad, record.factors)
             if phase.to is None:
                 grad_weight, grad_bias = np.empty_like(weight), np.empty_like(layers[i].bias.value)
                 backend.matmul(record.x.T, grad_z, grad_weight)
@@ -218,6 +237,12 @@ class Step:
             self._backend.update(rule, p.value, grad, p.state, tuple(numbers.tolist()))
             if (average := p.average) is not None:
                 average[...] = moving_average(average, p.value, decay, 1.0 - decay)
+
+
+def _times(x: Array, factors: Array) -> Array:
+    """The product; 0 where a factor is, whatever x is."""
+    with np.errstate(all="ignore"):
+        return np.asarray(np.multiply(x, factors, out=np.zeros_like(x), where=factors != 0))
 
 
 def predicted_classes(outputs: Array) -> NDArray[np.int64]:
