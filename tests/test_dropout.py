@@ -1,4 +1,7 @@
-"""Dropout: which units are left out, on every backend; what that does to outputs and gradients; and its arguments."""
+"""Dropout: which units are left out, on every backend; what that does to outputs and gradients; and its arguments.
+
+Likewise noise on inputs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemmlet.formulas import dropout
+from gemmlet.formulas import dropout, input_noise
 from gemmlet.nn import GAN, MLP, SGD, Adam
 from gemmlet.training.plan import SECOND_PASS, Activation, Dropout, UnsupportedError, dense_layers
 from support import same_bits
@@ -87,6 +90,109 @@ def test_which_weights_a_step_leaves_alone(units: int, backend: Any, dtype: Any)
             if layer == 0 and not kept(model, 1, 0.4, (1 << 33) + step, [0], units).any():
                 expected[:] = False  # no gradient comes through
             np.testing.assert_array_equal(changed, expected)
+
+
+def noise_of(model: Any, deviation: float, step: int, rows: Any, units: int, stream: int = 0) -> Any:
+    drawn = input_noise.noise(model._key, input_noise.STREAM + stream, step, rows, units)
+    return deviation * drawn / input_noise.DEVIATION
+
+
+def test_noise_is_nearly_normal_and_independent() -> None:
+    """Mean, deviation and quantiles; across units, rows, steps, streams and seeds no correlation."""
+    rows, units = 80, 250
+
+    def drawn(seed: int = 7, stream: int = 255, step: int = 0, first: int = 0) -> Any:
+        return input_noise.noise(seed, stream, step, first + np.arange(rows), units) / input_noise.DEVIATION
+
+    first = drawn()
+    count = math.sqrt(first.size)
+    assert abs(first.mean()) < 5 / count
+    assert abs(first.std() - 1) < 5 / count
+    assert 3 < np.abs(first).max() < 3.46
+    for quantile, share in ((1.0, 0.8413), (2.0, 0.9772)):  # of the normal distribution
+        assert abs((first < quantile).mean() - share) < 0.01
+    others = [drawn(seed=8), drawn(stream=256), drawn(stream=255 + SECOND_PASS), drawn(step=1), drawn(step=1 << 33)]
+    others += [drawn(first=rows), drawn(first=dropout.INPUT_ROWS), *(np.roll(first, i, 0) for i in (1, 2, 7))]
+    others += [np.roll(first, i, axis=1) for i in (*range(1, 33), 64, 128)]
+    for other in others:
+        assert abs(np.mean(first * other)) < 5 / count
+    np.testing.assert_array_equal(
+        input_noise.noise(7, 255, 0, np.arange(rows), 33), input_noise.noise(7, 255, 0, np.arange(rows), units)[:, :33]
+    )
+
+
+def test_gradients_with_noise_are_those_of_pytorch(backend: Any) -> None:
+    """The noise comes before dropout, and no gradient sees it."""
+    model = MLP([70, 33, 5], dtype=np.float64, input_dropout=0.25, input_noise=0.3, seed=2**80)
+    rows, keep = np.arange(len(X)), dropout.threshold(0.25)
+    mask = kept(model, 0, 0.25, 9, rows, 70) * dropout.scale(keep)
+    loss, gradients = model.loss_and_gradients(X, LABELS, 9)
+    noisy = X + noise_of(model, 0.3, 9, rows, 70)
+    expected, wanted = torch_gradients(model, noisy, LABELS, [mask, np.ones((1, 33))])
+    assert loss == pytest.approx(expected, rel=1e-10)
+    for mine, theirs in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-10)
+    plain = torch_gradients(model, X, LABELS, [np.ones((1, 70)), np.ones((1, 33))])
+    assert model.loss_and_gradients(X, LABELS)[0] == pytest.approx(plain[0], rel=1e-10)
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_noise_of_a_gan(step: int, backend: Any) -> None:
+    """Other noise on samples than on what is generated, and other noise in the generator's pass."""
+    gan = GAN(4, [9, 70], [1], dtype=np.float64, discriminator_input_noise=0.3, label_smoothing=0.0)
+    x, z = np.random.default_rng(2).uniform(size=(6, 70)), np.random.default_rng(3).normal(size=(6, 4))
+    made = 2 * gan.sample(z=z) - 1  # the average is the generator itself yet
+    weight, bias = gan.discriminator_parameters
+
+    def judged(rows: Any, places: Any, stream: int) -> Any:
+        return (rows + noise_of(gan, 0.3, step, places, 70, stream)) @ weight + bias
+
+    places = dropout.places(12, 6)
+    outputs = judged(np.concatenate([2 * x - 1, made]), places, 0)
+    loss = (np.logaddexp(0, -outputs[:6]) + np.logaddexp(0, outputs[6:])).mean()
+    assert gan.discriminator_loss_and_gradients(x, z, step)[0] == pytest.approx(loss, rel=1e-10)
+    loss = np.logaddexp(0, -judged(made, places[:6], SECOND_PASS)).mean()
+    assert gan.generator_loss_and_gradients(z, step)[0] == pytest.approx(loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("form", ["bytes", "csr", "gan"])
+def test_training_with_noise(form: str, training: Any, dtype: Any) -> None:
+    """A step is that of the noisy samples; calls and fits change no bit; and only training has it."""
+    rng = np.random.default_rng(6)
+    x: Any = rng.integers(1, 256, (50, 70), np.uint8) * (rng.random((50, 70)) < 0.2)
+    given: Any = x
+    if form == "csr":
+        given = pytest.importorskip("scipy.sparse").csr_array(x.astype(dtype) / 255)
+    rates = {"input_noise": 0.2, "input_dropout": 0.3}
+
+    def make(**rates: float) -> Any:
+        if form != "gan":
+            return MLP([70, 40, 5], dtype=dtype, **rates)
+        return GAN(5, [30, 70], [20, 1], dtype=dtype, **{f"discriminator_{name}": v for name, v in rates.items()})
+
+    expected = fitted(make(**rates), given, shuffle=False, optimizer="sgd")
+    model = make(**rates)
+    for _ in range(3):
+        result = fitted(model, given, shuffle=False, optimizer="sgd", epochs=1)
+    assert all(map(same_bits, expected, result))
+    assert not all(map(same_bits, expected, fitted(make(input_dropout=0.3), given, shuffle=False, optimizer="sgd")))
+    if form == "bytes":
+        assert same_bits(make(**rates).predict_proba(x), make().predict_proba(x))
+        step = make(input_noise=0.2)
+        noisy = x.astype(dtype) / dtype.type(255) + noise_of(step, 0.2, 0, np.arange(50), 70)
+        twin = make()
+        for each, samples in ((step, x), (twin, noisy.astype(dtype))):
+            fitted(each, samples, shuffle=False, optimizer=SGD(0.1), epochs=1, batch_size=50)
+        for a, b in zip(step.parameters, twin.parameters, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "0.1", None])
+def test_noise_that_cannot_be(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^input_noise must be"):
+        MLP([4, 3, 2], input_noise=value)
+    with pytest.raises((TypeError, ValueError), match=r"^discriminator_input_noise must be"):
+        GAN(2, [3, 4], [5, 1], discriminator_input_noise=value)
 
 
 def torch_gradients(model: MLP, x: Any, y: Any, masks: list[Any]) -> tuple[float, list[Any]]:

@@ -512,7 +512,7 @@ def test_verbose_prints_a_line_per_epoch(capsys: pytest.CaptureFixture[str]) -> 
         MLP([6, 3], dtype=np.float64, seed=9),
         MLP([6, 5, 4, 1], "leaky_relu", "sigmoid", activation_parameter=0.25, default_optimizer=SGD(0.5, 0.9)),
         MLP([6, 5, 2], "gelu", "identity", default_batch_size=7, dropout=0.25),
-        MLP([6, 5, 4, 2], dropout=[0.25, 0], input_dropout=0.125),
+        MLP([6, 5, 4, 2], dropout=[0.25, 0], input_dropout=0.125, input_noise=0.5),
         MLP([6, 5, 3], label_smoothing=0.25, ema_decay=0.75, default_optimizer=ClipNorm(SGD(0.5, 0.9), 0.125)),
     ],
     ids=lambda model: f"{model!r}{', averaged' if model.ema_decay else ''}",

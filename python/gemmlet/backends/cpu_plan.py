@@ -31,6 +31,8 @@ def executor(
     """
     try:
         stacks = [training.dense_layers(network) for network in plan.networks]
+        if any(stack[0].noise is not None for stack in stacks):
+            return None
         networks = [[_layer(layer, activations) for layer in stack] for stack in stacks]
         phases: list[tuple[Any, ...]] = []
         reader: dict[int, str] = {}  # by network, which phase its gradient is there for
@@ -74,7 +76,7 @@ def executor(
 
 
 def _layer(layer: training.DenseLayer, activations: Numbers) -> tuple[Any, ...]:
-    (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter, _ = layer
+    (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter, *_ = layer
     number = -1 if activation is None else activations[activation]
     return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
 

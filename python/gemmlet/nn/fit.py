@@ -22,6 +22,7 @@ from .._memory import held
 from .._signals import deferred_signals
 from .._threads import get_num_threads
 from ..backends.base import Backend
+from ..formulas import input_noise
 from ..formulas.activations import ACTIVATIONS
 from ..formulas.dropout import ALL, FIRST_STREAM
 from ..training import plan as training
@@ -758,33 +759,38 @@ VALIDATION = ("validation_loss", "validation_accuracy")
 _LABELS = {"validation_accuracy": "accuracy"}
 
 
-def dropout_of(model: Trainable, inputs: float, hidden: float | list[float], layers: int) -> list[training.Dropout]:
-    """The dropout of the inputs of each layer of a network, by its rates."""
+def randomness_of(
+    model: Trainable, noise: float, inputs: float, hidden: float | list[float], layers: int
+) -> list[list[Any]]:
+    """What is done at random to the inputs of each layer of a network: noise on the first ones, and dropout."""
     rates = [inputs, *(hidden if isinstance(hidden, list) else [hidden] * (layers - 1))]
-    if not any(rates):
+    if not (noise or any(rates)):
         return []
     key = model._key
-    return [training.Dropout(rate, FIRST_STREAM + i, key) for i, rate in enumerate(rates)]
+    drops = [training.Dropout(rate, FIRST_STREAM + i, key) for i, rate in enumerate(rates)]
+    operations: list[list[Any]] = [[drop] if drop.keep < ALL else [] for drop in drops]
+    if noise:
+        operations[0].insert(0, training.InputNoise(noise, input_noise.STREAM, key))
+    return operations
 
 
 def network_of(
     dense: Dense,
     group: ParameterGroup | None = None,
     average: Dense | None = None,
-    dropout: Sequence[training.Dropout] = (),
+    randomness: Sequence[Sequence[Any]] = (),
 ) -> training.Network:
     """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages.
 
-    The parameters are views, whose shape nobody can change. Of `dropout` there is one for each layer, or none.
+    The parameters are views, whose shape nobody can change. `randomness` has the operations before each layer.
     """
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
-    operations: list[training.Linear | training.Activation | training.Dropout] = []
-    dropped = iter(dropout)
+    operations: list[Any] = []
+    before = iter(randomness)
     for layer, weight in zip(dense.layers, parameters, strict=False):
-        if (drop := next(dropped, None)) is not None and drop.keep < ALL:
-            operations.append(drop)
+        operations.extend(next(before, ()))
         operations.append(training.Linear(weight, next(parameters)))
         if layer.activation is not None:
             number = ACTIVATIONS[layer.activation].default

@@ -30,7 +30,7 @@ from . import _checks as checks
 from . import files
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
-from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, dropout_of, fitting, network_of
+from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of, randomness_of
 from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
 from .schedules import ReduceOnPlateau, Schedule
 
@@ -75,6 +75,9 @@ class GAN(Trainable):
         `dropout` of `MLP`. The discriminator's step and the generator's leave out others.
     discriminator_input_dropout : float, within [0, 1)
         The same for its inputs.
+    discriminator_input_noise : float, at least 0
+        The standard deviation of noise on its inputs, samples and what is generated, as `input_noise` of `MLP`: in the
+        range of the generator, which is [-1, 1] with tanh.
     dtype : float32 or float64, optional
         Of parameters and results; samples and noise of other dtypes are converted. By default that of the samples of
         the first `fit`, as in `MLP`.
@@ -115,6 +118,7 @@ class GAN(Trainable):
         ema_decay: float = 0.999,
         discriminator_dropout: float | Sequence[float] = 0.0,
         discriminator_input_dropout: float = 0.0,
+        discriminator_input_noise: float = 0.0,
         dtype: DTypeLike | None = None,
         seed: int = 0,
         default_optimizer: str | Optimizer | None = None,
@@ -131,6 +135,7 @@ class GAN(Trainable):
         self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
         self.discriminator_dropout: float | list[float] = discriminator_dropout  # type: ignore[assignment]
         self.discriminator_input_dropout = discriminator_input_dropout
+        self.discriminator_input_noise = discriminator_input_noise
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
@@ -157,6 +162,7 @@ class GAN(Trainable):
             value, name, len(gan.discriminator) - 1
         ),
         "discriminator_input_dropout": lambda _, value, name: checks.fraction(value, name),
+        "discriminator_input_noise": lambda _, value, name: arguments.number(value, name, low=0.0),
     }  # fmt: skip
 
     def _fresh_streams(self) -> list[np.random.Generator]:
@@ -194,7 +200,7 @@ class GAN(Trainable):
         )
 
     def __repr__(self) -> str:
-        names = "discriminator_dropout", "discriminator_input_dropout"
+        names = "discriminator_dropout", "discriminator_input_dropout", "discriminator_input_noise"
         given = "".join(f"{name}={rate}, " for name in names if (rate := getattr(self, name)))
         return (
             f"GAN({self.latent_dim}, {self.generator}, {self.discriminator}, loss={self.loss!r}, {given}"
@@ -300,11 +306,11 @@ class GAN(Trainable):
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup, drops: bool = True) -> TrainingPlan:
         generator, discriminator = groups or (None, None)
         average = self._average if self.ema_decay else None
-        rates = self.discriminator_input_dropout, self.discriminator_dropout
-        dropout = dropout_of(self, *rates, len(self.discriminator)) if drops else ()
+        rates = self.discriminator_input_noise, self.discriminator_input_dropout, self.discriminator_dropout
+        randomness = randomness_of(self, *rates, len(self.discriminator)) if drops else ()
         networks = (
             network_of(self._generator, generator, average),
-            network_of(self._discriminator, discriminator, dropout=dropout),
+            network_of(self._discriminator, discriminator, randomness=randomness),
         )
         return TrainingPlan(networks, tuple(phases))
 
@@ -328,15 +334,15 @@ class GAN(Trainable):
         """
         target, sign = (1.0, 1.0) if self.loss == "non_saturating" else (0.0, -1.0)
         return [
-            Forward(_DISCRIMINATOR, (_GENERATOR,), SECOND_PASS if self._has_dropout else 0),
+            Forward(_DISCRIMINATOR, (_GENERATOR,), SECOND_PASS if self._is_random else 0),
             Loss(_DISCRIMINATOR, "binary_cross_entropy_with_logits", (target,), sign=sign),
             Backward(_DISCRIMINATOR, to=_GENERATOR),
             Backward(_GENERATOR),
         ]
 
     @property
-    def _has_dropout(self) -> bool:
-        return bool(self.discriminator_dropout or self.discriminator_input_dropout)
+    def _is_random(self) -> bool:
+        return bool(self.discriminator_dropout or self.discriminator_input_dropout or self.discriminator_input_noise)
 
     _progress = GANProgress
 
@@ -477,7 +483,7 @@ class GAN(Trainable):
         names = (
             "latent_dim", "generator", "discriminator", "generator_activation", "discriminator_activation",
             "generator_output", "loss", "label_smoothing", "ema_decay", "discriminator_dropout",
-            "discriminator_input_dropout",
+            "discriminator_input_dropout", "discriminator_input_noise",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

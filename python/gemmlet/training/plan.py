@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formulas import dropout
+from ..formulas import dropout, input_noise
 from ..formulas.losses import LOSSES, ROW_LOSSES
 
 Array = NDArray[Any]
@@ -98,7 +98,24 @@ class Dropout(NamedTuple):
         return dropout.kept(self.seed, self.stream + stream, step, rows, units, self.keep)
 
 
-Network = tuple[Linear | Activation | Dropout, ...]
+class InputNoise(NamedTuple):
+    """Add noise to the inputs of the network, of this standard deviation; it is the first operation.
+
+    ``gemmlet.formulas.input_noise`` has the formula; `stream`, `seed`, steps and rows are as in `Dropout`.
+    """
+
+    deviation: float
+    stream: int
+    seed: int
+
+    def drawn(self, stream: int, step: int, rows: Any, units: int, dtype: np.dtype[Any]) -> Array:
+        """The noise of rows at these places, (rows, units); `stream` is that of the `Forward`."""
+        integers = input_noise.noise(self.seed, self.stream + stream, step, rows, units)
+        with np.errstate(over="ignore"):
+            return np.asarray(dtype.type(self.deviation / input_noise.DEVIATION) * integers.astype(dtype))
+
+
+Network = tuple[Linear | Activation | Dropout | InputNoise, ...]
 
 
 class DenseLayer(NamedTuple):
@@ -109,6 +126,7 @@ class DenseLayer(NamedTuple):
     activation: str | None
     parameter: float
     dropout: Dropout | None = None
+    noise: InputNoise | None = None
 
 
 class UnsupportedError(Exception):
@@ -119,20 +137,23 @@ def dense_layers(network: Network) -> list[DenseLayer]:
     """The network as dense layers; `UnsupportedError` if it has other operations."""
     layers: list[DenseLayer] = []
     dropped: Dropout | None = None
-    for operation in network:
+    noise: InputNoise | None = None
+    for i, operation in enumerate(network):
         if isinstance(operation, Linear):
-            layers.append(DenseLayer(*operation, None, 0.0, dropped))
-            dropped = None
+            layers.append(DenseLayer(*operation, None, 0.0, dropped, noise))
+            dropped = noise = None
+        elif isinstance(operation, InputNoise) and i == 0:
+            noise = operation
         elif dropped is not None:
             raise UnsupportedError(dropped)
         elif isinstance(operation, Dropout):
             dropped = operation
         elif isinstance(operation, Activation) and layers and layers[-1].activation is None:
-            layers[-1] = DenseLayer(*layers[-1][:2], *operation, layers[-1].dropout)
+            layers[-1] = DenseLayer(*layers[-1][:2], *operation, *layers[-1][4:])
         else:
             raise UnsupportedError(operation)
-    if dropped is not None:
-        raise UnsupportedError(dropped)
+    if dropped is not None or noise is not None:
+        raise UnsupportedError(dropped or noise)
     return layers
 
 
@@ -294,13 +315,17 @@ class TrainingPlan:
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has what not every executor knows to look for: penalties, limits, weights, values of bytes."""
+        """Whether it has what not every executor knows to look for.
+
+        Penalties, limits, weights, values of bytes, noise on inputs.
+        """
         dataset = self.gather.dataset
         return (
             any(isinstance(phase, Penalty) for phase in self.phases)
             or any(loss.limits != NO_LIMITS for loss in self.losses)
             or dataset.value_of_byte is not None
             or dataset.weights is not None
+            or any(isinstance(o, InputNoise) for network in self.networks for o in network[:1])
         )
 
     @property

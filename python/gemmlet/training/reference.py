@@ -150,6 +150,10 @@ class Step:
         records = self._records[phase.network] = []
         for layer in self._layers[phase.network]:
             entry, factors = None if layer.activation is None else ACTIVATIONS[layer.activation], None
+            if layer.noise is not None:
+                where = places(len(x), self.rows)
+                with np.errstate(all="ignore"):
+                    x = x + layer.noise.drawn(phase.stream, self._number, where, x.shape[1], x.dtype)
             if layer.dropout is not None:
                 kept = layer.dropout.kept(phase.stream, self._number, places(len(x), self.rows), x.shape[1])
                 factors = kept * x.dtype.type(scale(layer.dropout.keep))
