@@ -610,6 +610,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
         return {
             "networks": [[layer(5, 9, 0), layer(9, 4, -1)]],
             "phases": phases,
+            "dropout": [(0, 0, 50000, 256, 2**64 - 1), (0, 1, 30000, 257, 0)],
             "x": array(7, 5),
             "indptr": None,
             "indices": None,
@@ -627,6 +628,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "losses": [0.0, 0.0],
             "decay": None,
             "noise": None,
+            "first_step": 2**64 - 2,
             "kept": module.kept_memory(),
         }
 
@@ -646,12 +648,13 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             ("backward", 1, -1),
             ("gradient_penalty", 1, 0.5, 2),
             ("update", 1, rule, math.inf, True),
-            ("forward", 1, [0]),
+            ("forward", 1, [0], 2**14),
             ("loss", 1, 0, 0.5, -1.0, [1.0], -1.0, 2.0),
             ("backward", 1, 0),
             ("backward", 0, -1),
             ("update", 0, rule, 0.1, False),
         ],
+        "dropout": [(1, 0, 50000, 256, 3), (1, 1, 30000, 257, 4)],
         "x": array(7, 5),
         "scale": 2.0,
         "shift": -1.0,
@@ -778,7 +781,8 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
             yield [*good[:at], *good[at + 1 :]]
         if kind in ("backward", "gradient_penalty", "update"):  # the gradient is gone, or penalized
             yield [*good[: at + 1], phase, *good[at + 1 :]]
-        yield [*good[:at], phase[:-1], *good[at + 1 :]]
+        if len(phase) != 4 or kind != "forward":  # whose stream may be left out
+            yield [*good[:at], phase[:-1], *good[at + 1 :]]
         yield [*good[:at], (*phase, None), *good[at + 1 :]]
         yield from (altered(0, value) for value in ("", "Forward", "\ud800", None, 0, b"loss"))
         yield from (altered(1, value) for value in (-1, networks, 2**31 - 1, 2**40, -(2**31), None, "0", 0.5))
@@ -799,6 +803,8 @@ def bad_phases(good: list[tuple[Any, ...]], module: Any) -> Iterator[Any]:
                 [0.5],
             ]
             yield from (altered(2, value) for value in strange)
+            if len(phase) == 4:
+                yield from (altered(3, value) for value in (-1, 2**15, 2**63, 2**64, None, "0", 0.5))
         elif kind == "update":
             wrong = [rule for rule in range(rules) if rule != phase[2]]  # with another number of states
             yield from (altered(2, value) for value in (*wrong, -1, rules, 2**31 - 1, 2**40, "adam", None, 0.5))
@@ -857,6 +863,13 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
         yield from ("yes", [True])
     elif argument == "classes":
         yield from (good - 1, good + 1, -(2**63), 2**62, 2**64, None, "3", 0.5)
+    elif argument == "dropout":
+        yield from (None, 0.5, "text", [None], [good[0][:-1]], [(*good[0], 0)], good[0])
+        for field, wrong in enumerate(((2, 2**40), (2, 2**40), (0, 65537, 2**33), (2**15, 2**33), (2**64,))):
+            for value in (*wrong, -1, None, "0", 0.5):
+                yield [good[1], (*good[0][:field], value, *good[0][field + 1 :])]
+    elif argument == "first_step":
+        yield from (-1, 2**64, None, "0", 0.5, [0])
     elif argument == "kept":
         yield from (None, 0, b"text", object(), np.ones(2).__dlpack__())
     elif argument == "losses":
@@ -1063,6 +1076,8 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
         return weight, bias, activation, 0.5, [], [], None, None
 
     networks = [[layer(0) for _ in range(data.draw(st.integers(1, 3)))] for _ in range(3)]
+    one = st.tuples(*(st.integers(0, 2),) * 2, st.integers(1, 2**16), st.just(256), st.integers(0, 2**64 - 1))
+    dropout = [each for each in data.draw(st.lists(one, max_size=4)) if each[1] < len(networks[each[0]])]
     phases = plan_of(data, 3, rule, 0)
     batch = data.draw(st.integers(1, count))
     order = guarded.array((count,), np.int64, 0)
@@ -1072,10 +1087,21 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     tables = [guarded.array((-(-count // batch), 2), np.float64, 1e-3) for _ in range(updates)]
     values = guarded.array((256,), np.float32) if x.dtype == np.uint8 and data.draw(st.booleans()) else None
     weights = guarded.array((count,), np.float64) if data.draw(st.booleans()) else None
-    arguments = (networks, phases, x, None, None, data.draw(st.booleans()), values, weights, data.draw(st.booleans()))
+    arguments = (
+        networks,
+        phases,
+        dropout,
+        x,
+        None,
+        None,
+        data.draw(st.booleans()),
+        values,
+        weights,
+        data.draw(st.booleans()),
+    )
     arguments += (data.draw(st.sampled_from([1.0, 2.0])), 0.0)
     noise = guarded.array((count, width), np.float32)
-    rest = (order, batch, tables, [0.0] * (losses + penalties), None, noise, module.kept_memory())
+    rest = (order, batch, tables, [0.0] * (losses + penalties), None, noise, 7, module.kept_memory())
     with contextlib.suppress(ValueError):
         module.train(*arguments, *rest)
     assert guarded.intact()

@@ -436,6 +436,22 @@ def test_activations_of_the_gan(digits, tmp_path, words, activations):
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
 @pytest.mark.usefixtures("no_pictures")
+def test_dropout(digits, tmp_path, network):
+    """It is saved with the network, and the training goes on with it."""
+    prefix = "--discriminator-" if network == "gan" else "--"
+    words = "train", network, "--data-dir", digits, "--hidden", "8,4", f"{prefix}dropout", "0.5, 0.25"
+    assert call(*words, f"{prefix}input-dropout", 0.2, "--epochs", 1, "--out", tmp_path / "out") == 0
+    kind = nn.GAN if network == "gan" else nn.MLP
+    model, attribute = kind.load(tmp_path / "out" / "model.safetensors"), prefix[2:].replace("-", "_")
+    assert getattr(model, f"{attribute}dropout") == [0.5, 0.25]
+    assert getattr(model, f"{attribute}input_dropout") == 0.2
+    assert call("train", network, "--resume", tmp_path / "out", "--epochs", 2, f"{prefix}dropout", "0.5,0.25") == 0
+    assert metrics_of(tmp_path / "out")["dropout"] == [0.5, 0.25]
+    assert call("train", network, "--resume", tmp_path / "out", f"{prefix}dropout", "0.5") == 2
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.usefixtures("no_pictures")
 def test_seed(digits, tmp_path, network):
     results = []
     for i, seed in enumerate((1, 1, 2)):
@@ -606,6 +622,19 @@ def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
 def test_bad_option(digits, tmp_path, capsys, network, words):
     assert call("train", network, "--data-dir", digits, "--out", tmp_path / "out", *words.split()) == 2
     assert re.split("[ =]", words)[0] in error_line(capsys)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+@pytest.mark.parametrize(
+    "words",
+    ["dropout 1", "dropout -0.1", "dropout nan", "dropout half", "dropout=", "dropout 0.5,", "dropout 0.5,0.5,0.5",
+     "input-dropout 1", "input-dropout -0.1", "input-dropout nan", "input-dropout half"],
+)  # fmt: skip
+def test_bad_dropout(tmp_path, capsys, network, words):
+    option = f"--{'discriminator-' * (network == 'gan')}{words}"
+    assert call("train", network, "--hidden", "5,4", "--out", tmp_path / "out", *option.split()) == 2
+    assert re.split("[ =]", option)[0] in error_line(capsys)
     assert os.listdir(tmp_path) == []
 
 

@@ -31,6 +31,7 @@ from gemmlet.training.plan import (
     Backward,
     Batches,
     Dataset,
+    Dropout,
     Forward,
     Gather,
     GradientPenalty,
@@ -93,6 +94,7 @@ def plan_and_batches(networks: Sequence[Network], phases: Sequence[Any], **chang
         tuple(float(i) for i, phase in enumerate(plan.phases) if isinstance(phase, Loss | Penalty)),
         np.linspace(0.5, 0.9, STEPS),
         rng.normal(size=(N, LATENT)).astype(plan.dtype),
+        first_step=(1 << 40) - 2,  # the steps go round meanwhile
     )
     return plan, batches._replace(**changes)
 
@@ -327,6 +329,20 @@ def activations_alone(dtype: Any) -> tuple[Any, Batches]:
     return plan_and_batches([(*operations, Activation("tanh", 0.0))], plan.phases)
 
 
+def with_dropout(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
+    """All layers drop some of their inputs, each with a rate of its own."""
+    networks = []
+    for n, operations in enumerate(plan.networks):
+        dropped: list[Any] = []
+        for operation in operations:
+            if isinstance(operation, Linear):
+                i = len(dropped)
+                dropped.append(Dropout(0.2 + 0.1 * (i % 4), 256 + 32 * n + i, 2**64 - 1 - n))
+            dropped.append(operation)
+        networks.append(tuple(dropped))
+    return plan_and_batches(networks, plan.phases, noise=batches.noise)
+
+
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "mlp": mlp,
     "mlp, clipped": lambda dtype: mlp(dtype, optimizer=ClipNorm(optimizer("momentum"), 0.1)),
@@ -395,6 +411,23 @@ PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
     "chained, the first learns": lambda dtype: chained(dtype, head=False),
     "two steps of the discriminator": two_steps_of_the_discriminator,
 }
+DROPPED = (
+    "mlp", "mlp, clipped", "gan", "bytes", "zeros", "few values", "few values, dense", "csr", "one layer",
+    "three sources", "two networks", "two networks, csr", "chained", "two steps of the discriminator",
+    "labels", "labels of bytes", "labels, one network", "labels, csr", "gradient penalty and labels",
+)  # fmt: skip
+PLANS |= {f"dropout, {name}": lambda dtype, name=name: with_dropout(*PLANS[name](dtype)) for name in DROPPED}
+# So wide that layers are computed one by one; activations that need their input, too.
+PLANS["dropout, wide"] = lambda dtype: with_dropout(
+    *single(dtype, samples(dtype, "zeros"), Loss(0, SOFTMAX, CLASSES), widths=(FEATURES, 600, 450, 3))
+)
+PLANS["dropout, wide gan"] = lambda dtype: with_dropout(
+    *of_fit(
+        GAN(LATENT, [300, FEATURES], [700, 400, 1], dtype=dtype, discriminator_activation="gelu"),
+        samples(dtype, "bytes").x,
+        optimizer=optimizer("adam"),
+    )
+)
 
 
 def arrays_of(plan: TrainingPlan) -> list[Any]:
@@ -445,7 +478,20 @@ def test_activations_alone_agree_with_pytorch(backend: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "mlp, clipped", "gan", "labels", "chained", "two networks", "one penalty", "weights", "l1"]
+    "name",
+    [
+        "mlp",
+        "mlp, clipped",
+        "gan",
+        "labels",
+        "chained",
+        "two networks",
+        "one penalty",
+        "weights",
+        "l1",
+        "dropout, mlp",
+        "dropout, gan",
+    ],
 )
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
     """However mini-batches are divided among calls; and a mini-batch may be larger than what there is."""
@@ -461,6 +507,7 @@ def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:
             losses=(0.0,) * len(batches.losses),
             decay=batches.decay[first:end],
             noise=batches.noise[rows],
+            first_step=batches.first_step + first,
         )
 
     (whole,), expected = staged(backend, plan, part(0, STEPS))

@@ -240,6 +240,61 @@ GEMMLET_INLINE std::uint64_t mask_of_bytes(const std::uint8_t* bytes) {
   return mask;
 }
 
+// v in the lanes whose bit is set, zero in the others.
+template <class T>
+GEMMLET_INLINE Vec<T> keep_set_lanes(Vec<T> v, std::uint64_t set) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(set), v);
+  else
+    return _mm512_maskz_mov_pd(static_cast<__mmask8>(set), v);
+#else
+  using I = IntOf<T>;
+  Vec<I> bit;
+  for (int i = 0; i < lanes<T>; ++i) bit[i] = I(1) << i;
+  return (splat(static_cast<I>(set & ((1u << lanes<T>)-1))) & bit) != Vec<I>{} ? v : Vec<T>{};
+#endif
+}
+
+// Writes 64 bytes: those whose bit is set, zero for the others. They may be written to where they are read from.
+GEMMLET_INLINE void keep_set_bytes(const std::uint8_t* from, std::uint64_t set, std::uint8_t* to) {
+#if defined(__AVX512BW__)
+  _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8(set, from));
+#else
+  for (int i = 0; i < 64; i += 8) {
+    constexpr std::uint64_t low = 0x7f7f7f7f7f7f7f7f, each = 0x0101010101010101;
+    std::uint64_t eight;
+    std::memcpy(&eight, from + i, 8);
+    // One bit in each byte that is kept, then all of it.
+    const std::uint64_t spread = ((set >> i & 0xff) * each) & 0x8040201008040201;
+    eight &= ((spread | ((spread & low) + low)) >> 7 & each) * 0xff;
+    std::memcpy(to + i, &eight, 8);
+  }
+#endif
+}
+
+// One bit for each half of the lanes, the lower one first: whether it is below `bound`.
+GEMMLET_INLINE std::uint64_t mask_of_halves_below(Vec<std::uint32_t> v, std::uint16_t bound) {
+#if defined(__AVX512BW__)
+  return _mm512_cmplt_epu16_mask(std::bit_cast<__m512i>(v), _mm512_set1_epi16(static_cast<short>(bound)));
+#else
+  const Vec<std::uint16_t> halves = std::bit_cast<Vec<std::uint16_t>>(v);
+  const auto below = halves < bound - Vec<std::uint16_t>{};
+#if defined(__AVX2__)
+  const __m256i bytes = _mm256_packs_epi16(std::bit_cast<__m256i>(below), _mm256_setzero_si256());
+  const auto mask = static_cast<std::uint32_t>(_mm256_movemask_epi8(bytes));
+  return (mask & 0xff) | (mask >> 8 & 0xff00);
+#elif defined(__SSE2__)
+  const __m128i bytes = _mm_packs_epi16(std::bit_cast<__m128i>(below), _mm_setzero_si128());
+  return static_cast<std::uint64_t>(_mm_movemask_epi8(bytes));
+#else
+  std::uint64_t mask = 0;
+  for (int i = 0; i < lanes<std::uint16_t>; ++i) mask |= static_cast<std::uint64_t>(below[i] & 1) << i;
+  return mask;
+#endif
+#endif
+}
+
 template <class V>
 GEMMLET_INLINE IntVecOf<V> bits(V a) {
   return std::bit_cast<IntVecOf<V>>(a);

@@ -6,7 +6,8 @@
 //   product_error, one_less_half, exp, decay, decay_times, unsigned_decay_times, expm1, log1p_unit, tanh,
 //   scaled_normal_tail.
 //   forward(x, parameter) -> y
-//   backward(grad_y, saved, parameter) -> grad_x; saved is x where needs_x, else y.
+//   backward(grad_y, saved, parameter) -> grad_x; saved is x where needs_x, else y. With needs_sign_alone it may be y times
+//   anything positive, and where grad_y is 0 also 0.
 //   Special values: NaN propagates; where the formula would give inf * 0, the limit. The reference, and how accurate
 //   each must be: python/gemmlet/formulas/activations.py.
 // To add one: a struct here, its name in GEMMLET_ACTIVATIONS, and its entry in Python.
@@ -27,7 +28,7 @@ struct identity {
 };
 
 struct relu {
-  static constexpr bool needs_x = false;
+  static constexpr bool needs_x = false, needs_sign_alone = true;
   template <class V>
   static constexpr V forward(V x, V) {
     return select(x <= V{}, V{}, x);
@@ -39,7 +40,7 @@ struct relu {
 };
 
 struct leaky_relu {
-  static constexpr bool needs_x = false;
+  static constexpr bool needs_x = false, needs_sign_alone = true;
   template <class V>
   static constexpr V forward(V x, V slope) {
     return select(x > V{}, x, slope * x);

@@ -17,7 +17,7 @@
 
 namespace gemmlet {
 
-// What random numbers are for. Dropout of layer k is to be stream 256 + k.
+// What random numbers are for. Dropout has those from 256 on: python/gemmlet/formulas/dropout.py.
 namespace streams {
 constexpr unsigned warp = 0, noise = 1, erase = 2;
 }

@@ -44,6 +44,7 @@ def kept_memory() -> object: ...
 def train(
     networks: Sequence[Sequence[tuple[Any, ...]]],
     phases: Sequence[tuple[Any, ...]],
+    dropout: Sequence[tuple[int, int, int, int, int]],
     x: Array,
     indptr: Array | None,
     indices: Array | None,
@@ -61,6 +62,7 @@ def train(
     losses: Sequence[float],
     decay: Array | None,
     noise: Array | None,
+    first_step: int,
     kept: object,
 ) -> tuple[list[float], int] | None: ...
 def numpy_prepare() -> list[str | None]: ...

@@ -55,6 +55,20 @@ std::vector<Layer<T>> checked_layers(LayerTuples& tuples, Index classes, int rul
   return layers;
 }
 
+// (network, layer, threshold, stream, seed)
+using DropoutTuple = std::tuple<std::size_t, std::size_t, std::size_t, std::size_t, std::uint64_t>;
+
+// Of a layer and of a forward pass: the sum is one of random.h.
+constexpr std::size_t max_stream = 0x7fff;
+
+template <class T>
+void add_dropout(std::vector<std::vector<Layer<T>>>& networks, const DropoutTuple& given) {
+  const auto [network, layer, keep, stream, seed] = given;
+  if (network >= networks.size() || layer >= networks[network].size()) refuse("dropout", "no such layer");
+  if (keep < 1 || keep > dropout::all || stream > max_stream) refuse("dropout", "out of range");
+  networks[network][layer].dropout = {static_cast<unsigned>(keep), static_cast<unsigned>(stream), seed};
+}
+
 Steps checked_steps(const py::array& order, Index batch, Index samples) {
   const Index count = order.size();
   const Index* indices = contiguous<Index>(order, count, "order");
@@ -160,8 +174,14 @@ struct GivenPhase {
 GivenPhase read_phase(const py::tuple& tuple) {
   const auto of = [](Phase phase) { return GivenPhase{std::move(phase), 0, 0, 0, {}, 0, 0}; };
   if (is_kind(tuple, "forward")) {
-    auto [network, inputs] = fields<int, std::vector<int>>(tuple);
-    return of({Phase::forward, network, std::move(inputs), -1, -1});
+    // Most have no stream, and need not convert one.
+    if (tuple.size() == 3) {
+      auto [network, inputs] = fields<int, std::vector<int>>(tuple);
+      return of({Phase::forward, network, std::move(inputs), -1, -1});
+    }
+    auto [network, inputs, stream] = fields<int, std::vector<int>, std::size_t>(tuple);
+    if (stream > max_stream) refuse("phases", "a stream that is out of range");
+    return of({Phase::forward, network, std::move(inputs), -1, -1, 0, static_cast<unsigned>(stream)});
   }
   if (is_kind(tuple, "loss")) {
     auto [network, loss, parameter, weight, targets, least, most] =
@@ -327,12 +347,14 @@ py::capsule kept_memory() {
 // None where skipped zeros would hide weights that are not finite: 0 times them is NaN.
 using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
-TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases, const py::array& x,
-                  const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
-                  const OptionalArray& value_of_byte, const OptionalArray& weights, bool divides_by_rows,
-                  const OptionalArray& labels, Index classes, double scale, double shift, const py::array& order,
-                  Index batch, const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
-                  const OptionalArray& decay, const OptionalArray& noise, const py::capsule& capsule) {
+TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases,
+                  const std::vector<DropoutTuple>& dropouts, const py::array& x, const OptionalArray& indptr,
+                  const OptionalArray& indices, bool skip_zeros, const OptionalArray& value_of_byte,
+                  const OptionalArray& weights, bool divides_by_rows, const OptionalArray& labels, Index classes,
+                  double scale, double shift, const py::array& order, Index batch,
+                  const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
+                  const OptionalArray& decay, const OptionalArray& noise, std::uint64_t first_step,
+                  const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
   if (!PyCapsule_IsValid(capsule.ptr(), kept_memory_name)) refuse("kept", "not from kept_memory()");
   KeptMemory& kept = *capsule.get_pointer<KeptMemory>();
@@ -348,7 +370,9 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     Overlaps overlaps;
     for (std::size_t n = 0; n < networks.size(); ++n)
       plan.networks.push_back(checked_layers<T>(networks[n], classes, rule_of(given, n), overlaps));
+    for (const DropoutTuple& each : dropouts) add_dropout(plan.networks, each);
     Batches<T> batches{};
+    batches.first_step = first_step;
     const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
     static_cast<Steps&>(batches) = checked_steps(order, batch, count);
     const Index steps = (batches.count + batches.batch - 1) / batches.batch;
@@ -461,9 +485,9 @@ void bind_training(py::module_& m) {
   def(m, "forward", &forward, "layers", "x", "skip_zeros", "out");
   def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
-  def(m, "train", &train, "networks", "phases", "x", "indptr", "indices", "skip_zeros", "value_of_byte", "weights",
-      "divides_by_rows", "labels", "classes", "scale", "shift", "order", "batch", "hyperparameters", "losses", "decay",
-      "noise", "kept");
+  def(m, "train", &train, "networks", "phases", "dropout", "x", "indptr", "indices", "skip_zeros", "value_of_byte",
+      "weights", "divides_by_rows", "labels", "classes", "scale", "shift", "order", "batch", "hyperparameters",
+      "losses", "decay", "noise", "first_step", "kept");
 }
 
 }  // namespace gemmlet::bindings

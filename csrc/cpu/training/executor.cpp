@@ -43,11 +43,12 @@ struct Forward {
   std::optional<Loader<T>> loader;
   Rows<T> sample_gradients, zeros;  // of a gradient penalty: by the samples, in the rows after all inputs; and biases
 
-  // With `copies` the rows of all inputs are copied, so that they follow each other in memory. `is_penalized`: there is a
-  // gradient penalty.
+  // With `copies` the rows of all inputs are copied, so that they follow each other in memory; with dropout they are, too.
+  // `is_penalized`: there is a gradient penalty.
   Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, KeptMemory& memory, Index max_rows, bool copies,
           bool is_penalized)
       : phase(forward), network(of), inputs(max_rows * (static_cast<Index>(forward.inputs.size()) + is_penalized)) {
+    copies = copies || of.first_layer().dropout;
     if (max_rows == 0) return;
     if (is_penalized) {
       sample_gradients = Rows<T>(memory, max_rows * (input_count() + 1), of.first_layer().in);
@@ -59,7 +60,7 @@ struct Forward {
     const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
     const Index rows = max_rows * (copies ? input_count() : phase.inputs.rend() - last);
     if (last != phase.inputs.rend())
-      loader.emplace(plan.samples, memory, rows, 0, copies, inputs);
+      loader.emplace(plan.samples, memory, rows, 0, copies, Dropout{}, inputs);
     else if (copies)
       inputs.copies = Rows<T>(memory, rows, of.first_layer().in);
   }
@@ -188,7 +189,11 @@ class Executor {
     // This member's rows of the mini-batch that begins at `start`.
     void gather(Index start, Index slot) const {
       const Range rows = part_of(executor_.rows_from(start), number_, members_);
-      for (Index i = rows.first; i < rows.end; ++i) executor_.load(slots_[slot]->loader, start + i, i);
+      const Loader<T>& loader = slots_[slot]->loader;
+      for (Index i = rows.first; i < rows.end; ++i) executor_.load(loader, start + i, i);
+      if (!loader) return;
+      const Draw draw = executor_.draw_of(executor_.forwards_[0], start);
+      for (Index i = rows.first; i < rows.end; ++i) loader.drop(i, draw.place(i), draw);
     }
     // What is done with them once all members have theirs.
     void begin(const Member& member, Index start, Index slot) const {
@@ -217,7 +222,9 @@ class Executor {
     Index nonzeros;
     nonzeros_before_ = nonzeros_before(samples, batches_, nonzeros);
     const Index copies = each ? get_num_threads() : 1;
-    for (Index i = 0; i < 2 * copies; ++i) slots_.emplace_back(samples, memory_, max_rows_, nonzeros, by_layers_);
+    const Dropout& dropout = networks_[0].first_layer().dropout;
+    for (Index i = 0; i < 2 * copies; ++i)
+      slots_.emplace_back(samples, memory_, max_rows_, nonzeros, by_layers_, dropout);
   }
 
   void make_workspaces() {
@@ -250,6 +257,12 @@ class Executor {
   double weight_sum_from(Index start) const {
     return batches_.weight_sums.empty() ? static_cast<double>(rows_from(start))
                                         : batches_.weight_sums[static_cast<std::size_t>(start / batches_.batch)];
+  }
+
+  // What the mini-batch that begins at `start` is drawn with.
+  Draw draw_of(const Forward<T>& forward, Index start) const {
+    return {batches_.first_step + static_cast<std::uint64_t>(start / batches_.batch), forward.phase.stream,
+            rows_from(start)};
   }
 
   Index rows_from(Index start) const { return std::clamp<Index>(batches_.count - start, 0, batches_.batch); }
@@ -330,6 +343,7 @@ class Executor {
       const Range rows{base + mine.first, base + mine.end};
       switch (work.phase.kind) {
         case Phase::forward:
+          network.draw_dropout(rows, draw_of(forward, start));
           if (!pipeline) gather(forward, static_cast<std::size_t>(input), start, base, rows);
           if (!pipeline || pipeline->columns().size() == 0)
             network.forward_first(network.first_layer(), pipeline ? pipeline->inputs(slot) : forward.inputs, slot, rows,
@@ -378,13 +392,13 @@ class Executor {
     const Index rows = batch_rows * forward.input_count();
     switch (work.phase.kind) {
       case Phase::forward:
-        if (!pipeline) {
-          for (Index input = 0; input < forward.input_count(); ++input) {
-            const Index base = input * batch_rows;
-            gather(forward, static_cast<std::size_t>(input), start, base, {base + mine.first, base + mine.end});
-          }
-          member.barrier();
+        for (Index input = 0; input < forward.input_count(); ++input) {
+          const Index base = input * batch_rows;
+          const Range some{base + mine.first, base + mine.end};
+          network.draw_dropout(some, draw_of(forward, start));
+          if (!pipeline) gather(forward, static_cast<std::size_t>(input), start, base, some);
         }
+        if (!pipeline || network.has_dropout()) member.barrier();
         if (!pipeline || pipeline->columns().size() == 0)
           network.forward_first_together(member, pipeline ? pipeline->inputs(slot) : forward.inputs, slot, rows,
                                          workspace);
@@ -424,10 +438,13 @@ class Executor {
       else
         forward.inputs.rows[static_cast<std::size_t>(i)] =
             source == noise_source ? batches_.noise + at * features : network(source).outputs(0, i - base);
-      if (by_layers_ && source != samples_source) {
+      const bool drops{forward.network.first_layer().dropout};
+      T* const copy = by_layers_ || drops ? forward.inputs.copies.row(i) : nullptr;
+      if (copy != nullptr && source != samples_source) {
         const T*& row = forward.inputs.rows[static_cast<std::size_t>(i)];
-        row = std::copy_n(row, features, forward.inputs.copies.row(i)) - features;
+        row = std::copy_n(row, features, copy) - features;
       }
+      if (drops) forward.network.drop(0, i, copy, copy, {0, features});
     }
   }
 

@@ -3,7 +3,7 @@
 // Contract
 //   Dense rows that need no decoding are not copied, unless that is asked for. Different threads may load different rows
 //   of one mini-batch. Samples are read only. Another thread may change them meanwhile, but for indptr: column indices are
-//   read once, and checked.
+//   read once, and checked. With dropout a row is loaded first, then loses what is dropped.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/training/dropout.h"
 #include "cpu/training/sparse.h"
 
 namespace gemmlet {
@@ -20,13 +21,15 @@ namespace {
 template <class T>
 class Loader {
  public:
-  // max_nonzeros: of a mini-batch of sparse rows. Dense rows are copied where that is asked for, or they need decoding.
+  // max_nonzeros: of a mini-batch of sparse rows. Dense rows are copied where that is asked for, or they need decoding, or
+  // lose some of their numbers.
   Loader(const Samples<T>& samples, KeptMemory& memory, Index max_rows, Index max_nonzeros, bool copies,
-         Inputs<T>& inputs)
-      : samples_(samples), inputs_(inputs), blocks_(ceil_div(samples.features, block_features)) {
+         const Dropout& dropout, Inputs<T>& inputs)
+      : samples_(samples), dropout_(dropout), inputs_(inputs), blocks_(ceil_div(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse() && samples.bytes != nullptr) {
       masks_ = space<std::uint64_t>(max_rows * blocks_);
+      if (dropout) bytes_ = space<std::uint8_t>(max_rows * blocks_ * block_features);
       inputs.masked.rows.resize(static_cast<std::size_t>(max_rows));
       const Index words = ceil_div(max_rows, 64), count = samples.features * words;
       inputs.masked.features = {words, value_of_byte_, space<std::uint8_t>(count * 64), space<std::uint64_t>(count)};
@@ -36,16 +39,34 @@ class Loader {
       inputs.listed.features = {space<std::int32_t>(samples.features + 1), space<std::int32_t>(max_nonzeros),
                                 space<T>(max_nonzeros)};
       indices_ = space<std::int32_t>(max_nonzeros);
-      if (samples.indptr == nullptr) values_ = space<T>(max_nonzeros);
-    } else if (copies || samples.bytes != nullptr || !unchanged) {
+      if (samples.indptr == nullptr || dropout) values_ = space<T>(max_nonzeros);
+    } else if (copies || dropout || samples.bytes != nullptr || !unchanged) {
       inputs.copies = Rows<T>(memory, max_rows, samples.features);
+      if (dropout) kept_ = KeptUnits(memory, dropout, max_rows, samples.features);
     }
     for (int byte = 0; byte < 256; ++byte)
       value_of_byte_[byte] =
           samples.value_of_byte != nullptr ? samples.value_of_byte[byte] : static_cast<T>(byte) / T(255);
+    if (sparse() && dropout)
+      for (T& value : value_of_byte_) value *= factor();
   }
 
   bool sparse() const { return samples_.indptr != nullptr || samples_.skip_zeros; }
+
+  explicit operator bool() const { return bool(dropout_); }
+
+  // Drops numbers of row `row`, which has been loaded and is at `place` of its mini-batch.
+  void drop(Index row, std::uint64_t place, const Draw& draw) const {
+    if (sparse() && samples_.bytes != nullptr) {
+      drop_bytes(row, place, draw);
+    } else if (sparse()) {
+      drop_listed(row, place, draw);
+    } else {
+      T* const x = inputs_.copies.row(row);
+      kept_.draw(row, place, draw);
+      kept_.apply(row, x, x, {0, samples_.features});
+    }
+  }
 
   // Prefetches a sample of the next mini-batch: samples in random order are not in the cache.
   void prefetch(Index sample) const {
@@ -133,6 +154,43 @@ class Loader {
     return {indices, values, begin};
   }
 
+  T factor() const { return static_cast<T>(dropout::scale(dropout_.keep)); }
+
+  // The others are scaled by their table.
+  void drop_bytes(Index row, std::uint64_t place, const Draw& draw) const {
+    MaskedRow<T>& masked = inputs_.masked.rows[static_cast<std::size_t>(row)];
+    std::uint64_t* masks = masks_.get() + row * blocks_;
+    std::uint8_t* to = bytes_.get() + row * blocks_ * block_features;
+    for (Index block = 0; block < blocks_; ++block) {
+      const Index k = block * block_features, rest = samples_.features - k;
+      const std::uint64_t kept = kept_units(dropout_, block, place, draw);
+      masks[block] &= kept;
+      if (rest < block_features) std::copy_n(masked.bytes + k, rest, to + k);
+      keep_set_bytes(rest < block_features ? to + k : masked.bytes + k, kept, to + k);
+    }
+    masked.bytes = to;
+  }
+
+  void drop_listed(Index row, std::uint64_t place, const Draw& draw) const {
+    BlockedRow<T>& listed = inputs_.listed.rows[static_cast<std::size_t>(row)];
+    std::int32_t* const begin = begin_.get() + row * (blocks_ + 1);
+    std::int32_t* const indices = indices_.get() + (listed.indices - indices_.get());
+    T* const values = values_.get() + (indices - indices_.get());
+    Index e = 0, count = 0;
+    for (Index block = 0; block < blocks_; ++block) {
+      const std::uint64_t kept = begin[block + 1] > e ? kept_units(dropout_, block, place, draw) : 0;
+      const Index end = begin[block + 1];
+      begin[block] = static_cast<std::int32_t>(count);
+      for (; e < end; ++e) {
+        indices[count] = indices[e];
+        values[count] = listed.values[e] * factor();
+        count += kept >> indices[e] % block_features & 1;
+      }
+    }
+    begin[blocks_] = static_cast<std::int32_t>(count);
+    listed.values = values;
+  }
+
   // Copies `count` column indices from `at` on. Returns count; or 0, an empty row, if they are no longer in range and
   // ascending.
   Index copy_indices(Index at, Index count, std::int32_t* to) const {
@@ -144,8 +202,11 @@ class Loader {
   }
 
   const Samples<T>& samples_;
+  Dropout dropout_;
   Inputs<T>& inputs_;
   Index blocks_;
+  KeptUnits kept_;
+  Buffer<std::uint8_t> bytes_;  // of masked rows after dropout
   Buffer<std::int32_t> indices_, begin_;
   Buffer<T> values_;
   Buffer<std::uint64_t> masks_;
@@ -158,8 +219,9 @@ struct Slot {
   Inputs<T> inputs;
   Loader<T> loader;
 
-  Slot(const Samples<T>& samples, KeptMemory& memory, Index max_rows, Index max_nonzeros, bool copies)
-      : inputs(max_rows), loader(samples, memory, max_rows, max_nonzeros, copies, inputs) {}
+  Slot(const Samples<T>& samples, KeptMemory& memory, Index max_rows, Index max_nonzeros, bool copies,
+       const Dropout& dropout = {})
+      : inputs(max_rows), loader(samples, memory, max_rows, max_nonzeros, copies, dropout, inputs) {}
 };
 
 // Of each row of `order` the nonzeros of a sparse matrix in the rows of its mini-batch before it; `most` becomes the most

@@ -10,25 +10,43 @@
 #include <vector>
 
 #include "cpu/threads.h"
+#include "cpu/training/dropout.h"
 #include "cpu/training/packed.h"
 #include "formulas/activations.h"
 
 namespace gemmlet {
 namespace {
 
+template <class Activation>
+constexpr bool needs_all_outputs = !(Activation::needs_x || requires { Activation::needs_sign_alone; });
+
 // Parameters and activations of one network. The first layer's activations are double-buffered: one set for each slot.
+// With dropout a layer reads what is left of the activations below: in rows of their own, where backward needs all. Of the
+// first layer's inputs, where there are two slots, the loader drops some.
 template <class T>
 class Network {
  public:
   Network(const std::vector<Layer<T>>& layers, KeptMemory& memory, Index max_rows, Index slots = 1)
       : layers_(layers), max_rows_(max_rows) {
     for (std::size_t l = 0; l < layers.size(); ++l) {
+      const Layer<T>& layer = layers[l];
+      const bool dropped = layer.dropout && (l > 0 || slots == 1);
+      kept_.push_back(dropped ? KeptUnits(memory, layer.dropout, max_rows, layer.in) : KeptUnits());
+      const bool needs_all = dropped && l > 0 && activation_needs_all(layers[l - 1].activation);
+      left_.push_back(needs_all ? Rows<T>(memory, max_rows, layer.in) : Rows<T>());
+    }
+    for (std::size_t l = 0; l < layers.size(); ++l) {
       const Index rows = l == 0 ? slots * max_rows : max_rows;
       y_.emplace_back(memory, rows, layers[l].out);
       z_.push_back(activation_needs_x(layers[l].activation) ? Rows<T>(memory, rows, layers[l].out) : Rows<T>());
       grad_.emplace_back(memory, max_rows, layers[l].out);
-      y_rows_.emplace_back(static_cast<std::size_t>(rows));
-      y_[l].point(y_rows_[l].data(), 0, rows);
+      x_rows_.emplace_back(static_cast<std::size_t>(rows));
+      if (l + 1 == layers.size() || left_[l + 1].stride == 0) {
+        y_[l].point(x_rows_[l].data(), 0, rows);
+      } else {
+        for (Index first = 0; first < rows; first += max_rows)
+          left_[l + 1].point(x_rows_[l].data() + first, 0, max_rows);
+      }
     }
   }
 
@@ -64,6 +82,24 @@ class Network {
       add_class_rows(inputs.labels.data() + rows.first, rows.size(), layer, columns, first_row, target.stride);
   }
 
+  bool has_dropout() const {
+    return std::any_of(kept_.begin(), kept_.end(), [](const KeptUnits& kept) { return bool(kept); });
+  }
+
+  // Draws what rows of one of the inputs keep: before forward, by which they are read in whole.
+  void draw_dropout(Range rows, const Draw& draw) const {
+    if (rows.size() == 0 || !has_dropout()) return;
+    const std::uint64_t place = draw.place(rows.first);
+    for (const KeptUnits& kept : kept_)
+      for (Index i = 0; kept && i < rows.size(); ++i)
+        kept.draw(rows.first + i, place + static_cast<std::uint64_t>(i), draw);
+  }
+
+  // A row of the inputs of layer l without what is dropped; `row` does not count slots.
+  void drop(std::size_t l, Index row, const T* from, T* to, Range columns) const {
+    kept_[l].apply(row, from, to, columns);
+  }
+
   // Everything after the first layer's preactivations, for some rows.
   void forward_rest(Index slot, Range rows) const {
     for (std::size_t l = 0; l < layers_.size(); ++l) {
@@ -72,12 +108,14 @@ class Network {
       const Rows<T>& z = preactivations(l);
       if (l > 0) {
         const Index below = rows.first + (l == 1 ? slot * max_rows_ : 0);
-        forward_dense(y_rows_[l - 1].data() + below, rows.size(), layer, {0, layer.out}, z.row(at), z.stride);
+        forward_dense(x_rows_[l - 1].data() + below, rows.size(), layer, {0, layer.out}, z.row(at), z.stride);
       }
       if (layer.activation >= 0)
         for_chunks(rows.size() * z.stride, [&](Index i, Index n) {
           activation_forward(layer.activation, z.row(at) + i, layer.activation_parameter, y_[l].row(at) + i, n);
         });
+      for (Index i = 0; drops_outputs(l) && i < rows.size(); ++i)
+        drop_outputs(l, rows.first + i, y_[l].row(at + i), {0, layer.out});
     }
   }
 
@@ -95,16 +133,18 @@ class Network {
       const Part part = part_of_results(member, rows, layer.out);
       const Index first = l == 0 ? slot * max_rows_ : 0;
       if (l == 0) {
-        for (Index i = part.rows.first; i < part.rows.end; ++i) activate(l, first + i, part.columns);
+        for (Index i = part.rows.first; i < part.rows.end; ++i) activate(l, first, i, part.columns);
       } else {
-        const Rows<T>&x = y_[l - 1], &z = preactivations(l);
-        multiply_packed<T>({x.row(part.rows.first + (l == 1 ? slot * max_rows_ : 0)), x.stride, 1}, part.rows.size(),
+        const bool is_left = left_[l].stride > 0;
+        const Rows<T>&x = is_left ? left_[l] : y_[l - 1], &z = preactivations(l);
+        const Index x_first = part.rows.first + (l == 1 && !is_left ? slot * max_rows_ : 0);
+        multiply_packed<T>({x.row(x_first), x.stride, 1}, part.rows.size(),
                            weights(layer).block(0, layer.in, part.columns.first, part.columns.size()),
                            layer.bias.value + part.columns.first, z.row(part.rows.first) + part.columns.first, z.stride,
                            workspace, [&](Index row, Index count, Index column, Index columns) {
                              const Index j = part.columns.first + column;
                              for (Index i = row; i < row + count; ++i)
-                               activate(l, part.rows.first + i, {j, j + columns});
+                               activate(l, 0, part.rows.first + i, {j, j + columns});
                            });
       }
       member.barrier();
@@ -129,8 +169,10 @@ class Network {
       // For rows of the part, and some of its columns.
       const auto finish = [&](Index row, Index count, Index column, Index columns) {
         const Index j = part.columns.first + column;
-        for (Index i = row; l > 0 && i < row + count; ++i)
-          deactivate(l - 1, slot, part.rows.first + i, {j, j + columns});
+        for (Index i = part.rows.first + row; i < part.rows.first + row + count; ++i) {
+          if (kept_[l]) drop(l, i, below->row(i), below->row(i), {j, j + columns});
+          if (l > 0) deactivate(l - 1, slot, i, {j, j + columns});
+        }
       };
       if (part.rows.size() <= tuning::transposed_max_rows) {
         multiply_transposed(x, part.rows.size(), w, y, below->stride, workspace);
@@ -157,8 +199,9 @@ class Network {
         });
       }
       const Rows<T>* below = l > 0 ? &grad_[l - 1] : input_gradients;
-      if (below != nullptr)
-        backward_inputs(grad, grad_[l].stride, rows.size(), layer, below->row(rows.first), below->stride);
+      if (below == nullptr) continue;
+      backward_inputs(grad, grad_[l].stride, rows.size(), layer, below->row(rows.first), below->stride);
+      for (Index i = rows.first; kept_[l] && i < rows.end; ++i) drop(l, i, below->row(i), below->row(i), {0, layer.in});
     }
   }
 
@@ -182,7 +225,7 @@ class Network {
       Layer<T> linear = layers_[l];
       linear.bias.value = const_cast<T*>(zeros);
       T* const y = y_[l].row(rows.first);
-      forward_dense(l == 0 ? x + rows.first : y_rows_[l - 1].data() + rows.first, rows.size(), linear, {0, linear.out},
+      forward_dense(l == 0 ? x + rows.first : x_rows_[l - 1].data() + rows.first, rows.size(), linear, {0, linear.out},
                     y, y_[l].stride);
       if (linear.activation >= 0)
         for_chunks(rows.size() * y_[l].stride, [&](Index i, Index n) {
@@ -264,7 +307,7 @@ class Network {
         }
       });
       if (!sparse) {
-        const T* const* x = l == 0 ? inputs.rows.data() : y_rows_[l - 1].data() + (l == 1 ? slot * max_rows_ : 0);
+        const T* const* x = l == 0 ? inputs.rows.data() : x_rows_[l - 1].data() + (l == 1 ? slot * max_rows_ : 0);
         if (workspace != nullptr)
           update_packed(layer, x, grad_[l], rows + penalty_rows, inputs_part, columns, *workspace, update);
         else
@@ -332,15 +375,23 @@ class Network {
 
   static View<T> weights(const Layer<T>& layer) { return {layer.weight.value, layer.in, layer.out, layer.stride, 1}; }
 
-  // The activation of some columns of a row, and its gradient; `row` of forward's counts from the first slot.
-  void activate(std::size_t l, Index row, Range columns) const {
+  // Whether the next layer drops outputs of layer l.
+  bool drops_outputs(std::size_t l) const { return l + 1 < layers_.size() && kept_[l + 1]; }
+  void drop_outputs(std::size_t l, Index row, T* y, Range columns) const {
+    drop(l + 1, row, y, left_[l + 1].stride > 0 ? left_[l + 1].row(row) : y, columns);
+  }
+
+  // The activation of some columns of a row, with dropout, and its gradient; `first` is the first row of a slot.
+  void activate(std::size_t l, Index first, Index row, Range columns) const {
     const Layer<T>& layer = layers_[l];
-    if (layer.activation < 0) return;
-    for_chunks(columns.size(), [&](Index i, Index n) {
-      const Index j = columns.first + i;
-      activation_forward(layer.activation, preactivations(l).row(row) + j, layer.activation_parameter,
-                         y_[l].row(row) + j, n);
-    });
+    T* const y = y_[l].row(first + row);
+    if (layer.activation >= 0)
+      for_chunks(columns.size(), [&](Index i, Index n) {
+        const Index j = columns.first + i;
+        activation_forward(layer.activation, preactivations(l).row(first + row) + j, layer.activation_parameter, y + j,
+                           n);
+      });
+    if (drops_outputs(l)) drop_outputs(l, row, y, columns);
   }
   void deactivate(std::size_t l, Index slot, Index row, Range columns) const {
     const Layer<T>& layer = layers_[l];
@@ -369,10 +420,20 @@ class Network {
     return activation >= 0 && table[activation];
   }
 
+  // Whether backward needs outputs as they were before dropout.
+  static bool activation_needs_all(int activation) {
+#define GEMMLET_ENTRY(name) needs_all_outputs<activations::name>,
+    static constexpr bool table[] = {GEMMLET_ACTIVATIONS(GEMMLET_ENTRY)};
+#undef GEMMLET_ENTRY
+    return activation >= 0 && table[activation];
+  }
+
   const std::vector<Layer<T>>& layers_;
   Index max_rows_;
   std::vector<Rows<T>> y_, z_, grad_;
-  std::vector<std::vector<const T*>> y_rows_;
+  std::vector<std::vector<const T*>> x_rows_;  // by layer, what the next one reads: rows of y_ or left_
+  std::vector<Rows<T>> left_;                  // of a layer's inputs, after dropout
+  std::vector<KeptUnits> kept_;
 };
 
 }  // namespace

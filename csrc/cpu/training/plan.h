@@ -13,6 +13,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "formulas/dropout.h"
 
 namespace gemmlet {
 
@@ -25,6 +26,14 @@ struct Parameter {
   T* average;            // a moving average of the value, or null
 };
 
+// Of the inputs of a layer; with dropout::all none.
+struct Dropout {
+  unsigned keep = dropout::all, stream = 0;
+  std::uint64_t seed = 0;
+
+  explicit operator bool() const { return keep < dropout::all; }
+};
+
 template <class T>
 struct Layer {
   Index in, out;
@@ -32,7 +41,8 @@ struct Layer {
   Index stride;               // from one row of the weights, and of all that belongs to them, to the next
   int activation;             // -1 is none
   T activation_parameter;
-  Index classes = 0;  // that many rows of weights follow those of the inputs: of each class of the samples one
+  Index classes = 0;     // that many rows of weights follow those of the inputs: of each class of the samples one
+  Dropout dropout = {};  // of the inputs
 };
 
 // Rows of numbers, in one of three forms; x is scale * number + shift.
@@ -93,6 +103,7 @@ struct Phase {
   // one of `share`, rounded up. The network has one output, samples come first, and all activations are linear in pieces.
   double factor = 0;
   Index share = 0;
+  unsigned stream = 0;  // forward: what is added to the streams of the dropout
 };
 
 // Phases are in an order in which each finds what it reads; the last is an update. Only where the plan is_pipelined may
@@ -130,8 +141,9 @@ struct Batches : Steps {
   std::vector<const double*> hyperparameters;
   // Of each step's samples, positive and finite; empty if samples have no weights, or their number counts instead.
   std::vector<double> weight_sums;
-  const double* decay;  // of the averages, one for each step; or null
-  const T* noise;       // `count` rows, or null
+  const double* decay;           // of the averages, one for each step; or null
+  const T* noise;                // `count` rows, or null
+  std::uint64_t first_step = 0;  // what the steps are counted from, by which random numbers are drawn
 };
 
 struct Outcome {

@@ -31,7 +31,10 @@ def executor(
     Sparse matrices are for a single network, no network reads itself, and a gradient is read once.
     """
     try:
-        networks = [[_layer(layer, activations) for layer in training.dense_layers(n)] for n in plan.networks]
+        stacks = [training.dense_layers(network) for network in plan.networks]
+        if any(stack[0].noise is not None for stack in stacks):
+            return None
+        networks = [[_layer(layer, activations) for layer in stack] for stack in stacks]
         phases: list[tuple[Any, ...]] = []
         reader: dict[int, str] = {}  # by network, which phase its gradient is there for
         for phase in plan.phases[1:]:
@@ -58,26 +61,35 @@ def executor(
     dataset, scale, shift = plan.gather
     if dataset.labels is not None and dataset.indptr is not None:
         return None
-    fixed = networks, phases, *dataset[:-1], *(dataset.labels or (None, 0)), scale, shift
+    dropout = [
+        (network, i, layer.dropout.keep, layer.dropout.stream, layer.dropout.seed)
+        for network, stack in enumerate(stacks)
+        for i, layer in enumerate(stack)
+        if layer.dropout is not None
+    ]
+    if dropout and any(isinstance(phase, GradientPenalty) for phase in plan.phases):
+        return None
+    fixed = networks, phases, dropout, *dataset[:-1], *(dataset.labels or (None, 0)), scale, shift
     kept = module.kept_memory()
 
     def train(batches: training.Batches) -> training.Outcome | None:
-        order, size, hyperparameters, sums, decay, noise, _ = batches
-        outcome = module.train(*fixed, order, size, hyperparameters, sums, decay, noise, kept)
+        order, size, hyperparameters, sums, decay, noise, _, first_step = batches
+        outcome = module.train(*fixed, order, size, hyperparameters, sums, decay, noise, first_step, kept)
         return None if outcome is None else training.Outcome(tuple(outcome[0]), outcome[1])
 
     return train
 
 
 def _layer(layer: training.DenseLayer, activations: Numbers) -> tuple[Any, ...]:
-    (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter = layer
+    (weight, weight_state, weight_average), (bias, bias_state, bias_average), activation, parameter, *_ = layer
     number = -1 if activation is None else activations[activation]
     return weight, bias, number, parameter, weight_state, bias_state, weight_average, bias_average
 
 
 def _phase(plan: TrainingPlan, phase: training.Phase, losses: Numbers, rules: Numbers) -> tuple[Any, ...]:
     if isinstance(phase, Forward):
-        return "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
+        forward = "forward", phase.network, [_SOURCES.get(source, source) for source in phase.inputs]
+        return (*forward, phase.stream) if phase.stream else forward
     if isinstance(phase, Loss):
         number = losses[phase.name]
         return "loss", phase.network, number, phase.value, plan.weight(phase), phase.targets, *phase.limits

@@ -129,6 +129,7 @@ class _Texts:
     lr: str
     hidden: str
     activation: str
+    dropout: str
     classic: str
     recipe: str = ""  # without a help there is none
 
@@ -175,6 +176,12 @@ def _add_training(
         l2: float | None = _option(None, help="Of the mlp: L2 penalty of the weights.", default="0", **REAL),
         hidden: str | None = _option(None, metavar="WIDTHS", help=texts.hidden, default=differing("hidden")),
         activation: str | None = _option(None, metavar="NAME", help=texts.activation, default=differing("activation")),
+        dropout: str | None = _option(
+            None, training.option_name("dropout", name), metavar="RATES", help=texts.dropout, default="0"
+        ),
+        input_dropout: float | None = _option(
+            None, training.option_name("input_dropout", name), help="The same of its inputs.", default="0", **REAL
+        ),
         seed: Seed = None,
         backend: BackendName = None,
         threads: Threads = None,
@@ -212,6 +219,7 @@ _add_training(
         lr="Learning rate; without --classic it falls to 0 over the epochs.",
         hidden="Hidden layers, such as 128 or 256,128.",
         activation=f"Of the hidden layers: {_ACTIVATIONS}.",
+        dropout="The share of the units of hidden layers that a step leaves out: for all of them, or a list.",
         classic="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
         recipe=f"A whole training, on all training images: {', '.join(nn.recipes.RECIPES)}.",
     ),
@@ -229,6 +237,7 @@ _add_training(
         lr="Learning rate; without --classic it falls to 0 in the second half of the epochs.",
         hidden="Hidden layers of the generator, such as 128 or 256,128; the discriminator has them in reverse.",
         activation=f"Of the hidden layers, or NAME,NAME of the generator's and the discriminator's: {_ACTIVATIONS}.",
+        dropout="The share of the units of the discriminator's hidden layers that passes leave out: of all, or a list.",
         classic="100-256-784 tanh generator, 784-256-1 discriminator, which are told no labels.",
     ),
 )

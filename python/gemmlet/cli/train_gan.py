@@ -62,6 +62,7 @@ def run(options: Options) -> int:
             gradient_penalty=GRADIENT_PENALTY if discriminator_activation in LINEAR_IN_PIECES else 0.0,
             seed=settings.seed,
         )
+    model.discriminator_dropout, model.discriminator_input_dropout = settings.dropout, settings.input_dropout
     judge = nn.MLP([784, JUDGE_HIDDEN, 10], "relu", seed=settings.seed)
     watch.more_epochs = _judging_epochs(model, judge)
     pages = _Pages(model, watch)

@@ -36,6 +36,7 @@ def run(options: Options) -> int:
     else:
         model = nn.MLP([784, *settings.hidden, 10], *settings.activation, seed=settings.seed)
     model.l1, model.l2 = settings.l1, settings.l2
+    model.dropout, model.input_dropout = settings.dropout, settings.input_dropout
 
     def callback(p: nn.Progress) -> None:
         watch.see(p, {"loss": p.loss, "accuracy": p.accuracy, "held out": p.validation_accuracy})

@@ -67,6 +67,8 @@ class Options:
     l2: float | None
     hidden: str | None
     activation: str | None
+    dropout: str | None
+    input_dropout: float | None
     seed: int | None
     backend: str | None
     threads: int | None
@@ -96,6 +98,8 @@ class Settings:
 
     hidden: tuple[int, ...]
     activation: tuple[str, ...]
+    dropout: float | list[float]
+    input_dropout: float
     epochs: int
     batch_size: int
     optimizer: nn.Optimizer
@@ -154,11 +158,12 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     augment = None if options.augment is None else _augment(options.augment)
     if recipe is not None:
         augment = recipe.augment
+    dropout = _dropout(options, network, len(hidden))
     files.check_folder(out)
     common.use(options.backend, options.threads)
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
     rates, penalties = (optimizer.lr, defaults.lr_decay), (options.l1 or 0.0, options.l2 or 0.0)
-    common_ones = hidden, activation, epochs, batch_size, optimizer, *rates, *penalties, seed, out
+    common_ones = hidden, activation, *dropout, epochs, batch_size, optimizer, *rates, *penalties, seed, out
     return Settings(*common_ones, classic=options.classic, augment=augment, recipe=options.recipe)
 
 
@@ -240,6 +245,33 @@ def _activations(words: str, defaults: Defaults) -> tuple[str, ...]:
     return names if len(names) == count else names * count
 
 
+def option_name(name: str, network: str) -> str:
+    """The option of `Options.<name>` for "mlp" or "gan", where dropout is the discriminator's."""
+    option = name.replace("_", "-")
+    return f"--discriminator-{option}" if network == "gan" and name.endswith("dropout") else f"--{option}"
+
+
+def _dropout(options: Options, network: str, layers: int) -> tuple[float | list[float], float]:
+    """The rates of the hidden layers, and that of the inputs."""
+
+    def rate(value: str | float, option: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < 1:
+            raise UserError(f"{option} must be from 0 to below 1, got {value}")
+        return number
+
+    option = option_name("dropout", network)
+    words = [] if options.dropout is None else options.dropout.split(",")
+    rates = [rate(word.strip(), option) for word in words]
+    if len(rates) not in (0, 1, layers):
+        raise UserError(f"{option} must be 1 rate, or 1 for each of {layers} hidden layers, got {options.dropout!r}")
+    inputs = options.input_dropout or 0.0
+    return rates if len(rates) > 1 else sum(rates), rate(inputs, option_name("input_dropout", network))
+
+
 def _checksum(data: Mnist) -> int:
     """What tells one set of training images from another."""
     return zlib.crc32(data.y_train.tobytes(), zlib.crc32(data.x_train.tobytes()))
@@ -258,7 +290,7 @@ def _resumed(options: Options, resume: Path, network: type[nn.MLP | nn.GAN]) -> 
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {resume}: {error}") from error
     try:
-        saved = dict(extra["notes"])
+        saved: dict[str, Any] = {"dropout": None, "input_dropout": None} | extra["notes"]  # older ones have none
         checksum, is_begun = int(saved.pop("images_crc32")), config["steps"] > 0
         saved |= {"data_dir": Path(folder)} if (folder := saved["data_dir"]) is not None else {}
         saved = dict.fromkeys(_NEWER) | saved
@@ -273,7 +305,7 @@ def _resumed(options: Options, resume: Path, network: type[nn.MLP | nn.GAN]) -> 
         raise UserError(f"--out {options.out}: --resume goes on in its own folder, {resume}")
     unsaid = {}
     for name, value in saved.items():
-        given, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        given, option = getattr(options, name), option_name(name, network.__name__.lower())
         if given is None or given is False:
             unsaid[name] = value
             continue
@@ -351,6 +383,8 @@ class Watch:
             "l2": settings.l2 or None,
             "hidden": None if settings.classic else text(settings.hidden),
             "activation": None if settings.classic else text(settings.activation),
+            "dropout": None if options.dropout is None else options.dropout.replace(" ", ""),
+            "input_dropout": options.input_dropout,
             "seed": settings.seed,
             "backend": select.current().name,
             "classic": settings.classic,

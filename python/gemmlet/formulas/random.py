@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What random numbers are for. Dropout of layer k is to be stream 256 + k.
+# What random numbers are for. Dropout has those from 256 on: formulas/dropout.py.
 STREAMS = {"warp": 0, "noise": 1, "erase": 2}
 
 # The bits of a counter's parts.

@@ -110,6 +110,19 @@ def pair(value: Any, name: str) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
+def dropout_rates(value: Any, name: str, hidden: int) -> float | list[float]:
+    """Return `value` as rates within [0, 1): a float for all of so many hidden layers, or a list of one for each."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        rates = [fraction(rate, f"{name}[{i}]") for i, rate in enumerate(value)]
+        if len(rates) != hidden:
+            raise ValueError(f"{name} must have one rate for each of {hidden} hidden layers, got {len(rates)}")
+        return rates
+    rate = fraction(value, name)
+    if rate and not hidden:
+        raise ValueError(f"{name} needs a hidden layer, this network has none")
+    return rate
+
+
 def fraction(value: Any, name: str) -> float:
     """Return `value` as a float within [0, 1)."""
     number = arguments.number(value, name, low=0.0, high=1.0)

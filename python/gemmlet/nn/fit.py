@@ -24,7 +24,9 @@ from .._memory import held
 from .._signals import deferred_signals
 from .._threads import get_num_threads
 from ..backends.base import Backend
+from ..formulas import input_noise
 from ..formulas.activations import ACTIVATIONS
+from ..formulas.dropout import ALL, FIRST_STREAM
 from ..training import plan as training
 from . import _checks as checks
 from . import display
@@ -364,6 +366,11 @@ class Trainable(Saved):
     def _parameters(self) -> dict[str, list[Array]]:
         """The parameters that `fit` changes, by the names of the attributes that have them."""
 
+    @property
+    def _key(self) -> int:
+        """The key of random numbers that are counted (`gemmlet.formulas.random`): 64 bits, by any seed."""
+        return int(np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0])
+
     def _settings(self, epochs: int, batch_size: int | None, *others: Any) -> Settings:
         return Settings(epochs, self.default_batch_size if batch_size is None else batch_size, *others)
 
@@ -606,7 +613,14 @@ class Training:
             decay = model._decay(model.steps + np.arange(1, steps + 1)) if model.ema_decay else None
             rest = self._n - at.seen - len(where)
             batches = training.Batches(
-                rows, min(size, len(rows)), hyperparameters, at.sums, decay, noise, lambda: self._prepare(rest)
+                rows,
+                min(size, len(rows)),
+                hyperparameters,
+                at.sums,
+                decay,
+                noise,
+                lambda: self._prepare(rest),
+                model.steps,
             )
             self._budget.start()
             try:
@@ -834,16 +848,38 @@ class _Copy:
 VALIDATION = ("validation_loss", "validation_accuracy")
 
 
-def network_of(dense: Dense, group: ParameterGroup | None = None, average: Dense | None = None) -> training.Network:
+def randomness_of(
+    model: Trainable, noise: float, inputs: float, hidden: float | list[float], layers: int
+) -> list[list[Any]]:
+    """What is done at random to the inputs of each layer of a network: noise on the first ones, and dropout."""
+    rates = [inputs, *(hidden if isinstance(hidden, list) else [hidden] * (layers - 1))]
+    if not (noise or any(rates)):
+        return []
+    key = model._key
+    drops = [training.Dropout(rate, FIRST_STREAM + i, key) for i, rate in enumerate(rates)]
+    operations: list[list[Any]] = [[drop] if drop.keep < ALL else [] for drop in drops]
+    if noise:
+        operations[0].insert(0, training.InputNoise(noise, input_noise.STREAM, key))
+    return operations
+
+
+def network_of(
+    dense: Dense,
+    group: ParameterGroup | None = None,
+    average: Dense | None = None,
+    randomness: Sequence[Sequence[Any]] = (),
+) -> training.Network:
     """A stack of layers as a plan has it, with an optimizer's state for each parameter, and moving averages.
 
-    The parameters are views, whose shape nobody can change.
+    The parameters are views, whose shape nobody can change. `randomness` has the operations before each layer.
     """
     states = [()] * len(dense.parameters) if group is None else [state.arrays for state in group.states]
     averages = [None] * len(states) if average is None else average.parameters
     parameters = map(training.Parameter, [array.view() for array in dense.parameters], states, averages)
     operations: list[Any] = []
+    before = iter(randomness)
     for layer, weight in zip(dense.layers, parameters, strict=False):
+        operations.extend(next(before, ()))
         operations.append(training.Linear(weight, next(parameters)))
         if layer.activation is not None:
             number = ACTIVATIONS[layer.activation].default

@@ -15,6 +15,7 @@ from ..backends import select
 from ..training.plan import (
     NOISE,
     SAMPLES,
+    SECOND_PASS,
     Backward,
     Dataset,
     Forward,
@@ -33,7 +34,7 @@ from .batches import BatchTraining, Piece, Source, is_source, refuse
 from .dataset import CHUNK, Samples, as_dtype, slices
 from .dense import Dense, activation_name
 from .estimator import Estimator
-from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of
+from .fit import GANHistory, GANProgress, Trainable, Training, check_fixed, fitting, network_of, randomness_of
 from .optimizers import Adam, Optimizer, ParameterGroup, as_optimizer
 from .schedules import ReduceOnPlateau, Schedule
 from .targets import Meaning, of_classes
@@ -117,6 +118,14 @@ class GAN(Estimator):
     temperature : float, above 0
         The standard deviation of the noise that samples are made from, while training has 1. Below 1 they are clearer
         and less different (Kingma and Dhariwal, "Glow", 2018).
+    discriminator_dropout : float or list of float, each within [0, 1)
+        The probability with which each output of a hidden layer of the discriminator is left out of a pass of `fit`, as
+        `dropout` of `MLP`. The discriminator's step and the generator's leave out others.
+    discriminator_input_dropout : float, within [0, 1)
+        The same for its inputs.
+    discriminator_input_noise : float, at least 0
+        The standard deviation of noise on its inputs, samples and what is generated, as `input_noise` of `MLP`: in the
+        range of the generator, which is [-1, 1] with tanh.
     dtype : float32 or float64, optional
         Of parameters and results; samples and noise of other dtypes are converted. By default that of the samples of
         the first `fit`, as in `MLP`.
@@ -159,6 +168,9 @@ class GAN(Estimator):
         gradient_penalty: float = 0.0,
         ema_decay: float = 0.999,
         temperature: float = 1.0,
+        discriminator_dropout: float | Sequence[float] = 0.0,
+        discriminator_input_dropout: float = 0.0,
+        discriminator_input_noise: float = 0.0,
         dtype: DTypeLike | None = None,
         seed: int = 0,
         default_optimizer: str | Optimizer | None = None,
@@ -178,6 +190,9 @@ class GAN(Estimator):
         self.generator_output_bias = arguments.number(generator_output_bias, "generator_output_bias")
         self.loss, self.label_smoothing, self.ema_decay = loss, label_smoothing, ema_decay
         self.gradient_penalty, self.temperature = gradient_penalty, temperature
+        self.discriminator_dropout: float | list[float] = discriminator_dropout  # type: ignore[assignment]
+        self.discriminator_input_dropout = discriminator_input_dropout
+        self.discriminator_input_noise = discriminator_input_noise
         self.seed = checks.whole_number(seed, "seed", 0, is_count=False)
         if default_optimizer is None:
             default_optimizer = Adam(lr=2e-4, beta1=0.5)
@@ -204,6 +219,11 @@ class GAN(Estimator):
         "loss": lambda _, value, name: checks.choice(value, name, LOSSES),
         "temperature": lambda _, value, name: arguments.number(value, name, low=0.0, open_low=True),
         "gradient_penalty": lambda gan, value, name: gan._penalty(value, name),
+        "discriminator_dropout": lambda gan, value, name: checks.dropout_rates(
+            value, name, len(gan.discriminator) - 1
+        ),
+        "discriminator_input_dropout": lambda _, value, name: checks.fraction(value, name),
+        "discriminator_input_noise": lambda _, value, name: arguments.number(value, name, low=0.0),
     }  # fmt: skip
 
     def _fresh_streams(self) -> list[np.random.Generator]:
@@ -244,8 +264,10 @@ class GAN(Estimator):
 
     def __repr__(self) -> str:
         classes = f"n_classes={self.n_classes}, " if self.n_classes else ""
+        names = "discriminator_dropout", "discriminator_input_dropout", "discriminator_input_noise"
+        given = "".join(f"{name}={rate}, " for name in names if (rate := getattr(self, name)))
         return (
-            f"GAN({self.latent_dim}, {self.generator}, {self.discriminator}, {classes}loss={self.loss!r}, "
+            f"GAN({self.latent_dim}, {self.generator}, {self.discriminator}, {classes}loss={self.loss!r}, {given}"
             f"dtype=np.{self.dtype}, seed={self.seed})"
         )
 
@@ -396,10 +418,15 @@ class GAN(Estimator):
         source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
         return source, source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None)
 
-    def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup) -> TrainingPlan:
+    def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup, drops: bool = True) -> TrainingPlan:
         generator, discriminator = groups or (None, None)
         average = self._average if self.ema_decay else None
-        networks = network_of(self._generator, generator, average), network_of(self._discriminator, discriminator)
+        rates = self.discriminator_input_noise, self.discriminator_input_dropout, self.discriminator_dropout
+        randomness = randomness_of(self, *rates, len(self.discriminator)) if drops else ()
+        networks = (
+            network_of(self._generator, generator, average),
+            network_of(self._discriminator, discriminator, randomness=randomness),
+        )
         return TrainingPlan(networks, tuple(phases))
 
     def _gather(self, dataset: Dataset, labels: NDArray[np.int64] | None) -> Gather:
@@ -423,18 +450,24 @@ class GAN(Estimator):
         """From what is generated to the generator's gradients, through the discriminator as it is then."""
         objective = _OBJECTIVES[self.loss]
         return [
-            Forward(_DISCRIMINATOR, (_GENERATOR,)),
+            Forward(_DISCRIMINATOR, (_GENERATOR,), SECOND_PASS if self._is_random else 0),
             Loss(_DISCRIMINATOR, objective.generator, (objective.wanted,), sign=objective.sign),
             Backward(_DISCRIMINATOR, to=_GENERATOR),
             Backward(_GENERATOR),
         ]
+
+    @property
+    def _is_random(self) -> bool:
+        return bool(self.discriminator_dropout or self.discriminator_input_dropout or self.discriminator_input_noise)
 
     _progress = GANProgress
 
     def _metrics(self, sums: Sequence[float], correct: float, seen: int) -> dict[str, float]:
         return {"generator_loss": sums[1] / seen, "discriminator_loss": sums[0] / seen}
 
-    def discriminator_loss_and_gradients(self, x: Any, z: Any, y: Any = None) -> tuple[float, list[Array]]:
+    def discriminator_loss_and_gradients(
+        self, x: Any, z: Any, y: Any = None, step: int | None = None
+    ) -> tuple[float, list[Array]]:
         """Loss of the discriminator, and its gradients: one array for each of `discriminator_parameters`.
 
         A gradient penalty is in the gradients, and not in the loss.
@@ -447,6 +480,8 @@ class GAN(Estimator):
             Noise for the generator, as many rows as there are samples.
         y : array_like, shape (n,), optional
             The classes of both, as in `fit`.
+        step : int, optional
+            As in `MLP.loss_and_gradients`.
         """
         samples = self._samples(x, self.dtype).to_cpu()
         noise = arguments.on_cpu(self._checked_noise(z, len(samples)))
@@ -455,10 +490,9 @@ class GAN(Estimator):
             Forward(_GENERATOR, (NOISE,)),
             *self._discriminator_phases(),
         ]
-        step = gradients(select.current(), self._plan(phases), len(samples), noise)
-        return step.losses[0], step.gradients[_DISCRIMINATOR]
+        return self._gradients(phases, noise, step, _DISCRIMINATOR)
 
-    def generator_loss_and_gradients(self, z: Any, y: Any = None) -> tuple[float, list[Array]]:
+    def generator_loss_and_gradients(self, z: Any, y: Any = None, step: int | None = None) -> tuple[float, list[Array]]:
         """Loss of the generator, and its gradients: one array for each of `generator_parameters`.
 
         Parameters
@@ -467,6 +501,8 @@ class GAN(Estimator):
             Noise, at least one row.
         y : array_like, shape (n,), optional
             The classes to generate, as in `fit`.
+        step : int, optional
+            As in `MLP.loss_and_gradients`.
         """
         noise = arguments.on_cpu(self._checked_noise(z, None))
         if not len(noise):
@@ -474,8 +510,14 @@ class GAN(Estimator):
         labels = self._labels(y, len(noise), "y")
         dataset = Dataset(noise, labels=None if labels is None else Labels(labels, self.n_classes))
         phases = [Gather(dataset), Forward(_GENERATOR, (NOISE,)), *self._generator_phases()]
-        step = gradients(select.current(), self._plan(phases), len(noise), noise)
-        return step.losses[0], step.gradients[_GENERATOR]
+        return self._gradients(phases, noise, step, _GENERATOR)
+
+    def _gradients(
+        self, phases: Sequence[Phase], noise: Array, step: int | None, network: int
+    ) -> tuple[float, list[Array]]:
+        number = 0 if step is None else checks.whole_number(step, "step", 0)
+        taken = gradients(select.current(), self._plan(phases, drops=step is not None), len(noise), noise, number)
+        return taken.losses[0], taken.gradients[network]
 
     # Use.
 
@@ -609,7 +651,8 @@ class GAN(Estimator):
         names = (
             "latent_dim", "generator", "discriminator", "n_classes", "generator_activation",
             "discriminator_activation", "generator_output", "generator_output_bias", "loss", "label_smoothing",
-            "gradient_penalty", "ema_decay", "temperature",
+            "gradient_penalty", "ema_decay", "temperature", "discriminator_dropout", "discriminator_input_dropout",
+            "discriminator_input_noise",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..formulas import dropout, input_noise
 from ..formulas.losses import LOSSES, ROW_LOSSES
 
 Array = NDArray[Any]
@@ -94,16 +95,56 @@ class Activation(NamedTuple):
     parameter: float
 
 
-Network = tuple[Linear | Activation, ...]
+class Dropout(NamedTuple):
+    """Drop the inputs of the `Linear` that follows at random, and scale those that are kept.
+
+    ``gemmlet.formulas.dropout`` has the formula: `rate` is within [0, 1), `stream` below 2**14, `seed` below 2**64. The
+    step is counted from `Batches.first_step`, a row is its place in the mini-batch.
+    """
+
+    rate: float
+    stream: int
+    seed: int
+
+    @property
+    def keep(self) -> int:
+        """The threshold of a decision."""
+        return dropout.threshold(self.rate)
+
+    def kept(self, stream: int, step: int, rows: Any, units: int) -> NDArray[np.bool_]:
+        """Which units rows at these places keep, (rows, units); `stream` is that of the `Forward`."""
+        return dropout.kept(self.seed, self.stream + stream, step, rows, units, self.keep)
+
+
+class InputNoise(NamedTuple):
+    """Add noise to the inputs of the network, of this standard deviation; it is the first operation.
+
+    ``gemmlet.formulas.input_noise`` has the formula; `stream`, `seed`, steps and rows are as in `Dropout`.
+    """
+
+    deviation: float
+    stream: int
+    seed: int
+
+    def drawn(self, stream: int, step: int, rows: Any, units: int, dtype: np.dtype[Any]) -> Array:
+        """The noise of rows at these places, (rows, units); `stream` is that of the `Forward`."""
+        integers = input_noise.noise(self.seed, self.stream + stream, step, rows, units)
+        with np.errstate(over="ignore"):
+            return np.asarray(dtype.type(self.deviation / input_noise.DEVIATION) * integers.astype(dtype))
+
+
+Network = tuple[Linear | Activation | Dropout | InputNoise, ...]
 
 
 class DenseLayer(NamedTuple):
-    """A `Linear` with the `Activation` that follows it, which executors fuse."""
+    """A `Linear`, with the `Activation` that follows it and the `Dropout` of its inputs, which executors fuse."""
 
     weight: Parameter
     bias: Parameter
     activation: str | None
     parameter: float
+    dropout: Dropout | None = None
+    noise: InputNoise | None = None
 
 
 class UnsupportedError(Exception):
@@ -113,13 +154,24 @@ class UnsupportedError(Exception):
 def dense_layers(network: Network) -> list[DenseLayer]:
     """The network as dense layers; `UnsupportedError` if it has other operations."""
     layers: list[DenseLayer] = []
-    for operation in network:
+    dropped: Dropout | None = None
+    noise: InputNoise | None = None
+    for i, operation in enumerate(network):
         if isinstance(operation, Linear):
-            layers.append(DenseLayer(*operation, None, 0.0))
+            layers.append(DenseLayer(*operation, None, 0.0, dropped, noise))
+            dropped = noise = None
+        elif isinstance(operation, InputNoise) and i == 0:
+            noise = operation
+        elif dropped is not None:
+            raise UnsupportedError(dropped)
+        elif isinstance(operation, Dropout):
+            dropped = operation
         elif isinstance(operation, Activation) and layers and layers[-1].activation is None:
-            layers[-1] = DenseLayer(*layers[-1][:2], *operation)
+            layers[-1] = DenseLayer(*layers[-1][:2], *operation, *layers[-1][4:])
         else:
             raise UnsupportedError(operation)
+    if dropped is not None or noise is not None:
+        raise UnsupportedError(dropped or noise)
     return layers
 
 
@@ -156,11 +208,19 @@ class Gather(NamedTuple):
     shift: float = 0.0
 
 
+# Of the second forward pass of a network in a step: its dropout draws other numbers than that of the first.
+SECOND_PASS = 1 << 14
+
+
 class Forward(NamedTuple):
-    """Compute a network's outputs for the rows of its inputs; those of several inputs follow each other."""
+    """Compute a network's outputs for the rows of its inputs; those of several inputs follow each other.
+
+    `stream` is added to those of the network's dropout.
+    """
 
     network: int
     inputs: tuple[Source, ...]
+    stream: int = 0
 
 
 class Loss(NamedTuple):
@@ -315,13 +375,14 @@ class TrainingPlan:
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has what not every executor knows to look for: limits, weights of samples and the like."""
+        """Whether it has what not every executor knows to look for: limits, weights of samples, noise and the like."""
         dataset = self.gather.dataset
         return (
             any(isinstance(phase, GradientPenalty) for phase in self.phases)
             or any(loss.limits != NO_LIMITS for loss in self.losses)
             or dataset.value_of_byte is not None
             or dataset.weights is not None
+            or any(isinstance(o, InputNoise) for network in self.networks for o in network[:1])
         )
 
     @property
@@ -351,6 +412,11 @@ class TrainingPlan:
         """Whether to skip zeros of the samples would hide weights: 0 times one that is not finite is NaN."""
         weight = next(self.parameters(0)).value
         return self.gather.dataset.skip_zeros and not np.isfinite(weight).all()
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a network has `Dropout`."""
+        return any(isinstance(o, Dropout) for network in self.networks for o in network)
 
     def activations(self) -> set[str]:
         """The names of all activations."""
@@ -383,6 +449,8 @@ class Batches(NamedTuple):
     meanwhile : callable, optional
         An executor whose processor would only wait for a GPU calls it while it does: it prepares the next call, and
         raises nothing.
+    first_step : int, optional
+        The number of the first step, from which those of the others are counted: random numbers depend on it.
     """
 
     order: NDArray[np.int64]
@@ -392,6 +460,7 @@ class Batches(NamedTuple):
     decay: NDArray[np.float64] | None = None
     noise: Array | None = None
     meanwhile: Callable[[], None] | None = None
+    first_step: int = 0
 
     @property
     def steps(self) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formulas.activations import ACTIVATIONS
+from ..formulas.dropout import places, scale
 from ..formulas.losses import LOSSES, ROW_LOSSES, smoothing
 from ..formulas.optimizers import OPTIMIZER_RULES, moving_average
 from . import plan as training
@@ -43,7 +44,8 @@ def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> traini
     given.is_torn = False
     for number in range(batches.steps):
         rows = slice(number * batches.size, (number + 1) * batches.size)
-        step = Step(backend, plan, batches.order[rows], None if batches.noise is None else batches.noise[rows])
+        noise = None if batches.noise is None else batches.noise[rows]
+        step = Step(backend, plan, batches.order[rows], noise, batches.first_step + number)
         tables = iter(batches.hyperparameters)
         for phase in plan.phases:
             if isinstance(phase, Update):
@@ -59,9 +61,9 @@ def train(backend: Any, plan: TrainingPlan, batches: training.Batches) -> traini
     return training.Outcome(tuple(losses), correct)
 
 
-def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None) -> Step:
-    """The step of a plan without updates, the first `rows` samples being the mini-batch."""
-    step = Step(backend, _on_cpu(backend, plan), np.arange(rows), noise)
+def gradients(backend: Any, plan: TrainingPlan, rows: int, noise: Array | None = None, number: int = 0) -> Step:
+    """The step of this number of a plan without updates, the first `rows` samples being the mini-batch."""
+    step = Step(backend, _on_cpu(backend, plan), np.arange(rows), noise, number)
     for phase in plan.phases:
         step.run(phase)
     return step
@@ -75,10 +77,15 @@ def _on_cpu(backend: Any, plan: TrainingPlan) -> TrainingPlan:
 
 
 class _Record(NamedTuple):
-    """What the backward pass of a layer needs of its forward pass; `saved` is the activation's input or output."""
+    """What the backward pass of a layer needs of its forward pass.
+
+    `x` is the input without what was dropped, `factors` what it was multiplied by, `saved` the activation's input or
+    output.
+    """
 
     x: Array
     saved: Array
+    factors: Array | None
 
 
 class Operation(NamedTuple):
@@ -108,10 +115,16 @@ OPERATIONS: dict[type, Operation] = {Activation: Operation(_activate, _deactivat
 
 
 class Step:
-    """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`."""
+    """One step, and what its phases leave behind; `rows` is the size of the mini-batch, `correct` as in `Outcome`.
 
-    def __init__(self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None) -> None:
+    `number` is that of the step, which random numbers depend on.
+    """
+
+    def __init__(
+        self, backend: Any, plan: TrainingPlan, where: NDArray[np.int64], noise: Array | None = None, number: int = 0
+    ) -> None:
         self._backend, self._plan, self._where, self._noise = backend, plan, where, noise
+        self._number = number
         self._layers = [[self._rounded(layer) for layer in training.layers(network)] for network in plan.networks]
         self._values: dict[training.Source, Array] = {}
         self._records: dict[int, list[Any]] = {}  # of each dense layer a _Record
@@ -182,11 +195,22 @@ class Step:
                 x, kept = OPERATIONS[type(layer)].forward(self._backend, layer, x)
                 records.append(kept)
                 continue
-            entry = None if layer.activation is None else ACTIVATIONS[layer.activation]
+            entry, factors = None if layer.activation is None else ACTIVATIONS[layer.activation], None
+            # Those of the samples' classes are neither noisy nor dropped.
+            units = x.shape[1] if records or self._classes is None else x.shape[1] - self._classes.shape[1]
+            if layer.noise is not None:
+                where, x = places(len(x), self.rows), x.copy()
+                with np.errstate(all="ignore"):
+                    x[:, :units] += layer.noise.drawn(phase.stream, self._number, where, units, x.dtype)
+            if layer.dropout is not None:
+                decisions = layer.dropout.kept(phase.stream, self._number, places(len(x), self.rows), units)
+                factors = np.ones_like(x)
+                factors[:, :units] = decisions * x.dtype.type(scale(layer.dropout.keep))
+                x = _times(x, factors)
             y = np.empty((len(x), layer.bias.value.size), x.dtype)
             z = np.empty_like(y) if entry is not None and entry.needs_x else None
             self._backend.linear(x, layer.weight.value, layer.bias.value, entry, layer.parameter, y, z)
-            records.append(_Record(x, y if z is None else z))
+            records.append(_Record(x, y if z is None else z, factors))
             x = y
         self._values[phase.network] = x
 
@@ -235,6 +259,8 @@ class Step:
             if i > 0 or phase.to is not None:
                 grad = np.empty((len(grad_z), len(weight)), grad_z.dtype)
                 backend.matmul(grad_z, weight.T, grad)
+                if record.factors is not None:
+                    grad = _times(grad, record.factors)
             if phase.to is None:
                 grad_weight, grad_bias = np.empty_like(weight), np.empty_like(layers[i].bias.value)
                 backend.matmul(record.x.T, grad_z, grad_weight)
@@ -270,6 +296,11 @@ class Step:
             backend.activation_backward(entry, numbers, saved, layers[i].parameter, result)
             return result
 
+        def times_factors(i: int, numbers: Array) -> Array:
+            """By those of the dropout of layer i's inputs."""
+            factors = records[i].factors
+            return numbers if factors is None else _times(numbers, factors[rows])
+
         # Backward from 1: the derivatives by each layer's preactivations, and by the samples.
         grad = np.ones((rows.stop, 1), self._plan.dtype)
         grads = [grad]
@@ -277,10 +308,12 @@ class Step:
             grads[0] = times_slopes(i, grads[0])
             grads.insert(0, np.empty((rows.stop, len(weights[i])), grad.dtype))
             backend.matmul(grads[1], weights[i].T, grads[0])
+            grads[0] = times_factors(i, grads[0])
         # Forward from those, by the slopes that the samples have: the linear map of which the penalty is a square.
         x = np.zeros_like(grads[0])
         x[:, :features] = grads[0][:, :features]
         for i, weight in enumerate(weights):
+            x = times_factors(i, x)
             backend.matmul(x.T, grads[i + 1], penalty := np.empty_like(weight))
             gradients.append(penalty)
             backend.matmul(x, weight, y := np.empty((rows.stop, weight.shape[1]), grad.dtype))
@@ -307,6 +340,12 @@ class Step:
             self._backend.update(rule, p.value, grad, p.state, tuple(numbers.tolist()))
             if (average := p.average) is not None:
                 average[...] = moving_average(average, p.value, decay, 1.0 - decay)
+
+
+def _times(x: Array, factors: Array) -> Array:
+    """The product; 0 where a factor is, whatever x is."""
+    with np.errstate(all="ignore"):
+        return np.asarray(np.multiply(x, factors, out=np.zeros_like(x), where=factors != 0))
 
 
 def predicted_classes(outputs: Array) -> NDArray[np.int64]:

@@ -144,7 +144,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
     with contextlib.suppress(training.UnsupportedError):
         return (
             phases in _STEPS
-            and not plan.has_extras
+            and not (plan.has_extras or plan.has_dropout)
             and dataset.labels is None
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
             and all(map(training.dense_layers, plan.networks))

@@ -296,10 +296,11 @@ class NumbaBackend(NumpyBackend):
         names |= {loss.name for loss in plan.losses} | {update.rule for update in plan.updates}
         forwards = [phase for phase in plan.phases if isinstance(phase, Forward)]
         try:
-            for network in plan.networks:
-                dense_layers(network)
+            stacks = [dense_layers(network) for network in plan.networks]
         except UnsupportedError:
             return False
+        if dataset.labels is not None and any(stack[0].dropout is not None for stack in stacks):
+            return False  # the classes among the inputs are not dropped
         return (
             not plan.has_extras
             and names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys()

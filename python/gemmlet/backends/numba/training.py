@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 
 from ..._memory import aligned_zeros
 from ...formulas.activations import ACTIVATIONS
+from ...formulas.dropout import GROUP_BLOCKS, GROUP_UNITS, places, scale
 from ...formulas.optimizers import OPTIMIZER_RULES, moving_average
+from ...formulas.random import STEP_BITS
 from ...training import plan as training
 from ...training.plan import (
     NOISE,
@@ -175,6 +177,89 @@ def _sparse_update_loop(name: str, dtype: np.dtype[Any], states: int, count: int
     return loop  # type: ignore[no-any-return]
 
 
+# Dropout.
+
+
+@njit(forceinline=True)
+def _words(block, row, step, stream, key):
+    """The four random words of a block: `formulas.random`, on 64-bit words."""
+    low, half, key0, key1 = np.uint64(0xFFFFFFFF), np.uint64(32), key & np.uint64(0xFFFFFFFF), key >> np.uint64(32)
+    a, b, c = block, row & low, step & low
+    d = stream + ((row >> half) << np.uint64(16)) + ((step >> half) << np.uint64(24))
+    for _ in range(10):
+        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b = (second >> half) ^ b ^ key0, second & low
+        c, d = (first >> half) ^ d ^ key1, first & low
+        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
+    return a, b, c, d
+
+
+@_compile
+def _draw_kept(kept, keep, places, step, stream, key):
+    """`kept`, of bytes, becomes ``formulas.dropout.kept``; its rows have whole groups of units."""
+    ones, half = np.uint64(0xFFFF), np.uint64(16)
+    for i in range(kept.shape[0]):
+        row = kept[i]
+        for block in range(row.size // 8):
+            # Words 0 and 1 are for the first half of a group, 2 and 3 for the second.
+            at = block // GROUP_BLOCKS * GROUP_UNITS + block % GROUP_BLOCKS * 4
+            a, b, c, d = _words(np.uint64(block), places[i], step, stream, key)
+            for place, word in ((at, a), (at + 2, b), (at + 32, c), (at + 34, d)):
+                row[place] = (word & ones) < keep
+                row[place + 1] = (word >> half) < keep
+
+
+@_compile
+def _keep(x, kept, factor, out):
+    """Rows with what is dropped 0, and the others scaled."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[i, j] = x[i, j] * factor if kept[i, j] else 0
+
+
+@_compile
+def _keep_nonzeros(indptr, indices, values, kept, factor):
+    """The same for the nonzeros of as many rows as there are in `kept`, in place."""
+    count, e = 0, 0
+    for i in range(kept.shape[0]):
+        indptr[i], end = count, indptr[i + 1]
+        while e < end:
+            indices[count], values[count] = indices[e], values[e] * factor
+            count += kept[i, indices[e]]
+            e += 1
+    indptr[kept.shape[0]] = count
+
+
+class _Dropout:
+    """The dropout of the inputs of a layer: which units of `rows` rows are kept."""
+
+    def __init__(self, dropout: training.Dropout, rows: int, units: int, dtype: np.dtype[Any], split: Split) -> None:
+        self.units, self.factor, self.split = units, dtype.type(scale(dropout.keep)), split
+        self._stream, self._numbers = dropout.stream, (np.uint64(dropout.keep), np.uint64(dropout.seed))
+        self._kept = np.empty((rows, -(-units // GROUP_UNITS) * GROUP_UNITS), np.uint8)
+        self.left = aligned_zeros((rows, units), dtype)
+
+    def draw(self, places: NDArray[np.uint64], step: int, stream: int) -> None:
+        """Draw for rows at these places."""
+        (keep, key), kept = self._numbers, self._kept[: len(places)]
+        width, number = kept.shape[1], np.uint64(step % (1 << STEP_BITS))
+
+        def run(part: slice) -> None:
+            rows = slice(part.start // width, part.stop // width)
+            _draw_kept(kept[rows], keep, places[rows], number, np.uint64(self._stream + stream), key)
+
+        self.split(kept.size, width, run)
+
+    def keep(self, x: Array | _Sparse, out: Array) -> Array | _Sparse:
+        """What is left of the rows that were drawn for: in `out`, or of sparse ones in themselves."""
+        kept = self._kept[: len(x), : self.units]
+        if isinstance(x, _Sparse):
+            _keep_nonzeros(*x.by_row, kept, self.factor)
+            return x
+        _keep(x, kept, self.factor, out)
+        return out
+
+
 # Layers, losses and updates.
 
 
@@ -279,12 +364,19 @@ class _Layer:
         self.z = aligned_zeros((rows if activation.needs_x else 0, out), dtype)
         self.saved = self.z if activation.needs_x else self.y
         self.grad_z = self.grad_y if self.backward is None else aligned_zeros((rows, out), dtype)
+        self.dropout = None
+        if layer.dropout is not None:
+            self.dropout = _Dropout(layer.dropout, rows, len(self.weight), dtype, split)
+        self.x: Array | _Sparse = np.empty(0)  # the input, after dropout
         self.grad_weight, self.grad_bias = np.empty_like(self.weight), aligned_zeros((out,), dtype)
         self.sums = np.empty(out)
 
     def forward(self, x: Array | _Sparse) -> Array:
         """The layer's output."""
         rows, columns = len(x), self.bias.size
+        if self.dropout is not None:
+            x = self.dropout.keep(x, self.dropout.left[:rows])
+        self.x = x
         if isinstance(x, _Sparse):
             _sparse_matmul(*x.by_row, self.weight, self.y[:rows])
         else:
@@ -360,7 +452,10 @@ class _Executor:
             for p in plan.phases
         )
         self._values: dict[training.Source, Any] = {}
-        self._inputs: dict[int, Any] = {}  # of the last forward pass of each network
+
+    def _places(self, rows: int) -> NDArray[np.uint64]:
+        """Those of so many rows in the mini-batch."""
+        return places(rows, len(self.where)).astype(np.uint64)
 
     def _inputs_of(self, network: int) -> int:
         """How many inputs a network has, but for the classes."""
@@ -424,8 +519,9 @@ class _Executor:
                 )
             else:
                 x = np.concatenate(inputs, out=joined[: sum(map(len, inputs))]) if several else inputs[0]
-            self._inputs[phase.network] = x
             for layer in layers:
+                if layer.dropout is not None:
+                    layer.dropout.draw(self._places(len(x)), self._batches.first_step + self.step, phase.stream)
                 x = layer.forward(x)
             self._values[phase.network] = x
 
@@ -460,9 +556,12 @@ class _Executor:
             for i in range(len(layers) - 1, -1, -1):
                 grad, previous = layers[i].backward_activation(rows), layers[i - 1] if i > 0 else below
                 if previous is not None:
-                    np.matmul(grad, weights[i].T, out=previous.grad_y[:rows])
+                    grad_x = previous.grad_y[:rows]
+                    np.matmul(grad, weights[i].T, out=grad_x)
+                    if (dropout := layers[i].dropout) is not None:
+                        dropout.keep(grad_x, grad_x)
                 if phase.to is None:
-                    x = layers[i - 1].y[:rows] if i > 0 else self._inputs[phase.network]
+                    x = layers[i].x
                     _column_sum(grad, layers[i].sums, layers[i].grad_bias)
                     if not isinstance(x, _Sparse):
                         np.matmul(x.T, grad, out=layers[i].grad_weight)
