@@ -30,7 +30,6 @@ from .plan import (
     DenseLayer,
     Forward,
     Gather,
-    GradientPenalty,
     Loss,
     Penalty,
     TrainingPlan,
@@ -282,7 +281,7 @@ class Step:
         self.losses.append(loss)
 
     @run.register
-    def _(self, phase: GradientPenalty) -> None:
+    def _(self, phase: training.GradientPenalty) -> None:
         backend, rows = self._backend, slice(0, phase.rows(self.rows))
         layers, records, gradients = self._layers[phase.network], self._records[phase.network], []
         weights, features = [layer.weight.value for layer in layers], self._values[SAMPLES].shape[1]
