@@ -477,7 +477,7 @@ class Training:
         self._check_writeable()
         losses = plan.losses
         self._has_classes = losses[0].has_classes
-        self.at = self._start_of(1, len(losses) + sum(isinstance(phase, training.Penalty) for phase in plan.phases))
+        self.at = self._start_of(1, len([p for p in plan.phases if isinstance(p, training.Loss | training.Penalty)]))
         facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
         facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
         facts["augment"] = None if augmented is None else repr(augmented.settings)

@@ -222,7 +222,7 @@ class Optimizer(ABC):
         if len({len(state.arrays) for state in states}) > 1:
             raise ValueError("optimizer has state for some parameters, from other settings: take a fresh one")
         rule, _ = self._hyperparameters(len(states[0].arrays), 1, self._rates(ONE))
-        return ParameterGroup(self, rule, params, states, self.settings())
+        return ParameterGroup(self, rule, params, states)
 
     def fresh(self) -> Self:
         """Return an optimizer with the same settings and no state."""
@@ -267,12 +267,11 @@ class ParameterGroup(NamedTuple):
     rule: str
     params: Sequence[Array]
     states: list[State]
-    settings: Mapping[str, Any]
 
     def update(self, network: int) -> Update:
         """The phase that updates the parameters, those of a network of the plan."""
-        settings = self.settings
-        return Update(network, self.rule, settings.get("max_norm"), settings["clip_value"], settings["decay_biases"])
+        rule: Any = self.optimizer
+        return Update(network, self.rule, getattr(rule, "max_norm", None), rule.clip_value, rule.decay_biases)
 
     def hyperparameters(self, factors: NDArray[np.float64]) -> Array | list[Array]:
         """The rule's hyperparameters at the next updates, as `Batches` has them; `factors` has one for each."""

@@ -397,8 +397,12 @@ class TrainingPlan:
 
     def parameters(self, network: int) -> Iterator[Parameter]:
         """Those of a network, in order."""
+        operation: Any
         for operation in self.networks[network]:
-            yield from (field for field in operation if isinstance(field, Parameter))
+            if isinstance(operation, Linear):
+                yield from operation
+            elif not isinstance(operation, Activation):
+                yield from (field for field in operation if isinstance(field, Parameter))
 
     def weight(self, loss: Loss) -> float:
         """What the sum of a row's losses counts in the objective, before that is divided by the size of the batch."""
