@@ -37,15 +37,18 @@ def _heading(name: str, rows: Sequence[Row]) -> tuple[str, list[str]]:
 
 
 def _own_cells(row: Row) -> list[str]:
-    """p20, p50, p80 and the percentage of the roofline."""
+    """p20, p50, p80, the percentage of the roofline, and in some groups operations a second."""
+    rate = [""] * (row.group in _RATED)
     ours = row.timed.get(OURS)
     if ours is None:
-        return ["", "", "", ""]
+        return ["", "", "", "", *rate]
     if ours.failed is not None:
-        return [f"{LOST} failed", "", "", ""]
-    share = row.roofline_share()
+        return [f"{LOST} failed", "", "", "", *rate]
+    share, reached = row.roofline_share(), row.rate()
     times = [duration(row.percentile(OURS, percent)) for percent in (20, 50, 80)]
-    return [*times, "" if share is None else f"{share:.0%}"]
+    if rate and reached is not None:
+        rate = [f"{reached / 1e9:.1f}"]
+    return [*times, "" if share is None else f"{share:.0%}", *rate]
 
 
 def _is_behind(row: Row, peer: str) -> bool:
@@ -63,6 +66,8 @@ def _peer_cell(row: Row, peer: str) -> str:
 
 
 _OWN_COLUMNS = ("p20", "p50", "p80", "% of roofline")
+# Groups that show operations a second as well.
+_RATED = ("wide",)
 EXPLANATION = (
     "p20, p50, p80: percentiles of gemmlet's time for one unit of work. Each peer: its median time over gemmlet's, "
     "taken within each round, and its own median time; above 1 gemmlet is ahead. "
@@ -83,7 +88,8 @@ def _cells(names: Sequence[str], rows: Sequence[Row]) -> tuple[list[str], list[l
         [name, *_own_cells(row), *(_peer_cell(row, peer) for peer in peers)]
         for name, row in zip(names, rows, strict=True)
     ]
-    return [*_OWN_COLUMNS, *peers], lines
+    rate = ["GFLOP/s a thread"] if rows[0].group in _RATED else []
+    return [*_OWN_COLUMNS, *rate, *peers], lines
 
 
 def show(console: Console, results: Results) -> None:

@@ -61,6 +61,13 @@ class Row:
         """Return the share of the roofline that gemmlet reaches, by its median."""
         return self.roofline / self.percentile(OURS, 50) if self.roofline and self.measured(OURS) else None
 
+    def rate(self) -> float | None:
+        """Return gemmlet's operations a second and thread, by its median; None if one of the three is not known."""
+        threads = self.labels.get("threads")
+        if not (threads and self.flops and self.measured(OURS)):
+            return None
+        return self.flops / self.percentile(OURS, 50) / float(threads)
+
     @property
     def peers(self) -> list[str]:
         """The implementations that gemmlet is compared with."""

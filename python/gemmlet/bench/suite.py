@@ -96,7 +96,7 @@ def run(
             each.name for each in IMPLEMENTATIONS.values() if each.compiles and each.name not in choice.implementations
         ]
         notes.append(f"--quick: fewer shapes and rounds, and without {' and '.join(left_out)}")
-    if any(case.group in ("epoch", "gan", "sklearn") for case in cases):
+    if any(case.group in ("epoch", "gan", "sklearn") or case.labels.get("data") == "MNIST" for case in cases):
         notes.append(f"Images: {training.data_source(settings)}")
     rows = []
     with same_threads(threads, used) as complaints:
@@ -106,7 +106,8 @@ def run(
             progress(case.key, number, len(cases))
             timed = timing.run(case, names[case.key], plan, seed=number)
             work = case.flops, case.bytes, top.seconds(case)
-            rows.append(Row(case.group, case.name, case.unit, timed, case.labels, *work))
+            labels = {**case.labels, "threads": threads}
+            rows.append(Row(case.group, case.name, case.unit, timed, labels, *work))
         facts = machine.versions()
     ran_with = {
         "threads": threads,

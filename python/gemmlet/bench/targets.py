@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .implementations import OURS
 from .results import Row
 from .timing import duration
+from .training import MNIST_BATCH
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,20 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Operations a second and thread to reach in every row."""
+
+    work: str
+    chosen: Callable[[Row], bool]
+    at_least: float
+
+    @property
+    def required(self) -> str:
+        """What is required, in words."""
+        return f"{self.at_least / 1e9:g} GFLOP/s a thread, every row"
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a run says about a target."""
 
@@ -97,7 +112,8 @@ _LAYERS = "matmul over the shapes of the layers, batches 1 to 1024, float32 and 
 _LINEAR = "linear with tanh, gelu, sigmoid: batch 64 to 1024, widths 128 to 1024"
 _GAN_STEP = "GAN step 100-256-784 and 784-256-1, batch 64, Adam"
 _COMMAND_STEP = "GAN step of `gemmlet train gan`, 100-256-512-784 and 784-512-256-1, batch 128, Adam"
-_WIDE = "steps of 784-width-width-10, widths 64 to 2048, batch 16 to 1024, dense random input"
+_WIDE = "steps of 784-width-width-10, widths 64 to 2048, batch 16 to 1024"
+_MNIST_WIDTHS = "the same, widths 512 to 1024, batch 128, Adam, dense random input and MNIST"
 _KERNELS = ("tanh", "sigmoid", "gelu")
 _ACTIVATIONS = f"{', '.join(_KERNELS)} at 16,384 and 1 million elements"
 _ELEMENTWISE = "backend numba, every elementwise kernel"
@@ -113,7 +129,7 @@ _AUGMENT = "augmentation of MNIST's digits, one by one"
 _AUGMENTED = "epoch with augmentation, batch 64,"
 _CROSS_ENTROPY = "softmax cross-entropy with gradient, 64×10 to 4096×1000"
 
-TARGETS: tuple[Target | Limit | Share, ...] = (
+TARGETS: tuple[Target | Limit | Share | Rate, ...] = (
     *_each(_EPOCH, _MNIST, ("numpy", 3.5), ("jax", 2.5), ("pytorch", 6.0), ("scikit-learn", 6.0)),
     *_each(_DENSE_EPOCH, _DENSE, ("numpy", 1.9), ("jax", 1.4)),
     Share(_DENSE_EPOCH, _DENSE, 0.6),
@@ -121,6 +137,7 @@ TARGETS: tuple[Target | Limit | Share, ...] = (
     *_each(_GAN_STEP, _of("gan", batch=64), ("numpy", 2.5), ("jax", 1.25), ("pytorch", 2.2)),
     *_each(_COMMAND_STEP, _of("gan", batch=128), ("numpy", 1.4), ("pytorch", 1.6)),
     *_each(_WIDE, _of("wide"), ("gemmlet kernels", 1.15), ("numpy", 1.15), ("pytorch", 1.3)),
+    Rate(_MNIST_WIDTHS, _of("wide", batch=MNIST_BATCH), 70e9),
     Target(_LAYERS, _of("matmul", set="layers"), _BEST, 1.1, mean=True),
     Target(_LAYERS, _of("matmul", set="layers"), _BEST, 0.9),
     Target("matmul 512³ to 4096³", _of("matmul", set="squares"), _BEST, 1.0),
@@ -171,7 +188,7 @@ def geometric_mean(ratios: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def verdict(target: Target | Limit | Share, rows: Iterable[Row]) -> Verdict:
+def verdict(target: Target | Limit | Share | Rate, rows: Iterable[Row]) -> Verdict:
     """Return what the rows say about a target."""
     chosen = [row for row in rows if target.chosen(row)]
 
@@ -184,6 +201,9 @@ def verdict(target: Target | Limit | Share, rows: Iterable[Row]) -> Verdict:
     if isinstance(target, Share):
         shares = [share for row in chosen if (share := row.roofline_share()) is not None]
         return say(f"{min(shares):.0%}", min(shares) >= target.at_least) if shares else say("not measured", None)
+    if isinstance(target, Rate):
+        rates = [rate for row in chosen if (rate := row.rate()) is not None]
+        return say(f"{min(rates) / 1e9:.0f}", min(rates) >= target.at_least) if rates else say("not measured", None)
     ratios: dict[str, float] = {}
     for row in chosen:
         if target.implementation in row.timed and row.timed[target.implementation].failed is not None:
