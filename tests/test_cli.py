@@ -26,6 +26,7 @@ from gemmlet.backends import select
 from gemmlet.backends.cpu import available_isas
 from gemmlet.cli import evaluation, files
 from gemmlet.cli.commands import COMMANDS
+from gemmlet.cli.train_mlp import hold_out
 from gemmlet.data import load_mnist, mnist
 from gemmlet.integrations.numpy import replaced
 from gemmlet.metrics import frechet_distance, wilson_interval
@@ -612,6 +613,7 @@ def test_sample_without_network(tmp_path, monkeypatch, capsys, caplog):
         "--augment=",
         "--clip-value 0",
         "--l1 -0.5",
+        "--patience -1",
         "--l1 much",
         "--l2 inf",
         "--resume nowhere",
@@ -1267,6 +1269,30 @@ def check_same(out, other):
             assert (out / name).read_bytes() == (other / name).read_bytes(), name
 
 
+def test_patience(digits, few, tmp_path, capsys):
+    """A rate that is too large makes the loss of held-out images larger soon."""
+    out, given = tmp_path / "out", ("--epochs", 40, "--hidden", 8, "--optimizer", "sgd", "--lr", 3)
+    assert call("train", "mlp", "--data-dir", digits, "--out", out, *given, "--patience", 1) == 0
+    found, printed = metrics_of(out), capsys.readouterr().out
+    losses = found["history"]["validation_loss"]
+    best = 1 + losses.index(min(losses))
+    assert found["epochs_done"] == len(losses) == best + 2 < 40
+    assert not found["interrupted"]
+    assert f"Of {best + 2} epochs that of number {best} is kept" in " ".join(printed.split())
+    model = nn.MLP.load(out / "model.safetensors")
+    images = load_mnist(digits)
+    _, held_out = hold_out(len(images.y_train), 0)
+    loss = model.evaluate(images.x_train[held_out], images.y_train[held_out])["loss"]
+    assert loss == pytest.approx(min(losses), rel=1e-6)
+    assert call("train", "mlp", "--resume", out) == 0
+    assert metrics_of(out)["history"] == found["history"]
+    for other in (("train", "gan", "--patience", 1), ("train", "mlp", "--patience", 1, "--recipe", "quick")):
+        assert call(*other, "--out", tmp_path / "no") == 2
+        assert "--patience" in error_line(capsys)
+    assert call("train", "mlp", "--data-dir", few, "--patience", 1, "--out", tmp_path / "no") == 2
+    assert "--patience: of 9 images none is held out" in error_line(capsys)
+
+
 @pytest.mark.parametrize("network", ["mlp", "gan"])
 def test_augment(digits, tmp_path, capsys, uninterrupted, network):
     plain, out = metrics_of(uninterrupted(network)), tmp_path / "out"
@@ -1825,6 +1851,7 @@ OPTIONS = (
     "resume",
     "classic",
     "augment",
+    "patience",
 )
 
 

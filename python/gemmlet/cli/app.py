@@ -195,6 +195,12 @@ def _add_training(
             "augment.",
             default="as they are",
         ),
+        patience: int | None = _option(
+            None,
+            help="Of the mlp: end after so many epochs without a smaller loss of held-out images, and keep the best.",
+            default="all epochs",
+            **INTEGER,
+        ),
         recipe: str | None = _option(None, metavar="NAME", help=texts.recipe, default="none", hidden=not texts.recipe),
     ) -> int:
         given = locals()

@@ -10,6 +10,7 @@ import numpy as np
 from .. import nn
 from . import evaluation
 from .common import percent
+from .errors import UserError
 from .training import Array, Defaults, Options, Watch
 
 # With a rate that falls to 0, Adam may start with more than its usual 1e-3.
@@ -27,6 +28,8 @@ def run(options: Options) -> int:
     settings, data = watch.settings, watch.data
     schedule: nn.schedules.Schedule | None = nn.linear_decay if settings.lr_decay else None
     kept, held_out = hold_out(len(data.y_train), settings.seed)
+    if settings.patience is not None and not len(held_out):
+        raise UserError(f"--patience: of {len(kept)} images none is held out")
     if settings.recipe is not None:
         recipe = nn.recipes.RECIPES[settings.recipe]
         model, schedule = recipe.network(settings.seed), recipe.lr_schedule
@@ -51,6 +54,7 @@ def run(options: Options) -> int:
                 validation_data=(data.x_train[held_out], data.y_train[held_out]) if len(held_out) else None,
                 callback=callback,
                 augment=settings.augment,
+                early_stopping=settings.early_stopping,
             )
             history = watch.fit(model, fit)
         _finish(model, history, watch)

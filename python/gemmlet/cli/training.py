@@ -77,19 +77,20 @@ class Options:
     classic: bool
     augment: str | None
     recipe: str | None
+    patience: int | None
 
 
 # What a recipe says, so that nothing else may.
 _OF_RECIPE = (
     "batch_size", "lr", "optimizer", "weight_decay", "momentum", "clip_value", "l1", "l2", "hidden", "activation",
-    "classic", "augment",
+    "dropout", "input_dropout", "classic", "augment", "patience",
 )  # fmt: skip
 
 # Options that may differ from those of the training that --resume goes on with.
 _FREE = ("data_dir", "epochs", "backend", "threads")
 
 # Options that a training of before they were there has not.
-_NEWER = ("clip_value", "l1", "l2")
+_NEWER = ("clip_value", "l1", "l2", "dropout", "input_dropout", "augment", "recipe", "patience")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,12 @@ class Settings:
     classic: bool
     augment: nn.Augment | None
     recipe: str | None
+    patience: int | None
+
+    @property
+    def early_stopping(self) -> nn.EarlyStopping | None:
+        """On the loss of the images that are held out."""
+        return None if self.patience is None else nn.EarlyStopping(patience=self.patience)
 
     def facts(self) -> dict[str, Any]:
         """Return them for metrics.json."""
@@ -133,6 +140,7 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     for option, value, low, high in (
         ("--epochs", options.epochs, 1, 10**9),
         ("--batch-size", options.batch_size, 1, 10**9),
+        ("--patience", options.patience, 0, 10**9),
     ):
         if value is not None and not low <= value <= high:
             raise UserError(f"{option} must be from {low} to {high:,}, got {value}")
@@ -145,9 +153,10 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     if recipe is not None:
         defaults = _defaults(recipe)
     optimizer = _optimizer(options, defaults)
-    for option, penalty in (("--l1", options.l1), ("--l2", options.l2)):
-        if penalty is not None and network != "mlp":
+    for option, of_mlp in (("--l1", options.l1), ("--l2", options.l2), ("--patience", options.patience)):
+        if of_mlp is not None and network != "mlp":
             raise UserError(f"{option} is for mlp; the network is {network}")
+    for option, penalty in (("--l1", options.l1), ("--l2", options.l2)):
         if penalty is not None and not (math.isfinite(penalty) and penalty >= 0):
             raise UserError(f"{option} must be a number of at least 0, got {penalty:g}")
     for option, given in (("--hidden", options.hidden), ("--activation", options.activation)):
@@ -164,7 +173,9 @@ def check(options: Options, network: str, defaults: Defaults) -> Settings:
     epochs, batch_size = options.epochs or defaults.epochs, options.batch_size or defaults.batch_size
     rates, penalties = (optimizer.lr, defaults.lr_decay), (options.l1 or 0.0, options.l2 or 0.0)
     common_ones = hidden, activation, *dropout, epochs, batch_size, optimizer, *rates, *penalties, seed, out
-    return Settings(*common_ones, classic=options.classic, augment=augment, recipe=options.recipe)
+    return Settings(
+        *common_ones, classic=options.classic, augment=augment, recipe=options.recipe, patience=options.patience
+    )
 
 
 def _recipe(options: Options, network: str) -> nn.recipes.Recipe:
@@ -290,10 +301,9 @@ def _resumed(options: Options, resume: Path, network: type[nn.MLP | nn.GAN]) -> 
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {resume}: {error}") from error
     try:
-        saved: dict[str, Any] = {"dropout": None, "input_dropout": None} | extra["notes"]  # older ones have none
+        saved = dict.fromkeys(_NEWER) | extra["notes"]
         checksum, is_begun = int(saved.pop("images_crc32")), config["steps"] > 0
         saved |= {"data_dir": Path(folder)} if (folder := saved["data_dir"]) is not None else {}
-        saved = dict.fromkeys(_NEWER) | saved
         if wrong := saved.keys() ^ (types.keys() - {"out", "resume", "threads"}):
             raise ValueError(", ".join(sorted(wrong)))
         for name, value in saved.items():
@@ -346,6 +356,7 @@ class Watch:
             )
         self.more_epochs = 0.0
         self._problems: list[str] = []
+        self._ended_early = False
         self._last: nn.Progress | nn.GANProgress | None = None
         self._options, self._is_new = self._saved_options(options), resume is None
         if checksum not in (None, self._options["images_crc32"]):
@@ -390,6 +401,7 @@ class Watch:
             "classic": settings.classic,
             "augment": None if options.augment is None else options.augment.replace(" ", ""),
             "recipe": settings.recipe,
+            "patience": settings.patience,
         }
         unsaid = {} if settings.recipe is None else {name: getattr(options, name) for name in _OF_RECIPE}
         return saved | unsaid
@@ -446,7 +458,12 @@ class Watch:
             history = error.history
         model.save(out / common.MODEL)
         lists = [name for name, values in vars(history).items() if isinstance(values, list)]
-        last, whole = self._last, len(getattr(history, lists[0]))
+        last, whole, early = self._last, len(getattr(history, lists[0])), settings.early_stopping
+        if early is not None and whole:
+            losses = getattr(history, early.monitor)
+            self._ended_early = early.is_over(losses)
+            best = max((epoch for epoch in range(1, whole + 1) if early.is_best(losses[:epoch])), default=whole)
+            self._say(f"Of {whole} epochs that of number {best} is kept, with the least loss on held-out images")
         self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
         self._facts["history"] = {name: [common.finite(v) for v in getattr(history, name)] for name in lists}
         self.write_metrics({})
@@ -533,7 +550,7 @@ class Watch:
             "backend": description["backend"],
             "isa": description["isa"],
             "threads": get_num_threads(),
-            "interrupted": done < self.settings.epochs,
+            "interrupted": done < self.settings.epochs and not self._ended_early,
             "epochs_done": done,
             **self.settings.facts(),
             "data": self.data.source,
