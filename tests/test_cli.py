@@ -24,7 +24,7 @@ from gemmlet import _environment, _threads, cli, nn
 from gemmlet._files import replacing
 from gemmlet.backends import select
 from gemmlet.backends.cpu import available_isas
-from gemmlet.cli import evaluation, files
+from gemmlet.cli import evaluation, files, training
 from gemmlet.cli.commands import COMMANDS
 from gemmlet.cli.train_mlp import hold_out
 from gemmlet.data import load_mnist, mnist
@@ -58,7 +58,7 @@ from cli_support import (  # noqa: E402
     undone,  # noqa: F401 - it is a fixture
     write_digits,
 )
-from gemmlet.cli import common, plots, train_mlp, training  # noqa: E402
+from gemmlet.cli import common, plots, train_mlp  # noqa: E402
 from gemmlet.cli.signals import STOPS  # noqa: E402
 from support import PATIENCE, frechet_by_eigenvalues  # noqa: E402
 
@@ -1528,6 +1528,20 @@ def test_resume_from_what_is_no_training(tmp_path, capsys, uninterrupted, conten
     capsys.readouterr()
     assert call("train", "mlp", "--resume", "out") == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_resume_without_newer_options(digits, tmp_path, network):
+    """A training that began before they were there has none of them."""
+    out = tmp_path / "out"
+    assert call("train", network, "--data-dir", digits, "--epochs", 1, "--hidden", 4, "--out", out) == 0
+    path = out / training.CHECKPOINT
+    config, tensors, extra = network_files.read(path, network.upper())
+    extra["notes"] = {name: value for name, value in extra["notes"].items() if name not in training._NEWER}
+    network_files.write(path, network.upper(), config, tensors, extra)
+    assert call("train", network, "--resume", out, "--epochs", 2) == 0
+    assert metrics_of(out)["epochs_done"] == 2
 
 
 def test_resume_of_the_other_network(capsys, uninterrupted):

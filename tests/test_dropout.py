@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gemmlet.formulas import dropout, input_noise
+from gemmlet.formulas.random import STREAMS
 from gemmlet.nn import GAN, MLP, SGD, Adam
 from gemmlet.training.plan import SECOND_PASS, Activation, Dropout, UnsupportedError, dense_layers
 from support import same_bits
@@ -24,7 +25,7 @@ LABELS = np.random.default_rng(1).integers(0, 5, 50)
 
 def kept(model: Any, layer: int, rate: float, step: int, rows: Any, units: int, stream: int = 0) -> Any:
     """Which inputs of a layer are kept, as the formula says."""
-    number = dropout.FIRST_STREAM + layer + stream
+    number = STREAMS["dropout"] + layer + stream
     return dropout.kept(model._key, number, step, rows, units, dropout.threshold(rate))
 
 
@@ -93,7 +94,7 @@ def test_which_weights_a_step_leaves_alone(units: int, backend: Any, dtype: Any)
 
 
 def noise_of(model: Any, deviation: float, step: int, rows: Any, units: int, stream: int = 0) -> Any:
-    drawn = input_noise.noise(model._key, input_noise.STREAM + stream, step, rows, units)
+    drawn = input_noise.noise(model._key, STREAMS["input noise"] + stream, step, rows, units)
     return deviation * drawn / input_noise.DEVIATION
 
 
@@ -150,9 +151,9 @@ def test_noise_of_a_gan(step: int, backend: Any) -> None:
     places = dropout.places(12, 6)
     outputs = judged(np.concatenate([2 * x - 1, made]), places, 0)
     loss = (np.logaddexp(0, -outputs[:6]) + np.logaddexp(0, outputs[6:])).mean()
-    assert gan.discriminator_loss_and_gradients(x, z, step)[0] == pytest.approx(loss, rel=1e-10)
+    assert gan.discriminator_loss_and_gradients(x, z, step=step)[0] == pytest.approx(loss, rel=1e-10)
     loss = np.logaddexp(0, -judged(made, places[:6], SECOND_PASS)).mean()
-    assert gan.generator_loss_and_gradients(z, step)[0] == pytest.approx(loss, rel=1e-10)
+    assert gan.generator_loss_and_gradients(z, step=step)[0] == pytest.approx(loss, rel=1e-10)
 
 
 @pytest.mark.parametrize("form", ["bytes", "csr", "gan"])
@@ -252,13 +253,13 @@ def test_gradients_of_a_gan_are_those_of_pytorch(backend: Any) -> None:
     softplus = torch.nn.functional.softplus
     loss = (softplus(-outputs[:6]) + softplus(outputs[6:])).mean()
     wanted = torch.autograd.grad(loss, d, retain_graph=True)
-    value, gradients = gan.discriminator_loss_and_gradients(x, z, step)
+    value, gradients = gan.discriminator_loss_and_gradients(x, z, step=step)
     assert value == pytest.approx(float(loss.detach()), rel=1e-10)
     for mine, theirs in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(mine, theirs.numpy(), rtol=0, atol=1e-10)
     loss = softplus(-judged(made, places[:6], SECOND_PASS)).mean()
     wanted = torch.autograd.grad(loss, g)
-    value, gradients = gan.generator_loss_and_gradients(z, step)
+    value, gradients = gan.generator_loss_and_gradients(z, step=step)
     assert value == pytest.approx(float(loss.detach()), rel=1e-10)
     for mine, theirs in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(mine, theirs.numpy(), rtol=0, atol=1e-10)

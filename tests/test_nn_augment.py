@@ -17,6 +17,7 @@ from gemmlet.nn.augment import Augmented
 from gemmlet.nn.dataset import Samples
 
 N, HEIGHT, WIDTH, SIZE, EPOCHS = 150, 9, 7, 16, 3
+BATCHES = 10
 AUGMENT = Augment(erase=0.2, noise=3)
 RNG = np.random.default_rng(0)
 X = np.where(RNG.random((N, HEIGHT, WIDTH)) < 0.4, RNG.integers(0, 256, (N, HEIGHT, WIDTH)), 0).astype(np.uint8)
@@ -42,7 +43,7 @@ def assert_same(left: list[Any], right: list[Any]) -> None:
 
 
 def by_hand(model: Any, epoch: int, augment: Augment = AUGMENT) -> Any:
-    return data.augment(X, **vars(augment), epoch=epoch, seed=model.augment_seed)
+    return data.augment(X, **vars(augment), epoch=epoch * BATCHES, seed=model.augment_seed)
 
 
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
@@ -146,11 +147,11 @@ def test_no_epoch_has_the_images_of_another(monkeypatch: pytest.MonkeyPatch) -> 
             raise StopTraining
 
     model, found = mlp(), []
-    for more in ({"epochs": 2}, {"epochs": 1}, {"epochs": 1, "callback": stop}, {"epochs": 2}):
+    for more in ({"epochs": 2}, {"epochs": 1, "callback": stop}, {"epochs": 2}, {"epochs": 2, "batch_size": 5}):
         epochs.clear()
-        model.fit(X, Y, batch_size=SIZE, augment=AUGMENT, **more)
+        model.fit(X, Y, **{"batch_size": SIZE, "augment": AUGMENT, **more})
         found.append(sorted(set(epochs[1:])))  # the first block tells the density
-    assert found == [[0, 1], [2], [3], [4, 5]]
+    assert found == [[0, 10], [20], [23, 33], [43, 73]]
     whole, parts = mlp(), mlp()
     for model, fits in ((whole, (3,)), (parts, (1, 2))):
         optimizer = SGD(0.1)

@@ -17,7 +17,7 @@
 
 namespace gemmlet {
 
-// What random numbers are for. Dropout has those from 256 on: python/gemmlet/formulas/dropout.py.
+// What random numbers are for; python/gemmlet/formulas/random.py has the others, which plans are given.
 namespace streams {
 constexpr unsigned warp = 0, noise = 1, erase = 2;
 }

@@ -99,8 +99,8 @@ struct Phase {
   // update: each number of the gradient, with that of penalties, is limited to [-limit, limit] first
   double limit = std::numeric_limits<double>::infinity();
   bool decays_biases = true;
-  // gradient_penalty: half the factor times the mean square of the gradient by a sample, over the first of the mini-batch's,
-  // one of `share`, rounded up. The network has one output, samples come first, and all activations are linear in pieces.
+  // gradient_penalty: half the factor times the mean square of the gradient by a sample, over the first ceil(rows / share)
+  // of the mini-batch. The network has one output, samples come first, and all activations are linear in pieces.
   double factor = 0;
   Index share = 0;
   unsigned stream = 0;  // forward: what is added to the streams of the dropout

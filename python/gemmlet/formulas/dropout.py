@@ -14,13 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .random import STEP_BITS, random_words
+from .random import words_of_groups
 
-# The stream of the dropout of the inputs of layer k is this plus k.
-FIRST_STREAM = 256
-
-# The decisions of this many units come from this many blocks of the generator, the same bits of a machine word.
-GROUP_UNITS, GROUP_BLOCKS = 64, 8
+# The decisions of so many units come from a group of the generator's words; they are the bits of a machine word.
+GROUP_UNITS = 64
 
 # A threshold that keeps all.
 ALL = 1 << 16
@@ -64,12 +61,9 @@ def kept(seed: int, stream: int, step: int, rows: Any, units: int, keep: int) ->
 
     Notes
     -----
-    A group of 64 units has eight blocks of four words, words of two decisions, the lower half first: units 0 to 31 have
-    the words 0 and 1 of the blocks in turn, units 32 to 63 the words 2 and 3.
+    A group of 64 units has the words of `random.words_of_groups`, of two decisions each, the lower half first.
     """
     groups = -(-units // GROUP_UNITS)
-    blocks = np.arange(groups * GROUP_BLOCKS)
-    words = random_words(seed, stream, step % (1 << STEP_BITS), np.asarray(rows)[:, np.newaxis], blocks)
-    words = words.reshape(-1, groups, GROUP_BLOCKS, 2, 2).swapaxes(2, 3)
+    words = words_of_groups(seed, stream, step, rows, groups)
     halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], axis=-1)
     return np.asarray(halves.reshape(-1, groups * GROUP_UNITS)[:, :units] < keep)

@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What random numbers are for. Dropout has those from 256 on: formulas/dropout.py.
-STREAMS = {"warp": 0, "noise": 1, "erase": 2}
+# What random numbers are for. The inputs of layer k have the dropout of the stream 256 + k; a second forward pass of a
+# network in a step adds `SECOND_PASS` to its streams, of which the compiled plans know those below twice that.
+STREAMS = {"warp": 0, "noise": 1, "erase": 2, "input noise": 255, "dropout": 256}
+SECOND_PASS = 1 << 14
 
 # The bits of a counter's parts.
 BLOCK_BITS, ROW_BITS, STEP_BITS, STREAM_BITS = 32, 40, 40, 16
+
+# The blocks of a group of units.
+GROUP_BLOCKS = 8
 
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
@@ -52,3 +57,14 @@ def random_words(seed: int, stream: int, step: int, rows: Any, blocks: Any) -> N
     last = np.uint64(stream + (step >> 32 << 24)) + (rows >> _HALF << np.uint64(16))
     words = [blocks, rows & _LOW, np.full(rows.shape, step & 0xFFFFFFFF, np.uint64), last]
     return np.stack(philox(words, seed), axis=-1)
+
+
+def words_of_groups(seed: int, stream: int, step: int, rows: Any, groups: int) -> NDArray[np.uint64]:
+    """The words of groups of units, 32 each, of rows at these places: shape (len(rows), groups, 32).
+
+    Each group has `GROUP_BLOCKS` blocks: first the words 0 and 1 of the blocks in turn, then the words 2 and 3. `step`
+    counts modulo 2**40.
+    """
+    blocks = np.arange(groups * GROUP_BLOCKS)
+    words = random_words(seed, stream, step % (1 << STEP_BITS), np.asarray(rows)[:, np.newaxis], blocks)
+    return words.reshape(-1, groups, GROUP_BLOCKS, 2, 2).swapaxes(2, 3).reshape(-1, groups, 4 * GROUP_BLOCKS)

@@ -35,7 +35,7 @@ def table_of(parts: Mapping[str, Dense], output: str) -> list[tuple[str, str, st
     for prefix, dense in parts.items():
         rows.append((f"{prefix}input", f"(n, {dense.layers[0].weight.shape[0]})", "", ""))
         for i, layer in enumerate(dense.layers, 1):
-            count = f"{layer.weight.size + layer.bias.size:,}"
+            count = f"{sum(array.size for array in layer.tensors().values()):,}"
             rows.append((f"{prefix}{i}", f"(n, {len(layer.bias)})", layer.activation or output, count))
     return rows
 

@@ -24,9 +24,9 @@ from .._memory import held
 from .._signals import deferred_signals
 from .._threads import get_num_threads
 from ..backends.base import Backend
-from ..formulas import input_noise
 from ..formulas.activations import ACTIVATIONS
-from ..formulas.dropout import ALL, FIRST_STREAM
+from ..formulas.dropout import ALL
+from ..formulas.random import STREAMS
 from ..training import plan as training
 from . import _checks as checks
 from . import display
@@ -604,8 +604,8 @@ class Training:
             hyperparameters = tuple([group.hyperparameters(factors) for group in self.groups])
             rows = where
             if self._augmented is not None:
-                # Epochs are counted over all fits, so that none has the images of another.
-                rows = self._augmented.take(where, -((first - model.steps) // self._batches))
+                # An epoch counts as the steps before it, over all fits, so that none has the images of another.
+                rows = self._augmented.take(where, model.steps - first)
                 self._backend.restage(self._plan)
             noise, stream = None, model._training_noise
             if stream is not None:
@@ -856,10 +856,10 @@ def randomness_of(
     if not (noise or any(rates)):
         return []
     key = model._key
-    drops = [training.Dropout(rate, FIRST_STREAM + i, key) for i, rate in enumerate(rates)]
+    drops = [training.Dropout(rate, STREAMS["dropout"] + i, key) for i, rate in enumerate(rates)]
     operations: list[list[Any]] = [[drop] if drop.keep < ALL else [] for drop in drops]
     if noise:
-        operations[0].insert(0, training.InputNoise(noise, input_noise.STREAM, key))
+        operations[0].insert(0, training.InputNoise(noise, STREAMS["input noise"], key))
     return operations
 
 

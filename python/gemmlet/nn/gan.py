@@ -207,7 +207,10 @@ class GAN(Estimator):
         self._shuffle, self._training_noise, self._sampling_noise = self._fresh_streams()[1:]
 
     _stream_names = "shuffle", "training_noise", "sampling_noise"
-    _in_repr = "latent_dim", "generator", "discriminator", "loss", "dtype", "seed"
+    _in_repr = (
+        "latent_dim", "generator", "discriminator", "n_classes", "loss", "dtype", "seed", "discriminator_dropout",
+        "discriminator_input_dropout", "discriminator_input_noise",
+    )  # fmt: skip
     _checks = Trainable._checks | {
         **dict.fromkeys(
             (

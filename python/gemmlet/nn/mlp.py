@@ -198,7 +198,7 @@ class MLP(Predictor):
         self._shuffle = self._fresh_streams()[1]
 
     _stream_names = ("shuffle",)
-    _in_repr = "layers", "activation", "output", "dtype", "seed"
+    _in_repr = "layers", "activation", "output", "dtype", "seed", "dropout", "input_dropout", "input_noise"
     _checks = Trainable._checks | {
         **dict.fromkeys(("layers", "activation", "output", "activation_parameter", "seed"), check_fixed),
         "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
@@ -308,7 +308,7 @@ class MLP(Predictor):
             How often each sample is used.
         batch_size : int, optional
             Samples per update; the last mini-batch of an epoch may be smaller. By default 64, or what the preset says;
-            batches are mini-batches, unless it is given.
+            without it the batches that a function or an iterable gives are mini-batches as they are.
         optimizer : str or Optimizer, optional
             A name, ``"sgd"``, ``"adam"`` or ``"adamw"``, with its default settings; or an object, whose state is
             continued. By default ``"adam"``, or what the preset says.
@@ -367,9 +367,9 @@ class MLP(Predictor):
             epoch where it was, and begins again at its end.
         augment : Augment, optional
             Each epoch has its own transform of each image instead of `x`, which then is uint8 of shape (n, h, w), on
-            the CPU. The transform follows from `seed`, the number of the epoch, counted over all fits, and the place of
-            the image among those that are trained on. So the images of the first epoch are
-            ``data.augment(x, **vars(augment), seed=model.augment_seed, epoch=0)``. Validation data stays as it is.
+            the CPU. The transform follows from `seed`, the place of the image among those that are trained on, and
+            `steps` at the begin of the epoch, which ``data.augment(x, **vars(augment), seed=model.augment_seed,
+            epoch=steps)`` has as its `epoch`. Validation data stays as it is.
 
         Returns
         -------

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..formulas import dropout, input_noise
 from ..formulas.losses import LOSSES, ROW_LOSSES
+from ..formulas.random import SECOND_PASS as SECOND_PASS
 
 Array = NDArray[Any]
 
@@ -208,10 +209,6 @@ class Gather(NamedTuple):
     shift: float = 0.0
 
 
-# Of the second forward pass of a network in a step: its dropout draws other numbers than that of the first.
-SECOND_PASS = 1 << 14
-
-
 class Forward(NamedTuple):
     """Compute a network's outputs for the rows of its inputs; those of several inputs follow each other.
 
@@ -294,7 +291,7 @@ class GradientPenalty(NamedTuple):
     """Add ``factor / 2`` times the mean of ``|d output / d x|²`` over samples x to the objective (R1).
 
     Its gradient is added to the weights', which `Backward` has left; it counts in no loss. The mean is over the first
-    of the mini-batch's samples, one of `share`, rounded up. The network has one output, reads samples first, and has
+    ``ceil(rows / share)`` samples of the mini-batch. The network has one output, reads samples first, and has
     activations that are linear in pieces, whose second derivative is 0. Mescheder et al., 2018.
     """
 
@@ -375,7 +372,10 @@ class TrainingPlan:
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has what not every executor knows to look for: limits, weights of samples, noise and the like."""
+        """Whether it has what not every executor knows to look for: limits, weights of samples, noise and the like.
+
+        Classes among the inputs, dropout, clipping and penalties of weights are asked for one by one.
+        """
         dataset = self.gather.dataset
         return (
             any(isinstance(phase, GradientPenalty) for phase in self.phases)

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from ..._memory import aligned_zeros
 from ...formulas.activations import ACTIVATIONS
-from ...formulas.dropout import GROUP_BLOCKS, GROUP_UNITS, places, scale
+from ...formulas.dropout import GROUP_UNITS, places, scale
 from ...formulas.optimizers import OPTIMIZER_RULES, moving_average
-from ...formulas.random import STEP_BITS
+from ...formulas.random import GROUP_BLOCKS, STEP_BITS
 from ...training import plan as training
 from ...training.plan import (
     NOISE,
