@@ -436,7 +436,7 @@ def test_a_step_that_cannot_be(step: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^step must be"):
         MLP([70, 5]).loss_and_gradients(X, LABELS, step)
     with pytest.raises((TypeError, ValueError), match=r"^step must be"):
-        GAN(2, [3, 4], [5, 1]).generator_loss_and_gradients(np.ones((2, 2)), step)
+        GAN(2, [3, 4], [5, 1]).generator_loss_and_gradients(np.ones((2, 2)), step=step)
 
 
 @pytest.mark.parametrize("kind", KINDS)
