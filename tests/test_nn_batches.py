@@ -326,6 +326,32 @@ def test_callbacks_end_it(every: str) -> None:
     assert [(p.batch, p.batches, p.epoch_done) for p in told] == [(1, 0, False), (2, 2, True)]
 
 
+@pytest.mark.parametrize("change", ["l1", "l2", "clip_value", "label_smoothing"])
+def test_what_a_callback_changes_counts_from_the_next_fit(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_BLOCK_BYTES", 1)  # a block of each
+
+    def trained(*data: Any, **how: Any) -> MLP:
+        model, rule = model_of(), SGD(0.1)
+        changed = rule if hasattr(rule, change) else model
+        how |= {"shuffle": False, "optimizer": rule, "callback": lambda _: setattr(changed, change, 1e-3)}
+        losses = model.fit(*data, epochs=2, **how).loss
+        assert losses != model.fit(*data, epochs=2, **how).loss
+        return model
+
+    assert same(trained(Items()), trained(X, Y, batch_size=SIZE))
+
+
+def test_what_a_callback_changes_of_a_gan_with_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_BLOCK_BYTES", 1)
+
+    def trained(*data: Any, **how: Any) -> GAN:
+        gan = GAN(3, [4, 6], [5, 1], n_classes=3)
+        gan.fit(*data, epochs=2, shuffle=False, callback=lambda _: setattr(gan, "gradient_penalty", 5.0), **how)
+        return gan
+
+    assert same(trained(Items(), steps_per_epoch=COUNT), trained(X, batch_size=SIZE, y=Y))
+
+
 @pytest.mark.parametrize(
     ("x", "how", "error", "message"),
     [

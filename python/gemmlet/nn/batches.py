@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._memory import held
-from ..training.plan import TrainingPlan
+from ..training.plan import Gather, Loss, TrainingPlan
 from . import _checks as checks
 from .dataset import Array, Samples, copy_of, not_finite, sample_order
 from .fit import StopTraining, Training
@@ -256,8 +256,8 @@ class BatchTraining(Training):
     Parameters
     ----------
     source : Source
-    plan_of : callable
-        ``plan_of(samples, targets)`` returns the step on a block.
+    gather_of : callable
+        ``gather_of(samples, targets)`` returns the first phase of the step on a block; the others are the plan's.
     size : int or None
         Rows of a mini-batch; with None batches are mini-batches.
     *arguments, **settings
@@ -272,13 +272,13 @@ class BatchTraining(Training):
     def __init__(
         self,
         source: Source,
-        plan_of: Callable[[Samples, Any], TrainingPlan],
+        gather_of: Callable[[Samples, Any], Gather],
         size: int | None,
         *arguments: Any,
         **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
-        self._source, self._plan_of, self._divided = source, plan_of, size
+        self._source, self._gather_of, self._divided = source, gather_of, size
         schedule = self._settings.lr_schedule
         if schedule is not None and not isinstance(schedule, ReduceOnPlateau) and source.count is None:
             raise ValueError("lr_schedule needs steps_per_epoch: how many batches an epoch has")
@@ -310,12 +310,19 @@ class BatchTraining(Training):
             self._report(done=block is None)
 
     def _begin(self, block: Block) -> None:
-        """Make the block the dataset of a plan of its own, on the same parameters and states."""
+        """Make the block the dataset of a plan of its own; the rest is as it was when `fit` began."""
         self._backend.write_back(self._plan)
         self._samples, self._block, self._size = block.samples, block, block.size
         self._backend = block.samples.backend
-        self._plan = self._backend.stage(self._plan_of(block.samples, block.targets))
+        self._plan = self._backend.stage(self._plan_on(block))
         self._one_by_one = self._every_batch or not self._backend.supports_fused(self._plan)
+
+    def _plan_on(self, block: Block) -> TrainingPlan:
+        phases = [self._gather_of(block.samples, block.targets), *self._plan.phases[1:]]
+        for i, phase in enumerate(phases):
+            if isinstance(phase, Loss) and not isinstance(phase.targets, tuple):
+                phases[i] = phase._replace(targets=np.ascontiguousarray(block.targets))
+        return TrainingPlan(self._plan.networks, tuple(phases))
 
     def _rows(self, block: Block) -> NDArray[np.int64]:
         shuffles = self._settings.shuffle and self._divided is not None

@@ -376,9 +376,12 @@ class GAN(Estimator):
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
 
+            def gather_of(samples: Samples, labels: Any) -> Gather:
+                return self._gather(samples.dataset(may_skip_zeros=False), labels)
+
             def plan_of(samples: Samples, labels: Any) -> TrainingPlan:
                 phases = [
-                    self._gather(samples.dataset(may_skip_zeros=False), labels),
+                    gather_of(samples, labels),
                     # The same noise serves both steps, so that the generator's forward pass is done once.
                     Forward(_GENERATOR, (NOISE,)),
                     *self._discriminator_phases(),
@@ -397,7 +400,7 @@ class GAN(Estimator):
             if source is None:
                 Training(self, history, samples, plan, optimizers, groups, settings, data, augmented=augmented).run()
             else:
-                loop = source, plan_of, None if batch_size is None else settings.batch_size
+                loop = source, gather_of, None if batch_size is None else settings.batch_size
                 BatchTraining(*loop, self, history, samples, plan, optimizers, groups, settings, data).run()
         return history
 

@@ -476,7 +476,7 @@ class MLP(Predictor):
             if source is None:
                 Training(self, history, samples, plan, rules, groups, settings, data, validate, facts, augmented).run()
             else:
-                loop = source, partial(self._plan, group=group), None if batch_size is None else settings.batch_size
+                loop = source, self._gather, None if batch_size is None else settings.batch_size
                 BatchTraining(*loop, self, history, samples, plan, rules, groups, settings, data, validate, facts).run()
         return history
 
@@ -538,11 +538,8 @@ class MLP(Predictor):
     ) -> TrainingPlan:
         """A step; without `group` all but the update, without `drops` nothing is random."""
         reduction = "mean" if self.output == "identity" else "sum"
-        dataset = samples.dataset(may_skip_zeros=True)
-        if weights is not None:
-            dataset = dataset._replace(weights=weights, divides_by_rows=True)
         phases: list[Phase] = [
-            Gather(dataset),
+            self._gather(samples, targets, weights),
             Forward(0, (SAMPLES,)),
             Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),
@@ -555,6 +552,10 @@ class MLP(Predictor):
         rates = self.input_noise, self.input_dropout, self.dropout
         randomness = randomness_of(self, *rates, len(self.layers) - 1) if drops else ()
         return TrainingPlan((network_of(self._dense, group, average, randomness),), tuple(phases))
+
+    def _gather(self, samples: Samples, _: Array, weights: Array | None = None) -> Gather:
+        dataset = samples.dataset(may_skip_zeros=True)
+        return Gather(dataset if weights is None else dataset._replace(weights=weights, divides_by_rows=True))
 
     _progress = Progress
 
