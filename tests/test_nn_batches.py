@@ -247,13 +247,19 @@ def test_early_stopping_and_plateaus() -> None:
 
 def test_dataloaders_of_torch() -> None:
     torch = pytest.importorskip("torch")
-    from torch.utils.data import DataLoader, TensorDataset
+    from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+    class Stream(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Any]:
+            return zip(X, Y, strict=True)
 
     loader = DataLoader(TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=SIZE)
-    model, expected = model_of(), model_of()
-    model.fit(loader, epochs=2)
+    expected = model_of()
     expected.fit(X, Y, 2, SIZE, shuffle=False)
-    assert same(model, expected)
+    for source in loader, DataLoader(Stream(), batch_size=SIZE):  # the length of the second raises TypeError
+        model = model_of()
+        model.fit(source, epochs=2)
+        assert same(model, expected)
     gan, other = (GAN(3, [4, 6], [5, 1]) for _ in range(2))
     gan.fit(loader, 2)
     other.fit(X, 2, SIZE, shuffle=False)

@@ -106,8 +106,11 @@ class Source:
         elif not hasattr(x, "__iter__"):
             raise TypeError(f"x must be samples, or batches: a function, or an iterable; got {type(x).__name__}")
         self.is_indexed = self._get is not None
-        if hasattr(x, "__len__"):
+        try:
             length = len(x)
+        except TypeError:  # it has none, or does not know it, as a DataLoader over an IterableDataset
+            length = None
+        if length is not None:
             if length == 0:
                 raise ValueError("x has no batch; expected at least one")
             if self.is_indexed and (self.count or 0) > length:
