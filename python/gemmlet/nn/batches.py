@@ -237,20 +237,35 @@ def _fits(pieces: Sequence[Piece], other: Piece) -> bool:
 
 
 def blocks(pieces: Iterator[Piece], size: int | None) -> Iterator[Block]:
-    """The batches of an epoch in blocks: one each, divided into mini-batches of `size`; or several that are these."""
-    piece = next(pieces, None)
+    """The batches of an epoch in blocks: one each, divided into mini-batches of `size`; or several that are these.
+
+    What `pieces` raises comes after the blocks before it.
+    """
+    failed: Exception | None = None
+
+    def following() -> Piece | None:
+        nonlocal failed
+        try:
+            return next(pieces, None)
+        except Exception as error:
+            failed = error
+            return None
+
+    piece = following()
     while piece is not None:
         if size is not None:
             yield Block(*piece, 1, size)
-            piece = next(pieces, None)
+            piece = following()
             continue
         some, end = [piece], time.perf_counter() + _BLOCK_SECONDS
         most = _BLOCK_BYTES // max(1, piece.samples.features * piece.samples.array.dtype.itemsize * len(piece))
-        piece = next(pieces, None)
+        piece = following()
         while piece is not None and len(some) < most and time.perf_counter() < end and _fits(some, piece):
             some.append(piece)
-            piece = next(pieces, None)
+            piece = following()
         yield _joined(some)
+    if failed is not None:
+        raise failed
 
 
 class BatchTraining(Training):
