@@ -426,6 +426,18 @@ def test_a_later_batch_that_does_not_fit_ends_in_the_last_good_state(
         assert same(model, expected)
 
 
+@pytest.mark.parametrize("data", [(Items(),), (X, Y)], ids=["batches", "memory"])
+def test_divergence_after_the_last_epoch(data: Any) -> None:
+    model = model_of()
+
+    def callback(p: Any) -> None:
+        assert p.batch == COUNT
+        model.parameters[0][0, 0] = np.nan if p.epoch == 3 else 0.0
+
+    with pytest.raises(DivergedError, match="diverged after epoch 3: parameters are no longer finite"):
+        model.fit(*data, epochs=3, batch_size=SIZE, callback=callback, callback_every="epoch")
+
+
 def test_divergence() -> None:
     model = MLP([6, 8, 1], output="identity")
     with pytest.raises(DivergedError, match="the loss is no longer finite; the network is as it was after"):

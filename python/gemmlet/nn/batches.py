@@ -308,7 +308,7 @@ class BatchTraining(Training):
         return self._orders.take(self._source.count).tolist() if self._source.is_indexed else None  # type: ignore[arg-type]
 
     def _epoch(self, order: Any) -> None:
-        self._n, self._skipped, self._first_batch, self._before = sys.maxsize, 0, 0, 0
+        self._n, self._before = sys.maxsize, 0
         some = blocks(self._source.epoch(order), self._divided)
         block = next(some, None)
         if block is None:
