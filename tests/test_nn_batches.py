@@ -426,6 +426,32 @@ def test_a_later_batch_that_does_not_fit_ends_in_the_last_good_state(
         assert same(model, expected)
 
 
+@pytest.mark.parametrize("has_images", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_a_batch_of_a_gan_may_be(count: int, labels: bool, has_images: bool) -> None:
+    """Samples in an array or a list, flat or images; or the array in a list, with labels or alone."""
+    x = X.reshape(N, 2, 3)[:count] if has_images else X[:count]
+    settings = {"n_classes": 3} if labels else {}
+    expected = GAN(3, [4, 6], [5, 1], **settings)
+    expected.fit(x, 1, shuffle=False, y=Y[:count] if labels else None)
+    for given in [[x, Y[:count]]] if labels else [x, [x], (x, Y[:count]), list(x)]:
+        gan = GAN(3, [4, 6], [5, 1], **settings)
+        gan.fit([given], 1, steps_per_epoch=1)
+        assert same(gan, expected)
+
+
+def test_labels_of_a_gan_are_named_by_their_batch() -> None:
+    for y, message in (
+        (np.where(np.arange(N) == SIZE, 7, Y), r"y of batch 1\[0\] is 7"),
+        (np.full((N, 3), 1 / 3), "y of batch 0 has soft labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GAN(3, [4, 6], [5, 1], n_classes=3).fit(Items(X, y), steps_per_epoch=COUNT, shuffle=False)
+    with pytest.raises(TypeError, match="y of batch 0 is needed"):
+        GAN(3, [4, 6], [5, 1], n_classes=3).fit([X], steps_per_epoch=1)
+
+
 @pytest.mark.parametrize("data", [(Items(),), (X, Y)], ids=["batches", "memory"])
 def test_divergence_after_the_last_epoch(data: Any) -> None:
     model = model_of()

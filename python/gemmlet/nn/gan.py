@@ -411,15 +411,23 @@ class GAN(Estimator):
 
         def load(batch: Any, name: str) -> Piece:
             nonlocal dtype
-            is_pair = isinstance(batch, list | tuple) and len(batch) > 0 and hasattr(batch[0], "shape")
+            is_pair = self._is_pair(batch)
             samples = self._samples(batch[0] if is_pair else batch, dtype, name)
             dtype = samples.dtype
             if not self.n_classes:
                 return Piece(samples, None)
-            return Piece(samples, self._labels(batch[1] if is_pair else None, len(samples), "y"))
+            labels = batch[1] if is_pair and len(batch) == 2 else None
+            return Piece(samples, self._labels(labels, len(samples), f"y{name[1:]}"))
 
         source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
         return source, source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None)
+
+    def _is_pair(self, batch: Any) -> bool:
+        """Whether a batch is samples and labels, or samples alone as a DataLoader gives them: no list of samples."""
+        if not isinstance(batch, list | tuple) or len(batch) not in (1, 2):
+            return False
+        shape: Any = getattr(batch[0], "shape", ())
+        return len(shape) > 1 and (shape[0] == 1 or math.prod(shape) != self.features)
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup, drops: bool = True) -> TrainingPlan:
         generator, discriminator = groups or (None, None)
