@@ -426,6 +426,27 @@ def test_a_later_batch_that_does_not_fit_ends_in_the_last_good_state(
         assert same(model, expected)
 
 
+def test_batches_with_other_targets_than_the_first_are_refused() -> None:
+    hard, soft = np.eye(3)[Y], np.full((N, 3), 1 / 3)
+    for first, others, has, expected in (
+        (Y, soft, "soft labels", "one class for each sample"),
+        (hard, soft, "soft labels", "one class for each sample"),
+        (soft, Y, "one class for each sample", "soft labels"),
+    ):
+        model = model_of()
+        some = [batch(0, X, first), batch(1, X, others)]
+        with pytest.raises(ValueError, match=f"^y of batch 1 has {has}; expected {expected}, as before$"):
+            model.fit(some, shuffle=False)
+        assert model.steps == 1
+    # Among soft labels one-hot rows may be.
+    mixed = np.where(np.arange(N)[:, None] < SIZE, soft, hard)
+    model, wanted = model_of(), model_of()
+    history = model.fit(Items(X, mixed), epochs=1, shuffle=False)
+    assert history.loss == wanted.fit(X, mixed, 1, SIZE, shuffle=False).loss
+    assert math.isnan(history.accuracy[0])
+    assert same(model, wanted)
+
+
 @pytest.mark.parametrize("has_images", [False, True])
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])

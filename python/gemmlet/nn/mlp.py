@@ -492,13 +492,22 @@ class MLP(Predictor):
         """Where batches come from, the first of them, and what outputs stand for after it."""
         refuse(lacking)
         meaning = self._meaning()
+        are_rows: bool | None = None  # the targets of the first batch
 
         def load(batch: Any, name: str) -> Piece:
-            nonlocal dtype, meaning
+            nonlocal dtype, meaning, are_rows
             rows, labels = checks.pair(batch, name.removeprefix("x of "))
             samples = self._filled(rows, name, dtype)
             targets, meaning = self._targets(labels, f"y{name[1:]}", samples, meaning)
             dtype = samples.dtype
+            shape = len(targets), self.layers[-1]
+            if are_rows and targets.ndim == 1 and np.shape(labels) == shape:
+                targets = one_hot(targets, shape, dtype)  # soft labels that happen to be 0 and 1
+            if are_rows is None:
+                are_rows = targets.ndim == 2
+            elif are_rows != (targets.ndim == 2):
+                kinds = "one class for each sample", "soft labels"
+                raise ValueError(f"y{name[1:]} has {kinds[not are_rows]}; expected {kinds[are_rows]}, as before")
             return Piece(samples, targets)
 
         source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
