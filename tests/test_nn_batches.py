@@ -247,13 +247,19 @@ def test_early_stopping_and_plateaus() -> None:
 
 def test_dataloaders_of_torch() -> None:
     torch = pytest.importorskip("torch")
-    from torch.utils.data import DataLoader, TensorDataset
+    from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+    class Stream(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Any]:
+            return zip(X, Y, strict=True)
 
     loader = DataLoader(TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=SIZE)
-    model, expected = model_of(), model_of()
-    model.fit(loader, epochs=2)
+    expected = model_of()
     expected.fit(X, Y, 2, SIZE, shuffle=False)
-    assert same(model, expected)
+    for source in loader, DataLoader(Stream(), batch_size=SIZE):  # the length of the second raises TypeError
+        model = model_of()
+        model.fit(source, epochs=2)
+        assert same(model, expected)
     gan, other = (GAN(3, [4, 6], [5, 1]) for _ in range(2))
     gan.fit(loader, 2)
     other.fit(X, 2, SIZE, shuffle=False)
@@ -326,6 +332,32 @@ def test_callbacks_end_it(every: str) -> None:
     assert [(p.batch, p.batches, p.epoch_done) for p in told] == [(1, 0, False), (2, 2, True)]
 
 
+@pytest.mark.parametrize("change", ["l1", "l2", "clip_value", "label_smoothing"])
+def test_what_a_callback_changes_counts_from_the_next_fit(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_BLOCK_BYTES", 1)  # a block of each
+
+    def trained(*data: Any, **how: Any) -> MLP:
+        model, rule = model_of(), SGD(0.1)
+        changed = rule if hasattr(rule, change) else model
+        how |= {"shuffle": False, "optimizer": rule, "callback": lambda _: setattr(changed, change, 1e-3)}
+        losses = model.fit(*data, epochs=2, **how).loss
+        assert losses != model.fit(*data, epochs=2, **how).loss
+        return model
+
+    assert same(trained(Items()), trained(X, Y, batch_size=SIZE))
+
+
+def test_what_a_callback_changes_of_a_gan_with_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_BLOCK_BYTES", 1)
+
+    def trained(*data: Any, **how: Any) -> GAN:
+        gan = GAN(3, [4, 6], [5, 1], n_classes=3)
+        gan.fit(*data, epochs=2, shuffle=False, callback=lambda _: setattr(gan, "gradient_penalty", 5.0), **how)
+        return gan
+
+    assert same(trained(Items(), steps_per_epoch=COUNT), trained(X, batch_size=SIZE, y=Y))
+
+
 @pytest.mark.parametrize(
     ("x", "how", "error", "message"),
     [
@@ -367,20 +399,90 @@ def test_what_is_refused(x: Any, how: Any, error: Any, message: str) -> None:
     assert model._shuffle.bit_generator.state == before[1]
 
 
-def test_a_later_batch_that_does_not_fit_ends_in_the_last_good_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "_BLOCK_BYTES", 1)  # a block of each
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("most", [batches._BLOCK_BYTES, 1])
+def test_a_later_batch_that_does_not_fit_ends_in_the_last_good_state(
+    most: int, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_BLOCK_BYTES", most)
     bad = X.copy()
     bad[5 * SIZE + 2, 1] = np.inf
-    model, expected = model_of(), model_of()
-    with pytest.raises(ValueError, match="x of batch 5 must be finite, got inf in row 2"):
-        model.fit(Items(bad, Y), shuffle=False)
-    expected.fit(X[: 4 * SIZE], Y[: 4 * SIZE], 1, SIZE, shuffle=False)
-    assert model.steps == 4  # the next batch is loaded before a step
-    assert same(model, expected)
+    expected = model_of()
+    expected.fit(X[: 5 * SIZE], Y[: 5 * SIZE], 1, size or SIZE, shuffle=False)
+
+    def broken() -> Iterator[Any]:
+        yield from (batch(i) for i in range(5))
+        raise OSError("the disk is gone")
+
+    for x, error, message in (
+        (Items(bad, Y), ValueError, "x of batch 5 must be finite, got inf in row 2"),
+        (Items(X, np.where(np.arange(N) >= 5 * SIZE, 9, Y)), ValueError, r"y of batch 5\[0\] is 9"),
+        (broken(), OSError, "the disk is gone"),
+    ):
+        model = model_of()
+        with pytest.raises(error, match=message):
+            model.fit(x, epochs=1, batch_size=size, shuffle=False)
+        assert model.steps == expected.steps
+        assert same(model, expected)
+
+
+def test_batches_with_other_targets_than_the_first_are_refused() -> None:
+    hard, soft = np.eye(3)[Y], np.full((N, 3), 1 / 3)
+    for first, others, has, expected in (
+        (Y, soft, "soft labels", "one class for each sample"),
+        (hard, soft, "soft labels", "one class for each sample"),
+        (soft, Y, "one class for each sample", "soft labels"),
+    ):
+        model = model_of()
+        some = [batch(0, X, first), batch(1, X, others)]
+        with pytest.raises(ValueError, match=f"^y of batch 1 has {has}; expected {expected}, as before$"):
+            model.fit(some, shuffle=False)
+        assert model.steps == 1
+    # Among soft labels one-hot rows may be.
+    mixed = np.where(np.arange(N)[:, None] < SIZE, soft, hard)
+    model, wanted = model_of(), model_of()
+    history = model.fit(Items(X, mixed), epochs=1, shuffle=False)
+    assert history.loss == wanted.fit(X, mixed, 1, SIZE, shuffle=False).loss
+    assert math.isnan(history.accuracy[0])
+    assert same(model, wanted)
+
+
+@pytest.mark.parametrize("has_images", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_a_batch_of_a_gan_may_be(count: int, labels: bool, has_images: bool) -> None:
+    """Samples in an array or a list, flat or images; or the array in a list, with labels or alone."""
+    x = X.reshape(N, 2, 3)[:count] if has_images else X[:count]
+    settings = {"n_classes": 3} if labels else {}
+    expected = GAN(3, [4, 6], [5, 1], **settings)
+    expected.fit(x, 1, shuffle=False, y=Y[:count] if labels else None)
+    for given in [[x, Y[:count]]] if labels else [x, [x], (x, Y[:count]), list(x)]:
+        gan = GAN(3, [4, 6], [5, 1], **settings)
+        gan.fit([given], 1, steps_per_epoch=1)
+        assert same(gan, expected)
+
+
+def test_labels_of_a_gan_are_named_by_their_batch() -> None:
+    for y, message in (
+        (np.where(np.arange(N) == SIZE, 7, Y), r"y of batch 1\[0\] is 7"),
+        (np.full((N, 3), 1 / 3), "y of batch 0 has soft labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GAN(3, [4, 6], [5, 1], n_classes=3).fit(Items(X, y), steps_per_epoch=COUNT, shuffle=False)
+    with pytest.raises(TypeError, match="y of batch 0 is needed"):
+        GAN(3, [4, 6], [5, 1], n_classes=3).fit([X], steps_per_epoch=1)
+
+
+@pytest.mark.parametrize("data", [(Items(),), (X, Y)], ids=["batches", "memory"])
+def test_divergence_after_the_last_epoch(data: Any) -> None:
     model = model_of()
-    with pytest.raises(ValueError, match=r"y of batch 3\[0\] is 9; expected|y of batch 3\[0\] is 9; the classes"):
-        model.fit(Items(X, np.where(np.arange(N) >= 3 * SIZE, 9, Y)), shuffle=False)
-    assert model.steps == 2
+
+    def callback(p: Any) -> None:
+        assert p.batch == COUNT
+        model.parameters[0][0, 0] = np.nan if p.epoch == 3 else 0.0
+
+    with pytest.raises(DivergedError, match="diverged after epoch 3: parameters are no longer finite"):
+        model.fit(*data, epochs=3, batch_size=SIZE, callback=callback, callback_every="epoch")
 
 
 def test_divergence() -> None:
@@ -390,15 +492,23 @@ def test_divergence() -> None:
     assert all(np.isfinite(p).all() for p in model.parameters)
 
 
-def test_an_interrupt_leaves_whole_steps() -> None:
+@pytest.mark.parametrize(("most", "steps"), [(batches._BLOCK_BYTES, 0), (1, 2)])
+def test_an_interrupt_leaves_whole_steps(most: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while the fourth batch is loaded; what was loaded ahead is not trained on."""
+    monkeypatch.setattr(batches, "_BLOCK_BYTES", most)
+    monkeypatch.setattr(batches, "_BLOCK_SECONDS", math.inf)
+
     def interrupted() -> Iterator[Any]:
         yield from (batch(i) for i in range(3))
         raise KeyboardInterrupt
 
-    model = model_of()
+    model, expected = model_of(), model_of()
     with pytest.raises(KeyboardInterrupt):
         model.fit(interrupted(), epochs=1)
-    assert model.steps in (0, 1, 2)
+    assert model.steps == steps
+    if steps:
+        expected.fit([batch(i) for i in range(steps)], epochs=1, shuffle=False)
+    assert same(model, expected)
     assert math.isfinite(model.fit(X, Y, 1).loss[0])
 
 

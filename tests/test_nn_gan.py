@@ -273,7 +273,7 @@ def test_classes_of_batches_and_of_augmented_images(backend: object, rng: np.ran
     assert all(map(same_bits, in_batches, trained(x, y=y, shuffle=False)))
     unchanged = Augment(rotate=0, scale=0, shear=0, shift=0, elastic=0, noise=0, erase=0)
     assert all(map(same_bits, trained(x, y=y, augment=unchanged), trained(x, y=y)))
-    with pytest.raises(TypeError, match="y is needed"):
+    with pytest.raises(TypeError, match="y of batch 0 is needed"):
         trained(lambda number: x[:32], steps_per_epoch=2)
     with pytest.raises(ValueError, match="y is for samples in an array; batches are pairs"):
         trained(batch, steps_per_epoch=2, y=y)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._memory import held
-from ..training.plan import TrainingPlan
+from ..training.plan import Gather, Loss, TrainingPlan
 from . import _checks as checks
 from .dataset import Array, Samples, copy_of, not_finite, sample_order
 from .fit import StopTraining, Training
@@ -106,8 +106,11 @@ class Source:
         elif not hasattr(x, "__iter__"):
             raise TypeError(f"x must be samples, or batches: a function, or an iterable; got {type(x).__name__}")
         self.is_indexed = self._get is not None
-        if hasattr(x, "__len__"):
+        try:
             length = len(x)
+        except TypeError:  # it has none, or does not know it, as a DataLoader over an IterableDataset
+            length = None
+        if length is not None:
             if length == 0:
                 raise ValueError("x has no batch; expected at least one")
             if self.is_indexed and (self.count or 0) > length:
@@ -234,20 +237,35 @@ def _fits(pieces: Sequence[Piece], other: Piece) -> bool:
 
 
 def blocks(pieces: Iterator[Piece], size: int | None) -> Iterator[Block]:
-    """The batches of an epoch in blocks: one each, divided into mini-batches of `size`; or several that are these."""
-    piece = next(pieces, None)
+    """The batches of an epoch in blocks: one each, divided into mini-batches of `size`; or several that are these.
+
+    What `pieces` raises comes after the blocks before it.
+    """
+    failed: Exception | None = None
+
+    def following() -> Piece | None:
+        nonlocal failed
+        try:
+            return next(pieces, None)
+        except Exception as error:
+            failed = error
+            return None
+
+    piece = following()
     while piece is not None:
         if size is not None:
             yield Block(*piece, 1, size)
-            piece = next(pieces, None)
+            piece = following()
             continue
         some, end = [piece], time.perf_counter() + _BLOCK_SECONDS
         most = _BLOCK_BYTES // max(1, piece.samples.features * piece.samples.array.dtype.itemsize * len(piece))
-        piece = next(pieces, None)
+        piece = following()
         while piece is not None and len(some) < most and time.perf_counter() < end and _fits(some, piece):
             some.append(piece)
-            piece = next(pieces, None)
+            piece = following()
         yield _joined(some)
+    if failed is not None:
+        raise failed
 
 
 class BatchTraining(Training):
@@ -256,8 +274,8 @@ class BatchTraining(Training):
     Parameters
     ----------
     source : Source
-    plan_of : callable
-        ``plan_of(samples, targets)`` returns the step on a block.
+    gather_of : callable
+        ``gather_of(samples, targets)`` returns the first phase of the step on a block; the others are the plan's.
     size : int or None
         Rows of a mini-batch; with None batches are mini-batches.
     *arguments, **settings
@@ -272,13 +290,13 @@ class BatchTraining(Training):
     def __init__(
         self,
         source: Source,
-        plan_of: Callable[[Samples, Any], TrainingPlan],
+        gather_of: Callable[[Samples, Any], Gather],
         size: int | None,
         *arguments: Any,
         **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
-        self._source, self._plan_of, self._divided = source, plan_of, size
+        self._source, self._gather_of, self._divided = source, gather_of, size
         schedule = self._settings.lr_schedule
         if schedule is not None and not isinstance(schedule, ReduceOnPlateau) and source.count is None:
             raise ValueError("lr_schedule needs steps_per_epoch: how many batches an epoch has")
@@ -290,7 +308,7 @@ class BatchTraining(Training):
         return self._orders.take(self._source.count).tolist() if self._source.is_indexed else None  # type: ignore[arg-type]
 
     def _epoch(self, order: Any) -> None:
-        self._n, self._skipped, self._first_batch, self._before = sys.maxsize, 0, 0, 0
+        self._n, self._before = sys.maxsize, 0
         some = blocks(self._source.epoch(order), self._divided)
         block = next(some, None)
         if block is None:
@@ -310,12 +328,19 @@ class BatchTraining(Training):
             self._report(done=block is None)
 
     def _begin(self, block: Block) -> None:
-        """Make the block the dataset of a plan of its own, on the same parameters and states."""
+        """Make the block the dataset of a plan of its own; the rest is as it was when `fit` began."""
         self._backend.write_back(self._plan)
         self._samples, self._block, self._size = block.samples, block, block.size
         self._backend = block.samples.backend
-        self._plan = self._backend.stage(self._plan_of(block.samples, block.targets))
+        self._plan = self._backend.stage(self._plan_on(block))
         self._one_by_one = self._every_batch or not self._backend.supports_fused(self._plan)
+
+    def _plan_on(self, block: Block) -> TrainingPlan:
+        phases = [self._gather_of(block.samples, block.targets), *self._plan.phases[1:]]
+        for i, phase in enumerate(phases):
+            if isinstance(phase, Loss) and not isinstance(phase.targets, tuple):
+                phases[i] = phase._replace(targets=np.ascontiguousarray(block.targets))
+        return TrainingPlan(self._plan.networks, tuple(phases))
 
     def _rows(self, block: Block) -> NDArray[np.int64]:
         shuffles = self._settings.shuffle and self._divided is not None

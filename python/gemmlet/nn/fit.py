@@ -559,9 +559,9 @@ class Training:
 
     def _report(self, *, done: bool) -> None:
         """What follows a call, the last one of its epoch or not: validation, history, callback, checkpoint."""
-        settings, at = self._settings, self.at
+        settings, at, batch = self._settings, self.at, self._batch()
         if self._bar is not None and self._bar.is_due:
-            self._bar.advance(at.epoch, self._batch(), self._batches, self._metrics())
+            self._bar.advance(at.epoch, batch, self._batches, self._metrics())
         if done or settings.callback is not None:
             metrics = self._metrics()
         if done:
@@ -571,7 +571,6 @@ class Training:
             self._log(metrics)
         if settings.callback is not None and (done or settings.callback_every != "epoch"):
             self._backend.write_back(self._plan)
-            batch = self._first_batch + math.ceil((at.seen - self._skipped) / self._size)
             told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": batch}
             if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
                 metrics["metrics"] = extra  # type: ignore[assignment]
@@ -715,6 +714,7 @@ class Training:
                 lists[name].append(value)
             is_whole = self.at.seen == self._n
             self.at = self._start_of(epoch + 1, len(self.at.sums))
+            self._skipped = self._first_batch = 0
             if is_whole:
                 self._keep_best()
         if self._lines is not None:

@@ -379,9 +379,12 @@ class GAN(Estimator):
             self._settle(samples.dtype)
             generator, discriminator = rule.group(self.generator_parameters), other.group(self.discriminator_parameters)
 
+            def gather_of(samples: Samples, labels: Any) -> Gather:
+                return self._gather(samples.dataset(may_skip_zeros=False), labels)
+
             def plan_of(samples: Samples, labels: Any) -> TrainingPlan:
                 phases = [
-                    self._gather(samples.dataset(may_skip_zeros=False), labels),
+                    gather_of(samples, labels),
                     # The same noise serves both steps, so that the generator's forward pass is done once.
                     Forward(_GENERATOR, (NOISE,)),
                     *self._discriminator_phases(),
@@ -400,7 +403,7 @@ class GAN(Estimator):
             if source is None:
                 Training(self, history, samples, plan, optimizers, groups, settings, data, augmented=augmented).run()
             else:
-                loop = source, plan_of, None if batch_size is None else settings.batch_size
+                loop = source, gather_of, None if batch_size is None else settings.batch_size
                 BatchTraining(*loop, self, history, samples, plan, optimizers, groups, settings, data).run()
         return history
 
@@ -411,15 +414,23 @@ class GAN(Estimator):
 
         def load(batch: Any, name: str) -> Piece:
             nonlocal dtype
-            is_pair = isinstance(batch, list | tuple) and len(batch) > 0 and hasattr(batch[0], "shape")
+            is_pair = self._is_pair(batch)
             samples = self._samples(batch[0] if is_pair else batch, dtype, name)
             dtype = samples.dtype
             if not self.n_classes:
                 return Piece(samples, None)
-            return Piece(samples, self._labels(batch[1] if is_pair else None, len(samples), "y"))
+            labels = batch[1] if is_pair and len(batch) == 2 else None
+            return Piece(samples, self._labels(labels, len(samples), f"y{name[1:]}"))
 
         source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
         return source, source.first(self._shuffle if arguments.flag(shuffle, "shuffle") else None)
+
+    def _is_pair(self, batch: Any) -> bool:
+        """Whether a batch is samples and labels, or samples alone as a DataLoader gives them: no list of samples."""
+        if not isinstance(batch, list | tuple) or len(batch) not in (1, 2):
+            return False
+        shape: Any = getattr(batch[0], "shape", ())
+        return len(shape) > 1 and (shape[0] == 1 or math.prod(shape) != self.features)
 
     def _plan(self, phases: Sequence[Phase], *groups: ParameterGroup, drops: bool = True) -> TrainingPlan:
         generator, discriminator = groups or (None, None)

@@ -476,7 +476,7 @@ class MLP(Predictor):
             if source is None:
                 Training(self, history, samples, plan, rules, groups, settings, data, validate, facts, augmented).run()
             else:
-                loop = source, partial(self._plan, group=group), None if batch_size is None else settings.batch_size
+                loop = source, self._gather, None if batch_size is None else settings.batch_size
                 BatchTraining(*loop, self, history, samples, plan, rules, groups, settings, data, validate, facts).run()
         return history
 
@@ -492,13 +492,22 @@ class MLP(Predictor):
         """Where batches come from, the first of them, and what outputs stand for after it."""
         refuse(lacking)
         meaning = self._meaning()
+        are_rows: bool | None = None  # the targets of the first batch
 
         def load(batch: Any, name: str) -> Piece:
-            nonlocal dtype, meaning
+            nonlocal dtype, meaning, are_rows
             rows, labels = checks.pair(batch, name.removeprefix("x of "))
             samples = self._filled(rows, name, dtype)
             targets, meaning = self._targets(labels, f"y{name[1:]}", samples, meaning)
             dtype = samples.dtype
+            shape = len(targets), self.layers[-1]
+            if are_rows and targets.ndim == 1 and np.shape(labels) == shape:
+                targets = one_hot(targets, shape, dtype)  # soft labels that happen to be 0 and 1
+            if are_rows is None:
+                are_rows = targets.ndim == 2
+            elif are_rows != (targets.ndim == 2):
+                kinds = "one class for each sample", "soft labels"
+                raise ValueError(f"y{name[1:]} has {kinds[not are_rows]}; expected {kinds[are_rows]}, as before")
             return Piece(samples, targets)
 
         source = Source(x, steps_per_epoch, checks.whole_number(epochs, "epochs", 1), load)
@@ -538,11 +547,8 @@ class MLP(Predictor):
     ) -> TrainingPlan:
         """A step; without `group` all but the update, without `drops` nothing is random."""
         reduction = "mean" if self.output == "identity" else "sum"
-        dataset = samples.dataset(may_skip_zeros=True)
-        if weights is not None:
-            dataset = dataset._replace(weights=weights, divides_by_rows=True)
         phases: list[Phase] = [
-            Gather(dataset),
+            self._gather(samples, targets, weights),
             Forward(0, (SAMPLES,)),
             Loss(0, self.loss, np.ascontiguousarray(targets), self.label_smoothing or None, reduction),
             Backward(0),
@@ -555,6 +561,10 @@ class MLP(Predictor):
         rates = self.input_noise, self.input_dropout, self.dropout
         randomness = randomness_of(self, *rates, len(self.layers) - 1) if drops else ()
         return TrainingPlan((network_of(self._dense, group, average, randomness),), tuple(phases))
+
+    def _gather(self, samples: Samples, _: Array, weights: Array | None = None) -> Gather:
+        dataset = samples.dataset(may_skip_zeros=True)
+        return Gather(dataset if weights is None else dataset._replace(weights=weights, divides_by_rows=True))
 
     _progress = Progress
 
