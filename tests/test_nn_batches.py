@@ -278,6 +278,9 @@ def test_a_gan(kind: str) -> None:
     lone = GAN(3, [4, 6], [5, 1])
     lone.fit(rows.__getitem__, 3, steps_per_epoch=COUNT, shuffle=False)
     assert same(lone, expected)
+    items = GAN(3, [4, 6], [5, 1])
+    items.fit(Items(X), 3, shuffle=False)
+    assert same(items, expected)
     with pytest.raises(ValueError, match=r"x of batch 0 must lie within \[0, 1\], but x of batch 0\[0, "):
         GAN(3, [4, 6], [5, 1]).fit(lambda i: batch(i, X + 2), steps_per_epoch=2)
     with pytest.raises(ValueError, match="checkpoint needs all samples at once"):

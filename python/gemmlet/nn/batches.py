@@ -64,7 +64,8 @@ def is_source(x: Any) -> bool:
     """Whether the samples of a `fit` are batches: a function, or an iterable that is no array."""
     if type(x) is np.ndarray or isinstance(x, list | tuple | memoryview):  # the usual case
         return False
-    return callable(x) or (hasattr(x, "__iter__") and not any(hasattr(x, name) for name in _OF_ARRAYS))
+    is_iterable = hasattr(x, "__iter__") or (hasattr(x, "__getitem__") and hasattr(x, "__len__"))
+    return callable(x) or (is_iterable and not any(hasattr(x, name) for name in _OF_ARRAYS))
 
 
 class Source:

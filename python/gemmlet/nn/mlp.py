@@ -88,7 +88,8 @@ class MLP(Predictor):
         - identity: numbers. Mean squared error, the mean over the outputs too.
     loss : str, optional
         Another objective: an elementwise loss of `gemmlet.kernels`, with its default parameter. With sigmoid one that
-        takes logits; with identity any that does not need predictions within [0, 1], `huber` say.
+        takes logits; with identity any that does not need predictions within [0, 1], `huber` say. (`wasserstein` has no
+        minimum: it is for critics.)
     dtype : float32 or float64, optional
         Of parameters and results; samples of other dtypes are converted. By default the samples of the first `fit`
         decide: float32 if it holds every number of their dtype exactly (float16, uint8, 16-bit integers, bools), else
