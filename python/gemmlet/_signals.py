@@ -16,6 +16,22 @@ from typing import Any
 # All but the real-time ones: to ask for these too would take twice as long.
 _NUMBERS = tuple(int(number) for number in signal.valid_signals() if number < getattr(signal, "SIGRTMIN", signal.NSIG))
 
+_Handlers = dict[int, Callable[[int, FrameType | None], Any]]
+
+# The handlers of these that were found last, which change seldom, and those of them that Python calls, by number. One
+# object, as a handler may run between any two lines and come here too.
+_found: tuple[tuple[Any, ...], _Handlers] = (None,) * len(_NUMBERS), {}
+
+
+def _python_handlers() -> _Handlers:
+    """A new dict of the handlers that Python calls."""
+    global _found
+    now, (before, handlers) = tuple(map(getsignal, _NUMBERS)), _found
+    if now != before:
+        handlers = {number: handler for number, handler in zip(_NUMBERS, now, strict=True) if callable(handler)}
+        _found = now, handlers
+    return handlers.copy()
+
 
 class deferred_signals:  # noqa: N801 - it is used as a function
     """Signals that Python handles, Ctrl-C first of all, take effect at the end of the block.
@@ -24,13 +40,13 @@ class deferred_signals:  # noqa: N801 - it is used as a function
     """
 
     def __enter__(self) -> None:
-        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._handlers: _Handlers = {}
         # One of each, as the system keeps them.
         self._came: dict[int, FrameType | None] = {}
         self._is_over = False
         # Python runs handlers in the main thread alone, and cannot put back one that it did not set.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: handler for number in _NUMBERS if callable(handler := getsignal(number))}
+            self._handlers = _python_handlers()
             try:
                 for number in self._handlers:
                     set_handler(number, self._handle)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -112,7 +112,7 @@ class Dense:
     @property
     def parameters(self) -> list[Array]:
         """The arrays that training changes: weight and bias of each layer in turn."""
-        return [array for layer in self.layers for array in layer.tensors().values()]
+        return list(chain.from_iterable([layer.tensors().values() for layer in self.layers]))
 
     def copy(self) -> Self:
         """Return a network of the same parameters, in arrays of its own."""

@@ -43,6 +43,9 @@ from .schedules import EarlyStopping, ReduceOnPlateau, Schedule, lr_factors
 # Between calls Python sees Ctrl-C: the seconds that one should take.
 _CALL_SECONDS = 0.1
 
+# Phases that add to the sums of an epoch.
+_SUMMED = training.Loss, training.Penalty
+
 # Threads that draw noise while a GPU trains: enough to be done earlier.
 _DRAWING_THREADS = 4
 
@@ -477,15 +480,18 @@ class Training:
         self._check_writeable()
         losses = plan.losses
         self._has_classes = losses[0].has_classes
-        self.at = self._start_of(1, len([p for p in plan.phases if isinstance(p, training.Loss | training.Penalty)]))
-        facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
-        facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
-        facts["augment"] = None if augmented is None else repr(augmented.settings)
-        facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)
-        self._validated = [name for name in lists_of(history) if name.startswith("validation_")]
-        for argument in ("early_stopping", "lr_schedule"):
-            self._check_monitor(getattr(settings, argument), argument)
+        self.at = self._start_of(1, len([p for p in plan.phases if isinstance(p, _SUMMED)]))
+        self._validated = [] if validate is None else [n for n in lists_of(history) if n.startswith("validation_")]
+        if settings.early_stopping is not None:
+            self._check_monitor(settings.early_stopping, "early_stopping")
+        if settings.lr_schedule is not None:
+            self._check_monitor(settings.lr_schedule, "lr_schedule")
+        facts: dict[str, Any] = {}
         if settings.checkpoint is not None or settings.resume is not None:
+            facts = (more_facts or {}) | {"samples": self._n, "batch_size": self._size, "shuffle": settings.shuffle}
+            facts |= {"validation_data": validate is not None, "lr_schedule": settings.lr_schedule is not None}
+            facts["augment"] = None if augmented is None else repr(augmented.settings)
+            facts["early_stopping"] = None if settings.early_stopping is None else repr(settings.early_stopping)
             facts |= {f"checksum of {name}": checksum(rows) for name, rows in data.items()}
         self._checkpoints = Checkpoints(settings.checkpoint, model, optimizers, groups, facts, history, self.at)
         if settings.resume is not None:
@@ -500,7 +506,7 @@ class Training:
 
     def run(self) -> None:
         """Train."""
-        vars(self.model)["_history"] = self.history  # it has no check
+        object.__setattr__(self.model, "_history", self.history)  # it has no check
         try:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs and not self._is_over():
@@ -559,9 +565,9 @@ class Training:
 
     def _report(self, *, done: bool) -> None:
         """What follows a call, the last one of its epoch or not: validation, history, callback, checkpoint."""
-        settings, at, batch = self._settings, self.at, self._batch()
+        settings, at = self._settings, self.at
         if self._bar is not None and self._bar.is_due:
-            self._bar.advance(at.epoch, batch, self._batches, self._metrics())
+            self._bar.advance(at.epoch, self._batch(), self._batches, self._metrics())
         if done or settings.callback is not None:
             metrics = self._metrics()
         if done:
@@ -571,7 +577,7 @@ class Training:
             self._log(metrics)
         if settings.callback is not None and (done or settings.callback_every != "epoch"):
             self._backend.write_back(self._plan)
-            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": batch}
+            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": self._batch()}
             if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
                 metrics["metrics"] = extra  # type: ignore[assignment]
             settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
@@ -646,11 +652,10 @@ class Training:
         """Raise ValueError unless the history has what `follower` monitors."""
         if not isinstance(follower, EarlyStopping | ReduceOnPlateau):
             return
-        known = list(lists_of(self.history))
-        if self._validate is None:
-            known = [name for name in known if name not in self._validated]
+        lists = list(lists_of(self.history))
+        known = lists if self._validate is not None else [n for n in lists if not n.startswith("validation_")]
         if follower.monitor not in known:
-            hint = "; there is no validation data" if self._validated and self._validate is None else ""
+            hint = "; there is no validation data" if known != lists else ""
             raise ValueError(f"{argument} monitors {follower.monitor!r}, this fit has {', '.join(known)}{hint}")
 
     def _monitored(self, follower: EarlyStopping | ReduceOnPlateau) -> list[float]:
@@ -709,9 +714,9 @@ class Training:
         """Add the epoch to the history, and begin the next one."""
         epoch = self.at.epoch
         with deferred_signals():
-            lists = lists_of(self.history)
             for name, value in metrics.items():
-                lists[name].append(value)
+                values = getattr(self.history, name, None)
+                (self.history.metrics[name] if values is None else values).append(value)
             is_whole = self.at.seen == self._n
             self.at = self._start_of(epoch + 1, len(self.at.sums))
             self._skipped = self._first_batch = 0

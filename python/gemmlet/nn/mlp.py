@@ -434,7 +434,8 @@ class MLP(Predictor):
             data, validate = {"x": samples.array, "y": targets}, None
             if weights is not None:
                 data["sample_weight"] = weights
-            share = checks.fraction(validation_split, "validation_split")
+            is_default = type(validation_split) is float and validation_split == 0.0  # the usual case
+            share = 0.0 if is_default else checks.fraction(validation_split, "validation_split")
             validation = None
             if validation_data is not None:
                 if share:
