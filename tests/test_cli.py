@@ -816,11 +816,10 @@ def test_diverging(digits, tmp_path, capsys, monkeypatch, network, backend):
     assert not (tmp_path / "metrics.json").exists()
 
 
-# With 1e15 the discriminator stays finite, and so do the losses; the generator does not.
-@pytest.mark.parametrize(("network", "lr"), [("mlp", 1e39), ("gan", 1e39), ("gan", 1e15)])
-def test_diverging_in_the_last_step(few, tmp_path, capsys, network, lr):
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_diverging_in_the_last_step(few, tmp_path, capsys, network):
     """Only one step, whose loss is that before it, and nothing held out that would show it."""
-    words = "train", network, "--data-dir", few, "--epochs", 1, "--lr", lr, "--optimizer", "sgd"
+    words = "train", network, "--data-dir", few, "--epochs", 1, "--lr", 1e39, "--optimizer", "sgd"
     assert call(*words, "--out", tmp_path / "out") == 1
     assert "diverged" in error_line(capsys)
     assert names_in(tmp_path / "out").isdisjoint({"model.safetensors", "metrics.json"})
