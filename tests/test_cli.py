@@ -1730,7 +1730,7 @@ def test_bar_fits_the_terminal(digits, tmp_path, shown, network, columns, figure
     assert max(map(len, bars)) <= columns
     assert not any("…" in line for line in lines)
     # The table is not folded either.
-    assert sum("│" in line for line in lines) == {"mlp": 7, "gan": 5}[network]
+    assert sum("│" in line for line in lines) == {"mlp": 7, "gan": 6}[network]
     assert "Drawing the pictures." in lines
 
 
@@ -1941,7 +1941,7 @@ def test_help_shows_the_defaults_of_one_network(capsys):
         shown[network] = " ".join(capsys.readouterr().out.split())
     assert "[default: 256; with --classic 128]" in shown["mlp"]
     assert "[default: 10]" in shown["mlp"]
-    assert "[default: 30]" in shown["gan"]
+    assert "[default: 24; with --classic 30]" in shown["gan"]
     assert "GAN" not in shown["mlp"]
     assert "discriminator" not in shown["mlp"]
 

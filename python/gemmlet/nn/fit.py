@@ -569,7 +569,7 @@ class Training:
         if self._bar is not None and self._bar.is_due:
             self._bar.advance(at.epoch, self._batch(), self._batches, self._metrics())
         if done or settings.callback is not None:
-            metrics = self._metrics()
+            metrics, batch = self._metrics(), self._batch()
         if done:
             if self._validate is not None:
                 self._backend.write_back(self._plan)
@@ -577,7 +577,7 @@ class Training:
             self._log(metrics)
         if settings.callback is not None and (done or settings.callback_every != "epoch"):
             self._backend.write_back(self._plan)
-            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": self._batch()}
+            told = {"epoch": at.epoch, "epochs": settings.epochs, "batch": batch}
             if extra := {name: metrics.pop(name) for name in self._validated if name not in VALIDATION and done}:
                 metrics["metrics"] = extra  # type: ignore[assignment]
             settings.callback(self.model._progress(**told, batches=self._batches, epoch_done=done, **metrics))
