@@ -261,7 +261,7 @@ class InterruptionError(RuntimeError):
 @pytest.mark.parametrize("name", ["automatic", *select.CHOICES])
 def test_a_signal_while_a_backend_loads(name: str, error: type[BaseException], monkeypatch: Any) -> None:
     """It ends the call, is not taken for a reason to compute with another backend, and leaves nothing half imported."""
-    load = select._automatic if name == "automatic" else lambda: select.load(name)
+    load = select.automatic if name == "automatic" else lambda: select.load(name)
     monkeypatch.setattr(select, "_loaded", {})  # other tests may have put a stand-in there
     try:
         expected = load().name
@@ -305,7 +305,7 @@ def test_what_is_no_refusal_of_a_backend(kind: Any, error: type[BaseException], 
     monkeypatch.setattr(select, "_load", broken)
     monkeypatch.setattr(select, "_loaded", {})
     with pytest.raises(kind, match="initialization failed"):
-        select._automatic()
+        select.automatic()
 
 
 def test_automatic_choice_falls_back_and_says_so_once() -> None:

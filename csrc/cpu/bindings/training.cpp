@@ -370,7 +370,12 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
     Overlaps overlaps;
     for (std::size_t n = 0; n < networks.size(); ++n)
       plan.networks.push_back(checked_layers<T>(networks[n], classes, rule_of(given, n), overlaps));
-    for (const DropoutTuple& each : dropouts) add_dropout(plan.networks, each);
+    for (const DropoutTuple& each : dropouts) {
+      add_dropout(plan.networks, each);
+      for (const GivenPhase& phase : given)
+        if (phase.phase.kind == Phase::gradient_penalty && phase.phase.network == static_cast<int>(std::get<0>(each)))
+          refuse("dropout", "the network has a gradient penalty");
+    }
     Batches<T> batches{};
     batches.first_step = first_step;
     const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
