@@ -129,10 +129,9 @@ class History(_Shown):
     Attributes
     ----------
     loss, accuracy : list of float
-        Means over the epoch, each mini-batch counted as it was before its update. The accuracy is NaN
-        where the targets are no classes: numbers, soft labels, several labels a sample. The loss has the penalties `l1`
-        and `l2` of the network. An epoch that was stopped
-        counts with the mini-batches it had.
+        Means over the epoch, each mini-batch counted as it was before its update. The accuracy is NaN where the targets
+        are no classes: numbers, soft labels, several labels a sample. The loss has the penalties `l1` and `l2` of the
+        network. An epoch that was stopped counts with the mini-batches it had.
     validation_loss, validation_accuracy : list of float
         After the epoch; empty without validation data, NaN for an epoch that was stopped.
     metrics : dict of lists of float
