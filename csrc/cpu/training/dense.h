@@ -90,7 +90,8 @@ void forward_dense(const T* const* x, Index rows, const Layer<T>& layer, Range c
 
 // y += one-hot rows times the rows of w of the classes. Few plans have them: inlined, they made others slower.
 template <class T>
-[[gnu::noinline]] void add_class_rows(const Index* labels, Index rows, const Layer<T>& layer, Range columns, T* y, Index y_stride) {
+[[gnu::noinline]] void add_class_rows(const Index* labels, Index rows, const Layer<T>& layer, Range columns, T* y,
+                                      Index y_stride) {
   for (Index r = 0; r < rows; ++r) {
     const T* const w = layer.weight.value + (layer.in + labels[r]) * layer.stride;
     for (Index j = columns.first; j < columns.end; ++j) y[r * y_stride + j] += w[j];
