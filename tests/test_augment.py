@@ -77,6 +77,19 @@ def test_any_size_and_setting(backend: Any, data: Any, sides: Any, count: int, s
     np.testing.assert_array_equal(result, by_reference(images, seed, epoch, **given))
 
 
+@pytest.mark.parametrize("sides", [(28, 28), (29, 60), (40, 61)], ids=str)
+@pytest.mark.parametrize("elastic", [0, 1.2, 32])
+def test_what_is_black_may_be_passed_over(any_threads_backend: Any, rng: Any, sides: Any, elastic: float) -> None:
+    """Images with something in some rows alone, in one pixel, or nowhere."""
+    images = np.zeros((40, *sides), np.uint8)
+    for image in images[1:]:
+        first, last = sorted(rng.integers(0, sides[0], 2))
+        image[first : last + 1, rng.integers(0, sides[1]) :] = rng.integers(1, 256)
+    images[1, 0, 0] = images[2, -1, -1] = 255
+    given = WARP | {"elastic": elastic, "rotate": 40}
+    np.testing.assert_array_equal(augment(images, seed=1, **given), by_reference(images, 1, 0, **given))
+
+
 @pytest.mark.parametrize("sides", [(MAX_SIDE, MAX_SIDE), (3, MAX_SIDE), (MAX_SIDE, 2), (256, 256)], ids=str)
 def test_the_largest_images(any_threads_backend: Any, rng: Any, sides: tuple[int, int]) -> None:
     """No number overflows, of which the reference has 64 bits."""

@@ -1,9 +1,12 @@
 // Augmentation of images: see augmenter.h. Bound by the loads of the pixels that a pixel comes from.
 //
-// A strip of rows passes through three loops: locate (where each pixel comes from), gather, blend. In one loop each vector
-// would be read just after it was written lane by lane, and wait until the stores have reached the cache. The image lies in
-// pairs of pixels, each beside the one below it, so that one load of 32 bits brings all four neighbours; AVX2's gather is no
-// faster than single loads.
+// The image lies in pairs of pixels, each beside the one below it, so that one load of 32 bits brings all four neighbours;
+// AVX2's gather is no faster than single loads. A strip of rows passes through three loops: locate (where each pixel comes
+// from), gather, blend. In one loop each vector would be read just after it was written lane by lane, and wait until the
+// stores have reached the cache.
+//
+// AVX-512 looks up 32 pixels at once in two registers of pairs: warp_by_lookups, for images up to 60 pixels wide, whose rows
+// are short enough that a row of the result comes from few registers.
 #include "cpu/augment.h"
 
 #include <algorithm>
@@ -37,14 +40,32 @@ constexpr int strip_pixels = 1024;
 
 constexpr std::uint8_t zeros[max_side] = {};
 
+// The pairs that are looked up in at once, two registers of them; a row of pairs has half of that, or all of it.
+constexpr int log_table = 6, table_pairs = 1 << log_table;
+constexpr bool looks_up(int log_pitch) { return lookups_are_cheap && log_pitch <= log_table; }
+// The least multiple of a size that is not below n.
+constexpr int multiple(int n, int size) { return (n + size - 1) / size * size; }
+// Pixels of the result that are looked up at once.
+constexpr int looked_up = table_pairs / 2;
+
 GEMMLET_INLINE Ints pair_of(Ints low, Ints high) { return (low & 0xffff) | (high << 16); }
 // A pair of weights, for multiply_pairs.
 GEMMLET_INLINE Ints pair_of(int low, int high) { return splat<std::int32_t>((low & 0xffff) | (high << 16)); }
 
-GEMMLET_INLINE Ints clamped(Ints v, int low, int high) {
-  const Ints least = splat<std::int32_t>(low), most = splat<std::int32_t>(high);
-  v = v < least ? least : v;
-  return v > most ? most : v;
+template <class V>
+GEMMLET_INLINE V clamped(V v, int low, int high) {
+  const V lowest = splat(static_cast<ScalarOf<V>>(low)), highest = splat(static_cast<ScalarOf<V>>(high));
+  v = v < lowest ? lowest : v;
+  return v > highest ? highest : v;
+}
+
+// How far pixels are displaced along an axis, in 2^-place_bits: by the first two rows of control points around them, and the
+// other two.
+GEMMLET_INLINE Ints displacement(const std::int32_t* bends01, const std::int32_t* bends23, Ints weight01,
+                                 Ints weight23) {
+  constexpr int surplus = 8 + weight_bits - place_bits;  // of the fraction's bits
+  const Ints sum = multiply_pairs(load(bends01), weight01) + multiply_pairs(load(bends23), weight23);
+  return (sum + (1 << (surplus - 1))) >> surplus;
 }
 
 }  // namespace
@@ -62,8 +83,9 @@ Augmenter::Augmenter(const Settings& settings, Index height, Index width, std::u
       seed_(seed),
       height_(static_cast<int>(height)),
       width_(static_cast<int>(width)),
-      padded_width_(static_cast<int>(ceil_div(width, width_of_vector)) * width_of_vector),
-      log_pitch_(std::bit_width(static_cast<unsigned>(margin + width_ + right_margin - 1))),
+      log_pitch_(
+          std::max<int>(log_table - 1, std::bit_width(static_cast<unsigned>(margin + width_ + right_margin - 1)))),
+      padded_width_(multiple(width_, looks_up(log_pitch_) ? looked_up : width_of_vector)),
       strip_rows_(std::clamp(strip_pixels / padded_width_, 1, height_)),
       spacing_(grid_spacing(height_, width_)) {
   if (settings.elastic == 0) return;
@@ -85,7 +107,7 @@ Augmenter::Augmenter(const Settings& settings, Index height, Index width, std::u
 Augmenter::Workspace::Workspace(const Augmenter& of)
     : result_(space<std::uint8_t>(Index{of.height_} * of.width_ + 4 * random_block_step)) {
   if (!of.settings_.warps()) return;
-  const Index pairs = Index{margin + of.height_ + 1} << of.log_pitch_;
+  const Index pairs = multiple((margin + of.height_ + 1) << of.log_pitch_, table_pairs);
   pairs_ = space<std::uint16_t>(pairs);
   std::fill_n(pairs_.get(), pairs, 0);
   if (of.settings_.elastic != 0) bends_ = space<std::int32_t>(2 * (control_points - 1) * of.padded_width_);
@@ -112,10 +134,14 @@ void Augmenter::transform(const std::uint8_t* image, Index sample, Index epoch, 
 
 template <bool elastic>
 void Augmenter::warp(const std::uint8_t* image, const Words& words, Workspace& workspace) const {
-  pair_rows(image, workspace.pairs_.get());
   if constexpr (elastic) bend(words, workspace.bends_.get());
   const unsigned of_map[] = {words.low[0], words.low[1], words.high[0], words.high[1], words.low[2], words.low[3]};
   const AffineMap map = affine_map(settings_, height_, width_, of_map);
+  if constexpr (lookups_are_cheap) {
+    if (log_pitch_ == log_table - 1) return warp_by_lookups<elastic, log_table - 1>(image, map, workspace);
+    if (log_pitch_ == log_table) return warp_by_lookups<elastic, log_table>(image, map, workspace);
+  }
+  pair_rows(image, workspace.pairs_.get());
   for (int row = 0; row < height_; row += strip_rows_) {
     const int rows = std::min(strip_rows_, height_ - row);
     locate<elastic>(map, row, rows, workspace);
@@ -211,15 +237,10 @@ void Augmenter::locate(const AffineMap& map, int row, int rows, Workspace& works
       from_x += step_x;
       from_y += step_y;
       if constexpr (elastic) {
-        const auto displaced = [&](int axis) GEMMLET_INLINE_LAMBDA {
-          const std::int32_t* of_axis = bends + (control_points - 1) * axis * padded_width + x;
-          const Ints sum =
-              multiply_pairs(load(of_axis), weight01) + multiply_pairs(load(of_axis + 2 * padded_width), weight23);
-          constexpr int surplus = 8 + weight_bits - place_bits;  // of the fraction's bits
-          return (sum + (1 << (surplus - 1))) >> surplus;
-        };
-        at_x += displaced(0);
-        at_y += displaced(1);
+        const std::int32_t* of_x = bends + x;
+        at_x += displacement(of_x, of_x + 2 * padded_width, weight01, weight23);
+        const std::int32_t* of_y = of_x + (control_points - 1) * padded_width;
+        at_y += displacement(of_y, of_y + 2 * padded_width, weight01, weight23);
       }
       const Ints column = clamped(at_x >> place_bits, -margin, width);
       const Ints line = clamped(at_y >> place_bits, -margin, height);
@@ -251,6 +272,123 @@ void Augmenter::blend(int row, int rows, Workspace& workspace) const {
       fours += width_of_vector;
     }
 }
+
+#if defined(__AVX512BW__)
+// Rows and columns are those of pairs_: the image's, plus the margin. Where the image is all 0, nothing is looked up: for rows
+// of the result that come from there, and in tables above its first row and below its last.
+template <bool elastic, int log_pitch>
+void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map, Workspace& workspace) const {
+  using Shorts = Vec<std::int16_t>;
+  constexpr int log_rows = log_table - log_pitch;  // of a table
+  const auto all = [](int value) GEMMLET_INLINE_LAMBDA { return splat(static_cast<std::int16_t>(value)); };
+  const int height = height_, width = width_, padded_width = padded_width_;
+  std::uint16_t* const pairs = workspace.pairs_.get();
+  std::uint8_t* pixels = workspace.result_.get();
+
+  // What pair_rows does; and between which rows of pairs there is something.
+  int above_first = height, below_last = 0;
+  for (int x = 0; x < width; x += looked_up) {
+    const int columns = std::min(looked_up, width - x);
+    std::uint16_t* to = pairs + (1 << log_pitch) + margin + x;
+    Shorts above{};
+    for (int y = 0; y < height; ++y, to += 1 << log_pitch) {
+      const Shorts below = load_bytes_part(image + y * width + x, columns);
+      store(to, std::bit_cast<Vec<std::uint16_t>>(above | below << 8));
+      if (has_nonzero(below)) {
+        above_first = std::min(above_first, y);
+        below_last = std::max(below_last, y + margin + 1);
+      }
+      above = below;
+    }
+    store(to, std::bit_cast<Vec<std::uint16_t>>(above));
+  }
+  if (below_last == 0) {
+    std::memset(pixels, 0, static_cast<std::size_t>(height) * static_cast<std::size_t>(width));
+    return;
+  }
+
+  // How far the displacements of a row of control points and the three below it reach up and down, in 2^place_bits of a
+  // pixel. The weights of a spline's points sum to 2^weight_bits but for four roundings of a half: `surplus` is more than
+  // these make.
+  constexpr int groups = control_points - 3;
+  int up[groups] = {}, down[groups] = {};
+  if constexpr (elastic)
+    for (int group = 0; group < groups; ++group) {
+      Shorts low = all(0), high = all(0);
+      const std::int32_t* pair = workspace.bends_.get() + (control_points - 1 + group) * padded_width;
+      for (int x = 0; x < padded_width; x += width_of_vector)
+        for (int k = 0; k < 2; ++k) {
+          const Shorts both = std::bit_cast<Shorts>(load(pair + 2 * k * padded_width + x));
+          low = both < low ? both : low;
+          high = both > high ? both : high;
+        }
+      constexpr int surplus = 64;
+      up[group] = (least(low) - surplus) * (1 << (place_bits - 8));
+      down[group] = (surplus - least(-high)) * (1 << (place_bits - 8));
+    }
+
+  Ints lane;
+  for (int i = 0; i < width_of_vector; ++i) lane[i] = i;
+  const int origin_x = map.x_0 + (margin << place_bits), origin_y = map.y_0 + (margin << place_bits);
+  Ints row_x = lane * map.x_x + origin_x, row_y = lane * map.y_x + origin_y;
+  const Ints half_x = splat(width_of_vector * map.x_x), half_y = splat(width_of_vector * map.y_x);
+  // So much further down than the first one comes the last pixel from of those that are looked up at once.
+  const int slope = (std::min(looked_up, width) - 1) * map.y_x;
+  for (int y = 0, group = 0, next = spacing_; y < height; ++y, pixels += width) {
+    if (elastic && y == next) ++group, next += spacing_;
+    const std::int32_t* bends = elastic ? workspace.bends_.get() + group * padded_width : nullptr;
+    const Ints weight01 = elastic ? splat(row_weights_[2 * y]) : Ints{};
+    const Ints weight23 = elastic ? splat(row_weights_[2 * y + 1]) : Ints{};
+    const int highest = origin_y + map.y_y * y + std::min(slope, 0) + up[group];
+    const int lowest = origin_y + map.y_y * y + std::max(slope, 0) + down[group];
+    for (int x = 0; x < (log_pitch < log_table ? 1 : width); x += looked_up) {
+      int first = (highest + map.y_x * x) >> place_bits, last = (lowest + map.y_x * x) >> place_bits;
+      if (last <= above_first || first >= below_last) {
+        store_bytes(pixels + x, Shorts{});
+        continue;
+      }
+      Ints x0 = row_x, y0 = row_y;
+      if constexpr (log_pitch == log_table) x0 += x * map.x_x, y0 += x * map.y_x;
+      Ints x1 = x0 + half_x, y1 = y0 + half_y;
+      if constexpr (elastic) {
+        const auto displaced = [&](Ints& at, const std::int32_t* of) GEMMLET_INLINE_LAMBDA {
+          at += displacement(of, of + 2 * padded_width, weight01, weight23);
+        };
+        const std::int32_t* of_x = bends + x;
+        displaced(x0, of_x), displaced(x1, of_x + width_of_vector);
+        const std::int32_t* of_y = of_x + (control_points - 1) * padded_width;
+        displaced(y0, of_y), displaced(y1, of_y + width_of_vector);
+      }
+      const Shorts column = clamped(halves<1>(x0, x1), 0, margin + width);
+      const Shorts row = clamped(halves<1>(y0, y1), above_first, below_last);
+      Shorts left = (row << log_pitch) + column, right = left + 1;
+
+      // The main loop: each table in turn, for the pixels that come from there.
+      first = std::max(first, above_first) >> log_rows;
+      last = std::min(last, below_last) >> log_rows;
+      const Shorts table = row >> log_rows;
+      const std::uint16_t* entries = pairs + (Index{first} << log_table);
+      Shorts wanted = all(first);
+      for (int i = first; i <= last; ++i, entries += table_pairs, wanted += 1) {
+        left = look_up_where(table, wanted, entries, left);
+        right = look_up_where(table, wanted, entries, right);
+      }
+
+      // As blend does; (64 left + difference right_weight + 2048) >> 12 is the same as 64 divided out of the product first.
+      constexpr int one = 1 << blend_bits, surplus = 16 - blend_bits;
+      const auto fraction = [](Shorts v) GEMMLET_INLINE_LAMBDA { return std::bit_cast<Vec<std::uint16_t>>(v); };
+      const Shorts below = std::bit_cast<Shorts>(fraction(halves<0>(y0, y1)) >> surplus);
+      const Shorts weights = below * 255 + one;  // below << 8 | (one - below)
+      const Shorts of_left = multiply_byte_pairs(left, weights), of_right = multiply_byte_pairs(right, weights);
+      const Shorts difference = of_right - of_left;
+      const Shorts across = std::bit_cast<Shorts>(fraction(halves<0>(x0, x1)) >> 1 & ((one - 1) << (surplus - 1)));
+      const Shorts sum = of_left + multiply_high(difference + difference, across);
+      store_bytes(pixels + x, multiply_high_rounded(sum, all(1 << (15 - blend_bits))));
+    }
+    row_x += map.x_y, row_y += map.y_y;
+  }
+}
+#endif
 
 // The words 0 and 1 of all blocks are for the pixels of the first half, those 2 and 3 for the second.
 void Augmenter::add_noise(Index sample, Index epoch, std::uint8_t* pixels) const {
@@ -323,8 +461,8 @@ void augment(const double (&settings)[augment_setting_count], const std::uint8_t
         std::unique_ptr<Augmenter::Workspace> workspace = workspaces.take();
         for (Index i = begin; i < end; ++i) {
           // Rows in random order are not in the cache.
-          if (rows != nullptr && i + 1 < end)
-            for (Index k = 0; k < pixels; k += 64) __builtin_prefetch(images + rows[i + 1] * pixels + k, 0, 2);
+          if (rows != nullptr && i + 2 < end)
+            for (Index k = 0; k < pixels; k += 64) __builtin_prefetch(images + rows[i + 2] * pixels + k, 0, 3);
           augmenter.transform(images + (rows == nullptr ? i : rows[i]) * pixels, samples[i], epoch, *workspace,
                               out + i * pixels);
         }

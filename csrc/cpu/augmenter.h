@@ -31,7 +31,7 @@ class Augmenter {
 
    private:
     friend Augmenter;
-    Buffer<std::uint16_t> pairs_;   // the image, each pixel beside the one below it
+    Buffer<std::uint16_t> pairs_;   // the image, each pixel beside the one below it; cleared at the start
     Buffer<std::int32_t> bends_;    // the elastic grid's rows of control points, for each column of pixels
     Buffer<std::int32_t> places_;   // of a strip: where each pixel comes from, in pairs_,
     Buffer<std::int32_t> weights_;  // how far it lies from there to the next pixels,
@@ -47,6 +47,8 @@ class Augmenter {
   void warp(const std::uint8_t* image, const Words& words, Workspace& workspace) const;
   void pair_rows(const std::uint8_t* image, std::uint16_t* pairs) const;
   void bend(const Words& words, std::int32_t* bends) const;
+  template <bool elastic, int log_pitch>
+  void warp_by_lookups(const std::uint8_t* image, const augmentation::AffineMap& map, Workspace& workspace) const;
   template <bool elastic>
   void locate(const augmentation::AffineMap& map, int row, int rows, Workspace& workspace) const;
   void blend(int row, int rows, Workspace& workspace) const;
@@ -56,8 +58,8 @@ class Augmenter {
   augmentation::Settings settings_;
   std::uint64_t seed_;
   int height_, width_;
-  int padded_width_;  // whole vectors
   int log_pitch_;     // of pairs_
+  int padded_width_;  // whole vectors; where pixels are looked up in registers, pairs of vectors
   int strip_rows_;
   int spacing_;                          // of the elastic grid
   Buffer<std::int32_t> column_weights_;  // of the control points 2 k and 2 k + 1, by k and column

@@ -370,6 +370,63 @@ GEMMLET_INLINE void store_bytes(std::uint8_t* p, Vec<std::int32_t> v) {
 #endif
 }
 
+#if defined(__AVX512BW__)
+// Pixels are looked up in registers where an instruction does so for integers of 16 bits.
+inline constexpr bool lookups_are_cheap = true;
+
+// The upper (index 1) or lower (0) halves of the lanes of a, then of b.
+template <int half>
+GEMMLET_INLINE Vec<std::int16_t> halves(Vec<std::int32_t> a, Vec<std::int32_t> b) {
+  Vec<std::int16_t> order;
+  for (int i = 0; i < lanes<std::int16_t>; ++i) order[i] = static_cast<std::int16_t>(2 * i + half);
+  return std::bit_cast<Vec<std::int16_t>>(
+      _mm512_permutex2var_epi16(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(order), std::bit_cast<__m512i>(b)));
+}
+
+// `index`; but where place == wanted, the integer at (index % 64) of the table, which begins with a cache line.
+GEMMLET_INLINE Vec<std::int16_t> look_up_where(Vec<std::int16_t> place, Vec<std::int16_t> wanted,
+                                               const std::uint16_t* table, Vec<std::int16_t> index) {
+  const __mmask32 there = _mm512_cmpeq_epi16_mask(std::bit_cast<__m512i>(place), std::bit_cast<__m512i>(wanted));
+  return std::bit_cast<Vec<std::int16_t>>(_mm512_mask2_permutex2var_epi16(
+      _mm512_load_si512(table), std::bit_cast<__m512i>(index), there, _mm512_load_si512(table + 32)));
+}
+
+// Each lane of `a` holds two bytes, each of b two signed ones: the sum of the products of both, which must fit.
+GEMMLET_INLINE Vec<std::int16_t> multiply_byte_pairs(Vec<std::int16_t> a, Vec<std::int16_t> b) {
+  return std::bit_cast<Vec<std::int16_t>>(_mm512_maddubs_epi16(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b)));
+}
+// a b / 2^16, rounded down; and a b / 2^15, rounded to the nearest integer, halves up.
+GEMMLET_INLINE Vec<std::int16_t> multiply_high(Vec<std::int16_t> a, Vec<std::int16_t> b) {
+  return std::bit_cast<Vec<std::int16_t>>(_mm512_mulhi_epi16(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b)));
+}
+GEMMLET_INLINE Vec<std::int16_t> multiply_high_rounded(Vec<std::int16_t> a, Vec<std::int16_t> b) {
+  return std::bit_cast<Vec<std::int16_t>>(_mm512_mulhrs_epi16(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b)));
+}
+
+// The least of the lanes.
+GEMMLET_INLINE int least(Vec<std::int16_t> v) {
+  const __m512i all = _mm512_xor_si512(std::bit_cast<__m512i>(v), _mm512_set1_epi16(-0x8000));
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  const __m128i quarter = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return (_mm_cvtsi128_si32(_mm_minpos_epu16(quarter)) & 0xffff) - 0x8000;
+}
+
+// The first n bytes as integers of 16 bits, 0 <= n <= 32, the other lanes 0; and 32 lanes as bytes.
+GEMMLET_INLINE Vec<std::int16_t> load_bytes_part(const std::uint8_t* p, int n) {
+  const auto there = static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
+  return std::bit_cast<Vec<std::int16_t>>(_mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, p)));
+}
+GEMMLET_INLINE void store_bytes(std::uint8_t* p, Vec<std::int16_t> v) {
+  const __m256i bytes = _mm512_cvtepi16_epi8(std::bit_cast<__m512i>(v));
+  std::memcpy(p, &bytes, sizeof bytes);
+}
+GEMMLET_INLINE bool has_nonzero(Vec<std::int16_t> v) {
+  return _mm512_test_epi16_mask(std::bit_cast<__m512i>(v), std::bit_cast<__m512i>(v)) != 0;
+}
+#else
+inline constexpr bool lookups_are_cheap = false;
+#endif
+
 // The rounding error of p = a * b, exactly: a * b = p + error. |a|, |b| below 2^100 (float), 2^900 (double).
 template <class V>
 GEMMLET_INLINE V product_error(V a, V b, V p) {
