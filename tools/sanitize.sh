@@ -35,6 +35,6 @@ print("under ASan and UBSan:", *cpu_backend.available_isas())'
 # Not captured, as what the sanitizers print before they end the process would be lost.
 tests=("${@:3}")
 if ((${#tests[@]} == 0)); then
-  tests=(tests/test_{kernels,augment,random,special_values,layouts,bad_input,threads,fast_path,fused,plans,fit_bits,broken_indices}.py)
+  tests=(tests/test_{kernels,augment,random,dropout,regularisers,special_values,layouts,bad_input,threads,fast_path,fused,plans,fit_bits,broken_indices}.py)
 fi
 "$python" -m pytest -q --capture=no -p no:cacheprovider -p no:benchmark --dist=load "${tests[@]}"
