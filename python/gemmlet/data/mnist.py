@@ -198,7 +198,8 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise ValueError(f"{path} is corrupt: {announced} = {expected} bytes, but more follow")
     if not expected:
         raise ValueError(f"{path} is empty: {announced}; expected at least one")
-    return np.frombuffer(values, np.uint8).reshape(shape)
+    # A copy: NumPy asks for large pages, in which samples in random order are found sooner.
+    return np.frombuffer(values, np.uint8).reshape(shape).copy()
 
 
 def _read_up_to(stream: gzip.GzipFile | io.BufferedReader, size: int) -> bytearray:
