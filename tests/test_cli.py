@@ -1341,8 +1341,8 @@ def test_recipe(digits, tmp_path, capsys):
         ("train gan --recipe quick", "--recipe is for gemmlet train mlp"),
         ("train mlp --recipe slow", "--recipe 'slow' is unknown; the choices are quick, best"),
         *(
-            (f"train mlp --recipe quick {word}", f"--recipe is a whole training; leave out {word.split()[0]}")
-            for word in ("--batch-size 3", "--lr 1", "--hidden 5", "--classic", "--augment", "--optimizer adam")
+            (f"train mlp --recipe quick --{word}", f"--recipe is a whole training; leave out --{word.split()[0]}")
+            for word in ["batch-size 3", "lr 1", "hidden 5", "classic", "augment", "optimizer adam", "momentum 0"]
         ),
     ],
 )

@@ -292,6 +292,18 @@ def test_classes_in_turn() -> None:
     assert same_bits(gan.sample(z=z, label=1)[1::3], in_turn[1::3])
 
 
+def test_one_sample_of_many_classes() -> None:
+    """Takes no memory for each pair of them."""
+    gan = GAN(3, [5, 4], [5, 1], n_classes=2000)
+    tracemalloc.start()
+    try:
+        gan.sample(1, label=1999)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000  # 16 MB with an identity matrix
+
+
 def test_output_bias(dtype: Any) -> None:
     gan = GAN(3, [5, 4], [5, 1], generator_output="sigmoid", generator_output_bias=-2)
     assert gan.sample(2000).mean() == pytest.approx(1 / (1 + math.exp(2)), rel=0.2)

@@ -184,7 +184,8 @@ def _recipe(options: Options, network: str) -> nn.recipes.Recipe:
     if (recipe := nn.recipes.RECIPES.get(str(options.recipe))) is None:
         raise UserError(f"--recipe {options.recipe!r} is unknown; the choices are {', '.join(nn.recipes.RECIPES)}")
     for name in _OF_RECIPE:
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:  # 0 is said, too
             raise UserError(f"--recipe is a whole training; leave out --{name.replace('_', '-')}")
     return recipe
 

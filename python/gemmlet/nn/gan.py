@@ -26,7 +26,7 @@ from ..training.plan import (
     Phase,
     TrainingPlan,
 )
-from ..training.reference import gradients
+from ..training.reference import gradients, one_hot
 from . import _checks as checks
 from . import files
 from .augment import Augment, Augmented, check_augment
@@ -592,7 +592,8 @@ class GAN(Estimator):
         for where in slices(len(noise), CHUNK):
             rows = noise[where]
             if classes is not None:
-                rows = np.hstack([arguments.on_cpu(rows), np.eye(self.n_classes, dtype=self.dtype)[classes[where]]])
+                one_of_each = one_hot(classes[where], (len(rows), self.n_classes), self.dtype)
+                rows = np.hstack([arguments.on_cpu(rows), one_of_each])
                 rows = backend.to_device(rows, noise)
             made = generator.forward(backend.to_device(rows))
             if self.generator_output == "tanh":
