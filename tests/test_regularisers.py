@@ -196,6 +196,14 @@ def test_l1_makes_weights_small_that_predict_nothing(backend: Any, rng: Any) -> 
     assert sizes[1] < 0.1 * sizes[0]
 
 
+def test_l1_alone_squares_nothing(backend: Any) -> None:
+    """So that weights count whose squares are beyond float64."""
+    model = MLP([3, 2], output="identity", dtype=np.float64, l1=1e-170)
+    model.parameters[0][:] = 1e160
+    history = model.fit(np.zeros((4, 3)), np.zeros((4, 2)), 1, optimizer=SGD(0.1))
+    assert history.loss == pytest.approx([6e-10], rel=1e-12)
+
+
 def test_both_optimizers_of_a_gan(backend: Any, rng: Any) -> None:
     """Decay of weights alone, and a step of each of which no number is larger than learning rate times limit."""
     x = rng.random((30, 7))
