@@ -436,7 +436,9 @@ def test_rates_that_cannot_be(layers: list[int], rates: dict[str, Any], message:
         GAN(2, [3, layers[0]], [*layers[1:-1], 1], **of_gan)
 
 
-@pytest.mark.parametrize("value", ["0.5", None, True, [0.5, "0"], {}, np.zeros((2, 2))], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["0.5", None, True, [0.5, "0"], {}, {0: 0.5, 1: 0.5}, {0.5, 0.25}, np.zeros((2, 2))], ids=repr
+)
 def test_rates_of_another_type(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^dropout"):
         MLP([4, 3, 3, 2], dropout=value)

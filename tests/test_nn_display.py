@@ -39,6 +39,8 @@ def test_summary_of_a_perceptron() -> None:
     assert not any(line.startswith(("label_smoothing", "seed")) for line in lines)
     assert lines[-1] == "0 steps taken"
     assert repr(model.summary()) == str(model.summary())  # what an interpreter shows
+    many = MLP([4, 1000], classes=list(range(5, 1005))).summary().splitlines()
+    assert "classes=[5, 6, 7, 8, 9, 10, ...]" in many
     small = MLP([4, 2])
     small.fit(X, np.array(["no", "yes"])[Y], 1, batch_size=7)
     assert {"classes=['no', 'yes']", "9 steps taken", "10 parameters, 40 bytes"} <= set(small.summary().splitlines())

@@ -126,6 +126,11 @@ def test_set_params_makes_it_anew() -> None:
         ({"width": 3}, ValueError, "no parameter 'width'"),
         ({"seed": 1, "activation": "step"}, ValueError, "activation 'step'"),
         ({"default_optimizer__momentum": 0.9}, ValueError, "no parameter 'default_optimizer__momentum'"),
+        (
+            {"default_optimizer": "sgd", "default_optimizer__eps": 1},
+            ValueError,
+            "no parameter 'default_optimizer__eps'",
+        ),
     ):
         with pytest.raises(error, match=message):
             model.set_params(**params)
@@ -134,6 +139,8 @@ def test_set_params_makes_it_anew() -> None:
     assert model.set_params(default_optimizer=ClipNorm(SGD(0.5), 2.0)).get_params()["default_optimizer__max_norm"] == 2
     model.set_params(default_optimizer__lr=0.125, default_optimizer__max_norm=3.0)
     assert model.default_optimizer == ClipNorm(SGD(0.125), 3.0)
+    model.set_params(default_optimizer="sgd", default_optimizer__momentum=0.5)
+    assert model.default_optimizer == SGD(momentum=0.5)
     gan = GAN(3, [4, 5], [6, 1]).set_params(latent_dim=7, default_optimizer__lr=0.1)
     assert (gan.latent_dim, gan.default_optimizer.lr, gan.sample(2).shape) == (7, 0.1, (2, 5))
 

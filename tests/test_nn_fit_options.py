@@ -229,6 +229,13 @@ def test_a_callback_that_stops_gets_the_best_too() -> None:
     assert same(model, other)
 
 
+def test_early_stopping_by_what_is_always_nan_says_so() -> None:
+    model = MLP([6, 1], output="identity")
+    with pytest.warns(RuntimeWarning, match="ended fit, as validation_accuracy was NaN after each epoch"):
+        history = model.fit(X, Y, 9, validation_split=0.2, early_stopping=EarlyStopping("validation_accuracy", 2))
+    assert len(history.loss) == 3
+
+
 # Validation.
 
 

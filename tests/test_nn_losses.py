@@ -106,6 +106,12 @@ def test_a_file_from_before_there_was_a_choice(tmp_path: Path) -> None:
         ("sigmoid", "huber", ValueError, "the choices are binary_cross_entropy_with_logits"),
         ("identity", "binary_cross_entropy", ValueError, "the choices are mean_squared_error, "),
         ("identity", "quantile", ValueError, "loss 'quantile' is unknown"),
+        (
+            "identity",
+            "wasserstein",
+            ValueError,
+            "loss 'wasserstein' has no minimum: .* the choices are mean_squared_error",
+        ),
         ("identity", 1, TypeError, "loss must be a string, got int"),
     ],
 )

@@ -196,6 +196,14 @@ def test_l1_makes_weights_small_that_predict_nothing(backend: Any, rng: Any) -> 
     assert sizes[1] < 0.1 * sizes[0]
 
 
+def test_l1_alone_squares_nothing(backend: Any) -> None:
+    """So that weights count whose squares are beyond float64."""
+    model = MLP([3, 2], output="identity", dtype=np.float64, l1=1e-170)
+    model.parameters[0][:] = 1e160
+    history = model.fit(np.zeros((4, 3)), np.zeros((4, 2)), 1, optimizer=SGD(0.1))
+    assert history.loss == pytest.approx([6e-10], rel=1e-12)
+
+
 def test_both_optimizers_of_a_gan(backend: Any, rng: Any) -> None:
     """Decay of weights alone, and a step of each of which no number is larger than learning rate times limit."""
     x = rng.random((30, 7))
@@ -261,15 +269,18 @@ def test_older_checkpoints_go_on(weight_decay: float, tmp_path: Path, rng: Any) 
     x, y = problem(rng)
 
     def fit(epochs: int, **settings: Any) -> Any:
-        model, rule = MLP([6, 4, 3]), Adam(0.01, weight_decay=weight_decay, **settings)
+        model, rule = MLP([6, 4, 3]), Adam(**{"lr": 0.01, "weight_decay": weight_decay, **settings})
         model.fit(x, y, epochs, 8, rule, checkpoint=tmp_path / "file", resume=True)
         return model.parameters
 
     biases = weight_decay > 0
     fit(2, decay_biases=biases)
     make_older(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"optimizer\.decay_biases was None, is "):
+    hint = r"\. It is of an older gemmlet, whose weight decay was of biases too" if biases else ""
+    with pytest.raises(ValueError, match=rf"optimizer\.decay_biases was {biases}, is {not biases}{hint}$"):
         fit(4, decay_biases=not biases)
+    with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.01, is 0\.02$"):
+        fit(4, decay_biases=biases, lr=0.02)
     resumed = fit(4, decay_biases=biases)
     (tmp_path / "file").unlink()
     assert all(map(same_bits, resumed, fit(4, decay_biases=biases)))

@@ -67,8 +67,8 @@ struct Forward {
   Index input_count() const { return static_cast<Index>(phase.inputs.size()); }
 };
 
-// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or a penalty's sums of
-// the squared weights and, with l1, of their sizes; and the place of either among the losses.
+// A phase, the forward phase whose rows it works on (itself, if it is one); the objective of a loss, or a penalty's sums: of
+// the squared weights unless it is L1 alone, and with l1 of their sizes; and the place of either among the losses.
 template <class T>
 struct Work {
   const Phase& phase;
@@ -141,7 +141,7 @@ class Executor {
         factors.l2 += phase.l2;
         factors.l1 += phase.l1;
         const auto vectors = static_cast<std::size_t>(forward->network.vectors());
-        work.squares.resize(vectors);
+        if (phase.l2 != 0 || phase.l1 == 0) work.squares.resize(vectors);
         if (phase.l1 != 0) work.sizes.resize(vectors);
       }
       if (phase.kind == Phase::loss || phase.kind == Phase::penalty) work.loss = losses++;
@@ -307,10 +307,10 @@ class Executor {
           return pipeline ? pipeline->layer() : network.first_layer();
         };
         for (Work<T>& work : stage.rows)
-          if (!work.squares.empty()) {
+          if (!work.squares.empty() || !work.sizes.empty()) {
             const Network<T>& network = work.forward->network;
-            network.sum_weights(first_layer(network), me, all, columns, work.squares.data(),
-                                work.sizes.empty() ? nullptr : work.sizes.data());
+            const auto sums = [](std::vector<double>& of) { return of.empty() ? nullptr : of.data(); };
+            network.sum_weights(first_layer(network), me, all, columns, sums(work.squares), sums(work.sizes));
           }
         if (pipeline) pipeline->gather(next, slot ^ 1);
         member.barrier();

@@ -237,7 +237,7 @@ class Network {
       for (Index i = 0; i < rows.size() * grad.stride; ++i) grad.row(rows.first)[i] *= scale;
   }
 
-  // The sums of the squared weights, and of their sizes unless that is null, by columns of vectors of all layers, each of
+  // The sums of the squared weights and of their sizes, each unless it is null, by columns of vectors of all layers, each of
   // which belongs to one member, as columns of the first layer may do.
   Index vectors() const {
     Index count = 0;
@@ -264,7 +264,7 @@ class Network {
           if (weight_rows % 2 != 0) add(even, weights(weight_rows - 1));
           return even.total() + odd.total();
         };
-        squares[vector] = total([](DoubleSum<T>& sum, Vec<T> w) { sum.add_product(w, w); });
+        if (squares != nullptr) squares[vector] = total([](DoubleSum<T>& sum, Vec<T> w) { sum.add_product(w, w); });
         if (sizes != nullptr) sizes[vector] = total([](DoubleSum<T>& sum, Vec<T> w) { sum.add(abs(w)); });
       }
     }

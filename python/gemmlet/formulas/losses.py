@@ -24,6 +24,7 @@ class Loss(NamedTuple):
     parameter: str | None = None
     default: float = 0.0
     unit_interval: bool = False  # whether a prediction outside [0, 1] is an error
+    has_minimum: bool = True  # whether it is bounded below, for targets that it is for
 
 
 def _times(weight: Array, value: Array) -> Array:
@@ -111,6 +112,7 @@ LOSSES: dict[str, Loss] = {
             prediction="p",
             evaluate=_wasserstein,
             source="Arjovsky et al., 2017: a critic's, for targets of 1 and -1",
+            has_minimum=False,
         ),
     )
 }

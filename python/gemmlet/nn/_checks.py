@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def pair(value: Any, name: str) -> tuple[Any, Any]:
 
 def dropout_rates(value: Any, name: str, hidden: int) -> float | list[float]:
     """Return `value` as rates within [0, 1): a float for all of so many hidden layers, or a list of one for each."""
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set):
         rates = [fraction(rate, f"{name}[{i}]") for i, rate in enumerate(value)]
         if len(rates) != hidden:
             raise ValueError(f"{name} must have one rate for each of {hidden} hidden layers, got {len(rates)}")

@@ -323,7 +323,11 @@ class BatchTraining(Training):
                     self._report(done=False)
             self._first_batch += math.ceil(len(rows) / self._size)
             self._skipped, self._before = end, self._before + block.batches
-            block = next(some, None)
+            try:
+                block = next(some, None)
+            except Exception:
+                self._report(done=False)
+                raise
             if block is None:
                 self._n, self._batches = end, self._first_batch
             self._report(done=block is None)

@@ -174,12 +174,15 @@ class Checkpoints:
             at, optimizers = Position(**fit["position"]), files.optimizers_of(*content[1:])
             now = {argument: settings for argument, (settings, _) in optimizers.items()}
             here, there, changed = _flat(self._given), _flat(fit["optimizers"]), _flat(now)
-            if here == changed:
-                there = changed
+            is_older = not changed.keys() <= there.keys()  # than some settings
+            there = changed if here == changed else changed | there
             here, there = here | model._identity() | self._facts, there | saved._identity() | fit["facts"]
         for name in [*here, *there]:
             if (is_now := here.get(name)) != (was := there.get(name)):
-                raise ValueError(f"{path} is a checkpoint of another fit: {name} was {was!r}, is {is_now!r}")
+                hint = ""
+                if is_older and was and name.endswith("decay_biases"):
+                    hint = ". It is of an older gemmlet, whose weight decay was of biases too"
+                raise ValueError(f"{path} is a checkpoint of another fit: {name} was {was!r}, is {is_now!r}{hint}")
         with files.errors_name(path, kind.__name__):
             at.check(len(self._written.sums), self._facts["samples"], self._facts["batch_size"])
             history = {name: list(map(float, fit["history"][name])) for name in self._epochs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, Self
@@ -23,6 +24,11 @@ Array = NDArray[Any]
 
 # Prefix of the settings of `default_optimizer`, as scikit-learn names the parameters of a parameter.
 _OPTIMIZER = "default_optimizer__"
+
+
+def _settings_of(optimizer: Optimizer) -> dict[str, Any]:
+    """The settings of an optimizer as parameters of a network."""
+    return {f"{_OPTIMIZER}{name}": value for name, value in optimizer.settings().items() if name != "name"}
 
 
 class Estimator(Trainable):
@@ -54,8 +60,7 @@ class Estimator(Trainable):
                 value = default
             params[name] = list(value) if isinstance(value, list) else value
         if deep and "default_optimizer" in params:
-            settings = self.default_optimizer.settings()
-            params |= {f"{_OPTIMIZER}{name}": value for name, value in settings.items() if name != "name"}
+            params |= _settings_of(self.default_optimizer)
         return params
 
     def set_params(self, **params: Any) -> Self:
@@ -66,7 +71,8 @@ class Estimator(Trainable):
         Parameters
         ----------
         **params
-            Arguments of the constructor; ``default_optimizer__lr`` and so on. Without any, nothing changes.
+            Arguments of the constructor; ``default_optimizer__lr`` and so on, of a new `default_optimizer` if that is
+            given too. Without any, nothing changes.
 
         Raises
         ------
@@ -78,6 +84,9 @@ class Estimator(Trainable):
         if not params:
             return self
         known = self.get_params()
+        if "default_optimizer" in known.keys() & params.keys():
+            optimizer = as_optimizer(params["default_optimizer"], "default_optimizer")
+            known = self.get_params(deep=False) | _settings_of(optimizer)
         if unknown := [name for name in params if name not in known]:
             raise ValueError(f"set_params has no parameter {unknown[0]!r}; there are {', '.join(known)}")
         settings = {n.removeprefix(_OPTIMIZER): v for n, v in params.items() if n.startswith(_OPTIMIZER)}
@@ -102,7 +111,7 @@ class Estimator(Trainable):
     def _shown(self) -> tuple[str, dict[str, Dense], str, list[str]]:
         """What `summary` and notebooks show: title, layers, activation of the outputs, and other facts."""
         settings = [
-            f"{name}={value!r}"
+            f"{name}={reprlib.repr(value) if isinstance(value, list) else repr(value)}"
             for name, default in self._arguments().items()
             if name not in self._in_repr and (value := getattr(self, name)) != default
         ]

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -672,7 +673,12 @@ class Training:
 
     def _is_over(self) -> bool:
         early = self._settings.early_stopping
-        return early is not None and early.is_over(self._monitored(early))
+        if early is None or not early.is_over(values := self._monitored(early)):
+            return False
+        if np.isnan(values).all():
+            message = f"early_stopping has ended fit, as {early.monitor} was NaN after each epoch"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return True
 
     def _keep_best(self) -> None:
         """Keep the parameters of an epoch that was the best so far; signals are deferred."""

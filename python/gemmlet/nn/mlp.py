@@ -50,9 +50,20 @@ OUTPUTS = {
     "sigmoid": tuple(name for name, loss in LOSSES.items() if loss.prediction == "logits"),
     "identity": (
         "mean_squared_error",
-        *(name for name, loss in LOSSES.items() if name != "mean_squared_error" and not loss.unit_interval),
+        *(
+            name
+            for name, loss in LOSSES.items()
+            if name != "mean_squared_error" and not loss.unit_interval and loss.has_minimum
+        ),
     ),
 }
+
+
+def _loss(model: MLP, value: Any, name: str) -> str:
+    choices = OUTPUTS[model.output]
+    if isinstance(value, str) and value in LOSSES and not LOSSES[value].has_minimum:
+        raise ValueError(f"{name} {value!r} has no minimum: it is for a GAN; the choices are {', '.join(choices)}")
+    return checks.choice(value, name, choices)
 
 
 def _label_smoothing(model: MLP, value: Any, name: str) -> float:
@@ -88,8 +99,8 @@ class MLP(Predictor):
         - identity: numbers. Mean squared error, the mean over the outputs too.
     loss : str, optional
         Another objective: an elementwise loss of `gemmlet.kernels`, with its default parameter. With sigmoid one that
-        takes logits; with identity any that does not need predictions within [0, 1], `huber` say. (`wasserstein` has no
-        minimum: it is for critics.)
+        takes logits; with identity any that does not need predictions within [0, 1], `huber` say. `wasserstein`, which
+        has no minimum, is for a `GAN`.
     dtype : float32 or float64, optional
         Of parameters and results; samples of other dtypes are converted. By default the samples of the first `fit`
         decide: float32 if it holds every number of their dtype exactly (float16, uint8, 16-bit integers, bools), else
@@ -202,7 +213,7 @@ class MLP(Predictor):
     _in_repr = "layers", "activation", "output", "dtype", "seed", "dropout", "input_dropout", "input_noise"
     _checks = Trainable._checks | {
         **dict.fromkeys(("layers", "activation", "output", "activation_parameter", "seed"), check_fixed),
-        "loss": lambda model, value, name: checks.choice(value, name, OUTPUTS[model.output]),
+        "loss": _loss,
         "classes": lambda model, value, _: checked_classes(value, model.output, model.layers[-1]),
         "label_smoothing": _label_smoothing,
         **dict.fromkeys(("l1", "l2"), lambda _, value, name: arguments.number(value, name, low=0.0)),

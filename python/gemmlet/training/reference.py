@@ -386,8 +386,9 @@ def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Arr
 
 def penalty_of(weight: Array, l2: float, l1: float) -> tuple[float, Array]:
     """``l2 / 2 * sum(w**2) + l1 * sum(|w|)``, in float64, and its gradient; that of ``|0|`` is 0."""
-    loss = 0.5 * l2 * float(np.sum(np.square(weight, dtype=np.float64)))
-    slope = l2 * weight
+    loss, slope = 0.0, l2 * weight
+    if l2 or not l1:  # squares may overflow
+        loss = 0.5 * l2 * float(np.sum(np.square(weight, dtype=np.float64)))
     if l1:
         loss += l1 * float(np.sum(np.abs(weight), dtype=np.float64))
         slope += l1 * np.sign(weight)

@@ -302,12 +302,13 @@ def _move_average(average, value, decay, gain):
 
 # Sums in any order: the same one for all numbers of threads, as a single one adds.
 @njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc", "nsz"})
-def _add_penalty(weight, grad, l2, l1):
-    """Add the gradient of ``l2 / 2 * w**2 + l1 * |w|`` to `grad`; the sums of squares and of sizes."""
+def _add_penalty(weight, grad, l2, l1, has_squares):
+    """Add the gradient of ``l2 / 2 * w**2 + l1 * |w|`` to `grad`; the sums of squares, if wanted, and of sizes."""
     squares, sizes = 0.0, 0.0
     for i in range(weight.size):
         w = weight[i]
-        squares += np.float64(w) * np.float64(w)
+        if has_squares:
+            squares += np.float64(w) * np.float64(w)
         sizes += np.float64(abs(w))
         slope = -l1 if w < 0 else (l1 if w > 0 else l1 * w)
         grad[i] += l2 * w + slope
@@ -584,8 +585,9 @@ class _Executor:
         def run() -> None:
             rows = len(self.where)
             share = rows if phase.of_sum else 1
+            l2, l1, has_squares = F(phase.l2 / share), F(phase.l1 / share), bool(phase.l2 or not phase.l1)
             for weight, grad in weights:
-                squares, sizes = _add_penalty(weight, grad, F(phase.l2 / share), F(phase.l1 / share))
+                squares, sizes = _add_penalty(weight, grad, l2, l1, has_squares)
                 self.losses[number] += (0.5 * phase.l2 * squares + phase.l1 * sizes) * (rows / share)
 
         return run
