@@ -1314,24 +1314,24 @@ def test_augment(digits, tmp_path, capsys, uninterrupted, network):
 def test_recipe(digits, tmp_path, capsys):
     out = tmp_path / "out"
     words = ("train", "mlp", "--data-dir", digits, "--out", out)
-    assert call(*words, "--recipe", "quick", "--epochs", 2, "--seed", 3) == 0
+    assert call(*words, "--recipe", "best", "--epochs", 2, "--seed", 3) == 0
     images = load_mnist(digits)
-    model, history = nn.recipes.quick.train(images.x_train, images.y_train, 3, epochs=2)
+    model, history = nn.recipes.best.train(images.x_train, images.y_train, 3, epochs=2)
     for array, same in zip(nn.MLP.load(out / "model.safetensors").parameters, model.parameters, strict=True):
         np.testing.assert_array_equal(array, same)
     found = metrics_of(out)
-    assert (found["recipe"], found["hidden"], found["lr"]) == ("quick", list(nn.recipes.quick.hidden), 0.05)
+    assert (found["recipe"], found["hidden"], found["lr"]) == ("best", list(nn.recipes.best.hidden), 0.05)
     assert found["history"]["loss"] == history.loss
-    assert found["augment"] == vars(nn.recipes.quick.augment)
+    assert found["augment"] == vars(nn.recipes.best.augment)
     capsys.readouterr()
     for refused, named in (
-        ("--recipe best", "--recipe best: the training in"),
+        ("--recipe quick", "--recipe quick: the training in"),
         ("--augment", "--augment default: the training in"),
         ("--lr 1", "--lr 1.0: the training in"),
     ):
         assert call("train", "mlp", "--resume", out, *refused.split()) == 2
         assert named in error_line(capsys)
-    assert call("train", "mlp", "--resume", out, "--recipe", "quick", "--epochs", 3) == 0
+    assert call("train", "mlp", "--resume", out, "--recipe", "best", "--epochs", 3) == 0
     assert metrics_of(out)["epochs_done"] == 3
 
 
@@ -1339,7 +1339,7 @@ def test_recipe(digits, tmp_path, capsys):
     ("words", "named"),
     [
         ("train gan --recipe quick", "--recipe is for gemmlet train mlp"),
-        ("train mlp --recipe slow", "--recipe 'slow' is unknown; the choices are quick, best"),
+        ("train mlp --recipe slow", "--recipe 'slow' is unknown; the choices are quick, good, best"),
         *(
             (f"train mlp --recipe quick --{word}", f"--recipe is a whole training; leave out --{word.split()[0]}")
             for word in ["batch-size 3", "lr 1", "hidden 5", "classic", "augment", "optimizer adam", "momentum 0"]

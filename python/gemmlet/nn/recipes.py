@@ -90,6 +90,7 @@ class Recipe:
 
 
 quick = Recipe((384,), 60)
-best = Recipe((512, 256), 60)
+good = Recipe((512, 256), 60)
+best = Recipe((512, 256), 240, optimizer=SGD(0.05, momentum=0.9, nesterov=True, weight_decay=5e-5))
 
-RECIPES = {"quick": quick, "best": best}
+RECIPES = {"quick": quick, "good": good, "best": best}
