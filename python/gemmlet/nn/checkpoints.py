@@ -174,8 +174,9 @@ class Checkpoints:
             at, optimizers = Position(**fit["position"]), files.optimizers_of(*content[1:])
             now = {argument: settings for argument, (settings, _) in optimizers.items()}
             here, there, changed = _flat(self._given), _flat(fit["optimizers"]), _flat(now)
-            is_older = not changed.keys() <= there.keys()  # than some settings
-            there = changed if here == changed else changed | there
+            # In an older file settings are missing, which `files.optimizer_of` knows.
+            is_older = not changed.keys() <= there.keys()
+            there = changed if here == changed else {n: v for n, v in changed.items() if n in here} | there
             here, there = here | model._identity() | self._facts, there | saved._identity() | fit["facts"]
         for name in [*here, *there]:
             if (is_now := here.get(name)) != (was := there.get(name)):
