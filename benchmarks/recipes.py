@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 import gemmlet
 from gemmlet import data, metrics, nn
 from gemmlet.backends import select
+from gemmlet.nn.optimizers import make_optimizer
 
 HELD_OUT = 10_000
 
@@ -49,6 +51,7 @@ def pytorch_epoch(recipe: nn.recipes.Recipe, x: Any, y: Any) -> float:
     images, labels = torch.from_numpy(x[:part].reshape(-1, 1, 28, 28)), torch.from_numpy(y[:part].astype(np.int64))
     a = recipe.augment
     assert a is not None
+    assert (recipe.activation, recipe.label_smoothing, recipe.ema_decay) == ("relu", 0, 0)
     shift = (a.shift / 28, a.shift / 28)
     degrees = float(np.rad2deg(np.arctan(a.shear)))
     transform = v2.Compose(
@@ -70,6 +73,7 @@ def pytorch_epoch(recipe: nn.recipes.Recipe, x: Any, y: Any) -> float:
         num_workers=gemmlet.get_num_threads(),
         collate_fn=batch,
         persistent_workers=True,
+        multiprocessing_context="fork",  # others cannot take a local function
     )
     widths, layers = [784, *recipe.hidden, 10], list[Any]([torch.nn.Flatten()])
     for before, after in pairwise(widths):
@@ -102,6 +106,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, metavar="COUNT")
     parser.add_argument("--first-seed", type=int, default=0, metavar="SEED")
     parser.add_argument("--epochs", type=int, help="others than the recipe's")
+    parser.add_argument("--weight-decay", type=float, help="another than the recipe's")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--held-out", action="store_true", help="measure by training images")
     parser.add_argument("--pytorch", action="store_true")
@@ -119,6 +124,9 @@ def main(words: Sequence[str] | None = None) -> None:
     judged, lines = "held-out images" if given.held_out else "test images", list[str]()
     for name in given.recipes:
         recipe = nn.recipes.RECIPES[name]
+        if given.weight_decay is not None:
+            optimizer = make_optimizer(**recipe.optimizer.settings() | {"weight_decay": given.weight_decay})
+            recipe = replace(recipe, optimizer=optimizer)
         found = []
         for seed in range(given.first_seed, given.first_seed + given.seeds):
             found.append(train(recipe, sets, seed, given.epochs))

@@ -29,6 +29,7 @@ WARP = {name: ALL[name] for name in ("rotate", "scale", "shear", "shift", "elast
 # Below, at and above the widths of vectors; single rows and columns; images of several strips.
 SIDES = [
     (28, 28), (1, 1), (1, 40), (40, 1), (2, 3), (15, 16), (17, 15), (16, 33), (31, 65), (48, 100), (300, 9), (64, 64),
+    (9, 29), (13, 32), (7, 60), (5, 61),
 ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_any_size_and_setting(backend: Any, data: Any, sides: Any, count: int, s
 def test_what_is_black_may_be_passed_over(any_threads_backend: Any, rng: Any, sides: Any, elastic: float) -> None:
     """Images with something in some rows alone, in one pixel, or nowhere."""
     images = np.zeros((40, *sides), np.uint8)
-    for image in images[1:]:
+    for image in images[3:]:
         first, last = sorted(rng.integers(0, sides[0], 2))
         image[first : last + 1, rng.integers(0, sides[1]) :] = rng.integers(1, 256)
     images[1, 0, 0] = images[2, -1, -1] = 255

@@ -108,6 +108,14 @@ def test_a_pickle_of_before_can_be_cloned() -> None:
     assert (clone(old).classes, clone(old).dtype, clone(old).steps) == (["a", "b", "c"], np.float64, 0)
 
 
+def test_no_optimizer_means_the_default() -> None:
+    """Of the GAN, whose constructor takes None; the settings beside it are those of the default one."""
+    usual = GAN().default_optimizer.settings()
+    for params, changed in (({}, {}), ({"default_optimizer__lr": 0.5}, {"lr": 0.5})):
+        gan = GAN(default_optimizer=SGD(0.1)).set_params(default_optimizer=None, **params)
+        assert gan.default_optimizer.settings() == usual | changed
+
+
 def test_set_params_makes_it_anew() -> None:
     model = MLP([5, 8, 3], seed=7)
     model.fit(X, Y, 2)

@@ -42,11 +42,10 @@ constexpr std::uint8_t zeros[max_side] = {};
 
 // The pairs that are looked up in at once, two registers of them; a row of pairs has half of that, or all of it.
 constexpr int log_table = 6, table_pairs = 1 << log_table;
-constexpr bool looks_up(int log_pitch) { return lookups_are_cheap && log_pitch <= log_table; }
-// The least multiple of a size that is not below n.
-constexpr int multiple(int n, int size) { return (n + size - 1) / size * size; }
-// Pixels of the result that are looked up at once.
-constexpr int looked_up = table_pairs / 2;
+constexpr bool uses_lookups(int log_pitch) { return lookups_are_cheap && log_pitch <= log_table; }
+constexpr int round_up(int n, int size) { return (n + size - 1) / size * size; }
+// Pixels of the result that are looked up at once, a block.
+constexpr int block_pixels = table_pairs / 2;
 
 GEMMLET_INLINE Ints pair_of(Ints low, Ints high) { return (low & 0xffff) | (high << 16); }
 // A pair of weights, for multiply_pairs.
@@ -85,7 +84,7 @@ Augmenter::Augmenter(const Settings& settings, Index height, Index width, std::u
       width_(static_cast<int>(width)),
       log_pitch_(
           std::max<int>(log_table - 1, std::bit_width(static_cast<unsigned>(margin + width_ + right_margin - 1)))),
-      padded_width_(multiple(width_, looks_up(log_pitch_) ? looked_up : width_of_vector)),
+      padded_width_(round_up(width_, uses_lookups(log_pitch_) ? block_pixels : width_of_vector)),
       strip_rows_(std::clamp(strip_pixels / padded_width_, 1, height_)),
       spacing_(grid_spacing(height_, width_)) {
   if (settings.elastic == 0) return;
@@ -107,11 +106,13 @@ Augmenter::Augmenter(const Settings& settings, Index height, Index width, std::u
 Augmenter::Workspace::Workspace(const Augmenter& of)
     : result_(space<std::uint8_t>(Index{of.height_} * of.width_ + 4 * random_block_step)) {
   if (!of.settings_.warps()) return;
-  const Index pairs = multiple((margin + of.height_ + 1) << of.log_pitch_, table_pairs);
+  const Index pairs = round_up((margin + of.height_ + 1) << of.log_pitch_, table_pairs);
   pairs_ = space<std::uint16_t>(pairs);
   std::fill_n(pairs_.get(), pairs, 0);
   if (of.settings_.elastic != 0) bends_ = space<std::int32_t>(2 * (control_points - 1) * of.padded_width_);
-  for (auto* buffer : {&places_, &weights_, &fours_}) *buffer = space<std::int32_t>(of.strip_rows_ * of.padded_width_);
+  if (!uses_lookups(of.log_pitch_))
+    for (auto* buffer : {&places_, &weights_, &fours_})
+      *buffer = space<std::int32_t>(of.strip_rows_ * of.padded_width_);
 }
 
 void Augmenter::transform(const std::uint8_t* image, Index sample, Index epoch, Workspace& workspace,
@@ -287,12 +288,12 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
 
   // What pair_rows does; and between which rows of pairs there is something.
   int above_first = height, below_last = 0;
-  for (int x = 0; x < width; x += looked_up) {
-    const int columns = std::min(looked_up, width - x);
+  for (int x = 0; x < width; x += block_pixels) {
+    const int columns = std::min(block_pixels, width - x);
     std::uint16_t* to = pairs + (1 << log_pitch) + margin + x;
     Shorts above{};
     for (int y = 0; y < height; ++y, to += 1 << log_pitch) {
-      const Shorts below = load_bytes_part(image + y * width + x, columns);
+      const Shorts below = load_bytes_as_shorts(image + y * width + x, columns);
       store(to, std::bit_cast<Vec<std::uint16_t>>(above | below << 8));
       if (has_nonzero(below)) {
         above_first = std::min(above_first, y);
@@ -307,9 +308,9 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
     return;
   }
 
-  // How far the displacements of a row of control points and the three below it reach up and down, in 2^place_bits of a
-  // pixel. The weights of a spline's points sum to 2^weight_bits but for four roundings of a half: `surplus` is more than
-  // these make.
+  // How far the displacements of a row of control points and the three below it reach up and down, in 2^-place_bits of a
+  // pixel. The weights of a spline's points sum to 2^weight_bits but for four roundings of a half. That makes at most 58/256 of
+  // a pixel for the largest displacements; `slack` is more.
   constexpr int groups = control_points - 3;
   int up[groups] = {}, down[groups] = {};
   if constexpr (elastic)
@@ -322,9 +323,10 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
           low = both < low ? both : low;
           high = both > high ? both : high;
         }
-      constexpr int surplus = 64;
-      up[group] = (least(low) - surplus) * (1 << (place_bits - 8));
-      down[group] = (surplus - least(-high)) * (1 << (place_bits - 8));
+      constexpr int slack = 64;
+      static_assert(augment_largest[4] <= 32);
+      up[group] = (reduce_min(low) - slack) * (1 << (place_bits - 8));
+      down[group] = (slack - reduce_min(-high)) * (1 << (place_bits - 8));
     }
 
   Ints lane;
@@ -332,8 +334,8 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
   const int origin_x = map.x_0 + (margin << place_bits), origin_y = map.y_0 + (margin << place_bits);
   Ints row_x = lane * map.x_x + origin_x, row_y = lane * map.y_x + origin_y;
   const Ints half_x = splat(width_of_vector * map.x_x), half_y = splat(width_of_vector * map.y_x);
-  // So much further down than the first one comes the last pixel from of those that are looked up at once.
-  const int slope = (std::min(looked_up, width) - 1) * map.y_x;
+  // How much further down the source of a block's last pixel lies than that of its first.
+  const int slope = (std::min(block_pixels, width) - 1) * map.y_x;
   for (int y = 0, group = 0, next = spacing_; y < height; ++y, pixels += width) {
     if (elastic && y == next) ++group, next += spacing_;
     const std::int32_t* bends = elastic ? workspace.bends_.get() + group * padded_width : nullptr;
@@ -341,7 +343,7 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
     const Ints weight23 = elastic ? splat(row_weights_[2 * y + 1]) : Ints{};
     const int highest = origin_y + map.y_y * y + std::min(slope, 0) + up[group];
     const int lowest = origin_y + map.y_y * y + std::max(slope, 0) + down[group];
-    for (int x = 0; x < (log_pitch < log_table ? 1 : width); x += looked_up) {
+    for (int x = 0; x < (log_pitch < log_table ? 1 : width); x += block_pixels) {
       int first = (highest + map.y_x * x) >> place_bits, last = (lowest + map.y_x * x) >> place_bits;
       if (last <= above_first || first >= below_last) {
         store_bytes(pixels + x, Shorts{});
@@ -374,7 +376,8 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
         right = look_up_where(table, wanted, entries, right);
       }
 
-      // As blend does; (64 left + difference right_weight + 2048) >> 12 is the same as 64 divided out of the product first.
+      // As blend does; floor((floor(n / 64) + 32) / 64) = floor((n + 2048) / 4096), so 64 is divided out first and all fits
+      // 16 bits.
       constexpr int one = 1 << blend_bits, surplus = 16 - blend_bits;
       const auto fraction = [](Shorts v) GEMMLET_INLINE_LAMBDA { return std::bit_cast<Vec<std::uint16_t>>(v); };
       const Shorts below = std::bit_cast<Shorts>(fraction(halves<0>(y0, y1)) >> surplus);

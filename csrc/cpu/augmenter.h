@@ -24,7 +24,7 @@ class Augmenter {
  public:
   Augmenter(const augmentation::Settings& settings, Index height, Index width, std::uint64_t seed);
 
-  // What the transform of one image takes meanwhile: 15 KiB for 28 x 28 pixels.
+  // What the transform of one image takes meanwhile: at most 15 KiB for 28 x 28 pixels.
   class Workspace {
    public:
     explicit Workspace(const Augmenter& augmenter);

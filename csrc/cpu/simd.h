@@ -371,10 +371,10 @@ GEMMLET_INLINE void store_bytes(std::uint8_t* p, Vec<std::int32_t> v) {
 }
 
 #if defined(__AVX512BW__)
-// Pixels are looked up in registers where an instruction does so for integers of 16 bits.
+// Whether one instruction looks up integers of 16 bits in a table of two registers.
 inline constexpr bool lookups_are_cheap = true;
 
-// The upper (index 1) or lower (0) halves of the lanes of a, then of b.
+// The upper (half = 1) or lower (0) halves of the lanes of a, then of b.
 template <int half>
 GEMMLET_INLINE Vec<std::int16_t> halves(Vec<std::int32_t> a, Vec<std::int32_t> b) {
   Vec<std::int16_t> order;
@@ -383,7 +383,7 @@ GEMMLET_INLINE Vec<std::int16_t> halves(Vec<std::int32_t> a, Vec<std::int32_t> b
       _mm512_permutex2var_epi16(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(order), std::bit_cast<__m512i>(b)));
 }
 
-// `index`; but where place == wanted, the integer at (index % 64) of the table, which begins with a cache line.
+// `index`; but where place == wanted, the integer at (index % 64) of the table, which is aligned to 64 bytes.
 GEMMLET_INLINE Vec<std::int16_t> look_up_where(Vec<std::int16_t> place, Vec<std::int16_t> wanted,
                                                const std::uint16_t* table, Vec<std::int16_t> index) {
   const __mmask32 there = _mm512_cmpeq_epi16_mask(std::bit_cast<__m512i>(place), std::bit_cast<__m512i>(wanted));
@@ -404,7 +404,7 @@ GEMMLET_INLINE Vec<std::int16_t> multiply_high_rounded(Vec<std::int16_t> a, Vec<
 }
 
 // The least of the lanes.
-GEMMLET_INLINE int least(Vec<std::int16_t> v) {
+GEMMLET_INLINE int reduce_min(Vec<std::int16_t> v) {
   const __m512i all = _mm512_xor_si512(std::bit_cast<__m512i>(v), _mm512_set1_epi16(-0x8000));
   const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
   const __m128i quarter = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
@@ -412,7 +412,7 @@ GEMMLET_INLINE int least(Vec<std::int16_t> v) {
 }
 
 // The first n bytes as integers of 16 bits, 0 <= n <= 32, the other lanes 0; and 32 lanes as bytes.
-GEMMLET_INLINE Vec<std::int16_t> load_bytes_part(const std::uint8_t* p, int n) {
+GEMMLET_INLINE Vec<std::int16_t> load_bytes_as_shorts(const std::uint8_t* p, int n) {
   const auto there = static_cast<__mmask32>((std::uint64_t{1} << n) - 1);
   return std::bit_cast<Vec<std::int16_t>>(_mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, p)));
 }

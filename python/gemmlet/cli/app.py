@@ -209,6 +209,7 @@ def _add_training(
     train_app.command(name, help=texts.command)(command)
 
 
+_RECIPES = ", ".join(f"{name} ({recipe.epochs} epochs)" for name, recipe in nn.recipes.RECIPES.items())
 _ACTIVATIONS = f"one of {', '.join(ACTIVATIONS)}"
 
 _add_training(
@@ -227,7 +228,7 @@ _add_training(
         activation=f"Of the hidden layers: {_ACTIVATIONS}.",
         dropout="The share of the units of hidden layers that a step leaves out: for all of them, or a list.",
         classic="784-128-10, tanh, sigmoid outputs, binary cross-entropy, SGD 0.1.",
-        recipe=f"A whole training, on all training images: {', '.join(nn.recipes.RECIPES)}.",
+        recipe=f"A whole training, on all training images: {_RECIPES}.",
     ),
 )
 _add_training(

@@ -164,7 +164,8 @@ def read_images(path: Path) -> NDArray[np.uint8]:
     if images.shape[1:] != (_SIDE, _SIDE):
         height, width = images.shape[1:]
         raise ValueError(f"{path} holds images of {height} × {width} pixels; expected {_SIDE} × {_SIDE}")
-    return images.reshape(len(images), _SIDE * _SIDE)
+    # A copy: NumPy asks for large pages, in which samples in random order are found sooner.
+    return images.reshape(len(images), _SIDE * _SIDE).copy()
 
 
 def read_labels(path: Path) -> NDArray[np.int64]:
@@ -198,8 +199,7 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise ValueError(f"{path} is corrupt: {announced} = {expected} bytes, but more follow")
     if not expected:
         raise ValueError(f"{path} is empty: {announced}; expected at least one")
-    # A copy: NumPy asks for large pages, in which samples in random order are found sooner.
-    return np.frombuffer(values, np.uint8).reshape(shape).copy()
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _read_up_to(stream: gzip.GzipFile | io.BufferedReader, size: int) -> bytearray:

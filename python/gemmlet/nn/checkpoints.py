@@ -182,7 +182,7 @@ class Checkpoints:
             if (is_now := here.get(name)) != (was := there.get(name)):
                 hint = ""
                 if is_older and was and name.endswith("decay_biases"):
-                    hint = ". It is of an older gemmlet, whose weight decay was of biases too"
+                    hint = "; older versions decayed biases too: with decay_biases=True it goes on"
                 raise ValueError(f"{path} is a checkpoint of another fit: {name} was {was!r}, is {is_now!r}{hint}")
         with files.errors_name(path, kind.__name__):
             at.check(len(self._written.sums), self._facts["samples"], self._facts["batch_size"])

@@ -85,8 +85,11 @@ class Estimator(Trainable):
             return self
         known = self.get_params()
         if "default_optimizer" in known.keys() & params.keys():
-            optimizer = as_optimizer(params["default_optimizer"], "default_optimizer")
-            known = self.get_params(deep=False) | _settings_of(optimizer)
+            optimizer = params["default_optimizer"]
+            if optimizer is None:  # the constructor's own
+                optimizer = type(self)(**self.get_params(deep=False) | {"default_optimizer": None}).default_optimizer
+            params["default_optimizer"] = as_optimizer(optimizer, "default_optimizer")
+            known = self.get_params(deep=False) | _settings_of(params["default_optimizer"])
         if unknown := [name for name in params if name not in known]:
             raise ValueError(f"set_params has no parameter {unknown[0]!r}; there are {', '.join(known)}")
         settings = {n.removeprefix(_OPTIMIZER): v for n, v in params.items() if n.startswith(_OPTIMIZER)}

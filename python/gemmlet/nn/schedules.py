@@ -218,7 +218,7 @@ class EarlyStopping(_Monitor):
         all epochs were trained; `steps` and the state of the optimizer stay those of the last. (Keras has this off.)
     mode : {"min", "max"}, optional
         Whether smaller or larger is better. By default smaller for names that end in loss, error or brier_score: say it
-        for functions of your own. NaN is never better; a fit that ends as there was nothing else warns.
+        for functions of your own. NaN is never better. If every value was NaN, `fit` ends with a RuntimeWarning.
     """
 
     restore_best: bool = True
