@@ -26,6 +26,7 @@ from gemmlet.training import reference
 from gemmlet.training.plan import (
     NOISE,
     SAMPLES,
+    SECOND_PASS,
     Activation,
     AllReduce,
     Backward,
@@ -340,7 +341,19 @@ def with_dropout(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
                 dropped.append(Dropout(0.2 + 0.1 * (i % 4), 256 + 32 * n + i, 2**64 - 1 - n))
             dropped.append(operation)
         networks.append(tuple(dropped))
-    return plan_and_batches(networks, plan.phases, noise=batches.noise)
+    return plan_and_batches(networks, with_streams(plan.phases), noise=batches.noise)
+
+
+def with_streams(phases: Sequence[Any]) -> list[Any]:
+    """Each pass of a network but the first has another stream."""
+    passes: dict[int, int] = {}
+    changed = []
+    for phase in phases:
+        if isinstance(phase, Forward):
+            passes[phase.network] = passes.get(phase.network, -1) + 1
+            phase = phase._replace(stream=passes[phase.network] * SECOND_PASS // 4)
+        changed.append(phase)
+    return changed
 
 
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {

@@ -181,7 +181,9 @@ GivenPhase read_phase(const py::tuple& tuple) {
     }
     auto [network, inputs, stream] = fields<int, std::vector<int>, std::size_t>(tuple);
     if (stream > max_stream) refuse("phases", "a stream that is out of range");
-    return of({Phase::forward, network, std::move(inputs), -1, -1, 0, static_cast<unsigned>(stream)});
+    Phase phase{Phase::forward, network, std::move(inputs), -1, -1};
+    phase.stream = static_cast<unsigned>(stream);
+    return of(std::move(phase));
   }
   if (is_kind(tuple, "loss")) {
     auto [network, loss, parameter, weight, targets, least, most] =
