@@ -611,6 +611,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
             "networks": [[layer(5, 9, 0), layer(9, 4, -1)]],
             "phases": phases,
             "dropout": [(0, 0, 50000, 256, 2**64 - 1), (0, 1, 30000, 257, 0)],
+            "input_noise": [(0, 0.5, 255, 2**64 - 1)],
             "x": array(7, 5),
             "indptr": None,
             "indices": None,
@@ -633,7 +634,7 @@ def binding_calls(module: Any, dtype: Any, guarded: Guarded) -> dict[str, dict[s
         }
 
     calls["train: CSR"] = mlp(guarded.array((7,), np.int64, 1), -1)
-    calls["train: CSR"] |= {"x": array(8), "indptr": indptr, "indices": indices}
+    calls["train: CSR"] |= {"x": array(8), "indptr": indptr, "indices": indices, "input_noise": []}
     calls["train: dense"] = mlp(array(7, 4), 0)
     codes = guarded.array((7, 5), np.uint8, 3)
     weights = guarded.array((7,), np.float64)
@@ -873,6 +874,15 @@ def bad_for_training(argument: str, good: Any, arguments: dict[str, Any], module
         for field, wrong in enumerate(((2, 2**40), (2, 2**40), (0, 65537, 2**33), (2**15, 2**33), (2**64,))):
             for value in (*wrong, -1, None, "0", 0.5):
                 yield [good[1], (*good[0][:field], value, *good[0][field + 1 :])]
+    elif argument == "input_noise":
+        yield from (None, 0.5, "text", [None])
+        if not good:
+            yield [(0, 0.5, 255, 1)]  # a sparse matrix has none
+            return
+        yield from ([good[0][:-1]], [(*good[0], 0)], good[0])
+        for field, wrong in enumerate(((2, 2**40), (math.nan,), (2**15, 2**33), (2**64,))):
+            for value in (*wrong, -1, None, "0", *([0.5] if field != 1 else [])):
+                yield [(*good[0][:field], value, *good[0][field + 1 :])]
     elif argument == "first_step":
         yield from (-1, 2**64, None, "0", 0.5, [0])
     elif argument == "kept":
@@ -1083,6 +1093,8 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
     networks = [[layer(0) for _ in range(data.draw(st.integers(1, 3)))] for _ in range(3)]
     one = st.tuples(*(st.integers(0, 2),) * 2, st.integers(1, 2**16), st.just(256), st.integers(0, 2**64 - 1))
     dropout = [each for each in data.draw(st.lists(one, max_size=4)) if each[1] < len(networks[each[0]])]
+    one = st.tuples(st.integers(0, 2), st.sampled_from([0.0, 0.5, math.inf]), st.just(255), st.just(1))
+    input_noise = data.draw(st.lists(one, max_size=2))
     phases = plan_of(data, 3, rule, 0)
     batch = data.draw(st.integers(1, count))
     order = guarded.array((count,), np.int64, 0)
@@ -1096,6 +1108,7 @@ def test_any_plan_is_safe(module: Any, data: Any) -> None:
         networks,
         phases,
         dropout,
+        input_noise,
         x,
         None,
         None,

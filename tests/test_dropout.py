@@ -157,6 +157,50 @@ def test_noise_of_a_gan(step: int, backend: Any) -> None:
     assert gan.generator_loss_and_gradients(z, step=step)[0] == pytest.approx(loss, rel=1e-10)
 
 
+@pytest.mark.parametrize("units", [1, 15, 17, 32, 33, 70, 200])
+def test_the_bits_of_noisy_inputs(units: int, training: Any, dtype: Any) -> None:
+    """Where the gradient of the only output is 1, a step from 0 leaves the inputs, negative, in the weights."""
+    model = MLP([units, 1], output="identity", dtype=dtype, input_noise=0.3, seed=2**70)
+    for parameter in model.parameters:
+        parameter[...] = 0
+    x = np.random.default_rng(7).normal(size=(1, units)).astype(dtype)
+    model.steps = (1 << 33) + 5
+    model.fit(x, np.full((1, 1), -0.5, dtype), epochs=1, optimizer=SGD(1.0))
+    integers = input_noise.noise(model._key, STREAMS["input noise"], (1 << 33) + 5, [0], units).astype(dtype)
+    assert same_bits(model.parameters[0], -(x + dtype.type(0.3 / input_noise.DEVIATION) * integers).T)
+
+
+@pytest.mark.parametrize("form", ["bytes", "floats", "wide", "gan", "gan with a penalty"])
+def test_fused_training_with_noise(form: str, any_threads_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the reference, and the same bits for any number of threads."""
+    if any_threads_backend.name != "cpu":
+        pytest.skip("the reference trains")
+
+    def run() -> list[Any]:
+        if form.startswith("gan"):
+            penalty = {} if form == "gan" else {"gradient_penalty": 0.5, "discriminator_activation": "leaky_relu"}
+            model: Any = GAN(5, [30, 70], [40, 1], dtype=np.float64, discriminator_input_noise=0.3, **penalty)
+        else:
+            hidden = [700, 400] if form == "wide" else [40]
+            model = MLP([70, *hidden, 5], dtype=np.float64, input_noise=0.3, input_dropout=0.2 * (form == "floats"))
+        x = X if form == "floats" else (255 * np.random.default_rng(5).random((50, 70))).astype(np.uint8)
+        history = model.fit(*((x,) if form.startswith("gan") else (x, LABELS)), 3, 16, Adam(0.01, eps=1e-3))
+        parameters = [array for dense in model._parts().values() for array in dense.parameters]
+        names = ["generator_loss", "discriminator_loss"] if form.startswith("gan") else ["loss", "accuracy"]
+        return parameters + [np.array(getattr(history, name)) for name in names]
+
+    results = []
+    for threads in (1, 2):
+        any_threads_backend.set_num_threads(threads)
+        results.append(run())
+    assert all(map(same_bits, *results))
+    monkeypatch.setattr(type(any_threads_backend), "supports_fused", lambda self, plan: False)
+    expected = run()
+    assert not all(map(same_bits, results[0], expected))  # two executors
+    for a, b in zip(results[0], expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("form", ["bytes", "csr", "gan"])
 def test_training_with_noise(form: str, training: Any, dtype: Any) -> None:
     """A step is that of the noisy samples; calls and fits change no bit; and only training has it."""
@@ -267,11 +311,13 @@ def test_gradients_of_a_gan_are_those_of_pytorch(backend: Any) -> None:
 
 
 def made(kind: str, dtype: Any) -> Any:
+    noise = 0.2 * kind.startswith("noisy")
     if kind.endswith("gan"):
         widths = [700, 400, 1] if kind == "wide gan" else [40, 1]
-        return GAN(5, [30, 70], widths, dtype=dtype, discriminator_dropout=0.4, discriminator_input_dropout=0.2)
+        rates = {"dropout": 0.4, "input_dropout": 0.2, "input_noise": noise}
+        return GAN(5, [30, 70], widths, dtype=dtype, **{f"discriminator_{name}": v for name, v in rates.items()})
     hidden = [700, 400] if kind == "wide mlp" else [40, 30]
-    return MLP([70, *hidden, 5], "relu", dtype=dtype, dropout=[0.5, 0.25], input_dropout=0.2)
+    return MLP([70, *hidden, 5], "relu", dtype=dtype, dropout=[0.5, 0.25], input_dropout=0.2, input_noise=noise)
 
 
 def fitted(model: Any, x: Any = None, **arguments: Any) -> list[Any]:
@@ -282,9 +328,10 @@ def fitted(model: Any, x: Any = None, **arguments: Any) -> list[Any]:
 
 
 KINDS = ["mlp", "wide mlp", "gan"]
+NOISY = ["noisy mlp", "noisy gan"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "wide gan"])
+@pytest.mark.parametrize("kind", [*KINDS, "wide gan", *NOISY])
 def test_a_fit_is_that_of_the_reference(kind: str, training: Any) -> None:
     """Each pass of each step leaves out the same units."""
     options: Any = {"epochs": 1, "optimizer": SGD(0.1)}
@@ -295,7 +342,7 @@ def test_a_fit_is_that_of_the_reference(kind: str, training: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + NOISY)
 def test_same_bits_for_any_number_of_threads(kind: str, any_threads_backend: Any, dtype: Any) -> None:
     results = []
     for threads in (1, 2, 3):
@@ -464,7 +511,7 @@ def test_copies_and_files_have_the_rates(kind: str, tmp_path: Any) -> None:
         assert all(map(same_bits, fitted(copy.deepcopy(model)), fitted(other)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + NOISY)
 def test_a_training_goes_on_with_the_same_bits(kind: str, training: Any, tmp_path: Any) -> None:
     """Ended in the midst of an epoch, from its checkpoint; a network of other rates is another one."""
 
@@ -480,7 +527,7 @@ def test_a_training_goes_on_with_the_same_bits(kind: str, training: Any, tmp_pat
         fitted(made(kind, np.dtype(np.float32)), checkpoint=path, callback=kill)
     assert all(map(same_bits, fitted(made(kind, np.dtype(np.float32)), resume=path), expected))
     other = made(kind, np.dtype(np.float32))
-    name = "discriminator_input_dropout" if kind == "gan" else "input_dropout"
+    name = "discriminator_input_dropout" if kind.endswith("gan") else "input_dropout"
     setattr(other, name, 0.25)
     with pytest.raises(ValueError, match=rf"checkpoint of another fit: {name} was 0\.2, is 0\.25"):
         fitted(other, resume=path)

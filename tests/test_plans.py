@@ -26,6 +26,7 @@ from gemmlet.training import reference
 from gemmlet.training.plan import (
     NOISE,
     SAMPLES,
+    SECOND_PASS,
     Activation,
     AllReduce,
     Backward,
@@ -35,6 +36,7 @@ from gemmlet.training.plan import (
     Forward,
     Gather,
     GradientPenalty,
+    InputNoise,
     Labels,
     Linear,
     Loss,
@@ -340,7 +342,19 @@ def with_dropout(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
                 dropped.append(Dropout(0.2 + 0.1 * (i % 4), 256 + 32 * n + i, 2**64 - 1 - n))
             dropped.append(operation)
         networks.append(tuple(dropped))
-    return plan_and_batches(networks, plan.phases, noise=batches.noise)
+    return plan_and_batches(networks, with_streams(plan.phases), noise=batches.noise)
+
+
+def with_streams(phases: Sequence[Any]) -> list[Any]:
+    """Each pass of a network but the first has another stream."""
+    passes: dict[int, int] = {}
+    changed = []
+    for phase in phases:
+        if isinstance(phase, Forward):
+            passes[phase.network] = passes.get(phase.network, -1) + 1
+            phase = phase._replace(stream=passes[phase.network] * SECOND_PASS // 4)
+        changed.append(phase)
+    return changed
 
 
 PLANS: dict[str, Callable[[Any], tuple[Any, Batches]]] = {
@@ -430,6 +444,20 @@ PLANS["dropout, wide gan"] = lambda dtype: with_dropout(
 )
 
 
+def with_noise(plan: TrainingPlan, batches: Batches) -> tuple[Any, Batches]:
+    """Each network has noise on its inputs."""
+    networks = [(InputNoise(0.3 + n, 255 - n, 2**64 - 1 - n), *network) for n, network in enumerate(plan.networks)]
+    return TrainingPlan(tuple(networks), tuple(with_streams(plan.phases))), batches
+
+
+NOISY = (
+    "mlp", "gan", "bytes", "zeros", "few values", "few values, dense", "csr", "one layer", "three sources", "chained",
+    "labels of bytes", "labels, one network", "gradient penalty for some", "gradient penalty, layer by layer",
+    "gradient penalty and labels", "dropout, gan", "dropout, wide", "dropout, wide gan",
+)  # fmt: skip
+PLANS |= {f"noise, {name}": lambda dtype, name=name: with_noise(*PLANS[name](dtype)) for name in NOISY}
+
+
 def arrays_of(plan: TrainingPlan) -> list[Any]:
     parameters = [p for i in range(len(plan.networks)) for p in plan.parameters(i)]
     return [array for p in parameters for array in p.arrays() if array is not None]
@@ -450,6 +478,8 @@ def staged(backend: Any, plan: TrainingPlan, *calls: Batches) -> tuple[list[Outc
 @pytest.mark.parametrize("name", PLANS)
 def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype: Any) -> None:
     plan, batches = PLANS[name](dtype)
+    if name.startswith("noise") and not backend.supports_fused(plan):
+        pytest.skip("the reference trains")
     expected = copied(plan)
     wanted = reference.train(backend, expected, batches)
     (outcome,), arrays = staged(backend, plan, batches)
@@ -460,6 +490,14 @@ def test_every_executor_agrees_with_the_reference(name: str, backend: Any, dtype
     for array, correct, before in zip(arrays, arrays_of(expected), arrays_of(plan), strict=True):
         assert_within(array, correct, bound * scale)
         assert not same_bits(array, before) or name == "chained, the first learns"
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_is_fused(name: str, any_threads_backend: Any) -> None:
+    """On the backend `cpu`, wherever the plan is without it; but sparse matrices become dense in the reference."""
+    plan, _ = PLANS[f"noise, {name}"](np.float32)
+    fuses = any_threads_backend.supports_fused
+    assert fuses(plan) == (any_threads_backend.name == "cpu" and name != "csr" and fuses(PLANS[name](np.float32)[0]))
 
 
 def test_activations_alone_agree_with_pytorch(backend: Any) -> None:
@@ -491,6 +529,8 @@ def test_activations_alone_agree_with_pytorch(backend: Any) -> None:
         "l1",
         "dropout, mlp",
         "dropout, gan",
+        "noise, mlp",
+        "noise, gan",
     ],
 )
 def test_calls_leave_the_bits(name: str, backend: Any, dtype: Any) -> None:

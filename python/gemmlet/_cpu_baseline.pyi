@@ -45,6 +45,7 @@ def train(
     networks: Sequence[Sequence[tuple[Any, ...]]],
     phases: Sequence[tuple[Any, ...]],
     dropout: Sequence[tuple[int, int, int, int, int]],
+    input_noise: Sequence[tuple[int, float, int, int]],
     x: Array,
     indptr: Array | None,
     indices: Array | None,

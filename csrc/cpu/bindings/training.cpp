@@ -69,6 +69,17 @@ void add_dropout(std::vector<std::vector<Layer<T>>>& networks, const DropoutTupl
   networks[network][layer].dropout = {static_cast<unsigned>(keep), static_cast<unsigned>(stream), seed};
 }
 
+// (network, deviation, stream, seed)
+using InputNoiseTuple = std::tuple<std::size_t, double, std::size_t, std::uint64_t>;
+
+template <class T>
+void add_input_noise(std::vector<std::vector<Layer<T>>>& networks, const InputNoiseTuple& given) {
+  const auto [network, deviation, stream, seed] = given;
+  if (network >= networks.size()) refuse("input_noise", "no such network");
+  if (!(deviation >= 0) || stream > max_stream) refuse("input_noise", "out of range");
+  networks[network].front().noise = {deviation, static_cast<unsigned>(stream), seed};
+}
+
 Steps checked_steps(const py::array& order, Index batch, Index samples) {
   const Index count = order.size();
   const Index* indices = contiguous<Index>(order, count, "order");
@@ -196,7 +207,11 @@ GivenPhase read_phase(const py::tuple& tuple) {
   }
   if (is_kind(tuple, "penalty")) {
     const auto [network, l2, l1, of_sum] = fields<int, double, double, bool>(tuple);
-    return of({Phase::penalty, network, {}, -1, -1, l2, l1, of_sum});
+    Phase phase{Phase::penalty, network, {}, -1, -1};
+    phase.l2 = l2;
+    phase.l1 = l1;
+    phase.of_sum = of_sum;
+    return of(std::move(phase));
   }
   if (is_kind(tuple, "gradient_penalty")) {
     const auto [network, factor, share] = fields<int, double, Index>(tuple);
@@ -350,11 +365,11 @@ py::capsule kept_memory() {
 using TrainResult = std::optional<std::pair<std::vector<double>, Index>>;
 
 TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple>& phases,
-                  const std::vector<DropoutTuple>& dropouts, const py::array& x, const OptionalArray& indptr,
-                  const OptionalArray& indices, bool skip_zeros, const OptionalArray& value_of_byte,
-                  const OptionalArray& weights, bool divides_by_rows, const OptionalArray& labels, Index classes,
-                  double scale, double shift, const py::array& order, Index batch,
-                  const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
+                  const std::vector<DropoutTuple>& dropouts, const std::vector<InputNoiseTuple>& input_noises,
+                  const py::array& x, const OptionalArray& indptr, const OptionalArray& indices, bool skip_zeros,
+                  const OptionalArray& value_of_byte, const OptionalArray& weights, bool divides_by_rows,
+                  const OptionalArray& labels, Index classes, double scale, double shift, const py::array& order,
+                  Index batch, const std::vector<py::array>& hyperparameters, const std::vector<double>& losses,
                   const OptionalArray& decay, const OptionalArray& noise, std::uint64_t first_step,
                   const py::capsule& capsule) {
   if (networks.empty() || networks[0].empty()) refuse("networks", "no layers");
@@ -364,6 +379,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
   std::vector<GivenPhase> given;
   for (const py::tuple& phase : phases) given.push_back(read_phase(phase));
   if (indptr && indptr->size() == 0) refuse("indptr", "empty");
+  if (indptr && !input_noises.empty()) refuse("input_noise", "goes with dense samples");
   if (indptr && value_of_byte) refuse("value_of_byte", "goes with bytes");
   if (labels ? indptr || classes < 1 : classes != 0) refuse("labels", "go with dense samples and a number of classes");
   return for_dtype(std::get<0>(networks[0][0]), "networks", [&](auto zero) -> TrainResult {
@@ -378,6 +394,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
         if (phase.phase.kind == Phase::gradient_penalty && phase.phase.network == static_cast<int>(std::get<0>(each)))
           refuse("dropout", "the network has a gradient penalty");
     }
+    for (const InputNoiseTuple& each : input_noises) add_input_noise(plan.networks, each);
     Batches<T> batches{};
     batches.first_step = first_step;
     const Index count = indptr ? indptr->size() - 1 : (x.ndim() < 1 ? 0 : x.shape(0));
@@ -415,7 +432,7 @@ TrainResult train(std::vector<LayerTuples> networks, const std::vector<py::tuple
       refuse("losses", "not one for each loss and penalty");
     const bool is_scaled = scale != 1.0 || shift != 0.0;
     if (indptr && is_scaled) refuse("scale", "a sparse matrix is not scaled");
-    if (is_scaled) plan.samples.skip_zeros = false;
+    if (is_scaled || !input_noises.empty()) plan.samples.skip_zeros = false;
     if (!is_pipelined(plan)) {
       if (indptr) refuse("indptr", "a sparse matrix is for a plan of one network alone");
       plan.samples.skip_zeros = false;
@@ -492,9 +509,9 @@ void bind_training(py::module_& m) {
   def(m, "forward", &forward, "layers", "x", "skip_zeros", "out");
   def(m, "encode", &encode, "x", "codes", "value_of_byte");
   def(m, "kept_memory", &kept_memory);
-  def(m, "train", &train, "networks", "phases", "dropout", "x", "indptr", "indices", "skip_zeros", "value_of_byte",
-      "weights", "divides_by_rows", "labels", "classes", "scale", "shift", "order", "batch", "hyperparameters",
-      "losses", "decay", "noise", "first_step", "kept");
+  def(m, "train", &train, "networks", "phases", "dropout", "input_noise", "x", "indptr", "indices", "skip_zeros",
+      "value_of_byte", "weights", "divides_by_rows", "labels", "classes", "scale", "shift", "order", "batch",
+      "hyperparameters", "losses", "decay", "noise", "first_step", "kept");
 }
 
 }  // namespace gemmlet::bindings

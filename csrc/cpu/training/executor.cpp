@@ -43,12 +43,12 @@ struct Forward {
   std::optional<Loader<T>> loader;
   Rows<T> sample_gradients, zeros;  // of a gradient penalty: by the samples, in the rows after all inputs; and biases
 
-  // With `copies` the rows of all inputs are copied, so that they follow each other in memory; with dropout they are, too.
-  // `is_penalized`: there is a gradient penalty.
+  // With `copies` the rows of all inputs are copied, so that they follow each other in memory; with dropout and noise they
+  // are, too. `is_penalized`: there is a gradient penalty.
   Forward(const Plan<T>& plan, const Phase& forward, Network<T>& of, KeptMemory& memory, Index max_rows, bool copies,
           bool is_penalized)
       : phase(forward), network(of), inputs(max_rows * (static_cast<Index>(forward.inputs.size()) + is_penalized)) {
-    copies = copies || of.first_layer().dropout;
+    copies = copies || of.first_layer().changes_inputs();
     if (max_rows == 0) return;
     if (is_penalized) {
       sample_gradients = Rows<T>(memory, max_rows * (input_count() + 1), of.first_layer().in);
@@ -60,7 +60,7 @@ struct Forward {
     const auto last = std::find(phase.inputs.rbegin(), phase.inputs.rend(), samples_source);
     const Index rows = max_rows * (copies ? input_count() : phase.inputs.rend() - last);
     if (last != phase.inputs.rend())
-      loader.emplace(plan.samples, memory, rows, 0, copies, Dropout{}, inputs);
+      loader.emplace(plan.samples, memory, rows, 0, copies, Dropout{}, InputNoise{}, inputs);
     else if (copies)
       inputs.copies = Rows<T>(memory, rows, of.first_layer().in);
   }
@@ -191,9 +191,9 @@ class Executor {
       const Range rows = part_of(executor_.rows_from(start), number_, members_);
       const Loader<T>& loader = slots_[slot]->loader;
       for (Index i = rows.first; i < rows.end; ++i) executor_.load(loader, start + i, i);
-      if (!loader) return;
+      if (!loader.changes_rows()) return;
       const Draw draw = executor_.draw_of(executor_.forwards_[0], start);
-      for (Index i = rows.first; i < rows.end; ++i) loader.drop(i, draw.place(i), draw);
+      for (Index i = rows.first; i < rows.end; ++i) loader.change(i, draw.place(i), draw);
     }
     // What is done with them once all members have theirs.
     void begin(const Member& member, Index start, Index slot) const {
@@ -222,9 +222,9 @@ class Executor {
     Index nonzeros;
     nonzeros_before_ = nonzeros_before(samples, batches_, nonzeros);
     const Index copies = each ? get_num_threads() : 1;
-    const Dropout& dropout = networks_[0].first_layer().dropout;
+    const Layer<T>& first = forwards_[0].network.first_layer();
     for (Index i = 0; i < 2 * copies; ++i)
-      slots_.emplace_back(samples, memory_, max_rows_, nonzeros, by_layers_, dropout);
+      slots_.emplace_back(samples, memory_, max_rows_, nonzeros, by_layers_, first.dropout, first.noise);
   }
 
   void make_workspaces() {
@@ -428,7 +428,9 @@ class Executor {
   // Rows of an input, of which `base` is the first.
   void gather(Forward<T>& forward, std::size_t input, Index start, Index base, Range rows) {
     const int source = forward.phase.inputs[input];
-    const Index features = forward.network.first_layer().in;
+    const Layer<T>& first = forward.network.first_layer();
+    const Index features = first.in;
+    const Draw draw = draw_of(forward, start);
     for (Index i = rows.first; i < rows.end; ++i) {
       const Index at = start + i - base;
       if (plan_.samples.labels != nullptr)
@@ -438,13 +440,13 @@ class Executor {
       else
         forward.inputs.rows[static_cast<std::size_t>(i)] =
             source == noise_source ? batches_.noise + at * features : network(source).outputs(0, i - base);
-      const bool drops{forward.network.first_layer().dropout};
-      T* const copy = by_layers_ || drops ? forward.inputs.copies.row(i) : nullptr;
+      T* const copy = by_layers_ || first.changes_inputs() ? forward.inputs.copies.row(i) : nullptr;
       if (copy != nullptr && source != samples_source) {
         const T*& row = forward.inputs.rows[static_cast<std::size_t>(i)];
         row = std::copy_n(row, features, copy) - features;
       }
-      if (drops) forward.network.drop(0, i, copy, copy, {0, features});
+      if (first.noise) add_noise(first.noise, copy, features, draw.place(i), draw);
+      if (first.dropout) forward.network.drop(0, i, copy, copy, {0, features});
     }
   }
 

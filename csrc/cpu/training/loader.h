@@ -3,7 +3,7 @@
 // Contract
 //   Dense rows that need no decoding are not copied, unless that is asked for. Different threads may load different rows
 //   of one mini-batch. Samples are read only. Another thread may change them meanwhile, but for indptr: column indices are
-//   read once, and checked. With dropout a row is loaded first, then loses what is dropped.
+//   read once, and checked. A row is loaded first, then gets its noise, then loses what is dropped.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/training/dropout.h"
+#include "cpu/training/input_noise.h"
 #include "cpu/training/sparse.h"
 
 namespace gemmlet {
@@ -22,10 +23,14 @@ template <class T>
 class Loader {
  public:
   // max_nonzeros: of a mini-batch of sparse rows. Dense rows are copied where that is asked for, or they need decoding, or
-  // lose some of their numbers.
+  // change at random; sparse rows have no noise.
   Loader(const Samples<T>& samples, KeptMemory& memory, Index max_rows, Index max_nonzeros, bool copies,
-         const Dropout& dropout, Inputs<T>& inputs)
-      : samples_(samples), dropout_(dropout), inputs_(inputs), blocks_(ceil_div(samples.features, block_features)) {
+         const Dropout& dropout, const InputNoise& noise, Inputs<T>& inputs)
+      : samples_(samples),
+        dropout_(dropout),
+        noise_(noise),
+        inputs_(inputs),
+        blocks_(ceil_div(samples.features, block_features)) {
     const bool unchanged = samples.scale == T(1) && samples.shift == T(0);
     if (sparse() && samples.bytes != nullptr) {
       masks_ = space<std::uint64_t>(max_rows * blocks_);
@@ -40,7 +45,7 @@ class Loader {
                                 space<T>(max_nonzeros)};
       indices_ = space<std::int32_t>(max_nonzeros);
       if (samples.indptr == nullptr || dropout) values_ = space<T>(max_nonzeros);
-    } else if (copies || dropout || samples.bytes != nullptr || !unchanged) {
+    } else if (copies || dropout || noise || samples.bytes != nullptr || !unchanged) {
       inputs.copies = Rows<T>(memory, max_rows, samples.features);
       if (dropout) kept_ = KeptUnits(memory, dropout, max_rows, samples.features);
     }
@@ -53,19 +58,12 @@ class Loader {
 
   bool sparse() const { return samples_.indptr != nullptr || samples_.skip_zeros; }
 
-  explicit operator bool() const { return bool(dropout_); }
+  bool changes_rows() const { return dropout_ || noise_; }
 
-  // Drops numbers of row `row`, which has been loaded and is at `place` of its mini-batch.
-  void drop(Index row, std::uint64_t place, const Draw& draw) const {
-    if (sparse() && samples_.bytes != nullptr) {
-      drop_bytes(row, place, draw);
-    } else if (sparse()) {
-      drop_listed(row, place, draw);
-    } else {
-      T* const x = inputs_.copies.row(row);
-      kept_.draw(row, place, draw);
-      kept_.apply(row, x, x, {0, samples_.features});
-    }
+  // Noise and dropout of row `row`, which has been loaded and is at `place` of its mini-batch.
+  void change(Index row, std::uint64_t place, const Draw& draw) const {
+    if (noise_) add_noise(noise_, inputs_.copies.row(row), samples_.features, place, draw);
+    if (dropout_) drop(row, place, draw);
   }
 
   // Prefetches a sample of the next mini-batch: samples in random order are not in the cache.
@@ -154,6 +152,18 @@ class Loader {
     return {indices, values, begin};
   }
 
+  void drop(Index row, std::uint64_t place, const Draw& draw) const {
+    if (sparse() && samples_.bytes != nullptr) {
+      drop_bytes(row, place, draw);
+    } else if (sparse()) {
+      drop_listed(row, place, draw);
+    } else {
+      T* const x = inputs_.copies.row(row);
+      kept_.draw(row, place, draw);
+      kept_.apply(row, x, x, {0, samples_.features});
+    }
+  }
+
   T factor() const { return static_cast<T>(dropout::scale(dropout_.keep)); }
 
   // The others are scaled by their table.
@@ -203,6 +213,7 @@ class Loader {
 
   const Samples<T>& samples_;
   Dropout dropout_;
+  InputNoise noise_;
   Inputs<T>& inputs_;
   Index blocks_;
   KeptUnits kept_;
@@ -220,8 +231,8 @@ struct Slot {
   Loader<T> loader;
 
   Slot(const Samples<T>& samples, KeptMemory& memory, Index max_rows, Index max_nonzeros, bool copies,
-       const Dropout& dropout = {})
-      : inputs(max_rows), loader(samples, memory, max_rows, max_nonzeros, copies, dropout, inputs) {}
+       const Dropout& dropout = {}, const InputNoise& noise = {})
+      : inputs(max_rows), loader(samples, memory, max_rows, max_nonzeros, copies, dropout, noise, inputs) {}
 };
 
 // Of each row of `order` the nonzeros of a sparse matrix in the rows of its mini-batch before it; `most` becomes the most

@@ -14,6 +14,7 @@
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "formulas/dropout.h"
+#include "formulas/input_noise.h"
 
 namespace gemmlet {
 
@@ -34,6 +35,15 @@ struct Dropout {
   explicit operator bool() const { return keep < dropout::all; }
 };
 
+// On the inputs of a network, before their dropout; of deviation 0 it is none.
+struct InputNoise {
+  double deviation = 0;
+  unsigned stream = 0;
+  std::uint64_t seed = 0;
+
+  explicit operator bool() const { return deviation > 0; }
+};
+
 template <class T>
 struct Layer {
   Index in, out;
@@ -41,8 +51,11 @@ struct Layer {
   Index stride;               // from one row of the weights, and of all that belongs to them, to the next
   int activation;             // -1 is none
   T activation_parameter;
-  Index classes = 0;     // that many rows of weights follow those of the inputs: of each class of the samples one
-  Dropout dropout = {};  // of the inputs
+  Index classes = 0;      // that many rows of weights follow those of the inputs: of each class of the samples one
+  Dropout dropout = {};   // of the inputs
+  InputNoise noise = {};  // of a first layer alone
+
+  bool changes_inputs() const { return dropout || noise; }
 };
 
 // Rows of numbers, in one of three forms; x is scale * number + shift.
@@ -103,11 +116,11 @@ struct Phase {
   // of the mini-batch. The network has one output, samples come first, and all activations are linear in pieces.
   double factor = 0;
   Index share = 0;
-  unsigned stream = 0;  // forward: what is added to the streams of the dropout
+  unsigned stream = 0;  // forward: what is added to the streams of the dropout and the noise
 };
 
 // Phases are in an order in which each finds what it reads; the last is an update. Only where the plan is_pipelined may
-// samples be sparse, and their zeros be skipped.
+// samples be sparse, and their zeros be skipped; and not where the network has noise on its inputs.
 template <class T>
 struct Plan {
   std::vector<std::vector<Layer<T>>> networks;

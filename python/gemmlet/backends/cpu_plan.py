@@ -32,8 +32,6 @@ def executor(
     """
     try:
         stacks = [training.dense_layers(network) for network in plan.networks]
-        if any(stack[0].noise is not None for stack in stacks):
-            return None
         networks = [[_layer(layer, activations) for layer in stack] for stack in stacks]
         phases: list[tuple[Any, ...]] = []
         reader: dict[int, str] = {}  # by network, which phase its gradient is there for
@@ -69,7 +67,14 @@ def executor(
     ]
     if dropout and any(isinstance(phase, GradientPenalty) for phase in plan.phases):
         return None
-    fixed = networks, phases, dropout, *dataset[:-1], *(dataset.labels or (None, 0)), scale, shift
+    input_noise = [
+        (network, stack[0].noise.deviation, stack[0].noise.stream, stack[0].noise.seed)
+        for network, stack in enumerate(stacks)
+        if stack[0].noise is not None
+    ]
+    if input_noise and dataset.indptr is not None:
+        return None
+    fixed = networks, phases, dropout, input_noise, *dataset[:-1], *(dataset.labels or (None, 0)), scale, shift
     kept = module.kept_memory()
 
     def train(batches: training.Batches) -> training.Outcome | None:

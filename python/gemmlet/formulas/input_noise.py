@@ -1,4 +1,7 @@
-"""Noise that is added to the inputs of a network: nearly normal numbers, of random bytes."""
+"""Noise that is added to the inputs of a network: nearly normal numbers, of random bytes.
+
+``csrc/formulas/input_noise.h`` has it once more.
+"""
 
 from __future__ import annotations
 
