@@ -160,7 +160,7 @@ struct Kept {
     float state[states > 0 ? states : 1];
 #pragma unroll
     for (int s = 0; s < states; ++s) state[s] = value[1 + s][i];
-    Rule::apply(value[0][i], gradient, state, hyperparameters);
+    apply_rule<Rule>(value[0][i], gradient, state, hyperparameters);
 #pragma unroll
     for (int s = 0; s < states; ++s) value[1 + s][i] = state[s];
   }
