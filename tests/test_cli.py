@@ -428,11 +428,13 @@ def test_penalties_are_for_the_mlp(digits, tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "activations"), [("elu", ("elu", "elu")), ("silu, tanh", ("silu", "tanh"))])
 @pytest.mark.usefixtures("no_pictures")
-def test_activations_of_the_gan(digits, tmp_path, words, activations):
+def test_activations_of_the_gan(digits, tmp_path, capsys, words, activations):
     words = "train", "gan", "--data-dir", digits, "--epochs", 1, "--hidden", 4, "--activation", words
     assert call(*words, "--out", tmp_path / "out") == 0
     model = nn.GAN.load(tmp_path / "out" / "model.safetensors")
     assert (model.generator_activation, model.discriminator_activation) == activations
+    said = f"Without gradient penalty: the discriminator's {activations[1]} is not linear in pieces"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("network", ["mlp", "gan"])
@@ -1866,6 +1868,7 @@ OPTIONS = (
     "augment",
     "patience",
 )
+OF_MLP = ("l1", "l2", "patience")
 
 
 @pytest.mark.parametrize(
@@ -1878,7 +1881,7 @@ OPTIONS = (
         ("train --help", ["mlp", "gan"]),
         ("train mlp --help", [f"--{name}" for name in (*OPTIONS, "recipe")]),
         ("train mlp -h", [f"--{name}" for name in (*OPTIONS, "recipe")]),
-        ("train gan --help", [f"--{name}" for name in OPTIONS]),
+        ("train gan --help", [f"--{name}" for name in OPTIONS if name not in OF_MLP]),
         ("info --help", ["versions"]),
         ("evaluate --help", ["MODEL", "--data-dir", "--json", "--out", "--backend", "--threads"]),
         ("predict --help", ["MODEL", "IMAGE", "--json", "--backend", "--threads"]),
@@ -1944,6 +1947,7 @@ def test_help_shows_the_defaults_of_one_network(capsys):
     assert "[default: 24; with --classic 30]" in shown["gan"]
     assert "GAN" not in shown["mlp"]
     assert "discriminator" not in shown["mlp"]
+    assert not any(f"--{name} " in shown["gan"] for name in (*OF_MLP, "recipe"))
 
 
 # How results are measured.

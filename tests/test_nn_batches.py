@@ -432,6 +432,13 @@ def test_a_later_batch_that_does_not_fit_ends_in_the_last_good_state(
         model_of().fit(broken(), epochs=1, batch_size=size, callback=told.append)
     assert [(p.batch, p.epoch_done) for p in told] == [(i + 1, False) for i in range(expected.steps)]
 
+    def stop(p: Any) -> None:
+        if p.batch == expected.steps:
+            raise StopTraining
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        model_of().fit(broken(), epochs=1, batch_size=size, callback=stop)
+
 
 def test_batches_with_other_targets_than_the_first_are_refused() -> None:
     hard, soft = np.eye(3)[Y], np.full((N, 3), 1 / 3)

@@ -236,6 +236,12 @@ def test_early_stopping_by_what_is_always_nan_says_so() -> None:
     assert len(history.loss) == 3
 
 
+def test_a_plateau_of_what_is_always_nan_says_so() -> None:
+    schedule = ReduceOnPlateau("validation_accuracy", patience=1)
+    with pytest.warns(RuntimeWarning, match="lowered the learning rate, as validation_accuracy was NaN after each"):
+        MLP([6, 1], output="identity").fit(X, Y, 2, validation_split=0.2, lr_schedule=schedule)
+
+
 # Validation.
 
 

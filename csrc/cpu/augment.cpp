@@ -275,18 +275,13 @@ void Augmenter::blend(int row, int rows, Workspace& workspace) const {
 }
 
 #if defined(__AVX512BW__)
-// Rows and columns are those of pairs_: the image's, plus the margin. Where the image is all 0, nothing is looked up: for rows
-// of the result that come from there, and in tables above its first row and below its last.
-template <bool elastic, int log_pitch>
-void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map, Workspace& workspace) const {
-  using Shorts = Vec<std::int16_t>;
-  constexpr int log_rows = log_table - log_pitch;  // of a table
-  const auto all = [](int value) GEMMLET_INLINE_LAMBDA { return splat(static_cast<std::int16_t>(value)); };
-  const int height = height_, width = width_, padded_width = padded_width_;
-  std::uint16_t* const pairs = workspace.pairs_.get();
-  std::uint8_t* pixels = workspace.result_.get();
+using Shorts = Vec<std::int16_t>;
 
-  // What pair_rows does; and between which rows of pairs there is something.
+// What pair_rows does; and which row of pairs is the last above the image's first one that is not all 0, and which the first
+// below its last, 0 where there is none.
+template <int log_pitch>
+std::pair<int, int> Augmenter::pair_nonzero_rows(const std::uint8_t* image, std::uint16_t* pairs) const {
+  const int height = height_, width = width_;
   int above_first = height, below_last = 0;
   for (int x = 0; x < width; x += block_pixels) {
     const int columns = std::min(block_pixels, width - x);
@@ -303,31 +298,49 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
     }
     store(to, std::bit_cast<Vec<std::uint16_t>>(above));
   }
-  if (below_last == 0) {
-    std::memset(pixels, 0, static_cast<std::size_t>(height) * static_cast<std::size_t>(width));
-    return;
-  }
+  return {above_first, below_last};
+}
 
-  // How far the displacements of a row of control points and the three below it reach up and down, in 2^-place_bits of a
-  // pixel. The weights of a spline's points sum to 2^weight_bits but for four roundings of a half. That makes at most 58/256 of
-  // a pixel for the largest displacements; `slack` is more.
-  constexpr int groups = control_points - 3;
-  int up[groups] = {}, down[groups] = {};
-  if constexpr (elastic)
+// The groups of an elastic grid: a row of control points and the three below it. How far the displacements of each reach up and
+// down, in 2^-place_bits of a pixel. The weights of a spline's points sum to 2^weight_bits but for four roundings of a half.
+// That makes at most 58/256 of a pixel for the largest displacements; `slack` is more.
+struct Augmenter::Reach {
+  static constexpr int groups = control_points - 3, slack = 64;
+  static_assert(augment_largest[4] <= 32);
+  int up[groups], down[groups];
+
+  Reach() : up{}, down{} {}
+  Reach(const std::int32_t* bends, int padded_width) {
     for (int group = 0; group < groups; ++group) {
-      Shorts low = all(0), high = all(0);
-      const std::int32_t* pair = workspace.bends_.get() + (control_points - 1 + group) * padded_width;
+      Shorts low{}, high{};
+      const std::int32_t* pair = bends + (control_points - 1 + group) * padded_width;
       for (int x = 0; x < padded_width; x += width_of_vector)
         for (int k = 0; k < 2; ++k) {
           const Shorts both = std::bit_cast<Shorts>(load(pair + 2 * k * padded_width + x));
           low = both < low ? both : low;
           high = both > high ? both : high;
         }
-      constexpr int slack = 64;
-      static_assert(augment_largest[4] <= 32);
       up[group] = (reduce_min(low) - slack) * (1 << (place_bits - 8));
       down[group] = (slack - reduce_min(-high)) * (1 << (place_bits - 8));
     }
+  }
+};
+
+// Rows and columns are those of pairs_: the image's, plus the margin. Where the image is all 0, nothing is looked up: for rows
+// of the result that come from there, and in tables above its first row and below its last.
+template <bool elastic, int log_pitch>
+void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map, Workspace& workspace) const {
+  constexpr int log_rows = log_table - log_pitch;  // of a table
+  const auto all = [](int value) GEMMLET_INLINE_LAMBDA { return splat(static_cast<std::int16_t>(value)); };
+  const int height = height_, width = width_, padded_width = padded_width_;
+  std::uint16_t* const pairs = workspace.pairs_.get();
+  std::uint8_t* pixels = workspace.result_.get();
+  const auto [above_first, below_last] = pair_nonzero_rows<log_pitch>(image, pairs);
+  if (below_last == 0) {
+    std::memset(pixels, 0, static_cast<std::size_t>(height) * static_cast<std::size_t>(width));
+    return;
+  }
+  const Reach reach = elastic ? Reach(workspace.bends_.get(), padded_width) : Reach();
 
   Ints lane;
   for (int i = 0; i < width_of_vector; ++i) lane[i] = i;
@@ -341,8 +354,8 @@ void Augmenter::warp_by_lookups(const std::uint8_t* image, const AffineMap& map,
     const std::int32_t* bends = elastic ? workspace.bends_.get() + group * padded_width : nullptr;
     const Ints weight01 = elastic ? splat(row_weights_[2 * y]) : Ints{};
     const Ints weight23 = elastic ? splat(row_weights_[2 * y + 1]) : Ints{};
-    const int highest = origin_y + map.y_y * y + std::min(slope, 0) + up[group];
-    const int lowest = origin_y + map.y_y * y + std::max(slope, 0) + down[group];
+    const int highest = origin_y + map.y_y * y + std::min(slope, 0) + reach.up[group];
+    const int lowest = origin_y + map.y_y * y + std::max(slope, 0) + reach.down[group];
     for (int x = 0; x < (log_pitch < log_table ? 1 : width); x += block_pixels) {
       int first = (highest + map.y_x * x) >> place_bits, last = (lowest + map.y_x * x) >> place_bits;
       if (last <= above_first || first >= below_last) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
@@ -43,10 +44,13 @@ class Augmenter {
 
  private:
   struct Words;
+  struct Reach;
   template <bool elastic>
   void warp(const std::uint8_t* image, const Words& words, Workspace& workspace) const;
   void pair_rows(const std::uint8_t* image, std::uint16_t* pairs) const;
   void bend(const Words& words, std::int32_t* bends) const;
+  template <int log_pitch>
+  std::pair<int, int> pair_nonzero_rows(const std::uint8_t* image, std::uint16_t* pairs) const;
   template <bool elastic, int log_pitch>
   void warp_by_lookups(const std::uint8_t* image, const augmentation::AffineMap& map, Workspace& workspace) const;
   template <bool elastic>

@@ -63,6 +63,9 @@ __device__ __forceinline__ float larger(float a, float b) {
 // rcp.approx.ftz.f32: 1 / x, off by 1 ULP at most. Subnormal numbers are zeros to it, as `x` and as the result.
 GEMMLET_PTX(float, reciprocal, "rcp.approx.ftz.f32", "=f", float, "f")
 
+// sqrt.approx.f32: the square root, off by 1 ULP at most; of zeros and infinity exactly.
+GEMMLET_PTX(float, square_root, "sqrt.approx.f32", "=f", float, "f")
+
 // ex2.approx.f32, ex2.approx.ftz.f32: 2^x, off by 2^-22 of it, and exactly 1 for 0; what would be subnormal is 0 to the
 // second.
 GEMMLET_PTX(float, exp2, "ex2.approx.f32", "=f", float, "f")

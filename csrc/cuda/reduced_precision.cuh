@@ -31,9 +31,11 @@ GEMMLET_INLINE bool operator>(Coarse a, Coarse b) { return a.value > b.value; }
 GEMMLET_INLINE bool operator<=(Coarse a, Coarse b) { return a.value <= b.value; }
 GEMMLET_INLINE bool operator>=(Coarse a, Coarse b) { return a.value >= b.value; }
 GEMMLET_INLINE bool operator==(Coarse a, Coarse b) { return a.value == b.value; }
+GEMMLET_INLINE bool operator!=(Coarse a, Coarse b) { return a.value != b.value; }
 
 GEMMLET_INLINE Coarse fma(Coarse a, Coarse b, Coarse c) { return Coarse(fma(a.value, b.value, c.value)); }
 GEMMLET_INLINE Coarse quotient(Coarse a, Coarse b) { return a / b; }
+GEMMLET_INLINE Coarse sqrt(Coarse a) { return Coarse(ptx::square_root(a.value)); }
 GEMMLET_INLINE Coarse abs(Coarse a) { return Coarse(abs(a.value)); }
 GEMMLET_INLINE Coarse copysign(Coarse a, Coarse sign) { return Coarse(copysign(a.value, sign.value)); }
 // An error of a product is too little to be seen, and so is half of it.

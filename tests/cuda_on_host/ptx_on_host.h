@@ -67,6 +67,16 @@ inline float reciprocal(float x) {
   return flushed(reinterpreted<float>(reinterpreted<unsigned>(nearest) + (larger ? 1u : ~0u)));
 }
 
+inline float square_root(float x) {
+  const float nearest = __builtin_sqrtf(x);
+  if (!(nearest > 0 && nearest < __builtin_inff())) return nearest;
+  // The neighbour on the other side of the root, or either where that is exact.
+  const float missing = __builtin_fmaf(-nearest, nearest, x);
+  if (missing != 0 && errs_upwards(x)) return nearest;
+  const bool larger = missing > 0 || (missing == 0 && errs_upwards(x));
+  return reinterpreted<float>(reinterpreted<unsigned>(nearest) + (larger ? 1u : ~0u));
+}
+
 inline float exp2(float x) {
   if (flushed(x) == 0) return 1;  // by the manual's table
   const double off = errs_upwards(x) ? 0x1p-22 : -0x1p-22;

@@ -141,7 +141,7 @@ class Executor {
         factors.l2 += phase.l2;
         factors.l1 += phase.l1;
         const auto vectors = static_cast<std::size_t>(forward->network.vectors());
-        if (phase.l2 != 0 || phase.l1 == 0) work.squares.resize(vectors);
+        if (phase.l2 != 0) work.squares.resize(vectors);
         if (phase.l1 != 0) work.sizes.resize(vectors);
       }
       if (phase.kind == Phase::loss || phase.kind == Phase::penalty) work.loss = losses++;

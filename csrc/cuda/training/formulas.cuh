@@ -57,4 +57,24 @@ struct Activation {
   }
 };
 
+// One step of a rule. In float, quotients and square roots are off by some ULP, and take no branch, as exact ones do for
+// zeros and small numbers: so the steps of several parameters overlap. What is off is far below the rounding of the parameter.
+template <class Rule, class T>
+__device__ __forceinline__ void apply_rule(T& param, T grad, T* state, const T* hyperparameters) {
+  if constexpr (same_type<T, float>) {
+    constexpr int states = Rule::state_count;
+    Coarse value(param), kept[states > 0 ? states : 1], h[Rule::hyperparameter_count];
+#pragma unroll
+    for (int s = 0; s < states; ++s) kept[s] = Coarse(state[s]);
+#pragma unroll
+    for (int s = 0; s < Rule::hyperparameter_count; ++s) h[s] = Coarse(hyperparameters[s]);
+    Rule::apply(value, Coarse(grad), kept, h);
+    param = value.value;
+#pragma unroll
+    for (int s = 0; s < states; ++s) state[s] = kept[s].value;
+  } else {
+    Rule::apply(param, grad, state, hyperparameters);
+  }
+}
+
 }  // namespace gemmlet

@@ -1,6 +1,7 @@
 // Fused training: the gradients of weights, and one step of the optimizer. Contract: step.cuh.
 #pragma once
 
+#include "cuda/training/formulas.cuh"
 #include "cuda/training/step.cuh"
 #include "cuda/warp_reduce.cuh"
 
@@ -12,7 +13,7 @@ struct UpdatedLayer {
   int first_block;
   int in, out;
   T* parameters;
-  const T* x;  // of the network's first layer, Update::input counts
+  const T* x;  // without what is dropped; of the network's first layer, Update::input counts
   const T* grad;
 };
 
@@ -84,7 +85,7 @@ struct UpdateEpilogue {
 #pragma unroll
       for (int s = 0; s < states; ++s) of_one[s] = loaded.state[s][c];
       value[c] = loaded.value[c];
-      Rule::apply(value[c], optimizers::clipped(gradient[c], limit), of_one, loaded.hyperparameters);
+      apply_rule<Rule>(value[c], optimizers::clipped(gradient[c], limit), of_one, loaded.hyperparameters);
 #pragma unroll
       for (int s = 0; s < states; ++s) state[s][c] = of_one[s];
     }

@@ -141,6 +141,8 @@ def _add_training(
     run: Callable[[training.Options], int],
     texts: _Texts,
 ) -> None:
+    is_gan = name == "gan"  # which refuses some of the options
+
     def differing(attribute: str) -> str:
         """The defaults of an option, with and without --classic."""
         value, other = (training.text(getattr(each, attribute)) for each in (defaults, classic_defaults))
@@ -172,8 +174,8 @@ def _add_training(
         clip_value: float | None = _option(
             None, help="What each number of a gradient is limited to.", default="no limit", **REAL
         ),
-        l1: float | None = _option(None, help="Of the mlp: L1 penalty of the weights.", default="0", **REAL),
-        l2: float | None = _option(None, help="Of the mlp: L2 penalty of the weights.", default="0", **REAL),
+        l1: float | None = _option(None, help="L1 penalty of the weights.", default="0", hidden=is_gan, **REAL),
+        l2: float | None = _option(None, help="L2 penalty of the weights.", default="0", hidden=is_gan, **REAL),
         hidden: str | None = _option(None, metavar="WIDTHS", help=texts.hidden, default=differing("hidden")),
         activation: str | None = _option(None, metavar="NAME", help=texts.activation, default=differing("activation")),
         dropout: str | None = _option(
@@ -197,8 +199,9 @@ def _add_training(
         ),
         patience: int | None = _option(
             None,
-            help="Of the mlp: end after so many epochs without a smaller loss of held-out images, and keep the best.",
+            help="End after so many epochs without a smaller loss of held-out images, and keep the best.",
             default="all epochs",
+            hidden=is_gan,
             **INTEGER,
         ),
         recipe: str | None = _option(None, metavar="NAME", help=texts.recipe, default="none", hidden=not texts.recipe),

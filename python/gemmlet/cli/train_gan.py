@@ -50,6 +50,11 @@ def run(options: Options) -> int:
         model = nn.GAN.classic(seed=settings.seed)
     else:
         generator_activation, discriminator_activation = settings.activation
+        has_penalty = discriminator_activation in LINEAR_IN_PIECES
+        if not has_penalty:
+            watch.say(
+                f"Without gradient penalty: the discriminator's {discriminator_activation} is not linear in pieces"
+            )
         model = nn.GAN(
             generator=[*settings.hidden, 784],
             discriminator=[*reversed(settings.hidden), 1],
@@ -59,7 +64,7 @@ def run(options: Options) -> int:
             generator_output="sigmoid",
             generator_output_bias=OUTPUT_BIAS,
             temperature=TEMPERATURE,
-            gradient_penalty=GRADIENT_PENALTY if discriminator_activation in LINEAR_IN_PIECES else 0.0,
+            gradient_penalty=GRADIENT_PENALTY if has_penalty else 0.0,
             seed=settings.seed,
         )
     model.discriminator_dropout, model.discriminator_input_dropout = settings.dropout, settings.input_dropout

@@ -375,8 +375,8 @@ class Watch:
             disable=not self.console.is_interactive,
         )
         self._task = self._bar.add_task("", total=None, epoch=1, figures="")
-        self._say(f"Data: {data.source} ({images:,} training and {tests:,} test images)")
-        self._say(common.backend_line())
+        self.say(f"Data: {data.source} ({images:,} training and {tests:,} test images)")
+        self.say(common.backend_line())
 
     def _saved_options(self, options: Options) -> dict[str, Any]:
         """What ``--resume`` needs to go on."""
@@ -407,7 +407,8 @@ class Watch:
         unsaid = {} if settings.recipe is None else {name: getattr(options, name) for name in _OF_RECIPE}
         return saved | unsaid
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line."""
         self.console.print(line, soft_wrap=True)
 
     def __enter__(self) -> Watch:
@@ -415,10 +416,10 @@ class Watch:
             out = files.make_folder(self.settings.out)
             stack.enter_context(files.locked(out))
             if not self._is_new:
-                self._say(f"Going on with the training in {out}")
+                self.say(f"Going on with the training in {out}")
             elif (out / CHECKPOINT).exists():
                 # By its first checkpoint, not before: until then there is nothing to have instead.
-                self._say(f"Replacing the training in {out}, with which --resume would go on")
+                self.say(f"Replacing the training in {out}, with which --resume would go on")
             self._lock = stack.pop_all()
         stops.are_noted = True
         return self
@@ -464,7 +465,7 @@ class Watch:
             losses = getattr(history, early.monitor)
             self._ended_early = early.is_over(losses)
             best = max((epoch for epoch in range(1, whole + 1) if early.is_best(losses[:epoch])), default=whole)
-            self._say(f"Of {whole} epochs that of number {best} is kept, with the least loss on held-out images")
+            self.say(f"Of {whole} epochs that of number {best} is kept, with the least loss on held-out images")
         self._facts = self._training_facts(history.seconds, whole if last is None else model.steps // last.batches)
         self._facts["history"] = {name: [common.finite(v) for v in getattr(history, name)] for name in lists}
         self.write_metrics({})
@@ -492,7 +493,7 @@ class Watch:
             total = batches + self.more_epochs * progress.batches
             move(self._task, total=total, completed=done, epoch=progress.epoch, figures=self._fitting(shown))
         elif progress.epoch_done:
-            self._say(f"epoch {progress.epoch}/{progress.epochs}  {'  '.join(shown)}")
+            self.say(f"epoch {progress.epoch}/{progress.epochs}  {'  '.join(shown)}")
         if stops.first is not None and done < batches:
             raise nn.StopTraining
 
@@ -572,7 +573,7 @@ class Watch:
 
     def end(self) -> int:
         """Say where the results are, and return the exit status; `UserError` if something failed."""
-        self._say(f"Model, metrics and pictures: {self.settings.out}")
+        self.say(f"Model, metrics and pictures: {self.settings.out}")
         if self._problems:
             others = f" (and {len(self._problems) - 1} more)" if len(self._problems) > 1 else ""
             raise UserError(self._problems[0] + others, 1)

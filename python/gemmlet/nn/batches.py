@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -326,7 +327,8 @@ class BatchTraining(Training):
             try:
                 block = next(some, None)
             except Exception:
-                self._report(done=False)
+                with contextlib.suppress(StopTraining):  # it ends with the error anyway
+                    self._report(done=False)
                 raise
             if block is None:
                 self._n, self._batches = end, self._first_batch

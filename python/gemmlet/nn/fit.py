@@ -511,6 +511,7 @@ class Training:
             with contextlib.suppress(StopTraining):
                 while self.at.epoch <= self._settings.epochs and not self._is_over():
                     self._epoch(self._order())
+            self._warn_of_nan()
             self._check()
             if self._checkpoints.is_missing(self.at):
                 with deferred_signals():
@@ -673,12 +674,19 @@ class Training:
 
     def _is_over(self) -> bool:
         early = self._settings.early_stopping
-        if early is None or not early.is_over(values := self._monitored(early)):
-            return False
-        if np.isnan(values).all():
-            message = f"early_stopping has ended fit, as {early.monitor} was NaN after each epoch"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
-        return True
+        return early is not None and early.is_over(self._monitored(early))
+
+    def _warn_of_nan(self) -> None:
+        """Say so if numbers that are NaN, and so never better, have ended `fit` or lowered the learning rate."""
+        for follower, done in (
+            (self._settings.early_stopping, "early_stopping has ended fit"),
+            (self._settings.lr_schedule, "lr_schedule has lowered the learning rate"),
+        ):
+            if isinstance(follower, EarlyStopping | ReduceOnPlateau):
+                values = self._monitored(follower)
+                if len(values) > follower.patience and np.isnan(values).all():
+                    message = f"{done}, as {follower.monitor} was NaN after each epoch"
+                    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def _keep_best(self) -> None:
         """Keep the parameters of an epoch that was the best so far; signals are deferred."""

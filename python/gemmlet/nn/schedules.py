@@ -244,7 +244,7 @@ class ReduceOnPlateau(_Monitor):
     monitor, patience, min_delta, mode
         As in `EarlyStopping`.
     factor : float, above 0
-        What the learning rate is multiplied by each time.
+        What the learning rate is multiplied by each time. Where every value was NaN, `fit` warns at its end.
     minimum : float, at least 0
         The least that the factors together may be.
     """

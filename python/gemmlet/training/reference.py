@@ -387,7 +387,7 @@ def one_hot(targets: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Arr
 def penalty_of(weight: Array, l2: float, l1: float) -> tuple[float, Array]:
     """``l2 / 2 * sum(w**2) + l1 * sum(|w|)``, in float64, and its gradient; that of ``|0|`` is 0."""
     loss, slope = 0.0, l2 * weight
-    if l2 or not l1:  # squares may overflow
+    if l2:  # squares may overflow
         loss = 0.5 * l2 * float(np.sum(np.square(weight, dtype=np.float64)))
     if l1:
         loss += l1 * float(np.sum(np.abs(weight), dtype=np.float64))

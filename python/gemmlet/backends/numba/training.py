@@ -585,7 +585,7 @@ class _Executor:
         def run() -> None:
             rows = len(self.where)
             share = rows if phase.of_sum else 1
-            l2, l1, has_squares = F(phase.l2 / share), F(phase.l1 / share), bool(phase.l2 or not phase.l1)
+            l2, l1, has_squares = F(phase.l2 / share), F(phase.l1 / share), phase.l2 != 0
             for weight, grad in weights:
                 squares, sizes = _add_penalty(weight, grad, l2, l1, has_squares)
                 self.losses[number] += (0.5 * phase.l2 * squares + phase.l1 * sizes) * (rows / share)
