@@ -479,11 +479,15 @@ class MLP(Predictor):
             if meaning.classes is not self.classes or meaning.multi_label is not self.multi_label:
                 self._take_meaning(meaning)
             group, augmented = rule.group(self.parameters), None
+
+            def is_fused() -> bool:
+                return samples.backend.supports_fused(self._plan(samples, targets, group, weights))
+
             if augment is None:
                 plan = self._plan(samples, targets, group, weights)
             else:
-                seed, size = self.augment_seed, settings.batch_size
-                augmented = Augmented(samples, augment, seed, size, targets, weights)
+                how = augment, self.augment_seed, settings.batch_size
+                augmented = Augmented(samples, *how, targets, weights, is_fused)
                 plan = self._plan(augmented.samples, augmented.targets, group, augmented.weights)
             rules, groups = {"optimizer": rule}, [group]
             if source is None:
