@@ -378,10 +378,10 @@ class MLP(Predictor):
             How many batches an epoch has; by default as many as `x` says, or gives. An iterable goes on in the next
             epoch where it was, and begins again at its end.
         augment : Augment, optional
-            Each epoch has its own transform of each image instead of `x`, which then is uint8 of shape (n, h, w), on
-            the CPU. The transform follows from `seed`, the place of the image among those that are trained on, and
-            `steps` at the begin of the epoch, which ``data.augment(x, **vars(augment), seed=model.augment_seed,
-            epoch=steps)`` has as its `epoch`. Validation data stays as it is.
+            Each epoch has its own transform of each image instead of `x`, which then is uint8 of shape (n, h, w). The
+            transform follows from `seed`, the place of the image among those that are trained on, and `steps` at the
+            begin of the epoch, which ``data.augment(x, **vars(augment), seed=model.augment_seed, epoch=steps)`` has as
+            its `epoch`. Validation data stays as it is.
 
         Returns
         -------
