@@ -181,7 +181,7 @@ class Augmented:
         """Put images and dataset where the backend trains, if that is a GPU with room for both."""
         backend = self._backend
         try:
-            self._numbers = backend.to_device(self._order)
+            self._numbers = backend.to_device(self._order, self.samples.array)
             if not arrays.is_on_gpu(self._numbers) or not is_fused():
                 return False
             self._images = backend.to_device(backend.contiguous(self.samples.array))
