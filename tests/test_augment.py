@@ -418,9 +418,3 @@ def test_the_examples_run(module: str) -> None:
     results = doctest.testmod(importlib.import_module(module))
     assert results.attempted
     assert not results.failed
-
-
-def test_arrays_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemmlet._arrays.is_on_gpu", lambda array: True)
-    monkeypatch.setattr("gemmlet._arrays.place", lambda array: "GPU 0")
-    refused(TypeError, r"^images is on GPU 0; images are augmented on the CPU: pass images.get\(\)")

@@ -22,7 +22,9 @@ from cuda_on_host.backend import to_cpu, to_gpu
 from gemmlet import kernels, nn
 from gemmlet.backends.cuda import launches
 from gemmlet.backends.cuda.launches import ROW_TEAMS
+from gemmlet.data import augment
 from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.formulas.augmentation import Draw
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from support import (
     UPDATED,
@@ -507,6 +509,52 @@ def test_samples_of_a_gan_out_of_range(bad: float, dtype: Any, rng: Any) -> None
     message = "x must be finite, got nan in row 20" if math.isnan(bad) else rf"x must lie .*, but x\[20, 3\] is {bad}"
     with pytest.raises(ValueError, match=message):
         nn.GAN(4, [8, 12], [8, 1], dtype=dtype).fit(to_gpu(x))
+
+
+# Images.
+
+AUGMENTED = {"rotate": 12, "scale": 0.12, "shear": 0.12, "shift": 1, "elastic": 1.2, "noise": 9, "erase": 0.4}
+
+
+@pytest.mark.parametrize("sides", [(28, 28), (5, 61), (110, 90)], ids=str)
+def test_images_are_augmented_where_they_are(sides: tuple[int, int], rng: Any) -> None:
+    """Also of a size that is not staged in shared memory."""
+    images, numbers = rng.integers(0, 256, (5, *sides), np.uint8), rng.integers(0, 2**40, 5)
+
+    def augmented(images: Any, indices: Any = numbers, **more: Any) -> Any:
+        return augment(images, **AUGMENTED, seed=2**64 - 2, epoch=3, indices=indices, **more)
+
+    expected = augmented(images)
+    for layout in LAYOUTS:
+        there = on_gpu({"images": images}, layout)["images"]
+        result = augmented(there)
+        assert type(result) is type(there)
+        assert np.array_equal(to_cpu(result), expected)
+        assert np.array_equal(to_cpu(there), images)
+        assert np.array_equal(to_cpu(augmented(there, to_gpu(numbers), out=result)), expected)
+        assert augmented(there, out=there) is there
+        assert np.array_equal(to_cpu(there), expected)
+    # Part of it is where the images are.
+    memory = to_gpu(np.concatenate([images, images]))
+    augmented(memory[:5], out=memory[2:7])
+    assert np.array_equal(to_cpu(memory[2:7]), expected)
+    # As `Backend.augment` takes rows, from either side.
+    settings, draw = nn.Augment(**AUGMENTED).settings, Draw(2**64 - 2, 3, numbers[:3])
+    rows, out = np.array([4, 0, 4]), to_gpu(np.zeros((3, *sides), np.uint8))
+    for given in (rows, to_gpu(rows)):
+        BACKEND.augment(to_gpu(images), settings, draw, out, given)
+        assert np.array_equal(to_cpu(out), augmented(images[rows], numbers[:3]))
+
+
+def test_images_in_different_places() -> None:
+    images = np.zeros((2, 5, 7), np.uint8)
+    with pytest.raises(TypeError, match=r"^indices are on GPU 0, images on the CPU"):
+        augment(images, indices=to_gpu(np.arange(2)))
+    with pytest.raises(ValueError, match=r"^out is on the CPU, the other arguments on GPU 0"):
+        augment(to_gpu(images), out=images)
+    with pytest.raises(ValueError, match=r"^indices must be from 0 to .*, got -1 to 1"):
+        augment(to_gpu(images), indices=to_gpu(np.array([-1, 1])))
+    assert augment(to_gpu(images[:0]), rotate=3).shape == (0, 5, 7)
 
 
 @pytest.mark.skipif(IS_GPU, reason="there is a GPU")

@@ -104,27 +104,6 @@ template <class T> __global__ void __launch_bounds__(1024, 1) greedy(T* x) {
     assert spilled > SPILLED_BYTES
 
 
-def test_random_numbers_and_augmentation_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formulas that no kernel has yet."""
-    text = """
-#include "cuda/scalar.cuh"
-#include "formulas/random.h"
-#include "formulas/augmentation.h"
-__global__ void draw(int* out, gemmlet::augmentation::Settings by, unsigned long long row, unsigned long long seed) {
-  unsigned long long words[4];
-  gemmlet::random_words<unsigned long long>(words, threadIdx.x, row, 3, gemmlet::streams::warp, seed);
-  const unsigned numbers[6] = {unsigned(words[0]), unsigned(words[1]), unsigned(words[2]), unsigned(words[3])};
-  const unsigned others[5] = {numbers[0], numbers[1], numbers[2], numbers[3]};
-  out[threadIdx.x] = gemmlet::augmentation::affine_map(by, 28, 28, numbers).x_0 +
-                     gemmlet::augmentation::erased(by, 28, 28, others).top;
-}
-"""
-    with_draw = {**compiler.sources(), "cuda/draw.cuh": text}
-    monkeypatch.setattr(compiler, "sources", lambda: with_draw)
-    made, _ = compile_cubin("draw.cuh", ["draw"], "sm_80")
-    assert made.image[:4] == b"\x7fELF"
-
-
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 

@@ -16,6 +16,7 @@ from cuda_on_host.device import HostDevice
 from gemmlet import kernels, nn
 from gemmlet.backends import select
 from gemmlet.backends.cuda.backend import CudaBackend
+from gemmlet.data import augment
 from support import f64, one_call_of_each, same_bits
 
 
@@ -126,6 +127,21 @@ def test_networks_compute_where_the_samples_are(gpus: list[OneOfSeveral], rng: n
         assert gan.sample(z=gpu.array(gan.noise(5))).data.device_id == gpu.id
         assert gpu.launches > 0
         assert all(other.launches == 0 for other in gpus if other is not gpu)
+    assert all(same_bits(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_images_are_augmented_where_they_are(gpus: list[OneOfSeveral], rng: np.random.Generator) -> None:
+    images, labels = rng.integers(0, 256, (20, 4, 3), np.uint8), rng.integers(0, 3, 20)
+    weights = []
+    for gpu, other in zip(gpus, gpus[::-1], strict=True):
+        before, there = len(other.memory), gpu.array(images)
+        result = augment(there, rotate=20, seed=3)
+        assert result.data.device_id == gpu.id
+        np.testing.assert_array_equal(gpu.view(result), augment(images, rotate=20, seed=3))
+        model = nn.MLP([12, 9, 3], "tanh", seed=0)
+        model.fit(there, labels, epochs=2, batch_size=8, augment=nn.Augment())
+        weights.append(model.parameters)
+        assert len(other.memory) == before
     assert all(same_bits(a, b) for a, b in zip(*weights, strict=True))
 
 

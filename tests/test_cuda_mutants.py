@@ -32,8 +32,10 @@ from gemmlet.backends.cuda import matmul as cuda_matmul
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.numpy import NumpyBackend
 from gemmlet.formulas.activations import ACTIVATIONS
+from gemmlet.formulas.augmentation import Draw
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES
+from gemmlet.nn import Augment
 
 if shutil.which(COMPILER) is None:
     pytest.skip(f"there is no {COMPILER}", allow_module_level=True)
@@ -195,6 +197,19 @@ def optimizers(run: Run) -> None:
         run.compare("update", OPTIMIZER_RULES["adam"], p, g, (m, np.abs(v)), hyperparameters, offset=offset)
 
 
+def augmentation(run: Run) -> None:
+    """Images that are staged, of words and of single bytes, and images that are not."""
+    most = Augment(180, 0.5, 1, 9, 8, 99, 1).settings
+    for sides in ((28, 28), (33, 7), (5, 61)) if run.quick else ((28, 28), (33, 7), (5, 61), (80, 120)):
+        images, numbers = run.rng.integers(1, 256, (6, *sides), np.uint8), np.arange(6)
+        for settings in (most, most._replace(elastic=0.0), most._replace(noise=0.0, erase=0.0)):
+            draw, expected = Draw(3, 4, numbers), np.empty_like(images)
+            run.reference.augment(images, settings, draw, expected)
+            out = run.device.upload(np.full_like(images, 77))
+            run.backend.augment(run.device.upload(images), settings, draw, out)
+            np.testing.assert_array_equal(run.device.view(out), expected)
+
+
 def matmuls(kernel: str, dtype: str, tf32: bool = False) -> Callable[[Run], None]:
     """Matmuls of small integers, exact, by one tile of a kernel: several tiles and steps, and parts of both."""
     sizes = {"skinny": [(150, 3, 300), (1, 300, 70)], "wgmma": [(152, 304, 296)]}
@@ -279,6 +294,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         columns,
         ranges,
         optimizers,
+        augmentation,
         matmuls("simt", "float32"),
         matmuls("skinny", "float32"),
         matmuls("mma", "float16"),
@@ -585,6 +601,18 @@ WRONG = [
         ("int part = 0; part < 3; ++part)\n#pragma", "int part = 0; part < 2; ++part)\n#pragma", "mlp_in_a_cluster"),
         ("ptx::mma_bf16(sums[half][1],", "if (q < 0) ptx::mma_bf16(sums[half][1],", "mlp_in_a_cluster"),
     ),
+    *mutants(
+        "augment",
+        ("* quads_of_row + 1 : 0", "* quads_of_row : 0", "augmentation"),
+        ("at = 2 * (block + i / 2 * blocks)", "at = 2 * (block + i / 2 * (pixels / 4))", "augmentation"),
+        ("clamped(at_x >> 16, -margin, width)", "clamped(at_x >> 16, -margin, width - 1)", "augmentation"),
+        ("min(spacing, height - top)", "spacing", "augmentation"),
+        ("count / 16 : 0", "(count + 15) / 16 : 0", "augmentation"),
+        ("width % 4 == 0 &&", "width % 4 == 0 ||", "augmentation"),
+        ("pixels);\n  " + BARRIER, "pixels);", "augmentation"),
+        ("sample);\n    " + BARRIER, "sample);", "augmentation"),
+        ("drawn);\n    " + BARRIER, "drawn);", "augmentation"),
+    ),
 ]
 
 # Races that no order of a CPU's threads shows, or not in every run.
@@ -600,6 +628,7 @@ RACES = [
         ("(Threads / 32)], op);\n  " + BARRIER, "(Threads / 32)], op);", "rows_by_blocks"),
     ),
     *mutants("warp_reduce", ("gridDim.x * gridDim.y * gridDim.z", "gridDim.x", "columns")),
+    *mutants("augment", ("weights);\n    " + BARRIER, "weights);", "augmentation")),
     *mutants("losses", ("if (!is_last_block(counter)) return;", "is_last_block(counter);", "elementwise_losses")),
     *mutants("column_sum", ("of_warps[warp][lane] = sum;\n    " + BARRIER, "of_warps[warp][lane] = sum;", "columns")),
     *mutants("matmul/simt", (BARRIER + "\n        write", "write", "simt_float32")),

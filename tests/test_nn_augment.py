@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gemmlet import data, set_num_threads
+import cuda_on_host.backend
+from gemmlet import data, set_num_threads, use_backend
 from gemmlet.formulas import augmentation
 from gemmlet.formulas.augmentation import Draw
 from gemmlet.nn import GAN, MLP, SGD, Adam, Augment, StopTraining
@@ -90,7 +92,8 @@ def test_blocks_are_those_of_the_reference(any_threads_backend: Any) -> None:
         any_threads_backend.set_num_threads(threads)
         block = Augmented(images, AUGMENT, 2**64 - 1, SIZE, Y)
         where = block.take(chosen, 7)
-        np.testing.assert_array_equal(block.samples.array[where], expected)
+        pixels = cuda_on_host.backend.to_cpu(block.samples.array) if block.on_gpu else block.samples.array
+        np.testing.assert_array_equal(pixels[where], expected)
         np.testing.assert_array_equal(block.targets[where], Y[chosen])
 
 
@@ -110,7 +113,7 @@ def test_how_steps_are_taken_changes_nothing(
         given = {"epochs": EPOCHS, "batch_size": SIZE, "optimizer": Adam(0.01), "augment": AUGMENT}
         model.fit(*((X, Y) if network == "mlp" else (X,)), **given, callback=lambda _: None, callback_every=every)
         results.append(parameters_of(model))
-        assert max(sizes[1:]) <= max(SIZE, block)
+        assert any_threads_backend.name == "cuda" or max(sizes[1:]) <= max(SIZE, block)
     for result in results[1:]:
         assert_same(results[0], result)
 
@@ -134,6 +137,73 @@ def test_a_fit_goes_on_in_the_midst_of_an_epoch(backend: Any, network: str, tmp_
     with pytest.raises(ValueError, match=r"another fit: augment was 'Augment\(.*erase=0.2\)', is .*erase=0.3"):
         fit(make(), resume=path, augment=Augment(erase=0.3, noise=3))
     assert_same(fit(make(), resume=path), expected)
+
+
+# What a GPU does.
+
+
+@pytest.fixture
+def cuda() -> Iterator[Any]:
+    """The backend, in use."""
+    try:
+        backend = cuda_on_host.backend.load()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with use_backend(backend):
+        yield backend
+
+
+class Moved:
+    """The bytes of each copy to a device."""
+
+    def __init__(self, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.up: list[int] = []
+        kind, upload = type(device), type(device).upload
+        monkeypatch.setattr(kind, "upload", lambda d, a, *out: self.up.append(a.nbytes) or upload(d, a, *out))
+
+
+@pytest.mark.parametrize("network", ["mlp", "gan"])
+def test_images_go_to_a_gpu_once(cuda: Any, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fit copies there is what one without augmentation does, and the numbers of the samples."""
+    copied = []
+    for augment in (None, AUGMENT):
+        moved = Moved(cuda._first, monkeypatch)
+        model: Any = mlp() if network == "mlp" else gan()
+        given = {"epochs": EPOCHS, "batch_size": SIZE, "optimizer": Adam(0.01), "augment": augment}
+        # A step a call, so that the calls are the same ones.
+        model.fit(*((X, Y) if network == "mlp" else (X,)), **given, callback=lambda _: None, callback_every="batch")
+        copied.append(sorted(moved.up))
+    assert copied[0].count(X.nbytes) == 1
+    assert copied[1] == sorted([*copied[0], Y.nbytes])
+
+
+def test_memory_of_a_gpu_may_not_suffice(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then blocks are made on the CPU, of which the results are the same."""
+    expected, model = mlp(), mlp()
+    expected.fit(X, Y, EPOCHS, SIZE, augment=AUGMENT)
+    empty, restage, blocks = type(cuda._first).empty, type(cuda).restage, []
+
+    def limited(device: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        if len(shape) == 3 and shape[0] == N:
+            raise MemoryError
+        return empty(device, shape, dtype)
+
+    monkeypatch.setattr(type(cuda._first), "empty", limited)
+    monkeypatch.setattr(type(cuda), "restage", lambda self, plan: blocks.append(plan) or restage(self, plan))
+    monkeypatch.setattr(augment_module, "_BLOCK", 3 * SIZE)
+    model.fit(X, Y, EPOCHS, SIZE, augment=AUGMENT)
+    assert len(blocks) >= EPOCHS * N / (3 * SIZE)
+    assert_same(parameters_of(model), parameters_of(expected))
+
+
+@pytest.mark.parametrize("given", [{}, {"sample_weight": np.linspace(0.5, 1.5, N)}], ids=["fused", "by the reference"])
+def test_images_that_are_on_a_gpu(cuda: Any, given: dict[str, Any]) -> None:
+    models = mlp(), mlp()
+    there = cuda_on_host.backend.to_gpu(X)
+    for model, x in zip(models, (X, there), strict=True):
+        model.fit(x, Y, EPOCHS, SIZE, augment=AUGMENT, validation_data=(x[:20], Y[:20]), **given)
+    assert_same(*map(parameters_of, models))
+    np.testing.assert_array_equal(cuda_on_host.backend.to_cpu(there), X)
 
 
 def test_no_epoch_has_the_images_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,14 @@ __device__ __forceinline__ unsigned bfloats_of_floats(float low, float high) {
 // Arithmetic
 //
 
+// prmt.b32: four of the bytes of `low`, which are 0 to 3, and of `high`, 4 to 7: the hexadecimal digits of `which` say
+// which ones, from the lowest up.
+__device__ __forceinline__ unsigned permuted(unsigned low, unsigned high, unsigned which) {
+  unsigned result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(which));
+  return result;
+}
+
 // abs.f32.
 GEMMLET_PTX(float, abs, "abs.f32", "=f", float, "f")
 

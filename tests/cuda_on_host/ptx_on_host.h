@@ -49,6 +49,12 @@ inline unsigned bfloats_of_floats(float low, float high) { return bfloat_of_floa
 // so that no test can do with less.
 //
 
+inline unsigned permuted(unsigned low, unsigned high, unsigned which) {
+  const unsigned long long bytes = low | static_cast<unsigned long long>(high) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 inline float abs(float x) { return __builtin_fabsf(x); }
 inline float copysign(float magnitude, float sign) { return __builtin_copysignf(magnitude, sign); }
 inline float larger(float a, float b) { return __builtin_fmaxf(a, b); }

@@ -138,9 +138,10 @@ class Backend(Protocol):
     # Images.
 
     def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
-        """``out`` = the images (n, h, w), bytes on the CPU, transformed; it is `images` itself, or overlaps it nowhere.
+        """``out`` = the images (n, h, w), bytes, transformed; it is `images` itself, or overlaps it nowhere.
 
-        With `rows`, int64, `out` has ``images[rows]`` transformed, and overlaps `images` nowhere. Every backend gives
+        With `rows`, int64, `out` has ``images[rows]`` transformed, and overlaps `images` nowhere. All are C-contiguous
+        and in one place; of images on a GPU, `rows` and the samples of `draw` may be on the CPU. Every backend gives
         the same bytes.
         """
 

@@ -37,14 +37,14 @@ def augment(
     all that follows from them is in integers: the same bytes on every backend and instruction set, for any number of
     threads, whichever images a call has. With all settings 0 the images stay as they are.
 
-    Pixels are interpolated bilinearly; what comes from beyond an image is 0. There is no CUDA kernel: where the backend
-    ``cuda`` is in use, the processor computes, by the backend that it has otherwise. To train on other images in each
-    epoch, give an `Augment` to `fit`, which needs no copy of all of them.
+    Pixels are interpolated bilinearly; what comes from beyond an image is 0. To train on other images in each epoch,
+    give an `Augment` to `fit`, which needs no copy of all of them.
 
     Parameters
     ----------
     images : array_like of uint8, shape (n, h, w)
-        Each side from 1 to 1024. Rows of pixels are images by ``rows.reshape(-1, 28, 28)``, which is a view.
+        Each side from 1 to 1024. Rows of pixels are images by ``rows.reshape(-1, 28, 28)``, which is a view. The result
+        is where they are, on the CPU or on a GPU.
     rotate, scale, shear, shift, elastic, noise, erase : float
         See `gemmlet.nn.Augment`, which has the ranges, the units and the sources; ``augment(images, **vars(settings))``
         takes one.
@@ -66,7 +66,7 @@ def augment(
     Raises
     ------
     TypeError
-        `images` or `out` are not bytes, or on a GPU; a setting is no number.
+        `images` or `out` are not bytes; `indices` alone are on a GPU; a setting is no number.
     ValueError
         A shape does not fit, or a number is out of its range. Each error names the argument.
 
@@ -80,18 +80,16 @@ def augment(
     settings = Augment(rotate, scale, shear, shift, elastic, noise, erase).settings
     array = arguments.as_array(images, "images")
     check_images(array, "images")
-    draw = Draw(
-        _below(seed, "seed", 64), _below(epoch, "epoch", random.STEP_BITS), _sample_numbers(indices, len(array))
-    )
-    backend = select.current()
+    draw = Draw(_below(seed, "seed", 64), _below(epoch, "epoch", random.STEP_BITS), _sample_numbers(indices, array))
+    backend = select.of(array)
     result = arguments.output(backend, out, "out", array.shape, array)
-    source = np.ascontiguousarray(array)
-    target = result if result.flags.c_contiguous else np.empty_like(source)
+    source = backend.contiguous(array)
+    target = result if result.flags.c_contiguous else backend.empty_like(source)
     if arguments.overlaps(source, target) and not arguments.same_view(source, target):
-        source = source.copy()
+        source = backend.copy(source)
     backend.augment(source, settings, draw, target)
     if target is not result:
-        result[...] = target
+        backend.assign(result, target)
     return result if out is None else out
 
 
@@ -103,15 +101,17 @@ def _below(value: Any, name: str, bits: int) -> int:
     return number
 
 
-def _sample_numbers(indices: Any, count: int) -> NDArray[np.int64]:
+def _sample_numbers(indices: Any, images: Any) -> NDArray[np.int64]:
+    count = len(images)
     if indices is None:
         return np.arange(count)
     array = arguments.as_array(indices, "indices")
-    if arrays.is_on_gpu(array):
+    if arrays.is_on_gpu(array) and not arrays.is_on_gpu(images):
         raise TypeError(f"indices are on {arrays.place(array)}, images on the CPU")
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"indices has dtype {array.dtype}, expected integers")
     arguments.check_shape(array, "indices", (count,), "one for each image")
+    array = arguments.on_cpu(array)
     array = array.copy()  # which nobody can change after the check
     if count and not (array.min() >= 0 and int(array.max()) >> random.ROW_BITS == 0):
         raise ValueError(f"indices must be from 0 to 2**{random.ROW_BITS} - 1, got {array.min()} to {array.max()}")

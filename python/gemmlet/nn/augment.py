@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -99,12 +101,9 @@ class Augment:
 
 
 def check_images(array: Any, name: str, purpose: str = "") -> None:
-    """Raise TypeError or ValueError unless an array has images (n, h, w) of bytes, on the CPU."""
+    """Raise TypeError or ValueError unless an array has images (n, h, w) of bytes."""
     if hasattr(array, "tocsr"):
         raise TypeError(f"{name}{purpose} is a sparse matrix; expected images (n, h, w)")
-    if arrays.is_on_gpu(array):
-        where = arrays.place(array)
-        raise TypeError(f"{name}{purpose} is on {where}; images are augmented on the CPU: pass {name}.get()")
     if array.dtype != np.uint8:
         raise TypeError(f"{name}{purpose} has dtype {array.dtype}, expected uint8: grey levels from 0 to 255")
     if array.ndim != 3:
@@ -124,7 +123,10 @@ def check_augment(augment: Any, x: Any) -> None:
 
 
 class Augmented:
-    """Training samples of which each epoch has others: a block of them, which a plan has as its dataset.
+    """Training samples of which each epoch has others: what a plan has as its dataset.
+
+    Where a GPU trains, and its memory suffices, that is all samples, which are there and are transformed there once an
+    epoch. Else it is a block of them, which is made on the CPU for each call.
 
     Parameters
     ----------
@@ -136,15 +138,21 @@ class Augmented:
         A block is of whole mini-batches.
     targets, weights : ndarray, optional
         Of all samples.
+    is_fused : callable
+        Says whether the backend trains by an executor of its own, not by the reference, which is on the CPU.
 
     Attributes
     ----------
     samples : Samples
-        Those of the block.
+        Those of the dataset.
     targets, weights : ndarray or None
         Likewise.
     all_targets : ndarray or None
         As given.
+    steps : int
+        How many a call may take.
+    on_gpu : bool
+        Whether the dataset is; else the backend has to be told when it has changed (`Backend.restage`).
     """
 
     def __init__(
@@ -155,29 +163,63 @@ class Augmented:
         batch_size: int,
         targets: Any = None,
         weights: Array | None = None,
+        is_fused: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.settings, self._seed, self._images = settings, seed, np.ascontiguousarray(samples.array)
-        self.steps = max(1, _BLOCK // batch_size)  # in a block
-        rows = min(self.steps * batch_size, len(samples))
-        self._order, self._backend = np.arange(rows), samples.backend
+        self.settings, self._seed, self._backend = settings, seed, samples.backend
+        self.samples, self.all_targets, self._all_weights = copy.copy(samples), targets, weights
+        self.targets: Any = targets
+        self.weights: Any = weights
+        self._epoch: int | None = None  # of the images of the dataset
+        self._order = np.arange(len(samples))
+        self.on_gpu = self._moves_to_gpu(is_fused)
+        if self.on_gpu:
+            self.steps = sys.maxsize
+        else:
+            self._make_block(batch_size)
+
+    def _moves_to_gpu(self, is_fused: Callable[[], bool]) -> bool:
+        """Put images and dataset where the backend trains, if that is a GPU with room for both."""
+        backend = self._backend
+        try:
+            self._numbers = backend.to_device(self._order, self.samples.array)
+            if not arrays.is_on_gpu(self._numbers) or not is_fused():
+                return False
+            self._images = backend.to_device(backend.contiguous(self.samples.array))
+            self._pixels = backend.empty(self._images.shape, self._images.dtype, self._images)
+        except MemoryError:
+            return False
+        self.samples.array, self.samples.on_gpu = self._pixels, True
+        return True
+
+    def _make_block(self, batch_size: int) -> None:
+        self._images = np.ascontiguousarray(self._backend.to_cpu(self.samples.array))
+        self.steps = max(1, _BLOCK // batch_size)
+        count = len(self._images)
+        rows = min(self.steps * batch_size, count)
+        self._order = self._order[:rows]
         self._pixels = np.empty((rows, *self._images.shape[1:]), np.uint8)
-        self.samples = copy.copy(samples)
-        self.samples.array, self.samples.held = self._pixels, held(self._pixels)
-        self.all_targets, self._all_weights = targets, weights
-        self.targets: Any = None if targets is None else np.empty((rows, *targets.shape[1:]), targets.dtype)
-        self.weights: Any = None if weights is None else np.empty(rows)
+        self.samples.array, self.samples.on_gpu, self.samples.held = self._pixels, False, held(self._pixels)
+        if self.targets is not None:
+            self.targets = np.empty((rows, *self.targets.shape[1:]), self.targets.dtype)
+        if self.weights is not None:
+            self.weights = np.empty(rows)
         # Some samples from everywhere, again and again, tell the density of the dataset.
         some = min(rows, _SOME)
-        self.take(self._order[:some] * (len(samples) // some), 0)
+        self.take(self._order[:some] * (count // some), 0)
         for array in (self._pixels, self.targets, self.weights):
             if array is not None:
                 array[some:] = array[self._order[: rows - some] % some]
 
     def take(self, chosen: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Make the block of these samples, as they are in an epoch, and return where they are in it."""
+        """Have these samples in the dataset, as they are in an epoch, and return where they are in it."""
+        settings, draw = self.settings.settings, Draw(self._seed, epoch % 2**STEP_BITS, chosen)
+        if self.on_gpu:
+            if epoch != self._epoch:
+                self._backend.augment(self._images, settings, draw._replace(samples=self._numbers), self._pixels)
+                self._epoch = epoch
+            return chosen
         count = len(chosen)
-        draw = Draw(self._seed, epoch % 2**STEP_BITS, chosen)
-        self._backend.augment(self._images, self.settings.settings, draw, self._pixels[:count], chosen)
+        self._backend.augment(self._images, settings, draw, self._pixels[:count], chosen)
         for block, given in ((self.targets, self.all_targets), (self.weights, self._all_weights)):
             if given is not None:
                 block[:count] = given[chosen]

@@ -459,7 +459,7 @@ class Training:
     ) -> None:
         self.model, self.history, self.groups = model, history, groups
         self._samples, self._settings, self._validate = samples, settings, validate
-        self._augmented = augmented  # the samples, if the plan has a block of them
+        self._augmented = augmented  # the samples, if each epoch has others
         self._n, self._size = len(samples), settings.batch_size
         self._batches = math.ceil(self._n / self._size)
         # Samples and mini-batches of the epoch before those that `_call` is given.
@@ -612,7 +612,8 @@ class Training:
             if self._augmented is not None:
                 # An epoch counts as the steps before it, over all fits, so that none has the images of another.
                 rows = self._augmented.take(where, model.steps - first)
-                self._backend.restage(self._plan)
+                if not self._augmented.on_gpu:
+                    self._backend.restage(self._plan)
             noise, stream = None, model._training_noise
             if stream is not None:
                 before, noise = stream.bit_generator.state, self._noises.take(len(where))

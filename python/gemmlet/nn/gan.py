@@ -394,9 +394,13 @@ class GAN(Estimator):
                 ]
                 return self._plan(phases, generator, discriminator)
 
+            def is_fused() -> bool:
+                return samples.backend.supports_fused(plan_of(samples, labels))
+
             augmented = None
             if augment is not None:
-                augmented = Augmented(samples, augment, self.augment_seed, settings.batch_size, labels)
+                how = augment, self.augment_seed, settings.batch_size
+                augmented = Augmented(samples, *how, labels, is_fused=is_fused)
             data, groups = {"x": samples.array} | ({} if labels is None else {"y": labels}), [discriminator, generator]
             block = (samples, labels) if augmented is None else (augmented.samples, augmented.targets)
             history, plan = GANHistory(), plan_of(*block)

@@ -378,10 +378,10 @@ class MLP(Predictor):
             How many batches an epoch has; by default as many as `x` says, or gives. An iterable goes on in the next
             epoch where it was, and begins again at its end.
         augment : Augment, optional
-            Each epoch has its own transform of each image instead of `x`, which then is uint8 of shape (n, h, w), on
-            the CPU. The transform follows from `seed`, the place of the image among those that are trained on, and
-            `steps` at the begin of the epoch, which ``data.augment(x, **vars(augment), seed=model.augment_seed,
-            epoch=steps)`` has as its `epoch`. Validation data stays as it is.
+            Each epoch has its own transform of each image instead of `x`, which then is uint8 of shape (n, h, w). The
+            transform follows from `seed`, the place of the image among those that are trained on, and `steps` at the
+            begin of the epoch, which ``data.augment(x, **vars(augment), seed=model.augment_seed, epoch=steps)`` has as
+            its `epoch`. Validation data stays as it is.
 
         Returns
         -------
@@ -479,11 +479,15 @@ class MLP(Predictor):
             if meaning.classes is not self.classes or meaning.multi_label is not self.multi_label:
                 self._take_meaning(meaning)
             group, augmented = rule.group(self.parameters), None
+
+            def is_fused() -> bool:
+                return samples.backend.supports_fused(self._plan(samples, targets, group, weights))
+
             if augment is None:
                 plan = self._plan(samples, targets, group, weights)
             else:
-                seed, size = self.augment_seed, settings.batch_size
-                augmented = Augmented(samples, augment, seed, size, targets, weights)
+                how = augment, self.augment_seed, settings.batch_size
+                augmented = Augmented(samples, *how, targets, weights, is_fused)
                 plan = self._plan(augmented.samples, augmented.targets, group, augmented.weights)
             rules, groups = {"optimizer": rule}, [group]
             if source is None:

@@ -6,7 +6,6 @@ backend was chosen by name, are copied to the first GPU and back.
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,9 +20,9 @@ from ...formulas.augmentation import Draw, Settings
 from ...formulas.losses import Loss, RowFunction, RowLoss, smoothing
 from ...formulas.optimizers import Hyperparameters, OptimizerRule
 from ...training.plan import Batches, Outcome, TrainingPlan
-from ..base import Array, Backend
+from ..base import Array
 from ..numpy import NumpyBackend
-from . import compiler, fast_path, launches, matmul, training
+from . import augmentation, compiler, fast_path, launches, matmul, training
 from .device import Device
 from .launches import THREADS, Launcher, scaled_kernel
 from .types import CPP_TYPES, RULE_HYPERPARAMETERS, RULE_STATES, address, number, pointer
@@ -37,7 +36,8 @@ def expressions(fused: Iterable[str] = ACTIVATIONS) -> dict[str, list[str]]:
 
     Matmuls have the activations of `fused`; of the kernels of `fit`, those of usual networks are there.
     """
-    return {**launches.expressions(), **matmul.expressions(fused), **training.expressions()}
+    others = augmentation.expressions() | training.expressions()
+    return {**launches.expressions(), **matmul.expressions(fused), **others}
 
 
 class _InPlace(tuple[Any, ...]):
@@ -315,15 +315,24 @@ class CudaBackend(Launcher, NumpyBackend):
 
     # Images.
 
-    @functools.cached_property
-    def _of_cpu(self) -> Backend:
-        from .. import select  # which loads this module
-
-        return select.automatic()
-
     def augment(self, images: Array, settings: Settings, draw: Draw, out: Array, rows: Array | None = None) -> None:
-        """By the processor: its backend."""
-        self._of_cpu.augment(images, settings, draw, out, rows)
+        if not out.size:
+            return
+        if not is_on_gpu(images):
+            device = self._first
+            there = device.upload(np.ascontiguousarray(images if rows is None else images[rows]))
+            result = device.empty(out.shape, out.dtype)
+            self.augment(there, settings, draw, result)
+            device.download(result, out)
+            return
+        device, numbers = self.device_of(images), draw.samples
+        if not is_on_gpu(numbers):
+            numbers = device.upload(np.ascontiguousarray(numbers))
+        if rows is not None and not is_on_gpu(rows):
+            rows = device.upload(np.ascontiguousarray(rows))
+        if address(out) == address(images) and not augmentation.is_staged(*out.shape[1:]):
+            images = self.copy(images)
+        augmentation.augment(device, images, settings, draw._replace(samples=numbers), out, rows)
 
     # Training.
 
