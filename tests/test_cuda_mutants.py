@@ -240,8 +240,10 @@ def trained(name: str) -> list[Any]:
 
 
 def call_of_training(name: str) -> Any:
-    if name == "gan":
-        return test_cuda_training.Gan(np.float32, count=20, batch=9)
+    if name.endswith("gan"):
+        # Two rows of each mini-batch, and one of the last, have a penalty.
+        penalized = {"penalty": (3.0, 5), "discriminator": (33, 17, 6, 1)} if name == "penalized_gan" else {}
+        return test_cuda_training.Gan(np.float32, count=20, batch=9, **penalized)
     if name == "mlp_in_a_cluster":
         return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
     kind = "sparse" if name == "mlp_of_sparse" else "floats"
@@ -288,6 +290,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         training("mlp_in_tiles", "wide"),
         training("mlp_in_a_cluster", "cluster"),
         training("gan", "small"),
+        training("penalized_gan", "medium"),
     )
 }
 
@@ -534,6 +537,7 @@ WRONG = [
         (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),
         (BARRIER + "\n  const Index below_row", "const Index below_row", "mlp"),
     ),
+    *mutants("training/dense", ("penalized ? penalty.sample(i) : i", "i", "penalized_gan")),
     *mutants(
         "training/gather",
         ("T(0);\n  " + BARRIER, "T(0);", "mlp_of_sparse"),
@@ -544,6 +548,7 @@ WRONG = [
         ("if (p.closes) ++p.progress->next;", "", "mlp"),
         ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
         ("+= p.weight * loss", "+= loss", "mlp"),
+        ("< 0 && k >= ones", "< 0 && k > ones", "penalized_gan"),
     ),
     *mutants(
         "training/cluster",

@@ -23,6 +23,7 @@ pytest.importorskip("cupy")
 
 import cuda_on_host.backend
 from cuda_on_host.device import COMPILER, HERE, ROOT, SANITIZERS, THREAD_ORDERS, HostDevice
+from gemmlet import use_backend
 from gemmlet.backends import select
 from gemmlet.backends.cuda import declarations
 from gemmlet.backends.cuda import training as cuda_training
@@ -31,6 +32,8 @@ from gemmlet.backends.cuda.training import Session
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
+from gemmlet.nn import GAN
+from gemmlet.training import reference
 from gemmlet.training.plan import (
     NOISE,
     SAMPLES,
@@ -288,19 +291,23 @@ class Gan(Problem):
         count: int = 43,
         batch: int = 16,
         kind: str = "bytes",
+        hidden: str = "leaky_relu",
+        penalty: tuple[float, int] | None = None,
     ) -> None:
         loss = "binary_cross_entropy_with_logits"
         phases = (
             Gather(samples(50, generator[-1], dtype, kind), 2.0, -1.0),
             Forward(0, (NOISE,)),
-            *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1), Update(1, rules[1])),
+            *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1)),
+            *([] if penalty is None else [GradientPenalty(1, *penalty)]),
+            Update(1, rules[1]),
             Forward(1, (0,)),
             Loss(1, loss, (1.0 if non_saturating else 0.0,), sign=1.0 if non_saturating else -1.0),
             *(Backward(1, 0), Backward(0), Update(0, rules[0])),
         )
         networks = (
             network(generator, dtype, rules[0], hidden="relu", output=output, averaged=averaged[0]),
-            network(discriminator, dtype, rules[1], hidden="leaky_relu", averaged=averaged[1], seed=1),
+            network(discriminator, dtype, rules[1], hidden=hidden, averaged=averaged[1], seed=1),
         )
         self.plan = TrainingPlan(networks, phases)
         steps = -(-count // batch)
@@ -416,6 +423,25 @@ GANS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", GANS)
 def test_gan(variant: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None:
     Gan(dtype, **GANS[variant]).check(device, cpu)
+
+
+PENALIZED: dict[str, dict[str, Any]] = {
+    "of all": {"penalty": (3.0, 1)},
+    "relu": {"penalty": (3.0, 4), "hidden": "relu", "rules": ("sgd", "momentum"), "averaged": (True, True)},
+    # A last mini-batch of two, one of which has the penalty.
+    "deep": {"penalty": (3.0, 4), "discriminator": (33, 19, 14, 9, 1), "batch": 41, "kind": "floats"},
+    "wide": {"penalty": (1.0, 2), "discriminator": (33, 300, 1), "generator": (7, 33), "count": 130, "batch": 65},
+    "shallow": {"penalty": (3.0, 3), "discriminator": (33, 1), "batch": 7},
+    "one by one": {**GANS["one by one"], "penalty": (3.0, 4)},
+}
+
+
+@pytest.mark.parametrize("variant", PENALIZED)
+def test_gradient_penalty(variant: str, plan: str, device: Any, dtype: Any) -> None:
+    """As the reference, in which it is no further rows."""
+    gan = Gan(dtype, **PENALIZED[variant])
+    assert cuda_training.supports_fused(gan.plan)
+    gan.check(device, select.load("numpy"))
 
 
 # In a cluster.
@@ -572,11 +598,12 @@ def test_a_cluster_without_memory_has_none_reserved(
 def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_plan(name, monkeypatch)
     mlp = Mlp([37, 12, 5] if name == "cluster" else [37, 45, 19, 5], dtype, kind="bytes", rule="adam")
-    expected = mlp.on(HostDevice()), Gan(dtype).on(HostDevice())
+    problems = mlp, Gan(dtype), Gan(dtype, **PENALIZED["deep"])
+    expected = [problem.on(HostDevice()) for problem in problems]
     for order in THREAD_ORDERS:
         device = HostDevice(thread_order=order)
-        assert same(mlp.on(device), expected[0]), order
-        assert same(Gan(dtype).on(device), expected[1]), order
+        for problem, results in zip(problems, expected, strict=True):
+            assert same(problem.on(device), results), order
 
 
 def test_a_sparse_matrix_gives_the_bits_of_the_dense_one(device: Any, dtype: Any) -> None:
@@ -599,7 +626,7 @@ def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
     assert same(mlp.on(device), expected)
 
 
-@pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan"])
+@pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan", "penalized gan"])
 def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into single steps, which are recorded once and find what the last call left; losses are added up all the same.
 
@@ -609,10 +636,10 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,) if "cluster" in network else ())
     if "cluster" in network and dtype != np.float32:
         pytest.skip("float32 alone")
-    count, batch, is_mlp = 75, 8, network != "gan"
+    count, batch, is_mlp = 75, 8, "gan" not in network
     kind = "bytes" if "cluster" in network else "floats"
     problem: Any = Mlp([9, 8, 3], dtype, rule="adam", count=count, batch=batch, kind=kind) if is_mlp else Gan(
-        dtype, count=count, batch=batch
+        dtype, count=count, batch=batch, penalty=(3.0, 4) if "penalized" in network else None
     )  # fmt: skip
     expected = problem.on(device)
     monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
@@ -695,6 +722,15 @@ def test_what_the_kernels_cannot_is_left_to_the_reference(device: Any, dtype: An
         assert outcome.correct
     assert same(arrays_of(on_gpu), arrays_of(clipped))
     assert_close(arrays_of(varied), arrays_of(clipped), dtype)
+
+
+def test_a_gan_with_a_gradient_penalty_is_fitted_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "train", lambda *_: pytest.fail("the reference was called"))
+    x = np.random.default_rng(0).uniform(size=(40, 33)).astype(np.float32)
+    gan = GAN(7, [20, 33], [24, 1], gradient_penalty=0.1)
+    with use_backend(cuda_on_host.backend.load()):
+        gan.fit(x, epochs=2, batch_size=16)
+    assert gan.steps == 6
 
 
 def test_a_plan_that_is_gone_leaves_nothing(device: Any, dtype: Any) -> None:
@@ -784,13 +820,15 @@ def test_steps_are_few_launches(device: Any) -> None:
     counting = Counting(device)
     Mlp([20, 12, 9, 3], dtype, count=4, batch=4, kind="sparse").on(counting)
     assert counting.launched == ["expand", "forward", "forward", "top", "backward", "update"]
-    counting = Counting(device)
-    Gan(dtype, count=4, batch=4).on(counting)
-    assert counting.launched == [
-        *("first_forward_and_gather", "forward"),
-        *("forward", "top", "update"),
-        *("forward", "top", "backward", "backward", "update"),
-    ]
+    # The rows of a penalty go backward with the others, but to the samples.
+    for penalty, extra in ((None, ()), ((1.0, 4), ("backward", "forward_penalty"))):
+        counting = Counting(device)
+        Gan(dtype, count=4, batch=4, penalty=penalty).on(counting)
+        assert counting.launched == [
+            *("first_forward_and_gather", "forward"),
+            *("forward", "top", *extra, "update"),
+            *("forward", "top", "backward", "backward", "update"),
+        ]
 
 
 def test_large_matmuls_have_large_tiles() -> None:
@@ -838,9 +876,12 @@ def test_fuses_what_there_is() -> None:
     labels = Labels(np.zeros(len(gan.gather.dataset.x), np.int64), 2)
     conditional = gan.gather._replace(dataset=gan.gather.dataset._replace(labels=labels))
     assert not supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
-    penalized = [GradientPenalty(1, 0.5), Update(1, "sgd")]
     at = next(i for i, phase in enumerate(gan.phases) if isinstance(phase, Update))
-    assert not supports(TrainingPlan(gan.networks, (*gan.phases[:at], *penalized, *gan.phases[at + 1 :])))
+    for penalties, supported in (([0.5], True), ([-0.5], False), ([0.5, 0.5], False)):
+        penalized = [GradientPenalty(1, factor) for factor in penalties]
+        assert supports(TrainingPlan(gan.networks, (*gan.phases[:at], *penalized, *gan.phases[at:]))) == supported
+    two = Gan(dtype, penalty=(1.0, 1), discriminator=(33, 9, 2))
+    assert not supports(two.plan)
     gather, forward, loss, backward, update = plan.phases
     for phases in (
         (gather, forward, loss, backward, AllReduce(0, lambda gradients: None), update),
@@ -894,7 +935,7 @@ def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
     names = {"Progress": "Progress", "ArrangeSamples": "ArrangeSamples", "CloseSteps": "CloseSteps"}
     for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
         names[name] = f"{name}<{t}>"
-    names |= {"Loss": f"Loss<{t}>", "Top": f"Top<{t}>"}
+    names |= {name: f"{name}<{t}>" for name in ("Loss", "Top", "GradientPenalty")}
     for name in ("Forward", "Gather", "Update"):
         names[name] = f"{name}<{t}, unsigned char>"
     names |= {"ClusterTraining": "ClusterTraining"} if t == "float" else {}

@@ -30,7 +30,18 @@ from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import smoothing
 from ...formulas.optimizers import OPTIMIZER_RULES
 from ...training import plan as training
-from ...training.plan import NOISE, SAMPLES, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
+from ...training.plan import (
+    NOISE,
+    SAMPLES,
+    Array,
+    Backward,
+    Forward,
+    Gather,
+    GradientPenalty,
+    Loss,
+    TrainingPlan,
+    Update,
+)
 from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
@@ -38,7 +49,7 @@ from .types import CPP_TYPES, address
 CLUSTER_SOURCE = "training/cluster.cuh"
 
 # The files of csrc/cuda/training by the kernels of a step, but for kernels that have a file of their own name.
-_SOURCES = dict.fromkeys(("first_forward", "forward", "backward"), "dense")
+_SOURCES = dict.fromkeys(("first_forward", "forward", "backward", "forward_penalty"), "dense")
 _SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand"), "gather")
 
 # Sources that not every architecture compiles, and those that do.
@@ -113,9 +124,11 @@ def expressions() -> dict[str, list[str]]:
     """Every kernel that this module launches, by source file: for compiling ahead of time, and for tests."""
     names = list[str]()
     for t in ("float", "double"):
-        names += [f"loss<{t}>", f"top<{t}>", f"expand<{t}>"]
-        names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
-        names += [f"forward<{t}, gemmlet::{tile}>" for tile in _TILES]
+        names += [f"loss<{t}>", f"loss<{t}, true>", f"top<{t}>", f"top<{t}, true>", f"expand<{t}>"]
+        for kernel in ("forward", "backward", "forward_penalty"):
+            names += [f"{kernel}<{t}, gemmlet::{tile}>" for tile in _TILES]
+        names += [f"backward<{t}, gemmlet::{tile}, true>" for tile in _TILES]
+        names += [f"update<{t}, {t}, gemmlet::optimizers::{rule}, true>" for rule in OPTIMIZER_RULES]
         for n in (t, "unsigned char"):
             for kernel in ("first_forward", "first_forward_and_gather"):
                 names += [f"{kernel}<{t}, {n}, gemmlet::{tile}>" for tile in _TILES]
@@ -138,7 +151,8 @@ def _source(kernel: str) -> str:
 
 def supports_fused(plan: TrainingPlan) -> bool:
     """Whether the kernels of csrc/cuda/training can take the plan's steps."""
-    phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
+    alone = (Loss, GradientPenalty, Update)  # whose network says enough
+    phases = tuple((type(phase), *phase[: 1 if isinstance(phase, alone) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
     losses = places("losses").keys() | (set() if is_gan else places("row_losses").keys())
     with contextlib.suppress(training.UnsupportedError):
@@ -150,6 +164,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
             and all(map(training.dense_layers, plan.networks))
             and plan.activations() <= places("activations").keys()
             and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
+            and all(penalty.factor >= 0 and plan.outputs(penalty.network) == 1 for penalty in plan.gradient_penalties)
             and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
         )
     return False
@@ -160,9 +175,13 @@ _STEPS = (
     # One network.
     ((Forward, 0, (SAMPLES,)), (Loss, 0), (Backward, 0, None), (Update, 0)),
     # A generator and a discriminator.
-    (
-        *((Forward, 0, (NOISE,)), (Forward, 1, (SAMPLES, 0)), (Loss, 1), (Backward, 1, None), (Update, 1)),
-        *((Forward, 1, (0,)), (Loss, 1), (Backward, 1, 0), (Backward, 0, None), (Update, 0)),
+    *(
+        (
+            *((Forward, 0, (NOISE,)), (Forward, 1, (SAMPLES, 0)), (Loss, 1), (Backward, 1, None)),
+            *(*penalty, (Update, 1)),
+            *((Forward, 1, (0,)), (Loss, 1), (Backward, 1, 0), (Backward, 0, None), (Update, 0)),
+        )
+        for penalty in ((), ((GradientPenalty, 1),))
     ),
 )
 
@@ -262,10 +281,10 @@ class _Network:
         parameters = state + self.start + self._starts[layer] * self.dtype.itemsize
         return _filled("Layer", **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
 
-    def below(self, layer: int) -> np.void:
-        """A layer as the one below another."""
-        saved, grad = self.y[layer] if self.z[layer] is None else self.z[layer], self.grad[layer]
-        matrices = {"saved": address(saved), "grad": address(grad)}
+    def below(self, layer: int, rows: slice = slice(None), grad: Any = None) -> np.void:
+        """A layer as the one below another; or some rows of it, of which `grad` takes the result."""
+        saved: Any = self.y[layer] if self.z[layer] is None else self.z[layer]
+        matrices = {"saved": address(saved[rows]), "grad": address(self.grad[layer] if grad is None else grad)}
         return _filled("Below", self.dtype, activation=self.activations[layer], **matrices)
 
     def has_top(self, rows: int) -> bool:
@@ -287,11 +306,21 @@ class _Network:
 
 
 class _Pass(NamedTuple):
-    """A forward pass through a network: its inputs, their number, and whether the last layer is left to the loss."""
+    """A forward pass through a network."""
 
     given: _Input
-    rows: int
-    top: bool
+    rows: int  # of all inputs
+    top: bool  # whether the last layer is left to the loss
+    penalty: np.void  # of the gradient; its rows come after all inputs
+
+    @property
+    def penalty_rows(self) -> int:
+        return int(self.penalty["end"] - self.penalty["first"])
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of kernels, by their template, that take those rows too."""
+        return ", true" if self.penalty_rows else ""
 
 
 class Session:
@@ -424,6 +453,8 @@ class Session:
         for phase in self.plan.phases:
             if isinstance(phase, Forward):
                 most[phase.network] = max(most[phase.network], rows * len(phase.inputs))
+            elif isinstance(phase, GradientPenalty):
+                most[phase.network] += phase.rows(rows)
         if len(networks) > 1 or self.plan.gather.dataset.indptr is not None:
             self._gathered = device.empty((most[-1], _stride(networks[-1].widths[0])), self.dtype)
         for network, count in zip(networks, most, strict=True):
@@ -516,45 +547,61 @@ class Session:
         else:
             given = self._input_of(self._gathered)
         self._forward(network, 0, given, rows, kernel)
-        self._passes[phase.network] = _Pass(given, rows, top)
+        self._passes[phase.network] = _Pass(given, rows, top, self._penalty_of(phase))
         for layer in range(1, len(network.layers) - top):
             self._forward(network, layer, self._input_of(network.y[layer - 1]), rows)
 
     @_add.register
     def _(self, phase: Loss) -> None:
-        network, (_, rows, top) = self.networks[phase.network], self._passes[phase.network]
-        last, outputs = len(network.layers) - 1, network.widths[-1]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        last, outputs, rows = len(network.layers) - 1, network.widths[-1], forward.rows
         common = {"activation": network.activations[last], "grad": address(network.grad[last])}
+        common["penalty"] = forward.penalty
         common["objective"] = self.objective(phase, self._rows)
-        if top:
+        if forward.top:
             inputs = network.widths[-2]
             block = min(256, _pieces(inputs, 32) * 32)
             numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
             x, below = address(network.y[last - 1]), network.below(last - 1)
             p = _filled("Top", self.dtype, x=x, layer=network.layer(self.state, last), below=below, **common)
-            self._launch(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
+            shared = numbers * self.dtype.itemsize
+            self._launch(f"top<{self.type}{forward.suffix}>", (rows, 1), block, p, shared=shared)
         else:
             y, z = address(network.y[last]), address(network.z[last])
             p = _filled("Loss", self.dtype, y=y, z=z, out=outputs, rows=rows, **common)
-            self._launch(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
+            grid = _pieces(rows, _LOSS_THREADS // 32), 1
+            self._launch(f"loss<{self.type}{forward.suffix}>", grid, _LOSS_THREADS, p)
 
     @_add.register
     def _(self, phase: Backward) -> None:
-        network, (_, rows, top) = self.networks[phase.network], self._passes[phase.network]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
         to = None if phase.to is None else self.networks[phase.to]
         # The gradient of each layer's preactivations becomes the gradient of the layer below.
-        for layer in range(len(network.layers) - 1 - top, 0 if to is None else -1, -1):
-            inputs, outputs = network.widths[layer : layer + 2]
-            tiles = _tiles(self.dtype, rows, inputs, outputs)
+        for layer in range(len(network.layers) - 1 - forward.top, 0 if to is None else -1, -1):
             below = network.below(layer - 1) if layer or to is None else to.below(-1)
-            common = {"grad": address(network.grad[layer]), "layer": network.layer(self.state, layer)}
-            p = _filled("Backward", self.dtype, below=below, rows=rows, **common)
-            self._launch(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+            self._backward(network, layer, network.grad[layer], below, forward.rows, forward)
+
+    @_add.register
+    def _(self, phase: GradientPenalty) -> None:
+        """Its gradients of preactivations have come with the others'."""
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        # First to the samples, and then forward as far as there are inputs of a layer.
+        samples, rows = slice(self._rows, None), slice(forward.rows, None)
+        inputs = self._gathered[rows]
+        identity = _filled("Activation", self.dtype, number=places("activations")["identity"])
+        matrices = {"saved": address(self._gathered[samples]), "grad": address(inputs)}
+        below = _filled("Below", self.dtype, activation=identity, **matrices)
+        self._backward(network, 0, network.grad[0][rows], below, forward.penalty_rows)
+        for layer in range(len(network.layers) - 1):
+            below = network.below(layer, samples, network.y[layer][rows])
+            self._backward(network, layer, inputs, below, forward.penalty_rows, kernel="forward_penalty")
+            inputs = network.y[layer][rows]
 
     @_add.register
     def _(self, phase: Update) -> None:
         """Updates add up the losses too: the first update those of the first `Loss`, and so on."""
-        network, (given, rows, _) = self.networks[phase.network], self._passes[phase.network]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        given, rows = forward.given, forward.rows
         number, count = self.plan.updates.index(phase), len(network.layers)
         loss = self.plan.losses[number]
         for first in range(0, count, _MAX_LAYERS):
@@ -574,7 +621,8 @@ class Session:
                 blocks=blocks,
                 has_first=first == 0,
                 input=given.value,
-                rows=rows,
+                rows=rows + forward.penalty_rows,
+                bias_rows=rows,
                 plane=network.plane,
                 averages=network.averages,
                 hyperparameters=address(self._hyperparameters) + number * _MAX_HYPERPARAMETERS * self.dtype.itemsize,
@@ -588,7 +636,7 @@ class Session:
                 closes=end == count and phase is self.plan.phases[-1],
                 progress=self.state,
             )
-            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}>"
+            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}{forward.suffix}>"
             self._launch(kernel, (blocks + 1, 1), _WIDE_THREADS, p, shared=_WIDE_NUMBERS * self.dtype.itemsize)
 
     # Launches.
@@ -637,6 +685,37 @@ class Session:
             columns = tiles.grid[1] + _pieces(rows + 1, tile_rows)
         kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
         self._launch(kernel, (tile_rows, columns), tiles.block, *arguments, shared=tiles.shared)
+
+    def _backward(
+        self,
+        network: _Network,
+        layer: int,
+        grad: Any,
+        below: np.void,
+        rows: int,
+        forward: _Pass | None = None,
+        kernel: str = "backward",
+    ) -> None:
+        """Through one layer; the rows of the gradient penalty of a pass go with the others."""
+        inputs, outputs = network.widths[layer : layer + 2]
+        columns, k = (outputs, inputs) if kernel == "forward_penalty" else (inputs, outputs)
+        common = {"grad": address(grad), "layer": network.layer(self.state, layer), "below": below}
+        suffix = ""
+        if forward is not None:
+            rows += forward.penalty_rows
+            common["penalty"], suffix = forward.penalty, forward.suffix
+        tiles = _tiles(self.dtype, rows, columns, k)
+        p = _filled("Backward", self.dtype, rows=rows, **common)
+        self._launch(f"{kernel}<{self.type}, {tiles.kind}{suffix}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+
+    def _penalty_of(self, forward: Forward) -> np.void:
+        """The gradient penalty of a pass, of no rows if it has none."""
+        for penalty in self.plan.gradient_penalties:
+            if penalty.network == forward.network and SAMPLES in forward.inputs:
+                rows = penalty.rows(self._rows)
+                where = {"first": self._rows, "end": self._rows + rows, "offset": self._rows}
+                return _filled("GradientPenalty", self.dtype, scale=math.sqrt(penalty.factor / rows), **where)
+        return _filled("GradientPenalty", self.dtype)
 
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of `rows` rows."""
