@@ -240,15 +240,19 @@ def trained(name: str) -> list[Any]:
 
 
 def call_of_training(name: str) -> Any:
-    if name.endswith("gan"):
-        # Two rows of each mini-batch, and one of the last, have a penalty.
-        penalized = {"penalty": (3.0, 5), "discriminator": (33, 17, 6, 1)} if name == "penalized_gan" else {}
-        return test_cuda_training.Gan(np.float32, count=20, batch=9, **penalized)
+    if name == "gan":
+        return test_cuda_training.Gan(np.float32, count=20, batch=9, rates=(0.2, 0.5), noise=0.3)
+    if name == "penalized_gan":
+        # Two rows of each mini-batch, and one of the last, have the penalty.
+        how = {"penalty": (3.0, 5), "discriminator": (33, 17, 6, 1), "rates": (0.2, 0.3, 0.3)}
+        return test_cuda_training.Gan(np.float32, count=20, batch=9, **how)
     if name == "mlp_in_a_cluster":
-        return test_cuda_training.Mlp((35, 13, 10), np.float32, rule="momentum", count=200, batch=35, kind="bytes")
-    kind = "sparse" if name == "mlp_of_sparse" else "floats"
-    how = {"rule": "momentum", "count": 90, "batch": 70, "kind": kind, "sign": -1.0}
-    return test_cuda_training.Mlp((150, 69, 34, 40), np.float32, **how)
+        how = {"rule": "momentum", "count": 200, "batch": 35, "kind": "bytes", "rates": (0.2, 0.5)}
+        return test_cuda_training.Mlp((35, 13, 10), np.float32, **how)
+    is_sparse = name == "mlp_of_sparse"
+    how = {"rule": "momentum", "count": 90, "batch": 70, "kind": "sparse" if is_sparse else "floats", "sign": -1.0}
+    random = {"rates": (0.2 * is_sparse, 0.5, 0.3), "noise": 0.1 * is_sparse}
+    return test_cuda_training.Mlp((150, 69, 34, 40), np.float32, **how, **random)
 
 
 def training(name: str, plan: str) -> Callable[[Run], None]:
@@ -537,10 +541,25 @@ WRONG = [
         (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),
         (BARRIER + "\n  const Index below_row", "const Index below_row", "mlp"),
     ),
-    *mutants("training/dense", ("penalized ? penalty.sample(i) : i", "i", "penalized_gan")),
+    *mutants(
+        "training/dense",
+        ("saved + at(penalized ? penalty.sample(i) : i", "saved + at(i", "penalized_gan"),
+        ("kept<n>(penalized ? penalty.sample(i) : i", "kept<n>(i", "penalized_gan"),
+    ),
+    *mutants(
+        "training/draw",
+        ("opens ? progress->next : progress->step", "progress->step", "mlp"),
+        ("row < boundary", "row <= boundary", "gan"),
+        ("first == 0 ? all[1] : all[3]", "first == 0 ? all[1] : all[2]", "mlp"),
+        ("decision < 2 ? pair[0]", "decision < 1 ? pair[0]", "mlp"),
+        ("(n == 1 ? first : c) % 2", "(n == 1 ? c : first) % 2", "mlp"),
+        ("4 * static_cast<int>(threadIdx.x); k < width", "4 * static_cast<int>(threadIdx.x); k < width - 3", "gan"),
+    ),
     *mutants(
         "training/gather",
         ("T(0);\n  " + BARRIER, "T(0);", "mlp_of_sparse"),
+        ("if (changes.any()) {\n    " + BARRIER, "if (changes.any()) {", "mlp_of_sparse"),
+        ("row = is_second ? i : i - p.generated", "row = is_second ? i : i - p.generated + 1", "gan"),
         ("k < p.features; k += static_cast", "k < p.features - 1; k += static_cast", "gan"),
     ),
     *mutants(
@@ -553,6 +572,10 @@ WRONG = [
     *mutants(
         "training/cluster",
         ("count == tile_features && reinterpret", "reinterpret", "mlp_in_a_cluster"),
+        ("tile * tile_features + first, p.drops", "tile * tile_features, p.drops", "mlp_in_a_cluster"),
+        ("kept >>= 2;", "", "mlp_in_a_cluster"),
+        ("draw(step + 1);", "draw(step);", "mlp_in_a_cluster"),
+        ("p.drops.apply(kept, grad);", ";", "mlp_in_a_cluster"),
         ("if (i < p.rows) {\n    const Index sample", "{\n    const Index sample", "mlp_in_a_cluster"),
         ("first_step * Rule::hyperparameter_count;", "0;", "mlp_in_a_cluster"),
         ("? 1.0f : 0.0f", "? 0.0f : 0.0f", "mlp_in_a_cluster"),

@@ -29,22 +29,27 @@ from gemmlet.backends.cuda import declarations
 from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.cuda.training import Session
+from gemmlet.formulas import dropout
 from gemmlet.formulas.activations import ACTIVATIONS
 from gemmlet.formulas.losses import LOSSES, ROW_LOSSES
 from gemmlet.formulas.optimizers import OPTIMIZER_RULES, adam_hyperparameters
-from gemmlet.nn import GAN
+from gemmlet.formulas.random import STREAMS
+from gemmlet.nn import GAN, MLP
 from gemmlet.training import reference
 from gemmlet.training.plan import (
     NOISE,
     SAMPLES,
+    SECOND_PASS,
     Activation,
     AllReduce,
     Backward,
     Batches,
     Dataset,
+    Dropout,
     Forward,
     Gather,
     GradientPenalty,
+    InputNoise,
     Labels,
     Linear,
     Loss,
@@ -62,6 +67,9 @@ if shutil.which(COMPILER) is None:
 
 # Of weights after some steps, and losses, relative to the largest: rounding, as training carries it on.
 BOUNDS = {"float64": 1e-11, "float32": 2e-5}
+
+# Of random numbers: the seed, which is beyond a signed number, and the first step, after which words carry over.
+KEY, FIRST_STEP = 2**64 - 5, 2**32 - 2
 
 # What steps are made of: tiles of one kind; whether the last layer goes with the loss in one kernel; and of how many
 # blocks the cluster may be that trains perceptrons with one hidden layer.
@@ -114,21 +122,25 @@ def network(
     hidden: str = "tanh",
     output: str | None = None,
     averaged: bool = False,
+    rates: Sequence[float] = (),
+    noise: float = 0.0,
     seed: int = 0,
 ) -> Network:
-    """A network in the middle of its training: states are not 0."""
+    """A network in the middle of its training: states are not 0. `rates` are those of the dropout of layers' inputs."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> Any:
         return (0.6 * rng.normal(size=shape)).astype(dtype)
 
-    operations: list[Any] = []
+    operations: list[Any] = [InputNoise(noise, STREAMS["input noise"], KEY)] if noise else []
     for i, (before, after) in enumerate(itertools.pairwise(widths)):
         shapes, parameters = ((before, after), (after,)), []
         states = [tuple(0.1 * draw(*shape) ** 2 for _ in OPTIMIZER_RULES[rule].state) for shape in shapes]
         averages = [draw(*shape) if averaged else None for shape in shapes]
         values = draw(before, after) / np.sqrt(before, dtype=dtype), draw(after)
         parameters = list(map(Parameter, values, states, averages))
+        if rates and rates[i]:
+            operations.append(Dropout(rates[i], STREAMS["dropout"] + i, KEY))
         operations.append(Linear(*parameters))
         if activation := hidden if i + 2 < len(widths) else output:
             operations.append(Activation(activation, ACTIVATIONS[activation].default))
@@ -195,6 +207,7 @@ def part(batches: Batches, steps: slice, losses: Sequence[float]) -> Batches:
         losses=tuple(losses),
         decay=None if batches.decay is None else batches.decay[steps],
         noise=None if batches.noise is None else batches.noise[rows],
+        first_step=batches.first_step + steps.start,
     )
 
 
@@ -255,7 +268,9 @@ class Mlp(Problem):
         self.plan = TrainingPlan((network(widths, dtype, rule, **settings),), phases)
         steps = -(-count // batch)
         decay = np.linspace(0.2, 0.7, steps) if settings.get("averaged") else None
-        self.batches = Batches(some_order(n, count), batch, (numbers(rule, steps),), (2.5,), decay)
+        self.batches = Batches(
+            some_order(n, count), batch, (numbers(rule, steps),), (2.5,), decay, first_step=FIRST_STEP
+        )
 
     @property
     def layers(self) -> list[Linear]:
@@ -293,6 +308,8 @@ class Gan(Problem):
         kind: str = "bytes",
         hidden: str = "leaky_relu",
         penalty: tuple[float, int] | None = None,
+        rates: Sequence[float] = (),
+        noise: float = 0.0,
     ) -> None:
         loss = "binary_cross_entropy_with_logits"
         phases = (
@@ -301,20 +318,23 @@ class Gan(Problem):
             *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1)),
             *([] if penalty is None else [GradientPenalty(1, *penalty)]),
             Update(1, rules[1]),
-            Forward(1, (0,)),
+            Forward(1, (0,), SECOND_PASS),
             Loss(1, loss, (1.0 if non_saturating else 0.0,), sign=1.0 if non_saturating else -1.0),
             *(Backward(1, 0), Backward(0), Update(0, rules[0])),
         )
         networks = (
             network(generator, dtype, rules[0], hidden="relu", output=output, averaged=averaged[0]),
-            network(discriminator, dtype, rules[1], hidden=hidden, averaged=averaged[1], seed=1),
+            network(
+                discriminator, dtype, rules[1], hidden=hidden, averaged=averaged[1], rates=rates, noise=noise, seed=1
+            ),
         )
         self.plan = TrainingPlan(networks, phases)
         steps = -(-count // batch)
         tables = numbers(rules[1], steps, 0.02), numbers(rules[0], steps)
-        noise = np.random.default_rng(6).normal(size=(count, generator[0])).astype(dtype)
+        drawn = np.random.default_rng(6).normal(size=(count, generator[0])).astype(dtype)
         decay = np.linspace(0.2, 0.7, steps)
-        self.batches = Batches(some_order(50, count), batch, tables, (2.0, 1.0), decay, noise)
+        order = some_order(50, count)
+        self.batches = Batches(order, batch, tables, (2.0, 1.0), decay, drawn, first_step=FIRST_STEP)
 
 
 def same(results: Sequence[Any], expected: Sequence[Any]) -> bool:
@@ -439,9 +459,82 @@ PENALIZED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", PENALIZED)
 def test_gradient_penalty(variant: str, plan: str, device: Any, dtype: Any) -> None:
     """As the reference, in which it is no further rows."""
-    gan = Gan(dtype, **PENALIZED[variant])
-    assert cuda_training.supports_fused(gan.plan)
-    gan.check(device, select.load("numpy"))
+    for random in ({}, {"rates": (0.2, 0.5, 0.3, 0.4), "noise": 0.4}, {"rates": (0.0, 0.5, 0.0, 0.4)}):
+        gan = Gan(dtype, **PENALIZED[variant], **random)
+        assert cuda_training.supports_fused(gan.plan)
+        gan.check(device, select.load("numpy"))
+
+
+# Dropout and noise.
+
+RANDOM: dict[str, dict[str, Any]] = {
+    "hidden layers": {"widths": (37, 45, 19, 5), "rates": (0.0, 0.5, 0.3)},
+    "inputs": {"widths": (70, 24, 66, 3), "rates": (0.4, 0.0, 0.0)},
+    "all": {"widths": (35, 66, 9, 40), "rates": (0.2, 0.5, 0.7), "noise": 0.3, "rule": "momentum"},
+    "of one layer": {"widths": (131, 3), "rates": (0.3,), "noise": 0.2, "rule": "adam"},
+    "noise alone": {"widths": (18, 7, 2), "noise": 0.5},
+    "one by one": {"widths": (1, 1, 1, 2), "rates": (0.5, 0.5, 0.5), "noise": 1.0, "count": 9, "batch": 1},
+    "all and none": {"widths": (9, 8, 3), "rates": (2.0**-18, 1.0), "noise": 1e-30},
+}
+
+
+@pytest.mark.parametrize("variant", RANDOM)
+def test_dropout_and_noise(variant: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None:
+    for kind in ("bytes", "floats", "sparse"):
+        Mlp(dtype=dtype, kind=kind, **RANDOM[variant]).check(device, cpu)
+
+
+@pytest.mark.parametrize("hidden", ["gelu", "silu", "softplus"])
+def test_dropout_after_any_activation(
+    hidden: str, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where backward takes preactivations."""
+    for name in PLANS:
+        use_plan(name, monkeypatch)
+        for widths in ((21, 13, 8, 3), (21, 13, 3)):
+            Mlp(widths, dtype, hidden=hidden, kind="bytes", rates=(0.2, 0.5, 0.3)).check(device, cpu)
+
+
+@pytest.mark.parametrize("variant", ["averaged", "minimax", "floats", "deep", "shallow", "one by one"])
+def test_dropout_and_noise_of_a_gan(variant: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None:
+    for rates, noise in (((0.2, 0.5, 0.3), 0.4), ((0.0, 0.5, 0.3), 0.0), ((0.3, 0.0, 0.0), 0.0), ((), 0.4)):
+        Gan(dtype, **GANS[variant], rates=rates, noise=noise).check(device, cpu)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_dropped_need_not_be_finite(
+    name: str, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs, and results of hidden units."""
+    use_plan(name, monkeypatch)
+    mlp = Mlp((40, 16, 3), dtype, hidden="relu", kind="bytes", rates=(0.4, 0.5), n=1, count=1)
+    inputs, units = (
+        dropout.kept(KEY, STREAMS["dropout"] + i, FIRST_STEP, [0], width, dropout.threshold(rate))[0]
+        for i, (width, rate) in enumerate(((40, 0.4), (16, 0.5)))
+    )
+    mlp.x[:] = 255
+    mlp.layers[0].weight.value[np.ix_(inputs, ~units)] = np.finfo(dtype).max / 3
+    if name != "cluster":
+        mlp.use(Dataset(np.where(inputs, mlp.x / 255, np.nan).astype(dtype)))
+    got, expected = mlp.on(device), mlp.run(cpu.train)
+    for result, wanted in zip(got, expected, strict=True):
+        assert np.isfinite(wanted).all()
+        np.testing.assert_allclose(result, wanted, BOUNDS[str(dtype)], BOUNDS[str(dtype)])
+
+
+def test_fit_is_no_work_of_the_reference(device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any) -> Outcome:
+        raise AssertionError("the reference trains")
+
+    monkeypatch.setattr(reference, "train", train)
+    x = np.random.default_rng(0).integers(0, 256, (20, 9), np.uint8)
+    with use_backend(cuda_on_host.backend.load()):
+        mlp = MLP([9, 6, 3], dtype=dtype, dropout=0.5, input_dropout=0.2, input_noise=0.1)
+        gan = GAN(4, [6, 9], [6, 1], dtype=dtype, discriminator_dropout=0.5, discriminator_input_dropout=0.2,
+                  discriminator_input_noise=0.1, gradient_penalty=0.1)  # fmt: skip
+        assert mlp.fit(x, np.arange(20) % 3, 2, 8).loss[1] > 0
+        assert gan.fit(x, 2, 8).generator_loss[1] > 0
+        assert GAN(4, [6, 9], [6, 1], dtype=dtype, gradient_penalty=0.1).fit(x, 2, 8).generator_loss[1] > 0
 
 
 # In a cluster.
@@ -508,6 +601,14 @@ def test_label_smoothing_in_a_cluster(device: Any, cpu: Any, cluster: None) -> N
         in_cluster((6, 9, out), classes=classes, smoothing=0.3, batch=11).check(device, cpu)
 
 
+@pytest.mark.parametrize("rates", [(0.0, 0.5), (0.3, 0.0), (0.2, 0.7)], ids=str)
+def test_dropout_in_a_cluster(rates: tuple[float, float], device: Any, cpu: Any, cluster: None) -> None:
+    for variant, settings in CLUSTERS.items():
+        counting, settings = Counting(device), {"count": 140} | settings
+        in_cluster(**settings, rates=rates, rule="momentum").check(counting, cpu)
+        assert "train_in_cluster" in counting.launched, variant
+
+
 def test_weights_of_any_size_in_a_cluster(device: Any, cpu: Any, cluster: None) -> None:
     """Their parts in bfloat16 have the exponents of float."""
     for size in (1e-30, 1e-10, 1e10, 1e30):
@@ -550,6 +651,7 @@ def test_what_a_cluster_does_not(device: Any, monkeypatch: pytest.MonkeyPatch) -
     assert not launched((9, 8, 3), kind="floats")
     assert not launched((9, 8, 3), kind="sparse")
     assert not launched((9, 8, 3), averaged=True)
+    assert not launched((9, 8, 3), noise=0.1)
     assert not launched((9, 8, 3), arch="sm_80")
     assert not launched((9, 8, 3), update={"clip_value": 1.0})
 
@@ -598,12 +700,16 @@ def test_a_cluster_without_memory_has_none_reserved(
 def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_plan(name, monkeypatch)
     mlp = Mlp([37, 12, 5] if name == "cluster" else [37, 45, 19, 5], dtype, kind="bytes", rule="adam")
-    problems = mlp, Gan(dtype), Gan(dtype, **PENALIZED["deep"])
+    random: dict[str, Any] = {"rates": (0.2, 0.5, 0.3), "noise": 0.3}
+    problems: list[Problem] = [mlp, Gan(dtype), Gan(dtype, **random), Gan(dtype, **PENALIZED["deep"])]
+    problems.append(Mlp([37, 12, 9, 5], dtype, kind="sparse", **random))
+    if name == "cluster":
+        problems.append(in_cluster([37, 12, 5], rates=(0.2, 0.5)))
     expected = [problem.on(HostDevice()) for problem in problems]
     for order in THREAD_ORDERS:
         device = HostDevice(thread_order=order)
-        for problem, results in zip(problems, expected, strict=True):
-            assert same(problem.on(device), results), order
+        for problem, wanted in zip(problems, expected, strict=True):
+            assert same(problem.on(device), wanted), order
 
 
 def test_a_sparse_matrix_gives_the_bits_of_the_dense_one(device: Any, dtype: Any) -> None:
@@ -626,9 +732,13 @@ def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
     assert same(mlp.on(device), expected)
 
 
+@pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan", "penalized gan"])
-def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_may_be_divided(
+    network: str, random: bool, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Into single steps, which are recorded once and find what the last call left; losses are added up all the same.
+    With dropout, too.
 
     The networks go to the GPU with the first call and after `write_back` alone.
     """
@@ -638,9 +748,10 @@ def test_calls_may_be_divided(network: str, device: Any, dtype: Any, monkeypatch
         pytest.skip("float32 alone")
     count, batch, is_mlp = 75, 8, "gan" not in network
     kind = "bytes" if "cluster" in network else "floats"
-    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", count=count, batch=batch, kind=kind) if is_mlp else Gan(
-        dtype, count=count, batch=batch, penalty=(3.0, 4) if "penalized" in network else None
-    )  # fmt: skip
+    settings: Any = {"count": count, "batch": batch, "rates": (0.2, 0.5) if random else ()}
+    if "penalized" in network:
+        settings["penalty"] = 3.0, 4
+    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, **settings) if is_mlp else Gan(dtype, **settings)
     expected = problem.on(device)
     monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
     recorded, sent = Counter[str](), list[int]()
@@ -722,15 +833,6 @@ def test_what_the_kernels_cannot_is_left_to_the_reference(device: Any, dtype: An
         assert outcome.correct
     assert same(arrays_of(on_gpu), arrays_of(clipped))
     assert_close(arrays_of(varied), arrays_of(clipped), dtype)
-
-
-def test_a_gan_with_a_gradient_penalty_is_fitted_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "train", lambda *_: pytest.fail("the reference was called"))
-    x = np.random.default_rng(0).uniform(size=(40, 33)).astype(np.float32)
-    gan = GAN(7, [20, 33], [24, 1], gradient_penalty=0.1)
-    with use_backend(cuda_on_host.backend.load()):
-        gan.fit(x, epochs=2, batch_size=16)
-    assert gan.steps == 6
 
 
 def test_a_plan_that_is_gone_leaves_nothing(device: Any, dtype: Any) -> None:
@@ -831,6 +933,28 @@ def test_steps_are_few_launches(device: Any) -> None:
         ]
 
 
+def test_dropout_and_noise_are_few_launches(device: Any) -> None:
+    """None of hidden layers; one that changes inputs, of a GAN those of both passes."""
+    dtype = np.dtype(np.float32)
+    plain, random = [], {"rates": (0.2, 0.5, 0.3), "noise": 0.3}
+    for settings in ({}, {"rates": (0.0, 0.5, 0.3)}):
+        plain.append(counting := Counting(device))
+        Mlp([20, 12, 9, 3], dtype, count=4, batch=4, **settings).on(counting)
+        Gan(dtype, count=4, batch=4, **settings).on(counting)
+    assert plain[0].launched == plain[1].launched
+    for kind, opens in (("bytes", "gather"), ("sparse", "expand")):
+        counting = Counting(device)
+        Mlp([20, 12, 9, 3], dtype, count=4, batch=4, kind=kind, **random).on(counting)
+        assert counting.launched == [opens, "forward", "forward", "top", "backward", "update"]
+    counting = Counting(device)
+    Gan(dtype, count=4, batch=4, **random).on(counting)
+    assert counting.launched == [
+        *("first_forward_and_gather", "forward", "change_inputs"),
+        *("forward", "top", "update"),
+        *("forward", "top", "backward", "backward", "update"),
+    ]
+
+
 def test_large_matmuls_have_large_tiles() -> None:
     kinds = [cuda_training._kind_of_tile(*size) for size in ((64, 128), (128, 256), (64, 784), (1024, 128))]
     assert kinds == ["SmallTile<8>", "SmallTile<16>", "SmallTile<16>", "WideTile"]
@@ -873,6 +997,12 @@ def test_fuses_what_there_is() -> None:
 
     plan, gan = Mlp([3, 2, 2], dtype).plan, Gan(dtype).plan
     assert supports(gan)
+    for source in (Dropout(0.5, 256, KEY), InputNoise(0.1, 255, KEY)):
+        generator, discriminator = gan.networks
+        assert supports(replace(plan, networks=((source, *plan.networks[0]),)))
+        assert supports(replace(gan, networks=(generator, (source, *discriminator))))
+        assert not supports(replace(gan, networks=((source, *generator), discriminator)))
+        assert not supports(replace(plan, networks=((*plan.networks[0], source),)))
     labels = Labels(np.zeros(len(gan.gather.dataset.x), np.int64), 2)
     conditional = gan.gather._replace(dataset=gan.gather.dataset._replace(labels=labels))
     assert not supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
@@ -933,6 +1063,9 @@ def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
     """What is read from the sources has the compiler's sizes and offsets."""
     t = {"float32": "float", "float64": "double"}[np.dtype(dtype).name]
     names = {"Progress": "Progress", "ArrangeSamples": "ArrangeSamples", "CloseSteps": "CloseSteps"}
+    names |= {"Draw": "Draw"}
+    for name in ("Drops", "Noise", "Changes", "ChangeInputs"):
+        names[name] = f"{name}<{t}>"
     for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
         names[name] = f"{name}<{t}>"
     names |= {name: f"{name}<{t}>" for name in ("Loss", "Top", "GradientPenalty")}

@@ -21,9 +21,15 @@ constexpr unsigned all = 1u << 16;
 // What units that are kept are multiplied by: the mean stays, whatever the threshold was rounded to.
 constexpr double scale(unsigned keep) { return static_cast<double>(all) / keep; }
 
-// The place of a row of a mini-batch of `batch_rows` samples, where the rows of several inputs follow each other.
+// The place of row `row` of input `input` of a mini-batch.
+constexpr unsigned long long place_of(unsigned long long input, unsigned long long row) { return (input << 32) + row; }
+// The same where the rows of several inputs follow each other, `batch_rows` of each.
 constexpr unsigned long long place(unsigned long long row, unsigned long long batch_rows) {
-  return (row / batch_rows << 32) + row % batch_rows;
+  return place_of(row / batch_rows, row % batch_rows);
 }
+
+// The block of units 4 n to 4 n + 3, and the first of their two words.
+constexpr unsigned block_of(unsigned unit) { return unit / group_units * group_blocks + unit % 32 / 4; }
+constexpr int first_word_of(unsigned unit) { return unit % group_units < 32 ? 0 : 2; }
 
 }  // namespace gemmlet::dropout

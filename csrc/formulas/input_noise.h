@@ -16,6 +16,10 @@ constexpr int group_units = 32, group_blocks = 8;
 constexpr int mean = 2 * 255;
 constexpr double deviation = 147.80054127099805;  // sqrt(21845)
 
+// The block of units 2 n and 2 n + 1, and the first of their words.
+constexpr unsigned block_of(unsigned unit) { return unit / group_units * group_blocks + unit % 16 / 2; }
+constexpr int first_word_of(unsigned unit) { return unit % group_units < 16 ? 0 : 2; }
+
 // What integers are multiplied by, for noise of the standard deviation `wanted`.
 constexpr double factor(double wanted) { return wanted / deviation; }
 

@@ -3,20 +3,22 @@
 //
 // Contract
 //   Hopper (sm_90). float; samples are bytes, at most 800 features; at most 8 hidden units for each block of the cluster,
-//   16 outputs, 64 rows in a mini-batch. Every activation, loss and rule, classes or values as targets; no moving
-//   averages. Parameters, Progress: step.cuh; Objective: loss.cuh.
+//   16 outputs, 64 rows in a mini-batch. Every activation, loss and rule, classes or values as targets, dropout; no moving
+//   averages, no noise. Parameters, Progress: step.cuh; Objective: loss.cuh.
 //   Three launches: arrange_samples, train_in_cluster, close_steps, each of the same steps, which begin at Progress::next.
 //   A block owns 8 hidden units: their weights and biases, the rows of the last layer's weights that belong to them, and
 //   the optimizer's states of all these never leave its registers. Every block updates the last layer's biases alike.
 //   Matmuls with samples run on tensor cores: bytes are exact in bfloat16, and so is a float as the sum of three of
 //   them. Products are exact, then, and sums are in float, as tensor cores add: over the features in steps of 16, each
-//   warp its own, then over the warps. 1/255 is multiplied to sums of the first layer's inputs, and to the gradients that
-//   samples are multiplied by. A parameter or gradient of 2^127 or more counts as infinite.
+//   warp its own, then over the warps. What a byte counts, 1/255 and the factor of dropout, is multiplied to sums of the first
+//   layer's inputs, and to the gradients that samples are multiplied by. A parameter or gradient of 2^127 or more counts as
+//   infinite.
 //   Sums over the mini-batch are over the rows in steps of 16 for the first layer's weights, and of every eighth row first
 //   for the other parameters. Everything has a fixed order: the same bits on every run, also if the steps are divided.
 // Dynamic shared memory: cluster_memory_bytes, and twice a mini-batch.
 #pragma once
 
+#include "cuda/training/draw.cuh"
 #include "cuda/training/loss.cuh"
 
 namespace gemmlet {
@@ -42,8 +44,9 @@ struct ArrangeSamples {
   const Index* indices;  // the classes of all samples, or null
   const Progress* progress;
   int rows;
-  bfloat16* tiles;  // of each step
-  int* labels;      // of each row of each step
+  bfloat16* tiles;     // of each step
+  int* labels;         // of each row of each step
+  Drops<float> drops;  // of the samples, of which those that are kept stay as they are
 };
 
 // The mini-batches of some steps. A thread takes 8 features of a row; two rows are side by side, so that 32 bytes are
@@ -67,6 +70,16 @@ __global__ void __launch_bounds__(threads) arrange_samples(const __grid_constant
       for (int k = 0; k < count; ++k) bytes.value[k] = from[k];
 #pragma unroll
     for (int k = 0; k < tile_features; ++k) pack.value[k] = narrow<bfloat16>(static_cast<float>(bytes.value[k]));
+    if (p.drops.keep != 0) {
+#pragma unroll
+      for (int first = 0; first < tile_features; first += 4) {
+        const unsigned kept =
+            p.drops.kept<4>(i, tile * tile_features + first, p.drops.draw.template step<true>() + step);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if ((kept >> k & 1) == 0) pack.value[first + k] = {};
+      }
+    }
     if (tile == 0 && p.indices != nullptr) p.labels[step * p.rows + i] = static_cast<int>(p.indices[sample]);
   }
   store_pack(p.tiles + ((step * tiles + tile) * cluster_rows + i) * tile_features, pack);
@@ -83,6 +96,8 @@ struct ClusterTraining {
   float *first, *last;  // the parameters of both layers
   Index plane;
   Activation<float> hidden_activation, activation;
+  float scale;                 // what a byte of the samples counts
+  Drops<float> drops;          // of the units
   Objective<float> objective;  // labels, losses and correct: of the first step, those of the others behind them
   bool decays_biases;
 };
@@ -194,7 +209,6 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   const double* const all_hyperparameters = p.progress->hyperparameters[0] + first_step * Rule::hyperparameter_count;
   const Index* const order = p.progress->order + first_step * p.progress->batch;
   const Index batch = p.progress->batch;
-  constexpr float scale = 1.0f / 255.0f;
 
   // A lane keeps the weights of unit g, and of features 2t, 2t + 1, 2t + 8, 2t + 9 of each step of its warp's: both the
   // second operand of the forward matmul and the result of the one that gives their gradient.
@@ -291,10 +305,20 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
   ptx::arrive_at_cluster();
   ptx::wait_for_cluster();
 
+  // Of row warp * 8 + g and units 2t and 2t + 1 a bit that says whether the unit is kept; above them those of the next step.
+  unsigned kept = 0;
+  const auto draw = [&](Index step) {
+    if (p.drops.keep == 0) return;
+    const Index of_training = p.drops.draw.template step<true>() + step;
+    kept |= p.drops.kept<2>(warp * 8 + g, rank * cluster_units + 2 * t, of_training) << 2;
+  };
+  draw(0);
+
   for (Index step = 0; step < steps; ++step) {
     const int parity = static_cast<int>(step % 2);
     const ptx::SharedAddress batch_tiles = tiles + (parity * batch_bytes + warp * step_bytes);
     OfWarp& own = of_warp(memory, warp);
+    kept >>= 2;
 
     // Needed later.
     float hyperparameter = 0;
@@ -358,11 +382,12 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
       p.hidden_activation.with([&](auto formula) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float z = fma(total[c], scale, memory.bias[2 * t + c]);
+          const float z = fma(total[c], p.scale, memory.bias[2 * t + c]);
           y.value[c] = formula.forward(z, p.hidden_activation.parameter);
           saved[c] = formula.needs_x ? z : y.value[c];
         }
       });
+      if (p.drops.keep != 0) p.drops.apply(kept, y.value);
       // Rows that are not there have no part in any sum.
       if (i >= p.rows) y = {};
       store_pack(own.units[g] + 2 * t, y);
@@ -431,6 +456,8 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
           });
       __syncwarp();
     }
+    // Here, as there is nothing to do but to wait.
+    draw(step + 1);
     const int rows_of_warp = max(0, min(8, p.rows - warp * 8));
     if (rows_of_warp > 0) {
       const ptx::SharedAddress barrier = ptx::shared_address(&memory.grad_barrier[warp]);
@@ -454,10 +481,11 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
           for (int j = 0; j < 4; ++j) grad[c] = fma(dz[j], w[j], grad[c]);
         }
       }
+      if (p.drops.keep != 0) p.drops.apply(kept, grad);
       p.hidden_activation.backward(grad, saved);
       if (i >= p.rows) grad[0] = grad[1] = 0;
       store_pack(own.units[g] + cluster_units + 2 * t, Pack<float, 2>{grad[0], grad[1]});
-      const Parts parts(grad[0] * scale, grad[1] * scale);
+      const Parts parts(grad[0] * p.scale, grad[1] * p.scale);
 #pragma unroll
       for (int part = 0; part < 3; ++part) {
         own.parts[part][2 * t][g].bits = static_cast<unsigned short>(parts.of[part]);

@@ -1,8 +1,8 @@
 // Fused training: a layer, forward and backward. Contract: step.cuh.
 #pragma once
 
+#include "cuda/training/draw.cuh"
 #include "cuda/training/formulas.cuh"
-#include "cuda/training/step.cuh"
 
 namespace gemmlet {
 
@@ -12,23 +12,27 @@ struct Layer {
   int in, out;
 };
 
-// y = activation(x w + b); z, unless null, takes the preactivation.
-template <class T>
+// y = activation(x w + b); z, unless null, takes the preactivation, and `dropped` what dropout leaves of y. `opens`: in the
+// kernel that opens a step.
+template <class T, bool opens>
 struct ForwardEpilogue {
   const T* bias;
   Activation<T> activation;
-  T *y, *z;
+  T *y, *z, *dropped;
+  Drops<T> drops;
   int rows, out;
 
   template <int n>
   struct Loaded {
     T bias[n];
+    Index step;
   };
   __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < out; }
   template <int n>
   __device__ __forceinline__ Loaded<n> load(int, int j) const {
     Loaded<n> loaded;
     load_numbers<n>(bias + j, loaded.bias);
+    if (dropped != nullptr) loaded.step = drops.draw.template step<opens>();
     return loaded;
   }
   template <int n>
@@ -40,6 +44,10 @@ struct ForwardEpilogue {
     T result[n];
     activation.forward(sum, result);
     store_numbers<n>(y + at, result);
+    if (dropped != nullptr) {
+      drops.apply(drops.template kept<n>(i, j, loaded.step), result);
+      store_numbers<n>(dropped + at, result);
+    }
   }
 };
 
@@ -48,19 +56,20 @@ struct Forward {
   Input<N> input;
   Layer<T> layer;
   Activation<T> activation;
-  T *y, *z;
+  T *y, *z, *dropped;
+  Drops<T> drops;  // of the layer above
   int rows;
 };
 
 // The tile at (tile_row, tile_column), both counted in tiles.
-template <class Tile, class T, class N>
+template <class Tile, bool opens = false, class T, class N>
 __device__ __forceinline__ void forward_tile(const Forward<T, N>& p, const Rows<N>& rows, int tile_row, int tile_column,
                                              T* memory) {
   const Layer<T>& layer = p.layer;
   const LinesOfRows<T, N> x{rows, p.rows};
   const LinesOfColumns<T> w{layer.parameters, row_stride(layer.out)};
   const T* const bias = layer.parameters + static_cast<Index>(layer.in) * row_stride(layer.out);
-  const ForwardEpilogue<T> epilogue{bias, p.activation, p.y, p.z, p.rows, layer.out};
+  const ForwardEpilogue<T, opens> epilogue{bias, p.activation, p.y, p.z, p.dropped, p.drops, p.rows, layer.out};
   Tile::multiply(x, w, layer.in, tile_row * Tile::rows, tile_column * Tile::columns, epilogue, memory);
 }
 
@@ -77,17 +86,19 @@ __global__ void __launch_bounds__(Tile::max_threads, 1)
     first_forward(const __grid_constant__ Forward<T, N> p, const __grid_constant__ Staged<T> staged) {
   const int row = static_cast<int>(blockIdx.x), column = static_cast<int>(blockIdx.y);
   if (blockIdx.y < gridDim.y - 1)
-    forward_tile<Tile>(p, p.input.at_opening(staged.progress), row, column, dynamic_shared<T>());
+    forward_tile<Tile, true>(p, p.input.at_opening(staged.progress), row, column, dynamic_shared<T>());
   else if (row == 0)
     open_step(staged);
 }
 
-// The results of a layer that has another above it: the gradient goes back through its activation.
+// The results of a layer that has another above it: the gradient goes back through the dropout of that one's inputs, and
+// through this one's activation.
 template <class T>
 struct Below {
   Activation<T> activation;
   const T* saved;  // its preactivations where the activation needs them, else its results
   T* grad;         // of its preactivations
+  Drops<T> drops;
 };
 
 // `penalized`: the rows have those of a gradient penalty after them.
@@ -100,6 +111,7 @@ struct BackwardEpilogue {
   template <int n>
   struct Loaded {
     T saved[n];
+    Index step;
   };
   __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < width; }
   __device__ __forceinline__ Index at(int i, int j) const { return static_cast<Index>(i) * row_stride(width) + j; }
@@ -107,10 +119,13 @@ struct BackwardEpilogue {
   __device__ __forceinline__ Loaded<n> load(int i, int j) const {
     Loaded<n> loaded;
     load_numbers<n>(below.saved + at(penalized ? penalty.sample(i) : i, j), loaded.saved);
+    if (below.drops.keep != 0) loaded.step = below.drops.draw.step();
     return loaded;
   }
   template <int n>
   __device__ __forceinline__ void store(int i, int j, const Loaded<n>& loaded, T (&sum)[n]) const {
+    if (below.drops.keep != 0)
+      below.drops.apply(below.drops.template kept<n>(penalized ? penalty.sample(i) : i, j, loaded.step), sum);
     below.activation.backward(sum, loaded.saved);
     store_numbers<n>(below.grad + at(i, j), sum);
   }

@@ -1,5 +1,5 @@
 // Fused training: what the kernels of a step share, and where a call of them has come to. What a step computes:
-// cpu/training/plan.h. The kernels: gather.cuh, dense.cuh, loss.cuh, top.cuh, update.cuh.
+// cpu/training/plan.h. The kernels: gather.cuh, dense.cuh, loss.cuh, top.cuh, update.cuh; and what they draw: draw.cuh.
 //
 // Contract
 //   float and double. A matrix of w columns has rows that are row_stride(w) numbers apart, and begins at a multiple of
@@ -32,6 +32,7 @@ struct Progress {
   const void* noise;                 // a row for each of `order`
   Index batch;
   Index next, step;  // the step that is opened next, and the one that has been opened
+  Index first_step;  // what the first step of the call is in the training: random numbers depend on it
   double loss[2];
   Index correct;
 };

@@ -9,7 +9,7 @@ namespace gemmlet {
 // The last layer of several, where it is small: forward, the loss, and back to the layer below.
 template <class T>
 struct Top {
-  const T* x;  // what the layer below gave
+  const T* x;  // what the layer below gave, without what is dropped of it
   Layer<T> layer;
   Activation<T> activation;
   Objective<T> objective;
@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(max_top_threads, 1) top(const __grid_constant_
           grad_row[j] = gradient;
         },
         [] {});
+  const Index step = p.below.drops.keep != 0 ? p.below.drops.draw.step() : 0;
   __syncthreads();
   const Index below_row = static_cast<Index>(i) * row_stride(layer.in);
   const bool has_penalty = penalized && p.penalty.has(i);
@@ -89,10 +90,13 @@ __global__ void __launch_bounds__(max_top_threads, 1) top(const __grid_constant_
       for (int j = 0; j < 4; ++j)
         if (first + j < out) sum[0] = fma(grad[first + j], some[j], sum[0]);
     }
+    unsigned kept = 1;
+    if (p.below.drops.keep != 0) p.below.drops.apply(kept = p.below.drops.template kept<1>(i, k, step), sum);
     p.below.activation.backward(sum, saved);
     p.below.grad[below_row + k] = sum[0];
     if (has_penalty) {
       sum[0] = penalty * *w;
+      if (p.below.drops.keep != 0) p.below.drops.apply(kept, sum);
       p.below.activation.backward(sum, saved);
       p.below.grad[below_row + static_cast<Index>(p.penalty.offset) * row_stride(layer.in) + k] = sum[0];
     }

@@ -12,7 +12,7 @@ struct UpdatedLayer {
   int first_block;
   int in, out;
   T* parameters;
-  const T* x;  // of the network's first layer, Update::input counts
+  const T* x;  // without what is dropped; of the network's first layer, Update::input counts
   const T* grad;
 };
 

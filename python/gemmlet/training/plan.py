@@ -370,18 +370,21 @@ class TrainingPlan:
         """In the order of the sums that `Backend.train` returns, penalties left out."""
         return [phase for phase in self.phases if isinstance(phase, Loss)]
 
+    def forwards(self, network: int) -> list[Forward]:
+        """The forward passes of a network."""
+        return [phase for phase in self.phases if isinstance(phase, Forward) and phase.network == network]
+
     @property
     def has_extras(self) -> bool:
-        """Whether it has what not every executor knows to look for: limits, weights of samples, noise and the like.
+        """Whether it has what not every executor knows to look for: limits, weights of samples and the like.
 
-        Classes among the inputs, dropout, clipping and penalties are asked for one by one.
+        Classes among the inputs, dropout, noise, clipping and penalties are asked for one by one.
         """
         dataset = self.gather.dataset
         return (
             any(loss.limits != NO_LIMITS for loss in self.losses)
             or dataset.value_of_byte is not None
             or dataset.weights is not None
-            or any(isinstance(o, InputNoise) for network in self.networks for o in network[:1])
         )
 
     @property
@@ -422,9 +425,9 @@ class TrainingPlan:
         return self.gather.dataset.skip_zeros and not np.isfinite(weight).all()
 
     @property
-    def has_dropout(self) -> bool:
-        """Whether a network has `Dropout`."""
-        return any(isinstance(o, Dropout) for network in self.networks for o in network)
+    def has_noise(self) -> bool:
+        """Whether a network has `InputNoise`."""
+        return any(isinstance(o, InputNoise) for network in self.networks for o in network)
 
     def activations(self) -> set[str]:
         """The names of all activations."""

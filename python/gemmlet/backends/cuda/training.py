@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...formulas import dropout, input_noise
 from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import smoothing
 from ...formulas.optimizers import OPTIMIZER_RULES
@@ -50,7 +51,7 @@ CLUSTER_SOURCE = "training/cluster.cuh"
 
 # The files of csrc/cuda/training by the kernels of a step, but for kernels that have a file of their own name.
 _SOURCES = dict.fromkeys(("first_forward", "forward", "backward", "forward_penalty"), "dense")
-_SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand"), "gather")
+_SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand", "change_inputs"), "gather")
 
 # Sources that not every architecture compiles, and those that do.
 ARCHITECTURES = {CLUSTER_SOURCE: ("sm_90a", "host")}
@@ -93,7 +94,7 @@ _CLUSTER_FEATURES = 800
 _MAX_LAYERS = constant("Update::max_layers")
 _TOP_COLUMNS = constant("top_columns")
 _LOSS_THREADS = constant("loss_threads")
-_EXPAND_THREADS = constant("expand_threads")
+_EXPAND_THREADS, _GATHER_THREADS = constant("expand_threads"), constant("gather_threads")
 _WIDE_THREADS, _WIDE_NUMBERS = constant("WideTile::max_threads"), 128 * constant("WideTile::stride")
 _WIDE_SIDE = constant("WideTile::rows")
 _MAX_HYPERPARAMETERS = constant("Staged::max_hyperparameters")
@@ -124,12 +125,14 @@ def expressions() -> dict[str, list[str]]:
     """Every kernel that this module launches, by source file: for compiling ahead of time, and for tests."""
     names = list[str]()
     for t in ("float", "double"):
-        names += [f"loss<{t}>", f"loss<{t}, true>", f"top<{t}>", f"top<{t}, true>", f"expand<{t}>"]
+        names += [f"loss<{t}>", f"loss<{t}, true>", f"top<{t}>", f"top<{t}, true>"]
+        names += [f"expand<{t}>", f"change_inputs<{t}>"]
         for kernel in ("forward", "backward", "forward_penalty"):
             names += [f"{kernel}<{t}, gemmlet::{tile}>" for tile in _TILES]
         names += [f"backward<{t}, gemmlet::{tile}, true>" for tile in _TILES]
         names += [f"update<{t}, {t}, gemmlet::optimizers::{rule}, true>" for rule in OPTIMIZER_RULES]
         for n in (t, "unsigned char"):
+            names.append(f"gather<{t}, {n}>")
             for kernel in ("first_forward", "first_forward_and_gather"):
                 names += [f"{kernel}<{t}, {n}, gemmlet::{tile}>" for tile in _TILES]
             for rule in OPTIMIZER_RULES:
@@ -156,12 +159,14 @@ def supports_fused(plan: TrainingPlan) -> bool:
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
     losses = places("losses").keys() | (set() if is_gan else places("row_losses").keys())
     with contextlib.suppress(training.UnsupportedError):
+        # (What changes inputs is for samples.)
+        first_layers = [training.dense_layers(network)[0] for network in plan.networks]
         return (
             phases in _STEPS
-            and not (plan.has_extras or plan.has_dropout)
+            and not plan.has_extras
             and dataset.labels is None
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
-            and all(map(training.dense_layers, plan.networks))
+            and not any(map(_changes_inputs, first_layers[:-1]))
             and plan.activations() <= places("activations").keys()
             and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
             and all(penalty.factor >= 0 and plan.outputs(penalty.network) == 1 for penalty in plan.gradient_penalties)
@@ -184,6 +189,11 @@ _STEPS = (
         for penalty in ((), ((GradientPenalty, 1),))
     ),
 )
+
+
+def _changes_inputs(first_layer: training.DenseLayer) -> bool:
+    """Whether a network's inputs are noisy, or dropped."""
+    return first_layer.dropout is not None or first_layer.noise is not None
 
 
 def _stride(width: int) -> int:
@@ -241,9 +251,9 @@ class _Network:
 
     Attributes
     ----------
-    y, z, grad : list
-        Matrices of each layer, for the rows of a mini-batch: outputs, preactivations where backward needs them, and
-        gradients of the preactivations.
+    x, y, z, grad : list
+        Matrices of each layer, for the rows of a mini-batch: inputs without what is dropped, those of the first layer
+        excepted; outputs; preactivations where backward needs them; and gradients of the preactivations.
     """
 
     def __init__(self, network: training.Network, rule: str, start: int) -> None:
@@ -273,6 +283,9 @@ class _Network:
         needs_x = [layer.activation is not None and ACTIVATIONS[layer.activation].needs_x for layer in self.layers]
         self.y = [matrix(width) for width in self.widths[1:-1]]
         self.y.append(matrix(self.widths[-1]) if output is None else output)
+        self.x: list[Any] = [None]
+        for layer, y in zip(self.layers[1:], self.y, strict=False):
+            self.x.append(y if layer.dropout is None else matrix(len(layer.weight.value)))
         self.z = [matrix(width) if needed else None for width, needed in zip(self.widths[1:], needs_x, strict=True)]
         self.grad = [matrix(width) for width in self.widths[1:]]
 
@@ -281,11 +294,11 @@ class _Network:
         parameters = state + self.start + self._starts[layer] * self.dtype.itemsize
         return _filled("Layer", **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
 
-    def below(self, layer: int, rows: slice = slice(None), grad: Any = None) -> np.void:
-        """A layer as the one below another; or some rows of it, of which `grad` takes the result."""
+    def below(self, layer: int, drops: np.void, rows: slice = slice(None), grad: Any = None) -> np.void:
+        """A layer as the one below another, whose inputs are dropped so; or some rows of it, and their `grad`."""
         saved: Any = self.y[layer] if self.z[layer] is None else self.z[layer]
         matrices = {"saved": address(saved[rows]), "grad": address(self.grad[layer] if grad is None else grad)}
-        return _filled("Below", self.dtype, activation=self.activations[layer], **matrices)
+        return _filled("Below", self.dtype, activation=self.activations[layer], drops=drops, **matrices)
 
     def has_top(self, rows: int) -> bool:
         """Whether the last layer goes with the loss in one kernel."""
@@ -311,7 +324,8 @@ class _Pass(NamedTuple):
     given: _Input
     rows: int  # of all inputs
     top: bool  # whether the last layer is left to the loss
-    penalty: np.void  # of the gradient; its rows come after all inputs
+    draw: _Draw
+    penalty: np.void  # of the gradient; its rows come after those of all inputs
 
     @property
     def penalty_rows(self) -> int:
@@ -323,10 +337,18 @@ class _Pass(NamedTuple):
         return ", true" if self.penalty_rows else ""
 
 
+class _Draw(NamedTuple):
+    """What a forward pass draws with."""
+
+    stream: int
+    boundary: int  # rows up to this one are of a second input
+
+
 class Session:
     """A plan on the GPU: its dataset and targets, its networks in one state behind a `_PROGRESS`, and recorded steps.
 
-    Where a `Forward` takes samples and what a network generates, these are rows of one matrix, the latter first.
+    Where a `Forward` takes samples and what a network generates, these are rows of one matrix, the latter first. Noisy
+    inputs, and dropped ones, are rows of a matrix too, of which GANs have one besides.
     """
 
     def __init__(self, device: Device, plan: TrainingPlan) -> None:
@@ -364,6 +386,7 @@ class Session:
         # the number of steps, 0 for any number.
         self._capacity, self._graphs = 0, dict[tuple[int, int], Any]()
         self._gathered: Any = None  # the matrix of samples, if they are gathered before a kernel reads them
+        self._changed: Any = None  # and of a GAN's noisy or dropped inputs
 
     # Calls.
 
@@ -387,6 +410,7 @@ class Session:
         progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
         progress["order"], progress["batch"], progress["next"], progress["correct"] = addresses[0], size, 0, 0
         progress["hyperparameters"][0, :updates], progress["decay"] = addresses[1:-1], addresses[-1]
+        progress["first_step"] = batches.first_step
         progress["noise"], progress["loss"][0, :updates] = address(there), batches.losses
 
         self.is_torn = True
@@ -445,18 +469,21 @@ class Session:
             return
         device, networks = self.device, self.networks
         # First of all the old memory is given back; there may be none then.
-        self._capacity, self._gathered = 0, None
+        self._capacity, self._gathered, self._changed = 0, None, None
         self._graphs.clear()
         for network in networks:
-            network.y = network.z = network.grad = []
+            network.x = network.y = network.z = network.grad = []
         most = [0] * len(networks)  # rows
         for phase in self.plan.phases:
             if isinstance(phase, Forward):
                 most[phase.network] = max(most[phase.network], rows * len(phase.inputs))
             elif isinstance(phase, GradientPenalty):
                 most[phase.network] += phase.rows(rows)
-        if len(networks) > 1 or self.plan.gather.dataset.indptr is not None:
-            self._gathered = device.empty((most[-1], _stride(networks[-1].widths[0])), self.dtype)
+        changes, stride = _changes_inputs(networks[-1].layers[0]), _stride(networks[-1].widths[0])
+        if len(networks) > 1 or changes or self.plan.gather.dataset.indptr is not None:
+            self._gathered = device.empty((most[-1], stride), self.dtype)
+        if len(networks) > 1 and changes:
+            self._changed = device.empty((most[-1] + rows, stride), self.dtype)
         for network, count in zip(networks, most, strict=True):
             network.reserve(device, count, None if network is networks[-1] else self._gathered)
         self._losses = device.empty((max(most),), np.dtype(np.float64))
@@ -489,7 +516,7 @@ class Session:
         network, dataset = self.networks[0], self.plan.gather.dataset
         if self.device.arch not in ARCHITECTURES[CLUSTER_SOURCE] or len(self.networks) > 1 or len(network.layers) != 2:
             return 0
-        if self.plan.updates[0].clip_value is not None:
+        if self.plan.updates[0].clip_value is not None or network.layers[0].noise is not None:
             return 0
         if self.type != "float" or dataset.x.dtype != np.uint8 or dataset.indptr is not None or network.averages:
             return 0
@@ -526,12 +553,20 @@ class Session:
 
     @_add.register
     def _(self, phase: Gather) -> None:
-        """Of a CSR matrix; other rows are gathered by the kernel of the first layer."""
-        if phase.dataset.indptr is not None:
-            values, indptr, indices = map(address, phase.dataset[:3])
-            matrix = {"values": values, "indptr": indptr, "indices": indices, "rows": address(self._gathered)}
-            p = _filled("Expand", features=self.networks[0].widths[0], **matrix)
-            self._launch(f"expand<{self.type}>", (self._rows + 1, 1), _EXPAND_THREADS, p, self._staged())
+        """Of a CSR matrix, and rows that are noisy or dropped; others are gathered by the kernel of the first layer."""
+        (x, indptr, indices, *_), network = phase.dataset, self.networks[0]
+        if len(self.networks) > 1 or (indptr is None and not _changes_inputs(network.layers[0])):
+            return
+        changes = self._changes(network.layers[0], _Draw(self.plan.forwards(0)[0].stream, 0))
+        rows = {"features": network.widths[0], "rows": address(self._gathered)}
+        if indptr is None:
+            p = _filled("Gather", self.dtype, samples=address(x), scale=phase.scale, shift=phase.shift, **rows)
+            kernel, block = f"gather<{self.type}, {CPP_TYPES[x.dtype.name]}>", _GATHER_THREADS
+        else:
+            matrix = {"values": address(x), "indptr": address(indptr), "indices": address(indices)}
+            p = _filled("Expand", **matrix, **rows)
+            kernel, block = f"expand<{self.type}>", _EXPAND_THREADS
+        self._launch(kernel, (self._rows + 1, 1), block, p, self._staged(), changes)
 
     @_add.register
     def _(self, phase: Forward) -> None:
@@ -544,12 +579,17 @@ class Session:
         elif self._gathered is None:
             samples = _filled("Input", rows=address(x), stride=x.shape[1], samples=address(self._samples))
             given, kernel = _Input(CPP_TYPES[x.dtype.name], samples), "first_forward"
-        else:
+        elif self._changed is None:
             given = self._input_of(self._gathered)
-        self._forward(network, 0, given, rows, kernel)
-        self._passes[phase.network] = _Pass(given, rows, top, self._penalty_of(phase))
+        else:
+            given = self._input_of(self._changed[self._rows :] if SAMPLES in phase.inputs else self._changed)
+            if SAMPLES in phase.inputs:
+                self._change_inputs(phase)
+        draw = _Draw(phase.stream, rows - self._rows)
+        self._passes[phase.network] = _Pass(given, rows, top, draw, self._penalty_of(phase))
+        self._forward(network, 0, given, rows, draw, kernel)
         for layer in range(1, len(network.layers) - top):
-            self._forward(network, layer, self._input_of(network.y[layer - 1]), rows)
+            self._forward(network, layer, self._input_of(network.x[layer]), rows, draw)
 
     @_add.register
     def _(self, phase: Loss) -> None:
@@ -562,9 +602,9 @@ class Session:
             inputs = network.widths[-2]
             block = min(256, _pieces(inputs, 32) * 32)
             numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
-            x, below = address(network.y[last - 1]), network.below(last - 1)
-            p = _filled("Top", self.dtype, x=x, layer=network.layer(self.state, last), below=below, **common)
-            shared = numbers * self.dtype.itemsize
+            below = network.below(last - 1, self.drops(network.layers[last], forward.draw))
+            common |= {"x": address(network.x[last]), "layer": network.layer(self.state, last), "below": below}
+            p, shared = _filled("Top", self.dtype, **common), numbers * self.dtype.itemsize
             self._launch(f"top<{self.type}{forward.suffix}>", (rows, 1), block, p, shared=shared)
         else:
             y, z = address(network.y[last]), address(network.z[last])
@@ -578,24 +618,30 @@ class Session:
         to = None if phase.to is None else self.networks[phase.to]
         # The gradient of each layer's preactivations becomes the gradient of the layer below.
         for layer in range(len(network.layers) - 1 - forward.top, 0 if to is None else -1, -1):
-            below = network.below(layer - 1) if layer or to is None else to.below(-1)
+            drops = self.drops(network.layers[layer], forward.draw)
+            below = network.below(layer - 1, drops) if layer or to is None else to.below(-1, drops)
             self._backward(network, layer, network.grad[layer], below, forward.rows, forward)
 
     @_add.register
     def _(self, phase: GradientPenalty) -> None:
         """Its gradients of preactivations have come with the others'."""
         network, forward = self.networks[phase.network], self._passes[phase.network]
-        # First to the samples, and then forward as far as there are inputs of a layer.
         samples, rows = slice(self._rows, None), slice(forward.rows, None)
-        inputs = self._gathered[rows]
+        matrix = self._gathered if self._changed is None else self._changed[self._rows :]
+        # Its own rows are those of the samples from the first on.
+        first, *others = (self.drops(layer, forward.draw._replace(boundary=0)) for layer in network.layers)
+        # Back to the samples, whose dropout is on the way forward, too.
+        first["factor"] *= first["factor"]
         identity = _filled("Activation", self.dtype, number=places("activations")["identity"])
-        matrices = {"saved": address(self._gathered[samples]), "grad": address(inputs)}
-        below = _filled("Below", self.dtype, activation=identity, **matrices)
+        inputs, saved = matrix[rows], address(matrix[samples])
+        below = _filled("Below", self.dtype, activation=identity, saved=saved, grad=address(inputs), drops=first)
         self._backward(network, 0, network.grad[0][rows], below, forward.penalty_rows)
-        for layer in range(len(network.layers) - 1):
-            below = network.below(layer, samples, network.y[layer][rows])
+        # Forward, as far as there are inputs of a layer.
+        for layer, drops in enumerate(others):
+            x = network.x[layer + 1][rows]
+            below = network.below(layer, drops, samples, x)
             self._backward(network, layer, inputs, below, forward.penalty_rows, kernel="forward_penalty")
-            inputs = network.y[layer][rows]
+            inputs = x
 
     @_add.register
     def _(self, phase: Update) -> None:
@@ -610,7 +656,7 @@ class Session:
             blocks = 0
             for place, layer in enumerate(range(first, end)):
                 inputs, outputs = network.widths[layer : layer + 2]
-                x, grad = address(network.y[layer - 1]) if layer else 0, address(network.grad[layer])
+                x, grad = address(network.x[layer]), address(network.grad[layer])
                 parameters = network.layer(self.state, layer)["parameters"]
                 updated[place] = blocks, inputs, outputs, parameters, x, grad
                 blocks += _pieces(inputs + 1, _WIDE_SIDE) * _pieces(outputs, _WIDE_SIDE)
@@ -663,7 +709,41 @@ class Session:
             averages=any(network.averages for network in self.networks),
         )
 
-    def _forward(self, network: _Network, layer: int, given: _Input, rows: int, kernel: str = "forward") -> None:
+    # What is drawn.
+
+    def _draw(self, source: training.Dropout | training.InputNoise, draw: _Draw) -> np.void:
+        # (Seeds are unsigned, what the kernels are given is not.)
+        seed, stream = int(np.uint64(source.seed).astype(np.int64)), source.stream + draw.stream
+        return _filled("Draw", progress=self.state, seed=seed, stream=stream, boundary=draw.boundary)
+
+    def drops(self, layer: training.DenseLayer, draw: _Draw) -> np.void:
+        """The dropout of a layer's inputs."""
+        if layer.dropout is None:
+            return _filled("Drops", self.dtype)
+        keep = layer.dropout.keep
+        return _filled("Drops", self.dtype, draw=self._draw(layer.dropout, draw), keep=keep, factor=dropout.scale(keep))
+
+    def _changes(self, layer: training.DenseLayer, draw: _Draw) -> np.void:
+        """What becomes of the inputs of a first layer."""
+        noise = _filled("Noise", self.dtype)
+        if layer.noise is not None:
+            factor = layer.noise.deviation / input_noise.DEVIATION
+            noise = _filled("Noise", self.dtype, draw=self._draw(layer.noise, draw), factor=factor)
+        return _filled("Changes", self.dtype, noise=noise, drops=self.drops(layer, draw))
+
+    def _change_inputs(self, phase: Forward) -> None:
+        """The discriminator's inputs, in both of its passes, of which `phase` is the first."""
+        network, rows = self.networks[phase.network], self._rows
+        draws = [_Draw(f.stream, (len(f.inputs) - 1) * rows) for f in self.plan.forwards(phase.network)]
+        first, second = (self._changes(network.layers[0], draw) for draw in draws)
+        matrices = {"from": address(self._gathered), "rows": address(self._changed)}
+        size = {"features": network.widths[0], "generated": rows}
+        p = _filled("ChangeInputs", self.dtype, first=first, second=second, **matrices, **size)
+        self._launch(f"change_inputs<{self.type}>", (3 * rows, 1), _GATHER_THREADS, p)
+
+    def _forward(
+        self, network: _Network, layer: int, given: _Input, rows: int, draw: _Draw, kernel: str = "forward"
+    ) -> None:
         """One layer; the kernel that opens the step gathers, too: its own samples, or those that others will need."""
         gather, (inputs, outputs) = self.plan.gather, network.widths[layer : layer + 2]
         x, gathers = gather.dataset.x, kernel == "first_forward_and_gather"
@@ -672,6 +752,9 @@ class Session:
         tile_rows, columns = tiles.grid
         y, z = address(network.y[layer]), address(network.z[layer])
         common = {"layer": network.layer(self.state, layer), "activation": network.activations[layer], "rows": rows}
+        above = network.layers[layer + 1 :]
+        if above and above[0].dropout is not None:
+            common |= {"drops": self.drops(above[0], draw), "dropped": address(network.x[layer + 1])}
         p = _filled("Forward", self.dtype, input=given.value, y=y, z=z, **common)
         arguments, types = list[np.generic]([p]), [self.type]
         if kernel != "forward":
@@ -710,12 +793,12 @@ class Session:
 
     def _penalty_of(self, forward: Forward) -> np.void:
         """The gradient penalty of a pass, of no rows if it has none."""
-        for penalty in self.plan.gradient_penalties:
-            if penalty.network == forward.network and SAMPLES in forward.inputs:
-                rows = penalty.rows(self._rows)
-                where = {"first": self._rows, "end": self._rows + rows, "offset": self._rows}
-                return _filled("GradientPenalty", self.dtype, scale=math.sqrt(penalty.factor / rows), **where)
-        return _filled("GradientPenalty", self.dtype)
+        penalty = next((p for p in self.plan.gradient_penalties if p.network == forward.network), None)
+        if penalty is None or SAMPLES not in forward.inputs:
+            return _filled("GradientPenalty", self.dtype)
+        first, rows = self._rows, penalty.rows(self._rows)
+        where, scale = {"first": first, "end": first + rows, "offset": self._rows}, math.sqrt(penalty.factor / rows)
+        return _filled("GradientPenalty", self.dtype, scale=scale, **where)
 
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of `rows` rows."""
@@ -755,7 +838,11 @@ class _Cluster:
         self._max_steps = min(max(1, MAX_ARRANGED_BYTES // (2 * self._step_numbers)), 65535)
         common, samples = {"progress": session.state, "rows": rows}, address(dataset.x)
         indices = address(loss.targets) if loss.has_classes else 0
-        self._arrange = _filled("ArrangeSamples", samples=samples, features=features, indices=indices, **common)
+        draw = _Draw(session.plan.forwards(0)[0].stream, 0)
+        of_samples, of_units = (session.drops(layer, draw) for layer in network.layers)
+        self._arrange = _filled(
+            "ArrangeSamples", samples=samples, features=features, indices=indices, drops=of_samples, **common
+        )
         first, last = (network.layer(session.state, layer)["parameters"] for layer in (0, 1))
         self._train = _filled(
             "ClusterTraining",
@@ -768,6 +855,8 @@ class _Cluster:
             plane=network.plane,
             hidden_activation=network.activations[0],
             activation=network.activations[1],
+            scale=(dropout.scale(of_samples["keep"]) if of_samples["keep"] else 1.0) / 255,
+            drops=of_units,
             objective=session.objective(loss, rows),
             decays_biases=update.decays_biases,
             **common,
