@@ -257,6 +257,10 @@ def trained(name: str) -> list[Any]:
 def call_of_training(name: str) -> Any:
     if name == "gan":
         return test_cuda_training.Gan(np.float32, count=20, batch=9, rates=(0.2, 0.5), noise=0.3)
+    if name == "penalized_gan":
+        # Two rows of each mini-batch, and one of the last, have the penalty.
+        how = {"penalty": (3.0, 5), "discriminator": (33, 17, 6, 1), "rates": (0.2, 0.3, 0.3)}
+        return test_cuda_training.Gan(np.float32, count=20, batch=9, **how)
     if name == "mlp_in_a_cluster":
         how = {"rule": "momentum", "count": 200, "batch": 35, "kind": "bytes", "rates": (0.2, 0.5)}
         return test_cuda_training.Mlp((35, 13, 10), np.float32, **how)
@@ -306,6 +310,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         training("mlp_in_tiles", "wide"),
         training("mlp_in_a_cluster", "cluster"),
         training("gan", "small"),
+        training("penalized_gan", "medium"),
     )
 }
 
@@ -553,6 +558,11 @@ WRONG = [
         (BARRIER + "\n  const Index below_row", "const Index below_row", "mlp"),
     ),
     *mutants(
+        "training/dense",
+        ("saved + at(penalized ? penalty.sample(i) : i", "saved + at(i", "penalized_gan"),
+        ("kept<n>(penalized ? penalty.sample(i) : i", "kept<n>(i", "penalized_gan"),
+    ),
+    *mutants(
         "training/draw",
         ("opens ? progress->next : progress->step", "progress->step", "mlp"),
         ("row < boundary", "row <= boundary", "gan"),
@@ -565,7 +575,7 @@ WRONG = [
         "training/gather",
         ("T(0);\n  " + BARRIER, "T(0);", "mlp_of_sparse"),
         ("if (changes.any()) {\n    " + BARRIER, "if (changes.any()) {", "mlp_of_sparse"),
-        ("row = is_first ? i : i - p.both", "row = is_first ? i : i - p.both + 1", "gan"),
+        ("row = is_second ? i : i - p.generated", "row = is_second ? i : i - p.generated + 1", "gan"),
         ("k < p.features; k += static_cast", "k < p.features - 1; k += static_cast", "gan"),
     ),
     *mutants(
@@ -573,6 +583,7 @@ WRONG = [
         ("if (p.closes) ++p.progress->next;", "", "mlp"),
         ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
         ("+= p.weight * loss", "+= loss", "mlp"),
+        ("< 0 && k >= ones", "< 0 && k > ones", "penalized_gan"),
     ),
     *mutants(
         "training/cluster",

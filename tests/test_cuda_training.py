@@ -306,6 +306,8 @@ class Gan(Problem):
         count: int = 43,
         batch: int = 16,
         kind: str = "bytes",
+        hidden: str = "leaky_relu",
+        penalty: tuple[float, int] | None = None,
         rates: Sequence[float] = (),
         noise: float = 0.0,
     ) -> None:
@@ -313,7 +315,9 @@ class Gan(Problem):
         phases = (
             Gather(samples(50, generator[-1], dtype, kind), 2.0, -1.0),
             Forward(0, (NOISE,)),
-            *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1), Update(1, rules[1])),
+            *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1)),
+            *([] if penalty is None else [GradientPenalty(1, *penalty)]),
+            Update(1, rules[1]),
             Forward(1, (0,), SECOND_PASS),
             Loss(1, loss, (1.0 if non_saturating else 0.0,), sign=1.0 if non_saturating else -1.0),
             *(Backward(1, 0), Backward(0), Update(0, rules[0])),
@@ -321,14 +325,7 @@ class Gan(Problem):
         networks = (
             network(generator, dtype, rules[0], hidden="relu", output=output, averaged=averaged[0]),
             network(
-                discriminator,
-                dtype,
-                rules[1],
-                hidden="leaky_relu",
-                averaged=averaged[1],
-                rates=rates,
-                noise=noise,
-                seed=1,
+                discriminator, dtype, rules[1], hidden=hidden, averaged=averaged[1], rates=rates, noise=noise, seed=1
             ),
         )
         self.plan = TrainingPlan(networks, phases)
@@ -448,6 +445,26 @@ def test_gan(variant: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None
     Gan(dtype, **GANS[variant]).check(device, cpu)
 
 
+PENALIZED: dict[str, dict[str, Any]] = {
+    "of all": {"penalty": (3.0, 1)},
+    "relu": {"penalty": (3.0, 4), "hidden": "relu", "rules": ("sgd", "momentum"), "averaged": (True, True)},
+    # A last mini-batch of two, one of which has the penalty.
+    "deep": {"penalty": (3.0, 4), "discriminator": (33, 19, 14, 9, 1), "batch": 41, "kind": "floats"},
+    "wide": {"penalty": (1.0, 2), "discriminator": (33, 300, 1), "generator": (7, 33), "count": 130, "batch": 65},
+    "shallow": {"penalty": (3.0, 3), "discriminator": (33, 1), "batch": 7},
+    "one by one": {**GANS["one by one"], "penalty": (3.0, 4)},
+}
+
+
+@pytest.mark.parametrize("variant", PENALIZED)
+def test_gradient_penalty(variant: str, plan: str, device: Any, dtype: Any) -> None:
+    """As the reference, in which it is no further rows."""
+    for random in ({}, {"rates": (0.2, 0.5, 0.3, 0.4), "noise": 0.4}, {"rates": (0.0, 0.5, 0.0, 0.4)}):
+        gan = Gan(dtype, **PENALIZED[variant], **random)
+        assert cuda_training.supports_fused(gan.plan)
+        gan.check(device, select.load("numpy"))
+
+
 # Dropout and noise.
 
 RANDOM: dict[str, dict[str, Any]] = {
@@ -505,9 +522,7 @@ def test_what_is_dropped_need_not_be_finite(
         np.testing.assert_allclose(result, wanted, BOUNDS[str(dtype)], BOUNDS[str(dtype)])
 
 
-def test_fit_with_dropout_and_noise_is_no_work_of_the_reference(
-    device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_is_no_work_of_the_reference(device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*_: Any) -> Outcome:
         raise AssertionError("the reference trains")
 
@@ -516,9 +531,10 @@ def test_fit_with_dropout_and_noise_is_no_work_of_the_reference(
     with use_backend(cuda_on_host.backend.load()):
         mlp = MLP([9, 6, 3], dtype=dtype, dropout=0.5, input_dropout=0.2, input_noise=0.1)
         gan = GAN(4, [6, 9], [6, 1], dtype=dtype, discriminator_dropout=0.5, discriminator_input_dropout=0.2,
-                  discriminator_input_noise=0.1)  # fmt: skip
+                  discriminator_input_noise=0.1, gradient_penalty=0.1)  # fmt: skip
         assert mlp.fit(x, np.arange(20) % 3, 2, 8).loss[1] > 0
         assert gan.fit(x, 2, 8).generator_loss[1] > 0
+        assert GAN(4, [6, 9], [6, 1], dtype=dtype, gradient_penalty=0.1).fit(x, 2, 8).generator_loss[1] > 0
 
 
 # In a cluster.
@@ -685,7 +701,7 @@ def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch:
     use_plan(name, monkeypatch)
     mlp = Mlp([37, 12, 5] if name == "cluster" else [37, 45, 19, 5], dtype, kind="bytes", rule="adam")
     random: dict[str, Any] = {"rates": (0.2, 0.5, 0.3), "noise": 0.3}
-    problems: list[Problem] = [mlp, Gan(dtype), Gan(dtype, **random)]
+    problems: list[Problem] = [mlp, Gan(dtype), Gan(dtype, **random), Gan(dtype, **PENALIZED["deep"])]
     problems.append(Mlp([37, 12, 9, 5], dtype, kind="sparse", **random))
     if name == "cluster":
         problems.append(in_cluster([37, 12, 5], rates=(0.2, 0.5)))
@@ -717,7 +733,7 @@ def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("random", [False, True])
-@pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan"])
+@pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan", "penalized gan"])
 def test_calls_may_be_divided(
     network: str, random: bool, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -730,9 +746,11 @@ def test_calls_may_be_divided(
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,) if "cluster" in network else ())
     if "cluster" in network and dtype != np.float32:
         pytest.skip("float32 alone")
-    count, batch, is_mlp = 75, 8, network != "gan"
+    count, batch, is_mlp = 75, 8, "gan" not in network
     kind = "bytes" if "cluster" in network else "floats"
     settings: Any = {"count": count, "batch": batch, "rates": (0.2, 0.5) if random else ()}
+    if "penalized" in network:
+        settings["penalty"] = 3.0, 4
     problem: Any = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, **settings) if is_mlp else Gan(dtype, **settings)
     expected = problem.on(device)
     monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
@@ -904,13 +922,15 @@ def test_steps_are_few_launches(device: Any) -> None:
     counting = Counting(device)
     Mlp([20, 12, 9, 3], dtype, count=4, batch=4, kind="sparse").on(counting)
     assert counting.launched == ["expand", "forward", "forward", "top", "backward", "update"]
-    counting = Counting(device)
-    Gan(dtype, count=4, batch=4).on(counting)
-    assert counting.launched == [
-        *("first_forward_and_gather", "forward"),
-        *("forward", "top", "update"),
-        *("forward", "top", "backward", "backward", "update"),
-    ]
+    # The rows of a penalty go backward with the others, but to the samples.
+    for penalty, extra in ((None, ()), ((1.0, 4), ("backward", "forward_penalty"))):
+        counting = Counting(device)
+        Gan(dtype, count=4, batch=4, penalty=penalty).on(counting)
+        assert counting.launched == [
+            *("first_forward_and_gather", "forward"),
+            *("forward", "top", *extra, "update"),
+            *("forward", "top", "backward", "backward", "update"),
+        ]
 
 
 def test_dropout_and_noise_are_few_launches(device: Any) -> None:
@@ -986,9 +1006,12 @@ def test_fuses_what_there_is() -> None:
     labels = Labels(np.zeros(len(gan.gather.dataset.x), np.int64), 2)
     conditional = gan.gather._replace(dataset=gan.gather.dataset._replace(labels=labels))
     assert not supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
-    penalized = [GradientPenalty(1, 0.5), Update(1, "sgd")]
     at = next(i for i, phase in enumerate(gan.phases) if isinstance(phase, Update))
-    assert not supports(TrainingPlan(gan.networks, (*gan.phases[:at], *penalized, *gan.phases[at + 1 :])))
+    for penalties, supported in (([0.5], True), ([-0.5], False), ([0.5, 0.5], False)):
+        penalized = [GradientPenalty(1, factor) for factor in penalties]
+        assert supports(TrainingPlan(gan.networks, (*gan.phases[:at], *penalized, *gan.phases[at:]))) == supported
+    two = Gan(dtype, penalty=(1.0, 1), discriminator=(33, 9, 2))
+    assert not supports(two.plan)
     gather, forward, loss, backward, update = plan.phases
     for phases in (
         (gather, forward, loss, backward, AllReduce(0, lambda gradients: None), update),
@@ -1045,7 +1068,7 @@ def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
         names[name] = f"{name}<{t}>"
     for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
         names[name] = f"{name}<{t}>"
-    names |= {"Loss": f"Loss<{t}>", "Top": f"Top<{t}>"}
+    names |= {name: f"{name}<{t}>" for name in ("Loss", "Top", "GradientPenalty")}
     for name in ("Forward", "Gather", "Update"):
         names[name] = f"{name}<{t}, unsigned char>"
     names |= {"ClusterTraining": "ClusterTraining"} if t == "float" else {}

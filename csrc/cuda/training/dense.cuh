@@ -101,10 +101,12 @@ struct Below {
   Drops<T> drops;
 };
 
-template <class T>
+// `penalized`: the rows have those of a gradient penalty after them.
+template <class T, bool penalized = false>
 struct BackwardEpilogue {
   Below<T> below;
   int rows, width;
+  GradientPenalty<T> penalty;
 
   template <int n>
   struct Loaded {
@@ -116,13 +118,14 @@ struct BackwardEpilogue {
   template <int n>
   __device__ __forceinline__ Loaded<n> load(int i, int j) const {
     Loaded<n> loaded;
-    load_numbers<n>(below.saved + at(i, j), loaded.saved);
+    load_numbers<n>(below.saved + at(penalized ? penalty.sample(i) : i, j), loaded.saved);
     if (below.drops.keep != 0) loaded.step = below.drops.draw.step();
     return loaded;
   }
   template <int n>
   __device__ __forceinline__ void store(int i, int j, const Loaded<n>& loaded, T (&sum)[n]) const {
-    if (below.drops.keep != 0) below.drops.apply(below.drops.template kept<n>(i, j, loaded.step), sum);
+    if (below.drops.keep != 0)
+      below.drops.apply(below.drops.template kept<n>(penalized ? penalty.sample(i) : i, j, loaded.step), sum);
     below.activation.backward(sum, loaded.saved);
     store_numbers<n>(below.grad + at(i, j), sum);
   }
@@ -134,17 +137,30 @@ struct Backward {
   Layer<T> layer;
   Below<T> below;
   int rows;
+  GradientPenalty<T> penalty;
 };
 
 // The same grid, for layer.in columns.
-template <class T, class Tile>
+template <class T, class Tile, bool penalized = false>
 __global__ void __launch_bounds__(Tile::max_threads, 1) backward(const __grid_constant__ Backward<T> p) {
   const Layer<T>& layer = p.layer;
   const int stride = row_stride(layer.out);
   const LinesOfRows<T, T> grad{{p.grad, stride, nullptr}, p.rows}, w{{layer.parameters, stride, nullptr}, layer.in};
-  const BackwardEpilogue<T> epilogue{p.below, p.rows, layer.in};
+  const BackwardEpilogue<T, penalized> epilogue{p.below, p.rows, layer.in, p.penalty};
   const int row = static_cast<int>(blockIdx.x) * Tile::rows, column = static_cast<int>(blockIdx.y) * Tile::columns;
   Tile::multiply(grad, w, layer.out, row, column, epilogue, dynamic_shared<T>());
+}
+
+// The rows of a gradient penalty, forward: p.grad are a layer's inputs, p.below is the layer itself. The same grid, for
+// layer.out columns.
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::max_threads, 1) forward_penalty(const __grid_constant__ Backward<T> p) {
+  const Layer<T>& layer = p.layer;
+  const LinesOfRows<T, T> x{{p.grad, row_stride(layer.in), nullptr}, p.rows};
+  const LinesOfColumns<T> w{layer.parameters, row_stride(layer.out)};
+  const BackwardEpilogue<T> epilogue{p.below, p.rows, layer.out, p.penalty};
+  const int row = static_cast<int>(blockIdx.x) * Tile::rows, column = static_cast<int>(blockIdx.y) * Tile::columns;
+  Tile::multiply(x, w, layer.in, row, column, epilogue, dynamic_shared<T>());
 }
 
 }  // namespace gemmlet

@@ -135,6 +135,16 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
   }
 }
 
+// The gradient of a gradient penalty's only preactivation, of a row's result y or its preactivation z.
+template <class T>
+__device__ __forceinline__ T gradient_of(const GradientPenalty<T>& p, const Activation<T>& activation, const T* y,
+                                         const T* z) {
+  T grad[1] = {p.scale};
+  activation.with(
+      [&](auto formula) { grad[0] = formula.backward(grad[0], formula.needs_x ? *z : *y, activation.parameter); });
+  return grad[0];
+}
+
 template <class T>
 struct Loss {
   const T *y, *z;
@@ -143,20 +153,25 @@ struct Loss {
   Objective<T> objective;
   T* grad;
   int rows;
+  GradientPenalty<T> penalty;
 };
 
 inline constexpr int loss_threads = 128;
 
 // A warp for each row.
-template <class T>
+template <class T, bool penalized = false>
 __global__ void __launch_bounds__(loss_threads, 1) loss(const __grid_constant__ Loss<T> p) {
   const int i = static_cast<int>(blockIdx.x * (loss_threads / 32) + threadIdx.x / 32);
   if (i >= p.rows) return;
   const Index at = static_cast<Index>(i) * row_stride(p.out);
   T* const grad = p.grad + at;
+  const T *const y = p.y + at, *const z = p.z == nullptr ? nullptr : p.z + at;
   evaluate_row<32>(
-      p.objective, Target<T>(p.objective, i, p.out), p.activation, i, p.y + at, p.z == nullptr ? nullptr : p.z + at,
-      p.out, [=](int j, T gradient) { grad[j] = gradient; }, [] {});
+      p.objective, Target<T>(p.objective, i, p.out), p.activation, i, y, z, p.out,
+      [=](int j, T gradient) { grad[j] = gradient; }, [] {});
+  if constexpr (penalized)
+    if (p.penalty.has(i) && threadIdx.x % 32 == 0)
+      grad[static_cast<Index>(p.penalty.offset) * row_stride(p.out)] = gradient_of(p.penalty, p.activation, y, z);
 }
 
 }  // namespace gemmlet

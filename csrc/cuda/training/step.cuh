@@ -13,6 +13,7 @@
 //   Sizes are at least 1, indices in range.
 //   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (matmul/small.cuh);
 //   losses are added up in double. No float atomics: the same bits on every run.
+//   A gradient penalty is further rows: GradientPenalty.
 // Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top; none for the others.
 #pragma once
 
@@ -48,6 +49,21 @@ struct Staged {
   T* hyperparameters;            // of both networks
   int hyperparameter_counts[2];  // in Progress
   bool averages;                 // of any network
+};
+
+// The gradient penalty (R1) of a network with one output D, of rows `first` to `end` - 1, which are samples x. Its gradient by a
+// layer's weights is a sum of products of two rows for each of them, which the update adds to those of the rows of the
+// mini-batch. They stand `offset` rows further on:
+//   gradients  scale * dD/dz of the layer's preactivations z
+//   inputs     what the layers below make of scale * dD/dx without biases, by the slopes at the sample
+template <class T>
+struct GradientPenalty {
+  int first, end, offset;
+  T scale;  // squared it is the factor of the mean over these rows
+
+  __device__ __forceinline__ bool has(int i) const { return i >= first && i < end; }
+  // Of a row, which may be one of those further on, its own or the sample's.
+  __device__ __forceinline__ int sample(int i) const { return i < first + offset ? i : i - offset; }
 };
 
 // By one block of the kernel that opens the step. There, nothing else reads `step`, or what is staged; in the one that

@@ -24,7 +24,8 @@ struct Update {
   int layer_count, blocks;
   bool has_first;  // whether layers[0] is the network's first
   Input<N> input;
-  int rows;
+  int rows;       // those of a gradient penalty, too
+  int bias_rows;  // those before them: of the others biases have no gradient
   Index plane;
   bool averages;
   const T* hyperparameters;  // that are staged
@@ -118,8 +119,38 @@ __device__ __forceinline__ void add_losses(const Update<T, N>& p, double* memory
   if (p.closes) ++p.progress->next;
 }
 
+// Lines of which the last, after the ones of the mini-batch, has zeros for the rows of a gradient penalty.
+template <class T, class N>
+struct LinesOfPenalized {
+  static constexpr bool along = false;
+  LinesOfPicked<T, N> picked;
+  int ones;
+
+  template <int n>
+  struct Lines {
+    typename LinesOfPicked<T, N>::template Lines<n> picked;
+    int ones;
+    __device__ __forceinline__ void load(int k, T (&v)[n]) const {
+      picked.load(k, v);
+      if (picked.column < 0 && k >= ones) v[0] = T(0);
+    }
+  };
+  template <int n>
+  __device__ __forceinline__ Lines<n> lines(int at) const {
+    return {picked.template lines<n>(at), ones};
+  }
+};
+
+template <bool penalized, class T, class N>
+__device__ __forceinline__ auto lines_of(const LinesOfPicked<T, N>& picked, int ones) {
+  if constexpr (penalized)
+    return LinesOfPenalized<T, N>{picked, ones};
+  else
+    return picked;
+}
+
 // The gradient of some weights, and their update: block `block` of p.blocks.
-template <class Rule, class T, class N>
+template <class Rule, bool penalized, class T, class N>
 __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T* memory) {
   int l = p.layer_count - 1;
   while (block < p.layers[l].first_block) --l;
@@ -132,20 +163,20 @@ __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T*
       static_cast<T>(p.limit), p.decays_biases};
   const LinesOfColumns<T> grad{layer.grad, row_stride(layer.out)};
   if (p.has_first && l == 0) {
-    const LinesOfPicked<T, N> x{p.input.in_step(p.progress), layer.in};
+    const auto x = lines_of<penalized>(LinesOfPicked<T, N>{p.input.in_step(p.progress), layer.in}, p.bias_rows);
     WideTile::multiply(x, grad, p.rows, row, column, epilogue, memory);
   } else {
-    const LinesOfPicked<T, T> x{{layer.x, row_stride(layer.in), nullptr}, layer.in};
-    WideTile::multiply(x, grad, p.rows, row, column, epilogue, memory);
+    const LinesOfPicked<T, T> picked{{layer.x, row_stride(layer.in), nullptr}, layer.in};
+    WideTile::multiply(lines_of<penalized>(picked, p.bias_rows), grad, p.rows, row, column, epilogue, memory);
   }
 }
 
 // All weights of a network, or up to max_layers layers of it. Grid: p.blocks, and one that adds up the losses.
-template <class T, class N, class Rule>
+template <class T, class N, class Rule, bool penalized = false>
 __global__ void __launch_bounds__(WideTile::max_threads, 1) update(const __grid_constant__ Update<T, N> p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < p.blocks)
-    update_tile<Rule>(p, block, dynamic_shared<T>());
+    update_tile<Rule, penalized>(p, block, dynamic_shared<T>());
   else
     add_losses(p, dynamic_shared<double>());
 }

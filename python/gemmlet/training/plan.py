@@ -378,15 +378,19 @@ class TrainingPlan:
     def has_extras(self) -> bool:
         """Whether it has what not every executor knows to look for: limits, weights of samples and the like.
 
-        Classes among the inputs, dropout, noise, clipping and penalties of weights are asked for one by one.
+        Classes among the inputs, dropout, noise, clipping and penalties are asked for one by one.
         """
         dataset = self.gather.dataset
         return (
-            any(isinstance(phase, GradientPenalty) for phase in self.phases)
-            or any(loss.limits != NO_LIMITS for loss in self.losses)
+            any(loss.limits != NO_LIMITS for loss in self.losses)
             or dataset.value_of_byte is not None
             or dataset.weights is not None
         )
+
+    @property
+    def gradient_penalties(self) -> list[GradientPenalty]:
+        """In order."""
+        return [phase for phase in self.phases if isinstance(phase, GradientPenalty)]
 
     @property
     def updates(self) -> list[Update]:

@@ -31,7 +31,18 @@ from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import smoothing
 from ...formulas.optimizers import OPTIMIZER_RULES
 from ...training import plan as training
-from ...training.plan import NOISE, SAMPLES, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
+from ...training.plan import (
+    NOISE,
+    SAMPLES,
+    Array,
+    Backward,
+    Forward,
+    Gather,
+    GradientPenalty,
+    Loss,
+    TrainingPlan,
+    Update,
+)
 from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
@@ -39,7 +50,7 @@ from .types import CPP_TYPES, address
 CLUSTER_SOURCE = "training/cluster.cuh"
 
 # The files of csrc/cuda/training by the kernels of a step, but for kernels that have a file of their own name.
-_SOURCES = dict.fromkeys(("first_forward", "forward", "backward"), "dense")
+_SOURCES = dict.fromkeys(("first_forward", "forward", "backward", "forward_penalty"), "dense")
 _SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand", "change_inputs"), "gather")
 
 # Sources that not every architecture compiles, and those that do.
@@ -114,9 +125,12 @@ def expressions() -> dict[str, list[str]]:
     """Every kernel that this module launches, by source file: for compiling ahead of time, and for tests."""
     names = list[str]()
     for t in ("float", "double"):
-        names += [f"loss<{t}>", f"top<{t}>", f"expand<{t}>", f"change_inputs<{t}>"]
-        names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
-        names += [f"forward<{t}, gemmlet::{tile}>" for tile in _TILES]
+        names += [f"loss<{t}>", f"loss<{t}, true>", f"top<{t}>", f"top<{t}, true>"]
+        names += [f"expand<{t}>", f"change_inputs<{t}>"]
+        for kernel in ("forward", "backward", "forward_penalty"):
+            names += [f"{kernel}<{t}, gemmlet::{tile}>" for tile in _TILES]
+        names += [f"backward<{t}, gemmlet::{tile}, true>" for tile in _TILES]
+        names += [f"update<{t}, {t}, gemmlet::optimizers::{rule}, true>" for rule in OPTIMIZER_RULES]
         for n in (t, "unsigned char"):
             names.append(f"gather<{t}, {n}>")
             for kernel in ("first_forward", "first_forward_and_gather"):
@@ -140,7 +154,8 @@ def _source(kernel: str) -> str:
 
 def supports_fused(plan: TrainingPlan) -> bool:
     """Whether the kernels of csrc/cuda/training can take the plan's steps."""
-    phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
+    alone = (Loss, GradientPenalty, Update)  # whose network says enough
+    phases = tuple((type(phase), *phase[: 1 if isinstance(phase, alone) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
     losses = places("losses").keys() | (set() if is_gan else places("row_losses").keys())
     with contextlib.suppress(training.UnsupportedError):
@@ -154,6 +169,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
             and not any(map(_changes_inputs, first_layers[:-1]))
             and plan.activations() <= places("activations").keys()
             and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
+            and all(penalty.factor >= 0 and plan.outputs(penalty.network) == 1 for penalty in plan.gradient_penalties)
             and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
         )
     return False
@@ -164,9 +180,13 @@ _STEPS = (
     # One network.
     ((Forward, 0, (SAMPLES,)), (Loss, 0), (Backward, 0, None), (Update, 0)),
     # A generator and a discriminator.
-    (
-        *((Forward, 0, (NOISE,)), (Forward, 1, (SAMPLES, 0)), (Loss, 1), (Backward, 1, None), (Update, 1)),
-        *((Forward, 1, (0,)), (Loss, 1), (Backward, 1, 0), (Backward, 0, None), (Update, 0)),
+    *(
+        (
+            *((Forward, 0, (NOISE,)), (Forward, 1, (SAMPLES, 0)), (Loss, 1), (Backward, 1, None)),
+            *(*penalty, (Update, 1)),
+            *((Forward, 1, (0,)), (Loss, 1), (Backward, 1, 0), (Backward, 0, None), (Update, 0)),
+        )
+        for penalty in ((), ((GradientPenalty, 1),))
     ),
 )
 
@@ -263,7 +283,7 @@ class _Network:
         needs_x = [layer.activation is not None and ACTIVATIONS[layer.activation].needs_x for layer in self.layers]
         self.y = [matrix(width) for width in self.widths[1:-1]]
         self.y.append(matrix(self.widths[-1]) if output is None else output)
-        self.x = [None]
+        self.x: list[Any] = [None]
         for layer, y in zip(self.layers[1:], self.y, strict=False):
             self.x.append(y if layer.dropout is None else matrix(len(layer.weight.value)))
         self.z = [matrix(width) if needed else None for width, needed in zip(self.widths[1:], needs_x, strict=True)]
@@ -274,10 +294,10 @@ class _Network:
         parameters = state + self.start + self._starts[layer] * self.dtype.itemsize
         return _filled("Layer", **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
 
-    def below(self, layer: int, drops: np.void) -> np.void:
-        """A layer as the one below another, whose inputs are dropped like this."""
-        saved, grad = self.y[layer] if self.z[layer] is None else self.z[layer], self.grad[layer]
-        matrices = {"saved": address(saved), "grad": address(grad)}
+    def below(self, layer: int, drops: np.void, rows: slice = slice(None), grad: Any = None) -> np.void:
+        """A layer as the one below another, whose inputs are dropped so; or some rows of it, and their `grad`."""
+        saved: Any = self.y[layer] if self.z[layer] is None else self.z[layer]
+        matrices = {"saved": address(saved[rows]), "grad": address(self.grad[layer] if grad is None else grad)}
         return _filled("Below", self.dtype, activation=self.activations[layer], drops=drops, **matrices)
 
     def has_top(self, rows: int) -> bool:
@@ -305,6 +325,16 @@ class _Pass(NamedTuple):
     rows: int  # of all inputs
     top: bool  # whether the last layer is left to the loss
     draw: _Draw
+    penalty: np.void  # of the gradient; its rows come after those of all inputs
+
+    @property
+    def penalty_rows(self) -> int:
+        return int(self.penalty["end"] - self.penalty["first"])
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of kernels, by their template, that take those rows too."""
+        return ", true" if self.penalty_rows else ""
 
 
 class _Draw(NamedTuple):
@@ -447,6 +477,8 @@ class Session:
         for phase in self.plan.phases:
             if isinstance(phase, Forward):
                 most[phase.network] = max(most[phase.network], rows * len(phase.inputs))
+            elif isinstance(phase, GradientPenalty):
+                most[phase.network] += phase.rows(rows)
         changes, stride = _changes_inputs(networks[-1].layers[0]), _stride(networks[-1].widths[0])
         if len(networks) > 1 or changes or self.plan.gather.dataset.indptr is not None:
             self._gathered = device.empty((most[-1], stride), self.dtype)
@@ -550,51 +582,72 @@ class Session:
         elif self._changed is None:
             given = self._input_of(self._gathered)
         else:
-            given = self._input_of(self._changed if SAMPLES in phase.inputs else self._changed[2 * self._rows :])
+            given = self._input_of(self._changed[self._rows :] if SAMPLES in phase.inputs else self._changed)
             if SAMPLES in phase.inputs:
                 self._change_inputs(phase)
         draw = _Draw(phase.stream, rows - self._rows)
-        self._passes[phase.network] = _Pass(given, rows, top, draw)
+        self._passes[phase.network] = _Pass(given, rows, top, draw, self._penalty_of(phase))
         self._forward(network, 0, given, rows, draw, kernel)
         for layer in range(1, len(network.layers) - top):
             self._forward(network, layer, self._input_of(network.x[layer]), rows, draw)
 
     @_add.register
     def _(self, phase: Loss) -> None:
-        network, (_, rows, top, draw) = self.networks[phase.network], self._passes[phase.network]
-        last, outputs = len(network.layers) - 1, network.widths[-1]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        last, outputs, rows = len(network.layers) - 1, network.widths[-1], forward.rows
         common = {"activation": network.activations[last], "grad": address(network.grad[last])}
+        common["penalty"] = forward.penalty
         common["objective"] = self.objective(phase, self._rows)
-        if top:
+        if forward.top:
             inputs = network.widths[-2]
             block = min(256, _pieces(inputs, 32) * 32)
             numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
-            x, below = address(network.x[last]), network.below(last - 1, self.drops(network.layers[last], draw))
-            p = _filled("Top", self.dtype, x=x, layer=network.layer(self.state, last), below=below, **common)
-            self._launch(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
+            below = network.below(last - 1, self.drops(network.layers[last], forward.draw))
+            common |= {"x": address(network.x[last]), "layer": network.layer(self.state, last), "below": below}
+            p, shared = _filled("Top", self.dtype, **common), numbers * self.dtype.itemsize
+            self._launch(f"top<{self.type}{forward.suffix}>", (rows, 1), block, p, shared=shared)
         else:
             y, z = address(network.y[last]), address(network.z[last])
             p = _filled("Loss", self.dtype, y=y, z=z, out=outputs, rows=rows, **common)
-            self._launch(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
+            grid = _pieces(rows, _LOSS_THREADS // 32), 1
+            self._launch(f"loss<{self.type}{forward.suffix}>", grid, _LOSS_THREADS, p)
 
     @_add.register
     def _(self, phase: Backward) -> None:
-        network, (_, rows, top, draw) = self.networks[phase.network], self._passes[phase.network]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
         to = None if phase.to is None else self.networks[phase.to]
         # The gradient of each layer's preactivations becomes the gradient of the layer below.
-        for layer in range(len(network.layers) - 1 - top, 0 if to is None else -1, -1):
-            inputs, outputs = network.widths[layer : layer + 2]
-            tiles = _tiles(self.dtype, rows, inputs, outputs)
-            drops = self.drops(network.layers[layer], draw)
+        for layer in range(len(network.layers) - 1 - forward.top, 0 if to is None else -1, -1):
+            drops = self.drops(network.layers[layer], forward.draw)
             below = network.below(layer - 1, drops) if layer or to is None else to.below(-1, drops)
-            common = {"grad": address(network.grad[layer]), "layer": network.layer(self.state, layer)}
-            p = _filled("Backward", self.dtype, below=below, rows=rows, **common)
-            self._launch(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+            self._backward(network, layer, network.grad[layer], below, forward.rows, forward)
+
+    @_add.register
+    def _(self, phase: GradientPenalty) -> None:
+        """Its gradients of preactivations have come with the others'."""
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        samples, rows = slice(self._rows, None), slice(forward.rows, None)
+        matrix = self._gathered if self._changed is None else self._changed[self._rows :]
+        # Its own rows are those of the samples from the first on.
+        first, *others = (self.drops(layer, forward.draw._replace(boundary=0)) for layer in network.layers)
+        # Back to the samples, whose dropout is on the way forward, too.
+        first["factor"] *= first["factor"]
+        identity = _filled("Activation", self.dtype, number=places("activations")["identity"])
+        inputs, saved = matrix[rows], address(matrix[samples])
+        below = _filled("Below", self.dtype, activation=identity, saved=saved, grad=address(inputs), drops=first)
+        self._backward(network, 0, network.grad[0][rows], below, forward.penalty_rows)
+        # Forward, as far as there are inputs of a layer.
+        for layer, drops in enumerate(others):
+            x = network.x[layer + 1][rows]
+            below = network.below(layer, drops, samples, x)
+            self._backward(network, layer, inputs, below, forward.penalty_rows, kernel="forward_penalty")
+            inputs = x
 
     @_add.register
     def _(self, phase: Update) -> None:
         """Updates add up the losses too: the first update those of the first `Loss`, and so on."""
-        network, (given, rows, *_) = self.networks[phase.network], self._passes[phase.network]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        given, rows = forward.given, forward.rows
         number, count = self.plan.updates.index(phase), len(network.layers)
         loss = self.plan.losses[number]
         for first in range(0, count, _MAX_LAYERS):
@@ -614,7 +667,8 @@ class Session:
                 blocks=blocks,
                 has_first=first == 0,
                 input=given.value,
-                rows=rows,
+                rows=rows + forward.penalty_rows,
+                bias_rows=rows,
                 plane=network.plane,
                 averages=network.averages,
                 hyperparameters=address(self._hyperparameters) + number * _MAX_HYPERPARAMETERS * self.dtype.itemsize,
@@ -628,7 +682,7 @@ class Session:
                 closes=end == count and phase is self.plan.phases[-1],
                 progress=self.state,
             )
-            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}>"
+            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}{forward.suffix}>"
             self._launch(kernel, (blocks + 1, 1), _WIDE_THREADS, p, shared=_WIDE_NUMBERS * self.dtype.itemsize)
 
     # Launches.
@@ -683,7 +737,7 @@ class Session:
         draws = [_Draw(f.stream, (len(f.inputs) - 1) * rows) for f in self.plan.forwards(phase.network)]
         first, second = (self._changes(network.layers[0], draw) for draw in draws)
         matrices = {"from": address(self._gathered), "rows": address(self._changed)}
-        size = {"features": network.widths[0], "both": 2 * rows}
+        size = {"features": network.widths[0], "generated": rows}
         p = _filled("ChangeInputs", self.dtype, first=first, second=second, **matrices, **size)
         self._launch(f"change_inputs<{self.type}>", (3 * rows, 1), _GATHER_THREADS, p)
 
@@ -714,6 +768,37 @@ class Session:
             columns = tiles.grid[1] + _pieces(rows + 1, tile_rows)
         kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
         self._launch(kernel, (tile_rows, columns), tiles.block, *arguments, shared=tiles.shared)
+
+    def _backward(
+        self,
+        network: _Network,
+        layer: int,
+        grad: Any,
+        below: np.void,
+        rows: int,
+        forward: _Pass | None = None,
+        kernel: str = "backward",
+    ) -> None:
+        """Through one layer; the rows of the gradient penalty of a pass go with the others."""
+        inputs, outputs = network.widths[layer : layer + 2]
+        columns, k = (outputs, inputs) if kernel == "forward_penalty" else (inputs, outputs)
+        common = {"grad": address(grad), "layer": network.layer(self.state, layer), "below": below}
+        suffix = ""
+        if forward is not None:
+            rows += forward.penalty_rows
+            common["penalty"], suffix = forward.penalty, forward.suffix
+        tiles = _tiles(self.dtype, rows, columns, k)
+        p = _filled("Backward", self.dtype, rows=rows, **common)
+        self._launch(f"{kernel}<{self.type}, {tiles.kind}{suffix}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+
+    def _penalty_of(self, forward: Forward) -> np.void:
+        """The gradient penalty of a pass, of no rows if it has none."""
+        penalty = next((p for p in self.plan.gradient_penalties if p.network == forward.network), None)
+        if penalty is None or SAMPLES not in forward.inputs:
+            return _filled("GradientPenalty", self.dtype)
+        first, rows = self._rows, penalty.rows(self._rows)
+        where, scale = {"first": first, "end": first + rows, "offset": self._rows}, math.sqrt(penalty.factor / rows)
+        return _filled("GradientPenalty", self.dtype, scale=scale, **where)
 
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of `rows` rows."""
