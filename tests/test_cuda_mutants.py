@@ -260,6 +260,7 @@ def call_of_training(name: str) -> Any:
     if name == "penalized_gan":
         # Two rows of each mini-batch, and one of the last, have the penalty.
         how = {"penalty": (3.0, 5), "discriminator": (33, 17, 6, 1), "rates": (0.2, 0.3, 0.3)}
+        how |= {"classes": 4}
         return test_cuda_training.Gan(np.float32, count=20, batch=9, **how)
     if name == "mlp_in_a_cluster":
         how = {"rule": "momentum", "count": 200, "batch": 35, "kind": "bytes", "rates": (0.2, 0.5)}
@@ -550,6 +551,7 @@ WRONG = [
         ("sum[s]);\n    " + BARRIER, "sum[s]);", "mlp_in_tiles"),
         ("int g = 1; g < groups", "int g = 2; g < groups", "mlp_in_tiles"),
     ),
+    *mutants("training/step", ("i < rows ? i : i - rows", "i < rows ? i : 0", "penalized_gan")),
     *mutants(
         "training/top",
         ("int warp = 1; warp < threads / 32", "int warp = 2; warp < threads / 32", "mlp"),
@@ -583,7 +585,8 @@ WRONG = [
         ("if (p.closes) ++p.progress->next;", "", "mlp"),
         ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
         ("+= p.weight * loss", "+= loss", "mlp"),
-        ("< 0 && k >= ones", "< 0 && k > ones", "penalized_gan"),
+        ("(k < rows && (further", "((further", "penalized_gan"),
+        ("of_row<false>(k) == further", "of_row<false>(k) >= further", "penalized_gan"),
     ),
     *mutants(
         "training/cluster",

@@ -308,12 +308,18 @@ class Gan(Problem):
         kind: str = "bytes",
         hidden: str = "leaky_relu",
         penalty: tuple[float, int] | None = None,
+        classes: int = 0,
         rates: Sequence[float] = (),
         noise: float = 0.0,
     ) -> None:
-        loss = "binary_cross_entropy_with_logits"
+        loss, dataset = "binary_cross_entropy_with_logits", samples(50, generator[-1], dtype, kind)
+        latent = generator[0]
+        if classes:
+            labels = Labels(np.random.default_rng(7).integers(0, classes, 50), classes)
+            dataset = dataset._replace(labels=labels)
+            generator, discriminator = ((n + classes, *widths) for n, *widths in (generator, discriminator))
         phases = (
-            Gather(samples(50, generator[-1], dtype, kind), 2.0, -1.0),
+            Gather(dataset, 2.0, -1.0),
             Forward(0, (NOISE,)),
             *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1)),
             *([] if penalty is None else [GradientPenalty(1, *penalty)]),
@@ -331,7 +337,7 @@ class Gan(Problem):
         self.plan = TrainingPlan(networks, phases)
         steps = -(-count // batch)
         tables = numbers(rules[1], steps, 0.02), numbers(rules[0], steps)
-        drawn = np.random.default_rng(6).normal(size=(count, generator[0])).astype(dtype)
+        drawn = np.random.default_rng(6).normal(size=(count, latent)).astype(dtype)
         decay = np.linspace(0.2, 0.7, steps)
         order = some_order(50, count)
         self.batches = Batches(order, batch, tables, (2.0, 1.0), decay, drawn, first_step=FIRST_STEP)
@@ -465,6 +471,25 @@ def test_gradient_penalty(variant: str, plan: str, device: Any, dtype: Any) -> N
         gan.check(device, select.load("numpy"))
 
 
+# Classes.
+
+CONDITIONAL: dict[str, dict[str, Any]] = {
+    "two": {"classes": 2},
+    "penalized": {"classes": 10, "penalty": (3.0, 4), "discriminator": (33, 19, 14, 1), "batch": 41},
+    "random": {"classes": 3, "penalty": (3.0, 4), "rates": (0.2, 0.5), "noise": 0.4, "rules": ("sgd", "momentum")},
+    "shallow": {"classes": 70, "generator": (7, 33), "discriminator": (33, 1), "batch": 7},
+    "one by one": {**GANS["one by one"], "classes": 3},
+}
+
+
+@pytest.mark.parametrize("variant", CONDITIONAL)
+def test_classes_among_the_inputs(variant: str, plan: str, device: Any, dtype: Any) -> None:
+    """As the reference, in which they are one-hot rows."""
+    gan = Gan(dtype, **CONDITIONAL[variant])
+    assert cuda_training.supports_fused(gan.plan)
+    gan.check(device, select.load("numpy"))
+
+
 # Dropout and noise.
 
 RANDOM: dict[str, dict[str, Any]] = {
@@ -534,7 +559,8 @@ def test_fit_is_no_work_of_the_reference(device: Any, dtype: Any, monkeypatch: p
                   discriminator_input_noise=0.1, gradient_penalty=0.1)  # fmt: skip
         assert mlp.fit(x, np.arange(20) % 3, 2, 8).loss[1] > 0
         assert gan.fit(x, 2, 8).generator_loss[1] > 0
-        assert GAN(4, [6, 9], [6, 1], dtype=dtype, gradient_penalty=0.1).fit(x, 2, 8).generator_loss[1] > 0
+        penalized = GAN(4, [6, 9], [6, 1], n_classes=3, dtype=dtype, gradient_penalty=0.1)
+        assert penalized.fit(x, 2, 8, y=np.arange(20) % 3).generator_loss[1] > 0
 
 
 # In a cluster.
@@ -702,7 +728,7 @@ def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch:
     mlp = Mlp([37, 12, 5] if name == "cluster" else [37, 45, 19, 5], dtype, kind="bytes", rule="adam")
     random: dict[str, Any] = {"rates": (0.2, 0.5, 0.3), "noise": 0.3}
     problems: list[Problem] = [mlp, Gan(dtype), Gan(dtype, **random), Gan(dtype, **PENALIZED["deep"])]
-    problems.append(Mlp([37, 12, 9, 5], dtype, kind="sparse", **random))
+    problems += Mlp([37, 12, 9, 5], dtype, kind="sparse", **random), Gan(dtype, **CONDITIONAL["penalized"])
     if name == "cluster":
         problems.append(in_cluster([37, 12, 5], rates=(0.2, 0.5)))
     expected = [problem.on(HostDevice()) for problem in problems]
@@ -1005,7 +1031,10 @@ def test_fuses_what_there_is() -> None:
         assert not supports(replace(plan, networks=((*plan.networks[0], source),)))
     labels = Labels(np.zeros(len(gan.gather.dataset.x), np.int64), 2)
     conditional = gan.gather._replace(dataset=gan.gather.dataset._replace(labels=labels))
-    assert not supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
+    assert supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
+    labels = Labels(np.zeros(len(plan.gather.dataset.x), np.int64), 2)
+    conditional = plan.gather._replace(dataset=plan.gather.dataset._replace(labels=labels))
+    assert not supports(TrainingPlan(plan.networks, (conditional, *plan.phases[1:])))
     at = next(i for i, phase in enumerate(gan.phases) if isinstance(phase, Update))
     for penalties, supported in (([0.5], True), ([-0.5], False), ([0.5, 0.5], False)):
         penalized = [GradientPenalty(1, factor) for factor in penalties]
@@ -1063,7 +1092,7 @@ def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
     """What is read from the sources has the compiler's sizes and offsets."""
     t = {"float32": "float", "float64": "double"}[np.dtype(dtype).name]
     names = {"Progress": "Progress", "ArrangeSamples": "ArrangeSamples", "CloseSteps": "CloseSteps"}
-    names |= {"Draw": "Draw"}
+    names |= {"Draw": "Draw", "Classes": "Classes"}
     for name in ("Drops", "Noise", "Changes", "ChangeInputs"):
         names[name] = f"{name}<{t}>"
     for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):

@@ -20,6 +20,8 @@ struct ForwardEpilogue {
   Activation<T> activation;
   T *y, *z, *dropped;
   Drops<T> drops;
+  Classes classes;
+  const T* class_weights;
   int rows, out;
 
   template <int n>
@@ -29,9 +31,15 @@ struct ForwardEpilogue {
   };
   __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < out; }
   template <int n>
-  __device__ __forceinline__ Loaded<n> load(int, int j) const {
+  __device__ __forceinline__ Loaded<n> load(int i, int j) const {
     Loaded<n> loaded;
     load_numbers<n>(bias + j, loaded.bias);
+    if (classes.count != 0) {
+      T weight[n];
+      load_numbers<n>(class_weights + static_cast<Index>(classes.of_row<opens>(i)) * row_stride(out) + j, weight);
+#pragma unroll
+      for (int c = 0; c < n; ++c) loaded.bias[c] += weight[c];
+    }
     if (dropped != nullptr) loaded.step = drops.draw.template step<opens>();
     return loaded;
   }
@@ -58,6 +66,7 @@ struct Forward {
   Activation<T> activation;
   T *y, *z, *dropped;
   Drops<T> drops;  // of the layer above
+  Classes classes;
   int rows;
 };
 
@@ -68,9 +77,14 @@ __device__ __forceinline__ void forward_tile(const Forward<T, N>& p, const Rows<
   const Layer<T>& layer = p.layer;
   const LinesOfRows<T, N> x{rows, p.rows};
   const LinesOfColumns<T> w{layer.parameters, row_stride(layer.out)};
-  const T* const bias = layer.parameters + static_cast<Index>(layer.in) * row_stride(layer.out);
-  const ForwardEpilogue<T, opens> epilogue{bias, p.activation, p.y, p.z, p.dropped, p.drops, p.rows, layer.out};
-  Tile::multiply(x, w, layer.in, tile_row * Tile::rows, tile_column * Tile::columns, epilogue, memory);
+  const int k = layer.in - p.classes.count, stride = row_stride(layer.out);
+  const T *const class_weights = layer.parameters + static_cast<Index>(k) * stride, *const bias =
+                                                                                        layer.parameters +
+                                                                                        static_cast<Index>(layer.in) *
+                                                                                            stride;
+  const ForwardEpilogue<T, opens> epilogue{bias,    p.activation, p.y,           p.z,    p.dropped,
+                                           p.drops, p.classes,    class_weights, p.rows, layer.out};
+  Tile::multiply(x, w, k, tile_row * Tile::rows, tile_column * Tile::columns, epilogue, memory);
 }
 
 // A layer whose inputs are the mini-batch. Grid: tiles of rows, tiles of columns.

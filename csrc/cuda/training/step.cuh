@@ -115,4 +115,22 @@ struct Input {
   }
 };
 
+// The classes of the samples, whose one-hot rows are the last inputs of a network. No matrix has them: the weights of a row's
+// class are added to its preactivations, and the update adds up the gradients of the rows of a class.
+struct Classes {
+  const Index* indices;  // of all samples
+  const int* labels;     // of the mini-batch, once they are staged
+  const Progress* progress;
+  int rows;   // of the mini-batch; those of a second input follow them, of the same samples
+  int count;  // how many classes there are; 0: none are inputs
+
+  template <bool opens>
+  __device__ __forceinline__ int of_row(int i) const {
+    const int row = i < rows ? i : i - rows;
+    const Index label = opens ? indices[progress->order[progress->next * progress->batch + row]] : labels[row];
+    // Whatever another thread made of it since it was checked.
+    return static_cast<unsigned long long>(label) < static_cast<unsigned>(count) ? static_cast<int>(label) : 0;
+  }
+};
+
 }  // namespace gemmlet

@@ -164,7 +164,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
         return (
             phases in _STEPS
             and not plan.has_extras
-            and dataset.labels is None
+            and (is_gan or dataset.labels is None)
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
             and not any(map(_changes_inputs, first_layers[:-1]))
             and plan.activations() <= places("activations").keys()
@@ -251,16 +251,19 @@ class _Network:
 
     Attributes
     ----------
+    inputs : list of int
+        Columns of the matrix of each layer's inputs, which classes are left out of.
     x, y, z, grad : list
         Matrices of each layer, for the rows of a mini-batch: inputs without what is dropped, those of the first layer
         excepted; outputs; preactivations where backward needs them; and gradients of the preactivations.
     """
 
-    def __init__(self, network: training.Network, rule: str, start: int) -> None:
+    def __init__(self, network: training.Network, rule: str, start: int, classes: int) -> None:
         layers = training.dense_layers(network)
         self.layers, self.rule, self.start = layers, rule, _pieces(start, 256) * 256
         self.dtype = layers[0].weight.value.dtype
         self.widths = [len(layers[0].weight.value), *(layer.bias.value.size for layer in layers)]
+        self.inputs = [self.widths[0] - classes, *self.widths[1:-1]]
         self.averages = layers[0].weight.average is not None
         # Where each layer begins in a plane, one of which has all parameters, one each state of the optimizer, and one
         # the averages.
@@ -363,15 +366,18 @@ class Session:
 
         def staged(phase: training.Phase) -> training.Phase:
             if isinstance(phase, Gather):
-                return phase._replace(dataset=training.Dataset(*map(resident, phase.dataset)))
+                labels = phase.dataset.labels
+                if labels is not None:
+                    labels = labels._replace(values=resident(labels.values))
+                return phase._replace(dataset=training.Dataset(*map(resident, phase.dataset))._replace(labels=labels))
             return phase._replace(targets=resident(phase.targets)) if isinstance(phase, Loss) else phase
 
         self.device, self.dtype, self.type = device, plan.dtype, CPP_TYPES[plan.dtype.name]
         self.plan = replace(plan, phases=tuple(map(staged, plan.phases)))
         rules, end = {update.network: update.rule for update in plan.updates}, _PROGRESS.itemsize
-        self.networks = list[_Network]()
+        self.networks, labels = list[_Network](), plan.gather.dataset.labels
         for number, network in enumerate(plan.networks):
-            self.networks.append(_Network(network, rules[number], end))
+            self.networks.append(_Network(network, rules[number], end, 0 if labels is None else labels.classes))
             end = self.networks[-1].end
         self._state = device.empty((end,), np.uint8)
         self.state = address(self._state)
@@ -479,7 +485,7 @@ class Session:
                 most[phase.network] = max(most[phase.network], rows * len(phase.inputs))
             elif isinstance(phase, GradientPenalty):
                 most[phase.network] += phase.rows(rows)
-        changes, stride = _changes_inputs(networks[-1].layers[0]), _stride(networks[-1].widths[0])
+        changes, stride = _changes_inputs(networks[-1].layers[0]), _stride(networks[-1].inputs[0])
         if len(networks) > 1 or changes or self.plan.gather.dataset.indptr is not None:
             self._gathered = device.empty((most[-1], stride), self.dtype)
         if len(networks) > 1 and changes:
@@ -575,7 +581,7 @@ class Session:
         top = has_loss and network.has_top(rows)
         x, kernel = self.plan.gather.dataset.x, "forward"
         if phase.inputs == (NOISE,):
-            given, kernel = _Input(self.type, _filled("Input", stride=network.widths[0])), "first_forward_and_gather"
+            given, kernel = _Input(self.type, _filled("Input", stride=network.inputs[0])), "first_forward_and_gather"
         elif self._gathered is None:
             samples = _filled("Input", rows=address(x), stride=x.shape[1], samples=address(self._samples))
             given, kernel = _Input(CPP_TYPES[x.dtype.name], samples), "first_forward"
@@ -649,7 +655,8 @@ class Session:
         network, forward = self.networks[phase.network], self._passes[phase.network]
         given, rows = forward.given, forward.rows
         number, count = self.plan.updates.index(phase), len(network.layers)
-        loss = self.plan.losses[number]
+        loss, classes = self.plan.losses[number], self._classes()
+        suffix = ", true" if forward.penalty_rows or classes["count"] else ""
         for first in range(0, count, _MAX_LAYERS):
             end = min(first + _MAX_LAYERS, count)
             updated = np.zeros(_MAX_LAYERS, _UPDATED_LAYER)
@@ -667,6 +674,7 @@ class Session:
                 blocks=blocks,
                 has_first=first == 0,
                 input=given.value,
+                classes=classes,
                 rows=rows + forward.penalty_rows,
                 bias_rows=rows,
                 plane=network.plane,
@@ -682,7 +690,7 @@ class Session:
                 closes=end == count and phase is self.plan.phases[-1],
                 progress=self.state,
             )
-            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}{forward.suffix}>"
+            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}{suffix}>"
             self._launch(kernel, (blocks + 1, 1), _WIDE_THREADS, p, shared=_WIDE_NUMBERS * self.dtype.itemsize)
 
     # Launches.
@@ -697,17 +705,25 @@ class Session:
     def _staged(self) -> np.void:
         """What the kernel that opens a step stages; of class indices, the mini-batch's."""
         (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].hyperparameters) for u in self.plan.updates]
+        labels = self.plan.gather.dataset.labels
+        indices = labels.values if labels is not None else loss.targets if loss.has_classes else None
         return _filled(
             "Staged",
             progress=self.state,
             rows=self._rows,
             samples=address(self._samples),
-            indices=address(loss.targets) if loss.has_classes else 0,
+            indices=address(indices),
             labels=address(self._labels),
             hyperparameters=address(self._hyperparameters),
             hyperparameter_counts=[*counts, 0][:2],
             averages=any(network.averages for network in self.networks),
         )
+
+    def _classes(self) -> np.void:
+        """The classes among the inputs of each network."""
+        values, count = self.plan.gather.dataset.labels or (None, 0)
+        addresses = {"indices": address(values), "labels": address(self._labels), "progress": self.state}
+        return _filled("Classes", rows=self._rows, count=count, **addresses)
 
     # What is drawn.
 
@@ -737,7 +753,7 @@ class Session:
         draws = [_Draw(f.stream, (len(f.inputs) - 1) * rows) for f in self.plan.forwards(phase.network)]
         first, second = (self._changes(network.layers[0], draw) for draw in draws)
         matrices = {"from": address(self._gathered), "rows": address(self._changed)}
-        size = {"features": network.widths[0], "generated": rows}
+        size = {"features": network.inputs[0], "generated": rows}
         p = _filled("ChangeInputs", self.dtype, first=first, second=second, **matrices, **size)
         self._launch(f"change_inputs<{self.type}>", (3 * rows, 1), _GATHER_THREADS, p)
 
@@ -745,13 +761,15 @@ class Session:
         self, network: _Network, layer: int, given: _Input, rows: int, draw: _Draw, kernel: str = "forward"
     ) -> None:
         """One layer; the kernel that opens the step gathers, too: its own samples, or those that others will need."""
-        gather, (inputs, outputs) = self.plan.gather, network.widths[layer : layer + 2]
+        gather, inputs, outputs = self.plan.gather, network.inputs[layer], network.widths[layer + 1]
         x, gathers = gather.dataset.x, kernel == "first_forward_and_gather"
         # (Samples are gathered by blocks of that size, too.)
         tiles = _tiles(self.dtype, rows, outputs, inputs, min_warps=8 if gathers else 1)
         tile_rows, columns = tiles.grid
         y, z = address(network.y[layer]), address(network.z[layer])
         common = {"layer": network.layer(self.state, layer), "activation": network.activations[layer], "rows": rows}
+        if layer == 0:
+            common["classes"] = self._classes()
         above = network.layers[layer + 1 :]
         if above and above[0].dropout is not None:
             common |= {"drops": self.drops(above[0], draw), "dropped": address(network.x[layer + 1])}
@@ -780,9 +798,10 @@ class Session:
         kernel: str = "backward",
     ) -> None:
         """Through one layer; the rows of the gradient penalty of a pass go with the others."""
-        inputs, outputs = network.widths[layer : layer + 2]
+        inputs, outputs, of_layer = network.inputs[layer], network.widths[layer + 1], network.layer(self.state, layer)
         columns, k = (outputs, inputs) if kernel == "forward_penalty" else (inputs, outputs)
-        common = {"grad": address(grad), "layer": network.layer(self.state, layer), "below": below}
+        of_layer["in"] = inputs  # the weights of classes are of no use here
+        common = {"grad": address(grad), "layer": of_layer, "below": below}
         suffix = ""
         if forward is not None:
             rows += forward.penalty_rows
