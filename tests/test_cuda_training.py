@@ -254,12 +254,17 @@ class Mlp(Problem):
         count: int = 43,
         batch: int = 16,
         kind: str = "floats",
+        weights: str | None = None,
         **settings: Any,
     ) -> None:
         rng, out = np.random.default_rng(5), widths[-1]
         targets = rng.integers(0, 2 if out == 1 else out, n) if classes else rng.uniform(size=(n, out)).astype(dtype)
+        dataset = samples(n, widths[0], dtype, kind)
+        if weights is not None:
+            counts = rng.uniform(0, 3, n) * (np.arange(n) % 5 != 0)
+            dataset = dataset._replace(weights=counts, divides_by_rows=weights == "by rows")
         phases = (
-            Gather(samples(n, widths[0], dtype, kind)),
+            Gather(dataset),
             Forward(0, (SAMPLES,)),
             Loss(0, loss, targets, smoothing, "sum" if loss == "softmax_cross_entropy" else "mean", sign),
             Backward(0),
@@ -384,6 +389,22 @@ def test_label_smoothing(top: bool, device: Any, cpu: Any, dtype: Any, monkeypat
         monkeypatch.setattr(cuda_training, "MAX_TOP_BYTES", 0)
     for out, classes in itertools.product((2, 10, 40), (True, False)):
         Mlp([6, 9, out], dtype, classes=classes, smoothing=0.3, batch=11).check(device, cpu)
+
+
+@pytest.mark.parametrize("weights", ["", "by rows"])
+@pytest.mark.parametrize("name", PLANS)
+def test_weights_of_samples(
+    name: str, weights: str, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of row losses and of others, in one kernel with the last layer and alone; some samples count nothing."""
+    use_plan(name, monkeypatch)
+    for loss, classes in itertools.product(("softmax_cross_entropy", "huber"), (True, False)):
+        for widths in ((9, 13, 3), (9, 70)):
+            Mlp(widths, dtype, loss=loss, classes=classes, kind="bytes", weights=weights).check(device, cpu)
+    counting = Counting(device)
+    mlp = Mlp((9, 13, 3), dtype, kind="bytes", count=140, batch=50, weights=weights, rule="adam", hidden="gelu")
+    mlp.check(counting, cpu)
+    assert ("train_in_cluster" in counting.launched) == (name == "cluster" and dtype == np.float32)
 
 
 @pytest.mark.parametrize("rule", OPTIMIZER_RULES)
@@ -764,7 +785,7 @@ def test_calls_may_be_divided(
     network: str, random: bool, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into single steps, which are recorded once and find what the last call left; losses are added up all the same.
-    With dropout, too.
+    With dropout and weights of samples, too.
 
     The networks go to the GPU with the first call and after `write_back` alone.
     """
@@ -777,7 +798,8 @@ def test_calls_may_be_divided(
     settings: Any = {"count": count, "batch": batch, "rates": (0.2, 0.5) if random else ()}
     if "penalized" in network:
         settings["penalty"] = 3.0, 4
-    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, **settings) if is_mlp else Gan(dtype, **settings)
+    mlp = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, weights="" if random else None, **settings)
+    problem: Any = mlp if is_mlp else Gan(dtype, **settings)
     expected = problem.on(device)
     monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
     recorded, sent = Counter[str](), list[int]()
@@ -1035,6 +1057,10 @@ def test_fuses_what_there_is() -> None:
     labels = Labels(np.zeros(len(plan.gather.dataset.x), np.int64), 2)
     conditional = plan.gather._replace(dataset=plan.gather.dataset._replace(labels=labels))
     assert not supports(TrainingPlan(plan.networks, (conditional, *plan.phases[1:])))
+    counts = {"weights": np.ones(len(gan.gather.dataset.x))}
+    assert supports(replace(plan, phases=(Gather(plan.gather.dataset._replace(**counts)), *plan.phases[1:])))
+    weighted = gan.gather._replace(dataset=gan.gather.dataset._replace(**counts))
+    assert not supports(replace(gan, phases=(weighted, *gan.phases[1:])))
     at = next(i for i, phase in enumerate(gan.phases) if isinstance(phase, Update))
     for penalties, supported in (([0.5], True), ([-0.5], False), ([0.5, 0.5], False)):
         penalized = [GradientPenalty(1, factor) for factor in penalties]
