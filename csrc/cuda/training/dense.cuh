@@ -12,6 +12,10 @@ struct Layer {
   int in, out;
 };
 
+// Whether a tile's epilogue has the number of the step before the main loop: there are registers to keep it in.
+template <class T>
+inline constexpr bool early_step = sizeof(T) == 4;
+
 // y = activation(x w + b); z, unless null, takes the preactivation, and `dropped` what dropout leaves of y. `opens`: in the
 // kernel that opens a step.
 template <class T, bool opens>
@@ -40,7 +44,7 @@ struct ForwardEpilogue {
 #pragma unroll
       for (int c = 0; c < n; ++c) loaded.bias[c] += weight[c];
     }
-    if (dropped != nullptr) loaded.step = drops.draw.template step<opens>();
+    if (early_step<T> && dropped != nullptr) loaded.step = drops.draw.template step<opens>();
     return loaded;
   }
   template <int n>
@@ -53,7 +57,8 @@ struct ForwardEpilogue {
     activation.forward(sum, result);
     store_numbers<n>(y + at, result);
     if (dropped != nullptr) {
-      drops.apply(drops.template kept<n>(i, j, loaded.step), result);
+      const Index step = early_step<T> ? loaded.step : drops.draw.template step<opens>();
+      drops.apply(drops.template kept<n>(i, j, step), result);
       store_numbers<n>(dropped + at, result);
     }
   }
@@ -133,13 +138,15 @@ struct BackwardEpilogue {
   __device__ __forceinline__ Loaded<n> load(int i, int j) const {
     Loaded<n> loaded;
     load_numbers<n>(below.saved + at(penalized ? penalty.sample(i) : i, j), loaded.saved);
-    if (below.drops.keep != 0) loaded.step = below.drops.draw.step();
+    if (early_step<T> && below.drops.keep != 0) loaded.step = below.drops.draw.step();
     return loaded;
   }
   template <int n>
   __device__ __forceinline__ void store(int i, int j, const Loaded<n>& loaded, T (&sum)[n]) const {
-    if (below.drops.keep != 0)
-      below.drops.apply(below.drops.template kept<n>(penalized ? penalty.sample(i) : i, j, loaded.step), sum);
+    if (below.drops.keep != 0) {
+      const Index step = early_step<T> ? loaded.step : below.drops.draw.step();
+      below.drops.apply(below.drops.template kept<n>(penalized ? penalty.sample(i) : i, j, step), sum);
+    }
     below.activation.backward(sum, loaded.saved);
     store_numbers<n>(below.grad + at(i, j), sum);
   }
