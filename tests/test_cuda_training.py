@@ -796,10 +796,11 @@ def test_calls_may_be_divided(
     count, batch, is_mlp = 75, 8, "gan" not in network
     kind = "bytes" if "cluster" in network else "floats"
     settings: Any = {"count": count, "batch": batch, "rates": (0.2, 0.5) if random else ()}
-    if "penalized" in network:
+    if is_mlp:
+        settings |= {"rule": "adam", "kind": kind, "weights": "" if random else None}
+    elif "penalized" in network:
         settings["penalty"] = 3.0, 4
-    mlp = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, weights="" if random else None, **settings)
-    problem: Any = mlp if is_mlp else Gan(dtype, **settings)
+    problem: Any = Mlp([9, 8, 3], dtype, **settings) if is_mlp else Gan(dtype, **settings)
     expected = problem.on(device)
     monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
     recorded, sent = Counter[str](), list[int]()
