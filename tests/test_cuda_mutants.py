@@ -257,9 +257,14 @@ def trained(name: str) -> list[Any]:
 def call_of_training(name: str) -> Any:
     if name == "gan":
         return test_cuda_training.Gan(np.float32, count=20, batch=9, rates=(0.2, 0.5), noise=0.3)
+    if name == "penalized_gan":
+        # Two rows of each mini-batch, and one of the last, have the penalty.
+        how = {"penalty": (3.0, 5), "discriminator": (33, 17, 6, 1), "rates": (0.2, 0.3, 0.3)}
+        how |= {"classes": 4}
+        return test_cuda_training.Gan(np.float32, count=20, batch=9, **how)
     if name == "mlp_in_a_cluster":
         how = {"rule": "momentum", "count": 200, "batch": 35, "kind": "bytes", "rates": (0.2, 0.5)}
-        return test_cuda_training.Mlp((35, 13, 10), np.float32, **how)
+        return test_cuda_training.Mlp((35, 13, 10), np.float32, weights="", **how)
     is_sparse = name == "mlp_of_sparse"
     how = {"rule": "momentum", "count": 90, "batch": 70, "kind": "sparse" if is_sparse else "floats", "sign": -1.0}
     random = {"rates": (0.2 * is_sparse, 0.5, 0.3), "noise": 0.1 * is_sparse}
@@ -306,6 +311,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
         training("mlp_in_tiles", "wide"),
         training("mlp_in_a_cluster", "cluster"),
         training("gan", "small"),
+        training("penalized_gan", "medium"),
     )
 }
 
@@ -545,12 +551,18 @@ WRONG = [
         ("sum[s]);\n    " + BARRIER, "sum[s]);", "mlp_in_tiles"),
         ("int g = 1; g < groups", "int g = 2; g < groups", "mlp_in_tiles"),
     ),
+    *mutants("training/step", ("i < rows ? i : i - rows", "i < rows ? i : 0", "penalized_gan")),
     *mutants(
         "training/top",
         ("int warp = 1; warp < threads / 32", "int warp = 2; warp < threads / 32", "mlp"),
         (BARRIER + "\n  for (int j = thread", "for (int j = thread", "mlp"),
         (BARRIER + "\n  T* const grad_row", "T* const grad_row", "mlp"),
         (BARRIER + "\n  const Index below_row", "const Index below_row", "mlp"),
+    ),
+    *mutants(
+        "training/dense",
+        ("saved + at(penalized ? penalty.sample(i) : i", "saved + at(i", "penalized_gan"),
+        ("kept<n>(penalized ? penalty.sample(i) : i", "kept<n>(i", "penalized_gan"),
     ),
     *mutants(
         "training/draw",
@@ -565,7 +577,7 @@ WRONG = [
         "training/gather",
         ("T(0);\n  " + BARRIER, "T(0);", "mlp_of_sparse"),
         ("if (changes.any()) {\n    " + BARRIER, "if (changes.any()) {", "mlp_of_sparse"),
-        ("row = is_first ? i : i - p.both", "row = is_first ? i : i - p.both + 1", "gan"),
+        ("row = is_second ? i : i - p.generated", "row = is_second ? i : i - p.generated + 1", "gan"),
         ("k < p.features; k += static_cast", "k < p.features - 1; k += static_cast", "gan"),
     ),
     *mutants(
@@ -573,12 +585,15 @@ WRONG = [
         ("if (p.closes) ++p.progress->next;", "", "mlp"),
         ("while (block < p.layers[l].first_block)", "while (block <= p.layers[l].first_block && l)", "mlp"),
         ("+= p.weight * loss", "+= loss", "mlp"),
+        ("(k < rows && (further", "((further", "penalized_gan"),
+        ("of_row<false>(k) == further", "of_row<false>(k) >= further", "penalized_gan"),
     ),
     *mutants(
         "training/cluster",
         ("count == tile_features && reinterpret", "reinterpret", "mlp_in_a_cluster"),
         ("tile * tile_features + first, p.drops", "tile * tile_features, p.drops", "mlp_in_a_cluster"),
         ("kept >>= 2;", "", "mlp_in_a_cluster"),
+        ("weight = memory.weights[parity]", "weight = memory.weights[1 - parity]", "mlp_in_a_cluster"),
         ("draw(step + 1);", "draw(step);", "mlp_in_a_cluster"),
         ("p.drops.apply(kept, grad);", ";", "mlp_in_a_cluster"),
         ("if (i < p.rows) {\n    const Index sample", "{\n    const Index sample", "mlp_in_a_cluster"),

@@ -254,12 +254,17 @@ class Mlp(Problem):
         count: int = 43,
         batch: int = 16,
         kind: str = "floats",
+        weights: str | None = None,
         **settings: Any,
     ) -> None:
         rng, out = np.random.default_rng(5), widths[-1]
         targets = rng.integers(0, 2 if out == 1 else out, n) if classes else rng.uniform(size=(n, out)).astype(dtype)
+        dataset = samples(n, widths[0], dtype, kind)
+        if weights is not None:
+            counts = rng.uniform(0, 3, n) * (np.arange(n) % 5 != 0)
+            dataset = dataset._replace(weights=counts, divides_by_rows=weights == "by rows")
         phases = (
-            Gather(samples(n, widths[0], dtype, kind)),
+            Gather(dataset),
             Forward(0, (SAMPLES,)),
             Loss(0, loss, targets, smoothing, "sum" if loss == "softmax_cross_entropy" else "mean", sign),
             Backward(0),
@@ -306,14 +311,24 @@ class Gan(Problem):
         count: int = 43,
         batch: int = 16,
         kind: str = "bytes",
+        hidden: str = "leaky_relu",
+        penalty: tuple[float, int] | None = None,
+        classes: int = 0,
         rates: Sequence[float] = (),
         noise: float = 0.0,
     ) -> None:
-        loss = "binary_cross_entropy_with_logits"
+        loss, dataset = "binary_cross_entropy_with_logits", samples(50, generator[-1], dtype, kind)
+        latent = generator[0]
+        if classes:
+            labels = Labels(np.random.default_rng(7).integers(0, classes, 50), classes)
+            dataset = dataset._replace(labels=labels)
+            generator, discriminator = ((n + classes, *widths) for n, *widths in (generator, discriminator))
         phases = (
-            Gather(samples(50, generator[-1], dtype, kind), 2.0, -1.0),
+            Gather(dataset, 2.0, -1.0),
             Forward(0, (NOISE,)),
-            *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1), Update(1, rules[1])),
+            *(Forward(1, (SAMPLES, 0)), Loss(1, loss, (0.9, 0.0)), Backward(1)),
+            *([] if penalty is None else [GradientPenalty(1, *penalty)]),
+            Update(1, rules[1]),
             Forward(1, (0,), SECOND_PASS),
             Loss(1, loss, (1.0 if non_saturating else 0.0,), sign=1.0 if non_saturating else -1.0),
             *(Backward(1, 0), Backward(0), Update(0, rules[0])),
@@ -321,20 +336,13 @@ class Gan(Problem):
         networks = (
             network(generator, dtype, rules[0], hidden="relu", output=output, averaged=averaged[0]),
             network(
-                discriminator,
-                dtype,
-                rules[1],
-                hidden="leaky_relu",
-                averaged=averaged[1],
-                rates=rates,
-                noise=noise,
-                seed=1,
+                discriminator, dtype, rules[1], hidden=hidden, averaged=averaged[1], rates=rates, noise=noise, seed=1
             ),
         )
         self.plan = TrainingPlan(networks, phases)
         steps = -(-count // batch)
         tables = numbers(rules[1], steps, 0.02), numbers(rules[0], steps)
-        drawn = np.random.default_rng(6).normal(size=(count, generator[0])).astype(dtype)
+        drawn = np.random.default_rng(6).normal(size=(count, latent)).astype(dtype)
         decay = np.linspace(0.2, 0.7, steps)
         order = some_order(50, count)
         self.batches = Batches(order, batch, tables, (2.0, 1.0), decay, drawn, first_step=FIRST_STEP)
@@ -381,6 +389,22 @@ def test_label_smoothing(top: bool, device: Any, cpu: Any, dtype: Any, monkeypat
         monkeypatch.setattr(cuda_training, "MAX_TOP_BYTES", 0)
     for out, classes in itertools.product((2, 10, 40), (True, False)):
         Mlp([6, 9, out], dtype, classes=classes, smoothing=0.3, batch=11).check(device, cpu)
+
+
+@pytest.mark.parametrize("weights", ["", "by rows"])
+@pytest.mark.parametrize("name", PLANS)
+def test_weights_of_samples(
+    name: str, weights: str, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of row losses and of others, in one kernel with the last layer and alone; some samples count nothing."""
+    use_plan(name, monkeypatch)
+    for loss, classes in itertools.product(("softmax_cross_entropy", "huber"), (True, False)):
+        for widths in ((9, 13, 3), (9, 70)):
+            Mlp(widths, dtype, loss=loss, classes=classes, kind="bytes", weights=weights).check(device, cpu)
+    counting = Counting(device)
+    mlp = Mlp((9, 13, 3), dtype, kind="bytes", count=140, batch=50, weights=weights, rule="adam", hidden="gelu")
+    mlp.check(counting, cpu)
+    assert ("train_in_cluster" in counting.launched) == (name == "cluster" and dtype == np.float32)
 
 
 @pytest.mark.parametrize("rule", OPTIMIZER_RULES)
@@ -448,6 +472,45 @@ def test_gan(variant: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None
     Gan(dtype, **GANS[variant]).check(device, cpu)
 
 
+PENALIZED: dict[str, dict[str, Any]] = {
+    "of all": {"penalty": (3.0, 1)},
+    "relu": {"penalty": (3.0, 4), "hidden": "relu", "rules": ("sgd", "momentum"), "averaged": (True, True)},
+    # A last mini-batch of two, one of which has the penalty.
+    "deep": {"penalty": (3.0, 4), "discriminator": (33, 19, 14, 9, 1), "batch": 41, "kind": "floats"},
+    "wide": {"penalty": (1.0, 2), "discriminator": (33, 300, 1), "generator": (7, 33), "count": 130, "batch": 65},
+    "shallow": {"penalty": (3.0, 3), "discriminator": (33, 1), "batch": 7},
+    "one by one": {**GANS["one by one"], "penalty": (3.0, 4)},
+}
+
+
+@pytest.mark.parametrize("variant", PENALIZED)
+def test_gradient_penalty(variant: str, plan: str, device: Any, dtype: Any) -> None:
+    """As the reference, in which it is no further rows."""
+    for random in ({}, {"rates": (0.2, 0.5, 0.3, 0.4), "noise": 0.4}, {"rates": (0.0, 0.5, 0.0, 0.4)}):
+        gan = Gan(dtype, **PENALIZED[variant], **random)
+        assert cuda_training.supports_fused(gan.plan)
+        gan.check(device, select.load("numpy"))
+
+
+# Classes.
+
+CONDITIONAL: dict[str, dict[str, Any]] = {
+    "two": {"classes": 2},
+    "penalized": {"classes": 10, "penalty": (3.0, 4), "discriminator": (33, 19, 14, 1), "batch": 41},
+    "random": {"classes": 3, "penalty": (3.0, 4), "rates": (0.2, 0.5), "noise": 0.4, "rules": ("sgd", "momentum")},
+    "shallow": {"classes": 70, "generator": (7, 33), "discriminator": (33, 1), "batch": 7},
+    "one by one": {**GANS["one by one"], "classes": 3},
+}
+
+
+@pytest.mark.parametrize("variant", CONDITIONAL)
+def test_classes_among_the_inputs(variant: str, plan: str, device: Any, dtype: Any) -> None:
+    """As the reference, in which they are one-hot rows."""
+    gan = Gan(dtype, **CONDITIONAL[variant])
+    assert cuda_training.supports_fused(gan.plan)
+    gan.check(device, select.load("numpy"))
+
+
 # Dropout and noise.
 
 RANDOM: dict[str, dict[str, Any]] = {
@@ -505,9 +568,7 @@ def test_what_is_dropped_need_not_be_finite(
         np.testing.assert_allclose(result, wanted, BOUNDS[str(dtype)], BOUNDS[str(dtype)])
 
 
-def test_fit_with_dropout_and_noise_is_no_work_of_the_reference(
-    device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_is_no_work_of_the_reference(device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*_: Any) -> Outcome:
         raise AssertionError("the reference trains")
 
@@ -516,9 +577,11 @@ def test_fit_with_dropout_and_noise_is_no_work_of_the_reference(
     with use_backend(cuda_on_host.backend.load()):
         mlp = MLP([9, 6, 3], dtype=dtype, dropout=0.5, input_dropout=0.2, input_noise=0.1)
         gan = GAN(4, [6, 9], [6, 1], dtype=dtype, discriminator_dropout=0.5, discriminator_input_dropout=0.2,
-                  discriminator_input_noise=0.1)  # fmt: skip
+                  discriminator_input_noise=0.1, gradient_penalty=0.1)  # fmt: skip
         assert mlp.fit(x, np.arange(20) % 3, 2, 8).loss[1] > 0
         assert gan.fit(x, 2, 8).generator_loss[1] > 0
+        penalized = GAN(4, [6, 9], [6, 1], n_classes=3, dtype=dtype, gradient_penalty=0.1)
+        assert penalized.fit(x, 2, 8, y=np.arange(20) % 3).generator_loss[1] > 0
 
 
 # In a cluster.
@@ -685,8 +748,8 @@ def test_the_order_of_threads_changes_no_bit(name: str, dtype: Any, monkeypatch:
     use_plan(name, monkeypatch)
     mlp = Mlp([37, 12, 5] if name == "cluster" else [37, 45, 19, 5], dtype, kind="bytes", rule="adam")
     random: dict[str, Any] = {"rates": (0.2, 0.5, 0.3), "noise": 0.3}
-    problems: list[Problem] = [mlp, Gan(dtype), Gan(dtype, **random)]
-    problems.append(Mlp([37, 12, 9, 5], dtype, kind="sparse", **random))
+    problems: list[Problem] = [mlp, Gan(dtype), Gan(dtype, **random), Gan(dtype, **PENALIZED["deep"])]
+    problems += Mlp([37, 12, 9, 5], dtype, kind="sparse", **random), Gan(dtype, **CONDITIONAL["penalized"])
     if name == "cluster":
         problems.append(in_cluster([37, 12, 5], rates=(0.2, 0.5)))
     expected = [problem.on(HostDevice()) for problem in problems]
@@ -717,12 +780,12 @@ def test_every_byte_is_its_255th(device: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("random", [False, True])
-@pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan"])
+@pytest.mark.parametrize("network", ["mlp", "mlp in a cluster", "gan", "penalized gan"])
 def test_calls_may_be_divided(
     network: str, random: bool, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into single steps, which are recorded once and find what the last call left; losses are added up all the same.
-    With dropout, too.
+    With dropout and weights of samples, too.
 
     The networks go to the GPU with the first call and after `write_back` alone.
     """
@@ -730,10 +793,14 @@ def test_calls_may_be_divided(
     monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", (2,) if "cluster" in network else ())
     if "cluster" in network and dtype != np.float32:
         pytest.skip("float32 alone")
-    count, batch, is_mlp = 75, 8, network != "gan"
+    count, batch, is_mlp = 75, 8, "gan" not in network
     kind = "bytes" if "cluster" in network else "floats"
     settings: Any = {"count": count, "batch": batch, "rates": (0.2, 0.5) if random else ()}
-    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, **settings) if is_mlp else Gan(dtype, **settings)
+    if is_mlp:
+        settings |= {"rule": "adam", "kind": kind, "weights": "" if random else None}
+    elif "penalized" in network:
+        settings["penalty"] = 3.0, 4
+    problem: Any = Mlp([9, 8, 3], dtype, **settings) if is_mlp else Gan(dtype, **settings)
     expected = problem.on(device)
     monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
     recorded, sent = Counter[str](), list[int]()
@@ -904,13 +971,15 @@ def test_steps_are_few_launches(device: Any) -> None:
     counting = Counting(device)
     Mlp([20, 12, 9, 3], dtype, count=4, batch=4, kind="sparse").on(counting)
     assert counting.launched == ["expand", "forward", "forward", "top", "backward", "update"]
-    counting = Counting(device)
-    Gan(dtype, count=4, batch=4).on(counting)
-    assert counting.launched == [
-        *("first_forward_and_gather", "forward"),
-        *("forward", "top", "update"),
-        *("forward", "top", "backward", "backward", "update"),
-    ]
+    # The rows of a penalty go backward with the others, but to the samples.
+    for penalty, extra in ((None, ()), ((1.0, 4), ("backward", "forward_penalty"))):
+        counting = Counting(device)
+        Gan(dtype, count=4, batch=4, penalty=penalty).on(counting)
+        assert counting.launched == [
+            *("first_forward_and_gather", "forward"),
+            *("forward", "top", *extra, "update"),
+            *("forward", "top", "backward", "backward", "update"),
+        ]
 
 
 def test_dropout_and_noise_are_few_launches(device: Any) -> None:
@@ -985,10 +1054,20 @@ def test_fuses_what_there_is() -> None:
         assert not supports(replace(plan, networks=((*plan.networks[0], source),)))
     labels = Labels(np.zeros(len(gan.gather.dataset.x), np.int64), 2)
     conditional = gan.gather._replace(dataset=gan.gather.dataset._replace(labels=labels))
-    assert not supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
-    penalized = [GradientPenalty(1, 0.5), Update(1, "sgd")]
+    assert supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
+    labels = Labels(np.zeros(len(plan.gather.dataset.x), np.int64), 2)
+    conditional = plan.gather._replace(dataset=plan.gather.dataset._replace(labels=labels))
+    assert not supports(TrainingPlan(plan.networks, (conditional, *plan.phases[1:])))
+    counts = {"weights": np.ones(len(gan.gather.dataset.x))}
+    assert supports(replace(plan, phases=(Gather(plan.gather.dataset._replace(**counts)), *plan.phases[1:])))
+    weighted = gan.gather._replace(dataset=gan.gather.dataset._replace(**counts))
+    assert not supports(replace(gan, phases=(weighted, *gan.phases[1:])))
     at = next(i for i, phase in enumerate(gan.phases) if isinstance(phase, Update))
-    assert not supports(TrainingPlan(gan.networks, (*gan.phases[:at], *penalized, *gan.phases[at + 1 :])))
+    for penalties, supported in (([0.5], True), ([-0.5], False), ([0.5, 0.5], False)):
+        penalized = [GradientPenalty(1, factor) for factor in penalties]
+        assert supports(TrainingPlan(gan.networks, (*gan.phases[:at], *penalized, *gan.phases[at:]))) == supported
+    two = Gan(dtype, penalty=(1.0, 1), discriminator=(33, 9, 2))
+    assert not supports(two.plan)
     gather, forward, loss, backward, update = plan.phases
     for phases in (
         (gather, forward, loss, backward, AllReduce(0, lambda gradients: None), update),
@@ -1040,12 +1119,12 @@ def test_python_and_cpp_agree_on_structs(dtype: Any) -> None:
     """What is read from the sources has the compiler's sizes and offsets."""
     t = {"float32": "float", "float64": "double"}[np.dtype(dtype).name]
     names = {"Progress": "Progress", "ArrangeSamples": "ArrangeSamples", "CloseSteps": "CloseSteps"}
-    names |= {"Draw": "Draw"}
+    names |= {"Draw": "Draw", "Classes": "Classes"}
     for name in ("Drops", "Noise", "Changes", "ChangeInputs"):
         names[name] = f"{name}<{t}>"
     for name in ("Input", "Layer", "Staged", "Expand", "UpdatedLayer", "Activation", "Below", "Objective", "Backward"):
         names[name] = f"{name}<{t}>"
-    names |= {"Loss": f"Loss<{t}>", "Top": f"Top<{t}>"}
+    names |= {name: f"{name}<{t}>" for name in ("Loss", "Top", "GradientPenalty")}
     for name in ("Forward", "Gather", "Update"):
         names[name] = f"{name}<{t}, unsigned char>"
     names |= {"ClusterTraining": "ClusterTraining"} if t == "float" else {}

@@ -12,6 +12,10 @@ struct Layer {
   int in, out;
 };
 
+// Whether a tile's epilogue has the number of the step before the main loop: there are registers to keep it in.
+template <class T>
+inline constexpr bool early_step = sizeof(T) == 4;
+
 // y = activation(x w + b); z, unless null, takes the preactivation, and `dropped` what dropout leaves of y. `opens`: in the
 // kernel that opens a step.
 template <class T, bool opens>
@@ -20,6 +24,8 @@ struct ForwardEpilogue {
   Activation<T> activation;
   T *y, *z, *dropped;
   Drops<T> drops;
+  Classes classes;
+  const T* class_weights;
   int rows, out;
 
   template <int n>
@@ -29,10 +35,16 @@ struct ForwardEpilogue {
   };
   __device__ __forceinline__ bool inside(int i, int j) const { return i < rows && j < out; }
   template <int n>
-  __device__ __forceinline__ Loaded<n> load(int, int j) const {
+  __device__ __forceinline__ Loaded<n> load(int i, int j) const {
     Loaded<n> loaded;
     load_numbers<n>(bias + j, loaded.bias);
-    if (dropped != nullptr) loaded.step = drops.draw.template step<opens>();
+    if (classes.count != 0) {
+      T weight[n];
+      load_numbers<n>(class_weights + static_cast<Index>(classes.of_row<opens>(i)) * row_stride(out) + j, weight);
+#pragma unroll
+      for (int c = 0; c < n; ++c) loaded.bias[c] += weight[c];
+    }
+    if (early_step<T> && dropped != nullptr) loaded.step = drops.draw.template step<opens>();
     return loaded;
   }
   template <int n>
@@ -45,7 +57,8 @@ struct ForwardEpilogue {
     activation.forward(sum, result);
     store_numbers<n>(y + at, result);
     if (dropped != nullptr) {
-      drops.apply(drops.template kept<n>(i, j, loaded.step), result);
+      const Index step = early_step<T> ? loaded.step : drops.draw.template step<opens>();
+      drops.apply(drops.template kept<n>(i, j, step), result);
       store_numbers<n>(dropped + at, result);
     }
   }
@@ -58,6 +71,7 @@ struct Forward {
   Activation<T> activation;
   T *y, *z, *dropped;
   Drops<T> drops;  // of the layer above
+  Classes classes;
   int rows;
 };
 
@@ -68,9 +82,14 @@ __device__ __forceinline__ void forward_tile(const Forward<T, N>& p, const Rows<
   const Layer<T>& layer = p.layer;
   const LinesOfRows<T, N> x{rows, p.rows};
   const LinesOfColumns<T> w{layer.parameters, row_stride(layer.out)};
-  const T* const bias = layer.parameters + static_cast<Index>(layer.in) * row_stride(layer.out);
-  const ForwardEpilogue<T, opens> epilogue{bias, p.activation, p.y, p.z, p.dropped, p.drops, p.rows, layer.out};
-  Tile::multiply(x, w, layer.in, tile_row * Tile::rows, tile_column * Tile::columns, epilogue, memory);
+  const int k = layer.in - p.classes.count, stride = row_stride(layer.out);
+  const T *const class_weights = layer.parameters + static_cast<Index>(k) * stride, *const bias =
+                                                                                        layer.parameters +
+                                                                                        static_cast<Index>(layer.in) *
+                                                                                            stride;
+  const ForwardEpilogue<T, opens> epilogue{bias,    p.activation, p.y,           p.z,    p.dropped,
+                                           p.drops, p.classes,    class_weights, p.rows, layer.out};
+  Tile::multiply(x, w, k, tile_row * Tile::rows, tile_column * Tile::columns, epilogue, memory);
 }
 
 // A layer whose inputs are the mini-batch. Grid: tiles of rows, tiles of columns.
@@ -101,10 +120,12 @@ struct Below {
   Drops<T> drops;
 };
 
-template <class T>
+// `penalized`: the rows have those of a gradient penalty after them.
+template <class T, bool penalized = false>
 struct BackwardEpilogue {
   Below<T> below;
   int rows, width;
+  GradientPenalty<T> penalty;
 
   template <int n>
   struct Loaded {
@@ -116,13 +137,16 @@ struct BackwardEpilogue {
   template <int n>
   __device__ __forceinline__ Loaded<n> load(int i, int j) const {
     Loaded<n> loaded;
-    load_numbers<n>(below.saved + at(i, j), loaded.saved);
-    if (below.drops.keep != 0) loaded.step = below.drops.draw.step();
+    load_numbers<n>(below.saved + at(penalized ? penalty.sample(i) : i, j), loaded.saved);
+    if (early_step<T> && below.drops.keep != 0) loaded.step = below.drops.draw.step();
     return loaded;
   }
   template <int n>
   __device__ __forceinline__ void store(int i, int j, const Loaded<n>& loaded, T (&sum)[n]) const {
-    if (below.drops.keep != 0) below.drops.apply(below.drops.template kept<n>(i, j, loaded.step), sum);
+    if (below.drops.keep != 0) {
+      const Index step = early_step<T> ? loaded.step : below.drops.draw.step();
+      below.drops.apply(below.drops.template kept<n>(penalized ? penalty.sample(i) : i, j, step), sum);
+    }
     below.activation.backward(sum, loaded.saved);
     store_numbers<n>(below.grad + at(i, j), sum);
   }
@@ -134,17 +158,30 @@ struct Backward {
   Layer<T> layer;
   Below<T> below;
   int rows;
+  GradientPenalty<T> penalty;
 };
 
 // The same grid, for layer.in columns.
-template <class T, class Tile>
+template <class T, class Tile, bool penalized = false>
 __global__ void __launch_bounds__(Tile::max_threads, 1) backward(const __grid_constant__ Backward<T> p) {
   const Layer<T>& layer = p.layer;
   const int stride = row_stride(layer.out);
   const LinesOfRows<T, T> grad{{p.grad, stride, nullptr}, p.rows}, w{{layer.parameters, stride, nullptr}, layer.in};
-  const BackwardEpilogue<T> epilogue{p.below, p.rows, layer.in};
+  const BackwardEpilogue<T, penalized> epilogue{p.below, p.rows, layer.in, p.penalty};
   const int row = static_cast<int>(blockIdx.x) * Tile::rows, column = static_cast<int>(blockIdx.y) * Tile::columns;
   Tile::multiply(grad, w, layer.out, row, column, epilogue, dynamic_shared<T>());
+}
+
+// The rows of a gradient penalty, forward: p.grad are a layer's inputs, p.below is the layer itself. The same grid, for
+// layer.out columns.
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::max_threads, 1) forward_penalty(const __grid_constant__ Backward<T> p) {
+  const Layer<T>& layer = p.layer;
+  const LinesOfRows<T, T> x{{p.grad, row_stride(layer.in), nullptr}, p.rows};
+  const LinesOfColumns<T> w{layer.parameters, row_stride(layer.out)};
+  const BackwardEpilogue<T> epilogue{p.below, p.rows, layer.out, p.penalty};
+  const int row = static_cast<int>(blockIdx.x) * Tile::rows, column = static_cast<int>(blockIdx.y) * Tile::columns;
+  Tile::multiply(x, w, layer.in, row, column, epilogue, dynamic_shared<T>());
 }
 
 }  // namespace gemmlet

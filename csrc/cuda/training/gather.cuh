@@ -63,13 +63,13 @@ __global__ void __launch_bounds__(gather_threads)
   changes.of_row(i, step, p.features, read, p.rows + static_cast<Index>(i) * row_stride(p.features));
 }
 
-// The rows of a network that reads what another one gives: copies, as those are needed as they were. `both`, what is
-// generated and the samples, have the changes of the first pass; behind them what is generated has those of the second.
+// The rows of a network that reads what another one gives: copies, as those are needed as they were. What is `generated`
+// has the changes of the second pass; behind it, it and the samples have those of the first.
 template <class T>
 struct ChangeInputs {
   const T* from;
   T* rows;
-  int features, both;
+  int features, generated;
   Changes<T> first, second;
 };
 
@@ -77,9 +77,9 @@ struct ChangeInputs {
 template <class T>
 __global__ void __launch_bounds__(gather_threads) change_inputs(const __grid_constant__ ChangeInputs<T> p) {
   const int i = static_cast<int>(blockIdx.x), stride = row_stride(p.features);
-  const bool is_first = i < p.both;
-  const int row = is_first ? i : i - p.both;
-  const Changes<T>& changes = is_first ? p.first : p.second;
+  const bool is_second = i < p.generated;
+  const int row = is_second ? i : i - p.generated;
+  const Changes<T>& changes = is_second ? p.second : p.first;
   const T* const from = p.from + static_cast<Index>(row) * stride;
   const auto read = [=](int k, T(&x)[4]) { load_numbers<4>(from + k, x); };
   const Draw& draw = changes.drops.keep != 0 ? changes.drops.draw : changes.noise.draw;

@@ -13,6 +13,7 @@
 //   Sizes are at least 1, indices in range.
 //   Gradients are sums over the mini-batch, of rows in their order within each quarter of a stage (matmul/small.cuh);
 //   losses are added up in double. No float atomics: the same bits on every run.
+//   A gradient penalty is further rows: GradientPenalty.
 // Dynamic shared memory: what the tile takes, which is a WideTile in updates; see top; none for the others.
 #pragma once
 
@@ -29,6 +30,7 @@ struct Progress {
   const double* hyperparameters[2];  // of up to two networks, step by step
   const double* decay;               // of the moving averages, one number a step
   const void* noise;                 // a row for each of `order`
+  const double* weights;             // of each of `order`, in units of the mean of its mini-batch; or null
   Index batch;
   Index next, step;  // the step that is opened next, and the one that has been opened
   Index first_step;  // what the first step of the call is in the training: random numbers depend on it
@@ -45,9 +47,25 @@ struct Staged {
   Index* samples;                // those of the mini-batch
   const Index* indices;          // the classes of all samples, or null
   int* labels;                   // those of the mini-batch
+  T* weights;                    // those of the mini-batch, or null
   T* hyperparameters;            // of both networks
   int hyperparameter_counts[2];  // in Progress
   bool averages;                 // of any network
+};
+
+// The gradient penalty (R1) of a network with one output D, of rows `first` to `end` - 1, which are samples x. Its gradient by a
+// layer's weights is a sum of products of two rows for each of them, which the update adds to those of the rows of the
+// mini-batch. They stand `offset` rows further on:
+//   gradients  scale * dD/dz of the layer's preactivations z
+//   inputs     what the layers below make of scale * dD/dx without biases, by the slopes at the sample
+template <class T>
+struct GradientPenalty {
+  int first, end, offset;
+  T scale;  // squared it is the factor of the mean over these rows
+
+  __device__ __forceinline__ bool has(int i) const { return i >= first && i < end; }
+  // Of a row, which may be one of those further on, its own or the sample's.
+  __device__ __forceinline__ int sample(int i) const { return i < first + offset ? i : i - offset; }
 };
 
 // By one block of the kernel that opens the step. There, nothing else reads `step`, or what is staged; in the one that
@@ -61,6 +79,7 @@ __device__ inline void open_step(const Staged<T>& p) {
     const Index sample = progress.order[step * progress.batch + i];
     p.samples[i] = sample;
     if (p.indices != nullptr) p.labels[i] = static_cast<int>(p.indices[sample]);
+    if (p.weights != nullptr) p.weights[i] = static_cast<T>(progress.weights[step * progress.batch + i]);
   }
   for (int network = 0; network < 2; ++network) {
     const int count = p.hyperparameter_counts[network];
@@ -96,6 +115,24 @@ struct Input {
  private:
   __device__ __forceinline__ Rows<N> noise(const Progress* progress, Index step) const {
     return {static_cast<const N*>(progress->noise) + step * progress->batch * stride, stride, nullptr};
+  }
+};
+
+// The classes of the samples, whose one-hot rows are the last inputs of a network. No matrix has them: the weights of a row's
+// class are added to its preactivations, and the update adds up the gradients of the rows of a class.
+struct Classes {
+  const Index* indices;  // of all samples
+  const int* labels;     // of the mini-batch, once they are staged
+  const Progress* progress;
+  int rows;   // of the mini-batch; those of a second input follow them, of the same samples
+  int count;  // how many classes there are; 0: none are inputs
+
+  template <bool opens>
+  __device__ __forceinline__ int of_row(int i) const {
+    const int row = i < rows ? i : i - rows;
+    const Index label = opens ? indices[progress->order[progress->next * progress->batch + row]] : labels[row];
+    // Whatever another thread made of it since it was checked.
+    return static_cast<unsigned long long>(label) < static_cast<unsigned>(count) ? static_cast<int>(label) : 0;
   }
 };
 

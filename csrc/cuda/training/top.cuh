@@ -15,6 +15,7 @@ struct Top {
   Objective<T> objective;
   T* grad;
   Below<T> below;
+  GradientPenalty<T> penalty;
 };
 
 inline constexpr int max_top_threads = 256;
@@ -23,7 +24,7 @@ inline constexpr int top_columns = 16;
 
 // A block of whole warps for each row. Shared memory: for each warp, and three times besides, a number for each of the
 // outputs, rounded up to top_columns.
-template <class T>
+template <class T, bool penalized = false>
 __global__ void __launch_bounds__(max_top_threads, 1) top(const __grid_constant__ Top<T> p) {
   const Layer<T>& layer = p.layer;
   const int i = static_cast<int>(blockIdx.x);
@@ -73,6 +74,12 @@ __global__ void __launch_bounds__(max_top_threads, 1) top(const __grid_constant_
   const Index step = p.below.drops.keep != 0 ? p.below.drops.draw.step() : 0;
   __syncthreads();
   const Index below_row = static_cast<Index>(i) * row_stride(layer.in);
+  const bool has_penalty = penalized && p.penalty.has(i);
+  T penalty = 0;
+  if (has_penalty) {
+    penalty = gradient_of(p.penalty, p.activation, y, z);
+    if (thread == 0) grad_row[static_cast<Index>(p.penalty.offset) * stride] = penalty;
+  }
   for (int k = thread; k < layer.in; k += threads) {
     const T* const w = layer.parameters + static_cast<Index>(k) * stride;
     T sum[1] = {}, saved[1] = {p.below.saved[below_row + k]};
@@ -83,9 +90,16 @@ __global__ void __launch_bounds__(max_top_threads, 1) top(const __grid_constant_
       for (int j = 0; j < 4; ++j)
         if (first + j < out) sum[0] = fma(grad[first + j], some[j], sum[0]);
     }
-    if (p.below.drops.keep != 0) p.below.drops.apply(p.below.drops.template kept<1>(i, k, step), sum);
+    unsigned kept = 1;
+    if (p.below.drops.keep != 0) p.below.drops.apply(kept = p.below.drops.template kept<1>(i, k, step), sum);
     p.below.activation.backward(sum, saved);
     p.below.grad[below_row + k] = sum[0];
+    if (has_penalty) {
+      sum[0] = penalty * *w;
+      if (p.below.drops.keep != 0) p.below.drops.apply(kept, sum);
+      p.below.activation.backward(sum, saved);
+      p.below.grad[below_row + static_cast<Index>(p.penalty.offset) * row_stride(layer.in) + k] = sum[0];
+    }
   }
 }
 

@@ -24,7 +24,9 @@ struct Update {
   int layer_count, blocks;
   bool has_first;  // whether layers[0] is the network's first
   Input<N> input;
-  int rows;
+  Classes classes;  // among those of the first layer
+  int rows;         // those of a gradient penalty, too
+  int bias_rows;    // those before them: of the others biases have no gradient
   Index plane;
   bool averages;
   const T* hyperparameters;  // that are staged
@@ -118,8 +120,45 @@ __device__ __forceinline__ void add_losses(const Update<T, N>& p, double* memory
   if (p.closes) ++p.progress->next;
 }
 
+// Lines of a matrix of inputs, and those that it does not have: of each class, 1 for the samples of that class; then the ones
+// of the bias. They are 0 for the rows of a gradient penalty.
+template <class T, class N>
+struct LinesOfInputs {
+  static constexpr bool along = false;
+  LinesOfPicked<T, N> matrix;
+  Classes classes;
+  int rows;  // of the mini-batch
+
+  template <int n>
+  struct Lines {
+    typename LinesOfPicked<T, N>::template Lines<n> matrix;
+    Classes classes;
+    int rows;
+    int further;  // beyond the matrix: which class, or after the last one the bias; or negative
+    __device__ __forceinline__ void load(int k, T (&v)[n]) const {
+      if (further < 0)
+        matrix.load(k, v);
+      else
+        v[0] = static_cast<T>(k < rows && (further >= classes.count || classes.template of_row<false>(k) == further));
+    }
+  };
+  template <int n>
+  __device__ __forceinline__ Lines<n> lines(int at) const {
+    return {matrix.template lines<n>(at), classes, rows, at - matrix.count};
+  }
+};
+
+template <bool further, class T, class N>
+__device__ __forceinline__ auto lines_of(const Rows<N>& rows, int inputs, const Classes& classes, int batch_rows) {
+  const LinesOfPicked<T, N> matrix{rows, inputs - (further ? classes.count : 0)};
+  if constexpr (further)
+    return LinesOfInputs<T, N>{matrix, classes, batch_rows};
+  else
+    return matrix;
+}
+
 // The gradient of some weights, and their update: block `block` of p.blocks.
-template <class Rule, class T, class N>
+template <class Rule, bool further, class T, class N>
 __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T* memory) {
   int l = p.layer_count - 1;
   while (block < p.layers[l].first_block) --l;
@@ -132,20 +171,22 @@ __device__ __forceinline__ void update_tile(const Update<T, N>& p, int block, T*
       static_cast<T>(p.limit), p.decays_biases};
   const LinesOfColumns<T> grad{layer.grad, row_stride(layer.out)};
   if (p.has_first && l == 0) {
-    const LinesOfPicked<T, N> x{p.input.in_step(p.progress), layer.in};
+    const auto x = lines_of<further, T>(p.input.in_step(p.progress), layer.in, p.classes, p.bias_rows);
     WideTile::multiply(x, grad, p.rows, row, column, epilogue, memory);
   } else {
-    const LinesOfPicked<T, T> x{{layer.x, row_stride(layer.in), nullptr}, layer.in};
-    WideTile::multiply(x, grad, p.rows, row, column, epilogue, memory);
+    const Rows<T> rows{layer.x, row_stride(layer.in), nullptr};
+    WideTile::multiply(lines_of<further, T>(rows, layer.in, Classes{}, p.bias_rows), grad, p.rows, row, column,
+                       epilogue, memory);
   }
 }
 
-// All weights of a network, or up to max_layers layers of it. Grid: p.blocks, and one that adds up the losses.
-template <class T, class N, class Rule>
+// All weights of a network, or up to max_layers layers of it. `further`: there are classes among the inputs, or rows of a
+// gradient penalty. Grid: p.blocks, and one that adds up the losses.
+template <class T, class N, class Rule, bool further = false>
 __global__ void __launch_bounds__(WideTile::max_threads, 1) update(const __grid_constant__ Update<T, N> p) {
   const int block = static_cast<int>(blockIdx.x);
   if (block < p.blocks)
-    update_tile<Rule>(p, block, dynamic_shared<T>());
+    update_tile<Rule, further>(p, block, dynamic_shared<T>());
   else
     add_losses(p, dynamic_shared<double>());
 }

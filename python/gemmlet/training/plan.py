@@ -376,17 +376,17 @@ class TrainingPlan:
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has what not every executor knows to look for: limits, weights of samples and the like.
+        """Whether it has what not every executor knows to look for: limits of losses and the like.
 
-        Classes among the inputs, dropout, noise, clipping and penalties of weights are asked for one by one.
+        Classes among the inputs, weights of samples, dropout, noise, clipping and penalties have their own.
         """
         dataset = self.gather.dataset
-        return (
-            any(isinstance(phase, GradientPenalty) for phase in self.phases)
-            or any(loss.limits != NO_LIMITS for loss in self.losses)
-            or dataset.value_of_byte is not None
-            or dataset.weights is not None
-        )
+        return any(loss.limits != NO_LIMITS for loss in self.losses) or dataset.value_of_byte is not None
+
+    @property
+    def gradient_penalties(self) -> list[GradientPenalty]:
+        """In order."""
+        return [phase for phase in self.phases if isinstance(phase, GradientPenalty)]
 
     @property
     def updates(self) -> list[Update]:

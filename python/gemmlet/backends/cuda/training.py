@@ -31,7 +31,18 @@ from ...formulas.activations import ACTIVATIONS
 from ...formulas.losses import smoothing
 from ...formulas.optimizers import OPTIMIZER_RULES
 from ...training import plan as training
-from ...training.plan import NOISE, SAMPLES, Array, Backward, Forward, Gather, Loss, TrainingPlan, Update
+from ...training.plan import (
+    NOISE,
+    SAMPLES,
+    Array,
+    Backward,
+    Forward,
+    Gather,
+    GradientPenalty,
+    Loss,
+    TrainingPlan,
+    Update,
+)
 from .declarations import constant, places, struct
 from .device import Device, Graph
 from .types import CPP_TYPES, address
@@ -39,7 +50,7 @@ from .types import CPP_TYPES, address
 CLUSTER_SOURCE = "training/cluster.cuh"
 
 # The files of csrc/cuda/training by the kernels of a step, but for kernels that have a file of their own name.
-_SOURCES = dict.fromkeys(("first_forward", "forward", "backward"), "dense")
+_SOURCES = dict.fromkeys(("first_forward", "forward", "backward", "forward_penalty"), "dense")
 _SOURCES |= dict.fromkeys(("first_forward_and_gather", "expand", "change_inputs"), "gather")
 
 # Sources that not every architecture compiles, and those that do.
@@ -114,9 +125,12 @@ def expressions() -> dict[str, list[str]]:
     """Every kernel that this module launches, by source file: for compiling ahead of time, and for tests."""
     names = list[str]()
     for t in ("float", "double"):
-        names += [f"loss<{t}>", f"top<{t}>", f"expand<{t}>", f"change_inputs<{t}>"]
-        names += [f"backward<{t}, gemmlet::{tile}>" for tile in _TILES]
-        names += [f"forward<{t}, gemmlet::{tile}>" for tile in _TILES]
+        names += [f"loss<{t}>", f"loss<{t}, true>", f"top<{t}>", f"top<{t}, true>"]
+        names += [f"expand<{t}>", f"change_inputs<{t}>"]
+        for kernel in ("forward", "backward", "forward_penalty"):
+            names += [f"{kernel}<{t}, gemmlet::{tile}>" for tile in _TILES]
+        names += [f"backward<{t}, gemmlet::{tile}, true>" for tile in _TILES]
+        names += [f"update<{t}, {t}, gemmlet::optimizers::{rule}, true>" for rule in OPTIMIZER_RULES]
         for n in (t, "unsigned char"):
             names.append(f"gather<{t}, {n}>")
             for kernel in ("first_forward", "first_forward_and_gather"):
@@ -140,7 +154,8 @@ def _source(kernel: str) -> str:
 
 def supports_fused(plan: TrainingPlan) -> bool:
     """Whether the kernels of csrc/cuda/training can take the plan's steps."""
-    phases = tuple((type(phase), *phase[: 1 if isinstance(phase, Loss | Update) else 2]) for phase in plan.phases[1:])
+    alone = (Loss, GradientPenalty, Update)  # whose network says enough
+    phases = tuple((type(phase), *phase[: 1 if isinstance(phase, alone) else 2]) for phase in plan.phases[1:])
     is_gan, (dataset, *scaling) = len(plan.networks) == 2, plan.gather
     losses = places("losses").keys() | (set() if is_gan else places("row_losses").keys())
     with contextlib.suppress(training.UnsupportedError):
@@ -149,11 +164,13 @@ def supports_fused(plan: TrainingPlan) -> bool:
         return (
             phases in _STEPS
             and not plan.has_extras
-            and dataset.labels is None
+            and (is_gan or dataset.labels is None)
+            and (dataset.weights is None or not is_gan)
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
             and not any(map(_changes_inputs, first_layers[:-1]))
             and plan.activations() <= places("activations").keys()
             and all(loss.name in losses and isinstance(loss.targets, tuple) == is_gan for loss in plan.losses)
+            and all(penalty.factor >= 0 and plan.outputs(penalty.network) == 1 for penalty in plan.gradient_penalties)
             and all(update.rule in OPTIMIZER_RULES and update.max_norm is None for update in plan.updates)
         )
     return False
@@ -164,9 +181,13 @@ _STEPS = (
     # One network.
     ((Forward, 0, (SAMPLES,)), (Loss, 0), (Backward, 0, None), (Update, 0)),
     # A generator and a discriminator.
-    (
-        *((Forward, 0, (NOISE,)), (Forward, 1, (SAMPLES, 0)), (Loss, 1), (Backward, 1, None), (Update, 1)),
-        *((Forward, 1, (0,)), (Loss, 1), (Backward, 1, 0), (Backward, 0, None), (Update, 0)),
+    *(
+        (
+            *((Forward, 0, (NOISE,)), (Forward, 1, (SAMPLES, 0)), (Loss, 1), (Backward, 1, None)),
+            *(*penalty, (Update, 1)),
+            *((Forward, 1, (0,)), (Loss, 1), (Backward, 1, 0), (Backward, 0, None), (Update, 0)),
+        )
+        for penalty in ((), ((GradientPenalty, 1),))
     ),
 )
 
@@ -231,16 +252,19 @@ class _Network:
 
     Attributes
     ----------
+    inputs : list of int
+        Columns of the matrix of each layer's inputs, which classes are left out of.
     x, y, z, grad : list
         Matrices of each layer, for the rows of a mini-batch: inputs without what is dropped, those of the first layer
         excepted; outputs; preactivations where backward needs them; and gradients of the preactivations.
     """
 
-    def __init__(self, network: training.Network, rule: str, start: int) -> None:
+    def __init__(self, network: training.Network, rule: str, start: int, classes: int) -> None:
         layers = training.dense_layers(network)
         self.layers, self.rule, self.start = layers, rule, _pieces(start, 256) * 256
         self.dtype = layers[0].weight.value.dtype
         self.widths = [len(layers[0].weight.value), *(layer.bias.value.size for layer in layers)]
+        self.inputs = [self.widths[0] - classes, *self.widths[1:-1]]
         self.averages = layers[0].weight.average is not None
         # Where each layer begins in a plane, one of which has all parameters, one each state of the optimizer, and one
         # the averages.
@@ -263,7 +287,7 @@ class _Network:
         needs_x = [layer.activation is not None and ACTIVATIONS[layer.activation].needs_x for layer in self.layers]
         self.y = [matrix(width) for width in self.widths[1:-1]]
         self.y.append(matrix(self.widths[-1]) if output is None else output)
-        self.x = [None]
+        self.x: list[Any] = [None]
         for layer, y in zip(self.layers[1:], self.y, strict=False):
             self.x.append(y if layer.dropout is None else matrix(len(layer.weight.value)))
         self.z = [matrix(width) if needed else None for width, needed in zip(self.widths[1:], needs_x, strict=True)]
@@ -274,10 +298,10 @@ class _Network:
         parameters = state + self.start + self._starts[layer] * self.dtype.itemsize
         return _filled("Layer", **{"parameters": parameters, "in": self.widths[layer], "out": self.widths[layer + 1]})
 
-    def below(self, layer: int, drops: np.void) -> np.void:
-        """A layer as the one below another, whose inputs are dropped like this."""
-        saved, grad = self.y[layer] if self.z[layer] is None else self.z[layer], self.grad[layer]
-        matrices = {"saved": address(saved), "grad": address(grad)}
+    def below(self, layer: int, drops: np.void, rows: slice = slice(None), grad: Any = None) -> np.void:
+        """A layer as the one below another, whose inputs are dropped so; or some rows of it, and their `grad`."""
+        saved: Any = self.y[layer] if self.z[layer] is None else self.z[layer]
+        matrices = {"saved": address(saved[rows]), "grad": address(self.grad[layer] if grad is None else grad)}
         return _filled("Below", self.dtype, activation=self.activations[layer], drops=drops, **matrices)
 
     def has_top(self, rows: int) -> bool:
@@ -305,6 +329,16 @@ class _Pass(NamedTuple):
     rows: int  # of all inputs
     top: bool  # whether the last layer is left to the loss
     draw: _Draw
+    penalty: np.void  # of the gradient; its rows come after those of all inputs
+
+    @property
+    def penalty_rows(self) -> int:
+        return int(self.penalty["end"] - self.penalty["first"])
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of kernels, by their template, that take those rows too."""
+        return ", true" if self.penalty_rows else ""
 
 
 class _Draw(NamedTuple):
@@ -333,15 +367,19 @@ class Session:
 
         def staged(phase: training.Phase) -> training.Phase:
             if isinstance(phase, Gather):
-                return phase._replace(dataset=training.Dataset(*map(resident, phase.dataset)))
+                labels, dataset = phase.dataset.labels, phase.dataset._replace(weights=None)
+                if labels is not None:
+                    labels = labels._replace(values=resident(labels.values))
+                return phase._replace(dataset=training.Dataset(*map(resident, dataset))._replace(labels=labels))
             return phase._replace(targets=resident(phase.targets)) if isinstance(phase, Loss) else phase
 
+        self.dataset = plan.gather.dataset  # whose weights are not needed there
         self.device, self.dtype, self.type = device, plan.dtype, CPP_TYPES[plan.dtype.name]
         self.plan = replace(plan, phases=tuple(map(staged, plan.phases)))
         rules, end = {update.network: update.rule for update in plan.updates}, _PROGRESS.itemsize
-        self.networks = list[_Network]()
+        self.networks, labels = list[_Network](), plan.gather.dataset.labels
         for number, network in enumerate(plan.networks):
-            self.networks.append(_Network(network, rules[number], end))
+            self.networks.append(_Network(network, rules[number], end, 0 if labels is None else labels.classes))
             end = self.networks[-1].end
         self._state = device.empty((end,), np.uint8)
         self.state = address(self._state)
@@ -368,10 +406,11 @@ class Session:
         size = min(batches.size, len(order))
         full, rest = divmod(len(order), size)
         # Before anything is sent, as it takes time, and may fail.
+        shares = self._shares(order, size)
         self._reserve(size)
         runs = self._runs(size, full) + self._runs(rest, 1 if rest else 0)
         decay = np.zeros(batches.steps) if batches.decay is None else batches.decay
-        addresses, own_bytes = self._place(order, *batches.hyperparameters, decay)
+        addresses, own_bytes = self._place(order, shares, *batches.hyperparameters, decay)
         there = None if noise is None else self.device.empty(noise.shape, noise.dtype)
         sent = self._host[: _PROGRESS.itemsize] if self._is_newer else self._host
         if not self._is_newer:
@@ -379,7 +418,8 @@ class Session:
                 copy[...] = array
         progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
         progress["order"], progress["batch"], progress["next"], progress["correct"] = addresses[0], size, 0, 0
-        progress["hyperparameters"][0, :updates], progress["decay"] = addresses[1:-1], addresses[-1]
+        progress["weights"] = addresses[1]
+        progress["hyperparameters"][0, :updates], progress["decay"] = addresses[2:-1], addresses[-1]
         progress["first_step"] = batches.first_step
         progress["noise"], progress["loss"][0, :updates] = address(there), batches.losses
 
@@ -401,6 +441,17 @@ class Session:
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
         self.is_torn = False
         return training.Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
+
+    def _shares(self, order: NDArray[np.int64], size: int) -> NDArray[np.float64]:
+        """What samples count, in units of the mean of their mini-batch; nothing where they have no weights."""
+        weights, by_rows = self.dataset.weights, self.dataset.divides_by_rows
+        if weights is None:
+            return np.empty(0)
+        weights, starts = weights[order], np.arange(0, len(order), size)
+        sums, rows = np.add.reduceat(weights, starts), np.diff(starts, append=len(order))
+        if not ((weights >= 0).all() and (by_rows or (sums > 0).all()) and (sums < math.inf).all()):
+            raise ValueError("weights: expected finite numbers, none of them negative, of a positive sum")
+        return weights if by_rows else weights / np.repeat(sums, rows) * np.repeat(rows, rows)
 
     def restage(self) -> None:
         """See `Backend.restage`."""
@@ -447,7 +498,9 @@ class Session:
         for phase in self.plan.phases:
             if isinstance(phase, Forward):
                 most[phase.network] = max(most[phase.network], rows * len(phase.inputs))
-        changes, stride = _changes_inputs(networks[-1].layers[0]), _stride(networks[-1].widths[0])
+            elif isinstance(phase, GradientPenalty):
+                most[phase.network] += phase.rows(rows)
+        changes, stride = _changes_inputs(networks[-1].layers[0]), _stride(networks[-1].inputs[0])
         if len(networks) > 1 or changes or self.plan.gather.dataset.indptr is not None:
             self._gathered = device.empty((most[-1], stride), self.dtype)
         if len(networks) > 1 and changes:
@@ -459,6 +512,7 @@ class Session:
         # What is staged for a step.
         self._samples = device.empty((rows,), np.dtype(np.int64))
         self._labels = device.empty((rows,), np.dtype(np.int32))
+        self._weights = None if self.dataset.weights is None else device.empty((rows,), self.dtype)
         self._hyperparameters = device.empty((2, _MAX_HYPERPARAMETERS), self.dtype)
         self._capacity = rows
 
@@ -543,60 +597,82 @@ class Session:
         top = has_loss and network.has_top(rows)
         x, kernel = self.plan.gather.dataset.x, "forward"
         if phase.inputs == (NOISE,):
-            given, kernel = _Input(self.type, _filled("Input", stride=network.widths[0])), "first_forward_and_gather"
+            given, kernel = _Input(self.type, _filled("Input", stride=network.inputs[0])), "first_forward_and_gather"
         elif self._gathered is None:
             samples = _filled("Input", rows=address(x), stride=x.shape[1], samples=address(self._samples))
             given, kernel = _Input(CPP_TYPES[x.dtype.name], samples), "first_forward"
         elif self._changed is None:
             given = self._input_of(self._gathered)
         else:
-            given = self._input_of(self._changed if SAMPLES in phase.inputs else self._changed[2 * self._rows :])
+            given = self._input_of(self._changed[self._rows :] if SAMPLES in phase.inputs else self._changed)
             if SAMPLES in phase.inputs:
                 self._change_inputs(phase)
         draw = _Draw(phase.stream, rows - self._rows)
-        self._passes[phase.network] = _Pass(given, rows, top, draw)
+        self._passes[phase.network] = _Pass(given, rows, top, draw, self._penalty_of(phase))
         self._forward(network, 0, given, rows, draw, kernel)
         for layer in range(1, len(network.layers) - top):
             self._forward(network, layer, self._input_of(network.x[layer]), rows, draw)
 
     @_add.register
     def _(self, phase: Loss) -> None:
-        network, (_, rows, top, draw) = self.networks[phase.network], self._passes[phase.network]
-        last, outputs = len(network.layers) - 1, network.widths[-1]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        last, outputs, rows = len(network.layers) - 1, network.widths[-1], forward.rows
         common = {"activation": network.activations[last], "grad": address(network.grad[last])}
+        common["penalty"] = forward.penalty
         common["objective"] = self.objective(phase, self._rows)
-        if top:
+        if forward.top:
             inputs = network.widths[-2]
             block = min(256, _pieces(inputs, 32) * 32)
             numbers = (block // 32 + 3) * _pieces(outputs, _TOP_COLUMNS) * _TOP_COLUMNS
-            x, below = address(network.x[last]), network.below(last - 1, self.drops(network.layers[last], draw))
-            p = _filled("Top", self.dtype, x=x, layer=network.layer(self.state, last), below=below, **common)
-            self._launch(f"top<{self.type}>", (rows, 1), block, p, shared=numbers * self.dtype.itemsize)
+            below = network.below(last - 1, self.drops(network.layers[last], forward.draw))
+            common |= {"x": address(network.x[last]), "layer": network.layer(self.state, last), "below": below}
+            p, shared = _filled("Top", self.dtype, **common), numbers * self.dtype.itemsize
+            self._launch(f"top<{self.type}{forward.suffix}>", (rows, 1), block, p, shared=shared)
         else:
             y, z = address(network.y[last]), address(network.z[last])
             p = _filled("Loss", self.dtype, y=y, z=z, out=outputs, rows=rows, **common)
-            self._launch(f"loss<{self.type}>", (_pieces(rows, _LOSS_THREADS // 32), 1), _LOSS_THREADS, p)
+            grid = _pieces(rows, _LOSS_THREADS // 32), 1
+            self._launch(f"loss<{self.type}{forward.suffix}>", grid, _LOSS_THREADS, p)
 
     @_add.register
     def _(self, phase: Backward) -> None:
-        network, (_, rows, top, draw) = self.networks[phase.network], self._passes[phase.network]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
         to = None if phase.to is None else self.networks[phase.to]
         # The gradient of each layer's preactivations becomes the gradient of the layer below.
-        for layer in range(len(network.layers) - 1 - top, 0 if to is None else -1, -1):
-            inputs, outputs = network.widths[layer : layer + 2]
-            tiles = _tiles(self.dtype, rows, inputs, outputs)
-            drops = self.drops(network.layers[layer], draw)
+        for layer in range(len(network.layers) - 1 - forward.top, 0 if to is None else -1, -1):
+            drops = self.drops(network.layers[layer], forward.draw)
             below = network.below(layer - 1, drops) if layer or to is None else to.below(-1, drops)
-            common = {"grad": address(network.grad[layer]), "layer": network.layer(self.state, layer)}
-            p = _filled("Backward", self.dtype, below=below, rows=rows, **common)
-            self._launch(f"backward<{self.type}, {tiles.kind}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+            self._backward(network, layer, network.grad[layer], below, forward.rows, forward)
+
+    @_add.register
+    def _(self, phase: GradientPenalty) -> None:
+        """Its gradients of preactivations have come with the others'."""
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        samples, rows = slice(self._rows, None), slice(forward.rows, None)
+        matrix = self._gathered if self._changed is None else self._changed[self._rows :]
+        # Its own rows are those of the samples from the first on.
+        first, *others = (self.drops(layer, forward.draw._replace(boundary=0)) for layer in network.layers)
+        # Back to the samples, whose dropout is on the way forward, too.
+        first["factor"] *= first["factor"]
+        identity = _filled("Activation", self.dtype, number=places("activations")["identity"])
+        inputs, saved = matrix[rows], address(matrix[samples])
+        below = _filled("Below", self.dtype, activation=identity, saved=saved, grad=address(inputs), drops=first)
+        self._backward(network, 0, network.grad[0][rows], below, forward.penalty_rows)
+        # Forward, as far as there are inputs of a layer.
+        for layer, drops in enumerate(others):
+            x = network.x[layer + 1][rows]
+            below = network.below(layer, drops, samples, x)
+            self._backward(network, layer, inputs, below, forward.penalty_rows, kernel="forward_penalty")
+            inputs = x
 
     @_add.register
     def _(self, phase: Update) -> None:
         """Updates add up the losses too: the first update those of the first `Loss`, and so on."""
-        network, (given, rows, *_) = self.networks[phase.network], self._passes[phase.network]
+        network, forward = self.networks[phase.network], self._passes[phase.network]
+        given, rows = forward.given, forward.rows
         number, count = self.plan.updates.index(phase), len(network.layers)
-        loss = self.plan.losses[number]
+        loss, classes = self.plan.losses[number], self._classes()
+        suffix = ", true" if forward.penalty_rows or classes["count"] else ""
         for first in range(0, count, _MAX_LAYERS):
             end = min(first + _MAX_LAYERS, count)
             updated = np.zeros(_MAX_LAYERS, _UPDATED_LAYER)
@@ -614,7 +690,9 @@ class Session:
                 blocks=blocks,
                 has_first=first == 0,
                 input=given.value,
-                rows=rows,
+                classes=classes,
+                rows=rows + forward.penalty_rows,
+                bias_rows=rows,
                 plane=network.plane,
                 averages=network.averages,
                 hyperparameters=address(self._hyperparameters) + number * _MAX_HYPERPARAMETERS * self.dtype.itemsize,
@@ -628,7 +706,7 @@ class Session:
                 closes=end == count and phase is self.plan.phases[-1],
                 progress=self.state,
             )
-            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}>"
+            kernel = f"update<{self.type}, {given.type}, gemmlet::optimizers::{phase.rule}{suffix}>"
             self._launch(kernel, (blocks + 1, 1), _WIDE_THREADS, p, shared=_WIDE_NUMBERS * self.dtype.itemsize)
 
     # Launches.
@@ -643,17 +721,26 @@ class Session:
     def _staged(self) -> np.void:
         """What the kernel that opens a step stages; of class indices, the mini-batch's."""
         (loss, *_), counts = self.plan.losses, [len(OPTIMIZER_RULES[u.rule].hyperparameters) for u in self.plan.updates]
+        labels = self.plan.gather.dataset.labels
+        indices = labels.values if labels is not None else loss.targets if loss.has_classes else None
         return _filled(
             "Staged",
             progress=self.state,
             rows=self._rows,
             samples=address(self._samples),
-            indices=address(loss.targets) if loss.has_classes else 0,
+            indices=address(indices),
             labels=address(self._labels),
+            weights=address(self._weights),
             hyperparameters=address(self._hyperparameters),
             hyperparameter_counts=[*counts, 0][:2],
             averages=any(network.averages for network in self.networks),
         )
+
+    def _classes(self) -> np.void:
+        """The classes among the inputs of each network."""
+        values, count = self.plan.gather.dataset.labels or (None, 0)
+        addresses = {"indices": address(values), "labels": address(self._labels), "progress": self.state}
+        return _filled("Classes", rows=self._rows, count=count, **addresses)
 
     # What is drawn.
 
@@ -683,7 +770,7 @@ class Session:
         draws = [_Draw(f.stream, (len(f.inputs) - 1) * rows) for f in self.plan.forwards(phase.network)]
         first, second = (self._changes(network.layers[0], draw) for draw in draws)
         matrices = {"from": address(self._gathered), "rows": address(self._changed)}
-        size = {"features": network.widths[0], "both": 2 * rows}
+        size = {"features": network.inputs[0], "generated": rows}
         p = _filled("ChangeInputs", self.dtype, first=first, second=second, **matrices, **size)
         self._launch(f"change_inputs<{self.type}>", (3 * rows, 1), _GATHER_THREADS, p)
 
@@ -691,13 +778,15 @@ class Session:
         self, network: _Network, layer: int, given: _Input, rows: int, draw: _Draw, kernel: str = "forward"
     ) -> None:
         """One layer; the kernel that opens the step gathers, too: its own samples, or those that others will need."""
-        gather, (inputs, outputs) = self.plan.gather, network.widths[layer : layer + 2]
+        gather, inputs, outputs = self.plan.gather, network.inputs[layer], network.widths[layer + 1]
         x, gathers = gather.dataset.x, kernel == "first_forward_and_gather"
         # (Samples are gathered by blocks of that size, too.)
         tiles = _tiles(self.dtype, rows, outputs, inputs, min_warps=8 if gathers else 1)
         tile_rows, columns = tiles.grid
         y, z = address(network.y[layer]), address(network.z[layer])
         common = {"layer": network.layer(self.state, layer), "activation": network.activations[layer], "rows": rows}
+        if layer == 0:
+            common["classes"] = self._classes()
         above = network.layers[layer + 1 :]
         if above and above[0].dropout is not None:
             common |= {"drops": self.drops(above[0], draw), "dropped": address(network.x[layer + 1])}
@@ -714,6 +803,38 @@ class Session:
             columns = tiles.grid[1] + _pieces(rows + 1, tile_rows)
         kernel = f"{kernel}<{', '.join([*types, tiles.kind])}>"
         self._launch(kernel, (tile_rows, columns), tiles.block, *arguments, shared=tiles.shared)
+
+    def _backward(
+        self,
+        network: _Network,
+        layer: int,
+        grad: Any,
+        below: np.void,
+        rows: int,
+        forward: _Pass | None = None,
+        kernel: str = "backward",
+    ) -> None:
+        """Through one layer; the rows of the gradient penalty of a pass go with the others."""
+        inputs, outputs, of_layer = network.inputs[layer], network.widths[layer + 1], network.layer(self.state, layer)
+        columns, k = (outputs, inputs) if kernel == "forward_penalty" else (inputs, outputs)
+        of_layer["in"] = inputs  # the weights of classes are of no use here
+        common = {"grad": address(grad), "layer": of_layer, "below": below}
+        suffix = ""
+        if forward is not None:
+            rows += forward.penalty_rows
+            common["penalty"], suffix = forward.penalty, forward.suffix
+        tiles = _tiles(self.dtype, rows, columns, k)
+        p = _filled("Backward", self.dtype, rows=rows, **common)
+        self._launch(f"{kernel}<{self.type}, {tiles.kind}{suffix}>", tiles.grid, tiles.block, p, shared=tiles.shared)
+
+    def _penalty_of(self, forward: Forward) -> np.void:
+        """The gradient penalty of a pass, of no rows if it has none."""
+        penalty = next((p for p in self.plan.gradient_penalties if p.network == forward.network), None)
+        if penalty is None or SAMPLES not in forward.inputs:
+            return _filled("GradientPenalty", self.dtype)
+        first, rows = self._rows, penalty.rows(self._rows)
+        where, scale = {"first": first, "end": first + rows, "offset": self._rows}, math.sqrt(penalty.factor / rows)
+        return _filled("GradientPenalty", self.dtype, scale=scale, **where)
 
     def objective(self, loss: Loss, rows: int) -> np.void:
         """A loss as kernels take it, in a step of `rows` rows."""
@@ -735,6 +856,7 @@ class Session:
             first=first,
             second=second,
             boundary=rows,
+            weights=address(self._weights),
             losses=address(self._losses),
             correct=address(self._correct) if classes else 0,
         )
@@ -786,6 +908,8 @@ class _Cluster:
         self._kernels = [self._device.kernels(CLUSTER_SOURCE, [f"gemmlet::{name}"])[0] for name in names]
         self._shared = _CLUSTER_BYTES + 2 * 2 * self._step_numbers
         self._reserved = 0
+        numbers = np.float64, np.int32, np.int32  # of each row: losses, correct, labels
+        self._of_rows = numbers if session.dataset.weights is None else (*numbers, np.float32)
 
     def reserve(self, steps: int) -> None:
         """Have space for `steps` steps."""
@@ -794,14 +918,15 @@ class _Cluster:
             return
         # First of all the old memory is given back; there may be none then.
         self._reserved, self._memory = 0, list[Any]()
-        each = (self._step_numbers, np.uint16), (self._rows, np.int32), (self._rows, np.float64), (self._rows, np.int32)
+        each = (self._step_numbers, np.uint16), *((self._rows, kind) for kind in self._of_rows)
         self._memory = [self._device.empty((steps, columns), np.dtype(kind)) for columns, kind in each]
         self._reserved = steps
-        tiles, labels, losses, correct = map(address, self._memory)
+        tiles, losses, correct, labels, *weights = map(address, self._memory)
         for p in (self._arrange, self._train):
             p["tiles"] = tiles
         objective = self._train["objective"]
         self._arrange["labels"], objective["labels"] = labels, labels if self._arrange["indices"] else 0
+        self._arrange["weights"] = objective["weights"] = weights[0] if weights else 0
         for p in (objective, self._close):
             p["losses"], p["correct"] = losses, correct
 

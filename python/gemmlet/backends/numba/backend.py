@@ -302,7 +302,8 @@ class NumbaBackend(NumpyBackend):
         if dataset.labels is not None and any(stack[0].dropout is not None for stack in stacks):
             return False  # the classes among the inputs are not dropped
         return (
-            not (plan.has_extras or plan.has_noise)
+            not (plan.has_extras or plan.has_noise or plan.gradient_penalties)
+            and dataset.weights is None
             and names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys()
             and (dataset.labels is None or not dataset.skip_zeros)
             and (not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))]))
