@@ -3,8 +3,8 @@
     python benchmarks/gpu_parts.py TABLES [--data-dir DIR] [--seconds X]
 
 Of a training step each launch, by itself, as one of many in a graph; all of them in order, as the graph that `fit`
-replays; and what a step costs `fit`. Of a small call what Python, the launch and a new array take. Tables are added to
-TABLES, one a line of JSON.
+replays; and what a step costs `fit`. Of a small call what Python, the launch and a new array take. Of the cluster's
+kernel the cycles of each phase. Tables are added to TABLES, one a line of JSON.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ from gemmlet.bench.training import BATCH, LAYERS
 from gemmlet.data import load_mnist
 from gemmlet.nn import fit as nn_fit
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+
+import cluster_phases
+
 # ``fit(steps, epochs)`` trains a model.
 Fit = Callable[[int, int], Any]
 
@@ -43,6 +47,7 @@ STEPS, FIT_STEPS = 64, 400
 REPEATS, CALLS = 50, 200
 
 STEP_HEAD = ("work", "launch", "grid", "block", "shared", "µs a step")
+PHASE_HEAD = ("optimizer", "phase", "median", "least of all warps", "most")
 CALL_HEAD = ("call", "µs", "with a new array", "launch alone", "Python before it", "on the GPU, in a graph")
 
 
@@ -365,6 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed = True
             rows = [[work, f"{type(error).__name__}: {error}", "", "", "", ""]]
         write_table(options.tables, f"a step of {work}", STEP_HEAD, rows)
+    if backend._first.arch == "sm_90a" and time.monotonic() < end:
+        write_table(options.tables, "cycles of the cluster", PHASE_HEAD, list(cluster_phases.rows()))
     return int(failed)
 
 

@@ -439,6 +439,41 @@ def test_parts_of_a_call(gpu: OnCpu, pixels: np.ndarray) -> None:
         assert np.array_equal(to_cpu(new()), expected)
 
 
+def test_scripts_write_tables(gpu: OnCpu, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "upload", cuda_on_host.backend.to_gpu)
+    compiled: list[tuple[str, str]] = []
+    for script in (gpu_parts, gpu_variants):
+        monkeypatch.setattr(script, "Gpu", lambda peers: gpu)
+        monkeypatch.setattr(script, "compile_together", lambda arch, pairs: compiled.extend(pairs))
+    monkeypatch.setattr(gpu_parts, "STEPS", 8)
+    monkeypatch.setattr(gpu_parts, "FIT_STEPS", 2)
+    fit = gpu_parts.mlp(pixels, "sgd", (12, 9, 3), batch=4)
+
+    def broken(steps: int, epochs: int = 1) -> None:
+        raise RuntimeError("no such kernel")
+
+    chosen = [("broken", broken, {}), ("MLP", fit, {"CLUSTER_SIZES": ()})]
+    monkeypatch.setattr(gpu_parts, "works", lambda images: chosen)
+    work = {"MLP": lambda: gpu_parts.Steps(gpu, BACKEND, fit).whole()}
+    constant = gpu_variants.Constant(cuda_training, "STEPS_TOGETHER", (8, 1), work)
+    monkeypatch.setattr(gpu_variants, "of_training", lambda *given: [constant])
+    monkeypatch.setattr(gpu_variants, "of_rows", lambda *given: [])
+    written = tmp_path / "tables"
+    assert gpu_parts.main([str(written)]) == 1
+    assert gpu_variants.main([str(written)]) == 0
+    tables = [entry["table"] for entry in gpu_report._entries(written)]
+    titles = [table["title"] for table in tables]
+    assert titles[:3] == ["calls on small arrays", "a step of broken", "a step of MLP"]
+    assert titles[3:] == ["µs by STEPS_TOGETHER: MLP and others"]
+    assert tables[1]["rows"] == [["broken", "RuntimeError: no such kernel", "", "", "", ""]]
+    assert "failed" not in tables[3]["rows"][0]
+    for table in tables:
+        assert {len(row) for row in table["rows"]} == {len(table["head"])}, table["title"]
+    names = [name for _, name in compiled]
+    assert any("train_in_cluster<16, gemmlet::optimizers::adam>" in name for name in names)
+    assert not any("double" in name or "adamw" in name for name in names)
+
+
 def test_losses_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     made = gpu_timing._Unwaited([BACKEND._first])
     z, t = (cuda_on_host.backend.to_gpu(np.ones((3, 4), np.float32)) for _ in range(2))
@@ -497,8 +532,19 @@ def test_sanitized_checks(capsys: pytest.CaptureFixture[str]) -> None:
     for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "skinny", "simt", "mma ", "wgmma", "transposed"):
         assert any(part in name for name in names), part
     some = [*list(gpu_sanitized.trainings(rng))[:1], *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
-    assert gpu_sanitized.run(some, 60.0)
+    filled: list[int] = []
+    fill = gpu_sanitized.fill_padding
+
+    def watched(session: Any) -> None:
+        (network,) = session.networks
+        BACKEND._first.view(network.grad[-1]).fill(0)
+        fill(session)
+        filled.extend(int(np.isnan(BACKEND._first.view(matrix)[:, 5:]).sum()) for matrix in network.grad[-1:])
+
+    with mock.patch.object(gpu_sanitized, "fill_padding", watched), gpu_sanitized.padding_filled():
+        assert gpu_sanitized.run(some, 60.0)
     assert capsys.readouterr().out == "7 of 7 checks, 0 wrong\n"
+    assert filled == [8 * 3]  # 5 outputs in rows of 8 numbers
 
 
 def test_sanitized_checks_that_fail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -656,6 +702,11 @@ def test_what_the_sanitizer_says() -> None:
     stage = gpu_report.sanitizer_result(gpu_report.Ended(0, 9.0, race))
     assert not stage.ok
     assert "2 hazards" in stage.summary
+    read = ["========= Uninitialized __global__ memory read of size 16 bytes", "=========     by thread (0,0,0)"]
+    read.insert(1, "=========     at void gemmlet::update<float, unsigned char, gemmlet::optimizers::sgd>(T1)+0x3c0")
+    stage = gpu_report.sanitizer_result(gpu_report.Ended(0, 9.0, [*read, *read, clean[0], "= ERROR SUMMARY: 2 errors"]))
+    assert not stage.ok
+    assert stage.summary == "ERROR SUMMARY: 2 errors; 148 of 148 checks; update: 2"
     assert not gpu_report.sanitizer_result(gpu_report.Ended(1, 9.0, clean)).ok
     assert not gpu_report.sanitizer_result(gpu_report.Ended(None, 9.0, clean[:1])).ok
 
