@@ -8,7 +8,8 @@ takes small work apart (gpu_parts.py), times what constants might be instead (gp
 tests with ``cuda`` as the backend, and NVIDIA's compute-sanitizer on a small set of kernels. What tells most comes
 first, as a run may be cut. A stage that fails, or takes longer than it may, does not keep the others from running; the
 exit status is 1 then, and 2 where there is no GPU. ``report.json`` and ``report.txt`` are written anew after each
-stage, and the output of all stages goes to ``output.log``. What is built stays in ``build/gpu_report``.
+stage, and the output of all stages goes to ``output.log``. What is built stays in ``build/gpu_report``, for later runs
+without ``build``; of what changes, only C++ for the CPU has to be built again.
 
 The machine needs CuPy, pytest with xdist and what the tests need besides, scikit-build-core and pybind11 for the build,
 and compute-sanitizer of CUDA's toolkit; nothing is downloaded. A peer that is missing is left out.
@@ -219,6 +220,17 @@ def environment() -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
+
+
+def refresh() -> None:
+    """Bring what was built up to date, but for what is compiled: a stage may run again without `build`."""
+    package = SITE / "gemmlet"
+    for source, target in ((ROOT / "python" / "gemmlet", package), (ROOT / "csrc", package / "csrc")):
+        for path in source.rglob("*.*") if package.is_dir() else ():
+            copy = target / path.relative_to(source)
+            if path.suffix in (".py", ".cuh", ".h") and (not copy.exists() or copy.read_bytes() != path.read_bytes()):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 #
@@ -580,6 +592,7 @@ def measure(options: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any
     """Run the stages, and return the report."""
     for folder in (options.out, WORK):
         folder.mkdir(parents=True, exist_ok=True)
+    refresh()
     log = options.out / "output.log"
     log.write_text("")
     report: dict[str, Any] = {

@@ -163,7 +163,7 @@ def timed(gpu: Gpu, case: Case) -> Row:
         assert measured.failed is None, (case.key, name, measured.failed)
         assert len(measured.samples) == 2
         # (An epoch of gemmlet is a difference, which is nothing but noise for a few samples.)
-        assert min(measured.samples) > 0 or case.group in ("epoch", "gan")
+        assert min(measured.samples) > 0 or case.group in ("epoch", "gan", "fit")
     assert list(row.timed) == list(case.implementations)
     return row
 
@@ -440,7 +440,8 @@ def test_parts_of_a_call(gpu: OnCpu, pixels: np.ndarray) -> None:
 
 
 def test_scripts_write_tables(gpu: OnCpu, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "upload", cuda_on_host.backend.to_gpu)
+    calls = [["tanh", *["1.00"] * (len(gpu_parts.CALL_HEAD) - 1)]]
+    monkeypatch.setattr(gpu_parts, "call_rows", lambda *given: calls)
     compiled: list[tuple[str, str]] = []
     for script in (gpu_parts, gpu_variants):
         monkeypatch.setattr(script, "Gpu", lambda peers: gpu)
@@ -505,7 +506,7 @@ def test_constants_are_timed(tmp_path: Path) -> None:
 
 
 def test_constants_that_are_timed(gpu: OnCpu, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes first is what the backend does now; kernels of rows and losses run with another value."""
+    """What comes first is what the backend does now; losses and functions of rows are computed with another value."""
     of_rows = gpu_variants.of_rows(gpu, BACKEND._first)
     for module, name, values, _ in [*gpu_variants.of_training(gpu, BACKEND, pixels), *of_rows]:
         assert name == "ROW_TEAMS" or values[0] == getattr(module, name), name
@@ -514,10 +515,10 @@ def test_constants_that_are_timed(gpu: OnCpu, pixels: np.ndarray, monkeypatch: p
         assert all(threads * values >= columns or not values for threads, values in teams)
     monkeypatch.setattr(gpu_variants, "ELEMENTS", 2000)
     for module, name, values, works in of_rows:
-        with monkeypatch.context() as patched:
-            patched.setattr(module, name, values[1])
-            for work, seconds in works.items():
-                assert "bfloat16" in work or "10000" in work or seconds() > 0
+        if name == "MAX_BLOCKS":
+            with monkeypatch.context() as patched:
+                patched.setattr(module, name, values[1])
+                assert all(seconds() > 0 for work, seconds in works.items() if "bfloat16" not in work)
     assert len(gpu_variants.kernels_of_teams()) >= 4 * 15
 
 
@@ -609,6 +610,22 @@ def test_a_stage_has_its_share_of_the_time(tmp_path: Path) -> None:
     assert whole.limit("optimizers") == pytest.approx(total, abs=1)
     assert job(tmp_path, seconds=total / 2).limit("tests") < gpu_report.SECONDS["tests"]
     assert job(tmp_path, "--only", "losses", seconds=100).limit("losses") == pytest.approx(100, abs=1)
+
+
+def test_what_was_built_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"python/gemmlet/a/b.py": "new", "csrc/cuda/c.cuh": "new", "python/gemmlet/d.so": "new"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    site = tmp_path / "site"
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_report, "SITE", site)
+    gpu_report.refresh()
+    assert not site.exists()
+    (site / "gemmlet" / "a").mkdir(parents=True)
+    (site / "gemmlet" / "a" / "b.py").write_text("old")
+    gpu_report.refresh()
+    found = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.*")}
+    assert found == {"gemmlet/a/b.py": "new", "gemmlet/csrc/cuda/c.cuh": "new"}
 
 
 def test_stages_fail_softly(
