@@ -103,13 +103,14 @@ SHAPES = {
     "tf32": [*SQUARES, *LAYERS[:2], *LAYOUTS[:1]],
     "float64": [*SQUARES[:2], *LAYERS[:2], *SKINNY[:1]],
 }
-# What there are targets for.
+# What there are targets for, or constants that wait for a measurement.
 _LARGE = [*SQUARES[1:], Shape(8192, 8192, 8192)]
 QUICK = {
     "bfloat16": [SQUARES[0], *_LARGE],
     "float16": _LARGE[1:],
     "tf32": [SQUARES[0], *_LARGE],
     "float32": [*SQUARES, *(Shape(rows, 4096, 4096) for rows in (64, 256, 1024)), LAYERS[-1], Shape(4096, 784, 256)],
+    "float64": [*SQUARES[:2], LAYERS[0]],
 }
 
 
@@ -456,7 +457,8 @@ def main() -> None:
     shapes = QUICK if arguments.quick else SHAPES
     kinds = arguments.kinds.split(",") if arguments.kinds else list(shapes)
     if arguments.compile:
-        print(f"{compile_all(arguments.compile, kinds)} kernels compiled, {time.monotonic() - began:.1f} s")
+        compiled = compile_all(arguments.compile, kinds, arguments.quick)
+        print(f"{compiled} kernels compiled, {time.monotonic() - began:.1f} s")
         return
 
     device, cublas = CudaDevice(0), Cublas()

@@ -682,6 +682,27 @@ def test_rows_of_processes_that_end_early(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.report["roof"] == {"copy": 1e12}
 
 
+def test_tables_of_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
+    (tmp_path / "mnist").mkdir()
+    commands = []
+
+    def run(self: Any, command: Any, limit: float, environment: Any, show: Any = None) -> gpu_report.Ended:
+        commands.append([Path(word).name for word in command[1:]])
+        gpu_timing.write_table(Path(command[command.index("--seconds") - 1]), f"table {len(commands)}", ["a"], [["1"]])
+        return gpu_report.Ended(len(commands) - 1, 1.0, ["last line"])
+
+    monkeypatch.setattr(gpu_report.Runner, "run", run)
+    found = job(tmp_path, "--only", "parts,tiles", "--data-dir", str(tmp_path / "mnist"), seconds=100)
+    stages = [gpu_report.STAGES[name](found) for name in ("parts", "tiles")]
+    assert [stage.ok for stage in stages] == [True, False]
+    assert stages[1].failures == ["last line"]
+    assert [table["title"] for table in found.report["tables"].values()] == ["table 1", "table 2"]
+    assert commands[0][:3] == ["gpu_parts.py", "parts.jsonl", "--seconds"]
+    assert commands[0][-2:] == ["--data-dir", "mnist"]
+    assert commands[1][:-1] == ["gpu_matmul.py", "--quick", "--tables", "tiles.jsonl", "--seconds"]
+
+
 def test_what_pytest_says(tmp_path: Path) -> None:
     lines = ["....F [ 50%]", "FAILED tests/test_a.py::test_b - assert 1", "1 failed, 12 passed, 3 skipped in 33.21s"]
     stage = gpu_report.tests_stage(gpu_report.Ended(1, 34.0, lines))
