@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 import statistics
 import sys
@@ -27,6 +28,7 @@ from gpu_training import BETA1, GAN_LR, more_epochs, optimizer
 import gemmlet
 from gemmlet import kernels, nn
 from gemmlet.backends import select
+from gemmlet.backends.cuda import augmentation as cuda_augmentation
 from gemmlet.backends.cuda import matmul as cuda_matmul
 from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.backends.cuda.types import address
@@ -56,14 +58,25 @@ CALL_HEAD = ("call", "µs", "with a new array", "launch alone", "Python before i
 #
 
 
-def mlp(images: np.ndarray, rule: str, layers: Sequence[int] = LAYERS, batch: int = BATCH, **settings: Any) -> Fit:
+def mlp(
+    images: np.ndarray,
+    rule: str,
+    layers: Sequence[int] = LAYERS,
+    batch: int = BATCH,
+    augment: nn.Augment | None = None,
+    **settings: Any,
+) -> Fit:
     """Return what trains a perceptron; `settings` are the model's."""
     model, labels = nn.MLP(list(layers), "tanh", seed=0, **settings), np.arange(len(images)) % layers[-1]
+    more = {} if augment is None else {"augment": augment}
 
     def fit(steps: int, epochs: int = 1) -> Any:
         where = np.arange(steps * batch) % len(images)
         x = np.ascontiguousarray(images[where, : layers[0]])
-        return model.fit(x, labels[where], epochs=epochs, batch_size=batch, optimizer=optimizer(rule), shuffle=False)
+        if augment is not None:
+            x = x.reshape(len(x), -1, math.isqrt(layers[0]))
+        rule_ = optimizer(rule)
+        return model.fit(x, labels[where], epochs=epochs, batch_size=batch, optimizer=rule_, shuffle=False, **more)
 
     return fit
 
@@ -106,7 +119,8 @@ class Launch:
 class Steps:
     """The launches that fused training makes of `steps` steps, to be done again, together or one by one.
 
-    ``launches`` are those of one step; where a cluster does all steps, those of all of them.
+    ``launches`` are those of one step; where a cluster does all steps, those of all of them. ``others`` are made once
+    an epoch, before.
 
     Raises
     ------
@@ -117,7 +131,8 @@ class Steps:
     def __init__(self, gpu: Gpu, backend: Any, fit: Fit, steps: int = 0) -> None:
         self.gpu, self.device, self.steps = gpu, backend._first, steps or STEPS
         device, names = self.device, dict[int, str]()
-        made, sessions = list[Launch](), list[Any]()
+        made, sessions, training = list[Launch](), list[Any](), list[Any]()
+        self.others = list[Launch]()
         self._kept = list[Any]()  # what a call gives back when it is done
         kernels, launch, empty, session = device.kernels, device.launch, device.empty, cuda_training.Session
 
@@ -127,7 +142,7 @@ class Steps:
             return found
 
         def taken_down(kernel: Any, *how: Any, **more: Any) -> None:
-            made.append(Launch(names[id(kernel)], kernel, *how, **more))
+            (made if training else self.others).append(Launch(names[id(kernel)], kernel, *how, **more))
             launch(kernel, *how, **more)
 
         def kept(*given: Any) -> Any:
@@ -136,6 +151,16 @@ class Steps:
 
         def opened(*given: Any) -> Any:
             sessions.append(session(*given))
+            train = sessions[-1].train
+
+            def trained(batches: Any) -> Any:
+                training.append(batches)
+                try:
+                    return train(batches)
+                finally:
+                    training.clear()
+
+            sessions[-1].train = trained
             return sessions[-1]
 
         with (
@@ -247,10 +272,13 @@ def step_rows(gpu: Gpu, backend: Any, work: str, fit: Fit, steps: int = 0, fit_s
         seconds = found.alone(launch)
         total += seconds
         rows.append([work, *launch.facts(), f"{seconds * 1e6:.2f}"])
-    whole = found.whole()
+    for launch in found.others:
+        seconds = found.alone(launch) / (1 if found.in_cluster else found.steps)
+        rows.append([work, *launch.facts(), f"{seconds * 1e6:.2f}"])
+    whole, count = found.whole(), len(found.launches)
     del found
     yield from rows
-    sums = {f"sum of {len(rows)} launches": total, "all of them in order": whole}
+    sums = {f"sum of {count} launches": total, "all of them in order": whole}
     for name, seconds in {**sums, **host(backend, fit, fit_steps or FIT_STEPS)}.items():
         yield [work, name, "", "", "", f"{seconds * 1e6:.2f}"]
 
@@ -264,6 +292,7 @@ def works(images: np.ndarray) -> Iterator[tuple[str, Fit, dict[str, Any]]]:
     yield "MLP adam, cluster", mlp(images, "adam"), {}
     yield "MLP sgd, graphs", mlp(images, "sgd"), graphs
     yield "MLP sgd, dropout 0.2", mlp(images, "sgd", dropout=0.2), {}
+    yield "MLP sgd, augmentation", mlp(images, "sgd", augment=nn.Augment()), {}
     yield "MLP sgd, label smoothing 0.1", mlp(images, "sgd", label_smoothing=0.1), {}
 
 
@@ -336,7 +365,7 @@ def call_rows(gpu: Gpu, backend: Any, arrays: Callable[[np.ndarray], Any]) -> It
 def compile_kernels(backend: Any, rules: Sequence[str] = ("sgd", "adam")) -> None:
     """Compile on all processors what training in float32 may launch: one after another they would take a minute."""
     pairs = []
-    for source, names in cuda_training.expressions().items():
+    for source, names in {**cuda_training.expressions(), **cuda_augmentation.expressions()}.items():
         if backend._first.arch not in cuda_training.ARCHITECTURES.get(source, (backend._first.arch,)):
             continue
         for name in names:

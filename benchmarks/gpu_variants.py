@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 import time
@@ -24,11 +25,14 @@ import numpy as np
 from gpu_parts import Fit, Steps, compile_kernels, gan, mlp
 from gpu_timing import Gpu, compile_together, constants, write_table
 
+from gemmlet import nn
 from gemmlet.backends import select
+from gemmlet.backends.cuda import augmentation as cuda_augmentation
 from gemmlet.backends.cuda import launches
 from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.data import load_mnist
+from gemmlet.formulas.augmentation import Draw
 from gemmlet.formulas.losses import LOSSES, ROW_FUNCTIONS, ROW_LOSSES
 
 ELEMENTS = 100_000_000
@@ -74,7 +78,14 @@ def of_training(gpu: Gpu, backend: Any, images: np.ndarray) -> list[Constant]:
         for hidden in (64, 128)
         for rule in ("sgd", "adam")
     }
+
+    def augmented() -> float:
+        x, more = gpu.upload(images.reshape(len(images), -1, math.isqrt(images.shape[1]))), nn.Augment().settings
+        numbers, out = gpu.upload(np.arange(len(x))), gpu.upload(np.zeros(x.shape, np.uint8))
+        return gpu.seconds(lambda: backend.augment(x, more, Draw(0, 0, numbers), out), 5)
+
     return [
+        Constant(cuda_augmentation, "MAX_STAGED_BYTES", (40 << 10, 0), {f"{len(images):,} images": augmented}),
         Constant(cuda_training, "STEPS_TOGETHER", (8, 1, 16, 32), graphs),
         Constant(cuda_training, "MAX_TOP_BYTES", (8 << 20, 0, 64 << 20), graphs),
         Constant(cuda_training, "ENOUGH_TILES", (96, 48, 132, 264), graphs),

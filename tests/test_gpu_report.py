@@ -412,6 +412,10 @@ def test_parts_of_a_cluster_and_of_a_gan(gpu: OnCpu, pixels: np.ndarray) -> None
     names = [launch.facts()[0].split("<")[0] for launch in found.launches]
     assert names == ["arrange_samples", "train_in_cluster", "close_steps"]
     assert found.whole() > 0
+    augmented = gpu_parts.mlp(pixels[:, :9], "sgd", (9, 5, 3), 4, nn.Augment())
+    rows = list(gpu_parts.step_rows(gpu, BACKEND, "augmented", augmented, 2, 2))
+    assert [row[1].split("<")[0] for row in rows[:5]] == [*names, "augment", "sum of 3 launches"]
+    assert rows[3][2] == "8x1"  # a block for each image
     small = nn.GAN(4, [6, 12], [5, 1], seed=0)
 
     def train(steps: int, epochs: int = 1) -> None:
@@ -507,6 +511,10 @@ def test_constants_are_timed(tmp_path: Path) -> None:
 
 def test_constants_that_are_timed(gpu: OnCpu, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes first is what the backend does now; losses and functions of rows are computed with another value."""
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "upload", cuda_on_host.backend.to_gpu)
+        (staged,) = (c.works for c in gpu_variants.of_training(gpu, BACKEND, pixels[:2, :9]) if "STAGED" in c.name)
+        assert all(seconds() > 0 for seconds in staged.values())
     of_rows = gpu_variants.of_rows(gpu, BACKEND._first)
     for module, name, values, _ in [*gpu_variants.of_training(gpu, BACKEND, pixels), *of_rows]:
         assert name == "ROW_TEAMS" or values[0] == getattr(module, name), name
