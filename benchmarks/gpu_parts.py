@@ -44,7 +44,7 @@ import cluster_phases
 Fit = Callable[[int, int], Any]
 
 # Steps that are taken down, and steps that `fit` does in an epoch when that is timed.
-STEPS, FIT_STEPS = 64, 400
+STEPS, FIT_STEPS = 256, 400
 # Of one launch in a row, and of a small call.
 REPEATS, CALLS = 50, 200
 

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -102,14 +103,17 @@ def of_rows(gpu: Gpu, device: Any) -> list[Constant]:
         made: CudaBackend = type(gpu.unwaited)([device])
         return made
 
+    def median(call: Callable[[], Any]) -> float:
+        return statistics.median(gpu.seconds(call, 10) for _ in range(5))
+
     def rows(name: str, columns: int, dtype: str) -> Callable[[], float]:
         def seconds() -> float:
             x = gpu.normal((ELEMENTS // columns, columns), dtype, seed=1)
             out, ours = gpu.empty(x.shape, dtype), backend()
             if name in ROW_FUNCTIONS:
-                return gpu.seconds(lambda: ours.row_function(ROW_FUNCTIONS[name], x, out), 10)
+                return median(lambda: ours.row_function(ROW_FUNCTIONS[name], x, out))
             labels = gpu.upload(np.random.default_rng(0).integers(0, columns, len(x)))
-            return gpu.seconds(lambda: ours.row_loss(ROW_LOSSES[name], x, labels, 0.0, out), 10)
+            return median(lambda: ours.row_loss(ROW_LOSSES[name], x, labels, 0.0, out))
 
         return seconds
 
@@ -117,7 +121,7 @@ def of_rows(gpu: Gpu, device: Any) -> list[Constant]:
         def seconds() -> float:
             p, t, out = gpu.normal((ELEMENTS,), seed=1), gpu.normal((ELEMENTS,), seed=2), gpu.empty((ELEMENTS,))
             ours = backend()
-            return gpu.seconds(lambda: ours.elementwise_loss(LOSSES[name], p, t, 0.0, out), 10)
+            return median(lambda: ours.elementwise_loss(LOSSES[name], p, t, 0.0, out))
 
         return seconds
 
@@ -153,10 +157,10 @@ def _words(constant: Constant, value: Any) -> str:
 
 
 def timed(constant: Constant) -> list[list[str]]:
-    """The rows of a constant's table; values are timed in turn, twice, and the better time counts."""
+    """The rows of a constant's table."""
     times, failed = dict[str, dict[str, float]](), dict[str, str]()
     names = [_words(constant, value) for value in constant.values]
-    for name, value in [*zip(names, constant.values, strict=True)] * 2:
+    for name, value in zip(names, constant.values, strict=True):
         with mock.patch.object(constant.module, constant.name, value):
             for work, seconds in constant.works.items():
                 try:
@@ -164,8 +168,7 @@ def timed(constant: Constant) -> list[list[str]]:
                 except Exception as error:  # other values, and other works, are still to come
                     failed[work] = f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:80]}"
                     continue
-                of_work = times.setdefault(work, {})
-                of_work[name] = min(took, of_work.get(name, took))
+                times.setdefault(work, {})[name] = took
     rows = []
     for work, of_work in times.items():
         best, now = min(of_work, key=of_work.__getitem__), of_work.get(names[0])
