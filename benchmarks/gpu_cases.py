@@ -291,7 +291,6 @@ def matmul() -> Iterator[Case]:
         yield linear_case(m, k, n, "tanh", "layers", (*_COMPILED, *jax(m, k, n)))
     for side in (1024, 2048, 8192):
         yield matmul_case(side, "bfloat16")
-    yield from overheads()
     for side in (1024, 2048, 4096):
         yield linear_case(side, side, side, "relu", "squares", _COMPILED)
     for m, k, n in LAYERS:
@@ -305,21 +304,38 @@ def matmul() -> Iterator[Case]:
 #
 
 
-def overhead_case(name: str, make: Callable[[Gpu, Any], dict[str, Callable[[], Any]]], names: Sequence[str]) -> Case:
+@dataclass
+class Small:
+    """Small arrays: logits, or what is computed with, an output, class indices; and a layer."""
+
+    x: Any
+    y: Any
+    labels: Any
+    images: Any
+    w: Any
+    b: Any
+
+
+# Calls of all implementations.
+_Calls = dict[str, Callable[[], Any]]
+
+
+def overhead_case(name: str, make: Callable[[Gpu, Small], _Calls], names: Sequence[str]) -> Case:
     """Return the case of a small call; `make` returns each implementation's, whose results are not checked here."""
 
     def implementation(name: str) -> Callable[[Gpu, Any], Implementation]:
-        def prepare(gpu: Gpu, inputs: Any) -> Implementation:
+        def prepare(gpu: Gpu, inputs: Small) -> Implementation:
             call = make(gpu, inputs)[name]
             wait = gpu.jax.block_until_ready if name == "jax" else None
             return Implementation(call, call, clock="host", wait=wait)
 
         return prepare
 
-    def inputs(gpu: Gpu) -> Any:
-        x, w = gpu.normal((64, 128), seed=1), gpu.normal((128, 10), seed=2, scale=0.1)
-        b, labels = gpu.normal((10,), seed=3), np.random.default_rng(0).integers(0, 128, 64)
-        return x, w, b, gpu.empty((64, 128)), gpu.empty((64, 10)), gpu.upload(labels)
+    def inputs(gpu: Gpu) -> Small:
+        shapes = (64, 128), (64, 784), (784, 128), (128,)
+        x, images, w, b = (gpu.normal(shape, seed=seed, scale=0.1) for seed, shape in enumerate(shapes))
+        labels = gpu.upload(np.random.default_rng(0).integers(0, 128, 64))
+        return Small(x, gpu.empty((64, 128)), labels, images, w, b)
 
     return Case(
         "overhead",
@@ -334,9 +350,9 @@ def overhead_case(name: str, make: Callable[[Gpu, Any], dict[str, Callable[[], A
 def overheads() -> Iterator[Case]:
     """What a call costs before anything is computed."""
 
-    def tanh(gpu: Gpu, inputs: Any) -> dict[str, Callable[[], Any]]:
-        x, y = inputs[0], inputs[3]
-        calls: dict[str, Callable[[], Any]] = {"gemmlet": lambda: kernels.tanh(x, out=y)}
+    def tanh(gpu: Gpu, given: Small) -> _Calls:
+        x, y = given.x, given.y
+        calls: _Calls = {"gemmlet": lambda: kernels.tanh(x, out=y)}
         calls["cupy"] = lambda: gpu.xp.tanh(x, out=y)
         if gpu.torch is not None:
             tensor = gpu.tensor(x)
@@ -346,9 +362,23 @@ def overheads() -> Iterator[Case]:
             calls["jax"] = lambda: jitted(array)
         return calls
 
-    def linear(gpu: Gpu, inputs: Any) -> dict[str, Callable[[], Any]]:
-        x, w, b, _, y, _ = inputs
-        calls: dict[str, Callable[[], Any]] = {"gemmlet": lambda: kernels.linear(x, w, b, "tanh", out=y)}
+    def softmax(gpu: Gpu, given: Small) -> _Calls:
+        x, y = given.x, given.y
+        calls: _Calls = {"gemmlet": lambda: kernels.softmax(x, out=y)}
+
+        def cupy() -> None:
+            gpu.xp.exp(x - x.max(axis=1, keepdims=True), out=y)
+            gpu.xp.divide(y, y.sum(axis=1, keepdims=True), out=y)
+
+        calls["cupy"] = cupy
+        if gpu.torch is not None:
+            tensor = gpu.tensor(x)
+            calls["pytorch"] = lambda: gpu.torch.softmax(tensor, 1)
+        return calls
+
+    def linear(gpu: Gpu, given: Small) -> _Calls:
+        x, w, b, y = given.images, given.w, given.b, given.y
+        calls: _Calls = {"gemmlet": lambda: kernels.linear(x, w, b, "tanh", out=y)}
         finish = gpu.bias_activation("tanh")
 
         def cupy() -> None:
@@ -366,10 +396,9 @@ def overheads() -> Iterator[Case]:
             calls["jax"] = lambda: jitted(*arrays)
         return calls
 
-    def cross_entropy(gpu: Gpu, inputs: Any) -> dict[str, Callable[[], Any]]:
-        x, _, _, grad, _, labels = inputs
-        calls: dict[str, Callable[[], Any]] = {}
-        calls["gemmlet"] = lambda: kernels.softmax_cross_entropy(x, labels, out=grad)
+    def cross_entropy(gpu: Gpu, given: Small) -> _Calls:
+        x, labels, grad = given.x, given.labels, given.y
+        calls: _Calls = {"gemmlet": lambda: kernels.softmax_cross_entropy(x, labels, out=grad)}
         if gpu.torch is not None:
             torch = gpu.torch
             z, t = gpu.tensor(x).clone().requires_grad_(), gpu.tensor(labels)
@@ -383,7 +412,8 @@ def overheads() -> Iterator[Case]:
         return calls
 
     yield overhead_case("tanh 64x128", tanh, ("gemmlet", "cupy", "pytorch", "jax"))
-    yield overhead_case("linear 64x128->10 tanh", linear, ("gemmlet", "cupy", "pytorch", "jax"))
+    yield overhead_case("softmax 64x128", softmax, ("gemmlet", "cupy", "pytorch"))
+    yield overhead_case("linear 64x784->128 tanh", linear, ("gemmlet", "cupy", "pytorch", "jax"))
     yield overhead_case("softmax_cross_entropy 64x128, waited for", cross_entropy, ("gemmlet", "pytorch"))
 
 
@@ -740,21 +770,17 @@ def optimizers() -> Iterator[Case]:
 #
 
 
-def training(data_dir: Path | None) -> Iterator[Case]:
-    """Epochs of the MLP and steps of the GAN."""
-    import gpu_training
-
-    yield from gpu_training.cases(data_dir)
-
-
 FAMILIES: dict[str, tuple[str, ...]] = {
+    "calls": ("torch", "jax"),
     "matmul": ("torch", "jax"),
     "elementwise": ("torch",),
     "losses": ("torch",),
     "optimizers": ("torch",),
     "training": ("torch", "jax"),
+    "fit": (),
 }
 _CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "calls": overheads,
     "matmul": matmul,
     "elementwise": elementwise,
     "losses": losses,
@@ -764,7 +790,11 @@ _CASES: dict[str, Callable[[], Iterator[Case]]] = {
 
 def cases(family: str, data_dir: Path | None = None) -> list[Case]:
     """Return the cases of a family, those first that matter most."""
-    return list(training(data_dir) if family == "training" else _CASES[family]())
+    if family in _CASES:
+        return list(_CASES[family]())
+    import gpu_training
+
+    return list(gpu_training.FAMILIES[family](data_dir))
 
 
 def summary(row: Row) -> str:

@@ -1,6 +1,6 @@
 """Matmuls on a GPU: checks every kernel, then times all of them and cuBLAS, to choose tiles by.
 
-    python benchmarks/gpu_matmul.py [--quick] [--kinds float32,bfloat16] [--json FILE]
+    python benchmarks/gpu_matmul.py [--quick] [--kinds float32,bfloat16] [--tables FILE]
     python benchmarks/gpu_matmul.py --compile sm_90a    # into the cache, where there is no GPU
 
 Each implementation runs as a CUDA graph of many launches, all of them in turn, by CUDA events; medians. What must come
@@ -11,12 +11,9 @@ kernel, that adds the bias and applies ReLU, which ours do in the epilogue.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import ctypes
 import functools
 import itertools
-import json
-import multiprocessing
 import statistics
 import time
 import traceback
@@ -27,6 +24,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from gpu_timing import compile_together, write_table
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -105,10 +103,14 @@ SHAPES = {
     "tf32": [*SQUARES, *LAYERS[:2], *LAYOUTS[:1]],
     "float64": [*SQUARES[:2], *LAYERS[:2], *SKINNY[:1]],
 }
+# What there are targets for, or constants that wait for a measurement.
+_LARGE = [*SQUARES[1:], Shape(8192, 8192, 8192)]
 QUICK = {
-    "float32": [SQUARES[0], SQUARES[2], LAYERS[0], LAYERS[3], LAYERS[8], LAYERS[-1], SKINNY[0]],
-    "bfloat16": [SQUARES[0], SQUARES[2], LAYERS[0]],
-    "tf32": [SQUARES[2]],
+    "bfloat16": [SQUARES[0], *_LARGE],
+    "float16": _LARGE[1:],
+    "tf32": [SQUARES[0], *_LARGE],
+    "float32": [*SQUARES, *(Shape(rows, 4096, 4096) for rows in (64, 256, 1024)), LAYERS[-1], Shape(4096, 784, 256)],
+    "float64": [*SQUARES[:2], LAYERS[0]],
 }
 
 
@@ -359,29 +361,23 @@ def measure(device: CudaDevice, cublas: Cublas, pool: Pool, kind: str, shape: Sh
 #
 
 
-def compile_one(source: str, name: str, arch: str) -> None:
-    try:
-        compiler.cubin(source, [name], arch)
-    except Exception:
-        traceback.print_exc()  # it fails again where it is wanted, and nothing else
-
-
-def compile_all(arch: str, kinds: Sequence[str]) -> int:
-    """Compile all kernels that are measured, on all processors, into the cache."""
+def compile_all(arch: str, kinds: Sequence[str], by_row_only: bool = False) -> int:
+    """Compile all kernels that are measured into the cache; return how many they are."""
+    by_row = False, True  # how operands lie that are stored row by row
+    found_layouts = [by_row] if by_row_only else list(itertools.product((False, True), repeat=2))
     wanted: dict[tuple[str, str], None] = {}
     for kind in kinds:
         name = DTYPES[kind].name
         epilogues = cuda_matmul.linear_epilogue(name, "relu"), cuda_matmul.partial_epilogue(name)
         wanted[cuda_matmul.combine_kernel(epilogues[0])] = None
-        for epilogue, layouts in itertools.product(epilogues, itertools.product((False, True), repeat=2)):
+        for epilogue, layouts in itertools.product(epilogues, found_layouts):
             found = [*cuda_matmul.tiles(name, kind == "tf32", arch)]
             found += [cuda_matmul.skinny(name, 32, n, False) for n in (1, 4)]
-            found += [t for t in more_tiles(arch, kind, "nn") if t.kernel == "simt" or layouts == (False, True)]
+            found += [t for t in more_tiles(arch, kind, "nn") if t.kernel == "simt" or layouts == by_row]
             for tile in found:
                 if cuda_matmul.takes(tile, name, layouts):
                     wanted[cuda_matmul.kernel_of(tile, name, layouts, epilogue)] = None
-    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_one, *zip(*((*pair, arch) for pair in wanted), strict=True)))
+    compile_together(arch, wanted)
     return len(wanted)
 
 
@@ -428,7 +424,11 @@ def check(device: CudaDevice, kind: str) -> int:
 #
 
 
-def show(row: Row) -> None:
+TABLE_HEAD = ("matmul", "cuBLAS", "what is taken", "over cuBLAS", "best", "over cuBLAS", "all")
+
+
+def show(row: Row) -> list[str]:
+    """Print a shape's times; return them as a row of the table."""
     m, n, k, _, cold = row.shape
     taken, ours = next(iter(row.ours.items()))
     best, time_best = min(row.ours.items(), key=lambda item: item[1])
@@ -439,14 +439,17 @@ def show(row: Row) -> None:
         f" = {row.cublas / ours:5.2f}, + {row.cublas_plus / ours:5.2f} | best {best} {row.cublas / time_best:5.2f}"
     )
     others = sorted(row.ours.items(), key=lambda item: item[1])
-    print("    " + "; ".join(f"{'*' if name == taken else ''}{name} {t:.1f}" for name, t in others), flush=True)
+    times = "; ".join(f"{'*' if name == taken else ''}{name} {t:.1f}" for name, t in others)
+    print(f"    {times}", flush=True)
+    shares = f"{row.cublas / ours:.2f}", f"{row.cublas / time_best:.2f}"
+    return [f"{row.kind} {row.shape}", f"{row.cublas:.1f}", taken, shares[0], best, shares[1], times]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--quick", action="store_true", help="the shapes of targets; fewer rounds, no checks")
     parser.add_argument("--kinds", default=None, help=f"of {','.join(DTYPES)}")
-    parser.add_argument("--json", type=Path, default=None, help="where to write the times")
+    parser.add_argument("--tables", type=Path, default=None, help="add the times here, for gpu_report.py")
     parser.add_argument("--seconds", type=float, default=80.0, help="begin no shape after this time")
     parser.add_argument("--compile", metavar="ARCH", default=None, help="compile for it, and do nothing else")
     arguments = parser.parse_args()
@@ -454,22 +457,23 @@ def main() -> None:
     shapes = QUICK if arguments.quick else SHAPES
     kinds = arguments.kinds.split(",") if arguments.kinds else list(shapes)
     if arguments.compile:
-        print(f"{compile_all(arguments.compile, kinds)} kernels compiled, {time.monotonic() - began:.1f} s")
+        compiled = compile_all(arguments.compile, kinds, arguments.quick)
+        print(f"{compiled} kernels compiled, {time.monotonic() - began:.1f} s")
         return
 
     device, cublas = CudaDevice(0), Cublas()
     print(f"{device.name}, {device.arch}, {device.multiprocessors} multiprocessors, NVRTC {compiler.nvrtc_version()}")
-    compiled = compile_all(device.arch, kinds)
+    compiled = compile_all(device.arch, kinds, arguments.quick)
     print(f"{compiled} kernels compiled, {time.monotonic() - began:.1f} s", flush=True)
     failed = False
-    for kind in kinds:
+    for kind in () if arguments.quick else kinds:
         try:
             print(f"{kind}: {check(device, kind)} results are exact, {time.monotonic() - began:.1f} s", flush=True)
         except Exception:
             failed = True
             traceback.print_exc()
-    rows = []
     for kind in kinds:
+        rows = []
         for shape in shapes[kind]:
             if time.monotonic() - began > arguments.seconds:
                 print(f"{kind} {shape}: no time left", flush=True)
@@ -480,10 +484,9 @@ def main() -> None:
                 failed = True
                 traceback.print_exc()
                 continue
-            rows.append(row)
-            show(row)
-            if arguments.json:
-                arguments.json.write_text(json.dumps([r._asdict() for r in rows]))
+            rows.append(show(row))
+        if arguments.tables and rows:
+            write_table(arguments.tables, f"tiles of matmuls in {kind}, µs", TABLE_HEAD, rows)
     print(f"{time.monotonic() - began:.1f} s")
     if failed:
         raise SystemExit("something failed: see above")

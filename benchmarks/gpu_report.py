@@ -1,13 +1,15 @@
-"""Everything about CUDA that needs a GPU, in one command of less than eight minutes.
+"""Everything about CUDA that needs a GPU, in one command of less than ten minutes.
 
     python benchmarks/gpu_report.py [--data-dir DIR] [--out DIR] [--only STAGE,...] [--seconds-per-row X] [--minutes X]
     python benchmarks/gpu_report.py --from report.json [--from more.json ...] [--markdown docs/performance.md]
 
-Builds the package, runs its tests with ``cuda`` as the backend, runs NVIDIA's compute-sanitizer on a small set of
-kernels, trains both networks, and times everything against cuBLAS, PyTorch and JAX (gpu_cases.py says how). A stage
-that fails, or takes longer than it may, does not keep the others from running; the exit status is 1 then, and 2 where
-there is no GPU. ``report.json`` is written anew after each stage, ``report.txt`` at the end, and the output of all
-stages goes to ``output.log``. What is built stays in ``build/gpu_report``.
+Builds the package, trains both networks, times everything against cuBLAS, PyTorch and JAX (gpu_cases.py says how),
+takes small work apart (gpu_parts.py), times what constants might be instead (gpu_variants.py, gpu_matmul.py), runs the
+tests with ``cuda`` as the backend, and NVIDIA's compute-sanitizer on a small set of kernels. What tells most comes
+first, as a run may be cut. A stage that fails, or takes longer than it may, does not keep the others from running; the
+exit status is 1 then, and 2 where there is no GPU. ``report.json`` and ``report.txt`` are written anew after each
+stage, and the output of all stages goes to ``output.log``. What is built stays in ``build/gpu_report``, for later runs
+without ``build``; of what changes, only C++ for the CPU has to be built again.
 
 The machine needs CuPy, pytest with xdist and what the tests need besides, scikit-build-core and pybind11 for the build,
 and compute-sanitizer of CUDA's toolkit; nothing is downloaded. A peer that is missing is left out.
@@ -16,8 +18,10 @@ and compute-sanitizer of CUDA's toolkit; nothing is downloaded. A peer that is m
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -42,28 +46,34 @@ SITE = WORK / "site"
 
 # The stages in their order, and the seconds that each has of the whole; with what those before it have left over.
 SECONDS = {
-    "build": 55.0,
-    "tests": 125.0,
-    "sanitizer": 65.0,
-    "train": 30.0,
-    "matmul": 75.0,
-    "elementwise": 25.0,
-    "losses": 30.0,
-    "optimizers": 15.0,
-    "training": 45.0,
+    "build": 45.0,
+    "train": 15.0,
+    "calls": 20.0,
+    "training": 70.0,
+    "fit": 25.0,
+    "parts": 30.0,
+    "matmul": 70.0,
+    "tests": 100.0,
+    "elementwise": 20.0,
+    "losses": 25.0,
+    "sanitizer": 50.0,
+    "variants": 50.0,
+    "tiles": 35.0,
+    "optimizers": 10.0,
 }
-# Tests that have nothing to do with a GPU, or whose kernels always run on the CPU.
+# The script of a stage that writes tables, and its options.
+SCRIPTS = {
+    "parts": ["gpu_parts.py"],
+    "variants": ["gpu_variants.py"],
+    "tiles": ["gpu_matmul.py", "--quick", "--tables"],
+}
+# Tests whose kernels always run on the CPU; of the others, those that say "cuda" in their names have to do with a GPU.
 WITHOUT_GPU = (
-    "test_bench.py",
-    "test_cli.py",
     "test_cuda_compile.py",
     "test_cuda_matmul.py",
     "test_cuda_mutants.py",
     "test_cuda_on_host.py",
-    "test_data.py",
-    "test_documents.py",
     "test_gpu_report.py",
-    "test_fast_path.py",
 )
 TEST_PROCESSES = 12
 
@@ -212,6 +222,17 @@ def environment() -> dict[str, str]:
     }
 
 
+def refresh() -> None:
+    """Bring what was built up to date, but for what is compiled: a stage may run again without `build`."""
+    package = SITE / "gemmlet"
+    for source, target in ((ROOT / "python" / "gemmlet", package), (ROOT / "csrc", package / "csrc")):
+        for path in source.rglob("*.*") if package.is_dir() else ():
+            copy = target / path.relative_to(source)
+            if path.suffix in (".py", ".cuh", ".h") and (not copy.exists() or copy.read_bytes() != path.read_bytes()):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
 #
 # Stages
 #
@@ -259,9 +280,12 @@ def build(job: Job) -> Stage:
 
 def test_command() -> list[str]:
     """Return the command of the tests."""
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in WITHOUT_GPU]
+    paths = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in WITHOUT_GPU]
+    # Parameters are backends where a fixture or a list of them is named.
+    named = re.compile(r"backend\b|SPECS")
+    files = [str(path) for path in paths if "cuda" in path.name or named.search(path.read_text("utf-8"))]
     command = [sys.executable, "-m", "pytest", "-q", f"-n={TEST_PROCESSES}", "--dist=worksteal", "--tb=short", "-rfE"]
-    command += ["-p", "no:cacheprovider", "--maxfail=60", "--durations=8"]
+    command += ["-p", "no:cacheprovider", "-k", "cuda", "--maxfail=60", "--durations=8"]
     # What newer versions of other packages announce is no error of this one.
     for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning", "UserWarning"):
         command += ["-W", f"default::{category}"]
@@ -274,7 +298,7 @@ _TEST_SUMMARY = re.compile(r"^=*\s*((?:\d+ [a-z]+(?:, )?)+ in [\d.]+s.*?)\s*=*$"
 
 
 def tests(job: Job) -> Stage:
-    """Every test file that knows of backends, with cuda as the only one."""
+    """Every test of a backend, with cuda as the only one."""
     settings = {**environment(), "GEMMLET_TEST_BACKENDS": "cuda"}
 
     def show(line: str) -> bool:
@@ -318,10 +342,11 @@ def sanitizer(job: Job) -> Stage:
     results: dict[str, Ended] = {}
 
     def run(tool: str) -> None:
-        options = ["--tool", tool, "--target-processes", "application-only", "--print-limit", "20"]
+        limit = "2000" if tool == "initcheck" else "20"
+        options = ["--tool", tool, "--target-processes", "application-only", "--print-limit", limit]
         if tool == "memcheck":
             options += ["--report-api-errors", "no"]  # CuPy asks for what there may not be
-        show = re.compile(r"SUMMARY|^========= (Invalid|Error|Uninit|Barrier)|WRONG|FAILED").search
+        show = re.compile(r"SUMMARY|^========= (Invalid|Error|Barrier)|WRONG|FAILED").search
         results[tool] = job.runner.run([path, *options, *script], left, settings, lambda line: show(line) is not None)
 
     threads = [threading.Thread(target=run, args=(tool,)) for tool in TOOLS]
@@ -340,6 +365,7 @@ def sanitizer(job: Job) -> Stage:
 
 
 _SANITIZER_SUMMARY = re.compile(r"=+ ((?:ERROR|RACECHECK) SUMMARY: (\d+) .*)")
+_PLACE = re.compile(r"^=+ +at (?:void )?(?:\w+::)*(\w+)")
 _CHECKS = re.compile(r"(\d+ of \d+) checks, \d+ wrong")
 
 
@@ -351,6 +377,9 @@ def sanitizer_result(ended: Ended) -> Stage:
         return Stage(False, f"no summary: {ended.how}", ended.tail)
     ok = ended.status == 0 and all(match[2] == "0" for match in summaries)
     summary = f"{summaries[-1][1]}; {checks[-1]} checks"
+    # Of many alike, how many there are of each kernel.
+    places = collections.Counter(match[1] for line in ended.lines if (match := _PLACE.search(line)))
+    summary += "".join(f"; {kernel}: {count}" for kernel, count in places.most_common(8))
     return Stage(ok, summary, [] if ok else [line for line in ended.lines if line.startswith("=====")][:30])
 
 
@@ -407,7 +436,23 @@ def timed(job: Job, family: str) -> Stage:
     return Stage(not failed and count > 0, f"{count} rows, {ended.how}{restarts}", ended.tail if failed else [])
 
 
+def tabled(job: Job, name: str) -> Stage:
+    """Tables of a script of its own."""
+    kept = WORK / f"{name}.jsonl"
+    kept.unlink(missing_ok=True)
+    script, *more = SCRIPTS[name]
+    limit = job.limit(name)
+    command: list[str | Path] = [sys.executable, HERE / script, *more, kept, "--seconds", f"{0.8 * limit:.0f}"]
+    command += [] if name == "tiles" else job.data()
+    ended = job.runner.run(command, limit, environment())
+    tables = [entry["table"] for entry in _entries(kept) if "table" in entry]
+    job.report.setdefault("tables", {}).update({table["title"]: table for table in tables})
+    failures = ended.tail if ended.status else []
+    return Stage(ended.status == 0 and bool(tables), f"{len(tables)} tables, {ended.how}", failures)
+
+
 STAGES: dict[str, Callable[[Job], Stage]] = {"build": build, "tests": tests, "sanitizer": sanitizer, "train": train}
+STAGES |= {name: functools.partial(tabled, name=name) for name in SCRIPTS}
 
 
 def run_stage(job: Job, name: str) -> None:
@@ -436,10 +481,13 @@ def run_stage(job: Job, name: str) -> None:
 
 def write(job: Job) -> None:
     """Write what there is of the report."""
-    text = json.dumps(job.report, indent=1) + "\n"
-    temporary = job.options.out / "report.json.new"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(job.options.out / "report.json")
+    import gpu_tables
+
+    written = {"report.json": json.dumps(job.report, indent=1) + "\n", "report.txt": gpu_tables.text(job.report)}
+    for name, text in written.items():
+        temporary = job.options.out / f"{name}.new"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(job.options.out / name)
 
 
 #
@@ -492,7 +540,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="where the report goes")
     parser.add_argument("--only", default="", help=f"some of {','.join(SECONDS)}")
     parser.add_argument("--seconds-per-row", type=float, default=0.3, help="all implementations together, about")
-    parser.add_argument("--minutes", type=float, default=7.75, help="for everything")
+    parser.add_argument("--minutes", type=float, default=9.6, help="for everything")
     earlier = (
         "show this report.json instead of measuring; several of one GPU, of which later ones count, are put together"
     )
@@ -533,8 +581,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = measure(options, facts)
     text = gpu_tables.text(report)
     print(f"\n{text}", flush=True)
-    if options.earlier is None:
-        (options.out / "report.txt").write_text(text, encoding="utf-8")
     if options.markdown is not None:
         document = gpu_tables.written_into(options.markdown.read_text("utf-8"), report)
         options.markdown.write_text(document, encoding="utf-8")
@@ -546,6 +592,7 @@ def measure(options: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any
     """Run the stages, and return the report."""
     for folder in (options.out, WORK):
         folder.mkdir(parents=True, exist_ok=True)
+    refresh()
     log = options.out / "output.log"
     log.write_text("")
     report: dict[str, Any] = {

@@ -5,23 +5,31 @@ Everything here that touches a GPU is a method of `Gpu`, so that tests run the c
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import importlib
 import importlib.util
+import json
 import math
+import multiprocessing
 import random
 import statistics
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 
 import gemmlet
+from gemmlet.backends.cuda import compiler
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.bench.results import Row
 from gemmlet.bench.timing import Timed
@@ -34,6 +42,8 @@ PACKAGES = {"cuBLAS": "torch", "pytorch": "torch", "pytorch graph": "torch", "ja
 # A sample: as many calls as take SAMPLE_SECONDS, at most MAX_CALLS.
 SAMPLE_SECONDS, MAX_CALLS = 2e-3, 50
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
+# Where so many rounds take longer than LONG_SECONDS, LONG_ROUNDS: epochs are means of many steps themselves.
+LONG_SECONDS, LONG_ROUNDS = 6.0, 3
 
 # Elements of a float32 array that fill the largest memory needed for a copy: 1 GiB.
 _COPIED = 2**28
@@ -59,7 +69,9 @@ class LostError(Exception):
 class _Unwaited(CudaBackend):
     """Losses stay on the GPU, so that launches are timed and no waiting: PyTorch does not wait either."""
 
-    def _waited_for(self, device: Any, result: Any) -> float:
+    def mean(self, device: Any, launch: Any, blocks: int, *values: Any, check: bool = False) -> float:
+        scratch, result = self.scratch(device), self._result(device)
+        launch(blocks, 1, *values, scratch.range if check else 0, scratch.partial, result.place, scratch.counter)
         return math.nan
 
 
@@ -456,10 +468,16 @@ def alternate(
     counts, round_seconds = {}, 0.0
     for name, implementation in implementations.items():
         implementation.seconds(gpu, 1)
+        start = time.perf_counter()
         once = implementation.seconds(gpu, 1) * implementation.units
-        counts[name] = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(once, 1e-7))))
-        round_seconds += once * (counts[name] + 1)
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(round_seconds, 1e-6))))
+        if implementation.clock == "own":
+            counts[name] = 1
+            round_seconds += time.perf_counter() - start
+        else:
+            counts[name] = max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(once, 1e-7))))
+            round_seconds += once * (counts[name] + 1)
+    least = MIN_ROUNDS if MIN_ROUNDS * round_seconds <= LONG_SECONDS else min(MIN_ROUNDS, LONG_ROUNDS)
+    rounds = max(least, min(MAX_ROUNDS, int(seconds / max(round_seconds, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in implementations}
     collecting = gc.isenabled()
     gc.disable()
@@ -471,3 +489,36 @@ def alternate(
         if collecting:
             gc.enable()
     return samples
+
+
+@contextmanager
+def constants(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
+    """Set constants of a module for a while."""
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+def compile_one(source: str, name: str, arch: str) -> None:
+    """Compile a kernel into the cache."""
+    try:
+        compiler.cubin(source, [name], arch)
+    except Exception:
+        traceback.print_exc()  # it fails again where it is wanted, and nothing else
+
+
+def compile_together(arch: str, wanted: Iterable[tuple[str, str]]) -> None:
+    """Compile kernels, by source and name, on all processors."""
+    jobs = [(*pair, arch) for pair in dict.fromkeys(wanted)]
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, *zip(*jobs, strict=True)))
+
+
+def write_table(path: Path, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Add a table to a file, one a line of JSON, and print it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"table": {"title": title, "head": head, "rows": rows}}) + "\n")
+    print(f"  {title}: {', '.join(head)}", flush=True)
+    for row in rows:
+        print(f"    {'  '.join(row)}", flush=True)

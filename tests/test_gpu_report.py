@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,21 +22,27 @@ for package in ("cupy", "rich", "torch", "jax"):
 
 import cuda_on_host.backend  # noqa: E402
 import gemmlet  # noqa: E402
+from gemmlet import nn  # noqa: E402
 from gemmlet.backends import select  # noqa: E402
+from gemmlet.backends.cuda import launches  # noqa: E402
+from gemmlet.backends.cuda import training as cuda_training  # noqa: E402
 from gemmlet.bench import training as bench  # noqa: E402
 from gemmlet.bench.results import Row  # noqa: E402
 from gemmlet.bench.timing import Timed  # noqa: E402
 from gemmlet.data import load_mnist  # noqa: E402
+from gemmlet.formulas.losses import LOSSES, ROW_LOSSES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_cases  # noqa: E402
+import gpu_parts  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_sanitized  # noqa: E402
 import gpu_tables  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_training  # noqa: E402
+import gpu_variants  # noqa: E402
 from gpu_timing import Case, Gpu, Implementation  # noqa: E402
 
 try:
@@ -95,7 +102,7 @@ class OnCpu(Gpu):
 
     @property
     def unwaited(self) -> Any:
-        return select.current()
+        return gpu_timing._Unwaited([BACKEND._first])
 
     def graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
         call()
@@ -116,6 +123,7 @@ class OnCpu(Gpu):
         pass
 
     def seconds(self, call: Callable[[], Any], count: int) -> float:
+        call()
         start = time.perf_counter()
         for _ in range(count):
             call()
@@ -155,7 +163,7 @@ def timed(gpu: Gpu, case: Case) -> Row:
         assert measured.failed is None, (case.key, name, measured.failed)
         assert len(measured.samples) == 2
         # (An epoch of gemmlet is a difference, which is nothing but noise for a few samples.)
-        assert min(measured.samples) > 0 or case.group in ("epoch", "gan")
+        assert min(measured.samples) > 0 or case.group in ("epoch", "gan", "fit")
     assert list(row.timed) == list(case.implementations)
     return row
 
@@ -185,8 +193,7 @@ def test_elements(gpu: OnCpu, family: str) -> None:
 
 
 def test_families_have_the_cases_of_the_targets() -> None:
-    cases = [case for family in ("matmul", "elementwise", "losses", "optimizers") for case in gpu_cases.cases(family)]
-    cases += gpu_cases.cases("training")
+    cases = [case for family in gpu_cases.FAMILIES for case in gpu_cases.cases(family)]
     assert len({case.key for case in cases}) == len(cases)
     assert set(gpu_cases.FAMILIES) | set(gpu_report.STAGES) == set(gpu_report.SECONDS)
     rows = [
@@ -284,6 +291,20 @@ def test_epochs(gpu: OnCpu, rule: str, digits: Any) -> None:
     assert row.unit == "epoch"
 
 
+def test_epochs_with_more(gpu: OnCpu, digits: Any) -> None:
+    """Their weights are checked too: those of an epoch without what the row is about are wrong."""
+
+    def task() -> Any:
+        return gpu_training.mlp_task(digits.x_train, digits.y_train)
+
+    for name in gpu_training.EXTRAS:
+        case = gpu_training.extra_case("sgd", name, task)
+        assert list(timed(gpu, case).timed) == ["gemmlet", "plain"]
+        t, exact = case.inputs(gpu)
+        without = case.implementations["plain"](gpu, (t, {"plain": exact["gemmlet"]}))
+        assert not case.error(gpu, None, without.result()) <= 1
+
+
 def test_gan_steps(gpu: OnCpu, digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CHECKED_EPOCHS", 2)
     monkeypatch.setattr(bench, "CHECKED_STEPS", 8)
@@ -335,6 +356,180 @@ def test_what_is_checked_of_training(monkeypatch: pytest.MonkeyPatch, digits: An
     assert json.loads(json.dumps(found)) == found
 
 
+# What takes small work apart, and what times constants: on the stand-in for a GPU.
+
+
+@pytest.fixture
+def pixels(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Images of a size that the stand-in takes in no time; and few repetitions."""
+    monkeypatch.setattr(gpu_training, "MORE_EPOCHS", 2)
+    for name in ("REPEATS", "CALLS"):
+        monkeypatch.setattr(gpu_parts, name, 2)
+    return np.random.default_rng(0).integers(0, 256, (40, 12)).astype(np.uint8)
+
+
+def test_parts_of_a_step(gpu: OnCpu, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launches that are taken down are those of a step, and train as `fit` does when they are done again."""
+    monkeypatch.setattr(cuda_training, "CLUSTER_SIZES", ())
+    monkeypatch.setattr(cuda_training, "STEPS_TOGETHER", 2)
+    fit = gpu_parts.mlp(pixels, "sgd", (12, 9, 3), batch=4)
+    found = gpu_parts.Steps(gpu, BACKEND, fit, 4)
+    facts = [launch.facts() for launch in found.launches]
+    assert [name for name, *_ in facts[1:]] == ["top<float>", "update<float, unsigned char, sgd>"]
+    assert facts[0][0].startswith("first_forward<float, unsigned char, SmallTile")
+    assert facts[1][1:3] == ["4x1", "32"]
+    for launch in found.launches:
+        assert found.alone(launch) > 0
+    assert found.whole() > 0
+    # `fit` had done all steps once before.
+    found.session._is_newer = True
+    found.session.write_back()
+    twice = nn.MLP([12, 9, 3], "tanh", seed=0)
+    with gemmlet.use_backend(BACKEND):
+        rule = gpu_training.optimizer("sgd")
+        twice.fit(pixels[:16], np.arange(16) % 3, epochs=2, batch_size=4, optimizer=rule, shuffle=False)
+    trained = {array.shape: array for array, _ in found.session._copies()}
+    for expected in twice.parameters:
+        assert np.array_equal(trained[expected.shape], expected)
+
+    rows = list(gpu_parts.step_rows(gpu, BACKEND, "MLP", fit, 4, 4))
+    assert [row[1:5] for row in rows[:3]] == facts
+    assert [row[1] for row in rows[3:5]] == ["sum of 3 launches", "all of them in order"]
+    assert {len(row) for row in rows} == {len(gpu_parts.STEP_HEAD)}
+    parts = {row[1]: float(row[-1]) for row in rows if row[1].startswith("fit: ")}
+    whole = parts.pop("fit: a step of one more epoch")
+    assert sum(parts.values()) == pytest.approx(whole, abs=0.05)
+    with (
+        mock.patch.object(BACKEND, "supports_fused", return_value=False),
+        pytest.raises(RuntimeError, match="has no kernels for this plan"),
+    ):
+        gpu_parts.Steps(gpu, BACKEND, fit, 4)
+
+
+def test_parts_of_a_cluster_and_of_a_gan(gpu: OnCpu, pixels: np.ndarray) -> None:
+    fit = gpu_parts.mlp(pixels, "adam", (12, 9, 3), batch=4)
+    found = gpu_parts.Steps(gpu, BACKEND, fit, 3)
+    names = [launch.facts()[0].split("<")[0] for launch in found.launches]
+    assert names == ["arrange_samples", "train_in_cluster", "close_steps"]
+    assert found.whole() > 0
+    augmented = gpu_parts.mlp(pixels[:, :9], "sgd", (9, 5, 3), 4, nn.Augment())
+    rows = list(gpu_parts.step_rows(gpu, BACKEND, "augmented", augmented, 2, 2))
+    assert [row[1].split("<")[0] for row in rows[:5]] == [*names, "augment", "sum of 3 launches"]
+    assert rows[3][2] == "8x1"  # a block for each image
+    small = nn.GAN(4, [6, 12], [5, 1], seed=0)
+
+    def train(steps: int, epochs: int = 1) -> None:
+        small.fit(pixels[: steps * 4], epochs=epochs, batch_size=4)
+
+    found = gpu_parts.Steps(gpu, BACKEND, train, 8)
+    names = [launch.facts()[0].split("<")[0] for launch in found.launches]
+    assert names[0] == "first_forward_and_gather"
+    assert names.count("update") == 2
+    assert found.alone(found.launches[-1]) > 0
+
+
+def test_parts_of_a_call(gpu: OnCpu, pixels: np.ndarray) -> None:
+    to_gpu, to_cpu = cuda_on_host.backend.to_gpu, cuda_on_host.backend.to_cpu
+    rows = list(gpu_parts.call_rows(gpu, BACKEND, to_gpu))
+    assert [row[0] for row in rows] == ["tanh 64x128", "softmax 64x128", "linear 64x784->128 tanh"]
+    assert {len(row) for row in rows} == {len(gpu_parts.CALL_HEAD)}
+    # The launch alone does the same.
+    for whole, new, launch in gpu_parts.small_calls(BACKEND, to_gpu).values():
+        out = whole()
+        expected = to_cpu(out)
+        BACKEND._first.view(out).fill(np.nan)
+        launch()
+        assert np.array_equal(to_cpu(out), expected)
+        assert np.array_equal(to_cpu(new()), expected)
+
+
+def test_scripts_write_tables(gpu: OnCpu, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = [["tanh", *["1.00"] * (len(gpu_parts.CALL_HEAD) - 1)]]
+    monkeypatch.setattr(gpu_parts, "call_rows", lambda *given: calls)
+    compiled: list[tuple[str, str]] = []
+    for script in (gpu_parts, gpu_variants):
+        monkeypatch.setattr(script, "Gpu", lambda peers: gpu)
+        monkeypatch.setattr(script, "compile_together", lambda arch, pairs: compiled.extend(pairs))
+    monkeypatch.setattr(gpu_parts, "STEPS", 8)
+    monkeypatch.setattr(gpu_parts, "FIT_STEPS", 2)
+    fit = gpu_parts.mlp(pixels, "sgd", (12, 9, 3), batch=4)
+
+    def broken(steps: int, epochs: int = 1) -> None:
+        raise RuntimeError("no such kernel")
+
+    chosen = [("broken", broken, {}), ("MLP", fit, {"CLUSTER_SIZES": ()})]
+    monkeypatch.setattr(gpu_parts, "works", lambda images: chosen)
+    work = {"MLP": lambda: gpu_parts.Steps(gpu, BACKEND, fit).whole()}
+    constant = gpu_variants.Constant(cuda_training, "STEPS_TOGETHER", (8, 1), work)
+    monkeypatch.setattr(gpu_variants, "of_training", lambda *given: [constant])
+    monkeypatch.setattr(gpu_variants, "of_rows", lambda *given: [])
+    written = tmp_path / "tables"
+    assert gpu_parts.main([str(written)]) == 1
+    assert gpu_variants.main([str(written)]) == 0
+    tables = [entry["table"] for entry in gpu_report._entries(written)]
+    titles = [table["title"] for table in tables]
+    assert titles[:3] == ["calls on small arrays", "a step of broken", "a step of MLP"]
+    assert titles[3:] == ["µs by STEPS_TOGETHER: MLP and others"]
+    assert tables[1]["rows"] == [["broken", "RuntimeError: no such kernel", "", "", "", ""]]
+    assert "failed" not in tables[3]["rows"][0]
+    for table in tables:
+        assert {len(row) for row in table["rows"]} == {len(table["head"])}, table["title"]
+    names = [name for _, name in compiled]
+    assert any("train_in_cluster<16, gemmlet::optimizers::adam>" in name for name in names)
+    assert not any("double" in name or "adamw" in name for name in names)
+
+
+def test_losses_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu_timing._Unwaited([BACKEND._first])
+    z, t = (cuda_on_host.backend.to_gpu(np.ones((3, 4), np.float32)) for _ in range(2))
+    monkeypatch.setattr(BACKEND._first, "synchronize", lambda: pytest.fail("waited for"))
+    made.elementwise_loss(LOSSES["mean_squared_error"], z, t, 0.0, z)
+    made.row_loss(ROW_LOSSES["softmax_cross_entropy"], t, t, 0.0, z)
+
+
+def test_constants_are_timed(tmp_path: Path) -> None:
+    seen = []
+
+    def work() -> float:
+        seen.append(launches.MAX_BLOCKS["rows"])
+        if seen[-1] == 3:
+            raise RuntimeError("too few")
+        return 1e-6 * seen[-1]
+
+    now, end = launches.MAX_BLOCKS, time.monotonic()
+    constant = gpu_variants.Constant(launches, "MAX_BLOCKS", (now, {**now, "rows": 7}, {**now, "rows": 3}), {"a": work})
+    gpu_variants.measure(tmp_path / "tables", [constant], end - 1.0)
+    assert seen == []
+    gpu_variants.measure(tmp_path / "tables", [constant], end + 60.0)
+    assert seen == [now["rows"], 7, 3]
+    assert now is launches.MAX_BLOCKS
+    (table,) = (entry["table"] for entry in gpu_report._entries(tmp_path / "tables"))
+    assert table["head"] == ["work", f"rows {now['rows']}", "rows 7", "rows 3", "best", "less than the first"]
+    assert table["rows"][0] == ["a", f"{now['rows']:.2f}", "7.00", "failed", "rows 7", f"{1 - 7 / now['rows']:.0%}"]
+    assert table["rows"][1][4] == "rows 3: RuntimeError: too few"
+
+
+def test_constants_that_are_timed(gpu: OnCpu, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes first is what the backend does now; losses and functions of rows are computed with another value."""
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "upload", cuda_on_host.backend.to_gpu)
+        (staged,) = (c.works for c in gpu_variants.of_training(gpu, BACKEND, pixels[:2, :9]) if "STAGED" in c.name)
+        assert all(seconds() > 0 for seconds in staged.values())
+    of_rows = gpu_variants.of_rows(gpu, BACKEND._first)
+    for module, name, values, _ in [*gpu_variants.of_training(gpu, BACKEND, pixels), *of_rows]:
+        assert name == "ROW_TEAMS" or values[0] == getattr(module, name), name
+    for columns, teams in gpu_variants.TEAMS.items():
+        assert all(launches._team(dtype, columns)[:2] == teams[0] for dtype in ("float32", "bfloat16"))
+        assert all(threads * values >= columns or not values for threads, values in teams)
+    monkeypatch.setattr(gpu_variants, "ELEMENTS", 2000)
+    for module, name, values, works in of_rows:
+        if name == "MAX_BLOCKS":
+            with monkeypatch.context() as patched:
+                patched.setattr(module, name, values[1])
+                assert all(seconds() > 0 for work, seconds in works.items() if "bfloat16" not in work)
+    assert len(gpu_variants.kernels_of_teams()) >= 4 * 15
+
+
 # The small set for the sanitizer.
 
 
@@ -346,8 +541,19 @@ def test_sanitized_checks(capsys: pytest.CaptureFixture[str]) -> None:
     for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "skinny", "simt", "mma ", "wgmma", "transposed"):
         assert any(part in name for name in names), part
     some = [*list(gpu_sanitized.trainings(rng))[:1], *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
-    assert gpu_sanitized.run(some, 60.0)
+    filled: list[int] = []
+    fill = gpu_sanitized.fill_padding
+
+    def watched(session: Any) -> None:
+        (network,) = session.networks
+        BACKEND._first.view(network.grad[-1]).fill(0)
+        fill(session)
+        filled.extend(int(np.isnan(BACKEND._first.view(matrix)[:, 5:]).sum()) for matrix in network.grad[-1:])
+
+    with mock.patch.object(gpu_sanitized, "fill_padding", watched), gpu_sanitized.padding_filled():
+        assert gpu_sanitized.run(some, 60.0)
     assert capsys.readouterr().out == "7 of 7 checks, 0 wrong\n"
+    assert filled == [8 * 3]  # 5 outputs in rows of 8 numbers
 
 
 def test_sanitized_checks_that_fail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,12 +612,28 @@ def job(tmp_path: Path, *words: str, seconds: float = 60.0) -> gpu_report.Job:
 
 def test_a_stage_has_its_share_of_the_time(tmp_path: Path) -> None:
     total = sum(gpu_report.SECONDS.values())
-    assert total <= 60 * gpu_report.parse([]).minutes < 480
+    assert total <= 60 * gpu_report.parse([]).minutes < 580
     whole = job(tmp_path, seconds=total)
     assert whole.limit("build") == pytest.approx(gpu_report.SECONDS["build"], abs=1)
-    assert whole.limit("training") == pytest.approx(total, abs=1)
+    assert whole.limit("optimizers") == pytest.approx(total, abs=1)
     assert job(tmp_path, seconds=total / 2).limit("tests") < gpu_report.SECONDS["tests"]
     assert job(tmp_path, "--only", "losses", seconds=100).limit("losses") == pytest.approx(100, abs=1)
+
+
+def test_what_was_built_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"python/gemmlet/a/b.py": "new", "csrc/cuda/c.cuh": "new", "python/gemmlet/d.so": "new"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    site = tmp_path / "site"
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_report, "SITE", site)
+    gpu_report.refresh()
+    assert not site.exists()
+    (site / "gemmlet" / "a").mkdir(parents=True)
+    (site / "gemmlet" / "a" / "b.py").write_text("old")
+    gpu_report.refresh()
+    found = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.*")}
+    assert found == {"gemmlet/a/b.py": "new", "gemmlet/csrc/cuda/c.cuh": "new"}
 
 
 def test_stages_fail_softly(
@@ -459,13 +681,34 @@ def test_rows_of_processes_that_end_early(tmp_path: Path, monkeypatch: pytest.Mo
         return gpu_report.Ended(status, 1.0, ["last line"])
 
     monkeypatch.setattr(gpu_report.Runner, "run", run)
-    found = job(tmp_path)
+    found = job(tmp_path, "--only", "losses")
     stage = gpu_report.timed(found, "losses")
     assert not stage.ok
     assert stage.summary == "1 rows, done, 3 processes"
     assert found.report["rows"] == [row]
     assert found.report["notes"] == ["losses: jax is not installed"]
     assert found.report["roof"] == {"copy": 1e12}
+
+
+def test_tables_of_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
+    (tmp_path / "mnist").mkdir()
+    commands = []
+
+    def run(self: Any, command: Any, limit: float, environment: Any, show: Any = None) -> gpu_report.Ended:
+        commands.append([Path(word).name for word in command[1:]])
+        gpu_timing.write_table(Path(command[command.index("--seconds") - 1]), f"table {len(commands)}", ["a"], [["1"]])
+        return gpu_report.Ended(len(commands) - 1, 1.0, ["last line"])
+
+    monkeypatch.setattr(gpu_report.Runner, "run", run)
+    found = job(tmp_path, "--only", "parts,tiles", "--data-dir", str(tmp_path / "mnist"), seconds=100)
+    stages = [gpu_report.STAGES[name](found) for name in ("parts", "tiles")]
+    assert [stage.ok for stage in stages] == [True, False]
+    assert stages[1].failures == ["last line"]
+    assert [table["title"] for table in found.report["tables"].values()] == ["table 1", "table 2"]
+    assert commands[0][:3] == ["gpu_parts.py", "parts.jsonl", "--seconds"]
+    assert commands[0][-2:] == ["--data-dir", "mnist"]
+    assert commands[1][:-1] == ["gpu_matmul.py", "--quick", "--tables", "tiles.jsonl", "--seconds"]
 
 
 def test_what_pytest_says(tmp_path: Path) -> None:
@@ -505,6 +748,11 @@ def test_what_the_sanitizer_says() -> None:
     stage = gpu_report.sanitizer_result(gpu_report.Ended(0, 9.0, race))
     assert not stage.ok
     assert "2 hazards" in stage.summary
+    read = ["========= Uninitialized __global__ memory read of size 16 bytes", "=========     by thread (0,0,0)"]
+    read.insert(1, "=========     at void gemmlet::update<float, unsigned char, gemmlet::optimizers::sgd>(T1)+0x3c0")
+    stage = gpu_report.sanitizer_result(gpu_report.Ended(0, 9.0, [*read, *read, clean[0], "= ERROR SUMMARY: 2 errors"]))
+    assert not stage.ok
+    assert stage.summary == "ERROR SUMMARY: 2 errors; 148 of 148 checks; update: 2"
     assert not gpu_report.sanitizer_result(gpu_report.Ended(1, 9.0, clean)).ok
     assert not gpu_report.sanitizer_result(gpu_report.Ended(None, 9.0, clean[:1])).ok
 
@@ -546,7 +794,8 @@ def made_up() -> dict[str, Any]:
             rows.append(
                 Row(case.group, case.name, case.unit, timed, dict(case.labels), case.flops, case.bytes, roofline)
             )
-    rows[2] = Row("linear", rows[2].name, "call", {**rows[2].timed, "jax": Timed(failed="broken | in parts")})
+    (one,) = (n for n, row in enumerate(rows) if row.name == "4096x4096->4096 tanh")
+    rows[one] = Row("linear", rows[one].name, "call", {**rows[one].timed, "jax": Timed(failed="broken | in parts")})
     stage = {"ok": True, "seconds": 31.0, "summary": "fine", "failures": []}
     return {
         "date": "2026-02-03T04:05:06+00:00",
@@ -558,6 +807,7 @@ def made_up() -> dict[str, Any]:
         "sanitizers": {tool: {"ok": True, "summary": "ERROR SUMMARY: 0 errors"} for tool in gpu_report.TOOLS},
         "trained": {"full": True, "mlp_accuracy": 0.9789, "same_bits": True, "weights_sgd": 3e-7, "weights_adam": 2e-5},
         "rows": gpu_cases.rows_as_json(rows),
+        "tables": {"a step": {"title": "a step", "head": ["launch", "µs"], "rows": [["update", "7.25"]]}},
         "notes": ["matmul: 3 rows left out"],
     }
 
@@ -565,10 +815,10 @@ def made_up() -> dict[str, Any]:
 def test_text() -> None:
     report = made_up()
     text = gpu_tables.text(json.loads(json.dumps(report)))
-    assert len(text) < 10_000
     assert "Some GPU, 132 multiprocessors, L2 50 MiB" in text
     assert "copies at 3,000 GB/s" in text
     assert "bfloat16 800 TFLOP/s" in text
+    assert re.search(r"^a step\nlaunch +µs\nupdate +7.25$", text, re.MULTILINE)
     assert "jax fails in linear: 4096x4096->4096 tanh: broken | in parts" in text
     for row in report["rows"]:
         assert row["name"] in text
@@ -576,7 +826,7 @@ def test_text() -> None:
     assert re.search(
         r"linear float32, layers up to 1024 wide, batch 64 to 4096 +1.2 × cuBLAS, every row +[01]\.\d+ .*▼ missed", text
     )
-    assert text.rstrip().splitlines()[-1].startswith("GAN step, batch 64")
+    assert text.rstrip().splitlines()[-1].startswith("epoch with dropout, label smoothing, augmentation")
 
 
 def test_targets() -> None:
@@ -642,6 +892,7 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, rows in itertools.groupby(sorted(row["group"] for row in made_up()["rows"])):
         assert f"<summary>{name} (one " in text
         assert f"): {len(list(rows))} rows, " in text
+    assert "<details><summary>a step</summary>\n\n| launch | µs |\n| --- | ---: |\n| update | 7.25 |\n" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     for table in tables:
         assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
