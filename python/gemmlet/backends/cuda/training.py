@@ -345,7 +345,7 @@ class _Draw(NamedTuple):
     """What a forward pass draws with."""
 
     stream: int
-    boundary: int  # rows up to this one are of a second input
+    boundary: int  # rows before this one are of a second input
 
 
 class Session:
