@@ -248,7 +248,7 @@ def call_of_training(name: str) -> Any:
         return test_cuda_training.Gan(np.float32, count=20, batch=9, **how)
     if name == "mlp_in_a_cluster":
         how = {"rule": "momentum", "count": 200, "batch": 35, "kind": "bytes", "rates": (0.2, 0.5)}
-        return test_cuda_training.Mlp((35, 13, 10), np.float32, **how)
+        return test_cuda_training.Mlp((35, 13, 10), np.float32, weights="", **how)
     is_sparse = name == "mlp_of_sparse"
     how = {"rule": "momentum", "count": 90, "batch": 70, "kind": "sparse" if is_sparse else "floats", "sign": -1.0}
     random = {"rates": (0.2 * is_sparse, 0.5, 0.3), "noise": 0.1 * is_sparse}
@@ -574,6 +574,7 @@ WRONG = [
         ("count == tile_features && reinterpret", "reinterpret", "mlp_in_a_cluster"),
         ("tile * tile_features + first, p.drops", "tile * tile_features, p.drops", "mlp_in_a_cluster"),
         ("kept >>= 2;", "", "mlp_in_a_cluster"),
+        ("weight = memory.weights[parity]", "weight = memory.weights[1 - parity]", "mlp_in_a_cluster"),
         ("draw(step + 1);", "draw(step);", "mlp_in_a_cluster"),
         ("p.drops.apply(kept, grad);", ";", "mlp_in_a_cluster"),
         ("if (i < p.rows) {\n    const Index sample", "{\n    const Index sample", "mlp_in_a_cluster"),

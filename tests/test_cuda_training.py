@@ -254,12 +254,17 @@ class Mlp(Problem):
         count: int = 43,
         batch: int = 16,
         kind: str = "floats",
+        weights: str | None = None,
         **settings: Any,
     ) -> None:
         rng, out = np.random.default_rng(5), widths[-1]
         targets = rng.integers(0, 2 if out == 1 else out, n) if classes else rng.uniform(size=(n, out)).astype(dtype)
+        dataset = samples(n, widths[0], dtype, kind)
+        if weights is not None:
+            counts = rng.uniform(0, 3, n) * (np.arange(n) % 5 != 0)
+            dataset = dataset._replace(weights=counts, divides_by_rows=weights == "by rows")
         phases = (
-            Gather(samples(n, widths[0], dtype, kind)),
+            Gather(dataset),
             Forward(0, (SAMPLES,)),
             Loss(0, loss, targets, smoothing, "sum" if loss == "softmax_cross_entropy" else "mean", sign),
             Backward(0),
@@ -380,6 +385,22 @@ def test_label_smoothing(top: bool, device: Any, cpu: Any, dtype: Any, monkeypat
         Mlp([6, 9, out], dtype, classes=classes, smoothing=0.3, batch=11).check(device, cpu)
 
 
+@pytest.mark.parametrize("weights", ["", "by rows"])
+@pytest.mark.parametrize("name", PLANS)
+def test_weights_of_samples(
+    name: str, weights: str, device: Any, cpu: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of row losses and of others, in one kernel with the last layer and alone; some samples count nothing."""
+    use_plan(name, monkeypatch)
+    for loss, classes in itertools.product(("softmax_cross_entropy", "huber"), (True, False)):
+        for widths in ((9, 13, 3), (9, 70)):
+            Mlp(widths, dtype, loss=loss, classes=classes, kind="bytes", weights=weights).check(device, cpu)
+    counting = Counting(device)
+    mlp = Mlp((9, 13, 3), dtype, kind="bytes", count=140, batch=50, weights=weights, rule="adam", hidden="gelu")
+    mlp.check(counting, cpu)
+    assert ("train_in_cluster" in counting.launched) == (name == "cluster" and dtype == np.float32)
+
+
 @pytest.mark.parametrize("rule", OPTIMIZER_RULES)
 def test_averages(rule: str, plan: str, device: Any, cpu: Any, dtype: Any) -> None:
     Mlp([37, 45, 19, 5], dtype, rule=rule, averaged=True, kind="bytes").check(device, cpu)
@@ -450,7 +471,10 @@ PENALIZED: dict[str, dict[str, Any]] = {
     "relu": {"penalty": (3.0, 4), "hidden": "relu", "rules": ("sgd", "momentum"), "averaged": (True, True)},
     # A last mini-batch of two, one of which has the penalty.
     "deep": {"penalty": (3.0, 4), "discriminator": (33, 19, 14, 9, 1), "batch": 41, "kind": "floats"},
-    "wide": {"penalty": (1.0, 2), "discriminator": (33, 300, 1), "generator": (7, 33), "count": 130, "batch": 65},
+    "dropped": {"penalty": (3.0, 2), "discriminator": (33, 19, 14, 1), "rates": (0.0, 0.5, 0.4), "batch": 15},
+    "all dropped": {"penalty": (3.0, 2), "rates": (0.2, 0.3), "noise": 0.4},
+    "noise alone": {"penalty": (3.0, 2), "noise": 0.4},
+    "wide": {"penalty": (1.0, 2), "discriminator": (33, 300, 1), "generator": (7, 33), "count": 66, "batch": 65},
     "shallow": {"penalty": (3.0, 3), "discriminator": (33, 1), "batch": 7},
     "one by one": {**GANS["one by one"], "penalty": (3.0, 4)},
 }
@@ -459,10 +483,9 @@ PENALIZED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", PENALIZED)
 def test_gradient_penalty(variant: str, plan: str, device: Any, dtype: Any) -> None:
     """As the reference, in which it is no further rows."""
-    for random in ({}, {"rates": (0.2, 0.5, 0.3, 0.4), "noise": 0.4}, {"rates": (0.0, 0.5, 0.0, 0.4)}):
-        gan = Gan(dtype, **PENALIZED[variant], **random)
-        assert cuda_training.supports_fused(gan.plan)
-        gan.check(device, select.load("numpy"))
+    gan = Gan(dtype, **PENALIZED[variant])
+    assert cuda_training.supports_fused(gan.plan)
+    gan.check(device, select.load("numpy"))
 
 
 # Dropout and noise.
@@ -738,7 +761,7 @@ def test_calls_may_be_divided(
     network: str, random: bool, device: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into single steps, which are recorded once and find what the last call left; losses are added up all the same.
-    With dropout, too.
+    With dropout and weights of samples, too.
 
     The networks go to the GPU with the first call and after `write_back` alone.
     """
@@ -749,9 +772,8 @@ def test_calls_may_be_divided(
     count, batch, is_mlp = 75, 8, "gan" not in network
     kind = "bytes" if "cluster" in network else "floats"
     settings: Any = {"count": count, "batch": batch, "rates": (0.2, 0.5) if random else ()}
-    if "penalized" in network:
-        settings["penalty"] = 3.0, 4
-    problem: Any = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, **settings) if is_mlp else Gan(dtype, **settings)
+    mlp = Mlp([9, 8, 3], dtype, rule="adam", kind=kind, weights="" if random else None, **settings)
+    problem: Any = mlp if is_mlp else Gan(dtype, penalty=(3.0, 4) if "penalized" in network else None, **settings)
     expected = problem.on(device)
     monkeypatch.setattr(cuda_training, "MAX_ARRANGED_BYTES", 3 * 2048)
     recorded, sent = Counter[str](), list[int]()
@@ -1006,6 +1028,10 @@ def test_fuses_what_there_is() -> None:
     labels = Labels(np.zeros(len(gan.gather.dataset.x), np.int64), 2)
     conditional = gan.gather._replace(dataset=gan.gather.dataset._replace(labels=labels))
     assert not supports(TrainingPlan(gan.networks, (conditional, *gan.phases[1:])))
+    counts = {"weights": np.ones(len(gan.gather.dataset.x))}
+    assert supports(replace(plan, phases=(Gather(plan.gather.dataset._replace(**counts)), *plan.phases[1:])))
+    weighted = gan.gather._replace(dataset=gan.gather.dataset._replace(**counts))
+    assert not supports(replace(gan, phases=(weighted, *gan.phases[1:])))
     at = next(i for i, phase in enumerate(gan.phases) if isinstance(phase, Update))
     for penalties, supported in (([0.5], True), ([-0.5], False), ([0.5, 0.5], False)):
         penalized = [GradientPenalty(1, factor) for factor in penalties]

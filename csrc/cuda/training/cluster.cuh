@@ -46,6 +46,7 @@ struct ArrangeSamples {
   int rows;
   bfloat16* tiles;     // of each step
   int* labels;         // of each row of each step
+  float* weights;      // the same of what they count; or null
   Drops<float> drops;  // of the samples, of which those that are kept stay as they are
 };
 
@@ -81,6 +82,9 @@ __global__ void __launch_bounds__(threads) arrange_samples(const __grid_constant
       }
     }
     if (tile == 0 && p.indices != nullptr) p.labels[step * p.rows + i] = static_cast<int>(p.indices[sample]);
+    if (tile == 0 && p.weights != nullptr)
+      p.weights[step * p.rows + i] =
+          static_cast<float>(p.progress->weights[(p.progress->next + step) * p.progress->batch + i]);
   }
   store_pack(p.tiles + ((step * tiles + tile) * cluster_rows + i) * tile_features, pack);
 }
@@ -96,9 +100,10 @@ struct ClusterTraining {
   float *first, *last;  // the parameters of both layers
   Index plane;
   Activation<float> hidden_activation, activation;
-  float scale;                 // what a byte of the samples counts
-  Drops<float> drops;          // of the units
-  Objective<float> objective;  // labels, losses and correct: of the first step, those of the others behind them
+  float scale;         // what a byte of the samples counts
+  Drops<float> drops;  // of the units
+  // Its labels, weights, losses and correct are those of the first step, with those of the others behind them.
+  Objective<float> objective;
   bool decays_biases;
 };
 
@@ -116,9 +121,10 @@ struct alignas(16) ClusterMemory {
   float bias[cluster_units], last_bias[max_cluster_outputs];
   // What each block of the cluster adds to the outputs of this one's rows.
   float parts[Ranks][rows_of_block][max_cluster_outputs];
-  // Of the rule, and the classes, of this step and the one before it.
+  // Of the rule, the classes, and what the rows count, of this step and the one before it.
   float hyperparameters[2][Staged<float>::max_hyperparameters + 1];
   int labels[2][cluster_rows];
+  float weights[2][rows_of_block];
   // For the parts of each of this block's rows, and for the gradients of each warp's 8 rows.
   unsigned long long parts_barrier[rows_of_block], grad_barrier[cluster_warps];
 };
@@ -323,11 +329,15 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     // Needed later.
     float hyperparameter = 0;
     int label = 0;
+    float weight = 0;
     const int labelled = rank * rows_of_block + thread;
     if (thread < Rule::hyperparameter_count)
       hyperparameter = static_cast<float>(all_hyperparameters[step * Rule::hyperparameter_count + thread]);
-    const bool stages_label = thread < rows_of_block && labelled < p.rows && p.objective.labels != nullptr;
+    const bool has_row = thread < rows_of_block && labelled < p.rows;
+    const bool stages_label = has_row && p.objective.labels != nullptr,
+               stages_weight = has_row && p.objective.weights != nullptr;
     if (stages_label) label = p.objective.labels[step * p.rows + labelled];
+    if (stages_weight) weight = p.objective.weights[step * p.rows + labelled];
 
     // Forward: each warp's part of the hidden units' sums, all rows.
     float sum[cluster_rows / 16][4] = {};
@@ -362,6 +372,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
         }
     }
     if (thread < Rule::hyperparameter_count) memory.hyperparameters[parity][thread] = hyperparameter;
+    if (stages_weight) memory.weights[parity][thread] = weight;
     if (stages_label) memory.labels[parity][labelled] = label;
     __syncthreads();
 
@@ -417,6 +428,7 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
     // gradients has the parts of all blocks, which send them when they have used the gradients of the step before.
     Objective<float> objective = p.objective;
     if (objective.labels != nullptr) objective.labels = memory.labels[parity];
+    objective.weights = nullptr;
     objective.samples = order + step * batch;
     objective.losses += step * p.rows;
     if (objective.correct != nullptr) objective.correct += step * p.rows;
@@ -441,8 +453,10 @@ __global__ void __cluster_dims__(Ranks, 1, 1) __launch_bounds__(cluster_threads,
         own.grad[j] = 0;
       }
       __syncwarp();
+      Target<float> target(objective, row, out);
+      if (p.objective.weights != nullptr) target.weight = memory.weights[parity][slot];
       evaluate_row<16>(
-          objective, Target<float>(objective, row, out), p.activation, row, own.y, own.z, out,
+          objective, target, p.activation, row, own.y, own.z, out,
           [&](int output, float gradient) { own.grad[output] = gradient; },
           [&] {
             __syncwarp();

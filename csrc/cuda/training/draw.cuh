@@ -21,7 +21,7 @@ struct Draw {
   const Progress* progress;
   Index seed;
   int stream;
-  int boundary;  // rows up to this one are those of a second input, the others those of the first
+  int boundary;  // rows before this one are those of a second input, the others those of the first
 
   // The number of the step that is being opened, or that has been.
   template <bool opens = false>

@@ -18,8 +18,9 @@ struct Objective {
   const Index* samples;  // and which of them the rows are; or null all:
   T first, second;       // each target of the first `boundary` rows, and of those after them
   int boundary;
-  double* losses;  // of each row
-  int* correct;    // whether each row's largest output (of a single one, its sign) is the class; or null
+  const T* weights;  // what each row counts, in its loss and its gradient; null is 1
+  double* losses;    // of each row
+  int* correct;      // whether each row's largest output (of a single one, its sign) is the class; or null
 };
 
 // Whether output a at place i is predicted before b at place j: NaN counts as the largest.
@@ -44,12 +45,13 @@ template <class T>
 struct Target {
   int label;        // or -1
   const T* values;  // or null
-  T all;
+  T all, weight;
 
   __device__ __forceinline__ Target(const Objective<T>& p, int i, int out)
       : label(p.labels == nullptr ? -1 : p.labels[i]),
         values(p.values == nullptr ? nullptr : p.values + p.samples[i] * out),
-        all(i < p.boundary ? p.first : p.second) {}
+        all(i < p.boundary ? p.first : p.second),
+        weight(p.weights == nullptr ? T(1) : p.weights[i]) {}
 
   __device__ __forceinline__ T of_output(int j, int out) const {
     if (values != nullptr) return values[j];
@@ -91,7 +93,7 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
                                              Store store, Stored stored) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const auto end = [&](int j, T gradient) {
-    T grad[1] = {gradient};
+    T grad[1] = {gradient * target.weight};
     activation.with([&](auto formula) {
       grad[0] = formula.backward(grad[0], formula.needs_x ? z[j] : y[j], activation.parameter);
     });
@@ -130,7 +132,7 @@ __device__ __forceinline__ void evaluate_row(const Objective<T>& p, const Target
   }
   const bool correct = p.correct != nullptr && target.label >= 0 && is_correct(y, out, target.label);
   if (lane == 0) {
-    p.losses[i] = loss;
+    p.losses[i] = loss * static_cast<double>(target.weight);
     if (p.correct != nullptr) p.correct[i] = correct;
   }
 }

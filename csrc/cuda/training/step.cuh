@@ -30,6 +30,7 @@ struct Progress {
   const double* hyperparameters[2];  // of up to two networks, step by step
   const double* decay;               // of the moving averages, one number a step
   const void* noise;                 // a row for each of `order`
+  const double* weights;             // of each of `order`, in units of the mean of its mini-batch; or null
   Index batch;
   Index next, step;  // the step that is opened next, and the one that has been opened
   Index first_step;  // what the first step of the call is in the training: random numbers depend on it
@@ -46,6 +47,7 @@ struct Staged {
   Index* samples;                // those of the mini-batch
   const Index* indices;          // the classes of all samples, or null
   int* labels;                   // those of the mini-batch
+  T* weights;                    // those of the mini-batch, or null
   T* hyperparameters;            // of both networks
   int hyperparameter_counts[2];  // in Progress
   bool averages;                 // of any network
@@ -77,6 +79,7 @@ __device__ inline void open_step(const Staged<T>& p) {
     const Index sample = progress.order[step * progress.batch + i];
     p.samples[i] = sample;
     if (p.indices != nullptr) p.labels[i] = static_cast<int>(p.indices[sample]);
+    if (p.weights != nullptr) p.weights[i] = static_cast<T>(progress.weights[step * progress.batch + i]);
   }
   for (int network = 0; network < 2; ++network) {
     const int count = p.hyperparameter_counts[network];

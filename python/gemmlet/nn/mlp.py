@@ -131,8 +131,8 @@ class MLP(Predictor):
         The same for the inputs.
     input_noise : float, at least 0
         The standard deviation of noise that each step of `fit` adds to the inputs as the network sees them. It is
-        nearly normal, a sum of four random bytes, and drawn like `dropout`. The reference trains then, a mini-batch a
-        call, and no zeros are skipped: slower.
+        nearly normal, a sum of four random bytes, and drawn like `dropout`. No zeros are skipped then; and on `numba`,
+        and of sparse matrices on `cpu`, the reference trains, a mini-batch a call: slower.
     default_optimizer : str or Optimizer
         What `fit` uses if it is given none: a name, or an optimizer whose settings are taken.
     default_batch_size : int
@@ -372,8 +372,8 @@ class MLP(Predictor):
         sample_weight : array_like, shape (n,), optional
             What each sample counts in the objective: finite, at least 0. The mean weight of those that are trained on,
             together with those of the classes, counts as 1. A mini-batch's objective is the weighted sum divided by its
-            size. The accuracy of the history counts samples, and validation has no weights. On `numba` and `cuda` the
-            reference trains then, a mini-batch a call: slower.
+            size. The accuracy of the history counts samples, and validation has no weights. On `numba` the reference
+            trains then, a mini-batch a call: slower.
         steps_per_epoch : int, optional
             How many batches an epoch has; by default as many as `x` says, or gives. An iterable goes on in the next
             epoch where it was, and begins again at its end.

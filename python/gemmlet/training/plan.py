@@ -376,16 +376,12 @@ class TrainingPlan:
 
     @property
     def has_extras(self) -> bool:
-        """Whether it has what not every executor knows to look for: limits, weights of samples and the like.
+        """Whether it has what not every executor knows to look for: limits of losses and the like.
 
-        Classes among the inputs, dropout, noise, clipping and penalties are asked for one by one.
+        Classes among the inputs, weights of samples, dropout, noise, clipping and penalties are asked for one by one.
         """
         dataset = self.gather.dataset
-        return (
-            any(loss.limits != NO_LIMITS for loss in self.losses)
-            or dataset.value_of_byte is not None
-            or dataset.weights is not None
-        )
+        return any(loss.limits != NO_LIMITS for loss in self.losses) or dataset.value_of_byte is not None
 
     @property
     def gradient_penalties(self) -> list[GradientPenalty]:

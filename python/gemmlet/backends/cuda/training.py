@@ -165,6 +165,7 @@ def supports_fused(plan: TrainingPlan) -> bool:
             phases in _STEPS
             and not plan.has_extras
             and dataset.labels is None
+            and (dataset.weights is None or not is_gan)
             and (dataset.indptr is None if is_gan else scaling == [1.0, 0.0])
             and not any(map(_changes_inputs, first_layers[:-1]))
             and plan.activations() <= places("activations").keys()
@@ -341,7 +342,7 @@ class _Draw(NamedTuple):
     """What a forward pass draws with."""
 
     stream: int
-    boundary: int  # rows up to this one are of a second input
+    boundary: int  # rows before this one are of a second input
 
 
 class Session:
@@ -363,9 +364,10 @@ class Session:
 
         def staged(phase: training.Phase) -> training.Phase:
             if isinstance(phase, Gather):
-                return phase._replace(dataset=training.Dataset(*map(resident, phase.dataset)))
+                return phase._replace(dataset=training.Dataset(*map(resident, phase.dataset._replace(weights=None))))
             return phase._replace(targets=resident(phase.targets)) if isinstance(phase, Loss) else phase
 
+        self.dataset = plan.gather.dataset  # whose weights are not needed there
         self.device, self.dtype, self.type = device, plan.dtype, CPP_TYPES[plan.dtype.name]
         self.plan = replace(plan, phases=tuple(map(staged, plan.phases)))
         rules, end = {update.network: update.rule for update in plan.updates}, _PROGRESS.itemsize
@@ -398,10 +400,11 @@ class Session:
         size = min(batches.size, len(order))
         full, rest = divmod(len(order), size)
         # Before anything is sent, as it takes time, and may fail.
+        shares = self._shares(order, size)
         self._reserve(size)
         runs = self._runs(size, full) + self._runs(rest, 1 if rest else 0)
         decay = np.zeros(batches.steps) if batches.decay is None else batches.decay
-        addresses, own_bytes = self._place(order, *batches.hyperparameters, decay)
+        addresses, own_bytes = self._place(order, shares, *batches.hyperparameters, decay)
         there = None if noise is None else self.device.empty(noise.shape, noise.dtype)
         sent = self._host[: _PROGRESS.itemsize] if self._is_newer else self._host
         if not self._is_newer:
@@ -409,7 +412,8 @@ class Session:
                 copy[...] = array
         progress = self._host[: _PROGRESS.itemsize].view(_PROGRESS)
         progress["order"], progress["batch"], progress["next"], progress["correct"] = addresses[0], size, 0, 0
-        progress["hyperparameters"][0, :updates], progress["decay"] = addresses[1:-1], addresses[-1]
+        progress["weights"] = addresses[1]
+        progress["hyperparameters"][0, :updates], progress["decay"] = addresses[2:-1], addresses[-1]
         progress["first_step"] = batches.first_step
         progress["noise"], progress["loss"][0, :updates] = address(there), batches.losses
 
@@ -431,6 +435,17 @@ class Session:
         self.device.download(self._state[: _PROGRESS.itemsize], self._host[: _PROGRESS.itemsize])
         self.is_torn = False
         return training.Outcome(tuple(progress["loss"][0, :updates].tolist()), int(progress["correct"][0]))
+
+    def _shares(self, order: NDArray[np.int64], size: int) -> NDArray[np.float64]:
+        """What samples count, in units of the mean of their mini-batch; nothing where they have no weights."""
+        weights, by_rows = self.dataset.weights, self.dataset.divides_by_rows
+        if weights is None:
+            return np.empty(0)
+        weights, starts = weights[order], np.arange(0, len(order), size)
+        sums, rows = np.add.reduceat(weights, starts), np.diff(starts, append=len(order))
+        if not ((weights >= 0).all() and (by_rows or (sums > 0).all()) and (sums < math.inf).all()):
+            raise ValueError("weights: expected finite numbers, none of them negative, of a positive sum")
+        return weights if by_rows else weights / np.repeat(sums, rows) * np.repeat(rows, rows)
 
     def restage(self) -> None:
         """See `Backend.restage`."""
@@ -491,6 +506,7 @@ class Session:
         # What is staged for a step.
         self._samples = device.empty((rows,), np.dtype(np.int64))
         self._labels = device.empty((rows,), np.dtype(np.int32))
+        self._weights = None if self.dataset.weights is None else device.empty((rows,), self.dtype)
         self._hyperparameters = device.empty((2, _MAX_HYPERPARAMETERS), self.dtype)
         self._capacity = rows
 
@@ -704,6 +720,7 @@ class Session:
             samples=address(self._samples),
             indices=address(loss.targets) if loss.has_classes else 0,
             labels=address(self._labels),
+            weights=address(self._weights),
             hyperparameters=address(self._hyperparameters),
             hyperparameter_counts=[*counts, 0][:2],
             averages=any(network.averages for network in self.networks),
@@ -820,6 +837,7 @@ class Session:
             first=first,
             second=second,
             boundary=rows,
+            weights=address(self._weights),
             losses=address(self._losses),
             correct=address(self._correct) if classes else 0,
         )
@@ -871,6 +889,8 @@ class _Cluster:
         self._kernels = [self._device.kernels(CLUSTER_SOURCE, [f"gemmlet::{name}"])[0] for name in names]
         self._shared = _CLUSTER_BYTES + 2 * 2 * self._step_numbers
         self._reserved = 0
+        numbers = np.float64, np.int32, np.int32  # of each row: losses, correct, labels
+        self._of_rows = numbers if session.dataset.weights is None else (*numbers, np.float32)
 
     def reserve(self, steps: int) -> None:
         """Have space for `steps` steps."""
@@ -879,14 +899,15 @@ class _Cluster:
             return
         # First of all the old memory is given back; there may be none then.
         self._reserved, self._memory = 0, list[Any]()
-        each = (self._step_numbers, np.uint16), (self._rows, np.int32), (self._rows, np.float64), (self._rows, np.int32)
+        each = (self._step_numbers, np.uint16), *((self._rows, kind) for kind in self._of_rows)
         self._memory = [self._device.empty((steps, columns), np.dtype(kind)) for columns, kind in each]
         self._reserved = steps
-        tiles, labels, losses, correct = map(address, self._memory)
+        tiles, losses, correct, labels, *weights = map(address, self._memory)
         for p in (self._arrange, self._train):
             p["tiles"] = tiles
         objective = self._train["objective"]
         self._arrange["labels"], objective["labels"] = labels, labels if self._arrange["indices"] else 0
+        self._arrange["weights"] = objective["weights"] = weights[0] if weights else 0
         for p in (objective, self._close):
             p["losses"], p["correct"] = losses, correct
 

@@ -303,6 +303,7 @@ class NumbaBackend(NumpyBackend):
             return False  # the classes among the inputs are not dropped
         return (
             not (plan.has_extras or plan.has_noise or plan.gradient_penalties)
+            and dataset.weights is None
             and names - {"softmax_cross_entropy"} <= scalar_kernels(plan.dtype).keys()
             and (dataset.labels is None or not dataset.skip_zeros)
             and (not dataset.skip_zeros or (plan.gather, forwards) == (Gather(dataset), [Forward(0, (SAMPLES,))]))
