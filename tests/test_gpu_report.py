@@ -719,6 +719,11 @@ def test_rows_of_processes_that_end_early(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.report["rows"] == [row]
     assert found.report["notes"] == ["losses: jax is not installed"]
     assert found.report["roof"] == {"copy": 1e12}
+    # With little time there is one process.
+    for given, summary in ((0, "1 rows, done"), (3, "0 rows, exit status 3")):
+        statuses = iter([given])
+        stage = gpu_report.timed(job(tmp_path, "--only", "losses", seconds=9), "losses")
+        assert stage.summary == summary
 
 
 def test_tables_of_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
