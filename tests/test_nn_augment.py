@@ -143,9 +143,9 @@ def test_a_fit_goes_on_in_the_midst_of_an_epoch(backend: Any, network: str, tmp_
 # What a GPU does.
 
 
-@pytest.fixture
+@pytest.fixture(params=["cuda"])
 def cuda() -> Iterator[Any]:
-    """The backend, in use."""
+    """The backend, in use; tests have its name, by which the GPU report finds them."""
     try:
         backend = cuda_on_host.backend.load()
     except RuntimeError as error:
