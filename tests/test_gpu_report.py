@@ -412,6 +412,10 @@ def test_parts_of_a_cluster_and_of_a_gan(gpu: OnCpu, pixels: np.ndarray) -> None
     names = [launch.facts()[0].split("<")[0] for launch in found.launches]
     assert names == ["arrange_samples", "train_in_cluster", "close_steps"]
     assert found.whole() > 0
+    *_, (_, penalized, _) = gpu_parts.works(pixels)
+    of_gan = [launch.facts()[0].split("<")[0] for launch in gpu_parts.Steps(gpu, BACKEND, penalized, 1).launches]
+    assert of_gan[:4] == ["first_forward_and_gather", "forward", "forward", "top"]
+    assert of_gan.count("forward_penalty") == 1
     augmented = gpu_parts.mlp(pixels[:, :9], "sgd", (9, 5, 3), 4, nn.Augment())
     rows = list(gpu_parts.step_rows(gpu, BACKEND, "augmented", augmented, 2, 2))
     assert [row[1].split("<")[0] for row in rows[:5]] == [*names, "augment", "sum of 3 launches"]
