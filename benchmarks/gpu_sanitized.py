@@ -22,12 +22,14 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
+import scipy.sparse
 
 import gemmlet
 from gemmlet import kernels, nn
 from gemmlet.backends import select
 from gemmlet.backends.cuda import matmul as cuda_matmul
 from gemmlet.backends.cuda import training as cuda_training
+from gemmlet.data import augment
 from gemmlet.formulas.activations import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -101,47 +103,80 @@ def trainings(rng: np.random.Generator) -> Iterator[Check]:
     """Some steps of both networks, the last mini-batch smaller."""
     images = (rng.integers(0, 256, (23, 30)) * (rng.random((23, 30)) < 0.4)).astype(np.uint8)
     numbers = rng.random((23, 30), np.float32)
-    labels = rng.integers(0, 5, 23)
+    labels, counts = rng.integers(0, 5, 23), rng.uniform(0.5, 1.5, 23)
 
-    def mlp(x: np.ndarray, hidden: list[int], output: str, rule: str, dtype: Any) -> None:
-        weights = []
+    def mlp(x: Any, hidden: list[int], output: str, rule: str, dtype: Any, **settings: Any) -> None:
+        weights, more = [], {"sample_weight": counts} if settings else {}
         for backend in ("cuda", "numpy"):
-            model = nn.MLP([30, *hidden, 5], "gelu", output, dtype=dtype)
+            model = nn.MLP([30, *hidden, 5], "gelu", output, dtype=dtype, **settings)
             with gemmlet.use_backend(backend):
-                model.fit(x.astype(dtype) if x.dtype != np.uint8 else x, labels, 2, 8, nn.make_optimizer(rule))
+                given = x if x.dtype == np.uint8 else x.astype(dtype)
+                model.fit(given, labels, 2, 7, nn.make_optimizer(rule), **more)
             weights.append(model.parameters)
         for got, exact in zip(*weights, strict=True):
             _close(got, exact, 1e-3)
 
-    def gan(dtype: Any) -> None:
-        model = nn.GAN(7, [33, 30], [21, 1], dtype=dtype)
-        with gemmlet.use_backend("cuda"):
-            history = model.fit(images, 2, 8)
-        assert np.isfinite(history.generator_loss).all()
+    def gan(**settings: Any) -> None:
+        losses = []
+        for backend in ("cuda", "numpy"):
+            model = nn.GAN(7, [33, 30], [21, 9, 1], dtype=np.float32, **settings)
+            with gemmlet.use_backend(backend):
+                history = model.fit(images, 2, 7, y=labels if "n_classes" in settings else None)
+            losses.append([history.generator_loss, history.discriminator_loss])
+        _close(*losses, 1e-3)
 
-    for x, hidden, output, rule, dtype in (
-        (images, [33], "softmax", "adam", np.float32),
-        (numbers, [17, 9], "sigmoid", "sgd", np.float32),
-        (images, [], "softmax", "sgd", np.float64),
-        (numbers, [260], "softmax", "adamw", np.float32),
+    random = {"dropout": 0.5, "input_dropout": 0.2}
+    for x, hidden, output, rule, dtype, settings in (
+        (images, [33], "softmax", "adam", np.float32, {}),
+        (numbers, [17, 9], "sigmoid", "sgd", np.float32, {}),
+        (images, [], "softmax", "sgd", np.float64, {}),
+        (numbers, [260], "softmax", "adamw", np.float32, {}),
+        (images, [33], "softmax", "sgd", np.float32, random),
+        (images, [17, 9], "softmax", "adam", np.float32, random | {"input_noise": 0.1}),
+        (scipy.sparse.csr_array(numbers * (numbers < 0.4)), [17], "softmax", "sgd", np.float32, random),
     ):
+        words = " ".join(("sparse" if scipy.sparse.issparse(x) else "", *settings)).strip()
         yield (
-            f"MLP 30-{hidden}-5 {output} {rule} {np.dtype(dtype)}",
-            lambda c=(x, hidden, output, rule, dtype): mlp(*c),
+            f"MLP 30-{hidden}-5 {output} {rule} {np.dtype(dtype)} {words}".strip(),
+            lambda c=(x, hidden, output, rule, dtype), more=settings: mlp(*c, **more),
         )
-    yield "GAN 7-33-30, 30-21-1", lambda: gan(np.float32)
+    penalized = {"n_classes": 5, "gradient_penalty": 0.5}
+    random = {f"discriminator_{name}": rate for name, rate in (random | {"input_noise": 0.1}).items()}
+    for settings in ({}, penalized, penalized | random):
+        yield " ".join(("GAN 7-33-30, 30-21-9-1", *settings)), lambda more=settings: gan(**more)
+
+
+def augmentation(rng: np.random.Generator) -> Iterator[Check]:
+    """Images that are staged in shared memory, of words and of single bytes, and images that are not."""
+
+    def check(images: np.ndarray, settings: dict[str, float]) -> None:
+        results = []
+        for backend in ("cuda", "numpy"):
+            with gemmlet.use_backend(backend):
+                results.append(augment(images, **settings, seed=1))
+        if not np.array_equal(*results):
+            raise AssertionError(f"{np.count_nonzero(results[0] != results[1])} other bytes")
+
+    every = {"rotate": 30.0, "elastic": 2.0, "noise": 9.0, "erase": 1.0}
+    for sides in ((28, 28), (5, 7), (110, 90)):
+        images = rng.integers(0, 256, (3, *sides), np.uint8)
+        for settings in (every, {"shift": 3.0}, {"noise": 9.0}):
+            yield f"augmentation of {sides}: {' '.join(settings)}", lambda c=(images, settings): check(*c)
 
 
 def fill_padding(session: Any) -> None:
     """Write NaN to what lies behind the rows of the matrices of a session of training."""
     view = getattr(session.device, "view", lambda array: array)  # the stand-in's, where there is no GPU
     for network in session.networks:
-        for width, *matrices in zip(network.widths[1:], network.y, network.z, network.grad, strict=True):
+        # (The inputs of a layer are the results of the one below.)
+        every = network.y, network.z, network.grad, [*network.x[1:], None]
+        for width, *matrices in zip(network.widths[1:], *every, strict=True):
             for matrix in matrices:
                 if matrix is not None:
                     view(matrix)[:, width:] = np.nan
-    if session._gathered is not None:
-        view(session._gathered)[:, session.networks[-1].widths[0] :] = np.nan
+    for matrix in (session._gathered, session._changed):
+        if matrix is not None:
+            view(matrix)[:, session.networks[-1].inputs[0] :] = np.nan
 
 
 @contextlib.contextmanager
@@ -203,6 +238,7 @@ def checks(device: Any) -> Iterator[Check]:
     """Everything, what is most likely wrong first."""
     rng = np.random.default_rng(0)
     yield from trainings(rng)
+    yield from augmentation(rng)
     yield from matmuls(device, rng)
     yield from halves_and_strides(device, rng)
     yield from all_kernels(rng)
