@@ -1,10 +1,10 @@
-"""Constants of the backend cuda that wait for a measurement: each value of them, timed. A stage of `gpu_report.py`.
+"""Constants of the backend cuda, and lines of its kernels, that wait for a measurement. A stage of `gpu_report.py`.
 
     python benchmarks/gpu_variants.py TABLES [--data-dir DIR] [--seconds X]
 
 Of each constant a table is added to TABLES, one a line of JSON: microseconds by its values, the first of which is what
-it is now, and what the fastest would save. Some percent are noise. The tiles of matmuls have a script of their own,
-`gpu_matmul.py`.
+it is now, and what the fastest would save. Some percent are noise. Kernels are timed as they are and with some lines
+changed (`SOURCES`). The tiles of matmuls have a script of their own, `gpu_matmul.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gpu_timing import Gpu, compile_together, constants, write_table
 from gemmlet import nn
 from gemmlet.backends import select
 from gemmlet.backends.cuda import augmentation as cuda_augmentation
-from gemmlet.backends.cuda import launches
+from gemmlet.backends.cuda import compiler, launches
 from gemmlet.backends.cuda import training as cuda_training
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.data import load_mnist
@@ -48,6 +48,45 @@ TEAMS: dict[int, tuple[tuple[int, int], ...]] = {
 
 # What is timed, by name: a function that returns seconds.
 Works = Mapping[str, Callable[[], float]]
+
+
+class Sources(NamedTuple):
+    """Sources of the kernels with one line changed: what `compiler.sources` is replaced by."""
+
+    title: str
+    file: str
+    line: str
+    instead: str
+
+    def __call__(self) -> Mapping[str, str]:
+        sources = dict(_SOURCES())
+        if sources[self.file].count(self.line) != 1:
+            raise ValueError(f"{self.file} has no single line {self.line!r}")
+        return {**sources, self.file: sources[self.file].replace(self.line, self.instead)}
+
+
+_SOURCES = compiler.sources
+
+# The cluster finds activations and the loss by tables of jumps, each time: a kernel for each network has none, and two
+# thirds of the instructions. And exact quotients and roots of Adam branch, where `apply_rule` has short ones.
+SOURCES = (
+    Sources(
+        "network compiled in",
+        "cuda/training/cluster.cuh",
+        "train_in_cluster(const __grid_constant__ ClusterTraining p, Index steps) {",
+        """train_in_cluster(const __grid_constant__ ClusterTraining given, Index steps) {
+  ClusterTraining p = given;
+  p.hidden_activation.number = ActivationNumber::tanh;
+  p.activation.number = ActivationNumber::identity;
+  p.objective.loss = ~static_cast<int>(RowLossNumber::softmax_cross_entropy);""",
+    ),
+    Sources(
+        "exact rules",
+        "cuda/training/formulas.cuh",
+        "if constexpr (same_type<T, float>) {",
+        "if constexpr (same_type<T, void>) {",
+    ),
+)
 
 
 class Constant(NamedTuple):
@@ -80,6 +119,12 @@ def of_training(gpu: Gpu, backend: Any, images: np.ndarray) -> list[Constant]:
         for rule in ("sgd", "adam")
     }
 
+    def anew(fit: Fit) -> Callable[[], float]:
+        """By a device of its own, which has no kernels of other sources."""
+        return lambda: Steps(gpu, type(backend)([type(backend._first)()]), fit).whole()
+
+    networks = {f"784-128-10 {rule}": anew(mlp(images, rule)) for rule in ("sgd", "adam")} | {"GAN": anew(gan(images))}
+
     def augmented() -> float:
         x, more = gpu.upload(images.reshape(len(images), -1, math.isqrt(images.shape[1]))), nn.Augment().settings
         numbers, out = gpu.upload(np.arange(len(x))), gpu.upload(np.zeros(x.shape, np.uint8))
@@ -92,6 +137,7 @@ def of_training(gpu: Gpu, backend: Any, images: np.ndarray) -> list[Constant]:
         Constant(cuda_training, "ENOUGH_TILES", (96, 48, 132, 264), graphs),
         Constant(cuda_training, "MAX_LARGE_BLOCKS", (128, 32, 264), graphs),
         Constant(cuda_training, "CLUSTER_SIZES", ((8, 16), (16,), ()), clusters),
+        Constant(compiler, "sources", (compiler.sources, *SOURCES), networks),
     ]
 
 
@@ -153,6 +199,8 @@ def _words(constant: Constant, value: Any) -> str:
     if isinstance(value, dict):
         (kind,) = {kind for other in constant.values for kind in other if other[kind] != constant.values[0][kind]}
         return f"{kind} {value[kind]}"
+    if constant.name == "sources":
+        return getattr(value, "title", "as they are")
     return "x".join(map(str, value[0][1:])) if constant.name == "ROW_TEAMS" else str(value)
 
 

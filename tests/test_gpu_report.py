@@ -24,7 +24,7 @@ import cuda_on_host.backend  # noqa: E402
 import gemmlet  # noqa: E402
 from gemmlet import nn  # noqa: E402
 from gemmlet.backends import select  # noqa: E402
-from gemmlet.backends.cuda import launches  # noqa: E402
+from gemmlet.backends.cuda import compiler, launches  # noqa: E402
 from gemmlet.backends.cuda import training as cuda_training  # noqa: E402
 from gemmlet.bench import training as bench  # noqa: E402
 from gemmlet.bench.results import Row  # noqa: E402
@@ -412,6 +412,10 @@ def test_parts_of_a_cluster_and_of_a_gan(gpu: OnCpu, pixels: np.ndarray) -> None
     names = [launch.facts()[0].split("<")[0] for launch in found.launches]
     assert names == ["arrange_samples", "train_in_cluster", "close_steps"]
     assert found.whole() > 0
+    *_, (_, penalized, _) = gpu_parts.works(pixels)
+    of_gan = [launch.facts()[0].split("<")[0] for launch in gpu_parts.Steps(gpu, BACKEND, penalized, 1).launches]
+    assert of_gan[:4] == ["first_forward_and_gather", "forward", "forward", "top"]
+    assert of_gan.count("forward_penalty") == 1
     augmented = gpu_parts.mlp(pixels[:, :9], "sgd", (9, 5, 3), 4, nn.Augment())
     rows = list(gpu_parts.step_rows(gpu, BACKEND, "augmented", augmented, 2, 2))
     assert [row[1].split("<")[0] for row in rows[:5]] == [*names, "augment", "sum of 3 launches"]
@@ -528,6 +532,21 @@ def test_constants_that_are_timed(gpu: OnCpu, pixels: np.ndarray, monkeypatch: p
                 patched.setattr(module, name, values[1])
                 assert all(seconds() > 0 for work, seconds in works.items() if "bfloat16" not in work)
     assert len(gpu_variants.kernels_of_teams()) >= 4 * 15
+
+
+@pytest.mark.parametrize("changed", gpu_variants.SOURCES, ids=lambda changed: changed.title)
+def test_sources_that_are_timed(changed: gpu_variants.Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compile, to other code; of fewer instructions where jumps are gone, of more where branches are back."""
+    try:
+        compiler.nvrtc_version()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    kernels = "training/cluster.cuh", ["gemmlet::train_in_cluster<16, gemmlet::optimizers::adam>"]
+    before, _ = compiler.compile_cubin(*kernels, "sm_90a")
+    monkeypatch.setattr(compiler, "sources", changed)
+    after, _ = compiler.compile_cubin(*kernels, "sm_90a")
+    assert (len(after.image) < 0.8 * len(before.image)) == (changed.title == "network compiled in")
+    assert (len(after.image) > len(before.image)) == (changed.title == "exact rules")
 
 
 # The small set for the sanitizer.

@@ -378,7 +378,7 @@ class TrainingPlan:
     def has_extras(self) -> bool:
         """Whether it has what not every executor knows to look for: limits of losses and the like.
 
-        Classes among the inputs, weights of samples, dropout, noise, clipping and penalties have their own.
+        Classes among the inputs, weights of samples, dropout, noise, clipping and penalties are asked for one by one.
         """
         dataset = self.gather.dataset
         return any(loss.limits != NO_LIMITS for loss in self.losses) or dataset.value_of_byte is not None
