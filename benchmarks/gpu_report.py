@@ -75,7 +75,7 @@ SCRIPTS = {
 NEEDS = {
     "build": {"scikit_build_core": "scikit-build-core", "pybind11": "pybind11"},
     "tests": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
-    "sanitizer": {"ml_dtypes": "ml_dtypes"},
+    "sanitizer": {"ml_dtypes": "ml_dtypes", "scipy": "scipy"},
 }
 # Tests whose kernels always run on the CPU; of the others, those that say "cuda" in their names have to do with a GPU.
 WITHOUT_GPU = (

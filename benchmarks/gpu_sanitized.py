@@ -22,12 +22,14 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
+import scipy.sparse
 
 import gemmlet
 from gemmlet import kernels, nn
 from gemmlet.backends import select
 from gemmlet.backends.cuda import matmul as cuda_matmul
 from gemmlet.backends.cuda import training as cuda_training
+from gemmlet.data import augment
 from gemmlet.formulas.activations import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -103,45 +105,85 @@ def trainings(rng: np.random.Generator) -> Iterator[Check]:
     numbers = rng.random((23, 30), np.float32)
     labels = rng.integers(0, 5, 23)
 
-    def mlp(x: np.ndarray, hidden: list[int], output: str, rule: str, dtype: Any) -> None:
+    def same(train: Callable[[], list[np.ndarray]]) -> None:
         weights = []
         for backend in ("cuda", "numpy"):
-            model = nn.MLP([30, *hidden, 5], "gelu", output, dtype=dtype)
             with gemmlet.use_backend(backend):
-                model.fit(x.astype(dtype) if x.dtype != np.uint8 else x, labels, 2, 8, nn.make_optimizer(rule))
-            weights.append(model.parameters)
+                weights.append(train())
         for got, exact in zip(*weights, strict=True):
             _close(got, exact, 1e-3)
 
-    def gan(dtype: Any) -> None:
-        model = nn.GAN(7, [33, 30], [21, 1], dtype=dtype)
-        with gemmlet.use_backend("cuda"):
-            history = model.fit(images, 2, 8)
-        assert np.isfinite(history.generator_loss).all()
+    def mlp(x: Any, hidden: list[int], output: str, rule: str, dtype: Any, **settings: Any) -> None:
+        how = {"sample_weight": np.arange(1.0, 24.0)} if settings.pop("weights", False) else {}
 
-    for x, hidden, output, rule, dtype in (
-        (images, [33], "softmax", "adam", np.float32),
-        (numbers, [17, 9], "sigmoid", "sgd", np.float32),
-        (images, [], "softmax", "sgd", np.float64),
-        (numbers, [260], "softmax", "adamw", np.float32),
+        def train() -> list[np.ndarray]:
+            model = nn.MLP([30, *hidden, 5], "gelu", output, dtype=dtype, **settings)
+            given = x if x.dtype == np.uint8 else x.astype(dtype)
+            model.fit(given, labels, epochs=2, batch_size=8, optimizer=nn.make_optimizer(rule), **how)
+            return model.parameters
+
+        same(train)
+
+    def gan(**settings: Any) -> None:
+        classes = {"y": labels} if "n_classes" in settings else {}
+
+        def train() -> list[np.ndarray]:
+            model = nn.GAN(7, [33, 30], [21, 9, 1], dtype=np.float32, **settings)
+            model.fit(images, epochs=2, batch_size=8, **classes)
+            return [*model.generator_parameters, *model.discriminator_parameters]
+
+        same(train)
+
+    drops, noise = {"dropout": 0.3, "input_dropout": 0.2}, {"input_noise": 0.1}
+    changes: dict[str, Any] = {f"discriminator_{name}": value for name, value in (drops | noise).items()}
+    for settings in (
+        {},
+        {"n_classes": 5},
+        {"gradient_penalty": 0.1},
+        changes,
+        {"n_classes": 5, "gradient_penalty": 0.1, **changes},
     ):
-        yield (
-            f"MLP 30-{hidden}-5 {output} {rule} {np.dtype(dtype)}",
-            lambda c=(x, hidden, output, rule, dtype): mlp(*c),
-        )
-    yield "GAN 7-33-30, 30-21-1", lambda: gan(np.float32)
+        yield f"GAN 7-33-30, 30-21-9-1 {', '.join(settings)}", lambda c=settings: gan(**c)
+    for x, hidden, output, rule, dtype, settings in (
+        (images, [33], "softmax", "adam", np.float32, {}),
+        (images, [33], "softmax", "sgd", np.float32, {**drops, "weights": True}),
+        (numbers, [17, 9], "sigmoid", "sgd", np.float32, {}),
+        (numbers, [17, 9], "softmax", "adam", np.float32, {**drops, **noise, "weights": True}),
+        (scipy.sparse.csr_matrix(numbers * (numbers < 0.3)), [17], "softmax", "sgd", np.float32, {**drops, **noise}),
+        (images, [], "softmax", "sgd", np.float64, {}),
+        (numbers, [260], "softmax", "adamw", np.float32, {}),
+    ):
+        name = f"{type(x).__name__} 30-{hidden}-5 {output} {rule} {np.dtype(dtype)} {', '.join(settings)}"
+        yield f"MLP {name}", lambda c=(x, hidden, output, rule, dtype), s=settings: mlp(*c, **s)
+
+
+def augmentations(rng: np.random.Generator) -> Iterator[Check]:
+    """Images that a block brings to shared memory, and larger ones, to the CPU's bytes."""
+
+    def check(images: np.ndarray, elastic: float) -> None:
+        made = []
+        for backend in ("cuda", "numpy"):
+            with gemmlet.use_backend(backend):
+                made.append(augment(images, rotate=12, elastic=elastic, noise=8, erase=0.5, seed=3))
+        if not np.array_equal(*made):
+            raise AssertionError("other bytes")
+
+    for (count, height, width), elastic in itertools.product(((3, 28, 28), (2, 17, 9), (1, 130, 121)), (1.2, 0.0)):
+        images = rng.integers(0, 256, (count, height, width)).astype(np.uint8)
+        yield f"augment {count} images of {height}x{width}, elastic {elastic}", lambda c=(images, elastic): check(*c)
 
 
 def fill_padding(session: Any) -> None:
     """Write NaN to what lies behind the rows of the matrices of a session of training."""
     view = getattr(session.device, "view", lambda array: array)  # the stand-in's, where there is no GPU
     for network in session.networks:
-        for width, *matrices in zip(network.widths[1:], network.y, network.z, network.grad, strict=True):
-            for matrix in matrices:
-                if matrix is not None:
-                    view(matrix)[:, width:] = np.nan
-    if session._gathered is not None:
-        view(session._gathered)[:, session.networks[-1].widths[0] :] = np.nan
+        matrices = [*zip(network.inputs, network.x, strict=True)]
+        for of_layers in (network.y, network.z, network.grad):
+            matrices += zip(network.widths[1:], of_layers, strict=True)
+        matrices += [(session.networks[-1].inputs[0], matrix) for matrix in (session._gathered, session._changed)]
+        for width, matrix in matrices:
+            if matrix is not None:
+                view(matrix)[:, width:] = np.nan
 
 
 @contextlib.contextmanager
@@ -203,6 +245,7 @@ def checks(device: Any) -> Iterator[Check]:
     """Everything, what is most likely wrong first."""
     rng = np.random.default_rng(0)
     yield from trainings(rng)
+    yield from augmentations(rng)
     yield from matmuls(device, rng)
     yield from halves_and_strides(device, rng)
     yield from all_kernels(rng)

@@ -557,9 +557,18 @@ def test_sanitized_checks(capsys: pytest.CaptureFixture[str]) -> None:
     checks = list(gpu_sanitized.checks(device))
     names = [name for name, _ in checks]
     assert len(names) == len(set(names))
-    for part in (*gemmlet.kernels.__all__, "MLP", "GAN", "tf32", "skinny", "simt", "mma ", "wgmma", "transposed"):
+    of_matmuls, of_training = (
+        ("tf32", "skinny", "simt", "mma ", "wgmma"),
+        ("n_classes", "gradient_penalty", "noise", "csr"),
+    )
+    for part in (*gemmlet.kernels.__all__, *of_matmuls, "MLP", "GAN", *of_training, "weights", "augment", "transposed"):
         assert any(part in name for name in names), part
-    some = [*list(gpu_sanitized.trainings(rng))[:1], *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
+    trainings = list(gpu_sanitized.trainings(rng))
+    with gpu_sanitized.padding_filled():
+        assert gpu_sanitized.run([*trainings, *gpu_sanitized.augmentations(rng)], 60.0)
+    assert ", 0 wrong\n" in capsys.readouterr().out
+    first = next(check for check in trainings if check[0].startswith("MLP"))
+    some = [first, *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
     filled: list[int] = []
     fill = gpu_sanitized.fill_padding
 
