@@ -461,7 +461,11 @@ def main() -> None:
         print(f"{compiled} kernels compiled, {time.monotonic() - began:.1f} s")
         return
 
-    device, cublas = CudaDevice(0), Cublas()
+    try:
+        device = CudaDevice(0)
+    except RuntimeError as error:
+        parser.exit(2, f"no GPU: {error}\n")
+    cublas = Cublas()
     print(f"{device.name}, {device.arch}, {device.multiprocessors} multiprocessors, NVRTC {compiler.nvrtc_version()}")
     compiled = compile_all(device.arch, kinds, arguments.quick)
     print(f"{compiled} kernels compiled, {time.monotonic() - began:.1f} s", flush=True)

@@ -81,13 +81,16 @@ def mlp(
     return fit
 
 
-def gan(images: np.ndarray, batch: int = BATCH) -> Fit:
-    """Return what trains the GAN."""
+def gan(images: np.ndarray, batch: int = BATCH, **settings: Any) -> Fit:
+    """Return what trains the classic GAN; with `settings` one of as many units, which has them."""
     model, rule = nn.GAN.classic(), nn.Adam(GAN_LR, beta1=BETA1)
+    if settings:
+        model = nn.GAN(100, [256, images.shape[1]], [256, 1], **settings)
 
     def fit(steps: int, epochs: int = 1) -> Any:
         x = images[np.arange(steps * batch) % len(images)]
-        return model.fit(x, epochs=epochs, batch_size=batch, optimizer=rule, shuffle=False)
+        y = np.arange(len(x)) % model.n_classes if model.n_classes else None
+        return model.fit(x, epochs=epochs, batch_size=batch, optimizer=rule, shuffle=False, y=y)
 
     return fit
 
@@ -294,6 +297,8 @@ def works(images: np.ndarray) -> Iterator[tuple[str, Fit, dict[str, Any]]]:
     yield "MLP sgd, dropout 0.2", mlp(images, "sgd", dropout=0.2), {}
     yield "MLP sgd, augmentation", mlp(images, "sgd", augment=nn.Augment()), {}
     yield "MLP sgd, label smoothing 0.1", mlp(images, "sgd", label_smoothing=0.1), {}
+    penalized = {"n_classes": 10, "gradient_penalty": 0.1, "discriminator_activation": "leaky_relu"}
+    yield "GAN with classes and a gradient penalty", gan(images, **penalized), {}
 
 
 #

@@ -11,8 +11,11 @@ exit status is 1 then, and 2 where there is no GPU. ``report.json`` and ``report
 stage, and the output of all stages goes to ``output.log``. What is built stays in ``build/gpu_report``, for later runs
 without ``build``; of what changes, only C++ for the CPU has to be built again.
 
-The machine needs CuPy, pytest with xdist and what the tests need besides, scikit-build-core and pybind11 for the build,
-and compute-sanitizer of CUDA's toolkit; nothing is downloaded. A peer that is missing is left out.
+An earlier report in the folder becomes ``report-1.json``, and so on; ``--from`` puts several together.
+
+The machine needs CuPy with cuBLAS, pytest with xdist and what the tests need besides, a C++ compiler, CMake,
+scikit-build-core and pybind11 for the build, and compute-sanitizer of CUDA's toolkit; nothing is downloaded. What is
+missing is said at the start; a peer that is missing is left out. docs/performance.md has the line that installs it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -67,6 +71,12 @@ SCRIPTS = {
     "variants": ["gpu_variants.py"],
     "tiles": ["gpu_matmul.py", "--quick", "--tables"],
 }
+# What stages do not run without: modules, by the names under which they are installed.
+NEEDS = {
+    "build": {"scikit_build_core": "scikit-build-core", "pybind11": "pybind11"},
+    "tests": {"pytest": "pytest", "xdist": "pytest-xdist", "hypothesis": "hypothesis"},
+    "sanitizer": {"ml_dtypes": "ml_dtypes", "scipy": "scipy"},
+}
 # Tests whose kernels always run on the CPU; of the others, those that say "cuda" in their names have to do with a GPU.
 WITHOUT_GPU = (
     "test_cuda_compile.py",
@@ -90,6 +100,11 @@ _GRACE_SECONDS = 8.0
 
 _GPU_FACTS = """
 import json, cupy
+try:
+    import cupy_backends.cuda.libs.cublas
+    cublas = True
+except ImportError:
+    cublas = False
 runtime = cupy.cuda.runtime
 count = runtime.getDeviceCount()
 p = runtime.getDeviceProperties(0)
@@ -103,6 +118,7 @@ print(json.dumps({
     "count": count,
     "cuda_driver": runtime.driverGetVersion(),
     "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+    "cublas": cublas,
 }))
 """
 
@@ -520,6 +536,20 @@ def _driver() -> str:
     return "unknown"
 
 
+def lacking(stages: Sequence[str]) -> list[str]:
+    """Return what stages need and the machine has not, a line for each stage."""
+    found = []
+    for stage in stages:
+        missing = [package for module, package in NEEDS.get(stage, {}).items() if not importlib.util.find_spec(module)]
+        if stage == "build" and shutil.which("cmake") is None and not importlib.util.find_spec("cmake"):
+            missing.append("cmake")
+        if stage == "sanitizer" and sanitizer_path() is None:
+            missing.append("compute-sanitizer")
+        if missing:
+            found.append(f"{stage} will fail: there is no {', '.join(missing)}")
+    return found
+
+
 def versions(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return the versions of what was measured."""
     found = {"python": platform.python_version(), "nvrtc": str(facts["nvrtc"])}
@@ -558,28 +588,58 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be a number above 0")
     if options.data_dir is not None and not options.data_dir.is_dir():
         parser.error(f"--data-dir {options.data_dir} is not a folder")
+    # Before anything is measured.
+    if options.markdown is not None:
+        from gemmlet.bench.report import between_markers
+
+        try:
+            between_markers(options.markdown.read_text("utf-8"), "gpu", "")
+        except (OSError, ValueError) as error:
+            parser.error(f"--markdown {options.markdown}: {error}")
+    if options.earlier is not None:
+        options.earlier = _earlier(parser, options.earlier)
     return options
+
+
+def _earlier(parser: argparse.ArgumentParser, paths: Sequence[Path]) -> dict[str, Any]:
+    """The reports of `--from` as one."""
+    import gpu_tables
+
+    reports = []
+    for path in paths:
+        try:
+            reports.append(json.loads(path.read_text("utf-8")))
+            gpu_tables.text(reports[-1])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"--from {path} is no report: {type(error).__name__}: {error}")
+    try:
+        return gpu_tables.merged(reports)
+    except ValueError as error:
+        parser.error(f"--from: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    sys.path.insert(0, str(ROOT / "python"))
     options = parse(arguments)
     # Tables have signs that ASCII has not.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    sys.path.insert(0, str(ROOT / "python"))
     import gpu_tables
 
     if options.earlier is not None:
-        report = gpu_tables.merged([json.loads(path.read_text("utf-8")) for path in options.earlier])
+        report = options.earlier
     else:
+        notes = lacking(options.only)
         try:
             facts = gpu_facts()
         except RuntimeError as error:
-            print(f"no GPU: {error}")
+            print("\n".join([f"no GPU: {error}", *notes]))
             return 2
-        report = measure(options, facts)
+        if "tiles" in options.only and not facts.get("cublas", True):
+            notes.append("tiles will fail: CuPy finds no cuBLAS")
+        report = measure(options, facts, notes)
     text = gpu_tables.text(report)
     print(f"\n{text}", flush=True)
     if options.markdown is not None:
@@ -589,10 +649,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(name in done and done[name]["ok"] for name in report["settings"]["only"]) else 1
 
 
-def measure(options: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
-    """Run the stages, and return the report."""
+def keep_earlier(out: Path) -> None:
+    """Give the report that is there the next free number: what a GPU has measured is kept."""
+    if not (out / "report.json").exists():
+        return
+    number = next(n for n in itertools.count(1) if not (out / f"report-{n}.json").exists())
+    for path in (out / "report.txt", out / "report.json"):
+        if path.exists():
+            path.replace(path.with_stem(f"report-{number}"))
+    print(f"the earlier report is {out / f'report-{number}.json'}", flush=True)
+
+
+def measure(options: argparse.Namespace, facts: dict[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the stages, and return the report, which begins with `notes`."""
     for folder in (options.out, WORK):
         folder.mkdir(parents=True, exist_ok=True)
+    keep_earlier(options.out)
     refresh()
     log = options.out / "output.log"
     log.write_text("")
@@ -604,9 +676,9 @@ def measure(options: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any
         "roof": {},
         "stages": {},
         "rows": [],
-        "notes": [],
+        "notes": [*notes],
     }
-    print(f"{facts['name']}, driver {facts['driver']}", flush=True)
+    print("\n".join([f"{facts['name']}, driver {facts['driver']}", *notes]), flush=True)
     job = Job(Runner(log, 60.0 * options.minutes), options, report)
     # Who stops it shall have the tables of what there is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -269,7 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0)
     options = parser.parse_args(arguments)
-    backend: Any = select.load("cuda")
+    try:
+        backend: Any = select.load("cuda")
+    except RuntimeError as error:
+        parser.exit(2, f"no GPU: {error}\n")
     import cupy
 
     cupy.cuda.set_allocator(None)

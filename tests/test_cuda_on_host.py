@@ -545,3 +545,22 @@ def test_sanitizers_report_planted_errors(sanitizer: str, right: list[str], wron
     for part, launch in zip(parts, [*right, *wrong], strict=True):
         assert part.startswith(launch.replace(";", "") + "\n")
         assert (re.search(report, part) is not None) == (launch in wrong), part
+
+
+TRAINED = """
+import numpy as np
+from gemmlet import nn
+
+x, y = np.arange(640 * 784, dtype=np.uint8).reshape(640, 784), np.arange(640) % 7
+nn.MLP([784, 41, 7], "tanh").fit(x, y, epochs=4)
+"""
+
+
+@not_sanitized
+def test_nothing_is_reported_of_threads_of_the_backend_for_the_cpu():
+    """How they wait for each other is compiled without ThreadSanitizer."""
+    environment = sanitized_environment("thread")
+    if environment is None:
+        pytest.skip(f"{COMPILER} has no library for it")
+    done = subprocess.run([sys.executable, "-c", TRAINED], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

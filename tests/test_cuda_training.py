@@ -479,7 +479,6 @@ PENALIZED: dict[str, dict[str, Any]] = {
     "deep": {"penalty": (3.0, 4), "discriminator": (33, 19, 14, 9, 1), "batch": 41, "kind": "floats"},
     "dropped": {"penalty": (3.0, 2), "discriminator": (33, 19, 14, 1), "rates": (0.0, 0.5, 0.4), "batch": 15},
     "all dropped": {"penalty": (3.0, 2), "rates": (0.2, 0.3), "noise": 0.4},
-    "noise alone": {"penalty": (3.0, 2), "noise": 0.4},
     "wide": {"penalty": (1.0, 2), "discriminator": (33, 300, 1), "generator": (7, 33), "count": 66, "batch": 65},
     "shallow": {"penalty": (3.0, 3), "discriminator": (33, 1), "batch": 7},
     "one by one": {**GANS["one by one"], "penalty": (3.0, 4)},

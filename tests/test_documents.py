@@ -85,6 +85,15 @@ def test_the_command_asks_for_the_packages_of_its_extras() -> None:
     assert "gemmlet" in packages["bench"]
 
 
+def test_the_snippet_for_a_gpu_needs_no_library_that_the_extras_do_not_bring() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (snippet,) = re.findall(
+        r"^```\nimport cupy\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    for part, library in {"random": "curand", "linalg": "cusolver", "fft": "cufft", "matmul": "cublas"}.items():
+        assert f"cupy.{part}" not in snippet or library in extras["cuda12"][1]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text()

@@ -412,6 +412,10 @@ def test_parts_of_a_cluster_and_of_a_gan(gpu: OnCpu, pixels: np.ndarray) -> None
     names = [launch.facts()[0].split("<")[0] for launch in found.launches]
     assert names == ["arrange_samples", "train_in_cluster", "close_steps"]
     assert found.whole() > 0
+    *_, (_, penalized, _) = gpu_parts.works(pixels)
+    of_gan = [launch.facts()[0].split("<")[0] for launch in gpu_parts.Steps(gpu, BACKEND, penalized, 1).launches]
+    assert of_gan[:4] == ["first_forward_and_gather", "forward", "forward", "top"]
+    assert of_gan.count("forward_penalty") == 1
     augmented = gpu_parts.mlp(pixels[:, :9], "sgd", (9, 5, 3), 4, nn.Augment())
     rows = list(gpu_parts.step_rows(gpu, BACKEND, "augmented", augmented, 2, 2))
     assert [row[1].split("<")[0] for row in rows[:5]] == [*names, "augment", "sum of 3 launches"]
@@ -685,15 +689,21 @@ def test_stages_fail_softly(
         out = str(tmp_path / "out")
         assert gpu_report.main(["--out", out, "--only", "build,tests"]) == 1
         assert gpu_report.main(["--out", out, "--only", "build"]) == 0
+        monkeypatch.setattr(gpu_report, "gpu_facts", lambda: {**facts, "cublas": False})
         monkeypatch.setitem(gpu_report.STAGES, "build", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert gpu_report.main(["--out", out, "--only", "build"]) == 1
+        assert gpu_report.main(["--out", out, "--only", "build,tiles"]) == 1
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["gpu"]["name"] == "Some GPU"
-    assert written["notes"] == ["stopped before its end"]
+    *lacking, last = written["notes"]
+    assert lacking[-1] == "tiles will fail: CuPy finds no cuBLAS"
+    assert last == "stopped before its end"
     printed = capsys.readouterr().out
     assert "== tests: FAILED, 0 s; OSError: no such thing" in printed
     assert "build: ok" in printed
     assert (tmp_path / "out" / "report.txt").exists()
+    earlier = [json.loads((tmp_path / "out" / f"report-{n}.json").read_text()) for n in (1, 2)]
+    assert [report["settings"]["only"] for report in earlier] == [["build", "tests"], ["build"]]
+    assert (tmp_path / "out" / "report-2.txt").exists()
 
 
 def test_rows_of_processes_that_end_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -801,6 +811,10 @@ def test_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ("--seconds-per-row 0", "--seconds-per-row must be a number above 0"),
         ("--minutes nan", "--minutes must be"),
         (f"--data-dir {tmp_path}/none", "is not a folder"),
+        (f"--markdown {tmp_path}/none", "--markdown"),
+        (f"--from {tmp_path}/none", "is no report: FileNotFoundError"),
+        (f"--from {ROOT}/pyproject.toml", "is no report: JSONDecodeError"),
+        (f"--from {ROOT}/benchmarks/instructions.json", "is no report: KeyError"),
     ):
         with pytest.raises(SystemExit):
             gpu_report.parse(words.split())
@@ -814,6 +828,27 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout.startswith("no GPU: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(BACKEND._first, "view"), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "script", ["benchmarks/gpu_matmul.py", "benchmarks/gpu_sanitized.py", "tools/cluster_phases.py"]
+)
+def test_without_a_gpu_its_scripts_say_so(script: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / script)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("no GPU: ")
+
+
+def test_what_is_missing_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_report, "NEEDS", {"build": {"no_such_module": "no-such"}, "tests": {"numpy": "numpy"}})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_report, "sanitizer_path", lambda: None)
+    found = gpu_report.lacking(["build", "tests", "sanitizer"])
+    assert found[0].startswith("build will fail: there is no no-such")
+    assert found[1:] == ["sanitizer will fail: there is no compute-sanitizer"]
+    assert gpu_report.lacking(["tests", "losses"]) == []
 
 
 # Tables.
@@ -933,14 +968,19 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for table in tables:
         assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
     page.write_text("no markers")
-    with pytest.raises(ValueError, match="once each and in this order"):
-        gpu_report.main(["--from", str(kept), "--markdown", str(page)])
+    with pytest.raises(SystemExit):  # and not after ten minutes
+        gpu_report.parse(["--markdown", str(page)])
+    assert "once each and in this order" in capsys.readouterr().err
 
 
 def test_the_document_shows_commands_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = (ROOT / "docs" / "performance.md").read_text().split("## On a GPU")[1]
     (block,) = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    (tmp_path / "mnist").mkdir()
+    for folder in ("mnist", "docs", "runs/gpu"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "docs" / "performance.md").write_text("<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    for name in ("report", "report-1"):
+        (tmp_path / "runs" / "gpu" / f"{name}.json").write_text(json.dumps(made_up()))
     monkeypatch.chdir(tmp_path)
     for line in block.splitlines():
         words = shlex.split(line, comments=True)

@@ -8,6 +8,7 @@ medians over the steps, and over all warps, of cycles from one reading to the ne
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from gemmlet import nn
 from gemmlet.backends.cuda import compiler
 from gemmlet.backends.cuda.backend import CudaBackend
 from gemmlet.backends.cuda.device import CudaDevice
+from gemmlet.backends.cuda.training import ARCHITECTURES, CLUSTER_SOURCE
 
 STEPS, BATCH, RANKS, WARPS = 64, 64, 16, 8
 # How a phase begins in the source, and what comes before it.
@@ -99,6 +101,14 @@ def rows() -> Iterator[list[str]]:
 
 def main() -> None:
     """Print the table of both optimizers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    try:
+        device = CudaDevice()
+    except RuntimeError as error:
+        parser.exit(2, f"no GPU: {error}\n")
+    if device.arch not in ARCHITECTURES[CLUSTER_SOURCE]:
+        parser.exit(2, f"no cluster trains on {device.name}\n")
     for row in rows():
         print("{:6}{:32}{:>7}{:>7}{:>7}".format(*row), flush=True)
 

@@ -423,7 +423,9 @@ def sanitized_environment(*sanitizers: str) -> dict[str, str] | None:
         # how many bytes they are.
         "TSAN_OPTIONS": "suppress_equal_addresses=0:intercept_tls_get_addr=0",
         "PYTHONMALLOC": "malloc",
-        "OPENBLAS_NUM_THREADS": "1",  # ThreadSanitizer does not see how NumPy's threads wait for each other
+        # ThreadSanitizer does not see how the threads of what is compiled without it wait for each other.
+        "OPENBLAS_NUM_THREADS": "1",
+        "GEMMLET_NUM_THREADS": "1",
     }
 
 

@@ -242,9 +242,9 @@ class ReduceOnPlateau(_Monitor):
     Parameters
     ----------
     monitor, patience, min_delta, mode
-        As in `EarlyStopping`.
+        As in `EarlyStopping`. If every value was NaN, and has lowered the learning rate, `fit` warns at its end.
     factor : float, above 0
-        What the learning rate is multiplied by each time. Where every value was NaN, `fit` warns at its end.
+        What the learning rate is multiplied by each time.
     minimum : float, at least 0
         The least that the factors together may be.
     """
