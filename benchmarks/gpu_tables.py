@@ -315,7 +315,8 @@ def _markdown_peer(row: Row, peer: str) -> str:
 
 def _markdown_table(head: Sequence[str], table: Sequence[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        # Names of kernels have what would be tags.
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
     return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, table)]
 

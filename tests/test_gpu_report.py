@@ -878,7 +878,7 @@ def made_up() -> dict[str, Any]:
         "sanitizers": {tool: {"ok": True, "summary": "ERROR SUMMARY: 0 errors"} for tool in gpu_report.TOOLS},
         "trained": {"full": True, "mlp_accuracy": 0.9789, "same_bits": True, "weights_sgd": 3e-7, "weights_adam": 2e-5},
         "rows": gpu_cases.rows_as_json(rows),
-        "tables": {"a step": {"title": "a step", "head": ["launch", "µs"], "rows": [["update", "7.25"]]}},
+        "tables": {"a step": {"title": "a step", "head": ["launch", "µs"], "rows": [["top<float>", "7.25"]]}},
         "notes": ["matmul: 3 rows left out"],
     }
 
@@ -889,7 +889,7 @@ def test_text() -> None:
     assert "Some GPU, 132 multiprocessors, L2 50 MiB" in text
     assert "copies at 3,000 GB/s" in text
     assert "bfloat16 800 TFLOP/s" in text
-    assert re.search(r"^a step\nlaunch +µs\nupdate +7.25$", text, re.MULTILINE)
+    assert re.search(r"^a step\nlaunch +µs\ntop<float> +7.25$", text, re.MULTILINE)
     assert "jax fails in linear: 4096x4096->4096 tanh: broken | in parts" in text
     for row in report["rows"]:
         assert row["name"] in text
@@ -963,7 +963,7 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, rows in itertools.groupby(sorted(row["group"] for row in made_up()["rows"])):
         assert f"<summary>{name} (one " in text
         assert f"): {len(list(rows))} rows, " in text
-    assert "<details><summary>a step</summary>\n\n| launch | µs |\n| --- | ---: |\n| update | 7.25 |\n" in text
+    assert "<details><summary>a step</summary>\n\n| launch | µs |\n| --- | ---: |\n| top&lt;float> | 7.25 |\n" in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     for table in tables:
         assert len({line.replace(r"\|", "").count("|") for line in table.splitlines()}) == 1
