@@ -2,7 +2,8 @@
 //
 // Contract
 //   Included by scalar.cuh alone, behind formulas/math.h. Coarse is a float with float's arithmetic, but that divisors lie
-//   within [2^-60, 2^60], or are NaN; so the formulas can be written on it as they are.
+//   within [2^-60, 2^60], or are NaN; so the formulas can be written on it as they are. (Quotients and square roots are off
+//   by some ULP for all normal divisors: training's updates take them, see training/formulas.cuh.)
 //   The functions take what those of math.h take, NaN, infinities and zeros of both signs included. Relative errors are
 //   2^-15 at most, also of results that become subnormal bfloat16 numbers. tests/test_cuda.py tries all numbers of 16 bits
 //   in all activations, with instructions that err as much as they may. Where a formula has a difference, as

@@ -3,8 +3,8 @@
 //
 // Contract
 //   Hopper (sm_90). float; samples are bytes, at most 800 features; at most 8 hidden units for each block of the cluster,
-//   16 outputs, 64 rows in a mini-batch. Every activation, loss and rule, classes or values as targets, dropout; no moving
-//   averages, no noise. Parameters, Progress: step.cuh; Objective: loss.cuh.
+//   16 outputs, 64 rows in a mini-batch. Every activation, loss and rule, classes or values as targets, dropout, weights of
+//   samples; no moving averages, no noise. Parameters, Progress: step.cuh; Objective: loss.cuh.
 //   Three launches: arrange_samples, train_in_cluster, close_steps, each of the same steps, which begin at Progress::next.
 //   A block owns 8 hidden units: their weights and biases, the rows of the last layer's weights that belong to them, and
 //   the optimizer's states of all these never leave its registers. Every block updates the last layer's biases alike.

@@ -59,6 +59,7 @@ struct Activation {
 
 // One step of a rule. In float, quotients and square roots are off by some ULP, and take no branch, as exact ones do for
 // zeros and small numbers: so the steps of several parameters overlap. What is off is far below the rounding of the parameter.
+// A divisor below 2^-126, as an eps of Adam may be, is 0.
 template <class Rule, class T>
 __device__ __forceinline__ void apply_rule(T& param, T grad, T* state, const T* hyperparameters) {
   if constexpr (same_type<T, float>) {
