@@ -429,7 +429,8 @@ def timed(job: Job, family: str) -> Stage:
     kept = WORK / f"{family}.jsonl"
     kept.unlink(missing_ok=True)
     end, processes, ended = time.monotonic() + job.limit(family), 0, Ended(None, 0.0)
-    while processes < MAX_PROCESSES and time.monotonic() < end - 10:
+    # Another one is worth its start alone.
+    while processes < MAX_PROCESSES and (not processes or time.monotonic() < end - 10):
         processes += 1
         left = end - time.monotonic()
         command: list[str | Path] = [sys.executable, HERE / "gpu_cases.py", family, kept, *job.data()]

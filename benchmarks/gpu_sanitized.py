@@ -103,87 +103,80 @@ def trainings(rng: np.random.Generator) -> Iterator[Check]:
     """Some steps of both networks, the last mini-batch smaller."""
     images = (rng.integers(0, 256, (23, 30)) * (rng.random((23, 30)) < 0.4)).astype(np.uint8)
     numbers = rng.random((23, 30), np.float32)
-    labels = rng.integers(0, 5, 23)
+    labels, counts = rng.integers(0, 5, 23), rng.uniform(0.5, 1.5, 23)
 
-    def same(train: Callable[[], list[np.ndarray]]) -> None:
-        weights = []
+    def mlp(x: Any, hidden: list[int], output: str, rule: str, dtype: Any, **settings: Any) -> None:
+        weights, more = [], {"sample_weight": counts} if settings else {}
         for backend in ("cuda", "numpy"):
+            model = nn.MLP([30, *hidden, 5], "gelu", output, dtype=dtype, **settings)
             with gemmlet.use_backend(backend):
-                weights.append(train())
+                given = x if x.dtype == np.uint8 else x.astype(dtype)
+                model.fit(given, labels, 2, 7, nn.make_optimizer(rule), **more)
+            weights.append(model.parameters)
         for got, exact in zip(*weights, strict=True):
             _close(got, exact, 1e-3)
 
-    def mlp(x: Any, hidden: list[int], output: str, rule: str, dtype: Any, **settings: Any) -> None:
-        how = {"sample_weight": np.arange(1.0, 24.0)} if settings.pop("weights", False) else {}
-
-        def train() -> list[np.ndarray]:
-            model = nn.MLP([30, *hidden, 5], "gelu", output, dtype=dtype, **settings)
-            given = x if x.dtype == np.uint8 else x.astype(dtype)
-            model.fit(given, labels, epochs=2, batch_size=8, optimizer=nn.make_optimizer(rule), **how)
-            return model.parameters
-
-        same(train)
-
     def gan(**settings: Any) -> None:
-        classes = {"y": labels} if "n_classes" in settings else {}
-
-        def train() -> list[np.ndarray]:
+        losses = []
+        for backend in ("cuda", "numpy"):
             model = nn.GAN(7, [33, 30], [21, 9, 1], dtype=np.float32, **settings)
-            model.fit(images, epochs=2, batch_size=8, **classes)
-            return [*model.generator_parameters, *model.discriminator_parameters]
+            with gemmlet.use_backend(backend):
+                history = model.fit(images, 2, 7, y=labels if "n_classes" in settings else None)
+            losses.append([history.generator_loss, history.discriminator_loss])
+        _close(*losses, 1e-3)
 
-        same(train)
-
-    drops, noise = {"dropout": 0.3, "input_dropout": 0.2}, {"input_noise": 0.1}
-    changes: dict[str, Any] = {f"discriminator_{name}": value for name, value in (drops | noise).items()}
-    for settings in (
-        {},
-        {"n_classes": 5},
-        {"gradient_penalty": 0.1},
-        changes,
-        {"n_classes": 5, "gradient_penalty": 0.1, **changes},
-    ):
-        yield f"GAN 7-33-30, 30-21-9-1 {', '.join(settings)}", lambda c=settings: gan(**c)
+    random = {"dropout": 0.5, "input_dropout": 0.2}
     for x, hidden, output, rule, dtype, settings in (
         (images, [33], "softmax", "adam", np.float32, {}),
-        (images, [33], "softmax", "sgd", np.float32, {**drops, "weights": True}),
         (numbers, [17, 9], "sigmoid", "sgd", np.float32, {}),
-        (numbers, [17, 9], "softmax", "adam", np.float32, {**drops, **noise, "weights": True}),
-        (scipy.sparse.csr_matrix(numbers * (numbers < 0.3)), [17], "softmax", "sgd", np.float32, {**drops, **noise}),
         (images, [], "softmax", "sgd", np.float64, {}),
         (numbers, [260], "softmax", "adamw", np.float32, {}),
+        (images, [33], "softmax", "sgd", np.float32, random),
+        (images, [17, 9], "softmax", "adam", np.float32, random | {"input_noise": 0.1}),
+        (scipy.sparse.csr_array(numbers * (numbers < 0.4)), [17], "softmax", "sgd", np.float32, random),
     ):
-        name = f"{type(x).__name__} 30-{hidden}-5 {output} {rule} {np.dtype(dtype)} {', '.join(settings)}"
-        yield f"MLP {name}", lambda c=(x, hidden, output, rule, dtype), s=settings: mlp(*c, **s)
+        words = " ".join(("sparse" if scipy.sparse.issparse(x) else "", *settings)).strip()
+        yield (
+            f"MLP 30-{hidden}-5 {output} {rule} {np.dtype(dtype)} {words}".strip(),
+            lambda c=(x, hidden, output, rule, dtype), more=settings: mlp(*c, **more),
+        )
+    penalized = {"n_classes": 5, "gradient_penalty": 0.5}
+    random = {f"discriminator_{name}": rate for name, rate in (random | {"input_noise": 0.1}).items()}
+    for settings in ({}, penalized, penalized | random):
+        yield " ".join(("GAN 7-33-30, 30-21-9-1", *settings)), lambda more=settings: gan(**more)
 
 
-def augmentations(rng: np.random.Generator) -> Iterator[Check]:
-    """Images that a block brings to shared memory, and larger ones, to the CPU's bytes."""
+def augmentation(rng: np.random.Generator) -> Iterator[Check]:
+    """Images that are staged in shared memory, of words and of single bytes, and images that are not."""
 
-    def check(images: np.ndarray, elastic: float) -> None:
-        made = []
+    def check(images: np.ndarray, settings: dict[str, float]) -> None:
+        results = []
         for backend in ("cuda", "numpy"):
             with gemmlet.use_backend(backend):
-                made.append(augment(images, rotate=12, elastic=elastic, noise=8, erase=0.5, seed=3))
-        if not np.array_equal(*made):
-            raise AssertionError("other bytes")
+                results.append(augment(images, **settings, seed=1))
+        if not np.array_equal(*results):
+            raise AssertionError(f"{np.count_nonzero(results[0] != results[1])} other bytes")
 
-    for (count, height, width), elastic in itertools.product(((3, 28, 28), (2, 17, 9), (1, 130, 121)), (1.2, 0.0)):
-        images = rng.integers(0, 256, (count, height, width)).astype(np.uint8)
-        yield f"augment {count} images of {height}x{width}, elastic {elastic}", lambda c=(images, elastic): check(*c)
+    every = {"rotate": 30.0, "elastic": 2.0, "noise": 9.0, "erase": 1.0}
+    for sides in ((28, 28), (5, 7), (110, 90)):
+        images = rng.integers(0, 256, (3, *sides), np.uint8)
+        for settings in (every, {"shift": 3.0}, {"noise": 9.0}):
+            yield f"augmentation of {sides}: {' '.join(settings)}", lambda c=(images, settings): check(*c)
 
 
 def fill_padding(session: Any) -> None:
     """Write NaN to what lies behind the rows of the matrices of a session of training."""
     view = getattr(session.device, "view", lambda array: array)  # the stand-in's, where there is no GPU
     for network in session.networks:
-        matrices = [*zip(network.inputs, network.x, strict=True)]
-        for of_layers in (network.y, network.z, network.grad):
-            matrices += zip(network.widths[1:], of_layers, strict=True)
-        matrices += [(session.networks[-1].inputs[0], matrix) for matrix in (session._gathered, session._changed)]
-        for width, matrix in matrices:
-            if matrix is not None:
-                view(matrix)[:, width:] = np.nan
+        # (The inputs of a layer are the results of the one below.)
+        every = network.y, network.z, network.grad, [*network.x[1:], None]
+        for width, *matrices in zip(network.widths[1:], *every, strict=True):
+            for matrix in matrices:
+                if matrix is not None:
+                    view(matrix)[:, width:] = np.nan
+    for matrix in (session._gathered, session._changed):
+        if matrix is not None:
+            view(matrix)[:, session.networks[-1].inputs[0] :] = np.nan
 
 
 @contextlib.contextmanager
@@ -245,7 +238,7 @@ def checks(device: Any) -> Iterator[Check]:
     """Everything, what is most likely wrong first."""
     rng = np.random.default_rng(0)
     yield from trainings(rng)
-    yield from augmentations(rng)
+    yield from augmentation(rng)
     yield from matmuls(device, rng)
     yield from halves_and_strides(device, rng)
     yield from all_kernels(rng)

@@ -557,31 +557,38 @@ def test_sanitized_checks(capsys: pytest.CaptureFixture[str]) -> None:
     checks = list(gpu_sanitized.checks(device))
     names = [name for name, _ in checks]
     assert len(names) == len(set(names))
-    of_matmuls, of_training = (
-        ("tf32", "skinny", "simt", "mma ", "wgmma"),
-        ("n_classes", "gradient_penalty", "noise", "csr"),
-    )
-    for part in (*gemmlet.kernels.__all__, *of_matmuls, "MLP", "GAN", *of_training, "weights", "augment", "transposed"):
+    parts = "MLP", "GAN", "dropout", "sparse", "n_classes", "tf32", "skinny", "simt", "mma ", "wgmma", "transposed"
+    for part in (*gemmlet.kernels.__all__, *parts, "augmentation"):
         assert any(part in name for name in names), part
     trainings = list(gpu_sanitized.trainings(rng))
-    with gpu_sanitized.padding_filled():
-        assert gpu_sanitized.run([*trainings, *gpu_sanitized.augmentations(rng)], 60.0)
-    assert ", 0 wrong\n" in capsys.readouterr().out
-    first = next(check for check in trainings if check[0].startswith("MLP"))
-    some = [first, *list(gpu_sanitized.halves_and_strides(device, rng))[:6]]
-    filled: list[int] = []
-    fill = gpu_sanitized.fill_padding
+    some = [*trainings[:1], *trainings[4:], *gpu_sanitized.augmentation(rng)]
+    some += list(gpu_sanitized.halves_and_strides(device, rng))[:6]
+    matrices: list[Any] = []
+    is_filled: list[bool] = []
+    empty, fill = device.empty, gpu_sanitized.fill_padding
+
+    def zeroed(shape: tuple[int, ...], dtype: Any) -> Any:
+        matrix = empty(shape, dtype)
+        # Those of a session: no other array of these checks is like them. All have padding.
+        if len(shape) == 2 and shape[1] % 4 == 0 and np.dtype(dtype) == np.float32:
+            device.view(matrix).fill(0)
+            matrices.append(matrix)
+        return matrix
 
     def watched(session: Any) -> None:
-        (network,) = session.networks
-        BACKEND._first.view(network.grad[-1]).fill(0)
         fill(session)
-        filled.extend(int(np.isnan(BACKEND._first.view(matrix)[:, 5:]).sum()) for matrix in network.grad[-1:])
+        is_filled.extend(bool(np.isnan(device.view(matrix)[:, -1]).all()) for matrix in matrices)
+        matrices.clear()
 
-    with mock.patch.object(gpu_sanitized, "fill_padding", watched), gpu_sanitized.padding_filled():
+    with (
+        mock.patch.object(gpu_sanitized, "fill_padding", watched),
+        mock.patch.object(device, "empty", zeroed),
+        gpu_sanitized.padding_filled(),
+    ):
         assert gpu_sanitized.run(some, 60.0)
-    assert capsys.readouterr().out == "7 of 7 checks, 0 wrong\n"
-    assert filled == [8 * 3]  # 5 outputs in rows of 8 numbers
+    assert capsys.readouterr().out == f"{len(some)} of {len(some)} checks, 0 wrong\n"
+    assert len(is_filled) > 30
+    assert all(is_filled)
 
 
 def test_sanitized_checks_that_fail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -722,6 +729,11 @@ def test_rows_of_processes_that_end_early(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.report["rows"] == [row]
     assert found.report["notes"] == ["losses: jax is not installed"]
     assert found.report["roof"] == {"copy": 1e12}
+    # With little time there is one process.
+    for given, summary in ((0, "1 rows, done"), (3, "0 rows, exit status 3")):
+        statuses = iter([given])
+        stage = gpu_report.timed(job(tmp_path, "--only", "losses", seconds=9), "losses")
+        assert stage.summary == summary
 
 
 def test_tables_of_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

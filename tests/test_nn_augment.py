@@ -17,6 +17,7 @@ from gemmlet.nn import GAN, MLP, SGD, Adam, Augment, StopTraining
 from gemmlet.nn import augment as augment_module
 from gemmlet.nn.augment import Augmented
 from gemmlet.nn.dataset import Samples
+from gemmlet.training import reference
 
 N, HEIGHT, WIDTH, SIZE, EPOCHS = 150, 9, 7, 16, 3
 BATCHES = 10
@@ -142,9 +143,9 @@ def test_a_fit_goes_on_in_the_midst_of_an_epoch(backend: Any, network: str, tmp_
 # What a GPU does.
 
 
-@pytest.fixture
+@pytest.fixture(params=["cuda"])
 def cuda() -> Iterator[Any]:
-    """The backend, in use."""
+    """The backend, in use; tests have its name, by which the GPU report finds them."""
     try:
         backend = cuda_on_host.backend.load()
     except RuntimeError as error:
@@ -196,12 +197,15 @@ def test_memory_of_a_gpu_may_not_suffice(cuda: Any, monkeypatch: pytest.MonkeyPa
     assert_same(parameters_of(model), parameters_of(expected))
 
 
-@pytest.mark.parametrize("given", [{}, {"sample_weight": np.linspace(0.5, 1.5, N)}], ids=["fused", "by the reference"])
-def test_images_that_are_on_a_gpu(cuda: Any, given: dict[str, Any]) -> None:
-    models = mlp(), mlp()
-    there = cuda_on_host.backend.to_gpu(X)
+@pytest.mark.parametrize("settings", [{}, {"l2": 0.01}], ids=["fused", "by the reference"])
+def test_images_that_are_on_a_gpu(cuda: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    models = mlp(**settings), mlp(**settings)
+    there, by_reference = cuda_on_host.backend.to_gpu(X), []
+    train = reference.train
+    monkeypatch.setattr(reference, "train", lambda *given: by_reference.append(given) or train(*given))
     for model, x in zip(models, (X, there), strict=True):
-        model.fit(x, Y, EPOCHS, SIZE, augment=AUGMENT, validation_data=(x[:20], Y[:20]), **given)
+        model.fit(x, Y, EPOCHS, SIZE, augment=AUGMENT, validation_data=(x[:20], Y[:20]))
+    assert len(by_reference) == (2 * EPOCHS * BATCHES if settings else 0)
     assert_same(*map(parameters_of, models))
     np.testing.assert_array_equal(cuda_on_host.backend.to_cpu(there), X)
 

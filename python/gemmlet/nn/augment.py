@@ -126,7 +126,7 @@ class Augmented:
     """Training samples of which each epoch has others: what a plan has as its dataset.
 
     Where a GPU trains, and its memory suffices, that is all samples, which are there and are transformed there once an
-    epoch. Else it is a block of them, which is made on the CPU for each call.
+    epoch. Else it is a block of them on the CPU, made anew for each call.
 
     Parameters
     ----------

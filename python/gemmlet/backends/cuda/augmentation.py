@@ -19,7 +19,7 @@ SOURCE = "augment.cuh"
 _THREADS = {True: constant("staged_threads"), False: constant("unstaged_threads")}
 
 # Images are staged that take at most this much shared memory, with what is made of them: five blocks or more share a
-# multiprocessor then. By arithmetic; not measured yet.
+# multiprocessor of Hopper then, two of the smallest. By arithmetic; not measured yet.
 MAX_STAGED_BYTES = 40 << 10
 
 

@@ -322,6 +322,13 @@ class _Network:
                 yield from zip(arrays, (matrix[:inputs], matrix[inputs]), strict=True)
 
 
+class _Draw(NamedTuple):
+    """What a forward pass draws with."""
+
+    stream: int
+    boundary: int  # rows before this one are of a second input
+
+
 class _Pass(NamedTuple):
     """A forward pass through a network."""
 
@@ -339,13 +346,6 @@ class _Pass(NamedTuple):
     def suffix(self) -> str:
         """Of the names of kernels, by their template, that take those rows too."""
         return ", true" if self.penalty_rows else ""
-
-
-class _Draw(NamedTuple):
-    """What a forward pass draws with."""
-
-    stream: int
-    boundary: int  # rows before this one are of a second input
 
 
 class Session:
