@@ -569,7 +569,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="a folder with MNIST; without it the embedded sample is used")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="where the report goes")
-    parser.add_argument("--only", default="", help=f"some of {','.join(SECONDS)}")
+    parser.add_argument("--only", default="", help=f"some of these, separated by commas: {', '.join(SECONDS)}")
     parser.add_argument("--seconds-per-row", type=float, default=0.3, help="all implementations together, about")
     parser.add_argument("--minutes", type=float, default=9.6, help="for everything")
     earlier = (
