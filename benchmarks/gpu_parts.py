@@ -145,7 +145,8 @@ class Steps:
             return found
 
         def taken_down(kernel: Any, *how: Any, **more: Any) -> None:
-            (made if training else self.others).append(Launch(names[id(kernel)], kernel, *how, **more))
+            if id(kernel) in names:  # else a call of the reference made it
+                (made if training else self.others).append(Launch(names[id(kernel)], kernel, *how, **more))
             launch(kernel, *how, **more)
 
         def kept(*given: Any) -> Any:
