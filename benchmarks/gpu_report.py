@@ -1,4 +1,4 @@
-"""Everything about CUDA that needs a GPU, in one command of less than ten minutes.
+"""Everything about CUDA that needs a GPU, in one command, planned for less than ten minutes.
 
     python benchmarks/gpu_report.py [--data-dir DIR] [--out DIR] [--only STAGE,...] [--seconds-per-row X] [--minutes X]
     python benchmarks/gpu_report.py --from report.json [--from more.json ...] [--markdown docs/performance.md]
