@@ -485,14 +485,6 @@ PENALIZED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", PENALIZED)
-def test_gradient_penalty(variant: str, plan: str, device: Any, dtype: Any) -> None:
-    """As the reference, in which it is no further rows."""
-    gan = Gan(dtype, **PENALIZED[variant])
-    assert cuda_training.supports_fused(gan.plan)
-    gan.check(device, select.load("numpy"))
-
-
 # Classes.
 
 CONDITIONAL: dict[str, dict[str, Any]] = {
@@ -504,10 +496,10 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", CONDITIONAL)
-def test_classes_among_the_inputs(variant: str, plan: str, device: Any, dtype: Any) -> None:
-    """As the reference, in which they are one-hot rows."""
-    gan = Gan(dtype, **CONDITIONAL[variant])
+@pytest.mark.parametrize("variant", [*PENALIZED.values(), *CONDITIONAL.values()], ids=[*PENALIZED, *CONDITIONAL])
+def test_gradient_penalty_and_classes(variant: dict[str, Any], plan: str, device: Any, dtype: Any) -> None:
+    """As the reference, in which the penalty is no further rows, and classes are one-hot rows."""
+    gan = Gan(dtype, **variant)
     assert cuda_training.supports_fused(gan.plan)
     gan.check(device, select.load("numpy"))
 
