@@ -1217,7 +1217,7 @@ def test_two_threads_fit_two_models(fusing: Any, dtype: Any, rng: Any) -> None:
 
     def matmuls() -> int:
         count = 0
-        while not done.is_set():
+        while not (done.is_set() and count):  # on a busy machine it may begin when the others have ended
             assert same_bits(kernels.matmul(a, b), result)
             count += 1
         return count
